@@ -1,0 +1,1 @@
+"""Prompt tuning for T5 in JAX: frozen models, trained prompts."""

@@ -1,0 +1,128 @@
+"""An experiment is data: model + method + data + optimizer + training + evaluation + mesh."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prompt_tuning_jax.methods import Method, PromptTuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which frozen T5, and how its numbers are held.
+
+    ``name_or_path`` is a bundled name (``tiny``), a folder, or with ``random_weights`` a preset.
+    """
+
+    name_or_path: str = "tiny"
+    random_weights: bool = False
+    vocabulary: str = ""  # a SentencePiece file; empty: the one that comes with the model
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout_rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which examples; ``train``/``eval`` are files of your own and take the place of ``task``.
+
+    Templates name columns in braces, e.g. ``"premise: {premise} hypothesis: {hypothesis}"``;
+    lengths are in tokens, the end-of-sequence token included.
+    """
+
+    task: str = "word_valence"
+    train: str = ""
+    eval: str = ""
+    train_split: str = "train"
+    eval_split: str = "validation"
+    data_dir: str = ""
+    inputs_column: str = "inputs"
+    targets_column: str = "targets"
+    inputs_template: str = ""
+    targets_template: str = ""
+    labels: tuple[str, ...] = ()  # empty: the task's, or the distinct targets of the training file
+    metrics: tuple[str, ...] = ()  # empty: the task's, or accuracy
+    inputs_length: int = 128
+    targets_length: int = 8
+    max_eval_examples: int = 0  # 0: all
+    cache: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The paper's optimizer by default (Lester et al. 2021, section 3 and appendix A)."""
+
+    name: Literal["adafactor", "adamw", "sgd"] = "adafactor"
+    learning_rate: float = 0.3
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int = 0  # 0: training.steps
+    end_learning_rate: float = 0.0
+    weight_decay: float = 1e-5
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+    multiply_by_parameter_scale: bool = False
+    min_dim_size_to_factor: int = 0  # 0: never factor; 128 is what T5X does
+    initial_step: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.0
+    gradient_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, how wide, and how many prompts at once.
+
+    ``seeds`` has one entry per prompt trained at once: it decides the prompt's initial value, its
+    order of examples and its dropout.  ``learning_rates`` and ``inits`` are empty, or hold one entry
+    per seed and replace ``optimizer.learning_rate`` and ``method.init`` for that prompt.
+    """
+
+    steps: int = 30_000
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: tuple[float, ...] = ()
+    inits: tuple[str, ...] = ()
+    loss_normalization: Literal["tokens", "sum"] = "tokens"
+    z_loss: float = 0.0
+    eval_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 50
+    workdir: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How predictions are made: ``rank`` scores the label strings, the others write text."""
+
+    strategy: Literal["rank", "greedy", "beam"] = "rank"
+    batch_size: int = 128
+    num_beams: int = 4
+    best_by: str = ""  # empty: the task's first metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each mesh axis; -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run depends on; equal experiments give equal runs."""
+
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=PromptTuning)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    mesh: Mesh = field(default_factory=Mesh)
+
+
+GetConfig = Callable[[], Experiment]

@@ -1,0 +1,24 @@
+"""Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
+
+from prompt_tuning_jax.methods.full import FullTuning, NoTuning
+from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
+
+# The name that a config or the command line types.
+METHODS: dict[str, type] = {
+    "prompt_tuning": PromptTuning,
+    "full": FullTuning,
+    "none": NoTuning,
+}
+
+__all__ = [
+    "METHODS",
+    "PROMPT",
+    "Attached",
+    "Context",
+    "FullTuning",
+    "Method",
+    "NoTuning",
+    "PromptTuning",
+    "mask_of",
+]

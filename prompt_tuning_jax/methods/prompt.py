@@ -1,0 +1,83 @@
+"""Prompt tuning: a trained prompt at the encoder's input (Lester et al. 2021)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.methods.method import Attached, Context, MethodModule
+from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, combine
+from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
+from prompt_tuning_jax.models.slots import Slots
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import Array
+
+PROMPT = "method/prompt_PD"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning:
+    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only.
+
+    ``init_labels`` replaces the task's labels; ``init_population`` is how many of the most common
+    pieces are drawn from (0: all).  The attention fields take sight away: ``prompt_to_input`` and
+    ``input_to_prompt`` are query -> key.
+    """
+
+    length: int = 100
+    init: Init = "class_labels"
+    init_labels: tuple[str, ...] = ()
+    init_text: str = ""
+    init_path: str = ""
+    init_population: int = 5000
+    placement: Placement = "prefix"
+    prompt_to_input: bool = True
+    prompt_to_prompt: Literal["all", "causal", "none"] = "all"
+    input_to_prompt: bool = True
+
+    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+        prompt_PD = initial_prompt(
+            self.init,
+            key=key,
+            embedding_VD=model.token_embedder.embedding.get_value(),
+            length=self.length,
+            vocabulary=context.vocabulary,
+            labels=self.init_labels or context.labels,
+            text=self.init_text,
+            path=self.init_path,
+            population=self.init_population,
+        )
+        return self.with_prompt(model, prompt_PD)
+
+    def with_prompt(self, model: T5, prompt: Array) -> Attached:
+        """The model with this prompt, ``[P, D]`` or one per example ``[B, P, D]``."""
+        return Attached(model, Prompt(prompt, config=self))
+
+    def trains(self, name: str) -> bool:
+        return name == PROMPT
+
+
+class Prompt(MethodModule):
+    """Holds ``prompt_PD`` and puts it into the encoder's input."""
+
+    def __init__(self, prompt: Array, *, config: PromptTuning):
+        value = jnp.asarray(prompt, jnp.float32)
+        self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
+        self.config = config
+
+    def slots(self, model: T5, tokens_BT: Array) -> Slots:
+        config = self.config
+        source, is_prompt_BU = combine(
+            self.prompt_PD.get_value(),
+            model.embed(tokens_BT),
+            tokens_BT,
+            placement=config.placement,
+        )
+        seen_BUU = attention_mask(
+            is_prompt_BU,
+            prompt_to_input=config.prompt_to_input,
+            prompt_to_prompt=config.prompt_to_prompt,
+            input_to_prompt=config.input_to_prompt,
+        )
+        return Slots(encoder_input=replace(source, attention_mask_BUU=seen_BUU))

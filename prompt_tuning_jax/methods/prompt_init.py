@@ -1,0 +1,103 @@
+"""Initial values of a prompt (Lester et al. 2021, section 3.2 and figure 3b)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
+from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import Array
+
+Init = Literal[
+    "uniform", "uniform_positive", "sampled_vocabulary", "class_labels", "string", "file"
+]
+
+
+def uniform(key: Array, length: int, width: int, *, low: float, high: float) -> Array:
+    """``[P, D]`` drawn from [low, high): the paper's [-0.5, 0.5), the released code's [0, 0.5)."""
+    return jax.random.uniform(key, (length, width), jnp.float32, low, high)
+
+
+def sampled_vocabulary(key: Array, embedding_VD: Array, length: int, *, population: int) -> Array:
+    """``[P, D]``: embeddings of pieces drawn from the first ``population``, the most common ones.
+
+    Pieces repeat only where the prompt is longer than the population; 0 takes the vocabulary whole.
+    Draws the pieces that prompt_tuning/prompts.py, ``from_sample_of_embeddings`` draws.
+    """
+    population = min(population or embedding_VD.shape[0], embedding_VD.shape[0])
+    chosen_P = jax.random.choice(key, population, (length,), replace=length > population)
+    return embedding_VD[chosen_P].astype(jnp.float32)
+
+
+def class_labels(embedding_VD: Array, vocabulary: Vocabulary, labels: Sequence[str]) -> Array:
+    """``[number of labels, D]``: each label as the mean of the embeddings of its pieces."""
+    rows = []
+    for label in labels:
+        pieces = vocabulary.encode(label)
+        if not pieces:
+            raise UserError(
+                f"method.init=class_labels: label {label!r} has no pieces; "
+                "give labels with text in data.labels or method.init_labels"
+            )
+        rows.append(jnp.mean(embedding_VD[jnp.asarray(pieces)].astype(jnp.float32), axis=0))
+    return jnp.stack(rows)
+
+
+def string(embedding_VD: Array, vocabulary: Vocabulary, text: str) -> Array:
+    """``[number of pieces, D]``: the embeddings of the pieces of a text."""
+    pieces = vocabulary.encode(text)
+    if not pieces:
+        raise UserError("method.init=string: method.init_text has no pieces; give it some text")
+    return embedding_VD[jnp.asarray(pieces)].astype(jnp.float32)
+
+
+def initial_prompt(
+    init: Init,
+    *,
+    key: Array,
+    embedding_VD: Array,
+    length: int,
+    vocabulary: Vocabulary | None = None,
+    labels: Sequence[str] = (),
+    text: str = "",
+    path: str = "",
+    population: int = 5000,
+) -> Array:
+    """A prompt ``[P, D]`` in float32; what labels or a text leave over is sampled vocabulary.
+
+    Raises UserError where the initialisation lacks what it needs, or the file has another shape.
+    """
+    width = embedding_VD.shape[1]
+    if init == "uniform":
+        return uniform(key, length, width, low=-0.5, high=0.5)
+    if init == "uniform_positive":
+        return uniform(key, length, width, low=0.0, high=0.5)
+    if init == "file":
+        if not path:
+            raise UserError("method.init=file needs method.init_path, a prompt file")
+        prompt_PD = load_prompt(path)
+        if prompt_PD.shape != (length, width):
+            raise UserError(
+                f"method.init_path: {path} holds a prompt of shape {list(prompt_PD.shape)}; "
+                f"this run trains [{length}, {width}] (method.length, model width)"
+            )
+        return jnp.asarray(prompt_PD, jnp.float32)
+    prompt_PD = sampled_vocabulary(key, embedding_VD, length, population=population)
+    if init == "sampled_vocabulary":
+        return prompt_PD
+    if vocabulary is None:
+        raise UserError(f"method.init={init} needs the model's vocabulary; set model.vocabulary")
+    if init == "class_labels":
+        if not labels:
+            raise UserError(
+                "method.init=class_labels: the task has no labels; give data.labels or "
+                "method.init_labels, or choose method.init=sampled_vocabulary"
+            )
+        first = class_labels(embedding_VD, vocabulary, labels)
+    else:
+        first = string(embedding_VD, vocabulary, text)
+    first = first[:length]
+    return prompt_PD.at[: first.shape[0]].set(first)

@@ -1,0 +1,1 @@
+"""The frozen T5: its configuration, its layers and its forward pass."""

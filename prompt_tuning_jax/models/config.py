@@ -1,0 +1,83 @@
+"""Sizes of T5 encoder-decoders, and the published ones by name."""
+
+import difflib
+from dataclasses import dataclass, replace
+
+from prompt_tuning_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The shape of a T5 (Raffel et al. 2020; t5x/examples/t5/network.py, class T5Config).
+
+    ``mlp_activations`` has one entry per input projection of the mlp: two make it gated (T5 1.1),
+    one is T5 1.0's.  With ``tie_embeddings`` the logits are the scaled decoder output times the
+    embedding table, and there is no ``decoder/logits_dense``.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    tie_embeddings: bool = False
+    relpos_num_buckets: int = 32
+    relpos_max_distance: int = 128
+    layer_norm_eps: float = 1e-6
+
+
+def _t5_1_1(embed_dim: int, num_heads: int, mlp_dim: int, num_layers: int) -> T5Config:
+    return T5Config(
+        vocab_size=32_128,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        head_dim=64,
+        mlp_dim=mlp_dim,
+        num_encoder_layers=num_layers,
+        num_decoder_layers=num_layers,
+    )
+
+
+def _t5_1_0(embed_dim: int, num_heads: int, head_dim: int, mlp_dim: int, layers: int) -> T5Config:
+    return replace(
+        _t5_1_1(embed_dim, num_heads, mlp_dim, layers),
+        head_dim=head_dim,
+        mlp_activations=("relu",),
+        tie_embeddings=True,
+    )
+
+
+PRESETS: dict[str, T5Config] = {
+    # Encoder-heavy: what a prompt draws on is the encoder, and ranking labels runs the decoder
+    # once per label.  6,000 pieces, padded to whole lanes.
+    "tiny": T5Config(
+        vocab_size=6_016,
+        embed_dim=256,
+        num_heads=4,
+        head_dim=64,
+        mlp_dim=512,
+        num_encoder_layers=6,
+        num_decoder_layers=3,
+    ),
+    "small": _t5_1_1(512, 6, 1024, 8),
+    "base": _t5_1_1(768, 12, 2048, 12),
+    "large": _t5_1_1(1024, 16, 2816, 24),
+    "xl": _t5_1_1(2048, 32, 5120, 24),
+    "xxl": _t5_1_1(4096, 64, 10_240, 24),
+    "t5_1_0_small": _t5_1_0(512, 8, 64, 2048, 6),
+    "t5_1_0_base": _t5_1_0(768, 12, 64, 3072, 12),
+    "t5_1_0_large": _t5_1_0(1024, 16, 64, 4096, 24),
+    "t5_1_0_xl": _t5_1_0(1024, 32, 128, 16_384, 24),
+    "t5_1_0_xxl": _t5_1_0(1024, 128, 128, 65_536, 24),
+}
+
+
+def preset(name: str) -> T5Config:
+    """The published size called ``name``; raises UserError with the nearest names otherwise."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
+        raise UserError(f"no T5 preset is called {name!r}; did you mean {', '.join(near)}?")
+    return PRESETS[name]

@@ -1,0 +1,156 @@
+"""Layers without a view of the sequence: linear map, embedding, RMS norm, mlp, dropout."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import precision
+from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.typing import Array, DType
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+
+def normal_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float, dtype: DType
+) -> nnx.Param[Array]:
+    """A parameter drawn from a normal distribution, with its logical axes.
+
+    The axes are kept under a metadata key of our own: flax acts on the keys it knows, and the
+    model must also be built where there is no mesh.
+    """
+    value = (jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype)
+    return nnx.Param(value, logical_axes=axes)
+
+
+class Linear(nnx.Module):
+    """``[..., in] -> [..., out]`` without bias; the slot that low-rank methods replace."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        std: float,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+        out_dtype: DType | None = None,
+    ):
+        shape = (in_features, out_features)
+        self.kernel = normal_param(rngs, shape, axes, std=std, dtype=param_dtype)
+        self.dtype = dtype
+        self.out_dtype = out_dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel_DF = self.kernel.get_value()
+        return precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
+
+
+class Embed(nnx.Module):
+    """Token ids ``[...] -> [..., D]``; std 1 as T5 has it."""
+
+    def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.embed_dim)
+        axes = ("vocab", "embed")
+        self.embedding = normal_param(rngs, shape, axes, std=1.0, dtype=param_dtype)
+        self.dtype = dtype
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+
+    def attend(self, x: Array) -> Array:
+        """Logits ``[..., V]`` in float32: the product with the table itself."""
+        table_DV = self.embedding.get_value().T
+        return precision.dot(x, table_DV, dtype=self.dtype, out_dtype=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """Scale by the root mean square, computed in float32; no mean, no bias."""
+
+    def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType):
+        ones = jnp.ones((config.embed_dim,), param_dtype)
+        self.scale = nnx.Param(ones, logical_axes=("norm",))
+        self.eps = config.layer_norm_eps
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale.get_value().astype(jnp.float32)
+        return (x32 * inverse_rms * scale).astype(self.dtype)
+
+
+class Mlp(nnx.Module):
+    """``wo(act_0(wi_0 x) * act_1(wi_1 x))``, or ``wo(act(wi x))`` where there is one activation."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        embed, mlp = config.embed_dim, config.mlp_dim
+        gated = len(config.mlp_activations) > 1
+        self.names = tuple(f"wi_{i}" if gated else "wi" for i in range(len(config.mlp_activations)))
+        self.activations = config.mlp_activations
+        self.dropout_rate = dropout_rate
+        for name in self.names:
+            wi = Linear(
+                embed,
+                mlp,
+                axes=("embed", "mlp"),
+                std=embed**-0.5,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            setattr(self, name, wi)
+        self.wo = Linear(
+            mlp,
+            embed,
+            axes=("mlp", "embed"),
+            std=mlp**-0.5,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x_BTD: Array, *, key: Array | None = None) -> Array:
+        hidden_BTF = None
+        for name, activation in zip(self.names, self.activations, strict=True):
+            branch_BTF = ACTIVATIONS[activation](getattr(self, name)(x_BTD))
+            hidden_BTF = branch_BTF if hidden_BTF is None else hidden_BTF * branch_BTF
+        hidden_BTF = dropout(hidden_BTF, self.dropout_rate, key=key, shared_axis=-2)
+        return self.wo(hidden_BTF)
+
+
+def dropout(x: Array, rate: float, *, key: Array | None, shared_axis: int | None = None) -> Array:
+    """Zeroes a share of x and scales the rest up; the identity where ``key`` is None.
+
+    ``shared_axis`` gets one decision for all its positions, as T5X does along the length
+    (t5x/examples/t5/network.py, ``broadcast_dims=(-2,)``): it regularises as well and costs less.
+    """
+    if key is None or rate == 0.0:
+        return x
+    shape = list(x.shape)
+    if shared_axis is not None:
+        shape[shared_axis] = 1
+    keep = jax.random.bernoulli(key, 1.0 - rate, tuple(shape))
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def split_key(key: Array | None, count: int) -> list[Array | None]:
+    """``count`` independent keys, or as many Nones where there is no dropout."""
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -1,0 +1,338 @@
+"""T5: the forward pass on one page (Raffel et al. 2020; t5x/examples/t5/network.py)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.attention import (
+    Attention,
+    RelativePositionBias,
+    SelfCache,
+    bias_of,
+)
+from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.layers import Embed, Linear, Mlp, RMSNorm, dropout, split_key
+from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues, Slots
+from prompt_tuning_jax.typing import Array, DType
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """The encoder's output ``[B, U, D]`` and which of its positions are real ``[B, U]``."""
+
+    hidden_BUD: Array
+    mask_BU: Array
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: T5Config, **kwargs: Any):
+        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
+        self.pre_attention_layer_norm = RMSNorm(config, **norm)
+        self.attention = Attention(config, **kwargs)
+        self.pre_mlp_layer_norm = RMSNorm(config, **norm)
+        self.mlp = Mlp(config, **kwargs)
+        self.dropout_rate: float = kwargs["dropout_rate"]
+
+    def __call__(
+        self, x_BUD: Array, bias: Array, *, prefix: KeyValues | None, key: Array | None
+    ) -> Array:
+        keys = split_key(key, 4)
+        y_BUD = self.pre_attention_layer_norm(x_BUD)
+        kv = self.attention.keys_values(y_BUD)
+        y_BUD = self.attention(y_BUD, kv, bias, prefix=prefix, key=keys[0])
+        x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
+        y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
+        return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: T5Config, **kwargs: Any):
+        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
+        self.pre_self_attention_layer_norm = RMSNorm(config, **norm)
+        self.self_attention = Attention(config, **kwargs)
+        self.pre_cross_attention_layer_norm = RMSNorm(config, **norm)
+        self.encoder_decoder_attention = Attention(config, **kwargs)
+        self.pre_mlp_layer_norm = RMSNorm(config, **norm)
+        self.mlp = Mlp(config, **kwargs)
+        self.dropout_rate: float = kwargs["dropout_rate"]
+
+    def __call__(
+        self,
+        x_BSD: Array,
+        cross: KeyValues,
+        self_bias: Array,
+        cross_bias: Array,
+        *,
+        prefix: KeyValues | None,
+        cross_prefix: KeyValues | None,
+        key: Array | None,
+        cache: SelfCache | None = None,
+        position: Array | int = 0,
+    ) -> tuple[Array, SelfCache | None]:
+        """With a cache, x is the one position ``position`` and joins those decoded before."""
+        keys = split_key(key, 6)
+        y_BSD = self.pre_self_attention_layer_norm(x_BSD)
+        kv = self.self_attention.keys_values(y_BSD)
+        if cache is not None:
+            cache = SelfCache(
+                key_BSHK=_write(cache.key_BSHK, kv.key_BPHK, position),
+                value_BSHK=_write(cache.value_BSHK, kv.value_BPHK, position),
+            )
+            kv = KeyValues(key_BPHK=cache.key_BSHK, value_BPHK=cache.value_BSHK)
+        y_BSD = self.self_attention(y_BSD, kv, self_bias, prefix=prefix, key=keys[0])
+        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[1], shared_axis=-2)
+        y_BSD = self.pre_cross_attention_layer_norm(x_BSD)
+        y_BSD = self.encoder_decoder_attention(
+            y_BSD, cross, cross_bias, prefix=cross_prefix, key=keys[2]
+        )
+        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[3], shared_axis=-2)
+        y_BSD = self.mlp(self.pre_mlp_layer_norm(x_BSD), key=keys[4])
+        return x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[5], shared_axis=-2), cache
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: T5Config, **kwargs: Any):
+        param_dtype, rngs = kwargs["param_dtype"], kwargs["rngs"]
+        self.relpos_bias = RelativePositionBias(
+            config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
+        )
+        self.num_layers = config.num_encoder_layers
+        for i in range(self.num_layers):
+            setattr(self, f"layers_{i}", EncoderLayer(config, **kwargs))
+        self.encoder_norm = RMSNorm(config, dtype=kwargs["dtype"], param_dtype=param_dtype)
+        self.dropout_rate: float = kwargs["dropout_rate"]
+
+    def __call__(self, source: EncoderInput, *, slots: Slots, key: Array | None) -> Encoded:
+        keys = split_key(key, self.num_layers + 2)
+        x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
+        positions_U = jnp.arange(x_BUD.shape[1])
+        visible_BUU = mask_BU[:, None, :]
+        if source.attention_mask_BUU is not None:
+            visible_BUU = visible_BUU & source.attention_mask_BUU
+        bias = self.relpos_bias(positions_U, positions_U) + bias_of(visible_BUU)
+        x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
+        for i in range(self.num_layers):
+            prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
+            layer: EncoderLayer = getattr(self, f"layers_{i}")
+            x_BUD = layer(x_BUD, bias, prefix=prefix, key=keys[i])
+        x_BUD = self.encoder_norm(x_BUD)
+        x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
+        return Encoded(hidden_BUD=x_BUD, mask_BU=mask_BU)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: T5Config, **kwargs: Any):
+        dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
+        self.relpos_bias = RelativePositionBias(
+            config, bidirectional=False, param_dtype=param_dtype, rngs=rngs
+        )
+        self.num_layers = config.num_decoder_layers
+        for i in range(self.num_layers):
+            setattr(self, f"layers_{i}", DecoderLayer(config, **kwargs))
+        self.decoder_norm = RMSNorm(config, dtype=dtype, param_dtype=param_dtype)
+        self.dropout_rate: float = kwargs["dropout_rate"]
+        if not config.tie_embeddings:
+            self.logits_dense = Linear(
+                config.embed_dim,
+                config.vocab_size,
+                axes=("embed", "vocab"),
+                std=config.embed_dim**-0.5,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+                out_dtype=jnp.float32,
+            )
+
+    def layer(self, i: int) -> DecoderLayer:
+        return getattr(self, f"layers_{i}")
+
+    def cross_keys(self, encoded: Encoded) -> tuple[KeyValues, ...]:
+        """What each layer's cross attention reads; computed once per encoded batch."""
+        return tuple(
+            self.layer(i).encoder_decoder_attention.keys_values(encoded.hidden_BUD)
+            for i in range(self.num_layers)
+        )
+
+    def __call__(
+        self,
+        x_BSD: Array,
+        cross: tuple[KeyValues, ...],
+        encoder_mask_BU: Array,
+        *,
+        slots: Slots,
+        key: Array | None,
+        caches: tuple[SelfCache, ...] | None = None,
+        position: Array | int = 0,
+    ) -> tuple[Array, tuple[SelfCache, ...] | None]:
+        keys = split_key(key, self.num_layers + 2)
+        query_positions = jnp.arange(x_BSD.shape[1]) + position
+        length = x_BSD.shape[1] if caches is None else caches[0].key_BSHK.shape[1]
+        key_positions = jnp.arange(length)
+        causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
+        self_bias = self.relpos_bias(query_positions, key_positions) + bias_of(causal_1SS)
+        cross_bias = bias_of(encoder_mask_BU[:, None, :])
+        x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
+        new_caches = []
+        for i in range(self.num_layers):
+            x_BSD, cache = self.layer(i)(
+                x_BSD,
+                cross[i],
+                self_bias,
+                cross_bias,
+                prefix=slots.decoder_prefixes[i] if slots.decoder_prefixes else None,
+                cross_prefix=slots.cross_prefixes[i] if slots.cross_prefixes else None,
+                key=keys[i],
+                cache=None if caches is None else caches[i],
+                position=position,
+            )
+            new_caches.append(cache)
+        x_BSD = self.decoder_norm(x_BSD)
+        x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-2], shared_axis=-2)
+        return x_BSD, None if caches is None else tuple(c for c in new_caches if c is not None)
+
+
+class T5(nnx.Module):
+    """A T5 1.0 or 1.1 encoder-decoder that accepts a prompt per example.
+
+    Parameters are named and laid out as in T5X.  ``dtype`` is that of activations and matrix
+    operands, ``param_dtype`` that of the weights; norms, softmaxes and logits are float32.
+    Token id 0 is padding and starts the decoder.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        dropout_rate: float = 0.0,
+        vocabulary: Any = None,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.token_embedder = Embed(config, **kwargs)
+        self.encoder = Encoder(config, dropout_rate=dropout_rate, **kwargs)
+        self.decoder = Decoder(config, dropout_rate=dropout_rate, **kwargs)
+        self.config = config
+        self.dtype = dtype
+        self.vocabulary = vocabulary
+
+    def __call__(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        prompt: Array | None = None,
+        *,
+        slots: Slots = NO_SLOTS,
+        key: Array | None = None,
+    ) -> Array:
+        """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
+        encoder_key, decoder_key = split_key(key, 2)
+        encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=encoder_key)
+        return self.decode(decoder_input_tokens, encoded, slots=slots, key=decoder_key)
+
+    def embed(self, tokens_BT: Array, prompt: Array | None = None) -> EncoderInput:
+        """Token embeddings behind the prompt ``[P, D]`` or ``[B, P, D]``, and their mask."""
+        source = EncoderInput(
+            embeddings_BUD=self.token_embedder(tokens_BT), mask_BU=tokens_BT != 0
+        )
+        return source if prompt is None else prepend(prompt, source)
+
+    def encode(
+        self,
+        tokens_BT: Array,
+        prompt: Array | None = None,
+        *,
+        slots: Slots = NO_SLOTS,
+        key: Array | None = None,
+    ) -> Encoded:
+        """The encoder over the prompt and the tokens, or over ``slots.encoder_input``."""
+        source = slots.encoder_input
+        if source is None:
+            source = self.embed(tokens_BT, prompt)
+        return self.encoder(source, slots=slots, key=key)
+
+    def decode(
+        self,
+        tokens_BS: Array,
+        encoded: Encoded,
+        *,
+        slots: Slots = NO_SLOTS,
+        key: Array | None = None,
+    ) -> Array:
+        """Logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
+        cross = self.decoder.cross_keys(encoded)
+        embedded_BSD = self.token_embedder(tokens_BS)
+        x_BSD, _ = self.decoder(embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key)
+        return self.logits(x_BSD)
+
+    def start_decoding(
+        self, encoded: Encoded, max_length: int
+    ) -> tuple[tuple[KeyValues, ...], tuple[SelfCache, ...]]:
+        """Cross-attention keys, and empty self-attention caches for ``max_length`` positions."""
+        shape = (encoded.hidden_BUD.shape[0], max_length)
+        shape += (self.config.num_heads, self.config.head_dim)
+        empty = SelfCache(
+            key_BSHK=jnp.zeros(shape, self.dtype), value_BSHK=jnp.zeros(shape, self.dtype)
+        )
+        return self.decoder.cross_keys(encoded), (empty,) * self.config.num_decoder_layers
+
+    def decode_step(
+        self,
+        tokens_B: Array,
+        position: Array | int,
+        caches: tuple[SelfCache, ...],
+        cross: tuple[KeyValues, ...],
+        encoder_mask_BU: Array,
+        *,
+        slots: Slots = NO_SLOTS,
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """Logits ``[B, V]`` after the token at ``position``, and the caches that hold it."""
+        embedded_B1D = self.token_embedder(tokens_B[:, None])
+        x_B1D, new = self.decoder(
+            embedded_B1D,
+            cross,
+            encoder_mask_BU,
+            slots=slots,
+            key=None,
+            caches=caches,
+            position=position,
+        )
+        assert new is not None
+        return self.logits(x_B1D)[:, 0], new
+
+    def logits(self, x_BSD: Array) -> Array:
+        """The output head, in float32."""
+        if self.config.tie_embeddings:
+            return self.token_embedder.attend(x_BSD * self.config.embed_dim**-0.5)
+        return self.decoder.logits_dense(x_BSD)
+
+
+def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
+    """A prompt ``[P, D]``, or one per example ``[B, P, D]``, in front of the embedded input.
+
+    All positions see the prompt and the prompt sees all (Lester et al. 2021, section 2).
+    """
+    batch, _, width = source.embeddings_BUD.shape
+    if prompt.ndim not in (2, 3) or prompt.shape[-1] != width:
+        raise UserError(
+            f"a prompt for this model has shape [P, {width}] or [{batch}, P, {width}]; "
+            f"got {list(prompt.shape)}"
+        )
+    prompt_BPD = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
+    prompt_BPD = prompt_BPD.astype(source.embeddings_BUD.dtype)
+    seen_BP = jnp.ones(prompt_BPD.shape[:2], bool)
+    return EncoderInput(
+        embeddings_BUD=jnp.concatenate([prompt_BPD, source.embeddings_BUD], axis=1),
+        mask_BU=jnp.concatenate([seen_BP, source.mask_BU], axis=1),
+    )
+
+
+def _write(cache_BSHK: Array, new_B1HK: Array, position: Array | int) -> Array:
+    start = (0, position, 0, 0)
+    return jax.lax.dynamic_update_slice(cache_BSHK, new_B1HK.astype(cache_BSHK.dtype), start)

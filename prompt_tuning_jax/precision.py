@@ -1,0 +1,96 @@
+"""Matrix products with low-precision operands and float32 accumulation, forward and backward.
+
+``jax.lax.dot_general`` with bfloat16 operands and ``preferred_element_type=float32`` is the fast
+kernel of CPUs and TPUs alike, but its derivative multiplies a float32 cotangent with a bfloat16
+operand and falls off it.  Here the cotangent is cast down first, so all three products are the
+same kind.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.typing import Array, DType
+
+
+def dot(x: Array, kernel_DF: Array, *, dtype: DType, out_dtype: DType | None = None) -> Array:
+    """``x @ kernel`` over x's last axis: ``[..., D], [D, F] -> [..., F]`` in ``out_dtype``.
+
+    In float32 this is the plain product.  In a narrower dtype operands are cast to it and products
+    are summed in float32, in the derivatives too.  ``out_dtype`` is ``dtype`` unless given.
+    """
+    out_dtype = dtype if out_dtype is None else out_dtype
+    if jnp.dtype(dtype) == jnp.float32:
+        return (x.astype(dtype) @ kernel_DF.astype(dtype)).astype(out_dtype)
+    flat_ND = x.reshape(-1, x.shape[-1]).astype(dtype)
+    out_NF = _dot(flat_ND, kernel_DF.astype(dtype))
+    return out_NF.astype(out_dtype).reshape(*x.shape[:-1], kernel_DF.shape[-1])
+
+
+def einsum(equation: str, left: Array, right: Array, *, dtype: DType) -> Array:
+    """A two-operand einsum (every letter of an operand in the other or in the result), in float32.
+
+    The result stays in float32: it is a sum or goes into a softmax.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return jnp.einsum(equation, left.astype(dtype), right.astype(dtype))
+    return _einsum(equation, left.astype(dtype), right.astype(dtype))
+
+
+def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _dot(x_ND: Array, kernel_DF: Array) -> Array:
+    return _product(x_ND, kernel_DF, (1, 0))
+
+
+def _dot_forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x_ND, kernel_DF), (x_ND, kernel_DF)
+
+
+def _dot_backward(saved: tuple[Array, Array], cotangent_NF: Array) -> tuple[Array, Array]:
+    x_ND, kernel_DF = saved
+    cotangent_NF = cotangent_NF.astype(x_ND.dtype)
+    dx_ND = _product(cotangent_NF, kernel_DF, (1, 1))
+    # The CPU backend has no kernel for a product over both operands' rows; a transposed copy is
+    # cheap beside it, but must be kept from being folded back into the product.
+    x_DN = jax.lax.optimization_barrier(x_ND.T)
+    dkernel_DF = _product(x_DN, cotangent_NF, (1, 0))
+    return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(kernel_DF.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _raw_einsum(equation: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, left: Array, right: Array) -> Array:
+    return _raw_einsum(equation, left, right)
+
+
+def _einsum_forward(
+    equation: str, left: Array, right: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(equation, left, right), (left, right)
+
+
+def _einsum_backward(
+    equation: str, saved: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    left, right = saved
+    operands, out = equation.split("->")
+    left_axes, right_axes = operands.split(",")
+    cotangent = cotangent.astype(left.dtype)
+    dleft = _raw_einsum(f"{out},{right_axes}->{left_axes}", cotangent, right)
+    dright = _raw_einsum(f"{left_axes},{out}->{right_axes}", left, cotangent)
+    return dleft.astype(left.dtype), dright.astype(right.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -1,0 +1,27 @@
+"""Array aliases and the glossary of dimension letters.
+
+A name that ends in capitals carries its shape: ``prompt_PD`` is ``[prompt length, model width]``.
+
+=  =====================  =  =====================  =  ==================
+B  batch                  D  model width            V  vocabulary
+T  encoder input length   H  attention heads        N  tasks (or rows)
+S  target length          K  width of one head      E  ensemble members
+P  prompt length          F  mlp width              L  layers
+U  P + T, what the encoder sees                     C  candidate labels
+=  =====================  =  =====================  =  ==================
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array
+HostArray: TypeAlias = np.ndarray
+DType: TypeAlias = jax.typing.DTypeLike
+
+# Parameters by their path, e.g. "encoder/layers_0/mlp/wi_0/kernel"; the names are T5X's.
+FlatParams: TypeAlias = dict[str, Array]
+# Which of them train.  Made by a method, and the only truth about what trains.
+Mask: TypeAlias = Mapping[str, bool]

@@ -17,6 +17,8 @@ class Model:
     name_or_path: str = "tiny"
     random_weights: bool = False
     vocabulary: str = ""  # a SentencePiece file; empty: the one that comes with the model
+    # How random weights' token embeddings start: drawn, or from which words stand near which.
+    embeddings: Literal["normal", "cooccurrence"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout_rate: float = 0.1
@@ -28,6 +30,9 @@ class Data:
 
     Templates name columns in braces, e.g. ``"premise: {premise} hypothesis: {hypothesis}"``;
     lengths are in tokens, the end-of-sequence token included.
+
+    With ``objectives`` (pre-training, LM adaptation) ``train`` is a folder of text files, and so is
+    ``eval``; without it the end of the training text is held out.
     """
 
     task: str = "word_valence"
@@ -46,6 +51,10 @@ class Data:
     targets_length: int = 8
     max_eval_examples: int = 0  # 0: all
     cache: bool = True
+    objectives: tuple[Literal["span_corruption", "prefix_lm"], ...] = ()
+    objective_weights: tuple[float, ...] = ()  # empty: equal
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,8 @@ def _dot_forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Arr
 
 def _dot_backward(saved: tuple[Array, Array], cotangent_NF: Array) -> tuple[Array, Array]:
     x_ND, kernel_DF = saved
-    cotangent_NF = cotangent_NF.astype(x_ND.dtype)
+    # Fused into the products, the cast would put the CPU backend back on its slow kernel.
+    cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(x_ND.dtype))
     dx_ND = _product(cotangent_NF, kernel_DF, (1, 1))
     # The CPU backend has no kernel for a product over both operands' rows; a transposed copy is
     # cheap beside it, but must be kept from being folded back into the product.

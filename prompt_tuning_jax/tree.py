@@ -25,6 +25,16 @@ def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
     return nnx.merge(graphdef, state)
 
 
+def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
+    """Puts values into a module in place; names and shapes must match exactly, or UserError."""
+    leaves = {path_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(module))}
+    values = {name: leaf.get_value() for name, leaf in leaves.items()}
+    require_same_shapes(params, values, of="the checkpoint", and_of="the model")
+    for name, value in params.items():
+        leaves[name].set_value(value)
+    nnx.update(module, nnx.from_flat_state({path_tuple(name): leaves[name] for name in leaves}))
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """("encoder", "layers_0") -> "encoder/layers_0"."""
     return "/".join(map(str, path))

@@ -1,0 +1,26 @@
+"""A prompt for your own data: rows with ``inputs`` and ``targets``, as jsonl, csv or tsv.
+
+prompt-tuning train configs/own_data.py --data train.jsonl --eval_data dev.jsonl --workdir runs/mine
+
+Other columns: ``--set data.inputs_column=sentence``, or several of them in a text,
+``--set data.inputs_template='premise: {premise} hypothesis: {hypothesis}'``.
+"""
+
+from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.methods import PromptTuning
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(name_or_path="tiny"),
+        method=PromptTuning(length=20, init="class_labels"),
+        # No task: the files take its place.
+        data=Data(task="", train="train.jsonl", eval="dev.jsonl", inputs_length=128),
+        training=Training(
+            steps=1000,
+            batch_size=32,
+            eval_every=100,
+            save_every=100,
+            workdir="runs/own_data",
+        ),
+    )

@@ -1,0 +1,38 @@
+"""The settings of Lester et al. 2021 (section 3, appendix A) on a SeqIO task, here BoolQ.
+
+prompt-tuning train configs/paper.py --model FOLDER --set data.data_dir=TFDS_FOLDER
+
+FOLDER is an LM-adapted T5 1.1; ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
+"""
+
+from prompt_tuning_jax.experiment import (
+    Data,
+    Evaluation,
+    Experiment,
+    Model,
+    Optimizer,
+    Training,
+)
+from prompt_tuning_jax.methods import PromptTuning
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(name_or_path="models/t5_1_1_lm100k_base", dtype="bfloat16"),
+        method=PromptTuning(length=100, init="class_labels", init_population=5000),
+        data=Data(
+            task="taskless_super_glue_boolq_v102_examples",
+            labels=("False", "True"),
+            inputs_length=512,
+            targets_length=8,
+        ),
+        optimizer=Optimizer(
+            name="adafactor",
+            learning_rate=0.3,
+            weight_decay=1e-5,
+            decay_rate=0.8,
+            multiply_by_parameter_scale=False,
+        ),
+        training=Training(steps=30_000, batch_size=32, workdir="runs/paper"),
+        evaluation=Evaluation(strategy="greedy"),
+    )

@@ -1,0 +1,288 @@
+"""Experiment -> model, data, method, optimizer, step: the only file that wires them together."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax import optim, tree
+from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.data.files import file_task
+from prompt_tuning_jax.data.loader import TrainBatches
+from prompt_tuning_jax.data.metrics import get_metric
+from prompt_tuning_jax.data.task import Mixture, as_mixture, get_mixture
+from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
+from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.methods import Attached, Context, Method, mask_of
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.pretraining import TextData, open_text_data
+from prompt_tuning_jax.training.evaluate import Predictions, Predictor, score_members
+from prompt_tuning_jax.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
+from prompt_tuning_jax.typing import FlatParams, Mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """A method attached to a frozen model, E times: one structure, one frozen model, E tuned sets."""
+
+    graphdef: nnx.GraphDef[Attached]
+    tuned: FlatParams  # each with a leading axis E
+    frozen: FlatParams
+    mask: Mask
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Examples to train on (None where only evaluation is wanted) and to evaluate on, by task."""
+
+    train: TrainBatches | None
+    train_targets: tuple[str, ...]
+    evaluation: Mapping[str, TokenizedExamples]
+    labels: tuple[str, ...]
+    best_by: str
+    reports: tuple[str, ...]
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        if self.train is None:
+            raise UserError("there is no training data; give data.task or data.train")
+        return self.train.iterate(start, stop)
+
+
+def build_model(experiment: Experiment) -> T5:
+    """The model that the experiment names, with its vocabulary."""
+    config = experiment.model
+    kwargs: dict[str, Any] = {
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "dropout_rate": config.dropout_rate,
+        "vocabulary": config.vocabulary,
+    }
+    if config.random_weights:
+        return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
+    return load_model(config.name_or_path, **kwargs)
+
+
+def model_fingerprint(model: T5) -> str:
+    """Tells this frozen model from others."""
+    return fingerprint(model.config, tree.split(model)[1])
+
+
+def vocabulary_of(model: T5) -> AnyVocabulary:
+    """The model's vocabulary; UserError where it came without."""
+    if model.vocabulary is None:
+        raise UserError("this model came without a vocabulary; set model.vocabulary to its file")
+    words: AnyVocabulary = model.vocabulary
+    return words
+
+
+def build_mixture(data: Data) -> Mixture:
+    """The task or mixture that the data fields name, or the one that a user's own files make."""
+    if data.train or data.eval:
+        fields = ("train", "eval", "train_split", "eval_split", "inputs_column", "targets_column")
+        fields += ("inputs_template", "targets_template", "labels", "metrics")
+        return as_mixture(file_task(**{name: getattr(data, name) for name in fields}))
+    mixture = get_mixture(data.task)
+    if not data.labels and not data.metrics:
+        return mixture
+    tasks = []
+    for task in mixture.tasks:
+        labels = data.labels or task.labels
+        metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
+        tasks.append(dataclasses.replace(task, labels=labels, metrics=metrics))
+    return dataclasses.replace(mixture, tasks=tuple(tasks))
+
+
+def build_data(
+    experiment: Experiment,
+    vocabulary: AnyVocabulary,
+    *,
+    split: str | None = None,
+    training: bool = True,
+) -> TaskData | TextData:
+    """The examples of the experiment; ``split`` replaces ``data.eval_split``."""
+    data = experiment.data
+    if data.objectives:
+        return open_text_data(
+            data,
+            vocabulary,
+            batch_size=experiment.training.batch_size,
+            seeds=experiment.training.seeds,
+        )
+    mixture = build_mixture(data)
+
+    def examples(split: str) -> list[TokenizedExamples]:
+        return [
+            tokenize(
+                task,
+                split,
+                vocabulary,
+                inputs_length=data.inputs_length,
+                targets_length=data.targets_length,
+                data_dir=data.data_dir,
+                use_cache=data.cache,
+            )
+            for task in mixture.tasks
+        ]
+
+    train_sets = examples(data.train_split) if training else []
+    eval_sets = [
+        one.at_most(data.max_eval_examples) for one in examples(split or data.eval_split)
+    ]
+    evaluation = {one.task.name: one for one in eval_sets}
+    labels = tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
+    train = None
+    if train_sets:
+        train = TrainBatches(
+            train_sets,
+            batch_size=experiment.training.batch_size,
+            seeds=experiment.training.seeds,
+            rates=mixture.rates if len(mixture.rates) > 1 else (),
+        )
+    return TaskData(
+        train=train,
+        train_targets=tuple(e["targets"] for one in train_sets for e in one.texts),
+        evaluation=evaluation,
+        labels=labels,
+        best_by=experiment.evaluation.best_by or _first_metric(eval_sets),
+        reports=tuple(one.report() for one in (*train_sets, *eval_sets)),
+    )
+
+
+def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]) -> Members:
+    """The method attached once per seed, each from its own seed (and init)."""
+    seeds, inits = experiment.training.seeds, experiment.training.inits
+    context = Context(labels=labels, vocabulary=model.vocabulary)
+    tuned: list[dict[str, Any]] = []
+    for number, seed in enumerate(seeds):
+        method: Any = experiment.method
+        if inits:
+            method = dataclasses.replace(method, init=inits[number])
+        # Not the key of dropout: that one is folded with steps from 0.
+        key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
+        attached: Attached = method.attach(model, key=key, context=context)
+        # Members may differ in how they start, not in what they are.
+        graphdef, params = tree.split(with_config(attached, experiment.method))
+        mask = mask_of(experiment.method, list(params))
+        own, frozen = tree.partition(params, mask)
+        tuned.append(own)
+    return Members(
+        graphdef=graphdef,
+        tuned={name: jnp.stack([own[name] for own in tuned]) for name in tuned[0]},
+        frozen=frozen,
+        mask=mask,
+        number=len(seeds),
+    )
+
+
+def with_config(attached: Attached, method: Method) -> Attached:
+    """The same module described by ``method``, so that members have one structure."""
+    if hasattr(attached.method, "config"):
+        attached.method.config = method
+    return attached
+
+
+def build_step(
+    experiment: Experiment, members: Members
+) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
+    """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
+    training, config = experiment.training, experiment.optimizer
+    optimizer = optim.make_optimizer(config, members.mask)
+    schedule = optim.make_schedule(config, total_steps=training.steps)
+    rates = training.learning_rates or (config.learning_rate,) * len(training.seeds)
+    step = make_train_step(
+        members.graphdef,
+        optimizer,
+        schedule,
+        learning_rates=rates,
+        seeds=training.seeds,
+        gradient_accumulation=training.gradient_accumulation,
+        loss_normalization=training.loss_normalization,
+        z_loss=training.z_loss,
+        dropout=experiment.model.dropout_rate > 0,
+    )
+
+    def learning_rates(at: int) -> np.ndarray:
+        return np.asarray(rates, np.float32) * float(schedule(jnp.asarray(at)))
+
+    return init_state(members.tuned, optimizer), step, learning_rates
+
+
+def build_predictor(
+    experiment: Experiment,
+    graphdef: nnx.GraphDef[Attached],
+    vocabulary: AnyVocabulary,
+    *,
+    labels: tuple[str, ...],
+) -> Predictor:
+    """What turns inputs into predictions, the way the experiment's evaluation asks for."""
+    config = experiment.evaluation
+    return Predictor(
+        graphdef=graphdef,
+        vocabulary=vocabulary,
+        strategy=config.strategy,
+        batch_size=config.batch_size,
+        max_length=experiment.data.targets_length,
+        num_beams=config.num_beams,
+        labels=labels,
+    )
+
+
+def evaluate_members(
+    experiment: Experiment, members: Members, tuned: FlatParams, data: TaskData, model: T5
+) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
+    """Each member's metrics (``task/metric`` where there are several tasks), and predictions."""
+    scores: list[dict[str, float]] = [{} for _ in range(members.number)]
+    predictions = {}
+    for name, examples in data.evaluation.items():
+        labels = examples.task.labels
+        predictor = build_predictor(
+            experiment, members.graphdef, vocabulary_of(model), labels=labels
+        )
+        predictions[name] = predictor.predict(
+            tuned, members.frozen, examples, members=members.number
+        )
+        prefix = f"{name}/" if len(data.evaluation) > 1 else ""
+        for own, values in zip(
+            scores, score_members(examples, predictions[name]), strict=True
+        ):
+            own.update({f"{prefix}{metric}": value for metric, value in values.items()})
+    return scores, predictions
+
+
+def member_names(experiment: Experiment) -> tuple[str, ...]:
+    """A name per member that says what sets it apart, fit for a file."""
+    training = experiment.training
+    names = []
+    for number, seed in enumerate(training.seeds):
+        parts = [f"seed_{seed}"]
+        if training.learning_rates:
+            parts.append(f"lr_{training.learning_rates[number]:g}")
+        if training.inits:
+            parts.append(training.inits[number])
+        names.append("_".join(parts))
+    return tuple(names)
+
+
+def workdir_of(experiment: Experiment) -> Path:
+    """The run's folder; UserError where none is named."""
+    if not experiment.training.workdir:
+        raise UserError("training.workdir is empty; say where to keep the run with --workdir")
+    return Path(experiment.training.workdir).expanduser()
+
+
+def _first_metric(eval_sets: list[TokenizedExamples]) -> str:
+    first = eval_sets[0].task
+    if not first.metrics:
+        raise UserError(f"task {first.name!r} has no metric; name one in data.metrics")
+    prefix = f"{first.name}/" if len(eval_sets) > 1 else ""
+    return prefix + first.metrics[0].name

@@ -1,0 +1,352 @@
+"""``prompt-tuning train | eval | predict | tasks | inspect``: argument parsing only.
+
+What takes long to import is imported by the command that needs it, so that ``--help`` is at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from prompt_tuning_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from prompt_tuning_jax.experiment import Experiment
+
+# Options that are short for a field.
+_SHORT = {
+    "model": "model.name_or_path",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "workdir": "training.workdir",
+    "seeds": "training.seeds",
+    "steps": "training.steps",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for wrong input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args, unknown = build_parser().parse_known_args(rewrite_gin_flags(argv))
+        if unknown:
+            _refuse_unknown(unknown[0], args.options)
+        args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
+    """``--gin.NAME=VALUE`` -> ``--gin_bindings=NAME=VALUE``, as T5X does it."""
+    for arg in argv:
+        if arg.startswith("--gin.") and "=" not in arg:
+            raise UserError(f"{arg}: expected --gin.NAME=VALUE, without spaces")
+    return [
+        f"--gin_bindings={arg.removeprefix('--gin.')}" if arg.startswith("--gin.") else arg
+        for arg in argv
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``args.run`` is the command's function."""
+    parser = argparse.ArgumentParser(
+        prog="prompt-tuning",
+        description="Prompt tuning for T5 in JAX.",
+        epilog="prompt-tuning COMMAND --help says more about each.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _add_command(
+        commands,
+        "train",
+        _train,
+        "train prompts on a frozen T5",
+        example="train configs/quickstart.py --set optimizer.learning_rate=0.1",
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG.py", help="file with get_config()")
+    _add_config_options(train)
+    _add_data_options(train)
+    train.add_argument("--workdir", metavar="FOLDER", help="where the run is kept; resumes a run")
+    train.add_argument("--seeds", metavar="0,1,2", help="one prompt for each, trained at once")
+    train.add_argument("--steps", metavar="N", help="how many optimizer steps")
+
+    evaluate = _add_command(
+        commands,
+        "eval",
+        _eval,
+        "score prompts one by one, and the vote of them all",
+        example="eval --prompt runs/quickstart --split test",
+    )
+    evaluate.add_argument(
+        "config", nargs="?", metavar="CONFIG.py", help="default: the config of the prompt's run"
+    )
+    _add_prompt_option(evaluate)
+    evaluate.add_argument("--split", help="split of the task (default: data.eval_split)")
+    _add_config_options(evaluate)
+    _add_data_options(evaluate)
+    evaluate.add_argument("--output", metavar="FILE.json", help="also write the scores there")
+
+    predict = _add_command(
+        commands,
+        "predict",
+        _predict,
+        "print one prediction a line, for one text each",
+        example="predict --prompt runs/quickstart 'valence: lovely'",
+    )
+    predict.add_argument("text", nargs="*", metavar="TEXT", help="inputs (default: lines of stdin)")
+    _add_prompt_option(predict)
+    predict.add_argument("--input", metavar="FILE.txt", help="one input a line")
+    predict.add_argument("--output", metavar="FILE", help="write there instead of to stdout")
+    predict.add_argument(
+        "--json", action="store_true", help="JSON lines, with log-probabilities and votes"
+    )
+    predict.add_argument(
+        "--config", metavar="CONFIG.py", help="default: the config of the prompt's run"
+    )
+    _add_config_options(predict)
+    predict.add_argument("--model", metavar="NAME", help="bundled name or folder")
+
+    tasks = _add_command(
+        commands,
+        "tasks",
+        _tasks,
+        "list the tasks, or show examples of one",
+        example="tasks word_valence --split test",
+    )
+    tasks.add_argument("name", nargs="?", metavar="NAME", help="show examples of this task")
+    tasks.add_argument("--split", default="train", help="(default: train)")
+    tasks.add_argument("--limit", type=_positive, default=5, metavar="N", help="(default: 5)")
+    tasks.add_argument("--model", metavar="NAME", help="whose vocabulary (default: tiny)")
+
+    inspect = _add_command(
+        commands,
+        "inspect",
+        _inspect,
+        "say what a model folder, prompt file or run is",
+        example="inspect runs/quickstart",
+    )
+    inspect.add_argument("path", metavar="PATH")
+    return parser
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, *, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example: prompt-tuning {example}",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, options=parser._option_string_actions)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("config")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="replace any field, for instance optimizer.learning_rate=0.1; repeatable",
+    )
+    group.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE.gin", help="repeatable"
+    )
+    group.add_argument(
+        "--gin_search_paths", default="", metavar="A,B", help="folders to look for gin files in"
+    )
+    group.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a macro or parameter; also written --gin.NAME=VALUE; repeatable",
+    )
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", metavar="NAME", help="bundled name or folder")
+    group.add_argument("--data", metavar="FILE", help="your training examples: jsonl, csv or tsv")
+    group.add_argument("--eval_data", metavar="FILE", help="your examples to evaluate on")
+
+
+def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a prompt file, or a run's folder for its best prompts; repeatable",
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    experiment = _experiment(args)
+    from prompt_tuning_jax import commands
+
+    commands.train(experiment)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    if args.data and not args.eval_data and not args.split:
+        raise UserError(
+            "--data is the training file, for its labels; name the examples to evaluate on with "
+            "--eval_data"
+        )
+    experiment = _experiment(args)
+    from prompt_tuning_jax import commands
+    from prompt_tuning_jax.result_table import print_scores, scores_as_dict
+
+    result = commands.evaluate(experiment, prompts=args.prompt, split=args.split)
+    print_scores(result)
+    if args.output:
+        _write(args.output, json.dumps(scores_as_dict(result), indent=2, ensure_ascii=False) + "\n")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    inputs = _inputs(args)
+    from prompt_tuning_jax.experiment import Evaluation, Experiment
+
+    # Without a config there are no labels to rank: the model writes its answer.
+    bare = Experiment(evaluation=Evaluation(strategy="greedy"))
+    experiment = _experiment(args, bare if args.prompt or args.model else None)
+    from prompt_tuning_jax import commands
+
+    predictions = commands.predict(experiment, prompts=args.prompt, inputs=inputs)
+    lines = []
+    for text, found in zip(inputs, predictions, strict=True):
+        if args.json:
+            fields = {
+                "input": text,
+                "prediction": found.prediction,
+                "log_probs": found.log_probs,
+                "votes": found.votes,
+            }
+            fields = {name: value for name, value in fields.items() if value is not None}
+            lines.append(json.dumps(fields, ensure_ascii=False))
+        else:
+            lines.append(" ".join(found.prediction.splitlines()))
+    output = "".join(f"{line}\n" for line in lines)
+    if args.output:
+        _write(args.output, output)
+    else:
+        sys.stdout.write(output)
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    if args.name is None:
+        rows = list(commands.tasks())
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, description in rows:
+            print(f"{name:{width}}  {description}".rstrip())
+        return
+    model = {"model": args.model} if args.model else {}
+    for example in commands.examples(args.name, split=args.split, limit=args.limit, **model):
+        for name, value in example.items():
+            print(f"{name}: {value}")
+        print()
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    if not Path(args.path).exists():
+        raise UserError(f"{args.path}: no such file or folder")
+    from prompt_tuning_jax import commands
+
+    rows = list(commands.inspect(args.path))
+    width = max((len(field) for field, _ in rows), default=0)
+    for field, value in rows:
+        print(f"{field:{width}}  {value}")
+
+
+def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -> "Experiment":
+    """The experiment that the arguments name, with the short options and ``--set`` applied."""
+    from prompt_tuning_jax.config_file import load_config, run_config
+    from prompt_tuning_jax.overrides import apply_overrides
+    from prompt_tuning_jax.validation import validate
+
+    prompts = getattr(args, "prompt", [])
+    for path in prompts:
+        if not Path(path).exists():
+            raise UserError(f"--prompt {path}: no such file or folder")
+    gin = bool(args.gin_file or args.gin_bindings)
+    if args.config and gin:
+        raise UserError(f"give either {args.config} or gin files and bindings, not both")
+
+    if args.config:
+        experiment = load_config(args.config)
+    elif gin:
+        from prompt_tuning_jax.gin_configs import experiment_from_gin
+
+        experiment = experiment_from_gin(
+            args.gin_file, args.gin_bindings, args.gin_search_paths.split(",")
+        )
+    elif (saved := next((e for p in prompts if (e := run_config(p))), None)) is not None:
+        experiment = saved
+    elif default is not None:
+        experiment = default
+    else:
+        run = ", or the --prompt of a run" if "prompt" in args else ""
+        raise UserError(f"no config; give CONFIG.py or --gin_file=FILE.gin{run}")
+
+    short = [(field, getattr(args, name, None)) for name, field in _SHORT.items()]
+    overrides = [f"{field}={value}" for field, value in short if value is not None]
+    return validate(apply_overrides(experiment, [*overrides, *args.set]))
+
+
+def _inputs(args: argparse.Namespace) -> list[str]:
+    if args.text and args.input:
+        raise UserError("give either TEXT or --input, not both")
+    if args.text:
+        return list(args.text)
+    if args.input is None and sys.stdin.isatty():
+        raise UserError("no input: give TEXT, --input FILE.txt, or lines on stdin")
+    try:
+        text = Path(args.input).read_text(encoding="utf-8") if args.input else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the input {args.input or 'from stdin'}: {error}") from None
+    if not text.strip():
+        raise UserError(f"the input {args.input or 'from stdin'} is empty")
+    return text.removesuffix("\n").split("\n")
+
+
+def _write(name: str, text: str) -> None:
+    from prompt_tuning_jax.checkpoints.atomic import written_aside
+
+    path = Path(name)
+    if path.exists() and not path.is_file():  # /dev/stdout is written to, never replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _refuse_unknown(arg: str, options: Sequence[str]) -> NoReturn:
+    from prompt_tuning_jax.data.suggest import suggest
+
+    name = arg.partition("=")[0]
+    known = [option for option in options if option.startswith("--")]
+    near = suggest(name, known) if name.startswith("-") else "quote a text that has spaces"
+    raise UserError(f"unknown argument {name!r}: {near}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,225 @@
+"""What the commands do: train, evaluate, predict, tasks, inspect."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
+from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.data.task import Source, Task, get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tokenize import tokenize
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.opened_prompts import open_prompts
+from prompt_tuning_jax.pretraining import TextData
+from prompt_tuning_jax.run import RunResult, train
+from prompt_tuning_jax.training.evaluate import Predictions
+from prompt_tuning_jax.typing import HostArray
+
+__all__ = [
+    "EvalResult",
+    "Prediction",
+    "RunResult",
+    "evaluate",
+    "examples",
+    "inspect",
+    "predict",
+    "tasks",
+    "train",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's."""
+
+    names: tuple[str, ...]
+    per_prompt: list[dict[str, float]]
+    mean: dict[str, float]
+    best: dict[str, float]
+    ensemble: dict[str, float] | None
+    split: str
+    predictions: Mapping[str, Predictions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """For one input: the (majority's) text, label log-probabilities of the mean, and votes."""
+
+    prediction: str
+    log_probs: dict[str, float] | None
+    votes: dict[str, int] | None
+
+
+def evaluate(
+    experiment: Experiment, *, prompts: Sequence[str | HostArray], split: str | None = None
+) -> EvalResult:
+    """Scores prompts one by one and their majority vote, with one frozen model.
+
+    ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``; none is
+    the bare model.  ``split`` is ``data.eval_split`` unless given.
+    """
+    model = build.build_model(experiment)
+    loaded = open_prompts(experiment, model, prompts)
+    data = build.build_data(
+        experiment, build.vocabulary_of(model), split=split, training=False
+    )
+    if isinstance(data, TextData):
+        raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
+    scores: list[dict[str, float]] = []
+    predictions: dict[str, list[Predictions]] = {}
+    for members in loaded.groups:
+        own, found = build.evaluate_members(experiment, members, members.tuned, data, model)
+        scores += own
+        for task, part in found.items():
+            predictions.setdefault(task, []).append(part)
+    joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
+    metrics = list(scores[0])
+    sign = -1 if data.best_by.endswith("loss") else 1
+    ensemble: dict[str, float] | None = None
+    if len(scores) > 1:
+        ensemble = {}
+        for task, examples in data.evaluation.items():
+            texts = [vote.prediction for vote in joined[task].votes()]
+            prefix = f"{task}/" if len(data.evaluation) > 1 else ""
+            values = examples.task.score(examples.texts, texts)
+            ensemble.update({f"{prefix}{name}": value for name, value in values.items()})
+    return EvalResult(
+        names=loaded.names,
+        per_prompt=scores,
+        mean={name: float(np.mean([own[name] for own in scores])) for name in metrics},
+        best=max(scores, key=lambda own: sign * own[data.best_by]),
+        ensemble=ensemble,
+        split=split or experiment.data.eval_split,
+        predictions=joined,
+    )
+
+
+def predict(
+    experiment: Experiment, *, prompts: Sequence[str], inputs: Sequence[str]
+) -> list[Prediction]:
+    """Predicts for texts as they are (no template is applied)."""
+    model = build.build_model(experiment)
+    words = build.vocabulary_of(model)
+    loaded = open_prompts(experiment, model, prompts)
+    labels = loaded.labels or _labels_of(experiment)
+    task = _texts_as_task(inputs)
+    examples = tokenize(
+        task,
+        "predict",
+        words,
+        inputs_length=experiment.data.inputs_length,
+        targets_length=experiment.data.targets_length,
+        use_cache=False,
+    )
+    if experiment.evaluation.strategy == "rank" and not labels:
+        experiment = dataclasses.replace(
+            experiment, evaluation=dataclasses.replace(experiment.evaluation, strategy="greedy")
+        )
+    parts = []
+    for members in loaded.groups:
+        predictor = build.build_predictor(experiment, members.graphdef, words, labels=labels)
+        parts.append(
+            predictor.predict(members.tuned, members.frozen, examples, members=members.number)
+        )
+    predictions = Predictions.joined(parts)
+    return [
+        Prediction(
+            prediction=vote.prediction,
+            log_probs=_mean_log_probs([known[i] for known in predictions.log_probs_EN]),
+            votes=dict(vote.votes) if len(predictions.texts_EN) > 1 else None,
+        )
+        for i, vote in enumerate(predictions.votes())
+    ]
+
+
+def tasks() -> Iterator[tuple[str, str]]:
+    """Every task and mixture that can be named, with its description."""
+    for name in task_names():
+        yield name, get_mixture(name).description
+
+
+def examples(
+    name: str, *, split: str = "train", limit: int = 5, model: str = "tiny"
+) -> Iterator[dict[str, Any]]:
+    """The first examples of a task as the model sees them: texts, ids, lengths."""
+    words = build.vocabulary_of(load_model(model))
+    for example in islice(get_task(name).load(split), limit):
+        shown: dict[str, Any] = dict(example)
+        for side in ("inputs", "targets"):
+            ids = [*words.encode(example[side]), 1]
+            shown[f"{side}_ids"] = ids
+            shown[f"{side}_length"] = len(ids)
+        yield shown
+
+
+def inspect(path: str) -> Iterator[tuple[str, str]]:
+    """What a model folder, a prompt file or a run's folder is, as (field, value)."""
+    place = Path(path)
+    if place.is_dir() and (place / run_folder.RUN_CONFIG).is_file():
+        experiment = run_config(path)
+        if experiment is not None:
+            yield from _inspect_run(place, experiment)
+            return
+    if place.is_dir():
+        model = load_model(path)
+        kind = "T5X checkpoint" if (place / t5x.INDEX).is_file() else "Hugging Face folder"
+        yield "kind", f"model ({kind})"
+        for field, value in dataclasses.asdict(model.config).items():
+            yield field, str(value)
+        yield "parameters", f"{tree.count(tree.split(model)[1]):,}"
+        yield "vocabulary", "none" if model.vocabulary is None else repr(model.vocabulary)
+        yield "fingerprint", build.model_fingerprint(model)
+        return
+    prompt_PD, metadata = load_prompt_with_metadata(place)
+    yield "kind", "prompt"
+    yield "length", str(prompt_PD.shape[0])
+    yield "width", str(prompt_PD.shape[1])
+    norms = np.linalg.norm(prompt_PD, axis=1)
+    yield "row norms", f"{norms.min():.3g} to {norms.max():.3g}, mean {norms.mean():.3g}"
+    for field, value in vars(metadata).items():
+        if value not in ("", None, ()):
+            yield field.replace("_", " "), str(value)
+
+
+def _inspect_run(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]:
+    yield "kind", "run"
+    yield "model", experiment.model.name_or_path
+    yield "method", type(experiment.method).__name__
+    yield "data", experiment.data.train or experiment.data.task
+    yield "steps", str(experiment.training.steps)
+    for step in sorted((folder / "checkpoints" / "last").glob("[0-9]*")):
+        yield "last checkpoint", f"step {step.name}"
+    for file in sorted((folder / run_folder.PROMPTS).glob("*.safetensors")):
+        prompt_PD, metadata = load_prompt_with_metadata(file)
+        score = "" if metadata.score is None else f"{metadata.metric} {metadata.score:.2f} at "
+        yield file.name, f"{list(prompt_PD.shape)}, {score}step {metadata.steps}"
+
+
+def _labels_of(experiment: Experiment) -> tuple[str, ...]:
+    mixture = build.build_mixture(experiment.data)
+    return tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
+
+
+def _texts_as_task(inputs: Sequence[str]) -> Task:
+    rows = [{"inputs": text, "targets": ""} for text in inputs]
+    source = Source(
+        splits=("predict",), rows=lambda split, data_dir: rows, fingerprint=lambda split, _: ""
+    )
+    return Task(name="inputs", source=source)
+
+
+def _mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """Each text's log-probability, averaged over the members that know it."""
+    texts = dict.fromkeys(text for known in known_E for text in known)
+    return {
+        text: float(np.mean([known[text] for known in known_E if text in known])) for text in texts
+    }

@@ -1,0 +1,111 @@
+"""Configs as files: a Python file with ``get_config()``, and the JSON file of a run."""
+
+import inspect
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import get_type_hints
+
+from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.overrides import checked_experiment, from_json, group_classes
+
+# Not config.json: that is what says that a folder holds a model of Hugging Face's.
+RUN_CONFIG = "experiment.json"
+
+# What Python says when a dataclass does not have a field.
+_NO_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def load_config(path: str) -> Experiment:
+    """Run a Python file and return what its ``get_config()`` returns.
+
+    UserError for a file that is missing or is not Python, no ``get_config``, a result that is not
+    an Experiment, a misspelt field and a value of another type.  Other errors of the file are
+    passed on with their traceback, which is what its author needs.
+    """
+    file = Path(path)
+    if file.suffix == ".gin":
+        raise UserError(f"{path} is a gin file; give it as --gin_file={path}")
+    try:
+        source = file.read_bytes()
+    except FileNotFoundError:
+        near = suggest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
+        raise UserError(f"no config file {path}; in {file.parent}: {near}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+
+    # Not imported: a config is found by its path, and leaves no compiled file beside it.
+    module = ModuleType(file.stem)
+    module.__file__ = path
+    try:
+        code = compile(source, path, "exec")
+    except SyntaxError as error:
+        raise UserError(f"{path} line {error.lineno or 1}: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not Python: {error}") from None
+    try:
+        exec(code, module.__dict__)
+        experiment = _get_config(module, path)()
+    except TypeError as error:
+        found = _NO_FIELD.search(str(error))
+        names = _fields_of(found[1]) if found else None
+        if not found or names is None:
+            raise
+        line = _line_in(path, error.__traceback__)
+        raise UserError(
+            f"{path} line {line}: {found[1]} has no field {found[2]!r}: {suggest(found[2], names)}"
+        ) from None
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"{path}: get_config() must return an Experiment and returned "
+            f"{type(experiment).__name__}"
+        )
+    try:
+        return checked_experiment(experiment)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def run_config(prompt: str) -> Experiment | None:
+    """The experiment of the run that a prompt belongs to, from the run's ``experiment.json``.
+
+    ``prompt`` is the run's working directory, or a file in it or one folder below.  None where
+    there is no such file; UserError for one that cannot be read as an experiment.
+    """
+    path = Path(prompt)
+    for folder in [path] if path.is_dir() else list(path.parents)[:2]:
+        file = folder / RUN_CONFIG
+        if not file.is_file():
+            continue
+        try:
+            return from_json(file.read_text(encoding="utf-8"))
+        except (UserError, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: {error}") from None
+    return None
+
+
+def _get_config(module: ModuleType, path: str) -> Callable[[], object]:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} has no function get_config() that returns an Experiment")
+    try:
+        inspect.signature(get_config).bind()
+    except TypeError:
+        raise UserError(f"{path}: get_config() must need no arguments") from None
+    found: Callable[[], object] = get_config
+    return found
+
+
+def _fields_of(class_name: str) -> list[str] | None:
+    annotations = get_type_hints(Experiment).values()
+    classes = [Experiment, *(cls for each in annotations for cls in group_classes(each))]
+    return next((list(get_type_hints(c)) for c in classes if c.__name__ == class_name), None)
+
+
+def _line_in(path: str, trace: TracebackType | None) -> int | None:
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
+    return lines[-1] if lines else None

@@ -1,0 +1,77 @@
+"""What a function computes, as a string: part of the key under which its results are cached."""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def code_identity(value: Any) -> str:
+    """Describe a function and what it closes over so that an edit changes the description.
+
+    A function is described by its name and by the text of the whole module that defines it (its
+    helpers are there), partial arguments and closed-over values included.  Not seen: edits of
+    other modules that it calls, and the state of objects of unknown kinds.  Memory addresses
+    never enter, so the description is the same in every process.
+    """
+    return _describe(value, depth=0)
+
+
+def _describe(value: Any, depth: int) -> str:
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if depth > 8:  # a cycle, most likely
+        return "..."
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, value.keywords]
+        return f"partial({_describe_all(parts, depth)})"
+    if isinstance(value, Mapping):
+        items = [f"{key!r}: {_describe(item, depth + 1)}" for key, item in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list | tuple):
+        return f"({_describe_all(value, depth)})"
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(_describe(item, depth + 1) for item in value)) + "}"
+    if dataclasses.is_dataclass(value) and not inspect.isclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{_describe(type(value), depth)}{_describe(fields, depth)}"
+    if hasattr(value, "__wrapped__"):  # cached by functools, for instance
+        return f"wrapped({_describe(value.__wrapped__, depth + 1)})"
+    if inspect.ismethod(value):
+        return f"{_describe(value.__func__, depth)} of {type(value.__self__).__qualname__}"
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        defaults = [value.__defaults__, value.__kwdefaults__]
+        return (
+            f"{value.__module__}.{value.__qualname__}@{_module_digest(value)}"
+            f"[{_describe_all([*defaults, *cells], depth)}]"
+        )
+    kind = value if inspect.isclass(value) else type(value)
+    return f"<{kind.__module__}.{kind.__qualname__}@{_module_digest(kind)}>"
+
+
+def _describe_all(values: Any, depth: int) -> str:
+    return ", ".join(_describe(value, depth + 1) for value in values)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # a name that its function has not assigned yet
+        return False
+    return True
+
+
+def _module_digest(code: Any) -> str:
+    try:
+        path = inspect.getsourcefile(code)
+    except TypeError:  # built in
+        return ""
+    if not path or not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

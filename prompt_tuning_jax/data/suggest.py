@@ -1,0 +1,23 @@
+"""The end of an error message about an unknown name: the nearest name, and what there is."""
+
+import difflib
+from collections.abc import Iterable
+
+_MAX_LISTED = 12
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names was probably meant, and list them when they are few.
+
+    >>> suggest("acuracy", ["accuracy", "f1_macro"])
+    "did you mean 'accuracy'? There are: accuracy, f1_macro"
+    """
+    names = list(known)
+    if not names:
+        return "there are none"
+    listed = ", ".join(names[:_MAX_LISTED])
+    if len(names) > _MAX_LISTED:
+        listed += f" and {len(names) - _MAX_LISTED} more"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    question = f"did you mean {near[0]!r}? " if near else ""
+    return f"{question}There are: {listed}"

@@ -1,0 +1,203 @@
+"""Examples tokenised once, cached, and held uncut."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prompt_tuning_jax.data.example_cache import (
+    Entry,
+    cache_key,
+    default_cache_dir,
+    open_entry,
+    write_entry,
+)
+from prompt_tuning_jax.data.ragged import Ragged, make_ragged
+from prompt_tuning_jax.data.task import Example, Task
+from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+
+_TEXTS_AT_ONCE = 4096
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedExamples:
+    """A split of a task as token ids, and the lengths to which batches of it are cut and padded.
+
+    Attributes:
+      task, split: where it comes from.
+      inputs, targets: uncut token ids, EOS included.
+      inputs_length, targets_length: in tokens, EOS included.
+    """
+
+    task: Task
+    split: str
+    inputs: Ragged
+    targets: Ragged
+    inputs_length: int
+    targets_length: int
+    load_texts: Callable[[], list[Example]]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @functools.cached_property
+    def texts(self) -> list[Example]:
+        """The examples as text, in the same order; read when first asked for."""
+        return self.load_texts()
+
+    @property
+    def num_inputs_cut(self) -> int:
+        """How many inputs are longer than ``inputs_length``."""
+        return self.inputs.num_longer_than(self.inputs_length)
+
+    @property
+    def num_targets_cut(self) -> int:
+        """How many targets are longer than ``targets_length``."""
+        return self.targets.num_longer_than(self.targets_length)
+
+    def report(self) -> str:
+        """One line: how many examples, how long, how many cut."""
+        line = (
+            f"{self.task.name}/{self.split}: {len(self):,} examples, inputs of "
+            f"{self.inputs.lengths.mean():.0f} tokens on average and {self.inputs.lengths.max()} "
+            f"at most"
+        )
+        for name, cut, length in (
+            ("inputs", self.num_inputs_cut, self.inputs_length),
+            ("targets", self.num_targets_cut, self.targets_length),
+        ):
+            if cut:
+                line += f"; {cut:,} {name} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
+        return line
+
+    def select(self, indices: np.ndarray) -> "TokenizedExamples":
+        """The examples at ``indices``, in that order."""
+        return replace(
+            self,
+            inputs=self.inputs.select(indices),
+            targets=self.targets.select(indices),
+            load_texts=lambda: [self.texts[int(i)] for i in indices],
+        )
+
+    def at_most(self, number: int) -> "TokenizedExamples":
+        """Evenly spaced examples, ``number`` of them (files are often sorted by label); 0: all."""
+        if not 0 < number < len(self):
+            return self
+        return self.select(np.arange(number) * len(self) // number)
+
+
+def tokenize(
+    task: Task,
+    split: str,
+    vocabulary: AnyVocabulary,
+    *,
+    inputs_length: int,
+    targets_length: int,
+    data_dir: str = "",
+    cache_dir: str | os.PathLike[str] | None = None,
+    use_cache: bool = True,
+) -> TokenizedExamples:
+    """Tokenise a split of a task, or open what an earlier call has cached.
+
+    Args:
+      task: whose examples.
+      split: which of the task's splits.
+      vocabulary: makes the ids.
+      inputs_length: in tokens, EOS included.  The cache holds uncut ids, so that other lengths use
+        the same entry.
+      targets_length: likewise.
+      data_dir: handed to the task's source.
+      cache_dir: default ``default_cache_dir()``; where that cannot be written the examples are
+        kept in memory, with a warning.
+      use_cache: False neither reads nor writes the disk.
+
+    Raises UserError for an unknown split, an empty one, a label longer than ``targets_length``, two
+    labels of the same tokens, and a ``cache_dir`` that cannot be written.
+    """
+    _check_lengths(inputs_length, targets_length)
+    check_labels(task, vocabulary, targets_length=targets_length)
+    # Both make no difference to the entry: built afresh, or found on the disk.
+    build = functools.partial(_build, task, split, vocabulary, data_dir)
+    if use_cache:
+        parts = [split, task.fingerprint(split, data_dir), vocabulary.fingerprint]
+        folder = Path(cache_dir or default_cache_dir()) / cache_key(parts)
+        about = {"task": task.name, "split": split, "vocabulary": repr(vocabulary)}
+        entry = _open_or_build(folder, build, about, must_write=cache_dir is not None)
+    else:
+        entry = build()
+    return TokenizedExamples(
+        task=task,
+        split=split,
+        inputs=entry.inputs,
+        targets=entry.targets,
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        load_texts=entry.load_texts,
+    )
+
+
+def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
+    """Raise UserError if a label is longer than ``targets_length`` or looks like another one."""
+    seen: dict[tuple[int, ...], str] = {}
+    for label in task.labels:
+        ids = tuple(vocabulary.encode(label))
+        if len(ids) + 1 > targets_length:
+            raise UserError(
+                f"task {task.name!r}: the label {label!r} has {len(ids) + 1} tokens, the end of "
+                f"sequence included, and data.targets_length is {targets_length}; raise it"
+            )
+        if ids in seen:
+            raise UserError(
+                f"task {task.name!r}: the labels {seen[ids]!r} and {label!r} have the same tokens "
+                "in this vocabulary; rename one"
+            )
+        seen[ids] = label
+
+
+def _check_lengths(inputs_length: int, targets_length: int) -> None:
+    for field, length in (("inputs_length", inputs_length), ("targets_length", targets_length)):
+        if length < 1:
+            raise UserError(f"data.{field} is {length} and must be at least 1")
+
+
+def _open_or_build(
+    folder: Path, build: Callable[[], Entry], about: dict[str, str], *, must_write: bool
+) -> Entry:
+    entry = open_entry(folder)
+    if entry is not None:
+        return entry
+    built = build()
+    try:
+        write_entry(folder, built, about={**about, "examples": len(built.inputs)})
+    except UserError as error:
+        if must_write:
+            raise
+        _log.warning("%s; the examples stay in memory", error)
+        return built
+    # Memory-mapped from now on; the examples in memory can go.
+    return open_entry(folder) or built
+
+
+def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> Entry:
+    texts = list(task.load(split, data_dir))
+    if not texts:
+        raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
+    return Entry(
+        inputs=make_ragged(_encoded((example["inputs"] for example in texts), vocabulary)),
+        targets=make_ragged(_encoded((example["targets"] for example in texts), vocabulary)),
+        load_texts=lambda: texts,
+    )
+
+
+def _encoded(texts: Iterable[str], vocabulary: AnyVocabulary) -> Iterable[np.ndarray]:
+    pending = list(texts)
+    for start in range(0, len(pending), _TEXTS_AT_ONCE):
+        for ids in vocabulary.encode_batch(pending[start : start + _TEXTS_AT_ONCE]):
+            yield np.asarray([*ids, EOS_ID], np.int32)

@@ -1,0 +1,26 @@
+"""Decoders: each sees a function from tokens, position and cache to logits, never a model."""
+
+from prompt_tuning_jax.decoding.beam import (
+    BeamRule,
+    Beams,
+    HuggingFaceRule,
+    T5XRule,
+    beam_search,
+)
+from prompt_tuning_jax.decoding.greedy import Decoded, StepFn, greedy
+from prompt_tuning_jax.decoding.rank import rank, sequence_log_probs
+from prompt_tuning_jax.decoding.sampling import sample
+
+__all__ = [
+    "BeamRule",
+    "Beams",
+    "Decoded",
+    "HuggingFaceRule",
+    "StepFn",
+    "T5XRule",
+    "beam_search",
+    "greedy",
+    "rank",
+    "sample",
+    "sequence_log_probs",
+]

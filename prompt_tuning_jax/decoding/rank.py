@@ -1,0 +1,71 @@
+"""Scores given label strings instead of writing text (rank classification)."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import Array, HostArray
+
+# decoder_input_S int32, one label for the whole batch -> logits_BSV.  Encoder output and
+# cross-attention keys belong in its closure, so that they are computed once for all labels.
+DecodeLogits: TypeAlias = Callable[[Array], Array]
+
+
+def rank(
+    decode_logits: DecodeLogits,
+    labels_CS: Array | HostArray,
+    *,
+    normalize_length: bool = False,
+    start_id: int = 0,
+    max_logits: int = 2**26,
+) -> Array:
+    """Summed log-probability of each label for each example: scores_BC float32.
+
+    ``labels_CS`` holds each label's tokens, its end-of-sequence token included, then zeros.
+    ``normalize_length`` divides by the number of tokens, which takes the handicap from long labels.
+    As many labels are decoded at once as keep [labels, B, S, V] within ``max_logits`` numbers, and
+    at least one: C times the logits of a batch need not fit in memory.
+    """
+    if isinstance(labels_CS, np.ndarray) and not labels_CS.any(axis=1).all():
+        empty = int(np.argmin(labels_CS.any(axis=1)))
+        raise UserError(f"label number {empty} has no tokens: give every label a text")
+    labels_CS = jnp.asarray(labels_CS, jnp.int32)
+
+    def score_label(label_S: Array) -> Array:
+        decoder_input_S = jnp.concatenate([jnp.full((1,), start_id, jnp.int32), label_S[:-1]])
+        logits_BSV = decode_logits(decoder_input_S)
+        return sequence_log_probs(
+            logits_BSV,
+            jnp.broadcast_to(label_S, logits_BSV.shape[:2]),
+            normalize_length=normalize_length,
+        )
+
+    num_labels = labels_CS.shape[0]
+    logits_per_label = jax.eval_shape(decode_logits, labels_CS[0]).size
+    at_once = max(1, max_logits // logits_per_label)
+    if at_once >= num_labels:
+        scores_CB: Array = jax.vmap(score_label)(labels_CS)
+    else:
+        scores_CB = lax.map(score_label, labels_CS, batch_size=at_once)
+    return scores_CB.T
+
+
+def sequence_log_probs(
+    logits_BSV: Array, targets_BS: Array, *, normalize_length: bool = False
+) -> Array:
+    """Log-probability of each target sequence, summed in float32 over its non-padding tokens.
+
+    ``targets_BS`` int32, 0 being padding.  Returns [B]; ``normalize_length`` makes it the mean.
+    """
+    logits_BSV = logits_BSV.astype(jnp.float32)
+    # logsumexp and one gather: log_softmax would write another [B, S, V].
+    at_target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    log_probs_BS = at_target_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
+    real_BS = targets_BS != 0
+    total_B = jnp.sum(log_probs_BS, axis=-1, where=real_BS)
+    return total_B / jnp.maximum(real_BS.sum(axis=-1), 1) if normalize_length else total_B

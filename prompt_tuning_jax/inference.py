@@ -1,0 +1,295 @@
+"""Uses a model with a prompt: encode, generate text, score text.
+
+The lower half works on any method and on E members at once: their tuned arrays carry a leading
+axis E, the frozen model is there once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule, beam_search
+from prompt_tuning_jax.decoding.greedy import greedy
+from prompt_tuning_jax.decoding.rank import rank, sequence_log_probs
+from prompt_tuning_jax.decoding.sampling import sample
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.models.slots import Slots
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray
+
+# Token ids [B, T] with 0 as padding, or texts where the model has its vocabulary.
+Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
+Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
+EOS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is written; static, so that each way is compiled once."""
+
+    strategy: Strategy = "greedy"
+    max_length: int = 32
+    num_beams: int = 4
+    beam_rule: BeamRule = T5XRule()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What ``generate`` writes, best first where there are several.
+
+    ``ids`` ``[B, S]``, or ``[B, K, S]`` for beams, zeros behind the end; ``scores`` ``[B]`` or
+    ``[B, K]``: summed log-probability, for beams by their rule; ``texts`` where the model has a
+    vocabulary: the (best) text of each row.
+    """
+
+    ids: HostArray
+    scores: HostArray
+    texts: list[str] | None
+
+
+def encode(model: T5, encoder_input_tokens: Inputs, prompt: Array | None = None) -> Array:
+    """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
+    tokens_BT = token_ids(model, encoder_input_tokens)
+    return model.encode(tokens_BT, as_prompt(model, prompt, batch=len(tokens_BT))).hidden_BUD
+
+
+def generate(
+    model: T5,
+    inputs: Inputs,
+    prompt: Array | HostArray | None = None,
+    strategy: Strategy = "greedy",
+    *,
+    max_length: int = 32,
+    num_beams: int = 4,
+    length_penalty: float = 0.6,
+    beam_rule: Literal["t5x", "hf"] = "t5x",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Generated:
+    """Writes at most ``max_length`` tokens for each input, the end-of-sequence token included.
+
+    ``prompt`` is ``[P, D]``, one per example ``[B, P, D]``, or None for the bare model.
+    ``length_penalty`` is the exponent of the beam rule; ``temperature``, ``top_k``, ``top_p`` and
+    ``seed`` are for ``sample``.
+    """
+    rules: dict[str, BeamRule] = {
+        "t5x": T5XRule(alpha=length_penalty),
+        "hf": HuggingFaceRule(length_penalty=length_penalty),
+    }
+    if strategy not in ("greedy", "beam", "sample") or beam_rule not in rules:
+        raise UserError(
+            f"strategy is {strategy!r} and beam_rule {beam_rule!r}; choose greedy, beam or sample, "
+            "and t5x or hf"
+        )
+    writing = Writing(
+        strategy=strategy,
+        max_length=max_length,
+        num_beams=num_beams,
+        beam_rule=rules[beam_rule],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    tokens_BT = token_ids(model, inputs)
+    graphdef, tuned, frozen = _with_prompt(model, prompt, batch=len(tokens_BT))
+    ids, scores = write(graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(seed))
+    ids, scores = np.asarray(ids[0]), np.asarray(scores[0])
+    best_BS = ids[:, 0] if ids.ndim == 3 else ids
+    words = model.vocabulary
+    texts = None if words is None else [words.decode(row.tolist()) for row in best_BS]
+    return Generated(ids=ids, scores=scores, texts=texts)
+
+
+def score(
+    model: T5, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+) -> HostArray:
+    """The summed log-probability ``[B]`` of each target given its input, in float32."""
+    tokens_BT = token_ids(model, inputs)
+    targets_BS = token_ids(model, targets)
+    if len(targets_BS) != len(tokens_BT):
+        raise UserError(f"there are {len(tokens_BT)} inputs and {len(targets_BS)} targets")
+    graphdef, tuned, frozen = _with_prompt(model, prompt, batch=len(tokens_BT))
+    return np.asarray(_score(graphdef, tuned, frozen, tokens_BT, targets_BS)[0])
+
+
+def token_ids(model: T5, inputs: Inputs) -> HostArray:
+    """Token ids ``[B, T]`` int32, padded with 0; texts get an end-of-sequence token."""
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    if not isinstance(inputs, (jax.Array, np.ndarray)) and all(isinstance(x, str) for x in inputs):
+        if model.vocabulary is None:
+            raise UserError("this model came without a vocabulary: give token ids, not text")
+        rows = [[*model.vocabulary.encode(text), EOS] for text in inputs]
+        ids_BT = np.zeros((len(rows), max(map(len, rows), default=1)), np.int32)
+        for row, ids in zip(ids_BT, rows, strict=True):
+            row[: len(ids)] = ids
+        return ids_BT
+    ids_BT = np.asarray(inputs)
+    if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
+        raise UserError(
+            f"token ids are whole numbers of shape [batch, length]; got {ids_BT.dtype} "
+            f"{list(ids_BT.shape)}"
+        )
+    if ids_BT.size and not 0 <= ids_BT.min() <= ids_BT.max() < model.config.vocab_size:
+        raise UserError(
+            f"token ids must be from 0 to {model.config.vocab_size - 1}; "
+            f"got {ids_BT.min()} to {ids_BT.max()}"
+        )
+    return ids_BT.astype(np.int32)
+
+
+def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
+    """The prompt as float32, ``[P, D]`` or ``[B, P, D]``; UserError where it does not fit."""
+    if prompt is None:
+        return None
+    array = jnp.asarray(prompt, jnp.float32)
+    width = model.config.embed_dim
+    if array.ndim not in (2, 3) or array.shape[-1] != width or (
+        array.ndim == 3 and array.shape[0] != batch
+    ):
+        raise UserError(
+            f"a prompt for this model and batch has shape [P, {width}] or [{batch}, P, {width}]; "
+            f"got {list(array.shape)}"
+        )
+    return array
+
+
+def _with_prompt(
+    model: T5, prompt: Array | HostArray | None, *, batch: int
+) -> tuple[nnx.GraphDef[Attached], FlatParams, FlatParams]:
+    """Structure, tuned arrays of one member, and frozen arrays."""
+    array = as_prompt(model, prompt, batch=batch)
+    if array is None:
+        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+    else:
+        attached = PromptTuning().with_prompt(model, array)
+    graphdef, params = tree.split(attached)
+    tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
+    return graphdef, {name: p[None] for name, p in tuned.items()}, frozen
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def label_scores(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    labels_CS: Array,
+    members: int,
+) -> Array:
+    """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
+
+    The encoder and the cross-attention keys are computed once per example and member.  ``members``
+    is E, which a method without tuned arrays does not show.
+    """
+
+    def member(own: FlatParams) -> Array:
+        attached = tree.merge(graphdef, {**frozen, **own})
+        encoded, slots = attached.encode(tokens_BT)
+        rest = replace(slots, encoder_input=None)
+
+        def decode_logits(decoder_input_S: Array) -> Array:
+            tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
+            return attached.model.decode(tokens_BS, encoded, slots=rest)
+
+        return rank(decode_logits, labels_CS)
+
+    return jax.vmap(member, axis_size=members)(tuned)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def write(
+    graphdef: nnx.GraphDef[Attached],
+    writing: Writing,
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    key: Array,
+) -> tuple[Array, Array]:
+    """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
+
+    All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
+    is one member.
+    """
+    members = len(next(iter(tuned.values()))) if tuned else 1
+    batch = tokens_BT.shape[0]
+    rows = members * batch
+
+    def start(own: FlatParams) -> tuple[Any, Any, Array, Slots]:
+        attached = tree.merge(graphdef, {**frozen, **own})
+        encoded, slots = attached.encode(tokens_BT)
+        cross, caches = attached.model.start_decoding(encoded, writing.max_length)
+        return cross, caches, encoded.mask_BU, replace(slots, encoder_input=None)
+
+    cross, caches, mask_EBU, slots = jax.vmap(start, axis_size=members)(tuned)
+
+    def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
+        repeats = tokens_N.shape[0] // rows  # the beams of one example stand side by side
+
+        def member(
+            own: FlatParams, tokens: Array, cache: Any, cross: Any, mask: Array, slots: Slots
+        ) -> tuple[Array, Any]:
+            attached = tree.merge(graphdef, {**frozen, **own})
+            cross, mask = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (cross, mask))
+            return attached.model.decode_step(tokens, position, cache, cross, mask, slots=slots)
+
+        tokens, cache = jax.tree.map(
+            lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
+        )
+        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_EBU, slots)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
+
+    cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
+    size = {"num_rows": rows, "max_length": writing.max_length}
+    if writing.strategy == "beam":
+        beams = beam_search(
+            step, cache, num_beams=writing.num_beams, rule=writing.beam_rule, **size
+        )
+        ids, scores = beams.ids_NKS, beams.scores_NK
+    elif writing.strategy == "sample":
+        decoded = sample(
+            step,
+            cache,
+            key=key,
+            temperature=writing.temperature,
+            top_k=writing.top_k,
+            top_p=writing.top_p,
+            **size,
+        )
+        ids, scores = decoded.ids_NS, decoded.scores_N
+    else:
+        decoded = greedy(step, cache, **size)
+        ids, scores = decoded.ids_NS, decoded.scores_N
+    return (
+        ids.reshape(members, batch, *ids.shape[1:]),
+        scores.reshape(members, batch, *scores.shape[1:]),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    targets_BS: Array,
+) -> Array:
+    def member(own: FlatParams) -> Array:
+        attached = tree.merge(graphdef, {**frozen, **own})
+        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
+        return sequence_log_probs(attached(tokens_BT, inputs_BS), targets_BS)
+
+    return jax.vmap(member, axis_size=1)(tuned)

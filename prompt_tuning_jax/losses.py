@@ -1,0 +1,40 @@
+"""Cross entropy over target tokens, in float32."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TokenSums:
+    """Sums over a batch: loss, real target tokens, examples, and examples wholly right."""
+
+    loss: Array
+    tokens: Array
+    examples: Array
+    correct: Array
+
+
+def token_sums(logits_BSV: Array, targets_BS: Array, *, z_loss: float = 0.0) -> TokenSums:
+    """Summed cross entropy over tokens that are not padding, plus ``z_loss * log(Z)**2`` each.
+
+    The sum is what T5X trains on (t5x/losses.py); divided by ``tokens`` it is the mean.  Rows that
+    are all padding count for nothing.
+    """
+    logits_BSV = logits_BSV.astype(jnp.float32)
+    real_BS = targets_BS != 0
+    log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
+    target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    loss_BS = log_z_BS - target_BS + z_loss * jnp.square(log_z_BS)
+    right_BS = (jnp.argmax(logits_BSV, axis=-1) == targets_BS) | ~real_BS
+    some_B = jnp.any(real_BS, axis=-1)
+    return TokenSums(
+        loss=jnp.sum(jnp.where(real_BS, loss_BS, 0.0)),
+        tokens=jnp.sum(real_BS, dtype=jnp.float32),
+        examples=jnp.sum(some_B, dtype=jnp.float32),
+        correct=jnp.sum(some_B & jnp.all(right_BS, axis=-1), dtype=jnp.float32),
+    )

@@ -1,0 +1,108 @@
+"""Prompts and runs opened for use on one frozen model."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.checkpoints.prompt_file import check_fits, load_prompt_with_metadata
+from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import HostArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedPrompts:
+    """Prompts in groups of one shape, in the order given within each, and their names."""
+
+    groups: list[build.Members]
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+def open_prompts(
+    experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
+) -> OpenedPrompts:
+    """Opens files, runs' folders and arrays; UserError for one that does not fit the model."""
+    if not prompts:
+        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        return OpenedPrompts(groups=[_bare(attached)], names=("no prompt",), labels=())
+    fingerprint = build.model_fingerprint(model)
+    arrays: list[tuple[str, HostArray]] = []
+    groups: list[build.Members] = []
+    names: list[str] = []
+    labels: tuple[str, ...] = ()
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Path):
+            arrays.append((f"prompt {number}", np.asarray(prompt, np.float32)))
+            continue
+        place = Path(prompt)
+        run = run_config(str(prompt)) if place.is_dir() else None
+        files = [place]
+        if run is not None and isinstance(run.method, PromptTuning):
+            files = run_folder.prompt_files(place, build.member_names(run))
+        elif run is not None:
+            groups.append(_members_of_run(run, model, place))
+            names += [f"{prompt}/{name}" for name in build.member_names(run)]
+            continue
+        elif place.is_dir():
+            raise UserError(f"{prompt} is a folder without a run's {run_folder.RUN_CONFIG}")
+        for file in files:
+            array, metadata = load_prompt_with_metadata(file)
+            check_fits(
+                array,
+                metadata,
+                embed_dim=model.config.embed_dim,
+                fingerprint=fingerprint,
+                path=file,
+            )
+            arrays.append((str(file), array))
+            labels = labels or metadata.labels
+    by_shape: dict[tuple[int, ...], list[tuple[str, HostArray]]] = {}
+    for name, array in arrays:
+        by_shape.setdefault(array.shape, []).append((name, array))
+    method = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
+    for group in by_shape.values():
+        attached = method.with_prompt(model, jnp.asarray(group[0][1]))
+        members = _bare(attached)
+        stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array in group])
+        frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
+        groups.append(
+            dataclasses.replace(
+                members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group)
+            )
+        )
+        names += [name for name, _ in group]
+    return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _bare(attached: Attached) -> build.Members:
+    graphdef, params = tree.split(attached)
+    return build.Members(
+        graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
+    )
+
+
+def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
+    tuned, _ = run_folder.read_best(folder)
+    key = jax.random.key(0)
+    attached = run.method.attach(model, key=key, context=Context())
+    graphdef, params = tree.split(attached)
+    frozen = {name: p for name, p in params.items() if not run.method.trains(name)}
+    own = {name: p for name, p in params.items() if run.method.trains(name)}
+    tree.require_same_names(tuned, own, of=f"the best checkpoint in {folder}", and_of="the method")
+    return build.Members(
+        graphdef=graphdef,
+        tuned={name: jnp.asarray(array) for name, array in tuned.items()},
+        frozen=frozen,
+        mask=build.mask_of(run.method, list(params)),
+        number=len(next(iter(tuned.values()))),
+    )

@@ -1,0 +1,147 @@
+"""Text objectives as training data: pre-training from random weights, and LM adaptation."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
+from prompt_tuning_jax.data.text_corpus import Corpus, load_corpus
+from prompt_tuning_jax.data.text_objectives import Mixture, Objective, PrefixLM, SpanCorruption
+from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data
+from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.training.step import Batch
+from prompt_tuning_jax.typing import Array, FlatParams
+
+HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
+EVAL_BATCHES = 16
+EVAL_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Windows of a corpus under an objective; ``best_by`` is the loss per target token."""
+
+    objective: Objective
+    vocabulary: AnyVocabulary
+    train: Corpus
+    evaluation: Corpus
+    batch_size: int
+    seeds: tuple[int, ...]
+    best_by: str = "loss"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        return (
+            f"{len(self.train.tokens):,} tokens of text to train on, "
+            f"{len(self.evaluation.tokens):,} to evaluate on",
+        )
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Those of steps ``start`` to ``stop - 1``, with a leading axis E, prepared in threads."""
+        import grain
+
+        steps = grain.MapDataset.range(start, max(start, stop))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        yield from steps.map(self._batch).to_iter_dataset(options)
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """The same few batches every time, without the axis E."""
+        for step in range(EVAL_BATCHES):
+            yield self._one(self.evaluation, step=step, seed=EVAL_SEED)
+
+    def _batch(self, step: int) -> Batch:
+        own = [self._one(self.train, step=step, seed=seed) for seed in self.seeds]
+        return {name: np.stack([batch[name] for batch in own]) for name in own[0]}
+
+    def _one(self, corpus: Corpus, *, step: int, seed: int) -> Batch:
+        return self.objective.batch(
+            corpus, self.vocabulary, step=step, seed=seed, batch_size=self.batch_size
+        )
+
+
+def open_text_data(
+    data: Data, vocabulary: AnyVocabulary, *, batch_size: int, seeds: Sequence[int]
+) -> TextData:
+    """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``."""
+    if not data.train:
+        raise UserError("data.objectives need text; name a folder of text files in data.train")
+    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
+    kinds = {
+        "span_corruption": lambda: SpanCorruption(
+            noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
+        ),
+        "prefix_lm": lambda: PrefixLM(**lengths),
+    }
+    weights = data.objective_weights or (1.0,) * len(data.objectives)
+    objective: Objective = Mixture(
+        objectives=tuple(kinds[name]() for name in data.objectives), weights=weights
+    )
+    train = load_corpus(data.train, vocabulary)
+    if data.eval:
+        evaluation = load_corpus(data.eval, vocabulary)
+    else:
+        held_out = max(math.ceil(len(train.tokens) * HELD_OUT), 4 * data.inputs_length)
+        evaluation = replace(train, tokens=train.tokens[-held_out:])
+        train = replace(train, tokens=train.tokens[:-held_out])
+    return TextData(
+        objective=objective,
+        vocabulary=vocabulary,
+        train=train,
+        evaluation=evaluation,
+        batch_size=batch_size,
+        seeds=tuple(seeds),
+    )
+
+
+def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
+    """Sets the token embeddings, and the output layer with them, from which words meet in the text.
+
+    The output layer gets the transposed table at its own initial size, so that a decoder position
+    that means a word already scores that word's companions.
+    """
+    config = model.config
+    table_VD = jnp.asarray(
+        cooccurrence_embeddings(
+            corpus.tokens, vocab_size=config.vocab_size, embed_dim=config.embed_dim
+        )
+    )
+    embedding = model.token_embedder.embedding
+    embedding.set_value(table_VD.astype(embedding.get_value().dtype))
+    if not config.tie_embeddings:
+        kernel = model.decoder.logits_dense.kernel
+        kernel.set_value((table_VD.T * config.embed_dim**-0.5).astype(kernel.get_value().dtype))
+
+
+def text_losses(
+    graphdef: nnx.GraphDef[Attached], tuned: FlatParams, frozen: FlatParams, data: TextData
+) -> list[dict[str, float]]:
+    """Each member's mean loss per target token on the evaluation text."""
+    sums = [_summed(graphdef, tuned, frozen, batch) for batch in data.eval_batches()]
+    losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
+    tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
+    return [{"loss": float(value)} for value in losses_E / tokens_E]
+
+
+@partial(jax.jit, static_argnums=0)
+def _summed(
+    graphdef: nnx.GraphDef[Attached], tuned: FlatParams, frozen: FlatParams, batch: Batch
+) -> tuple[Array, Array]:
+    def member(own: FlatParams) -> tuple[Array, Array]:
+        attached = tree.merge(graphdef, {**frozen, **own})
+        logits = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
+        sums = token_sums(logits, batch["decoder_target_tokens"])
+        return sums.loss, sums.tokens
+
+    return jax.vmap(member)(tuned)

@@ -1,0 +1,177 @@
+"""One training run from its Experiment: what ``prompt-tuning train`` does."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.data.metrics import majority_scores
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
+from prompt_tuning_jax.training.curves import plot_curves
+from prompt_tuning_jax.training.logging import METRICS_FILE
+from prompt_tuning_jax.training.loop import Best, Loop
+from prompt_tuning_jax.typing import FlatParams, HostArray
+from prompt_tuning_jax.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A run's members by name: best evaluation, and the tuned arrays then (leading axis E)."""
+
+    workdir: Path
+    names: tuple[str, ...]
+    step: int
+    finished: bool
+    best: tuple[Best | None, ...]
+    best_tuned: Mapping[str, HostArray]
+
+
+def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
+    """Trains what the experiment says in its working directory, or goes on where it stopped.
+
+    Raises UserError for wrong input, before anything is written where that can be known.
+    """
+    validate(experiment)
+    folder = build.workdir_of(experiment)
+    if folder.is_dir():
+        run_folder.claim(folder, experiment)
+    model = build.build_model(experiment)
+    data = build.build_data(experiment, build.vocabulary_of(model))
+    if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
+        if not isinstance(data, TextData):
+            raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
+        start_from_cooccurrence(model, data.train)
+    fingerprint = build.model_fingerprint(model)
+    members = build.attach_members(experiment, model, labels=data.labels)
+    state, step, learning_rates = build.build_step(experiment, members)
+    names = build.member_names(experiment)
+    run_folder.claim(folder, experiment)
+    if not quiet:
+        for line in _introduction(experiment, members, data):
+            print(line, flush=True)
+
+    def evaluate(tuned: FlatParams) -> list[dict[str, float]]:
+        if isinstance(data, TextData):
+            return text_losses(members.graphdef, tuned, members.frozen, data)
+        return build.evaluate_members(experiment, members, tuned, data, model)[0]
+
+    def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
+        if PROMPT not in tuned:
+            return
+        for member, best in zip(improved, bests, strict=True):
+            metadata = _metadata(
+                experiment, member, best, fingerprint=fingerprint, best_by=data.best_by,
+                labels=data.labels,
+            )
+            run_folder.export_prompt(folder, names[member], tuned[PROMPT][member], metadata)
+
+    training = experiment.training
+    result = Loop(
+        train_step=step,
+        frozen=members.frozen,
+        batches=data.batches,
+        evaluate=evaluate,
+        on_best=on_best,
+        workdir=folder,
+        fingerprint=fingerprint,
+        names=names,
+        learning_rates=learning_rates,
+        best_by=data.best_by,
+        steps=training.steps,
+        eval_every=training.eval_every,
+        save_every=training.save_every,
+        log_every=training.log_every,
+        batch_size=training.batch_size,
+        quiet=quiet,
+    ).run(state)
+    run = RunResult(
+        workdir=folder,
+        names=names,
+        step=result.step,
+        finished=result.finished,
+        best=result.best,
+        best_tuned=result.best_tuned,
+    )
+    _finish(run, data, quiet=quiet)
+    return run
+
+
+def _introduction(
+    experiment: Experiment, members: build.Members, data: build.TaskData | TextData
+) -> Iterator[str]:
+    """What trains, on what."""
+    trained = tree.count(members.tuned) // members.number
+    frozen = tree.count(members.frozen)
+    count = f"{members.number} x " if members.number > 1 else ""
+    yield (
+        f"{experiment.model.name_or_path}: {count}{trained:,} parameters train, "
+        f"{frozen:,} are frozen"
+    )
+    yield from data.reports
+    if isinstance(data, build.TaskData) and data.train is not None:
+        training = experiment.training
+        epochs = training.steps * training.batch_size / data.train.examples_per_epoch
+        yield f"{training.steps:,} steps of {training.batch_size} examples: {epochs:.1f} epochs"
+
+
+def _metadata(
+    experiment: Experiment,
+    member: int,
+    best: Best,
+    *,
+    fingerprint: str,
+    best_by: str,
+    labels: tuple[str, ...],
+) -> PromptMetadata:
+    method, training = experiment.method, experiment.training
+    init, placement = "", ""
+    if isinstance(method, PromptTuning):
+        init, placement = method.init, method.placement
+    return PromptMetadata(
+        model_fingerprint=fingerprint,
+        model_name=experiment.model.name_or_path,
+        task=experiment.data.train or experiment.data.task,
+        init=training.inits[member] if training.inits else init,
+        seed=training.seeds[member],
+        steps=best.step,
+        metric=best_by,
+        score=best.metrics[best_by],
+        labels=labels,
+        combine=placement,
+    )
+
+
+def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> None:
+    """Writes results and curves, and says how it went."""
+    if not run.finished:
+        if not quiet:
+            print(f"stopped and saved at step {run.step}; the same command goes on from there")
+        return
+    by_name = {
+        name: {"step": best.step, **best.metrics}
+        for name, best in zip(run.names, run.best, strict=True)
+        if best is not None
+    }
+    run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name})
+    baselines = {}
+    if isinstance(data, build.TaskData) and len(data.evaluation) == 1 and data.labels:
+        (examples,) = data.evaluation.values()
+        targets = [example["targets"] for example in examples.texts]
+        scores = majority_scores(examples.task.metrics, data.train_targets, targets)
+        if data.best_by in scores:
+            baselines["majority class"] = scores[data.best_by]
+    plot_curves(
+        run.workdir / METRICS_FILE,
+        run.workdir / run_folder.CURVES,
+        metrics=(data.best_by,),
+        baselines=baselines,
+    )
+    if quiet:
+        return
+    for name, best in by_name.items():
+        print(f"{name}: best {data.best_by} {best[data.best_by]:.2f} at step {best['step']}")
+    print(f"curves: {run.workdir / run_folder.CURVES}")

@@ -1,0 +1,83 @@
+"""A run's working directory: its config, its prompts, its best members."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
+from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.overrides import diff, to_json
+from prompt_tuning_jax.typing import HostArray
+
+PROMPTS, RESULTS, CURVES = "prompts", "results.json", "curves.png"
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Makes the folder this run's: writes its config, or finds the same one there.
+
+    Raises UserError where the folder cannot be written, or holds a run with another config (and
+    says which fields differ).
+    """
+    present = run_config(str(folder)) if folder.is_dir() else None
+    if present is not None:
+        differing = diff(_without_workdir(present), _without_workdir(experiment))
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with another config ({'; '.join(differing)}); use another "
+                "training.workdir, or remove that one"
+            )
+        return
+    with written_aside(folder / RUN_CONFIG) as aside:
+        aside.write_text(to_json(experiment), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON aside and renames it."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_prompt(
+    folder: Path, name: str, prompt_PD: HostArray, metadata: PromptMetadata
+) -> None:
+    """Writes a run's prompt as ``prompts/NAME.safetensors`` (with metadata) and ``.npy``."""
+    for suffix in ("npy", "safetensors"):
+        save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
+
+
+def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The best prompts of a run, in the order of its members; UserError where one is missing."""
+    files = [folder / PROMPTS / f"{name}.safetensors" for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{folder} has no {file.relative_to(folder)} yet: the run has not been evaluated; "
+                "train on, or name a prompt file"
+            )
+    return files
+
+
+def read_best(folder: Path) -> tuple[dict[str, HostArray], Mapping[str, Any]]:
+    """The best tuned arrays of a run's members, with their leading axis E, for any method."""
+    from orbax.checkpoint import v1 as ocp
+
+    best = folder / "checkpoints" / "best"
+    steps = sorted(int(p.name) for p in best.iterdir() if p.name.isdigit()) if best.is_dir() else []
+    if not steps:
+        raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
+    loaded = ocp.load(str((best / str(steps[-1])).absolute()))
+    prefix = "tuned/"
+    flat = {k.removeprefix(prefix): np.asarray(v) for k, v in loaded.items() if k.startswith(prefix)}
+    return flat, {"step": steps[-1]}
+
+
+def _without_workdir(experiment: Experiment) -> Experiment:
+    training = dataclasses.replace(experiment.training, workdir="")
+    return dataclasses.replace(experiment, training=training)

@@ -1,0 +1,198 @@
+"""The picture of a run: training loss, and the evaluation metrics with their best point."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.training.logging import read_metrics
+from prompt_tuning_jax.typing import HostArray
+
+LOSS_COLOR = "#2f6db3"
+METRIC_COLOR = "#d1602b"
+INK = "#2b2b2b"
+GREY = "#8a8a8a"
+
+STYLE: Mapping[str, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#c8c8c8",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "xtick.color": "#c8c8c8",
+    "ytick.color": "#c8c8c8",
+    "xtick.labelcolor": "#555555",
+    "ytick.labelcolor": "#555555",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+}
+
+LOWER_IS_BETTER = ("loss", "perplexity", "invalid", "error")
+LOG_SCALE_FROM = 30.0  # largest over smallest loss
+MAX_METRICS = 3
+
+
+def plot_curves(
+    metrics_jsonl: str | os.PathLike[str],
+    png: str | os.PathLike[str],
+    *,
+    metrics: Sequence[str] = (),
+    baselines: Mapping[str, float] | None = None,
+    title: str = "",
+) -> None:
+    """Draws what ``RunLog`` wrote: a panel for the loss and one per evaluation metric.
+
+    One light line per member and the mean of all in bold; a star marks the best member's best
+    evaluation.  ``metrics`` chooses and orders the metrics (the first three unless given);
+    ``baselines``, e.g. ``{"majority class": 50.9}``, are dashed lines in the first metric's panel.
+    Raises UserError where the measurements cannot be read or the picture not be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    records = read_metrics(metrics_jsonl)
+    train_steps, losses_ER = _series([(r["step"], r["loss"]) for r in records if "loss" in r])
+    evals = [(r["step"], r["metrics"]) for r in records if r["kind"] == "eval"]
+    names = list(metrics or list(evals[0][1][0])[:MAX_METRICS]) if evals else []
+
+    with matplotlib.rc_context(dict(STYLE)):
+        # Figure without pyplot: the Agg canvas, no display and no state that outlives this call.
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(5.2 * (1 + len(names)), 3.7), dpi=200, layout=layout)
+        axes = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+        _draw_loss(axes[0], train_steps, losses_ER)
+        for axis, name in zip(axes[1:], names, strict=True):
+            steps, values_ER = _series(
+                [(step, [one.get(name, np.nan) for one in members]) for step, members in evals]
+            )
+            _draw_metric(
+                axis, steps, values_ER, name, (baselines or {}) if name == names[0] else {}
+            )
+        for axis in axes:
+            axis.set_xlabel("step")
+            axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+            axis.tick_params(length=0)
+            axis.margins(x=0.02)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        with written_aside(Path(png)) as aside:
+            figure.savefig(aside, format="png")
+
+
+def _series(points: Sequence[tuple[int, Sequence[float]]]) -> tuple[HostArray, HostArray]:
+    """Steps [R] and values [E, R] of R measurements."""
+    if not points:
+        return np.zeros(0), np.zeros((0, 0))
+    steps, values = zip(*points, strict=True)
+    return np.array(steps), np.array(values, dtype=np.float64).T
+
+
+def _draw_loss(axis: Any, steps: HostArray, losses_ER: HostArray) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axis.set_title("Training loss")
+    if not np.isfinite(losses_ER).any():
+        _say_nothing_was_logged(axis)
+        return
+    _draw_members(axis, steps, losses_ER, LOSS_COLOR)
+    finite = losses_ER[np.isfinite(losses_ER)]
+    if finite.min() > 0 and finite.max() > LOG_SCALE_FROM * finite.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+        axis.minorticks_off()
+    elif finite.min() >= 0:
+        axis.set_ylim(bottom=0)
+    _draw_legend(axis)
+
+
+def _draw_metric(
+    axis: Any, steps: HostArray, values_ER: HostArray, name: str, baselines: Mapping[str, float]
+) -> None:
+    axis.set_title(f"Evaluation {name.replace('_', ' ')}")
+    if not np.isfinite(values_ER).any():
+        _say_nothing_was_logged(axis)
+        return
+    _draw_members(axis, steps, values_ER, METRIC_COLOR, marker="o" if len(steps) < 40 else "")
+    lower = any(word in name.lower() for word in LOWER_IS_BETTER)
+    member, best = np.unravel_index(
+        np.nanargmin(values_ER) if lower else np.nanargmax(values_ER), values_ER.shape
+    )
+    value = values_ER[member, best]
+    axis.plot(
+        steps[best],
+        value,
+        "*",
+        color=METRIC_COLOR,
+        markeredgecolor="white",
+        markersize=15,
+        linestyle="none",
+        zorder=5,
+        clip_on=False,
+        label=f"best: {value:.4g} at {steps[best]:,}",
+    )
+    for label, baseline in baselines.items():
+        axis.axhline(baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        axis.annotate(
+            f"{label} {baseline:.4g}",
+            xy=(1, baseline),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+            fontsize=9,
+        )
+    axis.margins(y=0.12)
+    _draw_legend(axis)
+
+
+def _draw_members(
+    axis: Any, steps: HostArray, values_ER: HostArray, color: str, *, marker: str = ""
+) -> None:
+    if len(values_ER) > 1:
+        for values_R in values_ER:
+            axis.plot(steps, values_R, color=color, alpha=0.3, linewidth=1)
+    # Where a member diverged the mean ends too: the mean of the others would be another curve.
+    mean_R = values_ER.mean(axis=0)
+    axis.plot(
+        steps,
+        mean_R,
+        color=color,
+        linewidth=2.2 if len(steps) < 150 else 1.3,
+        marker=marker,
+        markersize=4.5,
+        label=f"mean of {len(values_ER)}" if len(values_ER) > 1 else None,
+    )
+
+
+def _draw_legend(axis: Any) -> None:
+    """On the title's line, where it hides no curve."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=2,
+            borderaxespad=0.3,
+            handlelength=1.4,
+            handletextpad=0.5,
+            columnspacing=1.2,
+        )
+
+
+def _say_nothing_was_logged(axis: Any) -> None:
+    axis.text(0.5, 0.5, "nothing was logged", transform=axis.transAxes, ha="center", color=GREY)

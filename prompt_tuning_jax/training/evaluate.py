@@ -1,0 +1,132 @@
+"""Predictions and scores of E members on a task, with one frozen model in one forward per batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax.data.loader import eval_batches
+from prompt_tuning_jax.data.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.ensembling import Vote, majority_vote
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.typing import FlatParams, HostArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What E members predict for N examples.
+
+    ``texts_EN`` and, for each prediction, what the member knows about the texts that it chose among:
+    log-probability by text (all labels when ranking, its own prediction when writing).
+    """
+
+    texts_EN: list[list[str]]
+    log_probs_EN: list[list[dict[str, float]]]
+
+    def votes(self) -> list[Vote]:
+        """The majority vote of the members for each example."""
+        return [
+            majority_vote(list(texts), list(log_probs))
+            for texts, log_probs in zip(
+                zip(*self.texts_EN, strict=True), zip(*self.log_probs_EN, strict=True), strict=True
+            )
+        ]
+
+    @staticmethod
+    def joined(parts: Sequence["Predictions"]) -> "Predictions":
+        """The members of several groups one after another, over the same examples."""
+        return Predictions(
+            texts_EN=[texts for part in parts for texts in part.texts_EN],
+            log_probs_EN=[known for part in parts for known in part.log_probs_EN],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Predicts with any attached method; ``labels`` are the label strings that ``rank`` scores."""
+
+    graphdef: nnx.GraphDef[Attached]
+    vocabulary: AnyVocabulary
+    strategy: Literal["rank", "greedy", "beam"]
+    batch_size: int
+    max_length: int
+    num_beams: int = 4
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.strategy == "rank" and not self.labels:
+            raise UserError(
+                "evaluation.strategy=rank needs labels and the task has none; give data.labels, "
+                "or use evaluation.strategy=greedy"
+            )
+
+    def predict(
+        self, tuned: FlatParams, frozen: FlatParams, examples: TokenizedExamples, *, members: int
+    ) -> Predictions:
+        """All examples in order; ``tuned`` has a leading axis E = ``members``."""
+        texts: list[list[str]] = [[] for _ in range(members)]
+        known: list[list[dict[str, float]]] = [[] for _ in range(members)]
+        pending: list[tuple[Any, int]] = []
+        # Dispatched ahead by one batch: the host reads one while the device computes the next.
+        for batch in eval_batches(examples, batch_size=min(self.batch_size, len(examples))):
+            tokens_BT = batch["encoder_input_tokens"]
+            pending.append((self._run(tuned, frozen, tokens_BT, members), batch["row_mask"].sum()))
+            if len(pending) > 1:
+                self._collect(*pending.pop(0), texts, known)
+        for result, rows in pending:
+            self._collect(result, rows, texts, known)
+        return Predictions(texts_EN=texts, log_probs_EN=known)
+
+    def _run(
+        self, tuned: FlatParams, frozen: FlatParams, tokens_BT: HostArray, members: int
+    ) -> Any:
+        if self.strategy == "rank":
+            return label_scores(
+                self.graphdef, tuned, frozen, tokens_BT, self._labels_CS(), members
+            )
+        writing = Writing(
+            strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
+        )
+        return write(self.graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(0))
+
+    def _collect(
+        self,
+        result: Any,
+        rows: int,
+        texts: list[list[str]],
+        known: list[list[dict[str, float]]],
+    ) -> None:
+        if self.strategy == "rank":
+            for member, scores_BC in enumerate(np.asarray(result)[:, :rows]):
+                for row_C in scores_BC:
+                    texts[member].append(self.labels[int(row_C.argmax())])
+                    known[member].append(dict(zip(self.labels, row_C.tolist(), strict=True)))
+            return
+        ids, scores = (np.asarray(part)[:, :rows] for part in result)
+        if self.strategy == "beam":
+            ids, scores = ids[:, :, 0], scores[:, :, 0]
+        for member, (ids_BS, scores_B) in enumerate(zip(ids, scores, strict=True)):
+            for ids_S, value in zip(ids_BS, scores_B, strict=True):
+                text = self.vocabulary.decode(ids_S.tolist())
+                texts[member].append(text)
+                known[member].append({text: float(value)})
+
+    def _labels_CS(self) -> HostArray:
+        rows = [[*self.vocabulary.encode(label), EOS_ID] for label in self.labels]
+        labels_CS = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for row, ids in zip(labels_CS, rows, strict=True):
+            row[: len(ids)] = ids
+        return labels_CS
+
+
+def score_members(
+    examples: TokenizedExamples, predictions: Predictions
+) -> list[dict[str, float]]:
+    """The task's metrics for each member, in percent."""
+    return [examples.task.score(examples.texts, texts) for texts in predictions.texts_EN]

@@ -1,0 +1,346 @@
+"""What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from prompt_tuning_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal to draw a bar on
+
+
+class RunLog:
+    """Writes every measurement of a run to ``workdir`` and shows the latest on stdout.
+
+    ``start_step`` is the step that a resumed run goes on from.  Lines of later steps, left by a run
+    that was killed, are dropped, and a step that is already in the file is not written again: the
+    file ends up as an uninterrupted run's would, ``examples_per_second`` apart.
+    ``names`` name the E members in TensorBoard (``seed_0``, ... unless given); ``metric`` is the
+    evaluation metric to show (the first unless given).  With ``quiet`` nothing is printed.
+    Raises UserError where ``workdir`` cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        num_members: int,
+        quiet: bool = False,
+        start_step: int = 0,
+        names: Sequence[str] = (),
+        metric: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._num_members = num_members
+        self._names = tuple(names) or tuple(f"seed_{i}" for i in range(num_members))
+        if len(self._names) != num_members:
+            raise ValueError(f"{len(self._names)} names for {num_members} members")
+        self._metric = metric
+        self._metric_text = ""
+        folder = Path(workdir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
+        except OSError as error:
+            raise UserError(
+                f"working directory {folder} cannot be written ({error.strerror}): "
+                "choose another one with --workdir"
+            ) from error
+        self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, first_step=start_step + 1)
+        self._clock = clock
+        self._total_steps = total_steps
+        # The pair that time left is measured from: the first log, so that compilation is left out.
+        self._since: tuple[int, float] | None = None
+        self._screen: _Bar | _Lines | None = None
+        if not quiet and sys.stdout.isatty():
+            self._screen = _Bar(total_steps, start_step)
+        elif not quiet:
+            self._screen = _Lines(total_steps, clock)
+
+    def log_train(
+        self,
+        step: int,
+        losses_E: ArrayLike,
+        *,
+        accuracies_E: ArrayLike,
+        learning_rate: ArrayLike,
+        examples_per_second: float,
+    ) -> None:
+        """Records training at ``step``; ``learning_rate`` is one number or one per member."""
+        losses = self._members(losses_E)
+        accuracies = self._members(accuracies_E)
+        rates = np.asarray(learning_rate)
+        record = {
+            "kind": "train",
+            "step": int(step),
+            "loss": losses,
+            "accuracy": accuracies,
+            "learning_rate": [_number(r) for r in rates] if rates.ndim else _number(rates[()]),
+            "examples_per_second": round(float(examples_per_second), 1),
+        }
+        if self._file.append(record):
+            scalars = {"train/examples_per_second": float(examples_per_second)}
+            shared_rates = np.broadcast_to(rates, (self._num_members,))
+            for i, name in enumerate(self._names):
+                scalars[f"train/loss/{name}"] = losses[i]
+                scalars[f"train/accuracy/{name}"] = accuracies[i]
+                scalars[f"train/learning_rate/{name}"] = float(shared_rates[i])
+            self._tensorboard.write(int(step), scalars)
+        fields = {
+            "loss": f"loss {np.mean(losses):.4f}",
+            "accuracy": f"acc {np.mean(accuracies):.3f}",
+            "metric": self._metric_text,
+            "speed": f"{examples_per_second:,.0f} ex/s",
+            "left": self._time_left(step),
+        }
+        if self._screen:
+            self._screen.show(step, fields)
+
+    def log_eval(self, step: int, metrics: Sequence[Mapping[str, ArrayLike]]) -> None:
+        """Records an evaluation at ``step``: one mapping from metric to value per member."""
+        if len(metrics) != self._num_members:
+            raise ValueError(f"{len(metrics)} evaluations for {self._num_members} members")
+        values = [{name: _number(value) for name, value in one.items()} for one in metrics]
+        if self._file.append({"kind": "eval", "step": int(step), "metrics": values}):
+            pairs = zip(self._names, values, strict=True)
+            self._tensorboard.write(
+                int(step), {f"eval/{m}/{name}": v for name, one in pairs for m, v in one.items()}
+            )
+        if not values[0]:
+            return
+        shown = self._metric if self._metric in values[0] else next(iter(values[0]))
+        self._metric_text = f"eval {np.mean([one[shown] for one in values]):.4g}"
+        if self._screen:
+            order = [shown, *(metric for metric in values[0] if metric != shown)]
+            text = ", ".join(_spread(metric, values) for metric in order)
+            many = f"  (mean [lowest, highest] of {len(values)})" if len(values) > 1 else ""
+            self._screen.note(f"step {step}: {text}{many}")
+
+    def close(self) -> None:
+        """Ends the bar and closes the files; may be called twice."""
+        if self._screen:
+            self._screen.close()
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _members(self, values_E: ArrayLike) -> list[float]:
+        array_E = np.asarray(values_E)
+        if array_E.shape != (self._num_members,):
+            raise ValueError(f"expected {self._num_members} members, got shape {array_E.shape}")
+        return [_number(value) for value in array_E]
+
+    def _time_left(self, step: int) -> str:
+        now = self._clock()
+        if self._since is None:
+            self._since = (step, now)
+        first_step, first_time = self._since
+        if step <= first_step:
+            return ""
+        seconds = (now - first_time) / (step - first_step) * (self._total_steps - step)
+        minutes, seconds = divmod(max(round(seconds), 0), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds:02} left"
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, oldest first.
+
+    ``{"kind": "train", "step", "loss": [E], "accuracy": [E], "learning_rate",
+    "examples_per_second"}`` or ``{"kind": "eval", "step", "metrics": [E mappings]}``.  A null in
+    the file is a NaN here.  A last line that a kill cut short is left out.
+    Raises UserError for a file that is missing or damaged.
+    """
+    return [record for record, _ in _read_lines(Path(path))]
+
+
+def _read_lines(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read the metrics {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line else None
+            if record is not None:
+                int(record["step"]), record["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                return
+            raise UserError(
+                f"line {number} of {path} is no measurement: mend or remove it"
+            ) from error
+        if record is not None:
+            yield _replace_floats(record, _from_json), line
+
+
+class _MetricsFile:
+    """Appends one JSON object a line; what came after ``last_step`` is gone."""
+
+    def __init__(self, path: Path, *, last_step: int):
+        kept = list(_read_lines(path)) if path.exists() else []
+        kept = [(record, line) for record, line in kept if record["step"] <= last_step]
+        self._written = {(record["kind"], record["step"]) for record, _ in kept}
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_bytes(b"".join(line + b"\n" for _, line in kept))
+        os.replace(aside, path)
+        self._stream = path.open("ab")
+
+    def append(self, record: Mapping[str, Any]) -> bool:
+        """Writes the record, unless there is one of its kind and step."""
+        key = (record["kind"], record["step"])
+        if key in self._written:
+            return False
+        line = json.dumps(_replace_floats(record, _to_json), allow_nan=False) + "\n"
+        self._stream.write(line.encode())
+        self._stream.flush()
+        self._written.add(key)
+        return True
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _TensorBoard:
+    """Scalars in an event file of their own, opened with the first of them.
+
+    TensorBoard's EventFileWriter imports TensorFlow where it is installed (seconds, and its log on
+    the terminal); the record writer below it does not, and an event is one protocol buffer.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        self._folder = folder
+        self._first_step = first_step
+        self._records: Any = None
+        self._broken = False
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._broken:
+            return
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except Exception as error:  # a protobuf that does not fit raises no ImportError
+            self._broken = True
+            print(f"no TensorBoard events: {error}", file=sys.stderr)
+            return
+        now = time.time()
+        if self._records is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+            self._records = RecordWriter(file.open("ab"))
+            # START makes TensorBoard forget what a killed run wrote for this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            for event in (
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=self._first_step, session_log=start),
+            ):
+                self._records.write(event.SerializeToString())
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        event = Event(wall_time=now, step=step, summary=Summary(value=values))
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        if self._records is not None and not self._records.closed:
+            self._records.close()
+
+
+class _Lines:
+    """A line now and then, for files and pipes."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]):
+        self._total_steps = total_steps
+        self._clock = clock
+        self._next = -math.inf
+
+    def show(self, step: int, fields: Mapping[str, str]) -> None:
+        if self._clock() < self._next and step < self._total_steps:
+            return
+        self._next = self._clock() + PLAIN_SECONDS
+        words = [f"step {step}/{self._total_steps}", *(f for f in fields.values() if f)]
+        self.note("  ".join(words))
+
+    def note(self, line: str) -> None:
+        print(line, flush=True)
+
+    def close(self) -> None: ...
+
+
+class _Bar:
+    """A progress bar at the foot of the terminal; notes scroll by above it."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        fields = dict.fromkeys(("loss", "accuracy", "metric", "speed", "left"), "")
+        texts = [
+            TextColumn(text, markup=False, table_column=Column(no_wrap=True))
+            for text in (
+                "{task.completed}/{task.total}",
+                *(f"{{task.fields[{f}]}}" for f in fields),
+            )
+        ]
+        self._progress = Progress(BarColumn(bar_width=None), *texts)
+        fields["loss"] = "compiling"
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=start_step, **dict[str, Any](fields)
+        )
+        self._progress.start()
+
+    def show(self, step: int, fields: Mapping[str, str]) -> None:
+        self._progress.tasks[0].fields.update(fields)
+        self._progress.update(self._task, completed=step, refresh=True)
+
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _spread(metric: str, values: Sequence[Mapping[str, float]]) -> str:
+    numbers = [one[metric] for one in values]
+    text = f"{metric} {np.mean(numbers):.4g}"
+    return text if len(numbers) == 1 else f"{text} [{min(numbers):.4g}, {max(numbers):.4g}]"
+
+
+def _number(value: Any) -> float:
+    """A float that prints as short as its own precision allows: 0.3, not 0.30000001192092896."""
+    array = np.asarray(value)
+    return float(str(array[()])) if array.dtype == np.float32 else float(array)
+
+
+def _replace_floats(value: Any, by: Callable[[float | None], float | None]) -> Any:
+    """The JSON value with ``by`` applied to every float and null in it."""
+    if isinstance(value, Mapping):
+        return {key: _replace_floats(one, by) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_replace_floats(one, by) for one in value]
+    return by(value) if value is None or isinstance(value, float) else value
+
+
+def _to_json(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _from_json(number: float | None) -> float:
+    return math.nan if number is None else number

@@ -1,0 +1,244 @@
+"""The training loop: steps, evaluations, checkpoints, and going on after any interruption."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.training.logging import RunLog
+from prompt_tuning_jax.training.step import Batch, StepMetrics, TrainState, TrainStep
+from prompt_tuning_jax.typing import FlatParams, HostArray
+
+LAST, BEST = "checkpoints/last", "checkpoints/best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """A member's best evaluation so far: its step, and all its metrics."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopResult:
+    """How far the run came (``finished`` or stopped by a signal), and each member's best."""
+
+    step: int
+    finished: bool
+    best: tuple[Best | None, ...]
+    best_tuned: Mapping[str, HostArray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Everything that a run needs, put together; ``run`` does it.
+
+    ``batches(start, stop)`` yields those of steps start to stop - 1; ``evaluate(tuned)`` gives one
+    mapping of metrics per member, of which ``best_by`` decides (the larger the better, but for a
+    loss).  ``on_best(members, tuned, bests)`` is told of members that have improved.
+    """
+
+    train_step: TrainStep
+    frozen: FlatParams
+    batches: Callable[[int, int], Iterator[Batch]]
+    evaluate: Callable[[FlatParams], list[dict[str, float]]]
+    on_best: Callable[[list[int], Mapping[str, HostArray], list[Best]], None]
+    workdir: Path
+    fingerprint: str
+    names: tuple[str, ...]
+    learning_rates: Callable[[int], HostArray]
+    best_by: str
+    steps: int
+    eval_every: int
+    save_every: int
+    log_every: int
+    batch_size: int
+    quiet: bool = False
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, state: TrainState) -> LoopResult:
+        """Trains from ``state``, or from the last checkpoint where there is one.
+
+        SIGTERM and SIGINT save and return.  Raises UserError when a loss is not finite, naming the
+        step; nothing of that step is saved.
+        """
+        start, state = self._restore_last(state)
+        best_tree, best = self._restore_best(state)
+        if start >= self.steps:
+            return self._result(start, best, best_tree, state)
+        step = start
+        log = RunLog(
+            self.workdir,
+            total_steps=self.steps,
+            num_members=len(self.names),
+            quiet=self.quiet,
+            start_step=start,
+            names=self.names,
+            metric=self.best_by,
+        )
+        pending: list[tuple[int, StepMetrics]] = []
+        since, since_step = time.monotonic(), start
+        with log, self._signals():
+            for batch in self.batches(start, self.steps):
+                state, metrics = self.train_step(state, self.frozen, batch)
+                step += 1
+                pending.append((step, metrics))
+                stopping, last = self._stop.is_set(), step == self.steps
+                evaluating = last or step % self.eval_every == 0
+                saving = last or stopping or step % self.save_every == 0
+                if evaluating or saving or step % self.log_every == 0:
+                    self._require_finite(pending)
+                    elapsed = max(time.monotonic() - since, 1e-9)
+                    examples = (step - since_step) * self.batch_size * len(self.names)
+                    if step % self.log_every == 0 or last:
+                        self._log_train(log, step, pending, examples / elapsed)
+                        since, since_step = time.monotonic(), step
+                        pending = []
+                if evaluating:
+                    began = time.monotonic()
+                    scores = self.evaluate(state.tuned)
+                    log.log_eval(step, scores)
+                    best_tree = self._keep_best(step, state, scores, best, best_tree)
+                    since += time.monotonic() - began
+                if saving:
+                    began = time.monotonic()
+                    train_state.save(self.workdir / LAST, step, state, self._extra([]), keep=1)
+                    since += time.monotonic() - began
+                if stopping:
+                    break
+        return self._result(step, best, best_tree, state)
+
+    def _restore_last(self, state: TrainState) -> tuple[int, TrainState]:
+        found = train_state.restore_latest(self.workdir / LAST, state)
+        if found is None:
+            return 0, state
+        step, state, extra = found
+        self._require_same_model(extra)
+        return step, state
+
+    def _restore_best(self, state: TrainState) -> tuple[Any, list[Best | None]]:
+        """Each member's best state on the host, and the scores; nothing yet: the present state."""
+        like = _on_host(state)
+        found = train_state.restore_latest(self.workdir / BEST, like)
+        if found is None:
+            return like, [None] * len(self.names)
+        _, tree, extra = found
+        self._require_same_model(extra)
+        return tree, [Best(**best) if best else None for best in extra["best"]]
+
+    def _require_same_model(self, extra: Mapping[str, Any]) -> None:
+        if extra["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"{self.workdir} holds a run on another frozen model (fingerprint "
+                f"{extra['fingerprint']}, this one has {self.fingerprint}); use another workdir"
+            )
+
+    def _require_finite(self, pending: list[tuple[int, StepMetrics]]) -> None:
+        for step, metrics in pending:
+            for name, value in zip(self.names, np.asarray(metrics.loss_E), strict=True):
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the loss of {name} is {value} at step {step}: lower "
+                        "optimizer.learning_rate, or set optimizer.gradient_clip_norm; the last "
+                        f"checkpoint before it is kept in {self.workdir}"
+                    )
+        if pending and not np.isfinite(np.asarray(pending[-1][1].update_norm_E)).all():
+            bad = int(np.argmin(np.isfinite(np.asarray(pending[-1][1].update_norm_E))))
+            raise UserError(
+                f"the update of {self.names[bad]} is not finite at step {pending[-1][0]}: lower "
+                "optimizer.learning_rate; the last checkpoint before it is kept in "
+                f"{self.workdir}"
+            )
+
+    def _log_train(
+        self, log: RunLog, step: int, pending: list[tuple[int, StepMetrics]], speed: float
+    ) -> None:
+        recent = [metrics for _, metrics in pending]
+        log.log_train(
+            step,
+            np.mean([np.asarray(m.loss_E) for m in recent], axis=0),
+            accuracies_E=np.mean([np.asarray(m.accuracy_E) for m in recent], axis=0),
+            learning_rate=self.learning_rates(step - 1),
+            examples_per_second=speed,
+        )
+
+    def _keep_best(
+        self,
+        step: int,
+        state: TrainState,
+        scores: list[dict[str, float]],
+        best: list[Best | None],
+        best_tree: Any,
+    ) -> Any:
+        """Replaces the best state of the members that have improved, and saves it."""
+        improved = [e for e, own in enumerate(scores) if self._is_better(own, best[e])]
+        if not improved:
+            return best_tree
+        for e in improved:
+            best[e] = Best(step=step, metrics=scores[e])
+        chosen_E = np.isin(np.arange(len(scores)), improved)
+
+        def choose(new: HostArray, old: HostArray) -> HostArray:
+            # All but the step has a leading axis E.
+            return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
+
+        best_tree = jax.tree.map(choose, _on_host(state), best_tree)
+        train_state.save(self.workdir / BEST, step, best_tree, self._extra(best), keep=1)
+        bests = [b for b in (best[e] for e in improved) if b is not None]
+        self.on_best(improved, best_tree.tuned, bests)
+        return best_tree
+
+    def _is_better(self, scores: Mapping[str, float], best: Best | None) -> bool:
+        if best is None:
+            return True
+        sign = -1 if self.best_by.split("/")[-1] == "loss" else 1
+        return sign * scores[self.best_by] > sign * best.metrics[self.best_by]
+
+    def _extra(self, best: list[Best | None]) -> dict[str, Any]:
+        listed = [b and {"step": b.step, "metrics": dict(b.metrics)} for b in best]
+        return {"fingerprint": self.fingerprint, "best": listed}
+
+    def _result(
+        self, step: int, best: list[Best | None], best_tree: Any, state: TrainState
+    ) -> LoopResult:
+        tuned = best_tree.tuned if any(best) else _on_host(state).tuned
+        return LoopResult(
+            step=step, finished=step >= self.steps, best=tuple(best), best_tuned=tuned
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the loop to save and stop; a second SIGINT interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _like(chosen_E: HostArray, array: HostArray) -> HostArray:
+    return chosen_E.reshape(-1, *[1] * (array.ndim - 1))

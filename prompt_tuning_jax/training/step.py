@@ -1,0 +1,141 @@
+"""One training step of E prompts at once: a pure function of state, frozen weights and batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.losses import TokenSums, token_sums
+from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.typing import Array, FlatParams
+
+Batch = Mapping[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that changes: the step, and for every member the tuned arrays and optimizer state.
+
+    Arrays carry a leading axis E.  No array of the frozen model is here.
+    """
+
+    step: Array
+    tuned: FlatParams
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Per member: mean loss per target token, share of examples wholly right, norms."""
+
+    loss_E: Array
+    accuracy_E: Array
+    gradient_norm_E: Array
+    update_norm_E: Array
+
+
+TrainStep = Callable[[TrainState, FlatParams, Batch], tuple[TrainState, StepMetrics]]
+
+
+def init_state(tuned: FlatParams, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
+    """The state before the first step; ``tuned`` has the leading axis E."""
+    opt_state = jax.vmap(optimizer.init)(tuned)
+    return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[Attached],
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    *,
+    learning_rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+    gradient_accumulation: int = 1,
+    loss_normalization: Literal["tokens", "sum"] = "tokens",
+    z_loss: float = 0.0,
+    dropout: bool = True,
+) -> TrainStep:
+    """The jitted step; its state is donated, the frozen weights are an argument and only read.
+
+    ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
+    ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
+    [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
+    beside it.  Accumulation splits B and gives the same gradient.
+    """
+
+    def summed_loss(
+        tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
+    ) -> tuple[Array, TokenSums]:
+        attached = tree.merge(graphdef, {**frozen, **tuned})
+        logits_BSV = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"], key=key)
+        sums = token_sums(logits_BSV, batch["decoder_target_tokens"], z_loss=z_loss)
+        return sums.loss, sums
+
+    def gradient(
+        tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array
+    ) -> tuple[FlatParams, TokenSums]:
+        differentiate = jax.grad(summed_loss, has_aux=True)
+        if gradient_accumulation == 1:
+            return differentiate(tuned, frozen, batch, key if dropout else None)
+        parts = jax.tree.map(
+            lambda x: x.reshape(gradient_accumulation, -1, *x.shape[1:]), dict(batch)
+        )
+
+        def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
+            part, index = part_and_index
+            part_key = jax.random.fold_in(key, index) if dropout else None
+            return jax.tree.map(jnp.add, total, differentiate(tuned, frozen, part, part_key)), None
+
+        shapes = jax.eval_shape(
+            differentiate, tuned, frozen, jax.tree.map(lambda x: x[0], parts), None
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(gradient_accumulation)))
+        return total
+
+    def member_step(
+        tuned: FlatParams,
+        opt_state: Any,
+        batch: Batch,
+        learning_rate: Array,
+        key: Array,
+        frozen: FlatParams,
+    ) -> tuple[FlatParams, Any, StepMetrics]:
+        gradients, sums = gradient(tuned, frozen, batch, key)
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        if loss_normalization == "tokens":
+            gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
+        updates, opt_state = optimizer.update(
+            gradients, opt_state, tuned, learning_rate=learning_rate
+        )
+        metrics = StepMetrics(
+            loss_E=sums.loss / tokens,
+            accuracy_E=sums.correct / jnp.maximum(sums.examples, 1.0),
+            gradient_norm_E=optax.global_norm(gradients),
+            update_norm_E=optax.global_norm(updates),
+        )
+        return optax.apply_updates(tuned, updates), opt_state, metrics
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, frozen: FlatParams, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        rates_E = jnp.asarray(learning_rates, jnp.float32) * schedule(state.step)
+        seeds_E = jnp.asarray(seeds, jnp.uint32)
+        keys_E = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(
+            seeds_E
+        )
+        tuned, opt_state, metrics = jax.vmap(member_step, in_axes=(0, 0, 0, 0, 0, None))(
+            state.tuned, state.opt_state, dict(batch), rates_E, keys_E, frozen
+        )
+        return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
+
+    return train_step

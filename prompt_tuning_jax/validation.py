@@ -1,0 +1,165 @@
+"""Values of an Experiment that have the right type and make no sense."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
+from prompt_tuning_jax.overrides import checked, checked_experiment
+
+# What the random number generators of numpy and JAX both take.
+_MAX_SEED = 2**31
+
+
+def validate(experiment: Experiment) -> Experiment:
+    """The experiment with its values in their exact types; UserError for the first that is wrong.
+
+    Looks at the experiment alone: whether files, tasks and models exist is for those who open them.
+    """
+    experiment = checked_experiment(experiment)
+    for complaint in _complaints(experiment):
+        raise UserError(complaint)
+    return experiment
+
+
+def _complaints(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if not model.name_or_path:
+        yield "model.name_or_path is empty; name a bundled model or a folder, for instance tiny"
+    yield from _outside("model", model, "dropout_rate", low=0, below=1)
+    if hasattr(experiment.method, "length"):
+        yield from _outside("method", experiment.method, "length", low=1)
+    if hasattr(experiment.method, "init_population"):
+        yield from _outside("method", experiment.method, "init_population", low=0)
+    yield from _data(experiment.data)
+    yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
+    yield from _training(experiment.training, method=experiment.method)
+    yield from _evaluation(experiment.evaluation)
+    yield from _mesh(experiment.mesh)
+
+
+def _data(data: Data) -> Iterator[str]:
+    if not (data.task or data.train or data.eval):
+        yield "data.task is empty; name a task, or files of your own in data.train and data.eval"
+    if (repeated := _repeated(data.labels)) is not None:
+        yield f"data.labels has {repeated!r} twice"
+    yield from _outside("data", data, "inputs_length", "targets_length", low=1)
+    yield from _outside("data", data, "max_eval_examples", low=0)
+    if data.objectives and not data.train:
+        yield "data.objectives is given without data.train; name a folder of text files"
+    if data.objective_weights and len(data.objective_weights) != len(data.objectives):
+        yield (
+            f"data.objective_weights has {len(data.objective_weights)} entries and "
+            f"data.objectives has {len(data.objectives)}; give one for each, or none"
+        )
+    if data.objective_weights and min(data.objective_weights) <= 0:
+        yield f"data.objective_weights has {min(data.objective_weights)}; must be above 0"
+    if not 0 < data.noise_density < 1:
+        yield f"data.noise_density is {data.noise_density}; must be above 0 and below 1"
+    yield from _outside("data", data, "mean_span_length", low=1)
+
+
+def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
+    yield from _outside(
+        "optimizer",
+        optimizer,
+        "learning_rate",
+        "warmup_steps",
+        "decay_steps",
+        "end_learning_rate",
+        "weight_decay",
+        "clipping_threshold",
+        "min_dim_size_to_factor",
+        "initial_step",
+        "gradient_clip_norm",
+        low=0,
+    )
+    yield from _outside("optimizer", optimizer, "decay_rate", low=0, high=1)
+    yield from _outside("optimizer", optimizer, "beta1", "beta2", "momentum", low=0, below=1)
+    end = optimizer.decay_steps or steps
+    if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
+        yield (
+            f"optimizer.warmup_steps is {optimizer.warmup_steps} and the {optimizer.schedule} "
+            f"schedule ends at step {end} (optimizer.decay_steps or training.steps)"
+        )
+
+
+def _training(training: Training, *, method: Any) -> Iterator[str]:
+    yield from _outside("training", training, "steps", "z_loss", low=0)
+    yield from _outside(
+        "training",
+        training,
+        "batch_size",
+        "gradient_accumulation",
+        "eval_every",
+        "save_every",
+        "log_every",
+        low=1,
+    )
+    if training.gradient_accumulation >= 1 and training.batch_size % training.gradient_accumulation:
+        yield (
+            f"training.batch_size {training.batch_size} cannot be divided into "
+            f"training.gradient_accumulation {training.gradient_accumulation} equal parts"
+        )
+    seeds = training.seeds
+    if not seeds:
+        yield "training.seeds is empty; give one seed per prompt, for instance 0"
+    for seed in seeds:
+        if not 0 <= seed < _MAX_SEED:
+            yield f"training.seeds has {seed}; seeds are from 0 to {_MAX_SEED - 1}"
+    for name in ("learning_rates", "inits"):
+        entries = getattr(training, name)
+        if entries and len(entries) != len(seeds):
+            yield (
+                f"training.{name} has {len(entries)} entries and training.seeds has {len(seeds)}; "
+                "give one per seed, or none"
+            )
+    for rate in training.learning_rates:
+        if rate < 0:
+            yield f"training.learning_rates has {rate}; must be at least 0"
+    if training.inits:
+        if (init := get_type_hints(type(method)).get("init")) is None:
+            yield f"training.inits is given and {type(method).__name__} has no init"
+        for entry in training.inits:
+            checked(entry, init, "training.inits")
+    # Two equal ones would train the same prompt twice.
+    each = zip(seeds, training.learning_rates or seeds, training.inits or seeds, strict=True)
+    if (repeated := _repeated(tuple(each))) is not None:
+        yield f"training.seeds has {repeated[0]} twice, with the same learning rate and init"
+
+
+def _evaluation(evaluation: Evaluation) -> Iterator[str]:
+    yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
+
+
+def _mesh(mesh: Mesh) -> Iterator[str]:
+    sizes = (mesh.data, mesh.fsdp, mesh.model)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        yield (
+            f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each is at least 1, "
+            "or -1 on one of them for all devices that are left"
+        )
+
+
+def _outside(
+    group: str,
+    config: Any,
+    *names: str,
+    low: float,
+    high: float | None = None,
+    below: float | None = None,
+) -> Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if value < low or (high is not None and value > high):
+            limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        elif below is not None and value >= below:
+            limit = f"at least {low} and below {below}"
+        else:
+            continue
+        yield f"{group}.{name} is {value}; must be {limit}"
+
+
+def _repeated(entries: tuple[Any, ...]) -> Any:
+    return next((entry for entry, count in Counter(entries).items() if count > 1), None)

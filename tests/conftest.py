@@ -1,0 +1,45 @@
+"""What all tests share: an environment of their own, and the folders that they read."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _set_environment() -> None:
+    """Before anything imports JAX; the processes that tests start inherit it."""
+    scratch = tempfile.mkdtemp(prefix="prompt_tuning_jax_tests_")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = scratch  # tokenised examples never land in the user's cache
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+_set_environment()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Recorded reference numbers, labelled data and a corpus; they live beside the checkout."""
+    return _folder(ROOT.parent / "shared", "reference data beside the checkout")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir() -> Path:
+    """The bundled T5 and its vocabulary."""
+    return _folder(ROOT / "prompt_tuning_jax" / "assets" / "tiny", "the bundled model")
+
+
+def _folder(path: Path, what: str) -> Path:
+    if path.is_dir():
+        return path
+    reason = f"{what} is missing: no folder {path}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

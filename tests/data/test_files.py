@@ -1,0 +1,205 @@
+import gzip
+import json
+
+import pytest
+
+from prompt_tuning_jax.data.files import MAX_LABELS, file_task
+from prompt_tuning_jax.errors import UserError
+
+ROWS = [
+    {"inputs": "good, really", "targets": "yes"},
+    {"inputs": 'a "quoted" word', "targets": "no"},
+    {"inputs": "naïve ☃", "targets": "yes"},
+]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+CSV = 'inputs,targets\n"good, really",yes\n"a ""quoted"" word",no\nnaïve ☃,yes\n'
+TSV = 'inputs\ttargets\ngood, really\tyes\na "quoted" word\tno\nnaïve ☃\tyes\n'
+TEXTS = {".jsonl": JSONL, ".csv": CSV, ".tsv": TSV}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def load(path, **fields):
+    return list(file_task(train=path, **fields).load("train"))
+
+
+def fails(path, match, **fields):
+    with pytest.raises(UserError, match=match) as caught:
+        load(path, **fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", TEXTS)
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_format_gives_the_same_examples(write, ending, bom, newline, zipped):
+    content = (bom + TEXTS[ending].replace("\n", newline)).encode()
+    path = write("a" + ending + ".gz" * zipped, gzip.compress(content) if zipped else content)
+    assert load(path) == ROWS
+    assert load(write("b" + ending, content.rstrip())) == ROWS  # no newline at the end
+
+
+def test_quotes_in_tab_separated_files_are_text(write):
+    path = write("a.tsv", 'inputs\ttargets\n"To be" or not\tyes\n"unclosed\tno\n')
+    assert [row["inputs"] for row in load(path)] == ['"To be" or not', '"unclosed']
+
+
+def test_values_become_text(write):
+    row = '{"inputs": 1.50, "targets": true, "n": null, "big": 12345678901234567890123, "x": NaN}'
+    assert load(write("a.jsonl", row)) == [
+        {"inputs": "1.50", "targets": "True", "n": "", "big": "12345678901234567890123", "x": "NaN"}
+    ]
+
+
+def test_columns_may_be_named_or_put_into_templates(write):
+    path = write("a.csv", "premise,the hypothesis,label\nA man.,He sits.,1\n")
+    assert load(path, inputs_column="premise", targets_column="label")[0]["inputs"] == "A man."
+    [example] = load(
+        path,
+        inputs_template="{{nli}} hypothesis: {the hypothesis} premise: {premise}",
+        targets_template="class {label}",
+    )
+    assert example["inputs"] == "{nli} hypothesis: He sits. premise: A man."
+    assert example["targets"] == "class 1"
+    assert example["label"] == "1"  # what the row held stays with it
+
+
+def test_a_template_reaches_nothing_but_columns(write):
+    path = write("a.csv", "inputs,targets\na,b\n")
+    for template in ("{inputs.__class__}", "{inputs[0]}", "{0}", "{inputs!r}", "{inputs:>9}"):
+        fails(path, "no column '.*': .*There are: inputs, targets", inputs_template=template)
+    # Braces in a value are text.
+    assert load(write("b.csv", "inputs,targets\n{targets},b\n"))[0]["inputs"] == "{targets}"
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{premise", "the brace at character 1 .* has no partner"),
+        ("premise}", "the brace at character 8 .* has no partner"),
+        ("{}", "empty braces"),
+        ("no columns", "'no columns' names no column"),
+    ],
+)
+def test_malformed_templates(write, template, match):
+    fails(write("a.jsonl", JSONL), f"data.inputs_template: {match}", inputs_template=template)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", '{"input": "a", "targets": "b"}', r"a\.jsonl:1: no column 'inputs': did you"),
+        ("a.csv", "text,targets\na,b\n", r"a\.csv:2: no column 'inputs': There are: text, targets"),
+        ("a.jsonl", JSONL + "{oops\n", r"a\.jsonl:4: not JSON"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: a list where an object is needed"),
+        ("a.jsonl", '{"inputs": ["a"], "targets": "b"}', r":1: column 'inputs' holds a list"),
+        ("a.jsonl", '{"inputs": "\\ud800", "targets": "b"}', ":1: a .* escape that is half"),
+        ("a.jsonl", '{"inputs": "a", "targets": null}', ":1: the target is empty"),
+        ("a.jsonl", '\n{"inputs": "a", "targets": " "}', ":2: the target is empty"),
+        ("a.csv", "inputs,targets\na,b\nc\n", r"a\.csv:3: 1 fields where the header has 2"),
+        ("a.tsv", "inputs\ttargets\na\tb\tc\n", r"a\.tsv:2: 3 fields where the header has 2"),
+        ("a.csv", 'inputs,targets\n"a,b\n', r"a\.csv:2: unexpected end of data"),
+        ("a.csv", "inputs,inputs\na,b\n", r"a\.csv:1: the header names 'inputs' more than once"),
+        ("a.csv", "", "holds no examples"),
+        ("a.csv", "inputs,targets\n", "holds no examples"),
+        ("a.jsonl", "\n\n", "holds no examples"),
+        ("a.txt", "a", r"unknown kind of file.*\.jsonl, \.csv, \.tsv"),
+        ("a", "a", "unknown kind of file"),
+        ("a.jsonl.gz", "not gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.csv.gz", gzip.compress(CSV.encode() * 9)[:-20], "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(write, name, content, match):
+    fails(write(name, content), match)
+
+
+def test_bytes_that_are_not_utf8_are_located(write):
+    path = write("a.csv", CSV.encode() + "café,yes\n".encode("latin-1"))
+    fails(path, r"a\.csv:5: byte 4 of the line \(0xe9\) is not UTF-8; convert .*iconv -f latin1")
+
+
+def test_missing_files_and_folders(tmp_path):
+    fails(str(tmp_path / "none.csv"), r"none\.csv: there is no such file")
+    (tmp_path / "folder.csv").mkdir()
+    fails(str(tmp_path / "folder.csv"), r"folder\.csv: cannot be read")
+    with pytest.raises(UserError, match=r"neither data\.train nor data\.eval"):
+        file_task()
+
+
+def test_labels_are_the_training_files_distinct_targets(write):
+    evaluation = write("eval.csv", "inputs,targets\na,perhaps\n")
+    task = file_task(train=write("a.jsonl", JSONL), eval=evaluation)
+    assert task.labels == ("no", "yes")
+    assert task.splits == ("train", "validation")
+    assert [e["targets"] for e in task.load("validation")] == ["perhaps"]
+    assert [metric.name for metric in task.metrics] == ["accuracy"]
+    assert file_task(eval=evaluation).labels == ("perhaps",)
+
+
+def test_many_distinct_targets_are_free_text(write):
+    def labels(number):
+        return file_task(
+            train=write("a.csv", "inputs,targets\n" + "".join(f"a,t{i}\n" for i in range(number)))
+        ).labels
+
+    assert len(labels(MAX_LABELS)) == MAX_LABELS
+    assert labels(MAX_LABELS + 1) == ()
+
+
+def test_given_labels_keep_their_order_and_bind_the_targets(write):
+    path = write("a.jsonl", JSONL)
+    assert file_task(train=path, labels=("yes", "no")).labels == ("yes", "no")
+    fails(path, "a.jsonl:2: the target 'no' is not in data.labels", labels=("yes", "nope"))
+
+
+def test_blanks_around_a_target_are_not_part_of_it(write):
+    assert load(write("a.csv", "inputs,targets\na, yes \n"))[0]["targets"] == "yes"
+
+
+def test_metrics_are_named(write):
+    path = write("a.jsonl", JSONL)
+    task = file_task(train=path, metrics=("f1_binary", "accuracy"))
+    assert task.score(ROWS, ["yes", "yes", "yes"])["f1_binary"] == pytest.approx(80)
+    with pytest.raises(UserError, match="unknown metric"):
+        file_task(train=path, metrics=("f2",))
+
+
+def test_the_fingerprint_is_of_the_content_and_of_the_templates(write):
+    def fingerprint(path, **fields):
+        return file_task(train=path, **fields).fingerprint("train")
+
+    path = write("a.jsonl", JSONL)
+    first = fingerprint(path)
+    assert fingerprint(path) == first
+    assert fingerprint(path, inputs_template="x {inputs}") != first
+    assert fingerprint(path, inputs_column="targets") != first
+    write("a.jsonl", JSONL.replace("good", "fine"))
+    assert fingerprint(path) != first
+    write("a.jsonl", JSONL)
+    assert fingerprint(path) == first
+
+
+def test_real_data_given_as_files(shared, write):
+    """Question classification, converted as a user would."""
+    lines = (shared / "text_tasks/qc/train.txt").read_text("latin-1").splitlines()
+    rows = [line.split(" ", 1) for line in lines]
+    content = "".join(
+        json.dumps({"question": text, "class": label.split(":")[0]}) + "\n" for label, text in rows
+    )
+    task = file_task(
+        train=write("qc.jsonl", content),
+        inputs_template="question: {question}",
+        targets_column="class",
+    )
+    assert len(task.labels) == 6
+    assert len(list(task.load("train"))) == 5452

@@ -1,0 +1,390 @@
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import prompt_tuning_jax
+from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Model, Training
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.overrides import diff, to_json
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train", "eval", "predict", "tasks", "inspect")
+CONFIG = """
+from prompt_tuning_jax.experiment import Experiment, Training
+from prompt_tuning_jax.methods import PromptTuning
+
+def get_config():
+    return Experiment(method=PromptTuning(length=5), training=Training(steps=7))
+"""
+BASE = Experiment(method=PromptTuning(length=5), training=Training(steps=7))
+
+
+@dataclass
+class Commands:
+    """Stands in for ``prompt_tuning_jax.commands`` and remembers what it was called with."""
+
+    calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    fails: Exception | None = None
+
+    def _call(self, first: Any, **options: Any) -> None:
+        self.calls.append((first, options))
+        if self.fails:
+            raise self.fails
+
+    def train(self, experiment: Experiment) -> None:
+        self._call(experiment)
+
+    def evaluate(self, experiment: Experiment, **options: Any) -> Any:
+        self._call(experiment, **options)
+        scores = [{"accuracy": 50.0, "invalid": 0.0}, {"accuracy": 75.0, "invalid": 1.0}]
+        mean = {"accuracy": 62.5, "invalid": 0.5}
+        ensemble = {"accuracy": 87.25, "invalid": 0.0}
+        return SimpleNamespace(
+            names=("a[b].npy", "seed_1"),
+            per_prompt=scores,
+            mean=mean,
+            best=scores[1],
+            ensemble=ensemble,
+            split="validation",
+        )
+
+    def predict(self, experiment: Experiment, *, inputs: list[str], **options: Any) -> Any:
+        self._call(experiment, inputs=inputs, **options)
+        return [
+            SimpleNamespace(
+                prediction=f"{text}\nü",
+                log_probs={"good": -0.5, "bad": -1.0},
+                votes={"good": 2} if text else None,
+            )
+            for text in inputs
+        ]
+
+    def tasks(self) -> Any:
+        return [("a_task", "what it is"), ("b", "")]
+
+    def examples(self, name: str, **options: Any) -> Any:
+        self._call(name, **options)
+        return [{"inputs": "a text", "inputs ids": [3, 1]}]
+
+    def inspect(self, path: str) -> Any:
+        self._call(path)
+        return [("kind", "a prompt"), ("length", 20)]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    fake = Commands()
+    monkeypatch.setitem(sys.modules, "prompt_tuning_jax.commands", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(prompt_tuning_jax, "commands", fake, raising=False)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(CONFIG)
+    (tmp_path / "c.gin").write_text("N = 7\nTraining.steps = %N\nPromptTuning.length = 5\n")
+    (tmp_path / "a.npy").touch()
+    (tmp_path / "run").mkdir()
+    saved = Experiment(data=Data(task="saved"))
+    (tmp_path / "run" / "experiment.json").write_text(to_json(saved))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("train c.py", []),
+        ("train --gin_file=c.gin", []),
+        ("train --gin_file c.gin", []),
+        ("train c.py --set optimizer.learning_rate=0.1", ["optimizer.learning_rate: 0.3 -> 0.1"]),
+        ("train --set method.length=6 c.py", ["method.length: 5 -> 6"]),
+        ("train c.py --set method.length=6 --set method.length=8", ["method.length: 5 -> 8"]),
+        ("train c.py --workdir W", ['training.workdir: "" -> "W"']),
+        ("train c.py --data F --eval_data G", ['data.train: "" -> "F"', 'data.eval: "" -> "G"']),
+        ("train c.py --model=m", ['model.name_or_path: "tiny" -> "m"']),
+        ("train c.py --seeds 0,1,2", ["training.seeds: [0] -> [0, 1, 2]"]),
+        ("train c.py --steps 9", ["training.steps: 7 -> 9"]),
+        ("train c.py --steps 9 --set training.steps=10", ["training.steps: 7 -> 10"]),
+        ("train --gin_file=c.gin --gin.N=9", ["training.steps: 7 -> 9"]),
+        ("train --gin_file=c.gin --gin_bindings=N=9", ["training.steps: 7 -> 9"]),
+        ("train --gin_file=c.gin --gin.Data.task='t' --steps 9", None),
+    ],
+)
+def test_train_gets_the_experiment(
+    commands: Commands, line: str, changes: list[str] | None
+) -> None:
+    assert main(line.split(" ")) == 0
+    ((experiment, options),) = commands.calls
+    assert options == {}
+    if changes is None:
+        changes = ['data.task: "word_valence" -> "t"', "training.steps: 7 -> 9"]
+    assert diff(BASE, experiment) == changes
+
+
+def test_gin_without_a_file_starts_from_the_defaults(commands: Commands) -> None:
+    assert main(["train", "--gin.Training.steps=9"]) == 0
+    assert diff(Experiment(), commands.calls[0][0]) == ["training.steps: 30000 -> 9"]
+
+
+def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Path) -> None:
+    (folder / "d").mkdir()
+    (folder / "c.gin").rename(folder / "d" / "x.gin")
+    assert main(["train", "--gin_file=x.gin", "--gin_search_paths=nowhere,d"]) == 0
+    assert commands.calls[0][0] == BASE
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("train", ["no config", "CONFIG.py", "--gin_file"]),
+        ("train nothing.py", ["no config file nothing.py"]),
+        ("train c.gin", ["--gin_file=c.gin"]),
+        ("train c.py --gin_file=c.gin", ["either c.py or gin"]),
+        ("train c.py --gin.N=3", ["either c.py or gin"]),
+        ("train --gin_file=nothing.gin", ["no gin file 'nothing.gin'"]),
+        ("train --gin_file=c.gin --gin.M=3", ["--gin.M", "There are: N"]),
+        ("train --gin_file=c.gin --gin.N", ["--gin.N", "--gin.NAME=VALUE"]),
+        ("train --gin_file=c.gin --gin.N 9", ["--gin.N", "without spaces"]),
+        ("train c.py --set optimizer.learning_rat=0.1", ["'optimizer.learning_rate'"]),
+        ("train c.py --set training.steps=x", ["training.steps", "whole number", "'x'"]),
+        ("train c.py --set training.steps", ["FIELD=VALUE"]),
+        ("train c.py --steps -3", ["training.steps is -3"]),
+        ("train c.py --steps many", ["training.steps", "whole number", "'many'"]),
+        ("train c.py --seeds 0,x", ["training.seeds", "'x'"]),
+        ("train c.py --stpes 3", ["unknown argument '--stpes'", "did you mean '--steps'"]),
+        ("train c.py --stpes=3", ["unknown argument '--stpes'", "did you mean '--steps'"]),
+        ("train c.py --work W", ["unknown argument '--work'"]),
+        ("train c.py other.py", ["unknown argument 'other.py'"]),
+        ("eval", ["no config", "--prompt of a run"]),
+        ("eval --prompt nothing.npy", ["--prompt nothing.npy", "no such file"]),
+        ("eval --prompt a.npy", ["no config"]),
+        ("eval c.py --prompt a.npy --data F", ["--eval_data"]),
+        ("predict hello", ["no config"]),
+        ("predict --prompt run --input nothing.txt", ["nothing.txt"]),
+        ("predict --prompt run --input c.py hello", ["either TEXT or --input"]),
+        ("inspect nothing", ["nothing", "no such file"]),
+        ("eval c.py --prompt a.npy --output c.py/x.json", ["cannot write"]),
+    ],
+)
+def test_wrong_input_gets_one_line_and_status_2(
+    commands: Commands, capsys: pytest.CaptureFixture[str], line: str, parts: list[str]
+) -> None:
+    assert main(line.split(" ")) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert all(part in captured.err for part in parts), captured.err
+
+
+@pytest.mark.parametrize(
+    "line", ["", "trian c.py", "inspect", "tasks --limit 0", "tasks --limit x"]
+)
+def test_wrong_usage_gets_status_2(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(line.split())
+    assert status.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_errors_of_the_work_itself(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.fails = UserError("the loss is not finite at step 3")
+    assert main(["train", "c.py"]) == 2
+    assert capsys.readouterr().err == "error: the loss is not finite at step 3\n"
+    commands.fails = KeyboardInterrupt()  # type: ignore[assignment]
+    assert main(["train", "c.py"]) == 130
+    commands.fails = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "c.py"])
+
+
+@pytest.mark.parametrize(
+    ("line", "task", "prompts", "split"),
+    [
+        ("eval c.py --prompt a.npy", "word_valence", ["a.npy"], None),
+        ("eval c.py", "word_valence", [], None),
+        ("eval --prompt run", "saved", ["run"], None),
+        ("eval --prompt run/a.npy", "saved", ["run/a.npy"], None),
+        ("eval c.py --prompt run", "word_valence", ["run"], None),
+        ("eval --prompt a.npy --prompt run --split test", "saved", ["a.npy", "run"], "test"),
+        ("eval --prompt run --set data.task=t", "t", ["run"], None),
+        ("eval --prompt run --eval_data F", "saved", ["run"], None),
+        ("eval --prompt run --data F --split train", "saved", ["run"], "train"),
+        ("eval --gin_file=c.gin --prompt run", "word_valence", ["run"], None),
+    ],
+)
+def test_eval_gets_config_prompts_and_split(
+    commands: Commands, folder: Path, line: str, task: str, prompts: list[str], split: str | None
+) -> None:
+    (folder / "run" / "a.npy").touch()
+    assert main(line.split(" ")) == 0
+    ((experiment, options),) = commands.calls
+    assert experiment.data.task == task
+    assert options == {"prompts": prompts, "split": split}
+
+
+def test_eval_prints_a_table_and_writes_json(
+    commands: Commands, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "c.py", "--prompt", "a.npy", "--prompt", "run", "--output", "new/s.json"]
+    assert main(line) == 0
+    table = capsys.readouterr().out
+    rows = [line for line in table.splitlines() if "." in line]
+    for name, score in [
+        ("a[b].npy", "50.00"),
+        ("seed_1", "75.00"),
+        ("mean", "62.50"),
+        ("best", "75.00"),
+    ]:
+        assert any(name in row and score in row for row in rows), table
+    assert any("ensemble" in row and "87.25" in row for row in rows), table
+    written = json.loads((folder / "new" / "s.json").read_text())
+    assert written["split"] == "validation"
+    assert written["per_prompt"][1] == {"prompt": "seed_1", "accuracy": 75.0, "invalid": 1.0}
+    assert written["ensemble"]["accuracy"] == 87.25
+    assert [path.name for path in (folder / "new").iterdir()] == ["s.json"]
+
+
+def test_predict_takes_texts_a_file_or_stdin(
+    commands: Commands,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "in.txt").write_text("one\n\nthree\n", encoding="utf-8")
+    assert main(["predict", "--prompt", "run", "one", "two words"]) == 0
+    assert capsys.readouterr().out == "one ü\ntwo words ü\n"
+    assert main(["predict", "--prompt", "run", "--input", "in.txt"]) == 0
+    assert capsys.readouterr().out == "one ü\n ü\nthree ü\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\ny"))
+    assert main(["predict", "--prompt", "run", "--output", "out.txt"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (folder / "out.txt").read_text(encoding="utf-8") == "x ü\ny ü\n"
+    assert [options["inputs"] for _, options in commands.calls] == [
+        ["one", "two words"],
+        ["one", "", "three"],
+        ["x", "y"],
+    ]
+    assert all(options["prompts"] == ["run"] for _, options in commands.calls)
+
+
+def test_predict_as_json_lines(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--prompt", "run", "--json", "one", ""]) == 0
+    one, empty = map(json.loads, capsys.readouterr().out.splitlines())
+    log_probs = {"good": -0.5, "bad": -1.0}
+    assert one == {
+        "input": "one",
+        "prediction": "one\nü",
+        "log_probs": log_probs,
+        "votes": {"good": 2},
+    }
+    assert empty == {"input": "", "prediction": "\nü", "log_probs": log_probs}
+
+
+def test_predict_finds_its_experiment(commands: Commands) -> None:
+    bare = Experiment(evaluation=Evaluation(strategy="greedy"), model=Model(name_or_path="m"))
+    for options, expected in [
+        (["--prompt", "a.npy", "--model", "m"], bare),
+        (["--model", "m"], bare),
+        (["--prompt", "run"], Experiment(data=Data(task="saved"))),
+        (["--config", "c.py", "--prompt", "run"], BASE),
+        (["--gin_file", "c.gin"], BASE),
+    ]:
+        assert main(["predict", *options, "text"]) == 0
+        assert commands.calls[-1][0] == expected
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_predict_needs_input(
+    commands: Commands,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert main(["predict", "--prompt", "run"]) == 2
+    assert "empty" in capsys.readouterr().err
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["predict", "--prompt", "run"]) == 2
+    assert "no input" in capsys.readouterr().err
+    assert not commands.calls
+
+
+def test_output_to_a_device_leaves_it_a_device(commands: Commands) -> None:
+    assert main(["predict", "--prompt", "run", "x", "--output", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_tasks_and_inspect(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks"]) == 0
+    assert capsys.readouterr().out == "a_task  what it is\nb\n"
+    assert main(["tasks", "a_task", "--split", "test", "--limit", "2"]) == 0
+    assert capsys.readouterr().out == "inputs: a text\ninputs ids: [3, 1]\n\n"
+    assert commands.calls.pop() == ("a_task", {"split": "test", "limit": 2})
+    assert main(["inspect", "run"]) == 0
+    assert capsys.readouterr().out == "kind    a prompt\nlength  20\n"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main([command, "--help"] if command else ["--help"])
+    assert status.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: prompt-tuning {command}".rstrip())
+    assert max(map(len, lines)) <= 100
+    for name in () if command else COMMANDS:
+        assert any(line.startswith(f"    {name} ") for line in lines)
+
+
+def test_as_a_program() -> None:
+    """Its own process, so that what ``--help`` imports can be seen."""
+    code = (
+        "import sys\n"
+        "from prompt_tuning_jax.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'tensorflow', 'seqio', 'orbax', 'gin', 'prompt_tuning_jax.commands'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+    assert subprocess.run([sys.executable, "-c", code], **options).stderr == ""
+    line = "-m prompt_tuning_jax train configs/quickstart.py --set optimizer.learning_rat=1"
+    done = subprocess.run([sys.executable, *line.split()], **options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: there is no field 'optimizer.learning_rat'; "
+        "did you mean 'optimizer.learning_rate'?\n"
+    )
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = (
+        "import sys\n"
+        "from types import SimpleNamespace\n"
+        "import prompt_tuning_jax\n"
+        "rows = [('field', 'value')] * 100_000\n"
+        "commands = SimpleNamespace(inspect=lambda path: rows)\n"
+        "sys.modules['prompt_tuning_jax.commands'] = prompt_tuning_jax.commands = commands\n"
+        "from prompt_tuning_jax.cli import main\n"
+        "sys.exit(main(['inspect', '.']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"field  value\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0

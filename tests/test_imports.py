@@ -1,0 +1,259 @@
+"""The package's imports point down, and importing it stays light."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "prompt_tuning_jax"
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the bottom up.  A module may import from its own row and from those above it here.
+ROWS = (
+    ("errors", "typing", "precision", "tree", "sharding", "losses"),
+    ("models",),
+    ("methods", "decoding", "checkpoints", "data", "optim"),
+    ("experiment",),
+    ("training", "serving", "ensembling", "analysis", "inference"),
+    ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
+    ("", "cli", "__main__"),  # "" is the package's own __init__
+)
+ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+
+# Slow to import, or noisy, or (grain) bringing in one that is: inside functions only.
+HEAVY = {
+    "grain",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "seqio",
+    "tensorboard",
+    "tensorflow",
+    "tensorflow_datasets",
+    "tensorflow_text",
+}
+TENSORFLOW = {"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"}
+FOREIGN = {"dill", "flaxformer", "joblib", "peft", "pickle", "t5x", "torch", "transformers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """``target`` is a dotted module name; ``scope`` is module, function or typing."""
+
+    module: str
+    target: str
+    scope: str
+    line: int
+
+    @property
+    def library(self) -> str:
+        return self.target.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def module_files() -> dict[str, Path]:
+    files = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+FILES = module_files()
+
+
+def room(module: str) -> str:
+    return module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
+
+
+def row(module: str) -> int:
+    return ROW_OF.get(room(module), len(ROWS))
+
+
+def imports_of(module: str, tree: ast.AST) -> Iterator[Import]:
+    def visit(node: ast.AST, scope: str) -> Iterator[Import]:
+        targets = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: write absolute imports"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = sorted(names & FILES.keys())
+            whole = [node.module] if len(submodules) < len(names) else []
+            targets = [*submodules, *(name for name in whole if name)]
+        for target in targets:
+            yield Import(module=module, target=target, scope=scope, line=node.lineno)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            scope = "function"
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            scope = "typing"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, scope)
+
+    return visit(tree, "module")
+
+
+IMPORTS = [i for m, path in FILES.items() for i in imports_of(m, ast.parse(path.read_text()))]
+OWN = [i for i in IMPORTS if i.library == PACKAGE]
+
+
+def report(wrong: list[Import]) -> str:
+    return "\n".join(map(str, wrong))
+
+
+def test_the_reader_of_imports_sees_every_kind() -> None:
+    source = f"""
+import os, seqio.preprocessors
+from {PACKAGE} import errors, train
+if TYPE_CHECKING:
+    import grain
+class A:
+    import rich
+    def f(self):
+        from tensorflow import data
+"""
+    found = [(i.target, i.scope) for i in imports_of("m", ast.parse(source))]
+    assert found == [
+        ("os", "module"),
+        ("seqio.preprocessors", "module"),
+        (f"{PACKAGE}.errors", "module"),
+        (PACKAGE, "module"),
+        ("grain", "typing"),
+        ("rich", "module"),
+        ("tensorflow", "function"),
+    ]
+
+
+def test_every_room_has_a_row() -> None:
+    unknown = sorted({room(module) for module in FILES} - ROW_OF.keys())
+    assert not unknown, f"give {unknown} a row in ROWS"
+
+
+def test_imports_point_down() -> None:
+    wrong = [i for i in OWN if row(i.target) > row(i.module)]
+    assert not wrong, report(wrong)
+
+
+def test_experiment_knows_only_the_methods() -> None:
+    wrong = [i for i in OWN if room(i.module) == "experiment" and room(i.target) != "methods"]
+    assert not wrong, report(wrong)
+
+
+@pytest.mark.parametrize("level", ["room", "module"])
+def test_no_circle(level: str) -> None:
+    """Between rooms by any import; between modules by those that run on import."""
+    edges: dict[str, set[str]] = {}
+    for i in OWN:
+        if level == "module" and i.scope == "module":
+            edges.setdefault(i.module, set()).add(i.target)
+        elif level == "room" and room(i.module) != room(i.target):
+            edges.setdefault(room(i.module), set()).add(room(i.target))
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in sorted(edges.get(name, ())):
+                walk(target, (*path, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        walk(name, ())
+
+
+def test_heavy_libraries_are_imported_inside_functions() -> None:
+    wrong = [i for i in IMPORTS if i.library in HEAVY and i.scope == "module"]
+    assert not wrong, report(wrong)
+
+
+def test_tensorflow_and_seqio_stay_in_data() -> None:
+    wrong = [i for i in IMPORTS if i.library in TENSORFLOW and room(i.module) != "data"]
+    assert not wrong, report(wrong)
+
+
+def test_gin_stays_in_gin_configs() -> None:
+    wrong = [i for i in IMPORTS if i.library == "gin" and room(i.module) != "gin_configs"]
+    assert not wrong, report(wrong)
+
+
+def test_no_pickles_and_no_foreign_frameworks() -> None:
+    wrong = [i for i in IMPORTS if i.library in FOREIGN]
+    assert not wrong, report(wrong)
+
+
+def test_data_but_its_loader_never_imports_jax() -> None:
+    """Not through another module of the package either."""
+    direct = {i.module: i for i in IMPORTS if i.library in {"jax", "flax", "optax"}}
+
+    def way_to_jax(module: str, seen: set[str]) -> str:
+        if module in direct:
+            return str(direct[module])
+        for i in OWN:
+            if i.module == module and i.target not in seen and i.target != PACKAGE:
+                seen.add(i.target)
+                if way := way_to_jax(i.target, seen):
+                    return f"{i}, {way}"
+        return ""
+
+    rooms = [m for m in FILES if room(m) == "data" and m != f"{PACKAGE}.data.loader"]
+    wrong = [way for module in rooms if (way := way_to_jax(module, {module}))]
+    assert not wrong, "\n".join(wrong)
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOADED = "import sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
+
+
+def loaded(output: str) -> set[str]:
+    return set(output.rpartition("loaded:")[2].split())
+
+
+def test_importing_the_package_is_fast_and_light() -> None:
+    measure = f"import time; t = time.perf_counter(); import {PACKAGE}"
+    seconds = []
+    for _ in range(3):
+        output = run_python(f"{measure}; print(time.perf_counter() - t); {LOADED}")
+        assert PACKAGE in loaded(output)
+        assert not loaded(output) & (HEAVY - {"rich"})  # Flax imports rich
+        seconds.append(float(output.split()[0]))
+        if seconds[-1] < 2:
+            return
+    pytest.fail(f"import {PACKAGE} takes {min(seconds):.1f} s")
+
+
+def test_importing_every_module_is_light() -> None:
+    modules = ", ".join(module for module in FILES if not module.endswith("__main__"))
+    output = run_python(f"import {modules}; {LOADED}")
+    assert not loaded(output) & (HEAVY - {"rich"})
+
+
+def test_help_starts_fast() -> None:
+    """The entry point of ``prompt-tuning``, the interpreter's own start included."""
+    code = (
+        "import sys, atexit; sys.argv = ['prompt-tuning', '--help']; "
+        f"atexit.register(lambda: exec({LOADED!r})); "
+        f"from {PACKAGE}.cli import main; sys.exit(main())"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        output = run_python(code)
+        seconds.append(time.perf_counter() - start)
+        assert "train" in output and "eval" in output
+        assert not loaded(output) & (HEAVY - {"rich"})
+        if seconds[-1] < 3:
+            return
+    pytest.fail(f"prompt-tuning --help takes {min(seconds):.1f} s")

@@ -1,0 +1,272 @@
+import dataclasses
+import json
+import random
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.methods import METHODS, FullTuning, PromptTuning
+from prompt_tuning_jax.overrides import (
+    apply_override,
+    apply_overrides,
+    checked_experiment,
+    diff,
+    from_dict,
+    from_json,
+    group_classes,
+    to_dict,
+    to_json,
+)
+
+TEXTS = ["", "a", "x=y", "a, b", '"quoted"', "naïve 日本語", "{premise}\n{hypothesis}", "[1]", "\\"]
+
+
+def random_value(annotation: Any, rng: random.Random) -> Any:
+    if classes := group_classes(annotation):
+        cls = rng.choice(classes)
+        hints = get_type_hints(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: random_value(hints[name], rng) for name in names})
+    if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        return tuple(random_value(item, rng) for _ in range(rng.randrange(4)))
+    if get_origin(annotation) is Literal:
+        return rng.choice(get_args(annotation))
+    makers = {
+        bool: lambda: rng.random() < 0.5,
+        int: lambda: rng.randrange(-(10**12), 10**12),
+        float: lambda: rng.choice([0.1, 1e-5, 1e300, -0.0, rng.random(), float(rng.randrange(9))]),
+        str: lambda: rng.choice(TEXTS),
+    }
+    return makers[annotation]()
+
+
+def random_experiment(seed: int) -> Experiment:
+    return random_value(Experiment, random.Random(seed))
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+def as_text(value: Any) -> str:
+    """The value as a person would type it behind ``--set FIELD=``."""
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    return str(value)
+
+
+def with_fields_of(experiment: Experiment, other: Experiment) -> Experiment:
+    name = next(n for n, cls in METHODS.items() if type(other.method) is cls)
+    sets = [f"{path}={as_text(value)}" for path, value in leaves(other).items()]
+    return apply_overrides(experiment, [f"method={name}", *sets])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_json_round_trip_is_exact_and_has_no_other_types(seed: int) -> None:
+    experiment = random_experiment(seed)
+    back = from_json(to_json(experiment))
+    assert back == experiment
+    assert type(back.method) is type(experiment.method)
+    assert to_json(back) == to_json(experiment)
+    assert [type(v) for v in leaves(back).values()] == [
+        type(v) for v in leaves(experiment).values()
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_experiment_can_be_typed(seed: int) -> None:
+    experiment = random_experiment(seed)
+    assert with_fields_of(Experiment(), experiment) == experiment
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_diff_names_exactly_what_differs(seed: int) -> None:
+    a = random_experiment(seed)
+    rng = random.Random(seed)
+    paths = rng.sample(sorted(leaves(a)), k=rng.randrange(6))
+    donor = next(
+        e for e in map(random_experiment, range(99, 999)) if type(e.method) is type(a.method)
+    )
+    b = apply_overrides(a, [f"{path}={as_text(leaves(donor)[path])}" for path in paths])
+    lines = dict(line.split(": ", 1) for line in diff(a, b))
+    assert set(lines) == {path for path in paths if leaves(a)[path] != leaves(b)[path]}
+    for path, change in lines.items():
+        old, new = change.split(" -> ")
+        assert json.loads(old) == json.loads(json.dumps(leaves(a)[path]))
+        assert json.loads(new) == json.loads(json.dumps(leaves(b)[path]))
+    assert diff(a, a) == []
+
+
+def test_diff_reads_as_a_sentence() -> None:
+    other = apply_overrides(
+        Experiment(), ["optimizer.learning_rate=0.1", "training.seeds=0,1", "model.name_or_path=b"]
+    )
+    assert diff(Experiment(), other) == [
+        'model.name_or_path: "tiny" -> "b"',
+        "optimizer.learning_rate: 0.3 -> 0.1",
+        "training.seeds: [0] -> [0, 1]",
+    ]
+    assert diff(Experiment(), Experiment(method=FullTuning())) == [
+        'method: "PromptTuning" -> "FullTuning"'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate", 0.1),
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate", 0.001),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("training.steps=30_000", "training.steps", 30_000),
+        ("data.cache=false", "data.cache", False),
+        ("data.cache=True", "data.cache", True),
+        ("training.seeds=0,1,2", "training.seeds", (0, 1, 2)),
+        ("training.seeds=[0,1,2]", "training.seeds", (0, 1, 2)),
+        ("training.seeds=7", "training.seeds", (7,)),
+        ("training.seeds=7,", "training.seeds", (7,)),
+        ("training.learning_rates=0.1, 1", "training.learning_rates", (0.1, 1.0)),
+        ("data.labels=", "data.labels", ()),
+        ("data.labels=[]", "data.labels", ()),
+        ("data.labels=yes,no", "data.labels", ("yes", "no")),
+        ("data.labels=[yes, no]", "data.labels", ("yes", "no")),
+        ('data.labels=["yes, but", "no"]', "data.labels", ("yes, but", "no")),
+        ("data.inputs_template=a=b", "data.inputs_template", "a=b"),
+        ("data.inputs_template= x ", "data.inputs_template", " x "),
+        ("model.dtype=bfloat16", "model.dtype", "bfloat16"),
+        ("method.length=20", "method.length", 20),
+        ("method.init=uniform", "method.init", "uniform"),
+    ],
+)
+def test_values_as_people_type_them(override: str, path: str, value: Any) -> None:
+    found = leaves(apply_override(Experiment(), override))
+    assert found[path] == value
+    assert type(found[path]) is type(value)
+    assert {p for p, v in leaves(Experiment()).items() if found[p] != v} <= {path}
+
+
+def test_a_method_is_picked_by_name_with_its_defaults() -> None:
+    experiment = apply_overrides(Experiment(), ["method.length=20", "method=full"])
+    assert experiment.method == FullTuning()
+    experiment = apply_overrides(experiment, ["method=prompt_tuning", "method.init=uniform"])
+    assert experiment.method == PromptTuning(init="uniform")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optimizer.learning_rat=1", ["'optimizer.learning_rat'", "'optimizer.learning_rate'?"]),
+        ("optimiser.learning_rate=1", ["did you mean 'optimizer.learning_rate'?"]),
+        ("learning_rate=1", ["did you mean 'optimizer.learning_rate'"]),
+        ("optimizer.steps=1", ["did you mean 'training.steps'?"]),
+        ("method.lenght=1", ["did you mean 'method.length'?"]),
+        ("optimizer.qqq=1", ["'optimizer.qqq'", "name, learning_rate, schedule"]),
+        ("qqq=1", ["'qqq'", "model, method, data"]),
+        ("optimizer.name.x=1", ["'optimizer.name.x'"]),
+        ("optimizer.__class__=1", ["'optimizer.__class__'"]),
+        ("__init__.__globals__=1", ["'__init__.__globals__'"]),
+        ("=1", ["no field ''"]),
+        ("training.steps", ["'training.steps'", "FIELD=VALUE"]),
+        ("training.steps=many", ["training.steps", "whole number", "'many'"]),
+        ("training.steps=1.5", ["training.steps", "whole number", "'1.5'"]),
+        ("training.steps=", ["training.steps", "whole number", "''"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "number", "'fast'"]),
+        ("optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite", "nan"]),
+        ("optimizer.learning_rate=1e999", ["optimizer.learning_rate", "finite", "inf"]),
+        ("data.cache=1", ["data.cache", "true or false", "'1'"]),
+        ("data.labels=[1,2]", ["data.labels", "text", "1"]),
+        ("training.seeds=0,a", ["training.seeds", "whole number", "'a'"]),
+        ("training.seeds=0,,1", ["training.seeds", "whole number", "''"]),
+        ("training.seeds=[true]", ["training.seeds", "whole number", "True"]),
+        ("optimizer.name=adafacto", ["optimizer.name", "'adafactor'", "adamw", "sgd"]),
+        ("method=prompt_tunin", ["method", "'prompt_tuning'", "full"]),
+        ("method.init=label", ["method.init", "class_labels", "uniform"]),
+        ("optimizer=adamw", ["optimizer is a group", "optimizer.name"]),
+        ("model.name_or_path=\udcff", ["model.name_or_path", "text"]),
+    ],
+)
+def test_wrong_overrides_get_one_line(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        apply_override(Experiment(), override)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_field_that_only_another_method_has() -> None:
+    with pytest.raises(UserError, match=r"'method\.length'.*FullTuning has no fields"):
+        apply_overrides(Experiment(), ["method=full", "method.length=3"])
+
+
+@pytest.mark.parametrize("path", sorted(leaves(Experiment())))
+def test_every_misspelt_field_is_recognised(path: str) -> None:
+    middle = len(path) - 2
+    misspelt = path[:middle] + path[middle + 1 :]
+    with pytest.raises(UserError, match=f"did you mean .*'{path}'"):
+        apply_override(Experiment(), f"{misspelt}=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ["not the JSON of an experiment"]),
+        ("[" * 100_000, ["not the JSON of an experiment"]),
+        ("3", ["not the JSON of an experiment", "3"]),
+        ('{"optimizer": {"learning_rat": 1}}', ["'optimizer.learning_rat'", "'learning_rate'"]),
+        ('{"optimiser": {}}', ["'optimiser'", "'optimizer'"]),
+        ('{"optimizer": 3}', ["optimizer", "expected Optimizer", "3"]),
+        ('{"optimizer": {"class": "Data"}}', ["expected Optimizer", "Data"]),
+        ('{"method": {"length": 3}}', ["method", "PromptTuning or FullTuning", "no class"]),
+        ('{"method": {"class": "Path"}}', ["method", "PromptTuning or FullTuning", "Path"]),
+        ('{"method": {"class": ["PromptTuning"]}}', ["method", "PromptTuning or FullTuning"]),
+        ('{"training": {"steps": 1.0}}', ["training.steps", "whole number", "1.0"]),
+        ('{"training": {"steps": true}}', ["training.steps", "whole number", "True"]),
+        ('{"training": {"steps": null}}', ["training.steps", "whole number", "None"]),
+        ('{"training": {"z_loss": NaN}}', ["training.z_loss", "finite", "nan"]),
+        ('{"training": {"z_loss": 1%s}}' % ("0" * 400), ["training.z_loss", "finite"]),
+        ('{"data": {"cache": 1}}', ["data.cache", "true or false", "1"]),
+        ('{"data": {"labels": "ab"}}', ["data.labels", "list", "'ab'"]),
+        ('{"model": {"dtype": "float16"}}', ["model.dtype", "float32", "bfloat16"]),
+        ('{"model": {"dtype": ["float32"]}}', ["model.dtype", "float32", "bfloat16"]),
+    ],
+)
+def test_json_that_is_not_an_experiment(text: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        from_json(text)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_fields_that_json_leaves_out_have_their_defaults() -> None:
+    assert from_json("{}") == Experiment()
+    assert from_json('{"training": {"steps": 7}}') == Experiment(training=Training(steps=7))
+
+
+def test_python_configs_are_put_into_exact_types() -> None:
+    loose = Experiment(
+        training=Training(seeds=[1, 2], learning_rates=[1, 2]),  # type: ignore[arg-type]
+        optimizer=Optimizer(learning_rate=1),
+    )
+    experiment = checked_experiment(loose)
+    assert experiment.training.seeds == (1, 2)
+    assert repr(experiment.training.learning_rates) == "(1.0, 2.0)"
+    assert repr(experiment.optimizer.learning_rate) == "1.0"
+    assert experiment == from_dict(to_dict(experiment))
+    hash(experiment)
+
+
+def test_a_group_of_the_wrong_class_is_refused() -> None:
+    with pytest.raises(UserError, match="optimizer: expected Optimizer, got Model"):
+        checked_experiment(Experiment(optimizer=Model()))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"method: expected PromptTuning or FullTuning.*got Model"):
+        checked_experiment(Experiment(method=Model()))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="method: expected PromptTuning or FullTuning"):
+        checked_experiment(Experiment(method=PromptTuning))  # type: ignore[arg-type]

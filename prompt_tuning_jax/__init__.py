@@ -1,1 +1,57 @@
-"""Prompt tuning for T5 in JAX: frozen models, trained prompts."""
+"""Prompt tuning for T5 in JAX: a frozen model, trained prompts, ensembles of them.
+
+>>> import prompt_tuning_jax as pt
+>>> model = pt.load_model("tiny")
+>>> pt.generate(model, ["valence: excellent"], prompt=pt.load_prompt("prompt.npy"))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prompt_tuning_jax.checkpoints.load import load_model
+    from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
+    from prompt_tuning_jax.commands import evaluate, train
+    from prompt_tuning_jax.errors import UserError
+    from prompt_tuning_jax.experiment import Experiment
+    from prompt_tuning_jax.inference import encode, generate, score
+
+# Imported when first asked for, so that importing the package is quick.
+_EXPORTS = {
+    "Experiment": "experiment",
+    "UserError": "errors",
+    "encode": "inference",
+    "evaluate": "commands",
+    "generate": "inference",
+    "load_model": "checkpoints.load",
+    "load_prompt": "checkpoints.prompt_file",
+    "save_prompt": "checkpoints.prompt_file",
+    "score": "inference",
+    "train": "commands",
+}
+
+__all__ = [  # noqa: RUF022  # in the order in which they are used
+    "load_model",
+    "load_prompt",
+    "save_prompt",
+    "encode",
+    "generate",
+    "score",
+    "train",
+    "evaluate",
+    "Experiment",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

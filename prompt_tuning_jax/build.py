@@ -26,13 +26,19 @@ from prompt_tuning_jax.methods import Attached, Context, Method, mask_of
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.pretraining import TextData, open_text_data
 from prompt_tuning_jax.training.evaluate import Predictions, Predictor, score_members
-from prompt_tuning_jax.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
+from prompt_tuning_jax.training.step import (
+    Batch,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+)
 from prompt_tuning_jax.typing import FlatParams, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """A method attached to a frozen model, E times: one structure, one frozen model, E tuned sets."""
+    """A method attached E times to one frozen model: one structure, E sets of tuned arrays."""
 
     graphdef: nnx.GraphDef[Attached]
     tuned: FlatParams  # each with a leading axis E
@@ -88,9 +94,20 @@ def vocabulary_of(model: T5) -> AnyVocabulary:
 def build_mixture(data: Data) -> Mixture:
     """The task or mixture that the data fields name, or the one that a user's own files make."""
     if data.train or data.eval:
-        fields = ("train", "eval", "train_split", "eval_split", "inputs_column", "targets_column")
-        fields += ("inputs_template", "targets_template", "labels", "metrics")
-        return as_mixture(file_task(**{name: getattr(data, name) for name in fields}))
+        return as_mixture(
+            file_task(
+                train=data.train,
+                eval=data.eval,
+                train_split=data.train_split,
+                eval_split=data.eval_split,
+                inputs_column=data.inputs_column,
+                targets_column=data.targets_column,
+                inputs_template=data.inputs_template,
+                targets_template=data.targets_template,
+                labels=data.labels,
+                metrics=data.metrics,
+            )
+        )
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture
@@ -135,9 +152,7 @@ def build_data(
         ]
 
     train_sets = examples(data.train_split) if training else []
-    eval_sets = [
-        one.at_most(data.max_eval_examples) for one in examples(split or data.eval_split)
-    ]
+    eval_sets = [one.at_most(data.max_eval_examples) for one in examples(split or data.eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
     labels = tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
     train = None
@@ -252,9 +267,7 @@ def evaluate_members(
             tuned, members.frozen, examples, members=members.number
         )
         prefix = f"{name}/" if len(data.evaluation) > 1 else ""
-        for own, values in zip(
-            scores, score_members(examples, predictions[name]), strict=True
-        ):
+        for own, values in zip(scores, score_members(examples, predictions[name]), strict=True):
             own.update({f"{prefix}{metric}": value for metric, value in values.items()})
     return scores, predictions
 

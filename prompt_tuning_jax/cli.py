@@ -1,4 +1,4 @@
-"""``prompt-tuning train | eval | predict | tasks | inspect``: argument parsing only.
+"""``prompt-tuning train | eval | predict | tasks | inspect``: from arguments to function calls.
 
 What takes long to import is imported by the command that needs it, so that ``--help`` is at once.
 """
@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from prompt_tuning_jax.cli_arguments import build_parser, rewrite_gin_flags
 from prompt_tuning_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = build_parser().parse_known_args(rewrite_gin_flags(argv))
         if unknown:
             _refuse_unknown(unknown[0], args.options)
-        args.run(args)
+        _COMMANDS[args.command](args)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,155 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-    """``--gin.NAME=VALUE`` -> ``--gin_bindings=NAME=VALUE``, as T5X does it."""
-    for arg in argv:
-        if arg.startswith("--gin.") and "=" not in arg:
-            raise UserError(f"{arg}: expected --gin.NAME=VALUE, without spaces")
-    return [
-        f"--gin_bindings={arg.removeprefix('--gin.')}" if arg.startswith("--gin.") else arg
-        for arg in argv
-    ]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; ``args.run`` is the command's function."""
-    parser = argparse.ArgumentParser(
-        prog="prompt-tuning",
-        description="Prompt tuning for T5 in JAX.",
-        epilog="prompt-tuning COMMAND --help says more about each.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    train = _add_command(
-        commands,
-        "train",
-        _train,
-        "train prompts on a frozen T5",
-        example="train configs/quickstart.py --set optimizer.learning_rate=0.1",
-    )
-    train.add_argument("config", nargs="?", metavar="CONFIG.py", help="file with get_config()")
-    _add_config_options(train)
-    _add_data_options(train)
-    train.add_argument("--workdir", metavar="FOLDER", help="where the run is kept; resumes a run")
-    train.add_argument("--seeds", metavar="0,1,2", help="one prompt for each, trained at once")
-    train.add_argument("--steps", metavar="N", help="how many optimizer steps")
-
-    evaluate = _add_command(
-        commands,
-        "eval",
-        _eval,
-        "score prompts one by one, and the vote of them all",
-        example="eval --prompt runs/quickstart --split test",
-    )
-    evaluate.add_argument(
-        "config", nargs="?", metavar="CONFIG.py", help="default: the config of the prompt's run"
-    )
-    _add_prompt_option(evaluate)
-    evaluate.add_argument("--split", help="split of the task (default: data.eval_split)")
-    _add_config_options(evaluate)
-    _add_data_options(evaluate)
-    evaluate.add_argument("--output", metavar="FILE.json", help="also write the scores there")
-
-    predict = _add_command(
-        commands,
-        "predict",
-        _predict,
-        "print one prediction a line, for one text each",
-        example="predict --prompt runs/quickstart 'valence: lovely'",
-    )
-    predict.add_argument("text", nargs="*", metavar="TEXT", help="inputs (default: lines of stdin)")
-    _add_prompt_option(predict)
-    predict.add_argument("--input", metavar="FILE.txt", help="one input a line")
-    predict.add_argument("--output", metavar="FILE", help="write there instead of to stdout")
-    predict.add_argument(
-        "--json", action="store_true", help="JSON lines, with log-probabilities and votes"
-    )
-    predict.add_argument(
-        "--config", metavar="CONFIG.py", help="default: the config of the prompt's run"
-    )
-    _add_config_options(predict)
-    predict.add_argument("--model", metavar="NAME", help="bundled name or folder")
-
-    tasks = _add_command(
-        commands,
-        "tasks",
-        _tasks,
-        "list the tasks, or show examples of one",
-        example="tasks word_valence --split test",
-    )
-    tasks.add_argument("name", nargs="?", metavar="NAME", help="show examples of this task")
-    tasks.add_argument("--split", default="train", help="(default: train)")
-    tasks.add_argument("--limit", type=_positive, default=5, metavar="N", help="(default: 5)")
-    tasks.add_argument("--model", metavar="NAME", help="whose vocabulary (default: tiny)")
-
-    inspect = _add_command(
-        commands,
-        "inspect",
-        _inspect,
-        "say what a model folder, prompt file or run is",
-        example="inspect runs/quickstart",
-    )
-    inspect.add_argument("path", metavar="PATH")
-    return parser
-
-
-def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, *, example: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        epilog=f"example: prompt-tuning {example}",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, options=parser._option_string_actions)
-    return parser
-
-
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("config")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="replace any field, for instance optimizer.learning_rate=0.1; repeatable",
-    )
-    group.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE.gin", help="repeatable"
-    )
-    group.add_argument(
-        "--gin_search_paths", default="", metavar="A,B", help="folders to look for gin files in"
-    )
-    group.add_argument(
-        "--gin_bindings",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a macro or parameter; also written --gin.NAME=VALUE; repeatable",
-    )
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model", metavar="NAME", help="bundled name or folder")
-    group.add_argument("--data", metavar="FILE", help="your training examples: jsonl, csv or tsv")
-    group.add_argument("--eval_data", metavar="FILE", help="your examples to evaluate on")
-
-
-def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a prompt file, or a run's folder for its best prompts; repeatable",
-    )
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -346,7 +198,10 @@ def _refuse_unknown(arg: str, options: Sequence[str]) -> NoReturn:
     raise UserError(f"unknown argument {name!r}: {near}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "tasks": _tasks,
+    "inspect": _inspect,
+}

@@ -13,7 +13,7 @@ from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
-from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.data.task import Source, Task, get_mixture, get_task, task_names
 from prompt_tuning_jax.data.tokenize import tokenize
 from prompt_tuning_jax.errors import UserError
@@ -69,9 +69,7 @@ def evaluate(
     """
     model = build.build_model(experiment)
     loaded = open_prompts(experiment, model, prompts)
-    data = build.build_data(
-        experiment, build.vocabulary_of(model), split=split, training=False
-    )
+    data = build.build_data(experiment, build.vocabulary_of(model), split=split, training=False)
     if isinstance(data, TextData):
         raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
     scores: list[dict[str, float]] = []
@@ -164,7 +162,7 @@ def examples(
 def inspect(path: str) -> Iterator[tuple[str, str]]:
     """What a model folder, a prompt file or a run's folder is, as (field, value)."""
     place = Path(path)
-    if place.is_dir() and (place / run_folder.RUN_CONFIG).is_file():
+    if place.is_dir() and (place / RUN_CONFIG).is_file():
         experiment = run_config(path)
         if experiment is not None:
             yield from _inspect_run(place, experiment)

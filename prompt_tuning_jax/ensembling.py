@@ -13,9 +13,7 @@ class Vote:
     votes: Mapping[str, int]
 
 
-def majority_vote(
-    predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[str, float]]
-) -> Vote:
+def majority_vote(predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[str, float]]) -> Vote:
     """What most members predict.
 
     A tie goes to the candidate with the larger log-probability summed over the members:

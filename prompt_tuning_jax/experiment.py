@@ -84,8 +84,8 @@ class Training:
     """How long, how wide, and how many prompts at once.
 
     ``seeds`` has one entry per prompt trained at once: it decides the prompt's initial value, its
-    order of examples and its dropout.  ``learning_rates`` and ``inits`` are empty, or hold one entry
-    per seed and replace ``optimizer.learning_rate`` and ``method.init`` for that prompt.
+    order of examples and its dropout.  ``learning_rates`` and ``inits`` are empty, or hold one
+    entry per seed and replace ``optimizer.learning_rate`` and ``method.init`` for that prompt.
     """
 
     steps: int = 30_000

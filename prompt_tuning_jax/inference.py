@@ -5,7 +5,7 @@ axis E, the frozen model is there once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -38,7 +38,7 @@ class Writing:
     strategy: Strategy = "greedy"
     max_length: int = 32
     num_beams: int = 4
-    beam_rule: BeamRule = T5XRule()
+    beam_rule: BeamRule = field(default_factory=T5XRule)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -157,8 +157,10 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
         return None
     array = jnp.asarray(prompt, jnp.float32)
     width = model.config.embed_dim
-    if array.ndim not in (2, 3) or array.shape[-1] != width or (
-        array.ndim == 3 and array.shape[0] != batch
+    if (
+        array.ndim not in (2, 3)
+        or array.shape[-1] != width
+        or (array.ndim == 3 and array.shape[0] != batch)
     ):
         raise UserError(
             f"a prompt for this model and batch has shape [P, {width}] or [{batch}, P, {width}]; "

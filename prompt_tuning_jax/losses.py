@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, HostArray
 
 
 @jax.tree_util.register_dataclass
@@ -19,13 +19,13 @@ class TokenSums:
     correct: Array
 
 
-def token_sums(logits_BSV: Array, targets_BS: Array, *, z_loss: float = 0.0) -> TokenSums:
+def token_sums(logits_BSV: Array, targets_BS: Array | HostArray, *, z_loss: float = 0.0) -> TokenSums:
     """Summed cross entropy over tokens that are not padding, plus ``z_loss * log(Z)**2`` each.
 
     The sum is what T5X trains on (t5x/losses.py); divided by ``tokens`` it is the mean.  Rows that
     are all padding count for nothing.
     """
-    logits_BSV = logits_BSV.astype(jnp.float32)
+    logits_BSV, targets_BS = logits_BSV.astype(jnp.float32), jnp.asarray(targets_BS)
     real_BS = targets_BS != 0
     log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
     target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]

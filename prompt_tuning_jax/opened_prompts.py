@@ -11,10 +11,10 @@ import numpy as np
 
 from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, load_prompt_with_metadata
-from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning, mask_of
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import HostArray
 
@@ -54,7 +54,7 @@ def open_prompts(
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
         elif place.is_dir():
-            raise UserError(f"{prompt} is a folder without a run's {run_folder.RUN_CONFIG}")
+            raise UserError(f"{prompt} is a folder without a run's {RUN_CONFIG}")
         for file in files:
             array, metadata = load_prompt_with_metadata(file)
             check_fits(
@@ -76,9 +76,7 @@ def open_prompts(
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array in group])
         frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
         groups.append(
-            dataclasses.replace(
-                members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group)
-            )
+            dataclasses.replace(members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group))
         )
         names += [name for name, _ in group]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
@@ -92,7 +90,7 @@ def _bare(attached: Attached) -> build.Members:
 
 
 def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
-    tuned, _ = run_folder.read_best(folder)
+    tuned = run_folder.read_best(folder)
     key = jax.random.key(0)
     attached = run.method.attach(model, key=key, context=Context())
     graphdef, params = tree.split(attached)
@@ -103,6 +101,6 @@ def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
         graphdef=graphdef,
         tuned={name: jnp.asarray(array) for name, array in tuned.items()},
         frozen=frozen,
-        mask=build.mask_of(run.method, list(params)),
+        mask=mask_of(run.method, list(params)),
         number=len(next(iter(tuned.values()))),
     )

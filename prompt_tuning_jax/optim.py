@@ -51,9 +51,7 @@ class OptimizerConfig(Protocol):
     def gradient_clip_norm(self) -> float: ...
 
 
-def make_optimizer(
-    config: OptimizerConfig, mask: Mask
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransformationExtraArgs:
     """The optimizer; ``update(gradients, state, params, learning_rate=...)``.
 
     It acts on any dictionary path -> array whose names the mask knows.  What the mask freezes has
@@ -128,8 +126,8 @@ def _scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
 def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Callable[[Array], Array]:
     """Step (from 0) -> factor on the learning rate: 1 at its height.
 
-    All warm up linearly over ``warmup_steps``, then: ``constant``; ``linear`` and ``cosine`` fall to
-    ``end_learning_rate`` at ``decay_steps`` (or the run's end); ``rsqrt`` falls with the inverse
+    All warm up linearly over ``warmup_steps``, then: ``constant``; ``linear`` and ``cosine`` fall
+    to ``end_learning_rate`` at ``decay_steps`` (or the run's end); ``rsqrt`` falls with the inverse
     square root of the step, from its height at the end of the warm-up.
     """
     warmup = config.warmup_steps

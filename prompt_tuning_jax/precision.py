@@ -76,9 +76,7 @@ def _einsum(equation: str, left: Array, right: Array) -> Array:
     return _raw_einsum(equation, left, right)
 
 
-def _einsum_forward(
-    equation: str, left: Array, right: Array
-) -> tuple[Array, tuple[Array, Array]]:
+def _einsum_forward(equation: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
     return _einsum(equation, left, right), (left, right)
 
 

@@ -64,7 +64,11 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             return
         for member, best in zip(improved, bests, strict=True):
             metadata = _metadata(
-                experiment, member, best, fingerprint=fingerprint, best_by=data.best_by,
+                experiment,
+                member,
+                best,
+                fingerprint=fingerprint,
+                best_by=data.best_by,
                 labels=data.labels,
             )
             run_folder.export_prompt(folder, names[member], tuned[PROMPT][member], metadata)

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.overrides import diff, to_json
+from prompt_tuning_jax.training.loop import BEST
 from prompt_tuning_jax.typing import HostArray
 
 PROMPTS, RESULTS, CURVES = "prompts", "results.json", "curves.png"
@@ -44,9 +46,7 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def export_prompt(
-    folder: Path, name: str, prompt_PD: HostArray, metadata: PromptMetadata
-) -> None:
+def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: PromptMetadata) -> None:
     """Writes a run's prompt as ``prompts/NAME.safetensors`` (with metadata) and ``.npy``."""
     for suffix in ("npy", "safetensors"):
         save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
@@ -64,18 +64,14 @@ def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_best(folder: Path) -> tuple[dict[str, HostArray], Mapping[str, Any]]:
+def read_best(folder: Path) -> dict[str, HostArray]:
     """The best tuned arrays of a run's members, with their leading axis E, for any method."""
-    from orbax.checkpoint import v1 as ocp
-
-    best = folder / "checkpoints" / "best"
-    steps = sorted(int(p.name) for p in best.iterdir() if p.name.isdigit()) if best.is_dir() else []
-    if not steps:
+    found = train_state.read_latest(folder / BEST)
+    if found is None:
         raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
-    loaded = ocp.load(str((best / str(steps[-1])).absolute()))
-    prefix = "tuned/"
-    flat = {k.removeprefix(prefix): np.asarray(v) for k, v in loaded.items() if k.startswith(prefix)}
-    return flat, {"step": steps[-1]}
+    _, leaves, _ = found
+    tuned = {name for name in leaves if name.startswith("tuned/")}
+    return {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
 
 
 def _without_workdir(experiment: Experiment) -> Experiment:

@@ -21,8 +21,8 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
 
 def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
     """The module that ``split`` took apart, around these parameters."""
-    state = nnx.from_flat_state({path_tuple(name): nnx.Param(p) for name, p in params.items()})
-    return nnx.merge(graphdef, state)
+    flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in params.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
@@ -32,7 +32,8 @@ def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
     require_same_shapes(params, values, of="the checkpoint", and_of="the model")
     for name, value in params.items():
         leaves[name].set_value(value)
-    nnx.update(module, nnx.from_flat_state({path_tuple(name): leaves[name] for name in leaves}))
+    flat: dict[Any, Any] = {path_tuple(name): leaf for name, leaf in leaves.items()}
+    nnx.update(module, nnx.from_flat_state(flat))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

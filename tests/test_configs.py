@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.cli import build_parser, rewrite_gin_flags
+from prompt_tuning_jax.cli_arguments import build_parser, rewrite_gin_flags
 from prompt_tuning_jax.config_file import load_config
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.gin_configs import experiment_from_gin

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,39 +220,47 @@ def loaded(output: str) -> set[str]:
     return set(output.rpartition("loaded:")[2].split())
 
 
-def test_importing_the_package_is_fast_and_light() -> None:
-    measure = f"import time; t = time.perf_counter(); import {PACKAGE}"
+def assert_light(output: str) -> None:
+    assert PACKAGE in loaded(output)
+    assert not loaded(output) & (HEAVY - {"rich"})  # Flax imports rich
+
+
+def fastest_of_three(code: str) -> float:
+    """Seconds of processor time, so that a busy machine changes nothing; prints them last."""
     seconds = []
     for _ in range(3):
-        output = run_python(f"{measure}; print(time.perf_counter() - t); {LOADED}")
-        assert PACKAGE in loaded(output)
-        assert not loaded(output) & (HEAVY - {"rich"})  # Flax imports rich
-        seconds.append(float(output.split()[0]))
+        output = run_python(code)
+        assert_light(output.rpartition("seconds:")[0])
+        seconds.append(float(output.rpartition("seconds:")[2]))
         if seconds[-1] < 2:
-            return
-    pytest.fail(f"import {PACKAGE} takes {min(seconds):.1f} s")
+            break
+    return min(seconds)
+
+
+def test_importing_the_package_is_fast_and_light() -> None:
+    code = (
+        f"import time; t = time.process_time(); import {PACKAGE}; t = time.process_time() - t; "
+        f"{LOADED}; print('seconds:', t)"
+    )
+    assert fastest_of_three(code) < 2
 
 
 def test_importing_every_module_is_light() -> None:
     modules = ", ".join(module for module in FILES if not module.endswith("__main__"))
-    output = run_python(f"import {modules}; {LOADED}")
-    assert not loaded(output) & (HEAVY - {"rich"})
+    assert_light(run_python(f"import {modules}; {LOADED}"))
 
 
 def test_help_starts_fast() -> None:
     """The entry point of ``prompt-tuning``, the interpreter's own start included."""
-    code = (
-        "import sys, atexit; sys.argv = ['prompt-tuning', '--help']; "
-        f"atexit.register(lambda: exec({LOADED!r})); "
-        f"from {PACKAGE}.cli import main; sys.exit(main())"
-    )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        output = run_python(code)
-        seconds.append(time.perf_counter() - start)
-        assert "train" in output and "eval" in output
-        assert not loaded(output) & (HEAVY - {"rich"})
-        if seconds[-1] < 3:
-            return
-    pytest.fail(f"prompt-tuning --help takes {min(seconds):.1f} s")
+    code = f"""
+import sys, time
+from {PACKAGE}.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert not end.code
+{LOADED}
+print("seconds:", time.process_time())
+"""
+    assert "train" in run_python(code)
+    assert fastest_of_three(code) < 2

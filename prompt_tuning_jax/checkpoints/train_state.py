@@ -77,6 +77,20 @@ def restore_latest(folder: str | Path, like: Tree) -> tuple[int, Tree, dict[str,
     return latest.step, state, extra
 
 
+def read_latest(folder: str | Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+    """The last whole save as (step, host arrays by path, extra), or None if there is none."""
+    if not Path(folder).is_dir():
+        return None
+    with _checkpointer(folder, keep=None, writing=False) as checkpointer:
+        latest = checkpointer.latest
+        if latest is None:
+            return None
+        saved = checkpointer.metadata(latest)
+        abstract = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.metadata.items()}
+        leaves = checkpointer.load(latest, abstract)
+    return latest.step, dict(leaves), saved.custom_metadata["extra"]
+
+
 @contextmanager
 def _checkpointer(folder: str | Path, *, keep: int | None, writing: bool) -> Iterator[Any]:
     """Orbax's checkpointer, silent, and with one-line errors for what is wrong with the folder."""

@@ -1,7 +1,7 @@
 """Token embeddings to start pre-training from: which tokens stand near each other in a corpus."""
 
 import numpy as np
-import scipy.sparse  # type: ignore[import-untyped]
+import scipy.sparse
 
 from prompt_tuning_jax.errors import UserError
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from prompt_tuning_jax.methods.method import Attached, Context, MethodModule
 from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, HostArray
 
 
 class Nothing(MethodModule):
     """Adds no parameter and fills no slot."""
 
-    def slots(self, model: T5, tokens_BT: Array) -> Slots:
+    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
         return NO_SLOTS
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.models.slots import Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
-from prompt_tuning_jax.typing import Array, Mask
+from prompt_tuning_jax.typing import Array, HostArray, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Context:
 class MethodModule(nnx.Module):
     """What a method adds to a model: parameters, and the slots that they fill."""
 
-    def slots(self, model: T5, tokens_BT: Array) -> Slots:
+    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
         """The slots for one batch of encoder tokens."""
         raise NotImplementedError
 
@@ -34,13 +34,13 @@ class Attached(nnx.Module):
         self.model = model
         self.method = method
 
-    def slots(self, tokens_BT: Array) -> Slots:
+    def slots(self, tokens_BT: Array | HostArray) -> Slots:
         return self.method.slots(self.model, tokens_BT)
 
     def __call__(
         self,
-        encoder_input_tokens: Array,
-        decoder_input_tokens: Array,
+        encoder_input_tokens: Array | HostArray,
+        decoder_input_tokens: Array | HostArray,
         *,
         key: Array | None = None,
     ) -> Array:
@@ -48,7 +48,7 @@ class Attached(nnx.Module):
         slots = self.slots(encoder_input_tokens)
         return self.model(encoder_input_tokens, decoder_input_tokens, slots=slots, key=key)
 
-    def encode(self, tokens_BT: Array) -> tuple[Encoded, Slots]:
+    def encode(self, tokens_BT: Array | HostArray) -> tuple[Encoded, Slots]:
         """The encoder's output, and the slots that the decoder still needs."""
         slots = self.slots(tokens_BT)
         return self.model.encode(tokens_BT, slots=slots), slots

@@ -11,7 +11,7 @@ from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, 
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
 from prompt_tuning_jax.models.slots import Slots
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, HostArray
 
 PROMPT = "method/prompt_PD"
 
@@ -66,7 +66,7 @@ class Prompt(MethodModule):
         self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
         self.config = config
 
-    def slots(self, model: T5, tokens_BT: Array) -> Slots:
+    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
         config = self.config
         source, is_prompt_BU = combine(
             self.prompt_PD.get_value(),

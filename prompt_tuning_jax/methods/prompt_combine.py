@@ -6,14 +6,14 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.models.slots import EncoderInput
 from prompt_tuning_jax.models.t5 import prepend
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, HostArray
 
 Placement = Literal["prefix", "after_first", "before_eos"]
 EOS = 1
 
 
 def combine(
-    prompt: Array, source: EncoderInput, tokens_BT: Array, *, placement: Placement
+    prompt: Array, source: EncoderInput, tokens_BT: Array | HostArray, *, placement: Placement
 ) -> tuple[EncoderInput, Array]:
     """The prompt ``[P, D]`` or ``[B, P, D]`` put into the input, and where it is ``[B, U]``.
 
@@ -30,7 +30,7 @@ def combine(
         start_B = jnp.ones(batch, jnp.int32)
     else:
         real_B = jnp.sum(source.mask_BU, axis=1)
-        last_B = jnp.take_along_axis(tokens_BT, jnp.maximum(real_B - 1, 0)[:, None], axis=1)[:, 0]
+        last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), jnp.maximum(real_B - 1, 0)[:, None], axis=1)[:, 0]
         start_B = real_B - (last_B == EOS)
     positions_U = jnp.arange(prompt_length + length)
     offset_BU = positions_U[None, :] - start_B[:, None]

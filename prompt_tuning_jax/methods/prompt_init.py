@@ -78,13 +78,13 @@ def initial_prompt(
     if init == "file":
         if not path:
             raise UserError("method.init=file needs method.init_path, a prompt file")
-        prompt_PD = load_prompt(path)
-        if prompt_PD.shape != (length, width):
+        loaded_PD = load_prompt(path)
+        if loaded_PD.shape != (length, width):
             raise UserError(
-                f"method.init_path: {path} holds a prompt of shape {list(prompt_PD.shape)}; "
+                f"method.init_path: {path} holds a prompt of shape {list(loaded_PD.shape)}; "
                 f"this run trains [{length}, {width}] (method.length, model width)"
             )
-        return jnp.asarray(prompt_PD, jnp.float32)
+        return jnp.asarray(loaded_PD, jnp.float32)
     prompt_PD = sampled_vocabulary(key, embedding_VD, length, population=population)
     if init == "sampled_vocabulary":
         return prompt_PD

@@ -13,7 +13,9 @@ from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
 from prompt_tuning_jax.models.slots import KeyValues
 from prompt_tuning_jax.typing import Array, DType
 
-HIDDEN = -1e10  # added to the score of what must not be seen; finite, so a fully hidden row is no NaN
+HIDDEN = (
+    -1e10
+)  # added to the score of what must not be seen; finite, so a fully hidden row is no NaN
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +95,9 @@ class Attention(nnx.Module):
         self.dropout_rate = dropout_rate
         self.dtype = dtype
 
-        def linear(in_features: int, out_features: int, axes: tuple[str, str], std: float) -> Linear:
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str], std: float
+        ) -> Linear:
             return Linear(
                 in_features,
                 out_features,
@@ -158,7 +162,7 @@ def bias_of(mask_BQK: Array) -> Array:
 
 
 def _put_in_front(prefix_BPHK: Array, x_BUHK: Array) -> Array:
-    prefix_BPHK = jnp.broadcast_to(
-        prefix_BPHK, (x_BUHK.shape[0], *prefix_BPHK.shape[1:])
-    ).astype(x_BUHK.dtype)
+    prefix_BPHK = jnp.broadcast_to(prefix_BPHK, (x_BUHK.shape[0], *prefix_BPHK.shape[1:])).astype(
+        x_BUHK.dtype
+    )
     return jnp.concatenate([prefix_BPHK, x_BUHK], axis=1)

@@ -1,5 +1,6 @@
 """Layers without a view of the sequence: linear map, embedding, RMS norm, mlp, dropout."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 
 from prompt_tuning_jax import precision
 from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.typing import Array, DType
+from prompt_tuning_jax.typing import Array, DType, HostArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -19,7 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def normal_param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float, dtype: DType
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    std: float,
+    dtype: DType,
 ) -> nnx.Param[Array]:
     """A parameter drawn from a normal distribution, with its logical axes.
 
@@ -64,7 +70,7 @@ class Embed(nnx.Module):
         self.embedding = normal_param(rngs, shape, axes, std=1.0, dtype=param_dtype)
         self.dtype = dtype
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Array | HostArray) -> Array:
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
 
     def attend(self, x: Array) -> Array:
@@ -128,11 +134,12 @@ class Mlp(nnx.Module):
         )
 
     def __call__(self, x_BTD: Array, *, key: Array | None = None) -> Array:
-        hidden_BTF = None
+        branches_BTF = []
         for name, activation in zip(self.names, self.activations, strict=True):
             # In float32: a narrow gelu costs a CPU five times as much, and a TPU fuses the cast.
-            branch_BTF = ACTIVATIONS[activation](getattr(self, name)(x_BTD).astype(jnp.float32))
-            hidden_BTF = branch_BTF if hidden_BTF is None else hidden_BTF * branch_BTF
+            x_BTF = getattr(self, name)(x_BTD).astype(jnp.float32)
+            branches_BTF.append(ACTIVATIONS[activation](x_BTF))
+        hidden_BTF = math.prod(branches_BTF[1:], start=branches_BTF[0])
         hidden_BTF = dropout(hidden_BTF, self.dropout_rate, key=key, shared_axis=-2)
         return self.wo(hidden_BTF)
 

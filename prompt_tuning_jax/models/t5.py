@@ -17,7 +17,7 @@ from prompt_tuning_jax.models.attention import (
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.layers import Embed, Linear, Mlp, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues, Slots
-from prompt_tuning_jax.typing import Array, DType
+from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +30,8 @@ class Encoded:
 
 
 class EncoderLayer(nnx.Module):
+    """Self-attention and mlp, each behind a norm and added to the residual."""
+
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
         self.pre_attention_layer_norm = RMSNorm(config, **norm)
@@ -51,6 +53,8 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """Causal self-attention, cross-attention and mlp."""
+
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
         self.pre_self_attention_layer_norm = RMSNorm(config, **norm)
@@ -96,6 +100,8 @@ class DecoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """The stack that reads the prompt and the input."""
+
     def __init__(self, config: T5Config, **kwargs: Any):
         param_dtype, rngs = kwargs["param_dtype"], kwargs["rngs"]
         self.relpos_bias = RelativePositionBias(
@@ -126,6 +132,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """The stack that writes, from the encoder's output alone; it knows no prompt."""
+
     def __init__(self, config: T5Config, **kwargs: Any):
         dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
         self.relpos_bias = RelativePositionBias(
@@ -214,7 +222,7 @@ class T5(nnx.Module):
         dropout_rate: float = 0.0,
         vocabulary: Any = None,
     ):
-        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.token_embedder = Embed(config, **kwargs)
         self.encoder = Encoder(config, dropout_rate=dropout_rate, **kwargs)
         self.decoder = Decoder(config, dropout_rate=dropout_rate, **kwargs)
@@ -224,8 +232,8 @@ class T5(nnx.Module):
 
     def __call__(
         self,
-        encoder_input_tokens: Array,
-        decoder_input_tokens: Array,
+        encoder_input_tokens: Array | HostArray,
+        decoder_input_tokens: Array | HostArray,
         prompt: Array | None = None,
         *,
         slots: Slots = NO_SLOTS,
@@ -236,16 +244,14 @@ class T5(nnx.Module):
         encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=encoder_key)
         return self.decode(decoder_input_tokens, encoded, slots=slots, key=decoder_key)
 
-    def embed(self, tokens_BT: Array, prompt: Array | None = None) -> EncoderInput:
+    def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> EncoderInput:
         """Token embeddings behind the prompt ``[P, D]`` or ``[B, P, D]``, and their mask."""
-        source = EncoderInput(
-            embeddings_BUD=self.token_embedder(tokens_BT), mask_BU=tokens_BT != 0
-        )
+        source = EncoderInput(embeddings_BUD=self.token_embedder(tokens_BT), mask_BU=tokens_BT != 0)
         return source if prompt is None else prepend(prompt, source)
 
     def encode(
         self,
-        tokens_BT: Array,
+        tokens_BT: Array | HostArray,
         prompt: Array | None = None,
         *,
         slots: Slots = NO_SLOTS,
@@ -259,7 +265,7 @@ class T5(nnx.Module):
 
     def decode(
         self,
-        tokens_BS: Array,
+        tokens_BS: Array | HostArray,
         encoded: Encoded,
         *,
         slots: Slots = NO_SLOTS,
@@ -275,8 +281,8 @@ class T5(nnx.Module):
         self, encoded: Encoded, max_length: int
     ) -> tuple[tuple[KeyValues, ...], tuple[SelfCache, ...]]:
         """Cross-attention keys, and empty self-attention caches for ``max_length`` positions."""
-        shape = (encoded.hidden_BUD.shape[0], max_length)
-        shape += (self.config.num_heads, self.config.head_dim)
+        batch = encoded.hidden_BUD.shape[0]
+        shape = (batch, max_length, self.config.num_heads, self.config.head_dim)
         empty = SelfCache(
             key_BSHK=jnp.zeros(shape, self.dtype), value_BSHK=jnp.zeros(shape, self.dtype)
         )

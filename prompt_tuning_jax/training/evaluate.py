@@ -22,8 +22,8 @@ from prompt_tuning_jax.typing import FlatParams, HostArray
 class Predictions:
     """What E members predict for N examples.
 
-    ``texts_EN`` and, for each prediction, what the member knows about the texts that it chose among:
-    log-probability by text (all labels when ranking, its own prediction when writing).
+    ``texts_EN`` and, for each prediction, what the member knows about the texts that it chose
+    among: log-probability by text (all labels when ranking, its own prediction when writing).
     """
 
     texts_EN: list[list[str]]
@@ -87,9 +87,7 @@ class Predictor:
         self, tuned: FlatParams, frozen: FlatParams, tokens_BT: HostArray, members: int
     ) -> Any:
         if self.strategy == "rank":
-            return label_scores(
-                self.graphdef, tuned, frozen, tokens_BT, self._labels_CS(), members
-            )
+            return label_scores(self.graphdef, tuned, frozen, tokens_BT, self._labels_CS(), members)
         writing = Writing(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
@@ -125,8 +123,6 @@ class Predictor:
         return labels_CS
 
 
-def score_members(
-    examples: TokenizedExamples, predictions: Predictions
-) -> list[dict[str, float]]:
+def score_members(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
     """The task's metrics for each member, in percent."""
     return [examples.task.score(examples.texts, texts) for texts in predictions.texts_EN]

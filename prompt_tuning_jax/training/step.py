@@ -13,9 +13,9 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.methods import Attached
-from prompt_tuning_jax.typing import Array, FlatParams
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | HostArray]
 
 
 @jax.tree_util.register_dataclass
@@ -119,8 +119,8 @@ def make_train_step(
         metrics = StepMetrics(
             loss_E=sums.loss / tokens,
             accuracy_E=sums.correct / jnp.maximum(sums.examples, 1.0),
-            gradient_norm_E=optax.global_norm(gradients),
-            update_norm_E=optax.global_norm(updates),
+            gradient_norm_E=optax.tree.norm(gradients),
+            update_norm_E=optax.tree.norm(updates),
         )
         return optax.apply_updates(tuned, updates), opt_state, metrics
 

@@ -26,8 +26,10 @@ def encode(graphdef, params, tokens_BT, prompt_PD=None):
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_length", "num_beams", "rule"))
-def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None):
-    """Beams, or with no ``num_beams`` the greedy ids."""
+def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None, hf_penalty=None):
+    """Beams, or with no ``num_beams`` the greedy ids.  A traced penalty is compiled once for all."""
+    if hf_penalty is not None:
+        rule = HuggingFaceRule(length_penalty=hf_penalty)
     model = tree.merge(graphdef, params)
     size = {"num_rows": encoded.mask_BU.shape[0], "max_length": max_length}
     cross, cache = model.start_decoding(encoded, max_length)
@@ -91,7 +93,7 @@ def test_hugging_face(shared, name):
     run = partial(decode, graphdef, params, encoded, max_length=HF_LENGTH)
     assert_same_ids(run().ids_NS, recorded["greedy_ids"])
     for case, length_penalty in [("beam_lp06", 0.6), ("beam_lp10", 1.0)]:
-        beams = run(num_beams=4, rule=HuggingFaceRule(length_penalty=length_penalty))
+        beams = run(num_beams=4, hf_penalty=length_penalty)
         assert_same_ids(beams.ids_NKS, recorded[f"{case}_ids"])
         np.testing.assert_allclose(beams.scores_NK, recorded[f"{case}_scores"], atol=1e-3)
 

@@ -187,8 +187,9 @@ class _Reader:
                 line = getattr(error, "lineno", None) or line + 1
             line = min(line, len(lines))
             where = shown if is_flag else f"{shown} line {line}"
+            shown_line = lines[line - 1].strip()[:60] if lines else ""
             raise UserError(
-                f"{where}: cannot read {lines[line - 1].strip() if lines else ''!r} as gin; "
+                f"{where}: cannot read {shown_line!r} as gin; "
                 "text needs quotes (in a shell, --gin.NAME=\"'text'\")"
             ) from None
         except RecursionError:

@@ -19,7 +19,9 @@ class TokenSums:
     correct: Array
 
 
-def token_sums(logits_BSV: Array, targets_BS: Array | HostArray, *, z_loss: float = 0.0) -> TokenSums:
+def token_sums(
+    logits_BSV: Array, targets_BS: Array | HostArray, *, z_loss: float = 0.0
+) -> TokenSums:
     """Summed cross entropy over tokens that are not padding, plus ``z_loss * log(Z)**2`` each.
 
     The sum is what T5X trains on (t5x/losses.py); divided by ``tokens`` it is the mean.  Rows that

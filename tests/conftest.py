@@ -17,9 +17,9 @@ def _set_environment() -> None:
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = scratch  # tokenised examples never land in the user's cache
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # What XLA compiled is kept between runs (a third of the time); `pytest --cache-clear` forgets it.
+    # What XLA compiled is kept between runs: a third of the time; `--cache-clear` forgets it.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -101,7 +101,7 @@ def test_the_host_programs_own_gin_is_left_alone(folder: Path) -> None:
         experiment_from_gin([], ["Training.steps=%prompt_tuning_jax_test.MINE"])
 
 
-def test_scopes_and_macros_that_hold_references() -> None:
+def test_scopes_and_macros_that_hold_references(folder: Path) -> None:
     bindings = [
         "Experiment.optimizer=@slow/sgd/Optimizer()",
         "Optimizer.learning_rate=0.5",
@@ -113,7 +113,9 @@ def test_scopes_and_macros_that_hold_references() -> None:
     ]
     with pytest.raises(UserError, match=r"Optimizer\.learning_rate has no effect"):
         experiment_from_gin([], bindings)
-    del bindings[1]
+    del bindings[1]  # in a file it may stand: the inner scope wins
+    (folder / "outer.gin").write_text("Optimizer.learning_rate=0.5")
+    assert experiment_from_gin(["outer.gin"], bindings).optimizer.learning_rate == 0.125
     optimizer = experiment_from_gin([], bindings).optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("sgd", 0.125, 0.25)
     assert experiment_from_gin([], bindings).method == FullTuning()

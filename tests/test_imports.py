@@ -18,9 +18,10 @@ ROWS = (
     ("models",),
     ("methods", "decoding", "checkpoints", "data", "optim"),
     ("experiment",),
-    ("training", "serving", "ensembling", "analysis", "inference"),
+    ("training", "serving", "ensembling", "analysis", "inference", "pretraining"),
     ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
-    ("", "cli", "__main__"),  # "" is the package's own __init__
+    ("run_folder", "opened_prompts", "run"),
+    ("commands", "cli_arguments", "cli", "__main__", ""),  # "" is the package's own __init__
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -116,6 +116,9 @@ def test_diff_reads_as_a_sentence() -> None:
         "optimizer.learning_rate: 0.3 -> 0.1",
         "training.seeds: [0] -> [0, 1]",
     ]
+    assert diff(Experiment(), apply_override(Experiment(), "training.steps=30001")) == [
+        "training.steps: 30000 -> 30001"
+    ]
     assert diff(Experiment(), Experiment(method=FullTuning())) == [
         'method: "PromptTuning" -> "FullTuning"'
     ]
@@ -231,6 +234,7 @@ def test_every_misspelt_field_is_recognised(path: str) -> None:
         ('{"training": {"steps": 1.0}}', ["training.steps", "whole number", "1.0"]),
         ('{"training": {"steps": true}}', ["training.steps", "whole number", "True"]),
         ('{"training": {"steps": null}}', ["training.steps", "whole number", "None"]),
+        ('{"training": {"z_loss": true}}', ["training.z_loss", "finite number", "True"]),
         ('{"training": {"z_loss": NaN}}', ["training.z_loss", "finite", "nan"]),
         ('{"training": {"z_loss": 1%s}}' % ("0" * 400), ["training.z_loss", "finite"]),
         ('{"data": {"cache": 1}}', ["data.cache", "true or false", "1"]),

@@ -30,7 +30,8 @@ def combine(
         start_B = jnp.ones(batch, jnp.int32)
     else:
         real_B = jnp.sum(source.mask_BU, axis=1)
-        last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), jnp.maximum(real_B - 1, 0)[:, None], axis=1)[:, 0]
+        at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
+        last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
         start_B = real_B - (last_B == EOS)
     positions_U = jnp.arange(prompt_length + length)
     offset_BU = positions_U[None, :] - start_B[:, None]

@@ -25,7 +25,7 @@ class EncoderInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """Keys and values ``[B or 1, P, H, K]`` put in front of a layer's own; every query sees them."""
+    """Keys and values ``[B or 1, P, H, K]`` in front of a layer's own; every query sees them."""
 
     key_BPHK: Array
     value_BPHK: Array

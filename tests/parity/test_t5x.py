@@ -47,9 +47,7 @@ def test_logits_and_encoder_output_without_prompt(model, t5x):
         logits[..., want["vocab_cols"]][real], want["logits_cols"][real], atol=2e-4
     )
     hidden = np.asarray(model.encode(source).hidden_BUD)
-    np.testing.assert_allclose(
-        hidden[source > 0], want["encoder_output"][source > 0], atol=2e-4
-    )
+    np.testing.assert_allclose(hidden[source > 0], want["encoder_output"][source > 0], atol=2e-4)
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)

@@ -1,8 +1,9 @@
 """The settings of Lester et al. 2021 (section 3, appendix A) on a SeqIO task, here BoolQ.
 
-prompt-tuning train configs/paper.py --model FOLDER --set data.data_dir=TFDS_FOLDER
+prompt-tuning train configs/paper.py --model FOLDER --set data.module=MODULE
 
-FOLDER is an LM-adapted T5 1.1; ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
+FOLDER is an LM-adapted T5 1.1 and MODULE the Python module that registers the task with SeqIO;
+``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
 """
 
 from prompt_tuning_jax.experiment import (

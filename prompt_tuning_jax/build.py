@@ -1,6 +1,7 @@
 """Experiment -> model, data, method, optimizer, step: the only file that wires them together."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from prompt_tuning_jax import optim, tree
+from prompt_tuning_jax import optim, sharding, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.data.files import file_task
 from prompt_tuning_jax.data.loader import TrainBatches
 from prompt_tuning_jax.data.metrics import get_metric
+from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import Mixture, as_mixture, get_mixture
 from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
@@ -25,7 +28,12 @@ from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import Attached, Context, Method, mask_of
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.pretraining import TextData, open_text_data
-from prompt_tuning_jax.training.evaluate import Predictions, Predictor, score_members
+from prompt_tuning_jax.training.evaluate import (
+    Predictions,
+    Predictor,
+    require_labels,
+    score_members,
+)
 from prompt_tuning_jax.training.step import (
     Batch,
     TrainState,
@@ -45,6 +53,15 @@ class Members:
     frozen: FlatParams
     mask: Mask
     number: int
+
+    def sharded(self, mesh: jax.sharding.Mesh, logical_axes: Mapping[str, Any]) -> "Members":
+        """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
+        axes_E = {name: ("ensemble", *axes) for name, axes in logical_axes.items()}
+        return dataclasses.replace(
+            self,
+            tuned=sharding.shard(self.tuned, axes_E, mesh),
+            frozen=sharding.shard(self.frozen, logical_axes, mesh),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +125,8 @@ def build_mixture(data: Data) -> Mixture:
                 metrics=data.metrics,
             )
         )
+    if data.module:
+        _import_module(data.module)
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture
@@ -155,6 +174,9 @@ def build_data(
     eval_sets = [one.at_most(data.max_eval_examples) for one in examples(split or data.eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
     labels = tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
+    if experiment.evaluation.strategy == "rank":
+        for task in mixture.tasks:  # now, and not at the first evaluation
+            require_labels(task.labels)
     train = None
     if train_sets:
         train = TrainBatches(
@@ -168,7 +190,7 @@ def build_data(
         train_targets=tuple(e["targets"] for one in train_sets for e in one.texts),
         evaluation=evaluation,
         labels=labels,
-        best_by=experiment.evaluation.best_by or _first_metric(eval_sets),
+        best_by=_best_by(experiment.evaluation.best_by, eval_sets),
         reports=tuple(one.report() for one in (*train_sets, *eval_sets)),
     )
 
@@ -190,13 +212,36 @@ def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]
         mask = mask_of(experiment.method, list(params))
         own, frozen = tree.partition(params, mask)
         tuned.append(own)
-    return Members(
+    members = Members(
         graphdef=graphdef,
         tuned={name: jnp.stack([own[name] for own in tuned]) for name in tuned[0]},
         frozen=frozen,
         mask=mask,
         number=len(seeds),
     )
+    return members.sharded(build_mesh(experiment), tree.logical_axes(attached))
+
+
+def build_mesh(experiment: Experiment) -> jax.sharding.Mesh:
+    """The mesh over all devices; UserError where the batch cannot be divided over it."""
+    mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
+    slices = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = experiment.training.batch_size // experiment.training.gradient_accumulation
+    if rows % slices:
+        raise UserError(
+            f"training.batch_size {experiment.training.batch_size} cannot be divided over "
+            f"{slices} devices (mesh data x fsdp, with gradient accumulation "
+            f"{experiment.training.gradient_accumulation}); change one of them"
+        )
+    return mesh
+
+
+def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """A batch ``[E, B, ...]`` with B divided over the mesh."""
+    if mesh.size == 1:
+        return batch
+    layout = NamedSharding(mesh, sharding.spec_of(("ensemble", "batch", "length")))
+    return jax.device_put(dict(batch), layout)
 
 
 def with_config(attached: Attached, method: Method) -> Attached:
@@ -293,9 +338,24 @@ def workdir_of(experiment: Experiment) -> Path:
     return Path(experiment.training.workdir).expanduser()
 
 
-def _first_metric(eval_sets: list[TokenizedExamples]) -> str:
+def _import_module(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"data.module: cannot import {name!r}: {error}") from None
+
+
+def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
+    """The metric asked for, or the first; UserError for one that evaluations will not have."""
     first = eval_sets[0].task
     if not first.metrics:
         raise UserError(f"task {first.name!r} has no metric; name one in data.metrics")
-    prefix = f"{first.name}/" if len(eval_sets) > 1 else ""
-    return prefix + first.metrics[0].name
+    names = []
+    for one in eval_sets:
+        prefix = f"{one.task.name}/" if len(eval_sets) > 1 else ""
+        # A metric may give several numbers, of names that only its result tells.
+        scores = one.task.score(one.texts, [example["targets"] for example in one.texts])
+        names += [prefix + name for name in scores]
+    if asked and asked not in names:
+        raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}")
+    return asked or names[0]

@@ -51,7 +51,8 @@ def _train(args: argparse.Namespace) -> None:
     experiment = _experiment(args)
     from prompt_tuning_jax import commands
 
-    commands.train(experiment)
+    if not commands.train(experiment).finished:
+        sys.exit(143)  # as a shell reports a program that SIGTERM has ended
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """What the commands do: train, evaluate, predict, tasks, inspect."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.data.task import Source, Task, get_mixture, get_task, task_names
+from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -104,12 +105,19 @@ def evaluate(
 def predict(
     experiment: Experiment, *, prompts: Sequence[str], inputs: Sequence[str]
 ) -> list[Prediction]:
-    """Predicts for texts as they are (no template is applied)."""
+    """Predicts for bare texts: the task's wording is put around them.
+
+    That of a user's own files is ``data.inputs_template`` where it names one column; with several
+    columns the texts are inputs as they are.
+    """
     model = build.build_model(experiment)
     words = build.vocabulary_of(model)
     loaded = open_prompts(experiment, model, prompts)
-    labels = loaded.labels or _labels_of(experiment)
-    task = _texts_as_task(inputs)
+    ranks = experiment.evaluation.strategy == "rank"
+    # Asking the experiment for them reads its training file, which need not be here any more.
+    labels = loaded.labels or (_labels_of(experiment) if ranks else ())
+    wording = _wording_of(experiment)
+    task = _texts_as_task([wording(text) for text in inputs])
     examples = tokenize(
         task,
         "predict",
@@ -118,7 +126,7 @@ def predict(
         targets_length=experiment.data.targets_length,
         use_cache=False,
     )
-    if experiment.evaluation.strategy == "rank" and not labels:
+    if ranks and not labels:
         experiment = dataclasses.replace(
             experiment, evaluation=dataclasses.replace(experiment.evaluation, strategy="greedy")
         )
@@ -205,6 +213,19 @@ def _inspect_run(folder: Path, experiment: Experiment) -> Iterator[tuple[str, st
 def _labels_of(experiment: Experiment) -> tuple[str, ...]:
     mixture = build.build_mixture(experiment.data)
     return tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
+
+
+def _wording_of(experiment: Experiment) -> Callable[[str], str]:
+    """Bare text -> inputs."""
+    data = experiment.data
+    if data.train or data.eval:
+        if not data.inputs_template:
+            return str
+        template = parse_template(data.inputs_template, field="data.inputs_template")
+        if len(template.columns) != 1:
+            return str
+        return lambda text: template.render({template.columns[0]: text})
+    return build.build_mixture(data).tasks[0].from_text or str
 
 
 def _texts_as_task(inputs: Sequence[str]) -> Task:

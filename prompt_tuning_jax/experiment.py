@@ -36,6 +36,7 @@ class Data:
     """
 
     task: str = "word_valence"
+    module: str = ""  # a Python module to import first, for instance one that registers SeqIO tasks
     train: str = ""
     eval: str = ""
     train_split: str = "train"

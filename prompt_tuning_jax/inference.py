@@ -207,7 +207,7 @@ def label_scores(
             tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
             return attached.model.decode(tokens_BS, encoded, slots=rest)
 
-        return rank(decode_logits, labels_CS)
+        return rank(decode_logits, labels_CS, max_logits=2**26 // members)
 
     return jax.vmap(member, axis_size=members)(tuned)
 
@@ -234,24 +234,27 @@ def write(
         attached = tree.merge(graphdef, {**frozen, **own})
         encoded, slots = attached.encode(tokens_BT)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
-        return cross, caches, encoded.mask_BU, replace(slots, encoder_input=None)
+        if writing.strategy == "beam":  # the beams of one example stand side by side
+            cross, mask_NU = jax.tree.map(
+                lambda x: jnp.repeat(x, writing.num_beams, axis=0), (cross, encoded.mask_BU)
+            )
+        else:
+            mask_NU = encoded.mask_BU
+        return cross, caches, mask_NU, replace(slots, encoder_input=None)
 
-    cross, caches, mask_EBU, slots = jax.vmap(start, axis_size=members)(tuned)
+    cross, caches, mask_ENU, slots = jax.vmap(start, axis_size=members)(tuned)
 
     def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
-        repeats = tokens_N.shape[0] // rows  # the beams of one example stand side by side
-
         def member(
             own: FlatParams, tokens: Array, cache: Any, cross: Any, mask: Array, slots: Slots
         ) -> tuple[Array, Any]:
             attached = tree.merge(graphdef, {**frozen, **own})
-            cross, mask = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (cross, mask))
             return attached.model.decode_step(tokens, position, cache, cross, mask, slots=slots)
 
         tokens, cache = jax.tree.map(
             lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
         )
-        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_EBU, slots)
+        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_ENU, slots)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)

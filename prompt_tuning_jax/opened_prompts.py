@@ -42,7 +42,13 @@ def open_prompts(
     labels: tuple[str, ...] = ()
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str | Path):
-            arrays.append((f"prompt {number}", np.asarray(prompt, np.float32)))
+            array = np.asarray(prompt, np.float32)
+            if array.ndim != 2 or array.shape[1] != model.config.embed_dim:
+                raise UserError(
+                    f"prompts[{number}] has shape {list(array.shape)}; a prompt for this model is "
+                    f"[length, {model.config.embed_dim}]"
+                )
+            arrays.append((f"prompt {number}", array))
             continue
         place = Path(prompt)
         run = run_config(str(prompt)) if place.is_dir() else None
@@ -96,7 +102,13 @@ def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
     graphdef, params = tree.split(attached)
     frozen = {name: p for name, p in params.items() if not run.method.trains(name)}
     own = {name: p for name, p in params.items() if run.method.trains(name)}
-    tree.require_same_names(tuned, own, of=f"the best checkpoint in {folder}", and_of="the method")
+    # Shapes alone: what is tuned has a leading axis E.
+    tree.require_same_shapes(
+        {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in tuned.items()},
+        own,
+        of=f"the best checkpoint in {folder}",
+        and_of="the model",
+    )
     return build.Members(
         graphdef=graphdef,
         tuned={name: jnp.asarray(array) for name, array in tuned.items()},

@@ -46,7 +46,10 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
         start_from_cooccurrence(model, data.train)
     fingerprint = build.model_fingerprint(model)
+    mesh = build.build_mesh(experiment)
     members = build.attach_members(experiment, model, labels=data.labels)
+    if not members.tuned:
+        raise UserError("method=none trains nothing; choose another method, or eval without prompts")
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     run_folder.claim(folder, experiment)
@@ -77,7 +80,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     result = Loop(
         train_step=step,
         frozen=members.frozen,
-        batches=data.batches,
+        batches=lambda start, stop: (
+            build.place_batch(batch, mesh) for batch in data.batches(start, stop)
+        ),
         evaluate=evaluate,
         on_best=on_best,
         workdir=folder,
@@ -155,12 +160,15 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
         if not quiet:
             print(f"stopped and saved at step {run.step}; the same command goes on from there")
         return
+    if (run.workdir / run_folder.RESULTS).is_file():
+        if not quiet:
+            print(f"{run.workdir}: the run is finished, all {run.step} steps; nothing was changed")
+        return
     by_name = {
         name: {"step": best.step, **best.metrics}
         for name, best in zip(run.names, run.best, strict=True)
         if best is not None
     }
-    run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name})
     baselines = {}
     if isinstance(data, build.TaskData) and len(data.evaluation) == 1 and data.labels:
         (examples,) = data.evaluation.values()
@@ -174,6 +182,8 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
         metrics=(data.best_by,),
         baselines=baselines,
     )
+    # Last: they say that the run is finished.
+    run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name})
     if quiet:
         return
     for name, best in by_name.items():

@@ -69,8 +69,27 @@ def spec_of(
     return PartitionSpec(*spec)
 
 
-def shardings_of(
-    logical_axes: Mapping[str, Sequence[str | None]], mesh: jax.sharding.Mesh
-) -> dict[str, NamedSharding]:
-    """A NamedSharding for every parameter, by path."""
-    return {name: NamedSharding(mesh, spec_of(axes)) for name, axes in logical_axes.items()}
+def shard(
+    arrays: Mapping[str, jax.Array],
+    logical_axes: Mapping[str, Sequence[str | None]],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, jax.Array]:
+    """Every array, by path, laid out over the mesh by the table.
+
+    A dimension that its mesh axes do not divide is kept whole.
+    """
+    if mesh.size == 1:
+        return dict(arrays)
+    placed = {}
+    for name, array in arrays.items():
+        spec = [
+            entry if array.shape[i] % _size(entry, mesh) == 0 else None
+            for i, entry in enumerate(spec_of(logical_axes[name]))
+        ]
+        placed[name] = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+    return placed
+
+
+def _size(entry: str | tuple[str, ...] | None, mesh: jax.sharding.Mesh) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return int(np.prod([mesh.shape[name] for name in names]))

@@ -34,14 +34,16 @@ class Commands:
 
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     fails: Exception | None = None
+    finishes: bool = True
 
     def _call(self, first: Any, **options: Any) -> None:
         self.calls.append((first, options))
         if self.fails:
             raise self.fails
 
-    def train(self, experiment: Experiment) -> None:
+    def train(self, experiment: Experiment) -> Any:
         self._call(experiment)
+        return SimpleNamespace(finished=self.finishes)
 
     def evaluate(self, experiment: Experiment, **options: Any) -> Any:
         self._call(experiment, **options)

@@ -59,6 +59,7 @@ class Task:
         is the positive class.
       metrics: the first is the one that the best checkpoint is chosen by.
       postprocess: applied to each target and each prediction before the metrics; None: as it is.
+      from_text: a bare text, as a user types it, -> inputs; None where they are the same.
       description: one line.
     """
 
@@ -68,6 +69,7 @@ class Task:
     labels: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()
     postprocess: Postprocess | None = None
+    from_text: Callable[[str], str] | None = None
     description: str = ""
 
     @property

@@ -93,7 +93,12 @@ def _fingerprint(split: str, data_dir: str) -> str:
 
 def word_valence(row: Row) -> list[Example]:
     """{word, mean} -> one example."""
-    return [{"inputs": f"valence: {row['word']}", "targets": LABELS[row["mean"] > 0]}]
+    return [{"inputs": from_text(row["word"]), "targets": LABELS[row["mean"] > 0]}]
+
+
+def from_text(word: str) -> str:
+    """A word as the task's inputs."""
+    return f"valence: {word}"
 
 
 TASKS = (
@@ -103,6 +108,7 @@ TASKS = (
         preprocess=word_valence,
         labels=LABELS,
         metrics=(get_metric("accuracy"), get_metric("f1_macro", labels=LABELS)),
+        from_text=from_text,
         description="is a word positive or negative? Human ratings of 6,500 English words",
     ),
 )

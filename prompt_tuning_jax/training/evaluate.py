@@ -60,11 +60,8 @@ class Predictor:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.strategy == "rank" and not self.labels:
-            raise UserError(
-                "evaluation.strategy=rank needs labels and the task has none; give data.labels, "
-                "or use evaluation.strategy=greedy"
-            )
+        if self.strategy == "rank":
+            require_labels(self.labels)
 
     def predict(
         self, tuned: FlatParams, frozen: FlatParams, examples: TokenizedExamples, *, members: int
@@ -121,6 +118,15 @@ class Predictor:
         for row, ids in zip(labels_CS, rows, strict=True):
             row[: len(ids)] = ids
         return labels_CS
+
+
+def require_labels(labels: Sequence[str]) -> None:
+    """Raises UserError where there is nothing to rank."""
+    if not labels:
+        raise UserError(
+            "evaluation.strategy=rank needs labels and the task has none; give data.labels, "
+            "or use evaluation.strategy=greedy"
+        )
 
 
 def score_members(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:

@@ -72,11 +72,13 @@ class Loop:
         SIGTERM and SIGINT save and return.  Raises UserError when a loss is not finite, naming the
         step; nothing of that step is saved.
         """
-        start, state = self._restore_last(state)
+        start, state, pending = self._restore_last(state)
         best_tree, best = self._restore_best(state)
         if start >= self.steps:
             return self._result(start, best, best_tree, state)
         step = start
+        # A kill may have come between saving the best state and telling of it.
+        self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
         log = RunLog(
             self.workdir,
             total_steps=self.steps,
@@ -86,7 +88,6 @@ class Loop:
             names=self.names,
             metric=self.best_by,
         )
-        pending: list[tuple[int, StepMetrics]] = []
         since, since_step = time.monotonic(), start
         with log, self._signals():
             for batch in self.batches(start, self.steps):
@@ -112,19 +113,23 @@ class Loop:
                     since += time.monotonic() - began
                 if saving:
                     began = time.monotonic()
-                    train_state.save(self.workdir / LAST, step, state, self._extra([]), keep=1)
+                    extra = self._extra(pending=_as_json(pending))
+                    train_state.save(self.workdir / LAST, step, state, extra, keep=1)
                     since += time.monotonic() - began
                 if stopping:
                     break
         return self._result(step, best, best_tree, state)
 
-    def _restore_last(self, state: TrainState) -> tuple[int, TrainState]:
+    def _restore_last(
+        self, state: TrainState
+    ) -> tuple[int, TrainState, list[tuple[int, StepMetrics]]]:
+        """Step and state, and the steps before it that no log line has averaged yet."""
         found = train_state.restore_latest(self.workdir / LAST, state)
         if found is None:
-            return 0, state
+            return 0, state, []
         step, state, extra = found
         self._require_same_model(extra)
-        return step, state
+        return step, state, _from_json(extra["pending"])
 
     def _restore_best(self, state: TrainState) -> tuple[Any, list[Best | None]]:
         """Each member's best state on the host, and the scores; nothing yet: the present state."""
@@ -181,6 +186,8 @@ class Loop:
         best_tree: Any,
     ) -> Any:
         """Replaces the best state of the members that have improved, and saves it."""
+        if any(own is not None and own.step >= step for own in best):
+            return best_tree  # judged before an interruption, whatever the last digits are now
         improved = [e for e, own in enumerate(scores) if self._is_better(own, best[e])]
         if not improved:
             return best_tree
@@ -193,10 +200,15 @@ class Loop:
             return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
 
         best_tree = jax.tree.map(choose, _on_host(state), best_tree)
-        train_state.save(self.workdir / BEST, step, best_tree, self._extra(best), keep=1)
-        bests = [b for b in (best[e] for e in improved) if b is not None]
-        self.on_best(improved, best_tree.tuned, bests)
+        listed = [own and {"step": own.step, "metrics": dict(own.metrics)} for own in best]
+        train_state.save(self.workdir / BEST, step, best_tree, self._extra(best=listed), keep=1)
+        self._tell_of(best, improved, best_tree)
         return best_tree
+
+    def _tell_of(self, best: list[Best | None], members: list[int], best_tree: Any) -> None:
+        bests = [own for own in (best[e] for e in members) if own is not None]
+        if bests:
+            self.on_best(members, best_tree.tuned, bests)
 
     def _is_better(self, scores: Mapping[str, float], best: Best | None) -> bool:
         if best is None:
@@ -204,9 +216,8 @@ class Loop:
         sign = -1 if self.best_by.split("/")[-1] == "loss" else 1
         return sign * scores[self.best_by] > sign * best.metrics[self.best_by]
 
-    def _extra(self, best: list[Best | None]) -> dict[str, Any]:
-        listed = [b and {"step": b.step, "metrics": dict(b.metrics)} for b in best]
-        return {"fingerprint": self.fingerprint, "best": listed}
+    def _extra(self, **more: Any) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, **more}
 
     def _result(
         self, step: int, best: list[Best | None], best_tree: Any, state: TrainState
@@ -234,6 +245,23 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _as_json(pending: list[tuple[int, StepMetrics]]) -> list[Any]:
+    return [[n, np.asarray(m.loss_E).tolist(), np.asarray(m.accuracy_E).tolist()] for n, m in pending]
+
+
+def _from_json(listed: list[Any]) -> list[tuple[int, StepMetrics]]:
+    """What log lines need; the norms have been looked at already."""
+    pending = []
+    for step, losses, accuracies in listed:
+        loss_E, accuracy_E = np.asarray(losses, np.float32), np.asarray(accuracies, np.float32)
+        none_E = np.zeros_like(loss_E)
+        metrics = StepMetrics(
+            loss_E=loss_E, accuracy_E=accuracy_E, gradient_norm_E=none_E, update_norm_E=none_E
+        )
+        pending.append((step, metrics))
+    return pending
 
 
 def _on_host(tree: Any) -> Any:

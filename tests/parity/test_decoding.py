@@ -27,7 +27,7 @@ def encode(graphdef, params, tokens_BT, prompt_PD=None):
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_length", "num_beams", "rule"))
 def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None, hf_penalty=None):
-    """Beams, or with no ``num_beams`` greedy ids.  ``hf_penalty`` is traced: compiled once for all."""
+    """Beams, or greedy ids with no ``num_beams``.  ``hf_penalty`` is traced, so compiled once."""
     if hf_penalty is not None:
         rule = HuggingFaceRule(length_penalty=hf_penalty)
     model = tree.merge(graphdef, params)

@@ -1,0 +1,458 @@
+"""Whole runs: what they leave behind, and that no interruption makes a difference."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import build, run_folder
+from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_with_metadata
+from prompt_tuning_jax.commands import RunResult, train
+from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.methods import PROMPT, FullTuning
+from prompt_tuning_jax.training.logging import RunLog
+from tests import tiny_run
+from tests.tiny_run import experiment, measurements, outcome, tree_bytes
+
+# Two members, each with a best step of its own.  Saves, evaluations and log lines seldom coincide:
+# a resumed run must also know what the next log line averages over.
+INTERRUPTED: dict[str, Any] = {
+    "training.seeds": (0, 1),
+    "training.steps": 8,
+    "training.eval_every": 2,
+    "training.save_every": 3,
+    "training.log_every": 4,
+}
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    """A run of twelve steps and two seeds, with dropout."""
+    folder = tmp_path_factory.mktemp("run") / "finished"
+    return folder, train(experiment(folder, {"training.seeds": (0, 1)}), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("run") / "uninterrupted"
+    assert train(experiment(folder, INTERRUPTED), quiet=True).finished
+    return outcome(folder)
+
+
+@pytest.fixture
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one experiment share their compiled step."""
+    build_step, steps = build.build_step, {}
+
+    def cached(of: Experiment, members: build.Members) -> Any:
+        state, step, rates = build_step(of, members)
+        return state, steps.setdefault(of.training.seeds, step), rates
+
+    monkeypatch.setattr(build, "build_step", cached)
+
+
+def test_a_run_leaves_all_that_it_should(finished: tuple[Path, RunResult]) -> None:
+    folder, result = finished
+    assert result.finished and result.step == 12 and result.names == ("seed_0", "seed_1")
+    top = {path.name for path in folder.iterdir()}
+    assert top == {
+        "experiment.json",
+        "metrics.jsonl",
+        "curves.png",
+        "results.json",
+        "tensorboard",
+        "prompts",
+        "checkpoints",
+    }
+    assert run_config(str(folder)) == experiment(folder, {"training.seeds": (0, 1)})
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    kinds = [(record["kind"], record["step"]) for record in measurements(folder)]
+    assert [step for kind, step in kinds if kind == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [step for kind, step in kinds if kind == "eval"] == [4, 8, 12]
+
+
+def test_results_prompts_and_metrics_agree(finished: tuple[Path, RunResult]) -> None:
+    folder, result = finished
+    results = json.loads((folder / "results.json").read_text())["best"]
+    evaluations = {r["step"]: r["metrics"] for r in measurements(folder) if r["kind"] == "eval"}
+    model = load_model(str(tiny_run.model_folder()))
+    for member, name in enumerate(result.names):
+        best = result.best[member]
+        assert best is not None
+        assert results[name] == {"step": best.step, **best.metrics}
+        accuracies = {step: own[member]["accuracy"] for step, own in evaluations.items()}
+        assert best.metrics["accuracy"] == max(accuracies.values())
+        # Of equals the first.
+        assert best.step == max(accuracies, key=lambda step: (accuracies[step], -step))
+        prompt_PD, metadata = load_prompt_with_metadata(folder / f"prompts/{name}.safetensors")
+        np.testing.assert_array_equal(prompt_PD, result.best_tuned[PROMPT][member])
+        np.testing.assert_array_equal(prompt_PD, load_prompt(folder / f"prompts/{name}.npy"))
+        assert metadata.model_fingerprint == build.model_fingerprint(model)
+        assert metadata.model_name == str(tiny_run.model_folder())
+        assert metadata.task == str(tiny_run.train_file())
+        assert (metadata.init, metadata.combine) == ("class_labels", "prefix")
+        assert (metadata.seed, metadata.steps) == (member, best.step)
+        assert (metadata.metric, metadata.score) == ("accuracy", best.metrics["accuracy"])
+        assert metadata.labels == tiny_run.LABELS
+
+
+def test_checkpoints_hold_no_frozen_weight(finished: tuple[Path, RunResult]) -> None:
+    folder, _ = finished
+    prompt_bytes = 2 * tiny_run.LENGTH * tiny_run.CONFIG.embed_dim * 4
+    files = tree_bytes(folder / "checkpoints")
+    # Prompt and second moments, twice; what orbax adds is 4 kB a checkpoint.
+    assert sum(map(len, files.values())) < 4 * prompt_bytes + 2 * 10_000
+    frozen = [p.shape for p in jax.tree.leaves(_frozen())]
+    for kind in ("last", "best"):
+        found = train_state.read_latest(folder / "checkpoints" / kind)
+        assert found is not None
+        for name, leaf in found[1].items():
+            assert name == "step" or "prompt_PD" in name or leaf.size <= 2, name
+            assert leaf.shape not in frozen and leaf.shape[1:] not in frozen
+
+
+def _frozen() -> dict[str, Any]:
+    model = load_model(str(tiny_run.model_folder()))
+    members = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS)
+    return dict(members.frozen)
+
+
+def test_training_moves_the_prompt_and_lowers_the_loss(tmp_path: Path) -> None:
+    changes = {
+        "training.steps": 40,
+        "training.log_every": 10,
+        "training.eval_every": 40,
+        "training.batch_size": 8,
+    }
+    result = train(experiment(tmp_path, changes), quiet=True)
+    losses = [r["loss"][0] for r in measurements(tmp_path) if r["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.1
+    model = load_model(str(tiny_run.model_folder()))
+    start = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS).tuned[PROMPT]
+    assert np.abs(result.best_tuned[PROMPT] - start).min() > 0
+
+
+def test_output_says_what_trains_on_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(experiment(tmp_path, {"training.seeds": (0, 1), "data.inputs_length": 14}))
+    out = capsys.readouterr().out
+    model = load_model(str(tiny_run.model_folder()))
+    words = model.vocabulary
+    assert words is not None
+    lengths = [len(words.encode(row["inputs"])) + 1 for row in tiny_run.rows(48, seed=1)]
+    cut = sum(length > 14 for length in lengths)
+    assert 0 < cut < 48
+    assert "2 x 80 parameters train" in out
+    assert f"48 examples, inputs of {np.mean(lengths):.0f} tokens" in out
+    assert f"{cut} inputs ({100 * cut / 48:.1f} %) cut to 14 tokens" in out
+    assert "12 steps of 4 examples: 1.0 epochs" in out
+    assert "seed_0: best accuracy" in out and "seed_1: best accuracy" in out
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    finished: tuple[Path, RunResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, result = finished
+    before = tree_bytes(folder)
+    again = train(experiment(folder, {"training.seeds": (0, 1)}))
+    assert tree_bytes(folder) == before
+    assert again.finished and again.step == 12 and again.best == result.best
+    np.testing.assert_array_equal(again.best_tuned[PROMPT], result.best_tuned[PROMPT])
+    assert "finished" in capsys.readouterr().out
+
+
+def test_curves_and_results_are_made_up_for(
+    tmp_path: Path, finished: tuple[Path, RunResult], compiled_once: None
+) -> None:
+    """A kill between the last checkpoint and the results."""
+    changes = {"training.seeds": (0, 1), "training.steps": 3}
+    train(experiment(tmp_path, changes), quiet=True)
+    expected = (tmp_path / "results.json").read_bytes()
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "curves.png").unlink()
+    train(experiment(tmp_path, changes), quiet=True)
+    assert (tmp_path / "results.json").read_bytes() == expected
+    assert (tmp_path / "curves.png").is_file()
+
+
+def _events(monkeypatch: pytest.MonkeyPatch, at: Callable[[int, str], None]) -> None:
+    """Calls ``at(number, name)`` before whatever a run does to the world or to its state."""
+    count = 0
+
+    def announce(name: str) -> None:
+        nonlocal count
+        count += 1
+        at(count, name)
+
+    def watch(owner: Any, attribute: str) -> None:
+        real = getattr(owner, attribute)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            announce(attribute)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, watched)
+
+    for owner, attribute in (
+        (train_state, "save"),
+        (run_folder, "save_prompt"),
+        (run_folder, "write_json"),
+        (RunLog, "log_train"),
+        (RunLog, "log_eval"),
+    ):
+        watch(owner, attribute)
+    build_step = build.build_step
+
+    def with_watched_step(*args: Any) -> Any:
+        state, step, rates = build_step(*args)
+
+        def watched(*arguments: Any) -> Any:
+            announce("step")
+            return step(*arguments)
+
+        return state, watched, rates
+
+    monkeypatch.setattr(build, "build_step", with_watched_step)
+
+
+def _points(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    names: list[str] = []
+    with monkeypatch.context() as patch:
+        _events(patch, lambda number, name: names.append(name))
+        train(experiment(folder, INTERRUPTED), quiet=True)
+    return names
+
+
+def _kill_at(monkeypatch: pytest.MonkeyPatch, folder: Path, point: int) -> None:
+    def kill(number: int, name: str) -> None:
+        if number == point:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        _events(patch, kill)
+        with pytest.raises(Killed):
+            train(experiment(folder, INTERRUPTED), quiet=True)
+
+
+def test_killed_anywhere_and_continued_it_is_the_same_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_once: None,
+    uninterrupted: dict[str, Any],
+) -> None:
+    names = _points(monkeypatch, tmp_path / "points")
+    assert outcome(tmp_path / "points") == uninterrupted
+    assert names.count("step") == 8 and names.count("save_prompt") >= 4
+    # Each kind of event once, at a point that is not its first where there is one.
+    last_of_kind = {name: number for number, name in enumerate(names, start=1)}
+    middle = [number for number, name in enumerate(names, start=1) if name == "step"][4]
+    for point in sorted({*last_of_kind.values(), middle}):
+        folder = tmp_path / str(point)
+        _kill_at(monkeypatch, folder, point)
+        assert train(experiment(folder, INTERRUPTED), quiet=True).finished
+        assert outcome(folder) == uninterrupted, f"killed before {names[point - 1]} ({point})"
+
+
+@pytest.mark.slow
+def test_killed_at_every_point_it_is_the_same_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_once: None,
+    uninterrupted: dict[str, Any],
+) -> None:
+    names = _points(monkeypatch, tmp_path / "points")
+    for point in range(1, len(names) + 1):
+        folder = tmp_path / str(point)
+        _kill_at(monkeypatch, folder, point)
+        assert train(experiment(folder, INTERRUPTED), quiet=True).finished
+        assert outcome(folder) == uninterrupted, f"killed before {names[point - 1]} ({point})"
+
+
+def test_killed_again_and_again_it_is_the_same_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_once: None,
+    uninterrupted: dict[str, Any],
+) -> None:
+    for point in (1, 9, 12, 12, 13):
+        _kill_at(monkeypatch, tmp_path, point)
+    assert train(experiment(tmp_path, INTERRUPTED), quiet=True).finished
+    assert outcome(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_any_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_once: None,
+    uninterrupted: dict[str, Any],
+    number: signal.Signals,
+) -> None:
+    handlers = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    for step in (1, 2, 5):  # not to be divided by save_every; between log lines; after one more
+        before = run_folder.train_state.read_latest(tmp_path / "checkpoints/last")
+        already = before[0] if before else 0
+
+        def interrupt(_: int, name: str, seen: Iterator[int] = iter(range(100))) -> None:
+            if name == "step" and next(seen) == step - already - 1:  # noqa: B023
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            _events(patch, interrupt)
+            result = train(experiment(tmp_path, INTERRUPTED), quiet=True)
+        assert (result.finished, result.step) == (False, step)
+        saved = train_state.read_latest(tmp_path / "checkpoints/last")
+        assert saved is not None and saved[0] == step
+        assert not (tmp_path / "results.json").exists()
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert train(experiment(tmp_path, INTERRUPTED), quiet=True).finished
+    assert outcome(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_really_killed_it_is_the_same_run(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "training.steps": 400,
+        "training.seeds": (0, 1),
+        "training.eval_every": 20,
+        "training.save_every": 30,
+        "training.log_every": 7,
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(experiment(whole, changes), quiet=True).finished
+    config = tiny_run.write_config(tmp_path / "c.py", experiment(killed, changes))
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(60):
+        process = tiny_run.start("train", config)
+        log = killed / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        if kills < 6:
+            # Its start, imports and compilation, is of any length: wait until it has gone on.
+            while process.poll() is None and (
+                not log.exists() or log.stat().st_mtime_ns in (before, 0)
+            ):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 1.0))
+            process.kill()
+        _, errors = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+        kills += 1
+    assert process.returncode == 0 and kills >= 3
+    assert outcome(killed) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_a_terminated_process_saves_and_says_so(tmp_path: Path) -> None:
+    changes = {"training.steps": 100_000, "training.save_every": 100_000}
+    folder = tmp_path / "run"
+    config = tiny_run.write_config(tmp_path / "c.py", experiment(folder, changes))
+    process = tiny_run.start("train", config)
+    while process.poll() is None and not (folder / "results.json").exists():
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_bytes()) > 1000:
+            break
+        time.sleep(0.05)
+    process.terminate()
+    out, errors = process.communicate(timeout=120)
+    saved = train_state.read_latest(folder / "checkpoints/last")
+    assert saved is not None, errors
+    assert f"stopped and saved at step {saved[0]}" in out
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_prompts_trained_at_once_equal_prompts_trained_alone(tmp_path: Path) -> None:
+    seeds, rates = (3, 3, 7), (0.3, 1.0, 0.3)
+    inits = ("uniform", "class_labels", "sampled_vocabulary")
+    together = train(
+        experiment(
+            tmp_path / "together",
+            {"training.seeds": seeds, "training.learning_rates": rates, "training.inits": inits},
+        ),
+        quiet=True,
+    )
+    assert len(set(together.names)) == 3
+    logged = [r for r in measurements(tmp_path / "together") if r["kind"] == "train"]
+    assert all(record["learning_rate"] == list(rates) for record in logged)
+    for member, seed in enumerate(seeds):
+        alone = train(
+            experiment(
+                tmp_path / f"alone_{member}",
+                {
+                    "training.seeds": (seed,),
+                    "optimizer.learning_rate": rates[member],
+                    "method.init": inits[member],
+                },
+            ),
+            quiet=True,
+        )
+        np.testing.assert_allclose(
+            _last_prompt(tmp_path / "together")[member],
+            _last_prompt(tmp_path / f"alone_{member}")[0],
+            atol=1e-6,
+        )
+        ours, theirs = together.best[member], alone.best[0]
+        assert ours is not None and theirs is not None
+        assert (ours.step, ours.metrics) == (theirs.step, theirs.metrics)
+        file = tmp_path / "together/prompts" / f"{together.names[member]}.safetensors"
+        metadata = load_prompt_with_metadata(file)[1]
+        assert (metadata.seed, metadata.init) == (seed, inits[member])
+
+
+def _last_prompt(folder: Path) -> np.ndarray:
+    found = train_state.read_latest(folder / "checkpoints/last")
+    assert found is not None
+    return found[1][f"tuned/{PROMPT}"]
+
+
+def test_accumulated_gradients_are_the_whole_batch_s(tmp_path: Path) -> None:
+    """SGD, whose step is proportional to the gradient; Adafactor hides its size."""
+    sgd = {"model.dropout_rate": 0.0, "optimizer.name": "sgd", "optimizer.learning_rate": 0.5}
+    train(experiment(tmp_path / "whole", sgd), quiet=True)
+    parts = {**sgd, "training.gradient_accumulation": 2}
+    train(experiment(tmp_path / "parts", parts), quiet=True)
+    whole, accumulated = _last_prompt(tmp_path / "whole"), _last_prompt(tmp_path / "parts")
+    np.testing.assert_allclose(accumulated, whole, atol=2e-6)
+    losses = [
+        [r["loss"] for r in measurements(tmp_path / name) if r["kind"] == "train"]
+        for name in ("whole", "parts")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_model_tuning_trains_every_weight(tmp_path: Path) -> None:
+    changes = {
+        "method": FullTuning(),
+        "optimizer.learning_rate": 0.003,
+        "optimizer.name": "adamw",
+        "training.seeds": (0, 1),
+    }
+    result = train(experiment(tmp_path, changes), quiet=True)
+    model = load_model(str(tiny_run.model_folder()))
+    attached = FullTuning().attach(model, key=jax.random.key(0), context=None)  # type: ignore[arg-type]
+    start = build.tree.split(attached)[1]
+    assert result.best_tuned.keys() == start.keys()
+    # Not all rows of the embedding are met, and nothing is padded to a whole lane twice.
+    for name, value in start.items():
+        for member in range(2):
+            assert np.any(result.best_tuned[name][member] != np.asarray(value)), name
+    assert not (tmp_path / "prompts").exists()
+    assert (tmp_path / "results.json").is_file()

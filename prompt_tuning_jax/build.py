@@ -154,6 +154,8 @@ def build_data(
             batch_size=experiment.training.batch_size,
             seeds=experiment.training.seeds,
         )
+    if data.train and not data.eval and (split or data.eval_split) != data.train_split:
+        raise UserError("data.eval is empty; name a file of examples to evaluate on (--eval_data)")
     mixture = build_mixture(data)
 
     def examples(split: str) -> list[TokenizedExamples]:

@@ -19,6 +19,8 @@ class Model:
     vocabulary: str = ""  # a SentencePiece file; empty: the one that comes with the model
     # How random weights' token embeddings start: drawn, or from which words stand near which.
     embeddings: Literal["normal", "cooccurrence"] = "normal"
+    # How their attention starts: drawn, or looking at what is similar and passing it on.
+    attention: Literal["normal", "mimetic"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout_rate: float = 0.1

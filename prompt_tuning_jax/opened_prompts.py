@@ -15,13 +15,15 @@ from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning, mask_of
+from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.overrides import checked
 from prompt_tuning_jax.typing import HostArray
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedPrompts:
-    """Prompts in groups of one shape, in the order given within each, and their names."""
+    """Prompts in groups of one shape and joining, in the order given within, and their names."""
 
     groups: list[build.Members]
     names: tuple[str, ...]
@@ -31,12 +33,17 @@ class OpenedPrompts:
 def open_prompts(
     experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
 ) -> OpenedPrompts:
-    """Opens files, runs' folders and arrays; UserError for one that does not fit the model."""
+    """Opens files, runs' folders and arrays; UserError for one that does not fit the model.
+
+    A prompt is joined to the input as it was in its training, where its run or its file says how;
+    else as in ``experiment.method``.
+    """
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
         return OpenedPrompts(groups=[_bare(attached)], names=("no prompt",), labels=())
     fingerprint = build.model_fingerprint(model)
-    arrays: list[tuple[str, HostArray]] = []
+    default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
+    arrays: list[tuple[str, HostArray, PromptTuning]] = []
     groups: list[build.Members] = []
     names: list[str] = []
     labels: tuple[str, ...] = ()
@@ -48,14 +55,15 @@ def open_prompts(
                     f"prompts[{number}] has shape {list(array.shape)}; a prompt for this model is "
                     f"[length, {model.config.embed_dim}]"
                 )
-            arrays.append((f"prompt {number}", array))
+            arrays.append((f"prompt {number}", array, _joining(default)))
             continue
         place = Path(prompt)
-        run = run_config(str(prompt)) if place.is_dir() else None
+        run = run_config(str(prompt))
         files = [place]
         if run is not None and isinstance(run.method, PromptTuning):
-            files = run_folder.prompt_files(place, build.member_names(run))
-        elif run is not None:
+            if place.is_dir():
+                files = run_folder.prompt_files(place, build.member_names(run))
+        elif run is not None and place.is_dir():
             groups.append(_members_of_run(run, model, place))
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
@@ -70,13 +78,16 @@ def open_prompts(
                 fingerprint=fingerprint,
                 path=file,
             )
-            arrays.append((str(file), array))
+            method = run.method if run and isinstance(run.method, PromptTuning) else default
+            if metadata.combine:
+                placement = checked(metadata.combine, Placement, f"{file}: combine")
+                method = dataclasses.replace(method, placement=placement)
+            arrays.append((str(file), array, _joining(method)))
             labels = labels or metadata.labels
-    by_shape: dict[tuple[int, ...], list[tuple[str, HostArray]]] = {}
-    for name, array in arrays:
-        by_shape.setdefault(array.shape, []).append((name, array))
-    method = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
-    for group in by_shape.values():
+    alike: dict[tuple[PromptTuning, tuple[int, ...]], list[tuple[str, HostArray]]] = {}
+    for name, array, method in arrays:
+        alike.setdefault((method, array.shape), []).append((name, array))
+    for (method, _), group in alike.items():
         attached = method.with_prompt(model, jnp.asarray(group[0][1]))
         members = _bare(attached)
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array in group])
@@ -86,6 +97,16 @@ def open_prompts(
         )
         names += [name for name, _ in group]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _joining(method: PromptTuning) -> PromptTuning:
+    """Only what matters once the prompt is trained: how it is joined to the input."""
+    return PromptTuning(
+        placement=method.placement,
+        prompt_to_input=method.prompt_to_input,
+        prompt_to_prompt=method.prompt_to_prompt,
+        input_to_prompt=method.input_to_prompt,
+    )
 
 
 def _bare(attached: Attached) -> build.Members:

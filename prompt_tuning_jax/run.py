@@ -10,7 +10,12 @@ from prompt_tuning_jax.data.metrics import majority_scores
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
+from prompt_tuning_jax.pretraining import (
+    TextData,
+    start_attention_mimetic,
+    start_from_cooccurrence,
+    text_losses,
+)
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
 from prompt_tuning_jax.training.loop import Best, Loop
@@ -45,11 +50,15 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         if not isinstance(data, TextData):
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
         start_from_cooccurrence(model, data.train)
+    if experiment.model.random_weights and experiment.model.attention == "mimetic":
+        start_attention_mimetic(model, seed=experiment.training.seeds[0])
     fingerprint = build.model_fingerprint(model)
     mesh = build.build_mesh(experiment)
     members = build.attach_members(experiment, model, labels=data.labels)
     if not members.tuned:
-        raise UserError("method=none trains nothing; choose another method, or eval without prompts")
+        raise UserError(
+            "method=none trains nothing; choose another method, or eval without prompts"
+        )
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     run_folder.claim(folder, experiment)

@@ -22,6 +22,7 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
 from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.config import T5Config
@@ -208,7 +209,8 @@ def outcome(workdir: Path) -> dict[str, Any]:
         found[kind] = (step, {name: _exactly(leaf) for name, leaf in leaves.items()}, extra)
     for file in sorted((workdir / "prompts").iterdir()):
         if not file.name.startswith("."):  # a kill may leave a file half written aside
-            found[file.name] = file.read_bytes()
+            prompt_PD, metadata = load_prompt_with_metadata(file)
+            found[file.name] = (_exactly(prompt_PD), metadata)
     found["results"] = json.loads((workdir / "results.json").read_text())
     return found
 

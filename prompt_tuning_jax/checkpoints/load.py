@@ -27,20 +27,25 @@ def load_model(
     param_dtype: DType | None = None,
     dropout_rate: float = 0.0,
     vocabulary: str = "",
-    relpos_max_distance: int = 128,
+    relpos_max_distance: int | None = None,
 ) -> T5:
     """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
 
     ``name_or_path`` is ``tiny`` (bundled), a Hugging Face folder of T5 1.0 or 1.1, or a folder of
     a T5X checkpoint.  Activations are computed in ``dtype`` and weights held in ``param_dtype``
     (``dtype`` unless given).  ``vocabulary`` is a SentencePiece file in place of the model's own;
-    ``relpos_max_distance`` is for T5X folders, which do not store it.  Raises UserError.
+    ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's 128
+    for 32 buckets, and twice the buckets for toy models with fewer.  Raises UserError.
     """
     folder = model_folder(name_or_path)
     if (folder / t5x.INDEX).is_file():
         params: dict[str, Any] = t5x.read_t5x(folder)
         params.pop(t5x.PROMPT, None)
-        config = t5x.config_of(params, relpos_max_distance=relpos_max_distance)
+        buckets = t5x.config_of(params).relpos_num_buckets
+        config = t5x.config_of(
+            params,
+            relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
+        )
         vocabulary_file = None
     else:
         config, params, vocabulary_file = hf.read_hf(folder)

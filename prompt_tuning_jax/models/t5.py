@@ -113,6 +113,10 @@ class Encoder(nnx.Module):
         self.encoder_norm = RMSNorm(config, dtype=kwargs["dtype"], param_dtype=param_dtype)
         self.dropout_rate: float = kwargs["dropout_rate"]
 
+    def layer(self, i: int) -> EncoderLayer:
+        """Layer ``i``, from 0."""
+        return getattr(self, f"layers_{i}")
+
     def __call__(self, source: EncoderInput, *, slots: Slots, key: Array | None) -> Encoded:
         keys = split_key(key, self.num_layers + 2)
         x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
@@ -124,8 +128,7 @@ class Encoder(nnx.Module):
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i in range(self.num_layers):
             prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
-            layer: EncoderLayer = getattr(self, f"layers_{i}")
-            x_BUD = layer(x_BUD, bias, prefix=prefix, key=keys[i])
+            x_BUD = self.layer(i)(x_BUD, bias, prefix=prefix, key=keys[i])
         x_BUD = self.encoder_norm(x_BUD)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return Encoded(hidden_BUD=x_BUD, mask_BU=mask_BU)
@@ -157,6 +160,7 @@ class Decoder(nnx.Module):
             )
 
     def layer(self, i: int) -> DecoderLayer:
+        """Layer ``i``, from 0."""
         return getattr(self, f"layers_{i}")
 
     def cross_keys(self, encoded: Encoded) -> tuple[KeyValues, ...]:

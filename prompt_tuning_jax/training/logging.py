@@ -1,11 +1,13 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
 
+import fcntl
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +29,7 @@ class RunLog:
     file ends up as an uninterrupted run's would, ``examples_per_second`` apart.
     ``names`` name the E members in TensorBoard (``seed_0``, ... unless given); ``metric`` is the
     evaluation metric to show (the first unless given).  With ``quiet`` nothing is printed.
-    Raises UserError where ``workdir`` cannot be written.
+    Raises UserError where ``workdir`` cannot be written or another process is training in it.
     """
 
     def __init__(
@@ -48,25 +50,31 @@ class RunLog:
             raise ValueError(f"{len(self._names)} names for {num_members} members")
         self._metric = metric
         self._metric_text = ""
-        folder = Path(workdir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
-        except OSError as error:
-            raise UserError(
-                f"working directory {folder} cannot be written ({error.strerror}): "
-                "choose another one with --workdir"
-            ) from error
-        self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, first_step=start_step + 1)
         self._clock = clock
         self._total_steps = total_steps
         # The pair that time left is measured from: the first log, so that compilation is left out.
         self._since: tuple[int, float] | None = None
         self._screen: _Bar | _Lines | None = None
-        if not quiet and sys.stdout.isatty():
-            self._screen = _Bar(total_steps, start_step)
-        elif not quiet:
-            self._screen = _Lines(total_steps, clock)
+        folder = Path(workdir)
+        with ExitStack() as opened:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _lock(folder, opened)
+                self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
+            except OSError as error:
+                raise UserError(
+                    f"working directory {folder} cannot be written ({error.strerror}): "
+                    "choose another one with --workdir"
+                ) from error
+            opened.callback(self._file.close)
+            self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, first_step=start_step + 1)
+            opened.callback(self._tensorboard.close)
+            if not quiet and sys.stdout.isatty():
+                self._screen = _Bar(total_steps, start_step)
+                opened.callback(self._screen.close)
+            elif not quiet:
+                self._screen = _Lines(total_steps, clock)
+            self._opened = opened.pop_all()
 
     def log_train(
         self,
@@ -129,10 +137,7 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the bar and closes the files; may be called twice."""
-        if self._screen:
-            self._screen.close()
-        self._file.close()
-        self._tensorboard.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +162,21 @@ class RunLog:
         minutes, seconds = divmod(max(round(seconds), 0), 60)
         hours, minutes = divmod(minutes, 60)
         return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds:02} left"
+
+
+def _lock(folder: Path, opened: ExitStack) -> None:
+    """Keeps other processes from training in the folder; even a kill frees it again."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    opened.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {folder}: wait for its end, or choose another working "
+            "directory with --workdir"
+        ) from error
+    except OSError:
+        pass  # a file system that knows no locks
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -280,8 +300,6 @@ class _Lines:
 
     def note(self, line: str) -> None:
         print(line, flush=True)
-
-    def close(self) -> None: ...
 
 
 class _Bar:

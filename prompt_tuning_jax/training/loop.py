@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import train_state
@@ -77,8 +78,6 @@ class Loop:
         if start >= self.steps:
             return self._result(start, best, best_tree, state)
         step = start
-        # A kill may have come between saving the best state and telling of it.
-        self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
         log = RunLog(
             self.workdir,
             total_steps=self.steps,
@@ -90,6 +89,8 @@ class Loop:
         )
         since, since_step = time.monotonic(), start
         with log, self._signals():
+            # A kill may have come between saving the best state and telling of it.
+            self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
             for batch in self.batches(start, self.steps):
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
@@ -248,15 +249,17 @@ class Loop:
 
 
 def _as_json(pending: list[tuple[int, StepMetrics]]) -> list[Any]:
-    return [[n, np.asarray(m.loss_E).tolist(), np.asarray(m.accuracy_E).tolist()] for n, m in pending]
+    return [
+        [n, np.asarray(m.loss_E).tolist(), np.asarray(m.accuracy_E).tolist()] for n, m in pending
+    ]
 
 
 def _from_json(listed: list[Any]) -> list[tuple[int, StepMetrics]]:
     """What log lines need; the norms have been looked at already."""
     pending = []
     for step, losses, accuracies in listed:
-        loss_E, accuracy_E = np.asarray(losses, np.float32), np.asarray(accuracies, np.float32)
-        none_E = np.zeros_like(loss_E)
+        loss_E, accuracy_E = (jnp.asarray(one, jnp.float32) for one in (losses, accuracies))
+        none_E = jnp.zeros_like(loss_E)
         metrics = StepMetrics(
             loss_E=loss_E, accuracy_E=accuracy_E, gradient_norm_E=none_E, update_norm_E=none_E
         )

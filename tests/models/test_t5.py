@@ -276,21 +276,28 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
     from prompt_tuning_jax.models import attention, layers, t5
 
-    used = []
+    axes = []
 
-    def spy(x, rate, *, key, shared_axis=None):
-        used.append((jax.random.key_data(key).tolist(), shared_axis))
-        return x
+    @jax.jit
+    def keys_used(key):
+        used = []
 
-    for module in (attention, layers, t5):
-        monkeypatch.setattr(module, "dropout", spy)
-    with jax.disable_jit():
-        make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=jax.random.key(3))
-    keys = [tuple(key) for key, _ in used]
+        def spy(x, rate, *, key, shared_axis=None):
+            used.append(jax.random.key_data(key))
+            axes.append(shared_axis)
+            return x
+
+        for module in (attention, layers, t5):
+            monkeypatch.setattr(module, "dropout", spy)
+        make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=key)
+        return jnp.stack(used)
+
+    keys = np.asarray(keys_used(jax.random.key(3)))
     # Each stack: its input and output; each attention: weights and output; each mlp: hidden and
     # output.  All but the attention weights share one decision along the length.
-    assert len(keys) == 2 * (2 + 2 * 4) + 2 * 2 == len(set(keys))
-    assert [axis for _, axis in used].count(None) == 2 + 2 * 2
+    assert len(keys) == (2 + 2 * 4) + (2 + 2 * 6) == len(np.unique(keys, axis=0))
+    assert axes.count(None) == 2 + 2 * 2
+    assert set(axes) == {None, -2}
 
 
 class Scaled(nnx.Module):

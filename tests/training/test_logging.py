@@ -128,6 +128,8 @@ def test_a_damaged_file_is_named_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1 of .*metrics\.jsonl"):
         train(tmp_path, start=20)
     assert lines(tmp_path) == damaged
+    (tmp_path / "metrics.jsonl").unlink()
+    train(tmp_path)  # the failure has not kept the folder locked
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
@@ -136,6 +138,28 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
         RunLog(tmp_path / "file", total_steps=1, num_members=1, quiet=True)
     with pytest.raises(UserError, match="nowhere"):
         read_metrics(tmp_path / "nowhere" / "metrics.jsonl")
+
+
+def test_only_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=1, num_members=1, quiet=True) as log:
+        log.log_eval(0, [{"f1": 1}])
+        with pytest.raises(UserError, match="another process"):
+            RunLog(tmp_path, total_steps=1, num_members=1, quiet=True)
+        log.log_eval(1, [{"f1": 2}])
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    train(tmp_path)
+
+
+def test_a_kill_frees_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from prompt_tuning_jax.training.logging import RunLog\n"
+        f"log = RunLog({str(tmp_path)!r}, total_steps=1, num_members=1, quiet=True)\n"
+        "log.log_eval(1, [{'f1': 1}])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    train(tmp_path)
 
 
 def test_members_must_agree(tmp_path: Path) -> None:

@@ -1,0 +1,295 @@
+"""Encode, generate and score: alone, in batches, and for several members at once."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import (
+    Writing,
+    as_prompt,
+    encode,
+    generate,
+    label_scores,
+    score,
+    token_ids,
+    write,
+)
+from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.method import Attached, MethodModule
+from prompt_tuning_jax.models.slots import Slots
+from tests.micro import (
+    EOS,
+    ONE_LAYER,
+    D,
+    V,
+    Words,
+    call,
+    make_prefixes,
+    make_t5,
+    normal,
+    shifted,
+    token_rows,
+)
+
+MODEL = make_t5()
+SOURCE = token_rows([5, 3, 6], 7)
+TARGET = token_rows([4, 2, 3], 5, seed=1)
+PROMPT_PD = normal(3, D, seed=2)
+PROMPTS_EPD = normal(3, 3, D, seed=3)
+LABELS = token_rows([2, 4, 3, 2], 4, seed=5)
+LENGTH = 6
+
+
+def log_probs(model, source, target, prompt=None):
+    """Summed log-probability of targets by hand, from the model's logits."""
+    logits = np.asarray(call(model, source, shifted(target), prompt), np.float64)
+    log_z = np.log(np.exp(logits).sum(axis=-1))
+    picked = np.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - log_z
+    return (picked * (target != 0)).sum(axis=-1)
+
+
+def members(prompts_EPD, method=None):
+    method = method or PromptTuning(length=prompts_EPD.shape[1])
+    graphdef, params = tree.split(method.with_prompt(MODEL, prompts_EPD[0]))
+    tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
+    assert tuned.keys() == {PROMPT}
+    return graphdef, {PROMPT: jnp.asarray(prompts_EPD)}, frozen
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT_PD], ids=["bare", "prompt"])
+def test_score_is_the_sum_of_log_probabilities(prompt):
+    got = score(MODEL, SOURCE, TARGET, prompt)
+    assert got.shape == (3,) and got.dtype == np.float32
+    np.testing.assert_allclose(got, log_probs(MODEL, SOURCE, TARGET, prompt), atol=1e-4)
+
+
+def test_encode_is_the_models():
+    got = encode(MODEL, SOURCE, PROMPT_PD)
+    assert got.shape == (3, 3 + 7, D)
+    want = MODEL.encode(SOURCE, jnp.asarray(PROMPT_PD)).hidden_BUD
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_label_scores_of_several_members_are_score_by_score():
+    graphdef, tuned, frozen = members(PROMPTS_EPD)
+    got = np.asarray(label_scores(graphdef, tuned, frozen, SOURCE, LABELS, 3))
+    assert got.shape == (3, 3, 4)
+    for e, c in np.ndindex(3, 4):
+        target = np.broadcast_to(LABELS[c], (3, 4))
+        want = log_probs(MODEL, SOURCE, target, PROMPTS_EPD[e])
+        np.testing.assert_allclose(got[e, :, c], want, atol=1e-4)
+
+
+def strategies():
+    yield Writing(strategy="greedy", max_length=LENGTH)
+    yield Writing(strategy="beam", max_length=LENGTH, num_beams=3)
+
+
+@pytest.mark.parametrize("writing", strategies(), ids=lambda w: w.strategy)
+def test_members_together_write_what_each_writes_alone(writing):
+    graphdef, tuned, frozen = members(PROMPTS_EPD)
+    key = jax.random.key(0)
+    ids, scores = write(graphdef, writing, tuned, frozen, SOURCE, key)
+    beams = (writing.num_beams,) if writing.strategy == "beam" else ()
+    assert ids.shape == (3, 3, *beams, LENGTH) and scores.shape == (3, 3, *beams)
+    for e in range(3):
+        kwargs = {"num_beams": 3} if beams else {}
+        alone = generate(
+            MODEL, SOURCE, PROMPTS_EPD[e], writing.strategy, max_length=LENGTH, **kwargs
+        )
+        np.testing.assert_array_equal(ids[e], alone.ids)
+        np.testing.assert_allclose(scores[e], alone.scores, atol=1e-4)
+    assert len(np.unique(np.asarray(ids).reshape(3, -1), axis=0)) == 3  # members differ
+
+
+def test_greedy_writes_the_most_probable_token_and_its_score_is_that_of_its_ids():
+    written = generate(MODEL, SOURCE, PROMPT_PD, max_length=LENGTH)
+    logits = np.asarray(call(MODEL, SOURCE, shifted(written.ids), PROMPT_PD))
+    for ids_S, logits_SV in zip(written.ids, logits, strict=True):
+        end = np.flatnonzero(ids_S == EOS)
+        length = end[0] + 1 if len(end) else LENGTH
+        np.testing.assert_array_equal(ids_S[:length], logits_SV.argmax(axis=-1)[:length])
+        assert not ids_S[length:].any()
+    # A row that wrote padding as a token would not count it here; this seed writes none.
+    np.testing.assert_allclose(
+        written.scores, log_probs(MODEL, SOURCE, written.ids, PROMPT_PD), atol=1e-4
+    )
+    assert written.texts is None
+
+
+def test_beams_are_sorted_differ_and_one_beam_is_greedy():
+    beams = generate(MODEL, SOURCE, PROMPT_PD, "beam", max_length=LENGTH, num_beams=3)
+    assert beams.ids.shape == (3, 3, LENGTH)
+    assert (np.diff(beams.scores, axis=1) <= 0).all()
+    for row in beams.ids:
+        assert len(np.unique(row, axis=0)) == 3
+    one = generate(
+        MODEL, SOURCE, PROMPT_PD, "beam", max_length=LENGTH, num_beams=1, length_penalty=0.0
+    )
+    greedy = generate(MODEL, SOURCE, PROMPT_PD, max_length=LENGTH)
+    np.testing.assert_array_equal(one.ids[:, 0], greedy.ids)
+    np.testing.assert_allclose(one.scores[:, 0], greedy.scores, atol=1e-4)
+
+
+def test_hugging_faces_rule_scores_by_its_penalty():
+    beams = generate(
+        MODEL, SOURCE, PROMPT_PD, "beam",
+        max_length=LENGTH, num_beams=3, length_penalty=2.0, beam_rule="hf",
+    )  # fmt: skip
+    for k in range(3):
+        lengths = np.array([(np.flatnonzero(row == EOS)[:1] + 1).tolist() or [LENGTH] for row in beams.ids[:, k]])[:, 0]
+        want = log_probs(MODEL, SOURCE, beams.ids[:, k], PROMPT_PD) / lengths**2.0
+        np.testing.assert_allclose(beams.scores[:, k], want, atol=1e-4)
+
+
+def test_results_do_not_depend_on_the_batch():
+    def all_of(source, target):
+        written = generate(MODEL, source, PROMPT_PD, max_length=LENGTH)
+        beams = generate(MODEL, source, PROMPT_PD, "beam", max_length=LENGTH, num_beams=3)
+        return written.ids, beams.ids, score(MODEL, source, target, PROMPT_PD)
+
+    together = all_of(SOURCE, TARGET)
+    for row in range(3):
+        for got, want in zip(all_of(SOURCE[row : row + 1], TARGET[row : row + 1]), together, strict=True):
+            np.testing.assert_allclose(got[0], want[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_a_prompt_per_example_is_each_examples_own(strategy):
+    each = generate(MODEL, SOURCE, PROMPTS_EPD, strategy, max_length=LENGTH, num_beams=2)
+    for row in range(3):
+        one = generate(MODEL, SOURCE, PROMPTS_EPD[row], strategy, max_length=LENGTH, num_beams=2)
+        np.testing.assert_array_equal(each.ids[row], one.ids[row])
+        np.testing.assert_allclose(each.scores[row], one.scores[row], atol=1e-4)
+    copies = np.broadcast_to(PROMPT_PD, (3, 3, D))
+    np.testing.assert_allclose(
+        score(MODEL, SOURCE, TARGET, copies), score(MODEL, SOURCE, TARGET, PROMPT_PD), atol=1e-4
+    )
+
+
+def test_sampling_follows_its_seed_and_at_top_one_is_greedy():
+    model = make_t5(ONE_LAYER)
+
+    def ids(**kwargs):
+        return generate(model, SOURCE, PROMPT_PD, "sample", max_length=LENGTH, **kwargs).ids
+
+    np.testing.assert_array_equal(ids(seed=4), ids(seed=4))
+    assert (ids(seed=4) != ids(seed=5)).any()
+    greedy = generate(model, SOURCE, PROMPT_PD, max_length=LENGTH).ids
+    np.testing.assert_array_equal(ids(top_k=1, seed=6), greedy)
+
+
+class Prefixes(MethodModule):
+    """A method of the family that fills key/value slots, one per example."""
+
+    def slots(self, model, tokens_BT):
+        layers = {"layers": 1, "batch": len(tokens_BT)}
+        return Slots(
+            decoder_prefixes=make_prefixes(ONE_LAYER, **layers, seed=1),
+            cross_prefixes=make_prefixes(ONE_LAYER, **layers, seed=2),
+        )
+
+
+@pytest.mark.parametrize("writing", strategies(), ids=lambda w: w.strategy)
+def test_prefixes_per_example_follow_their_example_into_decoding(writing):
+    graphdef, frozen = tree.split(Attached(make_t5(ONE_LAYER), Prefixes()))
+    ids, scores = write(graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0))
+    best_BS = np.asarray(ids[0] if ids.ndim == 3 else ids[0, :, 0])
+    attached = tree.merge(graphdef, frozen)
+    logits = np.asarray(jax.jit(lambda t: attached(SOURCE, t))(shifted(best_BS)))
+    total = np.take_along_axis(jax.nn.log_softmax(logits), best_BS[..., None], axis=-1)[..., 0]
+    total = (np.asarray(total) * (best_BS != 0)).sum(axis=-1)
+    if writing.strategy == "greedy":
+        np.testing.assert_allclose(scores[0], total, atol=1e-4)
+    else:
+        lengths = (best_BS != 0).sum(axis=-1)
+        ended = (best_BS == EOS).any(axis=-1)
+        penalty = np.where(ended, ((5 + lengths) / 6) ** 0.6, 1.0)
+        np.testing.assert_allclose(scores[0, :, 0], total / penalty, atol=1e-4)
+
+
+@dataclass
+class Model:
+    """What ``token_ids`` looks at."""
+
+    vocabulary: Words | None = None
+
+    @property
+    def config(self):
+        return MODEL.config
+
+
+def test_texts_become_padded_rows_that_end():
+    words = Words()
+    ids = token_ids(Model(words), ["aa bc", "xy", ""])
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(
+        ids, [[*words.encode("aa bc"), EOS], [*words.encode("xy"), EOS, 0], [EOS, 0, 0]]
+    )
+    np.testing.assert_array_equal(token_ids(Model(words), "aa bc"), ids[:1])
+
+
+def test_ids_pass_through():
+    for given in (SOURCE, jnp.asarray(SOURCE), SOURCE.astype(np.int64), SOURCE.tolist()):
+        got = token_ids(Model(), given)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("text", "came without a vocabulary: give token ids"),
+        (["text", "more"], "came without a vocabulary"),
+        (SOURCE[0], r"shape \[batch, length\]; got int32 \[7\]"),
+        (SOURCE[None], r"got int32 \[1, 3, 7\]"),
+        (SOURCE * 1.0, "whole numbers of shape .* got float64"),
+        (SOURCE != 0, "whole numbers of shape .* got bool"),
+        (SOURCE + V, f"from 0 to {V - 1}; got {V} to"),
+        (SOURCE - 1, f"from 0 to {V - 1}; got -1 to"),
+        ([[5, 1], [5, 6, 1]], "shape"),
+        (["text", 3], "whole numbers"),
+    ],
+)
+def test_wrong_ids_are_refused_in_one_line(inputs, message):
+    with pytest.raises(UserError, match=message) as error:
+        token_ids(Model(), inputs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(3, D + 1), (2, 3, D), (D,), (1, 3, 3, D)])
+def test_a_prompt_that_does_not_fit_is_refused(shape):
+    with pytest.raises(UserError, match=rf"\[P, {D}\] or \[3, P, {D}\]; got \[{shape[0]}"):
+        generate(MODEL, SOURCE, np.zeros(shape, np.float32))
+    assert as_prompt(MODEL, None, batch=3) is None
+    assert as_prompt(MODEL, PROMPTS_EPD.astype(np.float16), batch=3).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kwargs", [{"strategy": "gready"}, {"strategy": "beam", "beam_rule": "t5"}])
+def test_an_unknown_way_of_writing_is_refused(kwargs):
+    with pytest.raises(UserError, match="choose greedy, beam or sample, and t5x or hf"):
+        generate(MODEL, SOURCE, **kwargs)
+
+
+def test_as_many_targets_as_inputs():
+    with pytest.raises(UserError, match="there are 3 inputs and 2 targets"):
+        score(MODEL, SOURCE, TARGET[:2])
+
+
+def test_texts_in_texts_out():
+    model = make_t5(ONE_LAYER)
+    model.vocabulary = words = Words()
+    written = generate(model, ["aa bc", "xy"], PROMPT_PD, max_length=4)
+    ids = token_ids(model, ["aa bc", "xy"])
+    np.testing.assert_array_equal(written.ids, generate(model, ids, PROMPT_PD, max_length=4).ids)
+    assert written.texts == [words.decode(row.tolist()) for row in written.ids]
+    np.testing.assert_allclose(
+        score(model, ["aa bc", "xy"], ["q", "r s"], PROMPT_PD),
+        score(model, ids, token_ids(model, ["q", "r s"]), PROMPT_PD),
+        atol=1e-6,
+    )

@@ -1,0 +1,303 @@
+"""Training on plain text: from random weights, resumed, adapted, written back as a model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from prompt_tuning_jax import pretraining, tree
+from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.commands import train
+from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
+from prompt_tuning_jax.data.text_corpus import load_corpus
+from prompt_tuning_jax.data.vocab import load_vocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning
+from prompt_tuning_jax.model_export import export_model
+from prompt_tuning_jax.models.config import PRESETS, T5Config
+from prompt_tuning_jax.pretraining import TextData, open_text_data, text_losses
+from tests import tiny_run
+from tests.tiny_run import measurements, outcome
+
+BOTH: tuple[Any, ...] = ("span_corruption", "prefix_lm")
+
+
+def pretraining_run(workdir: Path, changes: dict[str, Any] | None = None) -> Experiment:
+    """All weights of a preset called ``micro``, drawn at random, on both objectives."""
+    base: dict[str, Any] = {
+        "model.name_or_path": "micro",
+        "model.random_weights": True,
+        "model.vocabulary": str(tiny_run.vocabulary_file()),
+        "model.dropout_rate": 0.0,
+        "method": FullTuning(),
+        "data.train": str(tiny_run.text_folder()),
+        "data.eval": "",
+        "data.objectives": BOTH,
+        "data.targets_length": 8,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 0.01,
+        "training.batch_size": 8,
+    }
+    return tiny_run.experiment(workdir, {**base, **(changes or {})})
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch: pytest.MonkeyPatch) -> T5Config:
+    monkeypatch.setitem(PRESETS, "micro", tiny_run.CONFIG)
+    return tiny_run.CONFIG
+
+
+def text_data(**changes: Any) -> TextData:
+    data = Data(
+        train=str(tiny_run.text_folder()),
+        objectives=changes.pop("objectives", BOTH),
+        inputs_length=16,
+        targets_length=8,
+        **changes,
+    )
+    words = load_vocabulary(tiny_run.vocabulary_file())
+    return open_text_data(data, words, batch_size=4, seeds=(0, 5))
+
+
+def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
+    changes = {"training.steps": 40, "training.eval_every": 10, "training.log_every": 10}
+    result = train(pretraining_run(tmp_path / "run", changes), quiet=True)
+    records = measurements(tmp_path / "run")
+    losses = [r["loss"][0] for r in records if r["kind"] == "train"]
+    evaluated = [r["metrics"][0]["loss"] for r in records if r["kind"] == "eval"]
+    # From knowing nothing of 208 pieces.
+    assert losses[0] > 4.5 and losses[-1] < losses[0] - 0.5
+    assert evaluated[-1] < evaluated[0]
+    best = result.best[0]
+    assert best is not None and best.metrics == {"loss": min(evaluated)}
+    assert not (tmp_path / "run/prompts").exists()
+
+    export_model(tmp_path / "run", tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    data = pretraining.replace(text_data(), batch_size=8)
+    # What is written is bfloat16.
+    assert _losses(model, data) == pytest.approx([min(evaluated)], rel=0.005)
+    # And it goes on from there: LM adaptation, of the written model, by the other objective.
+    adapted = pretraining_run(
+        tmp_path / "adapted",
+        {
+            "model.name_or_path": str(tmp_path / "model"),
+            "model.random_weights": False,
+            "model.vocabulary": "",
+            "data.objectives": ("prefix_lm",),
+            "training.steps": 4,
+        },
+    )
+    assert train(adapted, quiet=True).finished
+    start = _losses(model, pretraining.replace(text_data(objectives=("prefix_lm",)), batch_size=8))
+    first = next(r for r in measurements(tmp_path / "adapted") if r["kind"] == "eval")
+    assert first["metrics"][0]["loss"] < start[0]
+    with pytest.raises(UserError, match="holds no run of model tuning"):
+        export_model(tmp_path / "model", tmp_path / "other")
+
+
+def _losses(model: Any, data: TextData) -> list[float]:
+    attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
+    graphdef, params = tree.split(attached)
+    tuned = {name: p[None] for name, p in params.items()}
+    return [own["loss"] for own in text_losses(graphdef, tuned, {}, data)]
+
+
+def test_the_evaluation_is_the_mean_over_tokens() -> None:
+    """Of batches with different numbers of tokens, with no vmap and no jit."""
+    data = text_data()
+    model = load_model(str(tiny_run.model_folder()))
+    loss = tokens = 0.0
+    for batch in data.eval_batches():
+        logits = model(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
+        logs = np.asarray(jax.nn.log_softmax(logits))
+        targets = batch["decoder_target_tokens"]
+        own = np.take_along_axis(logs, targets[..., None], axis=2)[..., 0]
+        loss -= float(own[targets > 0].sum())
+        tokens += float((targets > 0).sum())
+    assert _losses(model, data) == pytest.approx([loss / tokens], rel=1e-4)
+    again = [batch["encoder_input_tokens"] for batch in data.eval_batches()]
+    for one, other in zip(again, data.eval_batches(), strict=True):
+        np.testing.assert_array_equal(one, other["encoder_input_tokens"])
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    whole = load_corpus(tiny_run.text_folder(), load_vocabulary(tiny_run.vocabulary_file()))
+    data = text_data()
+    held_out = max(math.ceil(0.005 * len(whole.tokens)), 4 * 16)
+    assert len(data.evaluation.tokens) == held_out
+    np.testing.assert_array_equal(
+        np.concatenate([data.train.tokens, data.evaluation.tokens]), whole.tokens
+    )
+    assert data.reports == (
+        f"{len(whole.tokens) - held_out:,} tokens of text to train on, {held_out:,} to evaluate on",
+    )
+
+
+def test_batches_come_from_their_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training text in even pieces and evaluation text in odd ones: no batch may mix them."""
+    data = text_data(objectives=("prefix_lm",))
+    special = 3
+    even = np.arange(special, 91, dtype=data.train.tokens.dtype)
+    even = np.resize(even[even % 2 == 0], 5000)
+    split = {
+        "train": pretraining.replace(data.train, tokens=even),
+        "evaluation": pretraining.replace(data.train, tokens=even + 1),
+    }
+    data = pretraining.replace(data, **split)
+    for batches, parity in ((data.batches(0, 5), 0), (data.eval_batches(), 1)):
+        for batch in batches:
+            for name in ("encoder_input_tokens", "decoder_target_tokens"):
+                tokens = np.asarray(batch[name])
+                tokens = tokens[tokens >= special]
+                assert tokens.size and np.all(tokens % 2 == parity)
+
+
+def test_text_of_its_own_to_evaluate_on(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("red green blue " * 50)
+    data = text_data(eval=str(tmp_path))
+    words = load_vocabulary(tiny_run.vocabulary_file())
+    whole = load_corpus(tiny_run.text_folder(), words)
+    assert len(data.train.tokens) == len(whole.tokens)
+    assert words.decode(data.evaluation.tokens[:6].tolist()).startswith("red green blue")
+
+
+def test_each_member_sees_text_of_its_own_in_any_order() -> None:
+    data = text_data()
+    batches = list(data.batches(0, 4))
+    assert batches[0]["encoder_input_tokens"].shape == (2, 4, 16)
+    assert batches[0]["decoder_target_tokens"].shape == (2, 4, 8)
+    assert np.any(batches[0]["encoder_input_tokens"][0] != batches[0]["encoder_input_tokens"][1])
+    (later,) = data.batches(3, 4)
+    for name, array in later.items():
+        np.testing.assert_array_equal(array, batches[3][name])
+
+
+def test_objectives_and_weights_are_as_asked() -> None:
+    words = load_vocabulary(tiny_run.vocabulary_file())
+
+    def share_with_sentinels(**changes: Any) -> float:
+        (batch,) = pretraining.replace(text_data(**changes), batch_size=200).batches(0, 1)
+        return float((batch["decoder_target_tokens"][..., 0] == words.sentinel(0)).mean())
+
+    assert share_with_sentinels(objectives=("span_corruption",)) == 1
+    assert share_with_sentinels(objectives=("prefix_lm",)) == 0
+    assert 0.35 < share_with_sentinels() < 0.65
+    assert 0.8 < share_with_sentinels(objective_weights=(9.0, 1.0)) < 1
+
+
+def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
+    assert train(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
+    losses = pretraining.text_losses
+
+    class Killed(BaseException):
+        pass
+
+    from prompt_tuning_jax import run
+
+    def kill(*args: Any) -> Any:
+        scores = losses(*args)
+        if int(state["left"]) == 0:
+            raise Killed
+        state["left"] -= 1
+        return scores
+
+    for left in (1, 1):  # in the evaluations of step 4, and of step 6
+        state = {"left": left}
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "text_losses", kill)
+            with pytest.raises(Killed):
+                train(pretraining_run(tmp_path / "killed", changes), quiet=True)
+    assert train(pretraining_run(tmp_path / "killed", changes), quiet=True).finished
+    (tmp_path / "whole/prompts").mkdir()
+    (tmp_path / "killed/prompts").mkdir()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_prompt_is_trained_on_text_too(tmp_path: Path) -> None:
+    changes = {
+        "model.name_or_path": str(tiny_run.model_folder()),
+        "model.random_weights": False,
+        "method": PromptTuning(length=3, init="sampled_vocabulary", init_population=0),
+        "training.steps": 4,
+    }
+    result = train(pretraining_run(tmp_path, changes), quiet=True)
+    assert result.best[0] is not None
+    assert (tmp_path / "prompts/seed_0.npy").is_file()
+
+
+def test_the_start_from_cooccurrence(micro: T5Config) -> None:
+    words = load_vocabulary(tiny_run.vocabulary_file())
+    corpus = load_corpus(tiny_run.text_folder(), words)
+    model = random_model("micro", vocabulary=str(tiny_run.vocabulary_file()))
+    before = tree.split(model)[1]
+    pretraining.start_from_cooccurrence(model, corpus)
+    after = tree.split(model)[1]
+    table_VD = cooccurrence_embeddings(
+        corpus.tokens, vocab_size=micro.vocab_size, embed_dim=micro.embed_dim
+    )
+    np.testing.assert_array_equal(after["token_embedder/embedding"], table_VD)
+    np.testing.assert_allclose(
+        after["decoder/logits_dense/kernel"], table_VD.T * micro.embed_dim**-0.5, rtol=1e-6
+    )
+    for name in before.keys() - {"token_embedder/embedding", "decoder/logits_dense/kernel"}:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_a_run_starts_from_cooccurrence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {
+        "model.embeddings": "cooccurrence",
+        "training.steps": 1,
+        "optimizer.learning_rate": 0.0,
+        "optimizer.weight_decay": 0.0,
+    }
+    result = train(pretraining_run(tmp_path, changes), quiet=True)
+    data = text_data()
+    table_VD = cooccurrence_embeddings(data.train.tokens, vocab_size=208, embed_dim=16)
+    got_VD = result.best_tuned["model/token_embedder/embedding"][0]
+    np.testing.assert_allclose(got_VD, table_VD, atol=1e-6)
+
+
+def test_the_seed_decides_the_random_weights() -> None:
+    vocabulary = str(tiny_run.vocabulary_file())
+    models = [random_model("micro", seed=seed, vocabulary=vocabulary) for seed in (0, 0, 1)]
+    tables = [nnx.state(model)["token_embedder"]["embedding"].get_value() for model in models]
+    np.testing.assert_array_equal(tables[0], tables[1])
+    assert np.any(tables[0] != tables[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.objectives": ("prefix_lm",), "data.inputs_length": 30_000}, "the corpus has"),
+        ({"data.inputs_length": 2000, "data.targets_length": 1000}, "no sentinel <extra_id_100>"),
+        ({"data.targets_length": 2}, "targets_length 2 is too short"),
+        ({"data.train": "/nowhere/at/all"}, "/nowhere/at/all: no such text file"),
+        ({"model.name_or_path": "mikro"}, "no T5 preset is called 'mikro'; did you mean micro"),
+        ({"model.vocabulary": ""}, "came without a vocabulary"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_at_once(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(pretraining_run(tmp_path / "run", changes), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cooccurrence_without_text_is_refused(tmp_path: Path) -> None:
+    changes = {
+        "data.objectives": (),
+        "model.embeddings": "cooccurrence",
+        "data.train": str(tiny_run.train_file()),
+        "data.eval": str(tiny_run.eval_file()),
+    }
+    with pytest.raises(UserError, match=r"set data\.objectives"):
+        train(pretraining_run(tmp_path / "run", changes), quiet=True)
+    assert not (tmp_path / "run").exists()

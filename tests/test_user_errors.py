@@ -1,0 +1,348 @@
+"""Wrong input: one line on stderr that says what and where, exit status 2, and nothing lost."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
+from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.commands import train
+from prompt_tuning_jax.methods import NoTuning
+from tests import tiny_run
+from tests.tiny_run import experiment, tree_bytes, write_config, write_rows
+
+GOOD = [{"inputs": "red", "targets": "red"}, {"inputs": "blue", "targets": "blue"}]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused, and returns its one line without ``error: ``."""
+
+    def run(*arguments: str | Path) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+        return errors.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(experiment(folder), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run to damage."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def lines(path: Path, *texts: str) -> str:
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+ROW = json.dumps(GOOD[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")}, "a.jsonl:2: not"),
+        (lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')}, "a.jsonl:2: a list where"),
+        (
+            lambda d: {"data.train": lines(d / "a.jsonl", ROW, '{"input": "x", "targets": "red"}')},
+            "a.jsonl:2: no column 'inputs': did you mean 'input'",
+        ),
+        (
+            lambda d: {"data.targets_column": "target"},
+            "train.jsonl:1: no column 'target': did you mean 'targets'",
+        ),
+        (
+            lambda d: {"data.inputs_template": "{inputs} {premise}"},
+            "train.jsonl:1: no column 'premise'",
+        ),
+        (lambda d: {"data.train": lines(d / "a.jsonl")}, "a.jsonl: holds no examples"),
+        (lambda d: {"data.eval": lines(d / "a.jsonl", "", "")}, "a.jsonl: holds no examples"),
+        (lambda d: {"data.eval": str(d / "b.jsonl")}, "b.jsonl: there is no such file"),
+        (lambda d: {"data.eval": ""}, "data.eval is empty"),
+        (lambda d: {"data.train": lines(d / "a.txt", ROW)}, "a.txt: unknown kind of file"),
+        (
+            lambda d: {"data.labels": ("blue", "green", "read")},
+            "the target 'red' is not in data.labels: did you mean 'read'",
+        ),
+        (
+            lambda d: {"data.targets_length": 1},
+            "the label 'blue' has 2 tokens, the end of sequence included",
+        ),
+        (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
+        (
+            lambda d: {"evaluation.best_by": "acuracy"},
+            "evaluation.best_by: no metric 'acuracy': did you mean 'accuracy'",
+        ),
+        (
+            lambda d: {"data.train": "", "data.eval": "", "data.task": "word_valense"},
+            "unknown task 'word_valense': did you mean 'word_valence'",
+        ),
+        (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a bundled"),
+        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; There are: tiny"),
+        (lambda d: {"model.name_or_path": str(d)}, "config.json"),
+        (
+            lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(120))},
+            "220 pieces and",
+        ),
+        (lambda d: {"model.vocabulary": str(d / "no.model")}, "no such vocabulary file"),
+        (
+            lambda d: {"method.init": "file", "method.init_path": str(d / "no.npy")},
+            "cannot read the prompt",
+        ),
+        (lambda d: {"method.init": "file"}, "needs method.init_path"),
+        (
+            lambda d: {"method.init": "file", "method.init_path": _prompt(d / "w.npy", (5, 8))},
+            "holds a prompt of shape [5, 8]; this run trains [5, 16]",
+        ),
+        (
+            lambda d: {"method.init": "file", "method.init_path": _prompt(d / "w.npy", (4, 16))},
+            "holds a prompt of shape [4, 16]; this run trains [5, 16]",
+        ),
+        (
+            lambda d: {
+                "method.init": "file",
+                "method.init_path": _prompt(d / "i.npy", (5, 16), np.inf),
+            },
+            "not finite",
+        ),
+        (lambda d: {"method": NoTuning()}, "trains nothing"),
+        (lambda d: {"training.workdir": ""}, "training.workdir is empty"),
+        (lambda d: {"training.batch_size": 0}, "training.batch_size is 0"),
+    ],
+)
+def test_training_on_wrong_input_writes_nothing(
+    tmp_path: Path, refused: Refused, make: Callable[[Path], dict[str, Any]], message: str
+) -> None:
+    place = tmp_path / "run"
+    config = write_config(tmp_path / "c.py", experiment(place, make(tmp_path)))
+    assert message in refused("train", config)
+    assert not place.exists()
+
+
+def _prompt(path: Path, shape: tuple[int, int], value: float = 0.5) -> str:
+    np.save(path, np.full(shape, value, np.float32))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "optimizer.learning_rat=1"), "did you mean 'optimizer.learning_rate'"),
+        (("--set", "optimiser.learning_rate=1"), "optimizer.learning_rate"),
+        (("--set", "training.steps=many"), "training.steps"),
+        (("--seed", "3"), "--seeds"),
+        (("--seeds", "1,1"), "training.seeds has 1 twice"),
+    ],
+)
+def test_misspelt_fields_and_options(
+    tmp_path: Path, refused: Refused, arguments: tuple[str, ...], message: str
+) -> None:
+    place = tmp_path / "run"
+    config = write_config(tmp_path / "c.py", experiment(place))
+    assert message in refused("train", config, *arguments)
+    assert not place.exists()
+
+
+def test_free_text_cannot_be_ranked(tmp_path: Path, refused: Refused) -> None:
+    """Said before the first step, not at the first evaluation."""
+    many = [{"inputs": w, "targets": f"{w} {i}"} for i, w in enumerate(tiny_run.WORDS[:60])]
+    file = str(write_rows(tmp_path / "free.jsonl", many))
+    changes = {"data.train": file, "data.eval": file, "method.init": "uniform"}
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
+    assert "evaluation.strategy=rank needs labels" in refused("train", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, run: Path, refused: Refused) -> None:
+    before = tree_bytes(run)
+    other = experiment(run, {"optimizer.learning_rate": 0.25, "method.length": 7})
+    message = refused("train", write_config(tmp_path / "c.py", other))
+    assert "optimizer.learning_rate: 3.0 -> 0.25" in message
+    assert "method.length: 5 -> 7" in message
+    assert tree_bytes(run) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file/run", tmp_path / "file"):
+        config = write_config(tmp_path / "c.py", experiment(place))
+        assert f"cannot write {place}" in refused("train", config)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_damaged_run_config(tmp_path: Path, copy: Path, refused: Refused) -> None:
+    (copy / "experiment.json").write_text('{"model": ')
+    before = tree_bytes(copy)
+    config = write_config(tmp_path / "c.py", experiment(copy))
+    assert "experiment.json" in refused("train", config)
+    assert "experiment.json" in refused("eval", "--prompt", copy)
+    assert tree_bytes(copy) == before
+
+
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_a_damaged_checkpoint(tmp_path: Path, copy: Path, refused: Refused, kind: str) -> None:
+    arrays = [
+        file
+        for file in (copy / "checkpoints" / kind).rglob("*")
+        if file.is_file() and file.parent.name == "d"
+    ]
+    assert arrays
+    for file in arrays:
+        file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
+    before = tree_bytes(copy)
+    config = write_config(tmp_path / "c.py", experiment(copy))
+    message = refused("train", config)
+    assert f"checkpoints/{kind}" in message and "damaged" in message
+    assert tree_bytes(copy) == before
+
+
+def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) -> None:
+    folder = shutil.copytree(tiny_run.model_folder(), tmp_path / "model")
+    changes = {"model.name_or_path": str(folder), "training.steps": 3}
+    train(experiment(tmp_path / "run", changes), quiet=True)
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_run.model_folder(seed=1), folder)
+    before = tree_bytes(tmp_path / "run")
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
+    assert "holds a run on another frozen model" in refused("train", config)
+    assert "was trained for another model" in refused("eval", "--prompt", tmp_path / "run")
+    assert tree_bytes(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("p.npy", lambda p: _prompt(p, (5, 8)), "has width 8, and the model has width 16"),
+        ("p.npy", lambda p: _prompt(p, (5, 16), np.nan), "not finite"),
+        ("p.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr"), "damaged"),
+        ("p.npy", lambda p: p.write_bytes(b""), "is neither an .npy nor a .safetensors file"),
+        ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "p.npy"),
+        ("p.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + b"{}"), "damaged"),
+        (
+            "p.safetensors",
+            lambda p: save_prompt(
+                p,
+                np.zeros((5, 16), np.float32),
+                metadata=PromptMetadata(model_fingerprint="0123", model_name="t5_xxl"),
+            ),
+            "was trained for another model t5_xxl (fingerprint 0123",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_prompts_that_cannot_be_used(
+    tmp_path: Path,
+    refused: Refused,
+    command: str,
+    name: str,
+    make: Callable[[Path], Any],
+    message: str,
+) -> None:
+    make(tmp_path / name)
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run"))
+    arguments = [config] if command == "eval" else ["red", "--config", config]
+    output = tmp_path / "output"
+    assert message in refused(command, *arguments, "--prompt", tmp_path / name, "--output", output)
+    assert not output.exists() and not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_not_there(tmp_path: Path, copy: Path, refused: Refused) -> None:
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run"))
+    assert "no such file or folder" in refused("eval", config, "--prompt", tmp_path / "none.npy")
+    (tmp_path / "empty").mkdir()
+    assert "a folder without a run's" in refused("eval", config, "--prompt", tmp_path / "empty")
+    shutil.rmtree(copy / "prompts")
+    assert "has not been evaluated" in refused("eval", "--prompt", copy)
+    assert "no such file or folder" in refused("inspect", tmp_path / "none")
+
+
+def test_a_loss_that_is_not_finite(
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last good checkpoint stays, and its best prompt is of use."""
+    place = tmp_path / "run"
+    # The rate falls on a wall after step 4: warm-up of a rate that is far too large.
+    changes = {
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 1e38,
+        "training.log_every": 1,
+        "training.save_every": 1,
+        "training.eval_every": 1,
+        "optimizer.weight_decay": 0.0,
+    }
+    config = write_config(tmp_path / "c.py", experiment(place, changes))
+    message = refused("train", config)
+    assert "not finite" in message or "nan" in message or "inf" in message
+    assert "at step " in message and str(place) in message
+    assert "optimizer.learning_rate" in message
+    step = int(message.split("at step ")[1].split(":")[0])
+    saved = [path.name for path in (place / "checkpoints/last").glob("[0-9]*")]
+    assert saved == ([str(step - 1)] if step > 1 else [])
+    # The same again: it goes on from there, and fails there.
+    assert refused("train", config) == message
+
+
+def test_after_a_loss_that_is_not_finite_the_best_prompt_is_of_use(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that is harmless for five steps and then is not."""
+    from prompt_tuning_jax import optim
+
+    def explode(config: Any, *, total_steps: int) -> Callable[[Any], Any]:
+        import jax.numpy as jnp
+
+        return lambda step: jnp.where(jnp.asarray(step) < 5, 0.1, jnp.inf)
+
+    place = tmp_path / "run"
+    changes = {"training.eval_every": 2, "training.save_every": 2, "training.log_every": 50}
+    config = write_config(tmp_path / "c.py", experiment(place, changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "make_schedule", explode)
+        message = refused("train", config)
+    assert "not finite at step 6" in message
+    assert [path.name for path in (place / "checkpoints/last").glob("[0-9]*")] == ["4"]
+    assert not (place / "results.json").exists()
+    assert main(["eval", "--prompt", str(place), "--output", str(tmp_path / "s.json")]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["per_prompt"][0]["accuracy"] >= 0
+    # With the cause removed, the same command finishes it.
+    assert main(["train", str(config)]) == 0
+    assert (place / "results.json").is_file()
+
+
+def test_through_a_process(tmp_path: Path, run: Path) -> None:
+    before = tree_bytes(run)
+    other = experiment(run, {"optimizer.learning_rate": 0.25})
+    config = write_config(tmp_path / "c.py", other)
+    bad = write_config(tmp_path / "bad.py", experiment(tmp_path / "b", {"data.task": "x"}))
+    bad.write_text(bad.read_text().replace('\\"training\\"', '\\"trainning\\"'))
+    processes = [
+        tiny_run.start("train", config),
+        tiny_run.start("train", config, "--set", "optimizer.lerning_rate=1"),
+        tiny_run.start("eval", "--prompt", tmp_path / "none"),
+    ]
+    for process, expected in zip(
+        processes,
+        ("optimizer.learning_rate: 3.0 -> 0.25", "optimizer.learning_rate", "no such file"),
+        strict=True,
+    ):
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and expected in errors
+        assert out == ""
+    assert tree_bytes(run) == before

@@ -1,0 +1,196 @@
+"""The training step: many prompts at once, accumulation, normalisation, purity."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
+
+METHOD = PromptTuning(length=3)
+SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
+STARTS = [normal(3, D, seed=1), 0.5 * normal(3, D, seed=2), np.full((3, D), 0.1, np.float32)]
+SEEDS, RATES = (5, 0, 7), (0.3, 0.05, 0.1)
+
+
+def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
+    kwargs.setdefault("model", make_t5(ONE_LAYER))
+    kwargs.setdefault("seeds", tuple(range(len(starts))))
+    return Trainer(METHOD, optimizer, starts, **kwargs)
+
+
+def prompts(trained):
+    return np.asarray(trained.state.tuned[PROMPT])
+
+
+def member(batch, e):
+    return {name: array[e : e + 1] for name, array in batch.items()}
+
+
+BATCHES = [make_batch(3, seed=step) for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [Optimizer(initial_step=1000), Optimizer(name="adamw", weight_decay=0.1), SGD],
+    ids=lambda o: o.name,
+)
+def test_several_at_once_equal_each_alone(optimizer):
+    dropped = make_t5(ONE_LAYER, dropout_rate=0.2)
+    together = trainer(optimizer, STARTS, model=dropped, seeds=SEEDS, learning_rates=RATES)
+    metrics = together.run(BATCHES)
+    for e in range(3):
+        alone = trainer(
+            optimizer, STARTS[e : e + 1], model=dropped,
+            seeds=SEEDS[e : e + 1], learning_rates=RATES[e : e + 1],
+        )  # fmt: skip
+        own = alone.run([member(batch, e) for batch in BATCHES])
+        np.testing.assert_allclose(prompts(alone)[0], prompts(together)[e], atol=1e-6)
+        for ours, theirs in zip(own, metrics, strict=True):
+            for field in dataclasses.fields(ours):
+                a, b = getattr(ours, field.name), getattr(theirs, field.name)
+                np.testing.assert_allclose(a[0], b[e], rtol=1e-4)
+    moved = prompts(together) - np.stack(STARTS)
+    assert (np.abs(moved).max(axis=(1, 2)) > 1e-3).all()
+
+
+def test_a_member_does_not_notice_who_is_beside_it():
+    dropped = make_t5(ONE_LAYER, dropout_rate=0.2)
+    optimizer = Optimizer()
+
+    def run(order):
+        trained = trainer(
+            optimizer, [STARTS[e] for e in order], model=dropped,
+            seeds=tuple(SEEDS[e] for e in order), learning_rates=tuple(RATES[e] for e in order),
+        )  # fmt: skip
+        trained.run([{name: array[list(order)] for name, array in b.items()} for b in BATCHES])
+        return prompts(trained)
+
+    first, other = run((0, 1, 2)), run((0, 2, 2))
+    np.testing.assert_array_equal(other[0], first[0])  # to the bit
+    np.testing.assert_array_equal(other[1], first[2])
+    np.testing.assert_array_equal(other[1], other[2])
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "sum"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(normalization, parts):
+    # Rows of unequal length, and one that is all padding: means of means would differ.
+    batches = [make_batch(2, rows=8, seed=s) for s in range(3)]
+    for batch in batches:
+        batch["decoder_target_tokens"][:, 3] = 0
+    kwargs = {"loss_normalization": normalization, "z_loss": 1e-2, "dropout": False}
+    at_once = trainer(starts=STARTS[:2], **kwargs)
+    in_parts = trainer(starts=STARTS[:2], gradient_accumulation=parts, **kwargs)
+    for a, b in zip(at_once.run(batches), in_parts.run(batches), strict=True):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5)
+    np.testing.assert_allclose(prompts(in_parts), prompts(at_once), atol=2e-6)
+
+
+def test_each_part_drops_other_things():
+    """Four parts of the same row: with one mask for all, they would be as one."""
+    dropped = make_t5(ONE_LAYER, dropout_rate=0.5)
+    row = {name: np.repeat(array[:, :1], 4, axis=1) for name, array in make_batch().items()}
+    losses = []
+    for parts, rows in [(4, row), (1, {name: array[:, :1] for name, array in row.items()})]:
+        trained = trainer(model=dropped, gradient_accumulation=parts)
+        losses.append(float(trained.run([rows])[0].loss_E[0]))
+    again = trainer(model=dropped, gradient_accumulation=4).run([row])[0].loss_E[0]
+    assert losses[0] == float(again)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_sum_is_tokens_times_as_far_as_mean_and_the_metric_is_the_mean():
+    batch = make_batch()
+    tokens = (batch["decoder_target_tokens"] > 0).sum()
+    steps, losses = {}, {}
+    for name in ("tokens", "sum"):
+        trained = trainer(loss_normalization=name, z_loss=0.1, dropout=False)
+        losses[name] = trained.run([batch])[0]
+        steps[name] = prompts(trained)[0] - STARTS[0]
+    np.testing.assert_allclose(steps["sum"], tokens * steps["tokens"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(losses["sum"].loss_E, losses["tokens"].loss_E, rtol=1e-6)
+    own = {name: array[0] for name, array in batch.items()}
+    logits = call(
+        make_t5(ONE_LAYER), own["encoder_input_tokens"], own["decoder_input_tokens"], STARTS[0]
+    )
+    sums = token_sums(logits, own["decoder_target_tokens"], z_loss=0.1)
+    assert float(losses["sum"].loss_E[0]) == pytest.approx(float(sums.loss / tokens), rel=1e-5)
+    assert float(losses["sum"].accuracy_E[0]) == float(sums.correct / sums.examples)
+    distance = np.linalg.norm(steps["tokens"])
+    assert float(losses["tokens"].update_norm_E[0]) == pytest.approx(distance, rel=1e-4)
+    assert float(losses["tokens"].gradient_norm_E[0]) == pytest.approx(10 * distance, rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_prompt_alone():
+    batch = {name: array[0] for name, array in make_batch().items()}
+    model = make_t5(ONE_LAYER)
+
+    def loss(prompt):
+        logits = model(batch["encoder_input_tokens"], batch["decoder_input_tokens"], prompt)
+        sums = token_sums(logits, batch["decoder_target_tokens"])
+        return sums.loss / sums.tokens
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(STARTS[0]))
+    trained = trainer(dropout=False)
+    trained.run([make_batch()])
+    np.testing.assert_allclose(prompts(trained)[0], STARTS[0] - 0.1 * gradient, atol=1e-6)
+
+
+def test_a_batch_of_nothing_changes_nothing():
+    trained = trainer(dropout=False)
+    empty = make_batch()
+    empty["decoder_target_tokens"][:] = 0
+    (metrics,) = trained.run([empty])
+    np.testing.assert_array_equal(prompts(trained)[0], STARTS[0])
+    assert float(metrics.loss_E[0]) == float(metrics.accuracy_E[0]) == 0
+
+
+def test_the_state_is_donated_and_the_frozen_weights_are_not():
+    trained = trainer(Optimizer())
+    before = trained.state
+    trained.run([make_batch()])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.tuned, before.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.frozen))
+    assert int(trained.state.step) == 1
+
+
+def test_no_frozen_array_is_in_the_state():
+    trained = trainer(Optimizer())
+    held = sum(leaf.size for leaf in jax.tree.leaves(trained.state))
+    assert held < 4 * 3 * D  # the prompt, its second moment, and scalars
+    assert tree.count(trained.frozen) > 5000
+
+
+def test_the_step_is_a_pure_function_of_seed_and_step():
+    dropped = make_t5(ONE_LAYER, dropout_rate=0.3)
+    batch = make_batch()
+
+    def losses(seed, steps=2, **kwargs):
+        still = dataclasses.replace(SGD, learning_rate=0.0)  # only dropout makes a difference
+        trained = trainer(still, model=dropped, seeds=(seed,), **kwargs)
+        return [float(m.loss_E[0]) for m in trained.run([batch] * steps)]
+
+    first = losses(0)
+    assert first == losses(0)
+    assert first[0] != first[1]  # another step, another mask
+    assert first[0] not in losses(1)
+    (exact, same) = losses(0, dropout=False)
+    assert exact == same not in first
+
+
+def test_the_schedule_scales_each_members_rate():
+    warm = dataclasses.replace(SGD, warmup_steps=4)
+    trained = trainer(warm, STARTS[:1] * 2, seeds=(0, 0), learning_rates=(0.1, 0.2), dropout=False)
+    batch = {name: np.repeat(array, 2, axis=0) for name, array in make_batch().items()}
+    for step in range(5):
+        (metrics,) = trained.run([batch])
+        rates = metrics.update_norm_E / metrics.gradient_norm_E
+        np.testing.assert_allclose(rates, np.array([0.1, 0.2]) * min(1, (step + 1) / 4), rtol=1e-4)

@@ -9,15 +9,15 @@ from prompt_tuning_jax.methods import PromptTuning
 
 def get_config() -> Experiment:
     return Experiment(
-        model=Model(name_or_path="tiny"),
-        method=PromptTuning(length=20, init="class_labels"),
-        data=Data(task="word_valence", inputs_length=16, targets_length=4),
+        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32"),
+        method=PromptTuning(length=10, init="class_labels"),
+        data=Data(task="word_valence", inputs_length=14, targets_length=4),
         training=Training(
-            steps=400,
+            steps=250,
             batch_size=32,
             seeds=(0, 1, 2, 3, 4),
-            eval_every=100,
-            save_every=100,
+            eval_every=50,
+            save_every=50,
             workdir="runs/quickstart",
         ),
     )

@@ -326,7 +326,7 @@ def member_names(experiment: Experiment) -> tuple[str, ...]:
     for number, seed in enumerate(training.seeds):
         parts = [f"seed_{seed}"]
         if training.learning_rates:
-            parts.append(f"lr_{training.learning_rates[number]:g}")
+            parts.append(f"lr_{training.learning_rates[number]!r}")
         if training.inits:
             parts.append(training.inits[number])
         names.append("_".join(parts))

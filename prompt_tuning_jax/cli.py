@@ -51,8 +51,9 @@ def _train(args: argparse.Namespace) -> None:
     experiment = _experiment(args)
     from prompt_tuning_jax import commands
 
-    if not commands.train(experiment).finished:
-        sys.exit(143)  # as a shell reports a program that SIGTERM has ended
+    result = commands.train(experiment)
+    if not result.finished:
+        sys.exit(128 + result.stopped_by)  # as a shell reports a program that a signal has ended
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -66,6 +67,8 @@ def _eval(args: argparse.Namespace) -> None:
     from prompt_tuning_jax.result_table import print_scores, scores_as_dict
 
     result = commands.evaluate(experiment, prompts=args.prompt, split=args.split)
+    for line in result.reports:
+        print(line)
     print_scores(result)
     if args.output:
         _write(args.output, json.dumps(scores_as_dict(result), indent=2, ensure_ascii=False) + "\n")

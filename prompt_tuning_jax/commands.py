@@ -49,6 +49,7 @@ class EvalResult:
     ensemble: dict[str, float] | None
     split: str
     predictions: Mapping[str, Predictions]
+    reports: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,19 @@ def evaluate(
     """
     model = build.build_model(experiment)
     loaded = open_prompts(experiment, model, prompts)
+    own = experiment.data
+    if (own.train or own.eval) and loaded.labels and not own.labels:
+        # What the prompts were trained to choose between; the training file may be gone by now.
+        own = dataclasses.replace(own, labels=loaded.labels)
+        experiment = dataclasses.replace(experiment, data=own)
     data = build.build_data(experiment, build.vocabulary_of(model), split=split, training=False)
     if isinstance(data, TextData):
         raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     for members in loaded.groups:
-        own, found = build.evaluate_members(experiment, members, members.tuned, data, model)
-        scores += own
+        theirs, found = build.evaluate_members(experiment, members, members.tuned, data, model)
+        scores += theirs
         for task, part in found.items():
             predictions.setdefault(task, []).append(part)
     joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
@@ -94,11 +100,12 @@ def evaluate(
     return EvalResult(
         names=loaded.names,
         per_prompt=scores,
-        mean={name: float(np.mean([own[name] for own in scores])) for name in metrics},
-        best=max(scores, key=lambda own: sign * own[data.best_by]),
+        mean={name: float(np.mean([each[name] for each in scores])) for name in metrics},
+        best=max(scores, key=lambda each: sign * each[data.best_by]),
         ensemble=ensemble,
         split=split or experiment.data.eval_split,
         predictions=joined,
+        reports=data.reports,
     )
 
 

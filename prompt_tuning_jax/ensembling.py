@@ -1,5 +1,6 @@
 """Joins the predictions of several prompts (Lester et al. 2021, section 6)."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ def majority_vote(predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[st
     most = max(votes.values())
 
     def summed(text: str) -> float:
-        return sum(known[text] for known in log_probs_E if text in known)
+        # Exactly rounded, so that the order of the members cannot break a tie.
+        return math.fsum(known[text] for known in log_probs_E if text in known)
 
     tied = [text for text, count in votes.items() if count == most]
     winner = min(tied, key=lambda text: (-summed(text), text))

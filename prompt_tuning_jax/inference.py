@@ -137,7 +137,12 @@ def token_ids(model: T5, inputs: Inputs) -> HostArray:
         for row, ids in zip(ids_BT, rows, strict=True):
             row[: len(ids)] = ids
         return ids_BT
-    ids_BT = np.asarray(inputs)
+    try:
+        ids_BT = np.asarray(inputs)
+    except ValueError:
+        raise UserError(
+            "token ids have rows of different lengths; pad them with 0 to one length"
+        ) from None
     if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
         raise UserError(
             f"token ids are whole numbers of shape [batch, length]; got {ids_BT.dtype} "
@@ -230,19 +235,19 @@ def write(
     batch = tokens_BT.shape[0]
     rows = members * batch
 
-    def start(own: FlatParams) -> tuple[Any, Any, Array, Slots]:
+    def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
         attached = tree.merge(graphdef, {**frozen, **own})
         encoded, slots = attached.encode(tokens_BT)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
+        constant = (cross, encoded.mask_BU, replace(slots, encoder_input=None))
         if writing.strategy == "beam":  # the beams of one example stand side by side
-            cross, mask_NU = jax.tree.map(
-                lambda x: jnp.repeat(x, writing.num_beams, axis=0), (cross, encoded.mask_BU)
+            constant = jax.tree.map(
+                lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
+                constant,
             )
-        else:
-            mask_NU = encoded.mask_BU
-        return cross, caches, mask_NU, replace(slots, encoder_input=None)
+        return *constant, caches
 
-    cross, caches, mask_ENU, slots = jax.vmap(start, axis_size=members)(tuned)
+    cross, mask_ENU, slots, caches = jax.vmap(start, axis_size=members)(tuned)
 
     def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         def member(

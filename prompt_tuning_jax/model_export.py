@@ -25,9 +25,9 @@ def export_model(workdir: str | Path, folder: str | Path) -> None:
         raise UserError(f"{workdir} holds no run of model tuning (method=full)")
     tuned = run_folder.read_best(workdir)
     params = {name.removeprefix(PREFIX): np.asarray(array[0]) for name, array in tuned.items()}
-    vocabulary = Path(
-        experiment.model.vocabulary or model_folder(experiment.model.name_or_path) / VOCABULARY
-    )
+    vocabulary = Path(experiment.model.vocabulary or model_folder(experiment.model.name_or_path))
+    if vocabulary.is_dir():
+        vocabulary = vocabulary / VOCABULARY
     write_hf(
         folder,
         build.build_model(experiment).config,

@@ -6,6 +6,7 @@ operand and falls off it.  Here the cotangent is cast down first, so all three p
 same kind.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -87,9 +88,40 @@ def _einsum_backward(
     operands, out = equation.split("->")
     left_axes, right_axes = operands.split(",")
     cotangent = cotangent.astype(left.dtype)
-    dleft = _raw_einsum(f"{out},{right_axes}->{left_axes}", cotangent, right)
-    dright = _raw_einsum(f"{left_axes},{out}->{right_axes}", left, cotangent)
+    dleft = _ordered_einsum(out, right_axes, left_axes, cotangent, right)
+    dright = _ordered_einsum(left_axes, out, right_axes, left, cotangent)
     return dleft.astype(left.dtype), dright.astype(right.dtype)
+
+
+def _ordered_einsum(
+    left_axes: str, right_axes: str, out_axes: str, left: Array, right: Array
+) -> Array:
+    """An einsum whose operands are first laid out as [batch, rows, sum] and [batch, sum, columns].
+
+    The CPU backend has a kernel for narrow operands in that order alone; in another it stops at
+    run time ("BF16 x BF16 = F32 unsupported").  The barrier keeps the transposes where they are.
+    """
+    shared = [a for a in left_axes if a in right_axes]
+    batch = "".join(a for a in shared if a in out_axes)
+    summed = "".join(a for a in shared if a not in out_axes)
+    rows = "".join(a for a in left_axes if a not in shared)
+    columns = "".join(a for a in right_axes if a not in shared)
+    size = dict(zip(left_axes + right_axes, left.shape + right.shape, strict=True))
+
+    def lay_out(x: Array, axes: str, *groups: str) -> Array:
+        x = x.transpose([axes.index(a) for a in "".join(groups)])
+        return x.reshape([math.prod(size[a] for a in group) for group in groups])
+
+    left, right = jax.lax.optimization_barrier(
+        (
+            lay_out(left, left_axes, batch, rows, summed),
+            lay_out(right, right_axes, batch, summed, columns),
+        )
+    )
+    dims = (((2,), (1,)), ((0,), (0,)))
+    product = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    product = product.reshape([size[a] for a in batch + rows + columns])
+    return product.transpose([(batch + rows + columns).index(a) for a in out_axes])
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -25,12 +25,16 @@ from prompt_tuning_jax.validation import validate
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """A run's members by name: best evaluation, and the tuned arrays then (leading axis E)."""
+    """A run's members by name: best evaluation, and the tuned arrays then (leading axis E).
+
+    ``stopped_by`` is the number of the signal that stopped it before its end, or 0.
+    """
 
     workdir: Path
     names: tuple[str, ...]
     step: int
     finished: bool
+    stopped_by: int
     best: tuple[Best | None, ...]
     best_tuned: Mapping[str, HostArray]
 
@@ -111,6 +115,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         names=names,
         step=result.step,
         finished=result.finished,
+        stopped_by=result.stopped_by,
         best=result.best,
         best_tuned=result.best_tuned,
     )

@@ -34,7 +34,7 @@ class Commands:
 
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     fails: Exception | None = None
-    finishes: bool = True
+    stopped_by: int = 0
 
     def _call(self, first: Any, **options: Any) -> None:
         self.calls.append((first, options))
@@ -43,7 +43,7 @@ class Commands:
 
     def train(self, experiment: Experiment) -> Any:
         self._call(experiment)
-        return SimpleNamespace(finished=self.finishes)
+        return SimpleNamespace(finished=not self.stopped_by, stopped_by=self.stopped_by)
 
     def evaluate(self, experiment: Experiment, **options: Any) -> Any:
         self._call(experiment, **options)
@@ -57,6 +57,7 @@ class Commands:
             best=scores[1],
             ensemble=ensemble,
             split="validation",
+            reports=("t/validation: 2 examples",),
         )
 
     def predict(self, experiment: Experiment, *, inputs: list[str], **options: Any) -> Any:

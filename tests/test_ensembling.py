@@ -8,7 +8,6 @@ import pytest
 from prompt_tuning_jax.ensembling import majority_vote
 
 
-
 @pytest.mark.parametrize(
     ("texts", "winner"),
     [("aabbb", "b"), ("abcaba", "a"), ("z", "z"), ("ccabc", "c")],
@@ -44,7 +43,9 @@ def test_the_order_of_the_members_is_irrelevant():
     for _ in range(30):
         texts = random.choice(list("abc"), 4).tolist()
         # Tenths: sums that are equal on paper, and in floating point depend on their order.
-        log_probs = [dict(zip("abc", (-random.integers(1, 5, 3) / 10).tolist(), strict=True)) for _ in texts]
+        log_probs = [
+            dict(zip("abc", (-random.integers(1, 5, 3) / 10).tolist(), strict=True)) for _ in texts
+        ]
         votes = {
             majority_vote([texts[i] for i in order], [log_probs[i] for i in order]).prediction
             for order in itertools.permutations(range(4))
@@ -58,7 +59,5 @@ def test_by_hand_over_random_votes():
         texts = random.choice(list("abcd"), 5).tolist()
         table = random.normal(size=(5, 4))
         log_probs = [dict(zip("abcd", row.tolist(), strict=True)) for row in table]
-        best = max(
-            "abcd", key=lambda t: (texts.count(t), table[:, "abcd".index(t)].sum())
-        )
+        best = max("abcd", key=lambda t: (texts.count(t), table[:, "abcd".index(t)].sum()))
         assert majority_vote(texts, log_probs).prediction == best

@@ -90,7 +90,7 @@ def strategies():
     yield Writing(strategy="beam", max_length=LENGTH, num_beams=3)
 
 
-@pytest.mark.parametrize("writing", strategies(), ids=lambda w: w.strategy)
+@pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_members_together_write_what_each_writes_alone(writing):
     graphdef, tuned, frozen = members(PROMPTS_EPD)
     key = jax.random.key(0)
@@ -142,7 +142,9 @@ def test_hugging_faces_rule_scores_by_its_penalty():
         max_length=LENGTH, num_beams=3, length_penalty=2.0, beam_rule="hf",
     )  # fmt: skip
     for k in range(3):
-        lengths = np.array([(np.flatnonzero(row == EOS)[:1] + 1).tolist() or [LENGTH] for row in beams.ids[:, k]])[:, 0]
+        lengths = np.array(
+            [(np.flatnonzero(row == EOS)[:1] + 1).tolist() or [LENGTH] for row in beams.ids[:, k]]
+        )[:, 0]
         want = log_probs(MODEL, SOURCE, beams.ids[:, k], PROMPT_PD) / lengths**2.0
         np.testing.assert_allclose(beams.scores[:, k], want, atol=1e-4)
 
@@ -155,7 +157,9 @@ def test_results_do_not_depend_on_the_batch():
 
     together = all_of(SOURCE, TARGET)
     for row in range(3):
-        for got, want in zip(all_of(SOURCE[row : row + 1], TARGET[row : row + 1]), together, strict=True):
+        for got, want in zip(
+            all_of(SOURCE[row : row + 1], TARGET[row : row + 1]), together, strict=True
+        ):
             np.testing.assert_allclose(got[0], want[row], atol=1e-4)
 
 
@@ -195,10 +199,12 @@ class Prefixes(MethodModule):
         )
 
 
-@pytest.mark.parametrize("writing", strategies(), ids=lambda w: w.strategy)
+@pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_prefixes_per_example_follow_their_example_into_decoding(writing):
     graphdef, frozen = tree.split(Attached(make_t5(ONE_LAYER), Prefixes()))
-    ids, scores = write(graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0))
+    ids, scores = write(
+        graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0)
+    )
     best_BS = np.asarray(ids[0] if ids.ndim == 3 else ids[0, :, 0])
     attached = tree.merge(graphdef, frozen)
     logits = np.asarray(jax.jit(lambda t: attached(SOURCE, t))(shifted(best_BS)))
@@ -270,7 +276,9 @@ def test_a_prompt_that_does_not_fit_is_refused(shape):
     assert as_prompt(MODEL, PROMPTS_EPD.astype(np.float16), batch=3).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kwargs", [{"strategy": "gready"}, {"strategy": "beam", "beam_rule": "t5"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"strategy": "gready"}, {"strategy": "beam", "beam_rule": "t5"}]
+)
 def test_an_unknown_way_of_writing_is_refused(kwargs):
     with pytest.raises(UserError, match="choose greedy, beam or sample, and t5x or hf"):
         generate(MODEL, SOURCE, **kwargs)

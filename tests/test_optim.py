@@ -23,7 +23,9 @@ OPTIMIZERS = {
 
 
 def gradients(steps, scale=1.0):
-    return [normal(*SHAPE, seed=10 + step, scale=scale * 10.0 ** (-step % 3)) for step in range(steps)]
+    return [
+        normal(*SHAPE, seed=10 + step, scale=scale * 10.0 ** (-step % 3)) for step in range(steps)
+    ]
 
 
 def run(config, start, all_gradients, rates):
@@ -171,7 +173,9 @@ def test_linear_and_cosine_fall_to_their_end(warmup, decay_steps, end):
     linear, cosine = (factors(schedule=name, **kwargs) for name in ("linear", "cosine"))
     np.testing.assert_allclose(linear, rise * (1 + (ratio - 1) * share), rtol=1e-5, atol=1e-7)
     half = [0.5 * (1 + math.cos(math.pi * s)) for s in share]
-    np.testing.assert_allclose(cosine, rise * (ratio + (1 - ratio) * np.array(half)), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        cosine, rise * (ratio + (1 - ratio) * np.array(half)), rtol=1e-5, atol=1e-7
+    )
     for got in (linear, cosine):
         np.testing.assert_allclose(got[last // 5 :], ratio, atol=1e-6)  # and stays there
 
@@ -181,5 +185,7 @@ def test_rsqrt_falls_from_its_height_at_the_end_of_the_warm_up(warmup):
     height = max(warmup, 1)
     got = factors(schedule="rsqrt", warmup_steps=warmup)
     rise = np.minimum(1, (STEPS + 1) / height)
-    np.testing.assert_allclose(got, rise * np.sqrt(height / np.maximum(STEPS + 1, height)), rtol=1e-5)
+    np.testing.assert_allclose(
+        got, rise * np.sqrt(height / np.maximum(STEPS + 1, height)), rtol=1e-5
+    )
     assert got.max() <= 1

@@ -30,7 +30,9 @@ def value_and_gradients(function, *operands):
         value = function(*operands).astype(F32)
         return jnp.sum(jnp.sin(value) * weight), value
 
-    gradients, value = jax.jit(jax.grad(weighted, tuple(range(len(operands))), has_aux=True))(*operands)
+    gradients, value = jax.jit(jax.grad(weighted, tuple(range(len(operands))), has_aux=True))(
+        *operands
+    )
     return value, *gradients
 
 
@@ -38,7 +40,9 @@ def value_and_gradients(function, *operands):
 @pytest.mark.parametrize("kernel_dtype", [F32, BF16], ids=["f32 weights", "bf16 weights"])
 def test_dot_and_its_derivatives_are_close_to_float32(shape, kernel_dtype):
     x, kernel = jnp.asarray(normal(*shape)), jnp.asarray(normal(40, 24, seed=1), kernel_dtype)
-    low = value_and_gradients(lambda x, k: precision.dot(x, k, dtype=BF16, out_dtype=F32), x, kernel)
+    low = value_and_gradients(
+        lambda x, k: precision.dot(x, k, dtype=BF16, out_dtype=F32), x, kernel
+    )
     exact = value_and_gradients(lambda x, k: x @ k.astype(F32), x, kernel)
     assert [part.dtype for part in low[1:]] == [x.dtype, kernel.dtype]
     for got, want in zip(low, exact, strict=True):
@@ -48,7 +52,9 @@ def test_dot_and_its_derivatives_are_close_to_float32(shape, kernel_dtype):
 @pytest.mark.parametrize("equation", EINSUMS)
 def test_einsum_and_its_derivatives_are_close_to_float32(equation):
     left, right = (jnp.asarray(normal(*s, seed=i)) for i, s in enumerate(EINSUMS[equation]))
-    low = value_and_gradients(lambda x, y: precision.einsum(equation, x, y, dtype=BF16), left, right)
+    low = value_and_gradients(
+        lambda x, y: precision.einsum(equation, x, y, dtype=BF16), left, right
+    )
     exact = value_and_gradients(lambda x, y: jnp.einsum(equation, x, y), left, right)
     for got, want in zip(low, exact, strict=True):
         assert 0 < relative(got, want) < 0.03
@@ -57,10 +63,7 @@ def test_einsum_and_its_derivatives_are_close_to_float32(equation):
 @pytest.mark.parametrize("equation", ["dot", *EINSUMS])
 def test_many_members_at_once_equal_each_alone_with_derivatives(equation):
     """As training E prompts does it: all operands, or the left one alone, have a member axis."""
-    if equation == "dot":
-        shapes = (2, 5, 16), (16, 24)
-    else:
-        shapes = EINSUMS[equation]
+    shapes = ((2, 5, 16), (16, 24)) if equation == "dot" else EINSUMS[equation]
 
     def product(x, y):
         if equation == "dot":
@@ -75,7 +78,9 @@ def test_many_members_at_once_equal_each_alone_with_derivatives(equation):
         low = value_and_gradients(jax.vmap(product, in_axes=axes), *operands)
         exact = value_and_gradients(
             lambda x, y, axes=axes: jax.vmap(
-                (lambda a, b: a @ b) if equation == "dot" else lambda a, b: jnp.einsum(equation, a, b),
+                (lambda a, b: a @ b)
+                if equation == "dot"
+                else lambda a, b: jnp.einsum(equation, a, b),
                 in_axes=axes,
             )(x, y),
             *operands,
@@ -91,18 +96,20 @@ def test_sums_are_float32():
         precision.dot(ones, ones.T, dtype=BF16, out_dtype=F32), np.full((2, 2), 4097.0)
     )
     tall = jnp.ones((1, 4097, 1, 1))
-    scores = precision.einsum("BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 4097)), jnp.ones((1, 2, 1, 4097)), dtype=BF16)
+    scores = precision.einsum(
+        "BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 4097)), jnp.ones((1, 2, 1, 4097)), dtype=BF16
+    )
     np.testing.assert_array_equal(scores, np.full((1, 1, 2, 2), 4097.0))
     mixed = precision.einsum("BHTU,BUHK->BTHK", jnp.ones((1, 1, 2, 4097)), tall, dtype=BF16)
     np.testing.assert_array_equal(mixed, np.full((1, 2, 1, 1), 4097.0))
 
 
 def test_derivatives_are_summed_in_float32():
-    """The gradient of each weight is a sum over 4,096 rows: 4,096 + 1 * 2, in bfloat16 steps of 32."""
+    """A weight's gradient is a sum over 4,096 rows; bfloat16 there counts in steps of 32."""
     x = jnp.ones((4096, 4))
-    gradient = jax.jit(
-        jax.grad(lambda k: jnp.sum(precision.dot(x, k, dtype=BF16, out_dtype=F32)))
-    )(jnp.ones((4, 3)))
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(precision.dot(x, k, dtype=BF16, out_dtype=F32))))(
+        jnp.ones((4, 3))
+    )
     np.testing.assert_array_equal(gradient, np.full((4, 3), 4096.0))
     wide = jnp.ones((3, 4096))
     gradient = jax.jit(
@@ -118,7 +125,12 @@ def test_result_dtypes():
     assert precision.dot(x.astype(BF16), kernel.astype(BF16), dtype=F32).dtype == F32
     assert precision.dot(x, kernel, dtype=F32, out_dtype=BF16).dtype == BF16
     for dtype in (F32, BF16):
-        assert precision.einsum("BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 3)), jnp.ones((1, 2, 1, 3)), dtype=dtype).dtype == F32
+        assert (
+            precision.einsum(
+                "BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 3)), jnp.ones((1, 2, 1, 3)), dtype=dtype
+            ).dtype
+            == F32
+        )
 
 
 def test_float32_is_the_plain_product():

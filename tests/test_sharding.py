@@ -97,7 +97,8 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
 np.testing.assert_allclose(run(mesh), run(None), atol=1e-4)
 
 # What its mesh axes do not divide is kept whole; the rest is still split.
-odd = shard({"w": jnp.ones((7, 4)), "v": jnp.ones((4, 3))}, {"w": ("vocab", "embed"), "v": ("embed", "vocab")}, mesh)
+arrays = {"w": jnp.ones((7, 4)), "v": jnp.ones((4, 3))}
+odd = shard(arrays, {"w": ("vocab", "embed"), "v": ("embed", "vocab")}, mesh)
 assert odd["w"].sharding.spec == PartitionSpec(None, "fsdp"), odd["w"].sharding
 assert odd["v"].sharding.spec == PartitionSpec("fsdp", None), odd["v"].sharding
 try:

@@ -32,7 +32,9 @@ def test_names_and_paths_are_inverse():
 def test_fill_puts_values_in_and_keeps_the_axes():
     model = nnx.eval_shape(lambda: T5(T5_1_1, rngs=nnx.Rngs(0)))
     axes = tree.logical_axes(model)
-    wanted = {n: jnp.full(p.shape, i, p.dtype) for i, (n, p) in enumerate(tree.split(model)[1].items())}
+    wanted = {
+        n: jnp.full(p.shape, i, p.dtype) for i, (n, p) in enumerate(tree.split(model)[1].items())
+    }
     tree.fill(model, wanted)
     for name, value in tree.split(model)[1].items():
         assert value is wanted[name]
@@ -49,7 +51,9 @@ def test_fill_lists_what_either_side_lacks_and_changes_nothing():
     assert "only in the checkpoint: decoder/extra" in str(error.value)
     assert "only in the model: decoder/decoder_norm/scale" in str(error.value)
     wrong = {**before, "encoder/encoder_norm/scale": jnp.ones(17)}
-    with pytest.raises(UserError, match=r"encoder_norm/scale is \(17,\) in the checkpoint and \(16,\)"):
+    with pytest.raises(
+        UserError, match=r"encoder_norm/scale is \(17,\) in the checkpoint and \(16,\)"
+    ):
         tree.fill(model, wrong)
     assert all(p is before[name] for name, p in tree.split(model)[1].items())
 

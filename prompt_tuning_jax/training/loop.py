@@ -32,10 +32,11 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
-    """How far the run came (``finished`` or stopped by a signal), and each member's best."""
+    """How far the run came (stopped by the signal with that number, or 0), and the bests."""
 
     step: int
     finished: bool
+    stopped_by: int
     best: tuple[Best | None, ...]
     best_tuned: Mapping[str, HostArray]
 
@@ -65,7 +66,7 @@ class Loop:
     log_every: int
     batch_size: int
     quiet: bool = False
-    _stop: threading.Event = field(default_factory=threading.Event)
+    _signals_received: list[int] = field(default_factory=list)
 
     def run(self, state: TrainState) -> LoopResult:
         """Trains from ``state``, or from the last checkpoint where there is one.
@@ -95,7 +96,7 @@ class Loop:
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
                 pending.append((step, metrics))
-                stopping, last = self._stop.is_set(), step == self.steps
+                stopping, last = bool(self._signals_received), step == self.steps
                 evaluating = last or step % self.eval_every == 0
                 saving = last or stopping or step % self.save_every == 0
                 if evaluating or saving or step % self.log_every == 0:
@@ -225,7 +226,11 @@ class Loop:
     ) -> LoopResult:
         tuned = best_tree.tuned if any(best) else _on_host(state).tuned
         return LoopResult(
-            step=step, finished=step >= self.steps, best=tuple(best), best_tuned=tuned
+            step=step,
+            finished=step >= self.steps,
+            stopped_by=self._signals_received[0] if self._signals_received else 0,
+            best=tuple(best),
+            best_tuned=tuned,
         )
 
     @contextmanager
@@ -236,9 +241,9 @@ class Loop:
             return
 
         def ask(number: int, frame: Any) -> None:
-            if self._stop.is_set() and number == signal.SIGINT:
+            if self._signals_received and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._stop.set()
+            self._signals_received.append(number)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

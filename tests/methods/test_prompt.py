@@ -90,7 +90,9 @@ def test_after_some_steps_what_is_frozen_is_bit_identical_and_has_no_optimizer_s
     trainer, before, metrics, prompts = trained(OPTIMIZERS[name])
     assert before.keys() == trainer.frozen.keys() and len(before) > 30
     for path, array in trainer.frozen.items():
-        np.testing.assert_array_equal(np.asarray(array).view(np.uint32), before[path].view(np.uint32))
+        np.testing.assert_array_equal(
+            np.asarray(array).view(np.uint32), before[path].view(np.uint32)
+        )
     # Everything that the state holds is as large as the prompt at most, and E-fold.
     assert trainer.state.tuned.keys() == {PROMPT}
     allowed = {(2,), (2, 3, D), (2, 1), (2, 3), (2, D)}
@@ -109,7 +111,9 @@ def test_a_bfloat16_model_trains_a_float32_prompt_with_small_steps():
     small = Optimizer(name="sgd", learning_rate=1e-5)
     trainer, before, _, prompts = trained(small, model=model, steps=2)
     for path, array in trainer.frozen.items():
-        np.testing.assert_array_equal(np.asarray(array).view(np.uint16), before[path].view(np.uint16))
+        np.testing.assert_array_equal(
+            np.asarray(array).view(np.uint16), before[path].view(np.uint16)
+        )
     moved = np.asarray(trainer.state.tuned[PROMPT]) - np.stack(prompts)
     assert trainer.state.tuned[PROMPT].dtype == jnp.float32
     assert (moved != 0).mean() > 0.9  # far below what bfloat16 could hold

@@ -55,9 +55,7 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
     prompt = normal(*shape, seed=3)
     source = model.embed(TOKENS)
     moved, is_prompt_BU = combine(jnp.asarray(prompt), source, TOKENS, placement=placement)
-    rows, masks, wanted = by_hand(
-        np.broadcast_to(prompt, (len(TOKENS), P, D)), source, placement
-    )
+    rows, masks, wanted = by_hand(np.broadcast_to(prompt, (len(TOKENS), P, D)), source, placement)
     np.testing.assert_array_equal(moved.embeddings_BUD, rows)
     np.testing.assert_array_equal(moved.mask_BU, masks)
     np.testing.assert_array_equal(is_prompt_BU, wanted)

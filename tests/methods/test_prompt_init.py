@@ -111,7 +111,11 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("class_labels", {"labels": ("a",)}, r"needs the model's vocabulary; set model\.vocabulary"),
+        (
+            "class_labels",
+            {"labels": ("a",)},
+            r"needs the model's vocabulary; set model\.vocabulary",
+        ),
         ("string", {"text": "a"}, r"needs the model's vocabulary; set model\.vocabulary"),
         ("class_labels", {"vocabulary": WORDS}, r"the task has no labels; give data\.labels"),
         ("class_labels", {"vocabulary": WORDS, "labels": ("a", " ")}, "label ' ' has no pieces"),

@@ -19,7 +19,9 @@ HEADS, WIDTH = T5_1_1.num_heads, T5_1_1.head_dim
 
 
 @pytest.mark.parametrize("direction", ["bidir", "causal"])
-@pytest.mark.parametrize("size", ["nb32_md128", "nb32_md256", "nb16_md64", "nb24_md96", "nb64_md128"])
+@pytest.mark.parametrize(
+    "size", ["nb32_md128", "nb32_md256", "nb16_md64", "nb24_md96", "nb64_md128"]
+)
 def test_buckets_are_those_of_transformers(shared, size, direction):
     want = np.load(shared / "fixtures/hf/relpos_buckets.npz")
     buckets, distance = size.split("_")
@@ -92,7 +94,9 @@ def test_attention_by_hand(prefix_batch):
     if prefix_batch:
         (prefix,) = make_prefixes(T5_1_1, layers=1, batch=prefix_batch)
     got = jax.jit(
-        lambda x, y: attention(x, attention.keys_values(y), jnp.asarray(bias, jnp.float32), prefix=prefix)
+        lambda x, y: attention(
+            x, attention.keys_values(y), jnp.asarray(bias, jnp.float32), prefix=prefix
+        )
     )(x_BTD, y_BUD)
     np.testing.assert_allclose(got, by_hand(attention, x_BTD, y_BUD, bias, prefix), atol=2e-5)
 

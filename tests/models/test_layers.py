@@ -90,7 +90,9 @@ def test_dropout_keeps_the_mean_and_zeroes_the_share():
 
 
 def test_dropout_shares_its_decision_along_the_axis_it_is_told():
-    zero = np.asarray(dropout(jnp.ones((4, 10, 50)), 0.5, key=jax.random.key(1), shared_axis=-2)) == 0
+    zero = (
+        np.asarray(dropout(jnp.ones((4, 10, 50)), 0.5, key=jax.random.key(1), shared_axis=-2)) == 0
+    )
     assert (zero == zero[:, :1]).all()
     assert not (zero == zero[:1]).all()
 
@@ -109,9 +111,7 @@ def test_split_key_gives_different_keys_or_none():
 
 
 def test_a_normal_parameter_has_its_spread_dtype_and_axes():
-    param = normal_param(
-        nnx.Rngs(0), (300, 200), ("embed", "mlp"), std=0.05, dtype=jnp.bfloat16
-    )
+    param = normal_param(nnx.Rngs(0), (300, 200), ("embed", "mlp"), std=0.05, dtype=jnp.bfloat16)
     value = param.get_value()
     assert value.dtype == jnp.bfloat16 and value.shape == (300, 200)
     assert param.get_metadata()["logical_axes"] == ("embed", "mlp")

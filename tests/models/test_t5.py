@@ -15,7 +15,7 @@ from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.sharding import RULES
-from tests.micro import D, T5_1_0, T5_1_1, V, call, encode, make_t5, normal, shifted, token_rows
+from tests.micro import T5_1_0, T5_1_1, D, V, call, encode, make_t5, normal, shifted, token_rows
 
 CONFIGS = pytest.mark.parametrize("config", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
 SOURCE = token_rows([5, 3], 7)
@@ -233,7 +233,7 @@ def test_published_sizes(name):
 
 def test_every_preset_but_the_bundled_one_is_published_and_a_misspelt_one_gets_the_nearest():
     assert PRESETS.keys() == {*PUBLISHED, "tiny"}
-    with pytest.raises(UserError, match="'smal'; did you mean .*small"):
+    with pytest.raises(UserError, match=r"'smal'; did you mean .*small"):
         preset("smal")
 
 

@@ -73,7 +73,9 @@ def test_peft_prompt(hf, name):
     @jax.jit
     def gradient(prompt_PD):
         def loss(prompt_PD):
-            logits, hidden = forward(graphdef, params, source, inputs["decoder_input_ids"], prompt_PD)
+            logits, hidden = forward(
+                graphdef, params, source, inputs["decoder_input_ids"], prompt_PD
+            )
             sums = token_sums(logits, targets_of(inputs["labels"]))
             return sums.loss / sums.tokens, (logits, hidden)
 
@@ -83,9 +85,7 @@ def test_peft_prompt(hf, name):
     np.testing.assert_allclose(logits[real], want["logits"][real], atol=2e-4)
     np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
     seen = np.pad(source != 0, ((0, 0), (len(prompt_PD), 0)), constant_values=True)
-    np.testing.assert_allclose(
-        hidden[seen], want["encoder_last_hidden_state"][seen], atol=2e-4
-    )
+    np.testing.assert_allclose(hidden[seen], want["encoder_last_hidden_state"][seen], atol=2e-4)
     scale = np.abs(want["prompt_grad"]).max()
     np.testing.assert_allclose(got, want["prompt_grad"], rtol=1e-3, atol=1e-4 * scale)
 

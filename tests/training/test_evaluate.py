@@ -21,7 +21,8 @@ TEXTS = ["one", "two words", "now three words", "f", "g h", "i", "jj kk ll mm"]
 ANSWERS = [LABELS[i % 4] for i in range(len(TEXTS))]
 
 
-def make_examples(number=len(TEXTS)):
+def make_examples(number=None):
+    number = len(TEXTS) if number is None else number
     rows = [
         {"inputs": text, "targets": answer}
         for text, answer in zip(TEXTS[:number], ANSWERS[:number], strict=True)
@@ -46,7 +47,7 @@ def model():
     return model
 
 
-def predict(model, strategy, prompts_EPD=PROMPTS_EPD, *, batch_size=4, number=len(TEXTS), **kwargs):
+def predict(model, strategy, prompts_EPD=PROMPTS_EPD, *, batch_size=4, number=None, **kwargs):
     attached = PromptTuning(length=2).with_prompt(model, prompts_EPD[0])
     graphdef, params = tree.split(attached)
     _, frozen = tree.partition(params, {name: name == PROMPT for name in params})
@@ -115,7 +116,12 @@ def test_a_member_predicts_the_same_alone_and_groups_join(model):
 def test_the_bare_model_is_one_member(model):
     graphdef, frozen = tree.split(NoTuning().attach(model, key=None, context=None))
     predictor = Predictor(
-        graphdef=graphdef, vocabulary=WORDS, strategy="rank", batch_size=4, max_length=5, labels=LABELS
+        graphdef=graphdef,
+        vocabulary=WORDS,
+        strategy="rank",
+        batch_size=4,
+        max_length=5,
+        labels=LABELS,
     )
     predicted = predictor.predict({}, frozen, make_examples(), members=1)
     table = np.stack([score(model, TEXTS, [label] * len(TEXTS)) for label in LABELS])

@@ -51,7 +51,8 @@ def test_several_at_once_equal_each_alone(optimizer):
             seeds=SEEDS[e : e + 1], learning_rates=RATES[e : e + 1],
         )  # fmt: skip
         own = alone.run([member(batch, e) for batch in BATCHES])
-        np.testing.assert_allclose(prompts(alone)[0], prompts(together)[e], atol=1e-6)
+        # Batched products may sum in another order; two optimizer steps magnify the last digit.
+        np.testing.assert_allclose(prompts(alone)[0], prompts(together)[e], atol=5e-6)
         for ours, theirs in zip(own, metrics, strict=True):
             for field in dataclasses.fields(ours):
                 a, b = getattr(ours, field.name), getattr(theirs, field.name)

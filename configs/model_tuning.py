@@ -12,9 +12,9 @@ from prompt_tuning_jax.methods import FullTuning
 
 def get_config() -> Experiment:
     return Experiment(
-        model=Model(name_or_path="tiny"),
+        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32"),
         method=FullTuning(),
-        data=Data(task="word_valence", inputs_length=16, targets_length=4),
+        data=Data(task="word_valence", inputs_length=14, targets_length=4),
         optimizer=Optimizer(
             learning_rate=1e-3,
             multiply_by_parameter_scale=True,

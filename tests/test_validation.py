@@ -16,7 +16,6 @@ def test_defaults_make_sense(method: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "training.steps=0",
         "training.batch_size=6 training.gradient_accumulation=3",
         "training.seeds=1,2 training.learning_rates=0.1,0.3 training.inits=uniform,class_labels",
         "training.seeds=1,1 training.learning_rates=0.1,0.3",
@@ -36,7 +35,7 @@ def test_unusual_values_that_make_sense(overrides: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ("training.steps=-1", ["training.steps is -1", "at least 0"]),
+        ("training.steps=0", ["training.steps is 0", "at least 1"]),
         ("training.batch_size=0", ["training.batch_size is 0", "at least 1"]),
         (
             "training.batch_size=32 training.gradient_accumulation=5",

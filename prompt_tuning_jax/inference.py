@@ -141,7 +141,8 @@ def token_ids(model: T5, inputs: Inputs) -> HostArray:
         ids_BT = np.asarray(inputs)
     except ValueError:
         raise UserError(
-            "token ids have rows of different lengths; pad them with 0 to one length"
+            "token ids have rows of different lengths and not the shape [batch, length]; "
+            "pad them with 0"
         ) from None
     if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
         raise UserError(

@@ -3,7 +3,7 @@
 prompt-tuning train configs/quickstart.py
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import PromptTuning
 
 
@@ -12,8 +12,9 @@ def get_config() -> Experiment:
         model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32"),
         method=PromptTuning(length=10, init="class_labels"),
         data=Data(task="word_valence", inputs_length=14, targets_length=4),
+        optimizer=Optimizer(schedule="linear"),
         training=Training(
-            steps=250,
+            steps=400,
             batch_size=32,
             seeds=(0, 1, 2, 3, 4),
             eval_every=50,

@@ -16,7 +16,9 @@ from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.task import Example, Row, Source, Task
 from prompt_tuning_jax.errors import UserError
 
-LABELS = ("negative", "positive")
+# Praise and blame in books of any age: in those that the bundled model has read, "positive" means
+# certain.
+LABELS = ("terrible", "beautiful")
 MIN_ABS_MEAN = 0.5
 
 _WORD = re.compile(r"(?=.*[aeiouy])[a-z]{3,}")

@@ -54,16 +54,16 @@ def test_sizes_and_balance(examples):
     assert 0.75 < sizes["train"] / total < 0.85
     for split in examples:
         counts = Counter(example["targets"] for example in examples[split])
-        assert set(counts) == {"negative", "positive"}
-        assert 0.4 < counts["positive"] / sizes[split] < 0.6
+        assert set(counts) == {"terrible", "beautiful"}
+        assert 0.4 < counts["beautiful"] / sizes[split] < 0.6
 
 
 def test_the_labels_are_what_everybody_would_say(examples):
     label = {e["inputs"]: e["targets"] for split in examples.values() for e in split}
     for word in ("love", "happy", "excellent", "beautiful", "win"):
-        assert label[f"valence: {word}"] == "positive"
+        assert label[f"valence: {word}"] == "beautiful"
     for word in ("hate", "sad", "terrible", "murder", "lose"):
-        assert label[f"valence: {word}"] == "negative"
+        assert label[f"valence: {word}"] == "terrible"
 
 
 def test_only_words_with_a_clear_rating_are_kept(tmp_path):

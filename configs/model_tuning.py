@@ -12,7 +12,7 @@ from prompt_tuning_jax.methods import FullTuning
 
 def get_config() -> Experiment:
     return Experiment(
-        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32"),
+        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
         method=FullTuning(),
         data=Data(task="word_valence", inputs_length=14, targets_length=4),
         optimizer=Optimizer(

@@ -1,6 +1,5 @@
 """An experiment is data: model + method + data + optimizer + training + evaluation + mesh."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -135,6 +134,3 @@ class Experiment:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     mesh: Mesh = field(default_factory=Mesh)
-
-
-GetConfig = Callable[[], Experiment]

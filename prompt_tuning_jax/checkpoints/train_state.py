@@ -5,7 +5,7 @@ save that a kill left behind is never seen by a reader, and the next save remove
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,35 @@ def restore_latest(folder: str | Path, like: Tree) -> tuple[int, Tree, dict[str,
     UserError that names the first leaf whose path, shape or dtype differs from what was saved.
     Only reads, so it may be called while another process trains.
     """
+    wanted = _named_leaves(like)
+
+    def abstract(saved: Mapping[str, Any], where: Path) -> dict[str, Any]:
+        _require_same(saved, wanted, where=where)
+        return {name: _abstract(leaf) for name, leaf in wanted.items()}
+
+    found = _load_latest(folder, abstract)
+    if found is None:
+        return None
+    step, leaves, extra = found
+    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+    return step, state, extra
+
+
+def read_latest(folder: str | Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+    """The last whole save as (step, host arrays by path, extra), or None if there is none."""
+    return _load_latest(
+        folder,
+        lambda saved, _: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()},
+    )
+
+
+def _load_latest(
+    folder: str | Path, abstract: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """The last whole save's (step, arrays by path, extra).
+
+    ``abstract`` says from what was saved (and where) how each array is wanted.
+    """
     if not Path(folder).is_dir():
         return None
     with _checkpointer(folder, keep=None, writing=False) as checkpointer:
@@ -67,28 +96,10 @@ def restore_latest(folder: str | Path, like: Tree) -> tuple[int, Tree, dict[str,
         saved = checkpointer.metadata(latest)
         if saved.metadata is None:
             raise ValueError(f"step {latest.step} has no description of its arrays")
-        wanted = _named_leaves(like)
-        where = Path(folder) / str(latest.step)
-        _require_same(saved.metadata, wanted, where=where)
-        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-        leaves = checkpointer.load(latest, abstract)
+        wanted = abstract(saved.metadata, Path(folder) / str(latest.step))
+        leaves = checkpointer.load(latest, wanted)
         extra = saved.custom_metadata["extra"]
-    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
-    return latest.step, state, extra
-
-
-def read_latest(folder: str | Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-    """The last whole save as (step, host arrays by path, extra), or None if there is none."""
-    if not Path(folder).is_dir():
-        return None
-    with _checkpointer(folder, keep=None, writing=False) as checkpointer:
-        latest = checkpointer.latest
-        if latest is None:
-            return None
-        saved = checkpointer.metadata(latest)
-        abstract = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.metadata.items()}
-        leaves = checkpointer.load(latest, abstract)
-    return latest.step, dict(leaves), saved.custom_metadata["extra"]
+    return latest.step, dict(leaves), extra
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """LM adaptation of the pre-trained tiny T5 (Lester et al. 2021, section 3.3): prefix-LM alone.
 
-scripts/pretrain_tiny --corpus FOLDER
+scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
@@ -10,7 +10,7 @@ from prompt_tuning_jax.methods import FullTuning
 def get_config() -> Experiment:
     return Experiment(
         model=Model(
-            name_or_path="runs/pretrain_tiny/model",
+            name_or_path="runs/pretrain_tiny_prompts/model",
             dtype="bfloat16",
             param_dtype="float32",
             dropout_rate=0.0,

@@ -17,6 +17,7 @@ from prompt_tuning_jax import optim, sharding, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.data.files import file_task
+from prompt_tuning_jax.data.label_objectives import NO_BLOCK, PromptBlock
 from prompt_tuning_jax.data.loader import TrainBatches
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.suggest import suggest
@@ -25,7 +26,7 @@ from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
-from prompt_tuning_jax.methods import Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods import Attached, Context, DescribedPrompts, Method, mask_of
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.pretraining import TextData, open_text_data
 from prompt_tuning_jax.training.evaluate import (
@@ -148,11 +149,16 @@ def build_data(
     """The examples of the experiment; ``split`` replaces ``data.eval_split``."""
     data = experiment.data
     if data.objectives:
+        method = experiment.method
+        block = NO_BLOCK
+        if isinstance(method, DescribedPrompts):
+            block = PromptBlock(positions=method.positions, words=method.words)
         return open_text_data(
             data,
             vocabulary,
             batch_size=experiment.training.batch_size,
             seeds=experiment.training.seeds,
+            block=block,
         )
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
         raise UserError("data.eval is empty; name a file of examples to evaluate on (--eval_data)")

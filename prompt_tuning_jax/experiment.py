@@ -1,7 +1,7 @@
 """An experiment is data: model + method + data + optimizer + training + evaluation + mesh."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.methods import Method, PromptTuning
 
@@ -23,6 +23,18 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout_rate: float = 0.1
+
+
+ObjectiveName: TypeAlias = Literal[
+    "span_corruption",
+    "prefix_lm",
+    "label_by_likeness",
+    "label_by_topic",
+    "missing_word",
+    "dictionary",
+    "next_part",
+    "restore_order",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +65,12 @@ class Data:
     targets_length: int = 8
     max_eval_examples: int = 0  # 0: all
     cache: bool = True
-    objectives: tuple[Literal["span_corruption", "prefix_lm"], ...] = ()
+    objectives: tuple[ObjectiveName, ...] = ()
     objective_weights: tuple[float, ...] = ()  # empty: equal
     noise_density: float = 0.15
     mean_span_length: float = 3.0
+    dictionary: str = ""  # folder of WordNet's files, for the objective of that name
+    probes: tuple[str, ...] = ()  # tasks, or TRAIN:EVAL files, to tune a short prompt on each time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from prompt_tuning_jax.checkpoints.hf import VOCABULARY, write_hf
 from prompt_tuning_jax.checkpoints.load import model_folder
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import FullTuning
+from prompt_tuning_jax.methods import DescribedPrompts, FullTuning
 
 PREFIX = "model/"
 
@@ -21,7 +21,7 @@ def export_model(workdir: str | Path, folder: str | Path) -> None:
     """
     workdir = Path(workdir)
     experiment = run_config(str(workdir)) if workdir.is_dir() else None
-    if experiment is None or not isinstance(experiment.method, FullTuning):
+    if experiment is None or not isinstance(experiment.method, FullTuning | DescribedPrompts):
         raise UserError(f"{workdir} holds no run of model tuning (method=full)")
     tuned = run_folder.read_best(workdir)
     params = {name.removeprefix(PREFIX): np.asarray(array[0]) for name, array in tuned.items()}

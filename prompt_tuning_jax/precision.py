@@ -58,14 +58,24 @@ def _dot_backward(saved: tuple[Array, Array], cotangent_NF: Array) -> tuple[Arra
     # Fused into the products, the cast would put the CPU backend back on its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(x_ND.dtype))
     dx_ND = _product(cotangent_NF, kernel_DF, (1, 1))
-    # The CPU backend has no kernel for a product over both operands' rows; a transposed copy is
-    # cheap beside it, but must be kept from being folded back into the product.
-    x_DN = jax.lax.optimization_barrier(x_ND.T)
-    dkernel_DF = _product(x_DN, cotangent_NF, (1, 0))
+    dkernel_DF = _product(_transposed_copy(x_ND), cotangent_NF, (1, 0))
     return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(kernel_DF.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _transposed_copy(x_ND: Array) -> Array:
+    """``x_ND.T`` laid out as [D, N], which the narrow kernel of the CPU backend needs.
+
+    A plain transpose only changes the layout of the operand, whatever barrier is put behind it, and
+    the product is then made in float32.  Of two halves transposed apart that cannot be said.
+    """
+    rows, width = x_ND.shape
+    if rows % 2:
+        return jax.lax.optimization_barrier(x_ND.T)
+    halves = jax.lax.optimization_barrier(jnp.swapaxes(x_ND.reshape(2, rows // 2, width), 1, 2))
+    return halves.transpose(1, 0, 2).reshape(width, rows)
 
 
 def _raw_einsum(equation: str, left: Array, right: Array) -> Array:

@@ -1,9 +1,10 @@
 """Text objectives as training data: pre-training from random weights, and LM adaptation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,24 @@ import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.dictionary import load_dictionary
 from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
+from prompt_tuning_jax.data.label_objectives import (
+    NO_BLOCK,
+    BehindEmptyBlock,
+    DictionaryLabels,
+    LabelByLikeness,
+    LabelByTopic,
+    LabelObjective,
+    MissingWord,
+    NextPart,
+    PromptBlock,
+    RestoreOrder,
+)
 from prompt_tuning_jax.data.text_corpus import Corpus, load_corpus
 from prompt_tuning_jax.data.text_objectives import Mixture, Objective, PrefixLM, SpanCorruption
 from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.data.word_table import make_word_table
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.losses import token_sums
@@ -26,6 +41,7 @@ from prompt_tuning_jax.typing import Array, FlatParams
 HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
 EVAL_BATCHES = 16
 EVAL_SEED = 2**31 - 1
+_TABLE_DIMS = 96  # of the word vectors that label objectives compare with
 # Of attention that starts as trained attention is: its scores, and how much of a value it adds.
 SHARPNESS = 0.25
 CARRIED = 0.3
@@ -76,22 +92,19 @@ class TextData:
 
 
 def open_text_data(
-    data: Data, vocabulary: AnyVocabulary, *, batch_size: int, seeds: Sequence[int]
+    data: Data,
+    vocabulary: AnyVocabulary,
+    *,
+    batch_size: int,
+    seeds: Sequence[int],
+    block: PromptBlock = NO_BLOCK,
 ) -> TextData:
-    """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``."""
+    """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``.
+
+    ``block`` is room for prompts before every input, for ``methods.DescribedPrompts``.
+    """
     if not data.train:
         raise UserError("data.objectives need text; name a folder of text files in data.train")
-    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
-    kinds = {
-        "span_corruption": lambda: SpanCorruption(
-            noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
-        ),
-        "prefix_lm": lambda: PrefixLM(**lengths),
-    }
-    weights = data.objective_weights or (1.0,) * len(data.objectives)
-    objective = Mixture(
-        objectives=tuple(kinds[name]() for name in data.objectives), weights=weights
-    )
     train = load_corpus(data.train, vocabulary)
     if data.eval:
         evaluation = load_corpus(data.eval, vocabulary)
@@ -99,6 +112,7 @@ def open_text_data(
         held_out = max(math.ceil(len(train.tokens) * HELD_OUT), 4 * data.inputs_length)
         evaluation = replace(train, tokens=train.tokens[-held_out:])
         train = replace(train, tokens=train.tokens[:-held_out])
+    objective = _objective(data, vocabulary, train, block)
     for corpus in (train, evaluation):  # too little text, or too few sentinels: now, not later
         for each in objective.objectives:
             each.example(corpus, vocabulary, index=0, seed=0)
@@ -109,6 +123,51 @@ def open_text_data(
         evaluation=evaluation,
         batch_size=batch_size,
         seeds=tuple(seeds),
+    )
+
+
+def _objective(
+    data: Data, vocabulary: AnyVocabulary, corpus: Corpus, block: PromptBlock
+) -> Mixture:
+    """The objectives that the data fields name, in their proportions."""
+    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
+    kinds: dict[str, Callable[[], Objective]] = {
+        "span_corruption": lambda: SpanCorruption(
+            noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
+        ),
+        "prefix_lm": lambda: PrefixLM(**lengths),
+    }
+    if not set(data.objectives) <= set(kinds):
+        embeddings_VD = cooccurrence_embeddings(
+            corpus.tokens,
+            vocab_size=vocabulary.size,
+            embed_dim=min(_TABLE_DIMS, vocabulary.size),
+        )
+        labelled: dict[str, Any] = {
+            "words": make_word_table(corpus.tokens, vocabulary, embeddings_VD),
+            "inputs_length": data.inputs_length + block.size,
+            "targets_length": data.targets_length,
+            "block": block,
+        }
+        kinds |= {
+            "label_by_likeness": lambda: LabelByLikeness(**labelled),
+            "label_by_topic": lambda: LabelByTopic(**labelled),
+            "missing_word": lambda: MissingWord(**labelled),
+            "dictionary": lambda: DictionaryLabels(
+                dictionary=load_dictionary(data.dictionary, vocabulary), **labelled
+            ),
+            "next_part": lambda: NextPart(**labelled),
+            "restore_order": lambda: RestoreOrder(**labelled),
+        }
+    objectives = [kinds[name]() for name in data.objectives]
+    if block.size:
+        objectives = [
+            o if isinstance(o, LabelObjective) else BehindEmptyBlock(objective=o, block=block)
+            for o in objectives
+        ]
+    return Mixture(
+        objectives=tuple(objectives),
+        weights=data.objective_weights or (1.0,) * len(data.objectives),
     )
 
 

@@ -16,6 +16,7 @@ from prompt_tuning_jax.pretraining import (
     start_from_cooccurrence,
     text_losses,
 )
+from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
 from prompt_tuning_jax.training.loop import Best, Loop
@@ -70,9 +71,15 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         for line in _introduction(experiment, members, data):
             print(line, flush=True)
 
+    probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
+
     def evaluate(tuned: FlatParams) -> list[dict[str, float]]:
         if isinstance(data, TextData):
-            return text_losses(members.graphdef, tuned, members.frozen, data)
+            scores = text_losses(members.graphdef, tuned, members.frozen, data)
+            for member, own in enumerate(scores):
+                weights = {**members.frozen, **{name: x[member] for name, x in tuned.items()}}
+                own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
+            return scores
         return build.evaluate_members(experiment, members, tuned, data, model)[0]
 
     def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
@@ -193,7 +200,8 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
     plot_curves(
         run.workdir / METRICS_FILE,
         run.workdir / run_folder.CURVES,
-        metrics=(data.best_by,),
+        # Of a text the loss and the probes, whatever there is.
+        metrics=() if isinstance(data, TextData) else (data.best_by,),
         baselines=baselines,
     )
     # Last: they say that the run is finished.

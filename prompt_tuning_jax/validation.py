@@ -53,6 +53,13 @@ def _data(data: Data) -> Iterator[str]:
             f"data.objective_weights has {len(data.objective_weights)} entries and "
             f"data.objectives has {len(data.objectives)}; give one for each, or none"
         )
+    if data.probes and not data.objectives:
+        yield "data.probes is given without data.objectives; probes are for pre-training"
+    if "dictionary" in data.objectives and not data.dictionary:
+        yield (
+            "data.objectives has dictionary, and data.dictionary is empty; give it the folder of "
+            "WordNet's files (Debian: apt install wordnet-base, then /usr/share/wordnet)"
+        )
     if data.objective_weights and min(data.objective_weights) <= 0:
         yield f"data.objective_weights has {min(data.objective_weights)}; must be above 0"
     if not 0 < data.noise_density < 1:

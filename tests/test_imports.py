@@ -20,7 +20,7 @@ ROWS = (
     ("experiment",),
     ("training", "serving", "ensembling", "analysis", "inference", "pretraining"),
     ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
-    ("run_folder", "opened_prompts", "model_export", "run"),
+    ("run_folder", "opened_prompts", "model_export", "probing", "run"),
     ("commands", "cli_arguments", "cli", "__main__", ""),  # "" is the package's own __init__
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

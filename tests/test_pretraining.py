@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import pretraining, tree
+from prompt_tuning_jax import pretraining, probing, tree
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.commands import train
 from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
@@ -301,3 +301,44 @@ def test_cooccurrence_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set data\.objectives"):
         train(pretraining_run(tmp_path / "run", changes), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the loss, the same each time for the same weights, and leaving no trace in them."""
+    monkeypatch.setattr(probing, "STEPS", 12)
+    monkeypatch.setattr(probing, "PROMPT_LENGTH", 4)
+    files = f"{tiny_run.train_file()}:{tiny_run.eval_file()}"
+    changes = {
+        "data.probes": (files,),
+        "training.steps": 4,
+        "training.eval_every": 2,
+        "training.log_every": 2,
+    }
+    experiment = pretraining_run(tmp_path / "run", changes)
+    train(experiment, quiet=True)
+    plain = pretraining_run(tmp_path / "plain", {**changes, "data.probes": ()})
+    train(plain, quiet=True)
+    probed, unprobed = (
+        [r["metrics"][0] for r in measurements(tmp_path / name) if r["kind"] == "eval"]
+        for name in ("run", "plain")
+    )
+    assert [own["loss"] for own in probed] == [own["loss"] for own in unprobed]
+    assert all(0 <= own["probe_train"] <= 100 for own in probed)
+
+    model = load_model(str(tiny_run.model_folder()))
+    probe = probing.Probe(files, experiment, model)
+    weights = tree.split(FullTuning().attach(model, key=jax.random.key(0), context=Context()))[1]
+    trained = probe.score(weights)
+    assert trained == probe.score(weights)
+    # Blank weights can only answer the same to all.
+    blank = probe.score({name: np.zeros_like(p) for name, p in weights.items()})
+    assert blank < trained
+
+
+def test_probes_and_the_dictionary_need_what_they_are_made_of(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.probes is given without data\.objectives"):
+        train(pretraining_run(tmp_path, {"data.probes": ("word_valence",), "data.objectives": ()}))
+    with pytest.raises(UserError, match=r"data\.dictionary is empty"):
+        train(pretraining_run(tmp_path, {"data.objectives": ("dictionary",)}))

@@ -196,7 +196,7 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
 def measurements(workdir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl without the one field that depends on the machine."""
     records = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in one.items() if k != "examples_per_second"} for one in records]
+    return [{k: v for k, v in one.items() if not k.endswith("_per_second")} for one in records]
 
 
 def outcome(workdir: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What a T5 is pre-trained on: windows of a corpus turned into inputs and targets.
 
 Example ``index`` of seed ``seed`` is a pure function of the two: any step of a run can be made
-again, on any host, without the steps before it.  Random numbers come from a hash of (seed, index,
-draw) and not from a generator, so that a few numpy operations draw a whole batch.
+again, on any host, without the steps before it (``random_draws``).
 Letters here: B examples, T input length, S target length, W tokens of a window, M spans.
 """
 
@@ -12,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from prompt_tuning_jax.data.random_draws import random_bits, random_integers
 from prompt_tuning_jax.data.text_corpus import Corpus
 from prompt_tuning_jax.data.vocab import EOS_ID, PAD_ID, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
@@ -189,10 +189,10 @@ class PrefixLM(Objective):
         text_BW = _windows(
             corpus, length=most_prefix + most_continuation, indices_B=indices_B, seed=seed
         )
-        prefix_B = _random_integers(
+        prefix_B = random_integers(
             self.min_prefix, most_prefix, seed=seed, purpose=_PREFIX_LENGTH, indices_B=indices_B
         )
-        continuation_B = _random_integers(
+        continuation_B = random_integers(
             self.min_continuation or most_continuation,
             most_continuation,
             seed=seed,
@@ -243,7 +243,7 @@ class Mixture(Objective):
         inputs_BT = np.zeros((len(indices_B), self.inputs_length), np.int32)
         targets_BS = np.zeros((len(indices_B), self.targets_length), np.int32)
         runs_B = indices_B // np.uint64(self.consecutive)
-        draws_B = _random_bits(1, seed=seed, purpose=_MIXTURE, indices_B=runs_B)[:, 0] / 2.0**64
+        draws_B = random_bits(1, seed=seed, purpose=_MIXTURE, indices_B=runs_B)[:, 0] / 2.0**64
         shares = np.cumsum(self.weights) / np.sum(self.weights)
         # A draw may round to 1.0: the last objective of any weight takes it.
         last = int(np.flatnonzero(self.weights)[-1])
@@ -264,7 +264,7 @@ def _windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -
             f"the corpus has {len(corpus.tokens)} tokens, fewer than one example's {length}; "
             f"give more text or a smaller inputs_length"
         )
-    start_B = _random_integers(0, starts - 1, seed=seed, purpose=_WINDOW, indices_B=indices_B)
+    start_B = random_integers(0, starts - 1, seed=seed, purpose=_WINDOW, indices_B=indices_B)
     return corpus.tokens[start_B[:, None] + np.arange(length)].astype(np.int32)
 
 
@@ -297,32 +297,8 @@ def _random_segments(
     items: int, segments: int, *, seed: int, purpose: int, indices_B: np.ndarray
 ) -> np.ndarray:
     """Lengths [B, M] of a random division of ``items`` into ``segments`` that are not empty."""
-    draws = _random_bits(items - 1, seed=seed, purpose=purpose, indices_B=indices_B)
+    draws = random_bits(items - 1, seed=seed, purpose=purpose, indices_B=indices_B)
     cuts = np.argsort(draws, axis=1)[:, : segments - 1] + 1
     ends = np.full((len(indices_B), 1), items)
     bounds = np.concatenate([np.zeros_like(ends), np.sort(cuts, axis=1), ends], axis=1)
     return np.diff(bounds, axis=1)
-
-
-def _random_integers(
-    low: int, high: int, *, seed: int, purpose: int, indices_B: np.ndarray
-) -> np.ndarray:
-    """One integer from low to high, both included, for each example: [B], int64."""
-    draws_B = _random_bits(1, seed=seed, purpose=purpose, indices_B=indices_B)[:, 0]
-    return low + (draws_B % np.uint64(high - low + 1)).astype(np.int64)
-
-
-def _random_bits(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -> np.ndarray:
-    """``count`` random uint64 for each example: [B, count]; SplitMix64 (Steele et al. 2014)."""
-    run = _mix(np.array([seed % 2**64], np.uint64)) + np.uint64(purpose)
-    stream_B = _mix(_mix(run) + indices_B * _GOLDEN)
-    return _mix(stream_B[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

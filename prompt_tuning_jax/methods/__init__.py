@@ -1,5 +1,6 @@
 """Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
 
+from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
@@ -8,6 +9,7 @@ from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 METHODS: dict[str, type] = {
     "prompt_tuning": PromptTuning,
     "full": FullTuning,
+    "described_prompts": DescribedPrompts,
     "none": NoTuning,
 }
 
@@ -16,6 +18,7 @@ __all__ = [
     "PROMPT",
     "Attached",
     "Context",
+    "DescribedPrompts",
     "FullTuning",
     "Method",
     "NoTuning",

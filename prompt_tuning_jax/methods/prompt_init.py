@@ -12,7 +12,13 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array
 
 Init = Literal[
-    "uniform", "uniform_positive", "sampled_vocabulary", "class_labels", "string", "file"
+    "uniform",
+    "uniform_positive",
+    "sampled_vocabulary",
+    "class_labels",
+    "described",
+    "string",
+    "file",
 ]
 
 
@@ -44,6 +50,16 @@ def class_labels(embedding_VD: Array, vocabulary: Vocabulary, labels: Sequence[s
             )
         rows.append(jnp.mean(embedding_VD[jnp.asarray(pieces)].astype(jnp.float32), axis=0))
     return jnp.stack(rows)
+
+
+def described(content_PD: Array, labels_CD: Array) -> Array:
+    """``[P, D]``: the labels in turn, in the way of ``methods.DescribedPrompts``, and contents.
+
+    For models that were pre-trained with such prompts, the bundled one for instance: every position
+    is a vote for its label wherever the input resembles its content.
+    """
+    turned_CD = jnp.roll(labels_CD, labels_CD.shape[1] // 2, axis=-1)
+    return content_PD + turned_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
 
 
 def string(embedding_VD: Array, vocabulary: Vocabulary, text: str) -> Array:
@@ -90,13 +106,15 @@ def initial_prompt(
         return prompt_PD
     if vocabulary is None:
         raise UserError(f"method.init={init} needs the model's vocabulary; set model.vocabulary")
-    if init == "class_labels":
+    if init in ("class_labels", "described"):
         if not labels:
             raise UserError(
-                "method.init=class_labels: the task has no labels; give data.labels or "
+                f"method.init={init}: the task has no labels; give data.labels or "
                 "method.init_labels, or choose method.init=sampled_vocabulary"
             )
         first = class_labels(embedding_VD, vocabulary, labels)
+        if init == "described":
+            return described(prompt_PD, first)
     else:
         first = string(embedding_VD, vocabulary, text)
     first = first[:length]

@@ -84,8 +84,13 @@ class RunLog:
         accuracies_E: ArrayLike,
         learning_rate: ArrayLike,
         examples_per_second: float,
+        tokens_per_second: float | None = None,
+        flops_per_second: float | None = None,
     ) -> None:
-        """Records training at ``step``; ``learning_rate`` is one number or one per member."""
+        """Records training at ``step``; ``learning_rate`` is one number or one per member.
+
+        Tokens are positions of inputs and targets, padding included; FLOPs the compiled step's.
+        """
         losses = self._members(losses_E)
         accuracies = self._members(accuracies_E)
         rates = np.asarray(learning_rate)
@@ -95,10 +100,16 @@ class RunLog:
             "loss": losses,
             "accuracy": accuracies,
             "learning_rate": [_number(r) for r in rates] if rates.ndim else _number(rates[()]),
-            "examples_per_second": round(float(examples_per_second), 1),
         }
+        speeds = {
+            "examples_per_second": examples_per_second,
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": flops_per_second,
+        }
+        known = {name: round(float(x), 1) for name, x in speeds.items() if x is not None}
+        record |= known
         if self._file.append(record):
-            scalars = {"train/examples_per_second": float(examples_per_second)}
+            scalars = {f"train/{name}": value for name, value in known.items()}
             shared_rates = np.broadcast_to(rates, (self._num_members,))
             for i, name in enumerate(self._names):
                 scalars[f"train/loss/{name}"] = losses[i]
@@ -109,7 +120,7 @@ class RunLog:
             "loss": f"loss {np.mean(losses):.4f}",
             "accuracy": f"acc {np.mean(accuracies):.3f}",
             "metric": self._metric_text,
-            "speed": f"{examples_per_second:,.0f} ex/s",
+            "speed": _speed_text(**known),
             "left": self._time_left(step),
         }
         if self._screen:
@@ -164,6 +175,17 @@ class RunLog:
         return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds:02} left"
 
 
+def _speed_text(
+    examples_per_second: float, tokens_per_second: float = 0.0, flops_per_second: float = 0.0
+) -> str:
+    text = f"{examples_per_second:,.0f} ex/s"
+    if tokens_per_second:
+        text += f" {tokens_per_second:,.0f} tok/s"
+    if flops_per_second:
+        text += f" {flops_per_second / 1e9:,.0f} GFLOP/s"
+    return text
+
+
 def _lock(folder: Path, opened: ExitStack) -> None:
     """Keeps other processes from training in the folder; even a kill frees it again."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -183,8 +205,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, oldest first.
 
     ``{"kind": "train", "step", "loss": [E], "accuracy": [E], "learning_rate",
-    "examples_per_second"}`` or ``{"kind": "eval", "step", "metrics": [E mappings]}``.  A null in
-    the file is a NaN here.  A last line that a kill cut short is left out.
+    "examples_per_second", ...}`` or ``{"kind": "eval", "step", "metrics": [E mappings]}``.  A null
+    in the file is a NaN here.  A last line that a kill cut short is left out.
     Raises UserError for a file that is missing or damaged.
     """
     return [record for record, _ in _read_lines(Path(path))]

@@ -16,7 +16,14 @@ import numpy as np
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import RunLog
-from prompt_tuning_jax.training.step import Batch, StepMetrics, TrainState, TrainStep
+from prompt_tuning_jax.training.step import (
+    Batch,
+    StepCost,
+    StepMetrics,
+    TrainState,
+    TrainStep,
+    step_cost,
+)
 from prompt_tuning_jax.typing import FlatParams, HostArray
 
 LAST, BEST = "checkpoints/last", "checkpoints/best"
@@ -92,7 +99,11 @@ class Loop:
         with log, self._signals():
             # A kill may have come between saving the best state and telling of it.
             self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
+            cost = None
             for batch in self.batches(start, self.steps):
+                if cost is None:
+                    cost = step_cost(self.train_step, state, self.frozen, batch)
+                    since = time.monotonic()
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
                 pending.append((step, metrics))
@@ -102,9 +113,9 @@ class Loop:
                 if evaluating or saving or step % self.log_every == 0:
                     self._require_finite(pending)
                     elapsed = max(time.monotonic() - since, 1e-9)
-                    examples = (step - since_step) * self.batch_size * len(self.names)
                     if step % self.log_every == 0 or last:
-                        self._log_train(log, step, pending, examples / elapsed)
+                        rate = (step - since_step) / elapsed
+                        self._log_train(log, step, pending, rate, cost)
                         since, since_step = time.monotonic(), step
                         pending = []
                 if evaluating:
@@ -168,15 +179,23 @@ class Loop:
             )
 
     def _log_train(
-        self, log: RunLog, step: int, pending: list[tuple[int, StepMetrics]], speed: float
+        self,
+        log: RunLog,
+        step: int,
+        pending: list[tuple[int, StepMetrics]],
+        rate: float,
+        cost: StepCost,
     ) -> None:
+        """``rate`` is in steps per second."""
         recent = [metrics for _, metrics in pending]
         log.log_train(
             step,
             np.mean([np.asarray(m.loss_E) for m in recent], axis=0),
             accuracies_E=np.mean([np.asarray(m.accuracy_E) for m in recent], axis=0),
             learning_rate=self.learning_rates(step - 1),
-            examples_per_second=speed,
+            examples_per_second=rate * self.batch_size * len(self.names),
+            tokens_per_second=rate * cost.tokens,
+            flops_per_second=rate * cost.flops or None,
         )
 
     def _keep_best(

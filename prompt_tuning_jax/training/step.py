@@ -42,7 +42,30 @@ class StepMetrics:
     update_norm_E: Array
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one step is of all members: token positions, and floating point operations (0: unknown).
+
+    Positions are those of inputs and targets, padding included.
+    """
+
+    tokens: int
+    flops: float
+
+
 TrainStep = Callable[[TrainState, FlatParams, Batch], tuple[TrainState, StepMetrics]]
+
+
+def step_cost(step: TrainStep, state: TrainState, frozen: FlatParams, batch: Batch) -> StepCost:
+    """The cost of a step of this shape, by the compiler's count before it optimises.
+
+    The body of a loop (gradient accumulation) is counted once.
+    """
+    tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
+    # A step that is no jitted function has no count.
+    lower = getattr(step, "lower", None)
+    analysis = lower(state, frozen, batch).cost_analysis() if lower else None
+    return StepCost(tokens=int(tokens), flops=float((analysis or {}).get("flops", 0.0)))
 
 
 def init_state(tuned: FlatParams, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:

@@ -57,6 +57,16 @@ def test_sampled_vocabulary_is_float32_from_a_bfloat16_table():
     pieces_of(rows, table)
 
 
+def test_described_is_sampled_words_that_vote_for_the_labels_in_turn():
+    labels = ("ab", "cd ef")
+    rows = init("described", 5, vocabulary=WORDS, labels=labels, population=30)
+    words = init("sampled_vocabulary", 5, population=30)
+    named = init("class_labels", 2, vocabulary=WORDS, labels=labels)
+    for row in range(5):
+        turned = np.roll(named[row % 2], named.shape[1] // 2)
+        np.testing.assert_allclose(rows[row], words[row] + turned, rtol=1e-6)
+
+
 def test_class_labels_are_means_of_pieces_and_the_rest_is_sampled():
     labels = ("aa", "ab cd", "x y z")
     rows = init("class_labels", 8, vocabulary=WORDS, labels=labels, population=30)
@@ -118,6 +128,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
         ),
         ("string", {"text": "a"}, r"needs the model's vocabulary; set model\.vocabulary"),
         ("class_labels", {"vocabulary": WORDS}, r"the task has no labels; give data\.labels"),
+        ("described", {"vocabulary": WORDS}, r"init=described: the task has no labels"),
         ("class_labels", {"vocabulary": WORDS, "labels": ("a", " ")}, "label ' ' has no pieces"),
         ("string", {"vocabulary": WORDS}, r"method\.init_text has no pieces"),
         ("file", {}, r"needs method\.init_path"),

@@ -47,6 +47,8 @@ def test_what_was_logged_reads_back(tmp_path: Path) -> None:
             accuracies_E=[0, 1],
             learning_rate=np.float32(0.3),
             examples_per_second=1520.25,
+            tokens_per_second=48_648.04,
+            flops_per_second=2.5e11,
         )
         log.log_eval(np.int32(4), [{"accuracy": np.float32(0.7)}, {"accuracy": 1}])
     assert read_metrics(tmp_path / "new" / "run" / "metrics.jsonl") == [
@@ -57,6 +59,8 @@ def test_what_was_logged_reads_back(tmp_path: Path) -> None:
             "accuracy": [0.0, 1.0],
             "learning_rate": 0.3,
             "examples_per_second": 1520.2,
+            "tokens_per_second": 48_648.0,
+            "flops_per_second": 2.5e11,
         },
         {"kind": "eval", "step": 4, "metrics": [{"accuracy": 0.7}, {"accuracy": 1.0}]},
     ]
@@ -249,6 +253,22 @@ def test_a_pipe_gets_a_line_now_and_then(
         "step 1800: f1 60 [50, 70], accuracy 70 [60, 80]  (mean [lowest, highest] of 2)" in printed
     )
     assert printed[-1].startswith("step 3600/3600") and "eval 60" in printed[-1]
+
+
+def test_speed_is_told_in_examples_tokens_and_operations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, total_steps=1, num_members=1) as log:
+        log.log_train(
+            1,
+            [1],
+            accuracies_E=[0],
+            learning_rate=1,
+            examples_per_second=140,
+            tokens_per_second=7840,
+            flops_per_second=2.034e11,
+        )
+    assert "140 ex/s 7,840 tok/s 203 GFLOP/s" in capsys.readouterr().out
 
 
 def test_the_chosen_metric_is_shown_and_quiet_is_quiet(

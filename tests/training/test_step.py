@@ -11,6 +11,7 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.training.step import step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
 METHOD = PromptTuning(length=3)
@@ -198,3 +199,19 @@ def test_the_schedule_scales_each_members_rate():
         (metrics,) = trained.run([batch])
         rates = metrics.update_norm_E / metrics.gradient_norm_E
         np.testing.assert_allclose(rates, np.array([0.1, 0.2]) * min(1, (step + 1) / 4), rtol=1e-4)
+
+
+def test_the_cost_of_a_step_counts_all_positions_and_the_products():
+    one, three = trainer(), trainer(starts=STARTS)
+    batch = make_batch(3, seed=0)
+    cost = step_cost(three.step, three.state, three.frozen, batch)
+    assert cost.tokens == batch["encoder_input_tokens"].size + batch["decoder_input_tokens"].size
+    alone = step_cost(one.step, one.state, one.frozen, member(batch, 0))
+    assert 3 * alone.tokens == cost.tokens
+    assert cost.flops == pytest.approx(3 * alone.flops, rel=0.05)
+    # At least the logits, forward and back, of the targets alone.
+    vocabulary = one.frozen["model/decoder/logits_dense/kernel"].shape[1]
+    assert alone.flops > 4 * member(batch, 0)["decoder_input_tokens"].size * D * vocabulary
+    # A plain function has no count.
+    plain = lambda *args: three.step(*args)  # noqa: E731
+    assert step_cost(plain, three.state, three.frozen, batch).flops == 0

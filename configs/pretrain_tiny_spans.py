@@ -1,6 +1,6 @@
 """Pre-trains the bundled tiny T5 from random weights: span corruption and prefix-LM over books.
 
-scripts/pretrain_tiny --corpus FOLDER
+scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
@@ -43,6 +43,6 @@ def get_config() -> Experiment:
             batch_size=128,
             eval_every=250,
             save_every=250,
-            workdir="runs/pretrain_tiny",
+            workdir="runs/pretrain_tiny_spans",
         ),
     )

@@ -1,0 +1,423 @@
+"""Pre-training objectives whose answer is one of several words that the input itself names.
+
+    <2> river water boat <2> bread meat dish <0> he rowed to the bank   ->   river
+
+The input describes classes, each a label and words like it, and then gives a text; the target is
+the label of the class that the text belongs to.  A model can only answer by comparing the text with
+what stands before it, which is what a soft prompt needs it to do: a prompt then stands where the
+class descriptions stood.  All labels come from the text itself or from a dictionary.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TypeVar
+
+import numpy as np
+
+from prompt_tuning_jax.data.dictionary import Dictionary, Sense
+from prompt_tuning_jax.data.random_draws import random_bits
+from prompt_tuning_jax.data.text_corpus import Corpus
+from prompt_tuning_jax.data.text_objectives import Objective
+from prompt_tuning_jax.data.vocab import EOS_ID, PAD_ID, AnyVocabulary
+from prompt_tuning_jax.data.word_table import WordTable
+from prompt_tuning_jax.errors import UserError
+
+T = TypeVar("T")
+
+_PURPOSE = 100  # draws of this file, away from those of text_objectives
+# Shares of the input's length: classes at most, tokens of theirs besides labels, tokens of a text.
+_CLASSES = 1 / 8
+_CLASS_TOKENS = 0.3
+_TEXT_TOKENS = 0.5
+_LONGEST_WORD = 6  # tokens
+_IN_PROMPTS = 0.85  # of the questions that a prompt can hold: the others are put in text
+_CANDIDATES = 4  # texts of which the clearest is taken
+_REGION = 40  # tokens after a text, whose words tell its topic
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBlock:
+    """Room for ``positions`` prompt positions of ``words`` tokens each before every input.
+
+    The first token of a position is a label, the others are words, and 0 is none: what
+    ``methods.described`` makes one vector of.
+    """
+
+    positions: int
+    words: int
+
+    @property
+    def size(self) -> int:
+        return self.positions * self.words
+
+
+NO_BLOCK = PromptBlock(positions=0, words=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Classes and a text in tokens, and the answer; the text is cut where the input is too long.
+
+    Of each class the label, and the words that describe it, which may be the label itself.
+    """
+
+    labels: list[list[int]]
+    words: list[list[int]]
+    text: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelObjective(Objective):
+    """Inputs ``<2> class <2> class ... <0> text``, targets the answer, and the ends of sequence."""
+
+    inputs_length: int
+    targets_length: int
+    block: PromptBlock = NO_BLOCK
+
+    def __post_init__(self) -> None:
+        if self.text_length < 24 or self.targets_length < 4:
+            raise UserError(
+                f"label objectives need data.inputs_length of 24 and data.targets_length of 4 or "
+                f"more, not {self.text_length} and {self.targets_length}"
+            )
+
+    @property
+    def text_length(self) -> int:
+        """How many tokens of the inputs are text."""
+        return self.inputs_length - self.block.size
+
+    @property
+    def most_classes(self) -> int:
+        return int(self.text_length * _CLASSES)
+
+    @property
+    def class_tokens(self) -> int:
+        in_text = int(self.text_length * _CLASS_TOKENS)
+        in_prompts = self.block.positions * (self.block.words - 1) // 2
+        return max(in_text, in_prompts)
+
+    def names_itself(self, random: Random) -> bool:
+        """Whether a class's label is one of its words, or any word.
+
+        In prompts mostly the second: the match must then be found in the words, and not in the
+        label, or a tuned prompt could not have the one without the other.
+        """
+        return random.random() < (0.15 if self.block.size else 0.6)
+
+    @property
+    def text_tokens(self) -> int:
+        return int(self.text_length * _TEXT_TOKENS)
+
+    def sizes(self, random: Random) -> tuple[int, int, int]:
+        """How many classes, tokens in each, and tokens of the text."""
+        few = random.random() < 0.4 or self.most_classes < 3
+        classes = 2 if few else random.randint(3, self.most_classes)
+        size = random.randint(1, self.class_tokens // classes)
+        length = 1 if random.random() < 0.2 else random.randint(4, self.text_tokens)
+        return classes, size, length
+
+    @abstractmethod
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        """One example, all chance from ``random``."""
+
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        block = self.block
+        inputs_BT = np.full((len(indices_B), self.inputs_length), PAD_ID, np.int32)
+        targets_BS = np.full((len(indices_B), self.targets_length), PAD_ID, np.int32)
+        separator, class_start = vocabulary.sentinel(0), vocabulary.sentinel(2)
+        seeds_B = random_bits(1, seed=seed, purpose=_PURPOSE, indices_B=indices_B)[:, 0]
+        for row, row_seed in enumerate(seeds_B.tolist()):
+            random = Random(row_seed)
+            question = self.question(corpus, vocabulary, random)
+            inputs = [separator, *question.text]
+            if block.size and _fits(question, block) and random.random() < _IN_PROMPTS:
+                inputs_BT[row, : block.size] = _as_prompts(question, block, random).ravel()
+            else:
+                described: list[int] = []
+                for label, words in zip(question.labels, question.words, strict=True):
+                    described += [class_start, *label]
+                    described += [word for word in words if [word] != label]
+                inputs = described + inputs
+            inputs = inputs[: self.text_length - 1]
+            inputs_BT[row, block.size : block.size + len(inputs) + 1] = [*inputs, EOS_ID]
+            targets = question.answer[: self.targets_length - 1]
+            targets_BS[row, : len(targets) + 1] = [*targets, EOS_ID]
+        return inputs_BT, targets_BS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelByLikeness(LabelObjective):
+    """Which of K groups of like words is the text most like, by the words that meet in the corpus.
+
+    A class is a word and some of its nearest neighbours, its label that word or any other.  The
+    text is one of them, or other neighbours, or a stretch of the corpus: then what is right is the
+    class whose mean vector is nearest to the text's (``WordTable``), a linear function of the
+    text's words.  What a classifier on word vectors can learn, a prompt can then ask for.
+    """
+
+    words: WordTable
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        classes, size, length = self.sizes(random)
+        table = self.words
+        near = [table.neighbours_CM[i].tolist() for i in _distinct(table, classes, random)]
+        groups = [[own[0], *random.sample(own[1:], size - 1)] for own in near]
+        right = random.randrange(classes)
+        draw = random.random()
+        if draw < 0.15:
+            text = [random.choice(groups[right])]
+        elif draw < 0.35:
+            unnamed = [word for word in near[right] if word not in groups[right]]
+            text = random.sample(unnamed, random.randint(1, len(unnamed)))
+        else:
+            text, right = self._window_like(groups, right, corpus, length, random)
+        own_labels = self.names_itself(random)
+        labels = [g[0] for g in groups] if own_labels else _labels(table, classes, random)
+        return _asked(labels, groups, text, right)
+
+    def _window_like(
+        self, groups: list[list[int]], right: int, corpus: Corpus, length: int, random: Random
+    ) -> tuple[list[int], int]:
+        """Of a few windows of the corpus the one most clearly like group ``right``, and its group.
+
+        Which may be another, where none of the windows is like that one.
+        """
+        texts = [_window(corpus, self.words, length, random) for _ in range(_CANDIDATES)]
+        width = max(map(len, texts))
+        tokens = np.array([text + [-1] * (width - len(text)) for text in texts])
+        like = self.words.vectors(tokens) @ self.words.vectors(np.array(groups)).T
+        chosen = int(np.argmax(like[:, right] - np.delete(like, right, axis=1).max(1)))
+        return texts[chosen], int(np.argmax(like[chosen]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelByTopic(LabelObjective):
+    """Which of K bunches of words stood near the text in its book; half of the others are of it."""
+
+    words: WordTable
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        classes, size, length = self.sizes(random)
+        right = random.randrange(classes)
+        last = len(corpus.tokens) - _REGION - length - 1
+        place = random.randrange(last)
+        text = corpus.tokens[place : place + length].tolist()
+        groups = []
+        for index in range(classes):
+            start = place + length
+            if index != right and random.random() < 0.5:
+                start += random.choice((-1, 1)) * random.randrange(1_000, 20_000)
+            elif index != right:
+                start = random.randrange(last)
+            start = min(max(start, 0), last)
+            region = corpus.tokens[start : start + _REGION]
+            content = list(dict.fromkeys(region[self.words.is_content_V[region]].tolist()))
+            groups.append(random.sample(content, min(size, len(content))))
+        return _asked(_labels(self.words, classes, random), groups, text, right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingWord(LabelObjective):
+    """Which of K words is missing from the text, where ``<1>`` stands in its place."""
+
+    words: WordTable
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        table = self.words
+        classes = random.randint(2, self.most_classes + 2)
+        while True:
+            start = random.randrange(len(corpus.tokens) - self.text_tokens)
+            text = corpus.tokens[start : start + random.randint(6, self.text_tokens)].tolist()
+            # Whole words in one piece: the next piece begins a word, too.
+            places = [
+                i
+                for i in range(len(text) - 1)
+                if table.is_content_V[text[i]] and table.starts_word_V[text[i + 1]]
+            ]
+            if places:
+                break
+        place = random.choice(places)
+        answer = text[place]
+        others = [int(table.content_C[i]) for i in _distinct(table, classes, random)]
+        choices = [answer, *[word for word in others if word != answer][: classes - 1]]
+        random.shuffle(choices)
+        text[place] = vocabulary.sentinel(1)
+        names_itself = not self.block.size or self.names_itself(random)
+        labels = choices if names_itself else _labels(table, len(choices), random)
+        return _asked(labels, [[word] for word in choices], text, choices.index(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryLabels(LabelObjective):
+    """Headwords for glosses, and which group of words a word or a gloss belongs to (WordNet)."""
+
+    words: WordTable
+    dictionary: Dictionary
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        draw = random.random()
+        if draw < 0.2:
+            return self._headword(random)
+        named: list[list[int]] = []
+        if draw < 0.5:
+            chosen = self._some(self.dictionary.categories, random)
+            groups = [group for _, group in chosen]
+            named = [name for name, _ in chosen] if self.names_itself(random) else []
+        elif draw < 0.75:
+            groups = list(random.choice(self.dictionary.opposites))
+            random.shuffle(groups)
+        else:
+            groups = self._some(self.dictionary.kinds, random)
+        right = random.randrange(len(groups))
+        wanted = random.choice(groups[right])
+        size = random.randint(1, max(1, self.class_tokens // 2 // len(groups)))
+        words = [
+            [random.choice(sense.words) for sense in random.choices(group, k=size)]
+            for group in groups
+        ]
+        if not named and self.names_itself(random):
+            named = [own[0] for own in words]
+        labels = named or [[label] for label in _labels(self.words, len(groups), random)]
+        return Question(
+            labels=labels,
+            words=[[token for word in own for token in word][: self.class_tokens] for own in words],
+            text=_described(wanted, random),
+            answer=labels[right],
+        )
+
+    def _some(self, groups: Sequence[T], random: Random) -> list[T]:
+        return random.sample(groups, random.randint(2, min(self.most_classes, len(groups))))
+
+    def _headword(self, random: Random) -> Question:
+        """A gloss, and which of some words it explains."""
+        senses = self._some(self.dictionary.senses, random)
+        words = [random.choice(sense.words) for sense in senses]
+        right = random.randrange(len(senses))
+        return Question(labels=words, words=words, text=senses[right].gloss, answer=words[right])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextPart(LabelObjective):
+    """Whether a text goes on like this: ``first <0> second``, and true or false."""
+
+    words: WordTable
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        length = random.randint(6, self.text_length // 2 - 2)
+        start = random.randrange(len(corpus.tokens) - 2 * length)
+        is_next = random.random() < 0.5
+        after = start + length
+        if not is_next:
+            after += random.choice((-1, 1)) * random.randrange(200, 20_000)
+            after = min(max(after, 0), len(corpus.tokens) - length)
+        return Question(
+            labels=[corpus.tokens[start : start + length].tolist()],
+            words=[[]],
+            text=corpus.tokens[after : after + length].tolist(),
+            answer=vocabulary.encode("true" if is_next else "false"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreOrder(LabelObjective):
+    """A few tokens of text out of order, to be put right."""
+
+    words: WordTable
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        text = _window(corpus, self.words, self.targets_length - 1, random)
+        mixed = random.sample(text, len(text))
+        return Question(labels=[], words=[], text=mixed, answer=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehindEmptyBlock(Objective):
+    """Another objective, with room for prompts before its inputs that stays empty."""
+
+    objective: Objective
+    block: PromptBlock
+
+    @property
+    def inputs_length(self) -> int:  # type: ignore[override]
+        return self.block.size + self.objective.inputs_length
+
+    @property
+    def targets_length(self) -> int:  # type: ignore[override]
+        return self.objective.targets_length
+
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        inputs_BT, targets_BS = self.objective.rows(
+            corpus, vocabulary, indices_B=indices_B, seed=seed
+        )
+        return np.pad(inputs_BT, ((0, 0), (self.block.size, 0))), targets_BS
+
+
+def _distinct(table: WordTable, count: int, random: Random) -> list[int]:
+    """``count`` different content words, as positions in C."""
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
+        drawn[int(table.draw_content(np.array(random.random())))] = None
+    return list(drawn)
+
+
+def _labels(table: WordTable, count: int, random: Random) -> list[int]:
+    return [int(table.content_C[i]) for i in _distinct(table, count, random)]
+
+
+def _window(corpus: Corpus, table: WordTable, length: int, random: Random) -> list[int]:
+    """``length`` tokens from the start of a word on; a length of 1 is one whole word."""
+    start = random.randrange(len(corpus.tokens) - length - 2 * _LONGEST_WORD)
+    tokens = corpus.tokens[start : start + length + 2 * _LONGEST_WORD]
+    starts = np.flatnonzero(table.starts_word_V[tokens])
+    if length == 1:
+        content = [i for i in starts[:-1] if table.weights_V[tokens[i]] > 0.5]
+        first = int(content[0]) if content else int(starts[0]) if len(starts) else 0
+        after = [int(i) for i in starts if i > first]
+        return tokens[first : (after[0] if after else first + 1)][:_LONGEST_WORD].tolist()
+    first = int(starts[0]) if len(starts) and starts[0] < _LONGEST_WORD else 0
+    return tokens[first : first + length].tolist()
+
+
+def _asked(
+    labels: Sequence[int], words: Sequence[list[int]], text: list[int], right: int
+) -> Question:
+    return Question(
+        labels=[[label] for label in labels],
+        words=list(words),
+        text=text,
+        answer=[labels[right]],
+    )
+
+
+def _fits(question: Question, block: PromptBlock) -> bool:
+    return 2 <= len(question.labels) <= block.positions and all(
+        len(label) == 1 for label in question.labels
+    )
+
+
+def _as_prompts(question: Question, block: PromptBlock, random: Random) -> np.ndarray:
+    """The classes as prompt positions [P, W] in any order; a class may take several of them."""
+    positions_PW = np.zeros((block.positions, block.words), np.int32)
+    places = list(range(block.positions))
+    random.shuffle(places)
+    share = random.randint(1, block.positions // len(question.labels))
+    for label, words in zip(question.labels, question.words, strict=True):
+        for part in range(share):
+            own = words[part::share] or random.sample(words, min(1, len(words)))
+            own = [*label, *own][: block.words]
+            positions_PW[places.pop(), : len(own)] = own
+    return positions_PW
+
+
+def _described(sense: Sense, random: Random) -> list[int]:
+    """A sense as a word, as its gloss, or as both."""
+    draw = random.random()
+    word = random.choice(sense.words)
+    return word if draw < 0.4 else sense.gloss if draw < 0.7 else word + sense.gloss

@@ -1,0 +1,39 @@
+"""Random numbers as a hash of (seed, purpose, example), so that any example can be made alone.
+
+A generator would have to be made for each example; a hash draws for a whole batch in a few numpy
+operations.  B examples.
+"""
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def random_bits(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -> np.ndarray:
+    """``count`` random uint64 for each example: [B, count]; SplitMix64 (Steele et al. 2014).
+
+    Draws of one ``purpose`` have nothing to do with another's.
+    """
+    run = _mix(np.array([seed % 2**64], np.uint64)) + np.uint64(purpose)
+    stream_B = _mix(_mix(run) + indices_B * _GOLDEN)
+    return _mix(stream_B[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def random_uniform(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -> np.ndarray:
+    """``count`` numbers of [0, 1) for each example: [B, count], float64."""
+    bits = random_bits(count, seed=seed, purpose=purpose, indices_B=indices_B)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def random_integers(
+    low: int, high: int, *, seed: int, purpose: int, indices_B: np.ndarray
+) -> np.ndarray:
+    """One integer from low to high, both included, for each example: [B], int64."""
+    draws_B = random_bits(1, seed=seed, purpose=purpose, indices_B=indices_B)[:, 0]
+    return low + (draws_B % np.uint64(high - low + 1)).astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

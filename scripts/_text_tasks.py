@@ -1,0 +1,131 @@
+"""The bundled task and the small labelled text sets that the scripts beside this compare on."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data
+
+Rows = dict[str, list[dict[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """Where to train and choose (``validation``), and where to report (``test``)."""
+
+    name: str
+    validation: Data
+    test: Data
+
+
+def text_tasks(folder: str | None, *, cache: Path, only: Sequence[str] = ()) -> dict[str, TextTask]:
+    """Those named in ``only``, or all: the bundled one, and where ``folder`` is given its sets.
+
+    The sets are read in their original files and written to ``cache`` as anybody's own data.
+    """
+    names = ["word_valence", *(READERS if folder else ())]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UserError(f"no task {unknown[0]!r} here; there are {', '.join(names)}")
+    tasks = {}
+    for name in only or names:
+        if name == "word_valence":
+            data = Data(task=name, inputs_length=14, targets_length=4, max_eval_examples=500)
+            test = dataclasses.replace(data, eval_split="test", max_eval_examples=0)
+        else:
+            files = write_splits(READERS[name](Path(str(folder))), cache / name)
+            data = Data(
+                train=str(files["train"]),
+                eval=str(files["validation"]),
+                inputs_length=20 if name == "qc" else 40,
+                targets_length=4,
+                max_eval_examples=500,
+            )
+            test = dataclasses.replace(data, eval=str(files["test"]), max_eval_examples=0)
+        tasks[name] = TextTask(name=name, validation=data, test=test)
+    return tasks
+
+
+def subjectivity(folder: Path) -> Rows:
+    """Pang & Lee 2004, split 80/10/10 by a hash of the sentence."""
+    files = {"opinion": "quote.tok.gt9.5000", "story": "plot.tok.gt9.5000"}
+    rows: Rows = {"train": [], "validation": [], "test": []}
+    for label, file in files.items():
+        for line in read_lines(folder / "subjectivity" / file):
+            rows[split_of(line)].append({"inputs": line, "targets": label})
+    return rows
+
+
+def sentence_polarity(folder: Path) -> Rows:
+    """Pang & Lee 2005, split 80/10/10 by a hash of the sentence."""
+    files = {"terrible": "rt-polarity.neg", "beautiful": "rt-polarity.pos"}
+    rows: Rows = {"train": [], "validation": [], "test": []}
+    for label, file in files.items():
+        for line in read_lines(folder / "sentence_polarity" / file):
+            rows[split_of(line)].append({"inputs": line, "targets": label})
+    return rows
+
+
+def qc(folder: Path) -> Rows:
+    """Li & Roth 2002, coarse labels; a tenth of the training file, by hash, is for validation."""
+    labels = {
+        "ABBR": "letter",
+        "DESC": "reason",
+        "ENTY": "thing",
+        "HUM": "person",
+        "LOC": "place",
+        "NUM": "number",
+    }
+    rows: Rows = {"train": [], "validation": [], "test": []}
+    for file, test in ((find(folder / "qc", "train"), False), (find(folder / "qc", "test"), True)):
+        for line in read_lines(file):
+            kind, _, question = line.partition(" ")
+            split = "test" if test else "train" if split_of(question) != "test" else "validation"
+            coarse = labels[kind.partition(":")[0]]
+            rows[split].append({"inputs": question, "targets": coarse})
+    return rows
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines that are not blank, from latin-1."""
+    try:
+        text = file.read_text(encoding="latin-1")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def find(folder: Path, word: str) -> Path:
+    """The one file in the folder with this word in its name."""
+    found = [file for file in sorted(folder.glob("*")) if word in file.name]
+    if len(found) != 1:
+        raise UserError(f"expected one file with {word!r} in its name in {folder}: {found}")
+    return found[0]
+
+
+def split_of(text: str) -> str:
+    """train, validation or test for 80, 10 and 10 % of all texts, by hash."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def write_splits(rows: Rows, folder: Path) -> dict[str, Path]:
+    """A jsonl file for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for split, examples in rows.items():
+        files[split] = folder / f"{split}.jsonl"
+        text = "".join(json.dumps(example) + "\n" for example in examples)
+        files[split].write_text(text, encoding="utf-8")
+    return files
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    "subjectivity": subjectivity,
+    "qc": qc,
+    "sentence_polarity": sentence_polarity,
+}

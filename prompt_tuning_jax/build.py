@@ -17,7 +17,7 @@ from prompt_tuning_jax import optim, sharding, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.data.files import file_task
-from prompt_tuning_jax.data.label_objectives import NO_BLOCK, PromptBlock
+from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
 from prompt_tuning_jax.data.loader import TrainBatches
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.suggest import suggest

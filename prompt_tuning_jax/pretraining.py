@@ -14,16 +14,18 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.dictionary import load_dictionary
 from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
-from prompt_tuning_jax.data.label_objectives import (
+from prompt_tuning_jax.data.label_objective import (
     NO_BLOCK,
     BehindEmptyBlock,
+    LabelObjective,
+    PromptBlock,
+)
+from prompt_tuning_jax.data.label_objectives import (
     DictionaryLabels,
     LabelByLikeness,
     LabelByTopic,
-    LabelObjective,
     MissingWord,
     NextPart,
-    PromptBlock,
     RestoreOrder,
 )
 from prompt_tuning_jax.data.text_corpus import Corpus, load_corpus

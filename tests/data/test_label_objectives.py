@@ -6,15 +6,13 @@ import pytest
 
 from prompt_tuning_jax.data.dictionary import Dictionary, load_dictionary
 from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
+from prompt_tuning_jax.data.label_objective import BehindEmptyBlock, LabelObjective, PromptBlock
 from prompt_tuning_jax.data.label_objectives import (
-    BehindEmptyBlock,
     DictionaryLabels,
     LabelByLikeness,
     LabelByTopic,
-    LabelObjective,
     MissingWord,
     NextPart,
-    PromptBlock,
     RestoreOrder,
 )
 from prompt_tuning_jax.data.text_corpus import Corpus

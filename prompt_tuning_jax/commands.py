@@ -11,7 +11,9 @@ import numpy as np
 
 from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.checkpoints.inspect_prompt import describe_prompt
 from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.data.task import Source, Task, get_mixture, get_task, task_names
@@ -182,9 +184,9 @@ def inspect(path: str) -> Iterator[tuple[str, str]]:
         if experiment is not None:
             yield from _inspect_run(place, experiment)
             return
-    if place.is_dir():
+    if place.is_dir() and not is_peft(place):
         model = load_model(path)
-        kind = "T5X checkpoint" if (place / t5x.INDEX).is_file() else "Hugging Face folder"
+        kind = "T5X checkpoint" if t5x.is_t5x(place) else "Hugging Face folder"
         yield "kind", f"model ({kind})"
         for field, value in dataclasses.asdict(model.config).items():
             yield field, str(value)
@@ -192,13 +194,17 @@ def inspect(path: str) -> Iterator[tuple[str, str]]:
         yield "vocabulary", "none" if model.vocabulary is None else repr(model.vocabulary)
         yield "fingerprint", build.model_fingerprint(model)
         return
-    prompt_PD, metadata = load_prompt_with_metadata(place)
-    yield "kind", "prompt"
-    yield "length", str(prompt_PD.shape[0])
-    yield "width", str(prompt_PD.shape[1])
-    norms = np.linalg.norm(prompt_PD, axis=1)
-    yield "row norms", f"{norms.min():.3g} to {norms.max():.3g}, mean {norms.mean():.3g}"
-    for field, value in vars(metadata).items():
+    prompt = describe_prompt(place)
+    yield "kind", f"prompt ({prompt.format})"
+    yield "length", str(prompt.length)
+    yield "width", str(prompt.width)
+    yield "dtype", str(prompt.dtype)
+    yield (
+        "row norms",
+        f"{prompt.norm_min:.3g} to {prompt.norm_max:.3g}, mean {prompt.norm_mean:.3g}",
+    )
+    yield "fits", ", ".join(prompt.fits) or "no size known here"
+    for field, value in vars(prompt.metadata).items():
         if value not in ("", None, ()):
             yield field.replace("_", " "), str(value)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from prompt_tuning_jax import build, run_folder
-from prompt_tuning_jax.checkpoints.hf import VOCABULARY, write_hf
+from prompt_tuning_jax.checkpoints.hf import write_hf
 from prompt_tuning_jax.checkpoints.load import model_folder
 from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import DescribedPrompts, FullTuning
 
@@ -26,11 +27,9 @@ def export_model(workdir: str | Path, folder: str | Path) -> None:
     tuned = run_folder.read_best(workdir)
     params = {name.removeprefix(PREFIX): np.asarray(array[0]) for name, array in tuned.items()}
     vocabulary = Path(experiment.model.vocabulary or model_folder(experiment.model.name_or_path))
-    if vocabulary.is_dir():
-        vocabulary = vocabulary / VOCABULARY
     write_hf(
         folder,
         build.build_model(experiment).config,
         params,
-        vocabulary_file=vocabulary if vocabulary.is_file() else None,
+        vocabulary_file=vocabulary_file(vocabulary) if vocabulary.is_dir() else vocabulary,
     )

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, load_prompt_with_metadata
+from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -67,7 +69,7 @@ def open_prompts(
             groups.append(_members_of_run(run, model, place))
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
-        elif place.is_dir():
+        elif place.is_dir() and not (is_peft(place) or is_t5x(place)):
             raise UserError(f"{prompt} is a folder without a run's {RUN_CONFIG}")
         for file in files:
             array, metadata = load_prompt_with_metadata(file)

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import commands, tree
+from prompt_tuning_jax.checkpoints.lazy import in_memory
 from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.peft import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
+from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
 from prompt_tuning_jax.commands import evaluate, predict, train
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import generate, score
 from prompt_tuning_jax.methods import FullTuning, NoTuning
+from prompt_tuning_jax.opened_prompts import open_prompts
 from tests import tiny_run
 from tests.tiny_run import LABELS, experiment
 
@@ -267,12 +271,43 @@ def test_inspect_says_what_a_path_is(run: Path, short_prompt: Path) -> None:
     )
     prompt = dict(commands.inspect(files(run)[0]))
     model = dict(commands.inspect(str(tiny_run.model_folder())))
-    assert (prompt["kind"], prompt["length"], prompt["width"]) == ("prompt", "5", "16")
+    assert (prompt["kind"], prompt["length"], prompt["width"]) == (
+        "prompt (safetensors)",
+        "5",
+        "16",
+    )
     assert prompt["model fingerprint"] == model["fingerprint"]
     assert model["kind"] == "model (Hugging Face folder)"
     assert model["parameters"] == "13,040" and model["embed_dim"] == "16"
     bare = dict(commands.inspect(str(short_prompt)))
     assert bare["length"] == "3" and "model fingerprint" not in bare
+
+
+def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
+    """A file of either kind, a PEFT adapter, inside a T5X checkpoint that is the model as well."""
+    file = files(run)[0]
+    prompt_PD = load_prompt(file)
+    model = load_model(str(tiny_run.model_folder()))
+    params = {
+        name: in_memory(np.asarray(p), where=name) for name, p in tree.split(model)[1].items()
+    }
+    checkpoint = write_t5x(tmp_path, params, step=7, prompt=prompt_PD)
+    adapter = tmp_path / "adapter"
+    write_peft(adapter, prompt_PD, base_model_name_or_path="anything")
+    np.save(tmp_path / "prompt.npy", prompt_PD)
+
+    forms = {"npy": tmp_path / "prompt.npy", "PEFT": adapter, "T5X": checkpoint}
+    opened = open_prompts(experiment(run), model, [file, *map(str, forms.values())])
+    (group,) = opened.groups
+    for tuned in np.asarray(group.tuned["method/prompt_PD"]):
+        np.testing.assert_array_equal(tuned, prompt_PD)
+    assert dict(commands.inspect(str(adapter)))["kind"] == "prompt (PEFT adapter)"
+    # A checkpoint with a prompt in it is first of all a model.
+    described = dict(commands.inspect(str(checkpoint)))
+    assert described["kind"] == "model (T5X checkpoint)"
+    assert described["parameters"] == "13,040"
+    with pytest.raises(UserError, match="is a folder without a run's"):
+        open_prompts(experiment(run), model, [str(tiny_run.model_folder())])
 
 
 def test_tasks_are_listed_and_shown() -> None:

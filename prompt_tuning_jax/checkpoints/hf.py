@@ -1,34 +1,37 @@
 """Reads and writes T5 1.0 and 1.1 as Hugging Face folders.
 
-A folder holds ``config.json``, ``model.safetensors`` and, unless its model reads bytes,
-``spiece.model``.  The names and layouts are those of transformers' modeling_t5.py; torch keeps
-kernels as [out, in], and they are [in, out] here.
+A folder holds ``config.json``, weights (``hf_weights`` says in which files) and a vocabulary.  The
+names and layouts are those of transformers' modeling_t5.py; torch keeps kernels as [out, in], and
+they are [in, out] here.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
 from prompt_tuning_jax.checkpoints.hf_config import (
     CONFIG,
+    VOCABULARY,
     config_from,
     config_to,
     read_config,
-    tokenizer_config,
+    scales_outputs,
+    ties_unscaled,
+    tokenizer_files,
 )
+from prompt_tuning_jax.checkpoints.hf_folder import write_folder
+from prompt_tuning_jax.checkpoints.hf_weights import open_weights
+from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS, parameter_shapes
+from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file as find_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
 
-WEIGHTS = "model.safetensors"
-VOCABULARY = "spiece.model"
+__all__ = ["VOCABULARY", "open_hf", "read_hf", "write_hf"]
 
 _SHARED = "shared.weight"
 _LM_HEAD = "lm_head.weight"
@@ -49,92 +52,78 @@ _SUBLAYERS = {
     "decoder/pre_mlp_layer_norm": "layer.2.layer_norm",
     "decoder/mlp": "layer.2.DenseReluDense",
 }
+_COMPARED_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:
+def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | None]:
     """A model as (configuration, parameters by T5X name in the stored dtype, vocabulary file).
 
-    Every array of the file is used once and every parameter has one source, or UserError lists what
-    is left over on both sides; copies of the embedding table must be copies.
+    Headers alone are read, and where there are copies of the embedding table, these.  Every array
+    of the folder has one use and every parameter one source, or UserError lists what is left over
+    on both sides; copies must be copies.  The vocabulary file is for ``load_vocabulary``.
     """
-    from safetensors import SafetensorError, safe_open
-
     from prompt_tuning_jax.tree import require_same_names
 
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS} (one file; no shards, no pickles)")
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            names = set(file.keys())
-            names -= {name for name in names if _DEAD.fullmatch(name)}
-            tied = _is_tied(raw, file, names=names, folder=folder)
-            names -= {_LM_HEAD} if tied else set()
-            names -= _copies_of_shared(file, names=names, path=weights)
-            config = config_from(raw, tied=tied, path=folder / CONFIG)
-            shapes = parameter_shapes(config)
-            ours = {_hf_name(name): name for name in shapes}
-            require_same_names(dict.fromkeys(names), ours, of=str(weights), and_of=CONFIG)
-            params = {}
-            for theirs, name in ours.items():
-                array = _to_ours(name, file.get_tensor(theirs))
-                if array.shape != shapes[name]:
-                    raise UserError(
-                        f"{weights}: {theirs} makes {name} {list(array.shape)}, "
-                        f"and by {CONFIG} it is {list(shapes[name])}"
-                    )
-                params[name] = array
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is damaged or not a safetensors file: {error}") from error
-    vocabulary = folder / VOCABULARY
-    return config, params, vocabulary if vocabulary.is_file() else None
+    path, arrays = open_weights(folder)
+    arrays = {name: array for name, array in arrays.items() if not _DEAD.fullmatch(name)}
+    arrays = _without_copies(arrays, path=path)
+    tied, arrays = _with_head(raw, arrays, folder=folder)
+    config = config_from(raw, tied=tied, path=folder / CONFIG)
+    shapes = parameter_shapes(config)
+    theirs = {name: _hf_name(name) for name in shapes}
+    require_same_names(arrays, dict.fromkeys(theirs.values()), of=str(path), and_of=CONFIG)
+    params = {
+        name: arrays[source].transposed() if _is_transposed(name) else arrays[source]
+        for name, source in theirs.items()
+    }
+    for name, array in params.items():
+        if array.shape != shapes[name]:
+            raise UserError(
+                f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
+                f"and by {CONFIG} it is {list(shapes[name])}"
+            )
+    return config, params, find_vocabulary(folder)
+
+
+def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:
+    """``open_hf`` with the arrays read, each one contiguous."""
+    config, params, vocabulary = open_hf(folder)
+    read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
+    return config, read, vocabulary
 
 
 def write_hf(
     folder: str | Path,
     config: T5Config,
-    params: Mapping[str, Array | HostArray],
+    params: Mapping[str, Array | HostArray | LazyArray],
     *,
     vocabulary_file: str | Path | None = None,
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a model as a folder that transformers loads, with its tokenizer if there is one.
 
-    ``params`` are by T5X name and must be exactly those of ``config``; float32 reads back bit for
-    bit.  The folder is written aside and renamed; other files in an existing one stay.
+    ``params`` are by T5X name and must be exactly those of ``config``; they are read and written
+    shard by shard.  What is written reads back bit for bit, as ``stored`` in each array's own
+    dtype.  Weights of more than ``max_shard_bytes`` go into several files with an index.  The
+    folder is written aside and renamed; in an existing one, safetensors files of an earlier model
+    go and other files stay.
     """
-    import ml_dtypes
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     from prompt_tuning_jax.checkpoints.names import require_parameters
 
-    folder = Path(folder)
-    kinds = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    if dtype not in kinds:
-        raise UserError(f"weights are written as float32 or bfloat16, not as {dtype!r}")
     require_parameters(params, config, of="the parameters")
-    described = config_to(config, dtype)
-    tokenizer = tokenizer_config(vocabulary_file, config) if vocabulary_file else None
-    # safetensors writes the memory as it lies, whatever the strides say.
-    arrays = {
-        _hf_name(name): np.ascontiguousarray(_transposed(name, np.asarray(array)), kinds[dtype])
-        for name, array in params.items()
-    }
-    with folder_written_aside(folder) as aside:
-        _write_json(aside / CONFIG, described)
-        try:
-            save_file(arrays, aside / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        # safetensors lets the owner alone read what it writes.
-        shutil.copymode(aside / CONFIG, aside / WEIGHTS)
-        if vocabulary_file and tokenizer:
-            shutil.copyfile(vocabulary_file, aside / VOCABULARY)
-            _write_json(aside / "tokenizer_config.json", tokenizer)
+    arrays = {_hf_name(name): _as_torch_lays_it(name, array) for name, array in params.items()}
+    write_folder(
+        Path(folder),
+        arrays,
+        describe=lambda stored: config_to(config, stored),
+        tokenizer=tokenizer_files(vocabulary_file, config) if vocabulary_file else {},
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
 def _hf_name(name: str) -> str:
@@ -152,47 +141,66 @@ def _hf_name(name: str) -> str:
     return ".".join([*parts, "weight"])
 
 
-def _transposed(name: str, array: HostArray) -> HostArray:
-    return array.T if name.endswith(("/kernel", "/rel_embedding")) else array
+def _is_transposed(name: str) -> bool:
+    return name.endswith(("/kernel", "/rel_embedding"))
 
 
-def _to_ours(name: str, array: HostArray) -> HostArray:
-    return np.ascontiguousarray(_transposed(name, array))
+def _as_torch_lays_it(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
+    if not isinstance(array, LazyArray):
+        held = array
+        array = LazyArray(
+            shape=held.shape,
+            dtype=np.dtype(held.dtype),
+            where=name,
+            read=lambda index: np.asarray(held)[index],
+        )
+    return array.transposed() if _is_transposed(name) else array
 
 
-def _is_tied(raw: Mapping[str, Any], file: Any, *, names: set[str], folder: Path) -> bool:
-    """Whether logits are the scaled decoder output times the embedding table (T5 1.0).
+def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:
+    """The arrays with the embedding table once, by its own name."""
+    tables = [name for name in (_SHARED, *_COPIES_OF_SHARED) if name in arrays]
+    if not tables:
+        return dict(arrays)
+    for name in tables[1:]:
+        if not _equal(arrays[name], arrays[tables[0]]):
+            raise UserError(f"{path}: {name} is not a copy of {tables[0]}")
+    rest = {name: array for name, array in arrays.items() if name not in tables}
+    return {_SHARED: arrays[tables[0]], **rest}
 
-    transformers 5 writes ``tie_word_embeddings: true`` for every T5 and says with
-    ``scale_decoder_outputs`` what 4.x said with that flag; its mT5 never scales.
+
+def _with_head(
+    raw: Mapping[str, Any], arrays: Mapping[str, LazyArray], *, folder: Path
+) -> tuple[bool, dict[str, LazyArray]]:
+    """Whether the logits are the scaled decoder output times the table (T5 1.0), and the arrays.
+
+    Tied models lose a head that is a copy; those that use the table unscaled get it as their head.
     """
-    scaled = raw["model_type"] != "mt5" and raw.get(
-        "scale_decoder_outputs", raw.get("tie_word_embeddings", True)
-    )
-    if not isinstance(scaled, bool):
-        raise UserError(f"{folder / CONFIG}: tie_word_embeddings must be true or false")
-    own_head = _LM_HEAD in names and not (_SHARED in names and _equal(file, _LM_HEAD, _SHARED))
+    head, table = arrays.get(_LM_HEAD), arrays.get(_SHARED)
+    config = folder / CONFIG
+    own_head = head is not None and (table is None or not _equal(head, table))
+    scaled = scales_outputs(raw, own_head=own_head, path=config)
     if scaled and own_head:
         raise UserError(
             f"{folder} contradicts itself: {CONFIG} ties the logits to the embeddings, and "
-            f"{WEIGHTS} has an {_LM_HEAD} of its own; set tie_word_embeddings and "
+            f"there is an {_LM_HEAD} of its own; set tie_word_embeddings and "
             "scale_decoder_outputs to false if this is a T5 1.1"
         )
-    return scaled
+    kept = {name: array for name, array in arrays.items() if not (scaled and name == _LM_HEAD)}
+    if not scaled and head is None and table is not None and ties_unscaled(raw, path=config):
+        kept[_LM_HEAD] = table
+    return scaled, kept
 
 
-def _copies_of_shared(file: Any, *, names: set[str], path: Path) -> set[str]:
-    copies = {name for name in _COPIES_OF_SHARED if name in names}
-    for name in sorted(copies):
-        if _SHARED not in names or not _equal(file, name, _SHARED):
-            raise UserError(f"{path}: {name} is not a copy of {_SHARED}")
-    return copies
-
-
-def _equal(file: Any, left: str, right: str) -> bool:
-    a, b = file.get_tensor(left), file.get_tensor(right)
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _equal(left: LazyArray, right: LazyArray) -> bool:
+    """Bit for bit, some rows at a time."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    row_bytes = max(1, left.dtype.itemsize * int(np.prod(left.shape[1:])))
+    rows = max(1, _COMPARED_BYTES // row_bytes)
+    rest = (slice(None),) * (len(left.shape) - 1)
+    return all(
+        left.read((slice(start, start + rows), *rest)).tobytes()
+        == right.read((slice(start, start + rows), *rest)).tobytes()
+        for start in range(0, left.shape[0] if left.shape else 0, rows)
+    )

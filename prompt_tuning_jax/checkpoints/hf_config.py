@@ -5,10 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.data.hf_tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    HfTokenizer,
+)
+from prompt_tuning_jax.data.vocab import (
+    EOS_ID,
+    PAD_ID,
+    UNK_ID,
+    ByteVocabulary,
+    load_vocabulary,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 
 CONFIG = "config.json"
+VOCABULARY = "spiece.model"
 
 # transformers' defaults: folders of its version 4 leave out what equals them.
 _T5_DEFAULTS: dict[str, Any] = {
@@ -29,6 +43,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
     | {"feed_forward_proj": "gated-gelu"},
 }
+# Kinds of T5 that transformers knows and this model cannot be.
+_OTHERS = {
+    "umt5": "which has a relative position bias of its own in every layer; this model shares one",
+    "switch_transformers": "whose mlp is a mixture of experts",
+    "longt5": "whose attention is local",
+}
 # transformers reads "gated-gelu" as the tanh form, which is T5 1.1's.
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
 
@@ -42,10 +62,39 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as JSON: {error}") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if isinstance(kind, str) and kind in _OTHERS:
+        raise UserError(f"{path}: model_type is {kind!r}, {_OTHERS[kind]}")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         known = " or ".join(sorted(_DEFAULTS))
         raise UserError(f"{path}: model_type is {kind!r}; only {known} is read")
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
+
+
+def scales_outputs(raw: Mapping[str, Any], *, own_head: bool, path: Path) -> bool:
+    """Whether the decoder output is scaled before the logits, and these use the embedding table.
+
+    transformers 5 writes ``tie_word_embeddings: true`` for every T5 and says with
+    ``scale_decoder_outputs`` what 4.x said with that flag.  An mT5 says it with the flag alone:
+    4.x scales it, 5 never does.
+    """
+    if raw["model_type"] == "mt5":
+        old = str(raw.get("transformers_version", "")).startswith("4.")
+        return _flag(raw, "tie_word_embeddings", False, path=path) and old and not own_head
+    tied = _flag(raw, "tie_word_embeddings", True, path=path)
+    return _flag(raw, "scale_decoder_outputs", tied, path=path)
+
+
+def ties_unscaled(raw: Mapping[str, Any], *, path: Path) -> bool:
+    """Whether a model that does not scale takes the table for a head that its file lacks."""
+    default = raw["model_type"] != "mt5"
+    return _flag(raw, "tie_word_embeddings", default, path=path)
+
+
+def _flag(raw: Mapping[str, Any], key: str, default: bool, *, path: Path) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {key} is {value!r} and must be true or false")
+    return value
 
 
 def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
@@ -111,26 +160,40 @@ def config_to(config: T5Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(vocabulary_file: str | Path, config: T5Config) -> dict[str, Any]:
-    """What transformers' T5Tokenizer needs to know beside ``spiece.model``."""
-    import sentencepiece
+def tokenizer_files(
+    vocabulary_file: str | Path, config: T5Config
+) -> dict[str, Path | dict[str, Any]]:
+    """The files that give a folder its tokenizer: what to copy, or the JSON to write.
 
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary_file))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{vocabulary_file} is not a SentencePiece vocabulary") from error
-    room = config.vocab_size - pieces.vocab_size()
-    if room < 0:
-        raise UserError(
-            f"{vocabulary_file} has {pieces.vocab_size()} pieces, "
-            f"and the model has embeddings for {config.vocab_size}"
-        )
-    special = {"pad_token": pieces.pad_id(), "eos_token": pieces.eos_id()}
-    if special != {"pad_token": 0, "eos_token": 1} or pieces.unk_id() < 0:
-        raise UserError(f"{vocabulary_file}: T5 needs padding at 0, end of text at 1, and unknown")
-    special["unk_token"] = pieces.unk_id()
-    return {
+    ``vocabulary_file`` is anything that ``data.vocab.load_vocabulary`` takes but a folder; it must
+    fit the model.
+    """
+    path = Path(vocabulary_file)
+    words = load_vocabulary(vocabulary_file)
+    if isinstance(words, ByteVocabulary):
+        _require_room(words.size, config, path=path, what="ids")
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        described = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": words.extra_ids, **special}
+        return {TOKENIZER_CONFIG: described}
+    if isinstance(words, HfTokenizer):
+        _require_room(words.size, config, path=path, what="ids")
+        files: dict[str, Path | dict[str, Any]] = {TOKENIZER: path}
+        beside = (path.with_name(name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS))
+        return files | {other.name: other for other in beside if other.is_file()}
+    _require_room(words.size - words.extra_ids, config, path=path, what="pieces")
+    room = config.vocab_size - (words.size - words.extra_ids)
+    described = {
         "tokenizer_class": "T5Tokenizer",
-        "extra_ids": min(room, 100),
-        **{key: pieces.id_to_piece(token) for key, token in special.items()},
+        "extra_ids": min(room, words.extra_ids),
+        "pad_token": words.pieces(PAD_ID),
+        "eos_token": words.pieces(EOS_ID),
+        "unk_token": words.pieces(UNK_ID),
     }
+    return {VOCABULARY: path, TOKENIZER_CONFIG: described}
+
+
+def _require_room(size: int, config: T5Config, *, path: Path, what: str) -> None:
+    if size > config.vocab_size:
+        raise UserError(
+            f"{path} has {size} {what}, and the model has embeddings for {config.vocab_size}"
+        )

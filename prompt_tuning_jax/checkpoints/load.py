@@ -1,13 +1,13 @@
 """Opens a model by its name or folder: weights, configuration and vocabulary together."""
 
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax.checkpoints import hf, t5x
+from prompt_tuning_jax.checkpoints.hub import hub_folder, is_hub_name
+from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
@@ -31,15 +31,16 @@ def load_model(
 ) -> T5:
     """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
 
-    ``name_or_path`` is ``tiny`` (bundled), a Hugging Face folder of T5 1.0 or 1.1, or a folder of
-    a T5X checkpoint.  Activations are computed in ``dtype`` and weights held in ``param_dtype``
-    (``dtype`` unless given).  ``vocabulary`` is a SentencePiece file in place of the model's own;
+    ``name_or_path`` is ``tiny`` (bundled), a Hugging Face folder or ``org/name`` on its hub, or a
+    folder of a T5X checkpoint.  Activations are computed in ``dtype`` and weights held in
+    ``param_dtype`` (``dtype`` unless given).  ``vocabulary`` is a file in place of the model's own;
     ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's 128
     for 32 buckets, and twice the buckets for toy models with fewer.  Raises UserError.
     """
     folder = model_folder(name_or_path)
-    if (folder / t5x.INDEX).is_file():
-        params: dict[str, Any] = t5x.read_t5x(folder)
+    params: dict[str, LazyArray]
+    if t5x.is_t5x(folder):
+        params = dict(t5x.open_t5x(folder).params)
         params.pop(t5x.PROMPT, None)
         buckets = t5x.config_of(params).relpos_num_buckets
         config = t5x.config_of(
@@ -48,13 +49,14 @@ def load_model(
         )
         vocabulary_file = None
     else:
-        config, params, vocabulary_file = hf.read_hf(folder)
+        config, params, vocabulary_file = hf.open_hf(folder)
     words = _vocabulary(vocabulary or vocabulary_file, config, model=name_or_path)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = abstract_model(
         config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, vocabulary=words
     )
-    fill(model, {name: jnp.asarray(np.asarray(p), param_dtype) for name, p in params.items()})
+    # One array at a time: the host never holds the whole model beside the devices' copy.
+    fill(model, {name: jnp.asarray(p.whole(), param_dtype) for name, p in params.items()})
     return model
 
 
@@ -105,10 +107,12 @@ def abstract_model(
 
 
 def model_folder(name_or_path: str) -> Path:
-    """The folder of a bundled model or of a path; UserError where there is none."""
+    """The folder of a bundled model, of a path, or of a name on the hub; UserError for none."""
     if name_or_path in BUNDLED:
         return ASSETS / name_or_path
     folder = Path(name_or_path).expanduser()
+    if not folder.is_dir() and is_hub_name(name_or_path):
+        return hub_folder(name_or_path)
     if not folder.is_dir():
         raise UserError(
             f"model.name_or_path: {name_or_path!r} is neither a folder nor a bundled model; "

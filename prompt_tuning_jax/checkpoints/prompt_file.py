@@ -1,4 +1,8 @@
-"""One trained prompt in one file: ``.npy`` as the original code writes it, or ``.safetensors``."""
+"""One trained prompt, in every form that there is.
+
+A file of its own (``.npy`` as the original code writes it, or ``.safetensors``), a PEFT adapter's
+folder, or an array in a T5X checkpoint.
+"""
 
 import dataclasses
 import json
@@ -9,13 +13,26 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints import peft, t5x
 from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.prompt_array import (
+    checked_prompt,
+    npy_safe,
+    read_npy,
+    read_safetensors,
+    safetensors_bytes,
+)
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.typing import Array, HostArray
+from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Format = Literal["npy", "safetensors"]
+# What a prompt is read from.
+Source = Literal["npy", "safetensors", "PEFT adapter", "T5X checkpoint"]
 _KEY = "prompt"
 _NPY_MAGIC = b"\x93NUMPY"
+# What T5X's own export of a prompt to a file calls it.
+_T5X_FILE = "encoder.prompt.prompt.prompt"
+# What marks a T5X checkpoint that Orbax wrote, which has no index file.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,60 +57,93 @@ class PromptMetadata:
     created_by: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredPrompt:
+    """A prompt ``[P,D]`` in the floating-point type that it is stored in, and where it was."""
+
+    prompt_PD: HostArray
+    metadata: PromptMetadata
+    source: Source
+
+
 def save_prompt(
     path: str | Path,
     prompt_PD: Array | HostArray,
     *,
     metadata: PromptMetadata | None = None,
     format: Format | None = None,
+    dtype: DType | None = np.float32,
 ) -> None:
-    """Writes a prompt as float32; ``format`` is by the name's ending unless given.
+    """Writes a prompt as ``dtype``; ``format`` is by the name's ending unless given.
 
-    Only safetensors holds metadata: an ``.npy`` is the bare array.  An empty ``created_by`` is
-    filled in.  The file is written aside and renamed.  Raises UserError for what is not a prompt.
+    ``dtype`` None keeps the prompt's own (in an ``.npy``, bfloat16 becomes float32).  Only
+    safetensors holds metadata: an ``.npy`` is the bare array.  An empty ``created_by`` is filled
+    in.  The same input gives the same bytes.  The file is written aside and renamed.  Raises
+    UserError for what is not a prompt.
     """
     path = Path(path)
     kind = format or path.suffix.removeprefix(".")
     if kind not in ("npy", "safetensors"):
         raise UserError(f"{path}: a prompt is saved as .npy or .safetensors; name it so")
-    prompt = _checked(np.asarray(prompt_PD), of="the prompt")
+    prompt = checked_prompt(np.asarray(prompt_PD), of="the prompt", dtype=dtype)
     with written_aside(path) as aside, aside.open("wb") as file:
         if kind == "npy":
-            np.lib.format.write_array(file, prompt, allow_pickle=False)
+            np.lib.format.write_array(file, npy_safe(prompt), allow_pickle=False)
         else:
-            from safetensors.numpy import save
-
             described = metadata or PromptMetadata()
             if not described.created_by:
                 described = dataclasses.replace(described, created_by=_this_program())
-            file.write(save({_KEY: prompt}, metadata=_to_strings(described)))
+            file.write(safetensors_bytes(prompt, key=_KEY, metadata=_to_strings(described)))
 
 
-def load_prompt(path: str | Path) -> HostArray:
-    """The prompt in a file, float32 ``[P,D]``; see ``load_prompt_with_metadata``."""
-    return load_prompt_with_metadata(path)[0]
+def load_prompt(
+    path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
+) -> HostArray:
+    """The prompt ``[P,D]`` in a file or folder; see ``load_prompt_with_metadata``."""
+    return load_prompt_with_metadata(path, width=width, dtype=dtype)[0]
 
 
-def load_prompt_with_metadata(path: str | Path) -> tuple[HostArray, PromptMetadata]:
-    """The prompt in a file, float32 ``[P,D]``, and what is known about it.
+def load_prompt_with_metadata(
+    path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
+) -> tuple[HostArray, PromptMetadata]:
+    """The prompt ``[P,D]`` in a file or folder as ``dtype``, and what is known about it.
 
-    The format is by content, so T5X's ``encoder.prompt.prompt.prompt`` is read too; other floating
-    types are converted.  Raises UserError if the file is missing, damaged or not a prompt.
+    What it is, is told by content: an ``.npy`` (also T5X's ``encoder.prompt.prompt.prompt``), this
+    project's ``.safetensors``, the folder of a PEFT adapter, or a T5X checkpoint with a prompt.
+    ``dtype`` None keeps the floating-point type that is stored; ``width`` is the model's, if it is
+    known.  Raises UserError if it is missing, damaged, of another width or not a prompt.
     """
+    stored = read_prompt(path)
+    if width is not None:
+        _check_width(stored.prompt_PD, width=width, path=path)
+    prompt_PD = stored.prompt_PD if dtype is None else stored.prompt_PD.astype(dtype, copy=False)
+    return prompt_PD, stored.metadata
+
+
+def read_prompt(path: str | Path) -> StoredPrompt:
+    """The prompt in a file or folder as it is stored; errors as ``load_prompt_with_metadata``."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not the file of a prompt")
+        return _read_folder(path)
     try:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"cannot read the prompt {path}: {error.strerror}") from error
+    source: Source
+    metadata = PromptMetadata()
     if start.startswith(_NPY_MAGIC):
-        return _checked(_read_npy(path), of=str(path)), PromptMetadata()
-    if start[8:] == b"{":  # eight bytes of length, then JSON
-        array, strings = _read_safetensors(path)
-        return _checked(array, of=str(path)), _from_strings(strings, path=path)
-    raise UserError(f"{path} is neither an .npy nor a .safetensors file")
+        array, source = read_npy(path), "npy"
+    elif start[8:] == b"{":  # eight bytes of length, then JSON
+        hint = ""
+        if (path.parent / peft.CONFIG).is_file():
+            hint = f"; if it belongs to a PEFT adapter, name the folder {path.parent}"
+        array, strings = read_safetensors(path, key=_KEY, of="a prompt's file", hint=hint)
+        metadata, source = _from_strings(strings, path=path), "safetensors"
+    else:
+        raise UserError(f"{path} is neither an .npy nor a .safetensors file{_guess(start)}")
+    prompt_PD = checked_prompt(array, of=str(path), dtype=None)
+    return StoredPrompt(prompt_PD=prompt_PD, metadata=metadata, source=source)
 
 
 def check_fits(
@@ -109,55 +159,52 @@ def check_fits(
 
     A prompt that does not say which model it is for may be for any of its width.
     """
-    width = prompt.shape[-1]
-    if width != embed_dim:
-        raise UserError(f"{path} has width {width}, and the model has width {embed_dim}")
+    _check_width(prompt, width=embed_dim, path=path)
     theirs = metadata.model_fingerprint
     if theirs and theirs != fingerprint and not allow_other_model:
-        named = f" {metadata.model_name}" if metadata.model_name else ""
+        named = " ".join(["", *metadata.model_name.split()])[:100]
         raise UserError(
             f"{path} was trained for another model{named} (fingerprint {theirs}, this one has "
             f"{fingerprint}); use that one, or say allow_other_model to go on"
         )
 
 
-def _checked(prompt: HostArray, *, of: str) -> HostArray:
-    """As contiguous float32, if this is a prompt."""
-    shape = list(prompt.shape)
-    if prompt.ndim != 2:
-        raise UserError(f"{of} has shape {shape}; a prompt has two axes, [length, model width]")
-    if not prompt.size:
-        raise UserError(f"{of} is empty: its shape is {shape}")
-    if prompt.dtype.kind not in "fV" or (prompt.dtype.kind == "V" and prompt.dtype != "bfloat16"):
-        raise UserError(f"{of} holds {prompt.dtype}; a prompt holds floating-point numbers")
-    with np.errstate(over="ignore"):  # what is too large for float32 is reported below
-        prompt = np.ascontiguousarray(prompt, np.float32)
-    if not np.isfinite(prompt).all():
-        raise UserError(f"{of} holds numbers that are not finite (NaN or infinity)")
-    return prompt
+def _check_width(prompt: Array | HostArray, *, width: int, path: str | Path) -> None:
+    if prompt.shape[-1] != width:
+        raise UserError(f"{path} has width {prompt.shape[-1]}, and the model has width {width}")
 
 
-def _read_npy(path: Path) -> HostArray:
-    try:
-        # Mapped: a header that claims more than the file has is an error, not an allocation.
-        array: HostArray = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=10_000)
-        return array
-    except Exception as error:  # numpy raises many kinds for damaged headers
-        raise UserError(f"{path} is a damaged .npy file: {_line(error)}") from error
+def _read_folder(folder: Path) -> StoredPrompt:
+    if peft.is_peft(folder):
+        adapter = peft.read_peft(folder)
+        metadata = PromptMetadata(
+            model_name=adapter.base_model_name_or_path,
+            created_by=f"peft {adapter.peft_version}".rstrip(),
+        )
+        return StoredPrompt(prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter")
+    if t5x.is_t5x(folder):
+        stored = t5x.open_t5x(folder).params.get(t5x.PROMPT)
+        if stored is None:
+            raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
+        prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)
+        return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
+    inside = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
+    hint = f"; did you mean {inside[-1]}?" if inside else ""
+    raise UserError(
+        f"{folder} is a folder without a prompt: it has neither a PEFT adapter's {peft.CONFIG} "
+        f"nor a T5X checkpoint's {t5x.INDEX!r}{hint}"
+    )
 
 
-def _read_safetensors(path: Path) -> tuple[HostArray, dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            if names != [_KEY]:
-                listed = ", ".join(sorted(names)[:5]) or "nothing"
-                raise UserError(f"{path} holds {listed}; a prompt's file holds one array {_KEY!r}")
-            return file.get_tensor(_KEY), file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is a damaged .safetensors file: {_line(error)}") from error
+def _guess(start: bytes) -> str:
+    """What a file that is no prompt is, by its first bytes."""
+    if not start:
+        return ": it is empty"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return ": it is a zip archive (an .npz or PyTorch's)"
+    if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return ": it is a pickle, which is never loaded"
+    return ""
 
 
 def _to_strings(metadata: PromptMetadata) -> dict[str, str]:
@@ -196,7 +243,3 @@ def _this_program() -> str:
         return f"prompt_tuning_jax {distributions.version('prompt_tuning_jax')}"
     except distributions.PackageNotFoundError:
         return "prompt_tuning_jax"
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

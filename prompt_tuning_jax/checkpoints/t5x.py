@@ -1,208 +1,106 @@
-"""Reads checkpoints in T5X's own format, version 3 (t5x/checkpoints.py at cc342d4).
+"""Opens checkpoints that T5X wrote, in each of its layouts, under one set of names."""
 
-A folder holds a msgpack index ``checkpoint`` and one zarr array per large leaf.  In the index a
-leaf is either the array itself or the TensorStore spec of a zarr array beside it.
-"""
-
-import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import numpy as np
-
-from prompt_tuning_jax.checkpoints.names import (
-    DECODER_RELPOS,
-    EMBEDDING,
-    ENCODER_RELPOS,
-    LOGITS,
-    require_parameters,
-)
+from prompt_tuning_jax.checkpoints.lazy import LazyArray
+from prompt_tuning_jax.checkpoints.t5x_config import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.t5x_native import INDEX, read_native
+from prompt_tuning_jax.checkpoints.t5x_orbax import ITEM, METADATA, read_orbax
+from prompt_tuning_jax.checkpoints.t5x_place import Place
+from prompt_tuning_jax.checkpoints.t5x_scan import is_scanned, unscanned
+from prompt_tuning_jax.checkpoints.t5x_stored import OptimizerState
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import HostArray
 
-INDEX = "checkpoint"
-VERSION = 3
-# Where the original prompt tuning code keeps its prompt [P,D] among the model's parameters.
-PROMPT = "encoder/prompt/prompt/prompt"
+__all__ = [
+    "INDEX",
+    "PROMPT",
+    "T5XCheckpoint",
+    "config_of",
+    "is_t5x",
+    "open_t5x",
+    "read_t5x",
+    "read_t5x_step",
+]
 
-
-def read_t5x(folder: str | Path) -> dict[str, HostArray]:
-    """The parameters in a T5X checkpoint by name, e.g. ``encoder/encoder_norm/scale``, as stored.
-
-    The optimizer's state is left alone.  A prompt, if one was trained, is at ``PROMPT``.  Raises
-    UserError for a missing or damaged index or array, and for arrays outside of the folder.
-    """
-    folder = Path(folder)
-    leaves = _flatten(_entry(_read_index(folder), "target", folder))
-    if not leaves:
-        raise UserError(f"{folder / INDEX} lists no parameters: it is not a T5X checkpoint")
-    return {name: _read_leaf(folder, name, leaf) for name, leaf in sorted(leaves.items())}
-
-
-def read_t5x_step(folder: str | Path) -> int:
-    """The training step at which a T5X checkpoint was saved."""
-    folder = Path(folder)
-    step = _entry(_entry(_read_index(folder), "state", folder), "step", folder)
-    if _is_spec(step):
-        step = _read_leaf(folder, "state/step", step)
-    if np.ndim(step) or not np.issubdtype(np.asarray(step).dtype, np.integer):
-        raise UserError(f"{folder / INDEX} has no whole number as its step")
-    return int(step)
-
-
-def config_of(
-    params: Mapping[str, Any],
-    *,
-    relpos_max_distance: int = 128,
-    mlp_activations: tuple[str, ...] | None = None,
-) -> T5Config:
-    """The configuration of the T5 that ``params`` (by name; only shapes matter) belong to.
-
-    What shapes cannot tell is an argument.  ``mlp_activations`` is T5 1.1's for a gated mlp and T5
-    1.0's otherwise.  A prompt at ``PROMPT`` is allowed.  Raises UserError if these are not exactly
-    the parameters of one T5.
-    """
-    of = "the checkpoint"
-    vocab_size, embed_dim = _shape(params, EMBEDDING)
-    num_heads, num_buckets = _shape(params, ENCODER_RELPOS)
-    _shape(params, DECODER_RELPOS)
-    _, all_heads = _shape(params, "encoder/layers_0/attention/query/kernel")
-    if not num_heads or all_heads % num_heads:
-        raise UserError(f"{of} has query kernels of width {all_heads} for {num_heads} heads")
-    gated = "encoder/layers_0/mlp/wi_0/kernel" in params
-    if mlp_activations is None:
-        mlp_activations = ("gelu", "linear") if gated else ("relu",)
-    _, mlp_dim = _shape(params, f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel")
-    config = T5Config(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        head_dim=all_heads // num_heads,
-        mlp_dim=mlp_dim,
-        num_encoder_layers=_count_layers(params, "encoder"),
-        num_decoder_layers=_count_layers(params, "decoder"),
-        mlp_activations=mlp_activations,
-        tie_embeddings=LOGITS not in params,
-        relpos_num_buckets=num_buckets,
-        relpos_max_distance=relpos_max_distance,
-    )
-    require_parameters({k: v for k, v in params.items() if k != PROMPT}, config, of=of)
-    return config
-
-
-def _count_layers(params: Mapping[str, Any], stack: str) -> int:
-    found = (re.match(rf"{stack}/layers_(\d+)/", name) for name in params)
-    return len({match[1] for match in found if match})
-
-
-def _shape(params: Mapping[str, Any], name: str) -> tuple[int, int]:
-    if name not in params:
-        raise UserError(f"the checkpoint has no {name}: it is not a T5 with a layer per name")
-    shape = tuple(params[name].shape)
-    if len(shape) != 2:
-        raise UserError(f"{name} has shape {list(shape)} in the checkpoint; it has two in a T5")
-    return shape[0], shape[1]
-
-
-def _read_index(folder: Path) -> Mapping[str, Any]:
-    """The index as nested dicts, for the one version that is read here."""
-    path = folder / INDEX
-    if not path.is_file():
-        inside = sorted(p.name for p in folder.glob("checkpoint_*")) if folder.is_dir() else []
-        hint = f"did you mean {folder / inside[-1]}?" if inside else "is it a T5X checkpoint?"
-        raise UserError(f"{folder} has no index file {INDEX!r}; {hint}")
-    from flax import serialization
-
-    try:
-        index = serialization.msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack and numpy raise many kinds for damaged bytes
-        raise UserError(f"{path} is damaged or not a T5X index: {_line(error)}") from error
-    version = index.get("version") if isinstance(index, Mapping) else None
-    if version != VERSION:
-        raise UserError(f"{path} is T5X format version {version}; only version {VERSION} is read")
-    state: Mapping[str, Any] = _entry(index, "optimizer", folder)
-    return state
-
-
-def _entry(tree: Mapping[str, Any], name: str, folder: Path) -> Any:
-    if not isinstance(tree, Mapping) or name not in tree:
-        raise UserError(f"{folder / INDEX} has no entry {name!r}: it is not a T5X checkpoint")
-    return tree[name]
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, Mapping) and "driver" in leaf and "kvstore" in leaf
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or _is_spec(tree):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for name, child in tree.items():
-        flat |= _flatten(child, f"{prefix}/{name}" if prefix else str(name))
-    return flat
-
-
-def _read_leaf(folder: Path, name: str, leaf: Any) -> HostArray:
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    if not _is_spec(leaf):
-        raise UserError(f"{folder / INDEX}: {name} is neither an array nor the place of one")
-    return _read_zarr(_StoredArray.of(leaf, folder=folder, name=name))
+Layout = Literal["t5x", "t5x_orbax"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StoredArray:
-    """What is taken from a TensorStore spec: nothing else in it is trusted or passed on."""
+class T5XCheckpoint:
+    """An open checkpoint: nothing but its index and headers has been read.
 
-    name: str
-    path: Path
-    shape: tuple[int, ...] | None
+    ``params`` has a layer per name whatever the model was (see ``t5x_scan``); a trained prompt is
+    at ``PROMPT``.  ``stored`` has the same arrays under the checkpoint's own names, which with
+    ``open_state()`` and ``inline`` are what ``write_t5x`` needs to write it again as it was.
+    """
 
-    @classmethod
-    def of(cls, spec: Mapping[str, Any], *, folder: Path, name: str) -> "_StoredArray":
-        try:
-            where = spec["kvstore"]["path"]
-            shape = spec.get("metadata", {}).get("shape")
-            # Wherever it was written (gfile, gcs, file), the array is beside the index now.
-            path = (folder / where).resolve()
-            known = None if shape is None else tuple(int(n) for n in shape)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX}: the place of {name} is not readable") from error
-        if spec["driver"] != "zarr":
-            raise UserError(f"{folder / INDEX}: {name} is stored as {spec['driver']!r}, not zarr")
-        if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
-            raise UserError(f"{folder / INDEX}: {name} is at {where!r}, outside of the folder")
-        if not path.is_dir():
-            raise UserError(f"{folder} has no folder {where!r} for {name}: the copy is incomplete")
-        return cls(name=name, path=path, shape=known)
+    step: int
+    layout: Layout
+    version: int
+    scanned: bool
+    params: dict[str, LazyArray]
+    stored: dict[str, LazyArray]
+    state_names: tuple[str, ...]
+    open_state: Callable[[], OptimizerState]
+    inline: frozenset[str]
 
 
-def _read_zarr(stored: _StoredArray) -> HostArray:
-    import tensorstore
-
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{stored.path}/"},
-        # Otherwise a lost chunk would be read as zeros.
-        "fill_missing_data_reads": False,
-    }
-    try:
-        array = tensorstore.open(spec, read=True, open=True).result()
-        if stored.shape is not None and tuple(array.shape) != stored.shape:
-            raise UserError(
-                f"{stored.path} holds {list(array.shape)} for {stored.name}, "
-                f"and the index says {list(stored.shape)}"
-            )
-        return np.asarray(array.read().result())
-    except (ValueError, OSError, NotImplementedError) as error:
-        raise UserError(
-            f"{stored.path} is damaged or incomplete for {stored.name}: {_line(error)}"
-        ) from error
+def is_t5x(folder: str | Path) -> bool:
+    """Whether a folder has the index of one of T5X's layouts; UserError for unfinished saves."""
+    place = Place.of(folder)
+    return place.read(INDEX) is not None or place.read(METADATA) is not None
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def open_t5x(folder: str | Path) -> T5XCheckpoint:
+    """Opens the checkpoint in a folder, or at a ``gs://`` or ``s3://`` address.
+
+    Raises UserError for what is missing, damaged, unfinished, of another version, or outside of
+    the folder; reading from the arrays does so for lost and damaged chunks.
+    """
+    place = Place.of(folder)
+    layout: Layout
+    if (index := place.read(INDEX)) is not None:
+        layout, found = "t5x", read_native(place, index)
+    elif (metadata := place.read(METADATA)) is not None:
+        layout, found = "t5x_orbax", read_orbax(place, metadata)
+    else:
+        raise UserError(_nothing_in(place))
+    return T5XCheckpoint(
+        step=found.step,
+        layout=layout,
+        version=found.version,
+        scanned=is_scanned(found.params),
+        params=unscanned(found.params),
+        stored=found.params,
+        state_names=found.state_names,
+        open_state=found.open_state,
+        inline=found.inline,
+    )
+
+
+def read_t5x(folder: str | Path) -> dict[str, HostArray]:
+    """All parameters in a checkpoint by name, as stored: ``open_t5x``, and everything read."""
+    return {name: array.whole() for name, array in open_t5x(folder).params.items()}
+
+
+def read_t5x_step(folder: str | Path) -> int:
+    """The training step at which a checkpoint was saved."""
+    return open_t5x(folder).step
+
+
+def _nothing_in(place: Place) -> str:
+    none = f"{place.name} has no index file {INDEX!r}"
+    if place.root is None:
+        return f"{none} and no {METADATA}; is it a T5X checkpoint?"
+    if (place.root / ITEM).is_dir():
+        return f"{place.name} has no {METADATA}: the copy is incomplete or the layout another"
+    inside = sorted(p.name for p in place.root.glob("checkpoint_*"))
+    if inside:
+        return f"{none}; did you mean {Path(place.name) / inside[-1]}?"
+    if any(place.root.glob("target.*")) or any(place.root.glob(f"{ITEM}.orbax-checkpoint-tmp*")):
+        return f"{none}, which is written last: the save was not finished or the copy is incomplete"
+    return f"{none}; is it a T5X checkpoint?"

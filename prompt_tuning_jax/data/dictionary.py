@@ -43,6 +43,7 @@ class Dictionary:
     """
 
     senses: tuple[Sense, ...]
+    short_senses: tuple[Sense, ...]  # those with a word of one token
     categories: tuple[tuple[list[int], list[Sense]], ...]
     kinds: tuple[list[Sense], ...]
     opposites: tuple[tuple[list[Sense], list[Sense]], ...]
@@ -101,6 +102,7 @@ def load_dictionary(folder: str | os.PathLike[str], vocabulary: AnyVocabulary) -
     groups = ((clusters[a], clusters[b]) for a, b in sorted(pairs))
     return Dictionary(
         senses=tuple(senses.values()),
+        short_senses=tuple(s for s in senses.values() if min(map(len, s.words)) == 1),
         categories=tuple(
             (vocabulary.encode(name), by_category[number])
             for number, name in _CATEGORIES.items()

@@ -24,7 +24,6 @@ _PURPOSE = 100  # draws of this file, away from those of text_objectives
 _CLASSES = 1 / 8
 _CLASS_TOKENS = 0.3
 _TEXT_TOKENS = 0.5
-_IN_PROMPTS = 0.85  # of the questions that a prompt can hold: the others are put in text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,8 @@ class LabelObjective(Objective):
 
     @property
     def text_tokens(self) -> int:
-        return int(self.text_length * _TEXT_TOKENS)
+        """Of a text at most; classes in a block leave it all the room but for the two ends."""
+        return self.text_length - 2 if self.block.size else int(self.text_length * _TEXT_TOKENS)
 
     def sizes(self, random: Random) -> tuple[int, int, int]:
         """How many classes, tokens in each, and tokens of the text."""
@@ -125,7 +125,7 @@ class LabelObjective(Objective):
             random = Random(row_seed)
             question = self.question(corpus, vocabulary, random)
             inputs = [separator, *question.text]
-            if block.size and _fits(question, block) and random.random() < _IN_PROMPTS:
+            if block.size and _fits(question, block):
                 inputs_BT[row, : block.size] = _as_prompts(question, block, random).ravel()
             else:
                 described: list[int] = []

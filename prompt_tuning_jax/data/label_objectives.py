@@ -170,10 +170,15 @@ class DictionaryLabels(LabelObjective):
 
     def _headword(self, random: Random) -> Question:
         """A gloss, and which of some words it explains."""
-        senses = self._some(self.dictionary.senses, random)
-        words = [random.choice(sense.words) for sense in senses]
-        right = random.randrange(len(senses))
-        return Question(labels=words, words=words, text=senses[right].gloss, answer=words[right])
+        # A position of a prompt has room for labels of one token.
+        senses = self.dictionary.short_senses if self.block.size else self.dictionary.senses
+        chosen = self._some(senses, random)
+        words = [min(sense.words, key=len) for sense in chosen]
+        labels = words
+        if self.block.size and not self.names_itself(random):
+            labels = [[label] for label in _labels(self.words, len(words), random)]
+        right = random.randrange(len(chosen))
+        return Question(labels=labels, words=words, text=chosen[right].gloss, answer=labels[right])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prompt_tuning_jax.data.code_identity import code_identity
+from prompt_tuning_jax.data.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.metrics import Metric
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import (
@@ -242,6 +243,11 @@ def _to_seqio_vocabulary(vocabulary: AnyVocabulary) -> "seqio.Vocabulary":
 
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
+    if isinstance(vocabulary, HfTokenizer):
+        raise UserError(
+            f"{vocabulary.path}: SeqIO reads SentencePiece files and bytes, not a tokenizer.json; "
+            "set model.vocabulary to the model's SentencePiece file"
+        )
     return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)
 
 

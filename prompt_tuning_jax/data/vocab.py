@@ -1,17 +1,24 @@
-"""Text to token ids and back: T5's SentencePiece vocabularies and ByT5's bytes.
+"""Text to token ids and back: T5's SentencePiece vocabularies, ByT5's bytes, Hugging Face's files.
 
-Ids 0, 1 and 2 are padding, end of sequence and unknown, in both.  Encoding adds no end of sequence.
+Ids 0, 1 and 2 are padding, end of sequence and unknown, in all.  Encoding adds no end of sequence.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import sentencepiece
-
+from prompt_tuning_jax.data.hf_tokenizer import (
+    SENTENCEPIECE_FILES,
+    HfTokenizer,
+    byte_extra_ids,
+    vocabulary_file,
+)
 from prompt_tuning_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 PAD_ID = 0
 EOS_ID = 1
@@ -154,24 +161,36 @@ class ByteVocabulary:
         return f"ByteVocabulary(extra_ids={self.extra_ids})"
 
 
-AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary
+AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
 
 
 def load_vocabulary(path: str | os.PathLike[str], *, extra_ids: int | None = None) -> AnyVocabulary:
-    """The vocabulary at ``path``: a SentencePiece file, a folder with one, or ``bytes`` for ByT5's.
+    """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
-    In a folder the file is ``spiece.model`` (Hugging Face) or ``sentencepiece.model`` (T5X).
+    A file is a SentencePiece model, or by its suffix .json a ``tokenizer.json`` or the
+    ``tokenizer_config.json`` of ByT5; in a folder, ``vocabulary_file`` finds it.
     """
     if str(path) == "bytes":
-        return ByteVocabulary() if extra_ids is None else ByteVocabulary(extra_ids=extra_ids)
+        return _byte_vocabulary(extra_ids)
     file = Path(path)
     if file.is_dir():
-        names = ("spiece.model", "sentencepiece.model")
-        found = [file / name for name in names if (file / name).is_file()]
-        if not found:
+        found = vocabulary_file(file)
+        if found is None:
+            names = (*SENTENCEPIECE_FILES, "tokenizer.json")
             raise UserError(f"{file}: the folder holds no vocabulary ({' or '.join(names)})")
-        file = found[0]
-    return Vocabulary(file, extra_ids=extra_ids)
+        file = found
+    if file.suffix != ".json":
+        return Vocabulary(file, extra_ids=extra_ids)
+    if file.name.endswith("config.json"):
+        stored = byte_extra_ids(file)
+        return _byte_vocabulary(stored if extra_ids is None else extra_ids)
+    if extra_ids is not None:
+        raise UserError(f"{file} has the sentinels that it has: leave out extra_ids")
+    return HfTokenizer(file)
+
+
+def _byte_vocabulary(extra_ids: int | None) -> ByteVocabulary:
+    return ByteVocabulary() if extra_ids is None else ByteVocabulary(extra_ids=extra_ids)
 
 
 def _read_model(path: Path) -> bytes:
@@ -183,7 +202,9 @@ def _read_model(path: Path) -> bytes:
         raise UserError(f"{path}: cannot read the vocabulary: {error.strerror}") from None
 
 
-def _load_processor(model: bytes, *, path: Path) -> sentencepiece.SentencePieceProcessor:
+def _load_processor(model: bytes, *, path: Path) -> "sentencepiece.SentencePieceProcessor":
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)

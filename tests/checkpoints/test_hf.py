@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.checkpoints.hf import read_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.data.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 
@@ -213,8 +214,9 @@ def test_wrong_parameters_are_not_written(tmp_path: Path) -> None:
         write_hf(tmp_path / "m", config, params)
     with pytest.raises(UserError, match=r"encoder/encoder_norm/scale is \(5,\)"):
         write_hf(tmp_path / "m", config, params | {"encoder/encoder_norm/scale": lost[:5]})
-    with pytest.raises(UserError, match="float16"):
-        write_hf(tmp_path / "m", config, params, dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="int8"):
+        whole = params | {"encoder/encoder_norm/scale": lost}
+        write_hf(tmp_path / "m", config, whole, dtype="int8")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,5 +261,107 @@ def test_vocabulary_and_tokenizer(shared: Path, tmp_path: Path) -> None:
     config = small_config()
     with pytest.raises(UserError, match=r"32000 pieces.* 40"):
         write_hf(tmp_path / "n", config, random_params(config), vocabulary_file=vocabulary)
-    with pytest.raises(UserError, match="not a SentencePiece vocabulary"):
+    with pytest.raises(UserError, match="not a SentencePiece model"):
         write_hf(tmp_path / "n", config, random_params(config), vocabulary_file=__file__)
+
+
+def test_byte_vocabulary_goes_with_the_folder(tmp_path: Path) -> None:
+    import dataclasses
+
+    config = dataclasses.replace(small_config(), vocab_size=384)
+    write_hf(tmp_path / "m", config, random_params(config), vocabulary_file="bytes")
+    found = read_hf(tmp_path / "m")[2]
+    assert found is not None
+    assert load_vocabulary(found) == ByteVocabulary()
+    # Written from the file found, it is the same again.
+    write_hf(tmp_path / "n", config, random_params(config), vocabulary_file=found)
+    assert load_vocabulary(tmp_path / "n") == ByteVocabulary()
+    with pytest.raises(UserError, match=r"384 ids.* 40"):
+        write_hf(
+            tmp_path / "o", small_config(), random_params(small_config()), vocabulary_file=found
+        )
+
+
+def test_shards_hold_what_one_file_holds(tmp_path: Path, tied: bool) -> None:
+    config = small_config(tied=tied)
+    params = random_params(config)
+    folder = tmp_path / "m"
+    write_hf(folder, config, params, dtype="float32", max_shard_bytes=2000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert not (folder / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in params.values())
+    assert sorted(set(index["weight_map"].values())) == [file.name for file in files]
+    for file in files:
+        arrays = load_file(file)
+        assert len(arrays) == 1 or sum(array.nbytes for array in arrays.values()) <= 2000
+    assert_same(read_hf(folder)[1], params)
+    # A later model of another number of files replaces this one wholly, both ways.
+    for most in (10**6, 3000):
+        params = {name: array + 1 for name, array in params.items()}
+        write_hf(folder, config, params, dtype="float32", max_shard_bytes=most)
+        assert_same(read_hf(folder)[1], params)
+    with pytest.raises(UserError, match="max_shard_bytes is 0"):
+        write_hf(folder, config, params, max_shard_bytes=0)
+
+
+def test_stored_keeps_each_dtype_bit_for_bit(tmp_path: Path) -> None:
+    config = small_config()
+    params = random_params(config, np.float16)
+    wo = "encoder/layers_0/mlp/wo/kernel"  # as transformers keeps it in half precision
+    params[wo] = params[wo].astype(np.float32)
+    write_hf(tmp_path / "m", config, params, dtype="stored")
+    assert_same(read_hf(tmp_path / "m")[1], params)
+    write_hf(
+        tmp_path / "n", config, open_hf(tmp_path / "m")[1], dtype="stored", max_shard_bytes=999
+    )
+    assert_same(read_hf(tmp_path / "n")[1], params)
+    assert json.loads((tmp_path / "n" / "config.json").read_text())["dtype"] == "float16"
+    doubles = {name: array.astype(np.float64) for name, array in params.items()}
+    with pytest.raises(UserError, match="is float64"):
+        write_hf(tmp_path / "n", config, doubles, dtype="stored")
+
+
+def test_parts_are_parts_of_the_whole(tmp_path: Path) -> None:
+    config = small_config()
+    params = random_params(config)
+    write_hf(tmp_path, config, params, dtype="float32", max_shard_bytes=3000)
+    _, lazy, _ = open_hf(tmp_path)
+    assert lazy.keys() == params.keys()
+    for name, array in lazy.items():
+        assert (array.shape, array.dtype) == (params[name].shape, params[name].dtype)
+        for part in (slice(None), slice(1, 3), slice(-2, None), slice(2, 2), slice(1, 99)):
+            for index in ((part,) * len(array.shape), (slice(None), part)[-len(array.shape) :]):
+                np.testing.assert_array_equal(array.read(index), params[name][index], err_msg=name)
+
+
+def test_the_table_may_lie_under_another_name(tmp_path: Path, tied: bool) -> None:
+    config = small_config(tied=tied)
+    params = random_params(config)
+    write_hf(tmp_path, config, params, dtype="float32")
+    edit_weights(tmp_path, **{"shared.weight": None, COPIES[1]: params["token_embedder/embedding"]})
+    assert_same(read_hf(tmp_path)[1], params)
+
+
+def test_a_head_that_is_the_table_unscaled(tmp_path: Path) -> None:
+    # What transformers 5 writes for an untied model whose head it has tied.
+    config = small_config()
+    params = random_params(config)
+    params["decoder/logits_dense/kernel"] = params["token_embedder/embedding"].T
+    write_hf(tmp_path, config, params, dtype="float32")
+    edit_weights(tmp_path, **{"lm_head.weight": None})
+    with pytest.raises(UserError, match=r"only in config.json: lm_head.weight"):
+        read_hf(tmp_path)
+    v5 = {"tie_word_embeddings": True, "transformers_version": "5.23.0"}
+    edit_config(tmp_path, **v5)
+    assert read_hf(tmp_path)[0] == config
+    assert_same(read_hf(tmp_path)[1], params)
+    # Version 5 scales no mT5, 4 scales one that is tied.
+    edit_config(tmp_path, model_type="mt5", scale_decoder_outputs="drop", **v5)
+    assert_same(read_hf(tmp_path)[1], params)
+    edit_config(tmp_path, transformers_version="4.57.1")
+    assert read_hf(tmp_path)[0].tie_embeddings
+    edit_config(tmp_path, tie_word_embeddings="drop")
+    with pytest.raises(UserError, match=r"only in config.json: lm_head.weight"):
+        read_hf(tmp_path)

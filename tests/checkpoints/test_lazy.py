@@ -19,9 +19,7 @@ def test_parts_of_a_transposed_array_and_of_a_layer_are_those_of_the_whole():
     for axis in range(3):
         for number in range(ARRAY.shape[axis]):
             cases.append((lazy.layer(number, axis=axis), ARRAY.take(number, axis)))
-            cases.append(
-                (lazy.layer(number, axis=axis).transposed(), ARRAY.take(number, axis).T)
-            )
+            cases.append((lazy.layer(number, axis=axis).transposed(), ARRAY.take(number, axis).T))
     for got, want in cases:
         assert got.shape == want.shape and got.dtype == want.dtype and got.where == "here"
         np.testing.assert_array_equal(got.whole(), want)

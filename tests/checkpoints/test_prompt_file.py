@@ -142,6 +142,8 @@ def test_damaged_files_give_one_line(tmp_path: Path, case: str) -> None:
         load_prompt(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    told = {"empty": "is empty", "pickle": "a pickle, which is never loaded", "zip": "zip archive"}
+    assert told.get(case, "") in str(caught.value)
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -163,6 +165,9 @@ def test_missing_files_folders_and_other_arrays(tmp_path: Path) -> None:
     save_file({"weight": PROMPT, "bias": PROMPT[0]}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="holds bias, weight; a prompt's file holds one array"):
         load_prompt(tmp_path / "m.safetensors")
+    save_file({}, tmp_path / "n.safetensors")
+    with pytest.raises(UserError, match="holds nothing; a prompt's file holds one array"):
+        load_prompt(tmp_path / "n.safetensors")
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", "one"), ("score", "x"), ("labels", "[1]")])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 
@@ -175,3 +176,28 @@ def test_missing_sentinels_are_a_user_error(tiny):
         tiny.sentinel(100)
     with pytest.raises(UserError, match="sentinels 0 to 99"):
         ByteVocabulary().sentinel(100)
+
+
+def test_byte_folders(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "t5", "tokenizer_class": "T5Tokenizer"}))
+    assert vocabulary_file(tmp_path) is None
+    with pytest.raises(UserError, match=r"config\.json: no vocabulary; give tokenizer\.json"):
+        load_vocabulary(config)
+    config.write_text(json.dumps({"model_type": "t5", "tokenizer_class": "ByT5Tokenizer"}))
+    assert vocabulary_file(tmp_path) == config
+    assert load_vocabulary(tmp_path) == ByteVocabulary()
+    tokenizer = tmp_path / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 7}))
+    (tmp_path / "spiece.model").write_bytes(TINY.read_bytes())
+    assert vocabulary_file(tmp_path) == tokenizer
+    assert load_vocabulary(tmp_path) == ByteVocabulary(extra_ids=7)
+    assert load_vocabulary(tokenizer, extra_ids=3) == ByteVocabulary(extra_ids=3)
+    for wrong, message in (
+        ("{", "not readable as JSON"),
+        ("[]", "no JSON object"),
+        ('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": "x"}', "extra_ids is 'x'"),
+    ):
+        tokenizer.write_text(wrong)
+        with pytest.raises(UserError, match=message):
+            load_vocabulary(tmp_path)

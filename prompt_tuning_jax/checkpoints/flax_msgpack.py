@@ -1,0 +1,161 @@
+"""Finds the arrays in a file of ``flax.serialization`` without reading them.
+
+Flax's own ``msgpack_restore`` copies the whole file into memory; here an array is a view of the
+mapped file.  Format: https://github.com/msgpack/msgpack/blob/master/spec.md and, for the arrays,
+flax/serialization.py (extension type 1 holds shape, dtype name and bytes; arrays above 1 GiB are
+maps of flat chunks).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.lazy import Index
+from prompt_tuning_jax.typing import HostArray
+
+_NDARRAY = 1
+_CHUNKED = "__msgpack_chunked_array__"
+_DEEPEST = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaxArray:
+    """An array as the pieces of the file that hold its bytes, in C order."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[memoryview, ...]
+
+    def check(self, dtype: np.dtype) -> None:
+        """Raises ValueError unless the pieces are as long as the shape says."""
+        size = prod(self.shape) * dtype.itemsize
+        stored = sum(map(len, self.pieces))
+        if stored != size or any(len(piece) % dtype.itemsize for piece in self.pieces):
+            raise ValueError(f"{stored} bytes for {list(self.shape)} of {dtype}")
+
+    def read(self, bounds: Index, dtype: np.dtype) -> HostArray:
+        """A part of it; ``bounds`` have their ends written out.  Several pieces are copied."""
+        if not self.shape:
+            return np.frombuffer(self.pieces[0], dtype).reshape(())
+        row = prod(self.shape[1:])
+        start, stop = bounds[0].start, max(bounds[0].start, bounds[0].stop)
+        found, offset = [], 0
+        for piece in self.pieces:
+            flat = np.frombuffer(piece, dtype)
+            low, high = max(start * row - offset, 0), min(stop * row - offset, flat.size)
+            if low < high:
+                found.append(flat[low:high])
+            offset += flat.size
+        rows = found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, dtype)])
+        return rows.reshape(stop - start, *self.shape[1:])[(slice(None), *bounds[1:])]
+
+
+def scan_msgpack(buffer: memoryview) -> dict[str, FlaxArray]:
+    """The arrays of a nested map by their path, ``encoder/final_layer_norm/weight``.
+
+    Raises ValueError for a file that is cut, or is not such a map.
+    """
+    scanner = _Scanner(buffer)
+    tree = scanner.value()
+    if scanner.position != len(buffer):
+        raise ValueError(f"{len(buffer) - scanner.position} bytes too many")
+    if not isinstance(tree, dict):
+        raise ValueError("no map of arrays")
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, FlaxArray]]:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            value = _joined(value) if _CHUNKED in value else value
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}/")
+        elif isinstance(value, FlaxArray):
+            yield path, value
+        else:
+            raise ValueError(f"{path} is no array")
+
+
+def _joined(parts: dict[str, Any]) -> FlaxArray:
+    try:
+        shape = [parts["shape"][str(i)] for i in range(len(parts["shape"]))]
+        chunks = [parts["chunks"][str(i)] for i in range(len(parts["chunks"]))]
+        (dtype,) = {chunk.dtype for chunk in chunks}
+        pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("an array in chunks that lacks some") from error
+    return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=pieces)
+
+
+def _whole(shape: list[Any]) -> tuple[int, ...]:
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return tuple(shape)
+
+
+class _Scanner:
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self.position = 0
+
+    def take(self, size: int) -> memoryview:
+        part = self.buffer[self.position : self.position + size]
+        if len(part) != size:
+            raise ValueError("it ends too early")
+        self.position += size
+        return part
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def value(self, depth: int = 0) -> Any:
+        """The next object; arrays as FlaxArray, other binary data as views."""
+        if depth > _DEEPEST:
+            raise ValueError("maps too deep in each other")
+        tag = self.number(1)
+        if tag <= 0x7F:
+            return tag
+        if tag <= 0x8F:
+            return self.map(tag & 0x0F, depth)
+        if tag <= 0x9F:
+            return [self.value(depth + 1) for _ in range(tag & 0x0F)]
+        if tag <= 0xBF:
+            return str(self.take(tag & 0x1F), "utf-8")
+        if tag in (0xC0, 0xC2, 0xC3):
+            return {0xC0: None, 0xC2: False, 0xC3: True}[tag]
+        if 0xC4 <= tag <= 0xC6:
+            return self.take(self.number(1 << (tag - 0xC4)))
+        if 0xC7 <= tag <= 0xC9:
+            return self.extension(self.number(1 << (tag - 0xC7)))
+        if 0xCC <= tag <= 0xCF:
+            return self.number(1 << (tag - 0xCC))
+        if 0xD4 <= tag <= 0xD8:
+            return self.extension(1 << (tag - 0xD4))
+        if 0xD9 <= tag <= 0xDB:
+            return str(self.take(self.number(1 << (tag - 0xD9))), "utf-8")
+        if tag in (0xDC, 0xDD):
+            return [self.value(depth + 1) for _ in range(self.number(2 << (tag - 0xDC)))]
+        if tag in (0xDE, 0xDF):
+            return self.map(self.number(2 << (tag - 0xDE)), depth)
+        raise ValueError(f"an object of kind {tag:#x}, which is in no file of parameters")
+
+    def map(self, size: int, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for _ in range(size):
+            name = self.value(depth + 1)
+            if not isinstance(name, str) or name in found:
+                raise ValueError(f"the name {name!r} twice, or no text")
+            found[name] = self.value(depth + 1)
+        return found
+
+    def extension(self, size: int) -> FlaxArray:
+        code, payload = self.number(1), self.take(size)
+        parts = _Scanner(payload).value() if code == _NDARRAY else None
+        match parts:
+            case [list(shape), str(dtype), memoryview() as data]:
+                return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=(data,))
+        raise ValueError("an object that is no array")

@@ -1,0 +1,109 @@
+"""Names of published models, and where each of them is."""
+
+import re
+from pathlib import Path
+
+from prompt_tuning_jax.checkpoints.hf_config import CONFIG
+from prompt_tuning_jax.checkpoints.hf_weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
+from prompt_tuning_jax.data.hf_tokenizer import TOKENIZER_FILES
+from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.errors import UserError
+
+# google-research/text-to-text-transfer-transformer, released_checkpoints.md: LM-adapted T5 1.1.
+T5X_MODELS = {
+    f"t5_1_1_lm100k_{size}": (
+        f"gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_{size}/checkpoint_1100000"
+    )
+    for size in ("small", "base", "large", "xl", "xxl")
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_DESCRIPTION = (CONFIG, *TOKENIZER_FILES)
+
+
+def model_location(name: str) -> str:
+    """The folder, or the ``gs://`` or ``s3://`` address, of a model by its name.
+
+    A folder and an address are what they are; ``t5_1_1_lm100k_base`` and the other sizes are T5X
+    checkpoints in a public bucket; ``google/flan-t5-small`` or any other ``org/name`` is fetched
+    from the Hugging Face hub, or found in its cache.  Raises UserError.
+    """
+    if name in T5X_MODELS:
+        return T5X_MODELS[name]
+    if "://" in name:
+        return name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if is_hub_name(name):
+        return str(hub_folder(name))
+    raise UserError(
+        f"{name!r} is no folder, no org/name of the Hugging Face hub and no name of a model; "
+        f"{suggest(name, T5X_MODELS)}"
+    )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form ``org/name``."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def hub_folder(name: str) -> Path:
+    """The local folder of a model on the Hugging Face hub, fetched unless its cache has it.
+
+    Only what is read here is fetched: the configuration, the vocabulary, and the weights in the
+    first format there is of safetensors, Flax and torch.  ``HF_HOME``, ``HF_HUB_OFFLINE`` and the
+    hub's token hold.  Raises UserError.
+    """
+    folder = Path(name)
+    for weights in (SAFETENSORS, FLAX, TORCH):
+        folder = _snapshot(name, [*_DESCRIPTION, *_patterns(weights)])
+        if (folder / weights).is_file() or (folder / (weights + INDEX_SUFFIX)).is_file():
+            if not (folder / CONFIG).is_file():
+                raise UserError(f"{name}: no {CONFIG} on the hub or in its cache ({folder})")
+            return folder
+    raise UserError(
+        f"{name}: no {SAFETENSORS}, {FLAX} or {TORCH} on the hub or, while it is offline, "
+        f"in its cache ({folder})"
+    )
+
+
+def _patterns(weights: str) -> list[str]:
+    stem, _, suffix = weights.rpartition(".")
+    return [weights, weights + INDEX_SUFFIX, f"{stem}-*-of-*.{suffix}"]
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+    except ImportError:
+        raise UserError(
+            f"{name} is a model of the Hugging Face hub: install huggingface_hub "
+            "(pip install huggingface_hub), or give a folder"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name}: its licence must be accepted on huggingface.co first; then log in (hf auth "
+            "login)"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{name}: neither a folder nor a model on huggingface.co, or a private one; "
+            "check the name, or log in (hf auth login)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name}: not wholly in the hub's cache, and huggingface.co cannot be reached or "
+            "HF_HUB_OFFLINE is set; go online once, or give a folder"
+        ) from error
+    # Its errors of HTTP and of the file system are OSErrors; others are the network library's.
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{name}: fetching it from huggingface.co failed: {line}") from error

@@ -1,0 +1,98 @@
+"""A prompt as an array, and as bytes in the two plain formats: ``.npy`` and ``.safetensors``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import DType, HostArray
+
+# What a safetensors file calls the types that a prompt is stored in.
+_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float32) -> HostArray:
+    """A contiguous copy as ``dtype``, if this is a prompt; ``of`` begins the error otherwise.
+
+    ``dtype`` None keeps float16, bfloat16, float32 and float64 as they are and makes anything
+    else float32.  Raises UserError unless it is ``[P,D]``, of floating-point numbers that are
+    finite as float32, and not empty.
+    """
+    shape = list(prompt.shape)
+    if prompt.ndim != 2:
+        raise UserError(f"{of} has shape {shape}; a prompt has two axes, [length, model width]")
+    if not prompt.size:
+        raise UserError(f"{of} is empty: its shape is {shape}")
+    if prompt.dtype.kind != "f" and prompt.dtype.name != "bfloat16":
+        raise UserError(f"{of} holds {prompt.dtype}; a prompt holds floating-point numbers")
+    with np.errstate(over="ignore"):  # what is too large for float32 is reported below
+        prompt_PD = np.array(prompt, np.float32, order="C")
+    if not np.isfinite(prompt_PD).all():
+        raise UserError(f"{of} holds numbers that are not finite (NaN or infinity)")
+    if dtype is None:
+        if prompt.dtype.name not in _CODES:
+            return prompt_PD
+        dtype = prompt.dtype.newbyteorder("=")
+    if np.dtype(dtype) == np.float32:
+        return prompt_PD
+    return np.array(prompt, dtype, order="C")
+
+
+def read_npy(path: Path) -> HostArray:
+    """The array in an ``.npy`` file, mapped; UserError if it is damaged or would need a pickle."""
+    try:
+        # Mapped: a header that claims more than the file has is an error, not an allocation.
+        array: HostArray = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=10_000)
+        return array
+    except Exception as error:  # numpy raises many kinds for damaged headers
+        raise UserError(f"{path} is a damaged .npy file: {one_line(error)}") from error
+
+
+def read_safetensors(
+    path: Path, *, key: str, of: str, hint: str = ""
+) -> tuple[HostArray, dict[str, str]]:
+    """The one array ``key`` in a ``.safetensors`` file, and the file's metadata.
+
+    Raises UserError if the file is damaged or holds anything else; ``of`` says in the message what
+    sort of file has ``key`` alone, ``hint`` what to do.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = sorted(file.keys())
+            if names != [key]:
+                listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5) or "nothing"
+                raise UserError(f"{path} holds {listed}; {of} holds one array {key!r}{hint}")
+            return file.get_tensor(key), file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
+
+
+def npy_safe(prompt_PD: HostArray) -> HostArray:
+    """The same numbers in a type that ``.npy`` knows: bfloat16 becomes float32, exactly."""
+    return prompt_PD.astype(np.float32) if prompt_PD.dtype.name == "bfloat16" else prompt_PD
+
+
+def safetensors_bytes(prompt_PD: HostArray, *, key: str, metadata: Mapping[str, str]) -> bytes:
+    """A ``.safetensors`` file of one array, the same bytes for the same input.
+
+    The library's own writer gives the metadata a random order.
+    """
+    little = np.ascontiguousarray(prompt_PD, prompt_PD.dtype.newbyteorder("<"))
+    described = {
+        "dtype": _CODES[prompt_PD.dtype.name],
+        "shape": list(prompt_PD.shape),
+        "data_offsets": [0, little.nbytes],
+    }
+    header = {"__metadata__": dict(sorted(metadata.items())), key: described}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    text += b" " * (-len(text) % 8)  # the array begins at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + little.tobytes()
+
+
+def one_line(error: Exception) -> str:
+    """An exception of a library in one line that is not too long."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

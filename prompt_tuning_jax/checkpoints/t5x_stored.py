@@ -1,0 +1,111 @@
+"""The arrays of a T5X checkpoint as they are stored, read part by part through TensorStore."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.t5x_place import one_line
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import HostArray
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# By their path below ``optimizer/state``; None where T5X's MultiOptimizer trains nothing.
+OptimizerState: TypeAlias = dict[str, LazyArray | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a reader of one layout finds; ``params`` has the names that are in the checkpoint.
+
+    ``inline`` are the leaves that lie in the index itself, as ``target/...`` and ``state/...``.
+    """
+
+    step: int
+    version: int
+    params: dict[str, LazyArray]
+    state_names: tuple[str, ...]
+    open_state: Callable[[], OptimizerState]
+    inline: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayPlace:
+    """Where one array is, and what the index says about it (None: nothing)."""
+
+    path: str
+    name: str
+    spec: Mapping[str, Any]
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+
+def open_arrays(places: Mapping[str, ArrayPlace]) -> dict[str, LazyArray]:
+    """Opens all at once, which reads their headers only; UserError for what is not as it should."""
+    import tensorstore
+
+    # The first error must not leave the others running: they are waited for one by one.
+    waiting = {
+        name: tensorstore.open({**place.spec, **_STRICT}, read=True, open=True)
+        for name, place in places.items()
+    }
+    return {name: _opened(places[name], future) for name, future in waiting.items()}
+
+
+# Otherwise a lost chunk would be read as zeros.
+_STRICT = {"fill_missing_data_reads": False}
+
+
+def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
+    """A parameter by its number type: version 2 stored the bits of bfloat16 as uint16."""
+    if version == 2 and array.dtype == np.uint16:
+        return LazyArray(
+            shape=array.shape,
+            dtype=BFLOAT16,
+            where=array.where,
+            read=lambda index: np.ascontiguousarray(array.read(index)).view(BFLOAT16),
+        )
+    if array.dtype.kind != "f" and array.dtype != BFLOAT16:
+        raise UserError(f"{array.where} holds {array.dtype}, which are no parameters")
+    return array
+
+
+def _opened(place: ArrayPlace, future: Any) -> LazyArray:
+    try:
+        array = future.result()
+    except Exception as error:  # TensorStore maps its codes to many kinds
+        raise UserError(
+            f"{place.path} is damaged or incomplete for {place.name}: {one_line(error)}"
+        ) from error
+    shape = tuple(array.shape)
+    if place.shape is not None and shape != place.shape:
+        raise UserError(
+            f"{place.path} holds {list(shape)} for {place.name}, "
+            f"and the index says {list(place.shape)}"
+        )
+    if place.dtype is not None and array.dtype.name != place.dtype:
+        raise UserError(
+            f"{place.path} holds {array.dtype.name} for {place.name}, "
+            f"and the index says {place.dtype}"
+        )
+
+    def read(index: Index) -> HostArray:
+        # TensorStore takes no slice beyond the end and none that counts from it.
+        bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
+        part = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+        try:
+            return np.asarray((array[part] if part else array).read().result())
+        except Exception as error:
+            raise UserError(
+                f"{place.path} is damaged or incomplete for {place.name}: {one_line(error)}"
+            ) from error
+
+    return LazyArray(
+        shape=shape,
+        dtype=np.dtype(array.dtype.numpy_dtype),
+        where=f"{place.path} ({place.name})",
+        read=read,
+    )

@@ -1,0 +1,163 @@
+"""Vocabularies as Hugging Face folders hold them: which file it is, and tokenizer.json."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.errors import UserError
+
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+# What is fetched with a model.
+TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS)
+
+_MODEL_CONFIG = "config.json"
+_BYTE_TOKENIZER = "ByT5Tokenizer"
+_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
+_EOS_ID, _UNK_ID = 1, 2
+
+
+class HfTokenizer:
+    """A ``tokenizer.json`` (Hugging Face's fast tokenizers), for folders without ``spiece.model``.
+
+    Behaves as ``vocab.Vocabulary``; unknown tokens decode as ``<unk>``.  Encoding adds no end of
+    sequence, whatever the file says.  Raises UserError for a file that is missing or damaged, that
+    numbers padding, end and unknown otherwise than 0, 1 and 2, and without the tokenizers library.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.extra_ids = 0  # the file holds its sentinels
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: cannot read the vocabulary: {error}") from None
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._load(text)
+
+    def _load(self, text: str) -> None:
+        self._tokenizer = _parse(text, path=self.path)
+        special = tuple(self._tokenizer.id_to_token(i) for i in range(len(_SPECIAL)))
+        if special != _SPECIAL:
+            raise UserError(
+                f"{self.path}: T5 needs {', '.join(_SPECIAL)} at ids 0, 1 and 2; this file has "
+                f"{', '.join(map(str, special))} there and is another model's"
+            )
+        self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def size(self) -> int:
+        """The number of ids, sentinels included (a model's embedding may be padded beyond it)."""
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without end of sequence."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
+        """The same as ``encode`` of each, faster; the library chooses the number of threads."""
+        del num_threads
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [list(one.ids) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end of sequence; ids outside the vocabulary read as unknown."""
+        kept = [int(i) for i in ids]
+        kept = kept[: kept.index(_EOS_ID)] if _EOS_ID in kept else kept
+        known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i != 0]
+        return str(self._tokenizer.decode(known, skip_special_tokens=False))
+
+    def pieces(self, token_id: int) -> str:
+        """The piece that an id stands for, with ``▁`` for a blank; ``<unk>`` beyond the size."""
+        token_id = int(token_id)
+        piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
+        return _SPECIAL[_UNK_ID] if piece is None else str(piece)
+
+    def sentinel(self, index: int) -> int:
+        """The id of ``<extra_id_{index}>``; UserError where there is none."""
+        for piece in (f"<extra_id_{index}>", f"▁<extra_id_{index}>"):
+            token_id = self._tokenizer.token_to_id(piece)
+            if token_id is not None:
+                return int(token_id)
+        raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tokenizer": self._tokenizer.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._load(state["_tokenizer"])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfTokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"HfTokenizer({str(self.path)!r})"
+
+
+def vocabulary_file(folder: Path) -> Path | None:
+    """The file in a model's folder that its vocabulary is made from, or None.
+
+    The first there is of a SentencePiece model and ``tokenizer.json``; before them, the
+    ``tokenizer_config.json`` of ByT5, which has none, and after them a ``config.json`` that names
+    ByT5's tokenizer.
+    """
+    if _is_of_bytes(folder / TOKENIZER_CONFIG):
+        return folder / TOKENIZER_CONFIG
+    for name in (*SENTENCEPIECE_FILES, TOKENIZER):
+        if (folder / name).is_file():
+            return folder / name
+    return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
+
+
+def byte_extra_ids(path: Path) -> int | None:
+    """How many ids above the bytes a ByT5's configuration asks for, None where it says nothing."""
+    if not _is_of_bytes(path):
+        raise UserError(
+            f"{path}: no vocabulary; give {TOKENIZER}, a SentencePiece .model, or the "
+            f"configuration of a {_BYTE_TOKENIZER}"
+        )
+    extra_ids = _read_json(path).get("extra_ids")
+    if extra_ids is not None and (type(extra_ids) is not int or extra_ids < 0):
+        raise UserError(f"{path}: extra_ids is {extra_ids!r}; a whole number expected")
+    return extra_ids
+
+
+def _is_of_bytes(path: Path) -> bool:
+    return path.is_file() and _read_json(path).get("tokenizer_class") == _BYTE_TOKENIZER
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__} and no JSON object")
+    return value
+
+
+def _parse(text: str, *, path: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(
+            f"{path} is a Hugging Face fast tokenizer: install tokenizers (pip install "
+            "tokenizers), or put the model's spiece.model beside it"
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    # The library raises Exception itself.
+    except Exception as error:
+        raise UserError(f"{path}: not a tokenizer, or a damaged one: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -27,6 +27,7 @@ def get_config() -> Experiment:
             weight_decay=0.0,
         ),
         training=Training(
+            seeds=(2,),  # not an earlier stage's: its examples would come again, and be known
             steps=400,
             batch_size=64,
             eval_every=100,

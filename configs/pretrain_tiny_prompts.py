@@ -44,6 +44,7 @@ def get_config() -> Experiment:
             weight_decay=0.0,
         ),
         training=Training(
+            seeds=(1,),  # not an earlier stage's: its examples would come again, and be known
             steps=6000,
             batch_size=160,
             eval_every=500,

@@ -17,6 +17,7 @@ from prompt_tuning_jax.data.random_draws import random_bits
 from prompt_tuning_jax.data.text_corpus import Corpus
 from prompt_tuning_jax.data.text_objectives import Objective
 from prompt_tuning_jax.data.vocab import EOS_ID, PAD_ID, AnyVocabulary
+from prompt_tuning_jax.data.word_table import WordTable
 from prompt_tuning_jax.errors import UserError
 
 _PURPOSE = 100  # draws of this file, away from those of text_objectives
@@ -64,6 +65,7 @@ class LabelObjective(Objective):
 
     inputs_length: int
     targets_length: int
+    words: WordTable
     block: PromptBlock = NO_BLOCK
 
     def __post_init__(self) -> None:

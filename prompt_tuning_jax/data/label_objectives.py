@@ -35,8 +35,6 @@ class LabelByLikeness(LabelObjective):
     text's words.  What a classifier on word vectors can learn, a prompt can then ask for.
     """
 
-    words: WordTable
-
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         classes, size, length = self.sizes(random)
         table = self.words
@@ -74,8 +72,6 @@ class LabelByLikeness(LabelObjective):
 class LabelByTopic(LabelObjective):
     """Which of K bunches of words stood near the text in its book; half of the others are of it."""
 
-    words: WordTable
-
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         classes, size, length = self.sizes(random)
         right = random.randrange(classes)
@@ -99,8 +95,6 @@ class LabelByTopic(LabelObjective):
 @dataclass(frozen=True, kw_only=True)
 class MissingWord(LabelObjective):
     """Which of K words is missing from the text, where ``<1>`` stands in its place."""
-
-    words: WordTable
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         table = self.words
@@ -131,7 +125,6 @@ class MissingWord(LabelObjective):
 class DictionaryLabels(LabelObjective):
     """Headwords for glosses, and which group of words a word or a gloss belongs to (WordNet)."""
 
-    words: WordTable
     dictionary: Dictionary
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
@@ -185,8 +178,6 @@ class DictionaryLabels(LabelObjective):
 class NextPart(LabelObjective):
     """Whether a text goes on like this: ``first <0> second``, and true or false."""
 
-    words: WordTable
-
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         length = random.randint(6, self.text_length // 2 - 2)
         start = random.randrange(len(corpus.tokens) - 2 * length)
@@ -206,8 +197,6 @@ class NextPart(LabelObjective):
 @dataclass(frozen=True, kw_only=True)
 class RestoreOrder(LabelObjective):
     """A few tokens of text out of order, to be put right."""
-
-    words: WordTable
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         text = _window(corpus, self.words, self.targets_length - 1, random)

@@ -29,6 +29,7 @@ ObjectiveName: TypeAlias = Literal[
     "span_corruption",
     "prefix_lm",
     "label_by_likeness",
+    "label_by_presence",
     "label_by_topic",
     "missing_word",
     "dictionary",

@@ -23,6 +23,7 @@ from prompt_tuning_jax.data.label_objective import (
 from prompt_tuning_jax.data.label_objectives import (
     DictionaryLabels,
     LabelByLikeness,
+    LabelByPresence,
     LabelByTopic,
     MissingWord,
     NextPart,
@@ -153,6 +154,7 @@ def _objective(
         }
         kinds |= {
             "label_by_likeness": lambda: LabelByLikeness(**labelled),
+            "label_by_presence": lambda: LabelByPresence(**labelled),
             "label_by_topic": lambda: LabelByTopic(**labelled),
             "missing_word": lambda: MissingWord(**labelled),
             "dictionary": lambda: DictionaryLabels(

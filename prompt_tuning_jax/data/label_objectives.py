@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _LONGEST_WORD = 6  # tokens
 _CANDIDATES = 4  # texts of which the clearest is taken
+_UNLIKE_GROUPS = 0.3  # of the groups to compare with: any words, as a class of a task may be
 _REGION = 40  # tokens after a text, whose words tell its topic
 
 
@@ -29,8 +30,8 @@ _REGION = 40  # tokens after a text, whose words tell its topic
 class LabelByLikeness(LabelObjective):
     """Which of K groups of like words is the text most like, by the words that meet in the corpus.
 
-    A class is a word and some of its nearest neighbours, its label that word or any other.  The
-    text is one of them, or other neighbours, or a stretch of the corpus: then what is right is the
+    A class is a word and some of its nearest neighbours, or any few words, its label one of them
+    or any other.  The text is one of them, or other neighbours, or a stretch of the corpus: then what is right is the
     class whose mean vector is nearest to the text's (``WordTable``), a linear function of the
     text's words.  What a classifier on word vectors can learn, a prompt can then ask for.
     """
@@ -38,13 +39,17 @@ class LabelByLikeness(LabelObjective):
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         classes, size, length = self.sizes(random)
         table = self.words
-        near = [table.neighbours_CM[i].tolist() for i in _distinct(table, classes, random)]
+        unlike = random.random() < _UNLIKE_GROUPS
+        if unlike:
+            near = [_labels(table, table.neighbours_CM.shape[1], random) for _ in range(classes)]
+        else:
+            near = [table.neighbours_CM[i].tolist() for i in _distinct(table, classes, random)]
         groups = [[own[0], *random.sample(own[1:], size - 1)] for own in near]
         right = random.randrange(classes)
         draw = random.random()
         if draw < 0.15:
             text = [random.choice(groups[right])]
-        elif draw < 0.35:
+        elif draw < 0.35 and not unlike:
             unnamed = [word for word in near[right] if word not in groups[right]]
             text = random.sample(unnamed, random.randint(1, len(unnamed)))
         else:
@@ -66,6 +71,35 @@ class LabelByLikeness(LabelObjective):
         like = self.words.vectors(tokens) @ self.words.vectors(np.array(groups)).T
         chosen = int(np.argmax(like[:, right] - np.delete(like, right, axis=1).max(1)))
         return texts[chosen], int(np.argmax(like[chosen]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelByPresence(LabelObjective):
+    """Which of K groups of words has one that stands in the text; any words, the common too.
+
+    Where likeness is of the text as a whole, this is of one word in it, such as the *who* or
+    *where* of a question.
+    """
+
+    def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
+        classes, size, length = self.sizes(random)
+        table = self.words
+        groups: list[list[int]] = []
+        while not all(groups) or len(groups) < classes:
+            text = _window(corpus, table, length, random)
+            inside = set(text)
+            found = [word for word in inside if table.starts_word_V[word]]
+            if not found:
+                continue
+            groups = [
+                [word for word in _scattered(corpus, table, 2 * size, random) if word not in inside]
+                for _ in range(classes)
+            ]
+            groups = [own[:size] for own in groups]
+        right = random.randrange(classes)
+        groups[right][random.randrange(len(groups[right]))] = random.choice(found)
+        labels = _labels(table, classes, random)
+        return _asked(labels, groups, text, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +248,12 @@ def _distinct(table: WordTable, count: int, random: Random) -> list[int]:
 
 def _labels(table: WordTable, count: int, random: Random) -> list[int]:
     return [int(table.content_C[i]) for i in _distinct(table, count, random)]
+
+
+def _scattered(corpus: Corpus, table: WordTable, count: int, random: Random) -> list[int]:
+    """Up to ``count`` first pieces of words from all over the corpus, as common as they are."""
+    drawn = (int(corpus.tokens[random.randrange(len(corpus.tokens))]) for _ in range(count))
+    return [word for word in drawn if table.starts_word_V[word]]
 
 
 def _window(corpus: Corpus, table: WordTable, length: int, random: Random) -> list[int]:

@@ -30,10 +30,11 @@ _REGION = 40  # tokens after a text, whose words tell its topic
 class LabelByLikeness(LabelObjective):
     """Which of K groups of like words is the text most like, by the words that meet in the corpus.
 
-    A class is a word and some of its nearest neighbours, or any few words, its label one of them
-    or any other.  The text is one of them, or other neighbours, or a stretch of the corpus: then what is right is the
-    class whose mean vector is nearest to the text's (``WordTable``), a linear function of the
-    text's words.  What a classifier on word vectors can learn, a prompt can then ask for.
+    A class is a word and some of its nearest neighbours, or any few words; its label is one of them
+    or any other.  The text is one of them, or other neighbours, or a stretch of the corpus: then
+    what is right is the class whose mean vector is nearest to the text's (``WordTable``), a linear
+    function of the text's words.  What a classifier on word vectors can learn, a prompt can then
+    ask for.
     """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:

@@ -10,7 +10,7 @@ from prompt_tuning_jax.methods import FullTuning
 def get_config() -> Experiment:
     return Experiment(
         model=Model(
-            name_or_path="runs/pretrain_tiny_prompts/model",
+            name_or_path="runs/pretrain_tiny/model",
             dtype="bfloat16",
             param_dtype="float32",
             dropout_rate=0.0,

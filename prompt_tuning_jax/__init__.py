@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prompt_tuning_jax.checkpoints.load import load_model
     from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-    from prompt_tuning_jax.commands import evaluate, train
+    from prompt_tuning_jax.commands import convert, evaluate, train
     from prompt_tuning_jax.errors import UserError
     from prompt_tuning_jax.experiment import Experiment
     from prompt_tuning_jax.inference import encode, generate, score
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Experiment": "experiment",
     "UserError": "errors",
+    "convert": "commands",
     "encode": "inference",
     "evaluate": "commands",
     "generate": "inference",
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
     "score",
     "train",
     "evaluate",
+    "convert",
     "Experiment",
     "UserError",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from jax.sharding import NamedSharding
 from prompt_tuning_jax import optim, sharding, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
 from prompt_tuning_jax.data.files import file_task
 from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
-from prompt_tuning_jax.data.loader import TrainBatches
+from prompt_tuning_jax.data.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.suggest import suggest
-from prompt_tuning_jax.data.task import Mixture, as_mixture, get_mixture
+from prompt_tuning_jax.data.task import Mixture, Task, as_mixture, get_mixture
 from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
@@ -43,6 +44,8 @@ from prompt_tuning_jax.training.step import (
     make_train_step,
 )
 from prompt_tuning_jax.typing import FlatParams, Mask
+
+_REPORTED_STEPS = 200  # whose padding is counted for the report, or one epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,13 @@ class TaskData:
         return self.train.iterate(start, stop)
 
 
-def build_model(experiment: Experiment) -> T5:
-    """The model that the experiment names, with its vocabulary."""
+def build_model(experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None) -> T5:
+    """The model that the experiment names, with its vocabulary, its weights on the mesh.
+
+    The mesh is the experiment's unless given; one device is enough for an experiment of many.
+    """
+    if mesh is None and jax.device_count() > 1:
+        mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
     config = experiment.model
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,
@@ -93,7 +101,7 @@ def build_model(experiment: Experiment) -> T5:
     }
     if config.random_weights:
         return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
-    return load_model(config.name_or_path, **kwargs)
+    return load_model(config.name_or_path, mesh=mesh, **kwargs)
 
 
 def model_fingerprint(model: T5) -> str:
@@ -131,12 +139,17 @@ def build_mixture(data: Data) -> Mixture:
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture
-    tasks = []
-    for task in mixture.tasks:
+
+    def changed(task: Task) -> Task:
         labels = data.labels or task.labels
         metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
-        tasks.append(dataclasses.replace(task, labels=labels, metrics=metrics))
-    return dataclasses.replace(mixture, tasks=tuple(tasks))
+        return dataclasses.replace(task, labels=labels, metrics=metrics)
+
+    return dataclasses.replace(
+        mixture,
+        tasks=tuple(map(changed, mixture.tasks)),
+        evaluated=tuple(map(changed, mixture.evaluated)),
+    )
 
 
 def build_data(
@@ -164,7 +177,7 @@ def build_data(
         raise UserError("data.eval is empty; name a file of examples to evaluate on (--eval_data)")
     mixture = build_mixture(data)
 
-    def examples(split: str) -> list[TokenizedExamples]:
+    def examples(tasks: Sequence[Task], split: str) -> list[TokenizedExamples]:
         return [
             tokenize(
                 task,
@@ -175,15 +188,18 @@ def build_data(
                 data_dir=data.data_dir,
                 use_cache=data.cache,
             )
-            for task in mixture.tasks
+            for task in tasks
         ]
 
-    train_sets = examples(data.train_split) if training else []
-    eval_sets = [one.at_most(data.max_eval_examples) for one in examples(split or data.eval_split)]
+    eval_split = split or data.eval_split
+    evaluated = mixture.evaluated_on(eval_split)
+    train_sets = examples(mixture.tasks, data.train_split) if training else []
+    eval_sets = [one.at_most(data.max_eval_examples) for one in examples(evaluated, eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
-    labels = tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
+    members = (*mixture.tasks, *mixture.evaluated)
+    labels = tuple(dict.fromkeys(label for task in members for label in task.labels))
     if experiment.evaluation.strategy == "rank":
-        for task in mixture.tasks:  # now, and not at the first evaluation
+        for task in evaluated:  # now, and not at the first evaluation
             require_labels(task.labels)
     train = None
     if train_sets:
@@ -192,6 +208,7 @@ def build_data(
             batch_size=experiment.training.batch_size,
             seeds=experiment.training.seeds,
             rates=mixture.rates if len(mixture.rates) > 1 else (),
+            buckets=buckets_of(experiment),
         )
     return TaskData(
         train=train,
@@ -199,8 +216,16 @@ def build_data(
         evaluation=evaluation,
         labels=labels,
         best_by=_best_by(experiment.evaluation.best_by, eval_sets),
-        reports=tuple(one.report() for one in (*train_sets, *eval_sets)),
+        reports=tuple(_reports(experiment, train_sets, train, eval_sets)),
     )
+
+
+def buckets_of(experiment: Experiment) -> Buckets:
+    """How the lengths of batches are chosen; fixed for the methods that ask for it."""
+    method = experiment.method
+    if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
+        return FIXED
+    return parse_buckets(experiment.data.buckets, beside=getattr(method, "length", 0))
 
 
 def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]) -> Members:
@@ -302,6 +327,7 @@ def build_predictor(
         max_length=experiment.data.targets_length,
         num_beams=config.num_beams,
         labels=labels,
+        buckets=buckets_of(experiment),
     )
 
 
@@ -351,6 +377,32 @@ def _import_module(name: str) -> None:
         importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"data.module: cannot import {name!r}: {error}") from None
+
+
+def _reports(
+    experiment: Experiment,
+    train_sets: list[TokenizedExamples],
+    train: TrainBatches | None,
+    eval_sets: list[TokenizedExamples],
+) -> Iterator[str]:
+    """A line for each set, and what of the batches is padding."""
+    for one in train_sets:
+        yield one.report()
+    if train is not None:
+        steps = max(1, min(_REPORTED_STEPS, train.examples_per_epoch // train.batch_size))
+        yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
+    for one in eval_sets:
+        yield one.report()
+        batch_size = min(experiment.evaluation.batch_size, len(one))
+        plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))
+        lengths = sorted({length for _, length in plan})
+        yield _padding_report("evaluation batches", lengths, eval_padding(plan, one))
+
+
+def _padding_report(what: str, lengths: Sequence[int], percent: float) -> str:
+    *others, last = map(str, lengths)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    return f"{what} of inputs padded to {listed} tokens; {percent:.1f} % of that is padding"
 
 
 def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:

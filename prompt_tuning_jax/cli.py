@@ -1,4 +1,4 @@
-"""``prompt-tuning train | eval | predict | tasks | inspect``: from arguments to function calls.
+"""``prompt-tuning COMMAND``: from arguments to function calls.
 
 What takes long to import is imported by the command that needs it, so that ``--help`` is at once.
 """
@@ -22,10 +22,26 @@ _SHORT = {
     "model": "model.name_or_path",
     "data": "data.train",
     "eval_data": "data.eval",
+    "data_dir": "data.data_dir",
     "workdir": "training.workdir",
     "seeds": "training.seeds",
     "steps": "training.steps",
 }
+# Options that ``convert`` takes as they are.
+_CONVERT_OPTIONS = (
+    "to",
+    "dtype",
+    "prompt",
+    "step",
+    "unscan",
+    "vocabulary",
+    "relpos_max_distance",
+    "max_shard_bytes",
+    "model",
+    "allow_other_model",
+    "overwrite",
+)
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,28 +123,76 @@ def _predict(args: argparse.Namespace) -> None:
 def _tasks(args: argparse.Namespace) -> None:
     from prompt_tuning_jax import commands
 
+    options = {name: getattr(args, name) for name in ("model", "vocabulary", "data_dir")}
+    given = {name: value for name, value in options.items() if value}
     if args.name is None:
-        rows = list(commands.tasks())
-        width = max((len(name) for name, _ in rows), default=0)
-        for name, description in rows:
-            print(f"{name:{width}}  {description}".rstrip())
+        for option in ("model", "vocabulary", "split", "limit", "dump"):
+            if getattr(args, option):
+                raise UserError(f"--{option} needs the NAME of a task")
+        listed = {"data_dir": args.data_dir} if args.data_dir else {}
+        rows = list(commands.tasks(**listed, every=True) if args.all else commands.tasks(**listed))
+        width = max((len(name) for name, what in rows if what is not None), default=0)
+        for number, (name, what) in enumerate(rows):
+            if what is None:  # a heading
+                print(f"\n{name}" if number else name)
+            else:
+                print(f"{name:{width}}  {what}".rstrip())
         return
-    model = {"model": args.model} if args.model else {}
-    for example in commands.examples(args.name, split=args.split, limit=args.limit, **model):
+    if args.dump:
+        number = commands.dump(args.name, args.dump, split=args.split or "train", **given)
+        print(f"wrote {number:,} examples to {args.dump}")
+        return
+    limit = args.limit or 5
+    for example in commands.examples(args.name, split=args.split or "train", limit=limit, **given):
         for name, value in example.items():
             print(f"{name}: {value}")
         print()
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    if not Path(args.path).exists():
-        raise UserError(f"{args.path}: no such file or folder")
+def _metrics(args: argparse.Namespace) -> None:
     from prompt_tuning_jax import commands
 
-    rows = list(commands.inspect(args.path))
+    options = {name: getattr(args, name) for name in ("data_dir", "leaderboard")}
+    given = {name: value for name, value in options.items() if value}
+    scored = commands.metrics(args.name, args.predictions, split=args.split, **given)
+    for note in scored.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if scored.scores is not None:
+        # A correlation with a constant is none, and JSON has no nan.
+        values = {name: None if v != v else v for name, v in scored.scores.items()}
+        print(json.dumps(values, indent=2))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    options = {"with_fingerprint": True} if args.fingerprint else {}
+    if args.json:
+        described = commands.describe(args.path, **options)
+        print(json.dumps(described, indent=2, ensure_ascii=False))
+        return
+    rows = list(commands.inspect(args.path, **options))
     width = max((len(field) for field, _ in rows), default=0)
     for field, value in rows:
         print(f"{field:{width}}  {value}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    options = {name: getattr(args, name) for name in _CONVERT_OPTIONS}
+    given = {name: v for name, v in options.items() if v is not None and v is not False}
+    done = commands.convert(args.source, args.destination, **given)
+    files = f" in {done.files} files" if done.files > 1 else ""
+    print(f"wrote {done.what}: {done.path} ({_readable(done.bytes)}{files})")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _readable(size: int) -> str:
+    """A number of bytes as people say it."""
+    unit, name = next(((u, n) for u, n in _UNITS if size >= u), (1, "bytes"))
+    return f"{size} bytes" if unit == 1 else f"{size / unit:.3g} {name}"
 
 
 def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -> "Experiment":
@@ -207,5 +271,7 @@ _COMMANDS = {
     "eval": _eval,
     "predict": _predict,
     "tasks": _tasks,
+    "metrics": _metrics,
     "inspect": _inspect,
+    "convert": _convert,
 }

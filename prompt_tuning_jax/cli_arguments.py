@@ -1,6 +1,7 @@
 """The arguments of every command of ``prompt-tuning``."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,9 +85,31 @@ def build_parser() -> argparse.ArgumentParser:
         example="tasks word_valence --split test",
     )
     tasks.add_argument("name", nargs="?", metavar="NAME", help="show examples of this task")
-    tasks.add_argument("--split", default="train", help="(default: train)")
-    tasks.add_argument("--limit", type=_positive, default=5, metavar="N", help="(default: 5)")
+    tasks.add_argument("--all", action="store_true", help="list every name, each form of a task")
+    tasks.add_argument("--split", help="(default: train)")
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="(default: 5)")
+    _add_data_dir_option(tasks)
     tasks.add_argument("--model", metavar="NAME", help="whose vocabulary (default: tiny)")
+    tasks.add_argument("--vocabulary", metavar="FILE", help="in its place; bytes for ByT5's")
+    tasks.add_argument(
+        "--dump", metavar="FILE.jsonl", help="write all examples: texts, and ids untrimmed with EOS"
+    )
+
+    metrics = _add_command(
+        commands,
+        "metrics",
+        "score anybody's predictions for a task",
+        example="metrics super_glue_rte_v102 --data_dir D --predictions FILE",
+    )
+    metrics.add_argument("name", metavar="NAME", help="task")
+    metrics.add_argument(
+        "--predictions", metavar="FILE", required=True, help='a JSON string a line, as in "True"'
+    )
+    metrics.add_argument("--split", default="validation", help="(default: validation)")
+    _add_data_dir_option(metrics)
+    metrics.add_argument(
+        "--leaderboard", metavar="FILE.jsonl", help="also write them as SuperGLUE's server wants"
+    )
 
     inspect = _add_command(
         commands,
@@ -94,8 +117,74 @@ def build_parser() -> argparse.ArgumentParser:
         "say what a model folder, prompt file or run is",
         example="inspect runs/quickstart",
     )
-    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("path", metavar="PATH", help="also tiny, a published name, gs://...")
+    inspect.add_argument("--json", action="store_true", help="for programs to read")
+    inspect.add_argument(
+        "--fingerprint", action="store_true", help="also of a large model, by reading all of it"
+    )
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _add_command(
+        commands,
+        "convert",
+        "write a model or prompt in another format",
+        example="convert runs/quickstart prompts_for_peft --to peft",
+    )
+    convert.add_argument(
+        "source", metavar="SOURCE", help="a model's folder or name, a prompt, or a run's folder"
+    )
+    convert.add_argument(
+        "destination", metavar="DESTINATION", help="new file or folder; *.npy and so on tell --to"
+    )
+    convert.add_argument(
+        "--to",
+        choices=("hf", "t5x", "npy", "safetensors", "peft"),
+        help="models: hf, t5x (native, version 3); prompts: npy, safetensors, peft",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("stored", "float32", "bfloat16"),
+        help="of the numbers written (default: stored, which loses nothing)",
+    )
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace what is at DESTINATION, at the end"
+    )
+    models = convert.add_argument_group("models")
+    models.add_argument("--prompt", metavar="PATH", help="t5x: trained prompt to put inside")
+    models.add_argument(
+        "--step", type=_from_zero, metavar="N", help="t5x: (default: the source's, or 0)"
+    )
+    models.add_argument(
+        "--unscan", action="store_true", help="t5x: a name for each of a scanned source's layers"
+    )
+    models.add_argument(
+        "--vocabulary", metavar="FILE", help="in place of the source's; bytes for ByT5's"
+    )
+    models.add_argument(
+        "--relpos_max_distance",
+        type=_positive,
+        metavar="N",
+        help="hf: of a T5X source, which does not say it (default: 128 for 32 buckets)",
+    )
+    models.add_argument(
+        "--max_shard_size",
+        dest="max_shard_bytes",
+        type=_size,
+        metavar="SIZE",
+        help="hf: largest file, and what is held in memory at once, as in 500MB (default: 2GB)",
+    )
+    prompts = convert.add_argument_group("prompts")
+    prompts.add_argument(
+        "--model", metavar="NAME", help="frozen model that it is for: peft wants its name"
+    )
+    prompts.add_argument(
+        "--allow_other_model",
+        action="store_true",
+        help="also for a model of the same width that it was not trained for",
+    )
 
 
 def _add_command(commands: Any, name: str, what: str, *, example: str) -> argparse.ArgumentParser:
@@ -140,6 +229,15 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="bundled name or folder")
     group.add_argument("--data", metavar="FILE", help="your training examples: jsonl, csv or tsv")
     group.add_argument("--eval_data", metavar="FILE", help="your examples to evaluate on")
+    _add_data_dir_option(group)
+
+
+def _add_data_dir_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--data_dir",
+        metavar="FOLDER",
+        help="the tasks' data: official files, or prepared by TFDS (also gs://...)",
+    )
 
 
 def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +248,20 @@ def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a prompt file, or a run's folder for its best prompts; repeatable",
     )
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text)
+    size = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]] if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GB")
+    return int(size)
+
+
+def _from_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:

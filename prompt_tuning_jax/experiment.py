@@ -18,8 +18,9 @@ class Model:
     vocabulary: str = ""  # a SentencePiece file; empty: the one that comes with the model
     # How random weights' token embeddings start: drawn, or from which words stand near which.
     embeddings: Literal["normal", "cooccurrence"] = "normal"
-    # How their attention starts: drawn, or looking at what is similar and passing it on.
-    attention: Literal["normal", "mimetic"] = "normal"
+    # How their attention starts: drawn, looking at what is similar and passing it on, or also
+    # looking for classes that prompts describe (attention_start.py).
+    attention: Literal["normal", "mimetic", "matching"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dropout_rate: float = 0.1
@@ -64,6 +65,9 @@ class Data:
     metrics: tuple[str, ...] = ()  # empty: the task's, or accuracy
     inputs_length: int = 128
     targets_length: int = 8
+    # Batches of about equally long inputs, padded to one of few lengths: auto (at most four, chosen
+    # for the data), auto:N, lengths as 64,128,256, or none: inputs_length for all.
+    buckets: str = "auto"
     max_eval_examples: int = 0  # 0: all
     cache: bool = True
     objectives: tuple[ObjectiveName, ...] = ()

@@ -6,7 +6,7 @@ import numpy as np
 
 from prompt_tuning_jax import build, run_folder
 from prompt_tuning_jax.checkpoints.hf import write_hf
-from prompt_tuning_jax.checkpoints.load import model_folder
+from prompt_tuning_jax.checkpoints.load import open_model
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
@@ -26,10 +26,13 @@ def export_model(workdir: str | Path, folder: str | Path) -> None:
         raise UserError(f"{workdir} holds no run of model tuning (method=full)")
     tuned = run_folder.read_best(workdir)
     params = {name.removeprefix(PREFIX): np.asarray(array[0]) for name, array in tuned.items()}
-    vocabulary = Path(experiment.model.vocabulary or model_folder(experiment.model.name_or_path))
+    named = experiment.model
+    vocabulary = named.vocabulary or open_model(named.name_or_path).vocabulary_file
+    if vocabulary is not None and Path(vocabulary).is_dir():
+        vocabulary = vocabulary_file(Path(vocabulary))
     write_hf(
         folder,
         build.build_model(experiment).config,
         params,
-        vocabulary_file=vocabulary_file(vocabulary) if vocabulary.is_dir() else vocabulary,
+        vocabulary_file=vocabulary,
     )

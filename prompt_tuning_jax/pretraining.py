@@ -45,10 +45,6 @@ HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
 EVAL_BATCHES = 16
 EVAL_SEED = 2**31 - 1
 _TABLE_DIMS = 96  # of the word vectors that label objectives compare with
-# Of attention that starts as trained attention is: its scores, and how much of a value it adds.
-SHARPNESS = 0.25
-CARRIED = 0.3
-CARRIED_ACROSS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,38 +188,6 @@ def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
     if not config.tie_embeddings:
         kernel = model.decoder.logits_dense.kernel
         kernel.set_value((table_VD.T * config.embed_dim**-0.5).astype(kernel.get_value().dtype))
-
-
-def start_attention_mimetic(model: T5, *, seed: int = 0) -> None:
-    """Sets every attention to look at what is similar, and to pass on what it sees.
-
-    After Trockman & Kolter 2023, who found products of trained query and key maps, and of value and
-    output maps, to be near multiples of the identity: here both are, with one random rotation per
-    layer.  Cross attention so carries words from the encoder to the output layer from the first
-    step on, where otherwise thousands of steps pass before it does.  Needs heads * width of a head
-    = model width; raises UserError otherwise.
-    """
-    config = model.config
-    if config.num_heads * config.head_dim != config.embed_dim:
-        raise UserError("model.attention=mimetic needs num_heads * head_dim = embed_dim")
-    random = np.random.default_rng(seed)
-    encoder = [model.encoder.layer(i).attention for i in range(config.num_encoder_layers)]
-    layers = [model.decoder.layer(i) for i in range(config.num_decoder_layers)]
-    cross = [layer.encoder_decoder_attention for layer in layers]
-    for attention in (*encoder, *(layer.self_attention for layer in layers), *cross):
-        rotation_DJ, _ = np.linalg.qr(random.normal(size=(config.embed_dim,) * 2))
-        # A normed position scores 64 * sharpness**2 with itself in each head of width 64.
-        sharpness = SHARPNESS * (64 / config.head_dim) ** 0.5
-        carried = CARRIED_ACROSS if attention in cross else CARRIED
-        values = {
-            "query": rotation_DJ * sharpness,
-            "key": rotation_DJ * sharpness,
-            "value": rotation_DJ * carried**0.5,
-            "out": rotation_DJ.T * carried**0.5,
-        }
-        for name, value in values.items():
-            kernel = getattr(attention, name).kernel
-            kernel.set_value(jnp.asarray(value, kernel.get_value().dtype))
 
 
 def text_losses(

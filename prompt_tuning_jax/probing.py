@@ -36,6 +36,7 @@ class Probe:
             train=train if evaluation else "",
             eval=evaluation,
             inputs_length=INPUTS_LENGTH,
+            buckets="none",
             targets_length=experiment.data.targets_length,
             max_eval_examples=EVAL_EXAMPLES,
         )

@@ -5,17 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.data.metrics import majority_scores
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.pretraining import (
-    TextData,
-    start_attention_mimetic,
-    start_from_cooccurrence,
-    text_losses,
-)
+from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
 from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
@@ -49,16 +45,17 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     folder = build.workdir_of(experiment)
     if folder.is_dir():
         run_folder.claim(folder, experiment)
-    model = build.build_model(experiment)
+    mesh = build.build_mesh(experiment)
+    model = build.build_model(experiment, mesh=mesh)
     data = build.build_data(experiment, build.vocabulary_of(model))
     if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
         if not isinstance(data, TextData):
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
         start_from_cooccurrence(model, data.train)
-    if experiment.model.random_weights and experiment.model.attention == "mimetic":
-        start_attention_mimetic(model, seed=experiment.training.seeds[0])
+    if experiment.model.random_weights and experiment.model.attention != "normal":
+        matching = experiment.model.attention == "matching"
+        start_attention(model, matching=matching, seed=experiment.training.seeds[0])
     fingerprint = build.model_fingerprint(model)
-    mesh = build.build_mesh(experiment)
     members = build.attach_members(experiment, model, labels=data.labels)
     if not members.tuned:
         raise UserError(
@@ -115,6 +112,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         save_every=training.save_every,
         log_every=training.log_every,
         batch_size=training.batch_size,
+        padding=data.train.padding if isinstance(data, build.TaskData) and data.train else None,
         quiet=quiet,
     ).run(state)
     run = RunResult(

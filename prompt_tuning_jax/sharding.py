@@ -74,20 +74,32 @@ def shard(
     logical_axes: Mapping[str, Sequence[str | None]],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
-    """Every array, by path, laid out over the mesh by the table.
+    """Every array, by path, laid out over the mesh by the table; nothing moves that is in place."""
+    if mesh.size == 1:
+        return dict(arrays)
+    layouts = shardings_of(
+        {name: array.shape for name, array in arrays.items()}, logical_axes, mesh
+    )
+    return {name: jax.device_put(array, layouts[name]) for name, array in arrays.items()}
+
+
+def shardings_of(
+    shapes: Mapping[str, Sequence[int]],
+    logical_axes: Mapping[str, Sequence[str | None]],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, NamedSharding]:
+    """How the table lays arrays of these shapes, by path, out over the mesh.
 
     A dimension that its mesh axes do not divide is kept whole.
     """
-    if mesh.size == 1:
-        return dict(arrays)
-    placed = {}
-    for name, array in arrays.items():
+    layouts = {}
+    for name, shape in shapes.items():
         spec = [
-            entry if array.shape[i] % _size(entry, mesh) == 0 else None
+            entry if shape[i] % _size(entry, mesh) == 0 else None
             for i, entry in enumerate(spec_of(logical_axes[name]))
         ]
-        placed[name] = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-    return placed
+        layouts[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    return layouts
 
 
 def _size(entry: str | tuple[str, ...] | None, mesh: jax.sharding.Mesh) -> int:

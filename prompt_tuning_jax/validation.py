@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from prompt_tuning_jax.data.buckets import parse_buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
 from prompt_tuning_jax.overrides import checked, checked_experiment
@@ -45,6 +46,9 @@ def _data(data: Data) -> Iterator[str]:
     if (repeated := _repeated(data.labels)) is not None:
         yield f"data.labels has {repeated!r} twice"
     yield from _outside("data", data, "inputs_length", "targets_length", low=1)
+    longest = max(parse_buckets(data.buckets).lengths, default=0)
+    if longest > data.inputs_length:
+        yield f"data.buckets has {longest} and data.inputs_length is {data.inputs_length}; raise it"
     yield from _outside("data", data, "max_eval_examples", low=0)
     if data.objectives and not data.train:
         yield "data.objectives is given without data.train; name a folder of text files"

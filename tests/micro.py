@@ -30,6 +30,7 @@ T5_1_1 = T5Config(
     num_decoder_layers=2,
 )
 T5_1_0 = dataclasses.replace(T5_1_1, mlp_activations=("relu",), tie_embeddings=True)
+PER_LAYER = dataclasses.replace(T5_1_1, relpos_per_layer=True)
 ONE_LAYER = dataclasses.replace(T5_1_1, num_encoder_layers=1, num_decoder_layers=1)
 D, V = T5_1_1.embed_dim, T5_1_1.vocab_size
 

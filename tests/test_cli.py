@@ -17,7 +17,7 @@ from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.overrides import diff, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "eval", "predict", "tasks", "inspect")
+COMMANDS = ("train", "eval", "predict", "tasks", "inspect", "convert")
 CONFIG = """
 from prompt_tuning_jax.experiment import Experiment, Training
 from prompt_tuning_jax.methods import PromptTuning
@@ -78,9 +78,19 @@ class Commands:
         self._call(name, **options)
         return [{"inputs": "a text", "inputs ids": [3, 1]}]
 
-    def inspect(self, path: str) -> Any:
-        self._call(path)
+    def inspect(self, path: str, **options: Any) -> Any:
+        self._call(path, **options)
         return [("kind", "a prompt"), ("length", 20)]
+
+    def describe(self, path: str, **options: Any) -> Any:
+        self._call(path, **options)
+        return {"kind": "prompt", "length": 20}
+
+    def convert(self, source: str, destination: str, **options: Any) -> Any:
+        self._call((source, destination), **options)
+        return SimpleNamespace(
+            what="a prompt", path=Path("/p"), files=2, bytes=12_345, notes=("a note",)
+        )
 
 
 @pytest.fixture
@@ -175,7 +185,6 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("predict hello", ["no config"]),
         ("predict --prompt run --input nothing.txt", ["nothing.txt"]),
         ("predict --prompt run --input c.py hello", ["either TEXT or --input"]),
-        ("inspect nothing", ["nothing", "no such file"]),
         ("eval c.py --prompt a.npy --output c.py/x.json", ["cannot write"]),
     ],
 )
@@ -337,6 +346,20 @@ def test_tasks_and_inspect(commands: Commands, capsys: pytest.CaptureFixture[str
     assert commands.calls.pop() == ("a_task", {"split": "test", "limit": 2})
     assert main(["inspect", "run"]) == 0
     assert capsys.readouterr().out == "kind    a prompt\nlength  20\n"
+    assert commands.calls.pop() == ("run", {})
+    assert main(["inspect", "run", "--json", "--fingerprint"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"kind": "prompt", "length": 20}
+    assert commands.calls.pop() == ("run", {"with_fingerprint": True})
+
+
+def test_convert(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "a", "b"]) == 0
+    assert capsys.readouterr() == ("wrote a prompt: /p (12.3 kB in 2 files)\n", "note: a note\n")
+    assert commands.calls.pop() == (("a", "b"), {})
+    line = "convert a b --to t5x --step 0 --dtype float32 --overwrite --max_shard_size 1.5GB"
+    assert main(line.split()) == 0
+    options = {"to": "t5x", "step": 0, "dtype": "float32", "overwrite": True}
+    assert commands.calls.pop() == (("a", "b"), {**options, "max_shard_bytes": 1_500_000_000})
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -74,6 +74,8 @@ def test_unusual_values_that_make_sense(overrides: str) -> None:
         ("model.dropout_rate=-0.1", ["model.dropout_rate is -0.1"]),
         ("model.name_or_path=", ["model.name_or_path is empty"]),
         ("data.inputs_length=0", ["data.inputs_length is 0", "at least 1"]),
+        ("data.buckets=some", ["data.buckets is 'some'", "auto"]),
+        ("data.buckets=64,256", ["data.buckets has 256", "data.inputs_length is 128"]),
         ("data.targets_length=0", ["data.targets_length is 0"]),
         ("data.max_eval_examples=-1", ["data.max_eval_examples"]),
         ("data.labels=a,b,a", ["data.labels", "'a' twice"]),

@@ -1,4 +1,4 @@
-"""Reads and writes T5 1.0 and 1.1 as Hugging Face folders.
+"""Reads and writes T5 1.0 and 1.1, mT5 and UMT5 as Hugging Face folders.
 
 A folder holds ``config.json``, weights (``hf_weights`` says in which files) and a vocabulary.  The
 names and layouts are those of transformers' modeling_t5.py; torch keeps kernels as [out, in], and
@@ -17,6 +17,7 @@ from prompt_tuning_jax.checkpoints.hf_config import (
     VOCABULARY,
     config_from,
     config_to,
+    model_type_of,
     read_config,
     scales_outputs,
     ties_unscaled,
@@ -25,13 +26,13 @@ from prompt_tuning_jax.checkpoints.hf_config import (
 from prompt_tuning_jax.checkpoints.hf_folder import write_folder
 from prompt_tuning_jax.checkpoints.hf_weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS, parameter_shapes
+from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS, RELPOS, parameter_shapes
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file as find_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
 
-__all__ = ["VOCABULARY", "open_hf", "read_hf", "write_hf"]
+__all__ = ["VOCABULARY", "model_type_of", "open_hf", "read_hf", "write_hf"]
 
 _SHARED = "shared.weight"
 _LM_HEAD = "lm_head.weight"
@@ -41,10 +42,12 @@ _DEAD = re.compile(
     r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 _SUBLAYERS = {
+    "encoder/relpos_bias": "layer.0.SelfAttention.relative_attention_bias",
     "encoder/pre_attention_layer_norm": "layer.0.layer_norm",
     "encoder/attention": "layer.0.SelfAttention",
     "encoder/pre_mlp_layer_norm": "layer.1.layer_norm",
     "encoder/mlp": "layer.1.DenseReluDense",
+    "decoder/relpos_bias": "layer.0.SelfAttention.relative_attention_bias",
     "decoder/pre_self_attention_layer_norm": "layer.0.layer_norm",
     "decoder/self_attention": "layer.0.SelfAttention",
     "decoder/pre_cross_attention_layer_norm": "layer.1.layer_norm",
@@ -103,6 +106,7 @@ def write_hf(
     vocabulary_file: str | Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "stored"] = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
+    model_type: str = "t5",
 ) -> None:
     """Writes a model as a folder that transformers loads, with its tokenizer if there is one.
 
@@ -110,7 +114,9 @@ def write_hf(
     shard by shard.  What is written reads back bit for bit, as ``stored`` in each array's own
     dtype.  Weights of more than ``max_shard_bytes`` go into several files with an index.  The
     folder is written aside and renamed; in an existing one, safetensors files of an earlier model
-    go and other files stay.
+    go and other files stay.  ``model_type`` "mt5" (``model_type_of`` the folder that was read)
+    writes an mT5 as one, which else is written as the T5 1.1 that it is; biases per layer make a
+    UMT5 whatever it says.
     """
     from prompt_tuning_jax.checkpoints.names import require_parameters
 
@@ -119,7 +125,7 @@ def write_hf(
     write_folder(
         Path(folder),
         arrays,
-        describe=lambda stored: config_to(config, stored),
+        describe=lambda stored: config_to(config, stored, model_type=model_type),
         tokenizer=tokenizer_files(vocabulary_file, config) if vocabulary_file else {},
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
@@ -132,7 +138,7 @@ def _hf_name(name: str) -> str:
         return _SHARED if name == EMBEDDING else _LM_HEAD
     stack, block, *rest = name.split("/")
     if block == "relpos_bias":
-        return f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        return _hf_name(f"{stack}/layers_0/{RELPOS}")
     if block == f"{stack}_norm":
         return f"{stack}.final_layer_norm.weight"
     sublayer, *projection = rest[:-1]

@@ -37,15 +37,16 @@ _T5_DEFAULTS: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "t5": _T5_DEFAULTS,
-    "mt5": _T5_DEFAULTS
+_MT5_DEFAULTS = (
+    _T5_DEFAULTS
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
-    | {"feed_forward_proj": "gated-gelu"},
-}
+    | {"feed_forward_proj": "gated-gelu"}
+)
+# A UMT5 is an mT5 with a relative position bias in every self-attention.
+_CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+_DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _MT5_DEFAULTS, "umt5": _MT5_DEFAULTS}
 # Kinds of T5 that transformers knows and this model cannot be.
 _OTHERS = {
-    "umt5": "which has a relative position bias of its own in every layer; this model shares one",
     "switch_transformers": "whose mlp is a mixture of experts",
     "longt5": "whose attention is local",
 }
@@ -65,9 +66,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(kind, str) and kind in _OTHERS:
         raise UserError(f"{path}: model_type is {kind!r}, {_OTHERS[kind]}")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        known = " or ".join(sorted(_DEFAULTS))
+        known = ", ".join(_DEFAULTS)
         raise UserError(f"{path}: model_type is {kind!r}; only {known} is read")
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
+
+
+def model_type_of(folder: str | Path) -> str:
+    """What a folder calls its model: t5, mt5 or umt5.  The first two differ by nothing else."""
+    kind: str = read_config(Path(folder) / CONFIG)["model_type"]
+    return kind
 
 
 def scales_outputs(raw: Mapping[str, Any], *, own_head: bool, path: Path) -> bool:
@@ -75,8 +82,11 @@ def scales_outputs(raw: Mapping[str, Any], *, own_head: bool, path: Path) -> boo
 
     transformers 5 writes ``tie_word_embeddings: true`` for every T5 and says with
     ``scale_decoder_outputs`` what 4.x said with that flag.  An mT5 says it with the flag alone:
-    4.x scales it, 5 never does.
+    4.x scales it, 5 never does.  So does a UMT5, which both scale where it is tied; that 5 scales
+    it before a head of its own, too, is a mistake: published ones were not trained so.
     """
+    if raw["model_type"] == "umt5":
+        return _flag(raw, "tie_word_embeddings", True, path=path) and not own_head
     if raw["model_type"] == "mt5":
         old = str(raw.get("transformers_version", "")).startswith("4.")
         return _flag(raw, "tie_word_embeddings", False, path=path) and old and not own_head
@@ -126,18 +136,32 @@ def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
         tie_embeddings=tied,
         relpos_num_buckets=positive("relative_attention_num_buckets"),
         relpos_max_distance=positive("relative_attention_max_distance"),
+        relpos_per_layer=raw["model_type"] == "umt5",
         layer_norm_eps=eps,
     )
 
 
-def config_to(config: T5Config, dtype: str) -> dict[str, Any]:
-    """config.json for transformers 4 (tie_word_embeddings, torch_dtype) and 5 (the others)."""
+def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[str, Any]:
+    """config.json for transformers 4 (tie_word_embeddings, torch_dtype) and 5 (the others).
+
+    ``model_type`` chooses between t5 and mt5; a bias per layer is a UMT5's whatever it says.
+    """
+    if model_type not in _DEFAULTS:
+        raise UserError(f"model_type is {model_type!r}; only {', '.join(_DEFAULTS)} is written")
+    if model_type == "umt5" and not config.relpos_per_layer:
+        raise UserError("model_type is 'umt5', and this model has no bias in each of its layers")
+    if config.relpos_per_layer:
+        model_type = "umt5"
+    elif config.tie_embeddings:
+        model_type = "t5"  # transformers 5 scales the output of no mT5
     projections = {activations: name for name, activations in _ACTIVATIONS.items()}
     if config.mlp_activations not in projections:
         raise UserError(f"transformers has no T5 with mlp_activations {config.mlp_activations}")
+    # transformers 5 looks for this in a T5 alone, and 4 at tie_word_embeddings.
+    scaled = {"scale_decoder_outputs": config.tie_embeddings} if model_type == "t5" else {}
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [f"{_CLASSES[model_type]}ForConditionalGeneration"],
+        "model_type": model_type,
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
         "d_model": config.embed_dim,
@@ -151,7 +175,7 @@ def config_to(config: T5Config, dtype: str) -> dict[str, Any]:
         "relative_attention_max_distance": config.relpos_max_distance,
         "layer_norm_epsilon": config.layer_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "scale_decoder_outputs": config.tie_embeddings,
+        **scaled,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
         "eos_token_id": 1,

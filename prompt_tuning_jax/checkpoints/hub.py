@@ -1,14 +1,19 @@
-"""Names of published models, and where each of them is."""
+"""Where a model is: bundled, published under a name, on this machine or in a bucket."""
 
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store_of
 from prompt_tuning_jax.checkpoints.hf_config import CONFIG
 from prompt_tuning_jax.checkpoints.hf_weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.data.hf_tokenizer import TOKENIZER_FILES
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 
+ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED = ("tiny",)
 # google-research/text-to-text-transfer-transformer, released_checkpoints.md: LM-adapted T5 1.1.
 T5X_MODELS = {
     f"t5_1_1_lm100k_{size}": (
@@ -16,6 +21,8 @@ T5X_MODELS = {
     )
     for size in ("small", "base", "large", "xl", "xxl")
 }
+# The one that all of these were trained with: 32,000 pieces, and 100 sentinels.
+T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DESCRIPTION = (CONFIG, *TOKENIZER_FILES)
 
@@ -23,13 +30,17 @@ _DESCRIPTION = (CONFIG, *TOKENIZER_FILES)
 def model_location(name: str) -> str:
     """The folder, or the ``gs://`` or ``s3://`` address, of a model by its name.
 
-    A folder and an address are what they are; ``t5_1_1_lm100k_base`` and the other sizes are T5X
-    checkpoints in a public bucket; ``google/flan-t5-small`` or any other ``org/name`` is fetched
-    from the Hugging Face hub, or found in its cache.  Raises UserError.
+    ``tiny`` is bundled; ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
+    bucket; a folder and an address are what they are; ``google/flan-t5-small`` or any other
+    ``org/name`` is fetched from the Hugging Face hub, or found in its cache.  Raises UserError.
     """
+    if name in BUNDLED:
+        return str(ASSETS / name)
     if name in T5X_MODELS:
         return T5X_MODELS[name]
-    if "://" in name:
+    if is_address(name):
+        if store_of(name) is None:
+            raise UserError(f"{name}: models are read at gs:// and s3://BUCKET/PATH alone")
         return name
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -37,9 +48,53 @@ def model_location(name: str) -> str:
     if is_hub_name(name):
         return str(hub_folder(name))
     raise UserError(
-        f"{name!r} is no folder, no org/name of the Hugging Face hub and no name of a model; "
-        f"{suggest(name, T5X_MODELS)}"
+        f"model {name!r} is neither a folder nor a bundled model; "
+        f"{suggest(name, [*BUNDLED, *T5X_MODELS])}, and org/name of the Hugging Face hub"
     )
+
+
+def hf_folder(location: str) -> Path:
+    """The folder on this machine of a Hugging Face model at a location of ``model_location``.
+
+    One in a bucket is copied first, see ``bucket.fetch_folder``; only what a hub would send.
+    """
+    if not is_address(location):
+        return Path(location)
+
+    def choose(there: Iterable[str]) -> list[str]:
+        files = list(there)
+        for weights in (SAFETENSORS, FLAX, TORCH):
+            chosen = _matching(files, [*_DESCRIPTION, *_patterns(weights)])
+            if CONFIG in chosen and {weights, weights + INDEX_SUFFIX} & set(chosen):
+                # The shards of some other model may lie beside the one file.
+                single = weights in chosen
+                return [f for f in chosen if not (single and f in _shards(files, weights))]
+        raise UserError(
+            f"{location} holds no model: neither a T5X checkpoint (checkpoint, or state/_METADATA) "
+            f"nor a Hugging Face folder ({CONFIG} and weights)"
+        )
+
+    return fetch_folder(location, choose)
+
+
+def _shards(files: Iterable[str], weights: str) -> list[str]:
+    return _matching(files, _patterns(weights)[1:])
+
+
+def _matching(files: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    wanted = list(patterns)
+    return [file for file in files if any(fnmatchcase(file, pattern) for pattern in wanted)]
+
+
+def t5x_vocabulary(name: str) -> Path | None:
+    """The vocabulary of a published T5X checkpoint, None where ``name`` is none or another's."""
+    if name not in T5X_MODELS and name.rstrip("/") not in T5X_MODELS.values():
+        return None
+    file = "sentencepiece.model"
+    folder = fetch_folder(T5X_VOCABULARY, lambda there: [f for f in there if f == file])
+    if not (folder / file).is_file():
+        raise UserError(f"{T5X_VOCABULARY} has no {file}: give the vocabulary (model.vocabulary)")
+    return folder / file
 
 
 def is_hub_name(name: str) -> bool:

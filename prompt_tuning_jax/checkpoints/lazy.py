@@ -6,6 +6,7 @@ on devices asks each for the shards it needs, so that the host never holds the w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -26,6 +27,11 @@ class LazyArray:
     dtype: np.dtype
     where: str
     read: Callable[[Index], HostArray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def whole(self) -> HostArray:
         return self.read(tuple(slice(None) for _ in self.shape))

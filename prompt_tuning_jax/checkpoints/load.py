@@ -1,23 +1,76 @@
 """Opens a model by its name or folder: weights, configuration and vocabulary together."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import sharding, tree
 from prompt_tuning_jax.checkpoints import hf, t5x
-from prompt_tuning_jax.checkpoints.hub import hub_folder, is_hub_name
+from prompt_tuning_jax.checkpoints.bucket import is_address
+from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location, t5x_vocabulary
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.checkpoints.placement import place
+from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.data.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config, preset
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.tree import fill
 from prompt_tuning_jax.typing import DType
 
-ASSETS = Path(__file__).parent.parent / "assets"
-BUNDLED = ("tiny",)
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model of which nothing but headers has been read.
+
+    ``location`` is where it is, a folder or an address; ``source`` the T5X checkpoint there, or the
+    folder of a Hugging Face model on this machine; ``params`` are by T5X name, without a prompt
+    that was trained with them; ``vocabulary_file`` is for ``load_vocabulary``.
+    """
+
+    location: str
+    source: t5x.T5XCheckpoint | Path
+    config: T5Config
+    params: dict[str, LazyArray]
+    vocabulary_file: Path | None
+
+
+def open_model(
+    name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
+) -> OpenedModel:
+    """Finds and opens a model: see ``load_model``.
+
+    With ``vocabulary=False`` none is looked for.  Every parameter has exactly one source and every
+    array of the checkpoint one use, or UserError lists what is left over on both sides.
+    """
+    location = model_location(name_or_path)
+    if not t5x.is_t5x(location):
+        folder = hf_folder(location)
+        config, params, words = hf.open_hf(folder)
+        return OpenedModel(
+            location=location, source=folder, config=config, params=params, vocabulary_file=words
+        )
+    checkpoint = t5x.open_t5x(location)
+    params = {name: p for name, p in checkpoint.params.items() if name != t5x.PROMPT}
+    buckets = t5x.config_of(params).relpos_num_buckets
+    config = t5x.config_of(
+        params,
+        relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
+    )
+    words = None
+    if vocabulary:
+        words = t5x_vocabulary(name_or_path)
+        if words is None and not is_address(location):
+            words = vocabulary_file(Path(location))
+    return OpenedModel(
+        location=location,
+        source=checkpoint,
+        config=config,
+        params=params,
+        vocabulary_file=words,
+    )
 
 
 def load_model(
@@ -28,35 +81,42 @@ def load_model(
     dropout_rate: float = 0.0,
     vocabulary: str = "",
     relpos_max_distance: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> T5:
     """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
 
-    ``name_or_path`` is ``tiny`` (bundled), a Hugging Face folder or ``org/name`` on its hub, or a
-    folder of a T5X checkpoint.  Activations are computed in ``dtype`` and weights held in
-    ``param_dtype`` (``dtype`` unless given).  ``vocabulary`` is a file in place of the model's own;
-    ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's 128
-    for 32 buckets, and twice the buckets for toy models with fewer.  Raises UserError.
+    ``name_or_path`` is ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, a name
+    ``org/name`` of the Hugging Face hub, or the folder or ``gs://`` or ``s3://`` address of a model
+    of Hugging Face's or a T5X checkpoint.  Activations are computed in ``dtype`` and weights held
+    in ``param_dtype`` (``dtype`` unless given).  ``vocabulary`` is a file in place of the model's
+    own; ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's
+    128 for 32 buckets, and twice the buckets for toy models with fewer.
+
+    On a ``mesh`` the weights are laid out by ``sharding.RULES``: each device's part is read from
+    the checkpoint and converted by itself, so that the host never holds the model, nor a process
+    what the devices of others hold.  Raises UserError.
     """
-    folder = model_folder(name_or_path)
-    params: dict[str, LazyArray]
-    if t5x.is_t5x(folder):
-        params = dict(t5x.open_t5x(folder).params)
-        params.pop(t5x.PROMPT, None)
-        buckets = t5x.config_of(params).relpos_num_buckets
-        config = t5x.config_of(
-            params,
-            relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
-        )
-        vocabulary_file = None
-    else:
-        config, params, vocabulary_file = hf.open_hf(folder)
-    words = _vocabulary(vocabulary or vocabulary_file, config, model=name_or_path)
+    opened = open_model(
+        name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
+    )
+    words = _vocabulary(vocabulary or opened.vocabulary_file, opened.config, model=name_or_path)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = abstract_model(
-        config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, vocabulary=words
+        opened.config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dropout_rate=dropout_rate,
+        vocabulary=words,
     )
-    # One array at a time: the host never holds the whole model beside the devices' copy.
-    fill(model, {name: jnp.asarray(p.whole(), param_dtype) for name, p in params.items()})
+    # Before anything is read.
+    _, wanted = tree.split(model)
+    tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
+    shardings = None
+    if mesh is not None and mesh.size > 1:
+        shapes = {name: array.shape for name, array in wanted.items()}
+        shardings = sharding.shardings_of(shapes, tree.logical_axes(model), mesh)
+    title = f"reading {name_or_path}"
+    tree.fill(model, place(opened.params, dtype=param_dtype, shardings=shardings, title=title))
     return model
 
 
@@ -104,21 +164,6 @@ def abstract_model(
             vocabulary=vocabulary,
         )
     )
-
-
-def model_folder(name_or_path: str) -> Path:
-    """The folder of a bundled model, of a path, or of a name on the hub; UserError for none."""
-    if name_or_path in BUNDLED:
-        return ASSETS / name_or_path
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir() and is_hub_name(name_or_path):
-        return hub_folder(name_or_path)
-    if not folder.is_dir():
-        raise UserError(
-            f"model.name_or_path: {name_or_path!r} is neither a folder nor a bundled model; "
-            f"{suggest(name_or_path, BUNDLED)}"
-        )
-    return folder
 
 
 def _vocabulary(path: str | Path | None, config: T5Config, *, model: str) -> AnyVocabulary | None:

@@ -7,8 +7,8 @@ from prompt_tuning_jax.models.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
-ENCODER_RELPOS = "encoder/relpos_bias/rel_embedding"
-DECODER_RELPOS = "decoder/relpos_bias/rel_embedding"
+# Of a stack, or with ``relpos_per_layer`` of each of its layers.
+RELPOS = "relpos_bias/rel_embedding"
 
 
 def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -24,15 +24,20 @@ def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
         return {f"{path}/{name}/kernel": shape for name, shape in of.items()}
 
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
-    shapes |= {ENCODER_RELPOS: relpos, DECODER_RELPOS: relpos}
+    if not config.relpos_per_layer:
+        shapes |= {f"{stack}/{RELPOS}": relpos for stack in ("encoder", "decoder")}
     shapes |= {"encoder/encoder_norm/scale": (d,), "decoder/decoder_norm/scale": (d,)}
     for i in range(config.num_encoder_layers):
         layer = f"encoder/layers_{i}"
+        if config.relpos_per_layer:
+            shapes[f"{layer}/{RELPOS}"] = relpos
         for norm in ("attention", "mlp"):
             shapes[f"{layer}/pre_{norm}_layer_norm/scale"] = (d,)
         shapes |= kernels(f"{layer}/attention", attention) | kernels(f"{layer}/mlp", mlp)
     for i in range(config.num_decoder_layers):
         layer = f"decoder/layers_{i}"
+        if config.relpos_per_layer:
+            shapes[f"{layer}/{RELPOS}"] = relpos
         for norm in ("self_attention", "cross_attention", "mlp"):
             shapes[f"{layer}/pre_{norm}_layer_norm/scale"] = (d,)
         for block in ("self_attention", "encoder_decoder_attention"):

@@ -32,7 +32,6 @@ _KEY = "prompt"
 _NPY_MAGIC = b"\x93NUMPY"
 # What T5X's own export of a prompt to a file calls it.
 _T5X_FILE = "encoder.prompt.prompt.prompt"
-# What marks a T5X checkpoint that Orbax wrote, which has no index file.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,8 @@ def load_prompt_with_metadata(
     """The prompt ``[P,D]`` in a file or folder as ``dtype``, and what is known about it.
 
     What it is, is told by content: an ``.npy`` (also T5X's ``encoder.prompt.prompt.prompt``), this
-    project's ``.safetensors``, the folder of a PEFT adapter, or a T5X checkpoint with a prompt.
+    project's ``.safetensors``, the folder of a PEFT adapter, or a T5X checkpoint with a prompt,
+    which may be at a ``gs://`` or ``s3://`` address.
     ``dtype`` None keeps the floating-point type that is stored; ``width`` is the model's, if it is
     known.  Raises UserError if it is missing, damaged, of another width or not a prompt.
     """
@@ -122,6 +122,8 @@ def load_prompt_with_metadata(
 
 def read_prompt(path: str | Path) -> StoredPrompt:
     """The prompt in a file or folder as it is stored; errors as ``load_prompt_with_metadata``."""
+    if "://" in str(path):
+        return _read_t5x(str(path))
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
@@ -183,17 +185,21 @@ def _read_folder(folder: Path) -> StoredPrompt:
         )
         return StoredPrompt(prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter")
     if t5x.is_t5x(folder):
-        stored = t5x.open_t5x(folder).params.get(t5x.PROMPT)
-        if stored is None:
-            raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
-        prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)
-        return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
+        return _read_t5x(folder)
     inside = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     raise UserError(
         f"{folder} is a folder without a prompt: it has neither a PEFT adapter's {peft.CONFIG} "
         f"nor a T5X checkpoint's {t5x.INDEX!r}{hint}"
     )
+
+
+def _read_t5x(folder: str | Path) -> StoredPrompt:
+    stored = t5x.open_t5x(folder).params.get(t5x.PROMPT)
+    if stored is None:
+        raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
+    prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)
+    return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
 
 
 def _guess(start: bytes) -> str:

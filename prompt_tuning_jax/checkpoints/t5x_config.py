@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.names import (
-    DECODER_RELPOS,
     EMBEDDING,
-    ENCODER_RELPOS,
     LOGITS,
+    RELPOS,
     require_parameters,
 )
 from prompt_tuning_jax.errors import UserError
@@ -16,7 +15,8 @@ from prompt_tuning_jax.models.config import T5Config
 
 # Where the original prompt tuning code keeps its prompt [P,D] among the model's parameters.
 PROMPT = "encoder/prompt/prompt/prompt"
-_OWN_RELPOS = re.compile(r"(encoder|decoder)/layers_\d+/relpos_bias/rel_embedding")
+_SHARED_RELPOS = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
+_OWN_RELPOS = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
 
 
 def config_of(
@@ -33,14 +33,16 @@ def config_of(
     """
     of = "the checkpoint"
     own = next((name for name in params if _OWN_RELPOS.fullmatch(name)), None)
-    if own is not None:
+    shared = next((name for name in params if name in _SHARED_RELPOS), None)
+    if own is not None and shared is not None:
         raise UserError(
-            f"{of} has {own}: layers with a relative position bias of their own, which differ, are "
-            "of a model that is not supported; only one bias per stack is"
+            f"{of} has {own} and {shared}: relative position biases are one per layer or one per "
+            "stack, not both"
         )
     vocab_size, embed_dim = _shape(params, EMBEDDING)
-    num_heads, num_buckets = _shape(params, ENCODER_RELPOS)
-    _shape(params, DECODER_RELPOS)
+    for stack in ("decoder", "encoder"):
+        of_layer = "" if own is None else "layers_0/"
+        num_heads, num_buckets = _shape(params, f"{stack}/{of_layer}{RELPOS}")
     _, all_heads = _shape(params, "encoder/layers_0/attention/query/kernel")
     if not num_heads or all_heads % num_heads:
         raise UserError(f"{of} has query kernels of width {all_heads} for {num_heads} heads")
@@ -60,6 +62,7 @@ def config_of(
         tie_embeddings=LOGITS not in params,
         relpos_num_buckets=num_buckets,
         relpos_max_distance=relpos_max_distance,
+        relpos_per_layer=own is not None,
     )
     require_parameters({k: v for k, v in params.items() if k != PROMPT}, config, of=of)
     return config

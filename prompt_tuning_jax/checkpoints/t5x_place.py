@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.bucket import Bucket, as_folder, one_line, store_of
 from prompt_tuning_jax.errors import UserError
 
-_BUCKET = re.compile(r"(gs|s3)://([^/]+)/*(.*?)/*", re.DOTALL)
-_DRIVERS = {"gs": "gcs", "s3": "s3"}
+__all__ = ["Place", "one_line"]
+
 # T5X's own saves, Orbax's (of the whole or of an item), and this project's.
 _UNFINISHED = re.compile(r".*\.tmp-\d*|.*\.orbax-checkpoint-tmp.*|\..*\.tmp", re.DOTALL)
 
@@ -30,17 +31,12 @@ class Place:
     def of(cls, folder: str | Path) -> "Place":
         """The place of a folder or of a ``gs://`` or ``s3://`` address; UserError if unfinished."""
         name = str(folder).rstrip("/") or str(folder)
-        bucket = _BUCKET.fullmatch(name)
-        root = None if bucket else Path(folder).resolve()
+        store = store_of(name)
+        root = None if store else Path(folder).resolve()
         for last in {posixpath.basename(name), root.name if root else ""}:
             if _UNFINISHED.fullmatch(last):
                 raise UserError(f"{name} is a save that was not finished: use an earlier one")
-        if bucket:
-            driver = _DRIVERS[bucket[1]]
-            store = {"driver": driver, "bucket": bucket[2], "path": _as_folder(bucket[3])}
-        else:
-            store = {"driver": "file", "path": f"{root}/"}
-        return cls(name=name, root=root, store=store)
+        return cls(name=name, root=root, store=store or {"driver": "file", "path": f"{root}/"})
 
     def read(self, path: str) -> bytes | None:
         """The bytes of a file, None if there is none; UserError for a link out of the folder."""
@@ -50,13 +46,7 @@ class Place:
                 return file.read_bytes() if file.is_file() else None
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-        import tensorstore
-
-        try:
-            found = tensorstore.KvStore.open(self.store).result().read(path).result()
-        except Exception as error:  # each kind of store has its own
-            raise UserError(f"{self.name}/{path} cannot be read: {one_line(error)}") from error
-        return bytes(found.value) if found.state == "value" else None
+        return Bucket(self.name).read(path)
 
     def below(self, path: object, *, of: str) -> dict[str, Any]:
         """TensorStore's place of the folder ``path``; ``of`` says whose, for the messages.
@@ -77,23 +67,25 @@ class Place:
             for file in folder.rglob("*"):
                 if file.is_symlink():
                     self._inside(str(file.relative_to(self.root)), of)
-        return {**self.store, "path": _as_folder(f"{self.store['path']}{normal}")}
+        return {**self.store, "path": as_folder(f"{self.store['path']}{normal}")}
 
     def _inside(self, path: str, of: str) -> Path:
         assert self.root is not None
         resolved = (self.root / path).resolve()
-        if not resolved.is_relative_to(self.root) or resolved == self.root:
+        allowed = (self.root, *_blobs(self.root))
+        if resolved == self.root or not any(resolved.is_relative_to(folder) for folder in allowed):
             raise UserError(f"{self.name}: {of} is at {path!r}, outside of the folder")
         return self.root / path
 
 
-def one_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = line.partition(" [tensorstore_spec=")[0]
-    # TensorStore says first what it did and last what went wrong.
-    return line if len(line) <= 240 else f"{line[:60]} ... {line[-160:]}"
+def _blobs(root: Path) -> tuple[Path, ...]:
+    """Where the files of a folder in the cache of the Hugging Face hub are; none for any other.
 
-
-def _as_folder(path: str) -> str:
-    return f"{path.rstrip('/')}/" if path.rstrip("/") else ""
+    The cache keeps them beside its snapshots, ``models--org--name/snapshots/<commit>``, which are
+    folders of links to ``models--org--name/blobs``, or further to ``blobs`` of the whole cache.
+    """
+    for snapshot in (root, *root.parents):
+        model = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and model.name.startswith("models--"):
+            return model / "blobs", model.parent / "blobs"
+    return ()

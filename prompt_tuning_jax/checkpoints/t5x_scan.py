@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.names import RELPOS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
 STACKS = ("encoder", "decoder")
 _AXIS = 1
-_RELPOS = "relpos_bias/rel_embedding"
 _ATTENTION = re.compile(r".*attention/(query|key|value|out)/kernel")
 
 
@@ -28,8 +28,9 @@ def is_scanned(names: Mapping[str, object]) -> bool:
 def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The same parameters, a layer per name, kernels [in, out]; nothing but biases is read.
 
-    A relative position bias that is equal in all layers becomes the one of its stack.  If layers
-    differ, each keeps its own, at ``<stack>/layers_<i>/relpos_bias/rel_embedding``.
+    Relative position biases that are equal in all layers, in the encoder and in the decoder, become
+    one per stack, as in T5.  If layers differ, all layers of both stacks keep their own, at
+    ``<stack>/layers_<i>/relpos_bias/rel_embedding``.
     """
     flat: dict[str, LazyArray] = {}
     layers: dict[str, int] = {}
@@ -50,8 +51,8 @@ def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
         for number in range(count):
             flat[f"{stack}/layers_{number}/{rest}"] = array.layer(number, axis=_AXIS)
     flat = {name: _kernel(name, array) for name, array in flat.items()}
-    for stack in STACKS:
-        flat = _with_one_bias(flat, stack)
+    if layers:  # who gives a layer per name says with the names whose the biases are
+        flat = _with_one_bias_per_stack(flat)
     return dict(sorted(flat.items()))
 
 
@@ -80,13 +81,16 @@ def joined(array: LazyArray, *, axis: int) -> LazyArray:
     return LazyArray(shape=shape, dtype=array.dtype, where=array.where, read=read)
 
 
-def _with_one_bias(params: dict[str, LazyArray], stack: str) -> dict[str, LazyArray]:
-    own = re.compile(rf"{stack}/layers_\d+/{_RELPOS}")
-    biases = {name: array for name, array in params.items() if own.fullmatch(name)}
-    if not biases or f"{stack}/{_RELPOS}" in params:
-        return params
-    first, *others = (array.whole() for array in biases.values())
-    if not all(first.shape == other.shape and np.array_equal(first, other) for other in others):
-        return params
-    rest = {name: array for name, array in params.items() if name not in biases}
-    return {**rest, f"{stack}/{_RELPOS}": next(iter(biases.values()))}
+def _with_one_bias_per_stack(params: dict[str, LazyArray]) -> dict[str, LazyArray]:
+    """The parameters with the biases of layers made those of their stacks, if nothing is lost."""
+    kept = dict(params)
+    for stack in STACKS:
+        own = re.compile(rf"{stack}/layers_\d+/{RELPOS}")
+        biases = [kept.pop(name) for name in params if own.fullmatch(name)]
+        if not biases:
+            continue
+        first, *others = (array.whole() for array in biases)
+        if not all(np.array_equal(first, other) for other in others):
+            return params
+        kept[f"{stack}/{RELPOS}"] = biases[0]
+    return kept

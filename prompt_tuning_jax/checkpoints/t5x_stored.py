@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from prompt_tuning_jax.checkpoints import bucket
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
-from prompt_tuning_jax.checkpoints.t5x_place import one_line
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
@@ -44,19 +44,36 @@ class ArrayPlace:
 
 
 def open_arrays(places: Mapping[str, ArrayPlace]) -> dict[str, LazyArray]:
-    """Opens all at once, which reads their headers only; UserError for what is not as it should."""
+    """Opens all at once, which reads their headers only; UserError for what is not as it should.
+
+    Chunks are decoded as a whole, and many parts of an array can lie in one: those read last are
+    kept, as much as the largest of the arrays.
+    """
     import tensorstore
 
     # The first error must not leave the others running: they are waited for one by one.
     waiting = {
-        name: tensorstore.open({**place.spec, **_STRICT}, read=True, open=True)
+        name: tensorstore.open(
+            {**place.spec, **_STRICT}, read=True, open=True, context=bucket.retries()
+        )
         for name, place in places.items()
     }
-    return {name: _opened(places[name], future) for name, future in waiting.items()}
+    opened = {name: _opened(places[name], future) for name, future in waiting.items()}
+    largest = max((a.size * a.dtype.numpy_dtype.itemsize for a in opened.values()), default=0)
+    kept = bucket.retries(cached_bytes=min(largest, _MOST_CACHED))
+    # Again, without reading the headers again.
+    cached = {
+        name: tensorstore.open(
+            array.spec(), read=True, open=True, assume_metadata=True, context=kept
+        )
+        for name, array in opened.items()
+    }
+    return {name: _lazy(places[name], array.result()) for name, array in cached.items()}
 
 
 # Otherwise a lost chunk would be read as zeros.
-_STRICT = {"fill_missing_data_reads": False}
+_STRICT = {"fill_missing_data_reads": False, "recheck_cached_data": "open"}
+_MOST_CACHED = 1 << 29
 
 
 def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
@@ -73,13 +90,11 @@ def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
     return array
 
 
-def _opened(place: ArrayPlace, future: Any) -> LazyArray:
+def _opened(place: ArrayPlace, future: Any) -> Any:
     try:
         array = future.result()
     except Exception as error:  # TensorStore maps its codes to many kinds
-        raise UserError(
-            f"{place.path} is damaged or incomplete for {place.name}: {one_line(error)}"
-        ) from error
+        raise _failure(place, error) from error
     shape = tuple(array.shape)
     if place.shape is not None and shape != place.shape:
         raise UserError(
@@ -91,6 +106,11 @@ def _opened(place: ArrayPlace, future: Any) -> LazyArray:
             f"{place.path} holds {array.dtype.name} for {place.name}, "
             f"and the index says {place.dtype}"
         )
+    return array
+
+
+def _lazy(place: ArrayPlace, array: Any) -> LazyArray:
+    shape = tuple(array.shape)
 
     def read(index: Index) -> HostArray:
         # TensorStore takes no slice beyond the end and none that counts from it.
@@ -99,9 +119,7 @@ def _opened(place: ArrayPlace, future: Any) -> LazyArray:
         try:
             return np.asarray((array[part] if part else array).read().result())
         except Exception as error:
-            raise UserError(
-                f"{place.path} is damaged or incomplete for {place.name}: {one_line(error)}"
-            ) from error
+            raise _failure(place, error) from error
 
     return LazyArray(
         shape=shape,
@@ -109,3 +127,10 @@ def _opened(place: ArrayPlace, future: Any) -> LazyArray:
         where=f"{place.path} ({place.name})",
         read=read,
     )
+
+
+def _failure(place: ArrayPlace, error: Exception) -> UserError:
+    damaged = UserError(
+        f"{place.path} is damaged or incomplete for {place.name}: {bucket.one_line(error)}"
+    )
+    return bucket.unreachable(place.path, error) or damaged

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from prompt_tuning_jax.data.bucket_plan import BucketPlan
+from prompt_tuning_jax.data.buckets import FIXED, Buckets, bucket_of
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocab import PAD_ID
 from prompt_tuning_jax.errors import UserError
 
 if TYPE_CHECKING:
     import grain
+
+_REMEMBERED = 10_000  # steps, of which a number is kept
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
@@ -24,11 +28,14 @@ class TrainBatches:
     has a leading axis E.  Every epoch holds every example once, in an order of its own; a batch may
     reach across the end of an epoch, so that sets smaller than a batch work.
 
-    What a batch holds depends on the examples, ``batch_size``, ``rates``, the seed and the step,
-    and on nothing else: not on the seeds beside it, nor on the steps asked for before.
+    What a batch holds depends on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and
+    the step, and on nothing else: not on the seeds beside it, nor on the steps asked for before,
+    nor on which process asks.
 
-    The seam for batches by length: ``lengths_for`` and ``indices_for`` are the whole plan of a
-    step, and all that ``__getitem__`` asks for.
+    ``lengths_for`` and ``indices_for`` are the whole plan of a step, and all that ``__getitem__``
+    asks for.  With ``buckets`` the examples of a batch are about equally long and T is the length
+    of their bucket (``data.bucket_plan``); without, or where one length does, T is the same for all
+    and examples come as they are drawn.
     """
 
     def __init__(
@@ -38,6 +45,8 @@ class TrainBatches:
         batch_size: int,
         seeds: int | Sequence[int],
         rates: Sequence[float] = (),
+        buckets: Buckets = FIXED,
+        rows: slice = slice(None),
     ) -> None:
         """Plan the batches.
 
@@ -46,7 +55,10 @@ class TrainBatches:
           batch_size: B, for each seed.
           seeds: an int gives batches without the axis E; a sequence gives one slice to each seed.
           rates: how often an example of each set is drawn, relative to the others (default: all
-            the same).  The sets interleave evenly, in the same pattern for all seeds.
+            the same).  The sets interleave evenly, in the same pattern for all seeds; with
+            ``buckets`` each window of batches has their share, and not each batch.
+          buckets: how T is chosen; no more than the sets' ``inputs_length``.
+          rows: which of a batch's B rows to gather: one process's of several that share a plan.
         """
         self._sets = (examples,) if isinstance(examples, TokenizedExamples) else tuple(examples)
         if batch_size < 1:
@@ -56,12 +68,28 @@ class TrainBatches:
             raise ValueError(f"the sets of a mixture differ in their lengths: {sorted(lengths)}")
         if rates and len(rates) != len(self._sets):
             raise ValueError(f"{len(self._sets)} sets and {len(rates)} rates")
-        self._batch_size = batch_size
-        self._lengths = lengths.pop()
+        self.batch_size = batch_size
+        inputs_length, self._targets_length = lengths.pop()
         # An example's number: its index in its set plus the sizes of the sets before.
         self._first = np.cumsum([0, *(len(s) for s in self._sets)])
         self._one_seed = isinstance(seeds, int)
         self._seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+        self._rows = rows
+        # [examples] of all sets, as far as they are not cut.
+        self._real_N = np.minimum(
+            np.concatenate([s.inputs.lengths for s in self._sets]), inputs_length
+        )
+        plan = BucketPlan(
+            [s.inputs.lengths for s in self._sets],
+            limit=inputs_length,
+            batch_size=batch_size,
+            buckets=buckets,
+            rates=rates,
+            num_seeds=len(self._seeds),
+        )
+        self.inputs_lengths = plan.lengths
+        self._real_of: dict[int, int] = {}
+        self._plan = plan if len(plan.lengths) > 1 else None
         self._orders = {seed: self._order(seed, tuple(rates)) for seed in self._seeds}
 
     @property
@@ -71,18 +99,30 @@ class TrainBatches:
 
     def lengths_for(self, step: int) -> tuple[int, int]:
         """(T, S) of the batch at ``step``: the same for all seeds, whose slices form one array."""
-        del step
-        return self._lengths
+        if self._plan is None:
+            return self.inputs_lengths[0], self._targets_length
+        return self._plan.length_for(step), self._targets_length
 
     def indices_for(self, step: int, seed: int) -> np.ndarray:
         """[B] int64: the numbers of the examples that ``seed`` sees at ``step``."""
         if step < 0:
             raise IndexError(f"step {step}")
+        if self._plan is not None:
+            return self._plan.indices_for(step, seed)
         return np.asarray(self._orders[seed][step], np.int64)
+
+    def padding(self, start_step: int, stop_step: int) -> float:
+        """Percent of the input positions of these steps that are padding, in all rows and seeds."""
+        steps = range(start_step, stop_step)
+        real = sum(self._real_of.get(step) or self._count_real(step) for step in steps)
+        lengths = sum(self.lengths_for(step)[0] for step in steps)
+        return 100 * (1 - real / max(lengths * self.batch_size * len(self._seeds), 1))
 
     def __getitem__(self, step: int) -> Batch:
         inputs_length, targets_length = self.lengths_for(step)
-        indices_EB = np.stack([self.indices_for(step, seed) for seed in self._seeds])
+        indices_EB = self._indices(step)
+        self._count_real(step, indices_EB)
+        indices_EB = indices_EB[:, self._rows]
         shape_EB = indices_EB.shape
         inputs_NT, targets_NS = self._gather(indices_EB.ravel(), inputs_length, targets_length)
         leading = shape_EB[1:] if self._one_seed else shape_EB
@@ -101,6 +141,16 @@ class TrainBatches:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         yield from steps.map(self.__getitem__).to_iter_dataset(options)
 
+    def _indices(self, step: int) -> np.ndarray:
+        return np.stack([self.indices_for(step, seed) for seed in self._seeds])
+
+    def _count_real(self, step: int, indices_EB: np.ndarray | None = None) -> int:
+        """Tokens of inputs at ``step``; remembered for a while, for ``padding`` asks again."""
+        chosen_EB = self._indices(step) if indices_EB is None else indices_EB
+        self._real_of[step] = real = int(self._real_N[chosen_EB].sum())
+        self._real_of.pop(step - _REMEMBERED, None)
+        return real
+
     def _order(self, seed: int, rates: tuple[float, ...]) -> "grain.MapDataset[np.ndarray]":
         # Imported here: grain brings in JAX and Orbax.
         import grain
@@ -117,7 +167,7 @@ class TrainBatches:
             mixed = shuffled[0]
         else:
             mixed = grain.MapDataset.mix(shuffled, weights=rates or None)
-        return mixed.batch(self._batch_size)
+        return mixed.batch(self.batch_size)
 
     def _gather(
         self, indices_N: np.ndarray, inputs_length: int, targets_length: int
@@ -144,26 +194,56 @@ def make_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
     }
 
 
-def eval_batches(examples: TokenizedExamples, *, batch_size: int) -> Iterator[Batch]:
-    """Yield all examples once, in order, in batches of one size.
+def eval_batches(
+    examples: TokenizedExamples, *, batch_size: int, buckets: Buckets = FIXED
+) -> Iterator[Batch]:
+    """Yield all examples once, in batches of one size and of the lengths that ``buckets`` chooses.
 
     Beside the arrays of a training batch: ``example_index`` [B] int32, into ``examples.texts``, and
-    ``row_mask`` [B] bool.  Where the last batch has rows to spare, these repeat the first inputs
-    with no targets, their index is -1 and their mask False.
+    ``row_mask`` [B] bool.  Examples come in order where all batches have one length, else the
+    shortest first.  One batch may have rows to spare, the last one or that of the shortest inputs:
+    these come behind the others, repeat an input with no targets, their index is -1 and their mask
+    False.
     """
-    if batch_size < 1:
-        raise UserError(f"evaluation.batch_size is {batch_size} and must be at least 1")
-    for start in range(0, len(examples), batch_size):
-        index_B = np.arange(start, start + batch_size, dtype=np.int32)
-        mask_B = index_B < len(examples)
-        rows_B = np.where(mask_B, index_B, 0)
+    for index_B, inputs_length in eval_plan(examples, batch_size=batch_size, buckets=buckets):
+        mask_B = index_B >= 0
+        rows_B = np.where(mask_B, index_B, index_B[0])
         targets_BS = examples.targets.padded(rows_B, examples.targets_length)
         targets_BS[~mask_B] = PAD_ID
         yield {
-            **make_batch(examples.inputs.padded(rows_B, examples.inputs_length), targets_BS),
-            "example_index": np.where(mask_B, index_B, -1).astype(np.int32),
+            **make_batch(examples.inputs.padded(rows_B, inputs_length), targets_BS),
+            "example_index": index_B,
             "row_mask": mask_B,
         }
+
+
+def eval_plan(
+    examples: TokenizedExamples, *, batch_size: int, buckets: Buckets = FIXED
+) -> list[tuple[np.ndarray, int]]:
+    """For each batch of ``eval_batches`` its ``example_index`` and the length of its inputs."""
+    if batch_size < 1:
+        raise UserError(f"evaluation.batch_size is {batch_size} and must be at least 1")
+    number, limit = len(examples), examples.inputs_length
+    lengths_N = np.minimum(examples.inputs.lengths, limit)
+    order = np.argsort(lengths_N, kind="stable")
+    spare = np.full(-number % batch_size, -1)
+    # Spare rows cost least among the shortest.
+    index_MB = np.concatenate([spare, order]).astype(np.int32).reshape(-1, batch_size)
+    longest_M = lengths_N[index_MB[:, -1]]
+    lengths = buckets.choose(longest_M, limit=limit)
+    if len(lengths) == 1:
+        index_MB = np.concatenate([np.arange(number), spare]).astype(np.int32)
+        return [(index_B, lengths[0]) for index_B in index_MB.reshape(-1, batch_size)]
+    index_MB[0] = np.roll(index_MB[0], -len(spare))
+    in_bucket_M = bucket_of(longest_M, lengths)
+    return [(index_B, lengths[k]) for index_B, k in zip(index_MB, in_bucket_M, strict=True)]
+
+
+def eval_padding(plan: Sequence[tuple[np.ndarray, int]], examples: TokenizedExamples) -> float:
+    """Percent of the input positions of an ``eval_plan`` that are padding, spare rows included."""
+    computed = sum(len(index_B) * length for index_B, length in plan)
+    real = int(np.minimum(examples.inputs.lengths, examples.inputs_length).sum())
+    return 100 * (1 - real / max(computed, 1))
 
 
 def _shuffle_seed(seed: int, number: int) -> int:

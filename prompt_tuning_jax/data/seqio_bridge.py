@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from prompt_tuning_jax.data.code_identity import code_identity
 from prompt_tuning_jax.data.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.metrics import Metric
 from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.data.t5_tasks.forms import task_index_id
 from prompt_tuning_jax.data.task import (
     Example,
     Mixture,
@@ -24,9 +26,11 @@ from prompt_tuning_jax.data.task import (
     Row,
     Source,
     Task,
-    get_task,
+    alias_names,
+    builtin_names,
+    get_mixture,
 )
-from prompt_tuning_jax.data.vocab import AnyVocabulary, ByteVocabulary
+from prompt_tuning_jax.data.vocab import DEFAULT_SENTINELS, AnyVocabulary, ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,10 +68,13 @@ def from_seqio(name: str) -> Task | Mixture:
     if name not in seqio.MixtureRegistry.names():
         raise UserError(f"unknown SeqIO task or mixture {name!r}: {suggest(name, seqio_names())}")
     mixture = seqio.MixtureRegistry.get(name)
+    rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
+    # A rate of 0 is how SeqIO's users say that a task is only evaluated.
     return Mixture(
         name=name,
-        tasks=tuple(_wrap_task(task) for task in mixture.tasks),
-        rates=tuple(float(mixture.get_rate(task)) for task in mixture.tasks),
+        tasks=tuple(_wrap_task(task) for task in mixture.tasks if rates[task.name]),
+        rates=tuple(rate for rate in rates.values() if rate),
+        evaluated=tuple(_wrap_task(task) for task in mixture.tasks if not rates[task.name]),
         description="SeqIO mixture",
     )
 
@@ -75,31 +82,93 @@ def from_seqio(name: str) -> Task | Mixture:
 def register_in_seqio(
     vocabulary: AnyVocabulary, *, names: Sequence[str] = ("word_valence",), data_dir: str = ""
 ) -> None:
-    """Register tasks of this library in ``seqio.TaskRegistry`` under their names, for T5X users.
+    """Register tasks and mixtures of this library in SeqIO under their names, for T5X users.
 
     The ids are those of ``tokenize``: SeqIO's own vocabulary of the same file, then EOS behind what
     is cut to length.  Beside the texts each example has the feature ``example_json``, all fields.
+    A mixture's members that are not named are registered with it.
+    """
+    register_with_seqio_vocabulary(_to_seqio_vocabulary(vocabulary), names=names, data_dir=data_dir)
+
+
+def register_with_seqio_vocabulary(
+    vocabulary: "seqio.Vocabulary",
+    *,
+    names: Sequence[str],
+    data_dir: str = "",
+    skip_known: bool = False,
+) -> None:
+    """The same with a vocabulary of SeqIO, which may be a file that is not read before it is used.
+
+    With ``skip_known`` names that SeqIO has already are left to whoever registered them.
     """
     import seqio
 
-    seqio_vocabulary = _to_seqio_vocabulary(vocabulary)
     for name in names:
-        task = get_task(name)
-        seqio.TaskRegistry.add(
-            name,
-            source=seqio.FunctionDataSource(_dataset_fn(task, data_dir), splits=task.splits),
-            preprocessors=[
-                seqio.preprocessors.tokenize,
-                seqio.CacheDatasetPlaceholder(),
-                seqio.preprocessors.append_eos_after_trim,
-            ],
-            output_features={
-                key: seqio.Feature(vocabulary=seqio_vocabulary, add_eos=True)
-                for key in ("inputs", "targets")
-            },
-            postprocess_fn=_to_seqio_postprocess(task),
-            metric_fns=[_to_seqio_metric(metric) for metric in task.metrics],
-        )
+        mixture = get_mixture(name)
+        members = (*mixture.tasks, *mixture.evaluated)
+        if len(members) == 1 and members[0].name == mixture.name:
+            if not (skip_known and _is_registered(name)):
+                _register_task(members[0], name, vocabulary, data_dir)
+            continue
+        for task in members:
+            if not _is_registered(task.name):
+                _register_task(task, task.name, vocabulary, data_dir)
+        rates = (*mixture.rates, *(0.0 for _ in mixture.evaluated))
+        if not (skip_known and _is_registered(name)):
+            seqio.MixtureRegistry.add(
+                name, [(task.name, rate) for task, rate in zip(members, rates, strict=True)]
+            )
+
+
+def seqio_vocabulary(path: str) -> "seqio.Vocabulary":
+    """T5's kind of vocabulary: a SentencePiece file and 100 sentinels, or ``bytes`` for ByT5's.
+
+    The file, which may be in a bucket, is read when it is first used.
+    """
+    import seqio
+
+    if path == "bytes":
+        return _to_seqio_vocabulary(ByteVocabulary())
+    return seqio.SentencePieceVocabulary(path, extra_ids=DEFAULT_SENTINELS)
+
+
+def _is_registered(name: str) -> bool:
+    import seqio
+
+    return name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
+
+
+def _register_task(task: Task, name: str, vocabulary: "seqio.Vocabulary", data_dir: str) -> None:
+    import seqio
+
+    index = () if task.index is None else (partial(_index_before_inputs, index=task.index),)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(_dataset_fn(task, data_dir), splits=task.splits),
+        preprocessors=[
+            seqio.preprocessors.tokenize,
+            *index,
+            seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features={
+            key: seqio.Feature(vocabulary=vocabulary, add_eos=True) for key in ("inputs", "targets")
+        },
+        postprocess_fn=_to_seqio_postprocess(task),
+        metric_fns=[_to_seqio_metric(metric) for metric in task.metrics],
+    )
+
+
+def _index_before_inputs(
+    dataset: "tf.data.Dataset", output_features: Mapping[str, Any], *, index: int
+) -> "tf.data.Dataset":
+    import tensorflow as tf
+
+    token = task_index_id(output_features["inputs"].vocabulary.vocab_size, index)
+    return dataset.map(
+        lambda example: {**example, "inputs": tf.concat([[token], example["inputs"]], axis=0)}
+    )
 
 
 def _wrap_task(task: "seqio.Task") -> Task:
@@ -211,6 +280,8 @@ def _from_json(value: Any) -> Any:
 def _is_ours(name: str) -> bool:
     import seqio
 
+    if name in seqio.MixtureRegistry.names():
+        return name in builtin_names() or name in alias_names()
     source = name in seqio.TaskRegistry.names() and seqio.TaskRegistry.get(name).source
     return hasattr(getattr(source, "_dataset_fn", None), "from_prompt_tuning_jax")
 

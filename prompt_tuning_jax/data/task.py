@@ -1,5 +1,6 @@
 """A task: where its rows come from, how a row becomes text, and how predictions are scored."""
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -23,8 +24,12 @@ Preprocess: TypeAlias = Callable[[Row], Sequence[Example]]
 # (text, example, is_target) -> what the metrics compare; called on targets and on predictions.
 Postprocess: TypeAlias = Callable[[str, Example, bool], Any]
 
-# Each of these modules has a tuple TASKS; they are imported when a task is first asked for.
-_BUILTIN_MODULES = ("prompt_tuning_jax.data.word_valence",)
+# Each of these modules has a tuple TASKS, and may have ALIASES (name -> name); they are imported
+# when a task is first asked for.
+_BUILTIN_MODULES = (
+    "prompt_tuning_jax.data.word_valence",
+    "prompt_tuning_jax.data.t5_tasks.registry",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,8 @@ class Task:
       metrics: the first is the one that the best checkpoint is chosen by.
       postprocess: applied to each target and each prediction before the metrics; None: as it is.
       from_text: a bare text, as a user types it, -> inputs; None where they are the same.
+      index: where not None, one token for this number stands before the inputs' ids
+        (``t5_tasks.forms.task_index_id``).
       description: one line.
     """
 
@@ -70,6 +77,7 @@ class Task:
     metrics: tuple[Metric, ...] = ()
     postprocess: Postprocess | None = None
     from_text: Callable[[str], str] | None = None
+    index: int | None = None
     description: str = ""
 
     @property
@@ -133,11 +141,13 @@ class Mixture:
     Attributes:
       tasks: its members.
       rates: how often an example of each is drawn, relative to the others; positive.
+      evaluated: further tasks, which are evaluated and never trained on.
     """
 
     name: str
     tasks: tuple[Task, ...]
     rates: tuple[float, ...]
+    evaluated: tuple[Task, ...] = ()
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -149,8 +159,13 @@ class Mixture:
             if not 0 < rate < float("inf"):
                 raise UserError(
                     f"mixture {self.name!r}: the rate of {task.name!r} is {rate} and must be "
-                    "positive; leave the task out instead"
+                    "positive; leave the task out, or name it in `evaluated`"
                 )
+
+    def evaluated_on(self, split: str) -> tuple[Task, ...]:
+        """The tasks that have that split; all trained ones where none has, for their message."""
+        having = tuple(t for t in (*self.tasks, *self.evaluated) if split in t.splits)
+        return having or self.tasks
 
 
 _registered: dict[str, Task | Mixture] = {}
@@ -164,11 +179,21 @@ def register(task: Task | Mixture, *, replace: bool = False) -> None:
 
 
 def task_names() -> tuple[str, ...]:
-    """The names of this library's tasks and of the registered ones, sorted.
+    """The names of this library's tasks and of the registered ones, sorted, without aliases.
 
     SeqIO's are among them once a module that registers some has been imported.
     """
     return tuple(sorted({*_known(), *_seqio_names()}))
+
+
+def alias_names() -> tuple[str, ...]:
+    """Further names of this library's tasks and mixtures, sorted."""
+    return tuple(sorted(_aliases()))
+
+
+def builtin_names() -> tuple[str, ...]:
+    """The names of this library's own tasks and mixtures, sorted."""
+    return tuple(sorted(_builtin()))
 
 
 def get_mixture(name: str) -> Mixture:
@@ -177,15 +202,20 @@ def get_mixture(name: str) -> Mixture:
     Looks at this library's tasks, then at the registered ones, then at SeqIO's.  UserError with
     the nearest name for an unknown one.
     """
-    found = _known().get(name)
+    known = _known()
+    found = known.get(name) or known.get(_aliases().get(name, ""))
     if found is None and name in _seqio_names():
         from prompt_tuning_jax.data.seqio_bridge import from_seqio
 
         found = from_seqio(name)
     if found is None:
+        names = task_names()
+        # The part of a name that people remember, such as rte, is not near any in spelling.
+        likely = [known_name for known_name in names if name and name in known_name]
+        likely = likely or difflib.get_close_matches(name, [*names, *_aliases()], n=4)
         raise UserError(
-            f"unknown task {name!r}: {suggest(name, task_names())} (import the module that "
-            "registers a task of your own or of SeqIO first)"
+            f"unknown task {name!r}: {suggest(name, likely or names)} (`prompt-tuning tasks` lists "
+            "all; import the module that registers a task of your own or of SeqIO first)"
         )
     return found if isinstance(found, Mixture) else as_mixture(found)
 
@@ -193,9 +223,10 @@ def get_mixture(name: str) -> Mixture:
 def get_task(name: str) -> Task:
     """Return the one task of that name; UserError for an unknown one and for a mixture."""
     mixture = get_mixture(name)
-    if len(mixture.tasks) > 1 or mixture.tasks[0].name != name:
-        members = ", ".join(task.name for task in mixture.tasks)
-        raise UserError(f"{name!r} is a mixture; name one of its tasks: {members}")
+    members = (*mixture.tasks, *mixture.evaluated)
+    if len(members) > 1 or members[0].name != mixture.name:
+        listed = ", ".join(task.name for task in members)
+        raise UserError(f"{name!r} is a mixture; name one of its tasks: {listed}")
     return mixture.tasks[0]
 
 
@@ -205,9 +236,15 @@ def as_mixture(task: Task) -> Mixture:
 
 
 @functools.cache
-def _builtin() -> Mapping[str, Task]:
+def _builtin() -> Mapping[str, Task | Mixture]:
     modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
     return {task.name: task for module in modules for task in module.TASKS}
+
+
+@functools.cache
+def _aliases() -> Mapping[str, str]:
+    modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
+    return {a: n for module in modules for a, n in getattr(module, "ALIASES", {}).items()}
 
 
 def _known() -> dict[str, Task | Mixture]:

@@ -17,6 +17,7 @@ from prompt_tuning_jax.data.example_cache import (
     write_entry,
 )
 from prompt_tuning_jax.data.ragged import Ragged, make_ragged
+from prompt_tuning_jax.data.t5_tasks.forms import task_index_id
 from prompt_tuning_jax.data.task import Example, Task
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
@@ -189,15 +190,19 @@ def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> 
     texts = list(task.load(split, data_dir))
     if not texts:
         raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
+    inputs = (example["inputs"] for example in texts)
+    index = () if task.index is None else (task_index_id(vocabulary.size, task.index),)
     return Entry(
-        inputs=make_ragged(_encoded((example["inputs"] for example in texts), vocabulary)),
+        inputs=make_ragged(_encoded(inputs, vocabulary, before=index)),
         targets=make_ragged(_encoded((example["targets"] for example in texts), vocabulary)),
         load_texts=lambda: texts,
     )
 
 
-def _encoded(texts: Iterable[str], vocabulary: AnyVocabulary) -> Iterable[np.ndarray]:
+def _encoded(
+    texts: Iterable[str], vocabulary: AnyVocabulary, *, before: tuple[int, ...] = ()
+) -> Iterable[np.ndarray]:
     pending = list(texts)
     for start in range(0, len(pending), _TEXTS_AT_ONCE):
         for ids in vocabulary.encode_batch(pending[start : start + _TEXTS_AT_ONCE]):
-            yield np.asarray([*ids, EOS_ID], np.int32)
+            yield np.asarray([*before, *ids, EOS_ID], np.int32)

@@ -15,8 +15,8 @@ class DescribedPrompts:
     """All parameters train, and prompts made from words stand where tuned ones will stand.
 
     The first ``positions * words`` tokens of every input are no text: each ``words`` of them make
-    one prompt vector, the mean embedding of all but the first (a class's words) plus the first (its
-    label) turned by half the model's width, so that the two can be told apart.  A position without
+    one prompt vector, the embedding of the first (a class's label) plus the mean of the others (its
+    words) turned by half the model's width, so that the two can be told apart.  A position without
     a label is none.  Adds no parameter: the model that comes out is a plain T5.
     """
 
@@ -42,10 +42,11 @@ class PooledWords(MethodModule):
         words_BPW = jnp.asarray(tokens_BT)[:, :block].reshape(-1, positions, words)
         source = model.embed(tokens_BT[:, block:])
         vectors_BPWD = model.token_embedder(words_BPW)
-        label_BPD = jnp.roll(vectors_BPWD[:, :, 0], model.config.embed_dim // 2, axis=-1)
+        label_BPD = vectors_BPWD[:, :, 0]
         known_BPW1 = (words_BPW[:, :, 1:] != 0)[..., None].astype(vectors_BPWD.dtype)
         number_BP1 = jnp.maximum(known_BPW1.sum(2), 1)
         content_BPD = (vectors_BPWD[:, :, 1:] * known_BPW1).sum(2) / number_BP1
+        content_BPD = jnp.roll(content_BPD, model.config.embed_dim // 2, axis=-1)
         return Slots(
             encoder_input=EncoderInput(
                 embeddings_BUD=jnp.concatenate(

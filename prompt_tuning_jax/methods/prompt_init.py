@@ -53,13 +53,13 @@ def class_labels(embedding_VD: Array, vocabulary: Vocabulary, labels: Sequence[s
 
 
 def described(content_PD: Array, labels_CD: Array) -> Array:
-    """``[P, D]``: the labels in turn, in the way of ``methods.DescribedPrompts``, and contents.
+    """``[P, D]``: the labels in turn, and contents in the way of ``methods.DescribedPrompts``.
 
     For models that were pre-trained with such prompts, the bundled one for instance: every position
     is a vote for its label wherever the input resembles its content.
     """
-    turned_CD = jnp.roll(labels_CD, labels_CD.shape[1] // 2, axis=-1)
-    return content_PD + turned_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
+    turned_PD = jnp.roll(content_PD, content_PD.shape[1] // 2, axis=-1)
+    return turned_PD + labels_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
 
 
 def string(embedding_VD: Array, vocabulary: Vocabulary, text: str) -> Array:

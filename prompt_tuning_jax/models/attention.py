@@ -28,7 +28,7 @@ class SelfCache:
 
 
 class RelativePositionBias(nnx.Module):
-    """A learned score per head and bucketed distance, shared by the layers of a stack."""
+    """A learned score per head and bucketed distance, of a whole stack or of one layer."""
 
     def __init__(
         self, config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs

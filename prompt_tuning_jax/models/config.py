@@ -12,7 +12,9 @@ class T5Config:
 
     ``mlp_activations`` has one entry per input projection of the mlp: two make it gated (T5 1.1),
     one is T5 1.0's.  With ``tie_embeddings`` the logits are the scaled decoder output times the
-    embedding table, and there is no ``decoder/logits_dense``.
+    embedding table, and there is no ``decoder/logits_dense``.  With ``relpos_per_layer`` every
+    self-attention has a relative position bias of its own (UMT5, T5X's scanned models) in place of
+    one per stack.
     """
 
     vocab_size: int
@@ -26,6 +28,7 @@ class T5Config:
     tie_embeddings: bool = False
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
+    relpos_per_layer: bool = False
     layer_norm_eps: float = 1e-6
 
 

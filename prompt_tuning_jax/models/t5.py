@@ -1,6 +1,8 @@
 """T5: the forward pass on one page (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
+        if config.relpos_per_layer:
+            self.relpos_bias = _relpos_bias(config, bidirectional=True, **kwargs)
         self.pre_attention_layer_norm = RMSNorm(config, **norm)
         self.attention = Attention(config, **kwargs)
         self.pre_mlp_layer_norm = RMSNorm(config, **norm)
@@ -57,6 +61,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
+        if config.relpos_per_layer:
+            self.relpos_bias = _relpos_bias(config, bidirectional=False, **kwargs)
         self.pre_self_attention_layer_norm = RMSNorm(config, **norm)
         self.self_attention = Attention(config, **kwargs)
         self.pre_cross_attention_layer_norm = RMSNorm(config, **norm)
@@ -103,14 +109,14 @@ class Encoder(nnx.Module):
     """The stack that reads the prompt and the input."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
-        param_dtype, rngs = kwargs["param_dtype"], kwargs["rngs"]
-        self.relpos_bias = RelativePositionBias(
-            config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
-        )
+        self.relpos_per_layer = config.relpos_per_layer
+        if not self.relpos_per_layer:
+            self.relpos_bias = _relpos_bias(config, bidirectional=True, **kwargs)
         self.num_layers = config.num_encoder_layers
         for i in range(self.num_layers):
             setattr(self, f"layers_{i}", EncoderLayer(config, **kwargs))
-        self.encoder_norm = RMSNorm(config, dtype=kwargs["dtype"], param_dtype=param_dtype)
+        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
+        self.encoder_norm = RMSNorm(config, **norm)
         self.dropout_rate: float = kwargs["dropout_rate"]
 
     def layer(self, i: int) -> EncoderLayer:
@@ -124,9 +130,9 @@ class Encoder(nnx.Module):
         visible_BUU = mask_BU[:, None, :]
         if source.attention_mask_BUU is not None:
             visible_BUU = visible_BUU & source.attention_mask_BUU
-        bias = self.relpos_bias(positions_U, positions_U) + bias_of(visible_BUU)
+        biases = _self_biases(self, positions_U, positions_U, visible_BUU)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
-        for i in range(self.num_layers):
+        for i, bias in enumerate(biases):
             prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
             x_BUD = self.layer(i)(x_BUD, bias, prefix=prefix, key=keys[i])
         x_BUD = self.encoder_norm(x_BUD)
@@ -139,9 +145,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: T5Config, **kwargs: Any):
         dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
-        self.relpos_bias = RelativePositionBias(
-            config, bidirectional=False, param_dtype=param_dtype, rngs=rngs
-        )
+        self.relpos_per_layer = config.relpos_per_layer
+        if not self.relpos_per_layer:
+            self.relpos_bias = _relpos_bias(config, bidirectional=False, **kwargs)
         self.num_layers = config.num_decoder_layers
         for i in range(self.num_layers):
             setattr(self, f"layers_{i}", DecoderLayer(config, **kwargs))
@@ -186,11 +192,11 @@ class Decoder(nnx.Module):
         length = x_BSD.shape[1] if caches is None else caches[0].key_BSHK.shape[1]
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
-        self_bias = self.relpos_bias(query_positions, key_positions) + bias_of(causal_1SS)
+        self_biases = _self_biases(self, query_positions, key_positions, causal_1SS)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         new_caches = []
-        for i in range(self.num_layers):
+        for i, self_bias in enumerate(self_biases):
             x_BSD, cache = self.layer(i)(
                 x_BSD,
                 cross[i],
@@ -341,6 +347,28 @@ def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
         embeddings_BUD=jnp.concatenate([prompt_BPD, source.embeddings_BUD], axis=1),
         mask_BU=jnp.concatenate([seen_BP, source.mask_BU], axis=1),
     )
+
+
+def _relpos_bias(
+    config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs, **_: Any
+) -> RelativePositionBias:
+    return RelativePositionBias(
+        config, bidirectional=bidirectional, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def _self_biases(
+    stack: Encoder | Decoder, query_positions: Array, key_positions: Array, mask_BQK: Array
+) -> Iterator[Array]:
+    """What each layer adds to the scores of its self-attention: positions and mask."""
+    mask_B1QK = bias_of(mask_BQK)
+    if stack.relpos_per_layer:
+        # One at a time: each is as large as the scores, and only its layer needs it.
+        for i in range(stack.num_layers):
+            yield stack.layer(i).relpos_bias(query_positions, key_positions) + mask_B1QK
+    else:
+        shared_BHQK = stack.relpos_bias(query_positions, key_positions) + mask_B1QK
+        yield from repeat(shared_BHQK, stack.num_layers)
 
 
 def _write(cache_BSHK: Array, new_B1HK: Array, position: Array | int) -> Array:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from prompt_tuning_jax.data.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.loader import eval_batches
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
@@ -58,6 +59,7 @@ class Predictor:
     max_length: int
     num_beams: int = 4
     labels: tuple[str, ...] = ()
+    buckets: Buckets = FIXED
 
     def __post_init__(self) -> None:
         if self.strategy == "rank":
@@ -67,17 +69,19 @@ class Predictor:
         self, tuned: FlatParams, frozen: FlatParams, examples: TokenizedExamples, *, members: int
     ) -> Predictions:
         """All examples in order; ``tuned`` has a leading axis E = ``members``."""
-        texts: list[list[str]] = [[] for _ in range(members)]
-        known: list[list[dict[str, float]]] = [[] for _ in range(members)]
-        pending: list[tuple[Any, int]] = []
+        texts: list[list[str]] = [[""] * len(examples) for _ in range(members)]
+        known: list[list[dict[str, float]]] = [[{} for _ in range(len(examples))] for _ in texts]
+        pending: list[tuple[Any, HostArray]] = []
+        batch_size = min(self.batch_size, len(examples))
         # Dispatched ahead by one batch: the host reads one while the device computes the next.
-        for batch in eval_batches(examples, batch_size=min(self.batch_size, len(examples))):
+        for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
-            pending.append((self._run(tuned, frozen, tokens_BT, members), batch["row_mask"].sum()))
+            index_R = batch["example_index"][batch["row_mask"]]
+            pending.append((self._run(tuned, frozen, tokens_BT, members), index_R))
             if len(pending) > 1:
                 self._collect(*pending.pop(0), texts, known)
-        for result, rows in pending:
-            self._collect(result, rows, texts, known)
+        for result, index_R in pending:
+            self._collect(result, index_R, texts, known)
         return Predictions(texts_EN=texts, log_probs_EN=known)
 
     def _run(
@@ -93,24 +97,26 @@ class Predictor:
     def _collect(
         self,
         result: Any,
-        rows: int,
+        index_R: HostArray,
         texts: list[list[str]],
         known: list[list[dict[str, float]]],
     ) -> None:
+        """Puts the results of a batch where its examples are; rows to spare stand behind them."""
+        rows = len(index_R)
         if self.strategy == "rank":
             for member, scores_BC in enumerate(np.asarray(result)[:, :rows]):
-                for row_C in scores_BC:
-                    texts[member].append(self.labels[int(row_C.argmax())])
-                    known[member].append(dict(zip(self.labels, row_C.tolist(), strict=True)))
+                for index, row_C in zip(index_R, scores_BC, strict=True):
+                    texts[member][index] = self.labels[int(row_C.argmax())]
+                    known[member][index] = dict(zip(self.labels, row_C.tolist(), strict=True))
             return
         ids, scores = (np.asarray(part)[:, :rows] for part in result)
         if self.strategy == "beam":
             ids, scores = ids[:, :, 0], scores[:, :, 0]
         for member, (ids_BS, scores_B) in enumerate(zip(ids, scores, strict=True)):
-            for ids_S, value in zip(ids_BS, scores_B, strict=True):
+            for index, ids_S, value in zip(index_R, ids_BS, scores_B, strict=True):
                 text = self.vocabulary.decode(ids_S.tolist())
-                texts[member].append(text)
-                known[member].append({text: float(value)})
+                texts[member][index] = text
+                known[member][index] = {text: float(value)}
 
     def _labels_CS(self) -> HostArray:
         rows = [[*self.vocabulary.encode(label), EOS_ID] for label in self.labels]

@@ -86,10 +86,12 @@ class RunLog:
         examples_per_second: float,
         tokens_per_second: float | None = None,
         flops_per_second: float | None = None,
+        padding: float | None = None,
     ) -> None:
         """Records training at ``step``; ``learning_rate`` is one number or one per member.
 
-        Tokens are positions of inputs and targets, padding included; FLOPs the compiled step's.
+        Tokens are positions of inputs and targets, padding included; FLOPs the compiled step's;
+        ``padding`` is the percent of the inputs' positions that is padding.
         """
         losses = self._members(losses_E)
         accuracies = self._members(accuracies_E)
@@ -101,6 +103,8 @@ class RunLog:
             "accuracy": accuracies,
             "learning_rate": [_number(r) for r in rates] if rates.ndim else _number(rates[()]),
         }
+        if padding is not None:
+            record["padding_percent"] = round(float(padding), 2)
         speeds = {
             "examples_per_second": examples_per_second,
             "tokens_per_second": tokens_per_second,
@@ -110,6 +114,8 @@ class RunLog:
         record |= known
         if self._file.append(record):
             scalars = {f"train/{name}": value for name, value in known.items()}
+            if padding is not None:
+                scalars["train/padding_percent"] = float(padding)
             shared_rates = np.broadcast_to(rates, (self._num_members,))
             for i, name in enumerate(self._names):
                 scalars[f"train/loss/{name}"] = losses[i]
@@ -121,6 +127,7 @@ class RunLog:
             "accuracy": f"acc {np.mean(accuracies):.3f}",
             "metric": self._metric_text,
             "speed": _speed_text(**known),
+            "padding": "" if padding is None else f"{padding:.0f} % padding",
             "left": self._time_left(step),
         }
         if self._screen:
@@ -331,7 +338,7 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
-        fields = dict.fromkeys(("loss", "accuracy", "metric", "speed", "left"), "")
+        fields = dict.fromkeys(("loss", "accuracy", "metric", "speed", "padding", "left"), "")
         texts = [
             TextColumn(text, markup=False, table_column=Column(no_wrap=True))
             for text in (

@@ -54,7 +54,8 @@ class Loop:
 
     ``batches(start, stop)`` yields those of steps start to stop - 1; ``evaluate(tuned)`` gives one
     mapping of metrics per member, of which ``best_by`` decides (the larger the better, but for a
-    loss).  ``on_best(members, tuned, bests)`` is told of members that have improved.
+    loss).  ``padding(start, stop)`` is the percent of padding in the inputs of those steps.
+    ``on_best(members, tuned, bests)`` is told of members that have improved.
     """
 
     train_step: TrainStep
@@ -72,6 +73,7 @@ class Loop:
     save_every: int
     log_every: int
     batch_size: int
+    padding: Callable[[int, int], float] | None = None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
 
@@ -95,15 +97,20 @@ class Loop:
             names=self.names,
             metric=self.best_by,
         )
-        since, since_step = time.monotonic(), start
+        since = time.monotonic()
         with log, self._signals():
             # A kill may have come between saving the best state and telling of it.
             self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
-            cost = None
+            costs: dict[tuple[int, ...], StepCost] = {}
+            done: list[StepCost] = []
             for batch in self.batches(start, self.steps):
-                if cost is None:
-                    cost = step_cost(self.train_step, state, self.frozen, batch)
-                    since = time.monotonic()
+                shape = batch["encoder_input_tokens"].shape
+                if shape not in costs:
+                    began = time.monotonic()
+                    since = since if costs else began
+                    costs[shape] = step_cost(self.train_step, state, self.frozen, batch)
+                    since += time.monotonic() - began
+                done.append(costs[shape])
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
                 pending.append((step, metrics))
@@ -114,10 +121,8 @@ class Loop:
                     self._require_finite(pending)
                     elapsed = max(time.monotonic() - since, 1e-9)
                     if step % self.log_every == 0 or last:
-                        rate = (step - since_step) / elapsed
-                        self._log_train(log, step, pending, rate, cost)
-                        since, since_step = time.monotonic(), step
-                        pending = []
+                        self._log_train(log, step, pending, done, elapsed)
+                        since, pending, done = time.monotonic(), [], []
                 if evaluating:
                     began = time.monotonic()
                     scores = self.evaluate(state.tuned)
@@ -183,19 +188,21 @@ class Loop:
         log: RunLog,
         step: int,
         pending: list[tuple[int, StepMetrics]],
-        rate: float,
-        cost: StepCost,
+        done: list[StepCost],
+        seconds: float,
     ) -> None:
-        """``rate`` is in steps per second."""
+        """``pending`` since the last line, of which this process has ``done`` some itself."""
         recent = [metrics for _, metrics in pending]
+        padding = self.padding(step - len(pending), step) if self.padding else None
         log.log_train(
             step,
             np.mean([np.asarray(m.loss_E) for m in recent], axis=0),
             accuracies_E=np.mean([np.asarray(m.accuracy_E) for m in recent], axis=0),
             learning_rate=self.learning_rates(step - 1),
-            examples_per_second=rate * self.batch_size * len(self.names),
-            tokens_per_second=rate * cost.tokens,
-            flops_per_second=rate * cost.flops or None,
+            examples_per_second=len(done) / seconds * self.batch_size * len(self.names),
+            tokens_per_second=sum(cost.tokens for cost in done) / seconds,
+            flops_per_second=sum(cost.flops for cost in done) / seconds or None,
+            padding=padding,
         )
 
     def _keep_best(

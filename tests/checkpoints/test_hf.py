@@ -172,7 +172,8 @@ def test_every_array_has_one_use_and_every_parameter_one_source(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "umt5"}, "model_type is 'umt5'"),
+        ({"model_type": "longt5"}, "model_type is 'longt5', whose attention is local"),
+        ({"model_type": "bart"}, "model_type is 'bart'; only t5, mt5, umt5 is read"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
         ({"d_model": "6"}, "d_model is '6'"),
         ({"num_heads": 0}, "num_heads is 0"),

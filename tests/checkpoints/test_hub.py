@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.checkpoints.hub import T5X_MODELS, model_location
+from prompt_tuning_jax.checkpoints.hub import ASSETS, T5X_MODELS, model_location
 from prompt_tuning_jax.errors import UserError
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
@@ -139,8 +139,12 @@ def test_names_folders_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert model_location(name) == f"{bucket}/{name}/checkpoint_1100000"
     assert len(T5X_MODELS) == 5
     assert model_location("s3://bucket/model") == "s3://bucket/model"
+    assert model_location("tiny") == str(ASSETS / "tiny")
+    for elsewhere in ("https://host/model", "gs://", "file:///model"):
+        with pytest.raises(UserError, match="gs:// and s3://BUCKET/PATH alone"):
+            model_location(elsewhere)
     for wrong in ("t5_1_1_lm100k_huge", "no/such/folder", "/absent", "../x", "org/", "org/.x"):
-        with pytest.raises(UserError, match="is no folder, no org/name"):
+        with pytest.raises(UserError, match="is neither a folder nor a bundled model"):
             model_location(wrong)
     with pytest.raises(UserError, match="did you mean 't5_1_1_lm100k_base'"):
         model_location("t5_1_1_lm100k_bse")

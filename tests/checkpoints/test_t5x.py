@@ -192,7 +192,21 @@ def test_the_original_prompted_checkpoint(shared: Path) -> None:
     assert all((params[name] == tiny[name]).all() for name in tiny)
 
 
-def test_layers_with_biases_of_their_own_are_not_mistaken_for_a_t5(shared: Path) -> None:
+def test_layers_with_biases_of_their_own(shared: Path) -> None:
     params = read_t5x(shared / "fixtures" / "t5x" / "scan_t5x" / "checkpoint_7")
-    with pytest.raises(UserError, match="layers_0/relpos_bias/rel_embedding: layers with a"):
+    assert config_of(params) == T5Config(
+        vocab_size=384,
+        embed_dim=8,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=16,
+        num_encoder_layers=3,
+        num_decoder_layers=2,
+        relpos_per_layer=True,
+    )
+    name = "decoder/layers_1/relpos_bias/rel_embedding"
+    table = params.pop(name)
+    with pytest.raises(UserError, match=name):
         config_of(params)
+    with pytest.raises(UserError, match=r"per layer or one per stack, not both"):
+        config_of(params | {"decoder/relpos_bias/rel_embedding": table})

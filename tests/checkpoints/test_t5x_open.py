@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +260,14 @@ def test_biases_that_differ_stay_with_their_layers(tmp_path: Path) -> None:
     scanned["decoder/decoder/relpos_bias/rel_embedding"][:, 1] += 1
     checkpoint = open_t5x(write_t5x(tmp_path, scanned, step=5))
     names = {name for name in checkpoint.params if "relpos_bias" in name}
-    own = {f"decoder/layers_{i}/relpos_bias/rel_embedding" for i in (0, 1)}
-    assert names == {"encoder/relpos_bias/rel_embedding", *own}
-    with pytest.raises(UserError, match="decoder/layers_0/relpos_bias/rel_embedding: layers with"):
-        config_of(checkpoint.params)
+    layers = [f"encoder/layers_{i}" for i in range(3)] + [f"decoder/layers_{i}" for i in range(2)]
+    # Those of the encoder are equal, and stay too: a T5 has all its biases of one kind.
+    assert names == {f"{layer}/relpos_bias/rel_embedding" for layer in layers}
+    assert config_of(checkpoint.params, relpos_max_distance=8) == replace(
+        CONFIG, relpos_per_layer=True
+    )
+    one, other = (checkpoint.params[f"{layer}/relpos_bias/rel_embedding"] for layer in layers[3:])
+    np.testing.assert_array_equal(one.whole() + 1, other.whole())
 
 
 def test_stacks_that_are_none(tmp_path: Path) -> None:

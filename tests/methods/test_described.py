@@ -24,7 +24,7 @@ def inputs(*blocks):
     return np.array([np.ravel(block).tolist() + TEXT for block in blocks], np.int32)
 
 
-def test_a_position_is_the_turned_label_and_the_mean_of_the_words():
+def test_a_position_is_the_label_and_the_turned_mean_of_the_words():
     model = make_t5(ONE_LAYER)
     logits_BSV = attach(model)(inputs(*BLOCKS), TARGETS.repeat(2, axis=0))
     table_VD = np.asarray(model.token_embedder.embedding.get_value())
@@ -33,7 +33,7 @@ def test_a_position_is_the_turned_label_and_the_mean_of_the_words():
         for label, *words in block:
             known = [table_VD[word] for word in words if word]
             mean = np.mean(known, axis=0) if known else np.zeros(D, np.float32)
-            vectors.append(np.roll(table_VD[label], D // 2) + mean)
+            vectors.append(table_VD[label] + np.roll(mean, D // 2))
         tuned = PromptTuning(length=3).with_prompt(model, np.stack(vectors))
         np.testing.assert_allclose(logits_BSV[row], tuned(np.array([TEXT]), TARGETS)[0], atol=1e-5)
 

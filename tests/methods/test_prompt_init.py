@@ -63,8 +63,8 @@ def test_described_is_sampled_words_that_vote_for_the_labels_in_turn():
     words = init("sampled_vocabulary", 5, population=30)
     named = init("class_labels", 2, vocabulary=WORDS, labels=labels)
     for row in range(5):
-        turned = np.roll(named[row % 2], named.shape[1] // 2)
-        np.testing.assert_allclose(rows[row], words[row] + turned, rtol=1e-6)
+        turned = np.roll(words[row], words.shape[1] // 2)
+        np.testing.assert_allclose(rows[row], named[row % 2] + turned, rtol=1e-6)
 
 
 def test_class_labels_are_means_of_pieces_and_the_rest_is_sampled():

@@ -15,9 +15,23 @@ from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.sharding import RULES
-from tests.micro import T5_1_0, T5_1_1, D, V, call, encode, make_t5, normal, shifted, token_rows
+from tests.micro import (
+    PER_LAYER,
+    T5_1_0,
+    T5_1_1,
+    D,
+    V,
+    call,
+    encode,
+    make_t5,
+    normal,
+    shifted,
+    token_rows,
+)
 
-CONFIGS = pytest.mark.parametrize("config", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
+CONFIGS = pytest.mark.parametrize(
+    "config", [T5_1_1, T5_1_0, PER_LAYER], ids=["1.1", "1.0", "per layer"]
+)
 SOURCE = token_rows([5, 3], 7)
 TARGET = shifted(token_rows([4, 6], 6, seed=1))
 PROMPT = normal(3, D, seed=2)
@@ -174,9 +188,11 @@ def test_parameters_have_the_names_of_t5x(config):
             "cross_attention_layer_norm": "encoder_decoder_attention",
         },
     }.items():
-        expected |= {f"{stack}/relpos_bias/rel_embedding", f"{stack}/{stack}_norm/scale"}
-        for i in range(2):
-            layer = f"{stack}/layers_{i}"
+        layers = [f"{stack}/layers_{i}" for i in range(2)]
+        biased = layers if config.relpos_per_layer else [stack]
+        expected |= {f"{place}/relpos_bias/rel_embedding" for place in biased}
+        expected.add(f"{stack}/{stack}_norm/scale")
+        for layer in layers:
             expected |= {f"{layer}/{name}" for name in [*mlp, "pre_mlp_layer_norm/scale"]}
             for norm, name in sublayers.items():
                 expected.add(f"{layer}/pre_{norm}/scale")

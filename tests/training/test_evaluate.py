@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.buckets import Buckets
+from prompt_tuning_jax.data.loader import eval_plan
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.ragged import make_ragged
 from prompt_tuning_jax.data.task import Source, Task
@@ -101,6 +103,20 @@ def test_predictions_do_not_depend_on_the_batch_size(model, strategy):
         for ours, theirs in zip(got.log_probs_EN, want.log_probs_EN, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["rank", "greedy", "beam"])
+def test_predictions_in_buckets_are_those_without_in_the_same_order(model, strategy):
+    want = predict(model, strategy)
+    for batch_size in (2, 3):
+        got = predict(model, strategy, batch_size=batch_size, buckets=Buckets(lengths=(2, 4)))
+        assert got.texts_EN == want.texts_EN
+        for ours, theirs in zip(got.log_probs_EN, want.log_probs_EN, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert a == pytest.approx(b, abs=1e-4)
+    plan = eval_plan(make_examples(), batch_size=2, buckets=Buckets(lengths=(2, 4)))
+    assert len({length for _, length in plan}) > 1
+    assert np.concatenate([index_B for index_B, _ in plan]).tolist() != list(range(8))
 
 
 def test_a_member_predicts_the_same_alone_and_groups_join(model):

@@ -1,43 +1,21 @@
-"""What the commands do: train, evaluate, predict, tasks, inspect."""
+"""Scores prompts, and predicts with them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax import build, run_folder, tree
-from prompt_tuning_jax.checkpoints import t5x
-from prompt_tuning_jax.checkpoints.inspect_prompt import describe_prompt
-from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.peft import is_peft
-from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
-from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
-from prompt_tuning_jax.data.task import Source, Task, get_mixture, get_task, task_names
+from prompt_tuning_jax import build
+from prompt_tuning_jax.data.task import Source, Task
 from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.opened_prompts import open_prompts
 from prompt_tuning_jax.pretraining import TextData
-from prompt_tuning_jax.run import RunResult, train
 from prompt_tuning_jax.training.evaluate import Predictions
 from prompt_tuning_jax.typing import HostArray
-
-__all__ = [
-    "EvalResult",
-    "Prediction",
-    "RunResult",
-    "evaluate",
-    "examples",
-    "inspect",
-    "predict",
-    "tasks",
-    "train",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,73 +132,6 @@ def predict(
         )
         for i, vote in enumerate(predictions.votes())
     ]
-
-
-def tasks() -> Iterator[tuple[str, str]]:
-    """Every task and mixture that can be named, with its description."""
-    for name in task_names():
-        yield name, get_mixture(name).description
-
-
-def examples(
-    name: str, *, split: str = "train", limit: int = 5, model: str = "tiny"
-) -> Iterator[dict[str, Any]]:
-    """The first examples of a task as the model sees them: texts, ids, lengths."""
-    words = build.vocabulary_of(load_model(model))
-    for example in islice(get_task(name).load(split), limit):
-        shown: dict[str, Any] = dict(example)
-        for side in ("inputs", "targets"):
-            ids = [*words.encode(example[side]), 1]
-            shown[f"{side}_ids"] = ids
-            shown[f"{side}_length"] = len(ids)
-        yield shown
-
-
-def inspect(path: str) -> Iterator[tuple[str, str]]:
-    """What a model folder, a prompt file or a run's folder is, as (field, value)."""
-    place = Path(path)
-    if place.is_dir() and (place / RUN_CONFIG).is_file():
-        experiment = run_config(path)
-        if experiment is not None:
-            yield from _inspect_run(place, experiment)
-            return
-    if place.is_dir() and not is_peft(place):
-        model = load_model(path)
-        kind = "T5X checkpoint" if t5x.is_t5x(place) else "Hugging Face folder"
-        yield "kind", f"model ({kind})"
-        for field, value in dataclasses.asdict(model.config).items():
-            yield field, str(value)
-        yield "parameters", f"{tree.count(tree.split(model)[1]):,}"
-        yield "vocabulary", "none" if model.vocabulary is None else repr(model.vocabulary)
-        yield "fingerprint", build.model_fingerprint(model)
-        return
-    prompt = describe_prompt(place)
-    yield "kind", f"prompt ({prompt.format})"
-    yield "length", str(prompt.length)
-    yield "width", str(prompt.width)
-    yield "dtype", str(prompt.dtype)
-    yield (
-        "row norms",
-        f"{prompt.norm_min:.3g} to {prompt.norm_max:.3g}, mean {prompt.norm_mean:.3g}",
-    )
-    yield "fits", ", ".join(prompt.fits) or "no size known here"
-    for field, value in vars(prompt.metadata).items():
-        if value not in ("", None, ()):
-            yield field.replace("_", " "), str(value)
-
-
-def _inspect_run(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]:
-    yield "kind", "run"
-    yield "model", experiment.model.name_or_path
-    yield "method", type(experiment.method).__name__
-    yield "data", experiment.data.train or experiment.data.task
-    yield "steps", str(experiment.training.steps)
-    for step in sorted((folder / "checkpoints" / "last").glob("[0-9]*")):
-        yield "last checkpoint", f"step {step.name}"
-    for file in sorted((folder / run_folder.PROMPTS).glob("*.safetensors")):
-        prompt_PD, metadata = load_prompt_with_metadata(file)
-        score = "" if metadata.score is None else f"{metadata.metric} {metadata.score:.2f} at "
-        yield file.name, f"{list(prompt_PD.shape)}, {score}step {metadata.steps}"
 
 
 def _labels_of(experiment: Experiment) -> tuple[str, ...]:

@@ -1,0 +1,148 @@
+"""Any model or prompt in any format, written in another one."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from prompt_tuning_jax.checkpoints.convert_model import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    Converted,
+    StoredAs,
+    convert_to_hf,
+    convert_to_t5x,
+)
+from prompt_tuning_jax.checkpoints.convert_prompt import convert_prompts, prompt_files
+from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.checkpoints.peft import is_peft
+from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
+from prompt_tuning_jax.errors import UserError
+
+__all__ = ["FORMATS", "Converted", "Format", "convert"]
+
+Format = Literal["hf", "t5x", "npy", "safetensors", "peft"]
+FORMATS: tuple[Format, ...] = ("hf", "t5x", "npy", "safetensors", "peft")
+_MODELS: tuple[Format, ...] = ("hf", "t5x")
+_CHECKPOINT = re.compile(r"checkpoint_\d+")
+# What each option is for.
+_FOR: dict[str, tuple[Format, ...]] = {
+    "prompt": ("t5x",),
+    "step": ("t5x",),
+    "unscan": ("t5x",),
+    "vocabulary": _MODELS,
+    "relpos_max_distance": ("hf",),
+    "max_shard_bytes": ("hf",),
+    "model": ("npy", "safetensors", "peft"),
+    "allow_other_model": ("t5x", "npy", "safetensors", "peft"),
+}
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Format | None = None,
+    dtype: StoredAs = "stored",
+    prompt: str | Path = "",
+    step: int | None = None,
+    unscan: bool = False,
+    vocabulary: str = "",
+    relpos_max_distance: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model: str = "",
+    allow_other_model: bool = False,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes a model or prompt in another format, bit for bit unless ``dtype`` says otherwise.
+
+    ``source`` is a model (what ``load_model`` takes), a prompt (what ``load_prompt`` takes), or a
+    folder of prompt files.  ``to`` is told by a ``destination`` called ``*.npy``, ``*.safetensors``
+    or ``checkpoint_<step>``.
+
+    Models go to ``hf``, in files of at most ``max_shard_bytes``, or to ``t5x``, as
+    ``checkpoint_<step>`` in ``destination``, with a ``prompt`` inside; with the source's vocabulary
+    or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step`` is the source's unless given, or 0.
+    A T5X source keeps its optimizer's state (unless there is a new prompt) and its scanned layers
+    (unless ``unscan``) in ``t5x``; for ``hf``, ``relpos_max_distance`` is what it does not say.
+
+    Prompts go to ``npy``, ``safetensors`` (with their metadata) or ``peft``; ``model`` is the
+    frozen model that they are for, which they must fit, and whose name PEFT wants to know.
+
+    Arrays are read one by one: the host holds one of them, or one file of an ``hf`` folder.
+    A terminal shows a bar.  What exists stays unless ``overwrite``, and after an error or an
+    interruption nothing is left.  Raises UserError.
+    """
+    source, destination = str(source), Path(os.path.abspath(Path(destination).expanduser()))
+    to = _format(destination, to)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
+    options: dict[str, Any] = {
+        "prompt": str(prompt),
+        "step": step,
+        "unscan": unscan,
+        "vocabulary": vocabulary,
+        "relpos_max_distance": relpos_max_distance,
+        "max_shard_bytes": None if max_shard_bytes == MAX_SHARD_BYTES else max_shard_bytes,
+        "model": model,
+        "allow_other_model": allow_other_model,
+    }
+    # A step of 0 is given, and equals False.
+    given = {n: v for n, v in options.items() if v is not None and v is not False and v != ""}
+    for name in given:
+        if to not in _FOR[name]:
+            raise UserError(f"{name} is for {' or '.join(_FOR[name])}, and this is written as {to}")
+    used: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
+    used |= {name: value for name, value in given.items() if to in _FOR[name]}
+    if to in _MODELS:
+        _require_model(source, to)
+        write = convert_to_hf if to == "hf" else convert_to_t5x
+        return write(source, destination, **used)
+    assert to in ("npy", "safetensors", "peft")
+    _require_prompt(source, destination, to)
+    return convert_prompts(source, destination, to=to, **used)
+
+
+def _format(destination: Path, to: Format | None) -> Format:
+    suffix = destination.suffix.removeprefix(".")
+    if to is not None and to not in FORMATS:
+        raise UserError(f"to is {to!r}; it is one of {', '.join(FORMATS)}")
+    if destination.suffix in PROMPT_SUFFIXES and to in (None, suffix):
+        return "npy" if suffix == "npy" else "safetensors"
+    if destination.suffix in PROMPT_SUFFIXES:
+        raise UserError(f"{destination} is named as {suffix} and is to be {to}: change one of them")
+    if to is not None:
+        return to
+    if _CHECKPOINT.fullmatch(destination.name):
+        return "t5x"
+    raise UserError(
+        f"the name {destination.name} does not tell a format: say --to {', '.join(FORMATS[:-1])} "
+        f"or {FORMATS[-1]}"
+    )
+
+
+def _require_model(source: str, to: Format) -> None:
+    path = Path(source)
+    if path.is_dir() and (is_peft(path) or prompt_files(source)):
+        held = "a prompt" if is_peft(path) else "prompts"
+    elif path.is_file():
+        held = "a file, as prompts are"
+    else:
+        return
+    instead = (
+        f"to put a prompt into a checkpoint, convert the model with --prompt {source}"
+        if to == "t5x"
+        else "prompts are written as npy, safetensors or peft"
+    )
+    raise UserError(f"{source} is {held}, and {to} is a format of models; {instead}")
+
+
+def _require_prompt(source: str, destination: Path, to: Format) -> None:
+    path = Path(source)
+    if not path.exists() and (source in BUNDLED or source in T5X_MODELS):
+        raise UserError(f"{source} is a model, and {to} is a format of prompts")
+    if destination.suffix in PROMPT_SUFFIXES and prompt_files(source):
+        raise UserError(
+            f"{source} holds several prompts: name a folder for them, without {destination.suffix},"
+            " and say --to"
+        )

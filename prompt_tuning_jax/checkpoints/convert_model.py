@@ -1,0 +1,254 @@
+"""Writes a model in another format, array by array."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning_jax.checkpoints import t5x
+from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf_config import tokenizer_files
+from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.load import OpenedModel
+from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.progress import progress
+from prompt_tuning_jax.checkpoints.prompt_file import check_fits, read_prompt
+from prompt_tuning_jax.checkpoints.staged import require_free, require_outside, staged
+from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
+from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.typing import HostArray
+
+StoredAs = Literal["stored", "float32", "bfloat16"]
+DTYPES: dict[str, np.dtype | None] = {
+    "stored": None,
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+MAX_SHARD_BYTES = 2_000_000_000
+
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What has been written: in words, where, how many files and bytes, and what to know of it."""
+
+    what: str
+    path: Path
+    files: int
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def convert_to_hf(
+    source: str,
+    destination: Path,
+    *,
+    dtype: StoredAs = "stored",
+    vocabulary: str = "",
+    relpos_max_distance: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes the model ``source`` as a Hugging Face folder; see ``convert`` for the arguments."""
+    require_free(destination, overwrite=overwrite, folder=True)
+    opened, words = _open(source, vocabulary, relpos_max_distance)
+    require_outside(opened.location, destination)
+    arrays = {name: _cast(array, DTYPES[dtype]) for name, array in opened.params.items()}
+    with (
+        staged(destination, overwrite=overwrite, folder=True) as aside,
+        _shown(source, arrays.values()) as counted,
+    ):
+        write_hf(
+            aside,
+            opened.config,
+            {name: counted(name, array) for name, array in arrays.items()},
+            vocabulary_file=words,
+            dtype="stored",
+            max_shard_bytes=max_shard_bytes,
+        )
+    notes = []
+    if words is None:
+        notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
+    if _own_prompt(opened) is not None:
+        notes.append(
+            "the prompt in the source is left out: convert it on its own, to npy, safetensors or "
+            "peft"
+        )
+    return written("a model as a Hugging Face folder", destination, notes=notes)
+
+
+def convert_to_t5x(
+    source: str,
+    destination: Path,
+    *,
+    dtype: StoredAs = "stored",
+    prompt: str = "",
+    step: int | None = None,
+    unscan: bool = False,
+    vocabulary: str = "",
+    allow_other_model: bool = False,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
+    opened, words = _open(source, vocabulary, None)
+    checkpoint = opened.source if isinstance(opened.source, t5x.T5XCheckpoint) else None
+    final, step = _checkpoint_folder(destination, step, checkpoint)
+    require_free(final, overwrite=overwrite, folder=True)
+    require_outside(opened.location, final)
+    beside = {} if words is None else tokenizer_files(words, opened.config)
+    notes = []
+    tuned: LazyArray | HostArray | None = _own_prompt(opened)
+    if prompt:
+        tuned = _prompt_for(opened, prompt, allow_other_model=allow_other_model)
+    # What T5X has written is written as it was, unless something else is asked for.
+    params: Mapping[str, LazyArray] = opened.params
+    state: Mapping[str, LazyArray | None] | None = None
+    as_it_was = False
+    if checkpoint is not None:
+        as_it_was = not prompt and not (unscan and checkpoint.scanned)
+        if not unscan:
+            params = {n: a for n, a in checkpoint.stored.items() if n != t5x.PROMPT}
+        if as_it_was:
+            state = checkpoint.open_state()
+        elif checkpoint.state_names:
+            notes.append("the optimizer's state in the source is left out")
+    arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
+    slots = [slot for slot in (state or {}).values() if slot is not None]
+    with (
+        staged(final, overwrite=overwrite, folder=True) as aside,
+        _shown(source, [*arrays.values(), *slots]) as counted,
+    ):
+        write_t5x(
+            aside.parent,
+            {name: counted(name, array) for name, array in arrays.items()},
+            step=step,
+            prompt=tuned,
+            state=state
+            if state is None
+            else {n: None if slot is None else counted(n, slot) for n, slot in state.items()},
+            inline=checkpoint.inline if checkpoint is not None and as_it_was else (),
+        )
+        _write_vocabulary(aside, beside)
+    if checkpoint is None:
+        notes += _lost_in_t5x(opened)
+    holding = "" if tuned is None else f" with a prompt {list(tuned.shape)}"
+    return written(f"a model{holding} as a T5X checkpoint of step {step}", final, notes=notes)
+
+
+def written(what: str, path: Path, *, notes: list[str]) -> Converted:
+    """What lies at ``path``, measured."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    size = sum(p.stat().st_size for p in files)
+    return Converted(what=what, path=path, files=len(files), bytes=size, notes=tuple(notes))
+
+
+def _open(
+    source: str, vocabulary: str, relpos_max_distance: int | None
+) -> tuple[OpenedModel, str | Path | None]:
+    """The model, and the file of its vocabulary or of the one that is given instead."""
+    opened = open_source(source, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary)
+    words: str | Path | None = vocabulary or opened.vocabulary_file
+    if vocabulary and Path(vocabulary).is_dir():
+        words = vocabulary_file(Path(vocabulary))
+        if words is None:
+            raise UserError(f"{vocabulary} is a folder without a vocabulary: name a file")
+    return opened, words
+
+
+def _own_prompt(opened: OpenedModel) -> LazyArray | None:
+    """The one in a T5X checkpoint."""
+    if isinstance(opened.source, Path):
+        return None
+    return opened.source.params.get(t5x.PROMPT)
+
+
+def _prompt_for(opened: OpenedModel, path: str, *, allow_other_model: bool) -> HostArray:
+    stored = read_prompt(path)
+    known = stored.metadata.model_fingerprint and not allow_other_model
+    check_fits(
+        stored.prompt_PD,
+        stored.metadata,
+        embed_dim=opened.config.embed_dim,
+        fingerprint=fingerprint_of(opened) if known else "",
+        path=path,
+        allow_other_model=allow_other_model,
+    )
+    return stored.prompt_PD
+
+
+def _checkpoint_folder(
+    destination: Path, step: int | None, checkpoint: t5x.T5XCheckpoint | None
+) -> tuple[Path, int]:
+    """``checkpoint_<step>`` itself or the folder for it -> the former, and the step."""
+    named = _CHECKPOINT.fullmatch(destination.name)
+    if step is None:
+        step = checkpoint.step if checkpoint is not None else int(named[1]) if named else 0
+    if named is None:
+        return destination / f"checkpoint_{step}", step
+    if int(named[1]) != step:
+        raise UserError(
+            f"{destination} is by its name of step {int(named[1])}, and the checkpoint is of step "
+            f"{step}: name it checkpoint_{step}, or give --step {int(named[1])}"
+        )
+    return destination.with_name(f"checkpoint_{step}"), step
+
+
+def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]]) -> None:
+    """Where ``open_model`` finds it; T5X passes over files that its index does not name."""
+    for name, source in files.items():
+        if isinstance(source, Path):
+            shutil.copyfile(source, folder / name)
+        else:
+            (folder / name).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+
+
+def _lost_in_t5x(opened: OpenedModel) -> list[str]:
+    """What a T5X checkpoint of this model does not say, and shapes do not tell."""
+    buckets = opened.config.relpos_num_buckets
+    guessed = t5x.config_of(
+        opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets
+    )
+    differing = [
+        f"{field.name} = {getattr(opened.config, field.name)!r}"
+        for field in dataclasses.fields(T5Config)
+        if getattr(opened.config, field.name) != getattr(guessed, field.name)
+    ]
+    if not differing:
+        return []
+    return [f"a T5X checkpoint does not say {', '.join(differing)}: say so where it is loaded"]
+
+
+@contextmanager
+def _shown(
+    source: str, arrays: Iterable[LazyArray]
+) -> Iterator[Callable[[str, LazyArray], LazyArray]]:
+    """Makes an array one that, as it is read, moves the bar of them all."""
+    with progress(f"converting {source}", total=sum(array.nbytes for array in arrays)) as report:
+
+        def counted(name: str, array: LazyArray) -> LazyArray:
+            def read(index: Index) -> HostArray:
+                part = array.read(index)
+                report(name, part.nbytes)
+                return part
+
+            return dataclasses.replace(array, read=read)
+
+        yield counted
+
+
+def _cast(array: LazyArray, dtype: np.dtype | None) -> LazyArray:
+    if dtype is None or dtype == array.dtype:
+        return array
+    return dataclasses.replace(
+        array, dtype=dtype, read=lambda index: array.read(index).astype(dtype)
+    )

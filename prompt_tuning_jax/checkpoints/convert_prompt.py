@@ -1,0 +1,175 @@
+"""Writes prompts in another format."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from prompt_tuning_jax.checkpoints.convert_model import DTYPES, Converted, StoredAs, written
+from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.peft import is_peft, write_peft
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    StoredPrompt,
+    check_fits,
+    read_prompt,
+    save_prompt,
+)
+from prompt_tuning_jax.checkpoints.staged import (
+    PROMPT_SUFFIXES,
+    require_free,
+    require_outside,
+    staged,
+)
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import T5Config
+
+PromptFormat = Literal["npy", "safetensors", "peft"]
+_WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
+# The same models on Hugging Face's hub, where PEFT looks for them.
+_PEFT_NAMES = {name: f"google/t5-{name.rpartition('_')[2]}-lm-adapt" for name in T5X_MODELS}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Base:
+    """The frozen model that prompts are for, as far as it is known."""
+
+    name: str = ""
+    config: T5Config | None = None
+    fingerprint: str = ""
+
+
+def convert_prompts(
+    source: str,
+    destination: Path,
+    *,
+    to: PromptFormat,
+    dtype: StoredAs = "stored",
+    model: str = "",
+    allow_other_model: bool = False,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes the prompt ``source``, or every prompt of a folder; arguments as of ``convert``."""
+    files = prompt_files(source)
+    one_file = files is None and to != "peft"
+    require_free(destination, overwrite=overwrite, folder=not one_file)
+    names = [source] if files is None else [str(file) for file in files]
+    # All are read before anything is written: they are small, and one may be damaged.
+    prompts = [read_prompt(name) for name in names]
+    base = _open_base(model, prompts, to=to, check=not allow_other_model)
+    for name, stored in zip(names, prompts, strict=True):
+        _require_fit(stored, base, path=name, allow_other_model=allow_other_model)
+    if files is None:  # the files of a folder have been read, and may be replaced
+        require_outside(source, destination)
+    if to == "npy" and dtype == "bfloat16":
+        raise UserError("an .npy file has no bfloat16: leave out --dtype, or write .safetensors")
+    with staged(destination, overwrite=overwrite, folder=not one_file) as aside:
+        if files is None:
+            _write(aside, prompts[0], base, to=to, dtype=dtype, name=source)
+        for file, stored in zip(files or [], prompts, strict=False):
+            _write(aside / _file_name(file, to), stored, base, to=to, dtype=dtype, name=str(file))
+    shapes = sorted({str(list(stored.prompt_PD.shape)) for stored in prompts})
+    what = f"a prompt {shapes[0]} as {_WORDS[to]}"
+    if files is not None:
+        what = f"{len(prompts)} prompts {', '.join(shapes)}, each as {_WORDS[to]}"
+    notes = []
+    if to == "npy" and any(stored.prompt_PD.dtype.name == "bfloat16" for stored in prompts):
+        notes.append("bfloat16 became float32, with the same numbers: .npy does not have it")
+    if to != "safetensors" and any(_known(stored.metadata) for stored in prompts):
+        notes.append(f"{_WORDS[to]} does not hold the prompt's metadata")
+    return written(what, destination, notes=notes)
+
+
+def prompt_files(source: str) -> list[Path] | None:
+    """The prompts in a folder of prompt files, by name; None if ``source`` is anything else.
+
+    Of files that differ in their suffix alone the ``.safetensors`` is taken, which says more.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or is_peft(folder):
+        return None
+    inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    if not inside or not all(p.is_file() and p.suffix in PROMPT_SUFFIXES for p in inside):
+        return None
+    return sorted({p.stem: p for p in sorted(inside)}.values())
+
+
+def _file_name(file: Path, to: PromptFormat) -> str:
+    return file.stem if to == "peft" else f"{file.stem}.{to}"
+
+
+def _write(
+    path: Path, stored: StoredPrompt, base: _Base, *, to: PromptFormat, dtype: StoredAs, name: str
+) -> None:
+    if to == "peft":
+        base_name = base.name or stored.metadata.model_name
+        if not base_name:
+            raise UserError(
+                f"{name} does not say which model it is for, and PEFT wants to know: give --model, "
+                "a name on the Hugging Face hub or a folder"
+            )
+        write_peft(
+            path,
+            stored.prompt_PD,
+            base_model_name_or_path=_PEFT_NAMES.get(base_name, base_name),
+            num_layers=base.config.num_encoder_layers if base.config else None,
+            num_attention_heads=base.config.num_heads if base.config else None,
+            dtype=DTYPES[dtype],
+        )
+        return
+    metadata = stored.metadata
+    if base.name:
+        metadata = dataclasses.replace(
+            metadata,
+            model_name=metadata.model_name or base.name,
+            model_fingerprint=metadata.model_fingerprint or base.fingerprint,
+        )
+    save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
+
+
+def _open_base(
+    model: str, prompts: Sequence[StoredPrompt], *, to: PromptFormat, check: bool
+) -> _Base:
+    """What ``--model`` names; for PEFT, what the prompts name if it is on this machine."""
+    named = model or next((p.metadata.model_name for p in prompts if p.metadata.model_name), "")
+    if to != "peft" and not model:
+        return _Base()
+    if to == "peft":
+        if not named:
+            return _Base()
+        # PEFT finds the sizes itself: they are not worth fetching a model.
+        if named in T5X_MODELS or (is_hub_name(named) and not Path(named).is_dir()):
+            return _Base(name=named)
+        if not model and named not in BUNDLED and not Path(named).is_dir():
+            return _Base(name=named)
+    opened = open_source(named, vocabulary=False)
+    if to == "peft" and not isinstance(opened.source, Path):
+        raise UserError(
+            f"{named} is a T5X checkpoint, and PEFT wants a Hugging Face folder or name: convert "
+            "the model with --to hf, and give that as --model"
+        )
+    wanted = to == "safetensors" or (check and any(p.metadata.model_fingerprint for p in prompts))
+    return _Base(
+        name=opened.location if to == "peft" and named in BUNDLED else named,
+        config=opened.config,
+        fingerprint=fingerprint_of(opened) if wanted else "",
+    )
+
+
+def _require_fit(stored: StoredPrompt, base: _Base, *, path: str, allow_other_model: bool) -> None:
+    if base.config is not None:
+        check_fits(
+            stored.prompt_PD,
+            stored.metadata,
+            embed_dim=base.config.embed_dim,
+            fingerprint=base.fingerprint,
+            path=path,
+            allow_other_model=allow_other_model,
+        )
+
+
+def _known(metadata: PromptMetadata) -> bool:
+    """Whether more is known than PEFT's folders and the source's name say."""
+    known = dataclasses.replace(metadata, model_name="", created_by="")
+    return known != PromptMetadata()

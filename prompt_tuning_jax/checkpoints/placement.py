@@ -1,0 +1,77 @@
+"""Puts the arrays of a checkpoint onto devices, each device's part read by itself.
+
+The host holds one part at a time, as it is stored and as it is laid out for the device, and never
+the model.  A process reads what its own devices hold and nothing else.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.progress import Report, progress
+from prompt_tuning_jax.typing import Array, DType, HostArray
+
+# What XLA wants of host memory that it takes as it is, on CPU.
+_ALIGNMENT = 64
+
+
+def place(
+    params: Mapping[str, LazyArray],
+    *,
+    dtype: DType,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    title: str = "reading",
+) -> dict[str, Array]:
+    """Every array, by name, as ``dtype``, laid out by its sharding.
+
+    Without ``shardings`` each is whole on the default device.  A part that several devices hold is
+    read once.  Raises UserError for what cannot be read.
+    """
+    kind = np.dtype(dtype)
+    placed = {}
+    with progress(title, total=sum(array.nbytes for array in params.values())) as report:
+        # Layers of one stored stack follow each other: a chunk is then still at hand.
+        for name, array in sorted(params.items(), key=lambda item: item[1].where):
+            if shardings is None:
+                whole = tuple(slice(0, size) for size in array.shape)
+                placed[name] = jax.device_put(read_as(array, whole, kind)).block_until_ready()
+                report(name, array.nbytes)
+            else:
+                placed[name] = _sharded(name, array, kind, shardings[name], report=report)
+    return {name: placed[name] for name in params}
+
+
+def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
+    """A part of an array as ``dtype``, in memory of its own that devices can take as it is."""
+    part = array.read(index)
+    # Not a view of what was read: that may be a mapped file, which others can change.
+    held = np.empty(part.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -held.ctypes.data % _ALIGNMENT
+    found = held[start : start + part.size * dtype.itemsize].view(dtype).reshape(part.shape)
+    found[...] = part
+    return found
+
+
+def _sharded(
+    name: str, array: LazyArray, dtype: np.dtype, sharding: jax.sharding.Sharding, *, report: Report
+) -> Array:
+    """As ``jax.make_array_from_callback``, with each distinct part read once and then let go."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = zip(index or (), array.shape, strict=True)
+        part = tuple(piece.indices(size)[:2] for piece, size in bounds)
+        holders.setdefault(part, []).append(device)
+    shards: list[Array] = []
+    for part, devices in holders.items():
+        buffer = read_as(array, tuple(slice(*bounds) for bounds in part), dtype)
+        on_devices = [jax.device_put(buffer, device) for device in devices]
+        # Transfers run on their own, and each holds its buffer until it is done.
+        shards += _finished(on_devices)
+        report(name, buffer.size * array.dtype.itemsize)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=dtype)
+
+
+def _finished(arrays: Iterable[Array]) -> list[Array]:
+    return [array.block_until_ready() for array in arrays]

@@ -1,0 +1,142 @@
+"""Says what a model, a prompt or a run is."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax import run_folder
+from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
+from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.inspect_model import ModelDescription, describe_model
+from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, describe_prompt
+from prompt_tuning_jax.checkpoints.peft import is_peft
+from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+
+
+def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tuple[str, str]]:
+    """What something is, as (field, value) in words: ``describe`` for people to read."""
+    found = _found(path, with_fingerprint=with_fingerprint)
+    if isinstance(found, ModelDescription):
+        yield from _model_rows(found)
+    elif isinstance(found, PromptDescription):
+        yield from _prompt_rows(found)
+    elif isinstance(found, Experiment):
+        yield from _run_rows(Path(path), found)
+    else:
+        yield "kind", f"{len(found)} prompts"
+        for name, prompt in found.items():
+            yield name, _in_short(prompt)
+
+
+def describe(path: str, *, with_fingerprint: bool | None = None) -> dict[str, Any]:
+    """The same with numbers as numbers, to be written as JSON.
+
+    ``path`` is a model's folder or name, a prompt's file or folder, a folder of prompt files, or a
+    run's folder.  Raises UserError.
+    """
+    found = _found(path, with_fingerprint=with_fingerprint)
+    if isinstance(found, ModelDescription | PromptDescription):
+        kind = "model" if isinstance(found, ModelDescription) else "prompt"
+        return {"kind": kind, **dataclasses.asdict(found)}
+    if not isinstance(found, Experiment):
+        prompts = {name: dataclasses.asdict(prompt) for name, prompt in found.items()}
+        return {"kind": "prompts", "prompts": prompts}
+    folder = Path(path)
+    return {
+        "kind": "run",
+        **dict(_run_fields(found)),
+        "last_checkpoints": _last_steps(folder),
+        "prompts": {n: dataclasses.asdict(p) for n, p in _prompts_of_run(folder).items()},
+    }
+
+
+def _found(
+    path: str, *, with_fingerprint: bool | None
+) -> ModelDescription | PromptDescription | Experiment | dict[str, PromptDescription]:
+    place = Path(path)
+    if place.is_dir() and (place / RUN_CONFIG).is_file():
+        experiment = run_config(path)
+        if experiment is not None:
+            return experiment
+    if place.is_file() or (place.is_dir() and is_peft(place)):
+        return describe_prompt(place)
+    if place.is_dir() and (files := prompt_files(path)):
+        return {file.name: describe_prompt(file) for file in files}
+    named = path in BUNDLED or path in T5X_MODELS or "://" in path or is_hub_name(path)
+    if not place.exists() and not named:
+        raise UserError(f"{path}: no such file or folder")
+    return describe_model(path, with_fingerprint=with_fingerprint)
+
+
+def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"model ({'T5X checkpoint' if model.is_t5x else 'Hugging Face folder'})"
+    yield "architecture", model.architecture
+    yield "size", model.size or "none of the published"
+    yield "layout", model.layout
+    yield "parameters", f"{model.parameters:,}"
+    kinds = [
+        name if len(model.dtypes) == 1 else f"{name} ({n:,})" for name, n in model.dtypes.items()
+    ]
+    yield "dtype", ", ".join(kinds)
+    yield "bytes", f"{model.bytes:,}"
+    if model.step is not None:
+        yield "step", str(model.step)
+        yield "optimizer state", f"{model.optimizer_arrays} arrays"
+        yield "prompt", "none" if model.prompt is None else f"{list(model.prompt)}"
+    yield "vocabulary", model.vocabulary or "none"
+    for field, value in dataclasses.asdict(model.config).items():
+        yield field, str(value)
+    yield "fingerprint", model.fingerprint or "not computed: it takes reading all (--fingerprint)"
+
+
+def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"prompt ({prompt.format})"
+    yield "length", str(prompt.length)
+    yield "width", str(prompt.width)
+    yield "parameters", f"{prompt.length * prompt.width:,}"
+    yield "dtype", str(prompt.dtype)
+    yield (
+        "row norms",
+        f"{prompt.norm_min:.3g} to {prompt.norm_max:.3g}, mean {prompt.norm_mean:.3g}",
+    )
+    yield "fits", ", ".join(prompt.fits) or "no size known here"
+    for field, value in vars(prompt.metadata).items():
+        if value not in ("", None, ()):
+            yield field.replace("_", " "), str(value)
+
+
+def _run_rows(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]:
+    yield "kind", "run"
+    for field, value in _run_fields(experiment):
+        yield field, str(value)
+    for step in _last_steps(folder):
+        yield "last checkpoint", f"step {step}"
+    for name, prompt in _prompts_of_run(folder).items():
+        yield name, _in_short(prompt)
+
+
+def _run_fields(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    yield "model", experiment.model.name_or_path
+    yield "method", type(experiment.method).__name__
+    yield "data", experiment.data.train or experiment.data.task
+    yield "steps", experiment.training.steps
+
+
+def _last_steps(folder: Path) -> list[int]:
+    names = (step.name for step in (folder / "checkpoints" / "last").glob("[0-9]*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _prompts_of_run(folder: Path) -> dict[str, PromptDescription]:
+    files = sorted((folder / run_folder.PROMPTS).glob("*.safetensors"))
+    return {file.name: describe_prompt(file) for file in files}
+
+
+def _in_short(prompt: PromptDescription) -> str:
+    shape, known = [prompt.length, prompt.width], prompt.metadata
+    score = "" if known.score is None else f", {known.metric} {known.score:.2f}"
+    step = "" if known.steps is None else f"{' at' if score else ','} step {known.steps}"
+    return f"{shape}{score}{step}"

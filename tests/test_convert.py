@@ -1,0 +1,395 @@
+"""``prompt-tuning convert``: every model and prompt in every format, there and back."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import prompt_tuning_jax as pt
+from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf
+from prompt_tuning_jax.checkpoints.peft import read_peft, write_peft
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    load_prompt_with_metadata,
+    read_prompt,
+    save_prompt,
+)
+from prompt_tuning_jax.checkpoints.t5x import PROMPT, open_t5x, read_t5x
+from prompt_tuning_jax.errors import UserError
+from tests import convert_cases as cases
+from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model, tree_bytes
+
+METADATA = PromptMetadata(task="t", steps=3, metric="f1", score=0.5, labels=("a", "é"), seed=1)
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Program:
+    return Program(capsys, tmp_path)
+
+
+def require_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype and found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, cases.BF16], ids=str)
+def test_hf_to_t5x_and_back(program: Program, tmp_path: Path, dtype: Any) -> None:
+    model = hf_model(tmp_path / "hf", dtype=dtype)
+    done = program("convert", model, tmp_path / "t5x", "--to", "t5x", "--step", 12)
+    checkpoint = tmp_path / "t5x" / "checkpoint_12"
+    assert done.startswith(f"wrote a model as a T5X checkpoint of step 12: {checkpoint} (")
+    assert "files)\n" in done and done.count("\n") == 1
+    opened = open_t5x(checkpoint)
+    assert (opened.step, opened.version, opened.layout) == (12, 3, "t5x")
+    require_same(read_t5x(checkpoint), cases.params(dtype=dtype))
+    program("convert", checkpoint, tmp_path / "back", "--to", "hf")
+    assert tree_bytes(tmp_path / "back") == tree_bytes(model)  # the vocabulary, too
+    program("convert", checkpoint, tmp_path / "shards", "--to", "hf", "--max_shard_size", "15kB")
+    require_same(read_hf(tmp_path / "shards")[1], cases.params(dtype=dtype))
+    weights = list((tmp_path / "shards").glob("*.safetensors"))
+    assert len(weights) > 1 and all(file.stat().st_size < 20_000 for file in weights)
+
+
+def test_all_sources_of_one_model_give_the_same_files(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()  # an empty folder is free
+    model = hf_model(tmp_path / "hf")
+    words = ("--vocabulary", model / "spiece.model")
+    sources = {"native": t5x_model(tmp_path / "native")}
+    for ocdbt in (True, False):
+        place = tmp_path / f"ocdbt {ocdbt}"
+        sources[f"orbax {ocdbt}"] = orbax_model(place, cases.params(), use_ocdbt=ocdbt)
+    for name, source in sources.items():
+        out = tmp_path / "out" / name
+        program("convert", source, out, "--to", "hf", *words)
+        assert tree_bytes(out) == tree_bytes(model), name
+    assert "no vocabulary" in program("convert", sources["native"], tmp_path / "n", "--to", "hf")
+
+
+def test_t5x_stays_as_it_was(program: Program, tmp_path: Path) -> None:
+    source = t5x_model(tmp_path / "old", with_prompt=True)
+    program("convert", source, tmp_path / "new" / "checkpoint_9")
+    assert tree_bytes(tmp_path / "new" / "checkpoint_9") == tree_bytes(source)
+    # The step is the source's unless another is given, and a name must agree with it.
+    program("convert", source, tmp_path / "later", "--to", "t5x", "--step", 11)
+    assert open_t5x(tmp_path / "later" / "checkpoint_11").step == 11
+    program("convert", source, tmp_path / "first", "--to", "t5x", "--step", 0)
+    assert open_t5x(tmp_path / "first" / "checkpoint_0").step == 0
+    message = program.refused("convert", source, tmp_path / "new" / "checkpoint_8")
+    assert "step 8" in message and "--step 8" in message
+
+
+def test_orbax_with_a_prompt(program: Program, tmp_path: Path) -> None:
+    """Read as a prompt, as a model, and written natively with its optimizer's state."""
+    for ocdbt in (True, False):
+        place = tmp_path / str(ocdbt)
+        source = orbax_model(place, {**cases.params(), PROMPT: prompt()}, use_ocdbt=ocdbt)
+        stored = read_prompt(source)
+        assert stored.source == "T5X checkpoint"
+        np.testing.assert_array_equal(stored.prompt_PD, prompt())
+        program("convert", source, place / "p.npy")
+        assert np.load(place / "p.npy").tobytes() == prompt().tobytes()
+        program("convert", source, place / "native", "--to", "t5x")
+        written = open_t5x(place / "native" / "checkpoint_5")
+        require_same(
+            {name: array.whole() for name, array in written.params.items()},
+            {**cases.params(), PROMPT: prompt()},
+        )
+        state = written.open_state()
+        assert state["param_states/none"] is None
+        slot = state["param_states/prompt/v"]
+        assert slot is not None and slot.whole().tolist() == [1, 1, 1]
+        assert "prompt in the source is left out" in program(
+            "convert", source, place / "hf", "--to", "hf"
+        )
+        rows = program("inspect", source)
+        assert "T5X on Orbax" in rows and f"[5, {cases.WIDTH}]" in rows
+
+
+def test_t5x_fixtures_in_every_layout(program: Program, tmp_path: Path, shared: Path) -> None:
+    """The same model as T5X wrote it in each of its layouts, and its prompt inside of Orbax's."""
+    t5x = shared / "fixtures" / "t5x"
+    for kind, step in (("prompted_tiny_t5x", 3), ("scan_t5x", 7)):
+        native = t5x / kind / f"checkpoint_{step}"
+        orbax = t5x / "orbax" / kind.split("_")[-2] / f"checkpoint_{step}"
+        for number, source in enumerate((native, orbax)):
+            out = tmp_path / kind / str(number)
+            program("convert", source, out, "--to", "t5x", "--unscan")
+            written = open_t5x(out / f"checkpoint_{step}")
+            assert (written.step, written.layout, written.scanned) == (step, "t5x", False)
+            require_same(read_t5x(out / f"checkpoint_{step}"), read_t5x(native))
+            assert bool(written.state_names) == (kind != "scan_t5x")
+    kept = tmp_path / "scanned"
+    program("convert", t5x / "orbax" / "scan" / "checkpoint_7", kept, "--to", "t5x")
+    assert open_t5x(kept / "checkpoint_7").scanned
+    assert open_t5x(kept / "checkpoint_7").state_names
+    # As T5X exported it, beside the checkpoints, with no suffix.
+    (exported,) = t5x.rglob("encoder.prompt.prompt.prompt")
+    for source in (t5x / "prompted_tiny_t5x" / "checkpoint_3", t5x / "orbax/tiny/checkpoint_3"):
+        program("convert", source, tmp_path / "p", "--to", "npy", "--overwrite")
+        assert (tmp_path / "p").read_bytes() == exported.read_bytes()
+
+
+def test_a_prompt_put_into_a_checkpoint(program: Program, tmp_path: Path) -> None:
+    model = hf_model(tmp_path / "hf")
+    save_prompt(tmp_path / "p.npy", prompt())
+    done = program("convert", model, tmp_path / "t5x", "--to=t5x", "--prompt", tmp_path / "p.npy")
+    checkpoint = tmp_path / "t5x" / "checkpoint_0"
+    assert f"with a prompt [5, {cases.WIDTH}]" in done
+    require_same(read_t5x(checkpoint), {**cases.params(), PROMPT: prompt()})
+    program("convert", checkpoint, tmp_path / "out.npy")
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "p.npy").read_bytes()
+    # Another one in its place; the state of the old one would be wrong.
+    trained = t5x_model(tmp_path / "trained", with_prompt=True)
+    save_prompt(tmp_path / "q.npy", prompt(3, seed=4))
+    options = ("--to", "t5x", "--prompt", tmp_path / "q.npy")
+    assert "optimizer's state" in program("convert", trained, tmp_path / "new", *options)
+    written = open_t5x(tmp_path / "new" / "checkpoint_9")
+    assert written.params[PROMPT].whole().tobytes() == prompt(3, seed=4).tobytes()
+    slot = written.open_state()[f"param_states/{PROMPT}/v"]
+    assert slot is not None and slot.shape == (3, cases.WIDTH)
+
+
+def test_a_prompt_of_another_model(program: Program, tmp_path: Path) -> None:
+    model, other = hf_model(tmp_path / "hf"), hf_model(tmp_path / "o", dtype=cases.BF16)
+    save_prompt(tmp_path / "bare.npy", prompt())
+    p, q = tmp_path / "p.safetensors", tmp_path / "q.safetensors"
+    program("convert", tmp_path / "bare.npy", p, "--model", model)
+    known = load_prompt_with_metadata(p)[1]
+    described = json.loads(program("inspect", model, "--json"))
+    assert known.model_fingerprint == described["fingerprint"] and known.model_name == str(model)
+    # Rounding makes no other model of it; other weights do.
+    program("convert", p, q, "--model", other)
+    assert load_prompt_with_metadata(q)[1].model_name == str(model)
+    changed = dataclasses.replace(known, model_fingerprint="0" * 16)
+    save_prompt(p, prompt(), metadata=changed)
+    for words in (
+        (p, tmp_path / "r.npy", "--model", model),
+        (p, tmp_path / "r", "--to", "peft", "--model", model),
+        (model, tmp_path / "r", "--to", "t5x", "--prompt", p),
+    ):
+        assert "was trained for another model" in program.refused("convert", *words)
+        program("convert", *words, "--allow_other_model", "--overwrite")
+    save_prompt(tmp_path / "wide.npy", prompt(width=24))
+    words = (tmp_path / "wide.npy", tmp_path / "w.safetensors", "--model", model)
+    assert f"width 24, and the model has width {cases.WIDTH}" in program.refused("convert", *words)
+    words = (model, tmp_path / "w", "--to", "t5x", "--prompt", tmp_path / "wide.npy")
+    assert f"width 24, and the model has width {cases.WIDTH}" in program.refused("convert", *words)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, cases.BF16, np.float32, np.float64], ids=str)
+def test_prompts_go_round_bit_for_bit(program: Program, tmp_path: Path, dtype: Any) -> None:
+    """safetensors -> PEFT -> safetensors -> npy (which has no bfloat16) -> safetensors."""
+    start, array = tmp_path / "a.safetensors", prompt(dtype=dtype)
+    metadata = dataclasses.replace(METADATA, model_name="google/t5-base-lm-adapt")
+    save_prompt(start, array, metadata=metadata, dtype=None)
+    lost = program("convert", start, tmp_path / "peft", "--to", "peft")
+    assert "does not hold the prompt's metadata" in lost
+    adapter = read_peft(tmp_path / "peft")
+    assert adapter.base_model_name_or_path == "google/t5-base-lm-adapt"
+    program("convert", tmp_path / "peft", tmp_path / "b.safetensors")
+    done = program("convert", tmp_path / "b.safetensors", tmp_path / "c.npy")
+    assert ("bfloat16 became float32" in done) == (dtype == cases.BF16)
+    program("convert", tmp_path / "c.npy", tmp_path / "d.safetensors")
+    for name in ("peft", "b.safetensors", "c.npy", "d.safetensors"):
+        found = read_prompt(tmp_path / name).prompt_PD
+        exact = np.float32 if dtype == cases.BF16 and name[0] in "cd" else dtype
+        assert found.dtype == exact and found.tobytes() == array.astype(exact).tobytes(), name
+    program("convert", start, tmp_path / "same.safetensors")
+    assert (tmp_path / "same.safetensors").read_bytes() == start.read_bytes()
+
+
+def test_dtypes(program: Program, tmp_path: Path) -> None:
+    model = hf_model(tmp_path / "hf")
+    rounded = {name: array.astype(cases.BF16) for name, array in cases.params().items()}
+    for to in ("hf", "t5x"):
+        out = tmp_path / "out" / to
+        program("convert", model, out, "--to", to, "--dtype", "bfloat16")
+        found = read_hf(out)[1] if to == "hf" else read_t5x(out / "checkpoint_0")
+        require_same(found, rounded)
+    config, _, _ = open_hf(tmp_path / "out" / "hf")
+    assert config == cases.CONFIG
+    save_prompt(tmp_path / "p.npy", prompt())
+    program("convert", tmp_path / "p.npy", tmp_path / "p.safetensors", "--dtype", "bfloat16")
+    assert read_prompt(tmp_path / "p.safetensors").prompt_PD.dtype == cases.BF16
+    message = program.refused("convert", tmp_path / "p.npy", tmp_path / "q.npy", "--dtype=bfloat16")
+    assert "no bfloat16" in message
+
+
+def test_the_prompts_of_a_run(program: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    for seed in range(3):
+        metadata = dataclasses.replace(METADATA, seed=seed)
+        save_prompt(folder / f"seed_{seed}.safetensors", prompt(seed=seed), metadata=metadata)
+        save_prompt(folder / f"seed_{seed}.npy", prompt(seed=seed))
+    done = program("convert", folder, tmp_path / "npy", "--to", "npy")
+    assert f"wrote 3 prompts [5, {cases.WIDTH}], each as an .npy file" in done
+    assert tree_bytes(tmp_path / "npy") == {
+        name: data for name, data in tree_bytes(folder).items() if name.endswith(".npy")
+    }
+    program("convert", folder, tmp_path / "peft", "--to", "peft", "--model", "org/t5")
+    for seed in range(3):
+        adapter = read_peft(tmp_path / "peft" / f"seed_{seed}")
+        assert adapter.prompt_PD.tobytes() == prompt(seed=seed).tobytes()
+        assert adapter.base_model_name_or_path == "org/t5"
+    assert "several prompts" in program.refused("convert", folder, tmp_path / "x.npy")
+    rows = program("inspect", folder)
+    assert "3 prompts" in rows and "seed_2.safetensors" in rows and "f1 0.50 at step 3" in rows
+    (folder / "seed_1.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+    assert "damaged" in program.refused("convert", folder, tmp_path / "again", "--to", "npy")
+
+
+def test_peft_wants_a_model_and_takes_its_sizes(program: Program, tmp_path: Path) -> None:
+    save_prompt(tmp_path / "p.npy", prompt())
+    words = ("convert", tmp_path / "p.npy", tmp_path / "peft", "--to", "peft")
+    assert "give --model" in program.refused(*words)
+    model = hf_model(tmp_path / "hf")
+    program(*words, "--model", model)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "token_dim": cases.WIDTH}
+    assert config | sizes == config and config["base_model_name_or_path"] == str(model)
+    checkpoint = t5x_model(tmp_path / "t5x")
+    assert "--to hf" in program.refused(*words, "--overwrite", "--model", checkpoint)
+    program(*words, "--overwrite", "--model", "t5_1_1_lm100k_xl")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "google/t5-xl-lm-adapt"
+
+
+def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
+    model = hf_model(tmp_path / "hf")
+    save_prompt(tmp_path / "p.npy", prompt())
+    save_prompt(tmp_path / "q.npy", prompt(seed=2))
+    old = hf_model(tmp_path / "old", dtype=cases.BF16)
+    for words in (
+        (tmp_path / "p.npy", tmp_path / "q.npy"),
+        (model, old, "--to", "hf"),
+    ):
+        assert "exists already" in program.refused("convert", *words)
+        program("convert", *words, "--overwrite")
+    assert tree_bytes(old) == tree_bytes(model)
+    assert np.load(tmp_path / "q.npy").tobytes() == prompt().tobytes()
+    other = tmp_path / "home"
+    (other / "letters").mkdir(parents=True)
+    message = program.refused("convert", model, other, "--to", "hf", "--overwrite")
+    assert "holds more than a model" in message
+    message = program.refused("convert", model, tmp_path, "--to", "hf", "--overwrite")
+    assert "holds more than a model" in message
+    message = program.refused("convert", tmp_path / "p.npy", old, "--to", "npy", "--overwrite")
+    assert "is a folder" in message
+    message = program.refused("convert", model, tmp_path / "p.npy", "--to", "hf", "--overwrite")
+    assert "named as npy" in message
+    # A model onto itself, in another type; and a model that holds its source is not replaced.
+    program("convert", model, model, "--to", "hf", "--overwrite", "--dtype", "bfloat16")
+    require_same(read_hf(model)[1], cases.params(dtype=cases.BF16))
+    inner = hf_model(model / "inner")
+    message = program.refused("convert", inner, model, "--to", "hf", "--overwrite")
+    assert "holds the source" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("hf out", "does not tell a format: say --to"),
+        ("p.npy out", "does not tell a format: say --to"),
+        ("p.npy out --to hf", "prompts are written as"),
+        ("p.npy out --to t5x", "convert the model with --prompt"),
+        ("prompts out --to hf", "prompts are written as"),
+        ("hf out.npy", "is a folder without a prompt"),
+        ("tiny out.npy", "tiny is a model"),
+        ("hf out.npy --to safetensors", "change one of them"),
+        ("p.npy out.npy --step 3", "step is for t5x"),
+        ("hf out --to hf --prompt p.npy", "prompt is for t5x"),
+        ("hf out --to hf --step 3", "step is for t5x"),
+        ("hf out --to t5x --model x", "model is for npy"),
+        ("hf out --to t5x --step x", "whole number"),
+        ("hf out --to hf --max_shard_size big", "no size"),
+        ("nothing out --to hf", "nothing"),
+        ("nothing.npy out.npy", "nothing.npy"),
+        ("hf out --to t5x --prompt nothing.npy", "nothing.npy"),
+        ("hf out --to hf --vocabulary nothing", "nothing"),
+        ("hf out --to word", "word"),
+        ("hf p.npy/out --to hf", "cannot write"),
+        ("p.npy hf/config.json/out.npy", "cannot write"),
+    ],
+)
+def test_what_cannot_be_asked(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hf_model(tmp_path / "hf")
+    save_prompt(tmp_path / "p.npy", prompt())
+    save_prompt(tmp_path / "prompts" / "a.npy", prompt())
+    assert part in program.refused("convert", *words.split())
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found when most is written: with a new folder, and with an old one in its place."""
+    source = t5x_model(tmp_path / "t5x")
+    chunk = next((source / "target.token_embedder.embedding").glob("[0-9]*"))
+    chunk.write_bytes(chunk.read_bytes()[:-900])
+    old = hf_model(tmp_path / "old")
+    for out in ((tmp_path / "a" / "b" / "new",), (old, "--overwrite")):
+        message = program.refused("convert", source, *out, "--to", "hf", "--max_shard_size", "1kB")
+        assert "damaged or incomplete for token_embedder/embedding" in message
+        program.refused("convert", source, *out, "--to", "t5x", "--dtype", "bfloat16")
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    assert "cannot write" in program.refused("convert", hf_model(old), old / "x", "--to", "t5x")
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C of a process that is in the middle of writing, made slow here."""
+    model = hf_model(tmp_path / "hf")
+    before = tree_bytes(tmp_path)
+    code = (
+        "import sys, time\n"
+        "from prompt_tuning_jax.checkpoints import lazy, convert_model\n"
+        "cast = convert_model._cast\n"
+        "def slow(array, dtype):\n"
+        "    read = array.read\n"
+        "    def late(index):\n"
+        "        print('reading', flush=True); time.sleep(0.3); return read(index)\n"
+        "    return convert_model.dataclasses.replace(array, read=late)\n"
+        "convert_model._cast = slow\n"
+        "from prompt_tuning_jax.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["convert", str(model), str(tmp_path / "out" / "t5x"), "--to", "t5x"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(3):
+            assert process.stdout.readline() == b"reading\n"
+        assert len(tree_bytes(tmp_path)) > len(before)  # it is on its way
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        process.stdout.read()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 130 and time.monotonic() - started < 20
+    assert tree_bytes(tmp_path) == before
+
+
+def test_from_python(tmp_path: Path) -> None:
+    write_peft(tmp_path / "peft", prompt(), base_model_name_or_path="org/t5")
+    done = pt.convert(tmp_path / "peft", tmp_path / "p.safetensors")
+    assert (done.path, done.files) == (tmp_path / "p.safetensors", 1)
+    assert done.bytes == (tmp_path / "p.safetensors").stat().st_size
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        pt.convert(tmp_path / "peft", tmp_path / "q.npy", dtype="int8")
+    with pytest.raises(UserError, match="to is 'word'"):
+        pt.convert(tmp_path / "peft", tmp_path / "q", to="word")

@@ -120,6 +120,58 @@ def _predict(args: argparse.Namespace) -> None:
         sys.stdout.write(output)
 
 
+def _suite(args: argparse.Namespace) -> None:
+    experiment = _experiment_of_many(args)
+    from prompt_tuning_jax import commands
+
+    result = commands.suite(
+        experiment,
+        args.name,
+        tasks=_names(args.tasks),
+        form=args.form,
+        halve=_names(args.halve),
+    )
+    if result.stopped_by:
+        sys.exit(128 + result.stopped_by)
+
+
+def _transfer(args: argparse.Namespace) -> None:
+    experiment = _experiment_of_many(args)
+    from prompt_tuning_jax import commands
+    from prompt_tuning_jax.overrides import apply_overrides
+
+    result = commands.try_transfer(
+        experiment,
+        args.source,
+        _names(args.targets),
+        methods=_names(args.methods),
+        model_tuning=lambda of: apply_overrides(of, args.model_set),
+        form=args.form,
+    )
+    if result.stopped_by:
+        sys.exit(128 + result.stopped_by)
+
+
+def _experiment_of_many(args: argparse.Namespace) -> "Experiment":
+    """The experiment that is done for each task: with five seeds unless the user names some."""
+    from prompt_tuning_jax.suite import OWN_FIELDS
+
+    fields = [override.partition("=")[0].strip() for override in args.set]
+    for field in fields:
+        if field in OWN_FIELDS:
+            raise UserError(f"--set {field}: each task brings its own")
+    experiment = _experiment(args)
+    if args.seeds is not None or "training.seeds" in fields:
+        return experiment
+    from prompt_tuning_jax.commands import with_seeds
+
+    return with_seeds(experiment)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _tasks(args: argparse.Namespace) -> None:
     from prompt_tuning_jax import commands
 
@@ -274,4 +326,6 @@ _COMMANDS = {
     "metrics": _metrics,
     "inspect": _inspect,
     "convert": _convert,
+    "suite": _suite,
+    "transfer": _transfer,
 }

@@ -123,7 +123,70 @@ def build_parser() -> argparse.ArgumentParser:
         "--fingerprint", action="store_true", help="also of a large model, by reading all of it"
     )
     _add_convert(commands)
+    _add_suite(commands)
+    _add_transfer(commands)
     return parser
+
+
+def _add_suite(commands: Any) -> None:
+    suite = _add_command(
+        commands,
+        "suite",
+        "train and evaluate all tasks of a benchmark, and print the table",
+        example="suite super_glue --config configs/suite_tiny.py --data_dir D --workdir runs/suite",
+    )
+    suite.add_argument("name", metavar="SUITE", help="super_glue or glue")
+    suite.add_argument("--tasks", default="", metavar="rte,cb", help="only these")
+    suite.add_argument(
+        "--halve",
+        default="",
+        metavar="boolq",
+        help="train on half of the validation split, for want of training files; not official",
+    )
+    _add_options_of_many(suite)
+
+
+def _add_transfer(commands: Any) -> None:
+    transfer = _add_command(
+        commands,
+        "transfer",
+        "train on one task, evaluate on others: prompts against model tuning",
+        example="transfer --from squad --to mrqa --config CONFIG.py --data_dir D --workdir runs/t",
+    )
+    transfer.add_argument("--from", dest="source", required=True, metavar="TASK")
+    transfer.add_argument(
+        "--to", dest="targets", required=True, metavar="A,B", help="mrqa: its out-of-domain sets"
+    )
+    transfer.add_argument(
+        "--methods", default="prompt_tuning,model_tuning", metavar="A,B", help="(default: both)"
+    )
+    transfer.add_argument(
+        "--model_set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="--set for model tuning, which has an optimizer of its own; repeatable",
+    )
+    _add_options_of_many(transfer)
+
+
+def _add_options_of_many(parser: argparse.ArgumentParser) -> None:
+    """What a command of many runs takes."""
+    parser.add_argument("--config", metavar="CONFIG.py", help="done for each task")
+    parser.add_argument(
+        "--form",
+        default="taskless",
+        metavar="FORM",
+        help="ordinary, taskless or task_index (default: taskless)",
+    )
+    parser.add_argument(
+        "--workdir", metavar="FOLDER", help="where runs and tables are kept; goes on where stopped"
+    )
+    parser.add_argument("--seeds", metavar="0,1,2", help="(default: the config's, or 0,1,2,3,4)")
+    parser.add_argument("--steps", metavar="N", help="how many optimizer steps")
+    parser.add_argument("--model", metavar="NAME", help="bundled name or folder")
+    _add_data_dir_option(parser)
+    _add_config_options(parser)
 
 
 def _add_convert(commands: Any) -> None:

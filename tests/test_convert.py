@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf
+from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.peft import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -44,6 +44,16 @@ def require_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == array.dtype and found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+def test_a_hugging_face_model_stays_of_its_kind(
+    program: Program, tmp_path: Path, kind: str
+) -> None:
+    config = dataclasses.replace(cases.CONFIG, relpos_per_layer=kind == "umt5")
+    write_hf(tmp_path / "one", config, cases.params(config), model_type=kind)
+    program("convert", tmp_path / "one", tmp_path / "two", "--to", "hf")
+    assert json.loads((tmp_path / "two/config.json").read_text())["model_type"] == kind
 
 
 @pytest.mark.parametrize("dtype", [np.float32, cases.BF16], ids=str)

@@ -20,7 +20,7 @@ ROWS = (
     ("experiment",),
     ("training", "serving", "ensembling", "analysis", "inference", "pretraining"),
     ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
-    ("run_folder", "opened_prompts", "model_export", "probing", "run"),
+    ("run_folder", "opened_prompts", "model_export", "probing", "run", "suite", "transfer"),
     # "" is the package's own __init__.
     ("commands", "seqio_tasks", "cli_arguments", "cli", "__main__", ""),
 )

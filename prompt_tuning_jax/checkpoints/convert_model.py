@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import t5x
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf import model_type_of, write_hf
 from prompt_tuning_jax.checkpoints.hf_config import tokenizer_files
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
 from prompt_tuning_jax.checkpoints.load import OpenedModel
@@ -75,6 +75,7 @@ def convert_to_hf(
             vocabulary_file=words,
             dtype="stored",
             max_shard_bytes=max_shard_bytes,
+            model_type=model_type_of(opened.source) if isinstance(opened.source, Path) else "t5",
         )
     notes = []
     if words is None:

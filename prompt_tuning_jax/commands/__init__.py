@@ -1,10 +1,11 @@
-"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert."""
+"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert, suite..."""
 
 from prompt_tuning_jax.commands.conversion import convert
 from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
 from prompt_tuning_jax.commands.inspection import describe, inspect
 from prompt_tuning_jax.commands.listing import dump, examples, tasks
 from prompt_tuning_jax.commands.scoring import Scored, metrics
+from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
 from prompt_tuning_jax.run import RunResult, train
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Prediction",
     "RunResult",
     "Scored",
+    "SuiteResult",
     "convert",
     "describe",
     "dump",
@@ -20,6 +22,9 @@ __all__ = [
     "inspect",
     "metrics",
     "predict",
+    "suite",
     "tasks",
     "train",
+    "try_transfer",
+    "with_seeds",
 ]

@@ -23,6 +23,7 @@ from prompt_tuning_jax.data.t5_tasks.registry import FORMS, base_tasks, form_of,
 from prompt_tuning_jax.data.task import Example, get_mixture, get_task
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.methods import PromptTuning
 
 SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = ("majority", "mean", "best", "ensemble")
@@ -117,7 +118,8 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
     """The same experiment on a task or mixture, by the task's own labels, metrics and splits.
 
     Predictions are made as ``base`` says; where the task has no labels to rank they are written
-    greedily, and ``data.targets_length`` is at least 32.
+    greedily, ``data.targets_length`` is at least 32, and a prompt that would start from labels
+    starts from sampled vocabulary.
     """
     default = Data()
     data = replace(
@@ -140,7 +142,24 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
         if evaluation.strategy == "rank":
             evaluation = replace(evaluation, strategy="greedy")
     training = replace(base.training, workdir=workdir)
-    return replace(base, data=data, evaluation=evaluation, training=training)
+    experiment = replace(base, data=data, evaluation=evaluation, training=training)
+    mixture = get_mixture(name)
+    if any(task.labels for task in (*mixture.tasks, *mixture.evaluated)):
+        return experiment
+    return _without_label_init(experiment)
+
+
+def _without_label_init(experiment: Experiment) -> Experiment:
+    method, training = experiment.method, experiment.training
+    if not isinstance(method, PromptTuning) or method.init_labels:
+        return experiment
+
+    def instead(init: str) -> Any:
+        return "sampled_vocabulary" if init == "class_labels" else init
+
+    method = replace(method, init=instead(method.init))
+    training = replace(training, inits=tuple(map(instead, training.inits)))
+    return replace(experiment, method=method, training=training)
 
 
 def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
@@ -277,6 +296,8 @@ def notes(
     if most := experiment.data.max_eval_examples:
         found.append(f"Evaluated on at most {most:,} examples of a task, evenly spaced.")
     for short, task in scores.items():
+        if not task["labels"]:
+            found.append(f"{short}: no labels: answers are written, prompts start without labels.")
         known = official_train_examples(suite.tasks[short])
         number = task["train_examples"]
         if short in halved:

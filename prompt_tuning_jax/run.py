@@ -7,7 +7,6 @@ from pathlib import Path
 from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.data.metrics import majority_scores
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
@@ -191,8 +190,7 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
     baselines = {}
     if isinstance(data, build.TaskData) and len(data.evaluation) == 1 and data.labels:
         (examples,) = data.evaluation.values()
-        targets = [example["targets"] for example in examples.texts]
-        scores = majority_scores(examples.task.metrics, data.train_targets, targets)
+        scores = examples.task.majority_scores(examples.texts, data.train_targets)
         if data.best_by in scores:
             baselines["majority class"] = scores[data.best_by]
     plot_curves(

@@ -17,7 +17,17 @@ from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.overrides import diff, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "eval", "predict", "tasks", "inspect", "convert")
+COMMANDS = (
+    "train",
+    "eval",
+    "predict",
+    "tasks",
+    "metrics",
+    "inspect",
+    "convert",
+    "suite",
+    "transfer",
+)
 CONFIG = """
 from prompt_tuning_jax.experiment import Experiment, Training
 from prompt_tuning_jax.methods import PromptTuning

@@ -15,7 +15,6 @@ from prompt_tuning_jax import suite as suites
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.commands.evaluation import evaluate
 from prompt_tuning_jax.config_file import RUN_CONFIG
-from prompt_tuning_jax.data.metrics import majority_class
 from prompt_tuning_jax.data.t5_tasks.registry import name_in_form
 from prompt_tuning_jax.data.task import Task
 from prompt_tuning_jax.data.tokenize import check_labels
@@ -304,11 +303,10 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
     data = build.build_data(trained, words)
     tried = data if of == trained else build.build_data(of, words, training=False)
     assert isinstance(data, build.TaskData) and isinstance(tried, build.TaskData)
-    answer = majority_class(data.train_targets)
     majority: dict[str, float] = {}
     for name, examples in tried.evaluation.items():
         prefix = f"{name}/" if len(tried.evaluation) > 1 else ""
-        scores = examples.task.score(examples.texts, [answer] * len(examples))
+        scores = examples.task.majority_scores(examples.texts, data.train_targets)
         majority |= {f"{prefix}{metric}": value for metric, value in scores.items()}
     return {
         "majority": majority,

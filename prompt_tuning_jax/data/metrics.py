@@ -82,14 +82,6 @@ def majority_class(targets: Sequence[str]) -> str:
     return min(counts, key=lambda target: (-counts[target], target))
 
 
-def majority_scores(
-    metrics: Sequence[Metric], train_targets: Sequence[str], eval_targets: Sequence[str]
-) -> dict[str, float]:
-    """What always answering the training split's most frequent target scores."""
-    answer = majority_class(train_targets)
-    return score(metrics, eval_targets, [answer] * len(eval_targets))
-
-
 def _f1_macro(labels: tuple[str, ...]) -> MetricFn:
     """Mean of the labels' F1; a label that never occurs counts 0, as in T5's CB metric."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.data.code_identity import code_identity
-from prompt_tuning_jax.data.metrics import Metric, invalid_share, score
+from prompt_tuning_jax.data.metrics import Metric, invalid_share, majority_class, score
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 
@@ -123,6 +123,12 @@ class Task:
         if self.labels:
             scores["invalid"] = invalid_share(self.labels, predictions)
         return scores
+
+    def majority_scores(
+        self, examples: Sequence[Example], train_targets: Sequence[str]
+    ) -> dict[str, float]:
+        """What always answering the training split's most frequent target scores."""
+        return self.score(examples, [majority_class(train_targets)] * len(examples))
 
     def _compared(self, text: str, example: Example, is_target: bool) -> Any:
         return text if self.postprocess is None else self.postprocess(text, example, is_target)

@@ -10,15 +10,15 @@ from prompt_tuning_jax.methods import PromptTuning
 def get_config() -> Experiment:
     return Experiment(
         model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
-        method=PromptTuning(length=10, init="class_labels"),
+        method=PromptTuning(length=20, init="described"),
         data=Data(task="word_valence", inputs_length=14, targets_length=4),
         optimizer=Optimizer(schedule="linear"),
         training=Training(
-            steps=250,
-            batch_size=16,
+            steps=240,
+            batch_size=32,
             seeds=(0, 1, 2, 3, 4),
-            eval_every=50,
-            save_every=50,
+            eval_every=30,
+            save_every=60,
             workdir="runs/quickstart",
         ),
     )

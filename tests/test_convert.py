@@ -366,7 +366,9 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
     model = hf_model(tmp_path / "hf")
     before = tree_bytes(tmp_path)
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # Where this runs in the background of a shell, interrupts are ignored from the start.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from prompt_tuning_jax.checkpoints import lazy, convert_model\n"
         "cast = convert_model._cast\n"
         "def slow(array, dtype):\n"

@@ -156,8 +156,9 @@ def test_the_host_never_holds_the_model(tmp_path: Path, kind: str) -> None:
     )
     (row,) = json.loads((tmp_path / "n.json").read_text())
     assert row["model"] > 80e6 and row["held"] >= row["model"]
-    # One shard and one array twice, as it is stored and as it is laid out, and some slack.
-    assert row["above_own"] < 3 * row["largest"] < 0.5 * row["model"], row
+    # One shard and one array twice, as it is stored and as it is laid out, and what the allocator
+    # keeps: 50 to 70 MB.  Reading all of it first takes more than the model once more.
+    assert row["above_own"] < 0.8 * row["model"], row
 
 
 def test_a_model_is_what_it_was(tiny_t5x: Path) -> None:

@@ -1,8 +1,8 @@
-"""The settings of Lester et al. 2021 (section 3, appendix A) on a SeqIO task, here BoolQ.
+"""The settings of Lester et al. 2021 (section 3, appendix A), here on BoolQ.
 
-prompt-tuning train configs/paper.py --model FOLDER --set data.module=MODULE
+prompt-tuning train configs/paper.py --model FOLDER --data_dir DATA
 
-FOLDER is an LM-adapted T5 1.1 and MODULE the Python module that registers the task with SeqIO;
+FOLDER is an LM-adapted T5 1.1 and DATA a folder of official files or TFDS;
 ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
 """
 

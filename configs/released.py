@@ -1,8 +1,8 @@
 """The prompt-tuning configs released in 2021 (google-research/prompt-tuning), its SST-2 demo.
 
-prompt-tuning train configs/released.py --model FOLDER --set data.module=MODULE
+prompt-tuning train configs/released.py --model FOLDER --data_dir DATA
 
-FOLDER is an LM-adapted T5 1.1 and MODULE the Python module that registers the task with SeqIO.
+FOLDER is an LM-adapted T5 1.1 and DATA a folder of official files or TFDS.
 Unlike the paper: batches of 128, the loss summed over tokens with z-loss, and an optimizer that
 goes on counting at the step of the restored checkpoint, which holds nearly every update at an
 RMS of 0.3.  TRAIN_STEPS there includes those 1,100,000 steps; ``training.steps`` does not.

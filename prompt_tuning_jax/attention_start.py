@@ -47,7 +47,7 @@ def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
     matched = encoder[: (len(encoder) + 1) // 2] if matching else []
     for attention in (*encoder, *(layer.self_attention for layer in layers), *cross):
         rotation_DJ = _rotation(random, config.embed_dim)
-        if any(attention is each for each in matched):
+        if attention in matched:
             sharpness = (MATCHED / config.head_dim) ** 0.5
             label_DJ = _rotation(random, config.embed_dim)
             turned_DJ = np.roll(rotation_DJ, -(config.embed_dim // 2), axis=0)
@@ -61,8 +61,7 @@ def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
         else:
             # A normed position scores 64 * sharpness**2 with itself in each head of width 64.
             sharpness = SHARPNESS * (64 / config.head_dim) ** 0.5
-            across = any(attention is each for each in cross)
-            carried = (CARRIED_ACROSS if across else CARRIED) ** 0.5
+            carried = (CARRIED_ACROSS if attention in cross else CARRIED) ** 0.5
             kernels = {
                 "query": rotation_DJ * sharpness,
                 "key": rotation_DJ * sharpness,

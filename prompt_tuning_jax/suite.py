@@ -19,7 +19,8 @@ from prompt_tuning_jax.data.t5_tasks.metrics import (
     super_glue_score,
     super_glue_task_score,
 )
-from prompt_tuning_jax.data.t5_tasks.registry import FORMS, base_tasks, form_of, name_in_form
+from prompt_tuning_jax.data.t5_tasks.registry import FORMS, form_of, name_in_form
+from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.task import Example, get_mixture, get_task
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
@@ -215,11 +216,11 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
 
 def official_train_examples(name: str) -> int:
     """How many training examples a task's official release makes; 0 where that is not known."""
-    base = base_tasks().get(form_of(name)[1])
+    base = T5_TASKS.get(form_of(name)[1])
     mixture = get_mixture(name)
     if base is not None:
         return base.rate
-    members = [base_tasks().get(form_of(task.name)[1]) for task in mixture.tasks]
+    members = [T5_TASKS.get(form_of(task.name)[1]) for task in mixture.tasks]
     return sum(member.rate for member in members if member)
 
 
@@ -227,7 +228,12 @@ def metrics_of(suite: Suite, short: str, scores: Mapping[str, Any]) -> tuple[str
     """The metrics that count for a task of the suite."""
     if suite.name == "super_glue":
         return SUPER_GLUE_METRICS[short]
-    return tuple(name for name in scores["mean"] if name.split("/")[-1] not in _NOT_SCORES)
+    return score_names(scores["mean"])
+
+
+def score_names(scores: Iterable[str]) -> tuple[str, ...]:
+    """The metrics among the names of scores, which may have a task and a slash before them."""
+    return tuple(name for name in scores if name.split("/")[-1] not in _NOT_SCORES)
 
 
 def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -354,5 +360,5 @@ def _is_number(value: Any) -> bool:
 def _short_metric(name: str) -> str:
     """``taskless_glue_mnli_matched_v002/accuracy`` -> ``mnli_matched accuracy``."""
     task, slash, metric = name.rpartition("/")
-    base = base_tasks().get(form_of(task)[1])
+    base = T5_TASKS.get(form_of(task)[1])
     return f"{base.short if base else task} {metric}" if slash else metric

@@ -12,12 +12,13 @@ from typing import Any
 
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.t5_tasks.forms import Form
-from prompt_tuning_jax.data.t5_tasks.registry import base_tasks, form_of, name_in_form
+from prompt_tuning_jax.data.t5_tasks.registry import form_of, name_in_form
+from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.task import get_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Optimizer
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
-from prompt_tuning_jax.suite import SUITES, markdown_rows, on_task, without_nan
+from prompt_tuning_jax.suite import SUITES, markdown_rows, on_task, score_names, without_nan
 
 METHODS = ("prompt_tuning", "model_tuning")
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +32,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     )
 }
 _TITLES = {"prompt_tuning": "prompt tuning", "model_tuning": "model tuning"}
-_NOT_SCORES = ("invalid",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def summary(
     found: dict[str, Any] = {}
     for method, by_task in scores.items():
         for task, seeds in by_task.items():
-            for metric in [m for m in seeds[0] if m.split("/")[-1] not in _NOT_SCORES]:
+            for metric in score_names(seeds[0]):
                 values = [own[metric] for own in seeds]
                 numbers = [value for value in values if value is not None]
                 entry: dict[str, Any] = {"mean": None, "std": None, "seeds": len(values)}
@@ -235,7 +235,7 @@ def short_of(name: str) -> str:
         for short, full in suite.tasks.items():
             if full == base:
                 return short
-    task = base_tasks().get(base)
+    task = T5_TASKS.get(base)
     return task.short if task else name
 
 
@@ -243,12 +243,12 @@ def _full_name(name: str, *, form: Form, option: str) -> str:
     """UserError for a name that is unknown, or stands for tasks of several benchmarks."""
     found = [
         name_in_form(task.name, form)
-        for task in base_tasks().values()
+        for task in T5_TASKS.values()
         # Not the later versions, and not what is there for a certain source.
         if task.short == name and "_v200" not in task.name and "_from_" not in task.name
     ]
     of_suites = [s.tasks[name] for s in SUITES.values() if name in s.tasks]
-    if of_suites and len(of_suites) == len({base_tasks()[n].benchmark for n in _plain(found)}):
+    if of_suites and len(of_suites) == len({T5_TASKS[n].benchmark for n in _plain(found)}):
         found = [name_in_form(full, form) for full in of_suites]
     if len(found) > 1:
         raise UserError(f"{option} {name}: which of {' and '.join(found)}? Give the full name")
@@ -264,7 +264,7 @@ def _targets(name: str, *, source: str, form: Form) -> tuple[str, ...]:
         return tuple(name_in_form(full, form) for full in GROUPS[name])
     source_form, base = form_of(source)
     translating = f"glue_{name}_from_{short_of(base)}_v002"
-    if translating in base_tasks():
+    if translating in T5_TASKS:
         return (name_in_form(translating, source_form),)
     return (_full_name(name, form=form, option="--to"),)
 

@@ -25,6 +25,7 @@ from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import PromptTuning
 from tests import tiny_run
 from tests.tiny_run import experiment, tree_bytes, write_config, write_rows
+from tests.watched_runs import watched_runs
 
 SETTINGS: dict[str, Any] = {
     "data": Data(inputs_length=24, targets_length=20),
@@ -105,18 +106,7 @@ def base(workdir: Path, data_dir: Path, changes: Mapping[str, Any] | None = None
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is trained and evaluated, in order."""
-    calls: list[str] = []
-    for name in ("train", "evaluate"):
-        real = getattr(command, name)
-
-        def watched(
-            of: Experiment, *args: Any, _real: Any = real, _name: str = name, **kw: Any
-        ) -> Any:
-            calls.append(f"{_name} {Path(of.training.workdir).name}")
-            return _real(of, *args, **kw)
-
-        monkeypatch.setattr(command, name, watched)
-    return calls
+    return watched_runs(monkeypatch, lambda name, of: f"{name} {Path(of.training.workdir).name}")
 
 
 def test_a_suite_end_to_end_and_again(

@@ -17,6 +17,7 @@ from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from tests import tiny_run
 from tests.tiny_run import experiment, write_rows
+from tests.watched_runs import watched_runs
 
 SETTINGS: dict[str, Any] = {
     "data": Data(inputs_length=24, targets_length=6),
@@ -87,18 +88,9 @@ def base(workdir: Path, data_dir: Path) -> Experiment:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is trained and evaluated, in order."""
-    calls: list[str] = []
-    for name in ("train", "evaluate"):
-        real = getattr(command, name)
-
-        def watched(
-            of: Experiment, *args: Any, _real: Any = real, _name: str = name, **kw: Any
-        ) -> Any:
-            calls.append(f"{_name} {Path(of.training.workdir).name} {of.data.task}")
-            return _real(of, *args, **kw)
-
-        monkeypatch.setattr(command, name, watched)
-    return calls
+    return watched_runs(
+        monkeypatch, lambda name, of: f"{name} {Path(of.training.workdir).name} {of.data.task}"
+    )
 
 
 def test_from_squad_to_another_set_by_both_methods(tmp_path: Path, counted: list[str]) -> None:

@@ -13,12 +13,12 @@ from prompt_tuning_jax.data.t5_tasks.forms import with_task_index
 from prompt_tuning_jax.data.t5_tasks.registry import (
     ALIASES,
     FORMS,
-    base_tasks,
     form_of,
     forms_of,
 )
 from prompt_tuning_jax.data.t5_tasks.sources import number_of_rows
 from prompt_tuning_jax.data.t5_tasks.t5_task import T5Task
+from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.task import Example, Task, get_mixture, get_task, task_names
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
@@ -47,7 +47,7 @@ def tasks(*, data_dir: str = "", every: bool = False) -> Iterator[tuple[str, str
         for alias, name in sorted(ALIASES.items()):
             yield alias, f"the same as {name}"
         return
-    base = base_tasks()
+    base = T5_TASKS
     in_forms = {form_of(name)[1] for name in task_names()}
     for benchmark, title in _TITLES.items():
         group = [t for t in base.values() if t.benchmark == benchmark and not _is_later(t, base)]

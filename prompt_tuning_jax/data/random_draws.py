@@ -19,12 +19,6 @@ def random_bits(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -
     return _mix(stream_B[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
-def random_uniform(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -> np.ndarray:
-    """``count`` numbers of [0, 1) for each example: [B, count], float64."""
-    bits = random_bits(count, seed=seed, purpose=purpose, indices_B=indices_B)
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
 def random_integers(
     low: int, high: int, *, seed: int, purpose: int, indices_B: np.ndarray
 ) -> np.ndarray:

@@ -23,6 +23,7 @@ from prompt_tuning_jax.checkpoints.t5x_place import Place
 from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
+from tests.convert_cases import orbax_model
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = T5Config(
@@ -81,24 +82,6 @@ def as_version_2(folder: Path, params: dict[str, np.ndarray]) -> Path:
     return written
 
 
-def as_orbax(folder: Path, params: dict[str, np.ndarray], *, use_ocdbt: bool) -> Path:
-    import orbax.checkpoint as ocp
-
-    tree: dict[str, Any] = {"target": {}, "state": {"step": np.int32(5)}}
-    for name, array in params.items():
-        *parents, last = ("target", *name.split("/"))
-        at = tree
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[last] = array
-    tree["state"]["param_states"] = {"prompt": {"v": np.ones(3, np.float32)}, "none": None}
-    written = folder / "checkpoint_5"
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt))
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
-    ocp.Checkpointer(handler).save(written.resolve(), items)
-    return written
-
-
 def make(layout: str, folder: Path, params: dict[str, np.ndarray]) -> Path:
     if layout == "version 2":
         return as_version_2(folder, params)
@@ -106,7 +89,7 @@ def make(layout: str, folder: Path, params: dict[str, np.ndarray]) -> Path:
         return write_t5x(folder, params, step=5)
     if layout == "scan":
         return write_t5x(folder, stacked(params), step=5)
-    return as_orbax(
+    return orbax_model(
         folder,
         stacked(params) if "scan" in layout else params,
         use_ocdbt="ocdbt" in layout,
@@ -297,7 +280,7 @@ def test_unfinished_saves(tmp_path: Path, name: str) -> None:
 
 
 def test_marks_of_orbax_saves(tmp_path: Path) -> None:
-    folder = as_orbax(tmp_path, random_params(), use_ocdbt=True)
+    folder = orbax_model(tmp_path, random_params(), use_ocdbt=True)
     for mark in folder.rglob("commit_success.txt"):
         mark.unlink()
     open_t5x(folder)  # Orbax leaves no marks where it can rename a folder
@@ -318,7 +301,7 @@ def test_marks_of_orbax_saves(tmp_path: Path) -> None:
 
 
 def test_damaged_orbax_checkpoints(tmp_path: Path) -> None:
-    whole = as_orbax(tmp_path / "whole", random_params(), use_ocdbt=True)
+    whole = orbax_model(tmp_path / "whole", random_params(), use_ocdbt=True)
     metadata = json.loads((whole / "state/_METADATA").read_text())
 
     def damaged(change: Any) -> Path:

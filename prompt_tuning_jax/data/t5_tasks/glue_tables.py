@@ -19,6 +19,31 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
 
 
+def labelled_task(
+    benchmark: str,
+    short: str,
+    *,
+    versions: tuple[str, str],
+    task_word: str,
+    fields: tuple[str, ...],
+    labels: tuple[str, ...],
+    **changes: Any,
+) -> T5Task:
+    """A task of named fields and labels; ``versions`` are that of its name and that of TFDS."""
+    of_name, of_tfds = versions
+    task = T5Task(
+        name=f"{benchmark}_{short}_{of_name}",
+        benchmark=benchmark,
+        short=short,
+        tfds=f"{benchmark}/{short}:{of_tfds}",
+        preprocess=partial(glue.labelled_text, task_word=task_word, fields=fields, labels=labels),
+        postprocess=partial(class_id, labels=labels),
+        labels=labels,
+        metrics=_ACCURACY,
+    )
+    return replace(task, **changes)
+
+
 def _glue(
     short: str,
     *,
@@ -26,19 +51,16 @@ def _glue(
     labels: tuple[str, ...] = (),
     **changes: Any,
 ) -> T5Task:
-    # The matched, mismatched and diagnostic sets are MNLI to a model.
-    task_word = "mnli" if short.startswith("mnli") or short == "ax" else short
-    task = T5Task(
-        name=f"glue_{short}_v002",
-        benchmark="glue",
-        short=short,
-        tfds=f"glue/{short}:1.0.0",
-        preprocess=partial(glue.labelled_text, task_word=task_word, fields=fields, labels=labels),
-        postprocess=partial(class_id, labels=labels),
+    return labelled_task(
+        "glue",
+        short,
+        versions=("v002", "1.0.0"),
+        # The matched, mismatched and diagnostic sets are MNLI to a model.
+        task_word="mnli" if short.startswith("mnli") or short == "ax" else short,
+        fields=fields,
         labels=labels,
-        metrics=_ACCURACY,
+        **changes,
     )
-    return replace(task, **changes)
 
 
 _SENTENCES = ("sentence1", "sentence2")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prompt_tuning_jax.data.suggest import suggest
-from prompt_tuning_jax.data.t5_tasks.registry import base_tasks, form_of
+from prompt_tuning_jax.data.t5_tasks.official_layout import SUPER_GLUE_FOLDERS
+from prompt_tuning_jax.data.t5_tasks.registry import form_of
+from prompt_tuning_jax.data.t5_tasks.tables import SUPER_GLUE, T5_TASKS
 from prompt_tuning_jax.data.task import Example, Task
 from prompt_tuning_jax.errors import UserError
 
@@ -21,18 +23,6 @@ _SPELLING: Mapping[str, Mapping[str, Any]] = {
     "wic": _LOWER_CASE,
     "copa": {"choice1": 0, "choice2": 1},
     "multirc": {"False": 0, "True": 1},
-}
-_FILES = {
-    "boolq": "BoolQ",
-    "cb": "CB",
-    "copa": "COPA",
-    "multirc": "MultiRC",
-    "record": "ReCoRD",
-    "rte": "RTE",
-    "wic": "WiC",
-    "wsc": "WSC",
-    "axb": "AX-b",
-    "axg": "AX-g",
 }
 
 
@@ -54,11 +44,11 @@ def submission(task: Task, examples: Sequence[Example], predictions: Sequence[st
     UserError for a task that is none of SuperGLUE's.  Of several predictions for one gap of ReCoRD
     the first counts.
     """
-    base = base_tasks().get(form_of(task.name)[1])
+    base = T5_TASKS.get(form_of(task.name)[1])
     if base is None or base.benchmark != "super_glue":
         raise UserError(
             f"{task.name!r} is no task of SuperGLUE, which the leaderboard takes: "
-            f"{suggest(task.name, sorted(_FILES))}"
+            f"{suggest(task.name, sorted({t.short for t in SUPER_GLUE}))}"
         )
     if base.short == "record":
         rows, invalid = _record(examples, predictions), 0
@@ -73,7 +63,7 @@ def submission(task: Task, examples: Sequence[Example], predictions: Sequence[st
                 for example, label in zip(examples, spelled, strict=True)
             ]
     return Submission(
-        file=f"{_FILES[base.short]}.jsonl",
+        file=f"{SUPER_GLUE_FOLDERS[base.short]}.jsonl",
         lines=tuple(json.dumps(row) for row in rows),
         invalid=invalid,
     )

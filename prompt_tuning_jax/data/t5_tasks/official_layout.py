@@ -15,7 +15,7 @@ from prompt_tuning_jax.data.t5_tasks.official_qa import (
 from prompt_tuning_jax.data.t5_tasks.official_super_glue import super_glue_rows
 from prompt_tuning_jax.data.task import Row
 
-_SUPER_GLUE = {
+SUPER_GLUE_FOLDERS = {
     "boolq": "BoolQ",
     "cb": "CB",
     "copa": "COPA",
@@ -79,7 +79,7 @@ class Choice:
 def layout() -> Mapping[str, Mapping[str, tuple[Choice, ...]]]:
     """Data set -> split -> the files that may hold it, the best first."""
     found: dict[str, dict[str, tuple[Choice, ...]]] = {}
-    for config, folder in _SUPER_GLUE.items():
+    for config, folder in SUPER_GLUE_FOLDERS.items():
         found[f"super_glue/{config}"] = _super_glue(config, folder)
     for config, folder in _GLUE.items():
         found[f"glue/{config}"] = {

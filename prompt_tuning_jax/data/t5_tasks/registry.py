@@ -4,9 +4,7 @@ Names are ``[taskless_|task_index_]NAME``, with NAME one of ``tables.T5_TASKS``.
 ``_examples`` stand for the same tasks (there the suffix chose what was logged).
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import get_args
 
 from prompt_tuning_jax.data.t5_tasks.forms import Form, preprocess_in_form
@@ -17,32 +15,7 @@ from prompt_tuning_jax.data.task import Mixture, Task
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_MRQA_IN_DOMAIN = {
-    "hotpot_qa": "HotpotQA",
-    "natural_questions": "NaturalQuestions",
-    "news_qa": "NewsQA",
-    "search_qa": "SearchQA",
-    "trivia_qa": "TriviaQA",
-}
 _SUFFIX = "_examples"
-
-
-@functools.cache
-def base_tasks() -> Mapping[str, T5Task]:
-    """The tasks in their ordinary form, and MRQA's in-domain sets with them."""
-    like = T5_TASKS["mrqa_race_v100"]
-    in_domain = {
-        f"mrqa_{short}_v100": replace(
-            like,
-            name=f"mrqa_{short}_v100",
-            short=short,
-            tfds=f"mrqa/{short}:1.0.0",
-            splits=("train", "validation"),
-            description=f"MRQA's in-domain set {title}",
-        )
-        for short, title in _MRQA_IN_DOMAIN.items()
-    }
-    return {**T5_TASKS, **in_domain}
 
 
 def name_in_form(name: str, form: Form) -> str:
@@ -80,7 +53,7 @@ def make_task(task: T5Task, form: Form) -> Task:
 
 
 def _tasks() -> Iterator[Task]:
-    for task in base_tasks().values():
+    for task in T5_TASKS.values():
         for form in forms_of(task):
             yield make_task(task, form)
 
@@ -111,14 +84,13 @@ def _mixture(
     proportional: bool = False,
 ) -> Mixture:
     """Members with a training split are drawn from, the others are evaluated only."""
-    base = base_tasks()
-    trained = [m for m in members if "train" in base[m].splits and base[m].rate]
+    trained = [m for m in members if "train" in T5_TASKS[m].splits and T5_TASKS[m].rate]
     if not proportional:
-        trained = [m for m in members if "train" in base[m].splits]
+        trained = [m for m in members if "train" in T5_TASKS[m].splits]
     return Mixture(
         name=name_in_form(name, form),
         tasks=tuple(_TASKS[name_in_form(m, form)] for m in trained),
-        rates=tuple(float(base[m].rate) if proportional else 1.0 for m in trained),
+        rates=tuple(float(T5_TASKS[m].rate) if proportional else 1.0 for m in trained),
         evaluated=tuple(_TASKS[name_in_form(m, form)] for m in members if m not in trained),
         description=description,
     )

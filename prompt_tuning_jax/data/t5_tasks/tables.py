@@ -20,9 +20,8 @@ from typing import Any
 
 from prompt_tuning_jax.data.t5_tasks import glue, metrics, super_glue, wsc
 from prompt_tuning_jax.data.t5_tasks.generation import summarize
-from prompt_tuning_jax.data.t5_tasks.glue_tables import GLUE, TRANSFER
+from prompt_tuning_jax.data.t5_tasks.glue_tables import GLUE, TRANSFER, labelled_task
 from prompt_tuning_jax.data.t5_tasks.postprocess import (
-    class_id,
     multirc_answer,
     question_answers,
     record_answers,
@@ -55,17 +54,15 @@ def _super_glue(
     labels: tuple[str, ...] = _FALSE_TRUE,
     **changes: Any,
 ) -> T5Task:
-    task = T5Task(
-        name=f"super_glue_{short}_v102",
-        benchmark="super_glue",
-        short=short,
-        tfds=f"super_glue/{short}:1.0.2",
-        preprocess=partial(glue.labelled_text, task_word=short, fields=fields, labels=labels),
-        postprocess=partial(class_id, labels=labels),
+    return labelled_task(
+        "super_glue",
+        short,
+        versions=("v102", "1.0.2"),
+        task_word=short,
+        fields=fields,
         labels=labels,
-        metrics=_ACCURACY,
+        **changes,
     )
-    return replace(task, **changes)
 
 
 _WSC = T5Task(
@@ -206,11 +203,11 @@ _OUT_OF_DOMAIN = {
     "textbook_qa": "TextbookQA (school books)",
 }
 _IN_DOMAIN = {
-    "hotpot_qa": "HotpotQA (Wikipedia, two steps)",
-    "natural_questions": "NaturalQuestions (Wikipedia, searches)",
-    "news_qa": "NewsQA (news)",
-    "search_qa": "SearchQA (web pages, Jeopardy!)",
-    "trivia_qa": "TriviaQA (web pages, trivia)",
+    "hotpot_qa": "HotpotQA",
+    "natural_questions": "NaturalQuestions",
+    "news_qa": "NewsQA",
+    "search_qa": "SearchQA",
+    "trivia_qa": "TriviaQA",
 }
 
 QUESTION_ANSWERING = (
@@ -241,7 +238,7 @@ QUESTION_ANSWERING = (
         )
         for kind, splits, titles in (
             ("out-of-domain set", ("validation",), _OUT_OF_DOMAIN),
-            ("training set", ("train", "validation"), _IN_DOMAIN),
+            ("in-domain set", ("train", "validation"), _IN_DOMAIN),
         )
         for short, title in titles.items()
     ),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from prompt_tuning_jax.data.t5_tasks.official_files import official_rows, official_splits
-from prompt_tuning_jax.data.t5_tasks.registry import base_tasks
 from prompt_tuning_jax.data.t5_tasks.sources import number_of_rows
+from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.t5_tasks.tfds_rows import (
     is_prepared,
     tfds_fingerprint,
@@ -86,7 +86,7 @@ def as_set(rows):
 def test_same_rows_and_same_strings(folders, name):
     official, prepared = folders
     task = get_task(name)
-    dataset = base_tasks()[task.name.replace("taskless_", "")].tfds.partition(":")[0]
+    dataset = T5_TASKS[task.name.replace("taskless_", "")].tfds.partition(":")[0]
     assert is_prepared(dataset, prepared) and not is_prepared(dataset, official)
     for split in official_splits(dataset):
         rows = list(official_rows(dataset, split, official))
@@ -98,7 +98,7 @@ def test_same_rows_and_same_strings(folders, name):
         examples = list(task.load(split, official))
         assert as_set(task.load(split, prepared)) == as_set(examples)
         assert task.fingerprint(split, prepared) != task.fingerprint(split, official)
-        base = base_tasks()[task.name.replace("taskless_", "")]
+        base = T5_TASKS[task.name.replace("taskless_", "")]
         sizes = {number_of_rows(base, split, folder) for folder in folders}
         assert len(sizes) == 1 and None not in sizes
 

@@ -1,0 +1,27 @@
+"""What the commands of many runs train and evaluate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prompt_tuning_jax.commands import suites
+from prompt_tuning_jax.experiment import Experiment
+
+
+def watched_runs(
+    monkeypatch: pytest.MonkeyPatch, describe: Callable[[str, Experiment], str]
+) -> list[str]:
+    """A list that grows by ``describe("train" or "evaluate", experiment)`` with each, in order."""
+    calls: list[str] = []
+    for name in ("train", "evaluate"):
+        real = getattr(suites, name)
+
+        def watched(
+            of: Experiment, *args: Any, _real: Any = real, _name: str = name, **kw: Any
+        ) -> Any:
+            calls.append(describe(_name, of))
+            return _real(of, *args, **kw)
+
+        monkeypatch.setattr(suites, name, watched)
+    return calls

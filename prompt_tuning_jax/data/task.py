@@ -40,11 +40,13 @@ class Source:
       splits: the names of the splits.
       rows: ``(split, data_dir)`` -> rows, always in the same order.
       fingerprint: ``(split, data_dir)`` -> a string that changes when the rows do.
+      remark: ``(split, data_dir)`` -> what readers of scores on these rows must know, or "".
     """
 
     splits: tuple[str, ...]
     rows: Callable[[str, str], Iterable[Row]]
     fingerprint: Callable[[str, str], str]
+    remark: Callable[[str, str], str] = lambda split, data_dir: ""
 
 
 def row_is_example(row: Row) -> Sequence[Example]:

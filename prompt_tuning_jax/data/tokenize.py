@@ -35,6 +35,7 @@ class TokenizedExamples:
       task, split: where it comes from.
       inputs, targets: uncut token ids, EOS included.
       inputs_length, targets_length: in tokens, EOS included.
+      remark: what readers of scores on these examples must know (``data.task.Source``).
     """
 
     task: Task
@@ -44,6 +45,7 @@ class TokenizedExamples:
     inputs_length: int
     targets_length: int
     load_texts: Callable[[], list[Example]]
+    remark: str = ""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -76,7 +78,7 @@ class TokenizedExamples:
         ):
             if cut:
                 line += f"; {cut:,} {name} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
-        return line
+        return f"{line}; {self.remark}" if self.remark else line
 
     def select(self, indices: np.ndarray) -> "TokenizedExamples":
         """The examples at ``indices``, in that order."""
@@ -141,6 +143,7 @@ def tokenize(
         inputs_length=inputs_length,
         targets_length=targets_length,
         load_texts=entry.load_texts,
+        remark=task.source.remark(split, data_dir),
     )
 
 

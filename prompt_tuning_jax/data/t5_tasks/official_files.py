@@ -76,6 +76,14 @@ def official_fingerprint(dataset: str, split: str, data_dir: str) -> str:
     return digest.hexdigest()
 
 
+def official_remark(dataset: str, split: str, data_dir: str) -> str:
+    """That the files hold a part of the official split, where they do; else empty."""
+    choice, paths = _locate(dataset, split, data_dir)
+    if not choice.partial:
+        return ""
+    return f"NOT the official split but what of it is in {paths[0].name}"
+
+
 def has_official_files(dataset: str, split: str, data_dir: str) -> bool:
     """Whether the files of a split are there."""
     return _find(dataset, split, data_dir) is not None

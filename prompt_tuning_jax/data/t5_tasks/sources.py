@@ -28,6 +28,7 @@ def source_of(task: T5Task) -> Source:
         splits=task.splits,
         rows=partial(_rows, dataset=dataset, version=version),
         fingerprint=partial(_fingerprint, dataset=dataset, version=version),
+        remark=partial(_remark, dataset=dataset),
     )
 
 
@@ -59,6 +60,13 @@ def _fingerprint(split: str, data_dir: str, *, dataset: str, version: str) -> st
         folder = data_dir or _default_dir()
         return tfds_rows.tfds_fingerprint(dataset, own_split, folder, version=version)
     return official_files.official_fingerprint(dataset, own_split, data_dir)
+
+
+def _remark(split: str, data_dir: str, *, dataset: str) -> str:
+    own_split = _split_at_source(dataset, split)
+    if _uses_tfds(dataset, own_split, data_dir):
+        return ""
+    return official_files.official_remark(dataset, own_split, data_dir)
 
 
 def _split_at_source(dataset: str, split: str) -> str:

@@ -15,6 +15,9 @@ from prompt_tuning_jax.data.t5_tasks.official_files import (
     official_rows,
     official_splits,
 )
+from prompt_tuning_jax.data.task import get_task
+from prompt_tuning_jax.data.tokenize import tokenize
+from prompt_tuning_jax.data.vocab import load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from tests.data.t5_tasks.recorded_tasks import recorded, tfds_rows
 
@@ -422,3 +425,26 @@ def test_every_known_data_set_has_splits():
     assert len(known_datasets()) > 30
     assert all(official_splits(name) for name in known_datasets())
     assert official_files.official_splits("nothing") == ()
+
+
+def test_reports_on_a_part_of_a_split_say_so(tmp_path, tiny_model_dir):
+    vocabulary = load_vocabulary(str(tiny_model_dir / "spiece.model"))
+    write_jsonl(tmp_path, "RTE/train.jsonl", [RTE])
+    write_jsonl(tmp_path, "RTE/val_part.jsonl", [RTE])
+    task = get_task("super_glue_rte_v102")
+
+    def report(split):
+        return tokenize(
+            task,
+            split,
+            vocabulary,
+            inputs_length=64,
+            targets_length=8,
+            data_dir=str(tmp_path),
+            use_cache=False,
+        ).report()
+
+    assert report("validation").endswith(
+        "; NOT the official split but what of it is in val_part.jsonl"
+    )
+    assert "NOT" not in report("train")

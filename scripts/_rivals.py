@@ -1,0 +1,125 @@
+"""Two programs that do the same work, each in a process of its own, taking turns.
+
+A worker reads one JSON object a line from its standard input, does the job that it names, and
+answers with one JSON object a line; what else it prints goes to standard error.  While one works
+the others wait, so that each has the machine to itself.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = Path(__file__).resolve().parent
+
+
+class Worker:
+    """One program; ``ask`` sends it a job and waits for the answer."""
+
+    def __init__(self, name: str, script: str, *, python: str, threads: int) -> None:
+        self.name = name
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        command = [python, str(WORKERS / script), str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, do: str, **job: Any) -> dict[str, Any]:
+        """The worker's answer; exits where the worker has died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **job}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            sys.exit(f"error: {self.name} ended while it was asked to {do}; its message is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def answer_jobs(jobs: Mapping[str, Any]) -> None:
+    """The worker's side: does what is asked until nobody asks any more."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        job = json.loads(line)
+        result = jobs[job.pop("do")](**job) or {}
+        print(json.dumps(result), file=answers, flush=True)
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process has held so far, and what it holds now, in MB."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return {
+        "peak_mb": int(fields["VmHWM"].split()[0]) / 1000,
+        "now_mb": int(fields["VmRSS"].split()[0]) / 1000,
+    }
+
+
+def save_batches(file: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Path:
+    """Pairs of inputs ``[B, T]`` and targets ``[B, S]``, of any lengths, as one file."""
+    arrays = {}
+    for number, (inputs_BT, targets_BS) in enumerate(batches):
+        arrays[f"inputs_{number}"] = inputs_BT.astype(np.int32)
+        arrays[f"targets_{number}"] = targets_BS.astype(np.int32)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file
+
+
+def read_batches(file: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What ``save_batches`` has written."""
+    with np.load(file, allow_pickle=False) as arrays:
+        count = len(arrays.files) // 2
+        return [(arrays[f"inputs_{n}"], arrays[f"targets_{n}"]) for n in range(count)]
+
+
+def take_turns(
+    jobs: Mapping[str, tuple[Worker, str, Mapping[str, Any]]], *, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers by name, ``rounds`` of each; the order turns round from one round to the next."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for number in range(rounds):
+        names = list(jobs) if number % 2 == 0 else list(reversed(jobs))
+        for name in names:
+            worker, do, job = jobs[name]
+            time.sleep(0.2)  # the other's threads go to sleep
+            answers[name].append(worker.ask(do, **job))
+    return answers
+
+
+def median_and_spread(values: Sequence[float]) -> str:
+    """``median (least - most)``."""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    return f"{statistics.median(values):.4g} ({min(values):.4g} - {max(values):.4g})"
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """How much larger ours is, of the medians; between, the least and most of any round."""
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    whole = statistics.median(ours) / statistics.median(theirs)
+    return f"{whole:.2f} ({min(pairs):.2f} - {max(pairs):.2f})"
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of one shape as a table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    return "\n".join(lines)

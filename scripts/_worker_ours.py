@@ -1,0 +1,141 @@
+"""Answers jobs with this package (``_rivals.Worker``)."""
+
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _rivals import answer_jobs, peak_memory, read_batches
+
+from prompt_tuning_jax import build
+from prompt_tuning_jax.data.loader import make_batch
+from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.methods.prompt import PROMPT
+
+
+class Ours:
+    """A frozen T5 and E prompts."""
+
+    members: Any
+    step: Any
+    state: Any
+
+    def load(
+        self, *, model: str, dtype: str, prompt: str, members: int = 1, batch_size: int = 16
+    ) -> dict[str, Any]:
+        """Each member starts from the given prompt, an .npy of ``[P, D]``."""
+        start_PD = np.load(prompt, allow_pickle=False)
+        experiment = Experiment(
+            model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=0.0),
+            method=PromptTuning(length=len(start_PD), init="uniform"),
+            optimizer=Optimizer(weight_decay=0.0),
+            training=Training(seeds=tuple(range(members)), batch_size=batch_size),
+        )
+        loaded = build.build_model(experiment)
+        self.members = build.attach_members(experiment, loaded, labels=())
+        self.state, self.step, _ = build.build_step(experiment, self.members)
+        start_EPD = jnp.broadcast_to(start_PD, (members, *start_PD.shape))
+        self.state = self.state.__class__(
+            step=self.state.step,
+            tuned={PROMPT: start_EPD + jnp.zeros_like(start_EPD)},
+            opt_state=self.state.opt_state,
+        )
+        return {}
+
+    def train(self, *, batches: str) -> dict[str, Any]:
+        """A step for each batch, the same for every member; seconds in all, and the losses."""
+        pairs = [make_batch(*pair) for pair in read_batches(batches)]
+        number = self.members.number
+        pairs = [
+            {name: np.repeat(array[None], number, axis=0) for name, array in pair.items()}
+            for pair in pairs
+        ]
+        losses = []
+        began = time.perf_counter()
+        for pair in pairs:
+            self.state, metrics = self.step(self.state, self.members.frozen, pair)
+            losses.append(metrics.loss_E)
+        losses = [np.asarray(loss_E).tolist() for loss_E in losses]
+        return {"seconds": time.perf_counter() - began, "losses": losses}
+
+    def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
+        """Greedy decoding of every batch."""
+        inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
+        writing = Writing(strategy="greedy", max_length=max_length)
+        written = []
+        began = time.perf_counter()
+        for tokens_BT in inputs:
+            written.append(
+                write(
+                    self.members.graphdef,
+                    writing,
+                    self.state.tuned,
+                    self.members.frozen,
+                    tokens_BT,
+                    jax.random.key(0),
+                )[0]
+            )
+        ids = [row.tolist() for ids_EBS in written for row in np.asarray(ids_EBS)[0]]
+        return {"seconds": time.perf_counter() - began, "written": ids}
+
+    def rank(self, *, batches: str, labels: list[list[int]]) -> dict[str, Any]:
+        """The likeliest of the label strings for every input."""
+        inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
+        labels_CS = np.asarray(labels, np.int32)
+        began = time.perf_counter()
+        scores = [
+            label_scores(
+                self.members.graphdef,
+                self.state.tuned,
+                self.members.frozen,
+                tokens_BT,
+                labels_CS,
+                self.members.number,
+            )
+            for tokens_BT in inputs
+        ]
+        chosen = [int(c) for s in scores for c in np.asarray(s)[0].argmax(-1)]
+        return {"seconds": time.perf_counter() - began, "chosen": chosen}
+
+    def flops(self, *, batches: str) -> dict[str, Any]:
+        """Floating point operations of one step on the first batch, before optimisation."""
+        pair = make_batch(*read_batches(batches)[0])
+        pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
+        lowered = self.step.lower(self.state, self.members.frozen, pair)
+        return {"flops": float(lowered.cost_analysis()["flops"])}
+
+    def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:
+        """Operations a second of one large product, the best of several."""
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(
+            lambda a, b: jax.lax.dot_general(
+                a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        )
+        product(x, x).block_until_ready()
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            product(x, x).block_until_ready()
+            best = min(best, time.perf_counter() - began)
+        return {"flops_per_second": 2 * size**3 / best}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    ours = Ours()
+    answer_jobs(
+        {
+            "load": ours.load,
+            "train": ours.train,
+            "generate": ours.generate,
+            "rank": ours.rank,
+            "flops": ours.flops,
+            "matmul_peak": ours.matmul_peak,
+            "memory": peak_memory,
+        }
+    )

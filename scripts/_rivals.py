@@ -72,6 +72,22 @@ def peak_memory() -> dict[str, float]:
     }
 
 
+def start_of_both(preset: str, scratch: Path, *, prompt_length: int) -> tuple[Path, Path]:
+    """A folder of random weights that both read, and a prompt ``[P, D]`` to start from."""
+    from prompt_tuning_jax import tree
+    from prompt_tuning_jax.checkpoints.hf import write_hf
+    from prompt_tuning_jax.checkpoints.load import random_model
+
+    folder, prompt = scratch / "model", scratch / "prompt.npy"
+    if not folder.is_dir():
+        model = random_model(preset)
+        write_hf(folder, model.config, tree.split(model)[1], dtype="float32")
+        rng = np.random.default_rng(1)
+        shape = (prompt_length, model.config.embed_dim)
+        np.save(prompt, rng.uniform(-0.5, 0.5, shape).astype(np.float32))
+    return folder, prompt
+
+
 def save_batches(file: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Path:
     """Pairs of inputs ``[B, T]`` and targets ``[B, S]``, of any lengths, as one file."""
     arrays = {}

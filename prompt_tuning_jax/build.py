@@ -79,6 +79,10 @@ class TaskData:
     best_by: str
     reports: tuple[str, ...]
 
+    def one_of_each_shape(self) -> list[Batch]:
+        """An empty batch of each shape that training has."""
+        return [] if self.train is None else [*self.train.empty_batches()]
+
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         if self.train is None:
             raise UserError("there is no training data; give data.task or data.train")

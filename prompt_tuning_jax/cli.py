@@ -249,10 +249,12 @@ def _readable(size: int) -> str:
 
 def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -> "Experiment":
     """The experiment that the arguments name, with the short options and ``--set`` applied."""
+    from prompt_tuning_jax.compilation import keep_compiled_programs
     from prompt_tuning_jax.config_file import load_config, run_config
     from prompt_tuning_jax.overrides import apply_overrides
     from prompt_tuning_jax.validation import validate
 
+    keep_compiled_programs()
     prompts = getattr(args, "prompt", [])
     for path in prompts:
         if not Path(path).exists():

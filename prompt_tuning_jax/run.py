@@ -7,6 +7,7 @@ from pathlib import Path
 from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
@@ -63,6 +64,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     run_folder.claim(folder, experiment)
+    # A step that is no jitted function has nothing to compile.
+    if isinstance(data, build.TaskData) and mesh.size == 1 and hasattr(step, "lower"):
+        step = CompiledAhead(step, data.one_of_each_shape())
     if not quiet:
         for line in _introduction(experiment, members, data):
             print(line, flush=True)

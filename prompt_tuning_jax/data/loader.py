@@ -118,6 +118,16 @@ class TrainBatches:
         lengths = sum(self.lengths_for(step)[0] for step in steps)
         return 100 * (1 - real / max(lengths * self.batch_size * len(self._seeds), 1))
 
+    def empty_batches(self) -> list[Batch]:
+        """A batch of each shape that there is, all padding."""
+        indices_EB = np.zeros((len(self._seeds), self.batch_size), np.int8)[:, self._rows]
+        leading = indices_EB.shape[1:] if self._one_seed else indices_EB.shape
+        targets = np.zeros((*leading, self._targets_length), np.int32)
+        return [
+            make_batch(np.zeros((*leading, length), np.int32), targets)
+            for length in self.inputs_lengths
+        ]
+
     def __getitem__(self, step: int) -> Batch:
         inputs_length, targets_length = self.lengths_for(step)
         indices_EB = self._indices(step)

@@ -22,7 +22,9 @@ class Rival:
     def load(self, *, model: str, dtype: str, prompt: str) -> dict[str, Any]:
         """Starts from the given prompt, an .npy of ``[P, D]``."""
         start_PD = torch.from_numpy(np.load(prompt, allow_pickle=False))
-        base = T5ForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype))
+        base = T5ForConditionalGeneration.from_pretrained(
+            model, dtype=getattr(torch, dtype), dropout_rate=0.0
+        )
         config = PromptTuningConfig(
             task_type=TaskType.SEQ_2_SEQ_LM,
             num_virtual_tokens=len(start_PD),

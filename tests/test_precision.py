@@ -141,3 +141,25 @@ def test_float32_is_the_plain_product():
         precision.einsum("BTHK,BUHK->BHTU", left, right, dtype=F32),
         jnp.einsum("BTHK,BUHK->BHTU", left, right),
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_softmax_and_its_gradient_are_those_of_jax(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 7), dtype) * 4
+    weight = jax.random.normal(jax.random.key(1), (3, 5, 7))
+
+    def loss(function, x):
+        return jnp.sum(function(x) * weight)
+
+    ours, reference = (
+        jax.value_and_grad(loss, argnums=1)(function, x)
+        for function in (
+            precision.softmax,
+            lambda x: jax.nn.softmax(x.astype(jnp.float32), axis=-1),
+        )
+    )
+    np.testing.assert_allclose(ours[0], reference[0], rtol=1e-6)
+    assert ours[1].dtype == x.dtype
+    np.testing.assert_allclose(
+        np.float32(ours[1]), np.float32(reference[1]), atol=1e-6 if dtype == "float32" else 1e-2
+    )

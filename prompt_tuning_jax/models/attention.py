@@ -133,7 +133,7 @@ class Attention(nnx.Module):
             ahead = prefix.key_BPHK.shape[1]
             bias_BHTU = jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0)))
         scores_BHTU = precision.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
-        weights_BHTU = jax.nn.softmax(scores_BHTU + bias_BHTU, axis=-1)
+        weights_BHTU = precision.softmax(scores_BHTU + bias_BHTU)
         weights_BHTU = dropout_weights(weights_BHTU, self.dropout_rate, key=key)
         mixed_BTHK = precision.einsum("BHTU,BUHK->BTHK", weights_BHTU, value_BUHK, dtype=self.dtype)
         return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], -1))

@@ -141,3 +141,32 @@ def test_random_weights_start_as_t5_does():
         assert value.std() == pytest.approx(want, rel=0.25 if value.size < 1000 else 0.06), name
     drawn = [value.tobytes() for name, value in params.items() if not name.endswith("/scale")]
     assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradients_of_the_norm_are_those_of_its_formula(dtype):
+    norm = RMSNorm(T5_1_1, dtype=jnp.dtype(dtype), param_dtype=jnp.float32)
+    graphdef, state = nnx.split(norm)
+    x = jax.random.normal(jax.random.key(0), (4, 3, T5_1_1.embed_dim), dtype)
+    scale = 1 + jax.random.normal(jax.random.key(1), (T5_1_1.embed_dim,)) / 4
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+
+    def ours(x, scale):
+        state["scale"].set_value(scale)
+        return jnp.sum(nnx.merge(graphdef, state)(x).astype(jnp.float32) * weight)
+
+    def formula(x, scale):
+        x32 = x.astype(jnp.float32)
+        rms = jnp.sqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + T5_1_1.layer_norm_eps)
+        return jnp.sum((x32 / rms * scale).astype(dtype).astype(jnp.float32) * weight)
+
+    for own, expected in zip(
+        jax.grad(ours, argnums=(0, 1))(x, scale),
+        jax.grad(formula, argnums=(0, 1))(x, scale),
+        strict=True,
+    ):
+        assert own.dtype == expected.dtype
+        tolerance = 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(
+            np.float32(own), np.float32(expected), atol=tolerance, rtol=tolerance
+        )

@@ -102,6 +102,7 @@ def build_model(experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None
         "param_dtype": config.param_dtype,
         "dropout_rate": config.dropout_rate,
         "vocabulary": config.vocabulary,
+        "quantization": config.quantization,
     }
     if config.random_weights:
         return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
@@ -110,7 +111,7 @@ def build_model(experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None
 
 def model_fingerprint(model: T5) -> str:
     """Tells this frozen model from others."""
-    return fingerprint(model.config, tree.split(model)[1])
+    return model.original_fingerprint or fingerprint(model.config, tree.split(model)[1])
 
 
 def vocabulary_of(model: T5) -> AnyVocabulary:

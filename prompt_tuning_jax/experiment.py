@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.methods import Method, PromptTuning
+from prompt_tuning_jax.models.quantization import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Model:
     attention: Literal["normal", "mimetic", "matching"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Frozen weights in 8 or 4 bits, for methods that leave them frozen (models/quantization.py).
+    quantization: Quantization = "none"
     dropout_rate: float = 0.1
 
 

@@ -10,6 +10,12 @@ from flax import nnx
 from prompt_tuning_jax import sharding, tree
 from prompt_tuning_jax.checkpoints import hf, t5x
 from prompt_tuning_jax.checkpoints.bucket import is_address
+from prompt_tuning_jax.checkpoints.fingerprint import (
+    Sample,
+    fingerprint,
+    fingerprint_of_samples,
+    sample,
+)
 from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location, t5x_vocabulary
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.checkpoints.placement import place
@@ -17,8 +23,14 @@ from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.data.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config, preset
+from prompt_tuning_jax.models.quantization import (
+    SCALE,
+    Quantization,
+    quantize_modules,
+    quantized,
+)
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import DType
+from prompt_tuning_jax.typing import Array, DType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +94,7 @@ def load_model(
     vocabulary: str = "",
     relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    quantization: Quantization = "none",
 ) -> T5:
     """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
 
@@ -94,7 +107,9 @@ def load_model(
 
     On a ``mesh`` the weights are laid out by ``sharding.RULES``: each device's part is read from
     the checkpoint and converted by itself, so that the host never holds the model, nor a process
-    what the devices of others hold.  Raises UserError.
+    what the devices of others hold.  With ``quantization`` (``int8`` or ``int4``) each array is
+    quantised as soon as it is placed, before the next is read; such a model's fingerprint is that
+    of its weights as they are stored.  Raises UserError.
     """
     opened = open_model(
         name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
@@ -111,12 +126,29 @@ def load_model(
     # Before anything is read.
     _, wanted = tree.split(model)
     tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
+    quantize_modules(model, quantization)
+    _, wanted = tree.split(model)
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
         shardings = sharding.shardings_of(shapes, tree.logical_axes(model), mesh)
-    title = f"reading {name_or_path}"
-    tree.fill(model, place(opened.params, dtype=param_dtype, shardings=shardings, title=title))
+    samples: dict[str, Sample] = {}
+
+    def finish(name: str, array: Array) -> dict[str, Array]:
+        samples[name] = sample(array)
+        return quantized(name, array, quantization, shardings=shardings)
+
+    params = place(
+        opened.params,
+        dtype=param_dtype,
+        shardings=shardings,
+        title=f"reading {name_or_path}",
+        finish=None if quantization == "none" else finish,
+        as_stored=lambda name: quantization != "none" and name + SCALE in wanted,
+    )
+    tree.fill(model, params)
+    if samples:
+        model.original_fingerprint = fingerprint_of_samples(opened.config, samples)
     return model
 
 
@@ -128,6 +160,7 @@ def random_model(
     param_dtype: DType | None = None,
     dropout_rate: float = 0.0,
     vocabulary: str = "",
+    quantization: Quantization = "none",
 ) -> T5:
     """A T5 of a published size with freshly drawn weights, to pre-train."""
     config = preset(preset_name)
@@ -135,7 +168,7 @@ def random_model(
     words = _vocabulary(
         vocabulary or (bundled if bundled.is_file() else None), config, model=preset_name
     )
-    return T5(
+    model = T5(
         config,
         rngs=nnx.Rngs(seed),
         dtype=jnp.dtype(dtype),
@@ -143,6 +176,10 @@ def random_model(
         dropout_rate=dropout_rate,
         vocabulary=words,
     )
+    if quantization != "none":
+        model.original_fingerprint = fingerprint(config, tree.split(model)[1])
+        quantize_modules(model, quantization)
+    return model
 
 
 def abstract_model(
@@ -152,9 +189,10 @@ def abstract_model(
     param_dtype: DType,
     dropout_rate: float = 0.0,
     vocabulary: AnyVocabulary | None = None,
+    quantization: Quantization = "none",
 ) -> T5:
     """A T5 whose parameters are shapes: the one description that loading fills in."""
-    return nnx.eval_shape(
+    model = nnx.eval_shape(
         lambda: T5(
             config,
             rngs=nnx.Rngs(0),
@@ -164,6 +202,8 @@ def abstract_model(
             vocabulary=vocabulary,
         )
     )
+    quantize_modules(model, quantization)
+    return model
 
 
 def _vocabulary(path: str | Path | None, config: T5Config, *, model: str) -> AnyVocabulary | None:

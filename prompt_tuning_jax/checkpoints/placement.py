@@ -4,7 +4,7 @@ The host holds one part at a time, as it is stored and as it is laid out for the
 the model.  A process reads what its own devices hold and nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -23,24 +23,30 @@ def place(
     dtype: DType,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     title: str = "reading",
+    finish: Callable[[str, Array], Mapping[str, Array]] | None = None,
+    as_stored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Array]:
     """Every array, by name, as ``dtype``, laid out by its sharding.
 
     Without ``shardings`` each is whole on the default device.  A part that several devices hold is
-    read once.  Raises UserError for what cannot be read.
+    read once.  ``finish`` makes of each placed array what is kept in its place, by name, before the
+    next is read; those that are ``as_stored`` it gets in the dtype that they are stored in.  Raises
+    UserError for what cannot be read.
     """
-    kind = np.dtype(dtype)
     placed = {}
     with progress(title, total=sum(array.nbytes for array in params.values())) as report:
         # Layers of one stored stack follow each other: a chunk is then still at hand.
         for name, array in sorted(params.items(), key=lambda item: item[1].where):
+            kind = np.dtype(array.dtype if as_stored(name) else dtype)
             if shardings is None:
                 whole = tuple(slice(0, size) for size in array.shape)
-                placed[name] = jax.device_put(read_as(array, whole, kind)).block_until_ready()
+                one = jax.device_put(read_as(array, whole, kind)).block_until_ready()
                 report(name, array.nbytes)
             else:
-                placed[name] = _sharded(name, array, kind, shardings[name], report=report)
-    return {name: placed[name] for name in params}
+                one = _sharded(name, array, kind, shardings[name], report=report)
+            parts = {name: one} if finish is None else finish(name, one)
+            placed[name] = {part: _finished([x])[0] for part, x in parts.items()}
+    return {part: x for name in params for part, x in placed[name].items()}
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:

@@ -40,7 +40,7 @@ class PromptTuning:
         prompt_PD = initial_prompt(
             self.init,
             key=key,
-            embedding_VD=model.token_embedder.embedding.get_value(),
+            embedding_VD=model.token_embedder.table(),
             length=self.length,
             vocabulary=context.vocabulary,
             labels=self.init_labels or context.labels,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.layers import Table
 from prompt_tuning_jax.typing import Array
 
 Init = Literal[
@@ -27,7 +28,7 @@ def uniform(key: Array, length: int, width: int, *, low: float, high: float) -> 
     return jax.random.uniform(key, (length, width), jnp.float32, low, high)
 
 
-def sampled_vocabulary(key: Array, embedding_VD: Array, length: int, *, population: int) -> Array:
+def sampled_vocabulary(key: Array, embedding_VD: Table, length: int, *, population: int) -> Array:
     """``[P, D]``: embeddings of pieces drawn from the first ``population``, the most common ones.
 
     Pieces repeat only where the prompt is longer than the population; 0 takes the vocabulary whole.
@@ -38,7 +39,7 @@ def sampled_vocabulary(key: Array, embedding_VD: Array, length: int, *, populati
     return embedding_VD[chosen_P].astype(jnp.float32)
 
 
-def class_labels(embedding_VD: Array, vocabulary: Vocabulary, labels: Sequence[str]) -> Array:
+def class_labels(embedding_VD: Table, vocabulary: Vocabulary, labels: Sequence[str]) -> Array:
     """``[number of labels, D]``: each label as the mean of the embeddings of its pieces."""
     rows = []
     for label in labels:
@@ -62,7 +63,7 @@ def described(content_PD: Array, labels_CD: Array) -> Array:
     return turned_PD + labels_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
 
 
-def string(embedding_VD: Array, vocabulary: Vocabulary, text: str) -> Array:
+def string(embedding_VD: Table, vocabulary: Vocabulary, text: str) -> Array:
     """``[number of pieces, D]``: the embeddings of the pieces of a text."""
     pieces = vocabulary.encode(text)
     if not pieces:
@@ -74,7 +75,7 @@ def initial_prompt(
     init: Init,
     *,
     key: Array,
-    embedding_VD: Array,
+    embedding_VD: Table,
     length: int,
     vocabulary: Vocabulary | None = None,
     labels: Sequence[str] = (),

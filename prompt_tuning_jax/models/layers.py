@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,15 @@ class Linear(nnx.Module):
         return precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
 
 
+class Table(Protocol):
+    """Rows ``[V, D]`` to take some of, however they are held."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, ids: Any) -> Array: ...
+
+
 class Embed(nnx.Module):
     """Token ids ``[...] -> [..., D]``; std 1 as T5 has it."""
 
@@ -73,6 +83,10 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Array | HostArray) -> Array:
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+
+    def table(self) -> Table:
+        """The rows themselves."""
+        return self.embedding.get_value()
 
     def attend(self, x: Array) -> Array:
         """Logits ``[..., V]`` in float32: the product with the table itself."""

@@ -239,6 +239,7 @@ class T5(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.vocabulary = vocabulary
+        self.original_fingerprint = ""  # of the weights before they were quantised
 
     def __call__(
         self,

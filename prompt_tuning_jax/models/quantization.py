@@ -1,0 +1,218 @@
+"""Frozen weights in 8 or 4 bits, made full again inside the product that uses them.
+
+Symmetric and by the largest weight: an int8 kernel has one scale per output channel, an int4 kernel
+one in bfloat16 for every 32 inputs of an output channel.  Only weights are narrow; activations, their
+derivatives and all sums are as without.  The embedding table (one scale per row) and the kernel of
+the logits are int8 in both.  Norms and position biases stay as they are.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.models.layers import Embed, Linear, Table
+from prompt_tuning_jax.typing import Array, DType, HostArray
+
+Quantization: TypeAlias = Literal["none", "int8", "int4"]
+
+GROUP = 32  # inputs that share one scale in int4
+KERNEL, TABLE, SCALE = "kernel", "embedding", "_scale"
+_LOGITS = "logits_dense"
+
+
+def quantized(
+    name: str,
+    array: Array,
+    quantization: Quantization,
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, Array]:
+    """What a quantised T5 has in place of the parameter of this name, by name.
+
+    Whole numbers under the same name with their scales beside them (``..._scale``), or the array
+    itself where it is none that is quantised.  An abstract array gives abstract ones.
+    """
+    *path, last = name.split("/")
+    if quantization == "none" or last not in (KERNEL, TABLE):
+        return {name: array}
+    kind: Quantization = "int8" if last == TABLE or _LOGITS in path else quantization
+    names = (name, name + SCALE)
+    layouts = None if shardings is None else tuple(shardings[each] for each in names)
+    make = _maker(kind, of_rows=last == TABLE, layouts=layouts)
+    abstract = isinstance(array, jax.ShapeDtypeStruct)
+    parts = jax.eval_shape(make, array) if abstract else make(array)
+    return dict(zip(names, parts, strict=True))
+
+
+@cache
+def _maker(kind: Quantization, *, of_rows: bool, layouts: Any) -> Any:
+    """A jitted quantiser; a model has about six different shapes, and each is compiled once."""
+
+    def make(array: Array) -> tuple[Array, Array]:
+        values, scale = quantize(array.T if of_rows else array, kind)
+        return (values.T, scale.T) if of_rows else (values, scale)
+
+    return jax.jit(make, out_shardings=layouts)
+
+
+def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: str = "") -> None:
+    """Puts quantised layers in the place of a model's linear maps and table, one after another.
+
+    Of a model whose parameters are shapes, the result's are, too.
+    """
+    if quantization == "none":
+        return
+    for name, child in list(nnx.iter_children(module)):
+        inner = f"{path}{name}"
+        if isinstance(child, Linear):
+            parts = quantized(f"{inner}/{KERNEL}", child.kernel.get_value(), quantization)
+            setattr(module, str(name), QuantizedLinear(child, *parts.values()))
+        elif isinstance(child, Embed):
+            parts = quantized(f"{inner}/{TABLE}", child.embedding.get_value(), quantization)
+            setattr(module, str(name), QuantizedEmbed(child, *parts.values()))
+        elif isinstance(child, nnx.Module):
+            quantize_modules(child, quantization, path=f"{inner}/")
+
+
+def is_quantized(params: Mapping[str, Any]) -> bool:
+    """Whether these are the parameters of a model with quantised weights, by their names."""
+    return any(name.endswith((KERNEL + SCALE, TABLE + SCALE)) for name in params)
+
+
+def bytes_of(params: Mapping[str, Any]) -> int:
+    """What the parameters take where they lie; two int4 share a byte."""
+    return sum(p.size * jax.dtypes.itemsize_bits(p.dtype) // 8 for p in params.values())
+
+
+def quantize(kernel_DF: Array, quantization: Quantization) -> tuple[Array, Array]:
+    """Whole numbers ``[D, F]`` and their scales ``[groups, F]``; one group in int8."""
+    inputs, outputs = kernel_DF.shape
+    group, top, dtype = inputs, 127, jnp.float32
+    if quantization == "int4":
+        group, top, dtype = math.gcd(inputs, GROUP), 7, jnp.bfloat16
+    weights_GIF = kernel_DF.astype(jnp.float32).reshape(-1, group, outputs)
+    largest_GF = jnp.max(jnp.abs(weights_GIF), axis=1)
+    scale_GF = jnp.where(largest_GF > 0, largest_GF / top, 1.0).astype(dtype)
+    # Clipped, because a scale that was rounded down has the largest weight beyond it.
+    whole_GIF = jnp.clip(jnp.round(weights_GIF / scale_GF[:, None]), -top, top)
+    return whole_GIF.reshape(inputs, outputs).astype(quantization), scale_GF
+
+
+def quantized_dot(x: Array, kernel_DF: Array, scale_GF: Array, *, dtype: DType) -> Array:
+    """``[..., D] @ [D, F]`` in float32, operands in ``dtype``; as ``precision.dot`` otherwise.
+
+    The kernel is made full for this product alone, and once more for the derivative with respect to
+    x: kept in between, the full kernels of all layers would stand in memory together.  There is no
+    derivative with respect to the kernel.
+    """
+    flat_ND = x.reshape(-1, x.shape[-1]).astype(dtype)
+    out_NF = _dot(flat_ND, kernel_DF, scale_GF)
+    return out_NF.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+
+
+def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _full(kernel_DF: Array, scale_GF: Array, dtype: DType) -> Array:
+    """The kernel in ``dtype``, but for the scale of whole channels, which the product gets."""
+    groups, outputs = scale_GF.shape
+    if groups == 1:  # exact in bfloat16, too
+        return kernel_DF.astype(dtype)
+    whole_GIF = kernel_DF.astype(dtype).reshape(groups, -1, outputs)
+    return (whole_GIF * scale_GF[:, None].astype(dtype)).reshape(kernel_DF.shape)
+
+
+@jax.custom_vjp
+def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
+    # Tied to x, so that the compiler does not make all kernels full ahead of a loop.
+    x_ND, kernel_DF = jax.lax.optimization_barrier((x_ND, kernel_DF))
+    out_NF = _product(x_ND, _full(kernel_DF, scale_GF, x_ND.dtype), (1, 0))
+    return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
+
+
+def _dot_forward(
+    x_ND: Array, kernel_DF: Array, scale_GF: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    empty_0 = jnp.zeros((0,), x_ND.dtype)  # for its dtype
+    return _dot(x_ND, kernel_DF, scale_GF), (kernel_DF, scale_GF, empty_0)
+
+
+def _dot_backward(
+    saved: tuple[Array, Array, Array], cotangent_NF: Array
+) -> tuple[Array, None, None]:
+    kernel_DF, scale_GF, empty_0 = saved
+    dtype = empty_0.dtype
+    if scale_GF.shape[0] == 1:
+        cotangent_NF = cotangent_NF * scale_GF
+    # Tied to the cotangent, so that the compiler does not keep what the forward product had; and
+    # fused into the product, the cast would put the CPU backend on its slow kernel.
+    cotangent_NF, kernel_DF = jax.lax.optimization_barrier((cotangent_NF.astype(dtype), kernel_DF))
+    dx_ND = _product(cotangent_NF, _full(kernel_DF, scale_GF, dtype), (1, 1))
+    return dx_ND.astype(dtype), None, None
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+class QuantizedLinear(nnx.Module):
+    """``[..., in] -> [..., out]``, in the place of a ``Linear``."""
+
+    def __init__(self, linear: Linear, kernel_DF: Array, scale_GF: Array):
+        axes = linear.kernel.get_metadata()["logical_axes"]
+        self.kernel = nnx.Param(kernel_DF, logical_axes=axes)
+        # Groups are cut along the inputs; where there is one it is whole on every device.
+        self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
+        self.dtype = linear.dtype
+        self.out_dtype = linear.out_dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
+        out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
+        return out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
+
+
+class QuantizedEmbed(nnx.Module):
+    """Token ids ``[...] -> [..., D]``, in the place of an ``Embed``."""
+
+    def __init__(self, embed: Embed, rows_VD: Array, scale_V1: Array):
+        axes = embed.embedding.get_metadata()["logical_axes"]
+        self.embedding = nnx.Param(rows_VD, logical_axes=axes)
+        self.embedding_scale = nnx.Param(scale_V1, logical_axes=axes)
+        self.dtype = embed.dtype
+
+    def __call__(self, tokens: Array | HostArray) -> Array:
+        return self.table()[tokens].astype(self.dtype)
+
+    def table(self) -> Table:
+        """The rows, each made full when it is asked for."""
+        rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
+        return QuantizedTable(rows_VD=rows_VD, scale_V1=scale_V1)
+
+    def attend(self, x: Array) -> Array:
+        """Logits ``[..., V]`` in float32: the product with the table itself."""
+        rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
+        return quantized_dot(x, rows_VD.T, scale_V1.T, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTable:
+    """Rows ``[V, D]`` in float32 that are never there all at once."""
+
+    rows_VD: Array
+    scale_V1: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.rows_VD.shape)
+
+    def __getitem__(self, ids: Any) -> Array:
+        rows = jnp.take(self.rows_VD, ids, axis=0).astype(jnp.float32)
+        return rows * jnp.take(self.scale_V1, ids, axis=0)

@@ -28,6 +28,7 @@ from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import Attached, Context, DescribedPrompts, Method, mask_of
+from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.pretraining import TextData, open_text_data
 from prompt_tuning_jax.training.evaluate import (
@@ -249,6 +250,7 @@ def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]
         graphdef, params = tree.split(with_config(attached, experiment.method))
         mask = mask_of(experiment.method, list(params))
         own, frozen = tree.partition(params, mask)
+        require_trainable(own)
         tuned.append(own)
     members = Members(
         graphdef=graphdef,
@@ -258,6 +260,15 @@ def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]
         number=len(seeds),
     )
     return members.sharded(build_mesh(experiment), tree.logical_axes(attached))
+
+
+def require_trainable(tuned: Mapping[str, Any]) -> None:
+    """Raises UserError where a method would train weights that are quantised."""
+    if is_quantized(tuned):
+        raise UserError(
+            "this method trains the model's weights, and they are quantised; "
+            "set model.quantization=none"
+        )
 
 
 def build_mesh(experiment: Experiment) -> jax.sharding.Mesh:

@@ -125,6 +125,7 @@ def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
     graphdef, params = tree.split(attached)
     frozen = {name: p for name, p in params.items() if not run.method.trains(name)}
     own = {name: p for name, p in params.items() if run.method.trains(name)}
+    build.require_trainable(own)
     # Shapes alone: what is tuned has a leading axis E.
     tree.require_same_shapes(
         {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in tuned.items()},

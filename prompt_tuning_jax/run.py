@@ -11,6 +11,7 @@ from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
 from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
 from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
@@ -115,6 +116,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         save_every=training.save_every,
         log_every=training.log_every,
         batch_size=training.batch_size,
+        gradient_accumulation=training.gradient_accumulation,
         padding=data.train.padding if isinstance(data, build.TaskData) and data.train else None,
         quiet=quiet,
     ).run(state)
@@ -136,17 +138,26 @@ def _introduction(
 ) -> Iterator[str]:
     """What trains, on what."""
     trained = tree.count(members.tuned) // members.number
-    frozen = tree.count(members.frozen)
+    frozen = tree.count(tree.select(members.frozen, lambda name: not name.endswith(SCALE)))
     count = f"{members.number} x " if members.number > 1 else ""
     yield (
         f"{experiment.model.name_or_path}: {count}{trained:,} parameters train, "
-        f"{frozen:,} are frozen"
+        f"{frozen:,} are frozen{_held(members.frozen, frozen, experiment.model.quantization)}"
     )
     yield from data.reports
     if isinstance(data, build.TaskData) and data.train is not None:
         training = experiment.training
         epochs = training.steps * training.batch_size / data.train.examples_per_epoch
         yield f"{training.steps:,} steps of {training.batch_size} examples: {epochs:.1f} epochs"
+
+
+def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
+    """What so many parameters take, scales included."""
+    if not number:
+        return ""
+    size = bytes_of(params)
+    kind = "" if quantization == "none" else f" in {quantization}"
+    return f"{kind} ({size / 1e6:,.1f} MB, {size / number:.2f} bytes each)"
 
 
 def _metadata(

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from prompt_tuning_jax.checkpoints.names import LOGITS
 from prompt_tuning_jax.data.buckets import parse_buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
@@ -29,6 +30,18 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a bundled model or a folder, for instance tiny"
     yield from _outside("model", model, "dropout_rate", low=0, below=1)
+    if model.quantization != "none":
+        if experiment.method.trains(f"model/{LOGITS}"):
+            yield (
+                f"model.quantization is {model.quantization} and {type(experiment.method).__name__}"
+                " trains the weights, which are whole numbers then; set model.quantization=none"
+            )
+        for name in ("embeddings", "attention"):
+            if model.random_weights and getattr(model, name) != "normal":
+                yield (
+                    f"model.{name} is for weights that train; set it to normal, "
+                    "or model.quantization=none"
+                )
     if hasattr(experiment.method, "length"):
         yield from _outside("method", experiment.method, "length", low=1)
     if hasattr(experiment.method, "init_population"):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
@@ -55,8 +56,11 @@ def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) 
     """
     import jax
 
+    from prompt_tuning_jax.models.quantization import is_quantized
     from prompt_tuning_jax.tree import require_same_shapes
 
+    if is_quantized(params):
+        raise UserError(f"{of} are quantised; only full weights are written, load them without")
     wanted = {
         name: jax.ShapeDtypeStruct(shape, "float32")
         for name, shape in parameter_shapes(config).items()

@@ -1,9 +1,9 @@
 """Frozen weights in 8 or 4 bits, made full again inside the product that uses them.
 
 Symmetric and by the largest weight: an int8 kernel has one scale per output channel, an int4 kernel
-one in bfloat16 for every 32 inputs of an output channel.  Only weights are narrow; activations, their
-derivatives and all sums are as without.  The embedding table (one scale per row) and the kernel of
-the logits are int8 in both.  Norms and position biases stay as they are.
+one in bfloat16 for every 32 inputs of an output channel.  Only weights are narrow; activations,
+their derivatives and all sums are as without.  The embedding table (one scale per row) and the
+kernel of the logits are int8 in both.  Norms and position biases stay as they are.
 """
 
 import math
@@ -121,20 +121,24 @@ def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _full(kernel_DF: Array, scale_GF: Array, dtype: DType) -> Array:
-    """The kernel in ``dtype``, but for the scale of whole channels, which the product gets."""
+def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
+    """The kernel in the dtype of what it is multiplied with.
+
+    But for the scale of whole channels: that is for the product, and so exact in bfloat16.
+    """
+    dtype = beside.dtype
     groups, outputs = scale_GF.shape
-    if groups == 1:  # exact in bfloat16, too
+    kernel_DF = _not_before(kernel_DF, beside)
+    if groups == 1:
         return kernel_DF.astype(dtype)
     whole_GIF = kernel_DF.astype(dtype).reshape(groups, -1, outputs)
-    return (whole_GIF * scale_GF[:, None].astype(dtype)).reshape(kernel_DF.shape)
+    scale_G1F = _not_before(scale_GF, beside)[:, None].astype(dtype)
+    return (whole_GIF * scale_G1F).reshape(kernel_DF.shape)
 
 
 @jax.custom_vjp
 def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
-    # Tied to x, so that the compiler does not make all kernels full ahead of a loop.
-    x_ND, kernel_DF = jax.lax.optimization_barrier((x_ND, kernel_DF))
-    out_NF = _product(x_ND, _full(kernel_DF, scale_GF, x_ND.dtype), (1, 0))
+    out_NF = _product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
     return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
 
 
@@ -149,17 +153,43 @@ def _dot_backward(
     saved: tuple[Array, Array, Array], cotangent_NF: Array
 ) -> tuple[Array, None, None]:
     kernel_DF, scale_GF, empty_0 = saved
-    dtype = empty_0.dtype
     if scale_GF.shape[0] == 1:
         cotangent_NF = cotangent_NF * scale_GF
-    # Tied to the cotangent, so that the compiler does not keep what the forward product had; and
-    # fused into the product, the cast would put the CPU backend on its slow kernel.
-    cotangent_NF, kernel_DF = jax.lax.optimization_barrier((cotangent_NF.astype(dtype), kernel_DF))
-    dx_ND = _product(cotangent_NF, _full(kernel_DF, scale_GF, dtype), (1, 1))
-    return dx_ND.astype(dtype), None, None
+    # Fused into the product, the cast would put the CPU backend on its slow kernel.
+    cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(empty_0.dtype))
+    full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
+    return _product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _not_before(kernel_DF: Array, x_ND: Array) -> Array:
+    """The kernel, to be made full when x is there, and not for all layers at the start of a step.
+
+    Nor for the backward product what the forward one had, nor once for all rounds of a loop.  A
+    barrier keeps compilers from it, but for the CPU's, which takes barriers away before it looks
+    for what is computed twice: there the kernel depends on x in its numbers, if x is not finite.
+    """
+
+    def by_numbers(kernel_DF: Array, x_ND: Array) -> Array:
+        return jnp.where(x_ND[0, 0] == jnp.inf, jnp.zeros_like(kernel_DF), kernel_DF)
+
+    def by_barrier(kernel_DF: Array, x_ND: Array) -> Array:
+        kept_DF: Array = jax.lax.optimization_barrier((kernel_DF, x_ND))[0]
+        return kept_DF
+
+    tied_DF: Array = jax.lax.platform_dependent(kernel_DF, x_ND, cpu=by_numbers, default=by_barrier)
+    return tied_DF
+
+
+@_not_before.def_vmap
+def _not_before_any(
+    axis_size: int, in_batched: list[bool], kernel_DF: Array, x_ND: Array
+) -> tuple[Array, bool]:
+    # One x of a batch is enough; with each the kernel would be another.
+    return _not_before(kernel_DF, x_ND[0] if in_batched[1] else x_ND), in_batched[0]
 
 
 class QuantizedLinear(nnx.Module):

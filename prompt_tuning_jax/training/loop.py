@@ -73,6 +73,7 @@ class Loop:
     save_every: int
     log_every: int
     batch_size: int
+    gradient_accumulation: int = 1
     padding: Callable[[int, int], float] | None = None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
@@ -108,7 +109,13 @@ class Loop:
                 if shape not in costs:
                     began = time.monotonic()
                     since = since if costs else began
-                    costs[shape] = step_cost(self.train_step, state, self.frozen, batch)
+                    costs[shape] = step_cost(
+                        self.train_step,
+                        state,
+                        self.frozen,
+                        batch,
+                        gradient_accumulation=self.gradient_accumulation,
+                    )
                     since += time.monotonic() - began
                 done.append(costs[shape])
                 state, metrics = self.train_step(state, self.frozen, batch)

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -56,16 +57,22 @@ class StepCost:
 TrainStep = Callable[[TrainState, FlatParams, Batch], tuple[TrainState, StepMetrics]]
 
 
-def step_cost(step: TrainStep, state: TrainState, frozen: FlatParams, batch: Batch) -> StepCost:
-    """The cost of a step of this shape, by the compiler's count before it optimises.
-
-    The body of a loop (gradient accumulation) is counted once.
-    """
+def step_cost(
+    step: TrainStep,
+    state: TrainState,
+    frozen: FlatParams,
+    batch: Batch,
+    *,
+    gradient_accumulation: int = 1,
+) -> StepCost:
+    """The cost of a step of this shape, by the compiler's count before it optimises."""
     tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
     # A step that is no jitted function has no count.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
-    return StepCost(tokens=int(tokens), flops=float((analysis or {}).get("flops", 0.0)))
+    # The compiler counts the body of a loop once, whose rounds are all of a step but its update.
+    flops = gradient_accumulation * float((analysis or {}).get("flops", 0.0))
+    return StepCost(tokens=int(tokens), flops=flops)
 
 
 def init_state(tuned: FlatParams, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
@@ -91,7 +98,7 @@ def make_train_step(
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
     [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
-    beside it.  Accumulation splits B and gives the same gradient.
+    beside it.  Accumulation splits B and gives the same gradient; UserError where it cannot.
     """
 
     def summed_loss(
@@ -102,15 +109,23 @@ def make_train_step(
         sums = token_sums(logits_BSV, batch["decoder_target_tokens"], z_loss=z_loss)
         return sums.loss, sums
 
+    def in_parts(x: Array) -> Array:
+        """``[B, ...]`` as ``[parts, B / parts, ...]``."""
+        if x.shape[0] % gradient_accumulation:
+            raise UserError(
+                f"a batch of {x.shape[0]} examples cannot be divided into "
+                f"training.gradient_accumulation {gradient_accumulation} equal parts"
+            )
+        # By turns: of rows that are spread over devices, each part then has some on each.
+        return jnp.swapaxes(x.reshape(-1, gradient_accumulation, *x.shape[1:]), 0, 1)
+
     def gradient(
         tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
         if gradient_accumulation == 1:
             return differentiate(tuned, frozen, batch, key if dropout else None)
-        parts = jax.tree.map(
-            lambda x: x.reshape(gradient_accumulation, -1, *x.shape[1:]), dict(batch)
-        )
+        parts = jax.tree.map(in_parts, dict(batch))
 
         def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
             part, index = part_and_index

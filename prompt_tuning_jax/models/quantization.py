@@ -192,6 +192,15 @@ def _not_before_any(
     return _not_before(kernel_DF, x_ND[0] if in_batched[1] else x_ND), in_batched[0]
 
 
+def _tied_by_numbers(kernel_DF: Array, x_ND: Array) -> Array:
+    return jnp.where(x_ND[0, 0] == jnp.inf, jnp.zeros_like(kernel_DF), kernel_DF)
+
+
+def _tied_by_barrier(kernel_DF: Array, x_ND: Array) -> Array:
+    kept_DF: Array = jax.lax.optimization_barrier((kernel_DF, x_ND))[0]
+    return kept_DF
+
+
 class QuantizedLinear(nnx.Module):
     """``[..., in] -> [..., out]``, in the place of a ``Linear``."""
 

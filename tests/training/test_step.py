@@ -1,6 +1,7 @@
 """The training step: many prompts at once, accumulation, normalisation, purity."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
@@ -96,6 +98,25 @@ def test_accumulation_changes_nothing(normalization, parts):
     np.testing.assert_allclose(prompts(in_parts), prompts(at_once), atol=2e-6)
 
 
+def test_accumulation_takes_less_memory_and_is_counted_whole():
+    batch = make_batch(rows=64)
+    found = {}
+    for parts in (1, 8):
+        trained = trainer(gradient_accumulation=parts, dropout=False)
+        arguments = (trained.step, trained.state, trained.frozen, batch)
+        cost = step_cost(*arguments, gradient_accumulation=parts)
+        compiled = trained.step.lower(*arguments[1:]).compile()
+        found[parts] = cost.flops, compiled.memory_analysis().temp_size_in_bytes
+    assert found[8][0] == pytest.approx(found[1][0], rel=0.02)
+    assert found[8][1] < found[1][1] / 4
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    trained = trainer(gradient_accumulation=4)
+    with pytest.raises(UserError, match=r"batch of 6 examples .*gradient_accumulation 4 equal"):
+        trained.run([make_batch(rows=6)])
+
+
 def test_each_part_drops_other_things():
     """Four parts of the same row: with one mask for all, they would be as one."""
     dropped = make_t5(ONE_LAYER, dropout_rate=0.5)
@@ -165,6 +186,21 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
     assert all(leaf.is_deleted() for leaf in large)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.frozen))
     assert int(trained.state.step) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_program_reuses_the_state_and_copies_no_frozen_array(parts):
+    trained = trainer(Optimizer(), starts=STARTS, gradient_accumulation=parts, dropout=False)
+    compiled = trained.step.lower(trained.state, trained.frozen, make_batch(3)).compile()
+    prompt = trained.state.tuned[PROMPT]
+    moments = [x for x in jax.tree.leaves(trained.state.opt_state) if x.shape == prompt.shape]
+    assert len(moments) == 1
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    assert aliased >= prompt.nbytes + moments[0].nbytes
+    assert aliased < 2 * (prompt.nbytes + moments[0].nbytes)  # none of the frozen ones
+    text = compiled.as_text()
+    assert re.search(r"parameter\(\d+\).*frozen", text)  # they are told by this name
+    assert not re.search(r"copy\(%?frozen", text)
 
 
 def test_no_frozen_array_is_in_the_state():

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.methods import Method, PromptTuning
-from prompt_tuning_jax.models.quantization import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Frozen weights in 8 or 4 bits, for methods that leave them frozen (models/quantization.py).
-    quantization: Quantization = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     dropout_rate: float = 0.1
 
 

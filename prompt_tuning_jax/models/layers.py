@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import precision
+from prompt_tuning_jax.layout import constrain
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -72,7 +73,9 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        # The table's own layout would divide the width where the batch should be divided.
+        x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        return constrain(x, ("batch", *[None] * (x.ndim - 1)))
 
     def attend(self, x: Array) -> Array:
         """Logits ``[..., V]`` in float32: the product with the table itself."""

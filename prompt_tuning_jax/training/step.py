@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.layout import Layout, laying_out
 from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -68,10 +69,33 @@ def step_cost(step: TrainStep, state: TrainState, frozen: FlatParams, batch: Bat
     return StepCost(tokens=int(tokens), flops=float((analysis or {}).get("flops", 0.0)))
 
 
-def init_state(tuned: FlatParams, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
-    """The state before the first step; ``tuned`` has the leading axis E."""
-    opt_state = jax.vmap(optimizer.init)(tuned)
-    return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+def init_state(
+    tuned: FlatParams,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    layout: Layout | None = None,
+) -> TrainState:
+    """The state before the first step; ``tuned`` has the leading axis E.
+
+    On a mesh what the optimizer keeps for an array lies as the array does.
+    """
+
+    def start(tuned: FlatParams) -> TrainState:
+        opt_state = jax.vmap(optimizer.init)(tuned)
+        return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+
+    if layout is None or layout.is_trivial:
+        return start(tuned)
+    shapes = jax.eval_shape(start, tuned)
+
+    def sharding_of(path: Any, leaf: Any) -> Any:
+        array = tuned.get(getattr(path[-1], "key", ""))
+        alike = array is not None and array.shape == leaf.shape
+        return array.sharding if array is not None and alike else layout.replicated
+
+    shardings = jax.tree.map_with_path(sharding_of, shapes)
+    started: TrainState = jax.jit(start, out_shardings=shardings)(tuned)
+    return started
 
 
 def make_train_step(
@@ -85,13 +109,16 @@ def make_train_step(
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
     dropout: bool = True,
+    layout: Layout | None = None,
+    state_shardings: TrainState | None = None,
 ) -> TrainStep:
     """The jitted step; its state is donated, the frozen weights are an argument and only read.
 
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
     [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
-    beside it.  Accumulation splits B and gives the same gradient.
+    beside it.  Accumulation splits B and gives the same gradient.  On a mesh (``layout``) the new
+    state lies as ``state_shardings`` say, the old one's, and metrics are replicated.
     """
 
     def summed_loss(
@@ -109,7 +136,9 @@ def make_train_step(
         if gradient_accumulation == 1:
             return differentiate(tuned, frozen, batch, key if dropout else None)
         parts = jax.tree.map(
-            lambda x: x.reshape(gradient_accumulation, -1, *x.shape[1:]), dict(batch)
+            # Each part takes its share of every device's rows.
+            lambda x: jnp.swapaxes(x.reshape(-1, gradient_accumulation, *x.shape[1:]), 0, 1),
+            dict(batch),
         )
 
         def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
@@ -147,8 +176,7 @@ def make_train_step(
         )
         return optax.apply_updates(tuned, updates), opt_state, metrics
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(
+    def compute(
         state: TrainState, frozen: FlatParams, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         rates_E = jnp.asarray(learning_rates, jnp.float32) * schedule(state.step)
@@ -160,5 +188,18 @@ def make_train_step(
             state.tuned, state.opt_state, dict(batch), rates_E, keys_E, frozen
         )
         return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
+
+    def keep_layout(state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
+        if layout is None or layout.is_trivial or state_shardings is None:
+            return state, metrics
+        constrained = jax.lax.with_sharding_constraint
+        return constrained(state, state_shardings), constrained(metrics, layout.replicated)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, frozen: FlatParams, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        with laying_out(layout):
+            return keep_layout(*compute(state, frozen, batch))
 
     return train_step

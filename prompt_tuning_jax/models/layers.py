@@ -73,8 +73,9 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
-        # The table's own layout would divide the width where the batch should be divided.
-        x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        # Its own layout would divide the width of x, where the batch should be divided.
+        table_VD = constrain(self.embedding.get_value(), ("vocab", None))
+        x = jnp.take(table_VD, tokens, axis=0).astype(self.dtype)
         return constrain(x, ("batch", *[None] * (x.ndim - 1)))
 
     def attend(self, x: Array) -> Array:

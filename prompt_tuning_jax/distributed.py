@@ -21,7 +21,6 @@ from typing import Any
 from prompt_tuning_jax.errors import UserError
 
 SILENCE_SECONDS = 60.0  # without a sign of life before a process counts as dead
-_INTERVAL = 0.5  # between two looks at the store
 _START_SECONDS = 300
 _STORE = "prompt_tuning_jax"
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
@@ -136,7 +135,12 @@ def started(processes: Processes) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = Watch(client=_client(), silence_seconds=processes.silence_seconds)
+    watch = Watch(
+        client=_client(),
+        index=jax.process_index(),
+        count=jax.process_count(),
+        silence_seconds=processes.silence_seconds,
+    )
     token = _WATCH.set(watch)
     watch.start()
     try:
@@ -187,15 +191,15 @@ def require_same(what: str, text: str) -> None:
         )
 
 
-def stop_agreement(received: list[int]) -> Callable[[int], int]:
+def stop_agreement(received: list[int], *, start: int) -> Callable[[int], int]:
     """``step -> number of the signal to stop by after it``, or 0; the same for all processes.
 
-    ``received`` is filled with the signals of this process.
+    ``received`` is filled with the signals of this process; ``start`` is the step to go on from.
     """
     watch = _WATCH.get()
     if watch is None:
         return lambda step: received[0] if received else 0
-    return watch.agree_on(received)
+    return watch.agree_on(received, start)
 
 
 @dataclass(kw_only=True)
@@ -203,7 +207,10 @@ class Watch:
     """A thread that tells the others of this process, and looks after them."""
 
     client: Any
+    index: int
+    count: int
     silence_seconds: float
+    interval: float = 0.5  # between two looks at the store
     leave: Callable[[int], Any] = os._exit
     _received: list[int] = field(default_factory=list)
     _signal: int = 0
@@ -213,11 +220,6 @@ class Watch:
     _finished: threading.Event = field(default_factory=threading.Event)
     _seen: dict[int, tuple[str, float]] = field(default_factory=dict)
     _round: int = 0
-
-    def __post_init__(self) -> None:
-        import jax
-
-        self.index, self.count = jax.process_index(), jax.process_count()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -250,9 +252,9 @@ class Watch:
             self._wait_for_others()
         self._leave(2 if user else 1)
 
-    def agree_on(self, received: list[int]) -> Callable[[int], int]:
+    def agree_on(self, received: list[int], start: int) -> Callable[[int], int]:
         with self._lock:
-            self._received, self._step, self._stop_at = received, -1, None
+            self._received, self._step, self._stop_at = received, start, None
             self._round += 1
 
         def reached(step: int) -> int:
@@ -264,7 +266,7 @@ class Watch:
 
     def _run(self) -> None:
         beat = 0
-        while not self._finished.wait(_INTERVAL):
+        while not self._finished.wait(self.interval):
             beat += 1
             try:
                 self._set(f"alive/{self.index}", str(beat))
@@ -328,13 +330,13 @@ class Watch:
 
     def _wait_for_others(self) -> None:
         """Until the others have seen that this process failed, or some time has passed."""
-        until = time.monotonic() + 10 * _INTERVAL
+        until = time.monotonic() + 10 * self.interval
         while time.monotonic() < until:
             signs = self._look()
             others = set(range(self.count)) - {self.index}
             if all(signs.get(f"alive/{index}") == "done" for index in others):
                 return
-            time.sleep(_INTERVAL / 2)
+            time.sleep(self.interval / 2)
 
     def _stop(self, text: str) -> None:
         print(

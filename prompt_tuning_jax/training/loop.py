@@ -92,7 +92,7 @@ class Loop:
             return self._result(start, best, best_tree, state)
         step = start
         log = self._open_log(start)
-        signal_to_stop_by = distributed.stop_agreement(self._signals_received)
+        signal_to_stop_by = distributed.stop_agreement(self._signals_received, start=start)
         stopped_by = 0
         since = time.monotonic()
         with log or nullcontext(), self._signals():

@@ -189,17 +189,16 @@ def make_train_step(
         )
         return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
 
-    def keep_layout(state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
-        if layout is None or layout.is_trivial or state_shardings is None:
-            return state, metrics
-        constrained = jax.lax.with_sharding_constraint
-        return constrained(state, state_shardings), constrained(metrics, layout.replicated)
+    results = None
+    if layout is not None and not layout.is_trivial and state_shardings is not None:
+        # Named exactly: a state that lies elsewhere would make the next step compile again.
+        results = (state_shardings, layout.replicated)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=results)
     def train_step(
         state: TrainState, frozen: FlatParams, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         with laying_out(layout):
-            return keep_layout(*compute(state, frozen, batch))
+            return compute(state, frozen, batch)
 
     return train_step

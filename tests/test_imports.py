@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up.  A module may import from its own row and from those above it here.
 ROWS = (
     ("errors", "typing", "precision", "tree", "sharding", "layout", "losses"),
-    ("compilation", "distributed"),
+    ("compilation", "watch", "distributed"),
     ("models",),
     ("methods", "decoding", "checkpoints", "data", "optim", "attention_start"),
     ("experiment",),

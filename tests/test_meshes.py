@@ -155,6 +155,7 @@ def test_the_reader_of_collectives_sees_them() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_little_crosses_the_mesh_in_a_step() -> None:
     over_data, over_all = on_eight_devices(COLLECTIVES).split("NEXT")
     # Two prompts [3, 16], and of each member the loss and three counts.

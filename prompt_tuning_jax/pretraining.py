@@ -196,10 +196,12 @@ def text_losses(
     tuned: FlatParams,
     frozen: FlatParams,
     data: TextData,
-    layout: Layout,
+    layout: Layout | None = None,
 ) -> list[dict[str, float]]:
     """Each member's mean loss per target token on the evaluation text."""
-    batches = (layout.place_batch(batch, ("batch", "length")) for batch in data.eval_batches())
+    batches = data.eval_batches()
+    if layout is not None:
+        batches = (layout.place_batch(batch, ("batch", "length")) for batch in batches)
     sums = [_summed(graphdef, tuned, frozen, batch, layout) for batch in batches]
     losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
     tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
@@ -212,7 +214,7 @@ def _summed(
     tuned: FlatParams,
     frozen: FlatParams,
     batch: Batch,
-    layout: Layout,
+    layout: Layout | None,
 ) -> tuple[Array, Array]:
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = tree.merge(graphdef, {**frozen, **own})

@@ -321,10 +321,10 @@ def with_config(attached: Attached, method: Method) -> Attached:
 
 
 def build_step(
-    experiment: Experiment, members: Members, *, layout: Layout | None = None
+    experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
     """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
-    layout = layout_of(experiment) if layout is None else layout
+    layout = layout_of(experiment)
     training, config = experiment.training, experiment.optimizer
     optimizer = optim.make_optimizer(config, members.mask)
     schedule = optim.make_schedule(config, total_steps=training.steps)

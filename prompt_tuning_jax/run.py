@@ -69,7 +69,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         raise UserError(
             "method=none trains nothing; choose another method, or eval without prompts"
         )
-    state, step, learning_rates = build.build_step(experiment, members, layout=layout)
+    state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     _claim(folder, experiment)
     # A step that is no jitted function has nothing to compile.

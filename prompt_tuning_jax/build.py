@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from prompt_tuning_jax import optim, sharding, tree
+from prompt_tuning_jax import optim, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
@@ -27,13 +26,16 @@ from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import Attached, Context, DescribedPrompts, Method, mask_of
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.pretraining import TextData, open_text_data
+from prompt_tuning_jax.sharding import RULES, make_mesh, parse_rules, with_rules
 from prompt_tuning_jax.training.evaluate import (
     Predictions,
     Predictor,
+    eval_batch_size,
     require_labels,
     score_members,
 )
@@ -59,13 +61,13 @@ class Members:
     mask: Mask
     number: int
 
-    def sharded(self, mesh: jax.sharding.Mesh, logical_axes: Mapping[str, Any]) -> "Members":
+    def sharded(self, layout: Layout, logical_axes: Mapping[str, Any]) -> "Members":
         """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
         axes_E = {name: ("ensemble", *axes) for name, axes in logical_axes.items()}
         return dataclasses.replace(
             self,
-            tuned=sharding.shard(self.tuned, axes_E, mesh),
-            frozen=sharding.shard(self.frozen, logical_axes, mesh),
+            tuned=layout.shard(self.tuned, axes_E),
+            frozen=layout.shard(self.frozen, logical_axes),
         )
 
 
@@ -90,13 +92,9 @@ class TaskData:
         return self.train.iterate(start, stop)
 
 
-def build_model(experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None) -> T5:
-    """The model that the experiment names, with its vocabulary, its weights on the mesh.
-
-    The mesh is the experiment's unless given; one device is enough for an experiment of many.
-    """
-    if mesh is None and jax.device_count() > 1:
-        mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
+def build_model(experiment: Experiment, *, layout: Layout | None = None) -> T5:
+    """The model that the experiment names, with its vocabulary, its weights on the mesh."""
+    layout = layout_of(experiment) if layout is None else layout
     config = experiment.model
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,
@@ -107,7 +105,7 @@ def build_model(experiment: Experiment, *, mesh: jax.sharding.Mesh | None = None
     }
     if config.random_weights:
         return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
-    return load_model(config.name_or_path, mesh=mesh, **kwargs)
+    return load_model(config.name_or_path, mesh=layout.mesh, rules=layout.rules, **kwargs)
 
 
 def model_fingerprint(model: T5) -> str:
@@ -164,8 +162,12 @@ def build_data(
     *,
     split: str | None = None,
     training: bool = True,
+    layout: Layout | None = None,
 ) -> TaskData | TextData:
-    """The examples of the experiment; ``split`` replaces ``data.eval_split``."""
+    """The examples of the experiment; ``split`` replaces ``data.eval_split``.
+
+    With a ``layout`` over several processes training batches have the rows of this one alone.
+    """
     data = experiment.data
     if data.objectives:
         method = experiment.method
@@ -215,6 +217,7 @@ def build_data(
             seeds=experiment.training.seeds,
             rates=mixture.rates if len(mixture.rates) > 1 else (),
             buckets=buckets_of(experiment),
+            rows=slice(None) if layout is None else layout.rows(experiment.training.batch_size),
         )
     return TaskData(
         train=train,
@@ -222,7 +225,7 @@ def build_data(
         evaluation=evaluation,
         labels=labels,
         best_by=_best_by(experiment.evaluation.best_by, eval_sets),
-        reports=tuple(_reports(experiment, train_sets, train, eval_sets)),
+        reports=tuple(_reports(experiment, train_sets, train, eval_sets, layout)),
     )
 
 
@@ -234,8 +237,11 @@ def buckets_of(experiment: Experiment) -> Buckets:
     return parse_buckets(experiment.data.buckets, beside=getattr(method, "length", 0))
 
 
-def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]) -> Members:
-    """The method attached once per seed, each from its own seed (and init)."""
+def attach_members(
+    experiment: Experiment, model: T5, *, labels: tuple[str, ...], layout: Layout | None = None
+) -> Members:
+    """The method attached once per seed, each from its own seed (and init), on the mesh."""
+    layout = layout_of(experiment) if layout is None else layout
     seeds, inits = experiment.training.seeds, experiment.training.inits
     context = Context(labels=labels, vocabulary=model.vocabulary)
     tuned: list[dict[str, Any]] = []
@@ -259,7 +265,12 @@ def attach_members(experiment: Experiment, model: T5, *, labels: tuple[str, ...]
         mask=mask,
         number=len(seeds),
     )
-    return members.sharded(build_mesh(experiment), tree.logical_axes(attached))
+    axes = tree.logical_axes(attached)
+    used = {axis for own in axes.values() for axis in own if axis is not None}
+    for axis in parse_rules(experiment.mesh.rules):
+        if axis not in RULES and axis not in used:
+            raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
+    return members.sharded(layout, axes)
 
 
 def require_trainable(tuned: Mapping[str, Any]) -> None:
@@ -271,26 +282,47 @@ def require_trainable(tuned: Mapping[str, Any]) -> None:
         )
 
 
-def build_mesh(experiment: Experiment) -> jax.sharding.Mesh:
-    """The mesh over all devices; UserError where the batch cannot be divided over it."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
-    slices = mesh.shape["data"] * mesh.shape["fsdp"]
+def layout_of(experiment: Experiment) -> Layout:
+    """The mesh over all devices, of all processes, and the rules; UserError where it does not fit.
+
+    One device needs no mesh: it is enough for an experiment of many.
+    """
+    config = dataclasses.asdict(experiment.mesh)
+    rules = with_rules(config.pop("rules"))
+    return Layout(mesh=make_mesh(**config), rules=rules)
+
+
+def train_layout(experiment: Experiment) -> Layout:
+    """As ``layout_of``; UserError where the training batch cannot be divided over the mesh."""
+    layout = layout_of(experiment)
     rows = experiment.training.batch_size // experiment.training.gradient_accumulation
-    if rows % slices:
+    if rows % layout.batch_parts:
         raise UserError(
             f"training.batch_size {experiment.training.batch_size} cannot be divided over "
-            f"{slices} devices (mesh data x fsdp, with gradient accumulation "
+            f"{layout.batch_parts} devices (mesh data x fsdp, with gradient accumulation "
             f"{experiment.training.gradient_accumulation}); change one of them"
         )
-    return mesh
+    return layout
 
 
-def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """A batch ``[E, B, ...]`` with B divided over the mesh."""
-    if mesh.size == 1:
-        return batch
-    layout = NamedSharding(mesh, sharding.spec_of(("ensemble", "batch", "length")))
-    return jax.device_put(dict(batch), layout)
+def placed_batches(
+    data: TaskData | TextData, layout: Layout, start: int, stop: int
+) -> Iterator[Batch]:
+    """The batches ``[E, B, ...]`` of steps start to stop - 1, with B divided over the mesh."""
+    axes = ("ensemble", "batch", "length")
+    for batch in data.batches(start, stop):
+        if layout.is_trivial:
+            yield batch
+        elif isinstance(data, TextData):
+            yield layout.place_batch(batch, axes)
+        else:
+            assert data.train is not None
+            size = data.train.batch_size
+            rows = layout.rows(size)
+            yield {
+                name: layout.place_rows(np.asarray(local), axes, rows=rows, batch_size=size)
+                for name, local in batch.items()
+            }
 
 
 def with_config(attached: Attached, method: Method) -> Attached:
@@ -304,10 +336,12 @@ def build_step(
     experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
     """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
+    layout = layout_of(experiment)
     training, config = experiment.training, experiment.optimizer
     optimizer = optim.make_optimizer(config, members.mask)
     schedule = optim.make_schedule(config, total_steps=training.steps)
     rates = training.learning_rates or (config.learning_rate,) * len(training.seeds)
+    state = init_state(members.tuned, optimizer, layout=layout)
     step = make_train_step(
         members.graphdef,
         optimizer,
@@ -318,12 +352,14 @@ def build_step(
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
         dropout=experiment.model.dropout_rate > 0,
+        layout=layout,
+        state_shardings=jax.tree.map(lambda array: array.sharding, state),
     )
 
     def learning_rates(at: int) -> np.ndarray:
         return np.asarray(rates, np.float32) * float(schedule(jnp.asarray(at)))
 
-    return init_state(members.tuned, optimizer), step, learning_rates
+    return state, step, learning_rates
 
 
 def build_predictor(
@@ -344,6 +380,7 @@ def build_predictor(
         num_beams=config.num_beams,
         labels=labels,
         buckets=buckets_of(experiment),
+        layout=layout_of(experiment),
     )
 
 
@@ -400,6 +437,7 @@ def _reports(
     train_sets: list[TokenizedExamples],
     train: TrainBatches | None,
     eval_sets: list[TokenizedExamples],
+    layout: Layout | None,
 ) -> Iterator[str]:
     """A line for each set, and what of the batches is padding."""
     for one in train_sets:
@@ -409,7 +447,8 @@ def _reports(
         yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
     for one in eval_sets:
         yield one.report()
-        batch_size = min(experiment.evaluation.batch_size, len(one))
+        parts = 1 if layout is None else layout.batch_parts
+        batch_size = eval_batch_size(experiment.evaluation.batch_size, len(one), parts=parts)
         plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))
         lengths = sorted({length for _, length in plan})
         yield _padding_report("evaluation batches", lengths, eval_padding(plan, one))

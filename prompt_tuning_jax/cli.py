@@ -8,10 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from prompt_tuning_jax.cli_arguments import build_parser, rewrite_gin_flags
+from prompt_tuning_jax.cli_arguments import build_parser, mesh_overrides, rewrite_gin_flags
 from prompt_tuning_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = build_parser().parse_known_args(rewrite_gin_flags(argv))
         if unknown:
             _refuse_unknown(unknown[0], args.options)
-        _COMMANDS[args.command](args)
+        with _processes(args):
+            _COMMANDS[args.command](args)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,6 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _processes(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Within, this is one of several processes where flags or surroundings say so."""
+    from prompt_tuning_jax.distributed import Processes, several_are_meant, started
+
+    if not hasattr(args, "process_count"):
+        if args.command in ("suite", "transfer") and several_are_meant(Processes()):
+            raise UserError(f"{args.command} runs in one process; start it once, on one host")
+        return nullcontext()
+    return started(
+        Processes(
+            coordinator_address=args.coordinator_address,
+            count=args.process_count,
+            index=args.process_index,
+            silence_seconds=float(args.process_timeout),
+        )
+    )
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -80,9 +100,12 @@ def _eval(args: argparse.Namespace) -> None:
         )
     experiment = _experiment(args)
     from prompt_tuning_jax import commands
+    from prompt_tuning_jax.distributed import is_primary
     from prompt_tuning_jax.result_table import print_scores, scores_as_dict
 
     result = commands.evaluate(experiment, prompts=args.prompt, split=args.split)
+    if not is_primary():
+        return
     for line in result.reports:
         print(line)
     print_scores(result)
@@ -98,8 +121,11 @@ def _predict(args: argparse.Namespace) -> None:
     bare = Experiment(evaluation=Evaluation(strategy="greedy"))
     experiment = _experiment(args, bare if args.prompt or args.model else None)
     from prompt_tuning_jax import commands
+    from prompt_tuning_jax.distributed import is_primary
 
     predictions = commands.predict(experiment, prompts=args.prompt, inputs=inputs)
+    if not is_primary():
+        return
     lines = []
     for text, found in zip(inputs, predictions, strict=True):
         if args.json:
@@ -281,6 +307,8 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
 
     short = [(field, getattr(args, name, None)) for name, field in _SHORT.items()]
     overrides = [f"{field}={value}" for field, value in short if value is not None]
+    if (mesh := getattr(args, "mesh", None)) is not None:
+        overrides += mesh_overrides(mesh)
     return validate(apply_overrides(experiment, [*overrides, *args.set]))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from prompt_tuning_jax.errors import UserError
 
+_MESH_FIELDS = ("data", "fsdp", "model", "dcn_data", "dcn_fsdp", "dcn_model")
+
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
     """``--gin.NAME=VALUE`` -> ``--gin_bindings=NAME=VALUE``, as T5X does it."""
@@ -40,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", metavar="CONFIG.py", help="file with get_config()")
     _add_config_options(train)
     _add_data_options(train)
+    _add_device_options(train)
     train.add_argument("--workdir", metavar="FOLDER", help="where the run is kept; resumes a run")
     train.add_argument("--seeds", metavar="0,1,2", help="one prompt for each, trained at once")
     train.add_argument("--steps", metavar="N", help="how many optimizer steps")
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help="split of the task (default: data.eval_split)")
     _add_config_options(evaluate)
     _add_data_options(evaluate)
+    _add_device_options(evaluate)
     evaluate.add_argument("--output", metavar="FILE.json", help="also write the scores there")
 
     predict = _add_command(
@@ -76,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--config", metavar="CONFIG.py", help="default: the config of the prompt's run"
     )
     _add_config_options(predict)
+    _add_device_options(predict)
     predict.add_argument("--model", metavar="NAME", help="bundled name or folder")
 
     tasks = _add_command(
@@ -263,6 +268,32 @@ def _add_command(commands: Any, name: str, what: str, *, example: str) -> argpar
     return parser
 
 
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--mesh",
+        metavar="data=2,model=4",
+        help="devices along the axes data, fsdp and model (also dcn_data... for slices); -1: rest",
+    )
+    group.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="of process 0, where several hosts do not find each other by themselves "
+        "(TPU pods, SLURM and Kubernetes do)",
+    )
+    group.add_argument(
+        "--process_count", type=_positive, metavar="N", help="how many processes; 1: this one alone"
+    )
+    group.add_argument("--process_index", type=_from_zero, metavar="I", help="which one this is")
+    group.add_argument(
+        "--process_timeout",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="without a sign of life from a process before the others stop (default: 60)",
+    )
+
+
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("config")
     group.add_argument(
@@ -331,3 +362,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def mesh_overrides(text: str) -> list[str]:
+    """``data=2,model=4`` as overrides of the fields of ``mesh``; UserError for what is not so."""
+    overrides = []
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in _MESH_FIELDS or not re.fullmatch(r"-?\d+", size):
+            raise UserError(
+                f"--mesh {text}: {part!r} is not AXIS=NUMBER; axes are {', '.join(_MESH_FIELDS)}"
+            )
+        overrides.append(f"mesh.{axis}={size}")
+    return overrides

@@ -137,11 +137,19 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each mesh axis; -1 takes all that are left."""
+    """Devices along each mesh axis within a slice, and slices along it; -1 takes all that are left.
+
+    A slice is what a fast network joins: a TPU slice, or a host's GPUs.  ``rules`` change the table
+    of sharding.py, for instance ``embed=`` (replicated), ``vocab=fsdp`` or ``batch=data+fsdp``.
+    """
 
     data: int = -1
     fsdp: int = 1
     model: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_model: int = 1
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from prompt_tuning_jax.decoding.greedy import greedy
 from prompt_tuning_jax.decoding.rank import rank, sequence_log_probs
 from prompt_tuning_jax.decoding.sampling import sample
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.models.slots import Slots
 from prompt_tuning_jax.models.t5 import T5
@@ -189,7 +190,7 @@ def _with_prompt(
     return graphdef, {name: p[None] for name, p in tuned.items()}, frozen
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=(0, 5, 6))
 def label_scores(
     graphdef: nnx.GraphDef[Attached],
     tuned: FlatParams,
@@ -197,11 +198,12 @@ def label_scores(
     tokens_BT: Array,
     labels_CS: Array,
     members: int,
+    layout: Layout | None = None,
 ) -> Array:
     """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
 
     The encoder and the cross-attention keys are computed once per example and member.  ``members``
-    is E, which a method without tuned arrays does not show.
+    is E, which a method without tuned arrays does not show.  On a mesh the result is replicated.
     """
 
     def member(own: FlatParams) -> Array:
@@ -215,10 +217,11 @@ def label_scores(
 
         return rank(decode_logits, labels_CS, max_logits=2**26 // members)
 
-    return jax.vmap(member, axis_size=members)(tuned)
+    with laying_out(layout):
+        return replicate(jax.vmap(member, axis_size=members)(tuned))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 6))
 def write(
     graphdef: nnx.GraphDef[Attached],
     writing: Writing,
@@ -226,12 +229,25 @@ def write(
     frozen: FlatParams,
     tokens_BT: Array,
     key: Array,
+    layout: Layout | None = None,
 ) -> tuple[Array, Array]:
     """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
 
     All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
-    is one member.
+    is one member.  On a mesh the result is replicated.
     """
+    with laying_out(layout):
+        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key))
+
+
+def _write(
+    graphdef: nnx.GraphDef[Attached],
+    writing: Writing,
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    key: Array,
+) -> tuple[Array, Array]:
     members = len(next(iter(tuned.values()))) if tuned else 1
     batch = tokens_BT.shape[0]
     rows = members * batch

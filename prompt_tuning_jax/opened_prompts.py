@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning, mask_of
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5 import T5
@@ -40,9 +41,10 @@ def open_prompts(
     A prompt is joined to the input as it was in its training, where its run or its file says how;
     else as in ``experiment.method``.
     """
+    layout = build.layout_of(experiment)
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
-        return OpenedPrompts(groups=[_bare(attached)], names=("no prompt",), labels=())
+        return OpenedPrompts(groups=[_bare(attached, layout)], names=("no prompt",), labels=())
     fingerprint = build.model_fingerprint(model)
     default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
     arrays: list[tuple[str, HostArray, PromptTuning]] = []
@@ -66,7 +68,7 @@ def open_prompts(
             if place.is_dir():
                 files = run_folder.prompt_files(place, build.member_names(run))
         elif run is not None and place.is_dir():
-            groups.append(_members_of_run(run, model, place))
+            groups.append(_members_of_run(run, model, place, layout))
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
         elif place.is_dir() and not (is_peft(place) or is_t5x(place)):
@@ -91,7 +93,7 @@ def open_prompts(
         alike.setdefault((method, array.shape), []).append((name, array))
     for (method, _), group in alike.items():
         attached = method.with_prompt(model, jnp.asarray(group[0][1]))
-        members = _bare(attached)
+        members = _bare(attached, layout)
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array in group])
         frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
         groups.append(
@@ -111,14 +113,15 @@ def _joining(method: PromptTuning) -> PromptTuning:
     )
 
 
-def _bare(attached: Attached) -> build.Members:
+def _bare(attached: Attached, layout: Layout) -> build.Members:
     graphdef, params = tree.split(attached)
-    return build.Members(
+    members = build.Members(
         graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
     )
+    return members.sharded(layout, tree.logical_axes(attached))
 
 
-def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
+def _members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
     tuned = run_folder.read_best(folder)
     key = jax.random.key(0)
     attached = run.method.attach(model, key=key, context=Context())
@@ -133,10 +136,11 @@ def _members_of_run(run: Experiment, model: T5, folder: Path) -> build.Members:
         of=f"the best checkpoint in {folder}",
         and_of="the model",
     )
-    return build.Members(
+    members = build.Members(
         graphdef=graphdef,
         tuned={name: jnp.asarray(array) for name, array in tuned.items()},
         frozen=frozen,
         mask=mask_of(run.method, list(params)),
         number=len(next(iter(tuned.values()))),
     )
+    return members.sharded(layout, tree.logical_axes(attached))

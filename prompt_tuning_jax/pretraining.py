@@ -35,6 +35,7 @@ from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.data.word_table import make_word_table
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data
+from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.models.t5 import T5
@@ -191,18 +192,29 @@ def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
 
 
 def text_losses(
-    graphdef: nnx.GraphDef[Attached], tuned: FlatParams, frozen: FlatParams, data: TextData
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    data: TextData,
+    layout: Layout | None = None,
 ) -> list[dict[str, float]]:
     """Each member's mean loss per target token on the evaluation text."""
-    sums = [_summed(graphdef, tuned, frozen, batch) for batch in data.eval_batches()]
+    batches = data.eval_batches()
+    if layout is not None:
+        batches = (layout.place_batch(batch, ("batch", "length")) for batch in batches)
+    sums = [_summed(graphdef, tuned, frozen, batch, layout) for batch in batches]
     losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
     tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
     return [{"loss": float(value)} for value in losses_E / tokens_E]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def _summed(
-    graphdef: nnx.GraphDef[Attached], tuned: FlatParams, frozen: FlatParams, batch: Batch
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    batch: Batch,
+    layout: Layout | None,
 ) -> tuple[Array, Array]:
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = tree.merge(graphdef, {**frozen, **own})
@@ -210,4 +222,6 @@ def _summed(
         sums = token_sums(logits, batch["decoder_target_tokens"])
         return sums.loss, sums.tokens
 
-    return jax.vmap(member)(tuned)
+    with laying_out(layout):
+        summed: tuple[Array, Array] = replicate(jax.vmap(member)(tuned))
+        return summed

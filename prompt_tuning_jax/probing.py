@@ -48,7 +48,9 @@ class Probe:
             training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
         )
         self._model = model
-        self._data = build.build_data(self._experiment, build.vocabulary_of(model))
+        self._layout = layout = build.train_layout(self._experiment)
+        words = build.vocabulary_of(model)
+        self._data = build.build_data(self._experiment, words, layout=layout)
         self._members = build.attach_members(self._experiment, model, labels=self._data.labels)
         # Compiled once: the weights are an argument.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
@@ -60,7 +62,7 @@ class Probe:
         frozen = {name: weights[name] for name in self._members.frozen}
         # A step takes its state for itself, and the start is needed again.
         state = jax.tree.map(jnp.copy, self._start)
-        for batch in data.batches(0, STEPS):
+        for batch in build.placed_batches(data, self._layout, 0, STEPS):
             state, _ = self._step(state, frozen, batch)
         members = dataclasses.replace(self._members, frozen=frozen)
         (scores,), _ = build.evaluate_members(

@@ -1,10 +1,13 @@
 """One training run from its Experiment: what ``prompt-tuning train`` does."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompt_tuning_jax import build, run_folder, tree
+import numpy as np
+
+from prompt_tuning_jax import build, distributed, run_folder, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.compilation import CompiledAhead
@@ -12,6 +15,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
+from prompt_tuning_jax.overrides import to_json
 from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
 from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
@@ -40,15 +44,18 @@ class RunResult:
 def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     """Trains what the experiment says in its working directory, or goes on where it stopped.
 
-    Raises UserError for wrong input, before anything is written where that can be known.
+    Raises UserError for wrong input, before anything is written where that can be known.  Of
+    several processes all must call; the first one writes and speaks.
     """
     validate(experiment)
     folder = build.workdir_of(experiment)
+    distributed.require_same("the experiment", to_json(experiment))
+    quiet = quiet or not distributed.is_primary()
     if folder.is_dir():
-        run_folder.claim(folder, experiment)
-    mesh = build.build_mesh(experiment)
-    model = build.build_model(experiment, mesh=mesh)
-    data = build.build_data(experiment, build.vocabulary_of(model))
+        _claim(folder, experiment)
+    layout = build.train_layout(experiment)
+    model = build.build_model(experiment, layout=layout)
+    data = build.build_data(experiment, build.vocabulary_of(model), layout=layout)
     if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
         if not isinstance(data, TextData):
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
@@ -57,16 +64,17 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         matching = experiment.model.attention == "matching"
         start_attention(model, matching=matching, seed=experiment.training.seeds[0])
     fingerprint = build.model_fingerprint(model)
-    members = build.attach_members(experiment, model, labels=data.labels)
+    _require_same_data(data, fingerprint)
+    members = build.attach_members(experiment, model, labels=data.labels, layout=layout)
     if not members.tuned:
         raise UserError(
             "method=none trains nothing; choose another method, or eval without prompts"
         )
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
-    run_folder.claim(folder, experiment)
+    _claim(folder, experiment)
     # A step that is no jitted function has nothing to compile.
-    if isinstance(data, build.TaskData) and mesh.size == 1 and hasattr(step, "lower"):
+    if isinstance(data, build.TaskData) and layout.is_trivial and hasattr(step, "lower"):
         step = CompiledAhead(step, data.one_of_each_shape())
     if not quiet:
         for line in _introduction(experiment, members, data):
@@ -76,7 +84,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 
     def evaluate(tuned: FlatParams) -> list[dict[str, float]]:
         if isinstance(data, TextData):
-            scores = text_losses(members.graphdef, tuned, members.frozen, data)
+            scores = text_losses(members.graphdef, tuned, members.frozen, data, layout)
             for member, own in enumerate(scores):
                 weights = {**members.frozen, **{name: x[member] for name, x in tuned.items()}}
                 own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
@@ -84,7 +92,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         return build.evaluate_members(experiment, members, tuned, data, model)[0]
 
     def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
-        if PROMPT not in tuned:
+        if PROMPT not in tuned or not distributed.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
             metadata = _metadata(
@@ -101,9 +109,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     result = Loop(
         train_step=step,
         frozen=members.frozen,
-        batches=lambda start, stop: (
-            build.place_batch(batch, mesh) for batch in data.batches(start, stop)
-        ),
+        batches=lambda start, stop: build.placed_batches(data, layout, start, stop),
         evaluate=evaluate,
         on_best=on_best,
         workdir=folder,
@@ -129,8 +135,37 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         best=result.best,
         best_tuned=result.best_tuned,
     )
-    _finish(run, data, quiet=quiet)
+    if distributed.is_primary():
+        _finish(run, data, quiet=quiet)
     return run
+
+
+def _claim(folder: Path, experiment: Experiment) -> None:
+    """Makes the folder this run's; UserError where it is another's, or other hosts do not see it.
+
+    The first process writes: the others would find what is not there yet, and write as well.
+    """
+    distributed.primary_first(lambda: run_folder.claim(folder, experiment), "claim of the folder")
+    if not run_folder.is_run(folder):
+        raise UserError(
+            f"{folder} was made by process 0 and is not there for this one: all processes need "
+            "the same training.workdir, on a file system that all hosts see"
+        )
+    run_folder.claim(folder, experiment)
+
+
+def _require_same_data(data: build.TaskData | TextData, fingerprint: str) -> None:
+    """UserError unless all processes have the same model and the same examples in their order."""
+    if distributed.process_count() == 1:
+        return
+    distributed.require_same("the frozen model", fingerprint)
+    if isinstance(data, TextData):
+        held = [data.train.tokens, data.evaluation.tokens]
+        digests = [hashlib.sha256(np.ascontiguousarray(x).data).hexdigest() for x in held]
+    else:
+        digests = [] if data.train is None else [data.train.digest()]
+        digests += [one.digest() for one in data.evaluation.values()]
+    distributed.require_same("the data", " ".join(digests))
 
 
 def _introduction(

@@ -13,7 +13,7 @@ from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.overrides import diff, to_json
 from prompt_tuning_jax.training.loop import BEST
 from prompt_tuning_jax.typing import HostArray
@@ -29,7 +29,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     """
     present = run_config(str(folder)) if folder.is_dir() else None
     if present is not None:
-        differing = diff(_without_workdir(present), _without_workdir(experiment))
+        differing = diff(_what_decides(present), _what_decides(experiment))
         if differing:
             raise UserError(
                 f"{folder} holds a run with another config ({'; '.join(differing)}); use another "
@@ -38,6 +38,11 @@ def claim(folder: Path, experiment: Experiment) -> None:
         return
     with written_aside(folder / RUN_CONFIG) as aside:
         aside.write_text(to_json(experiment), encoding="utf-8")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder has been claimed by some run."""
+    return (folder / RUN_CONFIG).is_file()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,6 +79,7 @@ def read_best(folder: Path) -> dict[str, HostArray]:
     return {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
 
 
-def _without_workdir(experiment: Experiment) -> Experiment:
+def _what_decides(experiment: Experiment) -> Experiment:
+    """All but the run's place and its devices: it may go on elsewhere."""
     training = dataclasses.replace(experiment.training, workdir="")
-    return dataclasses.replace(experiment, training=training)
+    return dataclasses.replace(experiment, training=training, mesh=Mesh())

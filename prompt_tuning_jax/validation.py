@@ -9,6 +9,7 @@ from prompt_tuning_jax.data.buckets import parse_buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
 from prompt_tuning_jax.overrides import checked, checked_experiment
+from prompt_tuning_jax.sharding import parse_rules
 
 # What the random number generators of numpy and JAX both take.
 _MAX_SEED = 2**31
@@ -165,6 +166,8 @@ def _mesh(mesh: Mesh) -> Iterator[str]:
             f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each is at least 1, "
             "or -1 on one of them for all devices that are left"
         )
+    yield from _outside("mesh", mesh, "dcn_data", "dcn_fsdp", "dcn_model", low=1)
+    parse_rules(mesh.rules)
 
 
 def _outside(

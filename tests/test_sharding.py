@@ -3,14 +3,31 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from prompt_tuning_jax import build
+from prompt_tuning_jax.cli_arguments import mesh_overrides
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.sharding import MESH_AXES, RULES, make_mesh, spec_of
+from prompt_tuning_jax.experiment import Experiment, Mesh
+from prompt_tuning_jax.layout import Layout, constrain, laying_out
+from prompt_tuning_jax.overrides import apply_overrides
+from prompt_tuning_jax.sharding import (
+    MESH_AXES,
+    RULES,
+    make_mesh,
+    on_host,
+    parse_rules,
+    spec_of,
+    with_rules,
+)
+from prompt_tuning_jax.validation import validate
+from tests import tiny_run
 
 
 def test_the_table_names_mesh_axes_only():
@@ -65,6 +82,86 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message):
         make_mesh(**sizes, devices=jax.devices() * 8)
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a mesh of several hosts is made of, as far as its order goes."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_follow_each_other_along_their_axis(monkeypatch):
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, *_, **__: devices)
+    # Of every process two devices; interleaved, as they may well be numbered.
+    hosts = [Device(id=i, process_index=i % 4) for i in range(8)]
+    grid = make_mesh(data=1, model=2, dcn_data=2, dcn_fsdp=2, devices=hosts)
+    assert grid.shape == (2, 2, 2)
+    for along_model in grid.reshape(-1, 2):
+        assert len({device.process_index for device in along_model}) == 1
+    slices = [Device(id=i, process_index=i // 2, slice_index=i // 4) for i in range(8)]
+    grid = make_mesh(data=1, fsdp=-1, dcn_data=2, devices=slices)
+    assert [[d.slice_index for d in half.flat] for half in grid] == [[0] * 4, [1] * 4]
+    with pytest.raises(UserError, match="is 4 and there are 2 slices"):
+        make_mesh(dcn_data=4, devices=slices)
+    with pytest.raises(UserError, match="dcn_data=3 does not fit 8 devices"):
+        make_mesh(dcn_data=3, devices=hosts)
+
+
+def test_rules_of_a_user_change_the_table():
+    rules = with_rules(("vocab=", "prompt_embed=model", "batch=data+fsdp", "rank=fsdp"))
+    assert spec_of(("vocab", "embed"), rules) == PartitionSpec(None, "fsdp")
+    assert spec_of(("prompt", "prompt_embed"), rules) == PartitionSpec(None, "model")
+    assert spec_of(("batch", "rank"), rules) == PartitionSpec(("data", "fsdp"), None)
+    assert RULES["vocab"] == "model"
+    assert Layout(mesh=make_mesh(), rules=rules) != Layout(mesh=make_mesh())
+    assert hash(Layout(mesh=make_mesh())) == hash(Layout(mesh=make_mesh(), rules=with_rules(())))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("embed", "is no rule"),
+        ("=fsdp", "is no rule"),
+        ("embed=tensor", "mesh axes of data, fsdp, model"),
+        ("embed=fsdp+fsdp", "each once"),
+        ("embed=fsdp,embed=", "'embed' twice"),
+    ],
+)
+def test_rules_that_make_no_sense(rule, message):
+    with pytest.raises(UserError, match=message):
+        parse_rules(rule.split(","))
+    with pytest.raises(UserError, match=message):
+        validate(Experiment(mesh=Mesh(rules=tuple(rule.split(",")))))
+
+
+def test_a_rule_for_an_axis_that_nothing_has_is_a_mistake(tmp_path):
+    experiment = tiny_run.experiment(tmp_path, {"mesh.rules": ("embd=fsdp",)})
+    model = build.build_model(experiment)
+    with pytest.raises(UserError, match="no array has the axis 'embd': did you mean 'embed'"):
+        build.attach_members(experiment, model, labels=("red",))
+
+
+def test_the_mesh_as_an_option():
+    overrides = mesh_overrides("data=2, model=4,dcn_data=3")
+    mesh = apply_overrides(Experiment(mesh=Mesh(fsdp=5)), overrides).mesh
+    assert mesh == Mesh(data=2, fsdp=5, model=4, dcn_data=3)
+    for wrong in ("data", "data=", "data=two", "rules=4", "data=2;model=4"):
+        with pytest.raises(UserError, match="is not AXIS=NUMBER; axes are data, fsdp, model"):
+            mesh_overrides(wrong)
+
+
+def test_without_a_mesh_nothing_is_constrained_or_moved():
+    x = jax.numpy.ones((4, 3))
+    with laying_out(Layout(mesh=make_mesh())):
+        assert constrain(x, ("batch", None)) is x
+    assert constrain(x, ("batch", None)) is x
+    assert Layout(mesh=make_mesh()).place_batch({"x": x}, ("batch", "length"))["x"] is x
+    np.testing.assert_array_equal(on_host({"x": x})["x"], x)
+
+
 EIGHT_DEVICES = """
 import jax, numpy as np
 import jax.numpy as jnp
@@ -95,6 +192,18 @@ assert len(jax.devices()) == 8
 mesh = make_mesh(data=-1, fsdp=2, model=2)
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
 np.testing.assert_allclose(run(mesh), run(None), atol=1e-4)
+
+# Each process gives the rows that its devices hold, in whatever order these come.
+from prompt_tuning_jax.layout import Layout
+layout = Layout(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
+    "data", "fsdp", "model")))
+rows = layout.rows(8)
+np.testing.assert_array_equal(rows, np.arange(8))
+batch = np.arange(48).reshape(2, 8, 3)
+placed = layout.place_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
+np.testing.assert_array_equal(placed, batch)
+assert placed.sharding.spec == PartitionSpec(None, ("data", "fsdp"), None), placed.sharding
+assert placed.addressable_shards[0].data.shape == (2, 2, 3)
 
 # What its mesh axes do not divide is kept whole; the rest is still split.
 arrays = {"w": jnp.ones((7, 4)), "v": jnp.ones((4, 3))}

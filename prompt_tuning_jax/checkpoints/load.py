@@ -95,6 +95,7 @@ def load_model(
     relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     quantization: Quantization = "none",
+    rules: sharding.Rules = sharding.RULES,
 ) -> T5:
     """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
 
@@ -105,7 +106,7 @@ def load_model(
     own; ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's
     128 for 32 buckets, and twice the buckets for toy models with fewer.
 
-    On a ``mesh`` the weights are laid out by ``sharding.RULES``: each device's part is read from
+    On a ``mesh`` the weights are laid out by ``rules``: each device's part is read from
     the checkpoint and converted by itself, so that the host never holds the model, nor a process
     what the devices of others hold.  With ``quantization`` (``int8`` or ``int4``) each array is
     quantised as soon as it is placed, before the next is read; such a model's fingerprint is that
@@ -131,7 +132,7 @@ def load_model(
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
-        shardings = sharding.shardings_of(shapes, tree.logical_axes(model), mesh)
+        shardings = sharding.shardings_of(shapes, tree.logical_axes(model), mesh, rules)
     samples: dict[str, Sample] = {}
 
     def finish(name: str, array: Array) -> dict[str, Array]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prompt_tuning_jax import build
+from prompt_tuning_jax import build, distributed
 from prompt_tuning_jax.data.task import Source, Task
 from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
@@ -56,9 +56,17 @@ def evaluate(
         # What the prompts were trained to choose between; the training file may be gone by now.
         own = dataclasses.replace(own, labels=loaded.labels)
         experiment = dataclasses.replace(experiment, data=own)
-    data = build.build_data(experiment, build.vocabulary_of(model), split=split, training=False)
+    data = build.build_data(
+        experiment,
+        build.vocabulary_of(model),
+        split=split,
+        training=False,
+        layout=build.layout_of(experiment),
+    )
     if isinstance(data, TextData):
         raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
+    # Other examples there would be other batches, or one too many to wait for.
+    distributed.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     for members in loaded.groups:
@@ -97,6 +105,7 @@ def predict(
     That of a user's own files is ``data.inputs_template`` where it names one column; with several
     columns the texts are inputs as they are.
     """
+    distributed.require_same("the input", "\n".join(inputs))
     model = build.build_model(experiment)
     words = build.vocabulary_of(model)
     loaded = open_prompts(experiment, model, prompts)

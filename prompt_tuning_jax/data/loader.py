@@ -46,7 +46,7 @@ class TrainBatches:
         seeds: int | Sequence[int],
         rates: Sequence[float] = (),
         buckets: Buckets = FIXED,
-        rows: slice = slice(None),
+        rows: slice | np.ndarray = slice(None),
     ) -> None:
         """Plan the batches.
 
@@ -58,7 +58,8 @@ class TrainBatches:
             the same).  The sets interleave evenly, in the same pattern for all seeds; with
             ``buckets`` each window of batches has their share, and not each batch.
           buckets: how T is chosen; no more than the sets' ``inputs_length``.
-          rows: which of a batch's B rows to gather: one process's of several that share a plan.
+          rows: which of a batch's B rows to gather (a slice, or their numbers): one process's of
+            several that share a plan.
         """
         self._sets = (examples,) if isinstance(examples, TokenizedExamples) else tuple(examples)
         if batch_size < 1:
@@ -110,6 +111,10 @@ class TrainBatches:
         if self._plan is not None:
             return self._plan.indices_for(step, seed)
         return np.asarray(self._orders[seed][step], np.int64)
+
+    def digest(self) -> str:
+        """Stands for the examples, in their order."""
+        return " ".join(examples.digest() for examples in self._sets)
 
     def padding(self, start_step: int, stop_step: int) -> float:
         """Percent of the input positions of these steps that are padding, in all rows and seeds."""

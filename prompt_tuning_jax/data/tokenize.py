@@ -1,6 +1,7 @@
 """Examples tokenised once, cached, and held uncut."""
 
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -79,6 +80,18 @@ class TokenizedExamples:
             if cut:
                 line += f"; {cut:,} {name} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
         return f"{line}; {self.remark}" if self.remark else line
+
+    def digest(self) -> str:
+        """Stands for the examples' ids, in their order."""
+        found = hashlib.sha256()
+        for array in (
+            self.inputs.offsets,
+            self.inputs.flat,
+            self.targets.offsets,
+            self.targets.flat,
+        ):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def select(self, indices: np.ndarray) -> "TokenizedExamples":
         """The examples at ``indices``, in that order."""

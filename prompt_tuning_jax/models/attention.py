@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import precision
+from prompt_tuning_jax.layout import constrain
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
 from prompt_tuning_jax.models.slots import KeyValues
@@ -145,7 +146,9 @@ class Attention(nnx.Module):
         )
 
     def _heads(self, x_BTJ: Array) -> Array:
-        return x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
+        x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
+        # Whole heads: halves of them would make every score a sum over devices.
+        return constrain(x_BTHK, ("batch", "length", "heads", "kv"))
 
 
 def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import precision
+from prompt_tuning_jax.layout import constrain
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -82,7 +83,10 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        # Its own layout would divide the width of x, where the batch should be divided.
+        table_VD = constrain(self.embedding.get_value(), ("vocab", None))
+        x = jnp.take(table_VD, tokens, axis=0).astype(self.dtype)
+        return constrain(x, ("batch", *[None] * (x.ndim - 1)))
 
     def table(self) -> Table:
         """The rows themselves."""

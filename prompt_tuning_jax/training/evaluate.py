@@ -15,6 +15,7 @@ from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
 from prompt_tuning_jax.ensembling import Vote, majority_vote
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.typing import FlatParams, HostArray
 
@@ -60,6 +61,7 @@ class Predictor:
     num_beams: int = 4
     labels: tuple[str, ...] = ()
     buckets: Buckets = FIXED
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if self.strategy == "rank":
@@ -68,11 +70,18 @@ class Predictor:
     def predict(
         self, tuned: FlatParams, frozen: FlatParams, examples: TokenizedExamples, *, members: int
     ) -> Predictions:
-        """All examples in order; ``tuned`` has a leading axis E = ``members``."""
+        """All examples in order; ``tuned`` has a leading axis E = ``members``.
+
+        On a mesh the rows of each batch are divided over it, and every process gets all results.
+        """
+        parts = 1
+        if self.layout is not None:
+            tuned, frozen = self.layout.place_whole(tuned), self.layout.place_whole(frozen)
+            parts = self.layout.batch_parts
         texts: list[list[str]] = [[""] * len(examples) for _ in range(members)]
         known: list[list[dict[str, float]]] = [[{} for _ in range(len(examples))] for _ in texts]
         pending: list[tuple[Any, HostArray]] = []
-        batch_size = min(self.batch_size, len(examples))
+        batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
         # Dispatched ahead by one batch: the host reads one while the device computes the next.
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
@@ -87,12 +96,23 @@ class Predictor:
     def _run(
         self, tuned: FlatParams, frozen: FlatParams, tokens_BT: HostArray, members: int
     ) -> Any:
+        layout = self.layout
+        on_mesh = layout is not None and not layout.is_trivial
+        if layout is not None:
+            tokens_BT = layout.place_batch({"": tokens_BT}, ("batch", "length"))[""]
         if self.strategy == "rank":
-            return label_scores(self.graphdef, tuned, frozen, tokens_BT, self._labels_CS(), members)
+            labels_CS = self._labels_CS()
+            return label_scores(self.graphdef, tuned, frozen, tokens_BT, labels_CS, members, layout)
         writing = Writing(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
-        return write(self.graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(0))
+        key = jax.random.key(0)
+        if not on_mesh or not tuned:
+            return write(self.graphdef, writing, tuned, frozen, tokens_BT, key, layout)
+        # One after another: together, the rows of all members would have to change devices.
+        each = [{name: x[e : e + 1] for name, x in tuned.items()} for e in range(members)]
+        found = [write(self.graphdef, writing, own, frozen, tokens_BT, key, layout) for own in each]
+        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
     def _collect(
         self,
@@ -124,6 +144,11 @@ class Predictor:
         for row, ids in zip(labels_CS, rows, strict=True):
             row[: len(ids)] = ids
         return labels_CS
+
+
+def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
+    """The rows of an evaluation batch: as asked, or all, and as many in each part of the mesh."""
+    return -(-min(asked, examples) // parts) * parts
 
 
 def require_labels(labels: Sequence[str]) -> None:

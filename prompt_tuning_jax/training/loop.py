@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.sharding import on_host
 from prompt_tuning_jax.training.logging import RunLog
 from prompt_tuning_jax.training.step import (
     Batch,
@@ -82,24 +84,19 @@ class Loop:
         """Trains from ``state``, or from the last checkpoint where there is one.
 
         SIGTERM and SIGINT save and return.  Raises UserError when a loss is not finite, naming the
-        step; nothing of that step is saved.
+        step; nothing of that step is saved.  Of several processes all must call: a signal to one
+        stops all after the same step, and the first one alone logs.
         """
         start, state, pending = self._restore_last(state)
         best_tree, best = self._restore_best(state)
         if start >= self.steps:
             return self._result(start, best, best_tree, state)
         step = start
-        log = RunLog(
-            self.workdir,
-            total_steps=self.steps,
-            num_members=len(self.names),
-            quiet=self.quiet,
-            start_step=start,
-            names=self.names,
-            metric=self.best_by,
-        )
+        log = self._open_log(start)
+        signal_to_stop_by = distributed.stop_agreement(self._signals_received, start=start)
+        stopped_by = 0
         since = time.monotonic()
-        with log, self._signals():
+        with log or nullcontext(), self._signals():
             # A kill may have come between saving the best state and telling of it.
             self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
             costs: dict[tuple[int, ...], StepCost] = {}
@@ -121,19 +118,22 @@ class Loop:
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
                 pending.append((step, metrics))
-                stopping, last = bool(self._signals_received), step == self.steps
+                stopped_by, last = signal_to_stop_by(step), step == self.steps
+                stopping = bool(stopped_by)
                 evaluating = last or step % self.eval_every == 0
                 saving = last or stopping or step % self.save_every == 0
                 if evaluating or saving or step % self.log_every == 0:
                     self._require_finite(pending)
                     elapsed = max(time.monotonic() - since, 1e-9)
                     if step % self.log_every == 0 or last:
-                        self._log_train(log, step, pending, done, elapsed)
+                        if log:
+                            self._log_train(log, step, pending, done, elapsed)
                         since, pending, done = time.monotonic(), [], []
                 if evaluating:
                     began = time.monotonic()
                     scores = self.evaluate(state.tuned)
-                    log.log_eval(step, scores)
+                    if log:
+                        log.log_eval(step, scores)
                     best_tree = self._keep_best(step, state, scores, best, best_tree)
                     since += time.monotonic() - began
                 if saving:
@@ -143,7 +143,20 @@ class Loop:
                     since += time.monotonic() - began
                 if stopping:
                     break
-        return self._result(step, best, best_tree, state)
+        return self._result(step, best, best_tree, state, stopped_by)
+
+    def _open_log(self, start: int) -> RunLog | None:
+        if not distributed.is_primary():
+            return None
+        return RunLog(
+            self.workdir,
+            total_steps=self.steps,
+            num_members=len(self.names),
+            quiet=self.quiet,
+            start_step=start,
+            names=self.names,
+            metric=self.best_by,
+        )
 
     def _restore_last(
         self, state: TrainState
@@ -158,7 +171,7 @@ class Loop:
 
     def _restore_best(self, state: TrainState) -> tuple[Any, list[Best | None]]:
         """Each member's best state on the host, and the scores; nothing yet: the present state."""
-        like = _on_host(state)
+        like = on_host(state)
         found = train_state.restore_latest(self.workdir / BEST, like)
         if found is None:
             return like, [None] * len(self.names)
@@ -234,7 +247,7 @@ class Loop:
             # All but the step has a leading axis E.
             return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
 
-        best_tree = jax.tree.map(choose, _on_host(state), best_tree)
+        best_tree = jax.tree.map(choose, on_host(state), best_tree)
         listed = [own and {"step": own.step, "metrics": dict(own.metrics)} for own in best]
         train_state.save(self.workdir / BEST, step, best_tree, self._extra(best=listed), keep=1)
         self._tell_of(best, improved, best_tree)
@@ -255,13 +268,18 @@ class Loop:
         return {"fingerprint": self.fingerprint, **more}
 
     def _result(
-        self, step: int, best: list[Best | None], best_tree: Any, state: TrainState
+        self,
+        step: int,
+        best: list[Best | None],
+        best_tree: Any,
+        state: TrainState,
+        stopped_by: int = 0,
     ) -> LoopResult:
-        tuned = best_tree.tuned if any(best) else _on_host(state).tuned
+        tuned = best_tree.tuned if any(best) else on_host(state).tuned
         return LoopResult(
             step=step,
             finished=step >= self.steps,
-            stopped_by=self._signals_received[0] if self._signals_received else 0,
+            stopped_by=stopped_by,
             best=tuple(best),
             best_tuned=tuned,
         )
@@ -303,10 +321,6 @@ def _from_json(listed: list[Any]) -> list[tuple[int, StepMetrics]]:
         )
         pending.append((step, metrics))
     return pending
-
-
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
 
 
 def _like(chosen_E: HostArray, array: HostArray) -> HostArray:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.layout import Layout, laying_out
 from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -75,10 +76,33 @@ def step_cost(
     return StepCost(tokens=int(tokens), flops=flops)
 
 
-def init_state(tuned: FlatParams, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
-    """The state before the first step; ``tuned`` has the leading axis E."""
-    opt_state = jax.vmap(optimizer.init)(tuned)
-    return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+def init_state(
+    tuned: FlatParams,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    layout: Layout | None = None,
+) -> TrainState:
+    """The state before the first step; ``tuned`` has the leading axis E.
+
+    On a mesh what the optimizer keeps for an array lies as the array does.
+    """
+
+    def start(tuned: FlatParams) -> TrainState:
+        opt_state = jax.vmap(optimizer.init)(tuned)
+        return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+
+    if layout is None or layout.is_trivial:
+        return start(tuned)
+    shapes = jax.eval_shape(start, tuned)
+
+    def sharding_of(path: Any, leaf: Any) -> Any:
+        array = tuned.get(getattr(path[-1], "key", ""))
+        alike = array is not None and array.shape == leaf.shape
+        return array.sharding if array is not None and alike else layout.replicated
+
+    shardings = jax.tree.map_with_path(sharding_of, shapes)
+    started: TrainState = jax.jit(start, out_shardings=shardings)(tuned)
+    return started
 
 
 def make_train_step(
@@ -92,13 +116,17 @@ def make_train_step(
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
     dropout: bool = True,
+    layout: Layout | None = None,
+    state_shardings: TrainState | None = None,
 ) -> TrainStep:
     """The jitted step; its state is donated, the frozen weights are an argument and only read.
 
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
     [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
-    beside it.  Accumulation splits B and gives the same gradient; UserError where it cannot.
+    beside it.  Accumulation splits B and gives the same gradient; UserError where it cannot.  On a
+    mesh (``layout``) the new state lies as ``state_shardings`` say, the old one's, and metrics are
+    replicated.
     """
 
     def summed_loss(
@@ -162,8 +190,7 @@ def make_train_step(
         )
         return optax.apply_updates(tuned, updates), opt_state, metrics
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(
+    def compute(
         state: TrainState, frozen: FlatParams, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         rates_E = jnp.asarray(learning_rates, jnp.float32) * schedule(state.step)
@@ -175,5 +202,17 @@ def make_train_step(
             state.tuned, state.opt_state, dict(batch), rates_E, keys_E, frozen
         )
         return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
+
+    results = None
+    if layout is not None and not layout.is_trivial and state_shardings is not None:
+        # Named exactly: a state that lies elsewhere would make the next step compile again.
+        results = (state_shardings, layout.replicated)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=results)
+    def train_step(
+        state: TrainState, frozen: FlatParams, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        with laying_out(layout):
+            return compute(state, frozen, batch)
 
     return train_step

@@ -1,0 +1,181 @@
+"""What a process tells the others of itself, and how it learns of their failures and signals."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from prompt_tuning_jax.errors import UserError
+
+_STORE = "prompt_tuning_jax"
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """A thread that tells the others of this process, and looks after them."""
+
+    client: Any
+    index: int
+    count: int
+    silence_seconds: float
+    interval: float = 0.5  # between two looks at the store
+    leave: Callable[[int], Any] = os._exit
+    _received: list[int] = field(default_factory=list)
+    _signal: int = 0
+    _step: int = -1
+    _stop_at: int | None = None
+    _lock: Any = field(default_factory=threading.Lock)
+    _finished: threading.Event = field(default_factory=threading.Event)
+    _seen: dict[int, tuple[str, float]] = field(default_factory=dict)
+    _round: int = 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The process is through and gives no more signs of life."""
+        self._finished.set()
+        self._thread.join()
+        with suppress(Exception):
+            self._set(f"alive/{self.index}", "done")
+
+    def fail(self, error: BaseException) -> None:
+        """Says what happened, here and to the others, and leaves."""
+        self._finished.set()
+        self._thread.join()
+        others = self._look()
+        failed = next((text for name, text in others.items() if name.startswith("failed/")), "")
+        if failed:  # what is seen here is only its consequence
+            self._stop(failed)
+        user = isinstance(error, UserError)
+        text = str(error) if user else f"{type(error).__name__}: {first_line(error)}"
+        if "Gloo" in text:
+            text = f"another process has gone in the middle of a step ({first_line(error)})"
+        elif not user and not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
+        print(f"error: process {self.index}: {text}", file=sys.stderr, flush=True)
+        with suppress(Exception):
+            self._set(f"failed/{self.index}", f"process {self.index} has stopped: {text}")
+            self._wait_for_others()
+        self._leave(2 if user else 1)
+
+    def agree_on(self, received: list[int], start: int) -> Callable[[int], int]:
+        with self._lock:
+            self._received, self._step, self._stop_at = received, start, None
+            self._round += 1
+
+        def reached(step: int) -> int:
+            with self._lock:
+                self._step = step
+                return self._signal if step == self._stop_at else 0
+
+        return reached
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._finished.wait(self.interval):
+            beat += 1
+            try:
+                self._set(f"alive/{self.index}", str(beat))
+                others = self._look()
+            except Exception:
+                continue  # process 0 is gone or slow; JAX ends this process if it stays away
+            failed = next((t for name, t in others.items() if name.startswith("failed/")), "")
+            if failed:
+                with suppress(Exception):
+                    self._set(f"alive/{self.index}", "done")
+                self._stop(failed)
+            if (silent := self._silent(others)) is not None:
+                text = f"process {silent} has given no sign of life for {self.silence_seconds:g} s"
+                with suppress(Exception):
+                    self._set(f"failed/{silent}", text)
+                self._stop(text)
+            with suppress(Exception):  # somebody is late: tried again
+                self._look_for_signals(others)
+
+    def _silent(self, others: dict[str, str]) -> int | None:
+        """The process that has not changed its sign for too long."""
+        now = time.monotonic()
+        for index in set(range(self.count)) - {self.index}:
+            sign = others.get(f"alive/{index}", "")
+            if sign == "done" or self._seen.get(index, ("", 0.0))[0] != sign:
+                self._seen[index] = (sign, now)
+            elif index in self._seen and now - self._seen[index][1] > self.silence_seconds:
+                return index
+            else:
+                self._seen.setdefault(index, (sign, now))
+        return None
+
+    def _look_for_signals(self, others: dict[str, str]) -> None:
+        """Agrees with the others on the step to stop at, once one of them was asked to stop.
+
+        Every process tells how far it has come, and none goes further until all have: the lock
+        holds up this one's loop, but not the thread that tells.  A loop that waits for a device
+        needs no lock, so steps under way come to their end.
+        """
+        with self._lock:
+            if self._step < 0 or self._stop_at is not None:
+                return
+            key = f"signal/{self._round}"
+            if key in others:
+                self._signal = int(others[key])
+            elif self._received:
+                self._set(key, str(self._received[0]))
+                return  # what stands there at the next look is the same for all
+            else:
+                return
+            self._set(f"reached/{self._round}/{self.index}", str(self._step))
+            steps = [
+                int(
+                    self.client.blocking_key_value_get(
+                        f"{_STORE}/reached/{self._round}/{index}", int(1000 * self.silence_seconds)
+                    )
+                )
+                for index in range(self.count)
+            ]
+            self._stop_at = max(steps) + 1
+
+    def _wait_for_others(self) -> None:
+        """Until the others have seen that this process failed, or some time has passed."""
+        until = time.monotonic() + 10 * self.interval
+        while time.monotonic() < until:
+            signs = self._look()
+            others = set(range(self.count)) - {self.index}
+            if all(signs.get(f"alive/{index}") == "done" for index in others):
+                return
+            time.sleep(self.interval / 2)
+
+    def _stop(self, text: str) -> None:
+        print(
+            f"error: process {self.index} stops, because {text}; the same command goes on from "
+            "the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        if self.index == 0:
+            with suppress(Exception):  # the store goes with this process
+                self._wait_for_others()
+        self._leave(1)
+
+    def _leave(self, status: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.leave(status)
+
+    def _set(self, key: str, value: str) -> None:
+        self.client.key_value_set(f"{_STORE}/{key}", value, allow_overwrite=True)
+
+    def _look(self) -> dict[str, str]:
+        found = self.client.key_value_dir_get(f"{_STORE}/")
+        return {name.partition(f"{_STORE}/")[2]: value for name, value in found}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as one line of bearable length."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -266,7 +266,7 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
     path.write_text('"a"\n')
     for line, message in [
         (["tasks", "--dump", "x"], "--dump needs the NAME"),
-        (["tasks", "super_glue_rte", "--data_dir", data], "There are: super_glue_rte_v102"),
+        (["tasks", "super_glue_rte", "--data_dir", data], "there are: super_glue_rte_v102"),
         (["tasks", "super_glue_rt_v102"], "did you mean 'super_glue_rte_v102'"),
         (["tasks", "squad_to_mrqa"], "is a mixture; name one of its tasks"),
         (["tasks", RTE, "--data_dir", tmp_path / "no"], "there is no such folder"),

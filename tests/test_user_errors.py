@@ -84,6 +84,15 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.targets_length": 1},
             "the label 'blue' has 2 tokens, the end of sequence included",
         ),
+        (
+            lambda d: {
+                "data.train": "",
+                "data.eval": "",
+                "data.task": "word_valence",
+                "data.labels": ("False", "True"),
+            },
+            "data.labels is False, True and the labels of word_valence are",
+        ),
         (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
         (
             lambda d: {"evaluation.best_by": "acuracy"},
@@ -94,7 +103,11 @@ ROW = json.dumps(GOOD[0])
             "unknown task 'word_valense': did you mean 'word_valence'",
         ),
         (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a bundled"),
-        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; There are: tiny"),
+        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; there are: tiny"),
+        (
+            lambda d: {"model.name_or_path": "models/tiny"},
+            "there is no folder models/tiny; did you mean tiny",
+        ),
         (lambda d: {"model.name_or_path": str(d)}, "config.json"),
         (
             lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(120))},

@@ -46,6 +46,9 @@ def model_location(name: str) -> str:
     if folder.is_dir():
         return str(folder)
     if is_hub_name(name):
+        last = name.rpartition("/")[2]
+        if last in (*BUNDLED, *T5X_MODELS):
+            raise UserError(f"there is no folder {name}; did you mean {last}, without the folder?")
         return str(hub_folder(name))
     raise UserError(
         f"model {name!r} is neither a folder nor a bundled model; "
@@ -138,8 +141,8 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         )
     except ImportError:
         raise UserError(
-            f"{name} is a model of the Hugging Face hub: install huggingface_hub "
-            "(pip install huggingface_hub), or give a folder"
+            f"there is no folder {name}; as a model of the Hugging Face hub it needs "
+            "huggingface_hub (pip install huggingface_hub)"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

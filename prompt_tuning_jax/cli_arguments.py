@@ -103,7 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     metrics.add_argument("name", metavar="NAME", help="task")
     metrics.add_argument(
-        "--predictions", metavar="FILE", required=True, help='a JSON string a line, as in "True"'
+        "--predictions",
+        metavar="FILE",
+        required=True,
+        help='one a line: bare as in True, as a JSON string "True", or as predict --json has it',
     )
     metrics.add_argument("--split", default="validation", help="(default: validation)")
     _add_data_dir_option(metrics)

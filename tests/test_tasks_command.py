@@ -6,6 +6,7 @@ import random
 import pytest
 
 from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.commands.scoring import read_predictions
 from prompt_tuning_jax.data.task import alias_names, task_names
 
 RTE = "super_glue_rte_v102"
@@ -174,6 +175,20 @@ def test_metrics_of_each_kind(capsys, tmp_path, data, name, keys):
     assert all(0 <= value < 100 for value in values.values())
 
 
+def test_predictions_in_each_of_their_forms(tmp_path):
+    """What ``predict --output`` writes, with and without ``--json``, is read."""
+    path = tmp_path / "p.txt"
+    texts = ["entailment", "", " {a} b", "1"]
+    forms = (
+        texts,
+        [json.dumps(text) for text in texts],
+        [json.dumps({"input": "x", "prediction": text}) for text in texts],
+    )
+    for lines in forms:
+        path.write_text("".join(f"{line}\n" for line in lines))
+        assert read_predictions(path) == texts
+
+
 def test_predictions_that_do_not_fit(capsys, tmp_path, data):
     def error(content, *more):
         path = tmp_path / "p.jsonl"
@@ -185,8 +200,10 @@ def test_predictions_that_do_not_fit(capsys, tmp_path, data):
 
     count = error(b'\xef\xbb\xbf"entailment"\r\n"x"\r\n\r\n')
     assert "has 2 predictions" in count and "has 277 examples" in count
-    assert "p.jsonl:2: 1 is not a JSON string" in error(b'"a"\n1\n')
-    assert "p.jsonl:2: not JSON" in error(b'"a"\nentailment\n')
+    assert "p.jsonl:2: 1 is not in double quotes" in error(b'"a"\n1\n')
+    assert "all as bare text" in error(b'entailment\n"a"\n')
+    assert "p.jsonl:1: not JSON" in error(b'"a\n')
+    assert "p.jsonl:1: an object without a text" in error(b'{"text": "a"}\n')
     assert "p.jsonl:2: a blank line" in error(b'"a"\n\n"b"\n')
     assert "did you mean 'validation'" in error(b'"a"\n', "--split", "validaton")
 
@@ -227,7 +244,7 @@ def test_leaderboard(capsys, tmp_path, data, task, text, label, file):
     rows, err = submitted(capsys, tmp_path, data, name, texts)
     assert [row["idx"] for row in rows] == list(range(number))
     assert {row["label"] for row in rows[1:]} == {label}
-    assert f"{file}.jsonl" in err and "1 predictions are no labels" in err
+    assert f"wants it under the name {file}.jsonl" in err and "1 predictions are no labels" in err
 
 
 def test_leaderboard_of_wsc_record_and_multirc(capsys, tmp_path, data):

@@ -312,7 +312,7 @@ def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="a prompt file, or a run's folder for its best prompts; repeatable",
+        help="a prompt file, a folder of prompts, or a run for its best ones; repeatable",
     )
 
 

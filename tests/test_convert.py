@@ -278,6 +278,41 @@ def test_peft_wants_a_model_and_takes_its_sizes(program: Program, tmp_path: Path
     assert config["base_model_name_or_path"] == "google/t5-xl-lm-adapt"
 
 
+def test_an_adapter_names_its_model_from_anywhere(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder by its whole path; the bundled model, which PEFT cannot know, by name and note."""
+    monkeypatch.chdir(tmp_path)
+    hf_model(tmp_path / "hf")
+    for name, width, wanted in (("hf", None, str(tmp_path / "hf")), ("tiny", 256, "tiny")):
+        save_prompt(tmp_path / "p.npy", prompt(width=width or cases.WIDTH))
+        words = ("convert", "p.npy", "peft", "--to", "peft", "--model", name, "--overwrite")
+        assert ("load the adapter onto the folder" in program(*words)) == (name == "tiny")
+        assert read_peft(tmp_path / "peft").base_model_name_or_path == wanted
+
+
+def test_what_an_adapter_says_stays_but_for_its_second_copy(
+    program: Program, tmp_path: Path
+) -> None:
+    source, twice = tmp_path / "a", np.concatenate([prompt(), prompt(seed=1)])
+    write_peft(source, twice, base_model_name_or_path="org/t5", num_layers=7)
+    path = source / "adapter_config.json"
+    says = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "classify", "num_layers": 7}
+    two = {"num_transformer_submodules": 2, "num_virtual_tokens": 5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | says | two))
+    assert "5 more rows" in rows_of(program("inspect", source))["left out"]
+    assert "the second 5 rows" in program("convert", source, tmp_path / "b", "--to", "peft")
+    again = read_peft(tmp_path / "b")
+    assert again.prompt_PD.tobytes() == prompt().tobytes() and again.left_out == 0
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert config | says == config and config["base_model_name_or_path"] == "org/t5"
+    assert "left out" not in program("inspect", tmp_path / "b")
+
+
+def rows_of(text: str) -> dict[str, str]:
+    return dict(line.split("  ", 1) for line in text.splitlines())
+
+
 def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
     model = hf_model(tmp_path / "hf")
     save_prompt(tmp_path / "p.npy", prompt())

@@ -97,6 +97,8 @@ def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
     yield "length", str(prompt.length)
     yield "width", str(prompt.width)
     yield "parameters", f"{prompt.length * prompt.width:,}"
+    if prompt.left_out:
+        yield "left out", f"{prompt.left_out} more rows, the decoder's copy, unused by PEFT itself"
     yield "dtype", str(prompt.dtype)
     yield (
         "row norms",

@@ -93,6 +93,6 @@ def read_predictions(path: Path) -> Sequence[str]:
         if isinstance(value, dict):
             value = value.get("prediction")
         if not isinstance(value, str):
-            raise UserError(f"{path}:{number}: an object without a text as its \"prediction\"")
+            raise UserError(f'{path}:{number}: an object without a text as its "prediction"')
         texts.append(value)
     return texts

@@ -22,12 +22,15 @@ class Scores(Protocol):
     def ensemble(self) -> Mapping[str, float] | None: ...
     @property
     def split(self) -> str: ...
+    @property
+    def title(self) -> str: ...
 
 
 def scores_as_dict(scores: Scores) -> dict[str, Any]:
     """The scores as values of JSON."""
     return {
         "split": scores.split,
+        "data": scores.title,
         "per_prompt": [
             {"prompt": name, **values}
             for name, values in zip(scores.names, scores.per_prompt, strict=True)
@@ -59,7 +62,7 @@ def print_scores(scores: Scores) -> None:
     metrics = list(dict.fromkeys(name for each in scores.per_prompt for name in each))
     # A name may well hold the brackets that rich takes for markup.
     table = Table()
-    table.add_column(Text(scores.split), overflow="fold")
+    table.add_column(Text(scores.title), overflow="fold")
     for metric in metrics:
         table.add_column(Text(metric), justify="right", no_wrap=True)
 

@@ -87,10 +87,13 @@ def get_suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def chosen_tasks(suite: Suite, names: Sequence[str], *, form: Form) -> dict[str, str]:
+def chosen_tasks(
+    suite: Suite, names: Sequence[str], *, form: Form, option: str = "--tasks"
+) -> dict[str, str]:
     """Short name -> full name, of those chosen (short, or full in any form) in the suite's order.
 
-    None chosen: all.  UserError for a task of another suite, and for one that is named twice.
+    None chosen: all.  ``option`` is where they were named.  UserError for a task of another suite,
+    and for one that is named twice.
     """
     found: dict[str, str] = {}
     by_name = {name: short for short, name in suite.tasks.items()}
@@ -101,10 +104,10 @@ def chosen_tasks(suite: Suite, names: Sequence[str], *, form: Form) -> dict[str,
             short, full = by_name[base], name_in_form(base, own_form)
         elif given not in suite.tasks:
             raise UserError(
-                f"--tasks: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
+                f"{option}: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
             )
         if short in found:
-            raise UserError(f"--tasks names {short} twice: {found[short]} and {full}")
+            raise UserError(f"{option} names {short} twice: {found[short]} and {full}")
         found[short] = full
     return {short: found[short] for short in suite.tasks if short in found}
 
@@ -114,7 +117,7 @@ def require_form(form: str) -> Form:
     for known in FORMS:
         if form == known:
             return known
-    raise UserError(f"--form: {suggest(form, FORMS)}")
+    raise UserError(f"--form: there is no form {form!r}: {suggest(form, FORMS)}")
 
 
 def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:

@@ -88,6 +88,13 @@ def test_a_folder_of_prompts_is_all_of_them(run: Path, tmp_path: Path) -> None:
         evaluate(experiment(run), prompts=[str(tmp_path / "adapters")])
 
 
+def test_a_file_of_ones_own_is_named(run: Path, tmp_path: Path) -> None:
+    test = tiny_run.write_rows(tmp_path / "test.jsonl", tiny_run.rows(24, seed=2))
+    found = evaluate(experiment(run, {"data.eval": str(test)}), prompts=[str(run)])
+    assert found.title == str(test) and found.split == "validation"
+    assert found.reports[0].startswith(f"{test}: 24 examples, ")
+
+
 def test_a_table_shows_what_sets_names_apart(capsys: pytest.CaptureFixture[str]) -> None:
     """In full where stdout is no terminal, however long they are."""
     long = "x" * 120
@@ -103,6 +110,7 @@ def test_a_table_shows_what_sets_names_apart(capsys: pytest.CaptureFixture[str])
         best=values,
         ensemble=values,
         split="test",
+        title="test.jsonl",
         predictions={},
         reports=(),
     )

@@ -290,7 +290,7 @@ def test_labels_too_long_are_said_before_anything_is_trained(
         ("super_glue", ("cola",), "taskless", "no 'cola'"),
         ("super_glue", ("rte", RTE), "taskless", "rte twice"),
         ("super_glue", ("rte", "super_glue_rte_v102"), "taskless", "rte twice"),
-        ("super_glue", ("rte",), "taskles", "did you mean 'taskless'"),
+        ("super_glue", ("rte",), "taskles", "no form 'taskles': did you mean 'taskless'"),
     ],
 )
 def test_wrong_names(
@@ -298,6 +298,8 @@ def test_wrong_names(
 ) -> None:
     with pytest.raises(UserError, match=message):
         suite(base(tmp_path, tmp_path), name, tasks=tasks, form=form, quiet=True)
+    with pytest.raises(UserError, match=r"^--halve: super_glue has no 'rt'"):
+        suite(base(tmp_path, tmp_path), "super_glue", halve=["rt"], quiet=True)
 
 
 def test_names_in_full_and_forms() -> None:

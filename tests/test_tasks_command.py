@@ -91,6 +91,16 @@ def test_examples_as_the_model_sees_them(capsys, data, t5, tasks_recorded):
     assert f"targets_ids: {wanted['targets_ids']}" in blocks[0]
 
 
+def test_examples_without_labels_and_of_a_mixture(capsys, data):
+    line = ("--data_dir", data, "--limit", 2)
+    status, out, _ = run(capsys, "tasks", RTE, "--split", "test", *line)
+    assert status == 0 and out.count("targets: (none: this split has no labels)") == 2
+    assert "targets_ids" not in out and out.count("inputs_ids: ") == 2
+    status, out, _ = run(capsys, "tasks", "super_glue_wsc_and_dev_v102_simple", *line)
+    assert status == 0 and out.count("task: super_glue_wsc_v102_simple_train\n") == 2
+    assert "targets_ids" in out
+
+
 @pytest.fixture
 def tasks_recorded(shared):
     with open(shared / "fixtures" / "tasks" / "rte.jsonl", encoding="utf-8") as lines:
@@ -283,9 +293,12 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
     path.write_text('"a"\n')
     for line, message in [
         (["tasks", "--dump", "x"], "--dump needs the NAME"),
-        (["tasks", "super_glue_rte", "--data_dir", data], "there are: super_glue_rte_v102"),
+        (["tasks", "super_glue_rte", "--data_dir", data], "here are: super_glue_rte_v102"),
         (["tasks", "super_glue_rt_v102"], "did you mean 'super_glue_rte_v102'"),
-        (["tasks", "squad_to_mrqa"], "is a mixture; name one of its tasks"),
+        (
+            ["tasks", "squad_to_mrqa", "--dump", tmp_path / "x"],
+            "is a mixture; name one of its tasks",
+        ),
         (["tasks", RTE, "--data_dir", tmp_path / "no"], "there is no such folder"),
         (["tasks", RTE, "--data_dir", data, "--vocabulary", "no.model"], "no such vocabulary"),
         (["metrics", RTE, "--data_dir", data, "--predictions", tmp_path / "no"], "cannot be read"),

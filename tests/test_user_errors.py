@@ -57,7 +57,10 @@ ROW = json.dumps(GOOD[0])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")}, "a.jsonl:2: not"),
+        (
+            lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")},
+            "a.jsonl:2: not JSON, or cut",
+        ),
         (lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')}, "a.jsonl:2: a list where"),
         (
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, '{"input": "x", "targets": "red"}')},
@@ -65,7 +68,9 @@ ROW = json.dumps(GOOD[0])
         ),
         (
             lambda d: {"data.targets_column": "target"},
-            "train.jsonl:1: no column 'target': did you mean 'targets'",
+            "train.jsonl:1: no column 'target': did you mean 'targets'? There are: inputs, "
+            "targets; "
+            "say which one with --set data.targets_column=NAME",
         ),
         (
             lambda d: {"data.inputs_template": "{inputs} {premise}"},
@@ -136,6 +141,7 @@ ROW = json.dumps(GOOD[0])
         ),
         (lambda d: {"method": NoTuning()}, "trains nothing"),
         (lambda d: {"training.workdir": ""}, "training.workdir is empty"),
+        (lambda d: {"mesh.model": 3}, "set mesh.data, mesh.fsdp and mesh.model to a product"),
         (lambda d: {"training.batch_size": 0}, "training.batch_size is 0"),
     ],
 )
@@ -195,7 +201,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused) -> No
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file/run", tmp_path / "file"):
         config = write_config(tmp_path / "c.py", experiment(place))
-        assert f"cannot write {place}" in refused("train", config)
+        message = refused("train", config, "--model", "no/model")  # said before it is looked for
+        assert f"{tmp_path / 'file'} is a file; training.workdir (--workdir)" in message
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -216,6 +223,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, copy: Path, refused: Refused, kind
         if file.is_file() and file.parent.name == "d"
     ]
     assert arrays
+    (copy / "results.json").unlink()  # of a run with results nothing is opened
     for file in arrays:
         file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     before = tree_bytes(copy)
@@ -229,6 +237,7 @@ def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) 
     folder = shutil.copytree(tiny_run.model_folder(), tmp_path / "model")
     changes = {"model.name_or_path": str(folder), "training.steps": 3}
     train(experiment(tmp_path / "run", changes), quiet=True)
+    (tmp_path / "run/results.json").unlink()  # of a run with results nothing is opened
     shutil.rmtree(folder)
     shutil.copytree(tiny_run.model_folder(seed=1), folder)
     before = tree_bytes(tmp_path / "run")
@@ -244,8 +253,13 @@ def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) 
         ("p.npy", lambda p: _prompt(p, (5, 8)), "has width 8, and the model has width 16"),
         ("p.npy", lambda p: _prompt(p, (5, 16), np.nan), "not finite"),
         ("p.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr"), "damaged"),
+        (
+            "p.npy",
+            lambda p: (np.save(p, np.ones((5, 16))), p.write_bytes(p.read_bytes()[:200])),
+            "it is cut off",
+        ),
         ("p.npy", lambda p: p.write_bytes(b""), "is neither an .npy nor a .safetensors file"),
-        ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "p.npy"),
+        ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "objects"),
         ("p.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + b"{}"), "damaged"),
         (
             "p.safetensors",
@@ -283,6 +297,8 @@ def test_prompts_that_are_not_there(tmp_path: Path, copy: Path, refused: Refused
     shutil.rmtree(copy / "prompts")
     assert "has not been evaluated" in refused("eval", "--prompt", copy)
     assert "no such file or folder" in refused("inspect", tmp_path / "none")
+    message = refused("inspect", copy.parent)
+    assert "is nothing that is known here" in message and f"did you mean {copy}?" in message
 
 
 def test_a_loss_that_is_not_finite(

@@ -1,6 +1,5 @@
 """Scores anybody's predictions for a task, and writes them for a leaderboard."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

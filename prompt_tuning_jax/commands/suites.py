@@ -84,7 +84,7 @@ def suite(
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
-    halved = suites.chosen_tasks(of, halve, form=prefix) if halve else {}
+    halved = suites.chosen_tasks(of, halve, form=prefix, option="--halve") if halve else {}
     if strange := [short for short in halved if short not in chosen]:
         raise UserError(f"--halve: {strange[0]} is not among the tasks that are run")
     runs: dict[str, _Run] = {}

@@ -129,7 +129,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        UserError, match="there is no folder .*; as a model .* needs huggingface_hub"
+        UserError, match=r"there is no folder .*; as a model .* needs huggingface_hub"
     ):
         model_location("org/name")
 

@@ -98,7 +98,7 @@ def test_malformed_templates(write, template, match):
     ("name", "content", "match"),
     [
         ("a.jsonl", '{"input": "a", "targets": "b"}', r"a\.jsonl:1: no column 'inputs': did you"),
-        ("a.csv", "text,targets\na,b\n", r"a\.csv:2: no column 'inputs': there are: text, targets"),
+        ("a.csv", "text,targets\na,b\n", r"a\.csv:1: no column 'inputs': there are: text, targets"),
         ("a.jsonl", JSONL + "{oops\n", r"a\.jsonl:4: not JSON"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: a list where an object is needed"),

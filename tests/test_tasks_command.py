@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,23 @@ def test_the_list_is_grouped(capsys):
     for name in task_names():
         own = name.removeprefix("taskless_").removeprefix("task_index_").replace("_v200", "_v002")
         assert own in shown, name
+
+
+def test_lists_and_scores_come_without_jax(tmp_path):
+    (tmp_path / "CB").mkdir()
+    row = {"premise": "a", "hypothesis": "b", "label": "neutral", "idx": 0}
+    (tmp_path / "CB/val.jsonl").write_text(json.dumps(row))
+    (tmp_path / "p.txt").write_text("neutral\n")
+    words = ["metrics", "super_glue_cb_v102", "--data_dir", str(tmp_path)]
+    code = (
+        "import sys\n"
+        "from prompt_tuning_jax.cli import main\n"
+        f"assert main({[*words, '--predictions', str(tmp_path / 'p.txt')]}) == 0\n"
+        "assert main(['tasks', '--all']) == 0\n"
+        "assert not {'jax', 'tensorflow', 'prompt_tuning_jax.build'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '"accuracy": 100.0' in done.stdout, done.stderr
 
 
 def test_every_name(capsys):

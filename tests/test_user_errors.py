@@ -1,6 +1,7 @@
 """Wrong input: one line on stderr that says what and where, exit status 2, and nothing lost."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,12 +198,18 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, run: Path, refuse
     assert tree_bytes(run) == before
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file/run", tmp_path / "file"):
         config = write_config(tmp_path / "c.py", experiment(place))
         message = refused("train", config, "--model", "no/model")  # said before it is looked for
         assert f"{tmp_path / 'file'} is a file; training.workdir (--workdir)" in message
+        assert "is a file" in refused("suite", "glue", "--config", config, "--model", "no/model")
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "new/run"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whom the system lets in, differs
+    assert f"{tmp_path} cannot be written; choose another" in refused("train", config)
     assert (tmp_path / "file").read_text() == "kept"
 
 

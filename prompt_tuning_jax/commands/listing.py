@@ -6,9 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax import build
 from prompt_tuning_jax.checkpoints.atomic import written_aside
-from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.data.t5_tasks.forms import with_task_index
 from prompt_tuning_jax.data.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.t5_tasks.registry import (
@@ -148,7 +146,12 @@ def dump(
 
 
 def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
-    return load_vocabulary(vocabulary) if vocabulary else build.vocabulary_of(load_model(model))
+    if vocabulary:
+        return load_vocabulary(vocabulary)
+    from prompt_tuning_jax.build import vocabulary_of
+    from prompt_tuning_jax.checkpoints.load import load_model
+
+    return vocabulary_of(load_model(model))
 
 
 def _ids(

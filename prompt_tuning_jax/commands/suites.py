@@ -81,6 +81,7 @@ def suite(
     """
     validate(experiment)
     root = build.workdir_of(experiment)
+    run_folder.require_place(root)
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
@@ -146,6 +147,7 @@ def try_transfer(
     """
     validate(experiment)
     root = build.workdir_of(experiment)
+    run_folder.require_place(root)
     known_form = suites.require_form(form)
     full = transfer.source_task(source, form=known_form)
     to = transfer.target_tasks(targets, source=full, form=known_form)

@@ -150,6 +150,7 @@ def test_labels_are_translated(
             best=scores,
             ensemble=None,
             split="validation",
+            title="validation",
         )
 
     monkeypatch.setattr(command, "train", train)

@@ -216,7 +216,10 @@ def test_wrong_input_gets_one_line_and_status_2(
 
 
 def test_warnings_are_notes_said_once(
-    commands: Commands, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    commands: Commands,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = logging.getLogger("prompt_tuning_jax.data.anything")
 
@@ -228,6 +231,7 @@ def test_warnings_are_notes_said_once(
     monkeypatch.setattr(commands, "train", train)
     assert main(["train", "c.py"]) == 0
     assert capsys.readouterr().err == "note: 1 stands in\nnote: 2 stands in\n"
+    assert not caplog.records  # nor by anybody's handler at the root
 
 
 def test_errors_of_the_work_itself(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def test_a_suite_end_to_end_and_again(
         sum(own["accuracy"] for own in rte["per_prompt"]) / 2
     )
     row = next(line for line in first.lines if line.startswith("| rte "))
-    assert row.split("|")[-2].strip() == f"{rte['cut']:.1f}" and 0 <= rte["cut"] <= 100
+    assert row.split("|")[-2].strip() == "100.0" and rte["cut"] == 100  # of 24 tokens
     assert rte["train_examples"] == 9 and "2,490" in markdown
 
     counted.clear()

@@ -7,8 +7,6 @@ from typing import Any, NoReturn
 
 from prompt_tuning_jax.errors import UserError
 
-_SMALLEST_SHARD = 1e6  # bytes; a model in files of less is a slip of the pen
-
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
     """``--gin.NAME=VALUE`` -> ``--gin_bindings=NAME=VALUE``, as T5X does it."""
@@ -323,6 +321,9 @@ def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a prompt file, a folder of prompts, or a run for its best ones; repeatable",
     )
+
+
+_SMALLEST_SHARD = 1e6  # bytes; a model in files of less is a slip of the pen
 
 
 def _size(text: str) -> int:

@@ -134,22 +134,6 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     return run
 
 
-def _finished(folder: Path, experiment: Experiment, *, quiet: bool) -> RunResult:
-    """What a run that has come to its end left, without its model and its data."""
-    steps = experiment.training.steps
-    if not quiet:
-        print(f"{folder}: the run is finished, all {steps} steps; nothing was changed")
-    return RunResult(
-        workdir=folder,
-        names=build.member_names(experiment),
-        step=steps,
-        finished=True,
-        stopped_by=0,
-        best=run_folder.best_evaluations(folder),
-        best_tuned=run_folder.read_best(folder),
-    )
-
-
 def _introduction(
     experiment: Experiment, members: build.Members, data: build.TaskData | TextData
 ) -> Iterator[str]:
@@ -176,6 +160,22 @@ def _introduction(
                 f"note: {examples} examples to train on are fewer than a batch of "
                 f"{training.batch_size}: each batch holds some of them several times"
             )
+
+
+def _finished(folder: Path, experiment: Experiment, *, quiet: bool) -> RunResult:
+    """What a run that has come to its end left, without its model and its data."""
+    steps = experiment.training.steps
+    if not quiet:
+        print(f"{folder}: the run is finished at step {steps}; nothing was changed")
+    return RunResult(
+        workdir=folder,
+        names=build.member_names(experiment),
+        step=steps,
+        finished=True,
+        stopped_by=0,
+        best=run_folder.best_evaluations(folder),
+        best_tuned=run_folder.read_best(folder),
+    )
 
 
 def _metadata(

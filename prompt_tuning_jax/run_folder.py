@@ -41,15 +41,6 @@ def claim(folder: Path, experiment: Experiment) -> None:
         aside.write_text(to_json(experiment), encoding="utf-8")
 
 
-def require_place(folder: Path) -> None:
-    """Raises UserError where a run's folder cannot be, before anything long is begun."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside and renames it."""
     with written_aside(path) as aside:
@@ -85,6 +76,15 @@ def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
     """The best evaluation of each member of a run."""
     _, extra = _best_checkpoint(folder)
     return tuple(Best(**best) if best else None for best in extra["best"])
+
+
+def require_place(folder: Path) -> None:
+    """Raises UserError where a run's folder cannot be, before anything long is begun."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
 
 
 def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -45,10 +45,7 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if int(np.prod(sizes)) != len(devices):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(
-            f"mesh {shape} does not fit {len(devices)} device{'s' * (len(devices) != 1)}: set "
-            "mesh.data, mesh.fsdp and mesh.model to a product of that number (-1 takes the rest)"
-        )
+        raise UserError(f"mesh {shape} does not fit {len(devices)} devices")
     return jax.make_mesh(
         tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=tuple(devices)
     )

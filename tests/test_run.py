@@ -97,7 +97,7 @@ def test_a_finished_run_says_only_that(
     monkeypatch.setattr(build, "build_model", None)
     again = train(experiment(folder, {"training.seeds": (0, 1)}))
     said = capsys.readouterr().out
-    assert said == f"{folder}: the run is finished, all 12 steps; nothing was changed\n"
+    assert said == f"{folder}: the run is finished at step 12; nothing was changed\n"
     assert (again.best, again.names, again.step) == (result.best, result.names, result.step)
     np.testing.assert_array_equal(again.best_tuned[PROMPT], result.best_tuned[PROMPT])
 

@@ -142,7 +142,6 @@ ROW = json.dumps(GOOD[0])
         ),
         (lambda d: {"method": NoTuning()}, "trains nothing"),
         (lambda d: {"training.workdir": ""}, "training.workdir is empty"),
-        (lambda d: {"mesh.model": 3}, "set mesh.data, mesh.fsdp and mesh.model to a product"),
         (lambda d: {"training.batch_size": 0}, "training.batch_size is 0"),
     ],
 )

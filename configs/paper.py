@@ -1,8 +1,9 @@
 """The settings of Lester et al. 2021 (section 3, appendix A), here on BoolQ.
 
-prompt-tuning train configs/paper.py --model FOLDER --data_dir DATA
+prompt-tuning train configs/paper.py --data_dir DATA
 
-FOLDER is an LM-adapted T5 1.1 and DATA a folder of official files or TFDS;
+DATA is a folder of official files or of TFDS; the model is read from the bucket where it was
+released, or from the folder named by ``--model``.  ``--set data.task=NAME`` is another task, and
 ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
 """
 
@@ -19,11 +20,10 @@ from prompt_tuning_jax.methods import PromptTuning
 
 def get_config() -> Experiment:
     return Experiment(
-        model=Model(name_or_path="models/t5_1_1_lm100k_base", dtype="bfloat16"),
+        model=Model(name_or_path="t5_1_1_lm100k_base", dtype="bfloat16"),
         method=PromptTuning(length=100, init="class_labels", init_population=5000),
         data=Data(
             task="taskless_super_glue_boolq_v102_examples",
-            labels=("False", "True"),
             inputs_length=512,
             targets_length=8,
         ),

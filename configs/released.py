@@ -1,8 +1,9 @@
 """The prompt-tuning configs released in 2021 (google-research/prompt-tuning), its SST-2 demo.
 
-prompt-tuning train configs/released.py --model FOLDER --data_dir DATA
+prompt-tuning train configs/released.py --data_dir DATA
 
-FOLDER is an LM-adapted T5 1.1 and DATA a folder of official files or TFDS.
+DATA is a folder of official files or of TFDS; the model is read from the bucket where it was
+released, or from the folder named by ``--model``.
 Unlike the paper: batches of 128, the loss summed over tokens with z-loss, and an optimizer that
 goes on counting at the step of the restored checkpoint, which holds nearly every update at an
 RMS of 0.3.  TRAIN_STEPS there includes those 1,100,000 steps; ``training.steps`` does not.
@@ -21,11 +22,10 @@ from prompt_tuning_jax.methods import PromptTuning
 
 def get_config() -> Experiment:
     return Experiment(
-        model=Model(name_or_path="models/t5_1_1_lm100k_base", dtype="bfloat16", dropout_rate=0.1),
+        model=Model(name_or_path="t5_1_1_lm100k_base", dtype="bfloat16", dropout_rate=0.1),
         method=PromptTuning(length=100, init="class_labels", init_population=5000),
         data=Data(
             task="taskless_glue_sst2_v200_examples",
-            labels=("negative", "positive"),
             inputs_length=512,
             targets_length=8,
         ),

@@ -145,6 +145,11 @@ def build_mixture(data: Data) -> Mixture:
         return mixture
 
     def changed(task: Task) -> Task:
+        if data.labels and task.labels and not set(data.labels) & set(task.labels):
+            raise UserError(
+                f"data.labels is {', '.join(data.labels)} and the labels of {task.name} are "
+                f"{', '.join(task.labels)}; leave data.labels empty for the task's own"
+            )
         labels = data.labels or task.labels
         metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
         return dataclasses.replace(task, labels=labels, metrics=metrics)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prompt_tuning_jax.cli_arguments import build_parser, mesh_overrides, rewrite_gin_flags
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.notes import notes_on_stderr
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.experiment import Experiment
@@ -47,6 +48,11 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for wrong input, 130 when interrupted."""
+    with notes_on_stderr():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, unknown = build_parser().parse_known_args(rewrite_gin_flags(argv))
@@ -93,6 +99,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    _require_folder(args, "output")
     if args.data and not args.eval_data and not args.split:
         raise UserError(
             "--data is the training file, for its labels; name the examples to evaluate on with "
@@ -111,9 +118,11 @@ def _eval(args: argparse.Namespace) -> None:
     print_scores(result)
     if args.output:
         _write(args.output, json.dumps(scores_as_dict(result), indent=2, ensure_ascii=False) + "\n")
+        print(f"wrote the scores to {args.output}", file=sys.stderr)
 
 
 def _predict(args: argparse.Namespace) -> None:
+    _require_folder(args, "output")
     inputs = _inputs(args)
     from prompt_tuning_jax.experiment import Evaluation, Experiment
 
@@ -142,6 +151,8 @@ def _predict(args: argparse.Namespace) -> None:
     output = "".join(f"{line}\n" for line in lines)
     if args.output:
         _write(args.output, output)
+        many = "s" * (len(lines) != 1)
+        print(f"wrote {len(lines):,} prediction{many} to {args.output}", file=sys.stderr)
     else:
         sys.stdout.write(output)
 
@@ -199,6 +210,7 @@ def _names(text: str) -> list[str]:
 
 
 def _tasks(args: argparse.Namespace) -> None:
+    _require_folder(args, "dump")
     from prompt_tuning_jax import commands
 
     options = {name: getattr(args, name) for name in ("model", "vocabulary", "data_dir")}
@@ -228,6 +240,7 @@ def _tasks(args: argparse.Namespace) -> None:
 
 
 def _metrics(args: argparse.Namespace) -> None:
+    _require_folder(args, "leaderboard")
     from prompt_tuning_jax import commands
 
     options = {name: getattr(args, name) for name in ("data_dir", "leaderboard")}
@@ -303,6 +316,11 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
         experiment = default
     else:
         run = ", or the --prompt of a run" if "prompt" in args else ""
+        for prompt in prompts[:1]:
+            run += (
+                f": {prompt} does not say what to do with it; for instance prompt-tuning "
+                f"{args.command} configs/own_data.py --prompt {prompt} --eval_data FILE.jsonl"
+            )
         raise UserError(f"no config; give CONFIG.py or --gin_file=FILE.gin{run}")
 
     short = [(field, getattr(args, name, None)) for name, field in _SHORT.items()]
@@ -322,10 +340,19 @@ def _inputs(args: argparse.Namespace) -> list[str]:
     try:
         text = Path(args.input).read_text(encoding="utf-8") if args.input else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the input {args.input or 'from stdin'}: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the input {args.input or 'from stdin'}: {why}") from None
     if not text.strip():
         raise UserError(f"the input {args.input or 'from stdin'} is empty")
     return text.removesuffix("\n").split("\n")
+
+
+def _require_folder(args: argparse.Namespace, *options: str) -> None:
+    """Raises UserError if a file that is to be written has no folder; before the work is done."""
+    for option in options:
+        path = getattr(args, option)
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {Path(path).parent}")
 
 
 def _write(name: str, text: str) -> None:

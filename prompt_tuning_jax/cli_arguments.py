@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from prompt_tuning_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; ``args.command`` names the command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="prompt-tuning",
         description="Prompt tuning for T5 in JAX.",
         epilog="prompt-tuning COMMAND --help says more about each.",
@@ -108,7 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     metrics.add_argument("name", metavar="NAME", help="task")
     metrics.add_argument(
-        "--predictions", metavar="FILE", required=True, help='a JSON string a line, as in "True"'
+        "--predictions",
+        metavar="FILE",
+        required=True,
+        help='one a line: bare as in True, as a JSON string "True", or as predict --json has it',
     )
     metrics.add_argument("--split", default="validation", help="(default: validation)")
     _add_data_dir_option(metrics)
@@ -131,6 +134,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_suite(commands)
     _add_transfer(commands)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as all errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _add_suite(commands: Any) -> None:
@@ -340,15 +350,20 @@ def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="a prompt file, or a run's folder for its best prompts; repeatable",
+        help="a prompt file, a folder of prompts, or a run for its best ones; repeatable",
     )
+
+
+_SMALLEST_SHARD = 1e6  # bytes; a model in files of less is a slip of the pen
 
 
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text)
     size = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]] if found else 0
-    if size < 1:
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GB")
+    if size < _SMALLEST_SHARD:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1MB")
     return int(size)
 
 

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, load_prompt_with_metadata
+from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
@@ -71,8 +73,13 @@ def open_prompts(
             groups.append(_members_of_run(run, model, place, layout))
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
+        elif place.is_dir() and (inside := prompt_files(str(place))):
+            files = inside
         elif place.is_dir() and not (is_peft(place) or is_t5x(place)):
-            raise UserError(f"{prompt} is a folder without a run's {RUN_CONFIG}")
+            raise UserError(
+                f"{prompt} is a folder without a run's {RUN_CONFIG}, and does not hold prompts "
+                f"alone{_prompts_in(place)}"
+            )
         for file in files:
             array, metadata = load_prompt_with_metadata(file)
             check_fits(
@@ -101,6 +108,17 @@ def open_prompts(
         )
         names += [name for name, _ in group]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _prompts_in(folder: Path) -> str:
+    """Prompts among other things, as the end of a message."""
+    inside = sorted(
+        child
+        for child in folder.iterdir()
+        if (is_peft(child) if child.is_dir() else child.suffix in PROMPT_SUFFIXES)
+    )
+    listed = ", ".join(child.name for child in inside[:5]) + ", ..." * (len(inside) > 5)
+    return f"; name one by one the prompts in it: {listed}" if inside else ""
 
 
 def _joining(method: PromptTuning) -> PromptTuning:

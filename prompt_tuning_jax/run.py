@@ -51,8 +51,11 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     folder = build.workdir_of(experiment)
     distributed.require_same("the experiment", to_json(experiment))
     quiet = quiet or not distributed.is_primary()
+    run_folder.require_place(folder)
     if folder.is_dir():
         _claim(folder, experiment)
+        if (folder / run_folder.RESULTS).is_file():
+            return _finished(folder, experiment, quiet=quiet)
     layout = build.train_layout(experiment)
     model = build.build_model(experiment, layout=layout)
     data = build.build_data(experiment, build.vocabulary_of(model), layout=layout)
@@ -182,8 +185,34 @@ def _introduction(
     yield from data.reports
     if isinstance(data, build.TaskData) and data.train is not None:
         training = experiment.training
-        epochs = training.steps * training.batch_size / data.train.examples_per_epoch
-        yield f"{training.steps:,} steps of {training.batch_size} examples: {epochs:.1f} epochs"
+        examples = data.train.examples_per_epoch
+        epochs = training.steps * training.batch_size / examples
+        yield (
+            f"{training.steps:,} step{'s' * (training.steps != 1)} of {training.batch_size} "
+            f"example{'s' * (training.batch_size != 1)}: "
+            f"{f'{epochs:.1f}' if epochs >= 0.1 else f'{epochs:.1g}'} epochs"
+        )
+        if examples < training.batch_size:
+            yield (
+                f"note: {examples} examples to train on are fewer than a batch of "
+                f"{training.batch_size}: each batch holds some of them several times"
+            )
+
+
+def _finished(folder: Path, experiment: Experiment, *, quiet: bool) -> RunResult:
+    """What a run that has come to its end left, without its model and its data."""
+    steps = experiment.training.steps
+    if not quiet:
+        print(f"{folder}: the run is finished at step {steps}; nothing was changed")
+    return RunResult(
+        workdir=folder,
+        names=build.member_names(experiment),
+        step=steps,
+        finished=True,
+        stopped_by=0,
+        best=run_folder.best_evaluations(folder),
+        best_tuned=run_folder.read_best(folder),
+    )
 
 
 def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
@@ -227,10 +256,6 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
     if not run.finished:
         if not quiet:
             print(f"stopped and saved at step {run.step}; the same command goes on from there")
-        return
-    if (run.workdir / run_folder.RESULTS).is_file():
-        if not quiet:
-            print(f"{run.workdir}: the run is finished, all {run.step} steps; nothing was changed")
         return
     by_name = {
         name: {"step": best.step, **best.metrics}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.overrides import diff, to_json
-from prompt_tuning_jax.training.loop import BEST
+from prompt_tuning_jax.training.loop import BEST, Best
 from prompt_tuning_jax.typing import HostArray
 
 PROMPTS, RESULTS, CURVES = "prompts", "results.json", "curves.png"
@@ -71,12 +72,32 @@ def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def read_best(folder: Path) -> dict[str, HostArray]:
     """The best tuned arrays of a run's members, with their leading axis E, for any method."""
+    leaves, _ = _best_checkpoint(folder)
+    tuned = {name for name in leaves if name.startswith("tuned/")}
+    return {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+
+
+def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
+    """The best evaluation of each member of a run."""
+    _, extra = _best_checkpoint(folder)
+    return tuple(Best(**best) if best else None for best in extra["best"])
+
+
+def require_place(folder: Path) -> None:
+    """Raises UserError where a run's folder cannot be, before anything long is begun."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
+
+
+def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     found = train_state.read_latest(folder / BEST)
     if found is None:
         raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
-    _, leaves, _ = found
-    tuned = {name for name in leaves if name.startswith("tuned/")}
-    return {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+    _, leaves, extra = found
+    return leaves, extra
 
 
 def _what_decides(experiment: Experiment) -> Experiment:

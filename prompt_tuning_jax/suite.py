@@ -14,6 +14,7 @@ from typing import Any
 from prompt_tuning_jax import build
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.t5_tasks.forms import Form
+from prompt_tuning_jax.data.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,
@@ -43,6 +44,7 @@ OWN_FIELDS = (
 # Of answers that are no labels; half of it would cut names in SuperGLUE's.
 _FREE_TEXT_LENGTH = 32
 _NOT_SCORES = ("invalid",)
+_TEST = "test"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,13 @@ def get_suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def chosen_tasks(suite: Suite, names: Sequence[str], *, form: Form) -> dict[str, str]:
+def chosen_tasks(
+    suite: Suite, names: Sequence[str], *, form: Form, option: str = "--tasks"
+) -> dict[str, str]:
     """Short name -> full name, of those chosen (short, or full in any form) in the suite's order.
 
-    None chosen: all.  UserError for a task of another suite, and for one that is named twice.
+    None chosen: all.  ``option`` is where they were named.  UserError for a task of another suite,
+    and for one that is named twice.
     """
     found: dict[str, str] = {}
     by_name = {name: short for short, name in suite.tasks.items()}
@@ -99,10 +104,10 @@ def chosen_tasks(suite: Suite, names: Sequence[str], *, form: Form) -> dict[str,
             short, full = by_name[base], name_in_form(base, own_form)
         elif given not in suite.tasks:
             raise UserError(
-                f"--tasks: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
+                f"{option}: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
             )
         if short in found:
-            raise UserError(f"--tasks names {short} twice: {found[short]} and {full}")
+            raise UserError(f"{option} names {short} twice: {found[short]} and {full}")
         found[short] = full
     return {short: found[short] for short in suite.tasks if short in found}
 
@@ -112,11 +117,13 @@ def require_form(form: str) -> Form:
     for known in FORMS:
         if form == known:
             return known
-    raise UserError(f"--form: {suggest(form, FORMS)}")
+    raise UserError(f"--form: there is no form {form!r}: {suggest(form, FORMS)}")
 
 
 def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
     """The same experiment on a task or mixture, by the task's own labels, metrics and splits.
+
+    A task without a validation split is evaluated on its test split, see ``data_of``.
 
     Predictions are made as ``base`` says; where the task has no labels to rank they are written
     greedily, ``data.targets_length`` is at least 32, and a prompt that would start from labels
@@ -138,6 +145,8 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
     )
     evaluation = replace(base.evaluation, best_by="")
     evaluated = get_mixture(name).evaluated_on(data.eval_split)
+    if all(data.eval_split not in task.splits and _TEST in task.splits for task in evaluated):
+        data = replace(data, eval_split=_TEST)
     if not all(task.labels for task in evaluated):
         data = replace(data, targets_length=max(data.targets_length, _FREE_TEXT_LENGTH))
         if evaluation.strategy == "rank":
@@ -205,10 +214,16 @@ def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
 def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
     """``task/split`` -> fingerprint, of what is evaluated on, and with ``training`` trained on.
 
-    UserError where one is missing.
+    UserError where one is missing, and for a test split without labels.
     """
     data = experiment.data
     mixture = build.build_mixture(data)
+    if data.eval_split == _TEST:
+        for task in mixture.evaluated_on(_TEST):
+            if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):
+                raise UserError(
+                    f"{task.name} has no split to evaluate on: its test split has no labels here"
+                )
     splits = [(task, data.train_split) for task in mixture.tasks] if training else []
     splits += [(task, data.eval_split) for task in mixture.evaluated_on(data.eval_split)]
     return {f"{t.name}/{split}": t.fingerprint(split, data.data_dir) for t, split in splits}
@@ -266,14 +281,15 @@ def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[
 
 def table(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The suite's table as Markdown: a row a task, and the suite's score below."""
-    rows = [["task", "metric", *COLUMNS]]
+    rows = [["task", "metric", *COLUMNS, "cut"]]
     for short, task in scores.items():
         metrics = metrics_of(suite, short, task)
         cells = [_joined((task[column] or {}).get(name) for name in metrics) for column in COLUMNS]
-        rows.append([short, " / ".join(map(_short_metric, metrics)), *cells])
+        named = " / ".join(map(_short_metric, metrics))
+        rows.append([short, named, *cells, _joined([task.get("cut")])])
     total = suite_scores(suite, scores)
     title = f"{suite.title} score" if scores.keys() == suite.tasks.keys() else "mean of these"
-    rows.append([title, "", *(_joined([total[column]]) for column in COLUMNS)])
+    rows.append([title, "", *(_joined([total[column]]) for column in COLUMNS), ""])
     return markdown_rows(rows)
 
 
@@ -297,7 +313,9 @@ def notes(
         coverage(suite, scores),
         f"Validation split, percent; {experiment.model.name_or_path}, {prompts} prompts a task, "
         f"{experiment.training.steps:,} steps. best: of the {prompts}, chosen on this very split. "
-        "majority: always the most frequent target of the training split.",
+        "majority: always the most frequent target of the training split. "
+        "cut: percent of the evaluated inputs that are longer than "
+        f"{experiment.data.inputs_length} tokens (data.inputs_length) and were cut.",
     ]
     if most := experiment.data.max_eval_examples:
         found.append(f"Evaluated on at most {most:,} examples of a task, evenly spaced.")

@@ -188,6 +188,7 @@ class Report:
     scores: dict[str, dict[str, list[dict[str, float | None]]]] = field(default_factory=dict)
     majority: dict[str, Mapping[str, float | None]] = field(default_factory=dict)
     data: dict[str, None] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
 
     def add(self, method: str, by_task: Mapping[str, Mapping[str, Any]]) -> None:
         """A run's evaluations, of one seed or of several."""
@@ -198,6 +199,7 @@ class Report:
             if own["labels"]:
                 self.majority[task] = own["majority"]
             self.data |= dict.fromkeys(own["reports"])
+            self.splits[task] = own["split"]
 
     def lines(self) -> list[str]:
         """The table as Markdown, and how to read it."""
@@ -212,6 +214,11 @@ class Report:
             *rows,
             "",
             f"Validation split, percent, mean ± standard deviation over seeds {seeds}.",
+            *(
+                f"{short_of(task)}: evaluated on its {split} split, the only one that it has."
+                for task, split in self.splits.items()
+                if split != "validation"
+            ),
         ]
 
     def as_json(self) -> dict[str, Any]:

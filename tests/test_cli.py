@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Commands:
             best=scores[1],
             ensemble=ensemble,
             split="validation",
+            title="validation",
             reports=("t/validation: 2 examples",),
         )
 
@@ -175,7 +177,7 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("train c.py --gin_file=c.gin", ["either c.py or gin"]),
         ("train c.py --gin.N=3", ["either c.py or gin"]),
         ("train --gin_file=nothing.gin", ["no gin file 'nothing.gin'"]),
-        ("train --gin_file=c.gin --gin.M=3", ["--gin.M", "There are: N"]),
+        ("train --gin_file=c.gin --gin.M=3", ["--gin.M", "there are: N"]),
         ("train --gin_file=c.gin --gin.N", ["--gin.N", "--gin.NAME=VALUE"]),
         ("train --gin_file=c.gin --gin.N 9", ["--gin.N", "without spaces"]),
         ("train c.py --set optimizer.learning_rat=0.1", ["'optimizer.learning_rate'"]),
@@ -190,12 +192,17 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("train c.py other.py", ["unknown argument 'other.py'"]),
         ("eval", ["no config", "--prompt of a run"]),
         ("eval --prompt nothing.npy", ["--prompt nothing.npy", "no such file"]),
-        ("eval --prompt a.npy", ["no config"]),
+        ("eval --prompt a.npy", ["no config", "eval configs/own_data.py --prompt a.npy"]),
         ("eval c.py --prompt a.npy --data F", ["--eval_data"]),
         ("predict hello", ["no config"]),
-        ("predict --prompt run --input nothing.txt", ["nothing.txt"]),
+        ("predict --prompt run --input nothing.txt", ["nothing.txt: No such file or directory\n"]),
         ("predict --prompt run --input c.py hello", ["either TEXT or --input"]),
-        ("eval c.py --prompt a.npy --output c.py/x.json", ["cannot write"]),
+        ("eval c.py --prompt a.npy --output c.py/x.json", ["--output", "no folder c.py"]),
+        ("predict --prompt run x --output no/x.txt", ["--output", "no folder no"]),
+        ("tasks word_valence --dump no/x.jsonl", ["--dump", "no folder no"]),
+        ("trian c.py", ["invalid choice: 'trian'", "see prompt-tuning --help"]),
+        ("inspect", ["PATH", "see prompt-tuning inspect --help"]),
+        ("tasks --limit x", ["--limit", "see prompt-tuning tasks --help"]),
     ],
 )
 def test_wrong_input_gets_one_line_and_status_2(
@@ -208,14 +215,23 @@ def test_wrong_input_gets_one_line_and_status_2(
     assert all(part in captured.err for part in parts), captured.err
 
 
-@pytest.mark.parametrize(
-    "line", ["", "trian c.py", "inspect", "tasks --limit 0", "tasks --limit x"]
-)
-def test_wrong_usage_gets_status_2(capsys: pytest.CaptureFixture[str], line: str) -> None:
-    with pytest.raises(SystemExit) as status:
-        main(line.split())
-    assert status.value.code == 2
-    assert "error: " in capsys.readouterr().err
+def test_warnings_are_notes_said_once(
+    commands: Commands,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = logging.getLogger("prompt_tuning_jax.data.anything")
+
+    def train(experiment: Experiment) -> Any:
+        for number in (1, 1, 2):
+            log.warning("%d stands in", number)
+        return SimpleNamespace(finished=True, stopped_by=0)
+
+    monkeypatch.setattr(commands, "train", train)
+    assert main(["train", "c.py"]) == 0
+    assert capsys.readouterr().err == "note: 1 stands in\nnote: 2 stands in\n"
+    assert not caplog.records  # nor by anybody's handler at the root
 
 
 def test_errors_of_the_work_itself(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +273,7 @@ def test_eval_gets_config_prompts_and_split(
 def test_eval_prints_a_table_and_writes_json(
     commands: Commands, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / "new").mkdir()
     line = ["eval", "c.py", "--prompt", "a.npy", "--prompt", "run", "--output", "new/s.json"]
     assert main(line) == 0
     table = capsys.readouterr().out

@@ -20,6 +20,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import generate, score
 from prompt_tuning_jax.methods import FullTuning, NoTuning
 from prompt_tuning_jax.opened_prompts import open_prompts
+from prompt_tuning_jax.result_table import print_scores, short_names
 from tests import tiny_run
 from tests.tiny_run import LABELS, experiment
 
@@ -72,6 +73,49 @@ def test_files_arrays_and_folders_are_the_same_prompts(run: Path) -> None:
         assert found.per_prompt == expected.per_prompt
         assert found.ensemble == expected.ensemble
         assert len(found.names) == len(set(found.names)) == 2
+
+
+def test_a_folder_of_prompts_is_all_of_them(run: Path, tmp_path: Path) -> None:
+    expected = evaluate(experiment(run), prompts=[str(run)])
+    for file in files(run):
+        folder = tmp_path / "adapters" / Path(file).stem
+        write_peft(folder, load_prompt(file), base_model_name_or_path="anything")
+    for place in (run / "prompts", tmp_path / "adapters"):
+        found = evaluate(experiment(run), prompts=[str(place)])
+        assert found.per_prompt == expected.per_prompt and found.ensemble == expected.ensemble
+    (tmp_path / "adapters/notes.txt").write_text("")
+    with pytest.raises(UserError, match="one by one the prompts in it: seed_0, seed_1"):
+        evaluate(experiment(run), prompts=[str(tmp_path / "adapters")])
+
+
+def test_a_file_of_ones_own_is_named(run: Path, tmp_path: Path) -> None:
+    test = tiny_run.write_rows(tmp_path / "test.jsonl", tiny_run.rows(24, seed=2))
+    found = evaluate(experiment(run, {"data.eval": str(test)}), prompts=[str(run)])
+    assert found.title == str(test) and found.split == "validation"
+    assert found.reports[0].startswith(f"{test}: 24 examples, ")
+
+
+def test_a_table_shows_what_sets_names_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """In full where stdout is no terminal, however long they are."""
+    long = "x" * 120
+    names = [f"/a/{long}/one/prompts/seed_0.npy", f"/a/{long}/two/prompts/seed_{long}.npy"]
+    assert short_names(names) == ["one/prompts/seed_0.npy", f"two/prompts/seed_{long}.npy"]
+    assert short_names(names[:1]) == ["seed_0.npy"]
+    assert short_names(["p", "a/p"]) == ["p", "a/p"]
+    values = {"accuracy": 50.0}
+    result = commands.EvalResult(
+        names=tuple(names),
+        per_prompt=[values, values],
+        mean=values,
+        best=values,
+        ensemble=values,
+        split="test",
+        title="test.jsonl",
+        predictions={},
+        reports=(),
+    )
+    print_scores(result)
+    assert f" two/prompts/seed_{long}.npy " in capsys.readouterr().out
 
 
 def test_scores_are_those_of_the_label_strings(run: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
+from prompt_tuning_jax.checkpoints import convert_model
 from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.peft import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
@@ -48,12 +49,19 @@ def require_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
 def test_a_hugging_face_model_stays_of_its_kind(
-    program: Program, tmp_path: Path, kind: str
+    program: Program, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(cases.CONFIG, relpos_per_layer=kind == "umt5")
     write_hf(tmp_path / "one", config, cases.params(config), model_type=kind)
     program("convert", tmp_path / "one", tmp_path / "two", "--to", "hf")
     assert json.loads((tmp_path / "two/config.json").read_text())["model_type"] == kind
+    # T5X keeps no name; an mT5's embeddings, or biases in each layer, give it away.
+    note = program("convert", tmp_path / "one", tmp_path / "t5x", "--to", "t5x")
+    assert ("converted back to hf it is t5" in note) == (kind == "mt5")
+    monkeypatch.setattr(convert_model, "MT5_ROWS", cases.CONFIG.vocab_size)
+    if kind != "t5":
+        program("convert", tmp_path / "t5x", tmp_path / "three", "--to", "hf")
+        assert json.loads((tmp_path / "three/config.json").read_text())["model_type"] == kind
 
 
 @pytest.mark.parametrize("dtype", [np.float32, cases.BF16], ids=str)
@@ -68,7 +76,7 @@ def test_hf_to_t5x_and_back(program: Program, tmp_path: Path, dtype: Any) -> Non
     require_same(read_t5x(checkpoint), cases.params(dtype=dtype))
     program("convert", checkpoint, tmp_path / "back", "--to", "hf")
     assert tree_bytes(tmp_path / "back") == tree_bytes(model)  # the vocabulary, too
-    program("convert", checkpoint, tmp_path / "shards", "--to", "hf", "--max_shard_size", "15kB")
+    pt.convert(checkpoint, tmp_path / "shards", to="hf", max_shard_bytes=15_000)
     require_same(read_hf(tmp_path / "shards")[1], cases.params(dtype=dtype))
     weights = list((tmp_path / "shards").glob("*.safetensors"))
     assert len(weights) > 1 and all(file.stat().st_size < 20_000 for file in weights)
@@ -278,6 +286,41 @@ def test_peft_wants_a_model_and_takes_its_sizes(program: Program, tmp_path: Path
     assert config["base_model_name_or_path"] == "google/t5-xl-lm-adapt"
 
 
+def test_an_adapter_names_its_model_from_anywhere(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder by its whole path; the bundled model, which PEFT cannot know, by name and note."""
+    monkeypatch.chdir(tmp_path)
+    hf_model(tmp_path / "hf")
+    for name, width, wanted in (("hf", None, str(tmp_path / "hf")), ("tiny", 256, "tiny")):
+        save_prompt(tmp_path / "p.npy", prompt(width=width or cases.WIDTH))
+        words = ("convert", "p.npy", "peft", "--to", "peft", "--model", name, "--overwrite")
+        assert ("load the adapter onto the folder" in program(*words)) == (name == "tiny")
+        assert read_peft(tmp_path / "peft").base_model_name_or_path == wanted
+
+
+def test_what_an_adapter_says_stays_but_for_its_second_copy(
+    program: Program, tmp_path: Path
+) -> None:
+    source, twice = tmp_path / "a", np.concatenate([prompt(), prompt(seed=1)])
+    write_peft(source, twice, base_model_name_or_path="org/t5", num_layers=7)
+    path = source / "adapter_config.json"
+    says = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "classify", "num_layers": 7}
+    two = {"num_transformer_submodules": 2, "num_virtual_tokens": 5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | says | two))
+    assert "5 more rows" in rows_of(program("inspect", source))["left out"]
+    assert "the second 5 rows" in program("convert", source, tmp_path / "b", "--to", "peft")
+    again = read_peft(tmp_path / "b")
+    assert again.prompt_PD.tobytes() == prompt().tobytes() and again.left_out == 0
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert config | says == config and config["base_model_name_or_path"] == "org/t5"
+    assert "left out" not in program("inspect", tmp_path / "b")
+
+
+def rows_of(text: str) -> dict[str, str]:
+    return dict(line.split("  ", 1) for line in text.splitlines())
+
+
 def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
     model = hf_model(tmp_path / "hf")
     save_prompt(tmp_path / "p.npy", prompt())
@@ -320,12 +363,14 @@ def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
         ("hf out.npy", "is a folder without a prompt"),
         ("tiny out.npy", "tiny is a model"),
         ("hf out.npy --to safetensors", "change one of them"),
-        ("p.npy out.npy --step 3", "step is for t5x"),
-        ("hf out --to hf --prompt p.npy", "prompt is for t5x"),
-        ("hf out --to hf --step 3", "step is for t5x"),
-        ("hf out --to t5x --model x", "model is for npy"),
+        ("p.npy out.npy --step 3", "--step only goes with --to t5x"),
+        ("hf out --to hf --prompt p.npy", "--prompt only goes with --to t5x"),
+        ("hf out --to hf --step 3", "--step only goes with --to t5x"),
+        ("hf out --to t5x --model x", "--model only goes with --to npy"),
         ("hf out --to t5x --step x", "whole number"),
         ("hf out --to hf --max_shard_size big", "no size"),
+        ("hf out --to hf --max_shard_size 5", "'5' is less than 1MB"),
+        ("p.npy out.npy --max_shard_size 5MB", "--max_shard_size only goes with --to hf"),
         ("nothing out --to hf", "nothing"),
         ("nothing.npy out.npy", "nothing.npy"),
         ("hf out --to t5x --prompt nothing.npy", "nothing.npy"),
@@ -354,7 +399,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     chunk.write_bytes(chunk.read_bytes()[:-900])
     old = hf_model(tmp_path / "old")
     for out in ((tmp_path / "a" / "b" / "new",), (old, "--overwrite")):
-        message = program.refused("convert", source, *out, "--to", "hf", "--max_shard_size", "1kB")
+        message = program.refused("convert", source, *out, "--to", "hf", "--max_shard_size", "1MB")
         assert "damaged or incomplete for token_embedder/embedding" in message
         program.refused("convert", source, *out, "--to", "t5x", "--dtype", "bfloat16")
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))

@@ -153,6 +153,11 @@ def other_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "d_ff": 33}))
 
 
+def one_more_layer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 2}))
+
+
 HF: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a shard missing", missing_shard, "shards that are not there"),
     ("a shard out of the folder", shard_elsewhere, "only the name of a file in this folder"),
@@ -160,6 +165,7 @@ HF: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a shard cut", lambda f: cut(next(f.glob("model-00002-*"))), "is damaged"),
     ("an index cut", lambda f: cut(f / "model.safetensors.index.json"), "not an index of shards"),
     ("a wrong shape", other_config, "and by config.json it is"),
+    ("a layer missing", one_more_layer, "has no arrays of encoder.block.1, and by config.json"),
     ("no config", lambda f: (f / "config.json").unlink(), "config.json"),
 ]
 

@@ -23,7 +23,7 @@ ROWS = (
     ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
     ("run_folder", "opened_prompts", "model_export", "probing", "run", "suite", "transfer"),
     # "" is the package's own __init__.
-    ("commands", "seqio_tasks", "cli_arguments", "cli", "__main__", ""),
+    ("commands", "seqio_tasks", "cli_arguments", "notes", "cli", "__main__", ""),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, run_folder
+from prompt_tuning_jax import build, run, run_folder
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_with_metadata
@@ -84,6 +85,36 @@ def test_a_run_leaves_all_that_it_should(finished: tuple[Path, RunResult]) -> No
     kinds = [(record["kind"], record["step"]) for record in measurements(folder)]
     assert [step for kind, step in kinds if kind == "train"] == [2, 4, 6, 8, 10, 12]
     assert [step for kind, step in kinds if kind == "eval"] == [4, 8, 12]
+
+
+def test_a_finished_run_says_only_that(
+    finished: tuple[Path, RunResult],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At once: neither its model nor its data is opened."""
+    folder, result = finished
+    monkeypatch.setattr(build, "build_model", None)
+    again = train(experiment(folder, {"training.seeds": (0, 1)}))
+    said = capsys.readouterr().out
+    assert said == f"{folder}: the run is finished at step 12; nothing was changed\n"
+    assert (again.best, again.names, again.step) == (result.best, result.names, result.step)
+    np.testing.assert_array_equal(again.best_tuned[PROMPT], result.best_tuned[PROMPT])
+
+
+def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
+    train_set: Any = SimpleNamespace(examples_per_epoch=3)
+    data = build.TaskData(
+        train=train_set, train_targets=(), evaluation={}, labels=(), best_by="", reports=()
+    )
+    graphdef: Any = None
+    members = build.Members(graphdef=graphdef, tuned={}, frozen={}, mask={}, number=1)
+    *_, steps, note = run._introduction(experiment(tmp_path), members, data)
+    assert steps == "12 steps of 4 examples: 16.0 epochs"
+    assert note.startswith("note: 3 examples to train on are fewer than a batch of 4")
+    train_set.examples_per_epoch = 4000
+    *_, steps = run._introduction(experiment(tmp_path, {"training.steps": 1}), members, data)
+    assert steps == "1 step of 4 examples: 0.001 epochs"
 
 
 def test_results_prompts_and_metrics_agree(finished: tuple[Path, RunResult]) -> None:

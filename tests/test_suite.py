@@ -117,7 +117,11 @@ def test_a_suite_end_to_end_and_again(
     first = suite(of, "super_glue", tasks=["rte", "cb"])
     assert counted == [f"{what} {name}" for name in (CB, RTE) for what in ("train", "evaluate")]
     out = capsys.readouterr().out
-    assert all(line in out for line in first.lines)
+    # What is known of the data is said once, and stands in the file.
+    about = [line for line in first.lines if line.startswith("- ")]
+    sizes = [line.removeprefix("- ") for line in about if "examples, inputs of" in line]
+    assert len(sizes) == 4 and all(out.count(line) == 1 for line in sizes)
+    assert all(line in out for line in first.lines if line not in about)
     assert "2 of 8 tasks and not the SuperGLUE score; missing: boolq, copa" in out
     markdown = (tmp_path / "w/taskless_super_glue.md").read_text()
     assert all(line in markdown for line in first.lines)
@@ -135,6 +139,8 @@ def test_a_suite_end_to_end_and_again(
     assert rte["mean"]["accuracy"] == pytest.approx(
         sum(own["accuracy"] for own in rte["per_prompt"]) / 2
     )
+    row = next(line for line in first.lines if line.startswith("| rte "))
+    assert row.split("|")[-2].strip() == "100.0" and rte["cut"] == 100  # of 24 tokens
     assert rte["train_examples"] == 9 and "2,490" in markdown
 
     counted.clear()
@@ -284,7 +290,7 @@ def test_labels_too_long_are_said_before_anything_is_trained(
         ("super_glue", ("cola",), "taskless", "no 'cola'"),
         ("super_glue", ("rte", RTE), "taskless", "rte twice"),
         ("super_glue", ("rte", "super_glue_rte_v102"), "taskless", "rte twice"),
-        ("super_glue", ("rte",), "taskles", "did you mean 'taskless'"),
+        ("super_glue", ("rte",), "taskles", "no form 'taskles': did you mean 'taskless'"),
     ],
 )
 def test_wrong_names(
@@ -292,6 +298,8 @@ def test_wrong_names(
 ) -> None:
     with pytest.raises(UserError, match=message):
         suite(base(tmp_path, tmp_path), name, tasks=tasks, form=form, quiet=True)
+    with pytest.raises(UserError, match=r"^--halve: super_glue has no 'rt'"):
+        suite(base(tmp_path, tmp_path), "super_glue", halve=["rt"], quiet=True)
 
 
 def test_names_in_full_and_forms() -> None:

@@ -2,10 +2,13 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
 from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.commands.scoring import read_predictions
 from prompt_tuning_jax.data.task import alias_names, task_names
 
 RTE = "super_glue_rte_v102"
@@ -56,6 +59,23 @@ def test_the_list_is_grouped(capsys):
         assert own in shown, name
 
 
+def test_lists_and_scores_come_without_jax(tmp_path):
+    (tmp_path / "CB").mkdir()
+    row = {"premise": "a", "hypothesis": "b", "label": "neutral", "idx": 0}
+    (tmp_path / "CB/val.jsonl").write_text(json.dumps(row))
+    (tmp_path / "p.txt").write_text("neutral\n")
+    words = ["metrics", "super_glue_cb_v102", "--data_dir", str(tmp_path)]
+    code = (
+        "import sys\n"
+        "from prompt_tuning_jax.cli import main\n"
+        f"assert main({[*words, '--predictions', str(tmp_path / 'p.txt')]}) == 0\n"
+        "assert main(['tasks', '--all']) == 0\n"
+        "assert not {'jax', 'tensorflow', 'prompt_tuning_jax.build'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and '"accuracy": 100.0' in done.stdout, done.stderr
+
+
 def test_every_name(capsys):
     status, out, _ = run(capsys, "tasks", "--all")
     assert status == 0
@@ -88,6 +108,16 @@ def test_examples_as_the_model_sees_them(capsys, data, t5, tasks_recorded):
     assert f"inputs_ids: {wanted['inputs_ids']}" in blocks[0]
     assert f"inputs_length: {len(wanted['inputs_ids'])}" in blocks[0]
     assert f"targets_ids: {wanted['targets_ids']}" in blocks[0]
+
+
+def test_examples_without_labels_and_of_a_mixture(capsys, data):
+    line = ("--data_dir", data, "--limit", 2)
+    status, out, _ = run(capsys, "tasks", RTE, "--split", "test", *line)
+    assert status == 0 and out.count("targets: (none: this split has no labels)") == 2
+    assert "targets_ids" not in out and out.count("inputs_ids: ") == 2
+    status, out, _ = run(capsys, "tasks", "super_glue_wsc_and_dev_v102_simple", *line)
+    assert status == 0 and out.count("task: super_glue_wsc_v102_simple_train\n") == 2
+    assert "targets_ids" in out
 
 
 @pytest.fixture
@@ -174,6 +204,20 @@ def test_metrics_of_each_kind(capsys, tmp_path, data, name, keys):
     assert all(0 <= value < 100 for value in values.values())
 
 
+def test_predictions_in_each_of_their_forms(tmp_path):
+    """What ``predict --output`` writes, with and without ``--json``, is read."""
+    path = tmp_path / "p.txt"
+    texts = ["entailment", "", " {a} b", "1"]
+    forms = (
+        texts,
+        [json.dumps(text) for text in texts],
+        [json.dumps({"input": "x", "prediction": text}) for text in texts],
+    )
+    for lines in forms:
+        path.write_text("".join(f"{line}\n" for line in lines))
+        assert read_predictions(path) == texts
+
+
 def test_predictions_that_do_not_fit(capsys, tmp_path, data):
     def error(content, *more):
         path = tmp_path / "p.jsonl"
@@ -185,8 +229,10 @@ def test_predictions_that_do_not_fit(capsys, tmp_path, data):
 
     count = error(b'\xef\xbb\xbf"entailment"\r\n"x"\r\n\r\n')
     assert "has 2 predictions" in count and "has 277 examples" in count
-    assert "p.jsonl:2: 1 is not a JSON string" in error(b'"a"\n1\n')
-    assert "p.jsonl:2: not JSON" in error(b'"a"\nentailment\n')
+    assert "p.jsonl:2: 1 is not in double quotes" in error(b'"a"\n1\n')
+    assert "all as bare text" in error(b'entailment\n"a"\n')
+    assert "p.jsonl:1: not JSON" in error(b'"a\n')
+    assert "p.jsonl:1: an object without a text" in error(b'{"text": "a"}\n')
     assert "p.jsonl:2: a blank line" in error(b'"a"\n\n"b"\n')
     assert "did you mean 'validation'" in error(b'"a"\n', "--split", "validaton")
 
@@ -227,7 +273,7 @@ def test_leaderboard(capsys, tmp_path, data, task, text, label, file):
     rows, err = submitted(capsys, tmp_path, data, name, texts)
     assert [row["idx"] for row in rows] == list(range(number))
     assert {row["label"] for row in rows[1:]} == {label}
-    assert f"{file}.jsonl" in err and "1 predictions are no labels" in err
+    assert f"wants it under the name {file}.jsonl" in err and "1 predictions are no labels" in err
 
 
 def test_leaderboard_of_wsc_record_and_multirc(capsys, tmp_path, data):
@@ -266,9 +312,12 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
     path.write_text('"a"\n')
     for line, message in [
         (["tasks", "--dump", "x"], "--dump needs the NAME"),
-        (["tasks", "super_glue_rte", "--data_dir", data], "There are: super_glue_rte_v102"),
+        (["tasks", "super_glue_rte", "--data_dir", data], "here are: super_glue_rte_v102"),
         (["tasks", "super_glue_rt_v102"], "did you mean 'super_glue_rte_v102'"),
-        (["tasks", "squad_to_mrqa"], "is a mixture; name one of its tasks"),
+        (
+            ["tasks", "squad_to_mrqa", "--dump", tmp_path / "x"],
+            "is a mixture; name one of its tasks",
+        ),
         (["tasks", RTE, "--data_dir", tmp_path / "no"], "there is no such folder"),
         (["tasks", RTE, "--data_dir", data, "--vocabulary", "no.model"], "no such vocabulary"),
         (["metrics", RTE, "--data_dir", data, "--predictions", tmp_path / "no"], "cannot be read"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from prompt_tuning_jax import build, transfer
+from prompt_tuning_jax import suite as suites
 from prompt_tuning_jax.commands import suites as command
 from prompt_tuning_jax.commands import try_transfer
 from prompt_tuning_jax.errors import UserError
@@ -149,6 +150,7 @@ def test_labels_are_translated(
             best=scores,
             ensemble=None,
             split="validation",
+            title="validation",
         )
 
     monkeypatch.setattr(command, "train", train)
@@ -193,6 +195,25 @@ def test_what_the_summary_computes() -> None:
     ]
     scores["prompt_tuning"][DROP][1]["f1"] = None
     assert transfer.summary(scores)[DROP]["f1"]["difference"] is None
+
+
+def test_a_target_with_a_labelled_test_split_alone(tmp_path: Path) -> None:
+    of = replace(base(tmp_path, tmp_path), data=replace(base(tmp_path, tmp_path).data, task=""))
+    axb = "taskless_super_glue_axb_v102"
+    assert transfer.target_tasks([axb], source="super_glue_rte_v102", form="taskless") == (axb,)
+    on = suites.on_task(of, axb, workdir=str(tmp_path / "w"))
+    assert on.data.eval_split == "test" and on.data.train_split == "train"
+    row = {"sentence1": "a", "sentence2": "b", "idx": 0, "label": "entailment"}
+    write_rows(tmp_path / "AX-b/AX-b.jsonl", [row])
+    assert list(suites.data_of(on, training=False)) == [f"{axb}/test"]
+    del row["label"]
+    write_rows(tmp_path / "AX-b/AX-b.jsonl", [row])
+    with pytest.raises(UserError, match="its test split has no labels"):
+        suites.data_of(on, training=False)
+    report = transfer.Report(source=SQUAD, targets=[axb], seeds=[0])
+    scores = {"per_prompt": [{"accuracy": 50.0}], "labels": [], "reports": [], "split": "test"}
+    report.add("prompt_tuning", {axb: scores})
+    assert report.lines()[-1] == "axb: evaluated on its test split, the only one that it has."
 
 
 def test_names() -> None:

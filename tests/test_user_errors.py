@@ -1,6 +1,7 @@
 """Wrong input: one line on stderr that says what and where, exit status 2, and nothing lost."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,10 @@ ROW = json.dumps(GOOD[0])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")}, "a.jsonl:2: not"),
+        (
+            lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")},
+            "a.jsonl:2: not JSON, or cut",
+        ),
         (lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')}, "a.jsonl:2: a list where"),
         (
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, '{"input": "x", "targets": "red"}')},
@@ -65,7 +69,9 @@ ROW = json.dumps(GOOD[0])
         ),
         (
             lambda d: {"data.targets_column": "target"},
-            "train.jsonl:1: no column 'target': did you mean 'targets'",
+            "train.jsonl:1: no column 'target': did you mean 'targets'? There are: inputs, "
+            "targets; "
+            "say which one with --set data.targets_column=NAME",
         ),
         (
             lambda d: {"data.inputs_template": "{inputs} {premise}"},
@@ -84,6 +90,15 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.targets_length": 1},
             "the label 'blue' has 2 tokens, the end of sequence included",
         ),
+        (
+            lambda d: {
+                "data.train": "",
+                "data.eval": "",
+                "data.task": "word_valence",
+                "data.labels": ("False", "True"),
+            },
+            "data.labels is False, True and the labels of word_valence are",
+        ),
         (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
         (
             lambda d: {"evaluation.best_by": "acuracy"},
@@ -94,7 +109,11 @@ ROW = json.dumps(GOOD[0])
             "unknown task 'word_valense': did you mean 'word_valence'",
         ),
         (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a bundled"),
-        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; There are: tiny"),
+        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; there are: tiny"),
+        (
+            lambda d: {"model.name_or_path": "models/tiny"},
+            "there is no folder models/tiny; did you mean tiny",
+        ),
         (lambda d: {"model.name_or_path": str(d)}, "config.json"),
         (
             lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(120))},
@@ -178,11 +197,18 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, run: Path, refuse
     assert tree_bytes(run) == before
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file/run", tmp_path / "file"):
         config = write_config(tmp_path / "c.py", experiment(place))
-        assert f"cannot write {place}" in refused("train", config)
+        message = refused("train", config, "--model", "no/model")  # said before it is looked for
+        assert f"{tmp_path / 'file'} is a file; training.workdir (--workdir)" in message
+        assert "is a file" in refused("suite", "glue", "--config", config, "--model", "no/model")
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "new/run"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whom the system lets in, differs
+    assert f"{tmp_path} cannot be written; choose another" in refused("train", config)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -203,6 +229,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, copy: Path, refused: Refused, kind
         if file.is_file() and file.parent.name == "d"
     ]
     assert arrays
+    (copy / "results.json").unlink()  # of a run with results nothing is opened
     for file in arrays:
         file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     before = tree_bytes(copy)
@@ -216,6 +243,7 @@ def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) 
     folder = shutil.copytree(tiny_run.model_folder(), tmp_path / "model")
     changes = {"model.name_or_path": str(folder), "training.steps": 3}
     train(experiment(tmp_path / "run", changes), quiet=True)
+    (tmp_path / "run/results.json").unlink()  # of a run with results nothing is opened
     shutil.rmtree(folder)
     shutil.copytree(tiny_run.model_folder(seed=1), folder)
     before = tree_bytes(tmp_path / "run")
@@ -231,8 +259,13 @@ def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) 
         ("p.npy", lambda p: _prompt(p, (5, 8)), "has width 8, and the model has width 16"),
         ("p.npy", lambda p: _prompt(p, (5, 16), np.nan), "not finite"),
         ("p.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr"), "damaged"),
+        (
+            "p.npy",
+            lambda p: (np.save(p, np.ones((5, 16))), p.write_bytes(p.read_bytes()[:200])),
+            "it is cut off",
+        ),
         ("p.npy", lambda p: p.write_bytes(b""), "is neither an .npy nor a .safetensors file"),
-        ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "p.npy"),
+        ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "objects"),
         ("p.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + b"{}"), "damaged"),
         (
             "p.safetensors",
@@ -270,6 +303,8 @@ def test_prompts_that_are_not_there(tmp_path: Path, copy: Path, refused: Refused
     shutil.rmtree(copy / "prompts")
     assert "has not been evaluated" in refused("eval", "--prompt", copy)
     assert "no such file or folder" in refused("inspect", tmp_path / "none")
+    message = refused("inspect", copy.parent)
+    assert "is nothing that is known here" in message and f"did you mean {copy}?" in message
 
 
 def test_a_loss_that_is_not_finite(

@@ -25,6 +25,7 @@ Format = Literal["hf", "t5x", "npy", "safetensors", "peft"]
 FORMATS: tuple[Format, ...] = ("hf", "t5x", "npy", "safetensors", "peft")
 _MODELS: tuple[Format, ...] = ("hf", "t5x")
 _CHECKPOINT = re.compile(r"checkpoint_\d+")
+_OPTIONS = {"max_shard_bytes": "max_shard_size"}  # where the command line has another name
 # What each option is for.
 _FOR: dict[str, tuple[Format, ...]] = {
     "prompt": ("t5x",),
@@ -91,7 +92,9 @@ def convert(
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != ""}
     for name in given:
         if to not in _FOR[name]:
-            raise UserError(f"{name} is for {' or '.join(_FOR[name])}, and this is written as {to}")
+            option = _OPTIONS.get(name, name)
+            only = " or ".join(_FOR[name])
+            raise UserError(f"--{option} only goes with --to {only}; this is written as {to}")
     used: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
     used |= {name: value for name, value in given.items() if to in _FOR[name]}
     if to in _MODELS:

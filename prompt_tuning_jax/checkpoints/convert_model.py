@@ -33,6 +33,7 @@ DTYPES: dict[str, np.dtype | None] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+MT5_ROWS = 250_112
 MAX_SHARD_BYTES = 2_000_000_000
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
@@ -75,7 +76,7 @@ def convert_to_hf(
             vocabulary_file=words,
             dtype="stored",
             max_shard_bytes=max_shard_bytes,
-            model_type=model_type_of(opened.source) if isinstance(opened.source, Path) else "t5",
+            model_type=_model_type(opened),
         )
     notes = []
     if words is None:
@@ -142,6 +143,12 @@ def convert_to_t5x(
         _write_vocabulary(aside, beside)
     if checkpoint is None:
         notes += _lost_in_t5x(opened)
+        if (kind := _model_type(opened)) == "mt5":
+            again = kind if opened.config.vocab_size == MT5_ROWS else "t5, which differs in name"
+            notes.append(
+                f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
+                f"hf it is {again}"
+            )
     holding = "" if tuned is None else f" with a prompt {list(tuned.shape)}"
     return written(f"a model{holding} as a T5X checkpoint of step {step}", final, notes=notes)
 
@@ -164,6 +171,13 @@ def _open(
         if words is None:
             raise UserError(f"{vocabulary} is a folder without a vocabulary: name a file")
     return opened, words
+
+
+def _model_type(opened: OpenedModel) -> str:
+    """What Hugging Face calls the model; of a T5X checkpoint its embeddings tell an mT5."""
+    if isinstance(opened.source, Path):
+        return model_type_of(opened.source)
+    return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
 
 
 def _own_prompt(opened: OpenedModel) -> LazyArray | None:

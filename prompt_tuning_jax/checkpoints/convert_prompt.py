@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_tuning_jax.checkpoints.convert_model import DTYPES, Converted, StoredAs, written
-from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.hub import ASSETS, BUNDLED, T5X_MODELS, is_hub_name
 from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.peft import is_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
@@ -78,11 +78,24 @@ def convert_prompts(
         notes.append("bfloat16 became float32, with the same numbers: .npy does not have it")
     if to != "safetensors" and any(_known(stored.metadata) for stored in prompts):
         notes.append(f"{_WORDS[to]} does not hold the prompt's metadata")
+    for rows in sorted({s.adapter.left_out for s in prompts if s.adapter} - {0}):
+        notes.append(
+            f"PEFT saved the prompt twice, for encoder and decoder: the second {rows} rows, which "
+            "it does not use with a T5, are left out"
+        )
+    bundled = {base.name or s.metadata.model_name for s in prompts} & set(BUNDLED)
+    if to == "peft" and bundled:
+        notes.append(
+            f"PEFT does not know the model {bundled.pop()}, which is bundled here: load the "
+            f"adapter onto the folder {ASSETS / 'tiny'}"
+        )
     return written(what, destination, notes=notes)
 
 
 def prompt_files(source: str) -> list[Path] | None:
-    """The prompts in a folder of prompt files, by name; None if ``source`` is anything else.
+    """The prompts in a folder of prompts, by name; None if ``source`` is anything else.
+
+    They are prompt files, or folders of PEFT adapters.
 
     Of files that differ in their suffix alone the ``.safetensors`` is taken, which says more.
     """
@@ -90,13 +103,21 @@ def prompt_files(source: str) -> list[Path] | None:
     if not folder.is_dir() or is_peft(folder):
         return None
     inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    if not inside or not all(p.is_file() and p.suffix in PROMPT_SUFFIXES for p in inside):
+    if not inside or not all(map(_is_prompt, inside)):
         return None
-    return sorted({p.stem: p for p in sorted(inside)}.values())
+    return sorted({_stem(p): p for p in sorted(inside)}.values())
+
+
+def _is_prompt(path: Path) -> bool:
+    return is_peft(path) if path.is_dir() else path.suffix in PROMPT_SUFFIXES
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _file_name(file: Path, to: PromptFormat) -> str:
-    return file.stem if to == "peft" else f"{file.stem}.{to}"
+    return _stem(file) if to == "peft" else f"{_stem(file)}.{to}"
 
 
 def _write(
@@ -112,9 +133,10 @@ def _write(
         write_peft(
             path,
             stored.prompt_PD,
-            base_model_name_or_path=_PEFT_NAMES.get(base_name, base_name),
+            base_model_name_or_path=_name_for_peft(base_name),
             num_layers=base.config.num_encoder_layers if base.config else None,
             num_attention_heads=base.config.num_heads if base.config else None,
+            like=stored.adapter,
             dtype=DTYPES[dtype],
         )
         return
@@ -126,6 +148,14 @@ def _write(
             model_fingerprint=metadata.model_fingerprint or base.fingerprint,
         )
     save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
+
+
+def _name_for_peft(name: str) -> str:
+    """A name on the hub, or the whole path of a folder: the adapter may be used from elsewhere."""
+    if name in BUNDLED:
+        return name
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else _PEFT_NAMES.get(name, name)
 
 
 def _open_base(
@@ -151,7 +181,7 @@ def _open_base(
         )
     wanted = to == "safetensors" or (check and any(p.metadata.model_fingerprint for p in prompts))
     return _Base(
-        name=opened.location if to == "peft" and named in BUNDLED else named,
+        name=named,
         config=opened.config,
         fingerprint=fingerprint_of(opened) if wanted else "",
     )

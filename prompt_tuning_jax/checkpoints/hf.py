@@ -59,6 +59,9 @@ _COMPARED_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
+_LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
+
+
 def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | None]:
     """A model as (configuration, parameters by T5X name in the stored dtype, vocabulary file).
 
@@ -77,7 +80,15 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
     config = config_from(raw, tied=tied, path=folder / CONFIG)
     shapes = parameter_shapes(config)
     theirs = {name: _hf_name(name) for name in shapes}
-    require_same_names(arrays, dict.fromkeys(theirs.values()), of=str(path), and_of=CONFIG)
+    wanted = dict.fromkeys(theirs.values())
+    layers = {match[0] for name in arrays if (match := _LAYER.match(name))}
+    missing = sorted({m[0] for name in wanted if (m := _LAYER.match(name))} - layers)
+    if missing and not arrays.keys() - wanted.keys():
+        raise UserError(
+            f"{path} has no arrays of {', '.join(missing)}, and by {CONFIG} (num_layers, "
+            "num_decoder_layers) the model has them: the copy is incomplete or the config another's"
+        )
+    require_same_names(arrays, wanted, of=str(path), and_of=CONFIG)
     params = {
         name: arrays[source].transposed() if _is_transposed(name) else arrays[source]
         for name, source in theirs.items()

@@ -1,5 +1,6 @@
 """Where a model is: bundled, published under a name, on this machine or in a bucket."""
 
+import logging
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -8,9 +9,12 @@ from pathlib import Path
 from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store_of
 from prompt_tuning_jax.checkpoints.hf_config import CONFIG
 from prompt_tuning_jax.checkpoints.hf_weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
+from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.data.hf_tokenizer import TOKENIZER_FILES
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = ("tiny",)
@@ -24,6 +28,7 @@ T5X_MODELS = {
 # The one that all of these were trained with: 32,000 pieces, and 100 sentinels.
 T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 _DESCRIPTION = (CONFIG, *TOKENIZER_FILES)
 
 
@@ -31,8 +36,9 @@ def model_location(name: str) -> str:
     """The folder, or the ``gs://`` or ``s3://`` address, of a model by its name.
 
     ``tiny`` is bundled; ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
-    bucket; a folder and an address are what they are; ``google/flan-t5-small`` or any other
-    ``org/name`` is fetched from the Hugging Face hub, or found in its cache.  Raises UserError.
+    bucket; a folder and an address are what they are, and of a folder of ``checkpoint_<step>`` the
+    last is; ``google/flan-t5-small`` or any other ``org/name`` is fetched from the Hugging Face
+    hub, or found in its cache.  Raises UserError.
     """
     if name in BUNDLED:
         return str(ASSETS / name)
@@ -44,13 +50,33 @@ def model_location(name: str) -> str:
         return name
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder)
+        return str(_newest_checkpoint(folder) or folder)
     if is_hub_name(name):
+        last = name.rpartition("/")[2]
+        if last in (*BUNDLED, *T5X_MODELS):
+            raise UserError(f"there is no folder {name}; did you mean {last}, without the folder?")
         return str(hub_folder(name))
     raise UserError(
         f"model {name!r} is neither a folder nor a bundled model; "
         f"{suggest(name, [*BUNDLED, *T5X_MODELS])}, and org/name of the Hugging Face hub"
     )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The latest of T5X's ``checkpoint_<step>`` in a folder that is no model itself."""
+    if (folder / CONFIG).exists() or is_t5x(folder):
+        return None
+    steps = {
+        int(found[1]): child
+        for child in folder.iterdir()
+        if (found := _CHECKPOINT.fullmatch(child.name)) and child.is_dir()
+    }
+    if not steps:
+        return None
+    if len(steps) > 1:
+        listed = ", ".join(map(str, sorted(steps)))
+        _log.warning("%s holds checkpoints of steps %s: the last is used", folder, listed)
+    return steps[max(steps)]
 
 
 def hf_folder(location: str) -> Path:
@@ -138,8 +164,8 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         )
     except ImportError:
         raise UserError(
-            f"{name} is a model of the Hugging Face hub: install huggingface_hub "
-            "(pip install huggingface_hub), or give a folder"
+            f"there is no folder {name}; as a model of the Hugging Face hub it needs "
+            "huggingface_hub (pip install huggingface_hub)"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -13,6 +13,7 @@ from prompt_tuning_jax.models.config import PRESETS
 class PromptDescription:
     """A stored prompt ``[length, width]``.
 
+    ``left_out`` counts the rows of a PEFT adapter's second copy, see ``peft.PeftPrompt``;
     ``dtype`` is what is stored, the norms are Euclidean, over the width, one per position, and
     ``fits`` names the sizes in ``models.config.PRESETS`` that have this width.
     """
@@ -26,6 +27,7 @@ class PromptDescription:
     norm_max: float
     metadata: PromptMetadata
     fits: tuple[str, ...]
+    left_out: int
 
 
 def describe_prompt(path: str | Path) -> PromptDescription:
@@ -42,5 +44,6 @@ def describe_prompt(path: str | Path) -> PromptDescription:
         norm_mean=float(norms_P.mean()),
         norm_max=float(norms_P.max()),
         metadata=stored.metadata,
+        left_out=stored.adapter.left_out if stored.adapter else 0,
         fits=tuple(name for name, config in PRESETS.items() if config.embed_dim == width),
     )

@@ -10,6 +10,7 @@ from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.hf_config import CONFIG
 from prompt_tuning_jax.checkpoints.hf_weights import INDEX_SUFFIX, open_weights
+from prompt_tuning_jax.checkpoints.hub import model_location
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.checkpoints.load import OpenedModel, open_model
 from prompt_tuning_jax.models.config import PRESETS, T5Config
@@ -33,7 +34,10 @@ def open_source(
     name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
 ) -> OpenedModel:
     """``load.open_model``, and where a folder is an incomplete T5X checkpoint it says so."""
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        name_or_path = model_location(name_or_path)
+        folder = Path(name_or_path)
     traces = (f"{t5x.INDEX}_*", "target.*", "state")
     if (
         folder.is_dir()

@@ -4,7 +4,8 @@ The format is that of peft 0.21, tuners/prompt_tuning and utils/save_and_load.py
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,25 @@ TORCH_WEIGHTS = "adapter_model.bin"
 KEY = "prompt_embeddings"
 _PEFT_TYPE = "PROMPT_TUNING"
 _TASK_TYPE = "SEQ_2_SEQ_LM"
+# Of an adapter's config: how its prompt began, and what goes with the model that it names.
+_OF_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
+_OF_MODEL = ("num_attention_heads", "num_layers", "revision")
 _LARGEST_CONFIG = 1_000_000  # bytes; PEFT's own have a few hundred
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftPrompt:
-    """A PEFT adapter's prompt ``[P,D]`` as stored, and what its config says of its origin."""
+    """A PEFT adapter's prompt ``[P,D]`` as stored, and what its config says of its origin.
+
+    ``left_out`` rows follow those of the prompt in the file: the copy for the decoder, which PEFT
+    does not use with a T5.  ``kept`` are the fields of the config that hold for a copy, too.
+    """
 
     prompt_PD: HostArray
     base_model_name_or_path: str
     peft_version: str
+    left_out: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_peft(folder: Path) -> bool:
@@ -80,6 +90,12 @@ def read_peft(folder: str | Path) -> PeftPrompt:
         prompt_PD=np.ascontiguousarray(prompt[:length]),
         base_model_name_or_path=_text(config, "base_model_name_or_path"),
         peft_version=_text(config, "peft_version"),
+        left_out=len(prompt) - length,
+        kept={
+            name: config[name]
+            for name in (*_OF_START, *_OF_MODEL)
+            if isinstance(config.get(name), str | int)
+        },
     )
 
 
@@ -90,13 +106,15 @@ def write_peft(
     base_model_name_or_path: str,
     num_layers: int | None = None,
     num_attention_heads: int | None = None,
+    like: PeftPrompt | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
     """Writes a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads for a T5.
 
     ``base_model_name_or_path`` is the frozen model's Hugging Face name or folder; PEFT fills in
-    ``num_layers`` and ``num_attention_heads`` from that model where they are None.  ``dtype`` None
-    keeps the prompt's own.  Written aside and renamed; in a folder that exists, other files stay.
+    ``num_layers`` and ``num_attention_heads`` from that model where they are None.  ``like`` is
+    the adapter that the prompt comes from, whose config says more.  ``dtype`` None keeps the
+    prompt's own.  Written aside and renamed; in a folder that exists, other files stay.
     Raises UserError for what is not a prompt.
     """
     prompt = checked_prompt(np.asarray(prompt_PD), of="the prompt", dtype=dtype)
@@ -119,6 +137,10 @@ def write_peft(
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
+    if like is not None:
+        config |= {name: like.kept[name] for name in _OF_START if name in like.kept}
+        if like.base_model_name_or_path == base_model_name_or_path:
+            config |= {name: config[name] or like.kept.get(name) for name in _OF_MODEL}
     with folder_written_aside(Path(folder)) as aside:
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         rows = safetensors_bytes(prompt, key=KEY, metadata={"format": "pt"})

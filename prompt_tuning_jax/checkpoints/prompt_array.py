@@ -47,6 +47,11 @@ def read_npy(path: Path) -> HostArray:
         array: HostArray = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=10_000)
         return array
     except Exception as error:  # numpy raises many kinds for damaged headers
+        line = one_line(error)
+        if "Python objects" in line or "allow_pickle" in line:
+            raise UserError(f"{path} holds Python objects, which are never loaded") from error
+        if "mmap length" in line or "EOF" in line:
+            raise UserError(f"{path} is a damaged .npy file: it is cut off") from error
         raise UserError(f"{path} is a damaged .npy file: {one_line(error)}") from error
 
 

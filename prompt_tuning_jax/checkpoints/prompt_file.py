@@ -58,11 +58,15 @@ class PromptMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPrompt:
-    """A prompt ``[P,D]`` in the floating-point type that it is stored in, and where it was."""
+    """A prompt ``[P,D]`` in the floating-point type that it is stored in, and where it was.
+
+    ``adapter`` is the PEFT adapter that it was in, if it was in one.
+    """
 
     prompt_PD: HostArray
     metadata: PromptMetadata
     source: Source
+    adapter: peft.PeftPrompt | None = None
 
 
 def save_prompt(
@@ -183,7 +187,9 @@ def _read_folder(folder: Path) -> StoredPrompt:
             model_name=adapter.base_model_name_or_path,
             created_by=f"peft {adapter.peft_version}".rstrip(),
         )
-        return StoredPrompt(prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter")
+        return StoredPrompt(
+            prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter", adapter=adapter
+        )
     if t5x.is_t5x(folder):
         return _read_t5x(folder)
     inside = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]

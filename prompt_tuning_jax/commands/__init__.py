@@ -1,12 +1,19 @@
-"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert, suite..."""
+"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert, suite...
 
-from prompt_tuning_jax.commands.conversion import convert
-from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
-from prompt_tuning_jax.commands.inspection import describe, inspect
-from prompt_tuning_jax.commands.listing import dump, examples, tasks
-from prompt_tuning_jax.commands.scoring import Scored, metrics
-from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
-from prompt_tuning_jax.run import RunResult, train
+Each is imported when it is first asked for: those that compute nothing do without JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prompt_tuning_jax.commands.conversion import convert
+    from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
+    from prompt_tuning_jax.commands.inspection import describe, inspect
+    from prompt_tuning_jax.commands.listing import dump, examples, tasks
+    from prompt_tuning_jax.commands.scoring import Scored, metrics
+    from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
+    from prompt_tuning_jax.run import RunResult, train
 
 __all__ = [
     "EvalResult",
@@ -28,3 +35,22 @@ __all__ = [
     "try_transfer",
     "with_seeds",
 ]
+
+_HOMES = {
+    "commands.conversion": ("convert",),
+    "commands.evaluation": ("EvalResult", "Prediction", "evaluate", "predict"),
+    "commands.inspection": ("describe", "inspect"),
+    "commands.listing": ("dump", "examples", "tasks"),
+    "commands.scoring": ("Scored", "metrics"),
+    "commands.suites": ("SuiteResult", "suite", "try_transfer", "with_seeds"),
+    "run": ("RunResult", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"prompt_tuning_jax.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

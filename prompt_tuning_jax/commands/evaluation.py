@@ -20,7 +20,10 @@ from prompt_tuning_jax.typing import HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's."""
+    """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's.
+
+    ``title`` says what was scored: the split, or the user's own file.
+    """
 
     names: tuple[str, ...]
     per_prompt: list[dict[str, float]]
@@ -28,6 +31,7 @@ class EvalResult:
     best: dict[str, float]
     ensemble: dict[str, float] | None
     split: str
+    title: str
     predictions: Mapping[str, Predictions]
     reports: tuple[str, ...]
 
@@ -85,13 +89,16 @@ def evaluate(
             prefix = f"{task}/" if len(data.evaluation) > 1 else ""
             values = examples.task.score(examples.texts, texts)
             ensemble.update({f"{prefix}{name}": value for name, value in values.items()})
+    split = split or experiment.data.eval_split
+    (first, *_) = data.evaluation.values()
     return EvalResult(
         names=loaded.names,
         per_prompt=scores,
         mean={name: float(np.mean([each[name] for each in scores])) for name in metrics},
         best=max(scores, key=lambda each: sign * each[data.best_by]),
         ensemble=ensemble,
-        split=split or experiment.data.eval_split,
+        split=split,
+        title=first.task.source.titles.get(split, split),
         predictions=joined,
         reports=data.reports,
     )

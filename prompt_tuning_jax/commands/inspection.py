@@ -7,10 +7,13 @@ from typing import Any
 
 from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
+from prompt_tuning_jax.checkpoints.hf_config import CONFIG
 from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
 from prompt_tuning_jax.checkpoints.inspect_model import ModelDescription, describe_model
 from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, describe_prompt
 from prompt_tuning_jax.checkpoints.peft import is_peft
+from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.t5x import INDEX
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -68,7 +71,35 @@ def _found(
     named = path in BUNDLED or path in T5X_MODELS or "://" in path or is_hub_name(path)
     if not place.exists() and not named:
         raise UserError(f"{path}: no such file or folder")
+    if place.is_dir() and not _may_be_model(place):
+        raise UserError(
+            f"{path} is nothing that is known here: no run ({RUN_CONFIG}), model ({CONFIG}, or "
+            f"T5X's {INDEX}), PEFT adapter or folder of prompts{_candidates(place)}"
+        )
     return describe_model(path, with_fingerprint=with_fingerprint)
+
+
+def _may_be_model(folder: Path) -> bool:
+    """Whether a folder has any trace of a model, which opening it then speaks of."""
+    patterns = (CONFIG, f"{INDEX}*", "checkpoint_*", "target.*", "state", "*.safetensors", "*.bin")
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _candidates(folder: Path) -> str:
+    """What is known one level down, as the end of a message."""
+
+    def known(child: Path) -> bool:
+        if not child.is_dir():
+            return child.suffix in PROMPT_SUFFIXES
+        return (
+            (child / RUN_CONFIG).is_file()
+            or is_peft(child)
+            or bool(prompt_files(str(child)))
+            or _may_be_model(child)
+        )
+
+    inside = [str(child) for child in sorted(folder.iterdir()) if known(child)]
+    return f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
 
 
 def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
@@ -97,6 +128,8 @@ def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
     yield "length", str(prompt.length)
     yield "width", str(prompt.width)
     yield "parameters", f"{prompt.length * prompt.width:,}"
+    if prompt.left_out:
+        yield "left out", f"{prompt.left_out} more rows, the decoder's copy, unused by PEFT itself"
     yield "dtype", str(prompt.dtype)
     yield (
         "row norms",

@@ -6,10 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax import build
 from prompt_tuning_jax.checkpoints.atomic import written_aside
-from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.data.t5_tasks.forms import with_task_index
+from prompt_tuning_jax.data.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.t5_tasks.registry import (
     ALIASES,
     FORMS,
@@ -89,16 +88,26 @@ def examples(
 ) -> Iterator[dict[str, Any]]:
     """The first examples of a task as the model sees them: texts, ids with EOS, lengths.
 
+    Of a mixture those of its tasks that have the split, fewer of each, with ``task``.
     ``vocabulary`` is a file (or ``bytes``); without it that of ``model``.
     """
     words = _vocabulary(model, vocabulary)
-    task = get_task(name)
-    for example in islice(task.load(split, data_dir), limit):
-        shown: dict[str, Any] = dict(example)
-        for side, ids in zip(("inputs", "targets"), _ids(task, [example], words)[0], strict=True):
-            shown[f"{side}_ids"] = ids
-            shown[f"{side}_length"] = len(ids)
-        yield shown
+    mixture = get_mixture(name)
+    tasks = mixture.evaluated_on(split)
+    alone = mixture.tasks[0].name == mixture.name
+    for task in tasks:
+        each = limit if alone else max(1, limit // len(tasks))
+        for example in islice(task.load(split, data_dir), each):
+            shown: dict[str, Any] = {} if alone else {"task": task.name}
+            shown |= example
+            sides = zip(("inputs", "targets"), _ids(task, [example], words)[0], strict=True)
+            for side, ids in sides:
+                if side == "targets" and not has_label(example):
+                    shown["targets"] = "(none: this split has no labels)"
+                    continue
+                shown[f"{side}_ids"] = ids
+                shown[f"{side}_length"] = len(ids)
+            yield shown
 
 
 def dump(
@@ -137,7 +146,12 @@ def dump(
 
 
 def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
-    return load_vocabulary(vocabulary) if vocabulary else build.vocabulary_of(load_model(model))
+    if vocabulary:
+        return load_vocabulary(vocabulary)
+    from prompt_tuning_jax.build import vocabulary_of
+    from prompt_tuning_jax.checkpoints.load import load_model
+
+    return vocabulary_of(load_model(model))
 
 
 def _ids(

@@ -1,6 +1,5 @@
 """Scores anybody's predictions for a task, and writes them for a leaderboard."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,11 @@ def metrics(
     data_dir: str = "",
     leaderboard: str = "",
 ) -> Scored:
-    """Scores a file of predictions, one JSON string a line in the order of the task's examples.
+    """Scores a file of predictions, one a line in the order of the task's examples.
 
     Examples without label do not count; a split without any has no scores.  ``leaderboard`` is a
     file to write the predictions to as SuperGLUE's server takes them.  UserError where the number
-    of predictions is not that of the examples, and for a line that is no JSON string.
+    of predictions is not that of the examples, and for a line that cannot be read.
     """
     task = get_task(name)
     examples = list(task.load(split, data_dir))
@@ -48,7 +47,9 @@ def metrics(
         written = submission(task, examples, texts)
         with written_aside(Path(leaderboard)) as aside:
             aside.write_text("".join(f"{line}\n" for line in written.lines), encoding="utf-8")
-        notes.append(f"wrote {leaderboard}; the server wants it under the name {written.file}")
+        named = Path(leaderboard).name == written.file
+        rename = "" if named else f"; the server wants it under the name {written.file}"
+        notes.append(f"wrote {leaderboard}{rename}")
         if written.invalid:
             notes.append(
                 f"{written.invalid:,} predictions are no labels and were written as "
@@ -65,20 +66,32 @@ def metrics(
 
 
 def read_predictions(path: Path) -> Sequence[str]:
-    """The JSON strings of a file, one a line; UserError naming the line that is none."""
+    """The predictions of a file, one a line: bare texts, JSON strings, or ``predict --json``'s.
+
+    All lines are of one kind, which the first that is not blank tells; a blank line is an empty
+    text among bare ones.  UserError naming the line that does not fit.
+    """
+    lines = list(text_lines(path))
+    starts = {line.lstrip()[:1] for _, line in lines if line.strip()}
+    if starts != {"{"} and '"' not in starts:
+        return [line for _, line in lines]
     texts: list[str] = []
     blank = 0
-    for number, line in text_lines(path):
+    for number, line in lines:
         if not line.strip():
             blank = blank or number
             continue
         if blank:
             raise UserError(f'{path}:{blank}: a blank line; an empty prediction is written ""')
-        text = parse_json(line, f"{path}:{number}")
-        if not isinstance(text, str):
+        if starts != {"{"} and not line.lstrip().startswith('"'):
             raise UserError(
-                f"{path}:{number}: {json.dumps(text)[:40]} is not a JSON string; write "
-                'one prediction in double quotes a line, as in "True"'
+                f"{path}:{number}: {line[:40]} is not in double quotes, and other lines are; write "
+                'all as bare text, all as JSON strings ("True"), or all as `predict --json` does'
             )
-        texts.append(text)
+        value = parse_json(line, f"{path}:{number}")
+        if isinstance(value, dict):
+            value = value.get("prediction")
+        if not isinstance(value, str):
+            raise UserError(f'{path}:{number}: an object without a text as its "prediction"')
+        texts.append(value)
     return texts

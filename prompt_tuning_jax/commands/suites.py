@@ -81,10 +81,11 @@ def suite(
     """
     validate(experiment)
     root = build.workdir_of(experiment)
+    run_folder.require_place(root)
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
-    halved = suites.chosen_tasks(of, halve, form=prefix) if halve else {}
+    halved = suites.chosen_tasks(of, halve, form=prefix, option="--halve") if halve else {}
     if strange := [short for short in halved if short not in chosen]:
         raise UserError(f"--halve: {strange[0]} is not among the tasks that are run")
     runs: dict[str, _Run] = {}
@@ -117,7 +118,9 @@ def suite(
         _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
         run_folder.write_json(files[1], suites.as_json(of, scores, form=form))
     if not stopped_by:
-        _say(quiet, "", *lines, "", *(f"written: {file}" for file in files))
+        # What is known of the data has been said in training, and stands in the file.
+        shown = [line for line in lines if not line.startswith("- ")]
+        _say(quiet, "", *shown, "", *(f"written: {file}" for file in files))
     return SuiteResult(
         lines=tuple(lines),
         scores=suites.as_json(of, scores, form=form),
@@ -144,6 +147,7 @@ def try_transfer(
     """
     validate(experiment)
     root = build.workdir_of(experiment)
+    run_folder.require_place(root)
     known_form = suites.require_form(form)
     full = transfer.source_task(source, form=known_form)
     to = transfer.target_tasks(targets, source=full, form=known_form)
@@ -205,7 +209,7 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
                 data.setdefault(number, {})[name] = found
             except UserError as error:
                 complain(error, name if len(run.evaluations) > 1 else run.title)
-    _refuse(missing, "nothing was trained; choose what is there, or add it")
+    _refuse(missing, "nothing was trained")
     for run in runs:
         if (run.folder / RUN_CONFIG).is_file():
             run_folder.claim(run.folder, run.experiment)
@@ -303,6 +307,7 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
     data = build.build_data(trained, words)
     tried = data if of == trained else build.build_data(of, words, training=False)
     assert isinstance(data, build.TaskData) and isinstance(tried, build.TaskData)
+    sets = list(tried.evaluation.values())
     majority: dict[str, float] = {}
     for name, examples in tried.evaluation.items():
         prefix = f"{name}/" if len(tried.evaluation) > 1 else ""
@@ -312,6 +317,7 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
         "majority": majority,
         "labels": list(tried.labels),
         "train_examples": len(data.train_targets),
+        "cut": 100 * sum(one.num_inputs_cut for one in sets) / sum(map(len, sets)),
         "reports": list(dict.fromkeys((*data.reports, *tried.reports))),
     }
 

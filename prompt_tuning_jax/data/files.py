@@ -72,6 +72,7 @@ def file_task(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),
             fingerprint=lambda split, data_dir: _fingerprint(files[split], templates),
+            titles={split: str(path) for split, path in files.items()},
         ),
         labels=tuple(labels),
         metrics=tuple(get_metric(name, labels=labels) for name in metrics or ("accuracy",)),
@@ -107,8 +108,10 @@ def _examples(
         empty = False
         where = f"{path}:{line}"
         values = {column: _as_text(value, column, where) for column, value in row.items()}
-        inputs = _render(templates["inputs"], values, where)
-        target = _render(templates["targets"], values, where).strip()
+        # A table's columns are named in its first line.
+        named = where if _format(path) == ".jsonl" else f"{path}:1"
+        inputs = _render(templates["inputs"], values, named, side="inputs")
+        target = _render(templates["targets"], values, named, side="targets").strip()
         if not target:
             raise UserError(f"{where}: the target is empty; fill it in or remove the line")
         if labels and target not in labels:
@@ -133,10 +136,13 @@ def _as_text(value: Any, column: str, where: str) -> str:
     )
 
 
-def _render(template: TextTemplate, values: Mapping[str, str], where: str) -> str:
+def _render(template: TextTemplate, values: Mapping[str, str], where: str, *, side: str) -> str:
     for column in template.columns:
         if column not in values:
-            raise UserError(f"{where}: no column {column!r}: {suggest(column, values)}")
+            raise UserError(
+                f"{where}: no column {column!r}: {suggest(column, values)}; say which one with "
+                f"--set data.{side}_column=NAME, or several with data.{side}_template"
+            )
     return template.render(values)
 
 
@@ -194,7 +200,11 @@ def _read_jsonl(lines: _NumberedLines, path: str) -> Iterator[tuple[int, dict[st
             continue
         try:
             row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not JSON, or cut off: {error.msg} at character {error.pos + 1}"
+            ) from None
+        except RecursionError as error:
             raise UserError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(

@@ -19,5 +19,4 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if len(names) > _MAX_LISTED:
         listed += f" and {len(names) - _MAX_LISTED} more"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    question = f"did you mean {near[0]!r}? " if near else ""
-    return f"{question}There are: {listed}"
+    return f"did you mean {near[0]!r}? There are: {listed}" if near else f"there are: {listed}"

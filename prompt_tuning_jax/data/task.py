@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.data.code_identity import code_identity
@@ -40,6 +40,7 @@ class Source:
       splits: the names of the splits.
       rows: ``(split, data_dir)`` -> rows, always in the same order.
       fingerprint: ``(split, data_dir)`` -> a string that changes when the rows do.
+      titles: what to call a split, by its name; TASK/SPLIT where it is not here.
       remark: ``(split, data_dir)`` -> what readers of scores on these rows must know, or "".
     """
 
@@ -47,6 +48,7 @@ class Source:
     rows: Callable[[str, str], Iterable[Row]]
     fingerprint: Callable[[str, str], str]
     remark: Callable[[str, str], str] = lambda split, data_dir: ""
+    titles: Mapping[str, str] = field(default_factory=dict)
 
 
 def row_is_example(row: Row) -> Sequence[Example]:

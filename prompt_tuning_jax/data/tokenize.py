@@ -68,8 +68,9 @@ class TokenizedExamples:
 
     def report(self) -> str:
         """One line: how many examples, how long, how many cut."""
+        title = self.task.source.titles.get(self.split, f"{self.task.name}/{self.split}")
         line = (
-            f"{self.task.name}/{self.split}: {len(self):,} examples, inputs of "
+            f"{title}: {len(self):,} example{'s' * (len(self) != 1)}, inputs of "
             f"{self.inputs.lengths.mean():.0f} tokens on average and {self.inputs.lengths.max()} "
             f"at most"
         )
@@ -78,7 +79,8 @@ class TokenizedExamples:
             ("targets", self.num_targets_cut, self.targets_length),
         ):
             if cut:
-                line += f"; {cut:,} {name} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
+                one = name if cut != 1 else name.removesuffix("s")
+                line += f"; {cut:,} {one} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
         return f"{line}; {self.remark}" if self.remark else line
 
     def digest(self) -> str:

@@ -58,6 +58,9 @@ def split_of(word: str) -> str:
     return {0: "test", 1: "validation"}.get(tenth, "train")
 
 
+_BEFORE = "valence: "
+
+
 def read_lexicon(path: Path) -> dict[str, float]:
     """Read ``token <tab> mean <tab> std <tab> ratings`` lines -> {word: mean}, kept words only."""
     means: dict[str, list[float]] = {}
@@ -99,8 +102,8 @@ def word_valence(row: Row) -> list[Example]:
 
 
 def from_text(word: str) -> str:
-    """A word as the task's inputs."""
-    return f"valence: {word}"
+    """A word as the task's inputs; they stay as they are."""
+    return word if word.startswith(_BEFORE) else f"{_BEFORE}{word}"
 
 
 TASKS = (

@@ -165,8 +165,9 @@ def _draw_members(
     axis: Any, steps: HostArray, values_ER: HostArray, color: str, *, marker: str = ""
 ) -> None:
     if len(values_ER) > 1:
-        for values_R in values_ER:
-            axis.plot(steps, values_R, color=color, alpha=0.3, linewidth=1)
+        for member, values_R in enumerate(values_ER):
+            label = None if member else "each"
+            axis.plot(steps, values_R, color=color, alpha=0.3, linewidth=1, label=label)
     # Where a member diverged the mean ends too: the mean of the others would be another curve.
     mean_R = values_ER.mean(axis=0)
     axis.plot(
@@ -186,7 +187,7 @@ def _draw_legend(axis: Any) -> None:
         axis.legend(
             loc="lower right",
             bbox_to_anchor=(1, 1),
-            ncols=2,
+            ncols=3,
             borderaxespad=0.3,
             handlelength=1.4,
             handletextpad=0.5,

@@ -124,7 +124,7 @@ class RunLog:
             self._tensorboard.write(int(step), scalars)
         fields = {
             "loss": f"loss {np.mean(losses):.4f}",
-            "accuracy": f"acc {np.mean(accuracies):.3f}",
+            "accuracy": f"acc {100 * np.mean(accuracies):.1f} %",
             "metric": self._metric_text,
             "speed": _speed_text(**known),
             "padding": "" if padding is None else f"{padding:.0f} % padding",
@@ -146,7 +146,8 @@ class RunLog:
         if not values[0]:
             return
         shown = self._metric if self._metric in values[0] else next(iter(values[0]))
-        self._metric_text = f"eval {np.mean([one[shown] for one in values]):.4g}"
+        percent = "" if shown.endswith("loss") else " %"
+        self._metric_text = f"eval {np.mean([one[shown] for one in values]):.4g}{percent}"
         if self._screen:
             order = [shown, *(metric for metric in values[0] if metric != shown)]
             text = ", ".join(_spread(metric, values) for metric in order)

@@ -128,8 +128,24 @@ def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="install huggingface_hub"):
+    with pytest.raises(
+        UserError, match=r"there is no folder .*; as a model .* needs huggingface_hub"
+    ):
         model_location("org/name")
+
+
+def test_the_last_of_the_checkpoints_in_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "checkpoint_900.tmp-1").mkdir()
+    assert model_location(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "checkpoint_90").mkdir()
+    assert model_location(str(tmp_path)) == str(tmp_path / "checkpoint_90") and not caplog.text
+    (tmp_path / "checkpoint_100").mkdir()
+    assert model_location(str(tmp_path)) == str(tmp_path / "checkpoint_100")
+    assert "checkpoints of steps 90, 100: the last is used" in caplog.text
+    (tmp_path / "config.json").touch()  # Hugging Face's trainer leaves such folders, too
+    assert model_location(str(tmp_path)) == str(tmp_path)
 
 
 def test_names_folders_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_columns_may_be_named_or_put_into_templates(write):
 def test_a_template_reaches_nothing_but_columns(write):
     path = write("a.csv", "inputs,targets\na,b\n")
     for template in ("{inputs.__class__}", "{inputs[0]}", "{0}", "{inputs!r}", "{inputs:>9}"):
-        fails(path, "no column '.*': .*There are: inputs, targets", inputs_template=template)
+        fails(path, "no column '.*': .*here are: inputs, targets", inputs_template=template)
     # Braces in a value are text.
     assert load(write("b.csv", "inputs,targets\n{targets},b\n"))[0]["inputs"] == "{targets}"
 
@@ -98,7 +98,7 @@ def test_malformed_templates(write, template, match):
     ("name", "content", "match"),
     [
         ("a.jsonl", '{"input": "a", "targets": "b"}', r"a\.jsonl:1: no column 'inputs': did you"),
-        ("a.csv", "text,targets\na,b\n", r"a\.csv:2: no column 'inputs': There are: text, targets"),
+        ("a.csv", "text,targets\na,b\n", r"a\.csv:1: no column 'inputs': there are: text, targets"),
         ("a.jsonl", JSONL + "{oops\n", r"a\.jsonl:4: not JSON"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: a list where an object is needed"),

@@ -79,7 +79,7 @@ def test_cut_inputs_end_in_eos_and_are_counted(vocabulary, tmp_path):
     assert padded[0].tolist() == ids_of(examples)[0][0] + [0] * (16 - len(examples.inputs[0]))
     assert padded[2].tolist() == [1] + [0] * 15
     assert (examples.num_inputs_cut, examples.num_targets_cut) == (1, 0)
-    assert "1 inputs (33.3 %) cut to 16 tokens" in examples.report()
+    assert "1 input (33.3 %) cut to 16 tokens" in examples.report()
     # The cache holds them uncut: a greater length needs no new entry.
     calls = Calls()
     longer = run(make(calls=calls), vocabulary, tmp_path, inputs_length=len(whole))

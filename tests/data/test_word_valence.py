@@ -6,7 +6,7 @@ import pytest
 
 from prompt_tuning_jax.data import word_valence
 from prompt_tuning_jax.data.task import get_task
-from prompt_tuning_jax.data.word_valence import crude_stem, read_lexicon, split_of
+from prompt_tuning_jax.data.word_valence import crude_stem, from_text, read_lexicon, split_of
 from prompt_tuning_jax.errors import UserError
 
 
@@ -59,6 +59,7 @@ def test_sizes_and_balance(examples):
 
 
 def test_the_labels_are_what_everybody_would_say(examples):
+    assert all(from_text(e["inputs"]) == e["inputs"] for e in examples["train"][:9])
     label = {e["inputs"]: e["targets"] for split in examples.values() for e in split}
     for word in ("love", "happy", "excellent", "beautiful", "win"):
         assert label[f"valence: {word}"] == "beautiful"

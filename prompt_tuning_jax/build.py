@@ -39,6 +39,7 @@ from prompt_tuning_jax.training.evaluate import (
     require_labels,
     score_members,
 )
+from prompt_tuning_jax.training.parts import PartsOf, parts_in_cache, undivided
 from prompt_tuning_jax.training.step import (
     Batch,
     TrainState,
@@ -300,7 +301,7 @@ def layout_of(experiment: Experiment) -> Layout:
 def train_layout(experiment: Experiment) -> Layout:
     """As ``layout_of``; UserError where the training batch cannot be divided over the mesh."""
     layout = layout_of(experiment)
-    rows = experiment.training.batch_size // experiment.training.gradient_accumulation
+    rows = experiment.training.batch_size // max(experiment.training.gradient_accumulation, 1)
     if rows % layout.batch_parts:
         raise UserError(
             f"training.batch_size {experiment.training.batch_size} cannot be divided over "
@@ -337,6 +338,20 @@ def with_config(attached: Attached, method: Method) -> Attached:
     return attached
 
 
+def parts_of(experiment: Experiment, members: Members) -> PartsOf:
+    """In how many parts a step computes its batch, by ``training.gradient_accumulation``."""
+    asked = experiment.training.gradient_accumulation
+    if asked:
+        return lambda rows, length: asked
+    few_train = tree.count(members.tuned) < tree.count(members.frozen)
+    if jax.default_backend() != "cpu" or not layout_of(experiment).is_trivial or not few_train:
+        return undivided
+    own = {name: array[0] for name, array in members.tuned.items()}
+    config = tree.merge(members.graphdef, {**members.frozen, **own}).model.config
+    prompt_length = getattr(experiment.method, "length", 0)
+    return lambda rows, length: parts_in_cache(config, rows, length + prompt_length)
+
+
 def build_step(
     experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
@@ -353,7 +368,7 @@ def build_step(
         schedule,
         learning_rates=rates,
         seeds=training.seeds,
-        gradient_accumulation=training.gradient_accumulation,
+        parts_of=parts_of(experiment, members),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
         dropout=experiment.model.dropout_rate > 0,

@@ -111,13 +111,12 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
 
 
 def _training(training: Training, *, method: Any) -> Iterator[str]:
-    yield from _outside("training", training, "z_loss", low=0)
+    yield from _outside("training", training, "z_loss", "gradient_accumulation", low=0)
     yield from _outside(
         "training",
         training,
         "steps",
         "batch_size",
-        "gradient_accumulation",
         "eval_every",
         "save_every",
         "log_every",

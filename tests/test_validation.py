@@ -41,7 +41,6 @@ def test_unusual_values_that_make_sense(overrides: str) -> None:
             "training.batch_size=32 training.gradient_accumulation=5",
             ["training.batch_size 32", "training.gradient_accumulation 5"],
         ),
-        ("training.gradient_accumulation=0", ["training.gradient_accumulation is 0"]),
         ("training.gradient_accumulation=-4", ["training.gradient_accumulation is -4"]),
         ("training.eval_every=0", ["training.eval_every is 0", "at least 1"]),
         ("training.save_every=0", ["training.save_every is 0"]),

@@ -18,6 +18,7 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.sharding import on_host
 from prompt_tuning_jax.training.logging import RunLog
+from prompt_tuning_jax.training.parts import PartsOf, undivided
 from prompt_tuning_jax.training.step import (
     Batch,
     StepCost,
@@ -75,7 +76,7 @@ class Loop:
     save_every: int
     log_every: int
     batch_size: int
-    gradient_accumulation: int = 1
+    parts_of: PartsOf = undivided
     padding: Callable[[int, int], float] | None = None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
@@ -111,7 +112,7 @@ class Loop:
                         state,
                         self.frozen,
                         batch,
-                        gradient_accumulation=self.gradient_accumulation,
+                        parts=self.parts_of(*shape[1:]),
                     )
                     since += time.monotonic() - began
                 done.append(costs[shape])

@@ -15,6 +15,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout, laying_out
 from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.training.parts import PartsOf, undivided
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 Batch = Mapping[str, Array | HostArray]
@@ -64,15 +65,18 @@ def step_cost(
     frozen: FlatParams,
     batch: Batch,
     *,
-    gradient_accumulation: int = 1,
+    parts: int = 1,
 ) -> StepCost:
-    """The cost of a step of this shape, by the compiler's count before it optimises."""
+    """The cost of a step of this shape, by the compiler's count before it optimises.
+
+    ``parts`` is the number that the batch is divided into.
+    """
     tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
     # A step that is no jitted function has no count.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
     # The compiler counts the body of a loop once, whose rounds are all of a step but its update.
-    flops = gradient_accumulation * float((analysis or {}).get("flops", 0.0))
+    flops = parts * float((analysis or {}).get("flops", 0.0))
     return StepCost(tokens=int(tokens), flops=flops)
 
 
@@ -112,7 +116,7 @@ def make_train_step(
     *,
     learning_rates: tuple[float, ...],
     seeds: tuple[int, ...],
-    gradient_accumulation: int = 1,
+    parts_of: PartsOf = undivided,
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
     dropout: bool = True,
@@ -124,7 +128,7 @@ def make_train_step(
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
     [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
-    beside it.  Accumulation splits B and gives the same gradient; UserError where it cannot.  On a
+    beside it.  ``parts_of`` splits B and gives the same gradient; UserError where it cannot.  On a
     mesh (``layout``) the new state lies as ``state_shardings`` say, the old one's, and metrics are
     replicated.
     """
@@ -137,23 +141,24 @@ def make_train_step(
         sums = token_sums(logits_BSV, batch["decoder_target_tokens"], z_loss=z_loss)
         return sums.loss, sums
 
-    def in_parts(x: Array) -> Array:
+    def in_parts(x: Array | HostArray, parts: int) -> Array:
         """``[B, ...]`` as ``[parts, B / parts, ...]``."""
-        if x.shape[0] % gradient_accumulation:
+        if x.shape[0] % parts:
             raise UserError(
                 f"a batch of {x.shape[0]} examples cannot be divided into "
-                f"training.gradient_accumulation {gradient_accumulation} equal parts"
+                f"training.gradient_accumulation {parts} equal parts"
             )
         # By turns: of rows that are spread over devices, each part then has some on each.
-        return jnp.swapaxes(x.reshape(-1, gradient_accumulation, *x.shape[1:]), 0, 1)
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def gradient(
         tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
-        if gradient_accumulation == 1:
+        number = parts_of(*batch["encoder_input_tokens"].shape)
+        if number == 1:
             return differentiate(tuned, frozen, batch, key if dropout else None)
-        parts = jax.tree.map(in_parts, dict(batch))
+        parts = {name: in_parts(x, number) for name, x in batch.items()}
 
         def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
             part, index = part_and_index
@@ -164,7 +169,7 @@ def make_train_step(
             differentiate, tuned, frozen, jax.tree.map(lambda x: x[0], parts), None
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(gradient_accumulation)))
+        total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(number)))
         return total
 
     def member_step(

@@ -13,6 +13,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.models.config import preset
+from prompt_tuning_jax.training.parts import parts_in_cache
 from prompt_tuning_jax.training.step import step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
@@ -25,6 +27,8 @@ SEEDS, RATES = (5, 0, 7), (0.3, 0.05, 0.1)
 def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
     kwargs.setdefault("model", make_t5(ONE_LAYER))
     kwargs.setdefault("seeds", tuple(range(len(starts))))
+    parts = kwargs.pop("parts", 1)
+    kwargs["parts_of"] = lambda rows, length: parts
     return Trainer(METHOD, optimizer, starts, **kwargs)
 
 
@@ -91,7 +95,7 @@ def test_accumulation_changes_nothing(normalization, parts):
         batch["decoder_target_tokens"][:, 3] = 0
     kwargs = {"loss_normalization": normalization, "z_loss": 1e-2, "dropout": False}
     at_once = trainer(starts=STARTS[:2], **kwargs)
-    in_parts = trainer(starts=STARTS[:2], gradient_accumulation=parts, **kwargs)
+    in_parts = trainer(starts=STARTS[:2], parts=parts, **kwargs)
     for a, b in zip(at_once.run(batches), in_parts.run(batches), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-5)
@@ -102,9 +106,9 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
     batch = make_batch(rows=64)
     found = {}
     for parts in (1, 8):
-        trained = trainer(gradient_accumulation=parts, dropout=False)
+        trained = trainer(parts=parts, dropout=False)
         arguments = (trained.step, trained.state, trained.frozen, batch)
-        cost = step_cost(*arguments, gradient_accumulation=parts)
+        cost = step_cost(*arguments, parts=parts)
         compiled = trained.step.lower(*arguments[1:]).compile()
         found[parts] = cost.flops, compiled.memory_analysis().temp_size_in_bytes
     assert found[8][0] == pytest.approx(found[1][0], rel=0.02)
@@ -112,7 +116,7 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    trained = trainer(gradient_accumulation=4)
+    trained = trainer(parts=4)
     with pytest.raises(UserError, match=r"batch of 6 examples .*gradient_accumulation 4 equal"):
         trained.run([make_batch(rows=6)])
 
@@ -123,9 +127,9 @@ def test_each_part_drops_other_things():
     row = {name: np.repeat(array[:, :1], 4, axis=1) for name, array in make_batch().items()}
     losses = []
     for parts, rows in [(4, row), (1, {name: array[:, :1] for name, array in row.items()})]:
-        trained = trainer(model=dropped, gradient_accumulation=parts)
+        trained = trainer(model=dropped, parts=parts)
         losses.append(float(trained.run([rows])[0].loss_E[0]))
-    again = trainer(model=dropped, gradient_accumulation=4).run([row])[0].loss_E[0]
+    again = trainer(model=dropped, parts=4).run([row])[0].loss_E[0]
     assert losses[0] == float(again)
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
@@ -190,7 +194,7 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_program_reuses_the_state_and_copies_no_frozen_array(parts):
-    trained = trainer(Optimizer(), starts=STARTS, gradient_accumulation=parts, dropout=False)
+    trained = trainer(Optimizer(), starts=STARTS, parts=parts, dropout=False)
     compiled = trained.step.lower(trained.state, trained.frozen, make_batch(3)).compile()
     prompt = trained.state.tuned[PROMPT]
     moments = [x for x in jax.tree.leaves(trained.state.opt_state) if x.shape == prompt.shape]
@@ -251,3 +255,13 @@ def test_the_cost_of_a_step_counts_all_positions_and_the_products():
     # A plain function has no count.
     plain = lambda *args: three.step(*args)  # noqa: E731
     assert step_cost(plain, three.state, three.frozen, batch).flops == 0
+
+
+def test_parts_are_the_fewest_that_fit():
+    small = preset("small")
+    assert parts_in_cache(small, 16, 228) == 4
+    assert parts_in_cache(small, 15, 228) == 5  # it must divide
+    assert parts_in_cache(small, 16, 34) == 1
+    assert parts_in_cache(small, 16, 10_000) == 16  # a row is the least
+    assert parts_in_cache(preset("xxl"), 1, 612) == 1
+    assert parts_in_cache(preset("base"), 32, 228) > parts_in_cache(small, 32, 228)

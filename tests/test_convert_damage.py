@@ -222,7 +222,7 @@ def lora(path: Path) -> None:
 
 PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("an npy cut", cut_npy, "is a damaged .npy file"),
-    ("a pickle in an npy", npy(np.array([[{}]], object)), "is a damaged .npy file"),
+    ("a pickle in an npy", npy(np.array([[{}]], object)), "holds Python objects"),
     ("a pickle", lambda p: p.write_bytes(pickle.dumps([1])), "a pickle, which is never loaded"),
     ("a safetensors cut", cut_safetensors, "is a damaged .safetensors file"),
     ("a model's file", of_a_model, "a prompt's file holds one array 'prompt'"),

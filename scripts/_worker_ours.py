@@ -15,11 +15,13 @@ from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.inference import Writing, label_scores, write
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import PROMPT
+from prompt_tuning_jax.training.step import step_cost
 
 
 class Ours:
     """A frozen T5 and E prompts."""
 
+    experiment: Experiment
     members: Any
     step: Any
     state: Any
@@ -29,7 +31,7 @@ class Ours:
     ) -> dict[str, Any]:
         """Each member starts from the given prompt, an .npy of ``[P, D]``."""
         start_PD = np.load(prompt, allow_pickle=False)
-        experiment = Experiment(
+        self.experiment = experiment = Experiment(
             model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=0.0),
             method=PromptTuning(length=len(start_PD), init="uniform"),
             optimizer=Optimizer(weight_decay=0.0),
@@ -105,8 +107,10 @@ class Ours:
         """Floating point operations of one step on the first batch, before optimisation."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
-        lowered = self.step.lower(self.state, self.members.frozen, pair)
-        return {"flops": float(lowered.cost_analysis()["flops"])}
+        parts = build.parts_of(self.experiment, self.members)
+        shape = pair["encoder_input_tokens"].shape
+        cost = step_cost(self.step, self.state, self.members.frozen, pair, parts=parts(*shape[1:]))
+        return {"flops": cost.flops}
 
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:
         """Operations a second of one large product, the best of several."""

@@ -359,6 +359,7 @@ def build_step(
         dropout=experiment.model.dropout_rate > 0,
         layout=layout,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
+        remat=training.remat,
     )
 
     def learning_rates(at: int) -> np.ndarray:

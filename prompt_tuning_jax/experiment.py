@@ -114,6 +114,9 @@ class Training:
     steps: int = 30_000
     batch_size: int = 32
     gradient_accumulation: int = 1
+    # What the backward computes again to save memory: nothing, all but the results of linear maps
+    # (attention scores above all), or all but each layer's input.
+    remat: Literal["none", "dots", "full"] = "none"
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = ()
     inits: tuple[str, ...] = ()

@@ -247,6 +247,14 @@ def attach_members(
 ) -> Members:
     """The method attached once per seed, each from its own seed (and init), on the mesh."""
     layout = layout_of(experiment) if layout is None else layout
+    members, logical_axes = attach_unplaced(experiment, model, labels=labels)
+    return members.sharded(layout, logical_axes)
+
+
+def attach_unplaced(
+    experiment: Experiment, model: T5, *, labels: tuple[str, ...]
+) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
+    """The same before anything is laid out, and the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
     context = Context(labels=labels, vocabulary=model.vocabulary)
     tuned: list[dict[str, Any]] = []
@@ -275,7 +283,7 @@ def attach_members(
     for axis in parse_rules(experiment.mesh.rules):
         if axis not in RULES and axis not in used:
             raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
-    return members.sharded(layout, axes)
+    return members, axes
 
 
 def require_trainable(tuned: Mapping[str, Any]) -> None:
@@ -343,15 +351,25 @@ def build_step(
     """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
     layout = layout_of(experiment)
     training, config = experiment.training, experiment.optimizer
-    optimizer = optim.make_optimizer(config, members.mask)
+    state = init_state(members.tuned, optim.make_optimizer(config, members.mask), layout=layout)
     schedule = optim.make_schedule(config, total_steps=training.steps)
-    rates = training.learning_rates or (config.learning_rate,) * len(training.seeds)
-    state = init_state(members.tuned, optimizer, layout=layout)
-    step = make_train_step(
+
+    def learning_rates(at: int) -> np.ndarray:
+        return np.asarray(_rates(experiment), np.float32) * float(schedule(jnp.asarray(at)))
+
+    return state, step_from(experiment, members, state, layout=layout), learning_rates
+
+
+def step_from(
+    experiment: Experiment, members: Members, state: TrainState, *, layout: Layout
+) -> TrainStep:
+    """The jitted step for a state that lies like this one, which may be of shapes alone."""
+    training, config = experiment.training, experiment.optimizer
+    return make_train_step(
         members.graphdef,
-        optimizer,
-        schedule,
-        learning_rates=rates,
+        optim.make_optimizer(config, members.mask),
+        optim.make_schedule(config, total_steps=training.steps),
+        learning_rates=_rates(experiment),
         seeds=training.seeds,
         gradient_accumulation=training.gradient_accumulation,
         loss_normalization=training.loss_normalization,
@@ -362,10 +380,11 @@ def build_step(
         remat=training.remat,
     )
 
-    def learning_rates(at: int) -> np.ndarray:
-        return np.asarray(rates, np.float32) * float(schedule(jnp.asarray(at)))
 
-    return state, step, learning_rates
+def _rates(experiment: Experiment) -> tuple[float, ...]:
+    training = experiment.training
+    rate = experiment.optimizer.learning_rate
+    return training.learning_rates or (rate,) * len(training.seeds)
 
 
 def build_predictor(

@@ -135,7 +135,7 @@ def _einsum_backward(
 def _ordered_einsum(
     left_axes: str, right_axes: str, out_axes: str, left: Array, right: Array
 ) -> Array:
-    """An einsum whose operands are first laid out as [batch..., rows, sum] and [batch..., sum, cols].
+    """An einsum whose operands are first laid out as [batch, rows, sum] and [batch, sum, columns].
 
     The CPU backend has a kernel for narrow operands in that order alone; in another it stops at
     run time ("BF16 x BF16 = F32 unsupported").  The barrier keeps the transposes where they are.

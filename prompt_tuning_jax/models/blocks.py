@@ -1,7 +1,7 @@
 """One layer of the encoder and one of the decoder, and what of them is kept for the backward."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import jax
 from flax import nnx
@@ -15,16 +15,15 @@ from prompt_tuning_jax.typing import Array, DType
 # What of a layer the backward finds in memory: everything, the results of its linear maps (the
 # rest, attention scores above all, is computed again), or nothing but its input.
 Remat: TypeAlias = Literal["none", "dots", "full"]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def rematerialised(layer: F, remat: Remat) -> F:
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """The layer as a function that keeps for its backward what ``remat`` says, and no more."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
     kept = policies.save_only_these_names(LINEAR) if remat == "dots" else policies.nothing_saveable
-    checkpointed: F = jax.checkpoint(layer, policy=kept)
+    checkpointed: Callable[..., Any] = jax.checkpoint(layer, policy=kept)
     return checkpointed
 
 

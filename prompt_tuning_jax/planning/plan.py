@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from prompt_tuning_jax import sharding, tree
-from prompt_tuning_jax.checkpoints.load import open_model
+from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.methods import FullTuning
@@ -91,7 +91,8 @@ def plan(
         for each in names
     ]
     tried.sort(key=lambda one: (not one.train.fits, one.roofline.step, one.train.needed_bytes))
-    parameters, advice = _parameters(config, experiment), ()
+    parameters = _parameters(config)
+    advice: tuple[str, ...] = ()
     if not any(one.train.fits for one in tried):
         advice = tuple(_advice(experiment, tried[0], topology))
     return Plan(topology=topology, parameters=parameters, tried=tuple(tried), advice=advice)
@@ -105,10 +106,8 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
     training, chip = experiment.training, topology.chip
     rows = training.batch_size // training.gradient_accumulation
     positions = experiment.data.inputs_length + getattr(experiment.method, "length", 0)
-    width = np.dtype(
-        experiment.model.param_dtype if experiment.model.param_dtype != "bfloat16" else np.float16
-    ).itemsize
-    weights = _parameters(config, experiment) * width
+    width = jnp.dtype(experiment.model.param_dtype).itemsize
+    weights = _parameters(config) * width
     layers = config.num_encoder_layers
     guesses = []
     for model in _divisors(topology.chips):
@@ -212,9 +211,7 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
     yield f"more chips: about {topology.chips * factor} of {topology.chip.kind}"
 
 
-def _parameters(config: T5Config, experiment: Experiment) -> int:
-    from prompt_tuning_jax.checkpoints.load import abstract_model
-
+def _parameters(config: T5Config) -> int:
     model = abstract_model(config, dtype="bfloat16", param_dtype="bfloat16")
     return sum(math.prod(p.shape) for p in tree.split(model)[1].values())
 

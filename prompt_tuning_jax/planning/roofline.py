@@ -12,7 +12,8 @@ class Roofline:
     """Seconds a step for each thing alone, at published peaks.
 
     Collectives go around a ring along one axis of the torus (a small slice has no link that closes
-    it, and is slower).  ``step`` takes arithmetic and memory to overlap wholly, and collectives to overlap with neither.
+    it, and is slower).  ``step`` takes arithmetic and memory to overlap wholly, and collectives to
+    overlap with neither.
     ``floor`` is the model's own matrix products at the chip's peak: what no program can beat.
     """
 

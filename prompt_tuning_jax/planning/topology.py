@@ -1,5 +1,6 @@
 """TPU slices by name, with none attached: their devices, as the TPU compiler describes them."""
 
+import importlib.util
 import math
 import os
 import re
@@ -32,12 +33,10 @@ class Topology:
 
         Raises UserError where the TPU compiler is not installed or does not know the slice.
         """
-        try:
-            import libtpu  # noqa: F401
-        except ImportError:
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 "planning for a TPU needs its compiler: pip install 'prompt_tuning_jax[tpu]'"
-            ) from None
+            )
         # There is no TPU to ask about, and nobody to share it with.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -15,6 +15,15 @@ from prompt_tuning_jax.planning.chips import Chip, chip
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
+# There is no TPU to ask about, nobody to share it with, and no reason to warn of it.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -37,9 +46,8 @@ class Topology:
             raise UserError(
                 "planning for a TPU needs its compiler: pip install 'prompt_tuning_jax[tpu]'"
             )
-        # There is no TPU to ask about, and nobody to share it with.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
         import jax
         from jax.experimental import topologies
 

@@ -213,9 +213,11 @@ def _plan(args: argparse.Namespace) -> None:
     experiment = _experiment(args)
     from prompt_tuning_jax import commands
 
-    options = {name: getattr(args, name) for name in ("topology", "chips", "kind", "mesh", "tries")}
+    options = {name: getattr(args, name) for name in ("topology", "chips", "kind", "tries")}
     given = {name: value for name, value in options.items() if value is not None}
-    made = commands.plan_run(experiment, evaluate=not args.train_only, **given)
+    made = commands.plan_run(
+        experiment, own_mesh=args.mesh is not None, evaluate=not args.train_only, **given
+    )
     if args.json:
         print(json.dumps(commands.plan_as_dict(made), indent=2))
         return

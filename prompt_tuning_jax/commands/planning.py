@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Mesh
+from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.planning.chips import GIB
 from prompt_tuning_jax.planning.plan import MeshPlan, Plan, plan, planned_config
 from prompt_tuning_jax.planning.program import Program
 from prompt_tuning_jax.planning.topology import Topology, parse_topology, topology_of
-from prompt_tuning_jax.sharding import MESH_AXES
 
 
 def plan_run(
@@ -18,28 +17,21 @@ def plan_run(
     topology: str = "",
     chips: int = 0,
     kind: str = "v5e",
-    mesh: str = "",
+    own_mesh: bool = False,
     tries: int = 2,
     evaluate: bool = True,
 ) -> Plan:
-    """Compiles the experiment's steps for a slice named by ``topology``, or by ``chips``."""
+    """Compiles the experiment's steps for a slice named by ``topology``, or by ``chips``.
+
+    On the experiment's ``own_mesh``, or on the most promising ``tries``.
+    """
     if bool(topology) == bool(chips):
         raise UserError("give either --topology KIND:SHAPE, or --chips N (and --kind)")
     on: Topology = parse_topology(topology) if topology else topology_of(kind, chips)
-    sizes = parse_mesh(mesh) if mesh else None
-    config = planned_config(experiment)
-    return plan(experiment, config, on, mesh=sizes, tries=tries, evaluate=evaluate)
-
-
-def parse_mesh(text: str) -> Mesh:
-    """``data=2,model=8`` as a Mesh: what is not named is 1; UserError for anything else."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh {text}: {part!r} is no AXIS=SIZE with {', '.join(MESH_AXES)}")
-        sizes[axis] = int(size)
-    return Mesh(**sizes)
+    mesh = experiment.mesh if own_mesh else None
+    return plan(
+        experiment, planned_config(experiment), on, mesh=mesh, tries=tries, evaluate=evaluate
+    )
 
 
 def plan_lines(made: Plan) -> Iterator[str]:

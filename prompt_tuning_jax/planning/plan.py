@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from prompt_tuning_jax import sharding, tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
+from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import FullTuning
 from prompt_tuning_jax.models.config import PRESETS, T5Config, preset
 from prompt_tuning_jax.planning.chips import GIB
@@ -106,8 +106,9 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
     training, chip = experiment.training, topology.chip
     rows = training.batch_size // training.gradient_accumulation
     positions = experiment.data.inputs_length + getattr(experiment.method, "length", 0)
-    width = jnp.dtype(experiment.model.param_dtype).itemsize
-    weights = _parameters(config) * width
+    bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
+    bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
+    weights = _parameters(config) * bits / 8
     layers = config.num_encoder_layers
     guesses = []
     for model in _divisors(topology.chips):
@@ -122,7 +123,8 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
             sent += 2 * weights / model * (fsdp - 1) / fsdp
             kept = layers * residual * {"none": 20, "dots": 6, "full": 1}[training.remat]
             too_large = share + kept > 0.9 * chip.hbm_bytes
-            guesses.append(((too_large, sent, fsdp), Mesh(data=data, fsdp=fsdp, model=model)))
+            mesh = dataclasses.replace(experiment.mesh, data=data, fsdp=fsdp, model=model)
+            guesses.append(((too_large, sent, fsdp), mesh))
     if not guesses:
         raise UserError(
             f"no mesh over {topology.chips} chips divides {config.num_heads} heads and batches of "
@@ -145,15 +147,18 @@ def _tried(
     devices: Any,
     evaluate: bool,
 ) -> MeshPlan:
-    mesh = sharding.make_mesh(**dataclasses.asdict(sizes), devices=devices)
+    axes = dataclasses.asdict(sizes)
+    rules = sharding.with_rules(axes.pop("rules"))
+    mesh = sharding.make_mesh(**axes, devices=devices)
+    layout = Layout(mesh=mesh, rules=rules)
     training = experiment.training
     rows = training.batch_size // training.gradient_accumulation
-    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if rows % layout.batch_parts:
         raise UserError(
             f"training.batch_size {training.batch_size} cannot be divided over mesh "
             f"{mesh_name(mesh.shape)}; change one of them"
         )
-    abstract = abstract_experiment(experiment, config, mesh)
+    abstract = abstract_experiment(experiment, config, layout)
     train = compile_train(experiment, abstract)
     examples = training.batch_size * len(training.seeds)
     data, prompt = experiment.data, getattr(experiment.method, "length", 0)
@@ -194,10 +199,10 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
             f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
             "--set model.param_dtype=bfloat16"
         )
-    elif weights / 2 + rest < limit:
+    elif experiment.model.quantization == "none":
         yield (
-            f"weights in int8 would take {weights / 2 / GIB:.1f} GiB a chip in place of "
-            f"{weights / GIB:.1f}"
+            f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
+            "--set model.quantization=int8"
         )
     if weights < limit and rest:
         parts = math.ceil(rest / (limit - weights))
@@ -218,7 +223,7 @@ def _parameters(config: T5Config) -> int:
 
 def _on_a_chip(arrays: Any) -> int:
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(arrays)
     )
 

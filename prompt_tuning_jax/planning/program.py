@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from prompt_tuning_jax import build, sharding
+from prompt_tuning_jax import build, optim
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.planning.hlo import Collective, collectives
-from prompt_tuning_jax.training.step import TrainState, TrainStep
+from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _EXCEEDED = re.compile(r"(?:\(|[Uu]sed )(\d+(?:\.\d+)?)([KMGT])\)? (?:exceeds|of)")
@@ -32,7 +33,7 @@ class Abstract:
     members: build.Members
     state: TrainState
     step: TrainStep
-    mesh: jax.sharding.Mesh
+    layout: Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,7 @@ class Program:
     compile_cpu_seconds: float = 0.0
 
 
-def abstract_experiment(
-    experiment: Experiment, config: T5Config, mesh: jax.sharding.Mesh
-) -> Abstract:
+def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout) -> Abstract:
     """The experiment on a model of this shape; no array is made, and initial values do not matter.
 
     The prompt is said to start uniform: what it starts from needs data and a vocabulary, and does
@@ -70,7 +69,7 @@ def abstract_experiment(
     experiment = dataclasses.replace(experiment, method=method, training=training)
     kept: dict[str, Any] = {}
 
-    def made() -> tuple[Any, Any, Any]:
+    def made() -> tuple[Any, Any]:
         model = T5(
             config,
             rngs=nnx.Rngs(0),
@@ -78,40 +77,38 @@ def abstract_experiment(
             param_dtype=jnp.dtype(experiment.model.param_dtype),
             dropout_rate=experiment.model.dropout_rate,
         )
+        quantize_modules(model, experiment.model.quantization)
         members, kept["axes"] = build.attach_unplaced(experiment, model, labels=())
-        state, kept["step"], _ = build.build_step(experiment, members)
         kept["members"] = members
-        return state, members.tuned, members.frozen
+        return members.tuned, members.frozen
 
-    state, tuned, frozen = jax.eval_shape(made)
+    tuned, frozen = jax.eval_shape(made)
     axes: Mapping[str, Any] = kept["axes"]
-    axes_E = {name: ("ensemble", *each) for name, each in axes.items()}
-    tuned = _placed(tuned, axes_E, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
+    tuned = _placed(tuned, {name: ("ensemble", *each) for name, each in axes.items()}, layout)
+    members = dataclasses.replace(
+        kept["members"], tuned=tuned, frozen=_placed(frozen, axes, layout)
+    )
+    optimizer = optim.make_optimizer(experiment.optimizer, members.mask)
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # An optimizer's slot lies as the array that it is for.
-        like = next((tuned[p.key] for p in path if getattr(p, "key", None) in tuned), None)
-        layout = like.sharding if like is not None and like.shape == leaf.shape else whole
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        like = tuned.get(getattr(path[-1], "key", ""))
+        lies = like.sharding if like is not None and like.shape == leaf.shape else layout.replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
 
-    members = dataclasses.replace(kept["members"], tuned=tuned, frozen=_placed(frozen, axes, mesh))
-    return Abstract(
-        members=members,
-        state=jax.tree_util.tree_map_with_path(place, state),
-        step=kept["step"],
-        mesh=mesh,
-    )
+    start = jax.eval_shape(lambda tuned: init_state(tuned, optimizer), tuned)
+    state = jax.tree_util.tree_map_with_path(place, start)
+    step = build.step_from(experiment, members, state, layout=layout)
+    return Abstract(members=members, state=state, step=step, layout=layout)
 
 
 def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
     """The train step; accumulated parts are counted as often as they run."""
     training, data = experiment.training, experiment.data
-    layout = NamedSharding(abstract.mesh, sharding.spec_of(("ensemble", "batch", "length")))
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
         shape = (len(training.seeds), training.batch_size, length)
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+        return _tokens(shape, ("ensemble", "batch", "length"), abstract.layout)
 
     batch = {
         "encoder_input_tokens": tokens(data.inputs_length),
@@ -120,7 +117,7 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
     }
     step: Any = abstract.step
     lowered = step.lower(abstract.state, abstract.members.frozen, batch)
-    return _compiled(lowered, abstract.mesh, times=training.gradient_accumulation)
+    return _compiled(lowered, abstract.layout, times=training.gradient_accumulation)
 
 
 def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
@@ -130,19 +127,19 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
     is written is a loop: its FLOPs and bytes are those of one position.
     """
     evaluation, data = experiment.evaluation, experiment.data
-    members = abstract.members
-    batch = NamedSharding(abstract.mesh, sharding.spec_of(("batch", "length")))
-    whole = NamedSharding(abstract.mesh, PartitionSpec())
-    slices = abstract.mesh.shape["data"] * abstract.mesh.shape["fsdp"]
-    rows = evaluation.batch_size
-    tokens_BT = jax.ShapeDtypeStruct(
-        (rows, data.inputs_length), jnp.int32, sharding=whole if rows % slices else batch
-    )
+    members, layout = abstract.members, abstract.layout
+    tokens_BT = _tokens((evaluation.batch_size, data.inputs_length), ("batch", "length"), layout)
     if evaluation.strategy == "rank":
         shape = (len(data.labels) or 2, data.targets_length)
-        labels_CS = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+        labels_CS = _tokens(shape, (None, None), layout)
         lowered = label_scores.lower(
-            members.graphdef, members.tuned, members.frozen, tokens_BT, labels_CS, members.number
+            members.graphdef,
+            members.tuned,
+            members.frozen,
+            tokens_BT,
+            labels_CS,
+            members.number,
+            layout,
         )
     else:
         writing = Writing(
@@ -151,24 +148,27 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
             num_beams=evaluation.num_beams,
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
         lowered = write.lower(
-            members.graphdef, writing, members.tuned, members.frozen, tokens_BT, key
+            members.graphdef, writing, members.tuned, members.frozen, tokens_BT, key, layout
         )
-    return _compiled(lowered, abstract.mesh, times=1)
+    return _compiled(lowered, layout, times=1)
 
 
-def _placed(
-    arrays: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, Any], mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-    layouts = sharding.shardings_of({n: a.shape for n, a in arrays.items()}, axes, mesh)
+def _tokens(shape: Any, axes: Any, layout: Layout) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding(axes, shape))
+
+
+def _placed(arrays: Mapping[str, Any], axes: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     return {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layouts[name])
-        for name, a in arrays.items()
+        name: jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=layout.sharding(axes[name], array.shape)
+        )
+        for name, array in arrays.items()
     }
 
 
-def _compiled(lowered: Any, mesh: jax.sharding.Mesh, *, times: int) -> Program:
+def _compiled(lowered: Any, layout: Layout, *, times: int) -> Program:
     started, cpu = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     try:
         compiled = lowered.compile()
@@ -191,7 +191,7 @@ def _compiled(lowered: Any, mesh: jax.sharding.Mesh, *, times: int) -> Program:
         temporary_bytes=temporary,
         flops=float(cost.get("flops", 0.0)) * times,
         bytes_accessed=float(cost.get("bytes accessed", 0.0)) * times,
-        collectives=tuple(collectives(compiled.as_text(), dict(mesh.shape))),
+        collectives=tuple(collectives(compiled.as_text(), dict(layout.mesh.shape))),
         compile_seconds=seconds,
         compile_cpu_seconds=cpu_seconds,
     )

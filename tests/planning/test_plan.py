@@ -39,7 +39,7 @@ def test_what_would_help_is_said_from_the_cheapest():
     )
     advice = list(_advice(experiment, LARGE, V5E))
     assert "training.remat=full" in advice[0] and "none" not in advice[0]
-    assert "int8 would take 6.0 GiB" in advice[1]
+    assert "model.quantization=int8" in advice[1] and "6.0 GiB" in advice[1]
     assert "training.batch_size=10" in advice[2]  # 8 GiB into 3.75
     assert advice[3] == "more chips: about 32 of v5e"
     wide = dataclasses.replace(experiment, model=Model(param_dtype="float32"))

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from prompt_tuning_jax.commands.planning import parse_mesh, plan_lines, plan_run
+from prompt_tuning_jax.commands.planning import plan_lines, plan_run
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment, Mesh, Model, Training
 from prompt_tuning_jax.methods import PromptTuning
@@ -44,13 +44,6 @@ def test_names_of_no_slice_are_refused(name, message):
 def test_numbers_of_chips_that_are_not_offered():
     with pytest.raises(UserError, match="v5e comes in slices of 1, 4, 8, 16"):
         topology_of("v5e", 12)
-
-
-def test_meshes():
-    assert parse_mesh("data=2,model=8") == Mesh(data=2, fsdp=1, model=8)
-    for wrong in ("data", "rows=2", "data=0", "data=-1", "data=2,,"):
-        with pytest.raises(UserError, match="is no AXIS=SIZE"):
-            parse_mesh(wrong)
 
 
 def test_either_a_slice_or_a_number():
@@ -101,8 +94,9 @@ def test_a_plan_for_a_real_slice():
         method=PromptTuning(length=4),
         data=Data(inputs_length=12, targets_length=4),
         training=Training(batch_size=8),
+        mesh=Mesh(data=2, model=2),
     )
-    made = plan_run(experiment, topology="v5e:2x2", mesh="data=2,model=2", evaluate=False)
+    made = plan_run(experiment, topology="v5e:2x2", own_mesh=True, evaluate=False)
     best = made.best
     assert best is not None and best.train.flops > 0
     assert best.train.needed_bytes < made.topology.chip.hbm_bytes

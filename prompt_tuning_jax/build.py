@@ -248,6 +248,14 @@ def attach_members(
 ) -> Members:
     """The method attached once per seed, each from its own seed (and init), on the mesh."""
     layout = layout_of(experiment) if layout is None else layout
+    members, logical_axes = attach_unplaced(experiment, model, labels=labels)
+    return members.sharded(layout, logical_axes)
+
+
+def attach_unplaced(
+    experiment: Experiment, model: T5, *, labels: tuple[str, ...]
+) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
+    """The same before anything is laid out, and the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
     context = Context(labels=labels, vocabulary=model.vocabulary)
     tuned: list[dict[str, Any]] = []
@@ -276,7 +284,7 @@ def attach_members(
     for axis in parse_rules(experiment.mesh.rules):
         if axis not in RULES and axis not in used:
             raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
-    return members.sharded(layout, axes)
+    return members, axes
 
 
 def require_trainable(tuned: Mapping[str, Any]) -> None:
@@ -338,13 +346,14 @@ def with_config(attached: Attached, method: Method) -> Attached:
     return attached
 
 
-def parts_of(experiment: Experiment, members: Members) -> PartsOf:
+def parts_of(experiment: Experiment, members: Members, layout: Layout) -> PartsOf:
     """In how many parts a step computes its batch, by ``training.gradient_accumulation``."""
     asked = experiment.training.gradient_accumulation
     if asked:
         return lambda rows, length: asked
     few_train = tree.count(members.tuned) < tree.count(members.frozen)
-    if jax.default_backend() != "cpu" or not layout_of(experiment).is_trivial or not few_train:
+    on_cpu = all(device.platform == "cpu" for device in layout.mesh.devices.flat)
+    if not on_cpu or not layout.is_trivial or not few_train:
         return undivided
     own = {name: array[0] for name, array in members.tuned.items()}
     config = tree.merge(members.graphdef, {**members.frozen, **own}).model.config
@@ -358,28 +367,40 @@ def build_step(
     """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
     layout = layout_of(experiment)
     training, config = experiment.training, experiment.optimizer
-    optimizer = optim.make_optimizer(config, members.mask)
+    state = init_state(members.tuned, optim.make_optimizer(config, members.mask), layout=layout)
     schedule = optim.make_schedule(config, total_steps=training.steps)
-    rates = training.learning_rates or (config.learning_rate,) * len(training.seeds)
-    state = init_state(members.tuned, optimizer, layout=layout)
-    step = make_train_step(
+
+    def learning_rates(at: int) -> np.ndarray:
+        return np.asarray(_rates(experiment), np.float32) * float(schedule(jnp.asarray(at)))
+
+    return state, step_from(experiment, members, state, layout=layout), learning_rates
+
+
+def step_from(
+    experiment: Experiment, members: Members, state: TrainState, *, layout: Layout
+) -> TrainStep:
+    """The jitted step for a state that lies like this one, which may be of shapes alone."""
+    training, config = experiment.training, experiment.optimizer
+    return make_train_step(
         members.graphdef,
-        optimizer,
-        schedule,
-        learning_rates=rates,
+        optim.make_optimizer(config, members.mask),
+        optim.make_schedule(config, total_steps=training.steps),
+        learning_rates=_rates(experiment),
         seeds=training.seeds,
-        parts_of=parts_of(experiment, members),
+        parts_of=parts_of(experiment, members, layout),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
         dropout=experiment.model.dropout_rate > 0,
         layout=layout,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
+        remat=training.remat,
     )
 
-    def learning_rates(at: int) -> np.ndarray:
-        return np.asarray(rates, np.float32) * float(schedule(jnp.asarray(at)))
 
-    return state, step, learning_rates
+def _rates(experiment: Experiment) -> tuple[float, ...]:
+    training = experiment.training
+    rate = experiment.optimizer.learning_rate
+    return training.learning_rates or (rate,) * len(training.seeds)
 
 
 def build_predictor(

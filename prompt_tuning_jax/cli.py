@@ -209,6 +209,22 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _plan(args: argparse.Namespace) -> None:
+    experiment = _experiment(args)
+    from prompt_tuning_jax import commands
+
+    options = {name: getattr(args, name) for name in ("topology", "chips", "kind", "tries")}
+    given = {name: value for name, value in options.items() if value is not None}
+    made = commands.plan_run(
+        experiment, own_mesh=args.mesh is not None, evaluate=not args.train_only, **given
+    )
+    if args.json:
+        print(json.dumps(commands.plan_as_dict(made), indent=2))
+        return
+    for line in commands.plan_lines(made):
+        print(line)
+
+
 def _tasks(args: argparse.Namespace) -> None:
     _require_folder(args, "dump")
     from prompt_tuning_jax import commands
@@ -381,6 +397,7 @@ _COMMANDS = {
     "predict": _predict,
     "tasks": _tasks,
     "metrics": _metrics,
+    "plan": _plan,
     "inspect": _inspect,
     "convert": _convert,
     "suite": _suite,

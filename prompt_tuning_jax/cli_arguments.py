@@ -83,6 +83,29 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device_options(predict)
     predict.add_argument("--model", metavar="NAME", help="bundled name or folder")
 
+    plan = _add_command(
+        commands,
+        "plan",
+        "say what a run needs on TPUs, with none attached",
+        example="plan configs/paper.py --model t5_1_1_xxl --topology v5e:4x4",
+    )
+    plan.add_argument("config", nargs="?", metavar="CONFIG.py", help="file with get_config()")
+    plan.add_argument(
+        "--topology", metavar="KIND:SHAPE", help="v4, v5e, v5p or v6e, as in v5e:4x4, v5p:2x2x2"
+    )
+    plan.add_argument("--chips", type=_positive, metavar="N", help="in its place: so many chips")
+    plan.add_argument("--kind", metavar="KIND", help="of --chips (default: v5e)")
+    plan.add_argument(
+        "--mesh", metavar="data=2,model=8", help="(default: the fastest that fits, of those tried)"
+    )
+    plan.add_argument(
+        "--tries", type=_positive, metavar="N", help="meshes to compile for (default: 2)"
+    )
+    plan.add_argument("--train_only", action="store_true", help="leave the eval step out")
+    plan.add_argument("--json", action="store_true", help="everything, as JSON")
+    _add_config_options(plan)
+    plan.add_argument("--model", metavar="NAME", help="published size, bundled name or folder")
+
     tasks = _add_command(
         commands,
         "tasks",

@@ -116,6 +116,9 @@ class Training:
     # Parts that a batch is computed in, one after another, for the same gradient in less memory.
     # 0: one; on a CPU so many that activations stay in its cache, which is faster.
     gradient_accumulation: int = 0
+    # What the backward computes again to save memory: nothing, all but the results of linear maps
+    # (attention scores above all), or all but each layer's input.
+    remat: Literal["none", "dots", "full"] = "none"
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = ()
     inits: tuple[str, ...] = ()

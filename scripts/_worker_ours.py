@@ -107,7 +107,7 @@ class Ours:
         """Floating point operations of one step on the first batch, before optimisation."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
-        parts = build.parts_of(self.experiment, self.members)
+        parts = build.parts_of(self.experiment, self.members, build.layout_of(self.experiment))
         shape = pair["encoder_input_tokens"].shape
         cost = step_cost(self.step, self.state, self.members.frozen, pair, parts=parts(*shape[1:]))
         return {"flops": cost.flops}

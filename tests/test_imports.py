@@ -21,7 +21,16 @@ ROWS = (
     ("experiment",),
     ("training", "serving", "ensembling", "analysis", "inference", "pretraining"),
     ("gin_configs", "overrides", "validation", "config_file", "result_table", "build"),
-    ("run_folder", "opened_prompts", "model_export", "probing", "run", "suite", "transfer"),
+    (
+        "run_folder",
+        "opened_prompts",
+        "model_export",
+        "planning",
+        "probing",
+        "run",
+        "suite",
+        "transfer",
+    ),
     # "" is the package's own __init__.
     ("commands", "seqio_tasks", "cli_arguments", "notes", "cli", "__main__", ""),
 )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
     from prompt_tuning_jax.commands.inspection import describe, inspect
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
+    from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines, plan_run
     from prompt_tuning_jax.commands.scoring import Scored, metrics
     from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
     from prompt_tuning_jax.run import RunResult, train
@@ -28,6 +29,9 @@ __all__ = [
     "examples",
     "inspect",
     "metrics",
+    "plan_as_dict",
+    "plan_lines",
+    "plan_run",
     "predict",
     "suite",
     "tasks",
@@ -41,6 +45,7 @@ _HOMES = {
     "commands.evaluation": ("EvalResult", "Prediction", "evaluate", "predict"),
     "commands.inspection": ("describe", "inspect"),
     "commands.listing": ("dump", "examples", "tasks"),
+    "commands.planning": ("plan_as_dict", "plan_lines", "plan_run"),
     "commands.scoring": ("Scored", "metrics"),
     "commands.suites": ("SuiteResult", "suite", "try_transfer", "with_seeds"),
     "run": ("RunResult", "train"),

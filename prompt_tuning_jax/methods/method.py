@@ -6,6 +6,7 @@ from typing import Protocol
 from flax import nnx
 
 from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.models.blocks import Remat
 from prompt_tuning_jax.models.slots import Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.typing import Array, HostArray, Mask
@@ -43,10 +44,13 @@ class Attached(nnx.Module):
         decoder_input_tokens: Array | HostArray,
         *,
         key: Array | None = None,
+        remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
         slots = self.slots(encoder_input_tokens)
-        return self.model(encoder_input_tokens, decoder_input_tokens, slots=slots, key=key)
+        return self.model(
+            encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat
+        )
 
     def encode(self, tokens_BT: Array | HostArray) -> tuple[Encoded, Slots]:
         """The encoder's output, and the slots that the decoder still needs."""

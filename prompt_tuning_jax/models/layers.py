@@ -8,11 +8,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from prompt_tuning_jax import precision
 from prompt_tuning_jax.layout import constrain
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
+
+LINEAR = "linear"  # the name of linear maps' results, for what is kept for the backward
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -61,7 +64,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel_DF = self.kernel.get_value()
-        return precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
+        y = precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
+        return checkpoint_name(y, LINEAR)
 
 
 class Table(Protocol):

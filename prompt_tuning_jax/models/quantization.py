@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax.models.layers import Embed, Linear, Table
+from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, Table
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
@@ -215,7 +216,8 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
         out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
-        return out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
+        out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
+        return checkpoint_name(out, LINEAR)
 
 
 class QuantizedEmbed(nnx.Module):

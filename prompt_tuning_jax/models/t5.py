@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.attention import (
-    Attention,
-    RelativePositionBias,
-    SelfCache,
-    bias_of,
+from prompt_tuning_jax.models.attention import SelfCache, bias_of
+from prompt_tuning_jax.models.blocks import (
+    DecoderLayer,
+    EncoderLayer,
+    Remat,
+    relpos_bias,
+    rematerialised,
 )
 from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.models.layers import Embed, Linear, Mlp, RMSNorm, dropout, split_key
+from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues, Slots
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -31,87 +33,13 @@ class Encoded:
     mask_BU: Array
 
 
-class EncoderLayer(nnx.Module):
-    """Self-attention and mlp, each behind a norm and added to the residual."""
-
-    def __init__(self, config: T5Config, **kwargs: Any):
-        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
-        if config.relpos_per_layer:
-            self.relpos_bias = _relpos_bias(config, bidirectional=True, **kwargs)
-        self.pre_attention_layer_norm = RMSNorm(config, **norm)
-        self.attention = Attention(config, **kwargs)
-        self.pre_mlp_layer_norm = RMSNorm(config, **norm)
-        self.mlp = Mlp(config, **kwargs)
-        self.dropout_rate: float = kwargs["dropout_rate"]
-
-    def __call__(
-        self, x_BUD: Array, bias: Array, *, prefix: KeyValues | None, key: Array | None
-    ) -> Array:
-        keys = split_key(key, 4)
-        y_BUD = self.pre_attention_layer_norm(x_BUD)
-        kv = self.attention.keys_values(y_BUD)
-        y_BUD = self.attention(y_BUD, kv, bias, prefix=prefix, key=keys[0])
-        x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
-        y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
-        return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2)
-
-
-class DecoderLayer(nnx.Module):
-    """Causal self-attention, cross-attention and mlp."""
-
-    def __init__(self, config: T5Config, **kwargs: Any):
-        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
-        if config.relpos_per_layer:
-            self.relpos_bias = _relpos_bias(config, bidirectional=False, **kwargs)
-        self.pre_self_attention_layer_norm = RMSNorm(config, **norm)
-        self.self_attention = Attention(config, **kwargs)
-        self.pre_cross_attention_layer_norm = RMSNorm(config, **norm)
-        self.encoder_decoder_attention = Attention(config, **kwargs)
-        self.pre_mlp_layer_norm = RMSNorm(config, **norm)
-        self.mlp = Mlp(config, **kwargs)
-        self.dropout_rate: float = kwargs["dropout_rate"]
-
-    def __call__(
-        self,
-        x_BSD: Array,
-        cross: KeyValues,
-        self_bias: Array,
-        cross_bias: Array,
-        *,
-        prefix: KeyValues | None,
-        cross_prefix: KeyValues | None,
-        key: Array | None,
-        cache: SelfCache | None = None,
-        position: Array | int = 0,
-    ) -> tuple[Array, SelfCache | None]:
-        """With a cache, x is the one position ``position`` and joins those decoded before."""
-        keys = split_key(key, 6)
-        y_BSD = self.pre_self_attention_layer_norm(x_BSD)
-        kv = self.self_attention.keys_values(y_BSD)
-        if cache is not None:
-            cache = SelfCache(
-                key_BSHK=_write(cache.key_BSHK, kv.key_BPHK, position),
-                value_BSHK=_write(cache.value_BSHK, kv.value_BPHK, position),
-            )
-            kv = KeyValues(key_BPHK=cache.key_BSHK, value_BPHK=cache.value_BSHK)
-        y_BSD = self.self_attention(y_BSD, kv, self_bias, prefix=prefix, key=keys[0])
-        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[1], shared_axis=-2)
-        y_BSD = self.pre_cross_attention_layer_norm(x_BSD)
-        y_BSD = self.encoder_decoder_attention(
-            y_BSD, cross, cross_bias, prefix=cross_prefix, key=keys[2]
-        )
-        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[3], shared_axis=-2)
-        y_BSD = self.mlp(self.pre_mlp_layer_norm(x_BSD), key=keys[4])
-        return x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[5], shared_axis=-2), cache
-
-
 class Encoder(nnx.Module):
     """The stack that reads the prompt and the input."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
         self.relpos_per_layer = config.relpos_per_layer
         if not self.relpos_per_layer:
-            self.relpos_bias = _relpos_bias(config, bidirectional=True, **kwargs)
+            self.relpos_bias = relpos_bias(config, bidirectional=True, **kwargs)
         self.num_layers = config.num_encoder_layers
         for i in range(self.num_layers):
             setattr(self, f"layers_{i}", EncoderLayer(config, **kwargs))
@@ -123,18 +51,22 @@ class Encoder(nnx.Module):
         """Layer ``i``, from 0."""
         return getattr(self, f"layers_{i}")
 
-    def __call__(self, source: EncoderInput, *, slots: Slots, key: Array | None) -> Encoded:
+    def __call__(
+        self, source: EncoderInput, *, slots: Slots, key: Array | None, remat: Remat = "none"
+    ) -> Encoded:
         keys = split_key(key, self.num_layers + 2)
         x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
         positions_U = jnp.arange(x_BUD.shape[1])
         visible_BUU = mask_BU[:, None, :]
         if source.attention_mask_BUU is not None:
             visible_BUU = visible_BUU & source.attention_mask_BUU
-        biases = _self_biases(self, positions_U, positions_U, visible_BUU)
+        mask_B1UU = bias_of(visible_BUU)
+        biases = _position_biases(self, positions_U, positions_U)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i, bias in enumerate(biases):
             prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
-            x_BUD = self.layer(i)(x_BUD, bias, prefix=prefix, key=keys[i])
+            layer = rematerialised(self.layer(i), remat)
+            x_BUD = layer(x_BUD, bias, mask_B1UU, prefix, keys[i])
         x_BUD = self.encoder_norm(x_BUD)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return Encoded(hidden_BUD=x_BUD, mask_BU=mask_BU)
@@ -147,7 +79,7 @@ class Decoder(nnx.Module):
         dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
         self.relpos_per_layer = config.relpos_per_layer
         if not self.relpos_per_layer:
-            self.relpos_bias = _relpos_bias(config, bidirectional=False, **kwargs)
+            self.relpos_bias = relpos_bias(config, bidirectional=False, **kwargs)
         self.num_layers = config.num_decoder_layers
         for i in range(self.num_layers):
             setattr(self, f"layers_{i}", DecoderLayer(config, **kwargs))
@@ -184,6 +116,7 @@ class Decoder(nnx.Module):
         *,
         slots: Slots,
         key: Array | None,
+        remat: Remat = "none",
         caches: tuple[SelfCache, ...] | None = None,
         position: Array | int = 0,
     ) -> tuple[Array, tuple[SelfCache, ...] | None]:
@@ -192,21 +125,23 @@ class Decoder(nnx.Module):
         length = x_BSD.shape[1] if caches is None else caches[0].key_BSHK.shape[1]
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
-        self_biases = _self_biases(self, query_positions, key_positions, causal_1SS)
+        mask_11SS = bias_of(causal_1SS)
+        biases = _position_biases(self, query_positions, key_positions)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         new_caches = []
-        for i, self_bias in enumerate(self_biases):
-            x_BSD, cache = self.layer(i)(
+        for i, bias in enumerate(biases):
+            x_BSD, cache = rematerialised(self.layer(i), remat)(
                 x_BSD,
                 cross[i],
-                self_bias,
+                bias,
+                mask_11SS,
                 cross_bias,
-                prefix=slots.decoder_prefixes[i] if slots.decoder_prefixes else None,
-                cross_prefix=slots.cross_prefixes[i] if slots.cross_prefixes else None,
-                key=keys[i],
-                cache=None if caches is None else caches[i],
-                position=position,
+                slots.decoder_prefixes[i] if slots.decoder_prefixes else None,
+                slots.cross_prefixes[i] if slots.cross_prefixes else None,
+                keys[i],
+                None if caches is None else caches[i],
+                position,
             )
             new_caches.append(cache)
         x_BSD = self.decoder_norm(x_BSD)
@@ -249,11 +184,12 @@ class T5(nnx.Module):
         *,
         slots: Slots = NO_SLOTS,
         key: Array | None = None,
+        remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
-        encoder_key, decoder_key = split_key(key, 2)
-        encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=encoder_key)
-        return self.decode(decoder_input_tokens, encoded, slots=slots, key=decoder_key)
+        keys = split_key(key, 2)
+        encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=keys[0], remat=remat)
+        return self.decode(decoder_input_tokens, encoded, slots=slots, key=keys[1], remat=remat)
 
     def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> EncoderInput:
         """Token embeddings behind the prompt ``[P, D]`` or ``[B, P, D]``, and their mask."""
@@ -267,12 +203,13 @@ class T5(nnx.Module):
         *,
         slots: Slots = NO_SLOTS,
         key: Array | None = None,
+        remat: Remat = "none",
     ) -> Encoded:
         """The encoder over the prompt and the tokens, or over ``slots.encoder_input``."""
         source = slots.encoder_input
         if source is None:
             source = self.embed(tokens_BT, prompt)
-        return self.encoder(source, slots=slots, key=key)
+        return self.encoder(source, slots=slots, key=key, remat=remat)
 
     def decode(
         self,
@@ -281,11 +218,14 @@ class T5(nnx.Module):
         *,
         slots: Slots = NO_SLOTS,
         key: Array | None = None,
+        remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
         cross = self.decoder.cross_keys(encoded)
         embedded_BSD = self.token_embedder(tokens_BS)
-        x_BSD, _ = self.decoder(embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key)
+        x_BSD, _ = self.decoder(
+            embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key, remat=remat
+        )
         return self.logits(x_BSD)
 
     def start_decoding(
@@ -350,28 +290,13 @@ def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
     )
 
 
-def _relpos_bias(
-    config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs, **_: Any
-) -> RelativePositionBias:
-    return RelativePositionBias(
-        config, bidirectional=bidirectional, param_dtype=param_dtype, rngs=rngs
-    )
-
-
-def _self_biases(
-    stack: Encoder | Decoder, query_positions: Array, key_positions: Array, mask_BQK: Array
+def _position_biases(
+    stack: Encoder | Decoder, query_positions: Array, key_positions: Array
 ) -> Iterator[Array]:
-    """What each layer adds to the scores of its self-attention: positions and mask."""
-    mask_B1QK = bias_of(mask_BQK)
+    """What each layer adds to the scores of its self-attention for their distance."""
     if stack.relpos_per_layer:
-        # One at a time: each is as large as the scores, and only its layer needs it.
+        # One at a time: only its layer needs it.
         for i in range(stack.num_layers):
-            yield stack.layer(i).relpos_bias(query_positions, key_positions) + mask_B1QK
+            yield stack.layer(i).relpos_bias(query_positions, key_positions)
     else:
-        shared_BHQK = stack.relpos_bias(query_positions, key_positions) + mask_B1QK
-        yield from repeat(shared_BHQK, stack.num_layers)
-
-
-def _write(cache_BSHK: Array, new_B1HK: Array, position: Array | int) -> Array:
-    start = (0, position, 0, 0)
-    return jax.lax.dynamic_update_slice(cache_BSHK, new_B1HK.astype(cache_BSHK.dtype), start)
+        yield from repeat(stack.relpos_bias(query_positions, key_positions), stack.num_layers)

@@ -290,7 +290,7 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 
 
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
-    from prompt_tuning_jax.models import attention, layers, t5
+    from prompt_tuning_jax.models import attention, blocks, layers, t5
 
     axes = []
 
@@ -303,7 +303,7 @@ def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monke
             axes.append(shared_axis)
             return x
 
-        for module in (attention, layers, t5):
+        for module in (attention, blocks, layers, t5):
             monkeypatch.setattr(module, "dropout", spy)
         make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=key)
         return jnp.stack(used)

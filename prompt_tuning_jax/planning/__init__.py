@@ -1,0 +1,1 @@
+"""What a step costs on chips that are not here: compiled for them, read from the program."""

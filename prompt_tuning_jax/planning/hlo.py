@@ -1,0 +1,156 @@
+"""What a compiled program sends between chips, read from its text."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_OPERATION = re.compile(r"^\s*(?:ROOT\s+)?%?[\w.-]+ = (.*?) ([a-z-]+)\(")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations=\{)=?%?([\w.-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:?\s*\{\s*"?n"?:\s*"?(\d+)')
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Collectives of one kind over the same chips: how many a step, and what they carry.
+
+    ``axes`` are those of the mesh along which they go; ``bytes`` is the size of the whole results
+    (of the operands where a result is a part) on one chip, all of them together; ``sent`` is what
+    one chip sends when they go around a ring of ``group`` chips.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    count: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        share = (self.group - 1) / self.group
+        if self.kind == "collective-permute":
+            return float(self.bytes)
+        return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective of a compiled program by kind and axes, the largest first.
+
+    ``mesh`` has the size of each axis, devices being numbered along the last one first.  What is in
+    a loop counts as often as the compiler knows it to run.
+    """
+    times = dict(_times(text))
+    counts: dict[tuple[str, tuple[str, ...], int], list[int]] = defaultdict(lambda: [0, 0])
+    for computation, line in _lines(text):
+        found = _OPERATION.match(line)
+        if not found:
+            continue
+        kind = found[2].removesuffix("-start")
+        if kind not in KINDS:  # an asynchronous one's "-done" neither
+            continue
+        groups = _groups(line, math.prod(mesh.values()))
+        group = max(map(len, groups), default=1)
+        if group < 2:
+            continue
+        number = times.get(computation, 1)
+        size = _bytes(found[1], started=found[2].endswith("-start"), kind=kind)
+        if kind == "reduce-scatter":
+            size *= group
+        total = counts[kind, _axes(groups, mesh), group]
+        total[0] += number
+        total[1] += number * size
+    found_all = [
+        Collective(kind=kind, axes=axes, group=group, count=count, bytes=size)
+        for (kind, axes, group), (count, size) in counts.items()
+    ]
+    return sorted(found_all, key=lambda c: -c.bytes)
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """Each line of the program, with the computation that it stands in."""
+    computation = ""
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            computation = found[2]
+        else:
+            yield computation, line
+
+
+def _times(text: str) -> Iterator[tuple[str, int]]:
+    """How often each computation runs for one run of the program."""
+    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for computation, line in _lines(text):
+        trips = _TRIPS.search(line) if " while(" in line else None
+        for called in _CALLED.findall(line):
+            callers[called].append((computation, int(trips[1]) if trips else 1))
+
+    def times(name: str, seen: tuple[str, ...] = ()) -> int:
+        above = [c for c in callers.get(name, ()) if c[0] not in seen and c[0] != name]
+        return sum(n * times(caller, (*seen, name)) for caller, n in above) if above else 1
+
+    for name in list(callers):
+        yield name, times(name)
+
+
+def _bytes(shape: str, *, started: bool, kind: str) -> int:
+    """The size of a result; of an asynchronous start, which also holds its operands, the result."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
+        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
+    ]
+    if started and kind != "all-reduce" and len(sizes) > 1:
+        return sum(sizes[len(sizes) // 2 :]) if kind == "all-gather" else max(sizes)
+    return sum(sizes)
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 0
+
+
+def _groups(line: str, devices: int) -> list[list[int]]:
+    """The groups of devices that talk among themselves."""
+    if found := (_LISTED.search(line) or _PAIRS.search(line)):
+        return [
+            [int(n) for n in one.split(",") if n.strip()]
+            for one in re.findall(r"\{([\d, ]*)\}", found[1])
+        ]
+    if found := _IOTA.search(line):
+        shape, base, order = (
+            [int(n) for n in part.split(",")] if part else None for part in found.groups()
+        )
+        assert shape is not None and base is not None
+        numbers = np.arange(math.prod(base)).reshape(base)
+        return np.transpose(numbers, order).reshape(shape).tolist()
+    if found := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        among = re.findall(r"'([^']+)'", found[2])
+        names = list(sizes)
+        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        rest = [names.index(n) for n in names if n not in among]
+        inner = [names.index(n) for n in among]
+        width = math.prod(sizes[n] for n in among)
+        return np.transpose(numbers, rest + inner).reshape(-1, width).tolist()
+    return [list(range(devices))]
+
+
+def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of the mesh along which the members of a group differ."""
+    varying: set[int] = set()
+    for group in groups:
+        places = np.stack(np.unravel_index(np.asarray(group), tuple(mesh.values())))
+        varying |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+    return tuple(name for i, name in enumerate(mesh) if i in varying)

@@ -1,0 +1,232 @@
+"""Which mesh an experiment wants on a slice, what it needs there, and what would help."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from prompt_tuning_jax import sharding, tree
+from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment, Mesh
+from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.methods import FullTuning
+from prompt_tuning_jax.models.config import PRESETS, T5Config, preset
+from prompt_tuning_jax.planning.chips import GIB
+from prompt_tuning_jax.planning.program import (
+    Abstract,
+    Program,
+    abstract_experiment,
+    compile_eval,
+    compile_train,
+)
+from prompt_tuning_jax.planning.roofline import Roofline, model_flops, roofline
+from prompt_tuning_jax.planning.topology import Topology
+
+REMATS = ("none", "dots", "full")  # from the fastest to the smallest
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshPlan:
+    """One mesh: the train step's program and its roofline, and the eval step's."""
+
+    mesh: Mapping[str, int]
+    remat: str
+    weights_bytes: int  # on one chip, frozen ones
+    tuned_bytes: int  # on one chip, with the optimizer's state
+    train: Program
+    roofline: Roofline
+    evaluation: Program | None
+    tokens_per_second: float
+
+    @property
+    def name(self) -> str:
+        return mesh_name(self.mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was tried on a slice, the best first, and lines that say what would fit."""
+
+    topology: Topology
+    parameters: int
+    tried: tuple[MeshPlan, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def best(self) -> MeshPlan | None:
+        """The fastest that fits."""
+        return next((each for each in self.tried if each.train.fits), None)
+
+
+def planned_config(experiment: Experiment) -> T5Config:
+    """The model's shape: of a published size by its name, or from the headers of its files."""
+    name = experiment.model.name_or_path
+    size = name.removeprefix("t5_1_1_lm100k_").removeprefix("t5_1_1_")
+    if experiment.model.random_weights or size in PRESETS:
+        return preset(size)
+    return open_model(name, vocabulary=False).config
+
+
+def plan(
+    experiment: Experiment,
+    config: T5Config,
+    topology: Topology,
+    *,
+    mesh: Mesh | None = None,
+    tries: int = 2,
+    evaluate: bool = True,
+) -> Plan:
+    """Compiles the experiment for the slice, on one mesh or on the most promising ``tries``.
+
+    Raises UserError where the mesh does not fit the slice, or no mesh does.
+    """
+    devices = topology.devices()
+    names = [mesh] if mesh is not None else candidates(experiment, config, topology)[:tries]
+    tried = [
+        _tried(experiment, config, topology, sizes=each, devices=devices, evaluate=evaluate)
+        for each in names
+    ]
+    tried.sort(key=lambda one: (not one.train.fits, one.roofline.step, one.train.needed_bytes))
+    parameters = _parameters(config)
+    advice: tuple[str, ...] = ()
+    if not any(one.train.fits for one in tried):
+        advice = tuple(_advice(experiment, tried[0], topology))
+    return Plan(topology=topology, parameters=parameters, tried=tuple(tried), advice=advice)
+
+
+def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> list[Mesh]:
+    """Meshes that divide heads and batch, by a rough guess of their time, those too large last.
+
+    Raises UserError where there is none.
+    """
+    training, chip = experiment.training, topology.chip
+    rows = training.batch_size // max(training.gradient_accumulation, 1)
+    positions = experiment.data.inputs_length + getattr(experiment.method, "length", 0)
+    bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
+    bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
+    weights = _parameters(config) * bits / 8
+    layers = config.num_encoder_layers
+    guesses = []
+    for model in _divisors(topology.chips):
+        for fsdp in _divisors(topology.chips // model):
+            data = topology.chips // model // fsdp
+            if config.num_heads % model or rows % (data * fsdp):
+                continue
+            share = weights / model / fsdp
+            residual = rows / (data * fsdp) * positions * config.embed_dim * 2
+            # Two sums over the results of a layer forward and two backward; whole weights twice.
+            sent = 2 * 4 * layers * residual * (model - 1) / model
+            sent += 2 * weights / model * (fsdp - 1) / fsdp
+            kept = layers * residual * {"none": 20, "dots": 6, "full": 1}[training.remat]
+            too_large = share + kept > 0.9 * chip.hbm_bytes
+            mesh = dataclasses.replace(experiment.mesh, data=data, fsdp=fsdp, model=model)
+            guesses.append(((too_large, sent, fsdp), mesh))
+    if not guesses:
+        raise UserError(
+            f"no mesh over {topology.chips} chips divides {config.num_heads} heads and batches of "
+            f"{rows}; change training.batch_size, or give --mesh"
+        )
+    return [mesh for _, mesh in sorted(guesses, key=lambda guess: guess[0])]
+
+
+def mesh_name(mesh: Mapping[str, int]) -> str:
+    """``data=4,model=4``: the axes that have more than one device."""
+    return ",".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) or "one chip"
+
+
+def _tried(
+    experiment: Experiment,
+    config: T5Config,
+    topology: Topology,
+    *,
+    sizes: Mesh,
+    devices: Any,
+    evaluate: bool,
+) -> MeshPlan:
+    axes = dataclasses.asdict(sizes)
+    rules = sharding.with_rules(axes.pop("rules"))
+    mesh = sharding.make_mesh(**axes, devices=devices)
+    layout = Layout(mesh=mesh, rules=rules)
+    training = experiment.training
+    rows = training.batch_size // max(training.gradient_accumulation, 1)
+    if rows % layout.batch_parts:
+        raise UserError(
+            f"training.batch_size {training.batch_size} cannot be divided over mesh "
+            f"{mesh_name(mesh.shape)}; change one of them"
+        )
+    abstract = abstract_experiment(experiment, config, layout)
+    train = compile_train(experiment, abstract)
+    examples = training.batch_size * len(training.seeds)
+    data, prompt = experiment.data, getattr(experiment.method, "length", 0)
+    flops = model_flops(
+        config,
+        rows=examples,
+        encoder_length=prompt + data.inputs_length,
+        targets_length=data.targets_length,
+        weights_train=isinstance(experiment.method, FullTuning),
+    )
+    walls = roofline(train, topology.chip, model_flops=flops, chips=topology.chips)
+    tokens = examples * (data.inputs_length + data.targets_length)
+    return MeshPlan(
+        mesh=dict(mesh.shape),
+        remat=training.remat,
+        weights_bytes=_on_a_chip(abstract.members.frozen),
+        tuned_bytes=_on_a_chip((abstract.state.tuned, abstract.state.opt_state)),
+        train=train,
+        roofline=walls,
+        evaluation=_evaluation(experiment, abstract) if evaluate and train.fits else None,
+        tokens_per_second=tokens / walls.step if walls.step else 0.0,
+    )
+
+
+def _evaluation(experiment: Experiment, abstract: Abstract) -> Program | None:
+    return None if experiment.data.objectives else compile_eval(experiment, abstract)
+
+
+def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iterator[str]:
+    """What may make it fit, from the cheapest; by arithmetic, so try it."""
+    limit, training = topology.chip.hbm_bytes, experiment.training
+    if training.remat != "full":
+        smaller = REMATS[REMATS.index(training.remat) + 1 :]
+        yield f"compute more again in the backward: --set training.remat={' or '.join(smaller)}"
+    weights, rest = tried.weights_bytes, max(tried.train.needed_bytes - tried.weights_bytes, 0)
+    if experiment.model.param_dtype == "float32":
+        yield (
+            f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
+            "--set model.param_dtype=bfloat16"
+        )
+    elif experiment.model.quantization == "none":
+        yield (
+            f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
+            "--set model.quantization=int8"
+        )
+    if weights < limit and rest:
+        parts = math.ceil(rest / (limit - weights))
+        batch = training.batch_size // parts
+        if batch:
+            yield (
+                f"a smaller batch: about --set training.batch_size={batch}, or "
+                f"training.gradient_accumulation={parts}"
+            )
+    factor = max(2, 2 ** math.ceil(math.log2(max(tried.train.needed_bytes / limit, 1))))
+    yield f"more chips: about {topology.chips * factor} of {topology.chip.kind}"
+
+
+def _parameters(config: T5Config) -> int:
+    model = abstract_model(config, dtype="bfloat16", param_dtype="bfloat16")
+    return sum(math.prod(p.shape) for p in tree.split(model)[1].values())
+
+
+def _on_a_chip(arrays: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+        for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,197 @@
+"""The experiment's own train and eval step, compiled for devices that may not exist."""
+
+import dataclasses
+import re
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import build, optim
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.quantization import quantize_modules
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.planning.hlo import Collective, collectives
+from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_EXCEEDED = re.compile(r"(?:\(|[Uu]sed )(\d+(?:\.\d+)?)([KMGT])\)? (?:exceeds|of)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstract:
+    """An experiment of shapes alone: what a step takes, each laid out over the mesh."""
+
+    members: build.Members
+    state: TrainState
+    step: TrainStep
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled program's needs on one chip, in bytes, FLOPs and seconds.
+
+    ``temporary_bytes`` is at its highest, activations among it; ``fits`` is what the compiler says,
+    and where it says no the other numbers are 0 and ``needed_bytes`` is what it asked for.
+    ``compile_cpu_seconds`` is of all cores together.
+    """
+
+    fits: bool
+    needed_bytes: int
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    compile_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0
+
+
+def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout) -> Abstract:
+    """The experiment on a model of this shape; no array is made, and initial values do not matter.
+
+    The prompt is said to start uniform: what it starts from needs data and a vocabulary, and does
+    not change the step.
+    """
+    method: Any = experiment.method
+    if hasattr(method, "init"):
+        method = dataclasses.replace(method, init="uniform")
+    training = dataclasses.replace(experiment.training, inits=())
+    experiment = dataclasses.replace(experiment, method=method, training=training)
+    kept: dict[str, Any] = {}
+
+    def made() -> tuple[Any, Any]:
+        model = T5(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=jnp.dtype(experiment.model.dtype),
+            param_dtype=jnp.dtype(experiment.model.param_dtype),
+            dropout_rate=experiment.model.dropout_rate,
+        )
+        quantize_modules(model, experiment.model.quantization)
+        members, kept["axes"] = build.attach_unplaced(experiment, model, labels=())
+        kept["members"] = members
+        return members.tuned, members.frozen
+
+    tuned, frozen = jax.eval_shape(made)
+    axes: Mapping[str, Any] = kept["axes"]
+    tuned = _placed(tuned, {name: ("ensemble", *each) for name, each in axes.items()}, layout)
+    members = dataclasses.replace(
+        kept["members"], tuned=tuned, frozen=_placed(frozen, axes, layout)
+    )
+    optimizer = optim.make_optimizer(experiment.optimizer, members.mask)
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # An optimizer's slot lies as the array that it is for.
+        like = tuned.get(getattr(path[-1], "key", ""))
+        lies = like.sharding if like is not None and like.shape == leaf.shape else layout.replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
+
+    start = jax.eval_shape(lambda tuned: init_state(tuned, optimizer), tuned)
+    state = jax.tree_util.tree_map_with_path(place, start)
+    step = build.step_from(experiment, members, state, layout=layout)
+    return Abstract(members=members, state=state, step=step, layout=layout)
+
+
+def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
+    """The train step; accumulated parts are counted as often as they run."""
+    training, data = experiment.training, experiment.data
+
+    def tokens(length: int) -> jax.ShapeDtypeStruct:
+        shape = (len(training.seeds), training.batch_size, length)
+        return _tokens(shape, ("ensemble", "batch", "length"), abstract.layout)
+
+    batch = {
+        "encoder_input_tokens": tokens(data.inputs_length),
+        "decoder_input_tokens": tokens(data.targets_length),
+        "decoder_target_tokens": tokens(data.targets_length),
+    }
+    step: Any = abstract.step
+    lowered = step.lower(abstract.state, abstract.members.frozen, batch)
+    return _compiled(lowered, abstract.layout, times=max(training.gradient_accumulation, 1))
+
+
+def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
+    """One batch of the evaluation: ``rank`` scores the labels, the others write.
+
+    The labels are taken to be as long as targets may be, and two where the config names none.  What
+    is written is a loop: its FLOPs and bytes are those of one position.
+    """
+    evaluation, data = experiment.evaluation, experiment.data
+    members, layout = abstract.members, abstract.layout
+    tokens_BT = _tokens((evaluation.batch_size, data.inputs_length), ("batch", "length"), layout)
+    if evaluation.strategy == "rank":
+        shape = (len(data.labels) or 2, data.targets_length)
+        labels_CS = _tokens(shape, (None, None), layout)
+        lowered = label_scores.lower(
+            members.graphdef,
+            members.tuned,
+            members.frozen,
+            tokens_BT,
+            labels_CS,
+            members.number,
+            layout,
+        )
+    else:
+        writing = Writing(
+            strategy=evaluation.strategy,
+            max_length=data.targets_length,
+            num_beams=evaluation.num_beams,
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
+        lowered = write.lower(
+            members.graphdef, writing, members.tuned, members.frozen, tokens_BT, key, layout
+        )
+    return _compiled(lowered, layout, times=1)
+
+
+def _tokens(shape: Any, axes: Any, layout: Layout) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding(axes, shape))
+
+
+def _placed(arrays: Mapping[str, Any], axes: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=layout.sharding(axes[name], array.shape)
+        )
+        for name, array in arrays.items()
+    }
+
+
+def _compiled(lowered: Any, layout: Layout, *, times: int) -> Program:
+    started, cpu = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = _EXCEEDED.search(str(error))
+        needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        return Program(fits=False, needed_bytes=needed)
+    seconds = time.monotonic() - started
+    cpu_seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    arguments = int(memory.argument_size_in_bytes)
+    outputs = int(memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    temporary = int(memory.temp_size_in_bytes)
+    return Program(
+        fits=True,
+        needed_bytes=arguments + temporary + outputs,
+        argument_bytes=arguments,
+        temporary_bytes=temporary,
+        flops=float(cost.get("flops", 0.0)) * times,
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)) * times,
+        collectives=tuple(collectives(compiled.as_text(), dict(layout.mesh.shape))),
+        compile_seconds=seconds,
+        compile_cpu_seconds=cpu_seconds,
+    )

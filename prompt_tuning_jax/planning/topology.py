@@ -1,0 +1,91 @@
+"""TPU slices by name, with none attached: their devices, as the TPU compiler describes them."""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.planning.chips import Chip, chip
+
+# Slices that are offered (cloud.google.com/tpu/docs), by number of chips.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+# There is no TPU to ask about, nobody to share it with, and no reason to warn of it.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A slice: ``v5e:4x4`` is sixteen chips of the kind v5e."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    def devices(self) -> Sequence[Any]:
+        """The slice's devices, one a chip, for the compiler alone.
+
+        Raises UserError where the TPU compiler is not installed or does not know the slice.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                "planning for a TPU needs its compiler: pip install 'prompt_tuning_jax[tpu]'"
+            )
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
+        import jax
+        from jax.experimental import topologies
+
+        options: dict[str, Any] = {}
+        if self.chip.kind == "v4":
+            options["chip_config_name"] = "megacore"  # a chip's two cores as one device
+        if self.chips < 4:
+            options["chips_per_host_bounds"] = (*self.shape, 1)[:3]
+        try:
+            described = topologies.get_topology_desc(self.name, platform="tpu", **options)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise UserError(f"--topology {self.name}: the TPU compiler refuses it: {why}") from None
+        return tuple(described.devices)
+
+
+def parse_topology(name: str) -> Topology:
+    """``KIND:SHAPE`` as a Topology; UserError for what is none."""
+    kind, colon, rest = name.partition(":")
+    known = chip(kind) if kind else None
+    if known is None or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", rest):
+        raise UserError(f"--topology {name!r} is no KIND:SHAPE such as v5e:4x4 or v5p:2x2x2")
+    shape = tuple(int(size) for size in rest.split("x"))
+    if len(shape) != known.torus or 0 in shape:
+        example = "4x4" if known.torus == 2 else "2x2x2"
+        raise UserError(
+            f"--topology {name}: {kind} has {known.torus} dimensions, as in {kind}:{example}"
+        )
+    return Topology(name=name, chip=known, shape=shape)
+
+
+def topology_of(kind: str, chips: int) -> Topology:
+    """The slice of a kind with so many chips; UserError with those that there are."""
+    offered = [
+        parse_topology(f"{kind}:{shape}") for shape in (_FLAT if chip(kind).torus == 2 else _CUBES)
+    ]
+    for each in offered:
+        if each.chips == chips:
+            return each
+    sizes = ", ".join(str(each.chips) for each in offered)
+    raise UserError(f"--chips {chips}: {kind} comes in slices of {sizes} chips")

@@ -49,7 +49,8 @@ from prompt_tuning_jax.training.step import (
 )
 from prompt_tuning_jax.typing import FlatParams, Mask
 
-_REPORTED_STEPS = 200  # whose padding is counted for the report, or one epoch
+# Whose padding is counted for the report, or one epoch; whose shapes are compiled beforehand.
+_REPORTED_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,11 @@ class TaskData:
     best_by: str
     reports: tuple[str, ...]
 
-    def one_of_each_shape(self) -> list[Batch]:
-        """An empty batch of each shape that training has."""
-        return [] if self.train is None else [*self.train.empty_batches()]
+    def one_of_each_shape(self, steps: int) -> list[Batch]:
+        """An empty batch of each shape that the first steps of training have."""
+        if self.train is None:
+            return []
+        return [*self.train.empty_batches(0, min(steps, _REPORTED_STEPS))]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         if self.train is None:

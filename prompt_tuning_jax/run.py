@@ -78,7 +78,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     _claim(folder, experiment)
     # A step that is no jitted function has nothing to compile.
     if isinstance(data, build.TaskData) and layout.is_trivial and hasattr(step, "lower"):
-        step = CompiledAhead(step, data.one_of_each_shape())
+        step = CompiledAhead(step, data.one_of_each_shape(experiment.training.steps))
     if not quiet:
         for line in _introduction(experiment, members, data):
             print(line, flush=True)

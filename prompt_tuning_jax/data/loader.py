@@ -123,14 +123,17 @@ class TrainBatches:
         lengths = sum(self.lengths_for(step)[0] for step in steps)
         return 100 * (1 - real / max(lengths * self.batch_size * len(self._seeds), 1))
 
-    def empty_batches(self) -> list[Batch]:
-        """A batch of each shape that there is, all padding."""
+    def empty_batches(self, start_step: int, stop_step: int) -> list[Batch]:
+        """A batch of each shape that these steps have, all padding."""
         indices_EB = np.zeros((len(self._seeds), self.batch_size), np.int8)[:, self._rows]
         leading = indices_EB.shape[1:] if self._one_seed else indices_EB.shape
-        targets = np.zeros((*leading, self._targets_length), np.int32)
+        lengths = sorted({self.lengths_for(step) for step in range(start_step, stop_step)})
         return [
-            make_batch(np.zeros((*leading, length), np.int32), targets)
-            for length in self.inputs_lengths
+            make_batch(
+                np.zeros((*leading, inputs_length), np.int32),
+                np.zeros((*leading, targets_length), np.int32),
+            )
+            for inputs_length, targets_length in lengths
         ]
 
     def __getitem__(self, step: int) -> Batch:

@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.data.buckets import parse_buckets
 from prompt_tuning_jax.data.loader import TrainBatches, eval_batches
 from prompt_tuning_jax.data.ragged import make_ragged
 from prompt_tuning_jax.data.task import Source, Task
@@ -238,3 +239,17 @@ def test_batches_come_faster_than_any_step(benchmark_set=50_000):
         rates.append(200 / (time.perf_counter() - start))
     # 1,500 a second on two cores; the bound leaves room for a busy machine.
     assert max(rates) > 200
+
+
+def test_an_empty_batch_of_each_shape_that_comes():
+    buckets = parse_buckets("2,4,6", beside=0)
+    batches = TrainBatches(make(40), batch_size=4, seeds=(0, 1), buckets=buckets)
+    steps = range(40)
+    shapes = {batches[step]["encoder_input_tokens"].shape for step in steps}
+    empty = batches.empty_batches(0, 40)
+    assert {batch["encoder_input_tokens"].shape for batch in empty} == shapes
+    assert len(empty) == len(shapes) and not any(x.any() for b in empty for x in b.values())
+    first = batches.empty_batches(0, 1)
+    assert [{k: v.shape for k, v in b.items()} for b in first] == [
+        {k: v.shape for k, v in batches[0].items()}
+    ]

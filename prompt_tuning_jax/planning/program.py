@@ -65,7 +65,9 @@ def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout
     method: Any = experiment.method
     if hasattr(method, "init"):
         method = dataclasses.replace(method, init="uniform")
-    training = dataclasses.replace(experiment.training, inits=())
+    # As many parts as are asked for: what suits this machine's cache says nothing of the chips.
+    parts = max(experiment.training.gradient_accumulation, 1)
+    training = dataclasses.replace(experiment.training, inits=(), gradient_accumulation=parts)
     experiment = dataclasses.replace(experiment, method=method, training=training)
     kept: dict[str, Any] = {}
 

@@ -27,12 +27,19 @@ class Ours:
     state: Any
 
     def load(
-        self, *, model: str, dtype: str, prompt: str, members: int = 1, batch_size: int = 16
+        self,
+        *,
+        model: str,
+        dtype: str,
+        prompt: str,
+        dropout: float = 0.0,
+        members: int = 1,
+        batch_size: int = 16,
     ) -> dict[str, Any]:
         """Each member starts from the given prompt, an .npy of ``[P, D]``."""
         start_PD = np.load(prompt, allow_pickle=False)
         self.experiment = experiment = Experiment(
-            model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=0.0),
+            model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=dropout),
             method=PromptTuning(length=len(start_PD), init="uniform"),
             optimizer=Optimizer(weight_decay=0.0),
             training=Training(seeds=tuple(range(members)), batch_size=batch_size),

@@ -19,11 +19,11 @@ class Rival:
     model: Any
     optimizer: Any
 
-    def load(self, *, model: str, dtype: str, prompt: str) -> dict[str, Any]:
+    def load(self, *, model: str, dtype: str, prompt: str, dropout: float = 0.0) -> dict[str, Any]:
         """Starts from the given prompt, an .npy of ``[P, D]``."""
         start_PD = torch.from_numpy(np.load(prompt, allow_pickle=False))
         base = T5ForConditionalGeneration.from_pretrained(
-            model, dtype=getattr(torch, dtype), dropout_rate=0.0
+            model, dtype=getattr(torch, dtype), dropout_rate=dropout
         )
         config = PromptTuningConfig(
             task_type=TaskType.SEQ_2_SEQ_LM,

@@ -21,14 +21,14 @@ def get_config() -> Experiment:
         model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
         method=PromptTuning(length=10, init="class_labels"),
         # The task is the command's to choose.
-        data=Data(inputs_length=96, targets_length=16, max_eval_examples=1000),
+        data=Data(inputs_length=96, targets_length=16, max_eval_examples=500),
         optimizer=Optimizer(schedule="linear"),
         training=Training(
-            steps=200,
+            steps=120,
             batch_size=16,
             seeds=(0, 1, 2, 3, 4),
-            eval_every=100,
-            save_every=50,
+            eval_every=60,
+            save_every=60,
             workdir="runs/suite_tiny",
         ),
         evaluation=Evaluation(strategy="rank"),

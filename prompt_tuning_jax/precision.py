@@ -137,10 +137,10 @@ def _ordered_einsum(
 ) -> Array:
     """An einsum whose operands are first laid out as [batch, rows, sum] and [batch, sum, columns].
 
-    The CPU backend has a kernel for narrow operands in that order alone; in another it stops at
-    run time ("BF16 x BF16 = F32 unsupported").  The barrier keeps the transposes where they are.
-    Batch dimensions stay apart: examples and heads are divided over different axes of the mesh, and
-    joined they would have to be gathered first.
+    The CPU backend has a kernel for narrow operands in that order alone, with few batch dimensions:
+    in another it stops at run time ("BF16 x BF16 = F32 unsupported"), and with more it makes the
+    product in float32.  Elsewhere batch dimensions stay apart: examples and heads are divided over
+    different axes of the mesh, and joined they would have to be gathered first.
     """
     shared = [a for a in left_axes if a in right_axes]
     batch = "".join(a for a in shared if a in out_axes)
@@ -150,19 +150,29 @@ def _ordered_einsum(
     size = dict(zip(left_axes + right_axes, left.shape + right.shape, strict=True))
 
     def lay_out(x: Array, axes: str, *groups: str) -> Array:
-        x = x.transpose([axes.index(a) for a in batch + "".join(groups)])
-        return x.reshape(
-            [size[a] for a in batch] + [math.prod(size[a] for a in group) for group in groups]
-        )
+        x = x.transpose([axes.index(a) for a in "".join(groups)])
+        return x.reshape([math.prod(size[a] for a in group) for group in groups])
 
-    left, right = jax.lax.optimization_barrier(
-        (lay_out(left, left_axes, rows, summed), lay_out(right, right_axes, summed, columns))
+    def product(left: Array, right: Array, *batches: str) -> Array:
+        # The barrier keeps the transposes where they are.
+        left, right = jax.lax.optimization_barrier(
+            (
+                lay_out(left, left_axes, *batches, rows, summed),
+                lay_out(right, right_axes, *batches, summed, columns),
+            )
+        )
+        n = len(batches)
+        dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
+        made = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+        return made.reshape([size[a] for a in batch + rows + columns])
+
+    made = jax.lax.platform_dependent(
+        left,
+        right,
+        cpu=lambda left, right: product(left, right, batch),
+        default=lambda left, right: product(left, right, *batch),
     )
-    n = len(batch)
-    dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
-    product = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-    product = product.reshape([size[a] for a in batch + rows + columns])
-    return product.transpose([(batch + rows + columns).index(a) for a in out_axes])
+    return made.transpose([(batch + rows + columns).index(a) for a in out_axes])
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -124,6 +124,7 @@ def make_train_step(
     layout: Layout | None = None,
     state_shardings: TrainState | None = None,
     remat: Remat = "none",
+    compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
     """The jitted step; its state is donated, the frozen weights are an argument and only read.
 
@@ -218,7 +219,9 @@ def make_train_step(
         # Named exactly: a state that lies elsewhere would make the next step compile again.
         results = (state_shardings, layout.replicated)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=results)
+    options = dict(compiler_options or {})
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=results, compiler_options=options)
     def train_step(
         state: TrainState, frozen: FlatParams, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:

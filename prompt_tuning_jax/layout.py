@@ -115,6 +115,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
 
 
+def on_a_mesh() -> bool:
+    """Whether what is traced will be divided over devices: where ``constrain`` does something."""
+    return _TRACED.get(None) is not None
+
+
 def replicate(tree: Any) -> Any:
     """Results that every process is to have whole, where ``constrain`` would do something."""
     layout = _TRACED.get(None)

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.layout import on_a_mesh
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -139,8 +140,8 @@ def _ordered_einsum(
 
     The CPU backend has a kernel for narrow operands in that order alone, with few batch dimensions:
     in another it stops at run time ("BF16 x BF16 = F32 unsupported"), and with more it makes the
-    product in float32.  Elsewhere batch dimensions stay apart: examples and heads are divided over
-    different axes of the mesh, and joined they would have to be gathered first.
+    product in float32.  On a mesh they stay apart all the same: examples and heads are divided over
+    different axes of it, and joined they would have to be gathered first.
     """
     shared = [a for a in left_axes if a in right_axes]
     batch = "".join(a for a in shared if a in out_axes)
@@ -153,26 +154,19 @@ def _ordered_einsum(
         x = x.transpose([axes.index(a) for a in "".join(groups)])
         return x.reshape([math.prod(size[a] for a in group) for group in groups])
 
-    def product(left: Array, right: Array, *batches: str) -> Array:
-        # The barrier keeps the transposes where they are.
-        left, right = jax.lax.optimization_barrier(
-            (
-                lay_out(left, left_axes, *batches, rows, summed),
-                lay_out(right, right_axes, *batches, summed, columns),
-            )
+    batches = tuple(batch) if on_a_mesh() else (batch,)
+    # The barrier keeps the transposes where they are.
+    left, right = jax.lax.optimization_barrier(
+        (
+            lay_out(left, left_axes, *batches, rows, summed),
+            lay_out(right, right_axes, *batches, summed, columns),
         )
-        n = len(batches)
-        dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
-        made = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-        return made.reshape([size[a] for a in batch + rows + columns])
-
-    made = jax.lax.platform_dependent(
-        left,
-        right,
-        cpu=lambda left, right: product(left, right, batch),
-        default=lambda left, right: product(left, right, *batch),
     )
-    return made.transpose([(batch + rows + columns).index(a) for a in out_axes])
+    n = len(batches)
+    dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
+    product = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    product = product.reshape([size[a] for a in batch + rows + columns])
+    return product.transpose([(batch + rows + columns).index(a) for a in out_axes])
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -69,14 +69,15 @@ def _softmax_backward(weights: Array, cotangent: Array) -> tuple[Array]:
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+    """Two matrices, summed over this dimension of each, in float32; no derivative of its own."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def _dot(x_ND: Array, kernel_DF: Array) -> Array:
-    return _product(x_ND, kernel_DF, (1, 0))
+    return product(x_ND, kernel_DF, (1, 0))
 
 
 def _dot_forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -87,8 +88,8 @@ def _dot_backward(saved: tuple[Array, Array], cotangent_NF: Array) -> tuple[Arra
     x_ND, kernel_DF = saved
     # Fused into the products, the cast would put the CPU backend back on its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(x_ND.dtype))
-    dx_ND = _product(cotangent_NF, kernel_DF, (1, 1))
-    dkernel_DF = _product(_transposed_copy(x_ND), cotangent_NF, (1, 0))
+    dx_ND = product(cotangent_NF, kernel_DF, (1, 1))
+    dkernel_DF = product(_transposed_copy(x_ND), cotangent_NF, (1, 0))
     return dx_ND.astype(x_ND.dtype), dkernel_DF.astype(kernel_DF.dtype)
 
 
@@ -164,9 +165,9 @@ def _ordered_einsum(
     )
     n = len(batches)
     dims = (((n + 1,), (n,)), (tuple(range(n)), tuple(range(n))))
-    product = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-    product = product.reshape([size[a] for a in batch + rows + columns])
-    return product.transpose([(batch + rows + columns).index(a) for a in out_axes])
+    made = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    made = made.reshape([size[a] for a in batch + rows + columns])
+    return made.transpose([(batch + rows + columns).index(a) for a in out_axes])
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

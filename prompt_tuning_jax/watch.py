@@ -49,9 +49,7 @@ class Watch:
         """Says what happened, here and to the others, and leaves."""
         self._finished.set()
         self._thread.join()
-        others = self._look()
-        failed = next((text for name, text in others.items() if name.startswith("failed/")), "")
-        if failed:  # what is seen here is only its consequence
+        if failed := _failure(self._look()):  # what is seen here is only its consequence
             self._stop(failed)
         user = isinstance(error, UserError)
         text = str(error) if user else f"{type(error).__name__}: {first_line(error)}"
@@ -86,8 +84,7 @@ class Watch:
                 others = self._look()
             except Exception:
                 continue  # process 0 is gone or slow; JAX ends this process if it stays away
-            failed = next((t for name, t in others.items() if name.startswith("failed/")), "")
-            if failed:
+            if failed := _failure(others):
                 with suppress(Exception):
                     self._set(f"alive/{self.index}", "done")
                 self._stop(failed)
@@ -174,6 +171,11 @@ class Watch:
     def _look(self) -> dict[str, str]:
         found = self.client.key_value_dir_get(f"{_STORE}/")
         return {name.partition(f"{_STORE}/")[2]: value for name, value in found}
+
+
+def _failure(others: dict[str, str]) -> str:
+    """What one of the processes says of its failure; empty where none has failed."""
+    return next((text for name, text in others.items() if name.startswith("failed/")), "")
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from prompt_tuning_jax import precision
 from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, Table
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -117,11 +118,6 @@ def quantized_dot(x: Array, kernel_DF: Array, scale_GF: Array, *, dtype: DType) 
     return out_NF.reshape(*x.shape[:-1], kernel_DF.shape[-1])
 
 
-def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
-
-
 def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
     """The kernel in the dtype of what it is multiplied with.
 
@@ -139,7 +135,7 @@ def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
 
 @jax.custom_vjp
 def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
-    out_NF = _product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
+    out_NF = precision.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
     return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
 
 
@@ -159,7 +155,7 @@ def _dot_backward(
     # Fused into the product, the cast would put the CPU backend on its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(empty_0.dtype))
     full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
-    return _product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
+    return precision.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -191,15 +187,6 @@ def _not_before_any(
 ) -> tuple[Array, bool]:
     # One x of a batch is enough; with each the kernel would be another.
     return _not_before(kernel_DF, x_ND[0] if in_batched[1] else x_ND), in_batched[0]
-
-
-def _tied_by_numbers(kernel_DF: Array, x_ND: Array) -> Array:
-    return jnp.where(x_ND[0, 0] == jnp.inf, jnp.zeros_like(kernel_DF), kernel_DF)
-
-
-def _tied_by_barrier(kernel_DF: Array, x_ND: Array) -> Array:
-    kept_DF: Array = jax.lax.optimization_barrier((kernel_DF, x_ND))[0]
-    return kept_DF
 
 
 class QuantizedLinear(nnx.Module):

@@ -302,19 +302,19 @@ def require_trainable(tuned: Mapping[str, Any]) -> None:
         )
 
 
-def layout_of(experiment: Experiment) -> Layout:
-    """The mesh over all devices, of all processes, and the rules; UserError where it does not fit.
+def layout_of(experiment: Experiment, *, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh over these devices or all, of all processes, and the rules.
 
-    One device needs no mesh: it is enough for an experiment of many.
+    UserError where it does not fit.  One device needs no mesh, whatever the experiment says.
     """
     config = dataclasses.asdict(experiment.mesh)
     rules = with_rules(config.pop("rules"))
-    return Layout(mesh=make_mesh(**config), rules=rules)
+    return Layout(mesh=make_mesh(**config, devices=devices), rules=rules)
 
 
-def train_layout(experiment: Experiment) -> Layout:
+def train_layout(experiment: Experiment, *, devices: Sequence[jax.Device] | None = None) -> Layout:
     """As ``layout_of``; UserError where the training batch cannot be divided over the mesh."""
-    layout = layout_of(experiment)
+    layout = layout_of(experiment, devices=devices)
     rows = experiment.training.batch_size // max(experiment.training.gradient_accumulation, 1)
     if rows % layout.batch_parts:
         raise UserError(

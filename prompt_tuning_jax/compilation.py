@@ -1,7 +1,6 @@
 """Compiled programs: kept on disk from one command to the next, and made before they are needed."""
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from prompt_tuning_jax.user_cache import user_cache
 
 _MAX_BYTES = 2 * 2**30
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -24,9 +25,8 @@ def keep_compiled_programs() -> None:
         return
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     # A home can be shared by machines whose processors differ, and programs are made for one.
-    folder = Path(base) / "prompt_tuning_jax" / "compiled" / _processor()
+    folder = user_cache("compiled") / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up.  A module may import from its own row and from those above it here.
 ROWS = (
-    ("errors", "typing", "precision", "tree", "sharding", "layout", "losses"),
+    ("errors", "typing", "user_cache", "precision", "tree", "sharding", "layout", "losses"),
     ("compilation", "watch", "distributed"),
     ("models",),
     ("methods", "decoding", "checkpoints", "data", "optim", "attention_start"),

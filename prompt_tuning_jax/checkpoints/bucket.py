@@ -14,6 +14,7 @@ from typing import Any
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.progress import Report, progress
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.user_cache import user_cache
 
 _ADDRESS = re.compile(r"(gs|s3)://([^/]+)/*(.*?)/*", re.DOTALL)
 _PART_BYTES = 1 << 26
@@ -171,9 +172,8 @@ def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> 
     set), and only files that have changed since are fetched again.  Raises UserError.
     """
     bucket = Bucket(address)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = hashlib.sha256(bucket.address.encode()).hexdigest()[:16]
-    folder = Path(base) / "prompt_tuning_jax" / "models" / key
+    folder = user_cache("models") / key
     wanted = choose(bucket.names())
     known = _generations(folder)
     with progress(f"fetching {bucket.address}") as report:

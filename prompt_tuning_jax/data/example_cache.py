@@ -16,6 +16,7 @@ import numpy as np
 from prompt_tuning_jax.data.ragged import Ragged
 from prompt_tuning_jax.data.task import Example
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.user_cache import user_cache
 
 # Part of every key: raise it whenever the files below or the tokenisation change their meaning.
 FORMAT_VERSION = 1
@@ -41,8 +42,7 @@ class Entry:
 
 def default_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/prompt_tuning_jax/examples``, ``~/.cache`` where that is not set."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "prompt_tuning_jax" / "examples"
+    return user_cache("examples")
 
 
 def cache_key(parts: Sequence[str]) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 
-from prompt_tuning_jax import sharding, tree
+from prompt_tuning_jax import build, tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
-from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import FullTuning
 from prompt_tuning_jax.models.config import PRESETS, T5Config, preset
 from prompt_tuning_jax.planning.chips import GIB
@@ -147,17 +146,10 @@ def _tried(
     devices: Any,
     evaluate: bool,
 ) -> MeshPlan:
-    axes = dataclasses.asdict(sizes)
-    rules = sharding.with_rules(axes.pop("rules"))
-    mesh = sharding.make_mesh(**axes, devices=devices)
-    layout = Layout(mesh=mesh, rules=rules)
     training = experiment.training
-    rows = training.batch_size // max(training.gradient_accumulation, 1)
-    if rows % layout.batch_parts:
-        raise UserError(
-            f"training.batch_size {training.batch_size} cannot be divided over mesh "
-            f"{mesh_name(mesh.shape)}; change one of them"
-        )
+    on_mesh = dataclasses.replace(experiment, mesh=sizes)
+    layout = build.train_layout(on_mesh, devices=devices)
+    mesh = layout.mesh
     abstract = abstract_experiment(experiment, config, layout)
     train = compile_train(experiment, abstract)
     examples = training.batch_size * len(training.seeds)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.planning.hlo import Collective, collectives
-from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state
+from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state, state_shardings
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _EXCEEDED = re.compile(r"(?:\(|[Uu]sed )(\d+(?:\.\d+)?)([KMGT])\)? (?:exceeds|of)")
@@ -92,14 +92,12 @@ def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout
     )
     optimizer = optim.make_optimizer(experiment.optimizer, members.mask)
 
-    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # An optimizer's slot lies as the array that it is for.
-        like = tuned.get(getattr(path[-1], "key", ""))
-        lies = like.sharding if like is not None and like.shape == leaf.shape else layout.replicated
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
-
     start = jax.eval_shape(lambda tuned: init_state(tuned, optimizer), tuned)
-    state = jax.tree_util.tree_map_with_path(place, start)
+    state = jax.tree.map(
+        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        start,
+        state_shardings(start, tuned, layout),
+    )
     step = build.step_from(experiment, members, state, layout=layout)
     return Abstract(members=members, state=state, step=step, layout=layout)
 

@@ -98,16 +98,21 @@ def init_state(
 
     if layout is None or layout.is_trivial:
         return start(tuned)
-    shapes = jax.eval_shape(start, tuned)
+    shardings = state_shardings(jax.eval_shape(start, tuned), tuned, layout)
+    started: TrainState = jax.jit(start, out_shardings=shardings)(tuned)
+    return started
+
+
+def state_shardings(state: TrainState, tuned: FlatParams, layout: Layout) -> TrainState:
+    """How a state, which may be of shapes alone, lies for tuned arrays that lie as these do."""
 
     def sharding_of(path: Any, leaf: Any) -> Any:
         array = tuned.get(getattr(path[-1], "key", ""))
         alike = array is not None and array.shape == leaf.shape
         return array.sharding if array is not None and alike else layout.replicated
 
-    shardings = jax.tree.map_with_path(sharding_of, shapes)
-    started: TrainState = jax.jit(start, out_shardings=shardings)(tuned)
-    return started
+    shardings: TrainState = jax.tree.map_with_path(sharding_of, state)
+    return shardings
 
 
 def make_train_step(

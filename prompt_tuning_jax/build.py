@@ -246,7 +246,7 @@ def buckets_of(experiment: Experiment) -> Buckets:
     method = experiment.method
     if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
         return FIXED
-    return parse_buckets(experiment.data.buckets, beside=getattr(method, "length", 0))
+    return parse_buckets(experiment.data.buckets, beside=method.added_length())
 
 
 def attach_members(
@@ -362,8 +362,8 @@ def parts_of(experiment: Experiment, members: Members, layout: Layout) -> PartsO
         return undivided
     own = {name: array[0] for name, array in members.tuned.items()}
     config = tree.merge(members.graphdef, {**members.frozen, **own}).model.config
-    prompt_length = getattr(experiment.method, "length", 0)
-    return lambda rows, length: parts_in_cache(config, rows, length + prompt_length)
+    added = experiment.method.added_length()
+    return lambda rows, length: parts_in_cache(config, rows, length + added)
 
 
 def _on_cpu(layout: Layout) -> bool:

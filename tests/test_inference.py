@@ -191,7 +191,7 @@ def test_sampling_follows_its_seed_and_at_top_one_is_greedy():
 class Prefixes(MethodModule):
     """A method of the family that fills key/value slots, one per example."""
 
-    def slots(self, model, tokens_BT):
+    def slots(self, model, tokens_BT, *, task_B=None, key=None):
         layers = {"layers": 1, "batch": len(tokens_BT)}
         return Slots(
             decoder_prefixes=make_prefixes(ONE_LAYER, **layers, seed=1),

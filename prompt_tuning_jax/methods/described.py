@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.method import Attached, Context, MethodModule
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.models.slots import EncoderInput, Slots
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class DescribedPrompts:
+class DescribedPrompts(Method):
     """All parameters train, and prompts made from words stand where tuned ones will stand.
 
     The first ``positions * words`` tokens of every input are no text: each ``words`` of them make
@@ -36,7 +36,14 @@ class PooledWords(MethodModule):
     def __init__(self, config: DescribedPrompts):
         self.config = config
 
-    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
+    def slots(
+        self,
+        model: T5,
+        tokens_BT: Array | HostArray,
+        *,
+        task_B: Array | None = None,
+        key: Array | None = None,
+    ) -> Slots:
         positions, words = self.config.positions, self.config.words
         block = positions * words
         words_BPW = jnp.asarray(tokens_BT)[:, :block].reshape(-1, positions, words)

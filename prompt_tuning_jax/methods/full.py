@@ -1,40 +1,37 @@
 """Model tuning: every weight of the model trains.  The other end of the same switch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from prompt_tuning_jax.methods.method import Attached, Context, MethodModule
-from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import Array, HostArray
-
-
-class Nothing(MethodModule):
-    """Adds no parameter and fills no slot."""
-
-    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
-        return NO_SLOTS
+from prompt_tuning_jax.typing import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullTuning:
+class FullTuning(Method):
     """All parameters train (Lester et al. 2021, "model tuning").
 
     Pre-training is this from random weights.
     """
 
+    unchanged_at_start: ClassVar[bool] = True
+
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, Nothing())
+        return Attached(model, MethodModule())
 
     def trains(self, name: str) -> bool:
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoTuning:
+class NoTuning(Method):
     """Nothing trains: the bare frozen model, to compare with."""
 
+    unchanged_at_start: ClassVar[bool] = True
+
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, Nothing())
+        return Attached(model, MethodModule())
 
     def trains(self, name: str) -> bool:
         return False

@@ -1,13 +1,13 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from flax import nnx
 
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.models.blocks import Remat
-from prompt_tuning_jax.models.slots import Slots
+from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.typing import Array, HostArray, Mask
 
@@ -21,11 +21,25 @@ class Context:
 
 
 class MethodModule(nnx.Module):
-    """What a method adds to a model: parameters, and the slots that they fill."""
+    """What a method adds to a model: parameters, and the slots that they fill.
 
-    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
-        """The slots for one batch of encoder tokens."""
-        raise NotImplementedError
+    Fills none unless overridden.
+    """
+
+    def slots(
+        self,
+        model: T5,
+        tokens_BT: Array | HostArray,
+        *,
+        task_B: Array | None = None,
+        key: Array | None = None,
+    ) -> Slots:
+        """The slots for one batch of encoder tokens.
+
+        ``task_B`` int32 is the number of each row's task in the mixture, where the data has
+        several; with a ``key``, dropout is on.
+        """
+        return NO_SLOTS
 
 
 class Attached(nnx.Module):
@@ -35,39 +49,76 @@ class Attached(nnx.Module):
         self.model = model
         self.method = method
 
-    def slots(self, tokens_BT: Array | HostArray) -> Slots:
-        return self.method.slots(self.model, tokens_BT)
+    def slots(
+        self,
+        tokens_BT: Array | HostArray,
+        *,
+        task_B: Array | None = None,
+        key: Array | None = None,
+    ) -> Slots:
+        return self.method.slots(self.model, tokens_BT, task_B=task_B, key=key)
 
     def __call__(
         self,
         encoder_input_tokens: Array | HostArray,
         decoder_input_tokens: Array | HostArray,
         *,
+        task_B: Array | None = None,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
-        slots = self.slots(encoder_input_tokens)
+        slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
         return self.model(
             encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat
         )
 
-    def encode(self, tokens_BT: Array | HostArray) -> tuple[Encoded, Slots]:
+    def encode(
+        self, tokens_BT: Array | HostArray, *, task_B: Array | None = None
+    ) -> tuple[Encoded, Slots]:
         """The encoder's output, and the slots that the decoder still needs."""
-        slots = self.slots(tokens_BT)
+        slots = self.slots(tokens_BT, task_B=task_B)
         return self.model.encode(tokens_BT, slots=slots), slots
 
 
 class Method(Protocol):
-    """A frozen dataclass of hyper-parameters that knows how to attach itself."""
+    """A frozen dataclass of hyper-parameters that knows how to attach itself.
+
+    Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
+    model computes with fresh parameters what it computes without.
+    """
+
+    unchanged_at_start: ClassVar[bool] = False
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        """The model with fresh parameters of this method; ``key`` decides their initial value."""
+        """The model with fresh parameters of this method; ``key`` decides their initial value.
+
+        ``model`` itself stays as it is: a method that fills its modules' slots takes a
+        ``with_free_slots`` of it.
+        """
         ...
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of an ``Attached`` with this path trains."""
-        ...
+        return name.startswith("method/") or "/around/" in name
+
+    def added_length(self) -> int:
+        """How many positions it adds to the encoder's input."""
+        return 0
+
+    def folded(self, attached: Attached) -> "tuple[Method, Attached]":
+        """The same function without what only training needs, and the method that it then is.
+
+        This is what is kept of a run.  The method that comes out attaches itself with no more of
+        a ``Context`` than the labels.
+        """
+        return self, attached
+
+
+def with_free_slots(model: T5) -> T5:
+    """A copy of the structure around the same arrays, whose modules may be changed."""
+    copy: T5 = nnx.merge(*nnx.split(model))
+    return copy
 
 
 def mask_of(method: Method, names: list[str]) -> Mask:

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.method import Attached, Context, MethodModule
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
 from prompt_tuning_jax.models.slots import Slots
@@ -17,7 +17,7 @@ PROMPT = "method/prompt_PD"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning:
+class PromptTuning(Method):
     """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only.
 
     ``init_labels`` replaces the task's labels; ``init_population`` is how many of the most common
@@ -57,6 +57,9 @@ class PromptTuning:
     def trains(self, name: str) -> bool:
         return name == PROMPT
 
+    def added_length(self) -> int:
+        return self.length
+
 
 class Prompt(MethodModule):
     """Holds ``prompt_PD`` and puts it into the encoder's input."""
@@ -66,7 +69,14 @@ class Prompt(MethodModule):
         self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
         self.config = config
 
-    def slots(self, model: T5, tokens_BT: Array | HostArray) -> Slots:
+    def slots(
+        self,
+        model: T5,
+        tokens_BT: Array | HostArray,
+        *,
+        task_B: Array | None = None,
+        key: Array | None = None,
+    ) -> Slots:
         config = self.config
         source, is_prompt_BU = combine(
             self.prompt_PD.get_value(),

@@ -42,8 +42,18 @@ def normal_param(
     return nnx.Param(value, logical_axes=axes)
 
 
+class Around(Protocol):
+    """What a method puts around a linear map: it sees the input, and calls the map or not.
+
+    ``linear`` is the map itself.  Instances are modules, whose parameters then stand under
+    ``.../around/`` beside the map's own.
+    """
+
+    def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array: ...
+
+
 class Linear(nnx.Module):
-    """``[..., in] -> [..., out]`` without bias; the slot that low-rank methods replace."""
+    """``[..., in] -> [..., out]`` without bias; ``around`` is a slot for methods."""
 
     def __init__(
         self,
@@ -61,8 +71,13 @@ class Linear(nnx.Module):
         self.kernel = normal_param(rngs, shape, axes, std=std, dtype=param_dtype)
         self.dtype = dtype
         self.out_dtype = out_dtype
+        self.around: Around | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
+        return self.plain(x) if self.around is None else self.around(x, self.plain)
+
+    def plain(self, x: Array) -> Array:
+        """The map itself, whatever is around it."""
         kernel_DF = self.kernel.get_value()
         y = precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
         return checkpoint_name(y, LINEAR)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from prompt_tuning_jax import precision
-from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, Table
+from prompt_tuning_jax.models.layers import LINEAR, Around, Embed, Linear, Table
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
@@ -199,8 +199,13 @@ class QuantizedLinear(nnx.Module):
         self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
         self.dtype = linear.dtype
         self.out_dtype = linear.out_dtype
+        self.around: Around | None = nnx.data(linear.around)
 
     def __call__(self, x: Array) -> Array:
+        return self.plain(x) if self.around is None else self.around(x, self.plain)
+
+    def plain(self, x: Array) -> Array:
+        """The map itself, whatever is around it."""
         kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
         out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
         out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)

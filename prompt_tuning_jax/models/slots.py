@@ -36,8 +36,8 @@ class KeyValues:
 class Slots:
     """All slots of one forward pass; None leaves the model as it is.
 
-    The prefixes have one entry per layer of their stack.  The remaining slots are modules: any
-    ``Linear`` of the model may be replaced by another module, ``decoder.logits_dense`` included.
+    The prefixes have one entry per layer of their stack.  The remaining slot is in the modules:
+    every ``Linear`` has an ``around`` (models/layers.py), ``decoder.logits_dense`` included.
     """
 
     encoder_input: EncoderInput | None = None

@@ -104,7 +104,7 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
     """
     training, chip = experiment.training, topology.chip
     rows = training.batch_size // max(training.gradient_accumulation, 1)
-    positions = experiment.data.inputs_length + getattr(experiment.method, "length", 0)
+    positions = experiment.data.inputs_length + experiment.method.added_length()
     bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
     bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
     weights = _parameters(config) * bits / 8
@@ -153,7 +153,7 @@ def _tried(
     abstract = abstract_experiment(experiment, config, layout)
     train = compile_train(experiment, abstract)
     examples = training.batch_size * len(training.seeds)
-    data, prompt = experiment.data, getattr(experiment.method, "length", 0)
+    data, prompt = experiment.data, experiment.method.added_length()
     flops = model_flops(
         config,
         rows=examples,

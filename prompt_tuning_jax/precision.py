@@ -109,13 +109,11 @@ def _transposed_copy(x_ND: Array) -> Array:
     return halves.transpose(1, 0, 2).reshape(width, rows)
 
 
-def _raw_einsum(equation: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(equation: str, left: Array, right: Array) -> Array:
-    return _raw_einsum(equation, left, right)
+    operands, out_axes = equation.split("->")
+    left_axes, right_axes = operands.split(",")
+    return _ordered_einsum(left_axes, right_axes, out_axes, left, right)
 
 
 def _einsum_forward(equation: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:

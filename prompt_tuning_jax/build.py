@@ -399,7 +399,7 @@ def step_from(
         parts_of=parts_of(experiment, members, layout),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
-        dropout=experiment.model.dropout_rate > 0,
+        dropout=experiment.model.dropout_rate > 0 or experiment.method.draws(),
         layout=layout,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
         remat=training.remat,

@@ -47,6 +47,7 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
         yield from _outside("method", experiment.method, "length", low=1)
     if hasattr(experiment.method, "init_population"):
         yield from _outside("method", experiment.method, "init_population", low=0)
+    yield from experiment.method.complaints()
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
     yield from _training(experiment.training, method=experiment.method)

@@ -2,6 +2,7 @@
 
 from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
+from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 
@@ -11,6 +12,7 @@ METHODS: dict[str, type] = {
     "full": FullTuning,
     "described_prompts": DescribedPrompts,
     "none": NoTuning,
+    "lora": LoRA,
 }
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Context",
     "DescribedPrompts",
     "FullTuning",
+    "LoRA",
     "Method",
     "NoTuning",
     "PromptTuning",

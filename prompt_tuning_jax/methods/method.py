@@ -1,5 +1,6 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -41,6 +42,13 @@ class MethodModule(nnx.Module):
         """
         return NO_SLOTS
 
+    def with_dropout(self, model: T5, *, key: Array) -> T5:
+        """The model to run where dropout is on: modules that a method has put into it get keys.
+
+        ``model`` itself stays as it is: a copy that holds this call's keys cannot outlive it.
+        """
+        return model
+
 
 class Attached(nnx.Module):
     """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
@@ -69,9 +77,8 @@ class Attached(nnx.Module):
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
         slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
-        return self.model(
-            encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat
-        )
+        model = self.model if key is None else self.method.with_dropout(self.model, key=key)
+        return model(encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat)
 
     def encode(
         self, tokens_BT: Array | HostArray, *, task_B: Array | None = None
@@ -105,6 +112,14 @@ class Method(Protocol):
     def added_length(self) -> int:
         """How many positions it adds to the encoder's input."""
         return 0
+
+    def draws(self) -> bool:
+        """Whether training draws random numbers for it (dropout of its own)."""
+        return False
+
+    def complaints(self) -> Iterator[str]:
+        """A line for each field that makes no sense, the field as ``method.NAME``."""
+        yield from ()
 
     def folded(self, attached: Attached) -> "tuple[Method, Attached]":
         """The same function without what only training needs, and the method that it then is.

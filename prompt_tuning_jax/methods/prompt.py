@@ -60,6 +60,10 @@ class PromptTuning(Method):
     def added_length(self) -> int:
         return self.length
 
+    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+        # How it began no longer matters, and would ask for a vocabulary.
+        return replace(self, init="uniform", init_labels=(), init_text="", init_path=""), attached
+
 
 class Prompt(MethodModule):
     """Holds ``prompt_PD`` and puts it into the encoder's input."""

@@ -1,0 +1,125 @@
+"""The table of methods that the contract is tested on, and a short training of any of them.
+
+A new method adds a line to ``CASES``: its config for the micro model, and the closed form of its
+docstring with the micro model's sizes put in.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax import build
+from prompt_tuning_jax.experiment import Experiment, Mesh, Model, Optimizer, Training
+from prompt_tuning_jax.methods import FullTuning, LoRA, Method, PromptTuning
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.optim import make_optimizer
+from prompt_tuning_jax.training.step import TrainStep, init_state
+from prompt_tuning_jax.typing import HostArray
+from tests.micro import ONE_LAYER, D, V, Words, make_batch, make_t5
+
+LABELS = ("alpha", "beta", "gamma")
+STEPS, ROWS = 3, 8
+H_K = ONE_LAYER.num_heads * ONE_LAYER.head_dim
+F, BUCKETS = ONE_LAYER.mlp_dim, ONE_LAYER.relpos_num_buckets
+# One layer in the encoder, and one in the decoder that has two attentions.
+ATTENTIONS = 1 + 2 * 1
+# An attention has four maps, a gated mlp three; the table and the logits' kernel; norms and biases.
+WHOLE = (
+    ATTENTIONS * 4 * D * H_K
+    + 2 * 3 * D * F
+    + 2 * V * D
+    + (2 + 3 + 2) * D
+    + 2 * ONE_LAYER.num_heads * BUCKETS
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method's config, and how many parameters it trains on the micro model."""
+
+    method: Method
+    count: int
+
+
+CASES: dict[str, Case] = {
+    "prompt_tuning": Case(method=PromptTuning(length=5, init_population=0), count=5 * D),
+    "full": Case(method=FullTuning(), count=WHOLE),
+    "lora": Case(
+        method=LoRA(rank=2, alpha=4, dropout=0.1),
+        count=2 * 2 * (D + H_K) * ATTENTIONS,
+    ),
+    "lora_stabilized_everywhere": Case(
+        method=LoRA(rank=4, rank_stabilized=True, targets=(".*",)),
+        count=4 * (ATTENTIONS * 4 * (D + H_K) + 2 * 3 * (D + F) + D + V),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Members after a few steps: as attached, tuned arrays before and after, losses by step."""
+
+    of: Experiment
+    members: build.Members
+    step: TrainStep
+    before: dict[str, HostArray]
+    after: dict[str, HostArray]
+    losses: HostArray
+
+
+@functools.cache
+def model() -> T5:
+    """The micro model that methods are attached to; attaching leaves it as it is."""
+    made = make_t5(ONE_LAYER, dropout_rate=0.1)
+    made.vocabulary = Words()
+    return made
+
+
+def experiment(
+    method: Method, *, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None
+) -> Experiment:
+    return Experiment(
+        model=Model(dropout_rate=0.1),
+        method=method,
+        optimizer=Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0),
+        training=Training(seeds=seeds, batch_size=ROWS, steps=STEPS, gradient_accumulation=1),
+        mesh=mesh or Mesh(),
+    )
+
+
+@functools.cache
+def trained(name: str, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None) -> Trained:
+    """A few steps of the real step, each member with the batches of its seed."""
+    of = experiment(CASES[name].method, seeds=seeds, mesh=mesh)
+    members = build.attach_members(of, model(), labels=LABELS)
+    state, step, _ = build.build_step(of, members)
+    before = {key: np.array(array) for key, array in state.tuned.items()}
+    done = Trained(of=of, members=members, step=step, before=before, after={}, losses=np.zeros(0))
+    after, losses = steps_from(done, before)
+    return dataclasses.replace(done, after=after, losses=losses)
+
+
+def steps_from(
+    done: Trained, tuned: dict[str, HostArray], *, first_batch: int = 0
+) -> tuple[dict[str, HostArray], HostArray]:
+    """Tuned arrays and losses after a few steps from these; member 0 starts at another batch."""
+    of, members = done.of, done.members
+    layout = build.layout_of(of)
+    like = members.tuned
+    start = {key: jax.device_put(array, like[key].sharding) for key, array in tuned.items()}
+    state = init_state(start, make_optimizer(of.optimizer, members.mask), layout=layout)
+    losses = []
+    for at in range(STEPS):
+        batches = [make_batch(2, ROWS, seed=at + first_batch), make_batch(2, ROWS, seed=at)]
+        batch = {
+            key: np.stack([batches[seed][key][seed] for seed in of.training.seeds])
+            for key in batches[0]
+        }
+        if not layout.is_trivial:
+            batch = dict(layout.place_batch(batch, ("ensemble", "batch", "length")))
+        state, metrics = done.step(state, members.frozen, batch)
+        losses.append(np.asarray(metrics.loss_E))
+    return {key: np.array(array) for key, array in state.tuned.items()}, np.stack(losses)

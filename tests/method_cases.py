@@ -13,7 +13,15 @@ import numpy as np
 
 from prompt_tuning_jax import build
 from prompt_tuning_jax.experiment import Experiment, Mesh, Model, Optimizer, Training
-from prompt_tuning_jax.methods import FullTuning, LoRA, Method, PromptTuning
+from prompt_tuning_jax.methods import (
+    IA3,
+    Adapters,
+    FullTuning,
+    LoRA,
+    Method,
+    PatternTuning,
+    PromptTuning,
+)
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.optim import make_optimizer
 from prompt_tuning_jax.training.step import TrainStep, init_state
@@ -54,6 +62,18 @@ CASES: dict[str, Case] = {
     "lora_stabilized_everywhere": Case(
         method=LoRA(rank=4, rank_stabilized=True, targets=(".*",)),
         count=4 * (ATTENTIONS * 4 * (D + H_K) + 2 * 3 * (D + F) + D + V),
+    ),
+    "ia3": Case(method=IA3(), count=2 * H_K * ATTENTIONS + 2 * F),
+    "adapters_houlsby": Case(method=Adapters(width=4), count=(2 + 3) * (2 * D * 4 + 4 + D)),
+    "adapters_pfeiffer": Case(
+        method=Adapters(kind="pfeiffer", width=3, activation="gelu", biases=False),
+        count=2 * 2 * D * 3,
+    ),
+    "pattern": Case(
+        method=PatternTuning(), count=(2 + 3 + 2) * D + 2 * ONE_LAYER.num_heads * BUCKETS
+    ),
+    "pattern_of_kernels": Case(
+        method=PatternTuning(patterns=(r"encoder/layers_0/.*/wi_\d/kernel",)), count=2 * D * F
     ),
 }
 

@@ -1,9 +1,12 @@
 """Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
 
+from prompt_tuning_jax.methods.adapters import Adapters
 from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
+from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods.pattern import PatternTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 
 # The name that a config or the command line types.
@@ -13,11 +16,16 @@ METHODS: dict[str, type] = {
     "described_prompts": DescribedPrompts,
     "none": NoTuning,
     "lora": LoRA,
+    "ia3": IA3,
+    "adapters": Adapters,
+    "pattern": PatternTuning,
 }
 
 __all__ = [
+    "IA3",
     "METHODS",
     "PROMPT",
+    "Adapters",
     "Attached",
     "Context",
     "DescribedPrompts",
@@ -25,6 +33,7 @@ __all__ = [
     "LoRA",
     "Method",
     "NoTuning",
+    "PatternTuning",
     "PromptTuning",
     "mask_of",
 ]

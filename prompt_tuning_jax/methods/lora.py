@@ -71,6 +71,8 @@ class LoRA(Method):
             yield f"method.rank is {self.rank}; must be at least 1"
         if not 0 <= self.dropout < 1:
             yield f"method.dropout is {self.dropout}; must be at least 0 and below 1"
+        if not self.targets:
+            yield "method.targets is empty; give at least one regular expression"
         yield from complaints_of(self.targets, field="method.targets")
 
 

@@ -1,0 +1,83 @@
+"""Adapters: small bottlenecks behind the sublayers (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import precision
+from prompt_tuning_jax.methods.around import AnyLinear, chosen_maps, with_around
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.models.layers import ACTIVATIONS
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import Array
+
+# The maps behind which a bottleneck stands, before the residual is added.
+_BEHIND = {"houlsby": (".*/out", ".*/mlp/wo"), "pfeiffer": (".*/mlp/wo",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters(Method):
+    """``2 * D * width`` parameters each, and ``width + D`` more with biases.
+
+    ``houlsby`` has one behind every attention and every mlp: ``2 * encoder layers + 3 * decoder
+    layers`` of them; ``pfeiffer`` behind every mlp: ``encoder layers + decoder layers``.  They see
+    what the sublayer adds to the residual, and add to it; the last matrix is zero at the start.
+    Layer norms stay frozen.  Frozen weights may be quantised.
+    """
+
+    unchanged_at_start: ClassVar[bool] = True
+
+    kind: Literal["houlsby", "pfeiffer"] = "houlsby"
+    width: int = 32
+    activation: Literal["gelu", "relu", "silu"] = "relu"
+    biases: bool = True
+
+    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+        chosen = chosen_maps(model, _BEHIND[self.kind], field="method.kind")
+        numbers = {name: number for number, name in enumerate(chosen)}
+
+        def bottleneck(name: str, linear: AnyLinear) -> Bottleneck | None:
+            if name not in numbers:
+                return None
+            return Bottleneck(self, linear, key=jax.random.fold_in(key, numbers[name]))
+
+        return Attached(with_around(model, bottleneck), MethodModule())
+
+    def complaints(self) -> Iterator[str]:
+        if self.width < 1:
+            yield f"method.width is {self.width}; must be at least 1"
+
+
+class Bottleneck(nnx.Module):
+    """``y + up(activation(down(y)))`` of ``y = linear(x)``; R is the width."""
+
+    def __init__(self, config: Adapters, linear: AnyLinear, *, key: Array):
+        features, width = linear.kernel.shape[1], config.width
+        axis = linear.kernel.get_metadata()["logical_axes"][1]
+        limit = features**-0.5
+        down_DR = jax.random.uniform(key, (features, width), minval=-limit, maxval=limit)
+        self.down_DR = nnx.Param(down_DR, logical_axes=(axis, None))
+        self.up_RD = nnx.Param(jnp.zeros((width, features)), logical_axes=(None, axis))
+        self.biases = config.biases
+        if config.biases:
+            self.down_bias_R = nnx.Param(jnp.zeros(width), logical_axes=(None,))
+            self.up_bias_D = nnx.Param(jnp.zeros(features), logical_axes=(axis,))
+        self.activation = config.activation
+        self.dtype = linear.dtype
+
+    def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array:
+        y = linear(x)
+        low = self._product(y, self.down_DR.get_value())
+        if self.biases:
+            low = low + self.down_bias_R.get_value()
+        added = self._product(ACTIVATIONS[self.activation](low), self.up_RD.get_value())
+        if self.biases:
+            added = added + self.up_bias_D.get_value()
+        return (y + added).astype(y.dtype)
+
+    def _product(self, x: Array, matrix: Array) -> Array:
+        return precision.dot(x, matrix, dtype=self.dtype, out_dtype=jnp.float32)

@@ -1,0 +1,79 @@
+"""What stands around linear maps, merged into their weights and taken out again."""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.around import AnyLinear, linear_maps
+from prompt_tuning_jax.methods.method import Attached, with_free_slots
+from prompt_tuning_jax.models.layers import Around
+from prompt_tuning_jax.models.quantization import QuantizedLinear
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import Array
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """Something around a linear map that another kernel ``[D, F]`` could do alone."""
+
+    def merged(self, kernel_DF: Array) -> Array: ...
+
+    def unmerged(self, kernel_DF: Array) -> Array: ...
+
+
+def merge(attached: Attached) -> T5:
+    """A plain T5 that computes what the model with its method does.
+
+    Kernels are computed in float32 and rounded to the dtype that they have; ``attached`` stays as
+    it is.  Raises UserError for quantised weights, and for a method that weights cannot hold.
+    """
+    if jax.tree.leaves(nnx.state(attached.method)):
+        raise UserError(
+            f"{type(attached.method).__name__} adds to what the model reads, and cannot be merged "
+            "into its weights; methods that can are lora and ia3"
+        )
+    model = with_free_slots(attached.model)
+    for name, linear in linear_maps(model).items():
+        if linear.around is not None:
+            _replace_kernel(name, linear, _mergeable(name, linear.around).merged)
+            linear.around = None
+    return model
+
+
+def unmerge(model: T5, attached: Attached) -> T5:
+    """The plain T5 from before, of one that ``merge`` made of ``attached``.
+
+    Within rounding of float32, or of the dtype of the kernels where that is narrower.  Raises
+    UserError as ``merge`` does, and where a scale is zero.
+    """
+    model = with_free_slots(model)
+    around_of = {name: linear.around for name, linear in linear_maps(attached.model).items()}
+    for name, linear in linear_maps(model).items():
+        if (around := around_of[name]) is not None:
+            _replace_kernel(name, linear, _mergeable(name, around).unmerged)
+    return model
+
+
+def _mergeable(name: str, around: Around) -> Mergeable:
+    if not isinstance(around, Mergeable):
+        raise UserError(
+            f"{type(around).__name__} around {name} is no linear map, and cannot be merged into "
+            "its weights; methods that can are lora and ia3"
+        )
+    return around
+
+
+def _replace_kernel(name: str, linear: AnyLinear, change: Callable[[Array], Array]) -> None:
+    if isinstance(linear, QuantizedLinear):
+        raise UserError(
+            f"the weights of {name} are quantised, and what is merged into them would be lost in "
+            "rounding; set model.quantization=none"
+        )
+    kernel_DF = linear.kernel.get_value()
+    changed_DF = change(kernel_DF.astype(jnp.float32)).astype(kernel_DF.dtype)
+    # Another variable: this one's value may be that of the model that was given.
+    linear.kernel = nnx.Param(changed_DF, **linear.kernel.get_metadata())

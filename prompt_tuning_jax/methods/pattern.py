@@ -1,0 +1,50 @@
+"""Parameters of the model itself, chosen by regular expressions (BitFit, Ben Zaken et al. 2022)."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.around import complaints_of
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.typing import Array
+
+_MODEL = "model/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternTuning(Method):
+    """The sizes of the chosen parameters; by default those of the norms and position biases.
+
+    That is ``D * (2 * encoder layers + 3 * decoder layers + 2)`` scales and ``2 * H * buckets``
+    biases (of models with biases per layer ``H * buckets * (encoder layers + decoder layers)``).
+    BitFit trains biases; a T5 has none, these are what is left that is no matrix.
+
+    ``patterns`` are regular expressions on whole paths (``encoder/layers_0/mlp/wo/kernel``).
+    """
+
+    unchanged_at_start: ClassVar[bool] = True
+
+    patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
+
+    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+        params = tree.split(model)[1]
+        for pattern in self.patterns:
+            if not any(tree.matching(params, pattern).values()):
+                raise UserError(
+                    f"method.patterns: {pattern!r} is the path of no parameter; paths are whole, "
+                    f"for instance {next(iter(params))}"
+                )
+        return Attached(model, MethodModule())
+
+    def trains(self, name: str) -> bool:
+        path = name.removeprefix(_MODEL)
+        return path != name and any(re.fullmatch(pattern, path) for pattern in self.patterns)
+
+    def complaints(self) -> Iterator[str]:
+        if not self.patterns:
+            yield "method.patterns is empty; give at least one regular expression"
+        yield from complaints_of(self.patterns, field="method.patterns")

@@ -7,11 +7,13 @@ from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
 from prompt_tuning_jax.methods.pattern import PatternTuning
+from prompt_tuning_jax.methods.prefix import PrefixTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 
 # The name that a config or the command line types.
 METHODS: dict[str, type] = {
     "prompt_tuning": PromptTuning,
+    "prefix_tuning": PrefixTuning,
     "full": FullTuning,
     "described_prompts": DescribedPrompts,
     "none": NoTuning,
@@ -34,6 +36,7 @@ __all__ = [
     "Method",
     "NoTuning",
     "PatternTuning",
+    "PrefixTuning",
     "PromptTuning",
     "mask_of",
 ]

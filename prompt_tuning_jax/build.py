@@ -58,13 +58,21 @@ _REPORTED_STEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """A method attached E times to one frozen model: one structure, E sets of tuned arrays."""
+    """A method attached E times to one frozen model: one structure, E sets of tuned arrays.
+
+    ``tasks`` are the names of those trained on where they are several.
+    """
 
     graphdef: nnx.GraphDef[Attached]
     tuned: FlatParams  # each with a leading axis E
     frozen: FlatParams
     mask: Mask
     number: int
+    tasks: tuple[str, ...] = ()
+
+    def task_number(self, name: str) -> int | None:
+        """Which of several tasks has this name; None where it is none of them."""
+        return self.tasks.index(name) if name in self.tasks else None
 
     def sharded(self, layout: Layout, logical_axes: Mapping[str, Any]) -> "Members":
         """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
@@ -168,6 +176,14 @@ def build_mixture(data: Data) -> Mixture:
     )
 
 
+def trained_tasks(data: Data) -> tuple[str, ...]:
+    """The names of the tasks that are trained on together; none where it is one alone."""
+    if data.train or data.eval or data.objectives or not data.task:
+        return ()
+    names = tuple(task.name for task in build_mixture(data).tasks)
+    return names if len(names) > 1 else ()
+
+
 def build_data(
     experiment: Experiment,
     vocabulary: AnyVocabulary,
@@ -263,7 +279,8 @@ def attach_unplaced(
 ) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
     """The same before anything is laid out, and the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
-    context = Context(labels=labels, vocabulary=model.vocabulary)
+    tasks = trained_tasks(experiment.data)
+    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
     tuned: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds):
         method: Any = experiment.method
@@ -284,6 +301,7 @@ def attach_unplaced(
         frozen=frozen,
         mask=mask,
         number=len(seeds),
+        tasks=tasks,
     )
     axes = tree.logical_axes(attached)
     used = {axis for own in axes.values() for axis in own if axis is not None}
@@ -340,7 +358,9 @@ def placed_batches(
             size = data.train.batch_size
             rows = layout.rows(size)
             yield {
-                name: layout.place_rows(np.asarray(local), axes, rows=rows, batch_size=size)
+                name: layout.place_rows(
+                    np.asarray(local), axes[: local.ndim], rows=rows, batch_size=size
+                )
                 for name, local in batch.items()
             }
 
@@ -447,7 +467,11 @@ def evaluate_members(
             experiment, members.graphdef, vocabulary_of(model), labels=labels
         )
         predictions[name] = predictor.predict(
-            tuned, members.frozen, examples, members=members.number
+            tuned,
+            members.frozen,
+            examples,
+            members=members.number,
+            task=members.task_number(name),
         )
         prefix = f"{name}/" if len(data.evaluation) > 1 else ""
         for own, values in zip(scores, score_members(examples, predictions[name]), strict=True):

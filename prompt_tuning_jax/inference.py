@@ -17,7 +17,7 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule, beam_search
 from prompt_tuning_jax.decoding.greedy import greedy
-from prompt_tuning_jax.decoding.rank import rank, sequence_log_probs
+from prompt_tuning_jax.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.decoding.sampling import sample
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout, laying_out, replicate
@@ -199,23 +199,20 @@ def label_scores(
     labels_CS: Array,
     members: int,
     layout: Layout | None = None,
+    task_B: Array | HostArray | None = None,
 ) -> Array:
     """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
 
     The encoder and the cross-attention keys are computed once per example and member.  ``members``
-    is E, which a method without tuned arrays does not show.  On a mesh the result is replicated.
+    is E, which a method without tuned arrays does not show; ``task_B`` is each row's task, where a
+    method asks for it.  On a mesh the result is replicated.
     """
 
     def member(own: FlatParams) -> Array:
         attached = tree.merge(graphdef, {**frozen, **own})
-        encoded, slots = attached.encode(tokens_BT)
-        rest = replace(slots, encoder_input=None)
-
-        def decode_logits(decoder_input_S: Array) -> Array:
-            tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
-            return attached.model.decode(tokens_BS, encoded, slots=rest)
-
-        return rank(decode_logits, labels_CS, max_logits=2**26 // members)
+        return attached.label_scores(
+            tokens_BT, labels_CS, task_B=task_B, max_logits=2**26 // members
+        )
 
     with laying_out(layout):
         return replicate(jax.vmap(member, axis_size=members)(tuned))
@@ -230,6 +227,7 @@ def write(
     tokens_BT: Array,
     key: Array,
     layout: Layout | None = None,
+    task_B: Array | HostArray | None = None,
 ) -> tuple[Array, Array]:
     """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
 
@@ -237,7 +235,7 @@ def write(
     is one member.  On a mesh the result is replicated.
     """
     with laying_out(layout):
-        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key))
+        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B))
 
 
 def _write(
@@ -247,6 +245,7 @@ def _write(
     frozen: FlatParams,
     tokens_BT: Array,
     key: Array,
+    task_B: Array | HostArray | None,
 ) -> tuple[Array, Array]:
     members = len(next(iter(tuned.values()))) if tuned else 1
     batch = tokens_BT.shape[0]
@@ -254,7 +253,7 @@ def _write(
 
     def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
         attached = tree.merge(graphdef, {**frozen, **own})
-        encoded, slots = attached.encode(tokens_BT)
+        encoded, slots = attached.encode(tokens_BT, task_B=task_B)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
         constant = (cross, encoded.mask_BU, replace(slots, encoder_input=None))
         if writing.strategy == "beam":  # the beams of one example stand side by side

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,13 @@ def _bare(attached: Attached, layout: Layout) -> build.Members:
 def _members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
     tuned = run_folder.read_best(folder)
     key = jax.random.key(0)
-    attached = run.method.attach(model, key=key, context=Context())
+    tasks = build.trained_tasks(run.data)
+    context = Context(vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
+    # How it began is over, and what it began from may be gone.
+    method: Any = run.method
+    if hasattr(method, "init"):
+        method = dataclasses.replace(method, init="uniform")
+    attached = build.with_config(method.attach(model, key=key, context=context), run.method)
     graphdef, params = tree.split(attached)
     frozen = {name: p for name, p in params.items() if not run.method.trains(name)}
     own = {name: p for name, p in params.items() if run.method.trains(name)}
@@ -160,5 +167,6 @@ def _members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) ->
         frozen=frozen,
         mask=mask_of(run.method, list(params)),
         number=len(next(iter(tuned.values()))),
+        tasks=tasks,
     )
     return members.sharded(layout, tree.logical_axes(attached))

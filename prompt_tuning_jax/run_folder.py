@@ -12,11 +12,12 @@ import numpy as np
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
+from prompt_tuning_jax.checkpoints.train_state import BEST
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.overrides import diff, to_json
-from prompt_tuning_jax.training.loop import BEST, Best
+from prompt_tuning_jax.training.loop import Best
 from prompt_tuning_jax.typing import HostArray
 
 PROMPTS, RESULTS, CURVES = "prompts", "results.json", "curves.png"

@@ -15,6 +15,9 @@ import numpy as np
 
 from prompt_tuning_jax.errors import UserError
 
+# Where in a run's folder its states are: the one to go on from, and the best of each member.
+LAST, BEST = "checkpoints/last", "checkpoints/best"
+
 Tree = TypeVar("Tree")
 
 

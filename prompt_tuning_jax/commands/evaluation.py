@@ -137,7 +137,13 @@ def predict(
     for members in loaded.groups:
         predictor = build.build_predictor(experiment, members.graphdef, words, labels=labels)
         parts.append(
-            predictor.predict(members.tuned, members.frozen, examples, members=members.number)
+            predictor.predict(
+                members.tuned,
+                members.frozen,
+                examples,
+                members=members.number,
+                task=members.task_number(experiment.data.task),
+            )
         )
     predictions = Predictions.joined(parts)
     return [

@@ -25,7 +25,8 @@ class TrainBatches:
 
     ``batches[step]`` is a dict of int32 arrays: ``encoder_input_tokens`` [B, T],
     ``decoder_target_tokens`` [B, S] and ``decoder_input_tokens`` [B, S]; with several seeds each
-    has a leading axis E.  Every epoch holds every example once, in an order of its own; a batch may
+    has a leading axis E.  Of several sets there is ``task_index`` [B], too: the number of the set
+    that an example comes from.  Every epoch holds every example once, in an order of its own; a batch may
     reach across the end of an epoch, so that sets smaller than a batch work.
 
     What a batch holds depends on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and
@@ -129,9 +130,12 @@ class TrainBatches:
         leading = indices_EB.shape[1:] if self._one_seed else indices_EB.shape
         lengths = sorted({self.lengths_for(step) for step in range(start_step, stop_step)})
         return [
-            make_batch(
-                np.zeros((*leading, inputs_length), np.int32),
-                np.zeros((*leading, targets_length), np.int32),
+            self._with_tasks(
+                make_batch(
+                    np.zeros((*leading, inputs_length), np.int32),
+                    np.zeros((*leading, targets_length), np.int32),
+                ),
+                np.zeros(leading, np.int32),
             )
             for inputs_length, targets_length in lengths
         ]
@@ -142,12 +146,16 @@ class TrainBatches:
         self._count_real(step, indices_EB)
         indices_EB = indices_EB[:, self._rows]
         shape_EB = indices_EB.shape
-        inputs_NT, targets_NS = self._gather(indices_EB.ravel(), inputs_length, targets_length)
+        sets_N = np.searchsorted(self._first, indices_EB.ravel(), side="right") - 1
+        inputs_NT, targets_NS = self._gather(
+            indices_EB.ravel(), sets_N, inputs_length, targets_length
+        )
         leading = shape_EB[1:] if self._one_seed else shape_EB
-        return make_batch(
+        batch = make_batch(
             inputs_NT.reshape(*leading, inputs_length),
             targets_NS.reshape(*leading, targets_length),
         )
+        return self._with_tasks(batch, sets_N.astype(np.int32).reshape(leading))
 
     def iterate(
         self, start_step: int, stop_step: int, *, num_threads: int = 1, prefetch: int = 8
@@ -158,6 +166,10 @@ class TrainBatches:
         steps = grain.MapDataset.range(start_step, max(start_step, stop_step))
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         yield from steps.map(self.__getitem__).to_iter_dataset(options)
+
+    def _with_tasks(self, batch: Batch, task_index: np.ndarray) -> Batch:
+        """The batch that says of each example which set it comes from, where there are several."""
+        return {**batch, "task_index": task_index} if len(self._sets) > 1 else batch
 
     def _indices(self, step: int) -> np.ndarray:
         return np.stack([self.indices_for(step, seed) for seed in self._seeds])
@@ -188,11 +200,14 @@ class TrainBatches:
         return mixed.batch(self.batch_size)
 
     def _gather(
-        self, indices_N: np.ndarray, inputs_length: int, targets_length: int
+        self,
+        indices_N: np.ndarray,
+        sets_N: np.ndarray,
+        inputs_length: int,
+        targets_length: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         inputs_NT = np.empty((len(indices_N), inputs_length), np.int32)
         targets_NS = np.empty((len(indices_N), targets_length), np.int32)
-        sets_N = np.searchsorted(self._first, indices_N, side="right") - 1
         for number, examples in enumerate(self._sets):
             of_set_N = sets_N == number
             local = indices_N[of_set_N] - self._first[number]

@@ -7,6 +7,8 @@ from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
 from prompt_tuning_jax.methods.pattern import PatternTuning
+from prompt_tuning_jax.methods.multitask import MultitaskPrompts
+from prompt_tuning_jax.methods.p_tuning import PTuning
 from prompt_tuning_jax.methods.prefix import PrefixTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 
@@ -14,6 +16,8 @@ from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 METHODS: dict[str, type] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
+    "p_tuning": PTuning,
+    "multitask_prompts": MultitaskPrompts,
     "full": FullTuning,
     "described_prompts": DescribedPrompts,
     "none": NoTuning,
@@ -34,8 +38,10 @@ __all__ = [
     "FullTuning",
     "LoRA",
     "Method",
+    "MultitaskPrompts",
     "NoTuning",
     "PatternTuning",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
     "mask_of",

@@ -41,7 +41,7 @@ class PooledWords(MethodModule):
         model: T5,
         tokens_BT: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Slots:
         positions, words = self.config.positions, self.config.words

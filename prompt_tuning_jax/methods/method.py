@@ -1,12 +1,15 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.decoding.rank import rank
+from prompt_tuning_jax.losses import TokenSums, token_sums
 from prompt_tuning_jax.models.blocks import Remat
 from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
@@ -15,10 +18,11 @@ from prompt_tuning_jax.typing import Array, HostArray, Mask
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What an initial value may depend on besides the model: the task's labels, the vocabulary."""
+    """What a method may depend on besides the model: the data's labels and tasks, the words."""
 
     labels: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
+    tasks: int = 1  # how many
 
 
 class MethodModule(nnx.Module):
@@ -32,7 +36,7 @@ class MethodModule(nnx.Module):
         model: T5,
         tokens_BT: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Slots:
         """The slots for one batch of encoder tokens.
@@ -61,7 +65,7 @@ class Attached(nnx.Module):
         self,
         tokens_BT: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Slots:
         return self.method.slots(self.model, tokens_BT, task_B=task_B, key=key)
@@ -71,7 +75,7 @@ class Attached(nnx.Module):
         encoder_input_tokens: Array | HostArray,
         decoder_input_tokens: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
@@ -80,8 +84,46 @@ class Attached(nnx.Module):
         model = self.model if key is None else self.method.with_dropout(self.model, key=key)
         return model(encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat)
 
+    def token_sums(
+        self,
+        encoder_input_tokens: Array | HostArray,
+        decoder_input_tokens: Array | HostArray,
+        targets_BS: Array | HostArray,
+        *,
+        task_B: Array | HostArray | None = None,
+        key: Array | None = None,
+        remat: Remat = "none",
+        z_loss: float = 0.0,
+    ) -> TokenSums:
+        """What training makes smaller: the cross entropy of the targets' tokens."""
+        logits_BSV = self(
+            encoder_input_tokens, decoder_input_tokens, task_B=task_B, key=key, remat=remat
+        )
+        return token_sums(logits_BSV, targets_BS, z_loss=z_loss)
+
+    def label_scores(
+        self,
+        tokens_BT: Array,
+        labels_CS: Array,
+        *,
+        task_B: Array | HostArray | None = None,
+        max_logits: int = 2**26,
+    ) -> Array:
+        """``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
+
+        The encoder and the cross-attention keys are computed once per example.
+        """
+        encoded, slots = self.encode(tokens_BT, task_B=task_B)
+        rest = replace(slots, encoder_input=None)
+
+        def decode_logits(decoder_input_S: Array) -> Array:
+            tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
+            return self.model.decode(tokens_BS, encoded, slots=rest)
+
+        return rank(decode_logits, labels_CS, max_logits=max_logits)
+
     def encode(
-        self, tokens_BT: Array | HostArray, *, task_B: Array | None = None
+        self, tokens_BT: Array | HostArray, *, task_B: Array | HostArray | None = None
     ) -> tuple[Encoded, Slots]:
         """The encoder's output, and the slots that the decoder still needs."""
         slots = self.slots(tokens_BT, task_B=task_B)

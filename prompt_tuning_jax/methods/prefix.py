@@ -68,7 +68,7 @@ class PrefixTuning(Method):
         return self.with_prefixes(model, {name: (own[0], own[1]) for name, own in drawn.items()})
 
     def folded(self, attached: Attached) -> tuple[Method, Attached]:
-        method = replace(self, hidden=0)
+        method = replace(self, hidden=0, init="uniform")
         prefixes = attached.method
         assert isinstance(prefixes, Prefixes)
         arrays = {name: stack.key_value() for name, stack in prefixes.stacks()}
@@ -141,10 +141,10 @@ class Prefixes(MethodModule):
         model: T5,
         tokens_BT: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Slots:
-        prefixes = {}
+        prefixes: dict[str, Any] = {}
         for name, stack in self.stacks():
             pairs = zip(*stack.key_value(), strict=True)
             prefixes[f"{name}_prefixes"] = tuple(

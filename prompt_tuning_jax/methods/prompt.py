@@ -78,7 +78,7 @@ class Prompt(MethodModule):
         model: T5,
         tokens_BT: Array | HostArray,
         *,
-        task_B: Array | None = None,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Slots:
         config = self.config

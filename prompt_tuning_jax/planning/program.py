@@ -115,6 +115,9 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
         "decoder_input_tokens": tokens(data.targets_length),
         "decoder_target_tokens": tokens(data.targets_length),
     }
+    if abstract.members.tasks:
+        shape = (len(training.seeds), training.batch_size)
+        batch["task_index"] = _tokens(shape, ("ensemble", "batch"), abstract.layout)
     step: Any = abstract.step
     lowered = step.lower(abstract.state, abstract.members.frozen, batch)
     return _compiled(lowered, abstract.layout, times=max(training.gradient_accumulation, 1))

@@ -68,10 +68,17 @@ class Predictor:
             require_labels(self.labels)
 
     def predict(
-        self, tuned: FlatParams, frozen: FlatParams, examples: TokenizedExamples, *, members: int
+        self,
+        tuned: FlatParams,
+        frozen: FlatParams,
+        examples: TokenizedExamples,
+        *,
+        members: int,
+        task: int | None = None,
     ) -> Predictions:
         """All examples in order; ``tuned`` has a leading axis E = ``members``.
 
+        ``task`` is the number of the examples' task in the mixture trained on, if it has several.
         On a mesh the rows of each batch are divided over it, and every process gets all results.
         """
         parts = 1
@@ -86,7 +93,7 @@ class Predictor:
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
             index_R = batch["example_index"][batch["row_mask"]]
-            pending.append((self._run(tuned, frozen, tokens_BT, members), index_R))
+            pending.append((self._run(tuned, frozen, tokens_BT, members, task), index_R))
             if len(pending) > 1:
                 self._collect(*pending.pop(0), texts, known)
         for result, index_R in pending:
@@ -94,24 +101,37 @@ class Predictor:
         return Predictions(texts_EN=texts, log_probs_EN=known)
 
     def _run(
-        self, tuned: FlatParams, frozen: FlatParams, tokens_BT: HostArray, members: int
+        self,
+        tuned: FlatParams,
+        frozen: FlatParams,
+        tokens_BT: HostArray,
+        members: int,
+        task: int | None,
     ) -> Any:
         layout = self.layout
+        task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
         on_mesh = layout is not None and not layout.is_trivial
         if layout is not None:
             tokens_BT = layout.place_batch({"": tokens_BT}, ("batch", "length"))[""]
+            if task_B is not None:
+                task_B = layout.place_batch({"": task_B}, ("batch",))[""]
         if self.strategy == "rank":
             labels_CS = self._labels_CS()
-            return label_scores(self.graphdef, tuned, frozen, tokens_BT, labels_CS, members, layout)
+            return label_scores(
+                self.graphdef, tuned, frozen, tokens_BT, labels_CS, members, layout, task_B
+            )
         writing = Writing(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
         key = jax.random.key(0)
         if not on_mesh or not tuned:
-            return write(self.graphdef, writing, tuned, frozen, tokens_BT, key, layout)
+            return write(self.graphdef, writing, tuned, frozen, tokens_BT, key, layout, task_B)
         # One after another: together, the rows of all members would have to change devices.
         each = [{name: x[e : e + 1] for name, x in tuned.items()} for e in range(members)]
-        found = [write(self.graphdef, writing, own, frozen, tokens_BT, key, layout) for own in each]
+        found = [
+            write(self.graphdef, writing, own, frozen, tokens_BT, key, layout, task_B)
+            for own in each
+        ]
         return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
     def _collect(

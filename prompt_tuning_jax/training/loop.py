@@ -15,6 +15,7 @@ import numpy as np
 
 from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.sharding import on_host
 from prompt_tuning_jax.training.logging import RunLog
@@ -28,8 +29,6 @@ from prompt_tuning_jax.training.step import (
     step_cost,
 )
 from prompt_tuning_jax.typing import FlatParams, HostArray
-
-LAST, BEST = "checkpoints/last", "checkpoints/best"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout, laying_out
-from prompt_tuning_jax.losses import TokenSums, token_sums
+from prompt_tuning_jax.losses import TokenSums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.models.blocks import Remat
 from prompt_tuning_jax.training.parts import PartsOf, undivided
@@ -135,8 +135,9 @@ def make_train_step(
 
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
-    [E, B, S]``.  A member's step depends on its own seed, step and batch alone, whoever trains
-    beside it.  ``parts_of`` splits B and gives the same gradient; UserError where it cannot.
+    [E, B, S]``, and ``task_index [E, B]`` where the data has several tasks.  A member's step
+    depends on its own seed, step and batch alone, whoever trains beside it.  ``parts_of`` splits B
+    and gives the same gradient; UserError where it cannot.
     ``remat`` computes parts of the forward again in the backward in place of keeping them, and
     changes nothing else.  On a mesh (``layout``) the new state lies as ``state_shardings`` say, the
     old one's, and metrics are replicated.
@@ -146,10 +147,15 @@ def make_train_step(
         tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
     ) -> tuple[Array, TokenSums]:
         attached = tree.merge(graphdef, {**frozen, **tuned})
-        logits_BSV = attached(
-            batch["encoder_input_tokens"], batch["decoder_input_tokens"], key=key, remat=remat
+        sums = attached.token_sums(
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            task_B=batch.get("task_index"),
+            key=key,
+            remat=remat,
+            z_loss=z_loss,
         )
-        sums = token_sums(logits_BSV, batch["decoder_target_tokens"], z_loss=z_loss)
         return sums.loss, sums
 
     def in_parts(x: Array | HostArray, parts: int) -> Array:

@@ -176,6 +176,12 @@ def build_mixture(data: Data) -> Mixture:
     )
 
 
+def labels_of(mixture: Mixture) -> tuple[str, ...]:
+    """The labels of all its tasks."""
+    members = (*mixture.tasks, *mixture.evaluated)
+    return tuple(dict.fromkeys(label for task in members for label in task.labels))
+
+
 def trained_tasks(data: Data) -> tuple[str, ...]:
     """The names of the tasks that are trained on together; none where it is one alone."""
     if data.train or data.eval or data.objectives or not data.task:
@@ -232,11 +238,17 @@ def build_data(
     train_sets = examples(mixture.tasks, data.train_split) if training else []
     eval_sets = [one.at_most(data.max_eval_examples) for one in examples(evaluated, eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
-    members = (*mixture.tasks, *mixture.evaluated)
-    labels = tuple(dict.fromkeys(label for task in members for label in task.labels))
+    labels = labels_of(mixture)
     if experiment.evaluation.strategy == "rank":
         for task in evaluated:  # now, and not at the first evaluation
             require_labels(task.labels)
+    train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
+    if experiment.method.ranks:
+        for target in set(train_targets) - set(labels):
+            raise UserError(
+                f"{type(experiment.method).__name__} chooses among the labels, and the target "
+                f"{target[:40]!r} is none of them; name all in data.labels"
+            )
     train = None
     if train_sets:
         train = TrainBatches(
@@ -249,7 +261,7 @@ def build_data(
         )
     return TaskData(
         train=train,
-        train_targets=tuple(e["targets"] for one in train_sets for e in one.texts),
+        train_targets=train_targets,
         evaluation=evaluation,
         labels=labels,
         best_by=_best_by(experiment.evaluation.best_by, eval_sets),

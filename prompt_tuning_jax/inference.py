@@ -5,7 +5,7 @@ axis E, the frozen model is there once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -253,9 +253,14 @@ def _write(
 
     def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
         attached = tree.merge(graphdef, {**frozen, **own})
+        if attached.method.own_labels:
+            raise UserError(
+                "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
+                "data.labels where the task has none"
+            )
         encoded, slots = attached.encode(tokens_BT, task_B=task_B)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
-        constant = (cross, encoded.mask_BU, replace(slots, encoder_input=None))
+        constant = (cross, encoded.mask_BU, slots.of_decoder())
         if writing.strategy == "beam":  # the beams of one example stand side by side
             constant = jax.tree.map(
                 lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,

@@ -40,3 +40,11 @@ def token_sums(
         examples=jnp.sum(some_B, dtype=jnp.float32),
         correct=jnp.sum(some_B & jnp.all(right_BS, axis=-1), dtype=jnp.float32),
     )
+
+
+def class_sums(logits_BC: Array, class_B: Array, *, z_loss: float = 0.0) -> TokenSums:
+    """The same for one choice among classes in place of tokens; class -1 counts for nothing."""
+    none_B1 = jnp.full((len(logits_BC), 1), jnp.finfo(jnp.float32).min / 2)
+    # Class 0 of a sequence of one would be padding.
+    logits_B1C = jnp.concatenate([none_B1, logits_BC.astype(jnp.float32)], axis=1)[:, None]
+    return token_sums(logits_B1C, class_B[:, None] + 1, z_loss=z_loss)

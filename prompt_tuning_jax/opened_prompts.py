@@ -144,7 +144,8 @@ def _members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) ->
     tuned = run_folder.read_best(folder)
     key = jax.random.key(0)
     tasks = build.trained_tasks(run.data)
-    context = Context(vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
+    labels = build.labels_of(build.build_mixture(run.data)) if run.method.ranks else ()
+    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
     # How it began is over, and what it began from may be gone.
     method: Any = run.method
     if hasattr(method, "init"):

@@ -48,6 +48,11 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
     if hasattr(experiment.method, "init_population"):
         yield from _outside("method", experiment.method, "init_population", low=0)
     yield from experiment.method.complaints()
+    if experiment.method.ranks and experiment.evaluation.strategy != "rank":
+        yield (
+            f"evaluation.strategy is {experiment.evaluation.strategy} and "
+            f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
+        )
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
     yield from _training(experiment.training, method=experiment.method)

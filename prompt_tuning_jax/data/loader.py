@@ -26,8 +26,8 @@ class TrainBatches:
     ``batches[step]`` is a dict of int32 arrays: ``encoder_input_tokens`` [B, T],
     ``decoder_target_tokens`` [B, S] and ``decoder_input_tokens`` [B, S]; with several seeds each
     has a leading axis E.  Of several sets there is ``task_index`` [B], too: the number of the set
-    that an example comes from.  Every epoch holds every example once, in an order of its own; a batch may
-    reach across the end of an epoch, so that sets smaller than a batch work.
+    that an example comes from.  Every epoch holds every example once, in an order of its own; a
+    batch may reach across the end of an epoch, so that sets smaller than a batch work.
 
     What a batch holds depends on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and
     the step, and on nothing else: not on the seeds beside it, nor on the steps asked for before,

@@ -1,6 +1,7 @@
 """Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
 
 from prompt_tuning_jax.methods.adapters import Adapters
+from prompt_tuning_jax.methods.deep import DeepPrompts
 from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
 from prompt_tuning_jax.methods.ia3 import IA3
@@ -11,12 +12,15 @@ from prompt_tuning_jax.methods.multitask import MultitaskPrompts
 from prompt_tuning_jax.methods.p_tuning import PTuning
 from prompt_tuning_jax.methods.prefix import PrefixTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.warp import WARP
 
 # The name that a config or the command line types.
 METHODS: dict[str, type] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
     "p_tuning": PTuning,
+    "deep_prompts": DeepPrompts,
+    "warp": WARP,
     "multitask_prompts": MultitaskPrompts,
     "full": FullTuning,
     "described_prompts": DescribedPrompts,
@@ -32,8 +36,10 @@ __all__ = [
     "METHODS",
     "PROMPT",
     "Adapters",
+    "WARP",
     "Attached",
     "Context",
+    "DeepPrompts",
     "DescribedPrompts",
     "FullTuning",
     "LoRA",

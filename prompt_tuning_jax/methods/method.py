@@ -1,19 +1,25 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.decoding.rank import rank
-from prompt_tuning_jax.losses import TokenSums, token_sums
+from prompt_tuning_jax.losses import TokenSums, class_sums, token_sums
 from prompt_tuning_jax.models.blocks import Remat
+from prompt_tuning_jax.models.layers import split_key
 from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.typing import Array, HostArray, Mask
+
+# Of each label its tokens, the end of sequence included.
+LabelTokens: TypeAlias = tuple[tuple[int, ...], ...]
+NEVER = -1e10  # the log-probability of a label that is not known; finite, for means of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,15 @@ class MethodModule(nnx.Module):
         several; with a ``key``, dropout is on.
         """
         return NO_SLOTS
+
+    @property
+    def own_labels(self) -> LabelTokens:
+        """The labels that the method scores itself, as tokens; none: by their text."""
+        return ()
+
+    def own_label_logits(self, hidden_BD: Array) -> Array:
+        """``[B, C]`` for ``own_labels`` from what the head reads at the first position."""
+        raise NotImplementedError
 
     def with_dropout(self, model: T5, *, key: Array) -> T5:
         """The model to run where dropout is on: modules that a method has put into it get keys.
@@ -95,7 +110,17 @@ class Attached(nnx.Module):
         remat: Remat = "none",
         z_loss: float = 0.0,
     ) -> TokenSums:
-        """What training makes smaller: the cross entropy of the targets' tokens."""
+        """What training makes smaller: the cross entropy of the targets' tokens.
+
+        Of the targets as a choice among labels, where the method scores these itself.
+        """
+        labels = self.method.own_labels
+        if labels:
+            slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
+            logits_BC = self._own_label_logits(encoder_input_tokens, slots, key=key, remat=remat)
+            same_BC = same_tokens(targets_BS, labels)
+            class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
+            return class_sums(logits_BC, class_B, z_loss=z_loss)
         logits_BSV = self(
             encoder_input_tokens, decoder_input_tokens, task_B=task_B, key=key, remat=remat
         )
@@ -113,14 +138,38 @@ class Attached(nnx.Module):
 
         The encoder and the cross-attention keys are computed once per example.
         """
+        own = self.method.own_labels
+        if own:
+            slots = self.slots(tokens_BT, task_B=task_B)
+            log_probs_BC = jax.nn.log_softmax(self._own_label_logits(tokens_BT, slots))
+            same_CC = same_tokens(labels_CS, own)
+            chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
+            return jnp.where(same_CC.any(axis=1), chosen_BC, NEVER)
         encoded, slots = self.encode(tokens_BT, task_B=task_B)
-        rest = replace(slots, encoder_input=None)
+        rest = slots.of_decoder()
 
         def decode_logits(decoder_input_S: Array) -> Array:
             tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
             return self.model.decode(tokens_BS, encoded, slots=rest)
 
         return rank(decode_logits, labels_CS, max_logits=max_logits)
+
+    def _own_label_logits(
+        self,
+        tokens_BT: Array | HostArray,
+        slots: Slots,
+        *,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """The method's own scores of its labels, from the decoder's first position."""
+        keys = split_key(key, 2)
+        encoded = self.model.encode(tokens_BT, slots=slots, key=keys[0], remat=remat)
+        start_B1 = jnp.zeros((len(tokens_BT), 1), jnp.int32)
+        hidden_B1D = self.model.decode_hidden(
+            start_B1, encoded, slots=slots.of_decoder(), key=keys[1], remat=remat
+        )
+        return self.method.own_label_logits(hidden_B1D[:, 0].astype(jnp.float32))
 
     def encode(
         self, tokens_BT: Array | HostArray, *, task_B: Array | HostArray | None = None
@@ -134,10 +183,12 @@ class Method(Protocol):
     """A frozen dataclass of hyper-parameters that knows how to attach itself.
 
     Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
-    model computes with fresh parameters what it computes without.
+    model computes with fresh parameters what it computes without; ``ranks`` says that it scores
+    labels itself, and writes nothing.
     """
 
     unchanged_at_start: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         """The model with fresh parameters of this method; ``key`` decides their initial value.
@@ -170,6 +221,14 @@ class Method(Protocol):
         a ``Context`` than the labels.
         """
         return self, attached
+
+
+def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens) -> Array:
+    """``[X, C]``: whether a row of tokens and zeros is this label."""
+    width = max(rows_XS.shape[1], *map(len, labels))
+    padded = [[*label, *[0] * (width - len(label))] for label in labels]
+    rows_XS = jnp.pad(jnp.asarray(rows_XS), ((0, 0), (0, width - rows_XS.shape[1])))
+    return jnp.all(rows_XS[:, None] == jnp.asarray(padded)[None], axis=2)
 
 
 def with_free_slots(model: T5) -> T5:

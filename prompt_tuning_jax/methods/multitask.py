@@ -69,8 +69,8 @@ class MultitaskPrompts(Method):
                     found = list(start[name].shape) if name in start else "missing"
                     raise UserError(
                         f"method.init_path: {name} is {found} in {self.init_path}, and "
-                        f"{list(shape)} here; method.combine, length, rank, task_length and the model must be "
-                        "those of the source"
+                        f"{list(shape)} here; method.combine, length, rank, "
+                        "task_length and the model must be those of the source"
                     )
             return self.with_arrays(model, start)
         keys = jax.random.split(key, 4)

@@ -82,6 +82,10 @@ class Linear(nnx.Module):
         y = precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
         return checkpoint_name(y, LINEAR)
 
+    def columns(self, outputs_N: Array | HostArray) -> Array:
+        """The weights ``[in, N]`` of some of the outputs, in float32."""
+        return self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
+
 
 class Table(Protocol):
     """Rows ``[V, D]`` to take some of, however they are held."""

@@ -211,6 +211,12 @@ class QuantizedLinear(nnx.Module):
         out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
         return checkpoint_name(out, LINEAR)
 
+    def columns(self, outputs_N: Array | HostArray) -> Array:
+        """The weights ``[in, N]`` of some of the outputs, in float32."""
+        whole_DN = self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
+        scale_GN = self.kernel_scale.get_value()[:, outputs_N].astype(jnp.float32)
+        return whole_DN * jnp.repeat(scale_GN, len(whole_DN) // len(scale_GN), axis=0)
+
 
 class QuantizedEmbed(nnx.Module):
     """Token ids ``[...] -> [..., D]``, in the place of an ``Embed``."""

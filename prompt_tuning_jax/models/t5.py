@@ -65,6 +65,8 @@ class Encoder(nnx.Module):
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i, bias in enumerate(biases):
             prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
+            prompt = slots.layer_prompts[i] if slots.layer_prompts else None
+            x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
             layer = rematerialised(self.layer(i), remat)
             x_BUD = layer(x_BUD, bias, mask_B1UU, prefix, keys[i])
         x_BUD = self.encoder_norm(x_BUD)
@@ -221,12 +223,25 @@ class T5(nnx.Module):
         remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
+        hidden_BSD = self.decode_hidden(tokens_BS, encoded, slots=slots, key=key, remat=remat)
+        return self.logits(hidden_BSD)
+
+    def decode_hidden(
+        self,
+        tokens_BS: Array | HostArray,
+        encoded: Encoded,
+        *,
+        slots: Slots = NO_SLOTS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """What the output head reads, ``[B, S, D]``."""
         cross = self.decoder.cross_keys(encoded)
         embedded_BSD = self.token_embedder(tokens_BS)
         x_BSD, _ = self.decoder(
             embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key, remat=remat
         )
-        return self.logits(x_BSD)
+        return x_BSD
 
     def start_decoding(
         self, encoded: Encoded, max_length: int
@@ -268,6 +283,13 @@ class T5(nnx.Module):
         if self.config.tie_embeddings:
             return self.token_embedder.attend(x_BSD * self.config.embed_dim**-0.5)
         return self.decoder.logits_dense(x_BSD)
+
+    def output_vectors(self, tokens_N: Array | HostArray) -> Array:
+        """``[N, D]`` in float32: what the head multiplies its input with for these tokens."""
+        if self.config.tie_embeddings:
+            rows_ND = self.token_embedder.table()[tokens_N].astype(jnp.float32)
+            return rows_ND * self.config.embed_dim**-0.5
+        return self.decoder.logits_dense.columns(tokens_N).T
 
 
 def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.loader import eval_batches
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
@@ -81,6 +82,7 @@ class Predictor:
         ``task`` is the number of the examples' task in the mixture trained on, if it has several.
         On a mesh the rows of each batch are divided over it, and every process gets all results.
         """
+        self._require_known_labels(tuned, frozen)
         parts = 1
         if self.layout is not None:
             tuned, frozen = self.layout.place_whole(tuned), self.layout.place_whole(frozen)
@@ -157,6 +159,18 @@ class Predictor:
                 text = self.vocabulary.decode(ids_S.tolist())
                 texts[member][index] = text
                 known[member][index] = {text: float(value)}
+
+    def _require_known_labels(self, tuned: FlatParams, frozen: FlatParams) -> None:
+        """UserError where a method that scores labels itself was trained on others."""
+        if self.strategy != "rank":
+            return
+        known = tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
+        for label in self.labels if known else ():
+            if (*self.vocabulary.encode(label), EOS_ID) not in known:
+                raise UserError(
+                    f"the label {label!r} is none of those that this method was trained to score; "
+                    "evaluate it on a task with the same labels (data.labels)"
+                )
 
     def _labels_CS(self) -> HostArray:
         rows = [[*self.vocabulary.encode(label), EOS_ID] for label in self.labels]

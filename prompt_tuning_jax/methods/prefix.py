@@ -32,6 +32,8 @@ class PrefixTuning(Method):
     training by an MLP over vectors of the model's width D, which is folded away in what is kept
     (section 4.3): ``length * D + (D + 1) * M + (M + 1) * 2 * L * H * K`` parameters.
 
+    Prefixes have no positions, or with ``before`` those before the sequence, as in PEFT.
+
     ``init``: ``words`` starts from what the model computes for the task's labels and sampled common
     pieces (section 7.4), ``uniform`` draws within 0.5; an MLP starts as torch's layers do.
     """
@@ -40,6 +42,7 @@ class PrefixTuning(Method):
     encoder: bool = True
     decoder: bool = True
     cross: bool = True
+    before: bool = False
     hidden: int = 0
     init: Literal["words", "uniform"] = "words"
     init_population: int = 5000
@@ -136,6 +139,9 @@ class Prefixes(MethodModule):
             if getattr(self.config, name):
                 yield name, getattr(self, name)
 
+    def _before(self, name: str) -> bool:
+        return self.config.before and name != "cross"  # cross-attention knows no positions
+
     def slots(
         self,
         model: T5,
@@ -148,7 +154,9 @@ class Prefixes(MethodModule):
         for name, stack in self.stacks():
             pairs = zip(*stack.key_value(), strict=True)
             prefixes[f"{name}_prefixes"] = tuple(
-                KeyValues(key_BPHK=key_PHK[None], value_BPHK=value_PHK[None])
+                KeyValues(
+                    key_BPHK=key_PHK[None], value_BPHK=value_PHK[None], before=self._before(name)
+                )
                 for key_PHK, value_PHK in pairs
             )
         return Slots(**prefixes)

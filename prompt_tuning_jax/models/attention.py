@@ -131,8 +131,7 @@ class Attention(nnx.Module):
         if prefix is not None:
             key_BUHK = _put_in_front(prefix.key_BPHK, key_BUHK)
             value_BUHK = _put_in_front(prefix.value_BPHK, value_BUHK)
-            ahead = prefix.key_BPHK.shape[1]
-            bias_BHTU = jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0)))
+            bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
         scores_BHTU = precision.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
         weights_BHTU = precision.softmax(scores_BHTU + bias_BHTU)
         weights_BHTU = dropout_weights(weights_BHTU, self.dropout_rate, key=key)
@@ -162,6 +161,12 @@ def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> A
 def bias_of(mask_BQK: Array) -> Array:
     """A boolean (query, key) mask as scores ``[B, 1, Q, K]`` to add."""
     return jnp.where(mask_BQK[:, None], 0.0, HIDDEN).astype(jnp.float32)
+
+
+def pad_in_front(bias_BHTU: Array, *, to: int) -> Array:
+    """Nothing to add for the keys that a bias does not know, which stand in front of the others."""
+    ahead = to - bias_BHTU.shape[-1]
+    return jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0))) if ahead else bias_BHTU
 
 
 def _put_in_front(prefix_BPHK: Array, x_BUHK: Array) -> Array:

@@ -6,7 +6,12 @@ from typing import Any, Literal, TypeAlias
 import jax
 from flax import nnx
 
-from prompt_tuning_jax.models.attention import Attention, RelativePositionBias, SelfCache
+from prompt_tuning_jax.models.attention import (
+    Attention,
+    RelativePositionBias,
+    SelfCache,
+    pad_in_front,
+)
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.layers import LINEAR, Mlp, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.slots import KeyValues
@@ -52,7 +57,8 @@ class EncoderLayer(nnx.Module):
         y_BUD = self.pre_attention_layer_norm(x_BUD)
         kv = self.attention.keys_values(y_BUD)
         # Added here: the sum is as large as the scores, and need not be kept between layers.
-        bias_BHUU = position_bias_1HUU + mask_bias_B1UU
+        length = position_bias_1HUU.shape[-1]
+        bias_BHUU = position_bias_1HUU + pad_in_front(mask_bias_B1UU, to=length)
         y_BUD = self.attention(y_BUD, kv, bias_BHUU, prefix=prefix, key=keys[0])
         x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
         y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
@@ -97,7 +103,8 @@ class DecoderLayer(nnx.Module):
                 value_BSHK=_write(cache.value_BSHK, kv.value_BPHK, position),
             )
             kv = KeyValues(key_BPHK=cache.key_BSHK, value_BPHK=cache.value_BSHK)
-        bias_1HSS = position_bias_1HSS + mask_bias_11SS
+        length = position_bias_1HSS.shape[-1]
+        bias_1HSS = position_bias_1HSS + pad_in_front(mask_bias_11SS, to=length)
         y_BSD = self.self_attention(y_BSD, kv, bias_1HSS, prefix=prefix, key=keys[0])
         x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[1], shared_axis=-2)
         y_BSD = self.pre_cross_attention_layer_norm(x_BSD)

@@ -25,10 +25,14 @@ class EncoderInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """Keys and values ``[B or 1, P, H, K]`` in front of a layer's own; every query sees them."""
+    """Keys and values ``[B or 1, P, H, K]`` in front of a layer's own; every query sees them.
+
+    They have no positions, or in self-attention the P ``before`` the sequence.
+    """
 
     key_BPHK: Array
     value_BPHK: Array
+    before: bool = field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -1,8 +1,7 @@
 """T5: the forward pass on one page (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import jax
@@ -61,14 +60,14 @@ class Encoder(nnx.Module):
         if source.attention_mask_BUU is not None:
             visible_BUU = visible_BUU & source.attention_mask_BUU
         mask_B1UU = bias_of(visible_BUU)
-        biases = _position_biases(self, positions_U, positions_U)
+        prefixes = slots.encoder_prefixes or (None,) * self.num_layers
+        biases = _position_biases(self, positions_U, positions_U, prefixes)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i, bias in enumerate(biases):
-            prefix = slots.encoder_prefixes[i] if slots.encoder_prefixes else None
             prompt = slots.layer_prompts[i] if slots.layer_prompts else None
             x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
             layer = rematerialised(self.layer(i), remat)
-            x_BUD = layer(x_BUD, bias, mask_B1UU, prefix, keys[i])
+            x_BUD = layer(x_BUD, bias, mask_B1UU, prefixes[i], keys[i])
         x_BUD = self.encoder_norm(x_BUD)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return Encoded(hidden_BUD=x_BUD, mask_BU=mask_BU)
@@ -128,7 +127,8 @@ class Decoder(nnx.Module):
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
         mask_11SS = bias_of(causal_1SS)
-        biases = _position_biases(self, query_positions, key_positions)
+        prefixes = slots.decoder_prefixes or (None,) * self.num_layers
+        biases = _position_biases(self, query_positions, key_positions, prefixes)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         new_caches = []
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
                 bias,
                 mask_11SS,
                 cross_bias,
-                slots.decoder_prefixes[i] if slots.decoder_prefixes else None,
+                prefixes[i],
                 slots.cross_prefixes[i] if slots.cross_prefixes else None,
                 keys[i],
                 None if caches is None else caches[i],
@@ -313,12 +313,23 @@ def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
 
 
 def _position_biases(
-    stack: Encoder | Decoder, query_positions: Array, key_positions: Array
+    stack: Encoder | Decoder,
+    query_positions: Array,
+    key_positions: Array,
+    prefixes: Sequence[KeyValues | None],
 ) -> Iterator[Array]:
     """What each layer adds to the scores of its self-attention for their distance."""
-    if stack.relpos_per_layer:
-        # One at a time: only its layer needs it.
-        for i in range(stack.num_layers):
-            yield stack.layer(i).relpos_bias(query_positions, key_positions)
-    else:
-        yield from repeat(stack.relpos_bias(query_positions, key_positions), stack.num_layers)
+    shared = None
+    for i, prefix in enumerate(prefixes):
+        ahead = prefix.key_BPHK.shape[1] if prefix and prefix.before else 0
+        if (
+            stack.relpos_per_layer
+            or shared is None
+            or shared.shape[-1] != ahead + len(key_positions)
+        ):
+            # One at a time: where each layer has its own, only that layer needs it.
+            of = stack.layer(i) if stack.relpos_per_layer else stack
+            before = jnp.arange(-ahead, 0)
+            positions = jnp.concatenate([before, key_positions]) if ahead else key_positions
+            shared = of.relpos_bias(query_positions, positions)
+        yield shared

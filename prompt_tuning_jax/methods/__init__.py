@@ -7,9 +7,9 @@ from prompt_tuning_jax.methods.full import FullTuning, NoTuning
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
-from prompt_tuning_jax.methods.pattern import PatternTuning
 from prompt_tuning_jax.methods.multitask import MultitaskPrompts
 from prompt_tuning_jax.methods.p_tuning import PTuning
+from prompt_tuning_jax.methods.pattern import PatternTuning
 from prompt_tuning_jax.methods.prefix import PrefixTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.warp import WARP
@@ -35,8 +35,8 @@ __all__ = [
     "IA3",
     "METHODS",
     "PROMPT",
-    "Adapters",
     "WARP",
+    "Adapters",
     "Attached",
     "Context",
     "DeepPrompts",
@@ -46,8 +46,8 @@ __all__ = [
     "Method",
     "MultitaskPrompts",
     "NoTuning",
-    "PatternTuning",
     "PTuning",
+    "PatternTuning",
     "PrefixTuning",
     "PromptTuning",
     "mask_of",

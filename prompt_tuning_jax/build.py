@@ -24,6 +24,7 @@ from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import Mixture, Task, as_mixture, get_mixture
 from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.division import UNDIVIDED, Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.layout import Layout
@@ -39,7 +40,6 @@ from prompt_tuning_jax.training.evaluate import (
     require_labels,
     score_members,
 )
-from prompt_tuning_jax.training.parts import PartsOf, parts_in_cache, undivided
 from prompt_tuning_jax.training.step import (
     Batch,
     TrainState,
@@ -384,18 +384,17 @@ def with_config(attached: Attached, method: Method) -> Attached:
     return attached
 
 
-def parts_of(experiment: Experiment, members: Members, layout: Layout) -> PartsOf:
-    """In how many parts a step computes its batch, by ``training.gradient_accumulation``."""
+def division_of(experiment: Experiment, members: Members, layout: Layout) -> Division:
+    """What a step computes one after another, by ``training.gradient_accumulation``."""
     asked = experiment.training.gradient_accumulation
     if asked:
-        return lambda rows, length: asked
+        return Division(parts=asked)
     few_train = tree.count(members.tuned) < tree.count(members.frozen)
     if not _on_cpu(layout) or not layout.is_trivial or not few_train:
-        return undivided
+        return UNDIVIDED
     own = {name: array[0] for name, array in members.tuned.items()}
     config = tree.merge(members.graphdef, {**members.frozen, **own}).model.config
-    added = experiment.method.added_length()
-    return lambda rows, length: parts_in_cache(config, rows, length + added)
+    return Division(config=config, added_length=experiment.method.added_length())
 
 
 def _on_cpu(layout: Layout) -> bool:
@@ -428,7 +427,7 @@ def step_from(
         optim.make_schedule(config, total_steps=training.steps),
         learning_rates=_rates(experiment),
         seeds=training.seeds,
-        parts_of=parts_of(experiment, members, layout),
+        division=division_of(experiment, members, layout),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
         dropout=experiment.model.dropout_rate > 0 or experiment.method.draws(),

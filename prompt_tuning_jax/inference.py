@@ -19,6 +19,7 @@ from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule, 
 from prompt_tuning_jax.decoding.greedy import greedy
 from prompt_tuning_jax.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.decoding.sampling import sample
+from prompt_tuning_jax.division import Division, map_members
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
@@ -214,8 +215,9 @@ def label_scores(
             tokens_BT, labels_CS, task_B=task_B, max_logits=2**26 // members
         )
 
+    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
     with laying_out(layout):
-        return replicate(jax.vmap(member, axis_size=members)(tuned))
+        return replicate(map_members(member, at_once, tuned, members=members))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
@@ -234,8 +236,27 @@ def write(
     All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
     is one member.  On a mesh the result is replicated.
     """
+    members = len(next(iter(tuned.values()))) if tuned else 1
+    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
     with laying_out(layout):
-        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B))
+        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once))
+
+
+def _members_at_once(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    members: int,
+    layout: Layout | None,
+) -> int:
+    """On a CPU, no more members together than its cache holds the activations of."""
+    on_mesh = layout is not None and not layout.is_trivial
+    if members == 1 or on_mesh or jax.default_backend() != "cpu":
+        return members
+    own = {name: array[0] for name, array in tuned.items()}
+    config = tree.merge(graphdef, {**frozen, **own}).model.config
+    return Division(config=config).members_at_once(members, *tokens_BT.shape)
 
 
 def _write(
@@ -246,6 +267,7 @@ def _write(
     tokens_BT: Array,
     key: Array,
     task_B: Array | HostArray | None,
+    at_once: int,
 ) -> tuple[Array, Array]:
     members = len(next(iter(tuned.values()))) if tuned else 1
     batch = tokens_BT.shape[0]
@@ -268,7 +290,7 @@ def _write(
             )
         return *constant, caches
 
-    cross, mask_ENU, slots, caches = jax.vmap(start, axis_size=members)(tuned)
+    cross, mask_ENU, slots, caches = map_members(start, at_once, tuned, members=members)
 
     def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         def member(

@@ -125,7 +125,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         save_every=training.save_every,
         log_every=training.log_every,
         batch_size=training.batch_size,
-        parts_of=build.parts_of(experiment, members, layout),
+        division=build.division_of(experiment, members, layout),
         padding=data.train.padding if isinstance(data, build.TaskData) and data.train else None,
         quiet=quiet,
     ).run(state)

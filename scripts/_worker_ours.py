@@ -114,9 +114,10 @@ class Ours:
         """Floating point operations of one step on the first batch, before optimisation."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
-        parts = build.parts_of(self.experiment, self.members, build.layout_of(self.experiment))
-        shape = pair["encoder_input_tokens"].shape
-        cost = step_cost(self.step, self.state, self.members.frozen, pair, parts=parts(*shape[1:]))
+        layout = build.layout_of(self.experiment)
+        division = build.division_of(self.experiment, self.members, layout)
+        rounds = division.rounds(*pair["encoder_input_tokens"].shape)
+        cost = step_cost(self.step, self.state, self.members.frozen, pair, rounds=rounds)
         return {"flops": cost.flops}
 
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:

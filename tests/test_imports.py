@@ -17,6 +17,7 @@ ROWS = (
     ("errors", "typing", "user_cache", "precision", "tree", "sharding", "layout", "losses"),
     ("compilation", "watch", "distributed"),
     ("models",),
+    ("division",),
     ("methods", "decoding", "checkpoints", "data", "optim", "attention_start"),
     ("experiment",),
     ("training", "serving", "ensembling", "analysis", "inference", "pretraining"),

@@ -81,7 +81,7 @@ for name, sizes in meshes.items():
     print(name, flush=True)
 layout = Layout(mesh=make_mesh(**meshes["2x2x2"]))
 same(run(layout, sgd, dropout=True), dropped)
-same(run(layout, sgd, parts_of=lambda rows, length: 2), run(None, sgd))
+same(run(layout, sgd, division=Division(parts=2)), run(None, sgd))
 # The prompt and its optimizer state divided by rule.
 rules = with_rules(("prompt_embed=model", "vocab=", "embed=", "batch=data+fsdp"))
 layout = Layout(mesh=layout.mesh, rules=rules)

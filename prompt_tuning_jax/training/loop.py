@@ -16,10 +16,10 @@ import numpy as np
 from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
+from prompt_tuning_jax.division import UNDIVIDED, Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.sharding import on_host
 from prompt_tuning_jax.training.logging import RunLog
-from prompt_tuning_jax.training.parts import PartsOf, undivided
 from prompt_tuning_jax.training.step import (
     Batch,
     StepCost,
@@ -75,7 +75,7 @@ class Loop:
     save_every: int
     log_every: int
     batch_size: int
-    parts_of: PartsOf = undivided
+    division: Division = UNDIVIDED
     padding: Callable[[int, int], float] | None = None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
@@ -111,7 +111,7 @@ class Loop:
                         state,
                         self.frozen,
                         batch,
-                        parts=self.parts_of(*shape[1:]),
+                        rounds=self.division.rounds(*shape),
                     )
                     since += time.monotonic() - began
                 done.append(costs[shape])

@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.division import UNDIVIDED, Division, map_members
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout, laying_out
 from prompt_tuning_jax.losses import TokenSums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.models.blocks import Remat
-from prompt_tuning_jax.training.parts import PartsOf, undivided
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 Batch = Mapping[str, Array | HostArray]
@@ -66,18 +66,18 @@ def step_cost(
     frozen: FlatParams,
     batch: Batch,
     *,
-    parts: int = 1,
+    rounds: int = 1,
 ) -> StepCost:
     """The cost of a step of this shape, by the compiler's count before it optimises.
 
-    ``parts`` is the number that the batch is divided into.
+    ``rounds`` is how often its loops are gone through.
     """
     tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
     # A step that is no jitted function has no count.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
     # The compiler counts the body of a loop once, whose rounds are all of a step but its update.
-    flops = parts * float((analysis or {}).get("flops", 0.0))
+    flops = rounds * float((analysis or {}).get("flops", 0.0))
     return StepCost(tokens=int(tokens), flops=flops)
 
 
@@ -122,7 +122,7 @@ def make_train_step(
     *,
     learning_rates: tuple[float, ...],
     seeds: tuple[int, ...],
-    parts_of: PartsOf = undivided,
+    division: Division = UNDIVIDED,
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
     dropout: bool = True,
@@ -136,8 +136,8 @@ def make_train_step(
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
     [E, B, S]``, and ``task_index [E, B]`` where the data has several tasks.  A member's step
-    depends on its own seed, step and batch alone, whoever trains beside it.  ``parts_of`` splits B
-    and gives the same gradient; UserError where it cannot.
+    depends on its own seed, step and batch alone, whoever trains beside it.  ``division`` says what
+    is computed one after another, for the same gradient; UserError where it cannot split B.
     ``remat`` computes parts of the forward again in the backward in place of keeping them, and
     changes nothing else.  On a mesh (``layout``) the new state lies as ``state_shardings`` say, the
     old one's, and metrics are replicated.
@@ -172,7 +172,7 @@ def make_train_step(
         tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
-        number = parts_of(*batch["encoder_input_tokens"].shape)
+        number = division.parts_of(*batch["encoder_input_tokens"].shape)
         if number == 1:
             return differentiate(tuned, frozen, batch, key if dropout else None)
         parts = {name: in_parts(x, number) for name, x in batch.items()}
@@ -220,8 +220,12 @@ def make_train_step(
         keys_E = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(
             seeds_E
         )
-        tuned, opt_state, metrics = jax.vmap(member_step, in_axes=(0, 0, 0, 0, 0, None))(
-            state.tuned, state.opt_state, dict(batch), rates_E, keys_E, frozen
+        shape = batch["encoder_input_tokens"].shape
+        tuned, opt_state, metrics = map_members(
+            partial(member_step, frozen=frozen),
+            division.members_at_once(*shape),
+            *(state.tuned, state.opt_state, dict(batch), rates_E, keys_E),
+            members=len(seeds),
         )
         return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.division import Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.models.config import preset
-from prompt_tuning_jax.training.parts import parts_in_cache
 from prompt_tuning_jax.training.step import step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
@@ -28,7 +27,7 @@ def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
     kwargs.setdefault("model", make_t5(ONE_LAYER))
     kwargs.setdefault("seeds", tuple(range(len(starts))))
     parts = kwargs.pop("parts", 1)
-    kwargs["parts_of"] = lambda rows, length: parts
+    kwargs["division"] = Division(parts=parts)
     return Trainer(METHOD, optimizer, starts, **kwargs)
 
 
@@ -108,7 +107,7 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
     for parts in (1, 8):
         trained = trainer(parts=parts, dropout=False)
         arguments = (trained.step, trained.state, trained.frozen, batch)
-        cost = step_cost(*arguments, parts=parts)
+        cost = step_cost(*arguments, rounds=parts)
         compiled = trained.step.lower(*arguments[1:]).compile()
         found[parts] = cost.flops, compiled.memory_analysis().temp_size_in_bytes
     assert found[8][0] == pytest.approx(found[1][0], rel=0.02)
@@ -255,13 +254,3 @@ def test_the_cost_of_a_step_counts_all_positions_and_the_products():
     # A plain function has no count.
     plain = lambda *args: three.step(*args)  # noqa: E731
     assert step_cost(plain, three.state, three.frozen, batch).flops == 0
-
-
-def test_parts_are_the_fewest_that_fit():
-    small = preset("small")
-    assert parts_in_cache(small, 16, 228) == 4
-    assert parts_in_cache(small, 15, 228) == 5  # it must divide
-    assert parts_in_cache(small, 16, 34) == 1
-    assert parts_in_cache(small, 16, 10_000) == 16  # a row is the least
-    assert parts_in_cache(preset("xxl"), 1, 612) == 1
-    assert parts_in_cache(preset("base"), 32, 228) > parts_in_cache(small, 32, 228)

@@ -1,0 +1,42 @@
+"""What is computed one after another: as little as fits, and the same whatever it is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.division import UNDIVIDED, Division, map_members
+from prompt_tuning_jax.models.config import preset
+
+SMALL = Division(config=preset("small"), added_length=100)
+
+
+def test_parts_are_the_fewest_that_fit():
+    assert SMALL.parts_of(16, 128) == 4
+    assert SMALL.parts_of(15, 128) == 5  # it must divide
+    assert Division(config=preset("small")).parts_of(16, 34) == 1
+    assert SMALL.parts_of(16, 10_000) == 16  # a row is the least
+    assert Division(config=preset("xxl")).parts_of(1, 612) == 1
+    assert Division(config=preset("base")).parts_of(32, 228) > SMALL.parts_of(32, 128)
+
+
+def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_them():
+    tiny = Division(config=preset("tiny"), added_length=20)
+    assert tiny.members_at_once(5, 4, 16) == 5
+    assert SMALL.members_at_once(5, 16, 128) == 1
+    several = [tiny.members_at_once(6, rows, 30) for rows in (1, 16, 32, 64, 512)]
+    assert several == sorted(several, reverse=True) and len(set(several)) > 2
+    assert all(6 % number == 0 for number in several)
+    assert SMALL.rounds(5, 16, 128) == 5 * SMALL.parts_of(16, 128)
+
+
+def test_without_a_question_of_size_all_is_at_once():
+    assert (UNDIVIDED.parts_of(7, 9), UNDIVIDED.members_at_once(5, 7, 9)) == (1, 5)
+    assert Division(parts=3).rounds(5, 6, 9) == 3
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 6])
+def test_groups_of_members_give_what_all_together_do(at_once):
+    x_EN, y_E = jnp.arange(24.0).reshape(6, 4), jnp.arange(6.0)
+    got = map_members(lambda x, y: (x * y, x.sum()), at_once, x_EN, y_E, members=6)
+    np.testing.assert_array_equal(got[0], x_EN * y_E[:, None])
+    np.testing.assert_array_equal(got[1], x_EN.sum(1))

@@ -100,6 +100,21 @@ def from_json(text: str) -> Experiment:
     return from_dict(values)
 
 
+def method_to_json(method: Method) -> str:
+    """One method's config, with its class; ``method_from_json`` gives an equal one."""
+    return json.dumps({CLASS: type(method).__name__} | to_dict(method), allow_nan=False)
+
+
+def method_from_json(text: str) -> Method:
+    """The method that ``method_to_json`` wrote; UserError for what is not one."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"not the JSON of a method: {error}") from None
+    method: Method = checked(value, Method, "method")
+    return method
+
+
 def diff(a: Experiment, b: Experiment) -> list[str]:
     """What differs, a line each: ``optimizer.learning_rate: 0.3 -> 0.1``; empty if they are equal.
 

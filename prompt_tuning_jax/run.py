@@ -5,17 +5,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import build, distributed, run_folder, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, Method, PromptTuning
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
-from prompt_tuning_jax.overrides import to_json
+from prompt_tuning_jax.overrides import method_to_json, to_json
 from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
 from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
@@ -95,18 +97,28 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         return build.evaluate_members(experiment, members, tuned, data, model)[0]
 
     def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
-        if PROMPT not in tuned or not distributed.is_primary():
+        # Where all trains, a file of it would be a checkpoint again.
+        if not members.frozen or not distributed.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
+            own = {name: jnp.asarray(array[member]) for name, array in tuned.items()}
+            method, kept = _folded(experiment, members, own)
             metadata = _metadata(
                 experiment,
+                method,
                 member,
                 best,
                 fingerprint=fingerprint,
                 best_by=data.best_by,
                 labels=data.labels,
             )
-            run_folder.export_prompt(folder, names[member], tuned[PROMPT][member], metadata)
+            if kept.keys() == {PROMPT}:
+                run_folder.export_prompt(folder, names[member], kept[PROMPT], metadata)
+                continue
+            stored = StoredTuned(
+                tuned=kept, method=method_to_json(method), metadata=metadata, tasks=members.tasks
+            )
+            run_folder.export_tuned(folder, names[member], stored)
 
     training = experiment.training
     result = Loop(
@@ -224,8 +236,20 @@ def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
     return f"{kind} ({size / 1e6:,.1f} MB, {size / number:.2f} bytes each)"
 
 
+def _folded(
+    experiment: Experiment, members: build.Members, own: FlatParams
+) -> tuple[Method, dict[str, HostArray]]:
+    """What of one member's tuned arrays is kept, and the method that it then is."""
+    method = experiment.method
+    attached = tree.merge(members.graphdef, {**members.frozen, **own})
+    method, attached = method.folded(attached)
+    params = tree.split(attached)[1]
+    return method, {name: np.asarray(p) for name, p in params.items() if method.trains(name)}
+
+
 def _metadata(
     experiment: Experiment,
+    method: Method,
     member: int,
     best: Best,
     *,
@@ -233,10 +257,9 @@ def _metadata(
     best_by: str,
     labels: tuple[str, ...],
 ) -> PromptMetadata:
-    method, training = experiment.method, experiment.training
-    init, placement = "", ""
-    if isinstance(method, PromptTuning):
-        init, placement = method.init, method.placement
+    training = experiment.training
+    init = getattr(experiment.method, "init", "")
+    placement = method.placement if isinstance(method, PromptTuning) else ""
     return PromptMetadata(
         model_fingerprint=fingerprint,
         model_name=experiment.model.name_or_path,

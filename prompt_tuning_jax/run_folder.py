@@ -13,6 +13,7 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.checkpoints.train_state import BEST
+from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
@@ -20,7 +21,8 @@ from prompt_tuning_jax.overrides import diff, to_json
 from prompt_tuning_jax.training.loop import Best
 from prompt_tuning_jax.typing import HostArray
 
-PROMPTS, RESULTS, CURVES = "prompts", "results.json", "curves.png"
+PROMPTS, TUNED = "prompts", "tuned"
+RESULTS, CURVES = "results.json", "curves.png"
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
@@ -57,6 +59,11 @@ def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: Promp
     """Writes a run's prompt as ``prompts/NAME.safetensors`` (with metadata) and ``.npy``."""
     for suffix in ("npy", "safetensors"):
         save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
+
+
+def export_tuned(folder: Path, name: str, stored: StoredTuned) -> None:
+    """Writes what a run of another method than prompts keeps as ``tuned/NAME.safetensors``."""
+    save_tuned(folder / TUNED / f"{name}.safetensors", stored)
 
 
 def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:

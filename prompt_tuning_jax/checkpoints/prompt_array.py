@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,20 +83,26 @@ def npy_safe(prompt_PD: HostArray) -> HostArray:
 
 
 def safetensors_bytes(prompt_PD: HostArray, *, key: str, metadata: Mapping[str, str]) -> bytes:
-    """A ``.safetensors`` file of one array, the same bytes for the same input.
+    """A ``.safetensors`` file of one array; see ``safetensors_of``."""
+    return safetensors_of({key: prompt_PD}, metadata=metadata)
+
+
+def safetensors_of(arrays: Mapping[str, HostArray], *, metadata: Mapping[str, str]) -> bytes:
+    """A ``.safetensors`` file of arrays by their names, the same bytes for the same input.
 
     The library's own writer gives the metadata a random order.
     """
-    little = np.ascontiguousarray(prompt_PD, prompt_PD.dtype.newbyteorder("<"))
-    described = {
-        "dtype": _CODES[prompt_PD.dtype.name],
-        "shape": list(prompt_PD.shape),
-        "data_offsets": [0, little.nbytes],
-    }
-    header = {"__metadata__": dict(sorted(metadata.items())), key: described}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, end = [], 0
+    for name, array in sorted(arrays.items()):
+        part = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+        offsets = [end, end := end + len(part)]
+        code, shape = _CODES[array.dtype.name], list(array.shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
+        parts.append(part)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    text += b" " * (-len(text) % 8)  # the array begins at a multiple of eight
-    return len(text).to_bytes(8, "little") + text + little.tobytes()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of eight
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def one_line(error: Exception) -> str:

@@ -95,8 +95,8 @@ def save_prompt(
         else:
             described = metadata or PromptMetadata()
             if not described.created_by:
-                described = dataclasses.replace(described, created_by=_this_program())
-            file.write(safetensors_bytes(prompt, key=_KEY, metadata=_to_strings(described)))
+                described = dataclasses.replace(described, created_by=this_program())
+            file.write(safetensors_bytes(prompt, key=_KEY, metadata=metadata_to_strings(described)))
 
 
 def load_prompt(
@@ -145,7 +145,7 @@ def read_prompt(path: str | Path) -> StoredPrompt:
         if (path.parent / peft.CONFIG).is_file():
             hint = f"; if it belongs to a PEFT adapter, name the folder {path.parent}"
         array, strings = read_safetensors(path, key=_KEY, of="a prompt's file", hint=hint)
-        metadata, source = _from_strings(strings, path=path), "safetensors"
+        metadata, source = metadata_from_strings(strings, path=path), "safetensors"
     else:
         raise UserError(f"{path} is neither an .npy nor a .safetensors file{_guess(start)}")
     prompt_PD = checked_prompt(array, of=str(path), dtype=None)
@@ -166,6 +166,17 @@ def check_fits(
     A prompt that does not say which model it is for may be for any of its width.
     """
     _check_width(prompt, width=embed_dim, path=path)
+    check_model(metadata, fingerprint=fingerprint, path=path, allow_other_model=allow_other_model)
+
+
+def check_model(
+    metadata: PromptMetadata,
+    *,
+    fingerprint: str,
+    path: str | Path,
+    allow_other_model: bool = False,
+) -> None:
+    """Raises UserError where something says that it was trained for another model than this."""
     theirs = metadata.model_fingerprint
     if theirs and theirs != fingerprint and not allow_other_model:
         named = " ".join(["", *metadata.model_name.split()])[:100]
@@ -219,14 +230,14 @@ def _guess(start: bytes) -> str:
     return ""
 
 
-def _to_strings(metadata: PromptMetadata) -> dict[str, str]:
+def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
     """Only what is known; text as it is and the rest as JSON, since values must be strings."""
     known = {key: value for key, value in vars(metadata).items() if value not in ("", None, ())}
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in known.items()}
 
 
-def _from_strings(strings: dict[str, str], *, path: Path) -> PromptMetadata:
-    """The inverse of ``_to_strings``; keys of other programs are passed over."""
+def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetadata:
+    """The inverse of ``metadata_to_strings``; keys of other programs are passed over."""
     readers = {
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
@@ -250,7 +261,8 @@ def _labels(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _this_program() -> str:
+def this_program() -> str:
+    """Its name and version, for what it writes."""
     try:
         return f"prompt_tuning_jax {distributions.version('prompt_tuning_jax')}"
     except distributions.PackageNotFoundError:

@@ -100,6 +100,9 @@ class Optimizer:
     beta2: float = 0.999
     momentum: float = 0.0
     gradient_clip_norm: float = 0.0
+    # REGEX=FACTOR each: of tuned arrays whose whole path matches (the first match decides) the
+    # learning rate is so many times the others', for instance .*/lora_b_RF=16.
+    rates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,16 @@ The learning rate is an argument of ``update`` and not part of the transformatio
 trained at once may have one each.
 """
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, Mask
 
 
@@ -49,15 +52,20 @@ class OptimizerConfig(Protocol):
     def momentum(self) -> float: ...
     @property
     def gradient_clip_norm(self) -> float: ...
+    @property
+    def rates(self) -> tuple[str, ...]: ...
 
 
 def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransformationExtraArgs:
     """The optimizer; ``update(gradients, state, params, learning_rate=...)``.
 
     It acts on any dictionary path -> array whose names the mask knows.  What the mask freezes has
-    no slot and gets an update of exactly zero, even when its gradient is handed in.
+    no slot and gets an update of exactly zero, even when its gradient is handed in.  Raises
+    UserError for an entry of ``rates`` that no trained array follows.
     """
-    steps = {"adafactor": _adafactor, "adamw": _adamw, "sgd": _sgd}[config.name](config)
+    factors = rate_factors(config.rates, [name for name, trains in mask.items() if trains])
+    at_rate = _scale_by_given_learning_rate(factors)
+    steps = {"adafactor": _adafactor, "adamw": _adamw, "sgd": _sgd}[config.name](config, at_rate)
     if config.gradient_clip_norm > 0:
         steps = [optax.clip_by_global_norm(config.gradient_clip_norm), *steps]
 
@@ -74,7 +82,9 @@ def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransfo
     )
 
 
-def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _adafactor(
+    config: OptimizerConfig, at_rate: optax.GradientTransformation
+) -> list[optax.GradientTransformation]:
     """Shazeer & Stern 2018 as t5x/adafactor.py has it; weight decay is not scaled by the rate.
 
     ``initial_step`` shifts the step in the second moment's decay, ``1 - (step + 1)**-0.8``: T5X
@@ -90,37 +100,92 @@ def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     ]
     if config.clipping_threshold > 0:
         steps.append(optax.clip_by_block_rms(config.clipping_threshold))
-    steps.append(_scale_by_given_learning_rate())
+    steps.append(at_rate)
     if config.multiply_by_parameter_scale:
         steps.append(optax.scale_by_param_block_rms())
     return [*steps, optax.add_decayed_weights(config.weight_decay)]
 
 
-def _adamw(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _adamw(
+    config: OptimizerConfig, at_rate: optax.GradientTransformation
+) -> list[optax.GradientTransformation]:
     """Loshchilov & Hutter 2019: the decay is scaled by the learning rate."""
     return [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
         optax.add_decayed_weights(config.weight_decay),
-        _scale_by_given_learning_rate(),
+        at_rate,
     ]
 
 
-def _sgd(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+def _sgd(
+    config: OptimizerConfig, at_rate: optax.GradientTransformation
+) -> list[optax.GradientTransformation]:
     momentum = [optax.trace(config.momentum)] if config.momentum > 0 else []
     return [
         *momentum,
         optax.add_decayed_weights(config.weight_decay),
-        _scale_by_given_learning_rate(),
+        at_rate,
     ]
 
 
-def _scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
+def _scale_by_given_learning_rate(
+    factors: Mapping[str, float],
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies with the rate of this update, and that with an array's own factor."""
+
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Array, **_: Any
     ) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u: u * learning_rate, updates), state
+        def scaled(path: Any, update: Array) -> Array:
+            factor = factors.get(path[-1].key, 1.0)
+            return update * (learning_rate if factor == 1.0 else learning_rate * factor)
+
+        return jax.tree.map_with_path(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def parse_rates(texts: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
+    """``REGEX=FACTOR`` each, as pairs; UserError for what is not of that form."""
+    rates = []
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not pattern or not 0 <= factor < math.inf:
+            raise UserError(
+                f"optimizer.rates: {text!r} is no rate; write REGEX=FACTOR with a factor from 0 on "
+                "the learning rate, for instance .*/lora_b_RF=16"
+            )
+        try:
+            rates.append((re.compile(pattern), factor))
+        except re.error as error:
+            raise UserError(
+                f"optimizer.rates: {pattern!r} is no regular expression: {error}"
+            ) from None
+    return rates
+
+
+def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """The factor on the learning rate of each of these arrays; the first match of a path decides.
+
+    UserError for a pattern that matches none of the paths, or none that is left to it.
+    """
+    rates = parse_rates(texts)
+    followed: dict[str, int] = {}
+    for name in names:
+        first = (i for i, (pattern, _) in enumerate(rates) if pattern.fullmatch(name))
+        if (number := next(first, None)) is not None:
+            followed[name] = number
+    for number, text in enumerate(texts):
+        if number not in followed.values():
+            raise UserError(
+                f"optimizer.rates: {text!r} is the whole path of nothing that trains, or of what "
+                f"an entry before it has; for instance {min(names, default='nothing')} trains"
+            )
+    return {name: rates[number][1] for name, number in followed.items()}
 
 
 def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Callable[[Array], Array]:

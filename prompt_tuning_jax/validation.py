@@ -8,6 +8,7 @@ from prompt_tuning_jax.checkpoints.names import LOGITS
 from prompt_tuning_jax.data.buckets import parse_buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
+from prompt_tuning_jax.optim import parse_rates
 from prompt_tuning_jax.overrides import checked, checked_experiment
 from prompt_tuning_jax.sharding import parse_rules
 
@@ -108,6 +109,7 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
     )
     yield from _outside("optimizer", optimizer, "decay_rate", low=0, high=1)
     yield from _outside("optimizer", optimizer, "beta1", "beta2", "momentum", low=0, below=1)
+    parse_rates(optimizer.rates)
     end = optimizer.decay_steps or steps
     if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
         yield (

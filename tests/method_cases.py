@@ -72,9 +72,6 @@ CASES: dict[str, Case] = {
     "pattern": Case(
         method=PatternTuning(), count=(2 + 3 + 2) * D + 2 * ONE_LAYER.num_heads * BUCKETS
     ),
-    "pattern_of_kernels": Case(
-        method=PatternTuning(patterns=(r"encoder/layers_0/.*/wi_\d/kernel",)), count=2 * D * F
-    ),
 }
 
 

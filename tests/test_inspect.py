@@ -115,7 +115,7 @@ def test_a_published_size_is_told_without_reading(
     for name, shape in parameter_shapes(config).items():
         shape = shape[::-1] if hf._is_transposed(name) else shape
         end = at + 2 * int(np.prod(shape))
-        header[hf._hf_name(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        header[hf.hf_name(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     with (tmp_path / "hf" / "model.safetensors").open("wb") as file:

@@ -32,7 +32,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
 
-__all__ = ["VOCABULARY", "model_type_of", "open_hf", "read_hf", "write_hf"]
+__all__ = ["VOCABULARY", "hf_name", "model_type_of", "open_hf", "read_hf", "write_hf"]
 
 _SHARED = "shared.weight"
 _LM_HEAD = "lm_head.weight"
@@ -79,7 +79,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
     tied, arrays = _with_head(raw, arrays, folder=folder)
     config = config_from(raw, tied=tied, path=folder / CONFIG)
     shapes = parameter_shapes(config)
-    theirs = {name: _hf_name(name) for name in shapes}
+    theirs = {name: hf_name(name) for name in shapes}
     wanted = dict.fromkeys(theirs.values())
     layers = {match[0] for name in arrays if (match := _LAYER.match(name))}
     missing = sorted({m[0] for name in wanted if (m := _LAYER.match(name))} - layers)
@@ -132,7 +132,7 @@ def write_hf(
     from prompt_tuning_jax.checkpoints.names import require_parameters
 
     require_parameters(params, config, of="the parameters")
-    arrays = {_hf_name(name): _as_torch_lays_it(name, array) for name, array in params.items()}
+    arrays = {hf_name(name): _as_torch_lays_it(name, array) for name, array in params.items()}
     write_folder(
         Path(folder),
         arrays,
@@ -143,13 +143,16 @@ def write_hf(
     )
 
 
-def _hf_name(name: str) -> str:
-    """encoder/layers_3/mlp/wo/kernel -> encoder.block.3.layer.1.DenseReluDense.wo.weight."""
+def hf_name(name: str) -> str:
+    """What transformers calls a parameter.
+
+    encoder/layers_3/mlp/wo/kernel -> encoder.block.3.layer.1.DenseReluDense.wo.weight.
+    """
     if name in (EMBEDDING, LOGITS):
         return _SHARED if name == EMBEDDING else _LM_HEAD
     stack, block, *rest = name.split("/")
     if block == "relpos_bias":
-        return _hf_name(f"{stack}/layers_0/{RELPOS}")
+        return hf_name(f"{stack}/layers_0/{RELPOS}")
     if block == f"{stack}_norm":
         return f"{stack}.final_layer_norm.weight"
     sublayer, *projection = rest[:-1]

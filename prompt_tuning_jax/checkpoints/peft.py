@@ -15,6 +15,7 @@ from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
 from prompt_tuning_jax.checkpoints.prompt_array import (
     checked_prompt,
     one_line,
+    read_all_safetensors,
     read_safetensors,
     safetensors_bytes,
 )
@@ -62,14 +63,14 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     says, and for missing or damaged files.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     where = folder / CONFIG
     kind = config.get("peft_type")
     if kind != _PEFT_TYPE:
-        raise UserError(f"{where}: peft_type is {_shown(kind)}; only {_PEFT_TYPE} is a prompt")
+        raise UserError(f"{where}: peft_type is {shown(kind)}; only {_PEFT_TYPE} is a prompt")
     task = config.get("task_type")
     if task not in (None, _TASK_TYPE):
-        raise UserError(f"{where}: task_type is {_shown(task)}; for a T5 it is {_TASK_TYPE}")
+        raise UserError(f"{where}: task_type is {shown(task)}; for a T5 it is {_TASK_TYPE}")
     length = _count(config, "num_virtual_tokens", where)
     if length is None:
         raise UserError(f"{where} has no num_virtual_tokens, the prompt's length")
@@ -147,7 +148,8 @@ def write_peft(
         (aside / WEIGHTS).write_bytes(rows)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter's config; UserError where it is missing, damaged or no JSON object."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_CONFIG + 1)
@@ -168,7 +170,7 @@ def _count(config: dict[str, Any], field: str, where: Path) -> int | None:
     """A field that is a positive whole number, or None where it is null or missing."""
     value = config.get(field)
     if value is not None and (type(value) is not int or value < 1):
-        raise UserError(f"{where}: {field} is {_shown(value)}; it is a whole number from 1 on")
+        raise UserError(f"{where}: {field} is {shown(value)}; it is a whole number from 1 on")
     return value
 
 
@@ -177,20 +179,32 @@ def _text(config: dict[str, Any], field: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a config, for a message."""
     return json.dumps(value)[:80]
 
 
+def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
+    """All arrays of an adapter by their names, and the file that they are in.
+
+    PEFT, too, prefers safetensors.  UserError for missing and damaged files.
+    """
+    path = folder / WEIGHTS
+    if path.exists():
+        return read_all_safetensors(path), path
+    path = folder / TORCH_WEIGHTS
+    if not path.exists():
+        raise UserError(f"{folder} has a PEFT config and no {WEIGHTS}: the copy is incomplete")
+    return _read_torch(path), path
+
+
 def _read_rows(folder: Path) -> tuple[HostArray, Path]:
-    """All rows, and the file that they are in; PEFT, too, prefers safetensors."""
+    """All rows, and the file that they are in."""
     of = "a prompt's adapter"
     path = folder / WEIGHTS
     if path.exists():
         return read_safetensors(path, key=KEY, of=of)[0], path
-    path = folder / TORCH_WEIGHTS
-    if not path.exists():
-        raise UserError(f"{folder} has a PEFT config and no {WEIGHTS}: the copy is incomplete")
-    tensors = _read_torch(path)
+    tensors, path = read_tensors(folder)
     if list(tensors) != [KEY]:
         listed = ", ".join(sorted(map(str, tensors))[:5]) or "nothing"
         raise UserError(f"{path} holds {listed}; {of} holds one array {KEY!r}")

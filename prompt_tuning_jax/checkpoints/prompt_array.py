@@ -77,6 +77,17 @@ def read_safetensors(
         raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
 
 
+def read_all_safetensors(path: Path) -> dict[str, HostArray]:
+    """All arrays in a ``.safetensors`` file by their names; UserError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
+
+
 def npy_safe(prompt_PD: HostArray) -> HostArray:
     """The same numbers in a type that ``.npy`` knows: bfloat16 becomes float32, exactly."""
     return prompt_PD.astype(np.float32) if prompt_PD.dtype.name == "bfloat16" else prompt_PD

@@ -15,18 +15,23 @@ from prompt_tuning_jax import build
 from prompt_tuning_jax.experiment import Experiment, Mesh, Model, Optimizer, Training
 from prompt_tuning_jax.methods import (
     IA3,
+    WARP,
     Adapters,
+    DeepPrompts,
     FullTuning,
     LoRA,
     Method,
+    MultitaskPrompts,
     PatternTuning,
+    PrefixTuning,
     PromptTuning,
+    PTuning,
 )
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.optim import make_optimizer
 from prompt_tuning_jax.training.step import TrainStep, init_state
 from prompt_tuning_jax.typing import HostArray
-from tests.micro import ONE_LAYER, D, V, Words, make_batch, make_t5
+from tests.micro import EOS, ONE_LAYER, D, V, Words, make_batch, make_t5
 
 LABELS = ("alpha", "beta", "gamma")
 STEPS, ROWS = 3, 8
@@ -71,6 +76,43 @@ CASES: dict[str, Case] = {
     ),
     "pattern": Case(
         method=PatternTuning(), count=(2 + 3 + 2) * D + 2 * ONE_LAYER.num_heads * BUCKETS
+    ),
+}
+
+CASES |= {
+    "prefix_tuning": Case(
+        method=PrefixTuning(length=3, init_population=0), count=2 * 3 * H_K * ATTENTIONS
+    ),
+    "prefix_tuning_mlp": Case(
+        method=PrefixTuning(length=3, hidden=6, encoder=False, before=True),
+        count=2 * (3 * D + (D + 1) * 6 + (6 + 1) * 2 * H_K),
+    ),
+    "p_tuning_lstm": Case(
+        method=PTuning(length=3, hidden=4, dropout=0.1, template="{prompt} it {prompt:1} {input}"),
+        count=4 * D + 10 * 4 * D + 36 * 4**2 + 34 * 4 + D,
+    ),
+    "p_tuning_mlp": Case(
+        method=PTuning(
+            length=2, hidden=4, encoder="mlp", template="{prompt} a {input:2} b {input}"
+        ),
+        count=2 * D + (D + 1) * 4 + (4 + 1) * 4 + (4 + 1) * D,
+    ),
+    "deep_prompts": Case(method=DeepPrompts(length=3, init_population=0), count=3 * D),
+    "deep_prompts_mlp": Case(
+        method=DeepPrompts(lengths=(3,), hidden=5), count=3 * D + (D + 1) * 5 + (5 + 1) * D
+    ),
+    "warp": Case(method=WARP(length=2, init_population=0), count=(2 + len(LABELS)) * D),
+    "multitask_low_rank": Case(
+        method=MultitaskPrompts(length=3, rank=2, init_population=0), count=3 * D + 2 * (3 + D)
+    ),
+    "multitask_sum": Case(
+        method=MultitaskPrompts(length=3, combine="sum", init_population=0), count=2 * 3 * D
+    ),
+    "multitask_concatenation": Case(
+        method=MultitaskPrompts(
+            length=3, combine="concatenation", task_length=2, init_population=0
+        ),
+        count=(3 + 2) * D,
     ),
 }
 
@@ -135,8 +177,20 @@ def steps_from(
             key: np.stack([batches[seed][key][seed] for seed in of.training.seeds])
             for key in batches[0]
         }
+        if of.method.ranks:  # on targets that are labels
+            batch["decoder_target_tokens"] = label_targets(batch["decoder_target_tokens"])
         if not layout.is_trivial:
             batch = dict(layout.place_batch(batch, ("ensemble", "batch", "length")))
         state, metrics = done.step(state, members.frozen, batch)
         losses.append(np.asarray(metrics.loss_E))
     return {key: np.array(array) for key, array in state.tuned.items()}, np.stack(losses)
+
+
+def label_targets(targets_EBS: HostArray) -> HostArray:
+    """Targets of this shape that are labels, in turns."""
+    rows = [[*Words().encode(label), EOS] for label in LABELS]
+    targets = np.zeros_like(targets_EBS)
+    for place in np.ndindex(targets.shape[:2]):
+        row = rows[(place[0] + targets_EBS[place][0]) % len(rows)]
+        targets[place][: len(row)] = row
+    return targets

@@ -53,7 +53,7 @@ class PTuning(Method):
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         template = self._template()
-        placed = place(template, context.vocabulary)
+        placed = place(template, context.vocabulary or model.vocabulary)
         keys = jax.random.split(key)
         shape = (template.prompt_length, model.config.embed_dim)
         drawn_PD = jax.random.normal(keys[0], shape)

@@ -45,12 +45,13 @@ class WARP(Method):
     init_population: int = 5000
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        if not context.labels or context.vocabulary is None:
+        words = context.vocabulary or model.vocabulary
+        if not context.labels or words is None:
             raise UserError(
                 "method=warp scores labels: give data.labels where the task has none, and "
                 "model.vocabulary where the model came without"
             )
-        labels = tuple((*context.vocabulary.encode(label), EOS_ID) for label in context.labels)
+        labels = tuple((*words.encode(label), EOS_ID) for label in context.labels)
         for label, tokens in zip(context.labels, labels, strict=True):
             if len(tokens) == 1 or labels.count(tokens) > 1:
                 raise UserError(f"method=warp: the label {label!r} has no tokens of its own")
@@ -62,14 +63,14 @@ class WARP(Method):
                 key=key,
                 embedding_VD=model.token_embedder.table(),
                 length=template.prompt_length,
-                vocabulary=context.vocabulary,
+                vocabulary=words,
                 labels=context.labels,
                 text=self.init_text,
                 path=self.init_path,
                 population=self.init_population,
             )
         class_CD = model.output_vectors(jnp.asarray([tokens[0] for tokens in labels]))
-        placed = place(template, context.vocabulary)
+        placed = place(template, words)
         module = ClassVectors(self, prompt_PD, class_CD, placed=placed, labels=labels)
         return Attached(model, module)
 

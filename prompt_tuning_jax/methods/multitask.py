@@ -20,7 +20,9 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 Combine = Literal["low_rank", "sum", "concatenation"]
 MultitaskInit = Literal[Init, "source"]
-SHARED, OWN = "method/shared_PD", ("method/task_NQD", "method/cols_NPR", "method/rows_NRD")
+SHARED, TASK = "method/shared_PD", "method/task_NQD"
+COLS, ROWS = "method/cols_NPR", "method/rows_NRD"
+OWN = (TASK, COLS, ROWS)
 # Of the tasks' own arrays at the start, as in peft 0.21, tuners/multitask_prompt_tuning/model.py.
 _SPREAD = 0.02
 
@@ -100,7 +102,7 @@ class MultitaskPrompts(Method):
             around_0 = _SPREAD * jax.random.normal(own_key, shapes[name])
             if self.combine == "low_rank":
                 # The first rank is about one everywhere, so that the product is.
-                first = (0, slice(None)) if name.endswith("RD") else (slice(None), 0)
+                first = (0, slice(None)) if name == ROWS else (slice(None), 0)
                 around_0 = around_0.at[:, *first].add(1.0)
             arrays[name] = around_0
         return self.with_arrays(model, arrays)
@@ -113,11 +115,11 @@ class MultitaskPrompts(Method):
         """The shape of each array by path."""
         width = model.config.embed_dim
         own = {
-            "sum": {OWN[0]: (tasks, self.length, width)},
-            "concatenation": {OWN[0]: (tasks, self.task_length, width)},
+            "sum": {TASK: (tasks, self.length, width)},
+            "concatenation": {TASK: (tasks, self.task_length, width)},
             "low_rank": {
-                OWN[1]: (tasks, self.length, self.rank),
-                OWN[2]: (tasks, self.rank, width),
+                COLS: (tasks, self.length, self.rank),
+                ROWS: (tasks, self.rank, width),
             },
         }
         return {SHARED: (self.length, width), **own[self.combine]}
@@ -218,8 +220,8 @@ def combined(combine: Combine, arrays: Mapping[str, Array], task: int) -> Array:
         raise UserError(f"there are {tasks} tasks, counted from 0; got number {task}")
     shared_PD = jnp.asarray(arrays[SHARED])
     if combine == "low_rank":
-        return shared_PD * (arrays[OWN[1]][task] @ arrays[OWN[2]][task])
-    own_QD = jnp.asarray(arrays[OWN[0]][task])
+        return shared_PD * (arrays[COLS][task] @ arrays[ROWS][task])
+    own_QD = jnp.asarray(arrays[TASK][task])
     return shared_PD + own_QD if combine == "sum" else jnp.concatenate([shared_PD, own_QD])
 
 

@@ -64,8 +64,11 @@ def in_peft(libraries, model_folder, adapter, inputs):
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder)
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
-        names = ("input_ids", "attention_mask", "decoder_input_ids")
-        tensors = {name: torch.tensor(inputs[name].astype(np.int64)) for name in names}
+        names = ("input_ids", "attention_mask", "decoder_input_ids", "labels", "task_ids")
+        given = {name: inputs[name] for name in names if name in inputs}
+        if "decoder_input_ids" in given:  # labels of recorded cases are for the loss alone
+            given.pop("labels", None)
+        tensors = {name: torch.tensor(array.astype(np.int64)) for name, array in given.items()}
         with torch.no_grad():
             return model(**tensors).logits.numpy()
 

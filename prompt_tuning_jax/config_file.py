@@ -73,11 +73,11 @@ def load_config(path: str) -> Experiment:
 def run_config(prompt: str) -> Experiment | None:
     """The experiment of the run that a prompt belongs to, from the run's ``experiment.json``.
 
-    ``prompt`` is the run's working directory, or a file in it or one folder below.  None where
+    ``prompt`` is the run's working directory, or a folder in it, or a file in either.  None where
     there is no such file; UserError for one that cannot be read as an experiment.
     """
     path = Path(prompt)
-    for folder in [path] if path.is_dir() else list(path.parents)[:2]:
+    for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
         file = folder / RUN_CONFIG
         if not file.is_file():
             continue

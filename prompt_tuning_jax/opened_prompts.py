@@ -1,11 +1,9 @@
 """Prompts and runs opened for use on one frozen model."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +14,11 @@ from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     check_fits,
-    check_model,
     load_prompt_with_metadata,
 )
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
-from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, is_tuned_file, read_tuned
+from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -30,14 +27,13 @@ from prompt_tuning_jax.methods import (
     PROMPT,
     Attached,
     Context,
-    Method,
     NoTuning,
     PromptTuning,
-    mask_of,
 )
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.overrides import checked, method_from_json
+from prompt_tuning_jax.opened_methods import members_of_run, members_of_stored, stored_methods
+from prompt_tuning_jax.overrides import checked
 from prompt_tuning_jax.typing import HostArray
 
 
@@ -68,7 +64,7 @@ def open_prompts(
     groups: list[build.Members] = []
     names: list[str] = []
     labels: tuple[str, ...] = ()
-    stored_files: list[Path] = []
+    stored: list[tuple[str, StoredTuned]] = []
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str | Path):
             array = np.asarray(prompt, np.float32)
@@ -82,14 +78,16 @@ def open_prompts(
         place = Path(prompt)
         run = run_config(str(prompt))
         files = [place]
-        if kept := tuned_files(place):
-            stored_files += kept
+        if kept := stored_methods(place, model.config):
+            stored += kept
             continue
         if run is not None and isinstance(run.method, PromptTuning):
-            if place.is_dir():
+            if run_folder.is_run(place):
                 files = run_folder.prompt_files(place, build.member_names(run))
-        elif run is not None and place.is_dir():
-            groups.append(_members_of_run(run, model, place, layout))
+            elif place.is_dir():
+                files = prompt_files(str(place)) or files
+        elif run is not None and run_folder.is_run(place):
+            groups.append(members_of_run(run, model, place, layout))
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
         elif place.is_dir() and (inside := prompt_files(str(place))):
@@ -126,12 +124,10 @@ def open_prompts(
             dataclasses.replace(members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group))
         )
         names += [name for name, _ in group]
-    for members_of_files, members_labels in _members_of_files(
-        stored_files, model, layout, fingerprint
-    ):
-        groups.append(members_of_files)
-        labels = labels or members_labels
-    names += map(str, stored_files)
+    for members, own_labels in members_of_stored(stored, model, layout, fingerprint):
+        groups.append(members)
+        labels = labels or own_labels
+    names += [name for name, _ in stored]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
 
 
@@ -160,104 +156,5 @@ def _bare(attached: Attached, layout: Layout) -> build.Members:
     graphdef, params = tree.split(attached)
     members = build.Members(
         graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
-    )
-    return members.sharded(layout, tree.logical_axes(attached))
-
-
-def tuned_files(place: Path) -> list[Path]:
-    """The file itself if it is one that a run of any method keeps, or those that a folder holds."""
-    if place.is_dir():
-        inside = sorted(place.glob("*.safetensors"))
-        return inside if inside and all(map(is_tuned_file, inside)) else []
-    return [place] if is_tuned_file(place) else []
-
-
-def _members_of_files(
-    files: Sequence[Path], model: T5, layout: Layout, fingerprint: str
-) -> Iterator[tuple[build.Members, tuple[str, ...]]]:
-    """Members for each run of files that are of one method, and the labels they were trained on."""
-
-    def kind(stored: StoredTuned) -> tuple[Any, ...]:
-        return stored.method, stored.tasks, stored.metadata.labels
-
-    opened = [(path, read_tuned(path)) for path in files]
-    for path, stored in opened:
-        check_model(stored.metadata, fingerprint=fingerprint, path=path)
-    for _, alike in itertools.groupby(opened, key=lambda each: kind(each[1])):
-        group = list(alike)
-        path, first = group[0]
-        try:
-            method = method_from_json(first.method)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        tuned = {}
-        for name, array in first.tuned.items():
-            arrays = [each.tuned.get(name) for _, each in group]
-            if any(a is None or a.shape != array.shape for a in arrays):
-                raise UserError(f"{path} and the files beside it differ in {name}")
-            tuned[name] = np.stack([a for a in arrays if a is not None])
-        yield (
-            _members(
-                method,
-                tuned,
-                model,
-                layout,
-                labels=first.metadata.labels,
-                tasks=first.tasks,
-                of=str(path),
-            ),
-            first.metadata.labels,
-        )
-
-
-def _members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
-    labels = build.labels_of(build.build_mixture(run.data)) if run.method.ranks else ()
-    return _members(
-        run.method,
-        run_folder.read_best(folder),
-        model,
-        layout,
-        labels=labels,
-        tasks=build.trained_tasks(run.data),
-        of=f"the best checkpoint in {folder}",
-    )
-
-
-def _members(
-    method: Method,
-    tuned: Mapping[str, HostArray],
-    model: T5,
-    layout: Layout,
-    *,
-    labels: tuple[str, ...],
-    tasks: tuple[str, ...],
-    of: str,
-) -> build.Members:
-    """The method attached to the model with these arrays, which have a leading axis E."""
-    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
-    # How it began is over, and what it began from may be gone.
-    fresh: Any = method
-    if hasattr(method, "init"):
-        fresh = dataclasses.replace(fresh, init="uniform")
-    key = jax.random.key(0)
-    attached = build.with_config(fresh.attach(model, key=key, context=context), method)
-    graphdef, params = tree.split(attached)
-    frozen = {name: p for name, p in params.items() if not method.trains(name)}
-    own = {name: p for name, p in params.items() if method.trains(name)}
-    build.require_trainable(own)
-    # Shapes alone: what is tuned has a leading axis E.
-    tree.require_same_shapes(
-        {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in tuned.items()},
-        own,
-        of=of,
-        and_of="the model",
-    )
-    members = build.Members(
-        graphdef=graphdef,
-        tuned={name: jnp.asarray(array) for name, array in tuned.items()},
-        frozen=frozen,
-        mask=mask_of(method, list(params)),
-        number=len(next(iter(tuned.values()))),
-        tasks=tasks,
     )
     return members.sharded(layout, tree.logical_axes(attached))

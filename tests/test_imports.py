@@ -25,6 +25,7 @@ ROWS = (
     (
         "run_folder",
         "opened_prompts",
+        "opened_methods",
         "model_export",
         "planning",
         "probing",

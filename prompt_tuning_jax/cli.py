@@ -17,6 +17,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.notes import notes_on_stderr
 
 if TYPE_CHECKING:
+    from prompt_tuning_jax.checkpoints.convert_model import Converted
     from prompt_tuning_jax.experiment import Experiment
 
 # Options that are short for a field.
@@ -43,6 +44,7 @@ _CONVERT_OPTIONS = (
     "allow_other_model",
     "overwrite",
 )
+_MERGE_OPTIONS = ("member", "dtype", "max_shard_bytes", "overwrite")
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -289,7 +291,17 @@ def _convert(args: argparse.Namespace) -> None:
 
     options = {name: getattr(args, name) for name in _CONVERT_OPTIONS}
     given = {name: v for name, v in options.items() if v is not None and v is not False}
-    done = commands.convert(args.source, args.destination, **given)
+    _print_written(commands.convert(args.source, args.destination, **given))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    given = {name: v for name in _MERGE_OPTIONS if (v := getattr(args, name))}
+    _print_written(commands.merge(args.source, args.destination, **given))
+
+
+def _print_written(done: "Converted") -> None:
     files = f" in {done.files} files" if done.files > 1 else ""
     print(f"wrote {done.what}: {done.path} ({_readable(done.bytes)}{files})")
     for note in done.notes:
@@ -400,6 +412,7 @@ _COMMANDS = {
     "plan": _plan,
     "inspect": _inspect,
     "convert": _convert,
+    "merge": _merge,
     "suite": _suite,
     "transfer": _transfer,
 }

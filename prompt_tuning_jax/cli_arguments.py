@@ -154,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fingerprint", action="store_true", help="also of a large model, by reading all of it"
     )
     _add_convert(commands)
+    _add_merge(commands)
     _add_suite(commands)
     _add_transfer(commands)
     return parser
@@ -285,6 +286,34 @@ def _add_convert(commands: Any) -> None:
         "--allow_other_model",
         action="store_true",
         help="also for a model of the same width that it was not trained for",
+    )
+
+
+def _add_merge(commands: Any) -> None:
+    merge = _add_command(
+        commands,
+        "merge",
+        "write the model that a run has tuned, with what it tuned merged into the weights",
+        example="merge runs/lora merged --to hf",
+    )
+    merge.add_argument("source", metavar="RUN", help="a run's folder: lora, ia3, full or pattern")
+    merge.add_argument("destination", metavar="FOLDER", help="new folder")
+    merge.add_argument("--to", choices=("hf",), default="hf", help="(default: hf)")
+    merge.add_argument("--member", metavar="NAME", help="of several, for instance seed_0")
+    merge.add_argument(
+        "--dtype",
+        choices=("stored", "float32", "bfloat16"),
+        help="of the numbers written (default: stored, what the run held its weights in)",
+    )
+    merge.add_argument(
+        "--max_shard_size",
+        dest="max_shard_bytes",
+        type=_size,
+        metavar="SIZE",
+        help="largest file, as in 500MB (default: 2GB)",
+    )
+    merge.add_argument(
+        "--overwrite", action="store_true", help="replace what is at FOLDER, at the end"
     )
 
 

@@ -1,38 +1,85 @@
-"""The model that a run has tuned, as a folder that loads again."""
+"""The model that a run has tuned, as a plain T5 and as a folder that loads again."""
 
 from pathlib import Path
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import build, run_folder
+from prompt_tuning_jax import build, tree
+from prompt_tuning_jax.checkpoints.convert_model import hf_model_type
 from prompt_tuning_jax.checkpoints.hf import write_hf
 from prompt_tuning_jax.checkpoints.load import open_model
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import DescribedPrompts, FullTuning
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.methods.merging import merge
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.opened_methods import members_of_run
 
-PREFIX = "model/"
+StoredAs = Literal["float32", "bfloat16", "stored"]
 
 
-def export_model(workdir: str | Path, folder: str | Path) -> None:
-    """Writes the best model of a model-tuning run as a Hugging Face folder, weights in bfloat16.
+def export_model(
+    workdir: str | Path,
+    folder: str | Path,
+    *,
+    member: str = "",
+    dtype: StoredAs = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
+) -> bool:
+    """Writes a run's best model as a Hugging Face folder, what it tuned merged into the weights.
 
-    Of several members the first is written.  Raises UserError for a folder that holds no such run.
+    For methods whose result weights can hold: all weights, some of them, LoRA, IA3.  ``stored`` is
+    the dtype that the run held its weights in.  Of several members ``member`` names one.  Says
+    whether there was a vocabulary to write.  Raises UserError for a folder that holds no such run.
     """
-    workdir = Path(workdir)
-    experiment = run_config(str(workdir)) if workdir.is_dir() else None
-    if experiment is None or not isinstance(experiment.method, FullTuning | DescribedPrompts):
-        raise UserError(f"{workdir} holds no run of model tuning (method=full)")
-    tuned = run_folder.read_best(workdir)
-    params = {name.removeprefix(PREFIX): np.asarray(array[0]) for name, array in tuned.items()}
+    experiment, model = merged_model(workdir, member=member)
     named = experiment.model
-    vocabulary = named.vocabulary or open_model(named.name_or_path).vocabulary_file
-    if vocabulary is not None and Path(vocabulary).is_dir():
+    made_here = named.random_weights and named.vocabulary
+    opened = None if made_here else open_model(named.name_or_path)
+    vocabulary: Any = named.vocabulary or (opened and opened.vocabulary_file)
+    if vocabulary and Path(vocabulary).is_dir():
         vocabulary = vocabulary_file(Path(vocabulary))
     write_hf(
         folder,
-        build.build_model(experiment).config,
-        params,
-        vocabulary_file=vocabulary,
+        model.config,
+        {name: np.asarray(array) for name, array in tree.split(model)[1].items()},
+        vocabulary_file=vocabulary or None,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        model_type="t5" if opened is None else hf_model_type(opened),
     )
+    return bool(vocabulary)
+
+
+def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, T5]:
+    """A run's experiment, and the plain T5 that its best member has become.
+
+    Raises UserError for a folder that holds no run, for a member that it does not have, and as
+    ``methods.merging.merge`` does.
+    """
+    workdir = Path(workdir)
+    experiment = run_config(str(workdir)) if workdir.is_dir() else None
+    if experiment is None:
+        raise UserError(f"{workdir} holds no run; name the working directory of one")
+    number = _member(workdir, build.member_names(experiment), member)
+    if experiment.model.quantization != "none":
+        raise UserError(
+            f"{workdir} was trained beside weights in {experiment.model.quantization}, and what is "
+            "merged into those is lost in rounding; train with model.quantization=none to merge"
+        )
+    model = build.build_model(experiment)
+    members = members_of_run(experiment, model, workdir, build.layout_of(experiment))
+    own = {name: jnp.asarray(array[number]) for name, array in members.tuned.items()}
+    return experiment, merge(tree.merge(members.graphdef, {**members.frozen, **own}))
+
+
+def _member(workdir: Path, names: tuple[str, ...], asked: str) -> int:
+    listed = ", ".join(names)
+    if not asked and len(names) > 1:
+        raise UserError(f"{workdir} has {len(names)} members; name one with --member: {listed}")
+    if asked and asked not in names:
+        raise UserError(f"{workdir} has no member {asked!r}; it has {listed}")
+    return names.index(asked) if asked else 0

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import build, run_folder, tree
-from prompt_tuning_jax.checkpoints import peft_weights
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, is_tuned_file, read_tuned
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.methods import Context, Method, mask_of, peft_prompts
+from prompt_tuning_jax.methods import Context, Method, mask_of, peft_prompts, peft_weights
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.overrides import method_from_json, method_to_json

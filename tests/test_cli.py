@@ -26,6 +26,7 @@ COMMANDS = (
     "metrics",
     "inspect",
     "convert",
+    "merge",
     "suite",
     "transfer",
 )
@@ -103,6 +104,10 @@ class Commands:
         return SimpleNamespace(
             what="a prompt", path=Path("/p"), files=2, bytes=12_345, notes=("a note",)
         )
+
+    def merge(self, source: str, destination: str, **options: Any) -> Any:
+        self._call((source, destination), **options)
+        return SimpleNamespace(what="a model", path=Path("/p"), files=1, bytes=1_500, notes=())
 
 
 @pytest.fixture
@@ -387,6 +392,16 @@ def test_convert(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None
     assert main(line.split()) == 0
     options = {"to": "t5x", "step": 0, "dtype": "float32", "overwrite": True}
     assert commands.calls.pop() == (("a", "b"), {**options, "max_shard_bytes": 1_500_000_000})
+
+
+def test_merge(commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "run", "b", "--to", "hf"]) == 0
+    assert capsys.readouterr().out == "wrote a model: /p (1.5 kB)\n"
+    assert commands.calls.pop() == (("run", "b"), {})
+    line = "merge run b --member seed_1 --dtype bfloat16 --max_shard_size 1MB --overwrite"
+    assert main(line.split()) == 0
+    options = {"member": "seed_1", "dtype": "bfloat16", "overwrite": True}
+    assert commands.calls.pop() == (("run", "b"), {**options, "max_shard_bytes": 1_000_000})
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.optim import make_optimizer, make_schedule
 from tests.micro import normal
@@ -189,3 +190,37 @@ def test_rsqrt_falls_from_its_height_at_the_end_of_the_warm_up(warmup):
         got, rise * np.sqrt(height / np.maximum(STEPS + 1, height)), rtol=1e-5
     )
     assert got.max() <= 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_are_factors_on_the_learning_rate_of_what_matches_first(name):
+    """Against runs in which everything has that rate; the norm of all is clipped in one alone."""
+    config = dataclasses.replace(OPTIMIZERS[name], gradient_clip_norm=0.0)
+    paths = ["method/a", "method/b", "model/x/around/lora_b_RF"]
+    by_path = dict(zip(paths, (0.5, 4.0, 1.0), strict=True))
+
+    def steps(config, rate):
+        optimizer = make_optimizer(config, dict.fromkeys(paths, True) | {"model/x": False})
+        params = {path: jnp.asarray(normal(*SHAPE, seed=i)) for i, path in enumerate(paths)}
+        state = optimizer.init(params)
+        for gradient in gradients(3):
+            grads = dict.fromkeys(paths, jnp.asarray(gradient))
+            updates, state = optimizer.update(grads, state, params, learning_rate=rate)
+            params = jax.tree.map(jnp.add, params, updates)
+        return params
+
+    rates = ("method/a=0.5", "method/.*=4")
+    got = steps(dataclasses.replace(config, rates=rates), 0.1)
+    for path, factor in by_path.items():
+        np.testing.assert_allclose(got[path], steps(config, 0.1 * factor)[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", ["method/c=2", "model/x=2", ".*/b=1", "b=2"])
+def test_a_rate_that_nothing_follows_is_refused(rate):
+    """Nothing of that path, nothing that trains, nothing left, nothing whose whole path it is."""
+    mask = {"method/a": True, "method/b": True, "model/x": False}
+    config = Optimizer(rates=("method/b=2", rate))
+    with pytest.raises(UserError, match=r"optimizer\.rates") as caught:
+        make_optimizer(config, mask)
+    assert repr(rate) in str(caught.value) and "\n" not in str(caught.value)
+    assert "method/a" in str(caught.value)

@@ -97,7 +97,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
     start = _losses(model, pretraining.replace(text_data(objectives=("prefix_lm",)), batch_size=8))
     first = next(r for r in measurements(tmp_path / "adapted") if r["kind"] == "eval")
     assert first["metrics"][0]["loss"] < start[0]
-    with pytest.raises(UserError, match="holds no run of model tuning"):
+    with pytest.raises(UserError, match="holds no run"):
         export_model(tmp_path / "model", tmp_path / "other")
 
 

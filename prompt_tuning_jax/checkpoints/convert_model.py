@@ -76,7 +76,7 @@ def convert_to_hf(
             vocabulary_file=words,
             dtype="stored",
             max_shard_bytes=max_shard_bytes,
-            model_type=_model_type(opened),
+            model_type=hf_model_type(opened),
         )
     notes = []
     if words is None:
@@ -143,7 +143,7 @@ def convert_to_t5x(
         _write_vocabulary(aside, beside)
     if checkpoint is None:
         notes += _lost_in_t5x(opened)
-        if (kind := _model_type(opened)) == "mt5":
+        if (kind := hf_model_type(opened)) == "mt5":
             again = kind if opened.config.vocab_size == MT5_ROWS else "t5, which differs in name"
             notes.append(
                 f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
@@ -173,7 +173,7 @@ def _open(
     return opened, words
 
 
-def _model_type(opened: OpenedModel) -> str:
+def hf_model_type(opened: OpenedModel) -> str:
     """What Hugging Face calls the model; of a T5X checkpoint its embeddings tell an mT5."""
     if isinstance(opened.source, Path):
         return model_type_of(opened.source)

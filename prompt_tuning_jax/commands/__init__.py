@@ -1,4 +1,4 @@
-"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert, suite...
+"""What the commands do: train, evaluate, predict, tasks, metrics, inspect, convert, merge, suite...
 
 Each is imported when it is first asked for: those that compute nothing do without JAX.
 """
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
     from prompt_tuning_jax.commands.inspection import describe, inspect
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
+    from prompt_tuning_jax.commands.merging import merge
     from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines, plan_run
     from prompt_tuning_jax.commands.scoring import Scored, metrics
     from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate",
     "examples",
     "inspect",
+    "merge",
     "metrics",
     "plan_as_dict",
     "plan_lines",
@@ -45,6 +47,7 @@ _HOMES = {
     "commands.evaluation": ("EvalResult", "Prediction", "evaluate", "predict"),
     "commands.inspection": ("describe", "inspect"),
     "commands.listing": ("dump", "examples", "tasks"),
+    "commands.merging": ("merge",),
     "commands.planning": ("plan_as_dict", "plan_lines", "plan_run"),
     "commands.scoring": ("Scored", "metrics"),
     "commands.suites": ("SuiteResult", "suite", "try_transfer", "with_seeds"),

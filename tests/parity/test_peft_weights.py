@@ -14,14 +14,14 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints.hf import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft import CONFIG, WEIGHTS
-from prompt_tuning_jax.checkpoints.peft_weights import (
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import IA3, Attached, Context, LoRA, Method, mask_of
+from prompt_tuning_jax.methods.merging import merge
+from prompt_tuning_jax.methods.peft_weights import (
     peft_kind,
     read_peft_weights,
     write_peft_weights,
 )
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import IA3, Attached, Context, LoRA, Method, mask_of
-from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.t5 import T5
 from tests.micro import T5_1_0, T5_1_1, make_t5, normal, shifted, token_rows
 from tests.parity.test_peft_prompts import in_peft, libraries

@@ -28,7 +28,8 @@ from prompt_tuning_jax.checkpoints.peft_modules import (
     peft_name,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import IA3, LoRA
+from prompt_tuning_jax.methods.ia3 import IA3
+from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.tree import require_same_names
 from prompt_tuning_jax.typing import Array, HostArray

@@ -8,19 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.affine import Affine, small_param, within
-from prompt_tuning_jax.methods.method import (
-    Attached,
-    Context,
-    Method,
-    MethodModule,
-    with_free_slots,
-)
+from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.models.attention import Attention
 from prompt_tuning_jax.models.slots import KeyValues, Slots
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import Array, HostArray
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,29 +172,32 @@ def _words(method: PrefixTuning, model: T5, context: Context, *, key: Array) -> 
 
 def _computed(model: T5, tokens_P: Array, names: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
     """The keys and values ``[L, P, H, K]`` that these attentions compute for a text."""
-    watched = with_free_slots(model)
-    seen: dict[tuple[str, int, str], Array] = {}
+    graphdef, params = tree.split(model)
     shape = (len(tokens_P), model.config.num_heads, model.config.head_dim)
 
-    def watch(attention: Attention, *place: Any) -> None:
-        for part in ("key", "value"):
+    @jax.jit
+    def run(params: FlatParams, tokens_1P: Array) -> dict[str, tuple[Array, Array]]:
+        watched = tree.merge(graphdef, params)
+        seen: dict[tuple[str, str], list[Array]] = {}
 
-            def remember(x: Array, linear: Callable[[Array], Array], part: str = part) -> Array:
-                y = linear(x)
-                seen[*place, part] = y.reshape(shape).astype(jnp.float32)
-                return y
+        def watch(attention: Attention, name: str) -> None:
+            for part in ("key", "value"):
 
-            getattr(attention, part).around = nnx.data(remember)
+                def remember(x: Array, linear: Callable[[Array], Array], part: str = part) -> Array:
+                    y = linear(x)
+                    seen.setdefault((name, part), []).append(y.reshape(shape).astype(jnp.float32))
+                    return y
 
-    for i in range(model.config.num_encoder_layers):
-        watch(watched.encoder.layer(i).attention, "encoder", i)
-    for i in range(model.config.num_decoder_layers):
-        watch(watched.decoder.layer(i).self_attention, "decoder", i)
-        watch(watched.decoder.layer(i).encoder_decoder_attention, "cross", i)
-    watched(tokens_P[None], tokens_P[None])
-    layers = {name: 1 + max(i for own, i, _ in seen if own == name) for name in names}
+                getattr(attention, part).around = nnx.data(remember)
 
-    def stacked(name: str, part: str) -> Array:
-        return jnp.stack([seen[name, i, part] for i in range(layers[name])])
+        for i in range(model.config.num_encoder_layers):
+            watch(watched.encoder.layer(i).attention, "encoder")
+        for i in range(model.config.num_decoder_layers):
+            watch(watched.decoder.layer(i).self_attention, "decoder")
+            watch(watched.decoder.layer(i).encoder_decoder_attention, "cross")
+        watched(tokens_1P, tokens_1P)
+        return {
+            name: (jnp.stack(seen[name, "key"]), jnp.stack(seen[name, "value"])) for name in names
+        }
 
-    return {name: (stacked(name, "key"), stacked(name, "value")) for name in names}
+    return run(params, tokens_P[None])

@@ -1,0 +1,80 @@
+"""Prefix tuning: prefixes are keys and values as the model has them, made by an MLP or plain."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import Attached, Context, PrefixTuning
+from tests.micro import T5_1_1, D, Words, make_t5, shifted, token_rows
+
+WORDS = "ab cd ef"
+TOKENS = np.asarray([Words().encode(WORDS)], np.int32)
+SOURCE = token_rows([5, 3], 7)
+TARGET = shifted(token_rows([4, 6], 6, seed=1))
+
+
+def attach(method: PrefixTuning, labels: tuple[str, ...] = (WORDS,)) -> Attached:
+    context = Context(labels=labels, vocabulary=Words())
+    return method.attach(make_t5(), key=jax.random.key(0), context=context)
+
+
+def logits(attached: Any, source: Any, target: Any) -> np.ndarray:
+    graphdef, params = tree.split(attached)
+    return np.asarray(jax.jit(lambda p: tree.merge(graphdef, p)(source, target))(params))
+
+
+def test_from_words_they_are_what_the_model_would_remember_of_them() -> None:
+    """A target that goes on behind the words, as if the words had been written before it."""
+    method = PrefixTuning(length=3, encoder=False, cross=False, before=True)
+    rest = token_rows([4], 4, seed=1)
+    whole = np.concatenate([TOKENS, rest], axis=1)
+    want = logits(make_t5(), TOKENS, whole)[:, TOKENS.shape[1] :]
+    np.testing.assert_allclose(logits(attach(method), TOKENS, rest), want, atol=2e-5)
+    nowhere = PrefixTuning(length=3, encoder=False, cross=False)
+    assert np.abs(logits(attach(nowhere), TOKENS, rest) - want).max() > 1e-3
+
+
+def test_labels_come_first_and_sampled_pieces_fill_up() -> None:
+    long, short = attach(PrefixTuning(length=8)), attach(PrefixTuning(length=2))
+    for attached, length in ((long, 8), (short, 2)):
+        key_LPHK = attached.method.encoder.key_LPHK.get_value()
+        assert key_LPHK.shape == (2, length, 2, 8)
+    # The first layer's keys see no context.
+    np.testing.assert_allclose(
+        long.method.encoder.key_LPHK.get_value()[0, :2],
+        short.method.encoder.key_LPHK.get_value()[0],
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("chosen", [("encoder",), ("decoder", "cross"), ("cross",)])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_attentions_are_chosen_and_each_is_counted(chosen: tuple[str, ...], hidden: int) -> None:
+    flags = {name: name in chosen for name in ("encoder", "decoder", "cross")}
+    attached = attach(PrefixTuning(length=3, hidden=hidden, **flags))
+    slots = attached.slots(SOURCE)
+    for name in flags:
+        assert (getattr(slots, f"{name}_prefixes") is not None) == (name in chosen)
+    trained = tree.select(tree.split(attached)[1], attached.method.config.trains)
+    joined = T5_1_1.num_heads * T5_1_1.head_dim
+    plain = 2 * 3 * joined * 2
+    made = 3 * D + (D + 1) * 5 + (5 + 1) * 2 * 2 * joined
+    assert tree.count(trained) == len(chosen) * (made if hidden else plain)
+
+
+def test_folding_two_layers_changes_nothing() -> None:
+    attached = attach(PrefixTuning(length=3, hidden=5, before=True))
+    method, folded = attached.method.config.folded(attached)
+    assert method == PrefixTuning(length=3, before=True, init="uniform")
+    want = logits(attached, SOURCE, TARGET)
+    np.testing.assert_allclose(logits(folded, SOURCE, TARGET), want, atol=1e-5)
+    assert np.abs(logits(make_t5(), SOURCE, TARGET) - want).max() > 1e-2
+
+
+def test_none_chosen_is_refused() -> None:
+    with pytest.raises(UserError, match=r"method\.cross are all false"):
+        attach(PrefixTuning(encoder=False, decoder=False, cross=False))

@@ -11,6 +11,7 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.cli import main
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.overrides import to_json
 from tests import tiny_run
 from tests.micro import call, shifted, token_rows
 
@@ -35,8 +36,10 @@ def test_eval_opens_the_run(trained: Path, tmp_path: Path) -> None:
     assert main(["eval", "--prompt", str(trained), "--output", str(scores)]) == 0
     found = json.loads(scores.read_text())
     results = json.loads((trained / "results.json").read_text())["best"]
-    names = [f"{trained}/{name}" for name in ("seed_0", "seed_1")]
-    assert [found["prompts"][name]["accuracy"] for name in names] == [
+    assert [one["prompt"] for one in found["per_prompt"]] == [
+        f"{trained}/{name}" for name in ("seed_0", "seed_1")
+    ]
+    assert [one["accuracy"] for one in found["per_prompt"]] == [
         results[name]["accuracy"] for name in ("seed_0", "seed_1")
     ]
 
@@ -76,13 +79,10 @@ def test_what_cannot_be_merged_gets_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tiny_run.experiment(tmp_path / "p", {"method": PromptTuning(length=2)})
-    (tmp_path / "p").mkdir()
     narrow = tiny_run.experiment(tmp_path / "q", {"model.quantization": "int8"})
     for of in (prompts, narrow):
         folder = Path(of.training.workdir)
         folder.mkdir(exist_ok=True)
-        from prompt_tuning_jax.overrides import to_json
-
         (folder / "experiment.json").write_text(to_json(of))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.division import Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.methods import (
@@ -140,7 +141,7 @@ def test_what_is_dropped_depends_on_member_and_step() -> None:
             seeds=(0, 1),
             dropout=True,
             remat=remat,
-            parts_of=lambda rows, length: 2,
+            division=Division(parts=2),
         )
         tuned = {
             name: jnp.concatenate([p + normal(*p.shape[1:], seed=i, scale=0.3)] * 2)

@@ -55,7 +55,7 @@ def random_tuned(model: T5, method: Method) -> dict[str, np.ndarray]:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
     names = [n for n, trains in mask_of(method, list(tree.split(fresh)[1])).items() if trains]
     params = tree.split(fresh)[1]
-    return {n: normal(*params[n].shape, seed=i, scale=0.5) for i, n in enumerate(names)}
+    return {n: normal(*params[n].shape, seed=i, scale=0.3) for i, n in enumerate(names)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

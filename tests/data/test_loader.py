@@ -156,6 +156,22 @@ def test_mixtures_keep_their_rates_and_every_set_its_epochs():
     assert (equal < 200).sum() == 40
 
 
+def test_a_mixture_says_which_set_an_example_is_of():
+    sets = [make(30, first=100), make(7, first=200)]
+    batches = TrainBatches(sets, batch_size=8, seeds=(0, 1))
+    for step in range(5):
+        batch = batches[step]
+        assert batch["task_index"].shape == (2, 8) and batch["task_index"].dtype == np.int32
+        of_second = batch["encoder_input_tokens"][..., 0] >= 200
+        np.testing.assert_array_equal(batch["task_index"], of_second)
+    some = TrainBatches(sets, batch_size=8, seeds=0, rows=np.asarray([1, 6]))
+    one = TrainBatches(sets, batch_size=8, seeds=0)
+    np.testing.assert_array_equal(some[3]["task_index"], one[3]["task_index"][[1, 6]])
+    shapes = {name: array.shape for name, array in one.empty_batches(0, 3)[0].items()}
+    assert shapes == {name: array.shape for name, array in one[0].items()}
+    assert "task_index" not in TrainBatches(sets[0], batch_size=8, seeds=0)[0]
+
+
 def test_the_inputs_of_a_mixture_belong_to_its_targets():
     batches = TrainBatches([make(30, first=100), make(7, first=200)], batch_size=8, seeds=(0, 1))
     batch = batches[4]

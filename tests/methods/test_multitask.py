@@ -1,0 +1,213 @@
+"""Multitask prompts: each row gets its task's prompt, from batch to prediction, and they go on."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.commands import evaluate, predict, train
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import Attached, Context, MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.methods.multitask import (
+    COLS,
+    OWN,
+    ROWS,
+    SHARED,
+    TASK,
+    combined,
+    target_start,
+)
+from prompt_tuning_jax.run_folder import read_best
+from tests import tiny_run
+from tests.micro import D, Words, call, make_t5, shifted, token_rows
+
+SOURCE = token_rows([5, 3, 4], 7)
+TARGET = shifted(token_rows([4, 6, 2], 6, seed=1))
+TASKS = np.asarray([2, 0, 2], np.int32)
+METHODS = {
+    "low_rank": (MultitaskPrompts(length=3, rank=2, init_population=0), 3 * D + 4 * 2 * (3 + D)),
+    "sum": (MultitaskPrompts(length=3, combine="sum", init_population=0), 3 * D + 4 * 3 * D),
+    "concatenation": (
+        MultitaskPrompts(length=3, combine="concatenation", task_length=2, init_population=0),
+        3 * D + 4 * 2 * D,
+    ),
+}
+
+
+def attach(method: MultitaskPrompts, *, tasks: int = 4) -> Attached:
+    context = Context(vocabulary=Words(), tasks=tasks)
+    return method.attach(make_t5(), key=jax.random.key(0), context=context)
+
+
+@pytest.mark.parametrize("combine", list(METHODS))
+def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
+    method, count = METHODS[combine]
+    attached = attach(method)
+    graphdef, params = tree.split(attached)
+    assert tree.count(tree.select(params, method.trains)) == count
+    arrays = attached.method.arrays()
+    prompts = np.stack([combined(combine, arrays, task) for task in TASKS])
+    assert prompts.shape[1] == method.added_length()
+    assert np.abs(prompts[0] - prompts[1]).max() > 1e-3
+    shared_PD = arrays[SHARED]
+    # Tasks start apart from each other, near the shared prompt.
+    np.testing.assert_allclose(prompts[0, :3], shared_PD, atol=0.5)
+    run = jax.jit(lambda p, tasks: tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
+    want = call(make_t5(), SOURCE, TARGET, prompts)
+    np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
+    with pytest.raises(UserError, match="prompts of 4 tasks, and nothing says which"):
+        attached(SOURCE, TARGET)
+
+
+def test_only_the_tasks_of_a_batch_learn_from_it() -> None:
+    attached = attach(METHODS["low_rank"][0])
+    graphdef, params = tree.split(attached)
+    tuned = tree.select(params, lambda name: name.startswith("method/"))
+
+    def loss(own: Any) -> jax.Array:
+        merged = tree.merge(graphdef, {**params, **own})
+        return merged.token_sums(SOURCE, TARGET, TARGET, task_B=TASKS).loss
+
+    gradients = jax.jit(jax.grad(loss))(tuned)
+    for name in (COLS, ROWS):
+        moved = [bool(np.abs(each).max() > 0) for each in gradients[name]]
+        assert moved == [True, False, True, False]
+
+
+@pytest.mark.parametrize("task", [-1, 1])
+def test_new_tasks_start_from_the_sources(task: int) -> None:
+    for combine, (method, _) in METHODS.items():
+        arrays = attach(method).method.arrays()
+        start = target_start(arrays, tasks=2, task=task)
+        np.testing.assert_array_equal(start[SHARED], arrays[SHARED])
+        for name in OWN:
+            if name in arrays:
+                want = np.mean(arrays[name], axis=0) if task < 0 else arrays[name][task]
+                np.testing.assert_allclose(start[name], np.stack([want, want]), atol=1e-6)
+        if task >= 0:
+            of_new, of_old = combined(combine, start, 1), combined(combine, arrays, task)
+            np.testing.assert_array_equal(of_new, of_old)
+    with pytest.raises(UserError, match="source has 4 tasks"):
+        target_start(arrays, tasks=1, task=4)
+    with pytest.raises(UserError, match="4 tasks, counted from 0"):
+        combined("low_rank", arrays, 4)
+
+
+MODULE = """
+import dataclasses
+from prompt_tuning_jax.data.files import file_task
+from prompt_tuning_jax.data.task import Mixture, register
+
+def named(name, train, eval):
+    return dataclasses.replace(file_task(train=train, eval=eval), name=name)
+
+colours = named("colours_of_{name}", {train!r}, {eval!r})
+last = named("last_words_of_{name}", {swapped!r}, {swapped_eval!r})
+for task in (colours, last):
+    register(task, replace=True)
+register(Mixture(name="mixed_{name}", tasks=(colours, last), rates=(1.0, 1.0)), replace=True)
+"""
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module of a user's own with a mixture of two tasks that want different answers."""
+    turn = dict(zip(tiny_run.LABELS, (*tiny_run.LABELS[1:], tiny_run.LABELS[0]), strict=True))
+    files = {}
+    for key, seed, number in (("swapped", 1, 48), ("swapped_eval", 2, 24)):
+        rows = [
+            {**row, "targets": turn[row["targets"]]} for row in tiny_run.rows(number, seed=seed)
+        ]
+        files[key] = str(tiny_run.write_rows(tmp_path / f"{key}.jsonl", rows))
+    files |= {"train": str(tiny_run.train_file()), "eval": str(tiny_run.eval_file())}
+    name = f"tasks_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE.format(name=name, **files))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path) -> None:
+    changes = {
+        "method": MultitaskPrompts(length=3, combine="sum", init_population=0),
+        "data.module": mixture,
+        "data.task": f"mixed_{mixture}",
+        "data.train": "",
+        "data.eval": "",
+        "training.seeds": (0, 1),
+        "training.steps": 4,
+    }
+    experiment = tiny_run.experiment(tmp_path / "multi", changes)
+    done = train(experiment, quiet=True)
+    assert done.finished
+    # Evaluated from the folder: the score of the best step, and each task by its own prompt.
+    found = evaluate(experiment, prompts=[str(tmp_path / "multi")])
+    names = (f"colours_of_{mixture}", f"last_words_of_{mixture}")
+    for own, best in zip(found.per_prompt, done.best, strict=True):
+        assert best is not None
+        assert own == pytest.approx(dict(best.metrics))
+    tuned = read_best(tmp_path / "multi")
+    assert tuned[TASK].shape == (2, 2, 3, 16)
+    arrays = {name: array[1] for name, array in tuned.items()}
+    for number, name in enumerate(names):
+        prompt_PD = np.asarray(combined("sum", arrays, number))
+        file = tmp_path / f"{number}.safetensors"
+        save_prompt(file, prompt_PD)
+        one = tiny_run.experiment(tmp_path, changes | {"data.task": name})
+        alone = evaluate(one, prompts=[str(file)])
+        assert alone.per_prompt[0]["accuracy"] == found.per_prompt[1][f"{name}/accuracy"]
+        texts = [example["inputs"] for example in tiny_run.rows(6, seed=2)]
+        by_run = predict(one, prompts=[str(tmp_path / "multi")], inputs=texts)
+        by_file = predict(one, prompts=[str(file)], inputs=texts)
+        assert all(
+            alone.prediction in (both.votes or {})
+            for alone, both in zip(by_file, by_run, strict=True)
+        )
+
+    # A single target prompt, and a run of one task, from the sources.
+    target = tiny_run.experiment(
+        tmp_path / "target",
+        {
+            "method": PromptTuning(
+                length=3, init="file", init_path=str(tmp_path / "1.safetensors")
+            ),
+            "training.steps": 1,
+        },
+    )
+    assert train(target, quiet=True).finished
+    second = MultitaskPrompts(
+        length=3,
+        combine="sum",
+        init="source",
+        init_path=str(tmp_path / "multi"),
+        source_task=1,
+        source_member=1,
+    )
+    changes = {"method": second, "training.steps": 1, "optimizer.learning_rate": 0.0}
+    started = train(tiny_run.experiment(tmp_path / "second", changes), quiet=True)
+    np.testing.assert_allclose(started.best_tuned[SHARED][0], arrays[SHARED], rtol=1e-4)
+    np.testing.assert_allclose(started.best_tuned[TASK][0], arrays[TASK][1:], rtol=1e-4)
+
+    # What does not fit is said.
+    model = make_t5()  # of the same width
+    for wrong, message in (
+        ({"length": 4}, r"shared_PD is \[3, 16\] in .*multi, and \[4, 16\] here"),
+        ({"combine": "low_rank"}, "cols_NPR is missing"),
+        ({"source_member": 2}, "has 2 members, counted from 0"),
+        ({"init_path": str(tmp_path)}, "no best checkpoint"),
+    ):
+        method = dataclasses.replace(second, **wrong)
+        with pytest.raises(UserError, match=message):
+            method.attach(model, key=jax.random.key(0), context=Context())
+    with pytest.raises(UserError, match="nothing says which is meant"):
+        evaluate(
+            tiny_run.experiment(tmp_path, {"data.train": "", "training.steps": 1}),
+            prompts=[str(tmp_path / "multi")],
+        )

@@ -1,0 +1,21 @@
+"""Deep prompts for the bundled tiny T5 on the quickstart's task: one for each encoder layer.
+
+prompt-tuning train configs/deep_prompts.py
+
+The optimizer is that of the quickstart.
+"""
+
+from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.methods import DeepPrompts
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
+        method=DeepPrompts(length=20, init="described"),
+        data=Data(task="word_valence", inputs_length=14, targets_length=4),
+        optimizer=Optimizer(schedule="linear"),
+        training=Training(
+            steps=240, batch_size=32, eval_every=30, save_every=60, workdir="runs/deep_prompts"
+        ),
+    )

@@ -15,6 +15,7 @@ from flax import nnx
 from prompt_tuning_jax import optim, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.data import demonstrations
 from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
 from prompt_tuning_jax.data.files import file_task
 from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
@@ -28,9 +29,17 @@ from prompt_tuning_jax.division import UNDIVIDED, Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.methods import Attached, Context, DescribedPrompts, Method, mask_of
+from prompt_tuning_jax.methods import (
+    Attached,
+    Context,
+    DescribedPrompts,
+    Method,
+    PromptDesign,
+    mask_of,
+)
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.overrides import method_to_json
 from prompt_tuning_jax.pretraining import TextData, open_text_data
 from prompt_tuning_jax.sharding import RULES, make_mesh, parse_rules, with_rules
 from prompt_tuning_jax.training.evaluate import (
@@ -234,7 +243,9 @@ def build_data(
         ]
 
     eval_split = split or data.eval_split
-    evaluated = mixture.evaluated_on(eval_split)
+    evaluated = tuple(
+        designed(experiment, task, vocabulary) for task in mixture.evaluated_on(eval_split)
+    )
     train_sets = examples(mixture.tasks, data.train_split) if training else []
     eval_sets = [one.at_most(data.max_eval_examples) for one in examples(evaluated, eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
@@ -266,6 +277,54 @@ def build_data(
         labels=labels,
         best_by=_best_by(experiment.evaluation.best_by, eval_sets),
         reports=tuple(_reports(experiment, train_sets, train, eval_sets, layout)),
+    )
+
+
+def designed(
+    experiment: Experiment, task: Task, vocabulary: AnyVocabulary, *, source: Task | None = None
+) -> Task:
+    """The task as the method words its inputs, which most methods leave as they are.
+
+    Demonstrations are drawn from the training split of ``source``, the task's own unless given, by
+    the first seed.
+    """
+    method, data = experiment.method, experiment.data
+    if not isinstance(method, PromptDesign):
+        return task
+    source = source or task
+    drawn: demonstrations.Demonstrations = ()
+    if method.shots:
+        if data.train_split not in source.splits:
+            raise UserError(
+                f"method=prompt_design takes demonstrations from the split {data.train_split!r}, "
+                f"and task {source.name!r} has none; name a file in data.train, or set "
+                "method.shots=0"
+            )
+        drawn = demonstrations.draw(
+            list(source.load(data.train_split, data.data_dir)),
+            labels=source.labels,
+            shots=method.shots,
+            balanced=method.balance == "balanced",
+            seed=experiment.training.seeds[0],
+        )
+    return demonstrations.demonstrated(
+        task,
+        drawn,
+        compose=method.compose,
+        identity=method_to_json(method),
+        vocabulary=vocabulary,
+        inputs_length=data.inputs_length,
+    )
+
+
+def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
+    """The experiment once for each of its seeds where these decide the inputs, else alone."""
+    if not isinstance(experiment.method, PromptDesign) or not experiment.method.shots:
+        return (experiment,)
+    training = experiment.training
+    return tuple(
+        dataclasses.replace(experiment, training=dataclasses.replace(training, seeds=(seed,)))
+        for seed in training.seeds
     )
 
 
@@ -531,8 +590,12 @@ def _reports(
     if train is not None:
         steps = max(1, min(_REPORTED_STEPS, train.examples_per_epoch // train.batch_size))
         yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
+    method = experiment.method
     for one in eval_sets:
         yield one.report()
+        if isinstance(method, PromptDesign) and method.shots:
+            seed = experiment.training.seeds[0]
+            yield demonstrations.report(one, shots=method.shots, seed=seed)
         parts = 1 if layout is None else layout.batch_parts
         batch_size = eval_batch_size(experiment.evaluation.batch_size, len(one), parts=parts)
         plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))

@@ -15,7 +15,14 @@ from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.methods import PROMPT, Method, PromptTuning
+from prompt_tuning_jax.methods import (
+    METHODS,
+    PROMPT,
+    Method,
+    NoTuning,
+    PromptDesign,
+    PromptTuning,
+)
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
 from prompt_tuning_jax.overrides import method_to_json, to_json
 from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
@@ -50,6 +57,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     several processes all must call; the first one writes and speaks.
     """
     validate(experiment)
+    require_trains(experiment.method)
     folder = build.workdir_of(experiment)
     distributed.require_same("the experiment", to_json(experiment))
     quiet = quiet or not distributed.is_primary()
@@ -71,10 +79,6 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     fingerprint = build.model_fingerprint(model)
     _require_same_data(data, fingerprint)
     members = build.attach_members(experiment, model, labels=data.labels, layout=layout)
-    if not members.tuned:
-        raise UserError(
-            "method=none trains nothing; choose another method, or eval without prompts"
-        )
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     _claim(folder, experiment)
@@ -153,6 +157,15 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     if distributed.is_primary():
         _finish(run, data, quiet=quiet)
     return run
+
+
+def require_trains(method: Method) -> None:
+    """UserError for a method of which nothing trains."""
+    if isinstance(method, NoTuning | PromptDesign):
+        name = next(name for name, cls in METHODS.items() if cls is type(method))
+        raise UserError(
+            f"method={name} trains nothing; choose another method, or eval without prompts"
+        )
 
 
 def _claim(folder: Path, experiment: Experiment) -> None:

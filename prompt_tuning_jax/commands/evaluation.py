@@ -12,7 +12,9 @@ from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.opened_prompts import open_prompts
+from prompt_tuning_jax.methods import PromptDesign
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.opened_prompts import OpenedPrompts, open_prompts
 from prompt_tuning_jax.pretraining import TextData
 from prompt_tuning_jax.training.evaluate import Predictions
 from prompt_tuning_jax.typing import HostArray
@@ -51,33 +53,29 @@ def evaluate(
     """Scores prompts one by one and their majority vote, with one frozen model.
 
     ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``; none is
-    the bare model.  ``split`` is ``data.eval_split`` unless given.
+    the bare model.  ``split`` is ``data.eval_split`` unless given.  Prompt design has a member for
+    each of ``training.seeds``, which read other demonstrations, one after another.
     """
     model = build.build_model(experiment)
-    loaded = open_prompts(experiment, model, prompts)
+    loaded = _opened(experiment, model, prompts)
     own = experiment.data
     if (own.train or own.eval) and loaded.labels and not own.labels:
         # What the prompts were trained to choose between; the training file may be gone by now.
         own = dataclasses.replace(own, labels=loaded.labels)
         experiment = dataclasses.replace(experiment, data=own)
-    data = build.build_data(
-        experiment,
-        build.vocabulary_of(model),
-        split=split,
-        training=False,
-        layout=build.layout_of(experiment),
-    )
-    if isinstance(data, TextData):
-        raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
-    # Other examples there would be other batches, or one too many to wait for.
-    distributed.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
-    for members in loaded.groups:
-        theirs, found = build.evaluate_members(experiment, members, members.tuned, data, model)
-        scores += theirs
-        for task, part in found.items():
-            predictions.setdefault(task, []).append(part)
+    reports: dict[str, None] = {}
+    draws = build.draws_of(experiment)
+    data = _examples(draws[0], model, split=split)
+    for number, own_draw in enumerate(draws):
+        data = _examples(own_draw, model, split=split) if number else data
+        reports |= dict.fromkeys(data.reports)
+        for members in loaded.groups:
+            theirs, found = build.evaluate_members(own_draw, members, members.tuned, data, model)
+            scores += theirs
+            for task, part in found.items():
+                predictions.setdefault(task, []).append(part)
     joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
     metrics = list(scores[0])
     sign = -1 if data.best_by.endswith("loss") else 1
@@ -100,7 +98,7 @@ def evaluate(
         split=split,
         title=first.task.source.titles.get(split, split),
         predictions=joined,
-        reports=data.reports,
+        reports=tuple(reports),
     )
 
 
@@ -115,36 +113,40 @@ def predict(
     distributed.require_same("the input", "\n".join(inputs))
     model = build.build_model(experiment)
     words = build.vocabulary_of(model)
-    loaded = open_prompts(experiment, model, prompts)
+    loaded = _opened(experiment, model, prompts)
     ranks = experiment.evaluation.strategy == "rank"
     # Asking the experiment for them reads its training file, which need not be here any more.
     labels = loaded.labels or (_labels_of(experiment) if ranks else ())
     wording = _wording_of(experiment)
     task = _texts_as_task([wording(text) for text in inputs])
-    examples = tokenize(
-        task,
-        "predict",
-        words,
-        inputs_length=experiment.data.inputs_length,
-        targets_length=experiment.data.targets_length,
-        use_cache=False,
-    )
     if ranks and not labels:
         experiment = dataclasses.replace(
             experiment, evaluation=dataclasses.replace(experiment.evaluation, strategy="greedy")
         )
+    source = None
+    if isinstance(experiment.method, PromptDesign):
+        source = build.build_mixture(experiment.data).tasks[0]
     parts = []
-    for members in loaded.groups:
-        predictor = build.build_predictor(experiment, members.graphdef, words, labels=labels)
-        parts.append(
-            predictor.predict(
-                members.tuned,
-                members.frozen,
-                examples,
-                members=members.number,
-                task=members.task_number(experiment.data.task),
-            )
+    for own_draw in build.draws_of(experiment):
+        examples = tokenize(
+            build.designed(own_draw, task, words, source=source),
+            "predict",
+            words,
+            inputs_length=experiment.data.inputs_length,
+            targets_length=experiment.data.targets_length,
+            use_cache=False,
         )
+        for members in loaded.groups:
+            predictor = build.build_predictor(experiment, members.graphdef, words, labels=labels)
+            parts.append(
+                predictor.predict(
+                    members.tuned,
+                    members.frozen,
+                    examples,
+                    members=members.number,
+                    task=members.task_number(experiment.data.task),
+                )
+            )
     predictions = Predictions.joined(parts)
     return [
         Prediction(
@@ -154,6 +156,38 @@ def predict(
         )
         for i, vote in enumerate(predictions.votes())
     ]
+
+
+def _examples(experiment: Experiment, model: T5, *, split: str | None) -> build.TaskData:
+    """What is evaluated on; the same for all processes."""
+    data = build.build_data(
+        experiment,
+        build.vocabulary_of(model),
+        split=split,
+        training=False,
+        layout=build.layout_of(experiment),
+    )
+    if isinstance(data, TextData):
+        raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
+    # Other examples there would be other batches, or one too many to wait for.
+    distributed.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
+    return data
+
+
+def _opened(experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]) -> OpenedPrompts:
+    """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
+    if not isinstance(experiment.method, PromptDesign):
+        return open_prompts(experiment, model, prompts)
+    if prompts:
+        raise UserError(
+            "method=prompt_design puts words before the inputs of the bare model; leave out "
+            "--prompt, or the method"
+        )
+    bare = open_prompts(experiment, model, [])
+    if not experiment.method.shots:
+        return dataclasses.replace(bare, names=("no demonstrations",))
+    seeds = experiment.training.seeds
+    return dataclasses.replace(bare, names=tuple(f"demonstrations of seed {s}" for s in seeds))
 
 
 def _labels_of(experiment: Experiment) -> tuple[str, ...]:

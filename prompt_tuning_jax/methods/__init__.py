@@ -12,6 +12,7 @@ from prompt_tuning_jax.methods.p_tuning import PTuning
 from prompt_tuning_jax.methods.pattern import PatternTuning
 from prompt_tuning_jax.methods.prefix import PrefixTuning
 from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.prompt_design import PromptDesign
 from prompt_tuning_jax.methods.warp import WARP
 
 # The name that a config or the command line types.
@@ -25,6 +26,7 @@ METHODS: dict[str, type] = {
     "full": FullTuning,
     "described_prompts": DescribedPrompts,
     "none": NoTuning,
+    "prompt_design": PromptDesign,
     "lora": LoRA,
     "ia3": IA3,
     "adapters": Adapters,
@@ -49,6 +51,7 @@ __all__ = [
     "PTuning",
     "PatternTuning",
     "PrefixTuning",
+    "PromptDesign",
     "PromptTuning",
     "mask_of",
 ]

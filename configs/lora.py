@@ -1,0 +1,19 @@
+"""LoRA on queries and values of the bundled tiny T5, on the quickstart's task.
+
+prompt-tuning train configs/lora.py
+"""
+
+from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.methods import LoRA
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
+        method=LoRA(rank=8, alpha=16.0),
+        data=Data(task="word_valence", inputs_length=14, targets_length=4),
+        optimizer=Optimizer(learning_rate=0.01, schedule="linear", weight_decay=0.0),
+        training=Training(
+            steps=240, batch_size=32, eval_every=30, save_every=60, workdir="runs/lora"
+        ),
+    )

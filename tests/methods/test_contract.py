@@ -203,7 +203,7 @@ def test_eight_devices_train_as_one_does(tmp_path: Path) -> None:
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split()) == NAMES

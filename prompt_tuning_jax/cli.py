@@ -301,6 +301,66 @@ def _merge(args: argparse.Namespace) -> None:
     _print_written(commands.merge(args.source, args.destination, **given))
 
 
+def _similar(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    found = commands.similar(
+        args.source,
+        args.among,
+        by=args.by,
+        top=args.top or 0,
+        output=args.output or "",
+        overwrite=args.overwrite,
+    )
+    if args.json:
+        print(json.dumps([vars(each) for each in found], indent=2, ensure_ascii=False))
+    else:
+        for each in found:
+            print(f"{each.similarity:7.4f}  {each.path}{f'  {each.task}' * bool(each.task)}")
+    if args.output:
+        number = args.top or 1
+        what = "the nearest prompt" if number == 1 else f"a mixture of the nearest {len(found)}"
+        print(
+            f"wrote {what} to {args.output}; method.init=file method.init_path={args.output} "
+            "starts from it",
+            file=sys.stderr,
+        )
+
+
+def _recycle(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+    from prompt_tuning_jax.analysis.recycling import Fit
+
+    options = {name: getattr(args, name) for name in ("by", "terms", "steps", "seed")}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, of in (("terms", "combination"), ("steps", "mlp"), ("seed", "mlp")):
+        if name in given and args.by != of:
+            raise UserError(f"--{name} only goes with --by {of}")
+    done = commands.recycle(
+        args.source,
+        source=args.from_model,
+        target=args.to_model,
+        output=args.output,
+        fit=Fit(**given),
+        pieces=args.pieces or 0,
+        allow_other_model=args.allow_other_model,
+        overwrite=args.overwrite,
+    )
+    if args.json:
+        print(json.dumps(vars(done), indent=2, ensure_ascii=False))
+    else:
+        print(
+            f"{done.by}, fitted on the embeddings of {done.pieces:,} pieces: relative error "
+            f"{done.error:.3f}, on pieces left out {done.held_out_error:.3f}"
+        )
+        if done.prompt_error is not None:
+            print(f"the combinations miss {done.prompt_error:.3f} of the prompts themselves")
+        for path in done.paths:
+            print(f"wrote {path}")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _print_written(done: "Converted") -> None:
     files = f" in {done.files} files" if done.files > 1 else ""
     print(f"wrote {done.what}: {done.path} ({_readable(done.bytes)}{files})")
@@ -413,6 +473,8 @@ _COMMANDS = {
     "inspect": _inspect,
     "convert": _convert,
     "merge": _merge,
+    "similar": _similar,
+    "recycle": _recycle,
     "suite": _suite,
     "transfer": _transfer,
 }

@@ -155,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_convert(commands)
     _add_merge(commands)
+    _add_similar(commands)
+    _add_recycle(commands)
     _add_suite(commands)
     _add_transfer(commands)
     return parser
@@ -232,11 +234,11 @@ def _add_convert(commands: Any) -> None:
     convert = _add_command(
         commands,
         "convert",
-        "write a model or prompt in another format",
+        "write a model, a prompt or what a method tuned in another format",
         example="convert runs/quickstart prompts_for_peft --to peft",
     )
     convert.add_argument(
-        "source", metavar="SOURCE", help="a model's folder or name, a prompt, or a run's folder"
+        "source", metavar="SOURCE", help="a model's folder or name, a prompt, an adapter, or a run"
     )
     convert.add_argument(
         "destination", metavar="DESTINATION", help="new file or folder; *.npy and so on tell --to"
@@ -244,7 +246,7 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument(
         "--to",
         choices=("hf", "t5x", "npy", "safetensors", "peft"),
-        help="models: hf, t5x (native, version 3); prompts: npy, safetensors, peft",
+        help="models: hf, t5x (native, version 3); prompts and tuned: npy, safetensors, peft",
     )
     convert.add_argument(
         "--dtype",
@@ -278,9 +280,11 @@ def _add_convert(commands: Any) -> None:
         metavar="SIZE",
         help="hf: largest file, and what is held in memory at once, as in 500MB (default: 2GB)",
     )
-    prompts = convert.add_argument_group("prompts")
+    prompts = convert.add_argument_group("prompts, and what other methods tuned")
     prompts.add_argument(
-        "--model", metavar="NAME", help="frozen model that it is for: peft wants its name"
+        "--model",
+        metavar="NAME",
+        help="frozen model that it is for: peft wants its name, adapters its shapes",
     )
     prompts.add_argument(
         "--allow_other_model",
@@ -315,6 +319,82 @@ def _add_merge(commands: Any) -> None:
     merge.add_argument(
         "--overwrite", action="store_true", help="replace what is at FOLDER, at the end"
     )
+
+
+def _add_similar(commands: Any) -> None:
+    similar = _add_command(
+        commands,
+        "similar",
+        "list prompts by their similarity to one, which is that of their tasks (SPoT)",
+        example="similar new.safetensors --among runs/a runs/b --top 3 --output start.safetensors",
+    )
+    similar.add_argument("source", metavar="PROMPT", help="a prompt file or adapter")
+    similar.add_argument(
+        "--among",
+        nargs="+",
+        required=True,
+        metavar="PROMPTS",
+        help="prompt files, folders of them, runs",
+    )
+    similar.add_argument(
+        "--by",
+        choices=("mean", "tokens"),
+        default="mean",
+        help="cosine of the mean positions, or mean cosine of all pairs (default: mean)",
+    )
+    similar.add_argument("--top", type=_positive, metavar="K", help="only the nearest K")
+    similar.add_argument("--json", action="store_true", help="for programs to read")
+    similar.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the nearest one, or the mixture of --top, to start a training from",
+    )
+    similar.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def _add_recycle(commands: Any) -> None:
+    recycle = _add_command(
+        commands,
+        "recycle",
+        "carry a prompt to another model of the same vocabulary",
+        example="recycle runs/quickstart --from tiny --to my_model --output recycled",
+    )
+    recycle.add_argument("source", metavar="PROMPT", help="a prompt, a folder of them, or a run")
+    recycle.add_argument(
+        "--from", dest="from_model", required=True, metavar="MODEL", help="that it was trained on"
+    )
+    recycle.add_argument(
+        "--to", dest="to_model", required=True, metavar="MODEL", help="that it is to be used on"
+    )
+    recycle.add_argument(
+        "--output", required=True, metavar="FILE", help="new prompt; of several a folder"
+    )
+    recycle.add_argument(
+        "--by",
+        choices=("linear", "mlp", "combination"),
+        default="linear",
+        help="what takes the embeddings of one model to those of the other (default: linear)",
+    )
+    recycle.add_argument(
+        "--pieces",
+        type=_positive,
+        metavar="N",
+        help="fit on the N most common pieces of the vocabulary (default: all)",
+    )
+    recycle.add_argument(
+        "--terms", type=_positive, metavar="N", help="combination: pieces at most (default: 64)"
+    )
+    recycle.add_argument(
+        "--steps", type=_positive, metavar="N", help="mlp: steps of training (default: 200)"
+    )
+    recycle.add_argument("--seed", type=_from_zero, metavar="N", help="mlp: (default: 0)")
+    recycle.add_argument("--json", action="store_true", help="for programs to read")
+    recycle.add_argument(
+        "--allow_other_model",
+        action="store_true",
+        help="also a prompt that was not trained on --from",
+    )
+    recycle.add_argument("--overwrite", action="store_true", help="replace what is at FILE")
 
 
 def _add_command(commands: Any, name: str, what: str, *, example: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def convert(
     interruption nothing is left.  Raises UserError.
     """
     source, destination = str(source), Path(os.path.abspath(Path(destination).expanduser()))
-    to = _format(destination, to)
+    to = format_of(destination, to)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
     options: dict[str, Any] = {
@@ -90,11 +91,7 @@ def convert(
     }
     # A step of 0 is given, and equals False.
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != ""}
-    for name in given:
-        if to not in _FOR[name]:
-            option = _OPTIONS.get(name, name)
-            only = " or ".join(_FOR[name])
-            raise UserError(f"--{option} only goes with --to {only}; this is written as {to}")
+    require_options_of(to, given)
     used: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
     used |= {name: value for name, value in given.items() if to in _FOR[name]}
     if to in _MODELS:
@@ -106,7 +103,17 @@ def convert(
     return convert_prompts(source, destination, to=to, **used)
 
 
-def _format(destination: Path, to: Format | None) -> Format:
+def require_options_of(to: Format, given: Iterable[str]) -> None:
+    """Raises UserError for an option that has no meaning in what is written as ``to``."""
+    for name in given:
+        if to not in _FOR[name]:
+            option = _OPTIONS.get(name, name)
+            only = " or ".join(_FOR[name])
+            raise UserError(f"--{option} only goes with --to {only}; this is written as {to}")
+
+
+def format_of(destination: Path, to: Format | None) -> Format:
+    """What ``to`` or the name of what is to be written says; UserError where they do not agree."""
     suffix = destination.suffix.removeprefix(".")
     if to is not None and to not in FORMATS:
         raise UserError(f"to is {to!r}; it is one of {', '.join(FORMATS)}")

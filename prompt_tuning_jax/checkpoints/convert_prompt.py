@@ -1,7 +1,7 @@
 """Writes prompts in another format."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -83,12 +83,8 @@ def convert_prompts(
             f"PEFT saved the prompt twice, for encoder and decoder: the second {rows} rows, which "
             "it does not use with a T5, are left out"
         )
-    bundled = {base.name or s.metadata.model_name for s in prompts} & set(BUNDLED)
-    if to == "peft" and bundled:
-        notes.append(
-            f"PEFT does not know the model {bundled.pop()}, which is bundled here: load the "
-            f"adapter onto the folder {ASSETS / 'tiny'}"
-        )
+    if to == "peft":
+        notes += notes_on_bundled(base.name or s.metadata.model_name for s in prompts)
     return written(what, destination, notes=notes)
 
 
@@ -133,7 +129,7 @@ def _write(
         write_peft(
             path,
             stored.prompt_PD,
-            base_model_name_or_path=_name_for_peft(base_name),
+            base_model_name_or_path=name_for_peft(base_name),
             num_layers=base.config.num_encoder_layers if base.config else None,
             num_attention_heads=base.config.num_heads if base.config else None,
             like=stored.adapter,
@@ -150,7 +146,16 @@ def _write(
     save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
 
 
-def _name_for_peft(name: str) -> str:
+def notes_on_bundled(names: Iterable[str]) -> list[str]:
+    """What to say where adapters name a model that PEFT does not find."""
+    return [
+        f"PEFT does not know the model {name}, which is bundled here: load the adapter onto the "
+        f"folder {ASSETS / 'tiny'}"
+        for name in sorted(set(names) & set(BUNDLED))
+    ]
+
+
+def name_for_peft(name: str) -> str:
     """A name on the hub, or the whole path of a folder: the adapter may be used from elsewhere."""
     if name in BUNDLED:
         return name

@@ -40,7 +40,8 @@ class PromptMetadata:
 
     ``model_fingerprint`` is ``checkpoints.fingerprint.fingerprint`` of the frozen model, ``score``
     the value of ``metric`` on the task's evaluation split, ``combine`` how the prompt is joined to
-    the input, ``created_by`` the program that wrote the file.
+    the input, ``origin`` where it is from if it was not trained, ``created_by`` the program that
+    wrote the file.
     """
 
     model_fingerprint: str = ""
@@ -53,6 +54,7 @@ class PromptMetadata:
     score: float | None = None
     labels: tuple[str, ...] = ()
     combine: str = ""
+    origin: str = ""
     created_by: str = ""
 
 

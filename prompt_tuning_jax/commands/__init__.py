@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
     from prompt_tuning_jax.commands.merging import merge
     from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines, plan_run
+    from prompt_tuning_jax.commands.recycling import Recycled, recycle
     from prompt_tuning_jax.commands.scoring import Scored, metrics
+    from prompt_tuning_jax.commands.similarity import Similar, similar
     from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
     from prompt_tuning_jax.run import RunResult, train
 
 __all__ = [
     "EvalResult",
     "Prediction",
+    "Recycled",
     "RunResult",
     "Scored",
+    "Similar",
     "SuiteResult",
     "convert",
     "describe",
@@ -35,6 +39,8 @@ __all__ = [
     "plan_lines",
     "plan_run",
     "predict",
+    "recycle",
+    "similar",
     "suite",
     "tasks",
     "train",
@@ -49,7 +55,9 @@ _HOMES = {
     "commands.listing": ("dump", "examples", "tasks"),
     "commands.merging": ("merge",),
     "commands.planning": ("plan_as_dict", "plan_lines", "plan_run"),
+    "commands.recycling": ("Recycled", "recycle"),
     "commands.scoring": ("Scored", "metrics"),
+    "commands.similarity": ("Similar", "similar"),
     "commands.suites": ("SuiteResult", "suite", "try_transfer", "with_seeds"),
     "run": ("RunResult", "train"),
 }

@@ -1,22 +1,30 @@
-"""Converts models and prompts, a run's own among them."""
+"""Converts models, prompts and what other methods tuned, a run's own among them."""
 
 from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.checkpoints import convert as converter
+from prompt_tuning_jax.commands.tuned_conversion import convert_tuned, tuned_files
 from prompt_tuning_jax.config_file import RUN_CONFIG
 from prompt_tuning_jax.errors import UserError
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> converter.Converted:
-    """Writes a model or prompt, or the prompts of a run's folder, in another format.
+    """Writes a model or prompt, or what a run has tuned, in another format.
 
-    All that ``checkpoints.convert.convert`` says holds, options and errors.
+    All that ``checkpoints.convert.convert`` says holds, options and errors; LoRA, IA3, prefixes and
+    multitask prompts go between a run's files (``tuned/*.safetensors``) and PEFT's adapters.
     """
     place = Path(source)
     if place.is_dir() and (place / RUN_CONFIG).is_file():
-        source = place / run_folder.PROMPTS
-        if not source.is_dir():
-            raise UserError(f"{place} is a run that holds no prompts: it has no {source.name}/ yet")
+        kept = [place / name for name in (run_folder.PROMPTS, run_folder.TUNED)]
+        source = next((folder for folder in kept if folder.is_dir()), "")
+        if not source:
+            raise UserError(
+                f"{place} is a run that holds nothing to convert: it has neither prompts/ nor "
+                "tuned/ yet; what trained all weights, prompt-tuning merge writes as a model"
+            )
+    if tuned_files(Path(source)):
+        return convert_tuned(str(source), destination, **options)
     return converter.convert(source, destination, **options)

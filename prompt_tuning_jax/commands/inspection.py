@@ -1,9 +1,9 @@
 """Says what a model, a prompt or a run is."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
@@ -14,9 +14,18 @@ from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, desc
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import INDEX
+from prompt_tuning_jax.commands.tuned_conversion import tuned_files
+from prompt_tuning_jax.commands.tuned_inspection import TunedDescription, describe_tuned
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
+
+_KINDS: dict[type, str] = {
+    ModelDescription: "model",
+    PromptDescription: "prompt",
+    TunedDescription: "tuned",
+}
+_Held: TypeAlias = PromptDescription | TunedDescription
 
 
 def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tuple[str, str]]:
@@ -26,10 +35,13 @@ def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tupl
         yield from _model_rows(found)
     elif isinstance(found, PromptDescription):
         yield from _prompt_rows(found)
+    elif isinstance(found, TunedDescription):
+        yield from _tuned_rows(found)
     elif isinstance(found, Experiment):
         yield from _run_rows(Path(path), found)
     else:
-        yield "kind", f"{len(found)} prompts"
+        several = all(isinstance(each, TunedDescription) for each in found.values())
+        yield "kind", f"{len(found)} {'files of tuned parameters' if several else 'prompts'}"
         for name, prompt in found.items():
             yield name, _in_short(prompt)
 
@@ -37,33 +49,38 @@ def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tupl
 def describe(path: str, *, with_fingerprint: bool | None = None) -> dict[str, Any]:
     """The same with numbers as numbers, to be written as JSON.
 
-    ``path`` is a model's folder or name, a prompt's file or folder, a folder of prompt files, or a
-    run's folder.  Raises UserError.
+    ``path`` is a model's folder or name, a prompt's file or folder, what another method tuned, a
+    folder of such files, or a run's folder.  Raises UserError.
     """
     found = _found(path, with_fingerprint=with_fingerprint)
-    if isinstance(found, ModelDescription | PromptDescription):
-        kind = "model" if isinstance(found, ModelDescription) else "prompt"
-        return {"kind": kind, **dataclasses.asdict(found)}
+    if isinstance(found, ModelDescription | PromptDescription | TunedDescription):
+        return {"kind": _KINDS[type(found)], **dataclasses.asdict(found)}
     if not isinstance(found, Experiment):
-        prompts = {name: dataclasses.asdict(prompt) for name, prompt in found.items()}
-        return {"kind": "prompts", "prompts": prompts}
+        held = {name: dataclasses.asdict(each) for name, each in found.items()}
+        kind = "prompts" if isinstance(next(iter(found.values())), PromptDescription) else "tuned"
+        return {"kind": kind, kind: held}
     folder = Path(path)
     return {
         "kind": "run",
         **dict(_run_fields(found)),
         "last_checkpoints": _last_steps(folder),
         "prompts": {n: dataclasses.asdict(p) for n, p in _prompts_of_run(folder).items()},
+        "tuned": {n: dataclasses.asdict(t) for n, t in _tuned_of_run(folder).items()},
     }
 
 
 def _found(
     path: str, *, with_fingerprint: bool | None
-) -> ModelDescription | PromptDescription | Experiment | dict[str, PromptDescription]:
+) -> ModelDescription | _Held | Experiment | Mapping[str, _Held]:
     place = Path(path)
     if place.is_dir() and (place / RUN_CONFIG).is_file():
         experiment = run_config(path)
         if experiment is not None:
             return experiment
+    if tuned := tuned_files(place):
+        if tuned == [place]:
+            return describe_tuned(place)
+        return {file.name: describe_tuned(file) for file in tuned}
     if place.is_file() or (place.is_dir() and is_peft(place)):
         return describe_prompt(place)
     if place.is_dir() and (files := prompt_files(path)):
@@ -141,14 +158,29 @@ def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
             yield field.replace("_", " "), str(value)
 
 
+def _tuned_rows(tuned: TunedDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"tuned parameters ({tuned.format})"
+    yield "method", tuned.method
+    yield "parameters", f"{tuned.parameters:,} in {tuned.arrays} arrays"
+    yield "dtype", ", ".join(tuned.dtypes)
+    for field, value in tuned.settings.items():
+        yield field.replace("_", " "), str(value)
+    if tuned.tasks:
+        yield "tasks", ", ".join(tuned.tasks)
+    for field, value in vars(tuned.metadata).items():
+        if value not in ("", None, ()):
+            yield f"{field}".replace("_", " "), str(value)
+
+
 def _run_rows(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield "kind", "run"
     for field, value in _run_fields(experiment):
         yield field, str(value)
     for step in _last_steps(folder):
         yield "last checkpoint", f"step {step}"
-    for name, prompt in _prompts_of_run(folder).items():
-        yield name, _in_short(prompt)
+    held: dict[str, _Held] = {**_prompts_of_run(folder), **_tuned_of_run(folder)}
+    for name, each in held.items():
+        yield name, _in_short(each)
 
 
 def _run_fields(experiment: Experiment) -> Iterator[tuple[str, Any]]:
@@ -168,8 +200,17 @@ def _prompts_of_run(folder: Path) -> dict[str, PromptDescription]:
     return {file.name: describe_prompt(file) for file in files}
 
 
-def _in_short(prompt: PromptDescription) -> str:
-    shape, known = [prompt.length, prompt.width], prompt.metadata
+def _tuned_of_run(folder: Path) -> dict[str, TunedDescription]:
+    files = sorted((folder / run_folder.TUNED).glob("*.safetensors"))
+    return {file.name: describe_tuned(file) for file in files}
+
+
+def _in_short(held: _Held) -> str:
+    known = held.metadata
+    if isinstance(held, TunedDescription):
+        shape = f"{held.method}, {held.parameters:,} parameters"
+    else:
+        shape = f"[{held.length}, {held.width}]"
     score = "" if known.score is None else f", {known.metric} {known.score:.2f}"
     step = "" if known.steps is None else f"{' at' if score else ','} step {known.steps}"
     return f"{shape}{score}{step}"

@@ -1,0 +1,109 @@
+"""Recyclers find what is there to be found between two tables of embeddings."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.analysis.recycling import BY, By, Fit, as_combination, fit_recycler
+from prompt_tuning_jax.errors import UserError
+from tests.micro import normal
+
+SOURCE = normal(200, 16, seed=3).astype(np.float64)
+PROMPT = normal(4, 16, seed=4, scale=3).astype(np.float64)
+FITS = {by: Fit(by=by, terms=16, steps=20) for by in BY}
+
+
+def turn(size: int = 16, seed: int = 5) -> np.ndarray:
+    return np.linalg.qr(normal(size, size, seed=seed).astype(np.float64))[0]
+
+
+@pytest.mark.parametrize("by", BY)
+def test_the_same_model_gives_the_prompt_back(by: By) -> None:
+    fitted = fit_recycler(SOURCE, SOURCE, FITS[by])
+    np.testing.assert_allclose(fitted.recycle(PROMPT), PROMPT, atol=1e-6)
+    assert fitted.error < 1e-6 and fitted.held_out_error < 1e-6 and fitted.pieces == 200
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("width", [16, 24, 9])
+def test_a_linear_change_is_found(by: By, width: int) -> None:
+    """A rotation, and maps into wider and narrower models."""
+    change = turn() if width == 16 else normal(16, width, seed=6).astype(np.float64)
+    fitted = fit_recycler(SOURCE, SOURCE @ change, FITS[by])
+    assert fitted.recycle(PROMPT).shape == (4, width)
+    np.testing.assert_allclose(fitted.recycle(PROMPT), PROMPT @ change, atol=1e-5)
+    assert fitted.held_out_error < 1e-6
+
+
+def test_combinations_are_exact_where_the_prompt_is_one() -> None:
+    """And where no map would do: the target's embeddings have nothing to do with the source's."""
+    target = normal(200, 24, seed=7).astype(np.float64)
+    few = np.zeros((4, 200))
+    for row, pieces in zip(few, ([3, 50], [7], [199, 0, 101], [20, 21]), strict=True):
+        row[pieces] = [2.0, -3.0, 1.5][: len(pieces)]
+    combine = fit_recycler(SOURCE, target, Fit(by="combination", terms=16)).recycle
+    np.testing.assert_allclose(combine(few @ SOURCE), few @ target, atol=1e-9)
+    linear = fit_recycler(SOURCE, target, Fit()).recycle
+    assert np.abs(linear(few @ SOURCE) - few @ target).max() > 1
+
+
+def test_what_a_combination_is() -> None:
+    """No more terms than asked for, none twice, each makes it better, as many as the width do."""
+    missed = []
+    for terms in (1, 2, 4, 8, 16, 30):
+        pieces, weights = as_combination(PROMPT[0], SOURCE, terms=terms)
+        assert len(set(pieces)) == len(pieces) == len(weights) == min(terms, 16)
+        missed.append(np.linalg.norm(weights @ SOURCE[pieces] - PROMPT[0]))
+    assert all(a > b for a, b in itertools.pairwise(missed[:5]))
+    assert missed[4] < 1e-9 and missed[5] < 1e-9
+    assert len(as_combination(np.zeros(16), SOURCE, terms=4)[0]) == 0
+    twice = np.concatenate([SOURCE[:5], SOURCE[:5], np.zeros((1, 16))])
+    assert len(as_combination(PROMPT[0], twice, terms=16)[0]) == 5
+
+
+def test_the_smallest_dense_combination_is_the_linear_map() -> None:
+    """Hence combinations of few pieces: those of all would be the same as ``linear``."""
+    target = normal(200, 24, seed=7).astype(np.float64)
+    dense = np.linalg.pinv(SOURCE.T) @ PROMPT.T
+    linear = fit_recycler(SOURCE, target, Fit()).recycle
+    np.testing.assert_allclose(dense.T @ target, linear(PROMPT), atol=1e-9)
+
+
+def test_fewer_pieces_than_dimensions() -> None:
+    """The map of least squares that is smallest: along what no piece shows, nothing."""
+    source, target = normal(24, 40).astype(np.float64), normal(24, 10, seed=1).astype(np.float64)
+    fitted = fit_recycler(source, target)
+    np.testing.assert_allclose(
+        fitted.recycle(PROMPT[:, :1] * np.ones(40)),
+        ((PROMPT[:, :1] * np.ones(40)) @ np.linalg.pinv(source) @ target),
+        atol=1e-9,
+    )
+    assert fitted.error < 1e-9 < 0.5 < fitted.held_out_error
+
+
+def test_the_mlp_learns_what_no_map_does_and_by_its_seed() -> None:
+    target = SOURCE @ turn() + 0.5 * np.abs(SOURCE @ turn(seed=8))
+    linear = fit_recycler(SOURCE, target)
+    fit = Fit(by="mlp", steps=150, batch_size=64)
+    mlp = fit_recycler(SOURCE, target, fit)
+    assert mlp.error < 0.6 * linear.error
+    again = fit_recycler(SOURCE, target, fit)
+    np.testing.assert_array_equal(mlp.recycle(PROMPT), again.recycle(PROMPT))
+    other = fit_recycler(SOURCE, target, Fit(by="mlp", steps=150, batch_size=64, seed=1))
+    assert np.abs(mlp.recycle(PROMPT) - other.recycle(PROMPT)).max() > 1e-4
+
+
+def test_errors_are_relative_and_held_out_ones_honest() -> None:
+    noise = normal(200, 16, seed=9)
+    target = SOURCE @ turn() + 0.1 * noise
+    fitted = fit_recycler(SOURCE, target)
+    assert 0.05 < fitted.error < 0.105 < fitted.held_out_error * 1.05 < 0.2
+    assert fit_recycler(SOURCE, 50 * target).error == pytest.approx(fitted.error)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match="too few"):
+        fit_recycler(SOURCE[:19], SOURCE[:19])
+    with pytest.raises(UserError, match="not the same"):
+        fit_recycler(SOURCE, SOURCE[:50])

@@ -1,4 +1,6 @@
-"""Norms and position biases alone (BitFit of a model without biases) of the bundled tiny T5, on the quickstart's task.
+"""Norms and position biases alone, of the bundled tiny T5 on the quickstart's task.
+
+What BitFit comes to in a model that has no biases.
 
 prompt-tuning train configs/pattern.py
 """

@@ -1,0 +1,274 @@
+"""The model on the device and its compiled programs; no network, no waiting, one thread."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.models.attention import SelfCache
+from prompt_tuning_jax.models.slots import KeyValues
+from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.serving.device_cache import DeviceCache
+from prompt_tuning_jax.serving.programs import KEYS, Programs, Rows, Table, Written
+from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
+from prompt_tuning_jax.serving.tasks import ServedPrompt
+from prompt_tuning_jax.typing import HostArray
+
+NEAREST = 5  # words of each prompt position
+_STEPS = 4  # tokens that are written before anybody may enter or leave
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One input with one prompt (None: the bare model), and what is wanted of it.
+
+    ``ids`` and ``targets`` have their end of sequence; ``limit`` is in tokens.
+    """
+
+    ids: tuple[int, ...]
+    prompt: ServedPrompt | None = None
+    targets: tuple[tuple[int, ...], ...] = ()
+    limit: int = 0
+
+
+class Engine:
+    """Scores and writes for rows of any mix of prompts, lengths and targets.
+
+    ``compile`` comes first.  All calls are for one thread at a time.
+    """
+
+    def __init__(
+        self, model: T5, *, shapes: Shapes, cache_rows: int = 256, layout: Layout | None = None
+    ) -> None:
+        if model.vocabulary is None:
+            raise UserError("this model came without a vocabulary, and a server takes texts")
+        self.shapes = shapes
+        self.vocabulary: AnyVocabulary = model.vocabulary
+        self.config, self.dtype = model.config, jnp.dtype(model.dtype)
+        self._layout = layout
+        graphdef, params = tree.split(model)
+        self._programs = Programs(graphdef, layout)
+        self._params = params if layout is None else layout.place_whole(params)
+        self.cache = DeviceCache(
+            rows=cache_rows,
+            length=shapes.prompt_lengths[-1],
+            width=model.config.embed_dim,
+            dtype=self.dtype,
+            copy_sizes=shapes.batch_sizes,
+            layout=layout,
+        )
+        self._made: dict[Any, Any] = {}
+        self.seconds: dict[Program, float] = {}  # of each program, measured once
+        self.table = self._empty_table()
+
+    def steps_to_compile(self) -> int:
+        """How many times ``compile`` reports."""
+        return len(list(self._to_compile()))
+
+    def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
+        """Makes every program and runs it; ``report`` is called with the name of each."""
+        with ThreadPoolExecutor(thread_name_prefix="compile") as threads:
+            jobs = [(key, name, threads.submit(make)) for key, name, make in self._to_compile()]
+            for key, name, job in jobs:
+                self._made[key] = job.result()
+                report(name)
+        for program in self.shapes.programs():
+            self.seconds[program] = self._seconds_of(program)
+        self.reset()
+
+    def rows_at_once(self, program: Program, waiting: int) -> int:
+        """Of the batch sizes, the one that answers most rows a second when so many wait."""
+
+        def rate(rows: int) -> float:
+            return min(rows, waiting) / self.seconds[with_rows(program, rows)]
+
+        return max(self.shapes.batch_sizes, key=rate)
+
+    def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
+        """The smallest that holds these rows, with ``size`` rows."""
+        length = self.shapes.length_for(max(len(row.ids) for row in rows))
+        lengths = [0 if row.prompt is None else len(row.prompt.prompt_PD) for row in rows]
+        prompt_length = self.shapes.prompt_length_for(max(lengths))
+        targets = None
+        if kind == "score":
+            longest = max(len(ids) for row in rows for ids in row.targets)
+            targets = self.shapes.targets_for(max(len(row.targets) for row in rows), longest)
+        if length is None or prompt_length is None or (kind == "score" and targets is None):
+            raise UserError("a row is longer than every shape that this server has compiled")
+        return Program(
+            kind=kind, length=length, rows=size, prompt_length=prompt_length, targets=targets
+        )
+
+    def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
+        """The summed log-probability of each target of each row."""
+        assert program.targets is not None
+        shape = (program.rows, program.targets.number, program.targets.length)
+        targets_BCS = np.zeros(shape, np.int32)
+        targets_BCS[:, :, 0] = 1  # what is to spare is a text that ends at once
+        for targets_CS, row in zip(targets_BCS, rows, strict=False):
+            for target_S, ids in zip(targets_CS, row.targets, strict=False):
+                target_S[: len(ids)] = ids
+        placed = self._placed_rows(rows, program)
+        targets = self._place(targets_BCS, ("batch", None, None))
+        made = self._made[program]
+        scores_BC = np.asarray(made(self._params, self.cache.prompts_NPD, placed, targets))
+        return [
+            scores_C[: len(row.targets)].tolist()
+            for row, scores_C in zip(rows, scores_BC, strict=False)
+        ]
+
+    def admit(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
+        """Reads rows into free slots, from where ``write`` goes on."""
+        slot_B = np.full(program.rows, self.shapes.slots, np.int32)
+        limit_B = np.ones(program.rows, np.int32)
+        slot_B[: len(slots)] = slots
+        limit_B[: len(rows)] = [min(row.limit, self.shapes.max_new_tokens) for row in rows]
+        placed = self._placed_rows(rows, program)
+        where = (self._place(slot_B, ("batch",)), self._place(limit_B, ("batch",)))
+        made = self._made[program]
+        table, self.table = self.table, None  # given away, even where it fails
+        self.table = made(self._params, self.cache.prompts_NPD, table, placed, *where)
+
+    def write(self, *, width: int, given_up: Sequence[int] = ()) -> Written:
+        """A few tokens more in every slot; ``width`` is the widest of the rows that are in."""
+        given_up_M = np.zeros(self.shapes.slots, bool)
+        given_up_M[list(given_up)] = True
+        width = next(one for one in self.shapes.widths() if one >= width)
+        table, self.table = self.table, None
+        self.table, seen = self._made[width](self._params, table, self._place(given_up_M, (None,)))
+        return Written(*map(np.asarray, seen))
+
+    def nearest_words(self, prompt: ServedPrompt) -> tuple[HostArray, HostArray]:
+        """Ids and cosines ``[P, 5]`` of the embeddings most like each of its positions."""
+        padded_PD = np.zeros((self.shapes.prompt_lengths[-1], self.config.embed_dim), self.dtype)
+        own = len(prompt.prompt_PD)
+        padded_PD[:own] = prompt.prompt_PD
+        ids, cosines = self._made["nearest"](self._params, self._place(padded_PD, (None, None)))
+        return np.asarray(ids)[:own], np.asarray(cosines)[:own]
+
+    def reset(self) -> None:
+        """Empties slots and cache: at the start, and where a program has failed half-way."""
+        self.table = self._empty_table()
+        self.cache.clear()
+
+    def _to_compile(self) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
+        shapes, programs = self.shapes, self._programs
+        table, prompts_NPD = self.table, self.cache.prompts_NPD
+        # A table comes out as it goes in, or it would not fit the next call.
+        out: dict[str, Any] = {}
+        out_written: dict[str, Any] = {}
+        if self._layout is not None and not self._layout.is_trivial:
+            lies = jax.tree.map(lambda x: x.sharding, table)
+            out = {"out_shardings": lies}
+            out_written = {"out_shardings": (lies, self._layout.replicated)}
+        for program in shapes.programs():
+            rows = self._placed_rows([], program)
+            where = {"prompt_length": program.prompt_length}
+            about = f"{program.rows} x {program.length} tokens"
+            if program.targets is not None:
+                targets = (program.rows, program.targets.number, program.targets.length)
+                last: tuple[Any, ...] = (
+                    rows,
+                    self._place(np.zeros(targets, np.int32), ("batch", None, None)),
+                )
+                function = jax.jit(partial(programs.score, **where))
+                first: tuple[Any, ...] = (self._params, prompts_NPD)
+            else:
+                slots = self._place(np.zeros(program.rows, np.int32), ("batch",))
+                last = (table, rows, slots, slots)
+                function = jax.jit(partial(programs.admit, **where), donate_argnums=2, **out)
+                first = (self._params, prompts_NPD)
+            yield program, f"{program.kind} {about}", partial(_compiled, function, *first, *last)
+        if "generate" in shapes.kinds:
+            nobody = self._place(np.zeros(shapes.slots, bool), (None,))
+            for width in shapes.widths():
+                written = partial(programs.write, width=width, steps=_STEPS)
+                function = jax.jit(written, donate_argnums=1, **out_written)
+                make = partial(_compiled, function, self._params, table, nobody)
+                yield width, f"write beside {width} positions", make
+        positions = (shapes.prompt_lengths[-1], self.config.embed_dim)
+        prompt_PD = self._place(np.zeros(positions, self.dtype), (None, None))
+        function = jax.jit(partial(programs.nearest_words, number=NEAREST))
+        yield "nearest", "nearest words", partial(_compiled, function, self._params, prompt_PD)
+
+    def _seconds_of(self, program: Program) -> float:
+        row = Row(ids=(1,) * program.length, targets=((1,),), limit=1)
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            if program.kind == "score":
+                self.score([row], program)
+            else:
+                self.admit([row], [0], program)
+                jax.block_until_ready(self.table.done_M)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    def _placed_rows(self, rows: Sequence[Row], program: Program) -> Rows:
+        tokens_BT = np.zeros((program.rows, program.length), np.int32)
+        for tokens_T, row in zip(tokens_BT, rows, strict=False):
+            tokens_T[: len(row.ids)] = row.ids
+        own = np.zeros((3, program.rows), np.int32)
+        prompts = [row.prompt for row in rows]
+        own[0, : len(rows)] = self.cache.rows_of(prompts)
+        for number, prompt in enumerate(prompts):
+            if prompt is not None:
+                own[1:, number] = len(prompt.prompt_PD), prompt.placement
+        return Rows(
+            tokens_BT=self._place(tokens_BT, ("batch", "length")),
+            prompt_B=self._place(own[0], ("batch",)),
+            prompt_length_B=self._place(own[1], ("batch",)),
+            placement_B=self._place(own[2], ("batch",)),
+        )
+
+    def _empty_table(self) -> Any:
+        shapes, config = self.shapes, self.config
+        slots, layers = shapes.slots, config.num_decoder_layers
+        heads = (config.num_heads, config.head_dim)
+
+        def keys(length: int) -> Any:
+            return self._place(np.zeros((slots, length, *heads), self.dtype), KEYS)
+
+        def whole(*shape: int, dtype: Any = np.int32) -> Any:
+            return self._place(np.zeros((slots, *shape), dtype), (None,) * (1 + len(shape)))
+
+        width, written = shapes.widths()[-1], shapes.max_new_tokens
+        return Table(
+            cross=tuple(
+                KeyValues(key_BPHK=keys(width), value_BPHK=keys(width)) for _ in range(layers)
+            ),
+            caches=tuple(
+                SelfCache(key_BSHK=keys(written), value_BSHK=keys(written)) for _ in range(layers)
+            ),
+            mask_MU=whole(width, dtype=bool),
+            token_M=whole(),
+            position_M=whole(),
+            limit_M=whole(),
+            score_M=whole(dtype=np.float32),
+            done_M=self._place(np.ones(slots, bool), (None,)),
+            ids_MS=whole(written),
+        )
+
+    def _place(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
+        if self._layout is None or self._layout.is_trivial:
+            return jnp.asarray(array)
+        return jax.device_put(array, self._layout.sharding(axes, array.shape))
+
+
+def with_rows(program: Program, rows: int) -> Program:
+    """The same program for another number of rows."""
+    return Program(**{**vars(program), "rows": rows})
+
+
+def _compiled(function: Any, *arguments: Any) -> Any:
+    return function.lower(*arguments).compile()

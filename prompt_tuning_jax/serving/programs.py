@@ -1,0 +1,248 @@
+"""The compiled functions: a batch whose rows each have a prompt of their own.
+
+N rows of the cache of prompts, M slots that are written to at once, G steps of writing in one call.
+A prompt stands right before its input's tokens, and what pads it stands in front of both and is
+hidden: positions are relative in T5, so each row computes what it computes alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.decoding.rank import sequence_log_probs
+from prompt_tuning_jax.layout import Layout, constrain, laying_out, replicate
+from prompt_tuning_jax.models.attention import SelfCache
+from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues
+from prompt_tuning_jax.models.t5 import T5, Encoded
+from prompt_tuning_jax.typing import Array, FlatParams
+
+EOS = 1
+PLACEMENTS = ("prefix", "after_first", "before_eos")
+_MOST_LOGITS = 2**26  # numbers that are held at once
+KEYS = ("batch", "length", "heads", "kv")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Inputs, and for each the row of the cache that holds its prompt.
+
+    ``prompt_length_B`` is 0 for the bare model; ``placement_B`` counts in ``PLACEMENTS``.
+    """
+
+    tokens_BT: Any
+    prompt_B: Any
+    prompt_length_B: Any
+    placement_B: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """M slots, each with what one row needs to be written on; a slot that is done is free."""
+
+    cross: tuple[KeyValues, ...]
+    caches: tuple[SelfCache, ...]
+    mask_MU: Array
+    token_M: Array
+    position_M: Array
+    limit_M: Array
+    score_M: Array
+    done_M: Array
+    ids_MS: Array
+
+
+class Written(NamedTuple):
+    """What the host looks at after some steps."""
+
+    ids_MS: Array
+    position_M: Array
+    score_M: Array
+    done_M: Array
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The functions for one model; each is pure, and compiled by the engine."""
+
+    graphdef: nnx.GraphDef[T5]
+    layout: Layout | None = None
+
+    def score(
+        self,
+        params: FlatParams,
+        prompts_NPD: Array,
+        rows: Rows,
+        targets_BCS: Array,
+        *,
+        prompt_length: int,
+    ) -> Array:
+        """``[B, C]``: summed log-probabilities; the encoder reads each row once."""
+        with laying_out(self.layout):
+            model = tree.merge(self.graphdef, params)
+            encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
+            cross = model.decoder.cross_keys(encoded)
+
+            def one(targets_BS: Array) -> Array:
+                shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
+                x_BSD, _ = model.decoder(
+                    model.token_embedder(shifted_BS),
+                    cross,
+                    encoded.mask_BU,
+                    slots=NO_SLOTS,
+                    key=None,
+                )
+                return sequence_log_probs(model.logits(x_BSD), targets_BS)
+
+            batch, number, length = targets_BCS.shape
+            at_once = _MOST_LOGITS // (batch * length * model.config.vocab_size)
+            targets_CBS = targets_BCS.swapaxes(0, 1)
+            if at_once >= number:
+                scores_CB = jax.vmap(one)(targets_CBS)
+            else:
+                scores_CB = lax.map(one, targets_CBS, batch_size=max(1, at_once))
+            return replicate(scores_CB.T)
+
+    def admit(
+        self,
+        params: FlatParams,
+        prompts_NPD: Array,
+        table: Table,
+        rows: Rows,
+        slot_B: Array,
+        limit_B: Array,
+        *,
+        prompt_length: int,
+    ) -> Table:
+        """Reads rows into slots; a slot number of M or more is nowhere, and its row is lost."""
+        with laying_out(self.layout):
+            model = tree.merge(self.graphdef, params)
+            encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
+            width = encoded.mask_BU.shape[1]
+
+            def put(whole: Array, part: Array) -> Array:
+                put = whole.at[slot_B, :width].set(part.astype(whole.dtype), mode="drop")
+                return constrain(put, KEYS)
+
+            hidden_B = jnp.zeros(slot_B.shape, jnp.int32)
+            mask_MU = table.mask_MU.at[slot_B].set(False, mode="drop")
+            return replace(
+                table,
+                cross=jax.tree.map(put, table.cross, model.decoder.cross_keys(encoded)),
+                mask_MU=mask_MU.at[slot_B, :width].set(encoded.mask_BU, mode="drop"),
+                token_M=table.token_M.at[slot_B].set(hidden_B, mode="drop"),
+                position_M=table.position_M.at[slot_B].set(hidden_B, mode="drop"),
+                limit_M=table.limit_M.at[slot_B].set(limit_B, mode="drop"),
+                score_M=table.score_M.at[slot_B].set(0.0, mode="drop"),
+                done_M=table.done_M.at[slot_B].set(False, mode="drop"),
+                ids_MS=table.ids_MS.at[slot_B].set(0, mode="drop"),
+            )
+
+    def write(
+        self, params: FlatParams, table: Table, given_up_M: Array, *, width: int, steps: int
+    ) -> tuple[Table, Written]:
+        """Writes the most probable token in every slot that is not done, ``steps`` times at most.
+
+        Slots that are ``given_up`` are done.  The decoder looks at the first ``width`` positions,
+        which must hold all that was read.
+        """
+        with laying_out(self.layout):
+            model = tree.merge(self.graphdef, params)
+            cross = jax.tree.map(lambda x: x[:, :width], table.cross)
+            mask_MU = table.mask_MU[:, :width]
+
+            def step_of_one(token: Any, position: Any, cache: Any, cross: Any, mask: Any) -> Any:
+                cache, cross = jax.tree.map(lambda x: x[None], (cache, cross))
+                logits, cache = model.decode_step(
+                    token[None], position, cache, cross, mask[None], slots=NO_SLOTS
+                )
+                return logits[0], jax.tree.map(lambda x: x[0], cache)
+
+            def unfinished(state: tuple[Array, Table]) -> Array:
+                return (state[0] < steps) & ~jnp.all(state[1].done_M)
+
+            def step(state: tuple[Array, Table]) -> tuple[Array, Table]:
+                number, table = state
+                logits_MV, caches = jax.vmap(step_of_one)(
+                    table.token_M, table.position_M, table.caches, cross, mask_MU
+                )
+                logits_MV = logits_MV.astype(jnp.float32)
+                chosen_M = jnp.argmax(logits_MV, axis=-1).astype(jnp.int32)
+                log_prob_M = jnp.max(logits_MV, axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
+                going_M = ~table.done_M
+                every = jnp.arange(len(chosen_M))
+                at_M = jnp.where(going_M, table.position_M, table.ids_MS.shape[1])
+                position_M = table.position_M + going_M
+                return number + 1, replace(
+                    table,
+                    caches=caches,
+                    token_M=jnp.where(going_M, chosen_M, 0),
+                    position_M=position_M,
+                    score_M=table.score_M + jnp.where(going_M, log_prob_M, 0.0),
+                    done_M=table.done_M | (chosen_M == EOS) | (position_M >= table.limit_M),
+                    ids_MS=table.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
+                )
+
+            table = replace(table, done_M=table.done_M | given_up_M)
+            _, table = lax.while_loop(unfinished, step, (jnp.int32(0), table))
+            seen = Written(table.ids_MS, table.position_M, table.score_M, table.done_M)
+            # Its own copy: the table itself is given away to the next call.
+            return table, jax.tree.map(jnp.copy, replicate(seen))
+
+    def nearest_words(
+        self, params: FlatParams, prompt_PD: Array, *, number: int
+    ) -> tuple[Array, Array]:
+        """Ids and cosines ``[P, number]`` of the token embeddings most like each position."""
+        with laying_out(self.layout):
+            model = tree.merge(self.graphdef, params)
+            everything = jnp.arange(model.config.vocab_size)
+            table_VD = model.token_embedder.table()[everything].astype(jnp.float32)
+            cosine_PV = _unit(prompt_PD.astype(jnp.float32)) @ _unit(table_VD).T
+            cosines, ids = lax.top_k(cosine_PV, number)
+            return replicate((ids, cosines))
+
+
+def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> Encoded:
+    """The encoder's output over each row's prompt, right-aligned in ``prompt_length``, and input."""
+    source = model.embed(rows.tokens_BT)
+    number_B = jnp.sum(source.mask_BU, axis=1)
+    prompt_BPD = prompts_NPD[:, prompts_NPD.shape[1] - prompt_length :][rows.prompt_B]
+    joined_BUD = jnp.concatenate(
+        [prompt_BPD.astype(source.embeddings_BUD.dtype), source.embeddings_BUD], axis=1
+    )
+    length_B1 = rows.prompt_length_B[:, None]
+    # Where a position is in the row by itself; what is before its beginning is padding.
+    ahead_B1 = prompt_length - length_B1
+    own_BU = jnp.arange(joined_BUD.shape[1])[None, :] - ahead_B1
+    start_B1 = _starts(rows, number_B)[:, None]
+    is_prompt_BU = (own_BU >= start_B1) & (own_BU < start_B1 + length_B1)
+    from_prompt_BU = ahead_B1 + own_BU - start_B1
+    from_input_BU = prompt_length + own_BU - jnp.where(own_BU < start_B1, 0, length_B1)
+    from_BU = jnp.where(is_prompt_BU, from_prompt_BU, from_input_BU)
+    from_BU = jnp.clip(from_BU, 0, joined_BUD.shape[1] - 1)
+    moved_BUD = jnp.take_along_axis(joined_BUD, from_BU[:, :, None], axis=1)
+    real_BU = (own_BU >= 0) & (own_BU < length_B1 + number_B[:, None])
+    joined = EncoderInput(
+        embeddings_BUD=constrain(moved_BUD, ("batch", None, None)), mask_BU=real_BU
+    )
+    return model.encoder(joined, slots=NO_SLOTS, key=None)
+
+
+def _starts(rows: Rows, number_B: Array) -> Array:
+    """Where in the row the prompt begins; as ``methods.prompt_combine`` has it."""
+    last_B1 = jnp.maximum(number_B - 1, 0)[:, None]
+    last_B = jnp.take_along_axis(jnp.asarray(rows.tokens_BT), last_B1, axis=1)[:, 0]
+    before_eos_B = number_B - (last_B == EOS)
+    one_B = jnp.minimum(number_B, 1)
+    return jnp.select(
+        [rows.placement_B == 1, rows.placement_B == 2], [one_B, before_eos_B], jnp.zeros_like(one_B)
+    )
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)

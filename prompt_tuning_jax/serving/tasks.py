@@ -1,0 +1,154 @@
+"""What is served: tasks by name, each with one prompt or an ensemble of them, and its labels."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    check_fits,
+    load_prompt_with_metadata,
+)
+from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.typing import DType, HostArray
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedPrompt:
+    """One prompt ``[P, D]`` on the host; no two have the same ``number``, replaced ones neither."""
+
+    name: str
+    prompt_PD: HostArray
+    metadata: PromptMetadata
+    placement: int = 0
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedTask:
+    """A name with one prompt, or with several that vote; ``label_ids`` with their end."""
+
+    name: str
+    prompts: tuple[ServedPrompt, ...]
+    labels: tuple[str, ...] = ()
+    label_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fits:
+    """What a prompt must be for this server's model."""
+
+    embed_dim: int
+    fingerprint: str
+    dtype: DType
+    vocabulary: AnyVocabulary
+    longest: int | None = None  # None: any length
+    longest_label: int = 64
+
+    def prompt(self, file: Path, *, name: str, placement: str = "") -> ServedPrompt:
+        """The prompt in a file or PEFT folder; UserError where it is damaged or does not fit.
+
+        ``placement`` is the run's, for files that do not say it themselves.
+        """
+        prompt_PD, metadata = load_prompt_with_metadata(file)
+        check_fits(
+            prompt_PD, metadata, embed_dim=self.embed_dim, fingerprint=self.fingerprint, path=file
+        )
+        if self.longest is not None and len(prompt_PD) > self.longest:
+            raise UserError(
+                f"{file} has {len(prompt_PD)} positions, and this server takes {self.longest} at "
+                "most; start it with a larger --max_prompt_length"
+            )
+        joining = metadata.combine or placement or PLACEMENTS[0]
+        if joining not in PLACEMENTS:
+            raise UserError(f"{file}: combine is {joining!r}; known are {', '.join(PLACEMENTS)}")
+        return ServedPrompt(
+            name=name,
+            prompt_PD=prompt_PD.astype(np.dtype(self.dtype)),
+            metadata=metadata,
+            placement=PLACEMENTS.index(joining),
+        )
+
+    def task(
+        self, name: str, prompts: Sequence[ServedPrompt], labels: Sequence[str] = ()
+    ) -> ServedTask:
+        """A task of these prompts; its labels are what the first knows unless given."""
+        known = (prompt.metadata.labels for prompt in prompts if prompt.metadata.labels)
+        labels = tuple(labels) or next(known, ())
+        return ServedTask(
+            name=name,
+            prompts=tuple(sorted(prompts, key=lambda prompt: natural(prompt.name))),
+            labels=labels,
+            label_ids=self.label_ids(labels, field=f"labels of task {name}"),
+        )
+
+    def label_ids(self, labels: Sequence[str], *, field: str) -> tuple[tuple[int, ...], ...]:
+        """Their tokens with the end of sequence; UserError for empty, equal and long ones."""
+        seen: dict[tuple[int, ...], str] = {}
+        for label in labels:
+            ids = (*self.vocabulary.encode(label), EOS_ID)
+            if len(ids) == 1:
+                raise UserError(f"{field}: {label!r} has no tokens; give every label a text")
+            if len(ids) > self.longest_label:
+                raise UserError(
+                    f"{field}: {label[:40]!r} has {len(ids)} tokens; at most {self.longest_label} "
+                    "are scored"
+                )
+            if ids in seen:
+                raise UserError(f"{field}: {seen[ids]!r} and {label!r} have the same tokens")
+            seen[ids] = label
+        return tuple(seen)
+
+
+class Tasks:
+    """The tasks by name; replaced as a whole, so that a reader sees all of a change or none."""
+
+    def __init__(self, tasks: Mapping[str, ServedTask] | None = None) -> None:
+        self._tasks: Mapping[str, ServedTask] = dict(tasks or {})
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def get(self, name: str) -> ServedTask | None:
+        return self._tasks.get(name)
+
+    def names(self) -> list[str]:
+        return sorted(self._tasks, key=natural)
+
+    def everything(self) -> Mapping[str, ServedTask]:
+        return self._tasks
+
+    def put(self, task: ServedTask) -> None:
+        self._tasks = {**self._tasks, task.name: task}
+
+    def remove(self, name: str) -> None:
+        self._tasks = {known: task for known, task in self._tasks.items() if known != name}
+
+
+def check_name(name: str, *, field: str) -> str:
+    """UserError for what could not be a file's name, or would leave its folder."""
+    if not re.fullmatch(NAME, name):
+        raise UserError(
+            f"{field} is {name[:100]!r}; a name is a letter or digit, then up to 99 letters, "
+            "digits, dots, dashes and underscores"
+        )
+    return name
+
+
+def natural(name: str) -> list[Any]:
+    """Sorts seed_2 before seed_10."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else 0, part)
+        for part in re.split(r"(\d+)", name)
+    ]

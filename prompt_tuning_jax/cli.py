@@ -4,6 +4,7 @@ What takes long to import is imported by the command that needs it, so that ``--
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -257,6 +258,26 @@ def _tasks(args: argparse.Namespace) -> None:
         print()
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    if not Path(args.prompts).is_dir():
+        raise UserError(f"--prompts {args.prompts}: no such folder")
+    from prompt_tuning_jax.compilation import keep_compiled_programs
+    from prompt_tuning_jax.overrides import apply_overrides
+    from prompt_tuning_jax.validation import validate
+
+    keep_compiled_programs()
+    overrides = [f"model.name_or_path={args.model}"] if args.model else []
+    overrides += mesh_overrides(args.mesh) if args.mesh else []
+    experiment = commands.default_experiment(args.prompts)
+    experiment = validate(apply_overrides(experiment, [*overrides, *args.set]))
+    names = [field.name for field in dataclasses.fields(commands.Serving)]
+    given = {name: v for name in names if (v := getattr(args, name)) is not None}
+    serving = commands.Serving(**given)
+    commands.serve(experiment, args.prompts, host=args.host, port=args.port, serving=serving)
+
+
 def _metrics(args: argparse.Namespace) -> None:
     _require_folder(args, "leaderboard")
     from prompt_tuning_jax import commands
@@ -477,4 +498,5 @@ _COMMANDS = {
     "recycle": _recycle,
     "suite": _suite,
     "transfer": _transfer,
+    "serve": _serve,
 }

@@ -159,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recycle(commands)
     _add_suite(commands)
     _add_transfer(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -228,6 +229,66 @@ def _add_options_of_many(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="bundled name or folder")
     _add_data_dir_option(parser)
     _add_config_options(parser)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _add_command(
+        commands,
+        "serve",
+        "answer for all tasks at once over HTTP, with one frozen model",
+        example="serve --prompts runs/quickstart",
+    )
+    serve.description = (
+        "Serve prompts on one frozen model over HTTP: every batch mixes tasks. DIR is a run's "
+        "folder, which is one task, named as what it was trained on (for a file of examples its "
+        "name, or its folder's where that is train), its seeds an ensemble. Or DIR holds tasks: "
+        "NAME.safetensors, NAME.npy or a PEFT adapter's folder NAME is task NAME; a folder NAME of "
+        "several, or a run NAME, is task NAME with an ensemble. Environment: PROMPT_TUNING_TOKEN "
+        "is asked of predictions where it is set; PROMPT_TUNING_ADMIN_TOKEN allows PUT and DELETE "
+        "/v1/tasks/NAME, whose changes are kept in DIR/.served."
+    )
+    serve.add_argument("--prompts", required=True, metavar="DIR", help="what to serve")
+    serve.add_argument("--model", metavar="NAME", help="(default: the run's, or tiny)")
+    serve.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, this machine)")
+    serve.add_argument(
+        "--port", type=_from_zero, default=8000, metavar="N", help="0: a free one (default: 8000)"
+    )
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="model.dtype=bfloat16 ..."
+    )
+    serve.add_argument("--mesh", metavar="data=2,model=4", help="devices along the axes")
+    shapes = serve.add_argument_group("shapes, all compiled before the first request")
+    shapes.add_argument("--lengths", type=_numbers, metavar="32,64", help="of inputs, in tokens")
+    shapes.add_argument("--batch_sizes", type=_numbers, metavar="1,4,16", help="in rows")
+    shapes.add_argument(
+        "--modes", type=_modes, metavar="label,score,generate", help="(default: all)"
+    )
+    shapes.add_argument("--max_new_tokens", type=_positive, metavar="N", help="(default: 64)")
+    shapes.add_argument(
+        "--slots", type=_positive, metavar="N", help="texts written at once (default: 16)"
+    )
+    shapes.add_argument(
+        "--max_prompt_length",
+        type=_positive,
+        metavar="N",
+        help="(default: the longest; with an admin token at least 100)",
+    )
+    shapes.add_argument(
+        "--cache_rows", type=_positive, metavar="N", help="prompts on the device (default: 256)"
+    )
+    limits = serve.add_argument_group("limits")
+    limits.add_argument(
+        "--max_inputs", type=_positive, metavar="N", help="a request (default: 128)"
+    )
+    limits.add_argument(
+        "--max_queue", type=_positive, metavar="N", help="rows that may wait (default: 1024)"
+    )
+    limits.add_argument(
+        "--max_wait_ms", type=_positive, metavar="N", help="for others to join (default: 2)"
+    )
+    limits.add_argument(
+        "--deadline_seconds", type=_positive, metavar="N", help="of a request (default: 30)"
+    )
 
 
 def _add_convert(commands: Any) -> None:
@@ -497,6 +558,19 @@ def _size(text: str) -> int:
     if size < _SMALLEST_SHARD:
         raise argparse.ArgumentTypeError(f"{text!r} is less than 1MB")
     return int(size)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers as in 32,64,128")
+    return tuple(map(int, text.split(",")))
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    modes = tuple(text.split(","))
+    if not {*modes} <= {"label", "score", "generate"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: modes are label, score and generate")
+    return modes
 
 
 def _from_zero(text: str) -> int:

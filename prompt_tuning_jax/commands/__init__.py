@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines, plan_run
     from prompt_tuning_jax.commands.recycling import Recycled, recycle
     from prompt_tuning_jax.commands.scoring import Scored, metrics
+    from prompt_tuning_jax.commands.serving import Serving, default_experiment, serve
     from prompt_tuning_jax.commands.similarity import Similar, similar
     from prompt_tuning_jax.commands.suites import SuiteResult, suite, try_transfer, with_seeds
     from prompt_tuning_jax.run import RunResult, train
@@ -25,9 +26,11 @@ __all__ = [
     "Recycled",
     "RunResult",
     "Scored",
+    "Serving",
     "Similar",
     "SuiteResult",
     "convert",
+    "default_experiment",
     "describe",
     "dump",
     "evaluate",
@@ -40,6 +43,7 @@ __all__ = [
     "plan_run",
     "predict",
     "recycle",
+    "serve",
     "similar",
     "suite",
     "tasks",
@@ -58,6 +62,7 @@ _HOMES = {
     "commands.recycling": ("Recycled", "recycle"),
     "commands.scoring": ("Scored", "metrics"),
     "commands.similarity": ("Similar", "similar"),
+    "commands.serving": ("Serving", "default_experiment", "serve"),
     "commands.suites": ("SuiteResult", "suite", "try_transfer", "with_seeds"),
     "run": ("RunResult", "train"),
 }

@@ -54,7 +54,7 @@ class DeviceCache:
             self._put(nowhere, np.zeros((size, *shape[1:]), self._dtype))
 
     def rows_of(self, prompts: Sequence[ServedPrompt | None]) -> HostArray:
-        """The row ``[B]`` of each prompt, all there at once; 0 for None, which is the bare model."""
+        """The row ``[B]`` of each prompt, all there at once; 0 for None, the bare model."""
         wanted = {prompt.number: prompt for prompt in prompts if prompt is not None}
         missing = [prompt for number, prompt in wanted.items() if number not in self._at]
         for number in wanted:
@@ -80,8 +80,8 @@ class DeviceCache:
         return np.array([0 if p is None else self._at[p.number] for p in prompts], np.int32)
 
     def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
-        row_K, new_KPD = self._placed(row_K), self._placed(new_KPD)
-        self.prompts_NPD = self._copy(self.prompts_NPD, row_K, new_KPD)
+        placed = self._placed(row_K), self._placed(new_KPD)
+        self.prompts_NPD = self._copy(self.prompts_NPD, *placed)
 
     def _placed(self, array: HostArray) -> Array:
         if self._layout is None or self._layout.is_trivial:

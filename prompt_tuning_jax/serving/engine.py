@@ -77,11 +77,14 @@ class Engine:
 
     def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Makes every program and runs it; ``report`` is called with the name of each."""
-        with ThreadPoolExecutor(thread_name_prefix="compile") as threads:
-            jobs = [(key, name, threads.submit(make)) for key, name, make in self._to_compile()]
+        threads = ThreadPoolExecutor(thread_name_prefix="compile")
+        jobs = [(key, name, threads.submit(make)) for key, name, make in self._to_compile()]
+        try:
             for key, name, job in jobs:
                 self._made[key] = job.result()
                 report(name)
+        finally:
+            threads.shutdown(cancel_futures=True)
         for program in self.shapes.programs():
             self.seconds[program] = self._seconds_of(program)
         self.reset()
@@ -146,7 +149,7 @@ class Engine:
         width = next(one for one in self.shapes.widths() if one >= width)
         table, self.table = self.table, None
         self.table, seen = self._made[width](self._params, table, self._place(given_up_M, (None,)))
-        return Written(*map(np.asarray, seen))
+        return jax.tree.map(np.asarray, seen)
 
     def nearest_words(self, prompt: ServedPrompt) -> tuple[HostArray, HostArray]:
         """Ids and cosines ``[P, 5]`` of the embeddings most like each of its positions."""
@@ -173,7 +176,6 @@ class Engine:
             out_written = {"out_shardings": (lies, self._layout.replicated)}
         for program in shapes.programs():
             rows = self._placed_rows([], program)
-            where = {"prompt_length": program.prompt_length}
             about = f"{program.rows} x {program.length} tokens"
             if program.targets is not None:
                 targets = (program.rows, program.targets.number, program.targets.length)
@@ -181,12 +183,13 @@ class Engine:
                     rows,
                     self._place(np.zeros(targets, np.int32), ("batch", None, None)),
                 )
-                function = jax.jit(partial(programs.score, **where))
+                function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
                 first: tuple[Any, ...] = (self._params, prompts_NPD)
             else:
+                admit = partial(programs.admit, prompt_length=program.prompt_length)
                 slots = self._place(np.zeros(program.rows, np.int32), ("batch",))
                 last = (table, rows, slots, slots)
-                function = jax.jit(partial(programs.admit, **where), donate_argnums=2, **out)
+                function = jax.jit(admit, donate_argnums=2, **out)
                 first = (self._params, prompts_NPD)
             yield program, f"{program.kind} {about}", partial(_compiled, function, *first, *last)
         if "generate" in shapes.kinds:

@@ -208,7 +208,7 @@ class Programs:
 
 
 def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> Encoded:
-    """The encoder's output over each row's prompt, right-aligned in ``prompt_length``, and input."""
+    """The encoder's output over each input behind its prompt of at most ``prompt_length``."""
     source = model.embed(rows.tokens_BT)
     number_B = jnp.sum(source.mask_BU, axis=1)
     prompt_BPD = prompts_NPD[:, prompts_NPD.shape[1] - prompt_length :][rows.prompt_B]

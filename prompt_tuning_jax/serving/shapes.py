@@ -8,7 +8,7 @@ several rows: nothing is compiled while requests wait.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from prompt_tuning_jax.data.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
@@ -90,7 +90,7 @@ class Shapes:
     def programs(self) -> Iterator[Program]:
         """Everything that reads inputs; the smallest first."""
         for length, rows, prompt in product(self.lengths, self.batch_sizes, self.prompt_lengths):
-            shape = {"length": length, "rows": rows, "prompt_length": prompt}
+            shape: Any = {"length": length, "rows": rows, "prompt_length": prompt}
             if "score" in self.kinds:
                 for targets in self.targets:
                     yield Program(kind="score", targets=targets, **shape)
@@ -102,7 +102,9 @@ class Shapes:
         return tuple(sorted({p + t for p in self.prompt_lengths for t in self.lengths}))
 
 
-def targets_of(label_sets: Iterable[Sequence[Sequence[int]]], *, longest: int) -> tuple[Targets, ...]:
+def targets_of(
+    label_sets: Iterable[Sequence[Sequence[int]]], *, longest: int
+) -> tuple[Targets, ...]:
     """Shapes for sets of labels (token ids with their end) and for one target of any length."""
     numbers, lengths = [2], [2]
     for labels in label_sets:

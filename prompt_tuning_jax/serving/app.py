@@ -1,0 +1,321 @@
+"""The server's paths: HTTP in front of a Service."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from prompt_tuning_jax.serving import schema
+from prompt_tuning_jax.serving.guard import Guard, bearer
+from prompt_tuning_jax.serving.limits import RefusedError
+from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.tasks import NAME, ServedTask
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "the bearer token is missing or wrong"},
+    404: {"description": "no such task"},
+    408: {"description": "the body did not come in time"},
+    413: {"description": "the body or the batch is too large"},
+    422: {"description": "a field is wrong"},
+    429: {"description": "too many rows are waiting; Retry-After says when to come again"},
+    500: {"description": "the computation has failed"},
+    503: {"description": "not ready yet, or about to end"},
+    504: {"description": "the deadline has passed"},
+}
+for _about in _ERRORS.values():
+    _about["model"] = schema.Error
+_UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_PAGE = "page.html"
+# The page's script and style are in it, and it talks to nobody else.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'"
+}
+Name = Annotated[str, Path(pattern=f"^{NAME}$")]
+
+
+def make_app(
+    service: Service,
+    *,
+    token: str = "",
+    admin_token: str = "",
+    report: Callable[[str], None] = lambda name: None,
+    on_started: Callable[[BaseException | None], None] = lambda error: None,
+) -> FastAPI:
+    """The application; ``report`` hears of each compiled program, ``on_started`` of the end of it.
+
+    ``token`` is asked of predictions, ``admin_token`` of changes; without the latter there are
+    no changes.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        def started(task: asyncio.Task[None]) -> None:
+            on_started(None if task.cancelled() else task.exception())
+
+        starting = asyncio.create_task(service.start(report))
+        starting.add_done_callback(started)
+        app.state.starting = starting
+        yield
+        service.state = "draining"
+        with suppress(Exception):
+            await starting
+        await service.close()
+
+    app = FastAPI(
+        title="prompt-tuning serve",
+        summary="One frozen T5, every task in one batch.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    limits = service.limits
+    upload_bytes = 16 * service.engine.shapes.prompt_lengths[-1] * service.engine.config.embed_dim
+    app.add_middleware(
+        Guard,
+        metrics=service.metrics,
+        body_bytes=limits.body_bytes,
+        upload_bytes=upload_bytes + 100_000,
+        seconds=limits.deadline_seconds,
+    )
+    _handle_errors(app)
+    reader = [Depends(bearer(token))]
+    admin = [Depends(bearer(admin_token))]
+
+    @app.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        text = resources.files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
+
+    @app.get("/healthz", response_model=schema.Status)
+    def healthz() -> Response:
+        """Whether the server lives: also while it compiles, and until it has ended."""
+        failed = app.state.starting.done() and app.state.starting.exception() is not None
+        working = service.state == "starting" or service.batcher.alive
+        return _status(service, 200 if working and not failed else 500)
+
+    @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
+    def readyz() -> Response:
+        """Whether it takes requests: after everything is compiled, and before it ends."""
+        return _status(service, 200 if service.state == "ready" else 503)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.post(
+        "/v1/predict",
+        dependencies=reader,
+        response_model=schema.PredictResponse,
+        responses={
+            **_ERRORS,
+            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        },
+    )
+    async def predict(request: Request, body: schema.PredictRequest) -> Response:
+        """Labels, text or log-probabilities for texts, with the prompts of one task or several."""
+        began = time.perf_counter()
+        if body.options.stream:
+            return await _streamed(service, body, began)
+        work = asyncio.create_task(service.predict(body))
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # nobody is there to be answered
+                return Response(status_code=499)
+            results = await work
+        finally:
+            for task in (work, gone):
+                task.cancel()
+                with suppress(asyncio.CancelledError, RefusedError):
+                    await task
+        seconds = time.perf_counter() - began
+        service.metrics.seconds.labels(body.mode).observe(seconds)
+        return _json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
+
+    @app.get(
+        "/v1/tasks",
+        dependencies=reader,
+        response_model=schema.TaskList,
+        responses={401: _ERRORS[401], 422: _ERRORS[422]},
+    )
+    def tasks(
+        after: Annotated[str, Query(max_length=100)] = "",
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> Response:
+        """The tasks that are served, by name."""
+        names = service.tasks.names()
+        start = names.index(after) + 1 if after in names else 0
+        page = names[start : start + limit]
+        found = [task for name in page if (task := service.tasks.get(name)) is not None]
+        more = start + limit < len(names)
+        return _json(
+            schema.TaskList(
+                model=service.model_name,
+                tasks=[_info(task) for task in found],
+                total=len(names),
+                next=page[-1] if more else None,
+            )
+        )
+
+    @app.get(
+        "/v1/tasks/{name}/words",
+        dependencies=reader,
+        response_model=schema.TaskWords,
+        responses={code: _ERRORS[code] for code in (401, 404, 422, 503)},
+    )
+    async def words(name: Name) -> Response:
+        """The words whose embeddings are most like each position of a task's prompts."""
+        prompts = [
+            schema.PromptWords(
+                prompt=prompt,
+                positions=[
+                    [schema.Word(word=word, cosine=cosine) for word, cosine in position]
+                    for position in positions
+                ],
+            )
+            for prompt, positions in await service.nearest_words(name)
+        ]
+        return _json(schema.TaskWords(task=name, prompts=prompts))
+
+    if admin_token:
+
+        @app.put(
+            "/v1/tasks/{name}",
+            dependencies=admin,
+            response_model=schema.TaskInfo,
+            responses={code: _ERRORS[code] for code in (401, 408, 413, 422)},
+            openapi_extra=_UPLOAD,
+        )
+        async def put_task(
+            request: Request,
+            name: Name,
+            prompt: Annotated[str | None, Query(pattern=f"^{NAME}$")] = None,
+            label: Annotated[list[str], Query(max_length=256)] = [],  # noqa: B006
+        ) -> Response:
+            """Adds or replaces a task, whose prompt is the body: an .npy or .safetensors file.
+
+            With ``prompt`` it is one of the task's prompts, beside those that it has; ``label``,
+            repeated, are the task's labels in place of those that the file names.
+            """
+            content = await request.body()
+            task = await service.put_prompt(name, content, prompt=prompt, labels=label)
+            return _json(_info(task))
+
+        @app.delete(
+            "/v1/tasks/{name}",
+            dependencies=admin,
+            status_code=204,
+            responses={code: _ERRORS[code] for code in (401, 404, 422)},
+        )
+        async def delete_task(name: Name) -> Response:
+            """Serves the task no more; files that the server did not write itself stay."""
+            await service.remove_task(name)
+            return Response(status_code=204)
+
+    return app
+
+
+async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:
+    events = service.stream(body)
+    first = await anext(events)  # raises what is wrong with the request before a status is sent
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            yield f"data: {json.dumps(first)}\n\n"
+            async for event in events:
+                yield f"data: {json.dumps(event)}\n\n"
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+            service.metrics.seconds.labels(body.mode).observe(time.perf_counter() - began)
+
+    return StreamingResponse(
+        lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return _error(error.status, error.message, field=error.field, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ""
+        where = () if first["type"] == "json_invalid" else first["loc"][1:]
+        for part in where:
+            if isinstance(part, int):
+                field += f"[{part}]"
+            elif part.isidentifier():  # others name a branch of a type
+                field += f".{part}" if field else part
+        for branch in (".str", ".constrained_str"):
+            field = field.removesuffix(branch)
+        return _error(422, first["msg"], field=field or "body")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def _status(service: Service, code: int) -> Response:
+    status = schema.Status(
+        status=service.state,
+        rows_per_second=round(service.metrics.rows_per_second(), 2),
+        waiting=service.batcher.waiting if service.state != "starting" else 0,
+        compiled=service.compiled,
+        to_compile=service.to_compile,
+    )
+    return JSONResponse(status.model_dump(), status_code=code)
+
+
+def _info(task: ServedTask) -> schema.TaskInfo:
+    prompts = []
+    for prompt in task.prompts:
+        known = prompt.metadata
+        prompts.append(
+            schema.PromptInfo(
+                name=prompt.name,
+                length=len(prompt.prompt_PD),
+                seed=known.seed,
+                steps=known.steps,
+                metric=known.metric or None,
+                score=known.score,
+                trained_on=known.task or None,
+            )
+        )
+    return schema.TaskInfo(name=task.name, labels=list(task.labels), prompts=prompts)
+
+
+def _json(model: Any) -> Response:
+    return Response(model.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def _error(
+    status: int, message: str, *, field: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    body = schema.Error(error=schema.ErrorBody(message=message, field=field))
+    return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)

@@ -1,0 +1,188 @@
+"""A folder of prompts as tasks, and the changes to it that a server keeps beside them.
+
+What a server is given at run time is kept in ``DIR/.served``: prompt files, and ``tasks.json``,
+which names them and the tasks that were removed.  That file is replaced in one go, so that after a
+kill there is the old state or the new one; the user's own files are never touched.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.peft import is_peft
+from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, check_name, natural
+
+CHANGES = ".served"
+_INDEX = "tasks.json"
+_RUN_PROMPTS = "prompts"  # where a run keeps its prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A task in a folder; ``name`` is empty where the prompts themselves say what they are for."""
+
+    name: str
+    files: tuple[Path, ...]
+    placement: str = ""
+
+
+def find_tasks(folder: Path) -> list[Found]:
+    """The tasks of a run's folder, or of a folder of prompts, folders of prompts and runs."""
+    if not folder.is_dir():
+        raise UserError(f"--prompts {folder}: no such folder")
+    if run := _prompts_of_run(folder):
+        return [Found(name="", files=run)]
+    found = []
+    for stem, path in sorted(_by_stem(folder).items()):
+        if path.is_file() or is_peft(path):
+            found.append(Found(name=stem, files=(path,)))
+        elif inside := (
+            _prompts_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())
+        ):
+            found.append(Found(name=stem, files=inside))
+    return found
+
+
+def load_found(found: Found, fits: Fits) -> ServedTask:
+    """The task with its prompts read; UserError for the first that does not fit."""
+    prompts = [
+        fits.prompt(
+            file, name=file.stem if file.is_file() else file.name, placement=found.placement
+        )
+        for file in found.files
+    ]
+    known = (prompt.metadata.task for prompt in prompts if prompt.metadata.task)
+    name = found.name or task_name(next(known, ""))
+    if not name:
+        raise UserError(
+            f"{found.files[0]} does not say its task; put the run into a folder of runs"
+        )
+    return fits.task(check_name(name, field=f"the task's name of {found.files[0]}"), prompts)
+
+
+def task_name(trained_on: str) -> str:
+    """A task's name as it is; for a file its stem, or its folder's name where that is train."""
+    path = Path(trained_on)
+    if len(path.parts) < 2 and not path.suffix:
+        return trained_on
+    named = path.parent.name if path.stem in ("train", "data", "examples") else path.stem
+    return named or path.stem
+
+
+class KeptChanges:
+    """Tasks that were put and removed while a server ran, in ``folder/.served``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / CHANGES
+        self._index = self._read()
+
+    def apply(self, tasks: Mapping[str, ServedTask], fits: Fits) -> dict[str, ServedTask]:
+        """The tasks of the folder with the changes made to them."""
+        changed = {name: task for name, task in tasks.items() if name not in self._index["removed"]}
+        for name, kept in self._index["put"].items():
+            prompts = [
+                fits.prompt(self._folder / file, name=prompt)
+                for prompt, file in kept["prompts"].items()
+            ]
+            changed[name] = fits.task(name, prompts, kept["labels"])
+        return changed
+
+    def put(self, task: ServedTask, files: Mapping[str, bytes]) -> None:
+        """Keeps a task: ``files`` holds, by prompt, those of its files that are not kept yet."""
+        kept = dict(self._index["put"].get(task.name, {"prompts": {}})["prompts"])
+        for prompt, content in files.items():
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".safetensors"
+            file = self._folder / f"{task.name}.{prompt}.{digest}{suffix}"
+            with written_aside(file) as aside:
+                aside.write_bytes(content)
+            kept[prompt] = file.name
+        for own in task.prompts:  # those from the user's folder that go on beside a new one
+            if own.name not in kept:
+                kept[own.name] = f"{task.name}.{own.name}.{own.number}.safetensors"
+                file = self._folder / kept[own.name]
+                save_prompt(file, own.prompt_PD, metadata=own.metadata, dtype=None)
+        prompts = {own.name: kept[own.name] for own in task.prompts}
+        put = {**self._index["put"], task.name: {"prompts": prompts, "labels": list(task.labels)}}
+        removed = [name for name in self._index["removed"] if name != task.name]
+        self._write({"put": put, "removed": removed})
+
+    def holds(self, name: str) -> bool:
+        """Whether this task was put here, and not found in the user's folder."""
+        return name in self._index["put"]
+
+    def remove(self, name: str) -> None:
+        put = {known: kept for known, kept in self._index["put"].items() if known != name}
+        self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
+
+    def check_upload(self, content: bytes, fits: Fits, *, name: str) -> ServedPrompt:
+        """The prompt in an upload, checked as a file is; nothing of it stays where it is wrong."""
+        if not content:
+            raise UserError("the body is empty; send a prompt as .npy or .safetensors")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        aside = self._folder / f".upload.{digest}"
+        try:
+            aside.write_bytes(content)
+            return fits.prompt(aside, name=name)
+        except UserError as error:
+            raise UserError(str(error).replace(str(aside), "the upload")) from None
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        path = self._folder / _INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            removed, put = index["removed"], index["put"]
+            names = [*removed, *put, *(p for kept in put.values() for p in kept["prompts"])]
+            files = [file for kept in put.values() for file in kept["prompts"].values()]
+            for name in [*names, *files]:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise ValueError(f"{name!r} is no name")
+        except FileNotFoundError:
+            return {"put": {}, "removed": []}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {str(error)[:200]}; remove it") from None
+        return {"put": put, "removed": removed}
+
+    def _write(self, index: dict[str, Any]) -> None:
+        with written_aside(self._folder / _INDEX) as aside:
+            aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        self._index = index
+        named = {file for kept in index["put"].values() for file in kept["prompts"].values()}
+        for file in self._folder.iterdir():  # what nobody names any more
+            if file.suffix in PROMPT_SUFFIXES and file.name not in named:
+                with suppress(OSError):
+                    file.unlink()
+
+
+def _prompts_of_run(folder: Path) -> tuple[Path, ...]:
+    inside = folder / _RUN_PROMPTS
+    if not (folder / "experiment.json").is_file() or not inside.is_dir():
+        return ()
+    return tuple(_by_stem(inside, prompts_alone=True).values())
+
+
+def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
+    """What may be prompts: of files that differ in their suffix alone the safetensors."""
+    found: dict[str, Path] = {}
+    for path in _entries(folder):
+        if path.is_file() and path.suffix in PROMPT_SUFFIXES:
+            found[path.stem] = path
+        elif path.is_dir() and (not prompts_alone or is_peft(path)):
+            found.setdefault(path.name, path)
+    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    entries: Sequence[Path] = sorted(folder.iterdir())
+    return (path for path in entries if not path.name.startswith("."))

@@ -1,0 +1,126 @@
+"""Checks a request and tokenises it."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.engine import Engine
+from prompt_tuning_jax.serving.limits import Limits, RefusedError
+from prompt_tuning_jax.serving.schema import PredictRequest
+from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks
+
+BARE = ServedTask(name="", prompts=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One input of a request, tokenised, with its task and the labels or target asked for."""
+
+    task: ServedTask
+    ids: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+    targets: tuple[tuple[int, ...], ...] = ()
+    limit: int = 0
+
+    @property
+    def prompts(self) -> tuple[ServedPrompt | None, ...]:
+        return self.task.prompts or (None,)
+
+
+class Reader:
+    """Knows the tasks and what the engine can take."""
+
+    def __init__(self, engine: Engine, tasks: Tasks, *, fits: Fits, limits: Limits) -> None:
+        self._engine, self._tasks, self._limits = engine, tasks, limits
+        self._encoded_labels = lru_cache(1024)(fits.label_ids_of)
+
+    def read(self, request: PredictRequest) -> list[Wanted]:
+        """One for each input; RefusedError for the first field that is wrong."""
+        inputs, options = request.inputs, request.options
+        if len(inputs) > self._limits.inputs:
+            most = f"{len(inputs)} inputs; at most {self._limits.inputs} fit in one request"
+            raise RefusedError(413, most, field="inputs")
+        names = [request.task] * len(inputs) if isinstance(request.task, str) else request.task
+        if len(names) != len(inputs):
+            message = f"{len(names)} tasks for {len(inputs)} inputs; give one, or one for each"
+            raise RefusedError(422, message, field="task")
+        kind = "generate" if request.mode == "generate" else "score"
+        if kind not in self._engine.shapes.kinds:
+            raise RefusedError(422, "this server was started without this mode", field="mode")
+        for field, mode in (("labels", "label"), ("targets", "score"), ("max_length", "generate")):
+            if getattr(options, field) is not None and request.mode != mode:
+                raise RefusedError(422, f"is for mode {mode}", field=f"options.{field}")
+        if options.stream and request.mode != "generate":
+            raise RefusedError(422, "is for mode generate", field="options.stream")
+        tasks = [self._task(name, number, request) for number, name in enumerate(names)]
+        rows = sum(max(1, len(task.prompts)) for task in tasks)
+        if rows > self._limits.rows:
+            message = f"{rows} inputs times prompts; at most {self._limits.rows} in one request"
+            raise RefusedError(413, message, field="inputs")
+        targets = self._targets(request)
+        limit = self._limit(request)
+        ids = [self._ids(text, number, request) for number, text in enumerate(inputs)]
+        wanted = []
+        for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
+            one = Wanted(task=task, ids=own, limit=limit)
+            if request.mode == "label":
+                one = replace(one, labels=task.labels, targets=task.label_ids)
+                if options.labels is not None:
+                    labels = tuple(options.labels)
+                    one = replace(one, labels=labels, targets=self._label_ids(labels))
+                if not one.targets:
+                    named = f"task {task.name!r} has" if task.name else "the bare model has"
+                    message = f"{named} no labels of its own; give options.labels"
+                    raise RefusedError(422, message, field="options.labels")
+            elif request.mode == "score":
+                one = replace(one, targets=(targets[number],))
+            wanted.append(one)
+        return wanted
+
+    def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
+        if name == "":
+            return BARE
+        task = self._tasks.get(name)
+        if task is None:
+            field = "task" if isinstance(request.task, str) else f"task[{number}]"
+            raise RefusedError(404, f"there is no task {name[:100]!r}", field=field)
+        return task
+
+    def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        try:
+            return self._encoded_labels(labels)
+        except UserError as error:
+            raise RefusedError(422, str(error), field="options.labels") from None
+
+    def _targets(self, request: PredictRequest) -> list[tuple[int, ...]]:
+        if request.mode != "score":
+            return []
+        texts = request.options.targets or []
+        if len(texts) != len(request.inputs):
+            message = f"{len(texts)} targets for {len(request.inputs)} inputs; give one for each"
+            raise RefusedError(422, message, field="options.targets")
+        found = [(*self._engine.vocabulary.encode(text), 1) for text in texts]
+        longest = self._engine.shapes.longest_target
+        for number, ids in enumerate(found):
+            if len(ids) > longest:
+                message = f"{len(ids)} tokens; at most {longest} are scored"
+                raise RefusedError(422, message, field=f"options.targets[{number}]")
+        return found
+
+    def _limit(self, request: PredictRequest) -> int:
+        most = self._engine.shapes.max_new_tokens
+        asked = request.options.max_length
+        if asked is not None and asked > most:
+            message = f"{asked} tokens; this server writes at most {most}"
+            raise RefusedError(422, message, field="options.max_length")
+        return asked or most
+
+    def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
+        ids = (*self._engine.vocabulary.encode(text), 1)
+        longest = self._engine.shapes.longest
+        if len(ids) <= longest:
+            return ids
+        if request.options.truncate:
+            return ids[:longest]
+        message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
+        raise RefusedError(422, message, field=f"inputs[{number}]")

@@ -1,0 +1,158 @@
+"""What goes over the wire: requests as they are checked, answers, errors."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Mode = Literal["label", "generate", "score"]
+Text = Annotated[str, Field(max_length=100_000)]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Options(_Checked):
+    """What may be said beside the inputs."""
+
+    labels: list[Text] | None = Field(
+        default=None, min_length=1, max_length=256, description="label: in place of the task's own"
+    )
+    targets: list[Text] | None = Field(default=None, description="score: one for each input")
+    max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="generate: most tokens, the end included; the server has a limit",
+    )
+    stream: bool = Field(default=False, description="generate: server-sent events as it is written")
+    truncate: bool = Field(
+        default=False, description="cut inputs that are too long, instead of an error"
+    )
+    deadline_ms: int | None = Field(
+        default=None,
+        ge=1,
+        le=3_600_000,
+        description="give up after so long; the server has a limit",
+    )
+
+
+class PredictRequest(_Checked):
+    """Inputs for one task, or for several."""
+
+    task: Text | list[Text] = Field(
+        default="",
+        description="a task's name, or one for each input; empty: the model without a prompt",
+    )
+    inputs: list[Text] = Field(min_length=1, description="texts, as in the task's training")
+    mode: Mode = "label"
+    options: Options = Field(default_factory=lambda: Options())
+
+
+class PromptResult(BaseModel):
+    """What one prompt of a task answers."""
+
+    prompt: str
+    prediction: str | None = None
+    probabilities: dict[str, float] | None = Field(
+        default=None, description="over the labels given"
+    )
+    log_prob: float | None = Field(
+        default=None, description="of the target, or of what was written"
+    )
+    tokens: int | None = None
+
+
+class Result(BaseModel):
+    """The answer for one input; with several prompts, their vote."""
+
+    task: str
+    prediction: str | None = None
+    probabilities: dict[str, float] | None = Field(
+        default=None, description="mean over the prompts"
+    )
+    log_prob: float | None = Field(default=None, description="mean over the prompts")
+    votes: dict[str, int] | None = None
+    agreement: float | None = Field(
+        default=None, description="share of prompts that predict the same"
+    )
+    prompts: list[PromptResult]
+
+
+class PredictResponse(BaseModel):
+    """One result for each input, in order."""
+
+    results: list[Result]
+    seconds: float = Field(description="from the request's arrival to this answer")
+
+
+class PromptInfo(BaseModel):
+    """A prompt and what is known about it."""
+
+    name: str
+    length: int
+    seed: int | None = None
+    steps: int | None = None
+    metric: str | None = None
+    score: float | None = None
+    trained_on: str | None = None
+
+
+class TaskInfo(BaseModel):
+    """A task that is served."""
+
+    name: str
+    labels: list[str]
+    prompts: list[PromptInfo]
+
+
+class TaskList(BaseModel):
+    """Tasks in the order of their names; ``next`` is where the following page starts."""
+
+    model: str
+    tasks: list[TaskInfo]
+    total: int
+    next: str | None = None
+
+
+class Word(BaseModel):
+    """A piece of the vocabulary, and the cosine of its embedding with a prompt's position."""
+
+    word: str
+    cosine: float
+
+
+class PromptWords(BaseModel):
+    """For each position of a prompt the words most like it."""
+
+    prompt: str
+    positions: list[list[Word]]
+
+
+class TaskWords(BaseModel):
+    """The nearest words of all prompts of a task."""
+
+    task: str
+    prompts: list[PromptWords]
+
+
+class Status(BaseModel):
+    """How the server is doing."""
+
+    status: str
+    rows_per_second: float
+    waiting: int
+    compiled: int
+    to_compile: int
+
+
+class ErrorBody(BaseModel):
+    """What is wrong, and in which field of the request."""
+
+    message: str
+    field: str | None = None
+
+
+class Error(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorBody

@@ -1,0 +1,289 @@
+"""Requests to rows and back: the server without its network."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.answers import assembled
+from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
+from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.folder import KeptChanges
+from prompt_tuning_jax.serving.limits import Limits, RefusedError
+from prompt_tuning_jax.serving.metrics import Metrics
+from prompt_tuning_jax.serving.reading import Reader, Wanted
+from prompt_tuning_jax.serving.schema import PredictRequest, Result
+from prompt_tuning_jax.serving.tasks import Fits, ServedTask, Tasks, check_name
+
+_LONG = 20_000  # characters, from which on others need not wait for the tokeniser
+
+
+class Service:
+    """Answers requests with one engine; ``state`` is starting, ready or draining."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Tasks,
+        *,
+        fits: Fits,
+        kept: KeptChanges | None = None,
+        limits: Limits | None = None,
+        model_name: str = "",
+        apart: bool = False,
+    ) -> None:
+        """``apart`` computes each task in batches of its own, to compare with."""
+        self.engine, self.tasks, self.fits = engine, tasks, fits
+        self.limits = limits or Limits()
+        self.model_name = model_name
+        self.metrics = Metrics()
+        self.metrics.tasks.set_function(lambda: len(self.tasks))
+        self.metrics.cache_hits.set_function(lambda: self.engine.cache.hits)
+        self.metrics.cache_misses.set_function(lambda: self.engine.cache.misses)
+        self.state = "starting"
+        self.compiled = 0
+        self.to_compile = engine.steps_to_compile()
+        self._kept, self._apart = kept, apart
+        self._changing = asyncio.Lock()
+        self._reader = Reader(engine, tasks, fits=fits, limits=self.limits)
+
+    async def start(self, report: Callable[[str], None] = lambda name: None) -> None:
+        """Compiles everything, then is ready."""
+        self.batcher = Batcher(
+            self.engine,
+            self.metrics,
+            max_wait=self.limits.wait_seconds,
+            max_queue=self.limits.waiting_rows,
+        )
+        self.metrics.waiting.set_function(lambda: self.batcher.waiting)
+
+        def one(name: str) -> None:
+            if self.state == "draining":
+                raise InterruptedError("told to end before everything was compiled")
+            self.compiled += 1
+            report(name)
+
+        await self.batcher.call(self.engine.compile, one)
+        self.batcher.start()
+        if self.state == "starting":
+            self.state = "ready"
+
+    async def close(self) -> None:
+        """Answers what it has taken, and takes no more."""
+        self.state = "draining"
+        await self.batcher.close()
+
+    async def predict(self, request: PredictRequest) -> list[Result]:
+        """One result for each input; RefusedError where there is none."""
+        wanted = await self._wanted(request)
+        jobs = self._jobs(request, wanted)
+        try:
+            async with asyncio.timeout(self._seconds(request)):
+                self._submit([job for own in jobs for job in own])
+                values = [[await job.future for job in own] for own in jobs]
+        except TimeoutError:
+            raise RefusedError(
+                504, "the deadline has passed", field="options.deadline_ms"
+            ) from None
+        except WorkerFailedError:
+            raise RefusedError(500, "the computation has failed; other requests go on") from None
+        finally:
+            _give_up(jobs)
+        return self._assembled(request, wanted, values)
+
+    async def stream(self, request: PredictRequest) -> AsyncIterator[dict[str, Any]]:
+        """Pieces of text as they are written, then ``{"results": [...]}`` or ``{"error": ...}``.
+
+        What refuses a request is raised before the first piece.
+        """
+        wanted = await self._wanted(request)
+        pieces: asyncio.Queue[tuple[int, str, list[int]] | None] = asyncio.Queue()
+
+        def follow(index: int, prompt: str) -> Callable[[list[int]], None]:
+            return lambda ids: pieces.put_nowait((index, prompt, ids))
+
+        jobs = self._jobs(request, wanted, follow)
+        every = [job for own in jobs for job in own]
+        self._submit(every)
+
+        async def finished() -> None:
+            await asyncio.wait([job.future for job in every], timeout=self._seconds(request))
+            pieces.put_nowait(None)
+
+        ending = asyncio.create_task(finished())
+        said: dict[tuple[int, str], str] = {}
+        try:
+            while (piece := await pieces.get()) is not None:
+                index, prompt, ids = piece
+                before = said.get((index, prompt), "")
+                # The last character may be half of one.
+                text = self.engine.vocabulary.decode(ids).rstrip("\ufffd")
+                if text.startswith(before) and text != before:
+                    said[index, prompt] = text
+                    yield {"index": index, "prompt": prompt, "text": text[len(before) :]}
+            if not all(job.future.done() for job in every):
+                yield {"error": {"message": "the deadline has passed"}}
+                return
+            try:
+                values = [[job.future.result() for job in own] for own in jobs]
+            except WorkerFailedError:
+                yield {"error": {"message": "the computation has failed; other requests go on"}}
+                return
+            results = self._assembled(request, wanted, values)
+            yield {"results": [one.model_dump(exclude_none=True) for one in results]}
+        finally:
+            ending.cancel()
+            _give_up(jobs)
+
+    async def put_prompt(
+        self, name: str, content: bytes, *, prompt: str | None, labels: Sequence[str]
+    ) -> ServedTask:
+        """Adds or replaces a task, or with ``prompt`` one of its prompts; kept on disk first."""
+        kept = self._require_kept()
+        _checked_name(name, "name")
+        _checked_name(prompt or name, "prompt")
+        async with self._changing:
+
+            def made() -> ServedTask:
+                fits = replace(self.fits, longest=self.engine.shapes.prompt_lengths[-1])
+                new = kept.check_upload(content, fits, name=prompt or name)
+                old = self.tasks.get(name) if prompt else None
+                others = [] if old is None else [p for p in old.prompts if p.name != new.name]
+                given = tuple(labels) or (old.labels if old is not None else ())
+                task = self.fits.task(name, [*others, new], given)
+                kept.put(task, {new.name: content})
+                return task
+
+            try:
+                task = await asyncio.to_thread(made)
+            except UserError as error:
+                raise RefusedError(422, str(error), field="body") from None
+            self.tasks.put(task)
+            return task
+
+    async def remove_task(self, name: str) -> None:
+        kept = self._require_kept()
+        async with self._changing:
+            if self.tasks.get(name) is None:
+                raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
+            await asyncio.to_thread(kept.remove, name)
+            self.tasks.remove(name)
+
+    async def nearest_words(self, name: str) -> list[tuple[str, list[list[tuple[str, float]]]]]:
+        """For each prompt of a task, for each position, words and their cosines."""
+        self._require_ready()
+        task = self.tasks.get(name)
+        if task is None:
+            raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
+        decode = self.engine.vocabulary.decode
+        found = []
+        for prompt in task.prompts:
+            ids_PK, cosines_PK = await self.batcher.call(self.engine.nearest_words, prompt)
+            positions = [
+                [
+                    (decode([int(i)]) or f"<{i}>", round(float(cosine), 4))
+                    for i, cosine in zip(ids_K, cosines_K, strict=True)
+                ]
+                for ids_K, cosines_K in zip(ids_PK, cosines_PK, strict=True)
+            ]
+            found.append((prompt.name, positions))
+        return found
+
+    def _require_ready(self) -> None:
+        if self.state != "ready":
+            raise RefusedError(503, f"the server is {self.state}", retry_after=1)
+
+    def _require_kept(self) -> KeptChanges:
+        if self._kept is None:
+            raise RefusedError(404, "this server's tasks are fixed: it has no admin token")
+        return self._kept
+
+    async def _wanted(self, request: PredictRequest) -> list[Wanted]:
+        self._require_ready()
+        if sum(map(len, request.inputs)) < _LONG:
+            return self._reader.read(request)
+        return await asyncio.to_thread(self._reader.read, request)
+
+    def _jobs(
+        self,
+        request: PredictRequest,
+        wanted: Sequence[Wanted],
+        follow: Callable[[int, str], Callable[[list[int]], None]] | None = None,
+    ) -> list[list[Job]]:
+        """For each input: a job for each prompt, or several where there are many labels."""
+        owner = object()
+        loop = asyncio.get_running_loop()
+        jobs = []
+        for number, one in enumerate(wanted):
+            own = []
+            for prompt in one.prompts:
+                parts = [()] if request.mode == "generate" else self._in_parts(one.targets)
+                for targets in parts:
+                    name = "" if prompt is None else prompt.name
+                    row = Row(ids=one.ids, prompt=prompt, targets=targets, limit=one.limit)
+                    job = Job(
+                        kind="generate" if request.mode == "generate" else "score",
+                        row=row,
+                        future=loop.create_future(),
+                        owner=owner,
+                        apart=one.task.name if self._apart else None,
+                        on_ids=None if follow is None else follow(number, name),
+                    )
+                    own.append(job)
+            jobs.append(own)
+        return jobs
+
+    def _in_parts(self, targets: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], ...]]:
+        """Targets in parts that fit the compiled shapes, in order."""
+        shapes = self.engine.shapes
+        longest = max(map(len, targets))
+        fits = [one for one in shapes.targets if one.length >= longest]
+        number = max(one.number for one in fits)
+        return [targets[i : i + number] for i in range(0, len(targets), number)]
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        try:
+            self.batcher.submit(jobs)
+        except QueueFullError as error:
+            seconds = max(1, round(error.seconds))
+            raise RefusedError(
+                429, "too many rows are waiting", field="inputs", retry_after=seconds
+            ) from None
+
+    def _assembled(
+        self, request: PredictRequest, wanted: Sequence[Wanted], values: list[list[Any]]
+    ) -> list[Result]:
+        decode = self.engine.vocabulary.decode
+        return [
+            assembled(
+                request.mode,
+                task=one.task.name,
+                prompts=[p.name if p is not None else "" for p in one.prompts],
+                labels=one.labels,
+                values=own,
+                decode=decode,
+            )
+            for one, own in zip(wanted, values, strict=True)
+        ]
+
+    def _seconds(self, request: PredictRequest) -> float:
+        asked = request.options.deadline_ms
+        most = self.limits.deadline_seconds
+        return most if asked is None else min(most, asked / 1000)
+
+
+def _give_up(jobs: Sequence[Sequence[Job]]) -> None:
+    """Whoever asked has gone: what is not computed yet need not be."""
+    for job in (job for own in jobs for job in own):
+        if not job.future.done():
+            job.future.cancel()
+        elif not job.future.cancelled():
+            job.future.exception()  # looked at, so that asyncio does not complain
+
+
+def _checked_name(name: str, field: str) -> None:
+    try:
+        check_name(name, field=field)
+    except UserError as error:
+        raise RefusedError(422, str(error), field=field) from None

@@ -14,7 +14,6 @@ from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.models.t5 import T5
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.serving.limits import Limits

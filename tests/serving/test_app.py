@@ -1,0 +1,361 @@
+"""The paths, asked as a client asks."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.inference import generate, score
+from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.service import Service
+from tests.serving.serving_app import ADMIN, ask, make_service, running, task_folder
+from tests.serving.serving_micro import D, micro_model, write_prompt
+from tests.tiny_run import LABELS
+
+Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
+
+
+def with_server(folder: Path, test: Test, **options: Any) -> None:
+    async def run() -> None:
+        limits = options.pop("limits", None)
+        service = make_service(folder, limits=limits, changes=options.pop("changes", True))
+        async with asyncio.timeout(60), running(service, **options) as client:
+            await test(client, service)
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return task_folder(tmp_path / "tasks")
+
+
+def prompts_of(service: Service, task: str) -> list[np.ndarray]:
+    found = service.tasks.get(task)
+    assert found is not None
+    return [prompt.prompt_PD for prompt in found.prompts]
+
+
+def alone(text: str, prompt: np.ndarray | None) -> dict[str, float]:
+    scores = score(micro_model(), [text] * len(LABELS), LABELS, prompt)
+    return dict(zip(LABELS, map(float, scores), strict=True))
+
+
+def test_labels_of_several_tasks_in_one_request(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        inputs = ["ban red", "ban red", "kolo green mita"]
+        answer = await ask(client, task=["colour", "voted", "colour"], inputs=inputs)
+        assert answer.status_code == 200
+        first, voted, last = answer.json()["results"]
+        for one, text in ((first, inputs[0]), (last, inputs[2])):
+            known = alone(text, prompts_of(service, "colour")[0])
+            share = np.exp([known[label] for label in LABELS])
+            expected = dict(zip(LABELS, share / share.sum(), strict=True))
+            assert one["probabilities"] == pytest.approx(expected, abs=1e-4)
+            assert one["prediction"] == max(known, key=known.__getitem__)
+            assert "votes" not in one
+        each = [alone(inputs[1], prompt) for prompt in prompts_of(service, "voted")]
+        said = [max(known, key=known.__getitem__) for known in each]
+        assert [one["prediction"] for one in voted["prompts"]] == said
+        assert voted["votes"] == {label: said.count(label) for label in {*said}}
+        assert voted["agreement"] == pytest.approx(said.count(voted["prediction"]) / 3)
+        assert sum(voted["probabilities"].values()) == pytest.approx(1)
+        # One length: four of the five rows went together.
+        assert service.engine.batches[0] == ("score", 4)  # type: ignore[attr-defined]
+
+    with_server(folder, test)
+
+
+def test_scores_and_the_bare_model(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        options = {"targets": ["green", "red"]}
+        body = {"task": ["plain", ""], "inputs": ["ban", "ban"], "mode": "score"}
+        answer = await ask(client, **body, options=options)
+        plain, bare = answer.json()["results"]
+        prompt = prompts_of(service, "plain")[0]
+        assert plain["log_prob"] == pytest.approx(alone("ban", prompt)["green"], abs=1e-4)
+        assert bare["log_prob"] == pytest.approx(alone("ban", None)["red"], abs=1e-4)
+
+    with_server(folder, test)
+
+
+def test_labels_of_the_request_in_as_many_rows_as_they_need(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        labels = ["red", "green", "blue", "ban", "kolo", "mita"]
+        answer = await ask(client, task="plain", inputs=["dota"], options={"labels": labels})
+        found = answer.json()["results"][0]["probabilities"]
+        assert list(found) == labels
+        known = score(micro_model(), ["dota"] * 6, labels, prompts_of(service, "plain")[0])
+        share = np.exp(known - known.max())
+        np.testing.assert_allclose(list(found.values()), share / share.sum(), atol=1e-4)
+
+    with_server(folder, test)
+
+
+def test_text_at_once_and_as_it_is_written(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        body = {"task": "voted", "inputs": ["ban red", "kolo"], "mode": "generate"}
+        answer = await ask(client, **body)
+        results = answer.json()["results"]
+        for one, text in zip(results, body["inputs"], strict=True):
+            for own, prompt in zip(one["prompts"], prompts_of(service, "voted"), strict=True):
+                alone = generate(micro_model(), [text], prompt, max_length=6)
+                assert alone.texts is not None
+                assert own["prediction"] == alone.texts[0]
+                assert own["log_prob"] == pytest.approx(float(alone.scores[0]), abs=1e-4)
+        streamed = await ask(client, **body, options={"stream": True})
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line]
+        assert events[-1]["results"] == results
+        written: dict[tuple[int, str], str] = {}
+        for event in events[:-1]:
+            key = event["index"], event["prompt"]
+            written[key] = written.get(key, "") + event["text"]
+        for index, one in enumerate(results):
+            for own in one["prompts"]:
+                assert own["prediction"].startswith(written.get((index, own["prompt"]), ""))
+        assert written
+
+    with_server(folder, test)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({"task": "nope"}, 404, "task"),
+        ({"task": ["colour", "../colour"], "inputs": ["a", "b"]}, 404, "task[1]"),
+        ({"task": ["colour"], "inputs": ["a", "b"]}, 422, "task"),
+        ({"inputs": []}, 422, "inputs"),
+        ({"inputs": ["a", 1]}, 422, "inputs[1]"),
+        ({"inputs": ["ban " * 20]}, 422, "inputs[0]"),
+        ({"inputs": ["a"] * 21}, 413, "inputs"),
+        ({"task": "voted", "inputs": ["a"] * 14}, 413, "inputs"),
+        ({"task": "plain"}, 422, "options.labels"),
+        ({"mode": "rank"}, 422, "mode"),
+        ({"mode": "score"}, 422, "options.targets"),
+        ({"mode": "score", "options": {"targets": ["ban " * 9]}}, 422, "options.targets[0]"),
+        ({"mode": "generate", "options": {"max_length": 7}}, 422, "options.max_length"),
+        ({"options": {"stream": True}}, 422, "options.stream"),
+        ({"options": {"max_length": 3}}, 422, "options.max_length"),
+        ({"options": {"labels": ["red", "red"]}}, 422, "options.labels"),
+        ({"options": {"lables": ["red"]}}, 422, "options.lables"),
+        ({"options": {"deadline_ms": 0}}, 422, "options.deadline_ms"),
+    ],
+)
+def test_what_is_refused_names_its_field(
+    folder: Path, body: dict[str, Any], status: int, field: str
+) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await ask(client, **{"task": "colour", "inputs": ["ban"], **body})
+        assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
+        assert len(answer.json()["error"]["message"].splitlines()) == 1
+
+    with_server(folder, test)
+
+
+def test_inputs_are_cut_where_that_is_asked_for(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        options = {"truncate": True}
+        answer = await ask(client, task="colour", inputs=["ban " * 50], options=options)
+        assert answer.status_code == 200
+
+    with_server(folder, test)
+
+
+def test_a_body_that_is_too_large_or_no_json(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        async def many() -> Any:
+            for _ in range(20):
+                yield b" " * 1000
+
+        sent: list[dict[str, Any]] = [{"content": b" " * 9000}, {"content": many()}]
+        for content in sent:
+            answer = await client.post("/v1/predict", **content)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["field"] == "body"
+        answer = await client.post("/v1/predict", content=b"{")
+        assert (answer.status_code, answer.json()["error"]["field"]) == (422, "body")
+
+    with_server(folder, test, limits=Limits(body_bytes=8000))
+
+
+def test_tokens(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        body = {"task": "colour", "inputs": ["ban"]}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = await client.post("/v1/predict", json=body, headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert (await client.get("/v1/tasks", headers=headers)).status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert (await client.post("/v1/predict", json=body, headers=right)).status_code == 200
+        assert (await client.delete("/v1/tasks/colour", headers=right)).status_code == 401
+        assert (await client.get("/healthz")).status_code == 200
+
+    with_server(folder, test, token="secret")
+
+
+def test_without_an_admin_token_nothing_changes(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        for method in ("PUT", "DELETE"):
+            answer = await client.request(method, "/v1/tasks/colour", headers=ADMIN, content=b"x")
+            assert answer.status_code in (404, 405)
+        assert service.tasks.get("colour") is not None
+
+    with_server(folder, test, admin_token="", changes=False)
+
+
+def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> None:
+    upload = write_prompt(tmp_path / "new.safetensors", 4, seed=40).read_bytes()
+    bare = write_prompt(tmp_path / "new.npy", 6, seed=41).read_bytes()
+    expected: dict[str, Any] = {}
+
+    async def change(client: httpx.AsyncClient, service: Service) -> None:
+        for name, content, query in (
+            ("fresh", upload, ""),
+            ("colour", bare, "?label=red&label=green"),  # replaces
+            ("voted", upload, "?prompt=seed_9"),  # a fourth
+            ("voted", bare, "?prompt=seed_1"),  # another in its place
+        ):
+            answer = await client.put(f"/v1/tasks/{name}{query}", content=content, headers=ADMIN)
+            assert answer.status_code == 200, answer.text
+        assert (await client.delete("/v1/tasks/plain", headers=ADMIN)).status_code == 204
+        assert (await client.delete("/v1/tasks/plain", headers=ADMIN)).status_code == 404
+        listed = (await client.get("/v1/tasks")).json()
+        assert [task["name"] for task in listed["tasks"]] == ["colour", "fresh", "voted"]
+        voted = listed["tasks"][2]
+        assert [(p["name"], p["length"]) for p in voted["prompts"]] == [
+            ("seed_0", 3),
+            ("seed_1", 6),
+            ("seed_2", 5),
+            ("seed_9", 4),
+        ]
+        for task in ("colour", "fresh", "voted"):
+            expected[task] = (await ask(client, task=task, inputs=["ban"])).json()["results"]
+        assert list(expected["colour"][0]["probabilities"]) == ["red", "green"]
+
+    async def look(client: httpx.AsyncClient, service: Service) -> None:
+        assert service.tasks.names() == ["colour", "fresh", "voted"]
+        for task, results in expected.items():
+            found = (await ask(client, task=task, inputs=["ban"])).json()["results"]
+            assert found[0]["prediction"] == results[0]["prediction"]
+            assert found[0]["probabilities"] == pytest.approx(results[0]["probabilities"], abs=1e-5)
+
+    with_server(folder, change)
+    with_server(folder, look)
+    assert (folder / "plain.npy").is_file()  # the user's own
+    kept = sorted(path.name for path in (folder / ".served").iterdir())
+    assert len(kept) == 1 + 1 + 1 + 4, kept  # no file that nobody names
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "content", "field"),
+    [
+        ("..", "", b"", None),
+        ("%2e%2e%2fout", "", b"", None),
+        (".hidden", "", b"", "name"),
+        ("fine", "?prompt=../x", b"", "prompt"),
+        ("fine", "", b"", "body"),
+        ("fine", "", b"\x80\x04pickle", "body"),
+        ("fine", "", b"PK\x03\x04", "body"),
+        ("fine", "", "narrow", "body"),
+        ("fine", "", "long", "body"),
+        ("fine", "", "other", "body"),
+        ("fine", "?label=red&label=red", "right", "body"),
+    ],
+)
+def test_wrong_uploads_change_nothing(
+    folder: Path, tmp_path: Path, name: str, query: str, content: Any, field: str | None
+) -> None:
+    if content in ("long", "other", "right"):
+        other = {"model_fingerprint": "f" * 16} if content == "other" else {}
+        length = 8 if content == "long" else 3
+        content = write_prompt(tmp_path / "p.safetensors", length, **other).read_bytes()
+    elif content == "narrow":
+        np.save(tmp_path / "p.npy", np.ones((3, D - 1), np.float32))
+        content = (tmp_path / "p.npy").read_bytes()
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        before = service.tasks.names()
+        answer = await client.put(f"/v1/tasks/{name}{query}", content=content, headers=ADMIN)
+        if field is None:
+            assert answer.status_code in (404, 405)
+        else:
+            assert answer.status_code == 422
+            assert answer.json()["error"]["field"] == field
+            assert str(tmp_path) not in answer.text
+        assert service.tasks.names() == before
+
+    with_server(folder, test)
+    assert not (tmp_path / "out").exists()
+    served = folder / ".served"
+    assert not served.is_dir() or not [*served.iterdir()]
+
+
+def test_a_worker_error_fails_its_request_alone(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        bad = micro_model().vocabulary.encode("green")[0]
+        service.engine.poison = bad  # type: ignore[attr-defined]
+        texts = ["ban red", "ban green", "kolo blue"]
+        answers = await asyncio.gather(
+            *(ask(client, task="voted", inputs=[text]) for text in texts),
+            *(ask(client, task="voted", inputs=[text], mode="generate") for text in texts),
+        )
+        assert [answer.status_code for answer in answers] == [200, 500, 200] * 2
+        assert (await client.get("/healthz")).status_code == 200
+        assert "worker_failures_total 2" in (await client.get("/metrics")).text
+
+    with_server(folder, test)
+
+
+def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        answers = await asyncio.gather(
+            *(ask(client, task="colour", inputs=["ban"] * 5) for _ in range(6))
+        )
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and len(refused) < 6
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert service.batcher.waiting == 0
+
+    with_server(folder, test, limits=Limits(waiting_rows=12))
+
+
+def test_deadlines_and_readiness(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        options = {"deadline_ms": 1}
+        answer = await ask(client, task="colour", inputs=["ban"], options=options)
+        assert answer.status_code == 504
+        assert service.batcher.waiting == 0
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        service.state = "draining"
+        assert (await client.get("/readyz")).status_code == 503
+        answer = await ask(client, task="colour", inputs=["ban"])
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+    with_server(folder, test, limits=Limits(wait_seconds=0.2))
+
+
+def test_the_list_in_pages_and_the_words(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        first = (await client.get("/v1/tasks?limit=2")).json()
+        rest = (await client.get(f"/v1/tasks?limit=2&after={first['next']}")).json()
+        names = [task["name"] for task in first["tasks"] + rest["tasks"]]
+        assert (names, first["total"]) == (["colour", "plain", "voted"], 3)
+        assert "next" not in rest
+        answer = (await client.get("/v1/tasks/plain/words")).json()
+        (prompt,) = answer["prompts"]
+        assert len(prompt["positions"]) == 7
+        table = np.asarray(micro_model().token_embedder.table()[np.arange(208)])
+        own = prompts_of(service, "plain")[0][2]
+        cosines = table @ own / np.linalg.norm(table, axis=1) / np.linalg.norm(own)
+        found = [word["cosine"] for word in prompt["positions"][2]]
+        np.testing.assert_allclose(found, np.sort(cosines)[::-1][:5], atol=1e-3)
+        assert (await client.get("/v1/tasks/nope/words")).status_code == 404
+
+    with_server(folder, test)

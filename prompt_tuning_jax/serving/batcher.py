@@ -89,7 +89,7 @@ class Batcher:
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them or, with QueueFullError, none."""
         if self.waiting + len(jobs) > self._max_queue:
-            self._drop_gone()
+            self.drop_gone()
             if self.waiting + len(jobs) > self._max_queue:
                 raise QueueFullError(self.waiting * self._seconds_per_row)
         now = asyncio.get_running_loop().time()
@@ -115,7 +115,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             self._wake.clear()
-            self._drop_gone()
+            self.drop_gone()
             batch = self._due(loop.time())
             if batch:
                 kind = batch[0].kind
@@ -261,7 +261,8 @@ class Batcher:
         program = self._engine.program_for(job.kind, [job.row], 1)
         return job.kind, program.length, program.targets, job.apart
 
-    def _drop_gone(self) -> None:
+    def drop_gone(self) -> None:
+        """Takes out of the queue what nobody waits for any more."""
         for key, group in list(self._groups.items()):
             if any(job.future.done() for job in group):
                 self._groups[key] = group = deque(job for job in group if not job.future.done())

@@ -89,7 +89,7 @@ class Service:
         except WorkerFailedError:
             raise RefusedError(500, "the computation has failed; other requests go on") from None
         finally:
-            _give_up(jobs)
+            self._give_up(jobs)
         return self._assembled(request, wanted, values)
 
     async def stream(self, request: PredictRequest) -> AsyncIterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ class Service:
             yield {"results": [one.model_dump(exclude_none=True) for one in results]}
         finally:
             ending.cancel()
-            _give_up(jobs)
+            self._give_up(jobs)
 
     async def put_prompt(
         self, name: str, content: bytes, *, prompt: str | None, labels: Sequence[str]
@@ -267,19 +267,21 @@ class Service:
             for one, own in zip(wanted, values, strict=True)
         ]
 
+    def _give_up(self, jobs: Sequence[Sequence[Job]]) -> None:
+        """Whoever asked has gone: what is not computed yet need not be."""
+        cancelled = False
+        for job in (job for own in jobs for job in own):
+            if not job.future.done():
+                cancelled = job.future.cancel()
+            elif not job.future.cancelled():
+                job.future.exception()  # looked at, so that asyncio does not complain
+        if cancelled:
+            self.batcher.drop_gone()
+
     def _seconds(self, request: PredictRequest) -> float:
         asked = request.options.deadline_ms
         most = self.limits.deadline_seconds
         return most if asked is None else min(most, asked / 1000)
-
-
-def _give_up(jobs: Sequence[Sequence[Job]]) -> None:
-    """Whoever asked has gone: what is not computed yet need not be."""
-    for job in (job for own in jobs for job in own):
-        if not job.future.done():
-            job.future.cancel()
-        elif not job.future.cancelled():
-            job.future.exception()  # looked at, so that asyncio does not complain
 
 
 def _checked_name(name: str, field: str) -> None:

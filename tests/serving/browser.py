@@ -1,0 +1,112 @@
+"""A real browser, told what to do through a pipe (Chrome's DevTools protocol)."""
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Browser:
+    """Headless Chromium with one page; ``run`` evaluates JavaScript in it."""
+
+    def __init__(self, profile: Path) -> None:
+        to_browser, self._out = (_high(fd) for fd in os.pipe())
+        self._in, from_browser = (_high(fd) for fd in os.pipe())
+
+        def become_three_and_four() -> None:
+            os.dup2(to_browser, 3)
+            os.dup2(from_browser, 4)
+
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        options += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+        self._process = subprocess.Popen(
+            [str(CHROMIUM), *options, "about:blank"],
+            pass_fds=(3, 4),
+            preexec_fn=become_three_and_four,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._rest = b""
+        self._numbers = itertools.count(1)
+        self.said: list[str] = []  # what the page's console and its errors say
+        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+        attached = self._ask("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self._ask(f"{domain}.enable", **self._session)
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+        os.close(self._in)
+        os.close(self._out)
+
+    def open(self, url: str) -> None:
+        self._ask("Page.navigate", url=url, **self._session)
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page."""
+        answer = self._ask(
+            "Runtime.evaluate",
+            expression=script,
+            returnByValue=True,
+            awaitPromise=True,
+            **self._session,
+        )
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait_for(self, script: str, *, seconds: float = 20) -> Any:
+        """The value of an expression as soon as it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"never: {script}; the page says {self.said}"
+            time.sleep(0.05)
+        return value
+
+    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        session = {"sessionId": params.pop("sessionId")} if "sessionId" in params else {}
+        message = {"id": number, "method": method, "params": params, **session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            event = self._read()
+            if event.get("id") == number:
+                assert "error" not in event, event["error"]
+                result: dict[str, Any] = event["result"]
+                return result
+            if event.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.said.append(json.dumps(event["params"])[:300])
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._in, 65536)
+            assert part, "the browser has ended"
+            self._rest += part
+        line, self._rest = self._rest.split(b"\0", 1)
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+
+def _high(fd: int) -> int:
+    """The same pipe under a number that is not 3 or 4."""
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return high

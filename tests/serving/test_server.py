@@ -1,0 +1,232 @@
+"""The command as a process, on a real socket, with a real browser."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from prompt_tuning_jax.serving.app import make_app
+from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.server import serve
+from tests.serving.browser import CHROMIUM, Browser
+from tests.serving.serving_app import make_service, running, task_folder
+from tests.serving.serving_micro import write_prompt
+from tests.tiny_run import ROOT, model_folder
+
+SMALL = ["--lengths", "8", "--batch_sizes", "1", "--modes", "label", "--max_wait_ms", "700"]
+
+
+@contextlib.contextmanager
+def command(prompts: Path, *options: str, **env: str) -> Iterator[tuple[Any, str]]:
+    """The process and its address, once it is ready."""
+    arguments = ["serve", "--model", str(model_folder()), "--prompts", str(prompts), "--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prompt_tuning_jax", *arguments, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("ready: 2 tasks at http://127.0.0.1:"):
+                yield process, line.split()[-1]
+                return
+        raise AssertionError("".join(said))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "one.safetensors", 3)
+    write_prompt(tmp_path / "two.safetensors", 4, seed=1)
+    answers: list[httpx.Response] = []
+    secret = "very-secret-token"
+    with command(tmp_path, *SMALL, PROMPT_TUNING_TOKEN=secret) as (process, url):
+        headers = {"Authorization": f"Bearer {secret}"}
+        body = {"task": ["one", "two"], "inputs": ["ban red", "kolo"]}
+
+        def ask() -> None:
+            path = f"{url}/v1/predict"
+            answers.append(httpx.post(path, json=body, headers=headers, timeout=30))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        waiting = f"{url}/healthz"
+        while not httpx.get(waiting).json()["waiting"]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        asking.join(20)
+        assert process.wait(20) == 0
+        assert answers[0].status_code == 200
+        assert len(answers[0].json()["results"]) == 2
+        rest = process.stdout.read()
+        assert secret not in rest and "kolo" not in rest
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nowhere"], "no such folder"),
+        (["--prompts", "."], "there is no prompt"),
+        (["--prompts", "bad"], "width"),
+        (["--prompts", "good", "--lengths", "8,4"], "lengths is 8,4"),
+        (["--prompts", "good", "--batch_sizes", "4", "--cache_rows", "2"], "cache_rows is 2"),
+        (["--prompts", "good", "--modes", "rank"], "modes are"),
+    ],
+)
+def test_what_cannot_be_served_is_said_at_once(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import numpy as np
+
+    from prompt_tuning_jax.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").mkdir()
+    np.save(tmp_path / "bad" / "narrow.npy", np.ones((3, 5), np.float32))
+    write_prompt(tmp_path / "good" / "one.safetensors", 3)
+    assert main(["serve", "--model", str(model_folder()), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_who_has_gone_is_not_computed_for(tmp_path: Path) -> None:
+    async def test() -> None:
+        service = make_service(task_folder(tmp_path), limits=Limits(wait_seconds=0.3))
+        async with running(service):
+            app = make_app(service)
+            app.state.starting = None
+            body = json.dumps({"task": "colour", "inputs": ["ban"]}).encode()
+            messages = [{"type": "http.request", "body": body, "more_body": False}]
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/predict",
+                "query_string": b"",
+                "headers": [(b"content-type", b"application/json")],
+                "app": app,
+            }
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await asyncio.sleep(0.05)
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                return None
+
+            await app(scope, receive, send)
+            await asyncio.sleep(0.4)
+            assert service.batcher.waiting == 0
+            assert not service.engine.batches  # type: ignore[attr-defined]
+
+    asyncio.run(test())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; on Debian: apt-get install chromium")
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """A person chooses a task, asks, sees votes, words, text as it is written, and an error."""
+    service = make_service(task_folder(tmp_path / "tasks"))
+    bound = threading.Event()
+    address: list[str] = []
+    stop: list[Any] = []
+
+    async def server() -> None:
+        stop.append((asyncio.get_running_loop(), asyncio.current_task()))
+        import uvicorn
+
+        app = make_app(service, token="open sesame")
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan="on")
+        running_server = uvicorn.Server(config)
+        running_server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        stop.append(running_server)
+
+        async def tell() -> None:
+            while not running_server.started:
+                await asyncio.sleep(0.01)
+            port = running_server.servers[0].sockets[0].getsockname()[1]
+            address.append(f"http://127.0.0.1:{port}/")
+            bound.set()
+
+        telling = asyncio.create_task(tell())
+        await running_server._serve()
+        await telling
+
+    thread = threading.Thread(target=lambda: asyncio.run(server()))
+    thread.start()
+    try:
+        assert bound.wait(30)
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(address[0])
+            browser.wait_for("!document.getElementById('token_field').hidden")
+            browser.said.clear()  # the browser itself notes the 401
+            browser.run(
+                "$('token').value = 'open sesame'; $('token').dispatchEvent(new Event('change'))"
+            )
+            browser.wait_for("document.querySelectorAll('#tasks option').length === 3")
+            assert "micro · 3 tasks" in browser.run("$('model').textContent")
+            browser.run("$('task').value = 'voted'; $('task').dispatchEvent(new Event('change'))")
+            browser.wait_for("document.querySelectorAll('#words_table tr').length === 1 + 5")
+            click = "document.querySelector('button').click()"
+            browser.run(f"$('text').value = 'ban <b>red</b>'; {click}")
+            browser.wait_for("$('answer').textContent !== ''")
+            rows = browser.run(
+                "[...document.querySelectorAll('#table tr')].map((r) => "
+                "[...r.cells].map((c) => c.textContent))"
+            )
+            assert rows[0] == ["prompt", "blue", "green", "red"]
+            assert [row[0] for row in rows[1:]] == ["ensemble", "seed_0", "seed_1", "seed_2"]
+            assert all(cell.endswith(" %") for row in rows[1:] for cell in row[1:])
+            assert "ms in the server" in browser.run("$('latency').textContent")
+            assert "prompts agree" in browser.run("$('agreement').textContent")
+            browser.wait_for("/rows\\/s/.test($('status').textContent)")
+            browser.run(f"$('mode').value = 'generate'; {click}")
+            browser.wait_for(
+                "$('table').textContent.includes('text') && $('agreement').textContent"
+            )
+            browser.run(f"$('error').textContent = ''; $('task').value = 'nope'; {click}")
+            browser.wait_for("$('error').textContent.includes(\"there is no task 'nope'\")")
+            assert not [line for line in browser.said if "404" not in line], browser.said
+    finally:
+        stop[1].should_exit = True
+        thread.join(20)
+
+
+def test_serve_raises_what_stopped_its_start(tmp_path: Path) -> None:
+    service = make_service(task_folder(tmp_path))
+
+    def no_memory(report: Any) -> None:
+        raise MemoryError("no room for the programs")
+
+    service.engine.compile = no_memory  # type: ignore[method-assign]
+    with pytest.raises(MemoryError, match="no room"):
+        serve(
+            lambda stop: make_app(service, on_started=stop),
+            host="127.0.0.1",
+            port=0,
+            drain_seconds=1,
+        )

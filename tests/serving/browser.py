@@ -21,16 +21,13 @@ class Browser:
         to_browser, self._out = (_high(fd) for fd in os.pipe())
         self._in, from_browser = (_high(fd) for fd in os.pipe())
 
-        def become_three_and_four() -> None:
-            os.dup2(to_browser, 3)
-            os.dup2(from_browser, 4)
-
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         options += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+        # Chromium reads and writes 3 and 4; a shell makes them, since JAX dislikes forks.
+        command = [str(CHROMIUM), *options, "about:blank"]
         self._process = subprocess.Popen(
-            [str(CHROMIUM), *options, "about:blank"],
-            pass_fds=(3, 4),
-            preexec_fn=become_three_and_four,
+            ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *command],
+            pass_fds=(to_browser, from_browser),
             stderr=subprocess.DEVNULL,
         )
         os.close(to_browser)
@@ -60,6 +57,7 @@ class Browser:
 
     def open(self, url: str) -> None:
         self._ask("Page.navigate", url=url, **self._session)
+        self.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""

@@ -20,11 +20,12 @@ from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.server import serve
 from tests.serving.browser import CHROMIUM, Browser
+from tests.serving.live_server import live
 from tests.serving.serving_app import make_service, running, task_folder
 from tests.serving.serving_micro import write_prompt
 from tests.tiny_run import ROOT, model_folder
 
-SMALL = ["--lengths", "8", "--batch_sizes", "1", "--modes", "label", "--max_wait_ms", "700"]
+SMALL = ["--lengths", "8", "--batch_sizes", "1", "--modes", "label", "--max_wait_ms", "3000"]
 
 
 @contextlib.contextmanager
@@ -67,10 +68,12 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
             answers.append(httpx.post(path, json=body, headers=headers, timeout=30))
 
         asking = threading.Thread(target=ask)
-        asking.start()
-        waiting = f"{url}/healthz"
-        while not httpx.get(waiting).json()["waiting"]:
-            time.sleep(0.01)
+        with httpx.Client(base_url=url) as client:
+            asking.start()
+            end = time.monotonic() + 20
+            while not client.get("/healthz").json()["waiting"] and not answers:
+                assert time.monotonic() < end
+                time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         asking.join(20)
         assert process.wait(20) == 0
@@ -86,7 +89,7 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--prompts", "nowhere"], "no such folder"),
-        (["--prompts", "."], "there is no prompt"),
+        (["--prompts", "empty"], "there is no prompt"),
         (["--prompts", "bad"], "width"),
         (["--prompts", "good", "--lengths", "8,4"], "lengths is 8,4"),
         (["--prompts", "good", "--batch_sizes", "4", "--cache_rows", "2"], "cache_rows is 2"),
@@ -106,6 +109,7 @@ def test_what_cannot_be_served_is_said_at_once(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").mkdir()
+    (tmp_path / "empty").mkdir()
     np.save(tmp_path / "bad" / "narrow.npy", np.ones((3, 5), np.float32))
     write_prompt(tmp_path / "good" / "one.safetensors", 3)
     assert main(["serve", "--model", str(model_folder()), *arguments]) == 2
@@ -151,69 +155,35 @@ def test_who_has_gone_is_not_computed_for(tmp_path: Path) -> None:
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """A person chooses a task, asks, sees votes, words, text as it is written, and an error."""
     service = make_service(task_folder(tmp_path / "tasks"))
-    bound = threading.Event()
-    address: list[str] = []
-    stop: list[Any] = []
-
-    async def server() -> None:
-        stop.append((asyncio.get_running_loop(), asyncio.current_task()))
-        import uvicorn
-
-        app = make_app(service, token="open sesame")
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan="on")
-        running_server = uvicorn.Server(config)
-        running_server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        stop.append(running_server)
-
-        async def tell() -> None:
-            while not running_server.started:
-                await asyncio.sleep(0.01)
-            port = running_server.servers[0].sockets[0].getsockname()[1]
-            address.append(f"http://127.0.0.1:{port}/")
-            bound.set()
-
-        telling = asyncio.create_task(tell())
-        await running_server._serve()
-        await telling
-
-    thread = threading.Thread(target=lambda: asyncio.run(server()))
-    thread.start()
-    try:
-        assert bound.wait(30)
-        with Browser(tmp_path / "profile") as browser:
-            browser.open(address[0])
-            browser.wait_for("!document.getElementById('token_field').hidden")
-            browser.said.clear()  # the browser itself notes the 401
-            browser.run(
-                "$('token').value = 'open sesame'; $('token').dispatchEvent(new Event('change'))"
-            )
-            browser.wait_for("document.querySelectorAll('#tasks option').length === 3")
-            assert "micro · 3 tasks" in browser.run("$('model').textContent")
-            browser.run("$('task').value = 'voted'; $('task').dispatchEvent(new Event('change'))")
-            browser.wait_for("document.querySelectorAll('#words_table tr').length === 1 + 5")
-            click = "document.querySelector('button').click()"
-            browser.run(f"$('text').value = 'ban <b>red</b>'; {click}")
-            browser.wait_for("$('answer').textContent !== ''")
-            rows = browser.run(
-                "[...document.querySelectorAll('#table tr')].map((r) => "
-                "[...r.cells].map((c) => c.textContent))"
-            )
-            assert rows[0] == ["prompt", "blue", "green", "red"]
-            assert [row[0] for row in rows[1:]] == ["ensemble", "seed_0", "seed_1", "seed_2"]
-            assert all(cell.endswith(" %") for row in rows[1:] for cell in row[1:])
-            assert "ms in the server" in browser.run("$('latency').textContent")
-            assert "prompts agree" in browser.run("$('agreement').textContent")
-            browser.wait_for("/rows\\/s/.test($('status').textContent)")
-            browser.run(f"$('mode').value = 'generate'; {click}")
-            browser.wait_for(
-                "$('table').textContent.includes('text') && $('agreement').textContent"
-            )
-            browser.run(f"$('error').textContent = ''; $('task').value = 'nope'; {click}")
-            browser.wait_for("$('error').textContent.includes(\"there is no task 'nope'\")")
-            assert not [line for line in browser.said if "404" not in line], browser.said
-    finally:
-        stop[1].should_exit = True
-        thread.join(20)
+    with live(service, token="open sesame") as url, Browser(tmp_path / "profile") as browser:
+        browser.open(url)
+        browser.wait_for("!document.getElementById('token_field').hidden")
+        browser.said.clear()  # the browser itself notes the 401
+        browser.run(
+            "$('token').value = 'open sesame'; $('token').dispatchEvent(new Event('change'))"
+        )
+        browser.wait_for("document.querySelectorAll('#tasks option').length === 3")
+        assert "micro · 3 tasks" in browser.run("$('model').textContent")
+        browser.run("$('task').value = 'voted'; $('task').dispatchEvent(new Event('change'))")
+        browser.wait_for("document.querySelectorAll('#words_table tr').length === 1 + 5")
+        click = "document.querySelector('button').click()"
+        browser.run(f"$('text').value = 'ban <b>red</b>'; {click}")
+        browser.wait_for("$('answer').textContent !== ''")
+        rows = browser.run(
+            "[...document.querySelectorAll('#table tr')].map((r) => "
+            "[...r.cells].map((c) => c.textContent))"
+        )
+        assert rows[0] == ["prompt", "blue", "green", "red"]
+        assert [row[0] for row in rows[1:]] == ["ensemble", "seed_0", "seed_1", "seed_2"]
+        assert all(cell.endswith(" %") for row in rows[1:] for cell in row[1:])
+        assert "ms in the server" in browser.run("$('latency').textContent")
+        assert "prompts agree" in browser.run("$('agreement').textContent")
+        browser.wait_for("/rows\\/s/.test($('status').textContent)")
+        browser.run(f"$('mode').value = 'generate'; {click}")
+        browser.wait_for("$('table').textContent.includes('text') && $('agreement').textContent")
+        browser.run(f"$('error').textContent = ''; $('task').value = 'nope'; {click}")
+        browser.wait_for("$('error').textContent.includes(\"there is no task 'nope'\")")
+        assert not [line for line in browser.said if "404" not in line], browser.said
 
 
 def test_serve_raises_what_stopped_its_start(tmp_path: Path) -> None:

@@ -278,6 +278,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the framework's word for bytes that are no UTF-8
+            return _error(422, "the body is no JSON", field="body")
         return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 

@@ -1,0 +1,68 @@
+"""Requests that come when they come, whether the earlier ones are answered or not."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_CONNECTIONS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One input each: when it comes (seconds, rising), its task, text and number of labels."""
+
+    at: list[float]
+    task: list[int]
+    example: list[int]
+
+
+def poisson(rate: float, seconds: float, *, tasks: int, examples: int, seed: int = 0) -> Load:
+    """Arrivals at ``rate`` a second; tasks and examples are drawn evenly."""
+    random = np.random.default_rng(seed)
+    number = max(1, int(rate * seconds))
+    return Load(
+        at=np.cumsum(random.exponential(1 / rate, number)).tolist(),
+        task=random.integers(0, tasks, number).tolist(),
+        example=random.integers(0, examples, number).tolist(),
+    )
+
+
+async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float | None]:
+    """Seconds from each arrival to its answer; None where it was refused or failed."""
+    host, port = address.removeprefix("http://").split(":")
+    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    limit = asyncio.Semaphore(_CONNECTIONS)
+    began = time.perf_counter()
+
+    async def one(number: int) -> float | None:
+        await asyncio.sleep(load.at[number] - (time.perf_counter() - began))
+        body = bodies[load.example[number]](load.task[number])
+        async with limit:
+            reader, writer = free.pop() if free else await asyncio.open_connection(host, int(port))
+            head = (
+                f"POST /v1/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+            length = int(answer.partition("content-length:")[2].split("\r\n")[0])
+            await reader.readexactly(length)
+            free.append((reader, writer))
+        good = " 200 " in answer.split("\r\n", 1)[0]
+        return time.perf_counter() - began - load.at[number] if good else None
+
+    found = await asyncio.gather(*(one(number) for number in range(len(load.at))))
+    for _, writer in free:
+        writer.close()
+    return found
+
+
+def body_of(text: str) -> Any:
+    """A function from a task's number to the request for this text."""
+    quoted = json.dumps(text)
+    return lambda task: f'{{"task":"task_{task}","inputs":[{quoted}]}}'.encode()

@@ -1,0 +1,50 @@
+"""Serves a folder of prompts for ``bench_serve``, each task in batches of its own if told to.
+
+python _worker_serve.py MODEL PROMPTS DTYPE LENGTHS APART
+"""
+
+import sys
+from collections.abc import Callable
+
+from fastapi import FastAPI
+
+from prompt_tuning_jax.commands.serving import Serving, open_service
+from prompt_tuning_jax.compilation import keep_compiled_programs
+from prompt_tuning_jax.experiment import Experiment, Model
+from prompt_tuning_jax.serving.app import make_app
+from prompt_tuning_jax.serving.server import serve
+
+
+def main() -> None:
+    """Prints the address on one line, then ``ready`` on the next."""
+    name, prompts, dtype, lengths, apart = sys.argv[1:]
+    keep_compiled_programs()
+    experiment = Experiment(
+        model=Model(name_or_path=name, dtype=dtype, param_dtype=dtype)  # type: ignore[arg-type]
+    )
+    serving = Serving(
+        lengths=tuple(map(int, lengths.split(","))),
+        modes=("label",),
+        max_new_tokens=16,
+        max_queue=256,
+    )
+    service = open_service(experiment, prompts, serving=serving, apart=apart == "apart")
+
+    def make(stop: Callable[[BaseException | None], None]) -> FastAPI:
+        def started(error: BaseException | None) -> None:
+            stop(error)
+            print("ready", flush=True)
+
+        return make_app(service, on_started=started)
+
+    serve(
+        make,
+        host="127.0.0.1",
+        port=0,
+        drain_seconds=5,
+        on_bound=lambda address: print(address, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

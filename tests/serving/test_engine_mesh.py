@@ -1,0 +1,69 @@
+"""The engine on eight devices computes what it computes on one, quantised models too."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny_run import ROOT, model_folder
+
+CODE = """
+import sys
+import jax, numpy as np
+from prompt_tuning_jax import build
+from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.experiment import Experiment, Mesh, Model
+from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.shapes import Shapes, Targets
+from tests.serving.serving_micro import made_prompt
+
+assert len(jax.devices()) == 8
+shapes = Shapes(
+    lengths=(8,), batch_sizes=(4,), prompt_lengths=(5,), targets=(Targets(number=2, length=2),),
+    max_new_tokens=4, slots=4,
+)
+rows = [
+    Row(
+        ids=(*range(3, 4 + n), 1), prompt=made_prompt(1 + n, seed=n) if n else None,
+        targets=((7, 1), (9, 1)), limit=4,
+    )
+    for n in range(4)
+]
+
+
+def answers(model, layout):
+    engine = Engine(model, shapes=shapes, cache_rows=4, layout=layout)
+    engine.compile()
+    scores = engine.score(rows, engine.program_for("score", rows, 4))
+    engine.admit(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
+    return np.array(scores), [np.asarray(x) for x in engine.write(width=13)]
+
+
+for quantization in ("none", "int8"):
+    options = {"quantization": quantization, "dtype": "float32"}
+    model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
+    experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
+    layout = build.layout_of(experiment)
+    scores, written = answers(build.build_model(experiment, layout=layout), layout)
+    one, one_written = answers(load_model(sys.argv[1], **options), None)
+    np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(written, one_written):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    print(quantization)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_answer_as_one() -> None:
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(model_folder())],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["none", "int8"]

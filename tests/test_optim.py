@@ -215,7 +215,7 @@ def test_rates_are_factors_on_the_learning_rate_of_what_matches_first(name):
         np.testing.assert_allclose(got[path], steps(config, 0.1 * factor)[path], rtol=1e-6)
 
 
-@pytest.mark.parametrize("rate", ["method/c=2", "model/x=2", ".*/b=1", "b=2"])
+@pytest.mark.parametrize("rate", ["method/c=2", "method/=2", "model/x=2", ".*/b=1", "b=2"])
 def test_a_rate_that_nothing_follows_is_refused(rate):
     """Nothing of that path, nothing that trains, nothing left, nothing whose whole path it is."""
     mask = {"method/a": True, "method/b": True, "model/x": False}

@@ -269,13 +269,12 @@ class Service:
 
     def _give_up(self, jobs: Sequence[Sequence[Job]]) -> None:
         """Whoever asked has gone: what is not computed yet need not be."""
-        cancelled = False
-        for job in (job for own in jobs for job in own):
-            if not job.future.done():
-                cancelled = job.future.cancel()
-            elif not job.future.cancelled():
-                job.future.exception()  # looked at, so that asyncio does not complain
-        if cancelled:
+        every = [job for own in jobs for job in own]
+        for job in every:
+            # One that is done is looked at, so that asyncio does not complain.
+            if not job.future.cancel() and not job.future.cancelled():
+                job.future.exception()
+        if any(job.future.cancelled() for job in every):
             self.batcher.drop_gone()
 
     def _seconds(self, request: PredictRequest) -> float:

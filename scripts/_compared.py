@@ -1,0 +1,66 @@
+"""What compare_methods compares: each method with its optimizer and the rates to search."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax.methods import (
+    IA3,
+    WARP,
+    Adapters,
+    DeepPrompts,
+    FullTuning,
+    LoRA,
+    Method,
+    MultitaskPrompts,
+    NoTuning,
+    PatternTuning,
+    PrefixTuning,
+    PromptDesign,
+    PromptTuning,
+    PTuning,
+)
+
+# The paper's, and AdamW as the methods around the weights are trained by their authors.
+ADAFACTOR = Optimizer(schedule="linear")
+ADAMW = Optimizer(name="adamw", schedule="linear", weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A method, how it is trained, and the learning rates (of prompt design the shots) to try."""
+
+    method: Method
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    rates: tuple[float, ...] = ()
+    shots: tuple[int, ...] = ()
+
+
+def compared(*, length: int, init: str) -> dict[str, Compared]:
+    """By name; ``length`` and ``init`` are those of everything that is a prompt."""
+    start = {"init": init, "length": length}
+    prompts = (0.03, 0.1, 0.3)
+    around = (1e-3, 3e-3, 1e-2)
+
+    def prompt(method: Method, rates: tuple[float, ...] = prompts) -> Compared:
+        return Compared(method=method, optimizer=ADAFACTOR, rates=rates)
+
+    def weights(method: Method, rates: tuple[float, ...] = around) -> Compared:
+        return Compared(method=method, optimizer=ADAMW, rates=rates)
+
+    return {
+        "none": Compared(method=NoTuning()),
+        "prompt_design": Compared(method=PromptDesign(), shots=(2, 4, 8)),
+        "prompt_tuning": prompt(dataclasses.replace(PromptTuning(), **start)),
+        "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
+        "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.01, 0.03, 0.1)),
+        "warp": prompt(dataclasses.replace(WARP(), **start)),
+        "p_tuning": weights(PTuning(length=length)),
+        # Keys and values start from words', and move ten times slower (configs/prefix_tuning.py).
+        "prefix_tuning": prompt(PrefixTuning(length=length), (0.01, 0.03, 0.1)),
+        "ia3": weights(IA3(), (3e-3, 1e-2, 3e-2)),
+        "lora": weights(LoRA()),
+        "adapters": weights(Adapters()),
+        "pattern": weights(PatternTuning(), (3e-3, 1e-2, 3e-2)),
+        "full": weights(FullTuning(), (1e-4, 3e-4, 1e-3)),
+    }

@@ -58,6 +58,14 @@ def peft_adapter(folder: Path, config: T5Config) -> StoredTuned | None:
     return StoredTuned(tuned=found.tuned, method=method_to_json(found.method), metadata=metadata)
 
 
+def method_of(stored: StoredTuned, path: str | Path) -> Method:
+    """The method that a file's arrays belong to; UserError names the file where it is none."""
+    try:
+        return method_from_json(stored.method)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def members_of_stored(
     opened: Sequence[tuple[str, StoredTuned]], model: T5, layout: Layout, fingerprint: str
 ) -> Iterator[tuple[build.Members, tuple[str, ...]]]:
@@ -71,10 +79,7 @@ def members_of_stored(
     for _, alike in itertools.groupby(opened, key=lambda each: kind(each[1])):
         group = list(alike)
         path, first = group[0]
-        try:
-            method = method_from_json(first.method)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        method = method_of(first, path)
         tuned = {}
         for name, array in first.tuned.items():
             arrays = [each.tuned.get(name) for _, each in group]

@@ -31,8 +31,7 @@ from prompt_tuning_jax.checkpoints.tuned_file import (
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, Method, peft_prompts, peft_weights
 from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.opened_methods import peft_adapter
-from prompt_tuning_jax.overrides import method_from_json
+from prompt_tuning_jax.opened_methods import method_of, peft_adapter
 
 _WORDS: dict[Format, str] = {
     "npy": "as an .npy file",
@@ -101,6 +100,7 @@ def convert_tuned(
     name, opened = _open_base(files, model)
     fingerprint = fingerprint_of(opened)
     found = [_read(file, opened.config) for file in files]
+    methods = [method_of(stored, file) for file, stored in zip(files, found, strict=True)]
     for file, stored in zip(files, found, strict=True):
         check_model(
             stored.metadata,
@@ -111,13 +111,13 @@ def convert_tuned(
     if one:
         require_outside(source, destination)
     with staged(destination, overwrite=overwrite, folder=folder) as aside:
-        for file, stored in zip(files, found, strict=True):
+        for file, stored, method in zip(files, found, methods, strict=True):
             place = aside
             if not one:
                 stem = file.name if file.is_dir() else file.stem
                 place = aside / (stem if to == "peft" else f"{stem}.{to}")
             if to == "peft":
-                _write_adapter(place, stored, opened.config, name=name, of=str(file))
+                _write_adapter(place, stored, method, opened.config, name=name, of=str(file))
                 continue
             known = dataclasses.replace(
                 stored.metadata,
@@ -125,13 +125,18 @@ def convert_tuned(
                 model_fingerprint=stored.metadata.model_fingerprint or fingerprint,
             )
             if stored.tuned.keys() == {PROMPT}:
-                save_prompt(place, stored.tuned[PROMPT], metadata=known, format=_prompt_format(to))
+                save_prompt(
+                    place,
+                    stored.tuned[PROMPT],
+                    metadata=known,
+                    format="npy" if to == "npy" else "safetensors",
+                )
             elif to == "npy":
                 raise UserError(f"{file} is no prompt alone, as .npy files are: use safetensors")
             else:
                 save_tuned(place, dataclasses.replace(stored, metadata=known))
-    methods = sorted({type(method_from_json(stored.method)).__name__ for stored in found})
-    what = f"what {' and '.join(methods)} tuned {_WORDS[to]}"
+    kinds = sorted({type(method).__name__ for method in methods})
+    what = f"what {' and '.join(kinds)} tuned {_WORDS[to]}"
     if not one:
         what = f"{len(files)} times {what.replace(' tuned as', ' tuned, each as')}"
     notes = []
@@ -140,10 +145,6 @@ def convert_tuned(
             notes.append("a PEFT adapter does not hold the task, labels and score")
         notes += notes_on_bundled([name])
     return written(what, destination, notes=notes)
-
-
-def _prompt_format(to: Format) -> Any:
-    return to
 
 
 def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
@@ -171,10 +172,9 @@ def _read(file: Path, config: T5Config) -> StoredTuned:
 
 
 def _write_adapter(
-    place: Path, stored: StoredTuned, config: T5Config, *, name: str, of: str
+    place: Path, stored: StoredTuned, method: Method, config: T5Config, *, name: str, of: str
 ) -> None:
     """Writes it and reads it again; UserError where PEFT has no such adapter, or shapes differ."""
-    method: Method = method_from_json(stored.method)
     try:
         if isinstance(method, LoRA | IA3):
             peft_weights.write_peft_weights(

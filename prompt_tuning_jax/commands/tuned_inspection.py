@@ -8,8 +8,8 @@ from typing import Any
 from prompt_tuning_jax.checkpoints.peft import CONFIG, read_config, read_tensors
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import read_tuned
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.overrides import method_from_json, to_dict
+from prompt_tuning_jax.opened_methods import method_of
+from prompt_tuning_jax.overrides import to_dict
 
 # What of an adapter's config says how it computes.
 _OF_ADAPTERS = (
@@ -51,10 +51,7 @@ def describe_tuned(path: Path) -> TunedDescription:
         form = "PEFT adapter"
     else:
         stored = read_tuned(path)
-        try:
-            method = method_from_json(stored.method)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        method = method_of(stored, path)
         kind, settings, form = type(method).__name__, to_dict(method), "safetensors"
         arrays, metadata, tasks = dict(stored.tuned), stored.metadata, stored.tasks
     dtypes: Counter[str] = Counter()

@@ -214,10 +214,10 @@ def cut_peft(path: Path) -> None:
     cut(path / "adapter_model.safetensors")
 
 
-def lora(path: Path) -> None:
+def other_adapter(path: Path) -> None:
     write_peft(path, prompt(), base_model_name_or_path="org/t5")
     config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "ADALORA"}))
 
 
 PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
@@ -233,7 +233,7 @@ PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("whole numbers", npy(np.ones((3, 4), np.int32)), "floating-point numbers"),
     ("infinity", npy(np.full((3, 4), np.inf, np.float32)), "not finite"),
     ("an adapter cut", cut_peft, "damaged"),
-    ("another adapter", lora, "only PROMPT_TUNING is a prompt"),
+    ("another adapter", other_adapter, "only PROMPT_TUNING is a prompt"),
     ("a checkpoint without", lambda p: t5x_model(p.parent).rename(p), "without a prompt"),
     ("an empty folder", lambda p: p.mkdir(), "is a folder without a prompt"),
 ]

@@ -90,14 +90,7 @@ def _fit(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:
         return _linear(source_ND, target_NE)
     if fit.by == "mlp":
         return _mlp(source_ND, target_NE, fit)
-    return lambda vectors_XD: np.stack(
-        [
-            weights @ target_NE[pieces]
-            for pieces, weights in (
-                as_combination(vector, source_ND, terms=fit.terms) for vector in vectors_XD
-            )
-        ]
-    )
+    return lambda vectors_XD: as_combinations(vectors_XD, source_ND, terms=fit.terms) @ target_NE
 
 
 def _linear(source_ND: HostArray, target_NE: HostArray) -> Recycler:
@@ -108,39 +101,45 @@ def _linear(source_ND: HostArray, target_NE: HostArray) -> Recycler:
     return lambda vectors_XD: np.asarray(vectors_XD @ map_DE)
 
 
-def as_combination(
-    vector_D: HostArray, pieces_ND: HostArray, *, terms: int
-) -> tuple[HostArray, HostArray]:
-    """At most ``terms`` pieces and their weights whose sum comes near a vector.
+def as_combinations(vectors_XD: HostArray, pieces_ND: HostArray, *, terms: int) -> HostArray:
+    """``[X, N]``: of each vector the weights of at most ``terms`` pieces whose sum comes near it.
 
     Orthogonal matching pursuit: the piece that points most along what is left is taken next, and
     all weights are the best for those taken.  (With all pieces there are many exact sums where
     these are more than the width; the one with the smallest weights is what ``linear`` gives.)
     """
-    left_D = np.array(vector_D, np.float64)
-    length = np.linalg.norm(left_D)
+    left_XD = np.array(vectors_XD, np.float64)
+    enough_X = 1e-12 * np.linalg.norm(left_XD, axis=1)
     norms_N = np.linalg.norm(pieces_ND, axis=1)
-    usable_N = norms_N > 0
-    chosen: list[int] = []
-    basis: list[HostArray] = []
-    while len(chosen) < terms and np.linalg.norm(left_D) > 1e-12 * length:
-        along_N = np.where(usable_N, np.abs(pieces_ND @ left_D), 0) / np.where(norms_N, norms_N, 1)
-        best = int(np.argmax(along_N))
-        if along_N[best] == 0:
+    units_ND = pieces_ND / np.where(norms_N, norms_N, 1)[:, None]
+    most = min(terms, *pieces_ND.shape)
+    chosen: list[list[int]] = [[] for _ in left_XD]
+    basis_XTD = np.zeros((len(left_XD), most, left_XD.shape[1]))
+    usable_XN = np.broadcast_to(norms_N > 0, (len(left_XD), len(norms_N))).copy()
+    while True:
+        along_XN = np.where(usable_XN, np.abs(left_XD @ units_ND.T), 0)
+        going = [
+            x
+            for x, pieces in enumerate(chosen)
+            if len(pieces) < most and np.linalg.norm(left_XD[x]) > enough_X[x] and along_XN[x].any()
+        ]
+        if not going:
             break
-        usable_N[best] = False
-        new_D = pieces_ND[best] / norms_N[best]
-        for _ in range(2):  # once loses digits
-            for old_D in basis:
-                new_D = new_D - (old_D @ new_D) * old_D
-        size = np.linalg.norm(new_D)
-        if size < 1e-8:  # nothing that those taken do not give
-            continue
-        basis.append(new_D / size)
-        chosen.append(best)
-        left_D -= (basis[-1] @ left_D) * basis[-1]
-    weights = np.linalg.lstsq(pieces_ND[chosen].T, vector_D, rcond=None)[0]
-    return np.asarray(chosen, np.int64), weights
+        for x in going:
+            best = int(np.argmax(along_XN[x]))
+            usable_XN[x, best] = False
+            new_D, basis_TD = units_ND[best], basis_XTD[x]
+            for _ in range(2):  # once loses digits
+                new_D = new_D - (basis_TD @ new_D) @ basis_TD
+            size = np.linalg.norm(new_D)
+            if size > 1e-8:  # else nothing that those taken do not give
+                basis_TD[len(chosen[x])] = new_D / size
+                left_XD[x] -= (new_D @ left_XD[x]) / size**2 * new_D
+                chosen[x].append(best)
+    weights_XN = np.zeros(usable_XN.shape)
+    for x, pieces in enumerate(chosen):
+        weights_XN[x, pieces] = np.linalg.lstsq(pieces_ND[pieces].T, vectors_XD[x], rcond=None)[0]
+    return weights_XN
 
 
 def _mlp(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prompt_tuning_jax.analysis.recycling import Fit, fit_recycler, relative_error
+from prompt_tuning_jax.analysis.recycling import (
+    Fit,
+    as_combinations,
+    fit_recycler,
+    relative_error,
+)
 from prompt_tuning_jax.checkpoints.load import OpenedModel
 from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.names import EMBEDDING
@@ -105,11 +110,9 @@ def recycle(
             written.append(str(place if one else place / file.name))
     prompt_error = None
     if fit.by == "combination":
-        at_home = fit_recycler(source_VD, source_VD, fit)
-        found = [np.asarray(s.prompt_PD, np.float64) for s in prompts.values()]
-        prompt_error = relative_error(
-            np.concatenate([at_home.recycle(p) for p in found]), np.concatenate(found)
-        )
+        vectors_XD = np.concatenate([s.prompt_PD.astype(np.float64) for s in prompts.values()])
+        weights_XN = as_combinations(vectors_XD, source_VD, terms=fit.terms)
+        prompt_error = relative_error(weights_XN @ source_VD, vectors_XD)
     return Recycled(
         paths=tuple(written),
         by=fit.by,

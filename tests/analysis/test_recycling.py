@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.analysis.recycling import BY, By, Fit, as_combination, fit_recycler
+from prompt_tuning_jax.analysis.recycling import BY, By, Fit, as_combinations, fit_recycler
 from prompt_tuning_jax.errors import UserError
 from tests.micro import normal
 
@@ -52,14 +52,22 @@ def test_what_a_combination_is() -> None:
     """No more terms than asked for, none twice, each makes it better, as many as the width do."""
     missed = []
     for terms in (1, 2, 4, 8, 16, 30):
-        pieces, weights = as_combination(PROMPT[0], SOURCE, terms=terms)
-        assert len(set(pieces)) == len(pieces) == len(weights) == min(terms, 16)
-        missed.append(np.linalg.norm(weights @ SOURCE[pieces] - PROMPT[0]))
-    assert all(a > b for a, b in itertools.pairwise(missed[:5]))
-    assert missed[4] < 1e-9 and missed[5] < 1e-9
-    assert len(as_combination(np.zeros(16), SOURCE, terms=4)[0]) == 0
+        weights = as_combinations(PROMPT, SOURCE, terms=terms)
+        assert (np.count_nonzero(weights, axis=1) == min(terms, 16)).all()
+        missed.append(np.linalg.norm(weights @ SOURCE - PROMPT, axis=1))
+    assert all((a > b).all() for a, b in itertools.pairwise(missed[:5]))
+    assert missed[4].max() < 1e-9 and missed[5].max() < 1e-9
+    # The first taken is the one that points most along, whatever its length.
+    cosines = np.abs(PROMPT @ SOURCE.T) / np.linalg.norm(SOURCE, axis=1)
+    first = as_combinations(PROMPT, SOURCE, terms=1)
+    np.testing.assert_array_equal(np.argmax(np.abs(first), axis=1), np.argmax(cosines, axis=1))
+    assert not as_combinations(np.zeros((1, 16)), SOURCE, terms=4).any()
     twice = np.concatenate([SOURCE[:5], SOURCE[:5], np.zeros((1, 16))])
-    assert len(as_combination(PROMPT[0], twice, terms=16)[0]) == 5
+    assert np.count_nonzero(as_combinations(PROMPT[:1], twice, terms=16)) == 5
+    together = as_combinations(PROMPT, SOURCE, terms=3)
+    for row, vector in zip(together, PROMPT, strict=True):
+        alone = as_combinations(vector[None], SOURCE, terms=3)[0]
+        np.testing.assert_allclose(row, alone, atol=1e-12)
 
 
 def test_the_smallest_dense_combination_is_the_linear_map() -> None:

@@ -117,6 +117,10 @@ CASES |= {
 }
 
 
+# Trained for the contract: each costs a minute of compiling, and one of each method shows it.
+ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.items())}.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """Members after a few steps: as attached, tuned arrays before and after, losses by step."""

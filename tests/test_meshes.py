@@ -12,6 +12,7 @@ COMMON = """
 import re, sys
 import jax, numpy as np
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.division import Division
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import PROMPT, PromptTuning

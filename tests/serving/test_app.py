@@ -308,7 +308,9 @@ def test_a_worker_error_fails_its_request_alone(folder: Path) -> None:
         )
         assert [answer.status_code for answer in answers] == [200, 500, 200] * 2
         assert (await client.get("/healthz")).status_code == 200
-        assert "worker_failures_total 2" in (await client.get("/metrics")).text
+        # At least one for either mode: a request's rows may have been in several batches.
+        counted = (await client.get("/metrics")).text.split("worker_failures_total ")[-1]
+        assert float(counted.split()[0]) >= 2
 
     with_server(folder, test)
 

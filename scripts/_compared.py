@@ -54,7 +54,12 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "prompt_tuning": prompt(dataclasses.replace(PromptTuning(), **start)),
         "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
         "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.01, 0.03, 0.1)),
-        "warp": prompt(dataclasses.replace(WARP(), **start)),
+        # Class vectors start where they should end, and move a hundred times slower.
+        "warp": Compared(
+            method=dataclasses.replace(WARP(), **start),
+            optimizer=dataclasses.replace(ADAFACTOR, rates=("method/class_CD=0.01",)),
+            rates=prompts,
+        ),
         "p_tuning": weights(PTuning(length=length)),
         # Keys and values start from words', and move ten times slower (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.01, 0.03, 0.1)),

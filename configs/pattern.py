@@ -14,7 +14,7 @@ def get_config() -> Experiment:
         model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
         method=PatternTuning(),
         data=Data(task="word_valence", inputs_length=14, targets_length=4),
-        optimizer=Optimizer(learning_rate=0.01, schedule="linear", weight_decay=0.0),
+        optimizer=Optimizer(learning_rate=0.1, schedule="linear", weight_decay=0.0),
         training=Training(
             steps=240, batch_size=32, eval_every=30, save_every=60, workdir="runs/pattern"
         ),

@@ -62,7 +62,7 @@ async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float
     return found
 
 
-def body_of(text: str) -> Any:
+def body_of(text: str, mode: str) -> Any:
     """A function from a task's number to the request for this text."""
-    quoted = json.dumps(text)
-    return lambda task: f'{{"task":"task_{task}","inputs":[{quoted}]}}'.encode()
+    rest = f'"mode":"{mode}","inputs":[{json.dumps(text)}]'
+    return lambda task: f'{{"task":"task_{task}",{rest}}}'.encode()

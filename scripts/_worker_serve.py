@@ -1,6 +1,6 @@
 """Serves a folder of prompts for ``bench_serve``, each task in batches of its own if told to.
 
-python _worker_serve.py MODEL PROMPTS DTYPE LENGTHS APART
+python _worker_serve.py MODEL PROMPTS DTYPE LENGTHS NEW_TOKENS APART
 """
 
 import sys
@@ -17,15 +17,15 @@ from prompt_tuning_jax.serving.server import serve
 
 def main() -> None:
     """Prints the address on one line, then ``ready`` on the next."""
-    name, prompts, dtype, lengths, apart = sys.argv[1:]
+    name, prompts, dtype, lengths, new_tokens, apart = sys.argv[1:]
     keep_compiled_programs()
     experiment = Experiment(
         model=Model(name_or_path=name, dtype=dtype, param_dtype=dtype)  # type: ignore[arg-type]
     )
     serving = Serving(
         lengths=tuple(map(int, lengths.split(","))),
-        modes=("label",),
-        max_new_tokens=16,
+        modes=("label", "generate"),
+        max_new_tokens=int(new_tokens),
         max_queue=256,
     )
     service = open_service(experiment, prompts, serving=serving, apart=apart == "apart")

@@ -53,6 +53,7 @@ class Job:
     owner: Hashable
     apart: Hashable = None
     on_ids: Callable[[list[int]], None] | None = None
+    alone: bool = False  # it was beside others when something failed
     since: float = 0.0
     width: int = 0  # of what the decoder looks at, once it is in a slot
     group: Hashable = field(default=None, repr=False)
@@ -137,10 +138,15 @@ class Batcher:
 
     def _due(self, now: float) -> list[Job]:
         """The next batch, of the group whose first has waited longest; empty where none is due."""
+        entering = True
         for key, group in sorted(self._groups.items(), key=lambda item: item[1][0].since):
             kind = group[0].kind
             most = self._engine.shapes.batch_sizes[-1]
             if kind == "generate":
+                # Who must not be beside those in the slots enters after them, and before others.
+                entering &= all(job.apart == group[0].apart for job in self._slots.values())
+                if not entering:
+                    continue
                 most = min(most, self._engine.shapes.slots - len(self._slots))
             full = len(group) >= most or (kind == "generate" and self._slots) or self._closing
             if not most or not (full or now - group[0].since >= self._max_wait):
@@ -181,16 +187,16 @@ class Batcher:
         for slot in given_up:
             del self._slots[slot]
         width = max((job.width for job in self._slots.values()), default=0)
+        slots = max(self._slots, default=0) + 1
 
         def write() -> Any:
-            return self._engine.write(width=width, given_up=given_up)
+            return self._engine.write(slots=slots, width=width, given_up=given_up)
 
         try:
             seen = await self.call(write)
         except Exception as error:
             _log.exception("a step of writing has failed")
-            self._lose_slots(error)
-            await self.call(self._engine.reset)
+            await self._empty_slots(error)
             return
         written = 0
         for slot, job in list(self._slots.items()):
@@ -240,18 +246,23 @@ class Batcher:
     async def _repair(self, error: Exception) -> None:
         """What a failed program had been given may be gone."""
         if self._engine.table is None:
-            self._lose_slots(error)
-            await self.call(self._engine.reset)
+            await self._empty_slots(error)
         else:
             await self.call(self._engine.cache.clear)
 
-    def _lose_slots(self, error: Exception) -> None:
+    async def _empty_slots(self, error: Exception) -> None:
+        """Each row that was being written begins again, by itself; one that was by itself fails."""
         lost, self._slots = self._slots, {}
-        if lost:
-            _log.error("%d rows that were being written are lost: %s", len(lost), error)
-            self._metrics.failures.inc()
+        await self.call(self._engine.reset)
         for job in lost.values():
-            _fail(job, error)
+            if job.alone:
+                self._metrics.failures.inc()
+                _fail(job, error)
+            elif not job.future.done():
+                job.alone = True
+                job.apart = object()
+                job.group = self._group_of(job)
+                self._groups[job.group] = deque([job])
 
     def _program(self, kind: Kind, rows: Sequence[Row]) -> Any:
         size = next(s for s in self._engine.shapes.batch_sizes if s >= len(rows))

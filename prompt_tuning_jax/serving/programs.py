@@ -25,6 +25,7 @@ EOS = 1
 PLACEMENTS = ("prefix", "after_first", "before_eos")
 _MOST_LOGITS = 2**26  # numbers that are held at once
 KEYS = ("batch", "length", "heads", "kv")
+_WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a Table
 
 
 @jax.tree_util.register_dataclass
@@ -144,17 +145,26 @@ class Programs:
             )
 
     def write(
-        self, params: FlatParams, table: Table, given_up_M: Array, *, width: int, steps: int
+        self,
+        params: FlatParams,
+        table: Table,
+        given_up_M: Array,
+        *,
+        slots: int,
+        width: int,
+        steps: int,
     ) -> tuple[Table, Written]:
         """Writes the most probable token in every slot that is not done, ``steps`` times at most.
 
-        Slots that are ``given_up`` are done.  The decoder looks at the first ``width`` positions,
-        which must hold all that was read.
+        Slots that are ``given_up`` are done.  The first ``slots`` must hold all that are not, and
+        the first ``width`` positions, at which the decoder looks, all that was read.
         """
         with laying_out(self.layout):
             model = tree.merge(self.graphdef, params)
-            cross = jax.tree.map(lambda x: x[:, :width], table.cross)
-            mask_MU = table.mask_MU[:, :width]
+            table = replace(table, done_M=table.done_M | given_up_M)
+            used: Table = jax.tree.map(lambda x: x[:slots], table)
+            cross = jax.tree.map(lambda x: x[:, :width], used.cross)
+            used = replace(used, cross=cross, mask_MU=used.mask_MU[:, :width])
 
             def step_of_one(token: Any, position: Any, cache: Any, cross: Any, mask: Any) -> Any:
                 cache, cross = jax.tree.map(lambda x: x[None], (cache, cross))
@@ -169,7 +179,7 @@ class Programs:
             def step(state: tuple[Array, Table]) -> tuple[Array, Table]:
                 number, table = state
                 logits_MV, caches = jax.vmap(step_of_one)(
-                    table.token_M, table.position_M, table.caches, cross, mask_MU
+                    table.token_M, table.position_M, table.caches, table.cross, table.mask_MU
                 )
                 logits_MV = logits_MV.astype(jnp.float32)
                 chosen_M = jnp.argmax(logits_MV, axis=-1).astype(jnp.int32)
@@ -188,8 +198,16 @@ class Programs:
                     ids_MS=table.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
                 )
 
-            table = replace(table, done_M=table.done_M | given_up_M)
-            _, table = lax.while_loop(unfinished, step, (jnp.int32(0), table))
+            _, used = lax.while_loop(unfinished, step, (jnp.int32(0), used))
+            changed = {
+                name: jax.tree.map(
+                    lambda whole, part: whole.at[:slots].set(part),
+                    getattr(table, name),
+                    getattr(used, name),
+                )
+                for name in _WRITTEN
+            }
+            table = replace(table, **changed)
             seen = Written(table.ids_MS, table.position_M, table.score_M, table.done_M)
             # Its own copy: the table itself is given away to the next call.
             return table, jax.tree.map(jnp.copy, replicate(seen))

@@ -29,7 +29,8 @@ class Counting(Engine):
         self.gate = threading.Event()
         self.gate.set()
         self.poison = -1
-        self.poison_writing = False
+        self.poison_writing: set[int] = set()
+        self.written_together: list[list[int]] = []
         self.rows: dict[int, tuple[Row, int]] = {}
         self.seconds = {program: 1.0 for program in SHAPES.programs()}
 
@@ -42,12 +43,13 @@ class Counting(Engine):
         assert not {*slots} & {*self.rows}
         self.rows.update({slot: (row, 0) for slot, row in zip(slots, rows, strict=True)})
 
-    def write(self, *, width: int, given_up: Any = ()) -> Written:
-        if self.poison_writing:
-            self.poison_writing = False
-            raise RuntimeError("writing failed")
+    def write(self, *, slots: int, width: int, given_up: Any = ()) -> Written:
         for slot in given_up:
             self.rows.pop(slot)
+        assert all(slot < slots for slot in self.rows)
+        self.written_together.append(sorted(row.ids[0] for row, _ in self.rows.values()))
+        if any(row.ids[0] in self.poison_writing for row, _ in self.rows.values()):
+            raise RuntimeError("writing failed")
         seen: Any = [[[]] * 4, [0] * 4, [0.0] * 4, [True] * 4]
         import numpy as np
 
@@ -112,6 +114,19 @@ def test_jobs_that_are_to_stay_apart_do() -> None:
         batcher.submit(jobs)
         await asyncio.gather(*(one.future for one in jobs))
         assert sorted(engine.batches) == [[2, 4], [3, 5]]
+
+    with_batcher(test)
+
+
+def test_rows_that_are_to_stay_apart_are_not_written_together() -> None:
+    async def test(batcher: Batcher, engine: Counting) -> None:
+        jobs = [job(n, 1, kind="generate", limit=4, apart=n % 2) for n in range(2, 6)]
+        batcher.submit(jobs)
+        score = job(9, 1)
+        batcher.submit([score])
+        await asyncio.gather(*(one.future for one in (*jobs, score)))
+        assert {len({n % 2 for n in row}) for row in engine.written_together if row} == {1}
+        assert engine.written_together[0] == [2, 4]
 
     with_batcher(test)
 
@@ -233,16 +248,24 @@ def test_text_is_followed_and_given_up() -> None:
     with_batcher(test)
 
 
-def test_a_step_of_writing_that_fails_frees_all_slots() -> None:
+def test_a_step_of_writing_that_fails_fails_the_row_that_made_it_fail() -> None:
     async def test(batcher: Batcher, engine: Counting) -> None:
-        engine.poison_writing = True
-        lost = job(2, 1, kind="generate")
-        batcher.submit([lost])
+        engine.poison_writing = {3}
+        pieces: list[list[int]] = []
+        jobs = [job(n, 1, kind="generate") for n in (2, 4)]
+        jobs.append(job(3, 1, kind="generate", on_ids=pieces.append))
+        batcher.submit(jobs)
+        later = [job(n, 1, kind="generate") for n in (5, 6)]
         with pytest.raises(WorkerFailedError):
-            await lost.future
-        after = job(3, 1, kind="generate")
-        batcher.submit([after])
-        assert (await after.future).ids == [3, 3]
+            await jobs[2].future
+        batcher.submit(later)
+        for one in (*jobs[:2], *later):
+            assert (await one.future).ids == [one.row.ids[0]] * 2
+        assert engine.written_together[0] == [2, 3, 4]
+        again = [together for together in engine.written_together[1:] if {*together} & {2, 3, 4}]
+        assert all(len(together) == 1 for together in again)
+        assert engine.written_together.count([3]) == 1
+        assert not pieces
 
     with_batcher(test)
 

@@ -135,7 +135,8 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
             slots.update(zip(free, now, strict=False))
         if not slots:
             break
-        seen = engine.write(width=23)
+        # As few slots as hold them all, or more.
+        seen = engine.write(slots=max(slots) + 1, width=23)
         for slot, number in list(slots.items()):
             if seen.done_M[slot]:
                 length = int(seen.position_M[slot])
@@ -156,7 +157,7 @@ def test_a_slot_that_is_given_up_is_free_at_once() -> None:
     engine.reset()
     rows = [Row(ids=(5, 1), limit=6), Row(ids=(6, 1), limit=6)]
     engine.admit(rows, [0, 2], engine.program_for("generate", rows, 4))
-    seen = engine.write(width=23, given_up=[0])
+    seen = engine.write(slots=3, width=23, given_up=[0])
     assert seen.done_M[0] and seen.position_M[0] == 0
     assert seen.position_M[2] > 0
 

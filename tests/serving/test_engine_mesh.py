@@ -37,7 +37,7 @@ def answers(model, layout):
     engine.compile()
     scores = engine.score(rows, engine.program_for("score", rows, 4))
     engine.admit(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
-    return np.array(scores), [np.asarray(x) for x in engine.write(width=13)]
+    return np.array(scores), [np.asarray(x) for x in engine.write(slots=4, width=13)]
 
 
 for quantization in ("none", "int8"):

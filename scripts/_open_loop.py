@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 _CONNECTIONS = 400
+_IDLE = 2.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ def poisson(rate: float, seconds: float, *, tasks: int, examples: int, seed: int
 async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float | None]:
     """Seconds from each arrival to its answer; None where it was refused or failed."""
     host, port = address.removeprefix("http://").split(":")
-    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    free: deque[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = deque()
     limit = asyncio.Semaphore(_CONNECTIONS)
     began = time.perf_counter()
 
@@ -43,7 +45,11 @@ async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float
         await asyncio.sleep(load.at[number] - (time.perf_counter() - began))
         body = bodies[load.example[number]](load.task[number])
         async with limit:
-            reader, writer = free.pop() if free else await asyncio.open_connection(host, int(port))
+            # One that has long been idle may be closed by the server just now.
+            while free and time.perf_counter() - free[0][0] > _IDLE:
+                free.popleft()[2].close()
+            opened = free.pop()[1:] if free else await asyncio.open_connection(host, int(port))
+            reader, writer = opened
             head = (
                 f"POST /v1/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n"
@@ -52,12 +58,12 @@ async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float
             answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             length = int(answer.partition("content-length:")[2].split("\r\n")[0])
             await reader.readexactly(length)
-            free.append((reader, writer))
+            free.append((time.perf_counter(), reader, writer))
         good = " 200 " in answer.split("\r\n", 1)[0]
         return time.perf_counter() - began - load.at[number] if good else None
 
     found = await asyncio.gather(*(one(number) for number in range(len(load.at))))
-    for _, writer in free:
+    for _, _, writer in free:
         writer.close()
     return found
 

@@ -265,8 +265,10 @@ def _serve(args: argparse.Namespace) -> None:
         raise UserError(f"--prompts {args.prompts}: no such folder")
     from prompt_tuning_jax.compilation import keep_compiled_programs
     from prompt_tuning_jax.overrides import apply_overrides
+    from prompt_tuning_jax.serving.heap import keep_freed_memory
     from prompt_tuning_jax.validation import validate
 
+    keep_freed_memory()
     keep_compiled_programs()
     overrides = [f"model.name_or_path={args.model}"] if args.model else []
     overrides += mesh_overrides(args.mesh) if args.mesh else []

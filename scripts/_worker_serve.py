@@ -12,12 +12,14 @@ from prompt_tuning_jax.commands.serving import Serving, open_service
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.experiment import Experiment, Model
 from prompt_tuning_jax.serving.app import make_app
+from prompt_tuning_jax.serving.heap import keep_freed_memory
 from prompt_tuning_jax.serving.server import serve
 
 
 def main() -> None:
     """Prints the address on one line, then ``ready`` on the next."""
     name, prompts, dtype, lengths, new_tokens, apart = sys.argv[1:]
+    keep_freed_memory()
     keep_compiled_programs()
     experiment = Experiment(
         model=Model(name_or_path=name, dtype=dtype, param_dtype=dtype)  # type: ignore[arg-type]

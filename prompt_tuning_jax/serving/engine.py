@@ -1,5 +1,6 @@
 """The model on the device and its compiled programs; no network, no waiting, one thread."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ class Engine:
 
     def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Makes every program and runs it; ``report`` is called with the name of each."""
-        threads = ThreadPoolExecutor(thread_name_prefix="compile")
+        threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
         jobs = [(key, name, threads.submit(make)) for key, name, make in self._to_compile()]
         try:
             for key, name, job in jobs:

@@ -19,6 +19,7 @@ from prompt_tuning_jax.distributed import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.watch import Watch
 from tests import tiny_run
+from tests.devices import with_devices
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -225,8 +226,7 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "PYTHONPATH": str(tiny_run.ROOT), "XLA_FLAGS": flags}
+    environment = with_devices(devices, PYTHONPATH=str(tiny_run.ROOT))
     started = []
     for index in range(count):
         said = config.with_suffix(f".{index}").open("w")
@@ -300,7 +300,7 @@ def said_by(config: Path, index: int) -> str:
     ("count", "devices", "mesh"),
     [
         (2, 2, "data=1,dcn_data=2,model=2"),
-        (4, 2, "data=2,fsdp=2,model=2"),
+        (2, 4, "data=2,fsdp=2,model=2"),
     ],
 )
 def test_several_processes_train_as_one_does(

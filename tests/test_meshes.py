@@ -1,12 +1,13 @@
 """Runs over eight devices equal the run on one, and what crosses the mesh in a step is little."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.devices import with_devices
 
 COMMON = """
 import re, sys
@@ -102,7 +103,7 @@ print(compiled(Layout(mesh=make_mesh(data=2, fsdp=2, model=2))))
 
 
 def on_eight_devices(code: str) -> str:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = with_devices(8)
     done = subprocess.run(
         [sys.executable, "-c", COMMON + code],
         cwd=Path(__file__).resolve().parents[1],

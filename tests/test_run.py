@@ -339,21 +339,6 @@ def test_killed_anywhere_and_continued_it_is_the_same_run(
         assert outcome(folder) == uninterrupted, f"killed before {names[point - 1]} ({point})"
 
 
-@pytest.mark.slow
-def test_killed_at_many_points_it_is_the_same_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    compiled_once: None,
-    uninterrupted: dict[str, Any],
-) -> None:
-    names = _points(monkeypatch, tmp_path / "points")
-    for point in range(2, len(names) + 1, 4):  # all of them pass too, and take a minute more
-        folder = tmp_path / str(point)
-        _kill_at(monkeypatch, folder, point)
-        assert train(experiment(folder, INTERRUPTED), quiet=True).finished
-        assert outcome(folder) == uninterrupted, f"killed before {names[point - 1]} ({point})"
-
-
 def test_killed_again_and_again_it_is_the_same_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -402,11 +387,11 @@ def test_really_killed_it_is_the_same_run(tmp_path: Path) -> None:
     config = tiny_run.write_config(tmp_path / "c.py", experiment(killed, changes))
     draw = random.Random(0)
     kills = 0
-    for _ in range(60):
+    for _ in range(20):
         process = tiny_run.start("train", config)
         log = killed / "metrics.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
-        if kills < 6:
+        if kills < 3:
             # Its start, imports and compilation, is of any length: wait until it has gone on.
             while process.poll() is None and (
                 not log.exists() or log.stat().st_mtime_ns in (before, 0)
@@ -419,7 +404,7 @@ def test_really_killed_it_is_the_same_run(tmp_path: Path) -> None:
             break
         assert process.returncode == -signal.SIGKILL, errors
         kills += 1
-    assert process.returncode == 0 and kills >= 3
+    assert process.returncode == 0 and kills >= 2
     assert outcome(killed) == outcome(whole)
 
 

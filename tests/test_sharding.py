@@ -1,6 +1,5 @@
 """The table of axes, the mesh, and one training step on eight devices against one."""
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from prompt_tuning_jax.sharding import (
 )
 from prompt_tuning_jax.validation import validate
 from tests import tiny_run
+from tests.devices import with_devices
 
 
 def test_the_table_names_mesh_axes_only():
@@ -220,7 +220,7 @@ else:
 
 
 def test_eight_devices_train_as_one_does():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = with_devices(8)
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
         cwd=Path(__file__).resolve().parents[1],

@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
 from prompt_tuning_jax.models.config import T5Config, preset
+from tests.devices import with_devices
 
 CONFIG = T5Config(
     vocab_size=100,
@@ -105,11 +105,7 @@ for spec in (PartitionSpec(), PartitionSpec("fsdp"), PartitionSpec("model", "fsd
 
 def test_sharded_parameters() -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": f"{root}:{Path(__file__).parent}",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = with_devices(4, PYTHONPATH=f"{root}:{Path(__file__).parent}", JAX_PLATFORMS="cpu")
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True
     )

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from prompt_tuning_jax.checkpoints import progress as progress_module
 from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray
 from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
 from prompt_tuning_jax.checkpoints.placement import place, read_as
+from tests.devices import with_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 ARRAY = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
@@ -168,11 +168,10 @@ print("fine")
 
 
 def start(process: int, processes: int, *arguments: str) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={8 // processes}"
     return subprocess.Popen(
         [sys.executable, "-c", MANY_DEVICES, str(process), str(processes), *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env=with_devices(8 // processes),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

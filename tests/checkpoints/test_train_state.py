@@ -15,6 +15,7 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.train_state import restore_latest, save
 from prompt_tuning_jax.errors import UserError
+from tests.devices import device_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -248,7 +249,6 @@ print("fine")
 
 
 def test_sharded_states_onto_the_same_and_another_mesh(tmp_path: Path) -> None:
-    flags = "--xla_force_host_platform_device_count=4"
-    output, errors = run_python(ON_A_MESH, str(tmp_path), XLA_FLAGS=flags).communicate()
+    output, errors = run_python(ON_A_MESH, str(tmp_path), XLA_FLAGS=device_flags(4)).communicate()
     assert output == "fine\n", errors
     assert errors == ""

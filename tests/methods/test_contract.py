@@ -1,7 +1,6 @@
 """What every method keeps to, whatever it trains: one table, one set of properties."""
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from prompt_tuning_jax.overrides import from_json, to_json
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.validation import validate
 from tests import tiny_run
+from tests.devices import with_devices
 from tests.method_cases import CASES, LABELS, ONE_OF_EACH, experiment, model, steps_from, trained
 from tests.micro import call, make_batch
 
@@ -196,11 +196,10 @@ def test_eight_devices_train_as_one_does(tmp_path: Path) -> None:
     file = tmp_path / "one.npz"
     arrays = {f"{n}:{key}": a for n in ONE_OF_EACH for key, a in trained(n).after.items()}
     np.savez(file, **arrays)
-    flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
     done = subprocess.run(
         [sys.executable, "-c", EIGHT, str(file)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env=with_devices(8, PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
         timeout=1200,

@@ -5,7 +5,6 @@ What a product costs in memory is read from the compiled program: full kernels m
 
 import dataclasses
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from prompt_tuning_jax.models.quantization import (
     quantized_dot,
 )
 from tests import tiny_run
+from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_0, D, Trainer, make_batch, make_t5, normal, token_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,7 +253,7 @@ def test_a_mesh_holds_the_same_numbers_each_device_its_part():
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, folder()],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=with_devices(8),
         capture_output=True,
         text=True,
         timeout=300,

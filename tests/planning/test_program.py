@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
 from prompt_tuning_jax.sharding import make_mesh
+from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_1, make_t5
 
 EXPERIMENT = Experiment(
@@ -73,7 +73,7 @@ def test_the_eval_step_compiles_from_shapes():
 
 
 def test_only_the_prompts_gradient_and_scalars_cross_data():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = with_devices(8)
     done = subprocess.run(
         [sys.executable, "-c", EIGHT],
         cwd=Path(__file__).resolve().parents[2],

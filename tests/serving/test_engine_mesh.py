@@ -1,11 +1,11 @@
 """The engine on eight devices computes what it computes on one, quantised models too."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.devices import with_devices
 from tests.tiny_run import ROOT, model_folder
 
 CODE = """
@@ -56,11 +56,10 @@ for quantization in ("none", "int8"):
 
 @pytest.mark.slow
 def test_eight_devices_answer_as_one() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(model_folder())],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env=with_devices(8),
         capture_output=True,
         text=True,
         timeout=400,

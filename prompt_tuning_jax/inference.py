@@ -306,7 +306,7 @@ def _write(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
-    size = {"num_rows": rows, "max_length": writing.max_length}
+    size: dict[str, Any] = {"num_rows": rows, "max_length": writing.max_length}
     if writing.strategy == "beam":
         beams = beam_search(
             step, cache, num_beams=writing.num_beams, rule=writing.beam_rule, **size

@@ -17,7 +17,7 @@ from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, is_tuned_file,
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.methods import Context, Method, mask_of, peft_prompts, peft_weights
+from prompt_tuning_jax.methods import Attached, Context, Method, mask_of, peft_prompts, peft_weights
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.overrides import method_from_json, method_to_json
@@ -114,6 +114,19 @@ def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> 
     )
 
 
+def attach_stored(method: Method, model: T5, *, labels: tuple[str, ...], tasks: int) -> Attached:
+    """A trained method on the model, before its arrays are put in; UserError where it cannot be."""
+    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
+    # How it began is over, and what it began from may be gone.
+    fresh: Any = method
+    if hasattr(method, "init"):
+        fresh = dataclasses.replace(fresh, init="uniform")
+    attached = fresh.attach(model, key=jax.random.key(0), context=context)
+    params = tree.split(attached)[1]
+    build.require_trainable({name: p for name, p in params.items() if method.trains(name)})
+    return build.with_config(attached, method)
+
+
 def _members(
     method: Method,
     tuned: Mapping[str, HostArray],
@@ -125,17 +138,10 @@ def _members(
     of: str,
 ) -> build.Members:
     """The method attached to the model with these arrays, which have a leading axis E."""
-    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
-    # How it began is over, and what it began from may be gone.
-    fresh: Any = method
-    if hasattr(method, "init"):
-        fresh = dataclasses.replace(fresh, init="uniform")
-    key = jax.random.key(0)
-    attached = build.with_config(fresh.attach(model, key=key, context=context), method)
+    attached = attach_stored(method, model, labels=labels, tasks=len(tasks))
     graphdef, params = tree.split(attached)
     frozen = {name: p for name, p in params.items() if not method.trains(name)}
     own = {name: p for name, p in params.items() if method.trains(name)}
-    build.require_trainable(own)
     # Shapes alone: what is tuned has a leading axis E.
     tree.require_same_shapes(
         {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in tuned.items()},

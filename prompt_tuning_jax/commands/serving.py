@@ -14,6 +14,7 @@ from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.models.t5 import T5
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.serving.limits import Limits
@@ -115,6 +116,7 @@ def open_service(
 
     ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
     """
+    from prompt_tuning_jax.commands.served_methods import methods_of
     from prompt_tuning_jax.serving.engine import Engine
     from prompt_tuning_jax.serving.folder import CHANGES, KeptChanges
     from prompt_tuning_jax.serving.service import Service
@@ -134,18 +136,24 @@ def open_service(
         longest=serving.max_prompt_length or None,
         longest_label=serving.max_new_tokens,
     )
-    tasks = _tasks_in(folder, fits)
+    tasks = _tasks_in(folder, fits, model)
     kept = KeptChanges(folder) if changes or (folder / CHANGES).is_dir() else None
     if kept is not None:
         tasks = kept.apply(tasks, fits)
     if not tasks and not changes:
         raise UserError(
-            f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts, "
-            f"or set {ADMIN_TOKEN} to add some later"
+            f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts or "
+            f"runs, or set {ADMIN_TOKEN} to add some later"
         )
     shapes = _shapes(serving, tasks, changes=changes)
     on_mesh = None if layout.is_trivial else layout
-    engine = Engine(model, shapes=shapes, cache_rows=serving.cache_rows, layout=on_mesh)
+    engine = Engine(
+        model,
+        shapes=shapes,
+        cache_rows=serving.cache_rows,
+        layout=on_mesh,
+        methods=methods_of([*tasks.values()]),
+    )
     return Service(
         engine,
         Tasks(tasks),
@@ -157,33 +165,34 @@ def open_service(
     )
 
 
-def _tasks_in(folder: Path, fits: "Fits") -> "dict[str, ServedTask]":
+def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":
+    from prompt_tuning_jax.commands.served_methods import MethodsIn, require_sees_all
     from prompt_tuning_jax.serving.folder import find_tasks, load_found
 
     tasks: dict[str, ServedTask] = {}
+    methods_in = MethodsIn(model, fits)
     for found in find_tasks(folder):
         run = run_config(str(found.files[0])) if found.files[0].is_file() else None
         if run is not None and isinstance(run.method, PromptTuning):
-            method = run.method
-            sees_all = method.prompt_to_input and method.input_to_prompt
-            if not sees_all or method.prompt_to_prompt != "all":
+            require_sees_all(run.method, found.files[0])
+            found = replace(found, placement=run.method.placement)
+        for task in load_found(found, fits, methods_in):
+            if task.name in tasks:
                 raise UserError(
-                    f"{found.files[0]}: its run limits who sees the prompt (method.prompt_to_input "
-                    "and the like), which is not served"
+                    f"{found.files[0]}: there is another task {task.name!r}; rename one"
                 )
-            found = replace(found, placement=method.placement)
-        task = load_found(found, fits)
-        if task.name in tasks:
-            raise UserError(f"{found.files[0]}: there is another task {task.name!r}; rename one")
-        tasks[task.name] = task
+            tasks[task.name] = task
     return tasks
 
 
 def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, changes: bool) -> "Shapes":
     from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
+    from prompt_tuning_jax.serving.tasks import ServedPrompt
 
-    known = [len(prompt.prompt_PD) for task in tasks.values() for prompt in task.prompts]
-    longest = serving.max_prompt_length or max([*known, *([_LONGEST_UPLOAD] * changes)])
+    every = [prompt for task in tasks.values() for prompt in task.prompts]
+    known = [len(prompt.prompt_PD) for prompt in every if isinstance(prompt, ServedPrompt)]
+    # The bare model is served too, and has a prompt of no position of one.
+    longest = serving.max_prompt_length or max([1, *known, *([_LONGEST_UPLOAD] * changes)])
     kinds: list[Kind] = []
     if {"label", "score"} & {*serving.modes}:
         kinds.append("score")

@@ -37,12 +37,14 @@ def greedy(
     *,
     num_rows: int,
     max_length: int,
+    limit_N: Array | None = None,
     eos_id: int = 1,
     start_id: int = 0,
 ) -> Decoded:
     """Writes the most probable token at every step (the lowest id where several are equal).
 
-    Writes at most ``max_length`` tokens a row, and stops when every row has ended.
+    Writes at most ``max_length`` tokens a row, of each row no more than its ``limit_N``, and stops
+    when every row has ended.
     """
 
     def most_probable(logits_NV: Array, position: Array) -> Array:
@@ -54,6 +56,7 @@ def greedy(
         choose=most_probable,
         num_rows=num_rows,
         max_length=max_length,
+        limit_N=limit_N,
         eos_id=eos_id,
         start_id=start_id,
     )
@@ -74,6 +77,7 @@ def write_tokens(
     choose: Choice,
     num_rows: int,
     max_length: int,
+    limit_N: Array | None = None,
     eos_id: int,
     start_id: int,
 ) -> Decoded:
@@ -98,6 +102,8 @@ def write_tokens(
             lengths_N=jnp.where(loop.done_N, lengths_N, lengths_N + 1),
         )
         done_N = loop.done_N | (chosen_N == eos_id)
+        if limit_N is not None:
+            done_N |= loop.position + 1 >= limit_N
         return _Loop(loop.position + 1, tokens_N, done_N, decoded, cache)
 
     start = _Loop(

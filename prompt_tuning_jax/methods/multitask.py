@@ -209,7 +209,7 @@ class TaskPrompts(MethodModule):
         return Slots(encoder_input=model.embed(tokens_BT, prompt))
 
 
-def combined(combine: Combine, arrays: Mapping[str, Array], task: int) -> Array:
+def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: int) -> Array:
     """The plain prompt ``[P, D]`` of one task (``[P + Q, D]`` of a concatenation).
 
     ``arrays`` are those of one member by path, as the tuned ones of a run.  It is what

@@ -9,15 +9,14 @@ from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from prompt_tuning_jax.serving import schema
 from prompt_tuning_jax.serving.guard import Guard, bearer
 from prompt_tuning_jax.serving.limits import RefusedError
+from prompt_tuning_jax.serving.replies import as_json, handle_errors, info_of, status_of
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.tasks import NAME, ServedTask
+from prompt_tuning_jax.serving.tasks import NAME
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "the bearer token is missing or wrong"},
@@ -92,7 +91,7 @@ def make_app(
         upload_bytes=upload_bytes + 100_000,
         seconds=limits.deadline_seconds,
     )
-    _handle_errors(app)
+    handle_errors(app)
     reader = [Depends(bearer(token))]
     admin = [Depends(bearer(admin_token))]
 
@@ -106,12 +105,12 @@ def make_app(
         """Whether the server lives: also while it compiles, and until it has ended."""
         failed = app.state.starting.done() and app.state.starting.exception() is not None
         working = service.state == "starting" or service.batcher.alive
-        return _status(service, 200 if working and not failed else 500)
+        return status_of(service, 200 if working and not failed else 500)
 
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
     def readyz() -> Response:
         """Whether it takes requests: after everything is compiled, and before it ends."""
-        return _status(service, 200 if service.state == "ready" else 503)
+        return status_of(service, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:
@@ -146,7 +145,7 @@ def make_app(
                     await task
         seconds = time.perf_counter() - began
         service.metrics.seconds.labels(body.mode).observe(seconds)
-        return _json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
+        return as_json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
 
     @app.get(
         "/v1/tasks",
@@ -164,10 +163,10 @@ def make_app(
         page = names[start : start + limit]
         found = [task for name in page if (task := service.tasks.get(name)) is not None]
         more = start + limit < len(names)
-        return _json(
+        return as_json(
             schema.TaskList(
                 model=service.model_name,
-                tasks=[_info(task) for task in found],
+                tasks=[info_of(task) for task in found],
                 total=len(names),
                 next=page[-1] if more else None,
             )
@@ -191,7 +190,7 @@ def make_app(
             )
             for prompt, positions in await service.nearest_words(name)
         ]
-        return _json(schema.TaskWords(task=name, prompts=prompts))
+        return as_json(schema.TaskWords(task=name, prompts=prompts))
 
     if admin_token:
 
@@ -215,7 +214,7 @@ def make_app(
             """
             content = await request.body()
             task = await service.put_prompt(name, content, prompt=prompt, labels=label)
-            return _json(_info(task))
+            return as_json(info_of(task))
 
         @app.delete(
             "/v1/tasks/{name}",
@@ -252,72 +251,3 @@ async def _streamed(service: Service, body: schema.PredictRequest, began: float)
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(RefusedError)
-    async def refused(request: Request, error: RefusedError) -> Response:
-        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        if error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return _error(error.status, error.message, field=error.field, headers=headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = ""
-        where = () if first["type"] == "json_invalid" else first["loc"][1:]
-        for part in where:
-            if isinstance(part, int):
-                field += f"[{part}]"
-            elif part.isidentifier():  # others name a branch of a type
-                field += f".{part}" if field else part
-        for branch in (".str", ".constrained_str"):
-            field = field.removesuffix(branch)
-        return _error(422, first["msg"], field=field or "body")
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # the framework's word for bytes that are no UTF-8
-            return _error(422, "the body is no JSON", field="body")
-        return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-
-
-def _status(service: Service, code: int) -> Response:
-    status = schema.Status(
-        status=service.state,
-        rows_per_second=round(service.metrics.rows_per_second(), 2),
-        waiting=service.batcher.waiting if service.state != "starting" else 0,
-        compiled=service.compiled,
-        to_compile=service.to_compile,
-    )
-    return JSONResponse(status.model_dump(), status_code=code)
-
-
-def _info(task: ServedTask) -> schema.TaskInfo:
-    prompts = []
-    for prompt in task.prompts:
-        known = prompt.metadata
-        prompts.append(
-            schema.PromptInfo(
-                name=prompt.name,
-                length=len(prompt.prompt_PD),
-                seed=known.seed,
-                steps=known.steps,
-                metric=known.metric or None,
-                score=known.score,
-                trained_on=known.task or None,
-            )
-        )
-    return schema.TaskInfo(name=task.name, labels=list(task.labels), prompts=prompts)
-
-
-def _json(model: Any) -> Response:
-    return Response(model.model_dump_json(exclude_none=True), media_type="application/json")
-
-
-def _error(
-    status: int, message: str, *, field: str | None = None, headers: dict[str, str] | None = None
-) -> Response:
-    body = schema.Error(error=schema.ErrorBody(message=message, field=field))
-    return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.metrics import Metrics
+from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Kind
 
 T = TypeVar("T")
@@ -119,8 +120,8 @@ class Batcher:
             self.drop_gone()
             batch = self._due(loop.time())
             if batch:
-                kind = batch[0].kind
-                await (self._score(batch) if kind == "score" else self._admit(batch))
+                computing = {"score": self._score, "write": self._write_whole}
+                await computing.get(batch[0].kind, self._admit)(batch)
             if self._slots:
                 await self._write()
             elif not batch:
@@ -167,6 +168,17 @@ class Batcher:
     def _score_now(self, jobs: list[Job]) -> list[list[float]]:
         rows = [job.row for job in jobs]
         return self._engine.score(rows, self._program("score", rows))
+
+    async def _write_whole(self, jobs: list[Job]) -> None:
+        for job, (ids, log_prob) in await self._computed(jobs, self._write_whole_now):
+            if job.on_ids is not None and not job.future.done():
+                job.on_ids(ids)
+            _answer(job, WrittenRow(ids=ids, log_prob=log_prob))
+            self._metrics.tokens.inc(len(ids))
+
+    def _write_whole_now(self, jobs: list[Job]) -> list[tuple[list[int], float]]:
+        rows = [job.row for job in jobs]
+        return self._engine.write_whole(rows, self._program("write", rows))
 
     async def _admit(self, jobs: list[Job]) -> None:
         for job, slot in await self._computed(jobs, self._admit_now):

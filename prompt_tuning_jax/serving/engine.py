@@ -4,9 +4,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import jax
@@ -17,42 +16,40 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.models.attention import SelfCache
-from prompt_tuning_jax.models.slots import KeyValues
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.serving.device_cache import DeviceCache
-from prompt_tuning_jax.serving.programs import KEYS, Programs, Rows, Table, Written
+from prompt_tuning_jax.serving.methods import Methods
+from prompt_tuning_jax.serving.placing import placed
+from prompt_tuning_jax.serving.programs import Programs, Rows
+from prompt_tuning_jax.serving.rows import Row, limit_array, target_array, token_array
 from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
+from prompt_tuning_jax.serving.structures import ServedMethod
+from prompt_tuning_jax.serving.table import Written, empty_table
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from prompt_tuning_jax.typing import HostArray
 
 NEAREST = 5  # words of each prompt position
 _LONG_ENOUGH = 0.2  # seconds that need not be measured again
 _STEPS = 4  # tokens that are written before anybody may enter or leave
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One input with one prompt (None: the bare model), and what is wanted of it.
-
-    ``ids`` and ``targets`` have their end of sequence; ``limit`` is in tokens.
-    """
-
-    ids: tuple[int, ...]
-    prompt: ServedPrompt | None = None
-    targets: tuple[tuple[int, ...], ...] = ()
-    limit: int = 0
+_TIMED_STEPS = 16  # tokens of a text, where a whole batch is timed
 
 
 class Engine:
-    """Scores and writes for rows of any mix of prompts, lengths and targets.
+    """Scores and writes for rows of any mix of prompts, lengths and targets, or of one method.
 
     ``compile`` comes first.  All calls are for one thread at a time.
     """
 
     def __init__(
-        self, model: T5, *, shapes: Shapes, cache_rows: int = 256, layout: Layout | None = None
+        self,
+        model: T5,
+        *,
+        shapes: Shapes,
+        cache_rows: int = 256,
+        layout: Layout | None = None,
+        methods: Sequence[ServedMethod] = (),
     ) -> None:
+        """``cache_rows`` prompts and as many methods are on the device at once."""
         if model.vocabulary is None:
             raise UserError("this model came without a vocabulary, and a server takes texts")
         self.shapes = shapes
@@ -70,9 +67,14 @@ class Engine:
             copy_sizes=shapes.batch_sizes,
             layout=layout,
         )
+        self.methods = Methods(methods, shapes=shapes, most=cache_rows, layout=layout)
         self._made: dict[Any, Any] = {}
         self.seconds: dict[Program, float] = {}  # of each program, measured once
-        self.table = self._empty_table()
+        self.table: Any = self._empty_table()
+
+    def programs(self) -> Iterator[Program]:
+        """Everything that reads inputs."""
+        return chain(self.shapes.programs(), self.methods.programs())
 
     def steps_to_compile(self) -> int:
         """How many times ``compile`` reports."""
@@ -88,7 +90,7 @@ class Engine:
                 report(name)
         finally:
             threads.shutdown(cancel_futures=True)
-        for program in self.shapes.programs():
+        for program in self.programs():
             self.seconds[program] = self._seconds_of(program)
         self.reset()
 
@@ -104,7 +106,8 @@ class Engine:
         """The smallest that holds these rows, with ``size`` rows."""
         length = self.shapes.length_for(max(len(row.ids) for row in rows))
         lengths = [0 if row.prompt is None else len(row.prompt.prompt_PD) for row in rows]
-        prompt_length = self.shapes.prompt_length_for(max(lengths))
+        structure = None if rows[0].method is None else rows[0].method.structure
+        prompt_length = 0 if structure else self.shapes.prompt_length_for(max(lengths))
         targets = None
         if kind == "score":
             longest = max(len(ids) for row in rows for ids in row.targets)
@@ -112,38 +115,47 @@ class Engine:
         if length is None or prompt_length is None or (kind == "score" and targets is None):
             raise UserError("a row is longer than every shape that this server has compiled")
         return Program(
-            kind=kind, length=length, rows=size, prompt_length=prompt_length, targets=targets
+            kind=kind,
+            length=length,
+            rows=size,
+            prompt_length=prompt_length,
+            targets=targets,
+            structure=structure,
         )
 
     def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
         """The summed log-probability of each target of each row."""
-        assert program.targets is not None
-        shape = (program.rows, program.targets.number, program.targets.length)
-        targets_BCS = np.zeros(shape, np.int32)
-        targets_BCS[:, :, 0] = 1  # what is to spare is a text that ends at once
-        for targets_CS, row in zip(targets_BCS, rows, strict=False):
-            for target_S, ids in zip(targets_CS, row.targets, strict=False):
-                target_S[: len(ids)] = ids
-        placed = self._placed_rows(rows, program)
-        targets = self._place(targets_BCS, ("batch", None, None))
-        made = self._made[program]
-        scores_BC = np.asarray(made(self._params, self.cache.prompts_NPD, placed, targets))
+        targets = self._place(target_array(rows, program), ("batch", None, None))
+        if program.structure is None:
+            placed_rows = self._placed_rows(rows, program)  # copies prompts to the device
+            given: Any = self.cache.prompts_NPD, placed_rows
+        else:
+            given = self.methods.tuned_of(rows), self._placed_tokens(rows, program)
+        scores_BC = np.asarray(self._made[program](self._params, *given, targets))
         return [
             scores_C[: len(row.targets)].tolist()
             for row, scores_C in zip(rows, scores_BC, strict=False)
         ]
 
+    def write_whole(self, rows: Sequence[Row], program: Program) -> list[tuple[list[int], float]]:
+        """The ids that each row writes to its end or limit, and their log-probability."""
+        given = self._placed_tokens(rows, program), self._placed_limits(rows, program)
+        made = self._made[program](self._params, self.methods.tuned_of(rows), *given)
+        ids_BS, scores_B, lengths_B = map(np.asarray, made)
+        return [
+            (ids_BS[row, : lengths_B[row]].tolist(), float(scores_B[row]))
+            for row in range(len(rows))
+        ]
+
     def admit(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
         """Reads rows into free slots, from where ``write`` goes on."""
         slot_B = np.full(program.rows, self.shapes.slots, np.int32)
-        limit_B = np.ones(program.rows, np.int32)
         slot_B[: len(slots)] = slots
-        limit_B[: len(rows)] = [min(row.limit, self.shapes.max_new_tokens) for row in rows]
-        placed = self._placed_rows(rows, program)
-        where = (self._place(slot_B, ("batch",)), self._place(limit_B, ("batch",)))
+        read = self._placed_rows(rows, program)
+        where = (self._place(slot_B, ("batch",)), self._placed_limits(rows, program))
         made = self._made[program]
         table, self.table = self.table, None  # given away, even where it fails
-        self.table = made(self._params, self.cache.prompts_NPD, table, placed, *where)
+        self.table = made(self._params, self.cache.prompts_NPD, table, read, *where)
 
     def write(self, *, slots: int, width: int, given_up: Sequence[int] = ()) -> Written:
         """A few tokens more in the first ``slots``; ``width`` is the widest of the rows in them.
@@ -182,15 +194,21 @@ class Engine:
             lies = jax.tree.map(lambda x: x.sharding, table)
             out = {"out_shardings": lies}
             out_written = {"out_shardings": (lies, self._layout.replicated)}
+        for program in self.methods.programs():
+            tokens = self._placed_tokens([], program)
+            if program.targets is not None:
+                rest = self._place(target_array([], program), ("batch", None, None))
+            else:
+                rest = self._placed_limits([], program)
+            function, tuned = self.methods.function(program), self.methods.like(program)
+            name = f"{program.kind} {program.rows} x {program.length} tokens"
+            yield program, name, partial(_compiled, function, self._params, tuned, tokens, rest)
         for program in shapes.programs():
             rows = self._placed_rows([], program)
             about = f"{program.rows} x {program.length} tokens"
             if program.targets is not None:
-                targets = (program.rows, program.targets.number, program.targets.length)
-                last: tuple[Any, ...] = (
-                    rows,
-                    self._place(np.zeros(targets, np.int32), ("batch", None, None)),
-                )
+                targets = self._place(target_array([], program), ("batch", None, None))
+                last: tuple[Any, ...] = (rows, targets)
                 function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
                 first: tuple[Any, ...] = (self._params, prompts_NPD)
             else:
@@ -220,13 +238,20 @@ class Engine:
         return (*(size for size in self.shapes.batch_sizes if size < slots), slots)
 
     def _seconds_of(self, program: Program) -> float:
-        row = Row(ids=(1,) * program.length, targets=((1,),), limit=1)
+        row = Row(
+            ids=(1,) * program.length,
+            method=self.methods.one_of(program.structure),
+            targets=((1,),),
+            limit=_TIMED_STEPS if program.kind == "write" else 1,
+        )
         best = float("inf")
         # The first call is slow: its memory has never been touched.
         for number in range(4):
             began = time.perf_counter()
             if program.kind == "score":
                 self.score([row], program)
+            elif program.kind == "write":
+                self.write_whole([row], program)
             else:
                 self.admit([row], [0], program)
                 jax.block_until_ready(self.table.done_M)
@@ -236,9 +261,6 @@ class Engine:
         return best
 
     def _placed_rows(self, rows: Sequence[Row], program: Program) -> Rows:
-        tokens_BT = np.zeros((program.rows, program.length), np.int32)
-        for tokens_T, row in zip(tokens_BT, rows, strict=False):
-            tokens_T[: len(row.ids)] = row.ids
         own = np.zeros((3, program.rows), np.int32)
         prompts = [row.prompt for row in rows]
         own[0, : len(rows)] = self.cache.rows_of(prompts)
@@ -246,44 +268,24 @@ class Engine:
             if prompt is not None:
                 own[1:, number] = len(prompt.prompt_PD), prompt.placement
         return Rows(
-            tokens_BT=self._place(tokens_BT, ("batch", "length")),
+            tokens_BT=self._placed_tokens(rows, program),
             prompt_B=self._place(own[0], ("batch",)),
             prompt_length_B=self._place(own[1], ("batch",)),
             placement_B=self._place(own[2], ("batch",)),
         )
 
+    def _placed_tokens(self, rows: Sequence[Row], program: Program) -> Any:
+        return self._place(token_array(rows, program), ("batch", "length"))
+
+    def _placed_limits(self, rows: Sequence[Row], program: Program) -> Any:
+        most = self.shapes.max_new_tokens
+        return self._place(limit_array(rows, program, most=most), ("batch",))
+
     def _empty_table(self) -> Any:
-        shapes, config = self.shapes, self.config
-        slots, layers = shapes.slots, config.num_decoder_layers
-        heads = (config.num_heads, config.head_dim)
-
-        def keys(length: int) -> Any:
-            return self._place(np.zeros((slots, length, *heads), self.dtype), KEYS)
-
-        def whole(*shape: int, dtype: Any = np.int32) -> Any:
-            return self._place(np.zeros((slots, *shape), dtype), (None,) * (1 + len(shape)))
-
-        width, written = shapes.widths()[-1], shapes.max_new_tokens
-        return Table(
-            cross=tuple(
-                KeyValues(key_BPHK=keys(width), value_BPHK=keys(width)) for _ in range(layers)
-            ),
-            caches=tuple(
-                SelfCache(key_BSHK=keys(written), value_BSHK=keys(written)) for _ in range(layers)
-            ),
-            mask_MU=whole(width, dtype=bool),
-            token_M=whole(),
-            position_M=whole(),
-            limit_M=whole(),
-            score_M=whole(dtype=np.float32),
-            done_M=self._place(np.ones(slots, bool), (None,)),
-            ids_MS=whole(written),
-        )
+        return empty_table(self.shapes, self.config, dtype=self.dtype, layout=self._layout)
 
     def _place(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
-        if self._layout is None or self._layout.is_trivial:
-            return jnp.asarray(array)
-        return jax.device_put(array, self._layout.sharding(axes, array.shape))
+        return placed(array, axes, self._layout)
 
 
 def with_rows(program: Program, rows: int) -> Program:

@@ -1,4 +1,4 @@
-"""A folder of prompts as tasks, and the changes to it that a server keeps beside them.
+"""A folder of prompts and runs as tasks, and the changes to it that a server keeps beside them.
 
 What a server is given at run time is kept in ``DIR/.served``: prompt files, and ``tasks.json``,
 which names them and the tasks that were removed.  That file is replaced in one go, so that after a
@@ -7,22 +7,31 @@ kill there is the old state or the new one; the user's own files are never touch
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.tuned_file import is_tuned_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, check_name, natural
+from prompt_tuning_jax.serving.tasks import (
+    Fits,
+    Served,
+    ServedPrompt,
+    ServedTask,
+    check_name,
+    natural,
+)
 
 CHANGES = ".served"
 _INDEX = "tasks.json"
-_RUN_PROMPTS = "prompts"  # where a run keeps its prompts
+# Where a run keeps its prompts, what other methods tuned, and where it tuned all, that.
+_RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,38 +43,67 @@ class Found:
     placement: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Something to serve; of a mixture of tasks the ``task`` that it is for, and its labels."""
+
+    served: Served
+    task: str = ""
+    labels: tuple[str, ...] = ()
+
+
+# A file or folder -> all that is kept of methods there; nothing for a plain prompt.
+MethodsIn: TypeAlias = Callable[[Path], Sequence[Opened]]
+
+
 def find_tasks(folder: Path) -> list[Found]:
-    """The tasks of a run's folder, or of a folder of prompts, folders of prompts and runs."""
+    """The tasks of a run's folder, or of a folder of files, folders of files and runs.
+
+    A file is a prompt's or of tuned arrays; a run that kept none stands for itself.
+    """
     if not folder.is_dir():
         raise UserError(f"--prompts {folder}: no such folder")
-    if run := _prompts_of_run(folder):
+    if run := _files_of_run(folder):
         return [Found(name="", files=run)]
     found = []
     for stem, path in sorted(_by_stem(folder).items()):
         if path.is_file() or is_peft(path):
             found.append(Found(name=stem, files=(path,)))
-        elif inside := (
-            _prompts_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())
-        ):
+        elif inside := (_files_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())):
             found.append(Found(name=stem, files=inside))
     return found
 
 
-def load_found(found: Found, fits: Fits) -> ServedTask:
-    """The task with its prompts read; UserError for the first that does not fit."""
-    prompts = [
-        fits.prompt(
-            file, name=file.stem if file.is_file() else file.name, placement=found.placement
-        )
-        for file in found.files
-    ]
-    known = (prompt.metadata.task for prompt in prompts if prompt.metadata.task)
-    name = found.name or task_name(next(known, ""))
-    if not name:
-        raise UserError(
-            f"{found.files[0]} does not say its task; put the run into a folder of runs"
-        )
-    return fits.task(check_name(name, field=f"the task's name of {found.files[0]}"), prompts)
+def load_found(
+    found: Found, fits: Fits, methods_in: MethodsIn = lambda place: []
+) -> list[ServedTask]:
+    """The task with all that votes in it, or for a mixture of tasks each of them.
+
+    ``methods_in`` opens what is no plain prompt.  UserError for the first that does not fit.
+    """
+    members: dict[str, list[Served]] = {}
+    labels: dict[str, tuple[str, ...]] = {}
+    for file in found.files:
+        opened = methods_in(file)
+        if not opened:
+            name = file.stem if file.is_file() else file.name
+            prompt = fits.prompt(file, name=name, placement=found.placement)
+            opened = [Opened(served=prompt)]
+        for one in opened:
+            members.setdefault(one.task, []).append(one.served)
+            labels.setdefault(one.task, one.labels)
+    tasks = []
+    for part, served in members.items():
+        known = (one.metadata.task for one in served if one.metadata.task)
+        whole = found.name or ("" if part else task_name(next(known, "")))
+        name = ".".join(filter(None, (whole, part)))
+        if not name:
+            raise UserError(
+                f"{found.files[0]} does not say its task; put the run into a folder of runs"
+            )
+        check_name(name, field=f"the task's name of {found.files[0]}")
+        tasks.append(fits.task(name, served, labels[part]))
+    return tasks
 
 
 def task_name(trained_on: str) -> str:
@@ -106,7 +144,7 @@ class KeptChanges:
                 aside.write_bytes(content)
             kept[prompt] = file.name
         for own in task.prompts:  # those from the user's folder that go on beside a new one
-            if own.name not in kept:
+            if own.name not in kept and isinstance(own, ServedPrompt):
                 kept[own.name] = f"{task.name}.{own.name}.{own.number}.safetensors"
                 file = self._folder / kept[own.name]
                 save_prompt(file, own.prompt_PD, metadata=own.metadata, dtype=None)
@@ -132,6 +170,11 @@ class KeptChanges:
         aside = self._folder / f".upload.{digest}"
         try:
             aside.write_bytes(content)
+            if is_tuned_file(aside):
+                raise UserError(
+                    f"{aside} is what a method tuned, and only plain prompts are added at run "
+                    "time; put it into the folder and start the server again"
+                )
             return fits.prompt(aside, name=name)
         except UserError as error:
             raise UserError(str(error).replace(str(aside), "the upload")) from None
@@ -165,11 +208,13 @@ class KeptChanges:
                     file.unlink()
 
 
-def _prompts_of_run(folder: Path) -> tuple[Path, ...]:
-    inside = folder / _RUN_PROMPTS
-    if not (folder / "experiment.json").is_file() or not inside.is_dir():
+def _files_of_run(folder: Path) -> tuple[Path, ...]:
+    if not (folder / "experiment.json").is_file():
         return ()
-    return tuple(_by_stem(inside, prompts_alone=True).values())
+    for inside in (folder / name for name in _RUN_FILES):
+        if inside.is_dir():
+            return tuple(_by_stem(inside, prompts_alone=True).values())
+    return (folder,) if (folder / _RUN_BEST).is_dir() else ()
 
 
 def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:

@@ -6,7 +6,7 @@ hidden: positions are relative in T5, so each row computes what it computes alon
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,15 @@ from flax import nnx
 from jax import lax
 
 from prompt_tuning_jax import tree
-from prompt_tuning_jax.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.layout import Layout, constrain, laying_out, replicate
-from prompt_tuning_jax.models.attention import SelfCache
-from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues
+from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput
 from prompt_tuning_jax.models.t5 import T5, Encoded
+from prompt_tuning_jax.serving.placing import scored
+from prompt_tuning_jax.serving.table import KEYS, Table, Written
 from prompt_tuning_jax.typing import Array, FlatParams
 
 EOS = 1
 PLACEMENTS = ("prefix", "after_first", "before_eos")
-_MOST_LOGITS = 2**26  # numbers that are held at once
-KEYS = ("batch", "length", "heads", "kv")
 _WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a Table
 
 
@@ -40,31 +38,6 @@ class Rows:
     prompt_B: Any
     prompt_length_B: Any
     placement_B: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """M slots, each with what one row needs to be written on; a slot that is done is free."""
-
-    cross: tuple[KeyValues, ...]
-    caches: tuple[SelfCache, ...]
-    mask_MU: Array
-    token_M: Array
-    position_M: Array
-    limit_M: Array
-    score_M: Array
-    done_M: Array
-    ids_MS: Array
-
-
-class Written(NamedTuple):
-    """What the host looks at after some steps."""
-
-    ids_MS: Array
-    position_M: Array
-    score_M: Array
-    done_M: Array
 
 
 @dataclass(frozen=True)
@@ -89,8 +62,7 @@ class Programs:
             encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
             cross = model.decoder.cross_keys(encoded)
 
-            def one(targets_BS: Array) -> Array:
-                shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
+            def logits_of(shifted_BS: Array) -> Array:
                 x_BSD, _ = model.decoder(
                     model.token_embedder(shifted_BS),
                     cross,
@@ -98,16 +70,10 @@ class Programs:
                     slots=NO_SLOTS,
                     key=None,
                 )
-                return sequence_log_probs(model.logits(x_BSD), targets_BS)
+                return model.logits(x_BSD)
 
-            batch, number, length = targets_BCS.shape
-            at_once = _MOST_LOGITS // (batch * length * model.config.vocab_size)
-            targets_CBS = targets_BCS.swapaxes(0, 1)
-            if at_once >= number:
-                scores_CB = jax.vmap(one)(targets_CBS)
-            else:
-                scores_CB = lax.map(one, targets_CBS, batch_size=max(1, at_once))
-            return replicate(scores_CB.T)
+            vocabulary = model.config.vocab_size
+            return replicate(scored(logits_of, targets_BCS, vocab_size=vocabulary))
 
     def admit(
         self,

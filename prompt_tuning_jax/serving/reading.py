@@ -7,7 +7,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.schema import PredictRequest
-from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks
+from prompt_tuning_jax.serving.structures import ServedMethod
+from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
 
 BARE = ServedTask(name="", prompts=())
 
@@ -23,7 +24,7 @@ class Wanted:
     limit: int = 0
 
     @property
-    def prompts(self) -> tuple[ServedPrompt | None, ...]:
+    def prompts(self) -> tuple[Served | None, ...]:
         return self.task.prompts or (None,)
 
 
@@ -74,6 +75,7 @@ class Reader:
                     raise RefusedError(422, message, field="options.labels")
             elif request.mode == "score":
                 one = replace(one, targets=(targets[number],))
+            _check_ranks(one, number, request)
             wanted.append(one)
         return wanted
 
@@ -124,3 +126,18 @@ class Reader:
             return ids[:longest]
         message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
         raise RefusedError(422, message, field=f"inputs[{number}]")
+
+
+def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
+    """Methods that score labels themselves know no other texts, and write none."""
+    for prompt in one.prompts:
+        if not isinstance(prompt, ServedMethod) or not prompt.structure.own_labels:
+            continue
+        about = f"task {one.task.name!r} ({prompt.method}) ranks labels"
+        if request.mode == "generate":
+            raise RefusedError(422, f"{about}, and writes no text; use mode label", field="mode")
+        if not {*one.targets} <= {*prompt.structure.own_labels}:
+            label = request.mode == "label"
+            field = "options.labels" if label else f"options.targets[{number}]"
+            message = f"{about}, and was trained on {', '.join(one.task.labels)} alone"
+            raise RefusedError(422, message, field=field)

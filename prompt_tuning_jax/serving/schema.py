@@ -86,10 +86,12 @@ class PredictResponse(BaseModel):
 
 
 class PromptInfo(BaseModel):
-    """A prompt and what is known about it."""
+    """A prompt, or what another method tuned, and what is known about it."""
 
     name: str
-    length: int
+    method: str = Field(description="as a config names it, prompt_tuning for every plain prompt")
+    parameters: int
+    length: int | None = Field(default=None, description="of a plain prompt, in positions")
     seed: int | None = None
     steps: int | None = None
     metric: str | None = None
@@ -101,6 +103,7 @@ class TaskInfo(BaseModel):
     """A task that is served."""
 
     name: str
+    method: str = Field(description="of its prompts, where they differ all, with commas between")
     labels: list[str]
     prompts: list[PromptInfo]
 

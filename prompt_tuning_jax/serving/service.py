@@ -8,13 +8,14 @@ from typing import Any
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.answers import assembled
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
-from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.folder import KeptChanges
+from prompt_tuning_jax.serving.jobs import Follow, jobs_of
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
 from prompt_tuning_jax.serving.reading import Reader, Wanted
 from prompt_tuning_jax.serving.schema import PredictRequest, Result
-from prompt_tuning_jax.serving.tasks import Fits, ServedTask, Tasks, check_name
+from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks, check_name
 
 _LONG = 20_000  # characters, from which on others need not wait for the tokeniser
 
@@ -150,6 +151,11 @@ class Service:
                 new = kept.check_upload(content, fits, name=prompt or name)
                 old = self.tasks.get(name) if prompt else None
                 others = [] if old is None else [p for p in old.prompts if p.name != new.name]
+                if any(not isinstance(other, ServedPrompt) for other in others):
+                    raise UserError(
+                        f"task {name!r} is {old.method if old else ''}, and only plain prompts "
+                        "are added beside others at run time; leave out prompt to replace the task"
+                    )
                 given = tuple(labels) or (old.labels if old is not None else ())
                 task = self.fits.task(name, [*others, new], given)
                 kept.put(task, {new.name: content})
@@ -178,7 +184,11 @@ class Service:
             raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
         decode = self.engine.vocabulary.decode
         found = []
-        for prompt in task.prompts:
+        prompts = [prompt for prompt in task.prompts if isinstance(prompt, ServedPrompt)]
+        if not prompts:
+            message = f"task {name!r} has no prompt, and so no positions; it is {task.method}"
+            raise RefusedError(422, message, field="name")
+        for prompt in prompts:
             ids_PK, cosines_PK = await self.batcher.call(self.engine.nearest_words, prompt)
             positions = [
                 [
@@ -206,41 +216,10 @@ class Service:
         return await asyncio.to_thread(self._reader.read, request)
 
     def _jobs(
-        self,
-        request: PredictRequest,
-        wanted: Sequence[Wanted],
-        follow: Callable[[int, str], Callable[[list[int]], None]] | None = None,
+        self, request: PredictRequest, wanted: Sequence[Wanted], follow: Follow | None = None
     ) -> list[list[Job]]:
-        """For each input: a job for each prompt, or several where there are many labels."""
-        owner = object()
-        loop = asyncio.get_running_loop()
-        jobs = []
-        for number, one in enumerate(wanted):
-            own = []
-            for prompt in one.prompts:
-                parts = [()] if request.mode == "generate" else self._in_parts(one.targets)
-                for targets in parts:
-                    name = "" if prompt is None else prompt.name
-                    row = Row(ids=one.ids, prompt=prompt, targets=targets, limit=one.limit)
-                    job = Job(
-                        kind="generate" if request.mode == "generate" else "score",
-                        row=row,
-                        future=loop.create_future(),
-                        owner=owner,
-                        apart=one.task.name if self._apart else None,
-                        on_ids=None if follow is None else follow(number, name),
-                    )
-                    own.append(job)
-            jobs.append(own)
-        return jobs
-
-    def _in_parts(self, targets: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], ...]]:
-        """Targets in parts that fit the compiled shapes, in order."""
         shapes = self.engine.shapes
-        longest = max(map(len, targets))
-        fits = [one for one in shapes.targets if one.length >= longest]
-        number = max(one.number for one in fits)
-        return [targets[i : i + number] for i in range(0, len(targets), number)]
+        return jobs_of(request.mode, wanted, shapes=shapes, apart=self._apart, follow=follow)
 
     def _submit(self, jobs: Sequence[Job]) -> None:
         try:

@@ -12,8 +12,10 @@ from typing import Any, Literal, TypeAlias
 
 from prompt_tuning_jax.data.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.structures import Structure
 
-Kind: TypeAlias = Literal["score", "generate"]
+# Texts are written in slots that rows enter and leave (generate), or by a whole batch (write).
+Kind: TypeAlias = Literal["score", "generate", "write"]
 KINDS: tuple[Kind, ...] = ("score", "generate")
 # Label sets beyond these are scored in several rows, long labels one by one.
 _MOST_LABELS, _LONGEST_LABEL = 16, 8
@@ -33,13 +35,17 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled function: T, B, P, and the targets that it scores (None: it only reads)."""
+    """One compiled function: T, B, P, and the targets that it scores (None: it scores none).
+
+    With a ``structure`` it is for a method that is no plain prompt.
+    """
 
     kind: Kind
     length: int
     rows: int
     prompt_length: int
     targets: Targets | None = None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,7 @@ class Shapes:
         return next((one for one in self.targets if one.holds(number, length)), None)
 
     def programs(self) -> Iterator[Program]:
-        """Everything that reads inputs; the smallest first."""
+        """Everything that reads inputs for plain prompts; the smallest first."""
         for length, rows, prompt in product(self.lengths, self.batch_sizes, self.prompt_lengths):
             shape: Any = {"length": length, "rows": rows, "prompt_length": prompt}
             if "score" in self.kinds:
@@ -96,6 +102,16 @@ class Shapes:
                     yield Program(kind="score", targets=targets, **shape)
             if "generate" in self.kinds:
                 yield Program(kind="generate", **shape)
+
+    def programs_of(self, structure: Structure) -> Iterator[Program]:
+        """The same for methods of this structure, which score and write in batches of their own."""
+        for length, rows in product(self.lengths, self.batch_sizes):
+            shape: Any = {"length": length, "rows": rows, "prompt_length": 0}
+            if "score" in self.kinds:
+                for targets in self.targets:
+                    yield Program(kind="score", targets=targets, structure=structure, **shape)
+            if "generate" in self.kinds and not structure.own_labels:
+                yield Program(kind="write", structure=structure, **shape)
 
     def widths(self) -> tuple[int, ...]:
         """How many positions of the encoder's output the decoder may have to look at."""

@@ -1,11 +1,10 @@
 """What is served: tasks by name, each with one prompt or an ensemble of them, and its labels."""
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,11 +16,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.serving.structures import ServedMethod, numbers
 from prompt_tuning_jax.typing import DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,17 +31,34 @@ class ServedPrompt:
     prompt_PD: HostArray
     metadata: PromptMetadata
     placement: int = 0
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=lambda: next(numbers))
+    method: ClassVar[str] = "prompt_tuning"  # however it was made
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return self.prompt_PD.size
+
+
+Served: TypeAlias = ServedPrompt | ServedMethod
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedTask:
-    """A name with one prompt, or with several that vote; ``label_ids`` with their end."""
+    """A name with one prompt, or with several that vote; ``label_ids`` with their end.
+
+    Among the prompts may be methods of other kinds.
+    """
 
     name: str
-    prompts: tuple[ServedPrompt, ...]
+    prompts: tuple[Served, ...]
     labels: tuple[str, ...] = ()
     label_ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def method(self) -> str:
+        """What a config calls it; of several kinds all."""
+        return ", ".join(dict.fromkeys(prompt.method for prompt in self.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +78,29 @@ class Fits:
         ``placement`` is the run's, for files that do not say it themselves.
         """
         prompt_PD, metadata = load_prompt_with_metadata(file)
+        return self.checked(prompt_PD, metadata, name=name, placement=placement, of=file)
+
+    def checked(
+        self,
+        prompt_PD: HostArray,
+        metadata: PromptMetadata,
+        *,
+        name: str,
+        placement: str = "",
+        of: Path,
+    ) -> ServedPrompt:
+        """A prompt that was in the file ``of``; UserError where it does not fit."""
         check_fits(
-            prompt_PD, metadata, embed_dim=self.embed_dim, fingerprint=self.fingerprint, path=file
+            prompt_PD, metadata, embed_dim=self.embed_dim, fingerprint=self.fingerprint, path=of
         )
         if self.longest is not None and len(prompt_PD) > self.longest:
             raise UserError(
-                f"{file} has {len(prompt_PD)} positions, and this server takes {self.longest} at "
+                f"{of} has {len(prompt_PD)} positions, and this server takes {self.longest} at "
                 "most; start it with a larger --max_prompt_length"
             )
         joining = metadata.combine or placement or PLACEMENTS[0]
         if joining not in PLACEMENTS:
-            raise UserError(f"{file}: combine is {joining!r}; known are {', '.join(PLACEMENTS)}")
+            raise UserError(f"{of}: combine is {joining!r}; known are {', '.join(PLACEMENTS)}")
         return ServedPrompt(
             name=name,
             prompt_PD=prompt_PD.astype(np.dtype(self.dtype)),
@@ -80,9 +108,7 @@ class Fits:
             placement=PLACEMENTS.index(joining),
         )
 
-    def task(
-        self, name: str, prompts: Sequence[ServedPrompt], labels: Sequence[str] = ()
-    ) -> ServedTask:
+    def task(self, name: str, prompts: Sequence[Served], labels: Sequence[str] = ()) -> ServedTask:
         """A task of these prompts; its labels are what the first knows unless given."""
         known = (prompt.metadata.labels for prompt in prompts if prompt.metadata.labels)
         own = tuple(labels) or next(known, ())

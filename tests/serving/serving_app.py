@@ -74,7 +74,7 @@ def task_folder(folder: Path) -> Path:
 
 
 def make_service(folder: Path, *, changes: bool = True, limits: Limits | None = None) -> Service:
-    tasks = [load_found(found, fits()) for found in find_tasks(folder)]
+    tasks = [task for found in find_tasks(folder) for task in load_found(found, fits())]
     kept = KeptChanges(folder)
     served = kept.apply({task.name: task for task in tasks}, fits())
     engine: Any = Compiled(micro_engine())

@@ -11,7 +11,8 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import Writing, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
-from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.engine import Engine
+from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Program, Shapes, Targets, targets_of
 from prompt_tuning_jax.serving.tasks import PLACEMENTS
 from tests.serving.serving_micro import (

@@ -14,7 +14,8 @@ import jax, numpy as np
 from prompt_tuning_jax import build
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.experiment import Experiment, Mesh, Model
-from prompt_tuning_jax.serving.engine import Engine, Row
+from prompt_tuning_jax.serving.engine import Engine
+from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Shapes, Targets
 from tests.serving.serving_micro import made_prompt
 

@@ -37,7 +37,7 @@ def make_run(folder: Path, *, task: str = "word_valence", **method: object) -> P
 def test_a_run_is_one_task_with_its_seeds(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (found,) = find_tasks(run)
-    task = load_found(found, fits())
+    (task,) = load_found(found, fits())
     assert (task.name, task.labels) == ("word_valence", LABELS)
     assert [prompt.name for prompt in task.prompts] == ["seed_0", "seed_2", "seed_10"]
     assert default_experiment(str(run)).model.name_or_path == str(model_folder())

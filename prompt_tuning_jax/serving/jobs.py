@@ -1,0 +1,73 @@
+"""The rows of a request: for each input one for each prompt of its task, or several."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from prompt_tuning_jax.serving.batcher import Job
+from prompt_tuning_jax.serving.reading import Wanted
+from prompt_tuning_jax.serving.rows import Row
+from prompt_tuning_jax.serving.schema import Mode
+from prompt_tuning_jax.serving.shapes import Kind, Shapes
+from prompt_tuning_jax.serving.structures import ServedMethod
+from prompt_tuning_jax.serving.tasks import Served
+
+# The number of an input and the name of a prompt -> what hears of the ids as they are written.
+Follow = Callable[[int, str], Callable[[list[int]], None]]
+
+
+def jobs_of(
+    mode: Mode,
+    wanted: Sequence[Wanted],
+    *,
+    shapes: Shapes,
+    apart: bool = False,
+    follow: Follow | None = None,
+) -> list[list[Job]]:
+    """For each input a job for each prompt, or several where there are many labels.
+
+    ``apart`` keeps tasks out of each other's batches, as methods that are no prompts always are.
+    """
+    owner = object()
+    loop = asyncio.get_running_loop()
+    jobs = []
+    for number, one in enumerate(wanted):
+        own = []
+        for prompt in one.prompts:
+            for targets in [()] if mode == "generate" else _in_parts(one.targets, shapes):
+                method = prompt if isinstance(prompt, ServedMethod) else None
+                row = Row(
+                    ids=one.ids,
+                    prompt=None if isinstance(prompt, ServedMethod) else prompt,
+                    method=method,
+                    targets=targets,
+                    limit=one.limit,
+                )
+                name = "" if prompt is None else prompt.name
+                alone = one.task.name if apart else None
+                job = Job(
+                    kind=_kind(mode, prompt),
+                    row=row,
+                    future=loop.create_future(),
+                    owner=owner,
+                    apart=alone if method is None else method.number,
+                    on_ids=None if follow is None else follow(number, name),
+                )
+                own.append(job)
+        jobs.append(own)
+    return jobs
+
+
+def _kind(mode: Mode, prompt: Served | None) -> Kind:
+    if mode != "generate":
+        return "score"
+    return "write" if isinstance(prompt, ServedMethod) else "generate"
+
+
+def _in_parts(
+    targets: tuple[tuple[int, ...], ...], shapes: Shapes
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Targets in parts that fit the compiled shapes, in order."""
+    longest = max(map(len, targets))
+    fits = [one for one in shapes.targets if one.length >= longest]
+    number = max(one.number for one in fits)
+    return [targets[i : i + number] for i in range(0, len(targets), number)]

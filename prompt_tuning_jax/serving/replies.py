@@ -1,0 +1,90 @@
+"""What the server's paths answer with: states, tasks, and errors as JSON."""
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from prompt_tuning_jax.serving import schema
+from prompt_tuning_jax.serving.limits import RefusedError
+from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.tasks import ServedPrompt, ServedTask
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error in the form of ``schema.Error``."""
+
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return error_of(error.status, error.message, field=error.field, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ""
+        where = () if first["type"] == "json_invalid" else first["loc"][1:]
+        for part in where:
+            if isinstance(part, int):
+                field += f"[{part}]"
+            elif part.isidentifier():  # others name a branch of a type
+                field += f".{part}" if field else part
+        for branch in (".str", ".constrained_str"):
+            field = field.removesuffix(branch)
+        return error_of(422, first["msg"], field=field or "body")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the framework's word for bytes that are no UTF-8
+            return error_of(422, "the body is no JSON", field="body")
+        return error_of(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def status_of(service: Service, code: int) -> Response:
+    """How the server is doing, with this status of HTTP."""
+    status = schema.Status(
+        status=service.state,
+        rows_per_second=round(service.metrics.rows_per_second(), 2),
+        waiting=service.batcher.waiting if service.state != "starting" else 0,
+        compiled=service.compiled,
+        to_compile=service.to_compile,
+    )
+    return JSONResponse(status.model_dump(), status_code=code)
+
+
+def info_of(task: ServedTask) -> schema.TaskInfo:
+    """What the list of tasks says of one."""
+    prompts = []
+    for prompt in task.prompts:
+        known = prompt.metadata
+        prompts.append(
+            schema.PromptInfo(
+                name=prompt.name,
+                method=prompt.method,
+                parameters=prompt.parameters,
+                length=len(prompt.prompt_PD) if isinstance(prompt, ServedPrompt) else None,
+                seed=known.seed,
+                steps=known.steps,
+                metric=known.metric or None,
+                score=known.score,
+                trained_on=known.task or None,
+            )
+        )
+    labels = list(task.labels)
+    return schema.TaskInfo(name=task.name, method=task.method, labels=labels, prompts=prompts)
+
+
+def as_json(model: BaseModel) -> Response:
+    """Without the fields that say nothing."""
+    return Response(model.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def error_of(
+    status: int, message: str, *, field: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """An answer that is none."""
+    body = schema.Error(error=schema.ErrorBody(message=message, field=field))
+    return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)

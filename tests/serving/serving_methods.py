@@ -1,0 +1,56 @@
+"""What methods of all kinds keep of a training, for the micro T5 that the server's tests use."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import build, tree
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
+from prompt_tuning_jax.methods import Context, Method, mask_of
+from prompt_tuning_jax.overrides import method_to_json
+from tests.serving.serving_micro import micro_model
+from tests.tiny_run import LABELS
+
+
+def stored(
+    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: Sequence[str] = ()
+) -> StoredTuned:
+    """Away from where training begins, so that every array matters."""
+    model = micro_model()
+    context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=len(tasks) or 1)
+    attached = method.attach(model, key=jax.random.key(seed), context=context)
+    graphdef, params = tree.split(attached)
+    draw = np.random.default_rng(seed)
+    moved = {
+        name: p + jnp.asarray(0.3 * draw.normal(size=p.shape), p.dtype)
+        for name, p in params.items()
+        if method.trains(name)
+    }
+    kept, folded = method.folded(tree.merge(graphdef, {**params, **moved}))
+    params = tree.split(folded)[1]
+    mask = mask_of(kept, list(params))
+    metadata = PromptMetadata(
+        model_fingerprint=build.model_fingerprint(model),
+        task="colours",
+        seed=seed,
+        labels=tuple(labels),
+    )
+    return StoredTuned(
+        tuned={name: np.asarray(p) for name, p in params.items() if mask[name]},
+        method=method_to_json(kept),
+        metadata=metadata,
+        tasks=tuple(tasks),
+    )
+
+
+def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> Path:
+    """A file as a run keeps it."""
+    kept = stored(method, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tuned(path, dataclasses.replace(kept, metadata=dataclasses.replace(kept.metadata, **about)))
+    return path

@@ -239,11 +239,13 @@ def _add_serve(commands: Any) -> None:
         example="serve --prompts runs/quickstart",
     )
     serve.description = (
-        "Serve prompts on one frozen model over HTTP: every batch mixes tasks. DIR is a run's "
-        "folder, which is one task, named as what it was trained on (for a file of examples its "
-        "name, or its folder's where that is train), its seeds an ensemble. Or DIR holds tasks: "
-        "NAME.safetensors, NAME.npy or a PEFT adapter's folder NAME is task NAME; a folder NAME of "
-        "several, or a run NAME, is task NAME with an ensemble. Environment: PROMPT_TUNING_TOKEN "
+        "Serve prompts and what other methods tuned on one frozen model over HTTP: every batch "
+        "mixes the tasks of prompts, and those of other methods have batches of their own. DIR is "
+        "a run's folder, which is one task, named as what it was trained on (for a file of "
+        "examples its name, or its folder's where that is train), its seeds an ensemble. Or DIR "
+        "holds tasks: NAME.safetensors, NAME.npy or a PEFT adapter's folder NAME is task NAME; a "
+        "folder NAME of several, or a run NAME, is task NAME with an ensemble; of multitask "
+        "prompts each task of the mixture is NAME.TASK. Environment: PROMPT_TUNING_TOKEN "
         "is asked of predictions where it is set; PROMPT_TUNING_ADMIN_TOKEN allows PUT and DELETE "
         "/v1/tasks/NAME, whose changes are kept in DIR/.served."
     )
@@ -274,7 +276,10 @@ def _add_serve(commands: Any) -> None:
         help="(default: the longest; with an admin token at least 100)",
     )
     shapes.add_argument(
-        "--cache_rows", type=_positive, metavar="N", help="prompts on the device (default: 256)"
+        "--cache_rows",
+        type=_positive,
+        metavar="N",
+        help="prompts, and what methods tuned, on the device (default: 256)",
     )
     limits = serve.add_argument_group("limits")
     limits.add_argument(

@@ -212,8 +212,8 @@ def _files_of_run(folder: Path) -> tuple[Path, ...]:
     if not (folder / "experiment.json").is_file():
         return ()
     for inside in (folder / name for name in _RUN_FILES):
-        if inside.is_dir():
-            return tuple(_by_stem(inside, prompts_alone=True).values())
+        if inside.is_dir() and (files := _by_stem(inside, prompts_alone=True)):
+            return tuple(files.values())
     return (folder,) if (folder / _RUN_BEST).is_dir() else ()
 
 

@@ -52,5 +52,7 @@ def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> 
     """A file as a run keeps it."""
     kept = stored(method, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tuned(path, dataclasses.replace(kept, metadata=dataclasses.replace(kept.metadata, **about)))
+    save_tuned(
+        path, dataclasses.replace(kept, metadata=dataclasses.replace(kept.metadata, **about))
+    )
     return path

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,54 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import commands, tree
+from prompt_tuning_jax import commands, inference
+from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.tuned_file import read_tuned, save_tuned
 from prompt_tuning_jax.commands.serving import Serving, open_service
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Evaluation, Experiment, Model
-from prompt_tuning_jax.methods import LoRA, MultitaskPrompts
+from prompt_tuning_jax.inference import token_ids
+from prompt_tuning_jax.methods import (
+    IA3,
+    WARP,
+    DeepPrompts,
+    FullTuning,
+    LoRA,
+    Method,
+    MultitaskPrompts,
+    PatternTuning,
+    PrefixTuning,
+    PTuning,
+)
+from prompt_tuning_jax.methods.peft_weights import write_peft_weights
+from prompt_tuning_jax.opened_prompts import open_prompts
+from prompt_tuning_jax.overrides import to_json
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from tests import tiny_run
-from tests.method_cases import CASES, ONE_OF_EACH
 from tests.serving.serving_app import ADMIN, ask, running
 from tests.serving.serving_methods import stored, write_method
-from tests.serving.serving_micro import write_prompt
+from tests.serving.serving_micro import micro_model, write_prompt
 from tests.tiny_run import LABELS, model_folder
 
-SERVING = Serving(lengths=(8,), batch_sizes=(4,), max_new_tokens=4, slots=4)
+LORA = LoRA(rank=2, dropout=0.1)
+# One of each structure: slots of the encoder's input and layers, of attention, around maps, in
+# place of the model's own arrays, labels of its own.
+METHODS: dict[str, Method] = {
+    "p_tuning": PTuning(length=2, encoder="none", template="{prompt} {input:2} {prompt} {input}"),
+    "deep_prompts": DeepPrompts(length=3),
+    "prefix_tuning": PrefixTuning(length=3),
+    "lora": LORA,
+    "pattern": PatternTuning(),
+    "warp": WARP(length=2),
+}
+LORAS = [f"lora_{seed}" for seed in range(9)]
 INPUTS = ["ban red", "kolo green", "mita"]
-SERVED = [name for name in ONE_OF_EACH if name not in ("full", "prompt_tuning")]
+# So that targets have one shape: of a label and the end.
+RANKING = Serving(
+    lengths=(8,), batch_sizes=(4,), modes=("label", "score"), max_new_tokens=2, cache_rows=4
+)
 Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 
@@ -37,9 +69,9 @@ def experiment(strategy: Any = "rank") -> Experiment:
     return dataclasses.replace(base, evaluation=Evaluation(strategy=strategy))
 
 
-def served(folder: Path, **options: Any) -> Service:
+def opened(folder: Path, serving: Serving = RANKING, **options: Any) -> Service:
     model = Model(name_or_path=str(model_folder()))
-    return open_service(Experiment(model=model), str(folder), serving=SERVING, **options)
+    return open_service(Experiment(model=model), str(folder), serving=serving, **options)
 
 
 def with_service(service: Service, test: Test) -> None:
@@ -51,34 +83,262 @@ def with_service(service: Service, test: Test) -> None:
 
 
 @functools.cache
-def all_of_them() -> tuple[Path, Service]:
+def folder_of_all() -> Path:
     folder = tiny_run.scratch() / "all_methods"
-    for name in SERVED:
-        write_method(folder / f"{name}.safetensors", CASES[name].method)
+    for name, method in METHODS.items():
+        write_method(folder / f"{name}.safetensors", method)
+    for seed, name in enumerate(LORAS):
+        write_method(folder / f"{name}.safetensors", LORA, seed=seed)
     write_prompt(folder / "plain.safetensors", seed=3)
-    return folder, served(folder)
+    for seed in range(2):
+        write_method(folder / "voted" / f"seed_{seed}.safetensors", LORA, seed=20 + seed)
+    write_prompt(folder / "voted" / "seed_2.safetensors", seed=4)
+    return folder
 
 
-def test_every_method_answers_as_it_is_predicted_with() -> None:
-    folder, service = all_of_them()
+@functools.cache
+def label_scores(file: Path) -> np.ndarray:
+    """``[B, C]`` of the inputs and labels, as ``eval`` and ``predict`` rank them."""
+    model = micro_model()
+    (members,) = open_prompts(experiment(), model, [str(file)]).groups
+    tokens_BT, labels_CS = token_ids(model, INPUTS), token_ids(model, LABELS)
+    scores = inference.label_scores(
+        members.graphdef, members.tuned, members.frozen, tokens_BT, labels_CS, 1
+    )
+    return np.asarray(scores)[0]
+
+
+async def scores_of(client: httpx.AsyncClient, task: str) -> np.ndarray:
+    """The same, asked of the server one by one."""
+    answer = await ask(
+        client,
+        task=task,
+        inputs=[text for text in INPUTS for _ in LABELS],
+        mode="score",
+        options={"targets": [label for _ in INPUTS for label in LABELS]},
+    )
+    assert answer.status_code == 200, answer.text
+    found = [one["log_prob"] for one in answer.json()["results"]]
+    return np.reshape(found, (len(INPUTS), len(LABELS)))
+
+
+def test_every_method_ranks_as_it_is_predicted_with() -> None:
+    folder = folder_of_all()
+    service = opened(folder)
+    alone = opened_structures(service)
+    # Ten LoRAs and those that vote share theirs.
+    assert len(alone) == len(METHODS)
+    assert service.to_compile == len(METHODS) + 2
+    compiled = []
 
     async def test(client: httpx.AsyncClient, service: Service) -> None:
-        for name in (*SERVED, "plain"):
-            known = commands.predict(
-                experiment(), prompts=[str(folder / f"{name}.safetensors")], inputs=INPUTS
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
+        )
+        try:
+            found = {name: await scores_of(client, name) for name in (*METHODS, *LORAS)}
+            # All in one request, where each row has a method of its own.
+            names = [*METHODS, "plain", *LORAS[:3], "voted"]
+            mixed = (await ask(client, task=names, inputs=INPUTS[:1] * len(names))).json()
+        finally:
+            jax.monitoring.clear_event_listeners()
+        assert not compiled
+        for name in (*METHODS, *LORAS[:3]):
+            expected = label_scores(folder / f"{name}.safetensors")
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        for result in mixed["results"]:
+            place = folder / result["task"]
+            files = (
+                [place / f"seed_{seed}.safetensors" for seed in range(3)]
+                if result["task"] == "voted"
+                else [place.with_suffix(".safetensors")]
             )
-            every = [(text, label) for text in INPUTS for label in LABELS]
-            scored = await ask(
-                client,
-                task=name,
-                inputs=[text for text, _ in every],
-                mode="score",
-                options={"targets": [label for _, label in every]},
-            )
-            found = [one["log_prob"] for one in scored.json()["results"]]
-            expected = [one.log_probs[label] for one in known for label in LABELS]  # type: ignore
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
-            labelled = (await ask(client, task=name, inputs=INPUTS)).json()["results"]
-            assert [one["prediction"] for one in labelled] == [one.prediction for one in known]
+            said = []
+            for file, one in zip(files, result["prompts"], strict=True):
+                scores_C = label_scores(file)[0]
+                share_C = np.exp(scores_C) / np.exp(scores_C).sum()
+                shares = [one["probabilities"][label] for label in LABELS]
+                np.testing.assert_allclose(shares, share_C, atol=1e-5)
+                said.append(LABELS[int(scores_C.argmax())])
+                assert one["prediction"] == said[-1]
+            if len(files) > 1:
+                assert result["votes"] == {label: said.count(label) for label in {*said}}
+        other = {"mode": "score", "options": {"targets": [""]}}
+        warp = await ask(client, task="warp", inputs=["ban"], **other)
+        assert (warp.status_code, warp.json()["error"]["field"]) == (422, "options.targets[0]")
+        assert "trained on blue, green, red alone" in warp.json()["error"]["message"]
+        listed = (await client.get("/v1/tasks")).json()["tasks"]
+        methods = {task["name"]: task["method"] for task in listed}
+        assert {name: methods[name] for name in METHODS} == {name: name for name in METHODS}
+        assert (methods["plain"], methods["voted"]) == ("prompt_tuning", "lora, prompt_tuning")
+        words = await client.get("/v1/tasks/lora/words")
+        assert words.status_code == 422 and "no prompt" in words.json()["error"]["message"]
+        (some,) = (await client.get("/v1/tasks/voted/words")).json()["prompts"]
+        assert some["prompt"] == "seed_2"
 
     with_service(service, test)
+
+
+def opened_structures(service: Service) -> set[Any]:
+    every = [one for task in service.tasks.everything().values() for one in task.prompts]
+    return {one.structure for one in every if isinstance(one, ServedMethod)}
+
+
+def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
+    write_method(tmp_path / "lora.safetensors", LORA)
+    write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
+    write_method(tmp_path / "warp.safetensors", WARP(length=2))
+    write_prompt(tmp_path / "plain.safetensors", seed=3)
+    serving = Serving(
+        lengths=(8,), batch_sizes=(4,), modes=("generate",), max_new_tokens=4, slots=4
+    )
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        names = ["lora", "prefix", "plain", "lora"]
+        body = {"task": names, "inputs": [*INPUTS, "ban red"], "mode": "generate"}
+        results = (await ask(client, **body)).json()["results"]
+        for name, text, result in zip(names, body["inputs"], results, strict=True):
+            (known,) = commands.predict(
+                experiment("greedy"),
+                prompts=[str(tmp_path / f"{name}.safetensors")],
+                inputs=[text],
+            )
+            (own,) = result["prompts"]
+            assert own["prediction"] == known.prediction
+            assert known.log_probs is not None
+            assert own["log_prob"] == pytest.approx(known.log_probs[known.prediction], abs=1e-5)
+        one = {**body, "task": "lora", "inputs": ["ban red"]}
+        streamed = await ask(client, **one, options={"stream": True})
+        events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line]
+        assert events[-1]["results"] == results[3:]
+        assert [event["text"] for event in events[:-1]] == [results[3]["prediction"]]
+        short = (await ask(client, **one, options={"max_length": 2})).json()["results"][0]
+        assert short["prompts"][0]["tokens"] == 2
+        assert results[3]["prediction"].startswith(short["prediction"])
+        assert short["prompts"][0]["log_prob"] > results[3]["prompts"][0]["log_prob"]
+        warp = await ask(client, **{**body, "task": "warp"})
+        assert (warp.status_code, warp.json()["error"]["field"]) == (422, "mode")
+        assert "writes no text" in warp.json()["error"]["message"]
+
+    with_service(opened(tmp_path, serving), test)
+
+
+def test_tasks_of_methods_are_removed_and_replaced_by_prompts(tmp_path: Path) -> None:
+    """Nothing is computed: what is asked for is of the folder alone."""
+    folder = tmp_path / "tasks"
+    lora = write_method(folder / "lora.safetensors", LORA)
+    write_method(folder / "voted" / "a.safetensors", LORA)
+    write_method(folder / "gone.safetensors", LORA)
+    plain = write_prompt(tmp_path / "plain.safetensors").read_bytes()
+
+    async def change(client: httpx.AsyncClient, service: Service) -> None:
+        async def put(path: str, content: bytes) -> httpx.Response:
+            return await client.put(f"/v1/tasks/{path}", content=content, headers=ADMIN)
+
+        for path, content, said in (
+            ("new", lora.read_bytes(), "the upload is what a method tuned"),
+            ("voted?prompt=b", plain, "'voted' is lora, and only plain prompts"),
+        ):
+            answer = await put(path, content)
+            assert answer.status_code == 422 and said in answer.json()["error"]["message"]
+        assert (await put("lora", plain)).status_code == 200
+        assert (await client.delete("/v1/tasks/gone", headers=ADMIN)).status_code == 204
+
+    service = opened(folder, changes=True)
+    service.engine.compile = lambda report: None  # type: ignore[method-assign]
+    with_service(service, change)
+    again = opened(folder, changes=True).tasks
+    assert again.names() == ["lora", "voted"]
+    assert [again.get(name).method for name in again.names()] == ["prompt_tuning", "lora"]  # type: ignore[union-attr]
+
+
+def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
+    """Each is a task, and what comes down to a plain prompt is one."""
+    run = tmp_path / "run"
+    write_method(run / "tuned" / "seed_0.safetensors", LORA)
+    write_method(run / "tuned" / "seed_1.safetensors", LORA, seed=1)
+    write_json(run, LORA)
+    (task,) = opened(run).tasks.everything().values()
+    assert (task.name, task.labels) == ("colours", LABELS)
+    assert [one.name for one in task.prompts] == ["seed_0", "seed_1"]
+    folder = tmp_path / "all"
+    folder.mkdir()
+    run.rename(folder / "run")
+    kept = stored(LORA, seed=3)
+    write_peft_weights(
+        folder / "adapter",
+        LORA,
+        kept.tuned,
+        config=micro_model().config,
+        base_model_name_or_path="micro",
+    )
+    mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
+    save_tuned(folder / "mixture.safetensors", mixture)
+    whole = stored(FullTuning(), seed=4)
+    arrays = {name: array[None] for name, array in whole.tuned.items()}
+    train_state.save(folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {})
+    write_json(folder / "whole", FullTuning())
+    service = opened(folder)
+    tasks = service.tasks.everything()
+    assert {name: task.method for name, task in tasks.items()} == {
+        "adapter": "lora",
+        "mixture.first": "prompt_tuning",
+        "mixture.second": "prompt_tuning",
+        "run": "lora",
+        "whole": "full",
+    }
+    # The adapter's is the run's own.
+    assert len(opened_structures(service)) == 2
+    for number, name in enumerate(("mixture.first", "mixture.second")):
+        (prompt,) = tasks[name].prompts
+        assert isinstance(prompt, ServedPrompt)
+        arrays = mixture.tuned
+        cols, rows = arrays["method/cols_NPR"][number], arrays["method/rows_NRD"][number]
+        expected = arrays["method/shared_PD"] * (cols @ rows)
+        np.testing.assert_allclose(prompt.prompt_PD, expected, rtol=1e-5)
+    (all_weights,) = tasks["whole"].prompts
+    assert isinstance(all_weights, ServedMethod)
+    assert all_weights.tuned.keys() == {f"model/{name}" for name in service.engine._params}
+
+
+def write_json(folder: Path, method: Method) -> None:
+    of = dataclasses.replace(tiny_run.experiment(folder), method=method)
+    (folder / "experiment.json").write_text(to_json(of))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("other", "was trained for another model"),
+        ("damaged", "damaged"),
+        ("unknown", "method"),
+        ("shapes", "shapes do not match"),
+        ("labels", "wrong.safetensors: method=warp scores labels"),
+        ("same", "another task 'mixture.first'"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_its_file(tmp_path: Path, wrong: str, message: str) -> None:
+    file = write_method(tmp_path / "wrong.safetensors", IA3())
+    kept = read_tuned(file)
+    if wrong == "other":
+        write_method(file, IA3(), model_fingerprint="f" * 16)
+    elif wrong == "damaged":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif wrong == "unknown":
+        save_tuned(file, dataclasses.replace(kept, method='{"class": "Nothing"}'))
+    elif wrong == "shapes":
+        cut = {name: array[:-1] for name, array in kept.tuned.items()}
+        save_tuned(file, dataclasses.replace(kept, tuned=cut))
+    elif wrong == "labels":
+        warp = stored(WARP(length=2))
+        metadata = dataclasses.replace(warp.metadata, labels=())
+        save_tuned(file, dataclasses.replace(warp, metadata=metadata))
+    else:
+        file.unlink()
+        mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
+        save_tuned(tmp_path / "mixture.safetensors", mixture)
+        write_prompt(tmp_path / "mixture.first.npy")
+    with pytest.raises(UserError, match=message) as raised:
+        opened(tmp_path)
+    assert len(str(raised.value).splitlines()) == 1
+    assert "safetensors" in str(raised.value) or wrong == "same"

@@ -73,18 +73,19 @@ class MethodsIn:
         if not isinstance(method, MultitaskPrompts):
             return [Opened(served=self._method(name, method, stored.tuned, metadata, place))]
         # A task's prompt is a plain one, and no row needs another's.
-        self._attach(method, stored.tuned, metadata.labels, len(stored.tasks), place)
+        tasks = method.tasks or max(len(stored.tasks), 1)
+        self._attach(method, stored.tuned, metadata.labels, tasks, place)
         labels = _labels_by_task(run_config(str(place)))
         found = []
-        for number in range(method.tasks):
+        for number in range(tasks):
             task = stored.tasks[number] if number < len(stored.tasks) else str(number)
             array = np.asarray(combined(method.combine, stored.tuned, number))
+            known = task if stored.tasks else metadata.task
             about = dataclasses.replace(
-                metadata, task=task, labels=labels.get(task, metadata.labels)
+                metadata, task=known, labels=labels.get(task, metadata.labels)
             )
             prompt = self._fits.checked(array, about, name=name, of=place)
-            alone = method.tasks == 1
-            part = "" if alone else task_name(task)
+            part = task_name(task) if tasks > 1 else ""
             found.append(Opened(served=prompt, task=part, labels=about.labels))
         return found
 

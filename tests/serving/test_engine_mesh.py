@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,13 +11,18 @@ from tests.tiny_run import ROOT, model_folder
 
 CODE = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 from prompt_tuning_jax import build
 from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.commands.served_methods import MethodsIn
 from prompt_tuning_jax.experiment import Experiment, Mesh, Model
+from prompt_tuning_jax.methods import LoRA, PrefixTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Shapes, Targets
+from prompt_tuning_jax.serving.tasks import Fits
+from tests.serving.serving_methods import write_method
 from tests.serving.serving_micro import made_prompt
 
 assert len(jax.devices()) == 8
@@ -31,14 +37,27 @@ rows = [
     )
     for n in range(4)
 ]
+tuned = [Path(sys.argv[2]) / f"{name}.safetensors" for name in ("lora", "prefix")]
+for file, method in zip(tuned, (LoRA(rank=2), PrefixTuning(length=3))):
+    write_method(file, method, model_fingerprint="")
 
 
 def answers(model, layout):
-    engine = Engine(model, shapes=shapes, cache_rows=4, layout=layout)
+    fits = Fits(embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary)
+    opened = MethodsIn(model, fits)
+    methods = [opened(file)[0].served for file in tuned]
+    engine = Engine(model, shapes=shapes, cache_rows=4, layout=layout, methods=methods)
     engine.compile()
+    others = []
+    for method in methods:
+        own = [Row(ids=r.ids, method=method, targets=r.targets, limit=4) for r in rows]
+        others += engine.score(own, engine.program_for("score", own, 4))
+        written = engine.write_whole(own, engine.program_for("write", own, 4))
+        others += [[*ids, log_prob] for ids, log_prob in written]
     scores = engine.score(rows, engine.program_for("score", rows, 4))
     engine.admit(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
-    return np.array(scores), [np.asarray(x) for x in engine.write(slots=4, width=13)]
+    written = [np.asarray(x) for x in engine.write(slots=4, width=13)]
+    return np.array(scores), [*written, *map(np.asarray, others)]
 
 
 for quantization in ("none", "int8"):
@@ -56,9 +75,9 @@ for quantization in ("none", "int8"):
 
 
 @pytest.mark.slow
-def test_eight_devices_answer_as_one() -> None:
+def test_eight_devices_answer_as_one(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(model_folder())],
+        [sys.executable, "-c", CODE, str(model_folder()), str(tmp_path)],
         cwd=ROOT,
         env=with_devices(8),
         capture_output=True,

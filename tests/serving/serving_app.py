@@ -24,6 +24,8 @@ class Compiled:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        # What was measured of a micro model, beside other processes, says little: all go together.
+        engine.seconds = dict.fromkeys(engine.programs(), 1.0)
         self.batches: list[tuple[str, int]] = []
         self.poison: int | None = None
 

@@ -201,7 +201,7 @@ class Engine:
             else:
                 rest = self._placed_limits([], program)
             function, tuned = self.methods.function(program), self.methods.like(program)
-            name = f"{program.kind} {program.rows} x {program.length} tokens"
+            name = self.methods.name_of(program)
             yield program, name, partial(_compiled, function, self._params, tuned, tokens, rest)
         for program in shapes.programs():
             rows = self._placed_rows([], program)

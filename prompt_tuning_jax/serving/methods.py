@@ -128,6 +128,12 @@ class Methods:
         """Any with this structure; None for plain prompts."""
         return None if structure is None else self._one_of[structure]
 
+    def name_of(self, program: Program) -> str:
+        """What is said while it is compiled."""
+        assert program.structure is not None
+        method = self._one_of[program.structure].method
+        return f"{program.kind} {program.rows} x {program.length} tokens of {method}"
+
     def function(self, program: Program) -> Any:
         """What is to be compiled."""
         assert program.structure is not None

@@ -1,9 +1,12 @@
 """What methods of all kinds keep of a training, for the micro T5 that the server's tests use."""
 
+import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +14,22 @@ import numpy as np
 from prompt_tuning_jax import build, tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
-from prompt_tuning_jax.methods import Context, Method, mask_of
+from prompt_tuning_jax.commands.serving import Serving, open_service
+from prompt_tuning_jax.experiment import Experiment, Model
+from prompt_tuning_jax.methods import Context, LoRA, Method, mask_of
 from prompt_tuning_jax.overrides import method_to_json
+from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.structures import ServedMethod
+from tests.serving.serving_app import running
 from tests.serving.serving_micro import micro_model
-from tests.tiny_run import LABELS
+from tests.tiny_run import LABELS, model_folder
+
+LORA = LoRA(rank=2, dropout=0.1)
+# So that targets have one shape: of a label and the end.
+RANKING = Serving(
+    lengths=(8,), batch_sizes=(4,), modes=("label", "score"), max_new_tokens=2, cache_rows=4
+)
+Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 
 def stored(
@@ -56,3 +71,21 @@ def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> 
         path, dataclasses.replace(kept, metadata=dataclasses.replace(kept.metadata, **about))
     )
     return path
+
+
+def opened(folder: Path, serving: Serving = RANKING, **options: Any) -> Service:
+    model = Model(name_or_path=str(model_folder()))
+    return open_service(Experiment(model=model), str(folder), serving=serving, **options)
+
+
+def with_service(service: Service, test: Test) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(100), running(service) as client:
+            await test(client, service)
+
+    asyncio.run(run())
+
+
+def opened_structures(service: Service) -> set[Any]:
+    every = [one for task in service.tasks.everything().values() for one in task.prompts]
+    return {one.structure for one in every if isinstance(one, ServedMethod)}

@@ -1,10 +1,8 @@
 """Methods that are no plain prompts answer as they are predicted with, in batches of their own."""
 
-import asyncio
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +12,31 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import commands, inference
-from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.tuned_file import read_tuned, save_tuned
-from prompt_tuning_jax.commands.serving import Serving, open_service
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Evaluation, Experiment, Model
+from prompt_tuning_jax.commands.serving import Serving
+from prompt_tuning_jax.experiment import Evaluation, Experiment
 from prompt_tuning_jax.inference import token_ids
 from prompt_tuning_jax.methods import (
-    IA3,
     WARP,
     DeepPrompts,
-    FullTuning,
-    LoRA,
     Method,
-    MultitaskPrompts,
     PatternTuning,
     PrefixTuning,
     PTuning,
 )
-from prompt_tuning_jax.methods.peft_weights import write_peft_weights
 from prompt_tuning_jax.opened_prompts import open_prompts
-from prompt_tuning_jax.overrides import to_json
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.structures import ServedMethod
-from prompt_tuning_jax.serving.tasks import ServedPrompt
 from tests import tiny_run
-from tests.serving.serving_app import ADMIN, ask, running
-from tests.serving.serving_methods import stored, write_method
+from tests.serving.serving_app import ask
+from tests.serving.serving_methods import (
+    LORA,
+    opened,
+    opened_structures,
+    with_service,
+    write_method,
+)
 from tests.serving.serving_micro import micro_model, write_prompt
-from tests.tiny_run import LABELS, model_folder
+from tests.tiny_run import LABELS
 
-LORA = LoRA(rank=2, dropout=0.1)
 # One of each structure: slots of the encoder's input and layers, of attention, around maps, in
 # place of the model's own arrays, labels of its own.
 METHODS: dict[str, Method] = {
@@ -57,29 +49,11 @@ METHODS: dict[str, Method] = {
 }
 LORAS = [f"lora_{seed}" for seed in range(9)]
 INPUTS = ["ban red", "kolo green", "mita"]
-# So that targets have one shape: of a label and the end.
-RANKING = Serving(
-    lengths=(8,), batch_sizes=(4,), modes=("label", "score"), max_new_tokens=2, cache_rows=4
-)
-Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 
 def experiment(strategy: Any = "rank") -> Experiment:
     base = tiny_run.experiment("")
     return dataclasses.replace(base, evaluation=Evaluation(strategy=strategy))
-
-
-def opened(folder: Path, serving: Serving = RANKING, **options: Any) -> Service:
-    model = Model(name_or_path=str(model_folder()))
-    return open_service(Experiment(model=model), str(folder), serving=serving, **options)
-
-
-def with_service(service: Service, test: Test) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(100), running(service) as client:
-            await test(client, service)
-
-    asyncio.run(run())
 
 
 @functools.cache
@@ -179,11 +153,6 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
     with_service(service, test)
 
 
-def opened_structures(service: Service) -> set[Any]:
-    every = [one for task in service.tasks.everything().values() for one in task.prompts]
-    return {one.structure for one in every if isinstance(one, ServedMethod)}
-
-
 def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
     write_method(tmp_path / "lora.safetensors", LORA)
     write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
@@ -221,124 +190,3 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
         assert "writes no text" in warp.json()["error"]["message"]
 
     with_service(opened(tmp_path, serving), test)
-
-
-def test_tasks_of_methods_are_removed_and_replaced_by_prompts(tmp_path: Path) -> None:
-    """Nothing is computed: what is asked for is of the folder alone."""
-    folder = tmp_path / "tasks"
-    lora = write_method(folder / "lora.safetensors", LORA)
-    write_method(folder / "voted" / "a.safetensors", LORA)
-    write_method(folder / "gone.safetensors", LORA)
-    plain = write_prompt(tmp_path / "plain.safetensors").read_bytes()
-
-    async def change(client: httpx.AsyncClient, service: Service) -> None:
-        async def put(path: str, content: bytes) -> httpx.Response:
-            return await client.put(f"/v1/tasks/{path}", content=content, headers=ADMIN)
-
-        for path, content, said in (
-            ("new", lora.read_bytes(), "the upload is what a method tuned"),
-            ("voted?prompt=b", plain, "'voted' is lora, and only plain prompts"),
-        ):
-            answer = await put(path, content)
-            assert answer.status_code == 422 and said in answer.json()["error"]["message"]
-        assert (await put("lora", plain)).status_code == 200
-        assert (await client.delete("/v1/tasks/gone", headers=ADMIN)).status_code == 204
-
-    service = opened(folder, changes=True)
-    service.engine.compile = lambda report: None  # type: ignore[method-assign]
-    with_service(service, change)
-    again = opened(folder, changes=True).tasks
-    assert again.names() == ["lora", "voted"]
-    assert [again.get(name).method for name in again.names()] == ["prompt_tuning", "lora"]  # type: ignore[union-attr]
-
-
-def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
-    """Each is a task, and what comes down to a plain prompt is one."""
-    run = tmp_path / "run"
-    write_method(run / "tuned" / "seed_0.safetensors", LORA)
-    write_method(run / "tuned" / "seed_1.safetensors", LORA, seed=1)
-    write_json(run, LORA)
-    (task,) = opened(run).tasks.everything().values()
-    assert (task.name, task.labels) == ("colours", LABELS)
-    assert [one.name for one in task.prompts] == ["seed_0", "seed_1"]
-    folder = tmp_path / "all"
-    folder.mkdir()
-    run.rename(folder / "run")
-    kept = stored(LORA, seed=3)
-    write_peft_weights(
-        folder / "adapter",
-        LORA,
-        kept.tuned,
-        config=micro_model().config,
-        base_model_name_or_path="micro",
-    )
-    mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
-    save_tuned(folder / "mixture.safetensors", mixture)
-    whole = stored(FullTuning(), seed=4)
-    arrays = {name: array[None] for name, array in whole.tuned.items()}
-    train_state.save(folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {})
-    write_json(folder / "whole", FullTuning())
-    service = opened(folder)
-    tasks = service.tasks.everything()
-    assert {name: task.method for name, task in tasks.items()} == {
-        "adapter": "lora",
-        "mixture.first": "prompt_tuning",
-        "mixture.second": "prompt_tuning",
-        "run": "lora",
-        "whole": "full",
-    }
-    # The adapter's is the run's own.
-    assert len(opened_structures(service)) == 2
-    for number, name in enumerate(("mixture.first", "mixture.second")):
-        (prompt,) = tasks[name].prompts
-        assert isinstance(prompt, ServedPrompt)
-        arrays = mixture.tuned
-        cols, rows = arrays["method/cols_NPR"][number], arrays["method/rows_NRD"][number]
-        expected = arrays["method/shared_PD"] * (cols @ rows)
-        np.testing.assert_allclose(prompt.prompt_PD, expected, rtol=1e-5)
-    (all_weights,) = tasks["whole"].prompts
-    assert isinstance(all_weights, ServedMethod)
-    assert all_weights.tuned.keys() == {f"model/{name}" for name in service.engine._params}
-
-
-def write_json(folder: Path, method: Method) -> None:
-    of = dataclasses.replace(tiny_run.experiment(folder), method=method)
-    (folder / "experiment.json").write_text(to_json(of))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ("other", "was trained for another model"),
-        ("damaged", "damaged"),
-        ("unknown", "method"),
-        ("shapes", "shapes do not match"),
-        ("labels", "wrong.safetensors: method=warp scores labels"),
-        ("same", "another task 'mixture.first'"),
-    ],
-)
-def test_what_does_not_fit_is_said_with_its_file(tmp_path: Path, wrong: str, message: str) -> None:
-    file = write_method(tmp_path / "wrong.safetensors", IA3())
-    kept = read_tuned(file)
-    if wrong == "other":
-        write_method(file, IA3(), model_fingerprint="f" * 16)
-    elif wrong == "damaged":
-        file.write_bytes(file.read_bytes()[:-8])
-    elif wrong == "unknown":
-        save_tuned(file, dataclasses.replace(kept, method='{"class": "Nothing"}'))
-    elif wrong == "shapes":
-        cut = {name: array[:-1] for name, array in kept.tuned.items()}
-        save_tuned(file, dataclasses.replace(kept, tuned=cut))
-    elif wrong == "labels":
-        warp = stored(WARP(length=2))
-        metadata = dataclasses.replace(warp.metadata, labels=())
-        save_tuned(file, dataclasses.replace(warp, metadata=metadata))
-    else:
-        file.unlink()
-        mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
-        save_tuned(tmp_path / "mixture.safetensors", mixture)
-        write_prompt(tmp_path / "mixture.first.npy")
-    with pytest.raises(UserError, match=message) as raised:
-        opened(tmp_path)
-    assert len(str(raised.value).splitlines()) == 1
-    assert "safetensors" in str(raised.value) or wrong == "same"

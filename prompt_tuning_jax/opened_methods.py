@@ -17,7 +17,15 @@ from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, is_tuned_file,
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.methods import Attached, Context, Method, mask_of, peft_prompts, peft_weights
+from prompt_tuning_jax.methods import (
+    Attached,
+    Context,
+    FullTuning,
+    Method,
+    mask_of,
+    peft_prompts,
+    peft_weights,
+)
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.overrides import method_from_json, method_to_json
@@ -101,7 +109,13 @@ def members_of_stored(
 
 
 def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
-    """The best members of a run of any method."""
+    """The best members of a run of any method; UserError where its frozen model is another."""
+    if not isinstance(run.method, FullTuning):
+        trained_on = PromptMetadata(
+            model_name=run.model.name_or_path,
+            model_fingerprint=run_folder.model_fingerprint(folder),
+        )
+        check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
     labels = build.labels_of(build.build_mixture(run.data)) if run.method.ranks else ()
     return _members(
         run.method,

@@ -16,6 +16,17 @@ T = TypeVar("T")
 
 # Says in JSON which of several dataclasses a group is; no field can have a keyword for its name.
 CLASS = "class"
+# What people call some methods.
+_ALSO_CALLED = {
+    "bitfit": "pattern",
+    "model_tuning": "full",
+    "fine_tuning": "full",
+    "finetuning": "full",
+    "p_tuning_v2": "deep_prompts",
+    "spot": "prompt_tuning",
+    "mpt": "multitask_prompts",
+    "adapter": "adapters",
+}
 
 
 def apply_override(experiment: Experiment, override: str) -> Experiment:
@@ -49,10 +60,31 @@ def apply_override(experiment: Experiment, override: str) -> Experiment:
 
 
 def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
-    """The experiment with the overrides applied from left to right."""
+    """The experiment with the overrides applied from left to right, the method before all others.
+
+    Another method than the experiment's brings the optimizer's fields that it is usually trained
+    with.
+    """
+    overrides = sorted(overrides, key=lambda override: _path(override) != "method")
     for override in overrides:
+        before = experiment.method
         experiment = apply_override(experiment, override)
+        if type(experiment.method) is not type(before):
+            experiment = _with_usual_optimizer(experiment, before)
     return experiment
+
+
+def _with_usual_optimizer(experiment: Experiment, before: Method) -> Experiment:
+    """Of the optimizer what the method before was trained with is as for a prompt again."""
+    optimizer = experiment.optimizer
+    default, usual = type(optimizer)(), experiment.method.usual_optimizer
+    # Between two methods that want the same as a prompt, a config's own choice stays.
+    fields = {name: getattr(default, name) for name in before.usual_optimizer} | {**usual}
+    return dataclasses.replace(experiment, optimizer=dataclasses.replace(optimizer, **fields))
+
+
+def _path(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -189,9 +221,9 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
 def _read(text: str, annotation: Any, path: str) -> Any:
     """What the text stands for where an annotation stands; the text itself if that cannot be."""
     if annotation is Method:
-        if text in METHODS:
-            return METHODS[text]()
-        raise UserError(f"{path} cannot be {_show(text)}: {suggest(text, METHODS)}")
+        if (name := text.strip().lower()) in METHODS:
+            return METHODS[name]()
+        raise UserError(f"{path} cannot be {_show(text)}: {_method_like(text)}")
     if group_classes(annotation):
         names = ", ".join(f"{path}.{name}" for name in get_type_hints(annotation))
         raise UserError(f"{path} is a group of fields; set one of {names}")
@@ -205,6 +237,15 @@ def _read(text: str, annotation: Any, path: str) -> Any:
         except ValueError:
             return text
     return text
+
+
+def _method_like(text: str) -> str:
+    """The name that may have been meant, and all of them."""
+    name = text.strip().lower().replace("-", "_")
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.7)
+    if near := [_ALSO_CALLED[name]] if name in _ALSO_CALLED else near:
+        return f"did you mean {near[0]!r}? There are {', '.join(METHODS)}"
+    return f"choose one of {', '.join(METHODS)}"
 
 
 def _read_tuple(text: str, item: Any, path: str) -> Any:

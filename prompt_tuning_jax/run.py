@@ -16,12 +16,12 @@ from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import (
-    METHODS,
     PROMPT,
     Method,
     NoTuning,
     PromptDesign,
     PromptTuning,
+    method_name,
 )
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
 from prompt_tuning_jax.overrides import method_to_json, to_json
@@ -162,9 +162,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 def require_trains(method: Method) -> None:
     """UserError for a method of which nothing trains."""
     if isinstance(method, NoTuning | PromptDesign):
-        name = next(name for name, cls in METHODS.items() if cls is type(method))
         raise UserError(
-            f"method={name} trains nothing; choose another method, or eval without prompts"
+            f"method={method_name(method)} trains nothing; choose another method, or eval without "
+            "prompts"
         )
 
 
@@ -207,9 +207,15 @@ def _introduction(
         f"{experiment.model.name_or_path}: {count}{trained:,} parameters train, "
         f"{frozen:,} are frozen{_held(members.frozen, frozen, experiment.model.quantization)}"
     )
+    training, optimizer = experiment.training, experiment.optimizer
+    rates = training.learning_rates or (optimizer.learning_rate,)
+    schedule = "" if optimizer.schedule == "constant" else f", {optimizer.schedule}"
+    yield (
+        f"{method_name(experiment.method)} by {optimizer.name} at "
+        f"{', '.join(f'{rate:g}' for rate in rates)}{schedule}"
+    )
     yield from data.reports
     if isinstance(data, build.TaskData) and data.train is not None:
-        training = experiment.training
         examples = data.train.examples_per_epoch
         epochs = training.steps * training.batch_size / examples
         yield (

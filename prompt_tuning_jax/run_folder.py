@@ -91,6 +91,12 @@ def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
     return tuple(Best(**best) if best else None for best in extra["best"])
 
 
+def model_fingerprint(folder: Path) -> str:
+    """Of the frozen model that the run was trained on."""
+    _, extra = _best_checkpoint(folder)
+    return str(extra["fingerprint"])
+
+
 def require_place(folder: Path) -> None:
     """Raises UserError where a run's folder cannot be, before anything long is begun."""
     there = next(path for path in (folder, *folder.parents) if path.exists())

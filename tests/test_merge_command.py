@@ -10,7 +10,10 @@ import pytest
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Experiment, Model
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.opened_prompts import open_prompts
 from prompt_tuning_jax.overrides import to_json
 from tests import tiny_run
 from tests.micro import call, shifted, token_rows
@@ -68,6 +71,11 @@ def test_merge_writes_the_model_that_was_tuned(
         for name in tree.split(base)[1]
         if name.endswith(("query/kernel", "wi_0/kernel", "wi_1/kernel", "wo/kernel"))
     }
+    # What was tuned is in there: it is not applied once more.
+    again = Experiment(model=Model(name_or_path=str(tmp_path / "seed_0")))
+    with pytest.raises(UserError, match="trained for another model") as refused:
+        open_prompts(again, models[0], [str(trained)])
+    assert "allow_other_model" not in str(refused.value)
     # Narrow on request.
     line = ["merge", str(trained), str(tmp_path / "n"), "--member", "seed_0", "--dtype", "bfloat16"]
     assert main(line) == 0

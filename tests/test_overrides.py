@@ -1,13 +1,17 @@
 import dataclasses
+import itertools
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from prompt_tuning_jax.config_file import load_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import METHODS, FullTuning, PromptTuning
+from prompt_tuning_jax.methods import METHODS, FullTuning, LoRA, PromptTuning
 from prompt_tuning_jax.overrides import (
     apply_override,
     apply_overrides,
@@ -158,7 +162,7 @@ def test_values_as_people_type_them(override: str, path: str, value: Any) -> Non
 
 
 def test_a_method_is_picked_by_name_with_its_defaults() -> None:
-    experiment = apply_overrides(Experiment(), ["method.length=20", "method=full"])
+    experiment = apply_overrides(Experiment(), ["method=full"])
     assert experiment.method == FullTuning()
     experiment = apply_overrides(experiment, ["method=prompt_tuning", "method.init=uniform"])
     assert experiment.method == PromptTuning(init="uniform")
@@ -274,3 +278,42 @@ def test_a_group_of_the_wrong_class_is_refused() -> None:
         checked_experiment(Experiment(method=Model()))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="method: expected PromptTuning or "):
         checked_experiment(Experiment(method=PromptTuning))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_another_method_brings_the_optimizer_that_it_is_usually_trained_with(name: str) -> None:
+    config = Path(__file__).parents[1] / "configs/quickstart.py"
+    changed = apply_overrides(load_config(str(config)), [f"method={name}"])
+    assert changed.method == METHODS[name]()
+    usual = {"schedule": "linear", **METHODS[name].usual_optimizer}
+    assert changed.optimizer == Optimizer(**usual)
+    back = apply_overrides(changed, ["method=prompt_tuning"])
+    assert back.optimizer == Optimizer(schedule="linear")
+    # Its own config has the same.
+    own = config.with_name(f"{'model_tuning' if name == 'full' else name}.py")
+    if own.exists():
+        written = load_config(str(own))
+        assert type(written.method) is METHODS[name]
+        assert replace(written.optimizer, schedule="linear") == changed.optimizer
+
+
+def test_what_is_set_beside_a_method_is_as_it_is_set() -> None:
+    for given in itertools.permutations(
+        ["method=lora", "optimizer.learning_rate=0.2", "method.rank=2"]
+    ):
+        changed = apply_overrides(Experiment(), given)
+        assert changed.method == LoRA(rank=2)
+        assert (changed.optimizer.learning_rate, changed.optimizer.weight_decay) == (0.2, 0.0)
+    own = Experiment(optimizer=Optimizer(learning_rate=0.05))
+    same = apply_overrides(own, ["method=prompt_tuning", "method.length=5"])
+    assert same.optimizer == own.optimizer
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("bitfit", "'pattern'"), ("model_tuning", "'full'"), ("lorra", "'lora'"), ("x", "adapters")],
+)
+def test_names_of_methods_that_were_meant(typed: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        apply_overrides(Experiment(), [f"method={typed}"])
+    assert apply_overrides(Experiment(), ["method=LoRA"]).method == LoRA()

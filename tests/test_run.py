@@ -210,6 +210,7 @@ def test_output_says_what_trains_on_what(
     cut = sum(length > 14 for length in lengths)
     assert 0 < cut < 48
     assert "2 x 80 parameters train" in out
+    assert "\nprompt_tuning by " in out
     assert f"48 examples, inputs of {np.mean(lengths):.0f} tokens" in out
     assert f"{cut} inputs ({100 * cut / 48:.1f} %) cut to 14 tokens" in out
     assert "12 steps of 4 examples: 1.0 epochs" in out
@@ -344,10 +345,12 @@ def test_killed_again_and_again_it_is_the_same_run(
     monkeypatch: pytest.MonkeyPatch,
     compiled_once: None,
     uninterrupted: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for point in (1, 9, 12, 12, 13):
         _kill_at(monkeypatch, tmp_path, point)
-    assert train(experiment(tmp_path, INTERRUPTED), quiet=True).finished
+    assert train(experiment(tmp_path, INTERRUPTED)).finished
+    assert "goes on from step " in capsys.readouterr().out
     assert outcome(tmp_path) == uninterrupted
 
 

@@ -161,7 +161,7 @@ def check_fits(
     embed_dim: int,
     fingerprint: str,
     path: str | Path,
-    allow_other_model: bool = False,
+    allow_other_model: bool | None = None,
 ) -> None:
     """Raises UserError unless a prompt is for the frozen model with this width and fingerprint.
 
@@ -176,15 +176,19 @@ def check_model(
     *,
     fingerprint: str,
     path: str | Path,
-    allow_other_model: bool = False,
+    allow_other_model: bool | None = None,
 ) -> None:
-    """Raises UserError where something says that it was trained for another model than this."""
+    """Raises UserError where something says that it was trained for another model than this.
+
+    ``allow_other_model`` is None where the user is not offered that.
+    """
     theirs = metadata.model_fingerprint
     if theirs and theirs != fingerprint and not allow_other_model:
         named = " ".join(["", *metadata.model_name.split()])[:100]
         raise UserError(
             f"{path} was trained for another model{named} (fingerprint {theirs}, this one has "
-            f"{fingerprint}); use that one, or say allow_other_model to go on"
+            f"{fingerprint}); use that one"
+            + (", or say allow_other_model to go on" if allow_other_model is not None else "")
         )
 
 

@@ -33,6 +33,12 @@ METHODS: dict[str, type] = {
     "pattern": PatternTuning,
 }
 
+
+def method_name(method: Method) -> str:
+    """What a config and the command line call it."""
+    return next(name for name, kind in METHODS.items() if kind is type(method))
+
+
 __all__ = [
     "IA3",
     "METHODS",
@@ -54,4 +60,5 @@ __all__ = [
     "PromptDesign",
     "PromptTuning",
     "mask_of",
+    "method_name",
 ]

@@ -1,8 +1,8 @@
 """Adapters: small bottlenecks behind the sublayers (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Adapters(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
 
     kind: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = 32

@@ -1,7 +1,8 @@
 """Model tuning: every weight of the model trains.  The other end of the same switch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.models.t5 import T5
@@ -16,6 +17,12 @@ class FullTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 0.001,
+        "multiply_by_parameter_scale": True,
+        "min_dim_size_to_factor": 128,
+        "weight_decay": 0.0,
+    }
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         return Attached(model, MethodModule())

@@ -1,8 +1,8 @@
 """IA3: a trained scale on keys, values and what the mlp holds (Liu et al. 2022)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,6 +27,7 @@ class IA3(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
 
     outputs: tuple[str, ...] = (".*/(key|value)",)
     inputs: tuple[str, ...] = (".*/mlp/wo",)

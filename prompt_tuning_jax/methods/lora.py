@@ -1,8 +1,8 @@
 """LoRA: a trained product of two thin matrices beside any linear map (Hu et al. 2022)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class LoRA(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
 
     rank: int = 8
     alpha: float = 16.0

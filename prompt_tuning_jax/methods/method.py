@@ -1,8 +1,8 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -184,11 +184,13 @@ class Method(Protocol):
 
     Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
     model computes with fresh parameters what it computes without; ``ranks`` says that it scores
-    labels itself, and writes nothing.
+    labels itself, and writes nothing.  ``usual_optimizer`` are the fields of an ``Optimizer`` in
+    which it is trained otherwise than a prompt.
     """
 
     unchanged_at_start: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {}
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         """The model with fresh parameters of this method; ``key`` decides their initial value.

@@ -1,8 +1,8 @@
 """P-tuning: a prompt made by an LSTM or an MLP, anywhere in the input (Liu et al. 2021)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class PTuning(Method):
 
     ``dropout`` is that between the LSTM's layers.  Source: peft 0.21, tuners/p_tuning/model.py.
     """
+
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
 
     length: int = 20
     template: str = "{prompt} {input}"

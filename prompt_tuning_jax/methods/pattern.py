@@ -1,9 +1,9 @@
 """Parameters of the model itself, chosen by regular expressions (BitFit, Ben Zaken et al. 2022)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
@@ -27,6 +27,7 @@ class PatternTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
 
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
 

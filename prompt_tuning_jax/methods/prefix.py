@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class PrefixTuning(Method):
     ``init``: ``words`` starts from what the model computes for the task's labels and sampled common
     pieces (section 7.4), ``uniform`` draws within 0.5; an MLP starts as torch's layers do.
     """
+
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
 
     length: int = 20
     encoder: bool = True

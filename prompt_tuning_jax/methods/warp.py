@@ -1,8 +1,8 @@
 """WARP: prompt tokens in the input, class vectors at the output (Hambardzumyan et al. 2021)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -36,6 +36,7 @@ class WARP(Method):
     """
 
     ranks: ClassVar[bool] = True
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
 
     length: int = 8
     template: str = "{prompt} {input}"

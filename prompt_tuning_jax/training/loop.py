@@ -92,6 +92,8 @@ class Loop:
         if start >= self.steps:
             return self._result(start, best, best_tree, state)
         step = start
+        if start and not self.quiet:
+            print(f"goes on from step {start:,}", flush=True)
         log = self._open_log(start)
         signal_to_stop_by = distributed.stop_agreement(self._signals_received, start=start)
         stopped_by = 0

@@ -261,7 +261,7 @@ def _tasks(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from prompt_tuning_jax import commands
 
-    if not Path(args.prompts).is_dir():
+    if not Path(args.prompts).exists():
         raise UserError(f"--prompts {args.prompts}: no such folder")
     from prompt_tuning_jax.compilation import keep_compiled_programs
     from prompt_tuning_jax.overrides import apply_overrides

@@ -286,7 +286,10 @@ def _add_serve(commands: Any) -> None:
         "--max_inputs", type=_positive, metavar="N", help="a request (default: 128)"
     )
     limits.add_argument(
-        "--max_queue", type=_positive, metavar="N", help="rows that may wait (default: 1024)"
+        "--max_queue",
+        type=_positive,
+        metavar="N",
+        help="inputs times prompts that may wait (default: 1024)",
     )
     limits.add_argument(
         "--max_wait_ms", type=_positive, metavar="N", help="for others to join (default: 2)"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def serve(
     from prompt_tuning_jax.serving.app import make_app
     from prompt_tuning_jax.serving.server import serve as run
 
+    _require_free(host, port)
+    print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
     token, admin_token = os.environ.get(TOKEN, ""), os.environ.get(ADMIN_TOKEN, "")
     service = open_service(
         experiment, prompts, serving=serving or Serving(), changes=bool(admin_token)
@@ -100,8 +103,30 @@ def serve(
             port=port,
             drain_seconds=service.limits.deadline_seconds,
             on_bound=addresses.append,
-            on_drain=lambda: setattr(service, "state", "draining"),
+            on_drain=lambda: _drain(service),
         )
+
+
+def _drain(service: "Service") -> None:
+    if service.state != "draining":
+        waiting = service.batcher.waiting if service.state == "ready" else 0
+        rows = f"; {waiting} rows that wait are answered first" if waiting else ""
+        print(f"told to end{rows}", file=sys.stderr, flush=True)
+    service.state = "draining"
+
+
+def _require_free(host: str, port: int) -> None:
+    """UserError for a port that is taken, before anything long is begun."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
+            "--port 0 takes a free one"
+        ) from None
 
 
 def open_service(
@@ -124,7 +149,8 @@ def open_service(
 
     folder = Path(prompts)
     if not folder.is_dir():
-        raise UserError(f"--prompts {prompts}: no such folder")
+        what = "is a file; name the folder that it is in" if folder.exists() else "no such folder"
+        raise UserError(f"--prompts {prompts}: {what}")
     layout = build.layout_of(experiment)
     model = build.build_model(experiment, layout=layout)
     words = build.vocabulary_of(model)
@@ -234,7 +260,16 @@ def _require_libraries() -> None:
 def _compiling(total: int) -> Iterator[Callable[[str], None]]:
     """Calls with a program's name move the bar, where somebody looks on; an empty one ends it."""
     if not sys.stderr.isatty():
-        yield lambda name: None
+        done = 0
+
+        def say(name: str) -> None:
+            nonlocal done
+            done += bool(name)
+            if name and (done == total or done % max(1, total // 4) == 0):
+                print(f"compiled {done} of {total} programs", file=sys.stderr, flush=True)
+
+        print(f"compiling {total} programs", file=sys.stderr, flush=True)
+        yield say
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

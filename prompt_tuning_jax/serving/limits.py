@@ -9,8 +9,7 @@ class Limits:
 
     body_bytes: int = 1_000_000
     inputs: int = 128  # in one request
-    rows: int = 512  # inputs times prompts, in one request
-    waiting_rows: int = 1024
+    waiting_rows: int = 1024  # inputs times prompts, of all requests
     wait_seconds: float = 0.002
     deadline_seconds: float = 30.0
 

@@ -28,6 +28,12 @@ class Wanted:
         return self.task.prompts or (None,)
 
 
+def too_many_rows(rows: int, limits: Limits) -> RefusedError:
+    """Of a request that no queue could ever take."""
+    message = f"{rows} rows (inputs times prompts); this server queues {limits.waiting_rows}"
+    return RefusedError(413, message, field="inputs")
+
+
 class Reader:
     """Knows the tasks and what the engine can take."""
 
@@ -55,9 +61,8 @@ class Reader:
             raise RefusedError(422, "is for mode generate", field="options.stream")
         tasks = [self._task(name, number, request) for number, name in enumerate(names)]
         rows = sum(max(1, len(task.prompts)) for task in tasks)
-        if rows > self._limits.rows:
-            message = f"{rows} inputs times prompts; at most {self._limits.rows} in one request"
-            raise RefusedError(413, message, field="inputs")
+        if rows > self._limits.waiting_rows:
+            raise too_many_rows(rows, self._limits)
         targets = self._targets(request)
         limit = self._limit(request)
         ids = [self._ids(text, number, request) for number, text in enumerate(inputs)]
@@ -71,7 +76,7 @@ class Reader:
                     one = replace(one, labels=labels, targets=self._label_ids(labels))
                 if not one.targets:
                     named = f"task {task.name!r} has" if task.name else "the bare model has"
-                    message = f"{named} no labels of its own; give options.labels"
+                    message = f"{named} no labels of its own (.npy has none); give options.labels"
                     raise RefusedError(422, message, field="options.labels")
             elif request.mode == "score":
                 one = replace(one, targets=(targets[number],))
@@ -85,7 +90,8 @@ class Reader:
         task = self._tasks.get(name)
         if task is None:
             field = "task" if isinstance(request.task, str) else f"task[{number}]"
-            raise RefusedError(404, f"there is no task {name[:100]!r}", field=field)
+            message = f"there is no task {name[:100]!r}; GET /v1/tasks names them"
+            raise RefusedError(404, message, field=field)
         return task
 
     def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

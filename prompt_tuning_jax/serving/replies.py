@@ -25,6 +25,14 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if first["loc"] == ("body",) and "json" not in kind and kind != "application/octet-stream":
+            message = f"the body is {kind or 'of no type'}; send content-type: application/json"
+            return error_of(422, message, field="body")
+        if first["type"] == "json_invalid":
+            where_at = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
+            message = f"the body is no JSON{where_at}: {first['ctx']['error']}"
+            return error_of(422, message, field="body")
         field = ""
         where = () if first["type"] == "json_invalid" else first["loc"][1:]
         for part in where:

@@ -13,7 +13,7 @@ from prompt_tuning_jax.serving.folder import KeptChanges
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
-from prompt_tuning_jax.serving.reading import Reader, Wanted
+from prompt_tuning_jax.serving.reading import Reader, Wanted, too_many_rows
 from prompt_tuning_jax.serving.schema import PredictRequest, Result
 from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks, check_name
 
@@ -222,6 +222,8 @@ class Service:
         return jobs_of(request.mode, wanted, shapes=shapes, apart=self._apart, follow=follow)
 
     def _submit(self, jobs: Sequence[Job]) -> None:
+        if len(jobs) > self.limits.waiting_rows:
+            raise too_many_rows(len(jobs), self.limits)
         try:
             self.batcher.submit(jobs)
         except QueueFullError as error:

@@ -85,7 +85,7 @@ def make_service(folder: Path, *, changes: bool = True, limits: Limits | None = 
         Tasks(served),
         fits=fits(),
         kept=kept if changes else None,
-        limits=limits or Limits(inputs=20, rows=40),
+        limits=limits or Limits(inputs=20),
         model_name="micro",
     )
 

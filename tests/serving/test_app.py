@@ -155,7 +155,7 @@ def test_what_is_refused_names_its_field(
         assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
         assert len(answer.json()["error"]["message"].splitlines()) == 1
 
-    with_server(folder, test)
+    with_server(folder, test, limits=Limits(inputs=20, waiting_rows=40))
 
 
 def test_inputs_are_cut_where_that_is_asked_for(folder: Path) -> None:
@@ -178,8 +178,13 @@ def test_a_body_that_is_too_large_or_no_json(folder: Path) -> None:
             answer = await client.post("/v1/predict", **content)
             assert answer.status_code == 413
             assert answer.json()["error"]["field"] == "body"
-        answer = await client.post("/v1/predict", content=b"{")
-        assert (answer.status_code, answer.json()["error"]["field"]) == (422, "body")
+        typed = {"content-type": "application/json; charset=utf-8"}
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        for headers, said in ((typed, "no JSON at character 1"), (form, "application/json")):
+            answer = await client.post("/v1/predict", content=b"{", headers=headers)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["field"]) == (422, "body")
+            assert said in error["message"]
 
     with_server(folder, test, limits=Limits(body_bytes=8000))
 
@@ -324,6 +329,9 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
         assert refused and len(refused) < 6
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
         assert service.batcher.waiting == 0
+        # What would never fit is not asked to come again.
+        answer = await ask(client, task="voted", inputs=["ban"] * 5)
+        assert (answer.status_code, answer.json()["error"]["field"]) == (413, "inputs")
 
     with_server(folder, test, limits=Limits(waiting_rows=12))
 

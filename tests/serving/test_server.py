@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -74,6 +75,8 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
             while not client.get("/healthz").json()["waiting"] and not answers:
                 assert time.monotonic() < end
                 time.sleep(0.01)
+        # Twice at once, as `timeout` does it, is no hurry.
+        process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         asking.join(20)
         assert process.wait(20) == 0
@@ -81,8 +84,25 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
         assert len(answers[0].json()["results"]) == 2
         rest = process.stdout.read()
         assert secret not in rest and "kolo" not in rest
+        assert rest.startswith("told to end") and len(rest.splitlines()) == 1
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz")
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from prompt_tuning_jax.commands import serve
+    from prompt_tuning_jax.errors import UserError
+    from prompt_tuning_jax.experiment import Experiment, Model
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} cannot be listened on"):
+            serve(Experiment(model=Model(name_or_path="nowhere")), "nowhere", port=port)
+    assert "opening" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,6 +114,7 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
         (["--prompts", "good", "--lengths", "8,4"], "lengths is 8,4"),
         (["--prompts", "good", "--batch_sizes", "4", "--cache_rows", "2"], "cache_rows is 2"),
         (["--prompts", "good", "--modes", "rank"], "modes are"),
+        (["--prompts", "good/one.safetensors"], "is a file; name the folder"),
     ],
 )
 def test_what_cannot_be_served_is_said_at_once(
@@ -112,9 +133,11 @@ def test_what_cannot_be_served_is_said_at_once(
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "bad" / "narrow.npy", np.ones((3, 5), np.float32))
     write_prompt(tmp_path / "good" / "one.safetensors", 3)
-    assert main(["serve", "--model", str(model_folder()), *arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) == 1
+    # What it does to its process is for good.
+    monkeypatch.setattr("prompt_tuning_jax.serving.heap.keep_freed_memory", lambda: False)
+    assert main(["serve", "--model", str(model_folder()), "--port", "0", *arguments]) == 2
+    *before, said = capsys.readouterr().err.splitlines()
+    assert message in said and before in ([], [f"opening {model_folder()} and {arguments[1]}"])
 
 
 def test_who_has_gone_is_not_computed_for(tmp_path: Path) -> None:

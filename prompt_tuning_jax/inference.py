@@ -164,10 +164,11 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
     """The prompt as float32, ``[P, D]`` or ``[B, P, D]``; UserError where it does not fit."""
     if prompt is None:
         return None
-    if isinstance(prompt, str | Path):
+    given: object = prompt  # not everybody checks types
+    if isinstance(given, str | Path):
         raise UserError(
-            f"prompt is an array, and {str(prompt)!r} is a path: load_prompt({str(prompt)!r}) reads "
-            "the prompt in it"
+            f"prompt is an array, and {str(given)!r} is a path: load_prompt({str(given)!r}) "
+            "reads the prompt in it"
         )
     array = jnp.asarray(prompt, jnp.float32)
     width = model.config.embed_dim

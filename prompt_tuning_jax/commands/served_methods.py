@@ -21,13 +21,14 @@ from prompt_tuning_jax.methods import (
     Method,
     MultitaskPrompts,
     PromptTuning,
+    method_name,
 )
 from prompt_tuning_jax.methods.multitask import combined
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.opened_methods import attach_stored, method_of, stored_methods
 from prompt_tuning_jax.overrides import method_to_json
 from prompt_tuning_jax.serving.folder import Opened, task_name
-from prompt_tuning_jax.serving.structures import ServedMethod, Structures, method_name
+from prompt_tuning_jax.serving.structures import ServedMethod, Structures
 from prompt_tuning_jax.serving.tasks import Fits, Served
 from prompt_tuning_jax.typing import HostArray
 

@@ -16,7 +16,7 @@ from prompt_tuning_jax.methods.prompt_design import PromptDesign
 from prompt_tuning_jax.methods.warp import WARP
 
 # The name that a config or the command line types.
-METHODS: dict[str, type] = {
+METHODS: dict[str, type[Method]] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
     "p_tuning": PTuning,
@@ -32,6 +32,12 @@ METHODS: dict[str, type] = {
     "adapters": Adapters,
     "pattern": PatternTuning,
 }
+
+
+def method_name(method: Method) -> str:
+    """What a config and the command line call it."""
+    return next(name for name, kind in METHODS.items() if kind is type(method))
+
 
 __all__ = [
     "IA3",
@@ -54,4 +60,5 @@ __all__ = [
     "PromptDesign",
     "PromptTuning",
     "mask_of",
+    "method_name",
 ]

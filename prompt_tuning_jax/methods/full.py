@@ -16,6 +16,7 @@ class FullTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         return Attached(model, MethodModule())

@@ -27,6 +27,7 @@ class IA3(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
 
     outputs: tuple[str, ...] = (".*/(key|value)",)
     inputs: tuple[str, ...] = (".*/mlp/wo",)

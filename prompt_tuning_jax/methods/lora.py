@@ -41,6 +41,7 @@ class LoRA(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16.0

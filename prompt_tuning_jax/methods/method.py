@@ -184,11 +184,13 @@ class Method(Protocol):
 
     Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
     model computes with fresh parameters what it computes without; ``ranks`` says that it scores
-    labels itself, and writes nothing.
+    labels itself, and writes nothing; ``mergeable`` that a plain T5's weights can hold what it
+    tunes.
     """
 
     unchanged_at_start: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         """The model with fresh parameters of this method; ``key`` decides their initial value.

@@ -27,6 +27,7 @@ class PatternTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
 
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
 

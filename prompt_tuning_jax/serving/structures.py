@@ -10,7 +10,7 @@ from flax import nnx
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.methods import METHODS, Attached, Method
+from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.methods.method import LabelTokens
 from prompt_tuning_jax.typing import HostArray
 
@@ -70,8 +70,3 @@ class Structures:
                 own_labels=attached.method.own_labels,
             )
         return self._known[key]
-
-
-def method_name(method: Method) -> str:
-    """What a config and the command line call it."""
-    return next(name for name, kind in METHODS.items() if kind is type(method))

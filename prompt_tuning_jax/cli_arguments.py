@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = _add_command(
         commands,
         "train",
-        "train prompts on a frozen T5",
+        "train prompts, or another method, on a frozen T5",
         example="train configs/quickstart.py --set optimizer.learning_rate=0.1",
     )
     train.add_argument("config", nargs="?", metavar="CONFIG.py", help="file with get_config()")
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _add_command(
         commands,
         "eval",
-        "score prompts one by one, and the vote of them all",
+        "score prompts, or what other methods tuned, one by one, and the vote of them all",
         example="eval --prompt runs/quickstart --split test",
     )
     evaluate.add_argument(
@@ -551,7 +551,8 @@ def _add_prompt_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="a prompt file, a folder of prompts, or a run for its best ones; repeatable",
+        help="a file of a prompt or of what another method tuned, a PEFT adapter, a folder of such "
+        "files, or a run of any method for its best ones; repeatable",
     )
 
 

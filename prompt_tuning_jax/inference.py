@@ -7,6 +7,7 @@ axis E, the frozen model is there once.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -163,6 +164,12 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
     """The prompt as float32, ``[P, D]`` or ``[B, P, D]``; UserError where it does not fit."""
     if prompt is None:
         return None
+    given: object = prompt  # not everybody checks types
+    if isinstance(given, str | Path):
+        raise UserError(
+            f"prompt is an array, and {str(given)!r} is a path: load_prompt({str(given)!r}) "
+            "reads the prompt in it"
+        )
     array = jnp.asarray(prompt, jnp.float32)
     width = model.config.embed_dim
     if (

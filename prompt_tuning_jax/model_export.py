@@ -14,7 +14,8 @@ from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.methods.merging import merge
+from prompt_tuning_jax.methods import method_name
+from prompt_tuning_jax.methods.merging import MERGEABLE, merge
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.opened_methods import members_of_run
 
@@ -64,6 +65,11 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
     experiment = run_config(str(workdir)) if workdir.is_dir() else None
     if experiment is None:
         raise UserError(f"{workdir} holds no run; name the working directory of one")
+    if not experiment.method.mergeable:
+        raise UserError(
+            f"{workdir} is a run of {method_name(experiment.method)}, which cannot be merged into "
+            f"a model's weights; methods that can are {MERGEABLE}"
+        )
     number = _member(workdir, build.member_names(experiment), member)
     if experiment.model.quantization != "none":
         raise UserError(

@@ -414,6 +414,9 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 100
     for name in () if command else COMMANDS:
         assert any(line.startswith(f"    {name} ") for line in lines)
+    if command in ("eval", "predict"):
+        words = " ".join(" ".join(lines).split())
+        assert "what another method tuned, a PEFT adapter" in words and "run of any method" in words
 
 
 def test_as_a_program() -> None:

@@ -268,6 +268,13 @@ def test_the_prompts_of_a_run(program: Program, tmp_path: Path) -> None:
     assert "3 prompts" in rows and "seed_2.safetensors" in rows and "f1 0.50 at step 3" in rows
     (folder / "seed_1.safetensors").write_bytes(b"\xff" * 8 + b"{}")
     assert "damaged" in program.refused("convert", folder, tmp_path / "again", "--to", "npy")
+    # One prompt is that one, in however many forms it is there.
+    for seed in (1, 2):
+        for suffix in ("npy", "safetensors"):
+            (folder / f"seed_{seed}.{suffix}").unlink()
+    assert "wrote a prompt [5, " in program("convert", folder, tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").read_bytes() == (folder / "seed_0.npy").read_bytes()
+    assert "wrote a prompt [5, " in program("convert", folder, tmp_path / "one", "--to", "npy")
 
 
 def test_peft_wants_a_model_and_takes_its_sizes(program: Program, tmp_path: Path) -> None:

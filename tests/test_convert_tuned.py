@@ -159,11 +159,18 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_of_another_method(run: Path, program: Program, tmp_path: Path) -> None:
     said = program("convert", run, tmp_path / "adapters", "--to", "peft")
-    assert "wrote 2 times what LoRA tuned, each as a PEFT adapter" in said and "4 files" in said
+    assert "wrote 2 sets of what LoRA tuned, each as a PEFT adapter" in said and "4 files" in said
     program("convert", tmp_path / "adapters", tmp_path / "files", "--to", "safetensors")
     kept = [read_tuned(run / "tuned" / f"seed_{seed}.safetensors") for seed in (0, 1)]
     for seed in (0, 1):
         require_same(read_tuned(tmp_path / "files" / f"seed_{seed}.safetensors"), kept[seed])
+    # Of a folder with one file it is that one.
+    (run / "tuned" / "seed_0.safetensors").unlink()
+    said = program("convert", run, tmp_path / "lora.safetensors")
+    assert "wrote what LoRA tuned as a .safetensors file" in said
+    require_same(read_tuned(tmp_path / "lora.safetensors"), kept[1])
+    said = program("convert", run, tmp_path / "adapter", "--to", "peft")
+    assert "wrote what LoRA tuned as a PEFT adapter" in said
     assert any((kept[0].tuned[name] != kept[1].tuned[name]).any() for name in kept[0].tuned)
 
 
@@ -222,7 +229,7 @@ def test_what_is_refused(program: Program, tmp_path: Path) -> None:
     save_tuned(tmp_path / "adapters.safetensors", stored(Adapters(width=4)))
     bottlenecks = tmp_path / "adapters.safetensors"
     message = program.refused("convert", bottlenecks, tmp_path / "b", "--to=peft", "--model", model)
-    assert "no adapter for Adapters" in message
+    assert "no adapter for adapters; it has them for ia3, lora, multi" in message
     damaged = tmp_path / "damaged.safetensors"
     save_tuned(damaged, dataclasses.replace(kept, method='{"class": "Nothing"}'))
     for words in (("inspect", damaged), ("convert", damaged, *to, "--overwrite", "--model", model)):

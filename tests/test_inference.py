@@ -1,6 +1,7 @@
 """Encode, generate and score: alone, in batches, and for several members at once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +273,9 @@ def test_wrong_ids_are_refused_in_one_line(inputs, message):
 def test_a_prompt_that_does_not_fit_is_refused(shape):
     with pytest.raises(UserError, match=rf"\[P, {D}\] or \[3, P, {D}\]; got \[{shape[0]}"):
         generate(MODEL, SOURCE, np.zeros(shape, np.float32))
+    for path in ("runs/lora", Path("runs/lora")):
+        with pytest.raises(UserError, match=r"load_prompt\('runs/lora'\) reads the"):
+            generate(MODEL, SOURCE, path)
     assert as_prompt(MODEL, None, batch=3) is None
     assert as_prompt(MODEL, PROMPTS_EPD.astype(np.float16), batch=3).dtype == jnp.float32
 

@@ -12,7 +12,7 @@ from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.cli import main
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Model
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.methods import LoRA, PromptTuning
 from prompt_tuning_jax.opened_prompts import open_prompts
 from prompt_tuning_jax.overrides import to_json
 from tests import tiny_run
@@ -86,9 +86,12 @@ def test_merge_writes_the_model_that_was_tuned(
 def test_what_cannot_be_merged_gets_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = tiny_run.experiment(tmp_path / "p", {"method": PromptTuning(length=2)})
-    narrow = tiny_run.experiment(tmp_path / "q", {"model.quantization": "int8"})
-    for of in (prompts, narrow):
+    prompts = tiny_run.experiment(
+        tmp_path / "p", {"method": PromptTuning(length=2), "training.seeds": (0, 1)}
+    )
+    new = tiny_run.experiment(tmp_path / "new", {"method": LoRA(rank=2)})
+    narrow = tiny_run.experiment(tmp_path / "q", {"method": LoRA(), "model.quantization": "int8"})
+    for of in (prompts, new, narrow):
         folder = Path(of.training.workdir)
         folder.mkdir(exist_ok=True)
         (folder / "experiment.json").write_text(to_json(of))
@@ -98,7 +101,9 @@ def test_what_cannot_be_merged_gets_one_line(
         (trained, [], "has 2 members; name one with --member: seed_0, seed_1"),
         (trained, ["--member", "seed_7"], "has no member 'seed_7'"),
         (tmp_path, [], "holds no run"),
-        (tmp_path / "p", [], "no best checkpoint"),
+        (tmp_path / "p", [], "is a run of prompt_tuning, which cannot be merged"),
+        (tmp_path / "p", [], "that can are described_prompts, full, ia3, lora, pattern"),
+        (tmp_path / "new", [], "no best checkpoint"),
         (tmp_path / "q", [], "was trained beside weights in int8"),
     ):
         assert main(["merge", str(source), str(tmp_path / "out"), *rest]) == 2

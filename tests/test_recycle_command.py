@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.hf import write_hf
 from prompt_tuning_jax.checkpoints.names import EMBEDDING
@@ -17,6 +18,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     save_prompt,
 )
+from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.methods.prompt_init import initial_prompt
 from tests import convert_cases as cases
 from tests import tiny_run
@@ -120,7 +122,10 @@ def test_what_recycle_refuses(program: Program, tmp_path: Path) -> None:
     assert "width 24" in program.refused("recycle", tmp_path / "wide.npy", *here)
     message = program.refused("recycle", foreign, *here)
     assert "trained for another model other" in message and "allow_other_model" in message
-    program("recycle", foreign, *here, "--allow_other_model", "--overwrite")
+    # Of a folder with one prompt it is that one.
+    (tmp_path / "one").mkdir()
+    foreign.rename(tmp_path / "one" / "f.safetensors")
+    program("recycle", tmp_path / "one", *here, "--allow_other_model", "--overwrite")
     (tmp_path / "q.safetensors").unlink()
     message = program.refused("recycle", path, "--from", source, "--to", other, *out)
     assert "different vocabularies (piece " in message
@@ -226,6 +231,11 @@ def test_what_similar_refuses(program: Program, tmp_path: Path) -> None:
     assert "one length" in message and "[7, 16]" in message
     message = program.refused("similar", path, "--among", tmp_path / "opposite.npy", *out)
     assert "similarity -1.000" in message
+    of = tiny_run.experiment(tmp_path / "run", {"method": LoRA()})
+    run_folder.claim(tmp_path / "run", of)
+    for words in ((tmp_path / "run", "--among", path), (path, "--among", tmp_path / "run")):
+        message = program.refused("similar", *words)
+        assert "is a run of LoRA: there is no prompt in it" in message
     two = _folder(tmp_path / "two")
     assert "name one of them: seed_0" in program.refused("similar", two, "--among", path)
     assert "cannot read" in program.refused("similar", path, "--among", tmp_path / "none")

@@ -99,8 +99,7 @@ def convert(
         write = convert_to_hf if to == "hf" else convert_to_t5x
         return write(source, destination, **used)
     assert to in ("npy", "safetensors", "peft")
-    _require_prompt(source, destination, to)
-    return convert_prompts(source, destination, to=to, **used)
+    return convert_prompts(_prompt_source(source, destination, to), destination, to=to, **used)
 
 
 def require_options_of(to: Format, given: Iterable[str]) -> None:
@@ -147,12 +146,20 @@ def _require_model(source: str, to: Format) -> None:
     raise UserError(f"{source} is {held}, and {to} is a format of models; {instead}")
 
 
-def _require_prompt(source: str, destination: Path, to: Format) -> None:
+def _prompt_source(source: str, destination: Path, to: Format) -> str:
+    """The prompt or folder to read: of a folder with one prompt that one, where a file is written.
+
+    UserError for a model, and for several prompts that are to be one file.
+    """
     path = Path(source)
     if not path.exists() and (source in BUNDLED or source in T5X_MODELS):
         raise UserError(f"{source} is a model, and {to} is a format of prompts")
-    if destination.suffix in PROMPT_SUFFIXES and prompt_files(source):
+    files = prompt_files(source) if destination.suffix in PROMPT_SUFFIXES else None
+    if not files:
+        return source
+    if len(files) > 1:
         raise UserError(
             f"{source} holds several prompts: name a folder for them, without {destination.suffix},"
             " and say --to"
         )
+    return str(files[0])

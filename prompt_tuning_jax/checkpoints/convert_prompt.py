@@ -72,7 +72,8 @@ def convert_prompts(
     shapes = sorted({str(list(stored.prompt_PD.shape)) for stored in prompts})
     what = f"a prompt {shapes[0]} as {_WORDS[to]}"
     if files is not None:
-        what = f"{len(prompts)} prompts {', '.join(shapes)}, each as {_WORDS[to]}"
+        several = f"{len(prompts)} prompts {', '.join(shapes)}, each as {_WORDS[to]}"
+        what = what if len(prompts) == 1 else several
     notes = []
     if to == "npy" and any(stored.prompt_PD.dtype.name == "bfloat16" for stored in prompts):
         notes.append("bfloat16 became float32, with the same numbers: .npy does not have it")

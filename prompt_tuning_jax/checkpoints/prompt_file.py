@@ -22,6 +22,7 @@ from prompt_tuning_jax.checkpoints.prompt_array import (
     read_safetensors,
     safetensors_bytes,
 )
+from prompt_tuning_jax.checkpoints.tuned_kind import tuned_by
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -143,6 +144,11 @@ def read_prompt(path: str | Path) -> StoredPrompt:
     if start.startswith(_NPY_MAGIC):
         array, source = read_npy(path), "npy"
     elif start[8:] == b"{":  # eight bytes of length, then JSON
+        if (kind := tuned_by(path)) is not None:
+            raise UserError(
+                f"{path} holds what {kind or 'another method'} tuned and no prompt; predict, eval "
+                "and serve take it with --prompt(s)"
+            )
         hint = ""
         if (path.parent / peft.CONFIG).is_file():
             hint = f"; if it belongs to a PEFT adapter, name the folder {path.parent}"

@@ -19,10 +19,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     metadata_to_strings,
     this_program,
 )
+from prompt_tuning_jax.checkpoints.tuned_kind import METHOD, tuned_by
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
-_METHOD, _TASKS = "method", "tasks"
+_TASKS = "tasks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def save_tuned(path: Path, stored: StoredTuned) -> None:
     metadata = stored.metadata
     if not metadata.created_by:
         metadata = dataclasses.replace(metadata, created_by=this_program())
-    strings = metadata_to_strings(metadata) | {_METHOD: stored.method}
+    strings = metadata_to_strings(metadata) | {METHOD: stored.method}
     if stored.tasks:
         strings[_TASKS] = json.dumps(stored.tasks)
     with written_aside(path) as aside:
@@ -52,15 +53,7 @@ def save_tuned(path: Path, stored: StoredTuned) -> None:
 
 def is_tuned_file(path: Path) -> bool:
     """Whether this is such a file, by its content; False for what cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _METHOD in (file.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        return False
+    return tuned_by(path) is not None
 
 
 def read_tuned(path: Path) -> StoredTuned:
@@ -81,7 +74,7 @@ def read_tuned(path: Path) -> StoredTuned:
             raise UserError(f"{path}: {name} holds numbers that are not finite (NaN or infinity)")
     return StoredTuned(
         tuned=tuned,
-        method=strings.get(_METHOD, ""),
+        method=strings.get(METHOD, ""),
         metadata=metadata_from_strings(strings, path=path),
         tasks=tuple(tasks),
     )

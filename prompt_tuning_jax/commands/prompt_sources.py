@@ -5,8 +5,9 @@ from pathlib import Path
 from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, read_prompt
-from prompt_tuning_jax.config_file import RUN_CONFIG
+from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import PromptTuning, PTuning
 
 
 def prompt_paths(source: str | Path) -> list[str]:
@@ -18,7 +19,14 @@ def prompt_paths(source: str | Path) -> list[str]:
     if folder.is_dir() and (folder / RUN_CONFIG).is_file():
         source = folder / run_folder.PROMPTS
         if not source.is_dir():
-            raise UserError(f"{folder} is a run that holds no prompts: it has no {source.name}/")
+            run = run_config(str(folder))
+            if run is None or isinstance(run.method, PromptTuning | PTuning):
+                raise UserError(
+                    f"{folder} is a run that holds no prompts: it has no {source.name}/ yet"
+                )
+            raise UserError(
+                f"{folder} is a run of {type(run.method).__name__}: there is no prompt in it"
+            )
     files = prompt_files(str(source))
     return [str(source)] if files is None else [str(file) for file in files]
 

@@ -64,7 +64,8 @@ def recycle(
     fit = fit or Fit()
     place = Path(os.path.abspath(Path(output).expanduser()))
     paths = prompt_paths(prompt)
-    one = paths == [str(prompt)]
+    alone = len(paths) == 1 and place.suffix in PROMPT_SUFFIXES
+    one = alone or paths == [str(prompt)]
     if place.suffix not in PROMPT_SUFFIXES and one:
         raise UserError(f"--output {output}: a prompt is saved as .safetensors or .npy")
     if place.suffix in PROMPT_SUFFIXES and not one:

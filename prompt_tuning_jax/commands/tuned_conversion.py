@@ -89,8 +89,9 @@ def convert_tuned(
     if dtype not in ("stored", "float32"):
         raise UserError(f"what a method tuned is written as float32: leave out --dtype {dtype}")
     files = tuned_files(Path(source))
-    one = files == [Path(source)]
-    if not one and destination.suffix in PROMPT_SUFFIXES:
+    is_file = destination.suffix in PROMPT_SUFFIXES
+    one = files == [Path(source)] or (is_file and len(files) == 1)
+    if is_file and not one:
         raise UserError(
             f"{source} holds several: name a folder for them, without {destination.suffix}, and "
             "say --to"
@@ -109,7 +110,7 @@ def convert_tuned(
             allow_other_model=allow_other_model,
         )
     if one:
-        require_outside(source, destination)
+        require_outside(files[0], destination)
     with staged(destination, overwrite=overwrite, folder=folder) as aside:
         for file, stored, method in zip(files, found, methods, strict=True):
             place = aside
@@ -137,8 +138,8 @@ def convert_tuned(
                 save_tuned(place, dataclasses.replace(stored, metadata=known))
     kinds = sorted({type(method).__name__ for method in methods})
     what = f"what {' and '.join(kinds)} tuned {_WORDS[to]}"
-    if not one:
-        what = f"{len(files)} times {what.replace(' tuned as', ' tuned, each as')}"
+    if len(files) > 1:
+        what = f"{len(files)} sets of {what.replace(' tuned as', ' tuned, each as')}"
     notes = []
     if to == "peft":
         if any(stored.metadata.task or stored.metadata.labels for stored in found):

@@ -16,7 +16,7 @@ from prompt_tuning_jax.methods.prompt_design import PromptDesign
 from prompt_tuning_jax.methods.warp import WARP
 
 # The name that a config or the command line types.
-METHODS: dict[str, type] = {
+METHODS: dict[str, type[Method]] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
     "p_tuning": PTuning,

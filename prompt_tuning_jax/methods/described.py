@@ -1,6 +1,7 @@
 """Pre-training in which part of the input comes as prompt vectors, so that prompts have a say."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -19,6 +20,8 @@ class DescribedPrompts(Method):
     words) turned by half the model's width, so that the two can be told apart.  A position without
     a label is none.  Adds no parameter: the model that comes out is a plain T5.
     """
+
+    mergeable: ClassVar[bool] = True
 
     positions: int = 8
     words: int = 5

@@ -17,6 +17,7 @@ class FullTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     usual_optimizer: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 0.001,
         "multiply_by_parameter_scale": True,

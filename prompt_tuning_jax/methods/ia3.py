@@ -27,6 +27,7 @@ class IA3(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
 
     outputs: tuple[str, ...] = (".*/(key|value)",)

@@ -41,6 +41,7 @@ class LoRA(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
 
     rank: int = 8

@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import METHODS
 from prompt_tuning_jax.methods.around import AnyLinear, linear_maps
 from prompt_tuning_jax.methods.method import Attached, with_free_slots
 from prompt_tuning_jax.models.layers import Around
 from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array
+
+# For messages: what a config calls those that can be merged.
+MERGEABLE = ", ".join(sorted(name for name, method in METHODS.items() if method.mergeable))
 
 
 @runtime_checkable
@@ -33,8 +37,8 @@ def merge(attached: Attached) -> T5:
     """
     if jax.tree.leaves(nnx.state(attached.method)):
         raise UserError(
-            f"{type(attached.method).__name__} adds to what the model reads, and cannot be merged "
-            "into its weights; methods that can are lora and ia3"
+            "what this method adds to what the model reads cannot be merged into its weights; "
+            f"methods that can are {MERGEABLE}"
         )
     model = with_free_slots(attached.model)
     for name, linear in linear_maps(model).items():
@@ -62,7 +66,7 @@ def _mergeable(name: str, around: Around) -> Mergeable:
     if not isinstance(around, Mergeable):
         raise UserError(
             f"{type(around).__name__} around {name} is no linear map, and cannot be merged into "
-            "its weights; methods that can are lora and ia3"
+            f"its weights; methods that can are {MERGEABLE}"
         )
     return around
 

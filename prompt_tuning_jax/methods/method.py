@@ -184,12 +184,14 @@ class Method(Protocol):
 
     Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
     model computes with fresh parameters what it computes without; ``ranks`` says that it scores
-    labels itself, and writes nothing.  ``usual_optimizer`` are the fields of an ``Optimizer`` in
-    which it is trained otherwise than a prompt.
+    labels itself, and writes nothing; ``mergeable`` that a plain T5's weights can hold what it
+    tunes.  ``usual_optimizer`` are the fields of an ``Optimizer`` in which it is trained otherwise
+    than a prompt.
     """
 
     unchanged_at_start: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
     usual_optimizer: ClassVar[Mapping[str, Any]] = {}
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:

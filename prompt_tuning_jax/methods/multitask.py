@@ -146,6 +146,11 @@ class MultitaskPrompts(Method):
 
     def _read_source(self) -> dict[str, HostArray]:
         """The best arrays of one member of the run that is started from."""
+        if not self.init_path:
+            raise UserError(
+                "method.init=source needs method.init_path, the folder of a run of "
+                "multitask_prompts"
+            )
         found = train_state.read_latest(Path(self.init_path).expanduser() / train_state.BEST)
         if found is None:
             raise UserError(

@@ -27,6 +27,7 @@ class PatternTuning(Method):
     """
 
     unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
 
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")

@@ -22,6 +22,7 @@ from prompt_tuning_jax.checkpoints.peft import (
     shown,
 )
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import method_name
 from prompt_tuning_jax.methods.method import Method
 from prompt_tuning_jax.methods.multitask import COLS, ROWS, SHARED, MultitaskPrompts
 from prompt_tuning_jax.methods.prefix import PrefixTuning
@@ -116,8 +117,8 @@ def write_peft_prompts(
         own, theirs = _written_prompt(method, arrays, config)
     else:
         raise UserError(
-            f"PEFT has no adapter for {type(method).__name__} as it is here; {', '.join(KINDS)} "
-            "are written, with all prompts in front of the input"
+            f"PEFT has no adapter for {method_name(method)}; it has them for ia3, lora, "
+            "multitask_prompts, p_tuning, prefix_tuning and prompt_tuning"
         )
     from safetensors.numpy import save
 

@@ -14,7 +14,9 @@ import pytest
 from prompt_tuning_jax import build, tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.commands import train
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS, Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.overrides import from_json, to_json
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.validation import validate
@@ -83,6 +85,18 @@ def test_attaching_leaves_the_model_as_it_was(name: str) -> None:
     # Nor does the attached one hold other weights: the frozen are the same arrays.
     inside = tree.split(attached)[1]
     assert all(inside[f"model/{key}"] is params[key] for key in params)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_merged_if_it_says_that_it_can_be(name: str) -> None:
+    method, given = CASES[name].method, model()
+    context = Context(labels=LABELS, vocabulary=given.vocabulary)
+    attached = method.attach(given, key=jax.random.key(0), context=context)
+    if method.mergeable:
+        assert tree.split(merge(attached))[1].keys() == tree.split(given)[1].keys()
+        return
+    with pytest.raises(UserError, match="methods that can are described_prompts, full, ia3, lora"):
+        merge(attached)
 
 
 @pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.unchanged_at_start])

@@ -257,7 +257,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     for do, said in (
         (lambda: merge(attach(quantised, LoRA())), "quantised"),
         (lambda: merge(attach(model, Adapters(width=2))), "Bottleneck around"),
-        (lambda: merge(attach(model, prompted)), "Prompt adds to what the model reads"),
+        (lambda: merge(attach(model, prompted)), "adds to what the model reads"),
         (lambda: unmerge(merge(zero), zero), "an IA3 scale is zero"),
     ):
         with pytest.raises(UserError) as caught:

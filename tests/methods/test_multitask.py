@@ -202,6 +202,7 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
         ({"combine": "low_rank"}, "cols_NPR is missing"),
         ({"source_member": 2}, "has 2 members, counted from 0"),
         ({"init_path": str(tmp_path)}, "no best checkpoint"),
+        ({"init_path": ""}, "method.init=source needs method.init_path"),
     ):
         method = dataclasses.replace(second, **wrong)
         with pytest.raises(UserError, match=message):

@@ -1,0 +1,30 @@
+"""Which method a file's arrays were tuned by, as its metadata says."""
+
+import json
+from pathlib import Path
+
+METHOD = "method"  # the metadata's key; below it the method's config as JSON
+
+
+def tuned_by(path: Path) -> str | None:
+    """The class of the method that a ``.safetensors`` file's arrays belong to.
+
+    None for what is no such file, or cannot be read; "" where the method has no name.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(METHOD)
+    except (SafetensorError, OSError, ValueError):
+        return None
+    if text is None:
+        return None
+    try:
+        described = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return ""
+    name = described.get("class") if isinstance(described, dict) else None
+    return name if isinstance(name, str) else ""

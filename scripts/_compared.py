@@ -64,8 +64,8 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         # Keys and values start from words', and move ten times slower (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.01, 0.03, 0.1)),
         "ia3": weights(IA3(), (3e-2, 1e-1, 3e-1)),
-        "lora": weights(LoRA(), (3e-3, 1e-2, 3e-2)),
+        "lora": weights(LoRA()),
         "adapters": weights(Adapters()),
-        "pattern": weights(PatternTuning(), (3e-2, 1e-1, 3e-1)),
+        "pattern": weights(PatternTuning(), (3e-3, 1e-2, 3e-2)),
         "full": weights(FullTuning(), (1e-4, 3e-4, 1e-3)),
     }

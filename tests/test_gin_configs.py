@@ -6,7 +6,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.gin_configs import experiment_from_gin
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
-from prompt_tuning_jax.overrides import apply_overrides, diff
+from prompt_tuning_jax.overrides import apply_override, diff
 
 BASE = """
 TRAIN_STEPS = 7
@@ -72,7 +72,8 @@ def test_files_blocks_macros_and_includes(folder: Path) -> None:
     ],
 )
 def test_a_flag_is_an_override(folder: Path, binding: str, override: str) -> None:
-    expected = apply_overrides(experiment_from_gin(["base.gin"]), [override])
+    # A file that names a method names its optimizer too.
+    expected = apply_override(experiment_from_gin(["base.gin"]), override)
     assert experiment_from_gin(["base.gin"], [binding]) == expected
 
 

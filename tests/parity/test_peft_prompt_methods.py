@@ -193,7 +193,7 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
         (PREFIX, random_prefix(2), two, "layers 0 and 1 the same prefix"),
         (MultitaskPrompts(combine="sum"), {}, SQUARE, "method.combine=sum"),
         (PromptTuning(placement="before_eos"), {}, SQUARE, "method.placement=before_eos"),
-        (DeepPrompts(), {}, SQUARE, "no adapter for DeepPrompts"),
+        (DeepPrompts(), {}, SQUARE, "no adapter for deep_prompts"),
     ]:
         with pytest.raises(UserError, match=message):
             write_peft_prompts(

@@ -110,16 +110,16 @@ def members_of_stored(
 
 def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
     """The best members of a run of any method; UserError where its frozen model is another."""
+    tuned, trained_on_model = run_folder.read_best_and_model(folder)
     if not isinstance(run.method, FullTuning):
         trained_on = PromptMetadata(
-            model_name=run.model.name_or_path,
-            model_fingerprint=run_folder.model_fingerprint(folder),
+            model_name=run.model.name_or_path, model_fingerprint=trained_on_model
         )
         check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
     labels = build.labels_of(build.build_mixture(run.data)) if run.method.ranks else ()
     return _members(
         run.method,
-        run_folder.read_best(folder),
+        tuned,
         model,
         layout,
         labels=labels,

@@ -80,21 +80,21 @@ def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def read_best(folder: Path) -> dict[str, HostArray]:
     """The best tuned arrays of a run's members, with their leading axis E, for any method."""
-    leaves, _ = _best_checkpoint(folder)
+    return read_best_and_model(folder)[0]
+
+
+def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
+    """The same, and the fingerprint of the frozen model that they were trained on."""
+    leaves, extra = _best_checkpoint(folder)
     tuned = {name for name in leaves if name.startswith("tuned/")}
-    return {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+    best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+    return best, str(extra["fingerprint"])
 
 
 def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
     """The best evaluation of each member of a run."""
     _, extra = _best_checkpoint(folder)
     return tuple(Best(**best) if best else None for best in extra["best"])
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Of the frozen model that the run was trained on."""
-    _, extra = _best_checkpoint(folder)
-    return str(extra["fingerprint"])
 
 
 def require_place(folder: Path) -> None:

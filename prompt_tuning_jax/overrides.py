@@ -242,10 +242,7 @@ def _read(text: str, annotation: Any, path: str) -> Any:
 def _method_like(text: str) -> str:
     """The name that may have been meant, and all of them."""
     name = text.strip().lower().replace("-", "_")
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.7)
-    if near := [_ALSO_CALLED[name]] if name in _ALSO_CALLED else near:
-        return f"did you mean {near[0]!r}? There are {', '.join(METHODS)}"
-    return f"choose one of {', '.join(METHODS)}"
+    return suggest(_ALSO_CALLED.get(name, name), METHODS, most=len(METHODS))
 
 
 def _read_tuple(text: str, item: Any, path: str) -> Any:

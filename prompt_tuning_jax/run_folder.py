@@ -88,7 +88,13 @@ def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
     leaves, extra = _best_checkpoint(folder)
     tuned = {name for name in leaves if name.startswith("tuned/")}
     best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
-    return best, str(extra["fingerprint"])
+    fingerprint = extra.get("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise UserError(
+            f"{folder / BEST} does not say which frozen model it was trained on (fingerprint); "
+            "it was not written by a run"
+        )
+    return best, fingerprint
 
 
 def best_evaluations(folder: Path) -> tuple[Best | None, ...]:

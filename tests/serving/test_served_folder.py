@@ -89,7 +89,9 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     save_tuned(folder / "mixture.safetensors", mixture)
     whole = stored(FullTuning(), seed=4)
     arrays = {name: array[None] for name, array in whole.tuned.items()}
-    train_state.save(folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {"fingerprint": "other"})
+    train_state.save(
+        folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {"fingerprint": "other"}
+    )
     write_json(folder / "whole", FullTuning())
     service = opened(folder)
     tasks = service.tasks.everything()

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.errors import UserError
     from prompt_tuning_jax.experiment import Experiment
     from prompt_tuning_jax.inference import encode, generate, score
+    from prompt_tuning_jax.opened_prompts import attach
 
 # Imported when first asked for, so that importing the package is quick.
 _EXPORTS = {
     "Experiment": "experiment",
     "UserError": "errors",
+    "attach": "opened_prompts",
     "convert": "commands",
     "encode": "inference",
     "evaluate": "commands",
@@ -34,6 +36,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
     "load_model",
     "load_prompt",
     "save_prompt",
+    "attach",
     "encode",
     "generate",
     "score",

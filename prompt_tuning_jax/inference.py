@@ -61,14 +61,16 @@ class Generated:
     texts: list[str] | None
 
 
-def encode(model: T5, encoder_input_tokens: Inputs, prompt: Array | None = None) -> Array:
+def encode(
+    model: T5 | Attached, encoder_input_tokens: Inputs, prompt: Array | None = None
+) -> Array:
     """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
-    tokens_BT = token_ids(model, encoder_input_tokens)
-    return model.encode(tokens_BT, as_prompt(model, prompt, batch=len(tokens_BT))).hidden_BUD
+    attached, tokens_BT = _ready(model, encoder_input_tokens, prompt)
+    return attached.encode(tokens_BT)[0].hidden_BUD
 
 
 def generate(
-    model: T5,
+    model: T5 | Attached,
     inputs: Inputs,
     prompt: Array | HostArray | None = None,
     strategy: Strategy = "greedy",
@@ -84,7 +86,8 @@ def generate(
 ) -> Generated:
     """Writes at most ``max_length`` tokens for each input, the end-of-sequence token included.
 
-    ``prompt`` is ``[P, D]``, one per example ``[B, P, D]``, or None for the bare model.
+    ``prompt`` is ``[P, D]``, one per example ``[B, P, D]``, or None for the bare model, or for one
+    that has something attached to it.
     ``length_penalty`` is the exponent of the beam rule; ``temperature``, ``top_k``, ``top_p`` and
     ``seed`` are for ``sample``.
     """
@@ -106,25 +109,25 @@ def generate(
         top_k=top_k,
         top_p=top_p,
     )
-    tokens_BT = token_ids(model, inputs)
-    graphdef, tuned, frozen = _with_prompt(model, prompt, batch=len(tokens_BT))
+    attached, tokens_BT = _ready(model, inputs, prompt)
+    graphdef, tuned, frozen = _one_member(attached)
     ids, scores = write(graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(seed))
     ids, scores = np.asarray(ids[0]), np.asarray(scores[0])
     best_BS = ids[:, 0] if ids.ndim == 3 else ids
-    words = model.vocabulary
+    words = attached.model.vocabulary
     texts = None if words is None else [words.decode(row.tolist()) for row in best_BS]
     return Generated(ids=ids, scores=scores, texts=texts)
 
 
 def score(
-    model: T5, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+    model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
 ) -> HostArray:
     """The summed log-probability ``[B]`` of each target given its input, in float32."""
-    tokens_BT = token_ids(model, inputs)
-    targets_BS = token_ids(model, targets)
+    attached, tokens_BT = _ready(model, inputs, prompt)
+    targets_BS = token_ids(attached.model, targets)
     if len(targets_BS) != len(tokens_BT):
         raise UserError(f"there are {len(tokens_BT)} inputs and {len(targets_BS)} targets")
-    graphdef, tuned, frozen = _with_prompt(model, prompt, batch=len(tokens_BT))
+    graphdef, tuned, frozen = _one_member(attached)
     return np.asarray(_score(graphdef, tuned, frozen, tokens_BT, targets_BS)[0])
 
 
@@ -184,15 +187,23 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
     return array
 
 
-def _with_prompt(
-    model: T5, prompt: Array | HostArray | None, *, batch: int
-) -> tuple[nnx.GraphDef[Attached], FlatParams, FlatParams]:
-    """Structure, tuned arrays of one member, and frozen arrays."""
-    array = as_prompt(model, prompt, batch=batch)
+def _ready(
+    model: T5 | Attached, inputs: Inputs, prompt: Array | HostArray | None
+) -> tuple[Attached, HostArray]:
+    """The model with its prompt or whatever else is attached, and the inputs' token ids."""
+    if isinstance(model, Attached):
+        if prompt is not None:
+            raise UserError("this model has something attached to it already: leave out prompt")
+        return model, token_ids(model.model, inputs)
+    tokens_BT = token_ids(model, inputs)
+    array = as_prompt(model, prompt, batch=len(tokens_BT))
     if array is None:
-        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
-    else:
-        attached = PromptTuning().with_prompt(model, array)
+        return NoTuning().attach(model, key=jax.random.key(0), context=Context()), tokens_BT
+    return PromptTuning().with_prompt(model, array), tokens_BT
+
+
+def _one_member(attached: Attached) -> tuple[nnx.GraphDef[Attached], FlatParams, FlatParams]:
+    """Structure, tuned arrays of one member, and frozen arrays."""
     graphdef, params = tree.split(attached)
     tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
     return graphdef, {name: p[None] for name, p in tuned.items()}, frozen
@@ -349,6 +360,8 @@ def _score(
 ) -> Array:
     def member(own: FlatParams) -> Array:
         attached = tree.merge(graphdef, {**frozen, **own})
+        if attached.method.own_labels:
+            return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
         inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
         return sequence_log_probs(attached(tokens_BT, inputs_BS), targets_BS)
 

@@ -20,6 +20,7 @@ from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.layout import Layout
@@ -30,10 +31,12 @@ from prompt_tuning_jax.methods import (
     NoTuning,
     PromptTuning,
 )
+from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.opened_methods import members_of_run, members_of_stored, stored_methods
 from prompt_tuning_jax.overrides import checked
+from prompt_tuning_jax.sharding import make_mesh
 from prompt_tuning_jax.typing import HostArray
 
 
@@ -46,15 +49,44 @@ class OpenedPrompts:
     labels: tuple[str, ...]
 
 
+def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> Attached:
+    """The model with what was tuned for it: ``generate``, ``score`` and ``encode`` take it.
+
+    ``path`` is a prompt, a file of ``tuned/``, a PEFT adapter's folder, or a run's folder, of any
+    method.  ``member`` names one where there are several (``seed_0``), ``task`` one of those that
+    a mixture was trained on.  The model itself stays as it is, and its arrays are shared.  Raises
+    UserError where the path holds nothing for this model, or more than was named.
+    """
+    opened = open_prompts(Experiment(), model, [str(path)], layout=_where(model))
+    members = [(group, number) for group in opened.groups for number in range(group.number)]
+    names = [Path(name).stem for name in opened.names]
+    if member not in names and (member or len(names) > 1):
+        wrong = f"there is no {member!r} in it" if member else "say which is meant by member="
+        raise UserError(f"{path} holds {len(names)}, and {wrong}; {suggest(member, names)}")
+    group, number = members[names.index(member) if member else 0]
+    tuned = {name: array[number] for name, array in group.tuned.items()}
+    attached = tree.merge(group.graphdef, {**group.frozen, **tuned})
+    if isinstance(attached.method, TaskPrompts):
+        return _of_task(attached.method, model, group, task, path)
+    if task:
+        raise UserError(f"{path} was not trained on several tasks: leave out task={task!r}")
+    return attached
+
+
 def open_prompts(
-    experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
+    experiment: Experiment,
+    model: T5,
+    prompts: Sequence[str | HostArray],
+    *,
+    layout: Layout | None = None,
 ) -> OpenedPrompts:
     """Opens files, runs' folders and arrays; UserError for one that does not fit the model.
 
     A prompt is joined to the input as it was in its training, where its run or its file says how;
-    else as in ``experiment.method``.
+    else as in ``experiment.method``.  Arrays are laid out over the experiment's mesh, or as
+    ``layout`` says.
     """
-    layout = build.layout_of(experiment)
+    layout = layout or build.layout_of(experiment)
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
         return OpenedPrompts(groups=[_bare(attached, layout)], names=("no prompt",), labels=())
@@ -129,6 +161,30 @@ def open_prompts(
         labels = labels or own_labels
     names += [name for name, _ in stored]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _of_task(
+    prompts: TaskPrompts, model: T5, members: build.Members, task: str, path: str | Path
+) -> Attached:
+    """The plain prompt of one of several tasks."""
+    names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
+    if task not in names and (task or len(names) > 1):
+        wrong = f"there is no task {task!r} in it" if task else "say which is meant by task="
+        raise UserError(
+            f"{path} was trained on {len(names)} tasks, and {wrong}; {suggest(task, names)}"
+        )
+    number = names.index(task) if task else 0
+    prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
+    return PromptTuning().with_prompt(model, prompt_PD)
+
+
+def _where(model: T5) -> Layout:
+    """The mesh that the model's arrays lie on, or their device."""
+    array = next(iter(tree.split(model)[1].values()))
+    mesh = getattr(array.sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        return Layout(mesh=mesh)
+    return Layout(mesh=make_mesh(devices=list(array.devices())))
 
 
 def _prompts_in(folder: Path) -> str:

@@ -16,10 +16,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
 from prompt_tuning_jax.commands.serving import Serving, open_service
 from prompt_tuning_jax.experiment import Experiment, Model
-from prompt_tuning_jax.methods import Context, LoRA, Method, mask_of
-from prompt_tuning_jax.overrides import method_to_json
+from prompt_tuning_jax.methods import Attached, Context, LoRA, Method, mask_of
+from prompt_tuning_jax.overrides import method_to_json, to_json
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.structures import ServedMethod
+from tests import tiny_run
 from tests.serving.serving_app import running
 from tests.serving.serving_micro import micro_model
 from tests.tiny_run import LABELS, model_folder
@@ -32,12 +33,12 @@ RANKING = Serving(
 Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 
-def stored(
-    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: Sequence[str] = ()
-) -> StoredTuned:
+def moved(
+    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: int = 1
+) -> Attached:
     """Away from where training begins, so that every array matters."""
     model = micro_model()
-    context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=len(tasks) or 1)
+    context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=tasks)
     attached = method.attach(model, key=jax.random.key(seed), context=context)
     graphdef, params = tree.split(attached)
     draw = np.random.default_rng(seed)
@@ -46,11 +47,19 @@ def stored(
         for name, p in params.items()
         if method.trains(name)
     }
-    kept, folded = method.folded(tree.merge(graphdef, {**params, **moved}))
+    return tree.merge(graphdef, {**params, **moved})
+
+
+def stored(
+    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: Sequence[str] = ()
+) -> StoredTuned:
+    """What is kept of it."""
+    attached = moved(method, seed=seed, labels=labels, tasks=len(tasks) or 1)
+    kept, folded = method.folded(attached)
     params = tree.split(folded)[1]
     mask = mask_of(kept, list(params))
     metadata = PromptMetadata(
-        model_fingerprint=build.model_fingerprint(model),
+        model_fingerprint=build.model_fingerprint(micro_model()),
         task="colours",
         seed=seed,
         labels=tuple(labels),
@@ -71,6 +80,14 @@ def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> 
         path, dataclasses.replace(kept, metadata=dataclasses.replace(kept.metadata, **about))
     )
     return path
+
+
+def write_json(folder: Path, method: Method, *, seeds: tuple[int, ...] = (0,)) -> None:
+    """The config of a run of this method."""
+    experiment = dataclasses.replace(tiny_run.experiment(folder), method=method)
+    training = dataclasses.replace(experiment.training, seeds=seeds)
+    of = dataclasses.replace(experiment, training=training)
+    (folder / "experiment.json").write_text(to_json(of))
 
 
 def opened(folder: Path, serving: Serving = RANKING, **options: Any) -> Service:

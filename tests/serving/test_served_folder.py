@@ -14,15 +14,12 @@ from prompt_tuning_jax.methods import (
     IA3,
     WARP,
     FullTuning,
-    Method,
     MultitaskPrompts,
 )
 from prompt_tuning_jax.methods.peft_weights import write_peft_weights
-from prompt_tuning_jax.overrides import to_json
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import ServedPrompt
-from tests import tiny_run
 from tests.serving.serving_app import ADMIN
 from tests.serving.serving_methods import (
     LORA,
@@ -30,6 +27,7 @@ from tests.serving.serving_methods import (
     opened_structures,
     stored,
     with_service,
+    write_json,
     write_method,
 )
 from tests.serving.serving_micro import micro_model, write_prompt
@@ -114,11 +112,6 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     (all_weights,) = tasks["whole"].prompts
     assert isinstance(all_weights, ServedMethod)
     assert all_weights.tuned.keys() == {f"model/{name}" for name in service.engine._params}
-
-
-def write_json(folder: Path, method: Method) -> None:
-    of = dataclasses.replace(tiny_run.experiment(folder), method=method)
-    (folder / "experiment.json").write_text(to_json(of))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""What was tuned, put back on its model from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import prompt_tuning_jax as pt
+from prompt_tuning_jax import tree
+from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.tuned_file import save_tuned
+from prompt_tuning_jax.methods import (
+    IA3,
+    WARP,
+    FullTuning,
+    LoRA,
+    Method,
+    MultitaskPrompts,
+    PrefixTuning,
+    PTuning,
+)
+from prompt_tuning_jax.methods.multitask import SHARED, TASK
+from prompt_tuning_jax.methods.prompt import PromptTuning
+from tests.serving.serving_methods import moved, stored, write_json, write_method
+from tests.serving.serving_micro import micro_model, write_prompt
+from tests.tiny_run import LABELS
+
+TEXTS = ["what colour is it red", "blue or green"]
+PREFIX = PrefixTuning(length=2, hidden=4)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), IA3(), PREFIX, PTuning(length=2), WARP(length=2)])
+def test_a_file_does_what_was_trained(tmp_path: Path, method: Method) -> None:
+    """The file is of the folded method; the expected is of the one that trains."""
+    trained = moved(method)
+    attached = pt.attach(micro_model(), write_method(tmp_path / "one.safetensors", method))
+    targets = list(LABELS[:2])
+    expected = pt.score(trained, TEXTS, targets)
+    np.testing.assert_allclose(pt.score(attached, TEXTS, targets), expected, rtol=1e-5)
+    assert not np.allclose(expected, pt.score(micro_model(), TEXTS, targets), rtol=1e-3)
+    if not method.ranks:
+        written = pt.generate(attached, TEXTS, max_length=4)
+        np.testing.assert_array_equal(written.ids, pt.generate(trained, TEXTS, max_length=4).ids)
+        hidden = pt.encode(attached, TEXTS)
+        np.testing.assert_allclose(hidden, pt.encode(trained, TEXTS), rtol=1e-4, atol=1e-5)
+
+
+def test_class_vectors_score_their_labels_alone(tmp_path: Path) -> None:
+    file = write_method(tmp_path / "warp.safetensors", WARP(length=2))
+    attached = pt.attach(micro_model(), file)
+    scores = pt.score(attached, [TEXTS[0]] * len(LABELS), list(LABELS))
+    assert np.exp(scores).sum() == pytest.approx(1, rel=1e-5)
+    assert pt.score(attached, TEXTS[:1], ["something else"])[0] < -1e9
+
+
+def test_members_by_their_names(tmp_path: Path) -> None:
+    """Of a folder of files, and of a run that tuned all weights and keeps no files."""
+    model = micro_model()
+    files = [write_prompt(tmp_path / "mine" / f"seed_{n}.safetensors", seed=n) for n in (0, 1)]
+    arrays = [pt.load_prompt(file) for file in files]
+    second = pt.attach(model, tmp_path / "mine", member="seed_1")
+    expected = pt.score(model, TEXTS, TEXTS, arrays[1])
+    np.testing.assert_allclose(pt.score(second, TEXTS, TEXTS), expected, rtol=1e-6)
+    whole = [stored(FullTuning(), seed=seed).tuned for seed in (3, 4)]
+    tuned = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
+    run = tmp_path / "whole"
+    train_state.save(run / train_state.BEST, 1, {"tuned": tuned}, {"fingerprint": "any"})
+    write_json(run, FullTuning(), seeds=(3, 4))
+    params = tree.split(pt.attach(model, run, member="seed_4"))[1]
+    assert all(np.array_equal(params[name], whole[1][name]) for name in whole[1])
+    for path, holds in ((tmp_path / "mine", "seed_0, seed_1"), (run, "seed_3, seed_4")):
+        with pytest.raises(pt.UserError, match=f"holds 2, and say which.*{holds}"):
+            pt.attach(model, path)
+        with pytest.raises(pt.UserError, match=r"no 'seed_9' in it; did you mean 'seed_"):
+            pt.attach(model, path, member="seed_9")
+
+
+def test_a_task_of_a_mixture_is_a_plain_prompt(tmp_path: Path) -> None:
+    model, file = micro_model(), tmp_path / "mixture.safetensors"
+    kept = stored(MultitaskPrompts(length=3, combine="sum"), tasks=("first", "second"))
+    save_tuned(file, kept)
+    prompt_PD = kept.tuned[SHARED] + kept.tuned[TASK][1]
+    attached = pt.attach(model, file, task="second")
+    expected = pt.score(model, TEXTS, TEXTS, prompt_PD)
+    np.testing.assert_allclose(pt.score(attached, TEXTS, TEXTS), expected, rtol=1e-6)
+    for task, said in (("", "say which"), ("secnd", "did you mean 'second'")):
+        with pytest.raises(pt.UserError, match=f"trained on 2 tasks.*{said}"):
+            pt.attach(model, file, task=task)
+    plain = write_prompt(tmp_path / "plain.safetensors")
+    with pytest.raises(pt.UserError, match="not trained on several tasks"):
+        pt.attach(model, plain, task="second")
+
+
+def test_a_prompt_has_no_place_where_something_is_attached(tmp_path: Path) -> None:
+    attached = PromptTuning().with_prompt(micro_model(), jnp.ones((3, 16)))
+    calls: Sequence[object] = (
+        lambda prompt: pt.generate(attached, TEXTS, prompt),
+        lambda prompt: pt.score(attached, TEXTS, TEXTS, prompt),
+        lambda prompt: pt.encode(attached, TEXTS, prompt),
+    )
+    for call in calls:
+        with pytest.raises(pt.UserError, match="leave out prompt"):
+            call(np.ones((3, 16)))  # type: ignore[operator]
+
+
+def test_the_model_stays_bare(tmp_path: Path) -> None:
+    model = micro_model()
+    before = jax.tree.map(np.asarray, tree.split(model)[1])
+    expected = pt.score(model, TEXTS, TEXTS)
+    file = write_method(tmp_path / "lora.safetensors", LoRA(rank=2))
+    attached = pt.attach(model, file)
+    shared = tree.split(attached)[1]
+    assert all(shared[f"model/{name}"] is array for name, array in tree.split(model)[1].items())
+    np.testing.assert_array_equal(pt.score(model, TEXTS, TEXTS), expected)
+    after = tree.split(model)[1]
+    assert before.keys() == after.keys()

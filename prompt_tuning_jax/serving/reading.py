@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
@@ -85,14 +86,23 @@ class Reader:
         return wanted
 
     def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
+        """The task of this name, or with one of its prompts alone: ``TASK/PROMPT``."""
         if name == "":
             return BARE
-        task = self._tasks.get(name)
+        field = "task" if isinstance(request.task, str) else f"task[{number}]"
+        of, slash, member = name.partition("/")  # no name has one in it
+        task = self._tasks.get(of)
         if task is None:
-            field = "task" if isinstance(request.task, str) else f"task[{number}]"
-            message = f"there is no task {name[:100]!r}; GET /v1/tasks names them"
+            message = f"there is no task {of[:100]!r}; GET /v1/tasks names them"
             raise RefusedError(404, message, field=field)
-        return task
+        if not slash:
+            return task
+        alone = tuple(prompt for prompt in task.prompts if prompt.name == member)
+        if not alone:
+            there = suggest(member[:100], [prompt.name for prompt in task.prompts])
+            message = f"task {of!r} has no prompt {member[:100]!r}; {there}"
+            raise RefusedError(404, message, field=field)
+        return replace(task, name=name, prompts=alone)
 
     def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         try:

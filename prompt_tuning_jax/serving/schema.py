@@ -41,7 +41,8 @@ class PredictRequest(_Checked):
 
     task: Text | list[Text] = Field(
         default="",
-        description="a task's name, or one for each input; empty: the model without a prompt",
+        description="a task's name, or one for each input; TASK/PROMPT asks one prompt of an "
+        "ensemble alone; empty: the model without a prompt",
     )
     inputs: list[Text] = Field(min_length=1, description="texts, as in the task's training")
     mode: Mode = "label"

@@ -65,6 +65,12 @@ def test_labels_of_several_tasks_in_one_request(folder: Path) -> None:
         assert voted["votes"] == {label: said.count(label) for label in {*said}}
         assert voted["agreement"] == pytest.approx(said.count(voted["prediction"]) / 3)
         assert sum(voted["probabilities"].values()) == pytest.approx(1)
+        one = await ask(client, task="voted/seed_1", inputs=[inputs[1]])
+        (result,) = one.json()["results"]
+        assert result["task"] == "voted/seed_1"
+        assert [one["prompt"] for one in result["prompts"]] == ["seed_1"]
+        shares = voted["prompts"][1]["probabilities"]
+        assert result["probabilities"] == pytest.approx(shares, abs=1e-4)
         # One length: four of the five rows went together.
         assert service.engine.batches[0] == ("score", 4)  # type: ignore[attr-defined]
 
@@ -129,6 +135,7 @@ def test_text_at_once_and_as_it_is_written(folder: Path) -> None:
     [
         ({"task": "nope"}, 404, "task"),
         ({"task": ["colour", "../colour"], "inputs": ["a", "b"]}, 404, "task[1]"),
+        ({"task": "voted/seed_7"}, 404, "task"),
         ({"task": ["colour"], "inputs": ["a", "b"]}, 422, "task"),
         ({"inputs": []}, 422, "inputs"),
         ({"inputs": ["a", 1]}, 422, "inputs[1]"),

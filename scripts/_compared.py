@@ -39,8 +39,9 @@ class Compared:
 def compared(*, length: int, init: str) -> dict[str, Compared]:
     """By name; ``length`` and ``init`` are those of everything that is a prompt."""
     start = {"init": init, "length": length}
-    prompts = (0.03, 0.1, 0.3)
-    around = (1e-3, 3e-3, 1e-2)
+    # Each tries a rate above the one that it mostly chooses.
+    prompts = (0.1, 0.3, 1.0)
+    around = (3e-3, 1e-2, 3e-2)
 
     def prompt(method: Method, rates: tuple[float, ...] = prompts) -> Compared:
         return Compared(method=method, optimizer=ADAFACTOR, rates=rates)
@@ -53,19 +54,19 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "prompt_design": Compared(method=PromptDesign(), shots=(2, 4, 8)),
         "prompt_tuning": prompt(dataclasses.replace(PromptTuning(), **start)),
         "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
-        "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.01, 0.03, 0.1)),
+        "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.03, 0.1, 0.3)),
         # Class vectors start where they should end, and move a hundred times slower.
         "warp": Compared(
             method=dataclasses.replace(WARP(), **start),
             optimizer=dataclasses.replace(ADAFACTOR, rates=("method/class_CD=0.01",)),
             rates=prompts,
         ),
-        "p_tuning": weights(PTuning(length=length)),
+        "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
         # Keys and values start from words', and move ten times slower (configs/prefix_tuning.py).
-        "prefix_tuning": prompt(PrefixTuning(length=length), (0.01, 0.03, 0.1)),
-        "ia3": weights(IA3(), (3e-2, 1e-1, 3e-1)),
+        "prefix_tuning": prompt(PrefixTuning(length=length), (0.03, 0.1, 0.3)),
+        "ia3": weights(IA3(), (1e-1, 3e-1, 1.0)),
         "lora": weights(LoRA()),
-        "adapters": weights(Adapters()),
-        "pattern": weights(PatternTuning(), (3e-3, 1e-2, 3e-2)),
-        "full": weights(FullTuning(), (1e-4, 3e-4, 1e-3)),
+        "adapters": weights(Adapters(), (1e-3, 3e-3, 1e-2)),
+        "pattern": weights(PatternTuning(), (3e-2, 1e-1, 3e-1)),
+        "full": weights(FullTuning(), (3e-4, 1e-3, 3e-3)),
     }

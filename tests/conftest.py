@@ -1,6 +1,7 @@
 """What all tests share: an environment of their own, and the folders that they read."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -9,6 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _quick_compilation() -> list[str]:
+    """Flags of XLA; most of a test is compiling, and quick programs are worth less to it."""
+    flags = [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+    version = importlib.metadata.version("jaxlib").split(".")
+    if (int(version[0]), int(version[1])) < (0, 11):  # later ones end at a flag that is gone
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # by itself half of the time
+    return flags
 
 
 def _set_environment() -> None:
@@ -20,9 +34,9 @@ def _set_environment() -> None:
     # What XLA compiled is kept between runs: a third of the time; `--cache-clear` forgets it.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    # Most of a test is compiling: quick compilation is worth more to it than quick programs.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
+    os.environ["XLA_FLAGS"] = " ".join(
+        [*_quick_compilation(), os.environ.get("XLA_FLAGS", "")]
+    ).strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

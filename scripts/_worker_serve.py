@@ -13,7 +13,7 @@ from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.experiment import Experiment, Model
 from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.heap import keep_freed_memory
-from prompt_tuning_jax.serving.server import serve
+from prompt_tuning_jax.serving.server import address_of, bound, serve
 
 
 def main() -> None:
@@ -39,13 +39,9 @@ def main() -> None:
 
         return make_app(service, on_started=started)
 
-    serve(
-        make,
-        host="127.0.0.1",
-        port=0,
-        drain_seconds=5,
-        on_bound=lambda address: print(address, flush=True),
-    )
+    own = bound("127.0.0.1", 0)
+    print(address_of(own), flush=True)
+    serve(make, own, drain_seconds=5)
 
 
 if __name__ == "__main__":

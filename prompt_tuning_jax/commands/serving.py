@@ -2,12 +2,12 @@
 
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING
 
 from prompt_tuning_jax import build
@@ -18,6 +18,8 @@ from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5 import T5
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from prompt_tuning_jax.serving.limits import Limits
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.shapes import Shapes
@@ -66,43 +68,41 @@ def serve(
     PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
     """
     _require_libraries()
-    from prompt_tuning_jax.serving.app import make_app
-    from prompt_tuning_jax.serving.server import serve as run
+    from prompt_tuning_jax.serving import server
 
-    _require_free(host, port)
-    print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
-    token, admin_token = os.environ.get(TOKEN, ""), os.environ.get(ADMIN_TOKEN, "")
-    service = open_service(
-        experiment, prompts, serving=serving or Serving(), changes=bool(admin_token)
-    )
-    if host not in ("127.0.0.1", "::1", "localhost") and not token:
-        print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
-    addresses: list[str] = []
+    with server.bound(host, port) as own:  # before anything long is begun
+        print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
+        token, admin_token = os.environ.get(TOKEN, ""), os.environ.get(ADMIN_TOKEN, "")
+        service = open_service(
+            experiment, prompts, serving=serving or Serving(), changes=bool(admin_token)
+        )
+        if host not in ("127.0.0.1", "::1", "localhost") and not token:
+            print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
+        _answer(service, own, token=token, admin_token=admin_token)
+
+
+def _answer(service: "Service", own: socket, *, token: str, admin_token: str) -> None:
+    from prompt_tuning_jax.serving import server
+    from prompt_tuning_jax.serving.app import make_app
+
     with _compiling(service.to_compile) as report:
 
-        def on_started(stop: Callable[[BaseException | None], None]) -> Callable[..., None]:
+        def make(stop: Callable[[BaseException | None], None]) -> "FastAPI":
             def started(error: BaseException | None) -> None:
                 if error is None:
                     report("")
-                    many = "s" * (len(service.tasks) != 1)
-                    where = addresses[0] if addresses else ""
-                    print(f"ready: {len(service.tasks):,} task{many} at {where}", flush=True)
+                    tasks = f"{len(service.tasks):,} task{'s' * (len(service.tasks) != 1)}"
+                    print(f"ready: {tasks} at {server.address_of(own)}", flush=True)
                 stop(error)
 
-            return started
+            return make_app(
+                service, token=token, admin_token=admin_token, report=report, on_started=started
+            )
 
-        run(
-            lambda stop: make_app(
-                service,
-                token=token,
-                admin_token=admin_token,
-                report=report,
-                on_started=on_started(stop),
-            ),
-            host=host,
-            port=port,
+        server.serve(
+            make,
+            own,
             drain_seconds=service.limits.deadline_seconds,
-            on_bound=addresses.append,
             on_drain=lambda: _drain(service),
         )
 
@@ -113,20 +113,6 @@ def _drain(service: "Service") -> None:
         rows = f"; {waiting} rows that wait are answered first" if waiting else ""
         print(f"told to end{rows}", file=sys.stderr, flush=True)
     service.state = "draining"
-
-
-def _require_free(host: str, port: int) -> None:
-    """UserError for a port that is taken, before anything long is begun."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
-            "--port 0 takes a free one"
-        ) from None
 
 
 def open_service(

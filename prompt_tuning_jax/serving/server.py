@@ -2,11 +2,14 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+
+from prompt_tuning_jax.errors import UserError
 
 _CONNECTIONS = 1000  # open at once
 _TWICE = 1.0  # seconds between two signals that are meant
@@ -20,29 +23,49 @@ class _Server(uvicorn.Server):
         yield
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, on which nothing is accepted yet; port 0 takes a free one.
+
+    UserError where the address is taken, or none of this machine.
+    """
+    own = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind((host, port))
+    except OSError as error:
+        own.close()
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
+            "--port 0 takes a free one"
+        ) from None
+    return own
+
+
+def address_of(own: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = own.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def serve(
     make: Callable[[Callable[[BaseException | None], None]], FastAPI],
+    own: socket.socket,
     *,
-    host: str,
-    port: int,
     drain_seconds: float,
-    on_bound: Callable[[str], None] = lambda address: None,
     on_drain: Callable[[], None] = lambda: None,
 ) -> None:
     """Returns after SIGTERM or SIGINT, or raises what stopped the start; a second signal hurries.
 
-    ``make`` is given what the application is to call once it has started.  Port 0 takes a free one;
-    ``on_bound`` is called with the address.
+    ``make`` is given what the application is to call once it has started.  ``own`` is a bound
+    socket, and closed at the end.
     """
-    asyncio.run(_serve(make, host, port, drain_seconds, on_bound, on_drain))
+    asyncio.run(_serve(make, own, drain_seconds, on_drain))
 
 
 async def _serve(
     make: Callable[[Callable[[BaseException | None], None]], FastAPI],
-    host: str,
-    port: int,
+    own: socket.socket,
     drain_seconds: float,
-    on_bound: Callable[[str], None],
     on_drain: Callable[[], None],
 ) -> None:
     failures: list[BaseException] = []
@@ -54,8 +77,6 @@ async def _serve(
 
     config = uvicorn.Config(
         make(started),
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,  # texts and tokens are nobody's business
         server_header=False,
@@ -76,15 +97,6 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    bound = asyncio.create_task(_tell(server, host, on_bound))
-    await server.serve()
-    bound.cancel()
+    await server.serve(sockets=[own])
     if failures:
         raise failures[0]
-
-
-async def _tell(server: uvicorn.Server, host: str, on_bound: Callable[[str], None]) -> None:
-    while not server.started:
-        await asyncio.sleep(0.01)
-    number = server.servers[0].sockets[0].getsockname()[1]
-    on_bound(f"http://{f'[{host}]' if ':' in host else host}:{number}")

@@ -19,7 +19,7 @@ import pytest
 
 from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.limits import Limits
-from prompt_tuning_jax.serving.server import serve
+from prompt_tuning_jax.serving.server import bound, serve
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
 from tests.serving.serving_app import make_service, running, task_folder
@@ -219,7 +219,6 @@ def test_serve_raises_what_stopped_its_start(tmp_path: Path) -> None:
     with pytest.raises(MemoryError, match="no room"):
         serve(
             lambda stop: make_app(service, on_started=stop),
-            host="127.0.0.1",
-            port=0,
+            bound("127.0.0.1", 0),
             drain_seconds=1,
         )

@@ -31,6 +31,14 @@ from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.overrides import method_from_json, method_to_json
 from prompt_tuning_jax.typing import HostArray
 
+_OVER: Mapping[str, Any] = {
+    "init": "uniform",
+    "init_text": "",
+    "init_path": "",
+    "init_population": 0,
+    "dropout": 0.0,
+}
+
 
 def stored_methods(place: Path, config: T5Config) -> list[tuple[str, StoredTuned]]:
     """What is kept of a method in a file, in all files of a folder, or in a PEFT adapter's folder.
@@ -128,17 +136,26 @@ def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> 
     )
 
 
+def as_trained(method: Method) -> Method:
+    """The method without how it began and what only training needs; once trained, these are over.
+
+    What it began from may be gone, and equal structures would differ in it.
+    """
+    fields: Any = method
+    own = {field.name for field in dataclasses.fields(fields)}
+    over = {name: value for name, value in _OVER.items() if name in own}
+    found: Method = dataclasses.replace(fields, **over)
+    return found
+
+
 def attach_stored(method: Method, model: T5, *, labels: tuple[str, ...], tasks: int) -> Attached:
     """A trained method on the model, before its arrays are put in; UserError where it cannot be."""
+    method = as_trained(method)
     context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
-    # How it began is over, and what it began from may be gone.
-    fresh: Any = method
-    if hasattr(method, "init"):
-        fresh = dataclasses.replace(fresh, init="uniform")
-    attached = fresh.attach(model, key=jax.random.key(0), context=context)
+    attached = method.attach(model, key=jax.random.key(0), context=context)
     params = tree.split(attached)[1]
     build.require_trainable({name: p for name, p in params.items() if method.trains(name)})
-    return build.with_config(attached, method)
+    return attached
 
 
 def _members(

@@ -25,21 +25,12 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.methods.multitask import combined
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.opened_methods import attach_stored, method_of, stored_methods
+from prompt_tuning_jax.opened_methods import as_trained, attach_stored, method_of, stored_methods
 from prompt_tuning_jax.overrides import method_to_json
 from prompt_tuning_jax.serving.folder import Opened, task_name
 from prompt_tuning_jax.serving.structures import ServedMethod, Structures
 from prompt_tuning_jax.serving.tasks import Fits, Served
 from prompt_tuning_jax.typing import HostArray
-
-# Of methods, what no longer matters once they are trained; with it equal structures would differ.
-_OVER: Mapping[str, Any] = {
-    "init": "uniform",
-    "init_text": "",
-    "init_path": "",
-    "init_population": 0,
-    "dropout": 0.0,
-}
 
 
 class MethodsIn:
@@ -130,9 +121,7 @@ class MethodsIn:
         place: Path,
     ) -> Attached:
         """The method attached to the model, once for all alike; UserError where it does not fit."""
-        fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-        over = {name: value for name, value in _OVER.items() if name in fields}
-        alike: Method = dataclasses.replace(method, **over)  # type: ignore[type-var]
+        alike = as_trained(method)
         key = method_to_json(alike), labels if method.ranks else (), tasks
         if key not in self._attached:
             try:

@@ -1,14 +1,9 @@
-"""Uses a model with a prompt: encode, generate text, score text.
-
-The lower half works on any method and on E members at once: their tuned arrays carry a leading
-axis E, the frozen model is there once.
-"""
+"""Uses a model with a prompt: encode, generate text, score text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +11,16 @@ import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax import tree
-from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule, beam_search
-from prompt_tuning_jax.decoding.greedy import greedy
-from prompt_tuning_jax.decoding.rank import sequence_log_probs
-from prompt_tuning_jax.decoding.sampling import sample
-from prompt_tuning_jax.division import Division, map_members
+from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout, laying_out, replicate
+from prompt_tuning_jax.member_programs import Strategy, Writing, target_scores, write
 from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
-from prompt_tuning_jax.models.slots import Slots
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 # Token ids [B, T] with 0 as padding, or texts where the model has its vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
-Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
 EOS = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writing:
-    """How text is written; static, so that each way is compiled once."""
-
-    strategy: Strategy = "greedy"
-    max_length: int = 32
-    num_beams: int = 4
-    beam_rule: BeamRule = field(default_factory=T5XRule)
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +104,7 @@ def score(
     if len(targets_BS) != len(tokens_BT):
         raise UserError(f"there are {len(tokens_BT)} inputs and {len(targets_BS)} targets")
     graphdef, tuned, frozen = _one_member(attached)
-    return np.asarray(_score(graphdef, tuned, frozen, tokens_BT, targets_BS)[0])
+    return np.asarray(target_scores(graphdef, tuned, frozen, tokens_BT, targets_BS)[0])
 
 
 def token_ids(model: T5, inputs: Inputs) -> HostArray:
@@ -207,162 +183,3 @@ def _one_member(attached: Attached) -> tuple[nnx.GraphDef[Attached], FlatParams,
     graphdef, params = tree.split(attached)
     tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
     return graphdef, {name: p[None] for name, p in tuned.items()}, frozen
-
-
-@partial(jax.jit, static_argnums=(0, 5, 6))
-def label_scores(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
-    frozen: FlatParams,
-    tokens_BT: Array,
-    labels_CS: Array,
-    members: int,
-    layout: Layout | None = None,
-    task_B: Array | HostArray | None = None,
-) -> Array:
-    """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
-
-    The encoder and the cross-attention keys are computed once per example and member.  ``members``
-    is E, which a method without tuned arrays does not show; ``task_B`` is each row's task, where a
-    method asks for it.  On a mesh the result is replicated.
-    """
-
-    def member(own: FlatParams) -> Array:
-        attached = tree.merge(graphdef, {**frozen, **own})
-        return attached.label_scores(
-            tokens_BT, labels_CS, task_B=task_B, max_logits=2**26 // members
-        )
-
-    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
-    with laying_out(layout):
-        return replicate(map_members(member, at_once, tuned, members=members))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 6))
-def write(
-    graphdef: nnx.GraphDef[Attached],
-    writing: Writing,
-    tuned: FlatParams,
-    frozen: FlatParams,
-    tokens_BT: Array,
-    key: Array,
-    layout: Layout | None = None,
-    task_B: Array | HostArray | None = None,
-) -> tuple[Array, Array]:
-    """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
-
-    All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
-    is one member.  On a mesh the result is replicated.
-    """
-    members = len(next(iter(tuned.values()))) if tuned else 1
-    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
-    with laying_out(layout):
-        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once))
-
-
-def _members_at_once(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
-    frozen: FlatParams,
-    tokens_BT: Array,
-    members: int,
-    layout: Layout | None,
-) -> int:
-    """On a CPU, no more members together than its cache holds the activations of."""
-    on_mesh = layout is not None and not layout.is_trivial
-    if members == 1 or on_mesh or jax.default_backend() != "cpu":
-        return members
-    own = {name: array[0] for name, array in tuned.items()}
-    config = tree.merge(graphdef, {**frozen, **own}).model.config
-    return Division(config=config).members_at_once(members, *tokens_BT.shape)
-
-
-def _write(
-    graphdef: nnx.GraphDef[Attached],
-    writing: Writing,
-    tuned: FlatParams,
-    frozen: FlatParams,
-    tokens_BT: Array,
-    key: Array,
-    task_B: Array | HostArray | None,
-    at_once: int,
-) -> tuple[Array, Array]:
-    members = len(next(iter(tuned.values()))) if tuned else 1
-    batch = tokens_BT.shape[0]
-    rows = members * batch
-
-    def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
-        attached = tree.merge(graphdef, {**frozen, **own})
-        if attached.method.own_labels:
-            raise UserError(
-                "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
-                "data.labels where the task has none"
-            )
-        encoded, slots = attached.encode(tokens_BT, task_B=task_B)
-        cross, caches = attached.model.start_decoding(encoded, writing.max_length)
-        constant = (cross, encoded.mask_BU, slots.of_decoder())
-        if writing.strategy == "beam":  # the beams of one example stand side by side
-            constant = jax.tree.map(
-                lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
-                constant,
-            )
-        return *constant, caches
-
-    cross, mask_ENU, slots, caches = map_members(start, at_once, tuned, members=members)
-
-    def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
-        def member(
-            own: FlatParams, tokens: Array, cache: Any, cross: Any, mask: Array, slots: Slots
-        ) -> tuple[Array, Any]:
-            attached = tree.merge(graphdef, {**frozen, **own})
-            return attached.model.decode_step(tokens, position, cache, cross, mask, slots=slots)
-
-        tokens, cache = jax.tree.map(
-            lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
-        )
-        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_ENU, slots)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
-
-    cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
-    size: dict[str, Any] = {"num_rows": rows, "max_length": writing.max_length}
-    if writing.strategy == "beam":
-        beams = beam_search(
-            step, cache, num_beams=writing.num_beams, rule=writing.beam_rule, **size
-        )
-        ids, scores = beams.ids_NKS, beams.scores_NK
-    elif writing.strategy == "sample":
-        decoded = sample(
-            step,
-            cache,
-            key=key,
-            temperature=writing.temperature,
-            top_k=writing.top_k,
-            top_p=writing.top_p,
-            **size,
-        )
-        ids, scores = decoded.ids_NS, decoded.scores_N
-    else:
-        decoded = greedy(step, cache, **size)
-        ids, scores = decoded.ids_NS, decoded.scores_N
-    return (
-        ids.reshape(members, batch, *ids.shape[1:]),
-        scores.reshape(members, batch, *scores.shape[1:]),
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _score(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
-    frozen: FlatParams,
-    tokens_BT: Array,
-    targets_BS: Array,
-) -> Array:
-    def member(own: FlatParams) -> Array:
-        attached = tree.merge(graphdef, {**frozen, **own})
-        if attached.method.own_labels:
-            return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
-        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
-        return sequence_log_probs(attached(tokens_BT, inputs_BS), targets_BS)
-
-    return jax.vmap(member, axis_size=1)(tuned)

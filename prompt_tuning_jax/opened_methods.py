@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax import build, run_folder, task_data, tree
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, is_tuned_file, read_tuned
@@ -124,14 +124,14 @@ def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> 
             model_name=run.model.name_or_path, model_fingerprint=trained_on_model
         )
         check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
-    labels = build.labels_of(build.build_mixture(run.data)) if run.method.ranks else ()
+    labels = task_data.labels_of(task_data.build_mixture(run.data)) if run.method.ranks else ()
     return _members(
         run.method,
         tuned,
         model,
         layout,
         labels=labels,
-        tasks=build.trained_tasks(run.data),
+        tasks=task_data.trained_tasks(run.data),
         of=f"the best checkpoint in {folder}",
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax import build
+from prompt_tuning_jax import build, task_data
 from prompt_tuning_jax.experiment import Data, Experiment, Optimizer, Training
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5 import T5
@@ -50,7 +50,7 @@ class Probe:
         self._model = model
         self._layout = layout = build.train_layout(self._experiment)
         words = build.vocabulary_of(model)
-        self._data = build.build_data(self._experiment, words, layout=layout)
+        self._data = task_data.build_data(self._experiment, words, layout=layout)
         self._members = build.attach_members(self._experiment, model, labels=self._data.labels)
         # Compiled once: the weights are an argument.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
@@ -58,11 +58,11 @@ class Probe:
     def score(self, weights: FlatParams) -> float:
         """The task's first metric after tuning a prompt on ``weights``, named as by FullTuning."""
         data = self._data
-        assert isinstance(data, build.TaskData)
+        assert isinstance(data, task_data.TaskData)
         frozen = {name: weights[name] for name in self._members.frozen}
         # A step takes its state for itself, and the start is needed again.
         state = jax.tree.map(jnp.copy, self._start)
-        for batch in build.placed_batches(data, self._layout, 0, STEPS):
+        for batch in task_data.placed_batches(data, self._layout, 0, STEPS):
             state, _ = self._step(state, frozen, batch)
         members = dataclasses.replace(self._members, frozen=frozen)
         (scores,), _ = build.evaluate_members(

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import build, distributed, run_folder, tree
+from prompt_tuning_jax import build, distributed, run_folder, task_data, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
@@ -68,7 +68,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             return _finished(folder, experiment, quiet=quiet)
     layout = build.train_layout(experiment)
     model = build.build_model(experiment, layout=layout)
-    data = build.build_data(experiment, build.vocabulary_of(model), layout=layout)
+    data = task_data.build_data(experiment, build.vocabulary_of(model), layout=layout)
     if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
         if not isinstance(data, TextData):
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
@@ -83,7 +83,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     names = build.member_names(experiment)
     _claim(folder, experiment)
     # A step that is no jitted function has nothing to compile.
-    if isinstance(data, build.TaskData) and layout.is_trivial and hasattr(step, "lower"):
+    if isinstance(data, task_data.TaskData) and layout.is_trivial and hasattr(step, "lower"):
         step = CompiledAhead(step, data.one_of_each_shape(experiment.training.steps))
     if not quiet:
         for line in _introduction(experiment, members, data):
@@ -128,7 +128,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     result = Loop(
         train_step=step,
         frozen=members.frozen,
-        batches=lambda start, stop: build.placed_batches(data, layout, start, stop),
+        batches=lambda start, stop: task_data.placed_batches(data, layout, start, stop),
         evaluate=evaluate,
         on_best=on_best,
         workdir=folder,
@@ -142,7 +142,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         log_every=training.log_every,
         batch_size=training.batch_size,
         division=build.division_of(experiment, members, layout),
-        padding=data.train.padding if isinstance(data, build.TaskData) and data.train else None,
+        padding=data.train.padding if isinstance(data, task_data.TaskData) and data.train else None,
         quiet=quiet,
     ).run(state)
     run = RunResult(
@@ -182,7 +182,7 @@ def _claim(folder: Path, experiment: Experiment) -> None:
     run_folder.claim(folder, experiment)
 
 
-def _require_same_data(data: build.TaskData | TextData, fingerprint: str) -> None:
+def _require_same_data(data: task_data.TaskData | TextData, fingerprint: str) -> None:
     """UserError unless all processes have the same model and the same examples in their order."""
     if distributed.process_count() == 1:
         return
@@ -197,7 +197,7 @@ def _require_same_data(data: build.TaskData | TextData, fingerprint: str) -> Non
 
 
 def _introduction(
-    experiment: Experiment, members: build.Members, data: build.TaskData | TextData
+    experiment: Experiment, members: build.Members, data: task_data.TaskData | TextData
 ) -> Iterator[str]:
     """What trains, on what."""
     trained = tree.count(members.tuned) // members.number
@@ -215,7 +215,7 @@ def _introduction(
         f"{', '.join(f'{rate:g}' for rate in rates)}{schedule}"
     )
     yield from data.reports
-    if isinstance(data, build.TaskData) and data.train is not None:
+    if isinstance(data, task_data.TaskData) and data.train is not None:
         examples = data.train.examples_per_epoch
         epochs = training.steps * training.batch_size / examples
         yield (
@@ -293,7 +293,7 @@ def _metadata(
     )
 
 
-def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> None:
+def _finish(run: RunResult, data: task_data.TaskData | TextData, *, quiet: bool) -> None:
     """Writes results and curves, and says how it went."""
     if not run.finished:
         if not quiet:
@@ -305,7 +305,7 @@ def _finish(run: RunResult, data: build.TaskData | TextData, *, quiet: bool) -> 
         if best is not None
     }
     baselines = {}
-    if isinstance(data, build.TaskData) and len(data.evaluation) == 1 and data.labels:
+    if isinstance(data, task_data.TaskData) and len(data.evaluation) == 1 and data.labels:
         (examples,) = data.evaluation.values()
         scores = examples.task.majority_scores(examples.texts, data.train_targets)
         if data.best_by in scores:

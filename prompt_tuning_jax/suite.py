@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prompt_tuning_jax import build
+from prompt_tuning_jax import task_data
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.t5_tasks.forms import Form
 from prompt_tuning_jax.data.t5_tasks.glue import has_label
@@ -217,7 +217,7 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
     UserError where one is missing, and for a test split without labels.
     """
     data = experiment.data
-    mixture = build.build_mixture(data)
+    mixture = task_data.build_mixture(data)
     if data.eval_split == _TEST:
         for task in mixture.evaluated_on(_TEST):
             if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):

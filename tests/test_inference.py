@@ -10,16 +10,8 @@ import pytest
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import (
-    Writing,
-    as_prompt,
-    encode,
-    generate,
-    label_scores,
-    score,
-    token_ids,
-    write,
-)
+from prompt_tuning_jax.inference import as_prompt, encode, generate, score, token_ids
+from prompt_tuning_jax.member_programs import Writing, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.method import Attached, MethodModule
 from prompt_tuning_jax.models.slots import Slots

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build
+from prompt_tuning_jax import build, task_data
 from prompt_tuning_jax.commands import evaluate, predict, train
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import NoTuning, PromptDesign
@@ -38,9 +38,9 @@ def test_each_seed_is_a_member_with_demonstrations_of_its_own() -> None:
 def test_it_is_the_bare_model_on_a_longer_text() -> None:
     (found,) = predict(designed({"training.seeds": (0,)}), prompts=[], inputs=["bana bine"])
     of = designed({"training.seeds": (0,)})
-    source = build.build_mixture(of.data).tasks[0]
+    source = task_data.build_mixture(of.data).tasks[0]
     words = build.vocabulary_of(build.build_model(of))
-    (example, *_) = build.designed(of, source, words).load("validation")
+    (example, *_) = task_data.designed(of, source, words).load("validation")
     *shots, _ = example["inputs"].split("\n\n")
     assert len(shots) == 3 and {shot.split()[-1] for shot in shots} == set(LABELS)
     text = "\n\n".join([*shots, "bana bine the"])

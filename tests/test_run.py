@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, run, run_folder
+from prompt_tuning_jax import build, run, run_folder, task_data
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_with_metadata
@@ -104,7 +104,7 @@ def test_a_finished_run_says_only_that(
 
 def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
     train_set: Any = SimpleNamespace(examples_per_epoch=3)
-    data = build.TaskData(
+    data = task_data.TaskData(
         train=train_set, train_targets=(), evaluation={}, labels=(), best_by="", reports=()
     )
     graphdef: Any = None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, tree
+from prompt_tuning_jax import build, task_data, tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.commands import evaluate, train
@@ -21,7 +21,7 @@ from prompt_tuning_jax.data.loader import TrainBatches
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.inference import score
 from prompt_tuning_jax.losses import token_sums
-from prompt_tuning_jax.methods import PROMPT
+from prompt_tuning_jax.methods import PROMPT, DescribedPrompts
 from tests import tiny_run
 from tests.tiny_run import measurements, outcome
 
@@ -58,10 +58,10 @@ def experiment(workdir: Path | str, changes: dict[str, Any] | None = None) -> Ex
     return tiny_run.experiment(workdir, {**fields, **(changes or {})})
 
 
-def data_of(of: Experiment) -> build.TaskData:
+def data_of(of: Experiment) -> task_data.TaskData:
     words = build.vocabulary_of(build.build_model(of))
-    data = build.build_data(of, words)
-    assert isinstance(data, build.TaskData)
+    data = task_data.build_data(of, words)
+    assert isinstance(data, task_data.TaskData)
     return data
 
 
@@ -205,8 +205,8 @@ def test_the_report_says_what_is_padding() -> None:
 def test_the_default_has_few_lengths_and_described_prompts_one() -> None:
     of = experiment("w")
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, buckets="auto"))
-    assert build.buckets_of(of) == Buckets(most=4, beside=5)
+    assert task_data.buckets_of(of) == Buckets(most=4, beside=5)
     assert Experiment().data.buckets == "auto"
     assert 1 < len(batches_of(of).inputs_lengths) <= 4
-    described = dataclasses.replace(of, method=build.DescribedPrompts())
-    assert build.buckets_of(described) == Buckets()
+    described = dataclasses.replace(of, method=DescribedPrompts())
+    assert task_data.buckets_of(described) == Buckets()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax import build, transfer
 from prompt_tuning_jax import suite as suites
+from prompt_tuning_jax import task_data, transfer
 from prompt_tuning_jax.commands import suites as command
 from prompt_tuning_jax.commands import try_transfer
 from prompt_tuning_jax.errors import UserError
@@ -138,7 +138,7 @@ def test_labels_are_translated(
         return SimpleNamespace(finished=True, stopped_by=0)
 
     def evaluate(of: Experiment, *, prompts: Any) -> Any:
-        task = build.build_mixture(of.data).evaluated_on("validation")[0]
+        task = task_data.build_mixture(of.data).evaluated_on("validation")[0]
         assert task.labels == ("not_duplicate", "duplicate")
         examples = list(task.load("validation", of.data.data_dir))
         scores = task.score(examples, ["duplicate"] * len(examples))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prompt_tuning_jax import build, distributed
+from prompt_tuning_jax import build, distributed, task_data
 from prompt_tuning_jax.data.task import Source, Task
 from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
@@ -66,7 +66,7 @@ def evaluate(
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     reports: dict[str, None] = {}
-    draws = build.draws_of(experiment)
+    draws = task_data.draws_of(experiment)
     data = _examples(draws[0], model, split=split)
     for number, own_draw in enumerate(draws):
         data = _examples(own_draw, model, split=split) if number else data
@@ -125,11 +125,11 @@ def predict(
         )
     source = None
     if isinstance(experiment.method, PromptDesign):
-        source = build.build_mixture(experiment.data).tasks[0]
+        source = task_data.build_mixture(experiment.data).tasks[0]
     parts = []
-    for own_draw in build.draws_of(experiment):
+    for own_draw in task_data.draws_of(experiment):
         examples = tokenize(
-            build.designed(own_draw, task, words, source=source),
+            task_data.designed(own_draw, task, words, source=source),
             "predict",
             words,
             inputs_length=experiment.data.inputs_length,
@@ -158,9 +158,9 @@ def predict(
     ]
 
 
-def _examples(experiment: Experiment, model: T5, *, split: str | None) -> build.TaskData:
+def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_data.TaskData:
     """What is evaluated on; the same for all processes."""
-    data = build.build_data(
+    data = task_data.build_data(
         experiment,
         build.vocabulary_of(model),
         split=split,
@@ -191,7 +191,7 @@ def _opened(experiment: Experiment, model: T5, prompts: Sequence[str | HostArray
 
 
 def _labels_of(experiment: Experiment) -> tuple[str, ...]:
-    mixture = build.build_mixture(experiment.data)
+    mixture = task_data.build_mixture(experiment.data)
     return tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
 
 
@@ -205,7 +205,7 @@ def _wording_of(experiment: Experiment) -> Callable[[str], str]:
         if len(template.columns) != 1:
             return str
         return lambda text: template.render({template.columns[0]: text})
-    return build.build_mixture(data).tasks[0].from_text or str
+    return task_data.build_mixture(data).tasks[0].from_text or str
 
 
 def _texts_as_task(inputs: Sequence[str]) -> Task:

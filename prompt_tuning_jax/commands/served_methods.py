@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax import build, run_folder, tree
+from prompt_tuning_jax import build, run_folder, task_data, tree
 from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
@@ -174,7 +174,7 @@ def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
 def _labels_of(data: Data) -> tuple[str, ...]:
     """Nothing where the files that would say them are gone."""
     try:
-        return build.labels_of(build.build_mixture(data))
+        return task_data.labels_of(task_data.build_mixture(data))
     except UserError:
         return ()
 
@@ -184,6 +184,6 @@ def _labels_by_task(run: Experiment | None) -> dict[str, tuple[str, ...]]:
     if run is None or not run.data.task:
         return {}
     try:
-        return {task.name: task.labels for task in build.build_mixture(run.data).tasks}
+        return {task.name: task.labels for task in task_data.build_mixture(run.data).tasks}
     except UserError:
         return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax import build, run_folder, transfer
+from prompt_tuning_jax import build, run_folder, task_data, transfer
 from prompt_tuning_jax import suite as suites
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.commands.evaluation import evaluate
@@ -236,7 +236,7 @@ def _refuse(complaints: Mapping[str, Sequence[str]], what_now: str) -> None:
 
 
 def _evaluated(of: Experiment) -> tuple[Task, ...]:
-    return build.build_mixture(of.data).evaluated_on(of.data.eval_split)
+    return task_data.build_mixture(of.data).evaluated_on(of.data.eval_split)
 
 
 def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
@@ -304,9 +304,9 @@ def _scored(
 
 def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict[str, Any]:
     """What always answering the most frequent training target scores, and reports on the data."""
-    data = build.build_data(trained, words)
-    tried = data if of == trained else build.build_data(of, words, training=False)
-    assert isinstance(data, build.TaskData) and isinstance(tried, build.TaskData)
+    data = task_data.build_data(trained, words)
+    tried = data if of == trained else task_data.build_data(of, words, training=False)
+    assert isinstance(data, task_data.TaskData) and isinstance(tried, task_data.TaskData)
     sets = list(tried.evaluation.values())
     majority: dict[str, float] = {}
     for name, examples in tried.evaluation.items():

@@ -14,8 +14,8 @@ from flax import nnx
 
 from prompt_tuning_jax import build, optim
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.inference import Writing, label_scores, write
 from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.member_programs import Writing, label_scores, write
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5 import T5

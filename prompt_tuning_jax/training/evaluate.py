@@ -15,8 +15,8 @@ from prompt_tuning_jax.data.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
 from prompt_tuning_jax.ensembling import Vote, majority_vote
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import Writing, label_scores, write
 from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.member_programs import Writing, label_scores, write
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.typing import FlatParams, HostArray
 

@@ -8,7 +8,7 @@ import pytest
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import Writing, write
+from prompt_tuning_jax.member_programs import Writing, write
 from prompt_tuning_jax.methods import WARP, Attached, Context
 from prompt_tuning_jax.models.quantization import quantize_modules
 from tests.micro import EOS, T5_1_0, T5_1_1, D, Words, call, make_t5, token_rows

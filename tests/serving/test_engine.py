@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import Writing, label_scores, write
+from prompt_tuning_jax.member_programs import Writing, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import commands, inference
+from prompt_tuning_jax import commands, member_programs
 from prompt_tuning_jax.commands.serving import Serving
 from prompt_tuning_jax.experiment import Evaluation, Experiment
 from prompt_tuning_jax.inference import token_ids
@@ -76,7 +76,7 @@ def label_scores(file: Path) -> np.ndarray:
     model = micro_model()
     (members,) = open_prompts(experiment(), model, [str(file)]).groups
     tokens_BT, labels_CS = token_ids(model, INPUTS), token_ids(model, LABELS)
-    scores = inference.label_scores(
+    scores = member_programs.label_scores(
         members.graphdef, members.tuned, members.frozen, tokens_BT, labels_CS, 1
     )
     return np.asarray(scores)[0]

@@ -59,7 +59,7 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
     """
     opened = open_prompts(Experiment(), model, [str(path)], layout=_where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
-    names = [Path(name).stem for name in opened.names]
+    names = [_member_name(name) for name in opened.names]
     if member not in names and (member or len(names) > 1):
         wrong = f"there is no {member!r} in it" if member else "say which is meant by member="
         raise UserError(f"{path} holds {len(names)}, and {wrong}; {suggest(member, names)}")
@@ -161,6 +161,12 @@ def open_prompts(
         labels = labels or own_labels
     names += [name for name, _ in stored]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _member_name(name: str) -> str:
+    """A file's without its ending; a run's member may have a dot in its own, of a rate."""
+    place = Path(name)
+    return place.stem if place.suffix in PROMPT_SUFFIXES else place.name
 
 
 def _of_task(

@@ -68,13 +68,16 @@ def test_members_by_their_names(tmp_path: Path) -> None:
     tuned = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
     run = tmp_path / "whole"
     train_state.save(run / train_state.BEST, 1, {"tuned": tuned}, {"fingerprint": "any"})
-    write_json(run, FullTuning(), seeds=(3, 4))
-    params = tree.split(pt.attach(model, run, member="seed_4"))[1]
+    write_json(run, FullTuning(), seeds=(3, 4), learning_rates=(0.5, 0.25))
+    params = tree.split(pt.attach(model, run, member="seed_4_lr_0.25"))[1]
     assert all(np.array_equal(params[name], whole[1][name]) for name in whole[1])
-    for path, holds in ((tmp_path / "mine", "seed_0, seed_1"), (run, "seed_3, seed_4")):
+    for path, holds in (
+        (tmp_path / "mine", "seed_0, seed_1"),
+        (run, "seed_3_lr_0.5, seed_4_lr_0.25"),
+    ):
         with pytest.raises(pt.UserError, match=f"holds 2, and say which.*{holds}"):
             pt.attach(model, path)
-        with pytest.raises(pt.UserError, match=r"no 'seed_9' in it; did you mean 'seed_"):
+        with pytest.raises(pt.UserError, match=f"no 'seed_9' in it; .*{holds}"):
             pt.attach(model, path, member="seed_9")
 
 

@@ -82,10 +82,10 @@ def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> 
     return path
 
 
-def write_json(folder: Path, method: Method, *, seeds: tuple[int, ...] = (0,)) -> None:
+def write_json(folder: Path, method: Method, **training_fields: Any) -> None:
     """The config of a run of this method."""
     experiment = dataclasses.replace(tiny_run.experiment(folder), method=method)
-    training = dataclasses.replace(experiment.training, seeds=seeds)
+    training = dataclasses.replace(experiment.training, **{"seeds": (0,), **training_fields})
     of = dataclasses.replace(experiment, training=training)
     (folder / "experiment.json").write_text(to_json(of))
 

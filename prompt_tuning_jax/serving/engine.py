@@ -35,7 +35,7 @@ _TIMED_STEPS = 16  # tokens of a text, where a whole batch is timed
 
 
 class Engine:
-    """Scores and writes for rows of any mix of prompts, lengths and targets, or of one method.
+    """Scores and writes for rows of any mix of prompts, lengths and targets, or of one structure.
 
     ``compile`` comes first.  All calls are for one thread at a time.
     """
@@ -130,7 +130,7 @@ class Engine:
             placed_rows = self._placed_rows(rows, program)  # copies prompts to the device
             given: Any = self.cache.prompts_NPD, placed_rows
         else:
-            given = self.methods.tuned_of(rows), self._placed_tokens(rows, program)
+            given = self.methods.tuned_of(rows, program), self._placed_tokens(rows, program)
         scores_BC = np.asarray(self._made[program](self._params, *given, targets))
         return [
             scores_C[: len(row.targets)].tolist()
@@ -140,7 +140,8 @@ class Engine:
     def write_whole(self, rows: Sequence[Row], program: Program) -> list[tuple[list[int], float]]:
         """The ids that each row writes to its end or limit, and their log-probability."""
         given = self._placed_tokens(rows, program), self._placed_limits(rows, program)
-        made = self._made[program](self._params, self.methods.tuned_of(rows), *given)
+        tuned = self.methods.tuned_of(rows, program)
+        made = self._made[program](self._params, tuned, *given)
         ids_BS, scores_B, lengths_B = map(np.asarray, made)
         return [
             (ids_BS[row, : lengths_B[row]].tolist(), float(scores_B[row]))

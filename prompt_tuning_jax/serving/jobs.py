@@ -1,9 +1,10 @@
 """The rows of a request: for each input one for each prompt of its task, or several."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from prompt_tuning_jax.serving.batcher import Job
+from prompt_tuning_jax.serving.methods import Methods
 from prompt_tuning_jax.serving.reading import Wanted
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.schema import Mode
@@ -20,12 +21,14 @@ def jobs_of(
     wanted: Sequence[Wanted],
     *,
     shapes: Shapes,
+    methods: Methods,
     apart: bool = False,
     follow: Follow | None = None,
 ) -> list[list[Job]]:
     """For each input a job for each prompt, or several where there are many labels.
 
-    ``apart`` keeps tasks out of each other's batches, as methods that are no prompts always are.
+    ``apart`` keeps tasks out of each other's batches; ``methods`` says which of them, that are no
+    prompts, can share one.
     """
     owner = object()
     loop = asyncio.get_running_loop()
@@ -43,13 +46,15 @@ def jobs_of(
                     limit=one.limit,
                 )
                 name = "" if prompt is None else prompt.name
-                alone = one.task.name if apart else None
+                beside: Hashable = one.task.name if apart else None
+                if method is not None:
+                    beside = method.number if apart else methods.shared_by(method)
                 job = Job(
                     kind=_kind(mode, prompt),
                     row=row,
                     future=loop.create_future(),
                     owner=owner,
-                    apart=alone if method is None else method.number,
+                    apart=beside,
                     on_ids=None if follow is None else follow(number, name),
                 )
                 own.append(job)

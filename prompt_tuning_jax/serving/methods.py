@@ -1,15 +1,17 @@
-"""The compiled functions of methods that are no plain prompts: a batch with one method for all.
+"""The compiled functions of methods that are no plain prompts, and what the device holds of them.
 
 They are made for a structure.  The frozen arrays are the engine's own, and tuned arrays are
-arguments, so that any number of LoRAs of one shape share their programs.
+arguments, so that any number of LoRAs of one shape share their programs, and their batches too:
+each row computes with its own arrays, gathered on the device.  Large arrays (all weights of a
+model) are not gathered, and arrays on a mesh neither: there a batch is of one method.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,11 @@ from prompt_tuning_jax.serving.shapes import Program, Shapes
 from prompt_tuning_jax.serving.structures import ServedMethod, Structure
 from prompt_tuning_jax.typing import Array, FlatParams
 
+_MOST_BYTES = 2**27  # of the arrays that the rows of a batch have of their own
+
+# The tuned arrays of the one method of all rows, or those of several and which is each row's.
+Tuned: TypeAlias = FlatParams | tuple[FlatParams, Array]
+
 
 @dataclass(frozen=True)
 class MethodPrograms:
@@ -34,55 +41,92 @@ class MethodPrograms:
     layout: Layout | None = None
 
     def score(
-        self, params: FlatParams, tuned: FlatParams, tokens_BT: Array, targets_BCS: Array
+        self, params: FlatParams, tuned: Tuned, tokens_BT: Array, targets_BCS: Array
     ) -> Array:
         """``[B, C]``: log-probabilities of each row's own targets, as when they are ranked.
 
         Of a method that scores labels itself, those of its labels; other targets are never.
         """
         with laying_out(self.layout):
-            attached = self._attached(params, tuned)
-            if self.structure.own_labels:
-                return replicate(self._own_scores(attached, tokens_BT, targets_BCS))
-            encoded, slots = attached.encode(tokens_BT)
-            rest = slots.of_decoder()
+            if not isinstance(tuned, tuple):
+                return replicate(self._score(params, tuned, tokens_BT, targets_BCS))
 
-            def logits_of(shifted_BS: Array) -> Array:
-                return attached.model.decode(shifted_BS, encoded, slots=rest)
+            def of_one(own: FlatParams, tokens_T: Array, targets_CS: Array) -> Array:
+                return self._score(params, own, tokens_T[None], targets_CS[None])[0]
 
-            vocabulary = attached.model.config.vocab_size
-            return replicate(scored(logits_of, targets_BCS, vocab_size=vocabulary))
+            return jax.vmap(of_one)(_of_rows(tuned), tokens_BT, targets_BCS)
 
     def write(
         self,
         params: FlatParams,
-        tuned: FlatParams,
+        tuned: Tuned,
         tokens_BT: Array,
         limit_B: Array,
         *,
         max_length: int,
     ) -> Decoded:
         """The most probable tokens, at most ``limit_B`` of them; the whole batch to its end."""
+        write = partial(greedy, num_rows=len(tokens_BT), max_length=max_length, limit_N=limit_B)
         with laying_out(self.layout):
-            attached = self._attached(params, tuned)
-            encoded, slots = attached.encode(tokens_BT)
-            cross, caches = attached.model.start_decoding(encoded, max_length)
-            rest = slots.of_decoder()
+            if not isinstance(tuned, tuple):
+                caches, constant = self._start(params, tuned, tokens_BT, max_length)
 
-            def step(tokens_B: Array, position: Array, caches: object) -> tuple[Array, object]:
-                return attached.model.decode_step(
-                    tokens_B,
-                    position,
-                    caches,  # type: ignore[arg-type]
-                    cross,
-                    encoded.mask_BU,
-                    slots=rest,
-                )
+                def step(tokens_B: Array, position: Array, caches: Any) -> tuple[Array, Any]:
+                    return self._step(params, tuned, tokens_B, position, caches, constant)
 
-            rows = len(tokens_BT)
-            return replicate(
-                greedy(step, caches, num_rows=rows, max_length=max_length, limit_N=limit_B)
-            )
+                return replicate(write(step, caches))
+            own_B = _of_rows(tuned)
+
+            def start_one(own: FlatParams, tokens_T: Array) -> tuple[Any, Any]:
+                return self._start(params, own, tokens_T[None], max_length)
+
+            caches, constant = jax.vmap(start_one)(own_B, tokens_BT)
+
+            def step_each(tokens_B: Array, position: Array, caches: Any) -> tuple[Array, Any]:
+                def step_one(own: Any, token: Any, cache: Any, constant: Any) -> tuple[Array, Any]:
+                    made = self._step(params, own, token[None], position, cache, constant)
+                    return made[0][0], made[1]
+
+                return jax.vmap(step_one)(own_B, tokens_B, caches, constant)
+
+            return write(step_each, caches)
+
+    def _score(
+        self, params: FlatParams, tuned: FlatParams, tokens_BT: Array, targets_BCS: Array
+    ) -> Array:
+        attached = self._attached(params, tuned)
+        if self.structure.own_labels:
+            return self._own_scores(attached, tokens_BT, targets_BCS)
+        encoded, slots = attached.encode(tokens_BT)
+        rest = slots.of_decoder()
+
+        def logits_of(shifted_BS: Array) -> Array:
+            return attached.model.decode(shifted_BS, encoded, slots=rest)
+
+        vocabulary = attached.model.config.vocab_size
+        return scored(logits_of, targets_BCS, vocab_size=vocabulary)
+
+    def _start(
+        self, params: FlatParams, tuned: FlatParams, tokens_BT: Array, max_length: int
+    ) -> tuple[Any, Any]:
+        """The decoder's caches, and what it looks at in every step."""
+        attached = self._attached(params, tuned)
+        encoded, slots = attached.encode(tokens_BT)
+        cross, caches = attached.model.start_decoding(encoded, max_length)
+        return caches, (cross, encoded.mask_BU, slots.of_decoder())
+
+    def _step(
+        self,
+        params: FlatParams,
+        tuned: FlatParams,
+        tokens_B: Array,
+        position: Array,
+        caches: Any,
+        constant: Any,
+    ) -> tuple[Array, Any]:
+        attached = self._attached(params, tuned)
+        cross, mask_BU, rest = constant
+        return attached.model.decode_step(tokens_B, position, caches, cross, mask_BU, slots=rest)
 
     def _attached(self, params: FlatParams, tuned: FlatParams) -> Attached:
         frozen = {f"model/{name}": array for name, array in params.items()}
@@ -102,7 +146,7 @@ class MethodPrograms:
 
 
 class Methods:
-    """The structures, and the tuned arrays that the device holds of ``most`` methods at once.
+    """The structures, and the tuned arrays that the device holds of ``most`` methods of each.
 
     Used by one thread.
     """
@@ -117,8 +161,13 @@ class Methods:
     ) -> None:
         # One of each structure, to be timed with.
         self._one_of = {method.structure: method for method in methods}
-        self._shapes, self._most, self._layout = shapes, most, layout
-        self._held: OrderedDict[int, dict[str, Array]] = OrderedDict()
+        self._shapes, self._layout = shapes, layout
+        self._held: dict[Structure, Stack | Singles] = {}
+        for structure in self._one_of:
+            number = sum(method.structure is structure for method in methods)
+            rows = min(number, most)
+            together = self._together(structure)
+            self._held[structure] = Stack(structure, rows) if together else Singles(rows, layout)
 
     def programs(self) -> Iterator[Program]:
         """All that there are."""
@@ -127,6 +176,11 @@ class Methods:
     def one_of(self, structure: Structure | None) -> ServedMethod | None:
         """Any with this structure; None for plain prompts."""
         return None if structure is None else self._one_of[structure]
+
+    def shared_by(self, method: ServedMethod) -> Hashable:
+        """Equal for methods whose rows can be in one batch."""
+        together = isinstance(self._held[method.structure], Stack)
+        return method.structure if together else method.number
 
     def name_of(self, program: Program) -> str:
         """What is said while it is compiled."""
@@ -142,10 +196,46 @@ class Methods:
             return jax.jit(functions.score)
         return jax.jit(partial(functions.write, max_length=self._shapes.max_new_tokens))
 
-    def tuned_of(self, rows: Sequence[Row]) -> dict[str, Array]:
-        """By path, of the one method of all rows; the least recently used makes room for it."""
-        (method,) = {row.method for row in rows}
-        assert method is not None
+    def tuned_of(self, rows: Sequence[Row], program: Program) -> Tuned:
+        """What a program of these rows computes with; the least recently used make room for it."""
+        methods = [row.method for row in rows if row.method is not None]
+        assert program.structure is not None and len(methods) == len(rows)
+        return self._held[program.structure].of(methods, rows=program.rows)
+
+    def like(self, program: Program) -> Any:
+        """The tuned arrays to compile for."""
+        structure = program.structure
+        assert structure is not None
+        held = self._held[structure]
+        if isinstance(held, Stack):
+            return held.arrays, jax.ShapeDtypeStruct((program.rows,), jnp.int32)
+        layout = self._layout
+        if layout is None or layout.is_trivial:
+            return dict(structure.shapes)
+        return {
+            name: jax.ShapeDtypeStruct(
+                one.shape,
+                one.dtype,
+                sharding=layout.sharding(structure.axes[name], one.shape),
+            )
+            for name, one in structure.shapes.items()
+        }
+
+    def _together(self, structure: Structure) -> bool:
+        one_device = self._layout is None or self._layout.is_trivial
+        return one_device and structure.bytes * self._shapes.batch_sizes[-1] <= _MOST_BYTES
+
+
+class Singles:
+    """The tuned arrays of at most so many methods, each by itself."""
+
+    def __init__(self, most: int, layout: Layout | None) -> None:
+        self._most, self._layout = most, layout
+        self._held: OrderedDict[int, dict[str, Array]] = OrderedDict()
+
+    def of(self, methods: Sequence[ServedMethod], *, rows: int) -> Tuned:
+        """By path, of the one method of all rows."""
+        (method,) = set(methods)
         if method.number not in self._held:
             while len(self._held) >= self._most:
                 self._held.popitem(last=False)
@@ -157,17 +247,53 @@ class Methods:
         self._held.move_to_end(method.number)
         return self._held[method.number]
 
-    def like(self, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-        """The tuned arrays to compile for."""
-        layout, structure = self._layout, program.structure
-        assert structure is not None
-        if layout is None or layout.is_trivial:
-            return dict(structure.shapes)
-        return {
-            name: jax.ShapeDtypeStruct(
-                one.shape,
-                one.dtype,
-                sharding=layout.sharding(structure.axes[name], one.shape),
-            )
-            for name, one in structure.shapes.items()
+
+class Stack:
+    """The tuned arrays ``[N, ...]``, by path, of N methods of one structure."""
+
+    def __init__(self, structure: Structure, number: int) -> None:
+        self._structure, self._number = structure, number
+        self._put = jax.jit(_put, donate_argnums=0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything, the arrays too: after a failure they may be gone."""
+        self._at: OrderedDict[int, int] = OrderedDict()
+        self._free = list(range(self._number))[::-1]
+        self.arrays: FlatParams = {
+            name: jnp.zeros((self._number, *one.shape), one.dtype)
+            for name, one in self._structure.shapes.items()
         }
+
+    def of(self, methods: Sequence[ServedMethod], *, rows: int) -> Tuned:
+        """The arrays, and the number ``[B]`` among them of each row's method; all are there."""
+        wanted = {method.number: method for method in methods}
+        for number in wanted:
+            if number in self._at:
+                self._at.move_to_end(number)
+        for number, method in wanted.items():
+            if number not in self._at:
+                # Never one of this batch: they have just been moved to the end.
+                row = self._free.pop() if self._free else self._at.popitem(last=False)[1]
+                self._at[number] = row
+                self._copy(method, row)
+        row_B = np.zeros(rows, np.int32)
+        row_B[: len(methods)] = [self._at[method.number] for method in methods]
+        return self.arrays, jnp.asarray(row_B)
+
+    def _copy(self, method: ServedMethod, row: int) -> None:
+        try:
+            self.arrays = self._put(self.arrays, jnp.int32(row), dict(method.tuned))
+        except Exception:
+            self.clear()
+            raise
+
+
+def _put(stack: FlatParams, row: Array, tuned: FlatParams) -> FlatParams:
+    return {name: array.at[row].set(tuned[name]) for name, array in stack.items()}
+
+
+def _of_rows(tuned: tuple[FlatParams, Array]) -> FlatParams:
+    """By path, each row's own ``[B, ...]``."""
+    arrays, row_B = tuned
+    return {name: array[row_B] for name, array in arrays.items()}

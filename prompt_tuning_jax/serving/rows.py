@@ -15,7 +15,7 @@ from prompt_tuning_jax.typing import HostArray
 class Row:
     """One input with one prompt (None: the bare model), and what is wanted of it.
 
-    With a ``method`` in place of the prompt it can be beside rows of the same method alone.
+    With a ``method`` in place of the prompt it can be beside rows of its structure alone.
     ``ids`` and ``targets`` have their end of sequence; ``limit`` is in tokens.
     """
 

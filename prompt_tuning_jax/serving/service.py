@@ -219,7 +219,14 @@ class Service:
         self, request: PredictRequest, wanted: Sequence[Wanted], follow: Follow | None = None
     ) -> list[list[Job]]:
         shapes = self.engine.shapes
-        return jobs_of(request.mode, wanted, shapes=shapes, apart=self._apart, follow=follow)
+        return jobs_of(
+            request.mode,
+            wanted,
+            shapes=shapes,
+            methods=self.engine.methods,
+            apart=self._apart,
+            follow=follow,
+        )
 
     def _submit(self, jobs: Sequence[Job]) -> None:
         if len(jobs) > self.limits.waiting_rows:

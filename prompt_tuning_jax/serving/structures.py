@@ -32,6 +32,11 @@ class Structure:
     axes: Mapping[str, tuple[str | None, ...]]
     own_labels: LabelTokens
 
+    @property
+    def bytes(self) -> int:
+        """Of the tuned arrays of one method."""
+        return sum(one.size * one.dtype.itemsize for one in self.shapes.values())
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedMethod:

@@ -1,8 +1,9 @@
-"""Methods that are no plain prompts answer as they are predicted with, in batches of their own."""
+"""Methods that are no plain prompts answer as they are predicted with, whoever shares a batch."""
 
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from prompt_tuning_jax.methods import (
     PTuning,
 )
 from prompt_tuning_jax.opened_prompts import open_prompts
+from prompt_tuning_jax.serving import methods
+from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.shapes import Program
 from tests import tiny_run
 from tests.serving.serving_app import ask
 from tests.serving.serving_methods import (
@@ -142,9 +146,9 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
         assert (warp.status_code, warp.json()["error"]["field"]) == (422, "options.targets[0]")
         assert "trained on blue, green, red alone" in warp.json()["error"]["message"]
         listed = (await client.get("/v1/tasks")).json()["tasks"]
-        methods = {task["name"]: task["method"] for task in listed}
-        assert {name: methods[name] for name in METHODS} == {name: name for name in METHODS}
-        assert (methods["plain"], methods["voted"]) == ("prompt_tuning", "lora, prompt_tuning")
+        kinds = {task["name"]: task["method"] for task in listed}
+        assert {name: kinds[name] for name in METHODS} == {name: name for name in METHODS}
+        assert (kinds["plain"], kinds["voted"]) == ("prompt_tuning", "lora, prompt_tuning")
         words = await client.get("/v1/tasks/lora/words")
         assert words.status_code == 422 and "no prompt" in words.json()["error"]["message"]
         (some,) = (await client.get("/v1/tasks/voted/words")).json()["prompts"]
@@ -153,8 +157,41 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
     with_service(service, test)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_of_one_structure_share_a_batch_where_their_arrays_are_small(
+    monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """And answer as alone; the device has room for four of the twelve."""
+    if not together:
+        monkeypatch.setattr(methods, "_MOST_BYTES", 0)
+    folder = folder_of_all()
+    service = opened(folder)
+    batches: list[list[str]] = []
+    score = service.engine.score
+
+    def watched(rows: Sequence[Row], program: Program) -> list[list[float]]:
+        batches.append([row.method.name for row in rows if row.method is not None])
+        return score(rows, program)
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        monkeypatch.setattr(service.engine, "score", watched)
+        body = {"task": LORAS[:8], "inputs": ["ban red", "mita red"] * 4}
+        results = (await ask(client, **body)).json()["results"]
+        for name, result in zip(LORAS[:8:2], results[::2], strict=True):
+            scores_C = label_scores(folder / f"{name}.safetensors")[0]
+            share_C = np.exp(scores_C) / np.exp(scores_C).sum()
+            shares = [result["probabilities"][label] for label in LABELS]
+            np.testing.assert_allclose(shares, share_C, atol=1e-5)
+        assert sorted(name for batch in batches for name in batch) == LORAS[:8]
+        most = max(len({*batch}) for batch in batches)
+        assert (most > 1) == together
+
+    with_service(service, test)
+
+
 def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
     write_method(tmp_path / "lora.safetensors", LORA)
+    write_method(tmp_path / "other.safetensors", LORA, seed=5)
     write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
     write_method(tmp_path / "warp.safetensors", WARP(length=2))
     write_prompt(tmp_path / "plain.safetensors", seed=3)
@@ -163,8 +200,8 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
     )
 
     async def test(client: httpx.AsyncClient, service: Service) -> None:
-        names = ["lora", "prefix", "plain", "lora"]
-        body = {"task": names, "inputs": [*INPUTS, "ban red"], "mode": "generate"}
+        names = ["lora", "prefix", "plain", "lora", "other"]
+        body = {"task": names, "inputs": [*INPUTS, "ban red", "ban red"], "mode": "generate"}
         results = (await ask(client, **body)).json()["results"]
         for name, text, result in zip(names, body["inputs"], results, strict=True):
             (known,) = commands.predict(
@@ -179,7 +216,7 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
         one = {**body, "task": "lora", "inputs": ["ban red"]}
         streamed = await ask(client, **one, options={"stream": True})
         events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line]
-        assert events[-1]["results"] == results[3:]
+        assert events[-1]["results"] == results[3:4]
         assert [event["text"] for event in events[:-1]] == [results[3]["prediction"]]
         short = (await ask(client, **one, options={"max_length": 2})).json()["results"][0]
         assert short["prompts"][0]["tokens"] == 2

@@ -62,7 +62,7 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
             rates=prompts,
         ),
         "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
-        # Keys and values start from words', and move ten times slower (configs/prefix_tuning.py).
+        # Keys and values start from words', and move three times slower (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.03, 0.1, 0.3)),
         "ia3": weights(IA3(), (1e-1, 3e-1, 1.0)),
         "lora": weights(LoRA()),

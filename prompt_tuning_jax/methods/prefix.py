@@ -33,7 +33,7 @@ class PrefixTuning(Method):
     pieces (section 7.4), ``uniform`` draws within 0.5; an MLP starts as torch's layers do.
     """
 
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
+    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
 
     length: int = 20
     encoder: bool = True

@@ -28,6 +28,7 @@ from prompt_tuning_jax.serving.structures import ServedMethod, Structure
 from prompt_tuning_jax.typing import Array, FlatParams
 
 _MOST_BYTES = 2**27  # of the arrays that the rows of a batch have of their own
+_HELD_BYTES = 2**31  # of the arrays of one structure that stay on the device
 
 # The tuned arrays of the one method of all rows, or those of several and which is each row's.
 Tuned: TypeAlias = FlatParams | tuple[FlatParams, Array]
@@ -148,7 +149,7 @@ class MethodPrograms:
 class Methods:
     """The structures, and the tuned arrays that the device holds of ``most`` methods of each.
 
-    Used by one thread.
+    Fewer where they are large.  Used by one thread.
     """
 
     def __init__(
@@ -165,9 +166,12 @@ class Methods:
         self._held: dict[Structure, Stack | Singles] = {}
         for structure in self._one_of:
             number = sum(method.structure is structure for method in methods)
-            rows = min(number, most)
-            together = self._together(structure)
-            self._held[structure] = Stack(structure, rows) if together else Singles(rows, layout)
+            room = min(most, _HELD_BYTES // max(1, structure.bytes))
+            if self._together(structure):
+                rows = max(room, shapes.batch_sizes[-1])
+                self._held[structure] = Stack(structure, min(number, rows))
+            else:
+                self._held[structure] = Singles(max(1, room), layout)
 
     def programs(self) -> Iterator[Program]:
         """All that there are."""

@@ -71,6 +71,9 @@ def generate(
         "t5x": T5XRule(alpha=length_penalty),
         "hf": HuggingFaceRule(length_penalty=length_penalty),
     }
+    for name, value in (("max_length", max_length), ("num_beams", num_beams)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     if strategy not in ("greedy", "beam", "sample") or beam_rule not in rules:
         raise UserError(
             f"strategy is {strategy!r} and beam_rule {beam_rule!r}; choose greedy, beam or sample, "
@@ -111,6 +114,8 @@ def token_ids(model: T5, inputs: Inputs) -> HostArray:
     """Token ids ``[B, T]`` int32, padded with 0; texts get an end-of-sequence token."""
     if isinstance(inputs, str):
         inputs = [inputs]
+    if not len(inputs):
+        raise UserError("there are no inputs; give one text, or one row of token ids, at least")
     if not isinstance(inputs, (jax.Array, np.ndarray)) and all(isinstance(x, str) for x in inputs):
         if model.vocabulary is None:
             raise UserError("this model came without a vocabulary: give token ids, not text")
@@ -119,6 +124,10 @@ def token_ids(model: T5, inputs: Inputs) -> HostArray:
         for row, ids in zip(ids_BT, rows, strict=True):
             row[: len(ids)] = ids
         return ids_BT
+    if not isinstance(inputs, (jax.Array, np.ndarray)) and any(isinstance(x, str) for x in inputs):
+        number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
+        found = str(inputs[number])[:40]
+        raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
     try:
         ids_BT = np.asarray(inputs)
     except ValueError:
@@ -146,8 +155,8 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
     given: object = prompt  # not everybody checks types
     if isinstance(given, str | Path):
         raise UserError(
-            f"prompt is an array, and {str(given)!r} is a path: load_prompt({str(given)!r}) "
-            "reads the prompt in it"
+            f"prompt is an array, and {str(given)!r} is a path: attach takes a run, a file or an "
+            "adapter, and load_prompt reads a prompt's file"
         )
     array = jnp.asarray(prompt, jnp.float32)
     width = model.config.embed_dim
@@ -163,10 +172,18 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
     return array
 
 
+def require_model(model: object) -> None:
+    """UserError for what is no model."""
+    if not isinstance(model, T5 | Attached):
+        named = f"load_model({model!r}) opens it" if isinstance(model, str | Path) else "load_model"
+        raise UserError(f"model is a {type(model).__name__}, and no model: {named}")
+
+
 def _ready(
     model: T5 | Attached, inputs: Inputs, prompt: Array | HostArray | None
 ) -> tuple[Attached, HostArray]:
     """The model with its prompt or whatever else is attached, and the inputs' token ids."""
+    require_model(model)
     if isinstance(model, Attached):
         if prompt is not None:
             raise UserError("this model has something attached to it already: leave out prompt")

@@ -1,6 +1,7 @@
 """Prompts and runs opened for use on one frozen model."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.inference import require_model
 from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import (
     PROMPT,
@@ -57,12 +59,18 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
     a mixture was trained on.  The model itself stays as it is, and its arrays are shared.  Raises
     UserError where the path holds nothing for this model, or more than was named.
     """
+    given: object = model  # not everybody checks types
+    require_model(given)
+    if isinstance(given, Attached):
+        raise UserError("this model has something attached to it already; attach to it bare")
+    _require_place(path)
     opened = open_prompts(Experiment(), model, [str(path)], layout=_where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
     names = [_member_name(name) for name in opened.names]
     if member not in names and (member or len(names) > 1):
         wrong = f"there is no {member!r} in it" if member else "say which is meant by member="
-        raise UserError(f"{path} holds {len(names)}, and {wrong}; {suggest(member, names)}")
+        holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
+        raise UserError(f"{holds}, and {wrong}; {suggest(member, names)}")
     group, number = members[names.index(member) if member else 0]
     tuned = {name: array[number] for name, array in group.tuned.items()}
     attached = tree.merge(group.graphdef, {**group.frozen, **tuned})
@@ -161,6 +169,27 @@ def open_prompts(
         labels = labels or own_labels
     names += [name for name, _ in stored]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _require_place(path: str | Path) -> None:
+    """UserError where nothing can be attached from there, whatever is in it."""
+    given: object = path  # not everybody checks types
+    if not isinstance(given, str | Path) or not str(given):
+        named = "an empty path" if isinstance(given, str) else type(given).__name__
+        raise UserError(
+            f"attach takes the path of a run, a file or an adapter, and got {named}; an array is "
+            "the prompt of generate, score and encode"
+        )
+    if "://" in str(given):
+        return
+    place = Path(given).expanduser()
+    if not place.exists():
+        beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+        near = difflib.get_close_matches(place.name, beside, n=1)
+        meant = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+        raise UserError(f"there is no run, file or adapter {str(given)!r}{meant}")
+    if (place / "config.json").is_file():
+        raise UserError(f"{given} is a model, and nothing to attach: load_model opens it")
 
 
 def _member_name(name: str) -> str:

@@ -1,7 +1,8 @@
 """What was tuned, put back on its model from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from prompt_tuning_jax.methods.multitask import SHARED, TASK
 from prompt_tuning_jax.methods.prompt import PromptTuning
 from tests.serving.serving_methods import moved, stored, write_json, write_method
 from tests.serving.serving_micro import micro_model, write_prompt
-from tests.tiny_run import LABELS
+from tests.tiny_run import LABELS, model_folder
 
 TEXTS = ["what colour is it red", "blue or green"]
 PREFIX = PrefixTuning(length=2, hidden=4)
@@ -75,7 +76,7 @@ def test_members_by_their_names(tmp_path: Path) -> None:
         (tmp_path / "mine", "seed_0, seed_1"),
         (run, "seed_3_lr_0.5, seed_4_lr_0.25"),
     ):
-        with pytest.raises(pt.UserError, match=f"holds 2, and say which.*{holds}"):
+        with pytest.raises(pt.UserError, match=f"holds 2 members, and say which.*{holds}"):
             pt.attach(model, path)
         with pytest.raises(pt.UserError, match=f"no 'seed_9' in it; .*{holds}"):
             pt.attach(model, path, member="seed_9")
@@ -120,3 +121,34 @@ def test_the_model_stays_bare(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pt.score(model, TEXTS, TEXTS), expected)
     after = tree.split(model)[1]
     assert before.keys() == after.keys()
+
+
+def test_what_cannot_be_attached_is_said_in_one_line(tmp_path: Path) -> None:
+    model, file = micro_model(), write_prompt(tmp_path / "mine.safetensors")
+    attached = pt.attach(model, file)
+    wrong: dict[str, tuple[Any, Any]] = {
+        "did you mean '.*mine.safetensors'": (model, tmp_path / "mine.safetensor"),
+        "got ndarray; an array is the prompt of generate": (model, np.ones((3, 16))),
+        "got an empty path": (model, ""),
+        "is a model, and nothing to attach": (model, model_folder()),
+        "attach to it bare": (attached, file),
+        "load_model\\('tiny'\\) opens it": ("tiny", file),
+    }
+    for message, (what, path) in wrong.items():
+        with pytest.raises(pt.UserError, match=message) as raised:
+            pt.attach(what, path)
+        assert len(str(raised.value)) < 300
+
+
+def test_what_cannot_be_written_is_said_in_one_line() -> None:
+    model, any_of = micro_model(), cast(Any, pt)
+    wrong: dict[str, Callable[[], object]] = {
+        "there are no inputs": lambda: pt.generate(model, []),
+        "max_length is 0": lambda: pt.generate(model, TEXTS, max_length=0),
+        "num_beams is 0": lambda: pt.generate(model, TEXTS, strategy="beam", num_beams=0),
+        "inputs.1. is 'None'": lambda: any_of.generate(model, ["a", None]),
+        "load_model": lambda: any_of.score("tiny", TEXTS, TEXTS),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(pt.UserError, match=message):
+            call()

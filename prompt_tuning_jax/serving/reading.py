@@ -1,5 +1,6 @@
 """Checks a request and tokenises it."""
 
+import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from prompt_tuning_jax.serving.schema import PredictRequest
 from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
 
+_NEAR = 1000  # tasks among which the one that was meant is looked for
 BARE = ServedTask(name="", prompts=())
 
 
@@ -50,7 +52,7 @@ class Reader:
             raise RefusedError(413, most, field="inputs")
         names = [request.task] * len(inputs) if isinstance(request.task, str) else request.task
         if len(names) != len(inputs):
-            message = f"{len(names)} tasks for {len(inputs)} inputs; give one, or one for each"
+            message = f"{len(names)} names, and {len(inputs)} in inputs; give one, or one for each"
             raise RefusedError(422, message, field="task")
         kind = "generate" if request.mode == "generate" else "score"
         if kind not in self._engine.shapes.kinds:
@@ -76,8 +78,10 @@ class Reader:
                     labels = tuple(options.labels)
                     one = replace(one, labels=labels, targets=self._label_ids(labels))
                 if not one.targets:
-                    named = f"task {task.name!r} has" if task.name else "the bare model has"
-                    message = f"{named} no labels of its own (.npy has none); give options.labels"
+                    named = "the bare model has no labels"
+                    if task.name:
+                        named = f"task {task.name!r} has no labels of its own (.npy has none)"
+                    message = f"{named}; give options.labels"
                     raise RefusedError(422, message, field="options.labels")
             elif request.mode == "score":
                 one = replace(one, targets=(targets[number],))
@@ -93,7 +97,9 @@ class Reader:
         of, slash, member = name.partition("/")  # no name has one in it
         task = self._tasks.get(of)
         if task is None:
-            message = f"there is no task {of[:100]!r}; GET /v1/tasks names them"
+            near = difflib.get_close_matches(of[:100], [*self._tasks.everything()][:_NEAR], n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            message = f"there is no task {of[:100]!r}; {meant}GET /v1/tasks names all"
             raise RefusedError(404, message, field=field)
         if not slash:
             return task

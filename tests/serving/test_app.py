@@ -161,6 +161,8 @@ def test_what_is_refused_names_its_field(
         answer = await ask(client, **{"task": "colour", "inputs": ["ban"], **body})
         assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
         assert len(answer.json()["error"]["message"].splitlines()) == 1
+        near = (await ask(client, task="colours", inputs=["ban"])).json()["error"]["message"]
+        assert "there is no task 'colours'; did you mean 'colour'?" in near
 
     with_server(folder, test, limits=Limits(inputs=20, waiting_rows=40))
 

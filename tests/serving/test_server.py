@@ -181,6 +181,10 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     with live(service, token="open sesame") as url, Browser(tmp_path / "profile") as browser:
         browser.open(url)
         browser.wait_for("!document.getElementById('token_field').hidden")
+        assert browser.run("$('token_field').offsetWidth") > 0
+        browser.run("$('token_field').hidden = true")  # as it is where none is asked for
+        assert browser.run("$('token_field').offsetWidth") == 0
+        browser.run("$('token_field').hidden = false")
         browser.said.clear()  # the browser itself notes the 401
         browser.run(
             "$('token').value = 'open sesame'; $('token').dispatchEvent(new Event('change'))"

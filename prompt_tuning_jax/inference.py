@@ -8,15 +8,14 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.member_programs import Strategy, Writing, target_scores, write
-from prompt_tuning_jax.methods import PROMPT, Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.methods import Attached, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.typing import Array, FlatParams, HostArray
+from prompt_tuning_jax.typing import Array, HostArray
 
 # Token ids [B, T] with 0 as padding, or texts where the model has its vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
@@ -89,8 +88,8 @@ def generate(
         top_p=top_p,
     )
     attached, tokens_BT = _ready(model, inputs, prompt)
-    graphdef, tuned, frozen = _one_member(attached)
-    ids, scores = write(graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(seed))
+    graphdef, params = tree.split(attached)
+    ids, scores = write(graphdef, writing, {}, params, tokens_BT, jax.random.key(seed))
     ids, scores = np.asarray(ids[0]), np.asarray(scores[0])
     best_BS = ids[:, 0] if ids.ndim == 3 else ids
     words = attached.model.vocabulary
@@ -106,8 +105,8 @@ def score(
     targets_BS = token_ids(attached.model, targets)
     if len(targets_BS) != len(tokens_BT):
         raise UserError(f"there are {len(tokens_BT)} inputs and {len(targets_BS)} targets")
-    graphdef, tuned, frozen = _one_member(attached)
-    return np.asarray(target_scores(graphdef, tuned, frozen, tokens_BT, targets_BS)[0])
+    graphdef, params = tree.split(attached)
+    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS)[0])
 
 
 def token_ids(model: T5, inputs: Inputs) -> HostArray:
@@ -193,10 +192,3 @@ def _ready(
     if array is None:
         return NoTuning().attach(model, key=jax.random.key(0), context=Context()), tokens_BT
     return PromptTuning().with_prompt(model, array), tokens_BT
-
-
-def _one_member(attached: Attached) -> tuple[nnx.GraphDef[Attached], FlatParams, FlatParams]:
-    """Structure, tuned arrays of one member, and frozen arrays."""
-    graphdef, params = tree.split(attached)
-    tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
-    return graphdef, {name: p[None] for name, p in tuned.items()}, frozen

@@ -1,7 +1,6 @@
 """Prompts and runs opened for use on one frozen model."""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
-from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.data.suggest import nearest, suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.inference import require_model
@@ -67,11 +66,8 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
     opened = open_prompts(Experiment(), model, [str(path)], layout=_where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
     names = [_member_name(name) for name in opened.names]
-    if member not in names and (member or len(names) > 1):
-        wrong = f"there is no {member!r} in it" if member else "say which is meant by member="
-        holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
-        raise UserError(f"{holds}, and {wrong}; {suggest(member, names)}")
-    group, number = members[names.index(member) if member else 0]
+    holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
+    group, number = members[_chosen(member, names, by="member", holds=holds)]
     tuned = {name: array[number] for name, array in group.tuned.items()}
     attached = tree.merge(group.graphdef, {**group.frozen, **tuned})
     if isinstance(attached.method, TaskPrompts):
@@ -185,8 +181,8 @@ def _require_place(path: str | Path) -> None:
     place = Path(given).expanduser()
     if not place.exists():
         beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
-        near = difflib.get_close_matches(place.name, beside, n=1)
-        meant = f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+        near = nearest(place.name, beside)
+        meant = "" if near is None else f"; did you mean {str(place.parent / near)!r}?"
         raise UserError(f"there is no run, file or adapter {str(given)!r}{meant}")
     if (place / "config.json").is_file():
         raise UserError(f"{given} is a model, and nothing to attach: load_model opens it")
@@ -203,14 +199,19 @@ def _of_task(
 ) -> Attached:
     """The plain prompt of one of several tasks."""
     names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
-    if task not in names and (task or len(names) > 1):
-        wrong = f"there is no task {task!r} in it" if task else "say which is meant by task="
-        raise UserError(
-            f"{path} was trained on {len(names)} tasks, and {wrong}; {suggest(task, names)}"
-        )
-    number = names.index(task) if task else 0
+    number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
     return PromptTuning().with_prompt(model, prompt_PD)
+
+
+def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
+    """The number of the one that is named, or of the only one; UserError begins with ``holds``."""
+    if name in names:
+        return names.index(name)
+    if not name and len(names) == 1:
+        return 0
+    wrong = f"there is no {name!r} in it" if name else f"say which is meant by {by}="
+    raise UserError(f"{holds}, and {wrong}; {suggest(name, names)}")
 
 
 def _where(model: T5) -> Layout:

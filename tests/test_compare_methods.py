@@ -1,9 +1,7 @@
 """The comparison of all methods, on micro sizes: what it chooses, tests, counts and keeps."""
 
 import argparse
-import importlib.util
 import json
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,15 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.methods import METHODS, DescribedPrompts
 from tests import tiny_run
+from tests.script import SCRIPTS, load_script
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 LENGTH = 3
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    loader = SourceFileLoader("compare_methods", str(SCRIPTS / "compare_methods"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("compare_methods")
 
 
 def arguments(**changes: Any) -> argparse.Namespace:

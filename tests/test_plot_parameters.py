@@ -1,25 +1,17 @@
 """The counts behind the picture of parameters against model size."""
 
-import importlib.util
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prompt_tuning_jax.models.config import preset
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.script import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    loader = SourceFileLoader("plot_parameters", str(ROOT / "scripts" / "plot_parameters"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("plot_parameters")
 
 
 def test_counts_are_the_closed_forms_of_the_docstrings(script: Any) -> None:

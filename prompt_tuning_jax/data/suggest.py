@@ -18,5 +18,10 @@ def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
     listed = ", ".join(names[:most])
     if len(names) > most:
         listed += f" and {len(names) - most} more"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}? There are: {listed}" if near else f"there are: {listed}"
+    near = nearest(name, names)
+    return f"there are: {listed}" if near is None else f"did you mean {near!r}? There are: {listed}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None where none is like it."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)), None)

@@ -1,6 +1,5 @@
 """The prompts that the device holds: N rows of many more, the least recently used go first."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.serving.places import Places
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -36,8 +36,7 @@ class DeviceCache:
             )
         self.hits = self.misses = 0
         self._copy_sizes = tuple(copy_sizes)
-        self._at: OrderedDict[int, int] = OrderedDict()
-        self._free = list(range(rows))[::-1]
+        self._places = Places(rows)
         self._rows, self._length, self._width = rows, length, width
         self._dtype, self._layout = jnp.dtype(dtype), layout
         self._copy = jax.jit(_copy, donate_argnums=0)
@@ -46,8 +45,7 @@ class DeviceCache:
     def clear(self) -> None:
         """Forgets everything, the array too: after a failure it may be gone."""
         shape = (self._rows, self._length, self._width)
-        self._at.clear()
-        self._free = list(range(self._rows))[::-1]
+        self._places.clear()
         self.prompts_NPD: Array = self._placed(np.zeros(shape, self._dtype))
         for size in self._copy_sizes:  # compiles
             nowhere = np.full(size, self._rows, np.int32)
@@ -56,18 +54,10 @@ class DeviceCache:
     def rows_of(self, prompts: Sequence[ServedPrompt | None]) -> HostArray:
         """The row ``[B]`` of each prompt, all there at once; 0 for None, the bare model."""
         wanted = {prompt.number: prompt for prompt in prompts if prompt is not None}
-        missing = [prompt for number, prompt in wanted.items() if number not in self._at]
-        for number in wanted:
-            if number in self._at:
-                self._at.move_to_end(number)
+        missing = [wanted[number] for number in self._places.take(wanted)]
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
-        rows = []
-        for prompt in missing:
-            # Never one of this batch: they have just been moved to the end.
-            row = self._free.pop() if self._free else self._at.popitem(last=False)[1]
-            self._at[prompt.number] = row
-            rows.append(row)
+        rows = [self._places[prompt.number] for prompt in missing]
         while missing:
             number = next((s for s in self._copy_sizes if s >= len(missing)), self._copy_sizes[-1])
             now, missing = missing[:number], missing[number:]
@@ -77,7 +67,7 @@ class DeviceCache:
             for new_PD, prompt in zip(new_KPD, now, strict=False):
                 new_PD[self._length - len(prompt.prompt_PD) :] = prompt.prompt_PD
             self._put(row_K, new_KPD)
-        return np.array([0 if p is None else self._at[p.number] for p in prompts], np.int32)
+        return np.array([0 if p is None else self._places[p.number] for p in prompts], np.int32)
 
     def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
         placed = self._placed(row_K), self._placed(new_KPD)

@@ -21,6 +21,7 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.decoding.greedy import Decoded, greedy
 from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.methods.method import NEVER, Attached, same_tokens
+from prompt_tuning_jax.serving.places import Places
 from prompt_tuning_jax.serving.placing import placed, scored
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Program, Shapes
@@ -257,13 +258,13 @@ class Stack:
 
     def __init__(self, structure: Structure, number: int) -> None:
         self._structure, self._number = structure, number
+        self._places = Places(number)
         self._put = jax.jit(_put, donate_argnums=0)
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything, the arrays too: after a failure they may be gone."""
-        self._at: OrderedDict[int, int] = OrderedDict()
-        self._free = list(range(self._number))[::-1]
+        self._places.clear()
         self.arrays: FlatParams = {
             name: jnp.zeros((self._number, *one.shape), one.dtype)
             for name, one in self._structure.shapes.items()
@@ -272,17 +273,10 @@ class Stack:
     def of(self, methods: Sequence[ServedMethod], *, rows: int) -> Tuned:
         """The arrays, and the number ``[B]`` among them of each row's method; all are there."""
         wanted = {method.number: method for method in methods}
-        for number in wanted:
-            if number in self._at:
-                self._at.move_to_end(number)
-        for number, method in wanted.items():
-            if number not in self._at:
-                # Never one of this batch: they have just been moved to the end.
-                row = self._free.pop() if self._free else self._at.popitem(last=False)[1]
-                self._at[number] = row
-                self._copy(method, row)
+        for number in self._places.take(wanted):
+            self._copy(wanted[number], self._places[number])
         row_B = np.zeros(rows, np.int32)
-        row_B[: len(methods)] = [self._at[method.number] for method in methods]
+        row_B[: len(methods)] = [self._places[method.number] for method in methods]
         return self.arrays, jnp.asarray(row_B)
 
     def _copy(self, method: ServedMethod, row: int) -> None:

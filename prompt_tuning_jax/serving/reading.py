@@ -1,10 +1,10 @@
 """Checks a request and tokenises it."""
 
-import difflib
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.data.suggest import nearest, suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
@@ -97,8 +97,8 @@ class Reader:
         of, slash, member = name.partition("/")  # no name has one in it
         task = self._tasks.get(of)
         if task is None:
-            near = difflib.get_close_matches(of[:100], [*self._tasks.everything()][:_NEAR], n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(of[:100], itertools.islice(self._tasks.everything(), _NEAR))
+            meant = "" if near is None else f"did you mean {near!r}? "
             message = f"there is no task {of[:100]!r}; {meant}GET /v1/tasks names all"
             raise RefusedError(404, message, field=field)
         if not slash:

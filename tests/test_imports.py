@@ -14,7 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up.  A module may import from its own row and from those above it here.
 ROWS = (
-    ("errors", "typing", "user_cache", "precision", "tree", "sharding", "layout", "losses"),
+    (
+        "errors",
+        "bounded_json",
+        "typing",
+        "user_cache",
+        "precision",
+        "tree",
+        "sharding",
+        "layout",
+        "losses",
+    ),
     ("compilation", "watch", "distributed"),
     ("models",),
     ("division",),

@@ -1,0 +1,172 @@
+"""JSON from outside, refused in one line where Python would fail; JSON that is always valid.
+
+Python's own reader fails with four kinds of exception, accepts ``NaN`` and half characters, and its
+writer produces both.
+"""
+
+import functools
+import json
+import math
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prompt_tuning_jax.errors import UserError
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+_MAX_DIGITS = 300  # more do not fit a float64, and Python's own int stops at 4300
+_MAX_CONTAINERS = 2**21  # an empty list takes 2 characters in the file and 64 bytes in memory
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(
+    text: str | bytes,
+    *,
+    of: str,
+    parse_numbers_as_text: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """The value of a JSON text.
+
+    With ``parse_numbers_as_text`` numbers come back as they are written, ``NaN`` among them.
+    Raises UserError, in one line that begins with ``of`` (a file or field), for a text that is not
+    UTF-8 or not JSON, is longer than ``max_bytes`` (characters, for a str), is nested deeper than
+    64 levels, has a number that is not finite or has too many digits, or half a surrogate pair.
+    """
+    if len(text) > max_bytes:
+        raise UserError(f"{of}: {len(text)} bytes of JSON, and at most {max_bytes} are read")
+    decoded = _decode(text, of) if isinstance(text, bytes) else text
+    if decoded.count("[") + decoded.count("{") > _MAX_CONTAINERS:
+        raise UserError(f"{of}: more than {_MAX_CONTAINERS} lists and objects")
+    try:
+        if parse_numbers_as_text:
+            value = json.loads(decoded, parse_int=str, parse_float=str, parse_constant=str)
+        else:
+            value = json.loads(
+                decoded,
+                parse_int=functools.partial(_int, of),
+                parse_float=functools.partial(_float, of),
+                parse_constant=functools.partial(_refuse_constant, of),
+            )
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{of}: not JSON, or cut off: {error.msg} at line {error.lineno}, "
+            f"character {error.colno}"
+        ) from None
+    except RecursionError:
+        raise UserError(_too_deep(of)) from None
+    if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise UserError(_too_deep(of))
+    # Only an escape, or a str from elsewhere, can hold half a pair.
+    if (_ESCAPED_HALF.search(decoded) or _has_half(decoded)) and any(map(_has_half, _texts(value))):
+        raise UserError(f"{of}: a \\ud... escape that is half a character")
+    return value
+
+
+def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BYTES) -> Any:
+    """The value of a JSON file, of which no more than ``max_bytes`` are ever read.
+
+    Raises UserError as ``read_json`` does (``of`` defaults to the path), and for a file that cannot
+    be read.
+    """
+    of = str(path) if of is None else of
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{of}: {error.strerror or error}") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{of}: more than the {max_bytes} bytes of JSON that are read")
+    return read_json(data, of=of, max_bytes=max_bytes)
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Valid JSON of a value: nan and infinities become null, and letters stay as they are.
+
+    Numbers of NumPy are written as Python's.  Raises TypeError for a value that JSON cannot hold.
+    """
+    text = json.dumps(
+        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
+    )
+    # Half a surrogate pair (a file name of a broken encoding) cannot be written as UTF-8.
+    return _HALF_CHARACTER.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _decode(data: bytes, of: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{of}: byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8"
+        ) from None
+
+
+def _int(of: str, digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+    return int(digits)
+
+
+def _float(of: str, digits: str) -> float:
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+    number = float(digits)
+    if not math.isfinite(number):
+        raise UserError(f"{of}: the number {digits[:40]} is too large")
+    return number
+
+
+def _refuse_constant(of: str, name: str) -> NoReturn:
+    raise UserError(f"{of}: {name} is not JSON; write null or a number")
+
+
+def _too_deep(of: str) -> str:
+    return f"{of}: lists and objects nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for each in level
+            if isinstance(each, list | dict)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, list | dict) for each in level)
+
+
+def _texts(value: Any) -> list[str]:
+    found, rest = [], [value]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, list):
+            rest.extend(each)
+        elif isinstance(each, dict):
+            found.extend(each)
+            rest.extend(each.values())
+    return found
+
+
+def _has_half(text: str) -> bool:
+    return not text.isascii() and _HALF_CHARACTER.search(text) is not None
+
+
+def _finite(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [_finite(each) for each in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -5,11 +5,12 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from prompt_tuning_jax.serving import schema
 from prompt_tuning_jax.serving.guard import Guard, bearer
@@ -37,11 +38,11 @@ _UPLOAD = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-_PAGE = "page.html"
-# The page's script and style are in it, and it talks to nobody else.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'"
+# A path -> the file beside this one that answers it, and what that is.
+_PAGE_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
 }
 Name = Annotated[str, Path(pattern=f"^{NAME}$")]
 
@@ -95,10 +96,9 @@ def make_app(
     reader = [Depends(bearer(token))]
     admin = [Depends(bearer(admin_token))]
 
-    @app.get("/", include_in_schema=False)
-    def page() -> HTMLResponse:
-        text = resources.files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
-        return HTMLResponse(text, headers=_PAGE_HEADERS)
+    for path, (file, media_type) in _PAGE_FILES.items():
+        answer = partial(_page_file, file, media_type)
+        app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
 
     @app.get("/healthz", response_model=schema.Status)
     def healthz() -> Response:
@@ -228,6 +228,11 @@ def make_app(
             return Response(status_code=204)
 
     return app
+
+
+def _page_file(file: str, media_type: str) -> Response:
+    text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
+    return Response(text, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
 async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -376,5 +377,20 @@ def test_the_list_in_pages_and_the_words(folder: Path) -> None:
         found = [word["cosine"] for word in prompt["positions"][2]]
         np.testing.assert_allclose(found, np.sort(cosines)[::-1][:5], atol=1e-3)
         assert (await client.get("/v1/tasks/nope/words")).status_code == 404
+
+    with_server(folder, test)
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/healthz", "/v1/tasks/", "/nope"])
+def test_every_answer_says_what_a_browser_may_do_with_it(folder: Path, path: str) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await client.get(path)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        policy = answer.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy and "unsafe-inline" not in policy
+        if path == "/":  # nothing that this policy would block
+            assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=", answer.text)
+            assert answer.headers["content-type"].startswith("text/html")
 
     with_server(folder, test)

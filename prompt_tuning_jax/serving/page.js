@@ -1,0 +1,164 @@
+"use strict";
+const $ = (id) => document.getElementById(id);
+const known = new Map();
+let wordsOf = null, ready = false;
+
+function element(tag, text, parent) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (parent) parent.append(made);
+  return made;
+}
+
+async function call(path, options = {}) {
+  const headers = { "content-type": "application/json" };
+  if ($("token").value) headers.authorization = `Bearer ${$("token").value}`;
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) $("token_field").hidden = false;
+  if (!answer.ok) {
+    const { error } = await answer.json();
+    throw new Error(error.field ? `${error.field}: ${error.message}` : error.message);
+  }
+  return answer;
+}
+
+async function loadTasks() {
+  const found = await (await call("/v1/tasks")).json();
+  known.clear();
+  $("tasks").replaceChildren();
+  for (const task of found.tasks) {
+    known.set(task.name, task);
+    const option = element("option", undefined, $("tasks"));
+    option.value = task.name;
+    option.label = `${task.name} (${task.method})`;
+  }
+  $("model").textContent = `${found.model} · ${found.total} task${found.total === 1 ? "" : "s"}`;
+  if (!$("task").value && found.tasks.length) $("task").value = found.tasks[0].name;
+  wordsOf = null;
+  await showWords();
+}
+
+async function showWords() {
+  const [name] = $("task").value.trim().split("/");
+  if (!ready || name === wordsOf) return;
+  wordsOf = name;
+  const table = $("words_table");
+  table.replaceChildren();
+  // Methods that are no prompts have no positions.
+  const hasPrompts = known.has(name) && known.get(name).prompts.some((one) => one.length);
+  $("words").hidden = !hasPrompts;
+  if (!hasPrompts) return;
+  const found = await (await call(`/v1/tasks/${encodeURIComponent(name)}/words`)).json();
+  if (wordsOf !== name) return;
+  const head = element("tr", undefined, table);
+  element("th", "", head);
+  for (const { prompt } of found.prompts) element("th", prompt, head);
+  const longest = Math.max(...found.prompts.map((one) => one.positions.length));
+  for (let position = 0; position < longest; position += 1) {
+    const row = element("tr", undefined, table);
+    element("td", position, row);
+    for (const { positions } of found.prompts) {
+      const words = positions[position] || [];
+      const cell = element("td", words.slice(0, 3).map((one) => one.word).join(", "), row);
+      cell.title = words.map((one) => `${one.word} ${one.cosine.toFixed(2)}`).join("\n");
+    }
+  }
+}
+
+function share(row, value) {
+  const cell = element("td", undefined, row);
+  cell.className = "track";
+  element("i", undefined, cell).style.width = `${100 * value}%`;
+  element("span", `${(100 * value).toFixed(1)} %`, cell);
+}
+
+function show(result, milliseconds) {
+  $("result").hidden = false;
+  $("answer").textContent = result.prediction;
+  $("agreement").textContent = result.votes
+    ? `${Math.round(100 * result.agreement)} % of ${result.prompts.length} prompts agree` : "";
+  if (milliseconds !== undefined) {
+    const server = milliseconds.server === undefined
+      ? "" : `${milliseconds.server.toFixed(1)} ms in the server, `;
+    $("latency").textContent = `${server}${milliseconds.whole.toFixed(1)} ms in all`;
+  }
+  const table = $("table");
+  table.replaceChildren();
+  const head = element("tr", undefined, table);
+  element("th", "prompt", head);
+  const labels = result.probabilities ? Object.keys(result.probabilities) : [];
+  for (const label of labels) element("th", label, head);
+  if (!labels.length) element("th", "text", head);
+  const rows = result.prompts.map((one) => [one.prompt || "no prompt", one]);
+  if (result.prompts.length > 1) rows.unshift(["ensemble", result]);
+  for (const [name, one] of rows) {
+    const row = element("tr", undefined, table);
+    element("td", name, row);
+    for (const label of labels) share(row, one.probabilities[label]);
+    if (!labels.length) element("td", one.prediction, row);
+  }
+}
+
+async function follow(answer, task) {
+  const texts = new Map();
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const event = JSON.parse(line.slice("data: ".length));
+      if (event.error) throw new Error(event.error.message);
+      if (event.results) return event.results[0];
+      texts.set(event.prompt, (texts.get(event.prompt) || "") + event.text);
+      const prompts = [...texts].map(([prompt, prediction]) => ({ prompt, prediction }));
+      show({ task, prediction: prompts[0].prediction, prompts });
+    }
+  }
+  throw new Error("the answer has ended too early");
+}
+
+async function ask(event) {
+  event.preventDefault();
+  $("error").textContent = "";
+  const task = $("task").value.trim(), mode = $("mode").value, options = {};
+  const labels = $("labels").value.split(",").map((one) => one.trim()).filter(Boolean);
+  if (mode === "label" && labels.length) options.labels = labels;
+  if (mode === "generate") options.stream = true;
+  const body = JSON.stringify({ task, inputs: [$("text").value], mode, options });
+  const began = performance.now();
+  try {
+    const answer = await call("/v1/predict", { method: "POST", body });
+    if (mode === "generate") {
+      const result = await follow(answer, task);
+      show(result, { whole: performance.now() - began });
+    } else {
+      const found = await answer.json();
+      show(found.results[0], { server: 1000 * found.seconds, whole: performance.now() - began });
+    }
+  } catch (error) {
+    $("error").textContent = error.message;
+  }
+}
+
+async function watch() {
+  try {
+    const now = await (await fetch("/healthz")).json();
+    $("status").textContent = now.status === "starting"
+      ? `compiling ${now.compiled} of ${now.to_compile}`
+      : `${now.status} · ${now.rows_per_second.toFixed(1)} rows/s · ${now.waiting} waiting`;
+    ready = now.status === "ready";
+    if (!known.size && $("token_field").hidden) await loadTasks();
+    await showWords();
+  } catch (error) {
+    $("status").textContent = "the server does not answer";
+  }
+  setTimeout(watch, 1000);
+}
+
+function quietly(promise) {
+  promise.catch((error) => { $("error").textContent = error.message; });
+}
+$("form").addEventListener("submit", ask);
+$("task").addEventListener("change", () => quietly(showWords()));
+$("token").addEventListener("change", () => quietly(loadTasks()));
+quietly(watch());

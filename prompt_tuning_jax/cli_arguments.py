@@ -244,8 +244,9 @@ def _add_serve(commands: Any) -> None:
         "a run's folder, which is one task, named as what it was trained on (for a file of "
         "examples its name, or its folder's where that is train), its seeds an ensemble. Or DIR "
         "holds tasks: NAME.safetensors, NAME.npy or a PEFT adapter's folder NAME is task NAME; a "
-        "folder NAME of several, or a run NAME, is task NAME with an ensemble; of multitask "
-        "prompts each task of the mixture is NAME.TASK. Environment: PROMPT_TUNING_TOKEN "
+        "folder NAME of several, or a run NAME, is task NAME with an ensemble; of what was "
+        "trained on a mixture each task is NAME.TASK. Inputs get the wording that the prompts were "
+        "trained with, unless a request says raw. Environment: PROMPT_TUNING_TOKEN "
         "is asked of predictions where it is set; PROMPT_TUNING_ADMIN_TOKEN allows PUT and DELETE "
         "/v1/tasks/NAME, whose changes are kept in DIR/.served."
     )

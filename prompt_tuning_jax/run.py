@@ -289,6 +289,8 @@ def _metadata(
         metric=best_by,
         score=best.metrics[best_by],
         labels=labels,
+        inputs_template=task_data.inputs_template_of(experiment.data),
+        mixture=task_data.mixture_of(experiment.data),
         combine=placement,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
 from prompt_tuning_jax.data import demonstrations
 from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
 from prompt_tuning_jax.data.files import file_task
@@ -14,9 +15,16 @@ from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
 from prompt_tuning_jax.data.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.suggest import suggest
-from prompt_tuning_jax.data.task import Mixture, Task, as_mixture, get_mixture
+from prompt_tuning_jax.data.task import (
+    Mixture,
+    Task,
+    as_mixture,
+    get_mixture,
+    tasks_known_as,
+)
 from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.data.wording import template_of, template_of_column
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.layout import Layout
@@ -113,6 +121,34 @@ def trained_tasks(data: Data) -> tuple[str, ...]:
         return ()
     names = tuple(task.name for task in build_mixture(data).tasks)
     return names if len(names) > 1 else ()
+
+
+def inputs_template_of(data: Data) -> str:
+    """The template that words the inputs of these data; empty where a task's own code does.
+
+    Of a mixture the one that all its tasks have.
+    """
+    if data.train or data.eval:
+        return data.inputs_template or template_of_column(data.inputs_column)
+    templates = {_template_of(task) for task in tasks_known_as(data.task)}
+    return templates.pop() if len(templates) == 1 else ""
+
+
+def mixture_of(data: Data) -> tuple[TrainedTask, ...]:
+    """The tasks trained on together, for the metadata of a prompt; none where it is one alone."""
+    tasks = () if data.train or data.eval or data.objectives else tasks_known_as(data.task)
+    if len(tasks) < 2:
+        return ()
+    return tuple(
+        TrainedTask(
+            name=task.name, labels=data.labels or task.labels, inputs_template=_template_of(task)
+        )
+        for task in tasks
+    )
+
+
+def _template_of(task: Task) -> str:
+    return "" if task.from_text is None else template_of(task.from_text)
 
 
 def build_data(

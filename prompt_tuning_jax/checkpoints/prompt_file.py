@@ -6,6 +6,7 @@ folder, or an array in a T5X checkpoint.
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as distributions
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import read_json
 from prompt_tuning_jax.checkpoints import peft, t5x
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_array import (
@@ -23,6 +25,8 @@ from prompt_tuning_jax.checkpoints.prompt_array import (
     safetensors_bytes,
 )
 from prompt_tuning_jax.checkpoints.tuned_kind import tuned_by
+from prompt_tuning_jax.data.task import tasks_known_as
+from prompt_tuning_jax.data.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -36,13 +40,27 @@ _T5X_FILE = "encoder.prompt.prompt.prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedTask:
+    """One of the tasks of a mixture: its labels, and the template of its inputs."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+    inputs_template: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.labels)})" if self.labels else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptMetadata:
     """What a prompt was trained for and how; empty and None mean not known.
 
-    ``model_fingerprint`` is ``checkpoints.fingerprint.fingerprint`` of the frozen model, ``score``
-    the value of ``metric`` on the task's evaluation split, ``combine`` how the prompt is joined to
-    the input, ``origin`` where it is from if it was not trained, ``created_by`` the program that
-    wrote the file.
+    ``inputs_template`` is the wording of its inputs, with columns in braces
+    (``data.wording``), and ``mixture`` the tasks where it was trained on several, whose labels
+    are all in ``labels``.  ``model_fingerprint`` is ``checkpoints.fingerprint.fingerprint`` of the
+    frozen model, ``score`` the value of ``metric`` on the task's evaluation split, ``combine`` how
+    the prompt is joined to the input, ``origin`` where it is from if it was not trained,
+    ``created_by`` the program that wrote the file.
     """
 
     model_fingerprint: str = ""
@@ -54,9 +72,66 @@ class PromptMetadata:
     metric: str = ""
     score: float | None = None
     labels: tuple[str, ...] = ()
+    inputs_template: str = ""
+    mixture: tuple[TrainedTask, ...] = ()
     combine: str = ""
     origin: str = ""
     created_by: str = ""
+
+
+def tasks_of(metadata: PromptMetadata) -> tuple[TrainedTask, ...]:
+    """The tasks of the mixture that a prompt was trained on; none where it was one alone.
+
+    Files of before the mixture was written into them have its name, which may be known here.
+    """
+    if metadata.mixture:
+        return metadata.mixture
+    known = tasks_known_as(metadata.task)
+    if len(known) < 2:
+        return ()
+    return tuple(
+        TrainedTask(
+            name=task.name,
+            labels=tuple(one for one in task.labels if one in metadata.labels) or task.labels,
+            inputs_template="" if task.from_text is None else template_of(task.from_text),
+        )
+        for task in known
+    )
+
+
+def for_task(metadata: PromptMetadata, task: TrainedTask) -> PromptMetadata:
+    """The same of one of its tasks alone."""
+    return dataclasses.replace(
+        metadata,
+        task=task.name,
+        labels=task.labels,
+        inputs_template=task.inputs_template,
+        mixture=(),
+    )
+
+
+def shared_labels(labels: Mapping[str, tuple[str, ...]], *, instead: str) -> tuple[str, ...]:
+    """What all prompts that vote together choose between, by their names; empty: not known.
+
+    In the order that all have, else in alphabetical order, so that the order of the prompts
+    decides nothing.  UserError where two know other labels; ``instead`` says what to do.
+    """
+    known = {name: own for name, own in labels.items() if own}
+    if not known:
+        return ()
+    first, own = next(iter(known.items()))
+    for name, other in known.items():
+        if {*other} != {*own}:
+            raise UserError(
+                f"{first} was trained on the labels {listed(own)} and {name} on {listed(other)}; "
+                f"{instead}"
+            )
+    return own if all(other == own for other in known.values()) else tuple(sorted(own))
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Labels in a message: the first of them."""
+    return ", ".join(label[:40] for label in labels[:8]) + ", ..." * (len(labels) > 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +319,11 @@ def _guess(start: bytes) -> str:
 
 def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
     """Only what is known; text as it is and the rest as JSON, since values must be strings."""
-    known = {key: value for key, value in vars(metadata).items() if value not in ("", None, ())}
+    known = {
+        key: value
+        for key, value in dataclasses.asdict(metadata).items()
+        if value not in ("", None, ())
+    }
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in known.items()}
 
 
@@ -254,7 +333,9 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
         "score": lambda text: float(text),
-        "labels": lambda text: _labels(json.loads(text)),
+        "labels": lambda text: _labels(read_json(text, of="labels")),
+        "inputs_template": checked_template,
+        "mixture": lambda text: _mixture(read_json(text, of="mixture")),
     }
     values: dict[str, Any] = {}
     for field in dataclasses.fields(PromptMetadata):
@@ -262,6 +343,8 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
             text = strings[field.name]
             try:
                 values[field.name] = readers.get(field.name, str)(text)
+            except UserError as error:
+                raise UserError(f"{path}: its metadata: {error}") from None
             except ValueError as error:
                 raise UserError(f"{path}: its metadata has {field.name} = {text[:80]!r}") from error
     return PromptMetadata(**values)
@@ -271,6 +354,26 @@ def _labels(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise ValueError("labels are a list of strings")
     return tuple(value)
+
+
+def _mixture(value: Any) -> tuple[TrainedTask, ...]:
+    if not isinstance(value, list):
+        raise ValueError("a mixture is a list of tasks")
+    tasks = []
+    for one in value:
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise ValueError("each task of a mixture has a name")
+        template = one.get("inputs_template", "")
+        if not isinstance(template, str):
+            raise ValueError("inputs_template is a text")
+        tasks.append(
+            TrainedTask(
+                name=one["name"],
+                labels=_labels(one.get("labels", [])),
+                inputs_template=checked_template(template),
+            )
+        )
+    return tuple(tasks)
 
 
 def this_program() -> str:

@@ -9,11 +9,16 @@ import numpy as np
 
 from prompt_tuning_jax import build, run_folder, task_data, tree
 from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
-from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    check_model,
+    for_task,
+    tasks_of,
+)
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.methods import (
     PROMPT,
     Attached,
@@ -67,18 +72,19 @@ class MethodsIn:
         # A task's prompt is a plain one, and no row needs another's.
         tasks = method.tasks or max(len(stored.tasks), 1)
         self._attach(method, stored.tuned, metadata.labels, tasks, place)
-        labels = _labels_by_task(run_config(str(place)))
+        known = {one.name: one for one in tasks_of(metadata)}
         found = []
         for number in range(tasks):
             task = stored.tasks[number] if number < len(stored.tasks) else str(number)
             array = np.asarray(combined(method.combine, stored.tuned, number))
-            known = task if stored.tasks else metadata.task
-            about = dataclasses.replace(
-                metadata, task=known, labels=labels.get(task, metadata.labels)
-            )
+            about = metadata
+            if task in known:
+                about = for_task(metadata, known[task])
+            elif stored.tasks:
+                about = dataclasses.replace(metadata, task=task)
             prompt = self._fits.checked(array, about, name=name, of=place)
             part = task_name(task) if tasks > 1 else ""
-            found.append(Opened(served=prompt, task=part, labels=about.labels))
+            found.append(Opened(served=prompt, task=part))
         return found
 
     def _prompt(
@@ -145,6 +151,8 @@ class MethodsIn:
             model_name=run.model.name_or_path,
             task=run.data.train or run.data.task,
             labels=_labels_of(run.data),
+            inputs_template=task_data.inputs_template_of(run.data),
+            mixture=task_data.mixture_of(run.data),
         )
         found = []
         for number, name in enumerate(build.member_names(run)):
@@ -177,13 +185,3 @@ def _labels_of(data: Data) -> tuple[str, ...]:
         return task_data.labels_of(task_data.build_mixture(data))
     except UserError:
         return ()
-
-
-def _labels_by_task(run: Experiment | None) -> dict[str, tuple[str, ...]]:
-    """Of each task of a run's mixture its own."""
-    if run is None or not run.data.task:
-        return {}
-    try:
-        return {task.name: task.labels for task in task_data.build_mixture(run.data).tasks}
-    except UserError:
-        return {}

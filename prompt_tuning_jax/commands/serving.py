@@ -10,7 +10,7 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
-from prompt_tuning_jax import build
+from prompt_tuning_jax import build, task_data
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -185,6 +185,8 @@ def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":
     methods_in = MethodsIn(model, fits)
     for found in find_tasks(folder):
         run = run_config(str(found.files[0])) if found.files[0].is_file() else None
+        if run is not None:
+            found = replace(found, inputs_template=task_data.inputs_template_of(run.data))
         if run is not None and isinstance(run.method, PromptTuning):
             require_sees_all(run.method, found.files[0])
             found = replace(found, placement=run.method.placement)

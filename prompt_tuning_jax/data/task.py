@@ -230,6 +230,21 @@ def get_mixture(name: str) -> Mixture:
     return found if isinstance(found, Mixture) else as_mixture(found)
 
 
+def tasks_known_as(name: str) -> tuple[Task, ...]:
+    """The task of this name or alias, or the trained members of the mixture; none if unknown.
+
+    Nothing is imported for it: not the module that would register a task, and not SeqIO.  SeqIO's
+    own are found where somebody has imported it.
+    """
+    known = _known()
+    found = known.get(name) or known.get(_aliases().get(name, ""))
+    if found is None and name in _seqio_names():
+        found = get_mixture(name)
+    if isinstance(found, Mixture):
+        return found.tasks
+    return () if found is None else (found,)
+
+
 def get_task(name: str) -> Task:
     """Return the one task of that name; UserError for an unknown one and for a mixture."""
     mixture = get_mixture(name)

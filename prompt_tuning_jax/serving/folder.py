@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.peft import is_peft
-from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.checkpoints.prompt_file import for_task, listed, save_prompt, tasks_of
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.tuned_file import is_tuned_file
 from prompt_tuning_jax.errors import UserError
@@ -36,20 +36,23 @@ _RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A task in a folder; ``name`` is empty where the prompts themselves say what they are for."""
+    """A task in a folder; ``name`` is empty where the prompts themselves say what they are for.
+
+    ``placement`` and ``inputs_template`` are the run's, for files that do not say it themselves.
+    """
 
     name: str
     files: tuple[Path, ...]
     placement: str = ""
+    inputs_template: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Something to serve; of a mixture of tasks the ``task`` that it is for, and its labels."""
+    """Something to serve; of a mixture of tasks the ``task`` that it is for."""
 
     served: Served
     task: str = ""
-    labels: tuple[str, ...] = ()
 
 
 # A file or folder -> all that is kept of methods there; nothing for a plain prompt.
@@ -77,12 +80,11 @@ def find_tasks(folder: Path) -> list[Found]:
 def load_found(
     found: Found, fits: Fits, methods_in: MethodsIn = lambda place: []
 ) -> list[ServedTask]:
-    """The task with all that votes in it, or for a mixture of tasks each of them.
+    """The task with all that votes in it, or for a mixture of tasks each of them as NAME.TASK.
 
     ``methods_in`` opens what is no plain prompt.  UserError for the first that does not fit.
     """
     members: dict[str, list[Served]] = {}
-    labels: dict[str, tuple[str, ...]] = {}
     for file in found.files:
         opened = methods_in(file)
         if not opened:
@@ -90,8 +92,8 @@ def load_found(
             prompt = fits.prompt(file, name=name, placement=found.placement)
             opened = [Opened(served=prompt)]
         for one in opened:
-            members.setdefault(one.task, []).append(one.served)
-            labels.setdefault(one.task, one.labels)
+            for own in _by_task(one, found.inputs_template):
+                members.setdefault(own.task, []).append(own.served)
     tasks = []
     for part, served in members.items():
         known = (one.metadata.task for one in served if one.metadata.task)
@@ -102,8 +104,46 @@ def load_found(
                 f"{found.files[0]} does not say its task; put the run into a folder of runs"
             )
         check_name(name, field=f"the task's name of {found.files[0]}")
-        tasks.append(fits.task(name, served, labels[part]))
+        tasks.append(fits.task(name, served))
     return tasks
+
+
+def _by_task(opened: Opened, inputs_template: str) -> list[Opened]:
+    """What was trained on a mixture once for each of its tasks; all else alone.
+
+    ``inputs_template`` is the run's, for files that do not say theirs.
+    """
+    served = opened.served
+    about = served.metadata
+    if not opened.task and (tasks := tasks_of(about)):
+        return [
+            Opened(served=replace(served, metadata=for_task(about, one)), task=task_name(one.name))
+            for one in tasks
+        ]
+    if about.inputs_template or not inputs_template:
+        return [opened]
+    about = replace(about, inputs_template=inputs_template)
+    return [replace(opened, served=replace(served, metadata=about))]
+
+
+def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
+    """The prompt of a task of this name; of a mixture the part that NAME.TASK names.
+
+    UserError where it was trained on several tasks, none of which is named, and no labels say what
+    it is to choose between.
+    """
+    tasks = {task_name(one.name): one for one in tasks_of(prompt.metadata)}
+    if not tasks:
+        return prompt
+    for part, one in tasks.items():
+        if name == part or name.endswith(f".{part}"):
+            return replace(prompt, metadata=for_task(prompt.metadata, one))
+    if labels:
+        return prompt
+    raise UserError(
+        f"the prompt was trained on the tasks {listed([*tasks])}: name the one that is meant, as "
+        f"{name}.{next(iter(tasks))}, or give the labels"
+    )
 
 
 def task_name(trained_on: str) -> str:
@@ -127,7 +167,7 @@ class KeptChanges:
         changed = {name: task for name, task in tasks.items() if name not in self._index["removed"]}
         for name, kept in self._index["put"].items():
             prompts = [
-                fits.prompt(self._folder / file, name=prompt)
+                for_name(fits.prompt(self._folder / file, name=prompt), name, labels=kept["labels"])
                 for prompt, file in kept["prompts"].items()
             ]
             changed[name] = fits.task(name, prompts, kept["labels"])

@@ -35,7 +35,34 @@ async function loadTasks() {
   $("model").textContent = `${found.model} · ${found.total} task${found.total === 1 ? "" : "s"}`;
   if (!$("task").value && found.tasks.length) $("task").value = found.tasks[0].name;
   wordsOf = null;
+  showWording();
   await showWords();
+}
+
+// What the task's training put around its inputs, and a field for each of several columns.
+function showWording() {
+  const [name] = $("task").value.trim().split("/");
+  const task = known.get(name) || {};
+  const template = task.inputs_template || "";
+  const columns = $("raw").checked ? [] : task.columns || [];
+  $("raw_field").hidden = !template;
+  $("wording").textContent = template && !$("raw").checked ? `sent as: ${template}` : "";
+  $("text_field").hidden = columns.length > 0;
+  $("text").required = !columns.length;
+  $("columns").hidden = !columns.length;
+  const shown = [...$("columns").querySelectorAll("textarea")];
+  if (shown.map((one) => one.name).join("\n") === columns.join("\n")) return;
+  $("columns").replaceChildren();
+  for (const column of columns) {
+    const field = element("textarea", undefined, element("label", `${column} `, $("columns")));
+    field.name = column;
+  }
+}
+
+function given() {
+  const fields = [...$("columns").querySelectorAll("textarea")];
+  if (!fields.length) return $("text").value;
+  return Object.fromEntries(fields.map((field) => [field.name, field.value]));
 }
 
 async function showWords() {
@@ -124,7 +151,8 @@ async function ask(event) {
   const labels = $("labels").value.split(",").map((one) => one.trim()).filter(Boolean);
   if (mode === "label" && labels.length) options.labels = labels;
   if (mode === "generate") options.stream = true;
-  const body = JSON.stringify({ task, inputs: [$("text").value], mode, options });
+  if ($("raw").checked) options.raw = true;
+  const body = JSON.stringify({ task, inputs: [given()], mode, options });
   const began = performance.now();
   try {
     const answer = await call("/v1/predict", { method: "POST", body });
@@ -159,6 +187,7 @@ function quietly(promise) {
   promise.catch((error) => { $("error").textContent = error.message; });
 }
 $("form").addEventListener("submit", ask);
-$("task").addEventListener("change", () => quietly(showWords()));
+$("task").addEventListener("change", () => { showWording(); quietly(showWords()); });
+$("raw").addEventListener("change", showWording);
 $("token").addEventListener("change", () => quietly(loadTasks()));
 quietly(watch());

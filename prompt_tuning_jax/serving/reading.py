@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from prompt_tuning_jax.data.suggest import nearest, suggest
+from prompt_tuning_jax.data.wording import AS_IT_IS, Given
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
@@ -13,6 +14,7 @@ from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
 
 _NEAR = 1000  # tasks among which the one that was meant is looked for
+_LONGEST = 1_000_000  # characters of one input with its wording
 BARE = ServedTask(name="", prompts=())
 
 
@@ -25,6 +27,7 @@ class Wanted:
     labels: tuple[str, ...] = ()
     targets: tuple[tuple[int, ...], ...] = ()
     limit: int = 0
+    truncated: bool = False
 
     @property
     def prompts(self) -> tuple[Served | None, ...]:
@@ -68,10 +71,15 @@ class Reader:
             raise too_many_rows(rows, self._limits)
         targets = self._targets(request)
         limit = self._limit(request)
-        ids = [self._ids(text, number, request) for number, text in enumerate(inputs)]
+        ids = [
+            self._ids(self._worded(task, given, number, request), number, request)
+            for number, (task, given) in enumerate(zip(tasks, inputs, strict=True))
+        ]
+        longest = self._engine.shapes.longest
         wanted = []
         for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
-            one = Wanted(task=task, ids=own, limit=limit)
+            truncated = len(own) > longest
+            one = Wanted(task=task, ids=own[:longest], limit=limit, truncated=truncated)
             if request.mode == "label":
                 one = replace(one, labels=task.labels, targets=task.label_ids)
                 if options.labels is not None:
@@ -139,13 +147,23 @@ class Reader:
             raise RefusedError(422, message, field="options.max_length")
         return asked or most
 
+    def _worded(self, task: ServedTask, given: Given, number: int, request: PredictRequest) -> str:
+        """The input as the task's prompts had it in training."""
+        wording = AS_IT_IS if request.options.raw else task.wording
+        field = f"inputs[{number}]"
+        if (length := wording.length_with(given)) > _LONGEST:
+            message = f"{length:,} characters with the task's wording; at most {_LONGEST:,}"
+            raise RefusedError(413, message, field=field)
+        try:
+            return wording.apply(given)
+        except UserError as error:
+            raise RefusedError(422, str(error), field=field) from None
+
     def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
         ids = (*self._engine.vocabulary.encode(text), 1)
         longest = self._engine.shapes.longest
-        if len(ids) <= longest:
+        if len(ids) <= longest or request.options.truncate:
             return ids
-        if request.options.truncate:
-            return ids[:longest]
         message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
         raise RefusedError(422, message, field=f"inputs[{number}]")
 

@@ -82,7 +82,15 @@ def info_of(task: ServedTask) -> schema.TaskInfo:
             )
         )
     labels = list(task.labels)
-    return schema.TaskInfo(name=task.name, method=task.method, labels=labels, prompts=prompts)
+    wording = task.wording
+    return schema.TaskInfo(
+        name=task.name,
+        method=task.method,
+        labels=labels,
+        inputs_template=wording.template or None,
+        columns=[*wording.columns] if len(wording.columns) > 1 else None,
+        prompts=prompts,
+    )
 
 
 def as_json(model: BaseModel) -> Response:

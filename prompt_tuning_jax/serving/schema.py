@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Mode = Literal["label", "generate", "score"]
 Text = Annotated[str, Field(max_length=100_000)]
+# The columns of a task's template; null is an empty text.
+Columns = Annotated[dict[Text, Text | int | bool | None], Field(max_length=1000)]
 
 
 class _Checked(BaseModel):
@@ -28,6 +30,10 @@ class Options(_Checked):
     truncate: bool = Field(
         default=False, description="cut inputs that are too long, instead of an error"
     )
+    raw: bool = Field(
+        default=False,
+        description="send inputs to the model as they are, without the wording of the task",
+    )
     deadline_ms: int | None = Field(
         default=None,
         ge=1,
@@ -44,7 +50,11 @@ class PredictRequest(_Checked):
         description="a task's name, or one for each input; TASK/PROMPT asks one prompt of an "
         "ensemble alone; empty: the model without a prompt",
     )
-    inputs: list[Text] = Field(min_length=1, description="texts, as in the task's training")
+    inputs: list[Text | Columns] = Field(
+        min_length=1,
+        description="bare texts, around which the task's wording is put (inputs_template in "
+        "/v1/tasks); where that has several columns, objects {column: value}",
+    )
     mode: Mode = "label"
     options: Options = Field(default_factory=lambda: Options())
 
@@ -76,6 +86,9 @@ class Result(BaseModel):
     agreement: float | None = Field(
         default=None, description="share of prompts that predict the same"
     )
+    truncated: bool | None = Field(
+        default=None, description="true: the input was cut to the tokens that the server reads"
+    )
     prompts: list[PromptResult]
 
 
@@ -106,6 +119,13 @@ class TaskInfo(BaseModel):
     name: str
     method: str = Field(description="of its prompts, where they differ all, with commas between")
     labels: list[str]
+    inputs_template: str | None = Field(
+        default=None,
+        description="how a text becomes the model's input, columns in braces; none: as it is",
+    )
+    columns: list[str] | None = Field(
+        default=None, description="of inputs_template, where an input is an object of several"
+    )
     prompts: list[PromptInfo]
 
 

@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from prompt_tuning_jax.data.wording import Given
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.answers import assembled
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.folder import KeptChanges
+from prompt_tuning_jax.serving.folder import KeptChanges, for_name
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
@@ -149,6 +150,7 @@ class Service:
             def made() -> ServedTask:
                 fits = replace(self.fits, longest=self.engine.shapes.prompt_lengths[-1])
                 new = kept.check_upload(content, fits, name=prompt or name)
+                new = for_name(new, name, labels=labels)
                 old = self.tasks.get(name) if prompt else None
                 others = [] if old is None else [p for p in old.prompts if p.name != new.name]
                 if any(not isinstance(other, ServedPrompt) for other in others):
@@ -211,7 +213,7 @@ class Service:
 
     async def _wanted(self, request: PredictRequest) -> list[Wanted]:
         self._require_ready()
-        if sum(map(len, request.inputs)) < _LONG:
+        if sum(map(_length, request.inputs)) < _LONG:
             return self._reader.read(request)
         return await asyncio.to_thread(self._reader.read, request)
 
@@ -243,7 +245,7 @@ class Service:
         self, request: PredictRequest, wanted: Sequence[Wanted], values: list[list[Any]]
     ) -> list[Result]:
         decode = self.engine.vocabulary.decode
-        return [
+        found = [
             assembled(
                 request.mode,
                 task=one.task.name,
@@ -254,6 +256,9 @@ class Service:
             )
             for one, own in zip(wanted, values, strict=True)
         ]
+        for result, one in zip(found, wanted, strict=True):
+            result.truncated = one.truncated or None
+        return found
 
     def _give_up(self, jobs: Sequence[Sequence[Job]]) -> None:
         """Whoever asked has gone: what is not computed yet need not be."""
@@ -269,6 +274,12 @@ class Service:
         asked = request.options.deadline_ms
         most = self.limits.deadline_seconds
         return most if asked is None else min(most, asked / 1000)
+
+
+def _length(given: Given) -> int:
+    """About how many characters."""
+    values = [given] if isinstance(given, str) else given.values()
+    return sum(len(value) for value in values if isinstance(value, str))
 
 
 def _checked_name(name: str, field: str) -> None:

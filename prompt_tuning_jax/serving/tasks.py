@@ -12,8 +12,10 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_fits,
     load_prompt_with_metadata,
+    shared_labels,
 )
 from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.data.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.serving.structures import ServedMethod, numbers
@@ -47,13 +49,15 @@ Served: TypeAlias = ServedPrompt | ServedMethod
 class ServedTask:
     """A name with one prompt, or with several that vote; ``label_ids`` with their end.
 
-    Among the prompts may be methods of other kinds.
+    ``wording`` is what is put around a text, as in the prompts' training.  Among the prompts may
+    be methods of other kinds.
     """
 
     name: str
     prompts: tuple[Served, ...]
     labels: tuple[str, ...] = ()
     label_ids: tuple[tuple[int, ...], ...] = ()
+    wording: Wording = AS_IT_IS
 
     @property
     def method(self) -> str:
@@ -109,14 +113,28 @@ class Fits:
         )
 
     def task(self, name: str, prompts: Sequence[Served], labels: Sequence[str] = ()) -> ServedTask:
-        """A task of these prompts; its labels are what the first knows unless given."""
-        known = (prompt.metadata.labels for prompt in prompts if prompt.metadata.labels)
-        own = tuple(labels) or next(known, ())
+        """A task of these prompts; its labels are what they were trained on unless given.
+
+        UserError where they were trained on different labels, or with different wordings.
+        """
+        prompts = sorted(prompts, key=lambda prompt: natural(prompt.name))
+        known = {prompt.name: prompt.metadata for prompt in prompts}
+        try:
+            wording = shared_wording(
+                {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
+            )
+            own = tuple(labels) or shared_labels(
+                {name: one.labels for name, one in known.items()},
+                instead="serve them as tasks of their own",
+            )
+        except UserError as error:
+            raise UserError(f"task {name}: {error}") from None
         return ServedTask(
             name=name,
-            prompts=tuple(sorted(prompts, key=lambda prompt: natural(prompt.name))),
+            prompts=tuple(prompts),
             labels=own,
             label_ids=self.label_ids(own, field=f"labels of task {name}"),
+            wording=wording,
         )
 
     def label_ids_of(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,174 @@
+"""The server puts a task's wording around texts, serves each task of a mixture, and says cuts."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.folder import find_tasks, load_found
+from tests.serving.serving_app import ADMIN, ask, fits, make_service, running
+from tests.serving.serving_micro import write_prompt
+from tests.tiny_run import LABELS
+
+TWO = "one {first} two {second}"
+MIXTURE = (
+    TrainedTask(name="warm", labels=("red",), inputs_template="warm {x}"),
+    TrainedTask(name="cold", labels=("blue", "green")),
+)
+
+
+def answered(folder: Path, *bodies: dict[str, Any], **options: Any) -> list[httpx.Response]:
+    async def main() -> list[httpx.Response]:
+        async with running(make_service(folder), **options) as client:
+            return [await ask(client, **body) for body in bodies]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("mode", ["label", "generate", "score"])
+def test_a_text_is_worded_unless_raw(tmp_path: Path, mode: str) -> None:
+    write_prompt(tmp_path / "said.safetensors", inputs_template="ban {x} det")
+    write_prompt(tmp_path / "pair.safetensors", seed=2, inputs_template=TWO)
+    write_prompt(tmp_path / "word.safetensors", seed=3, task="word_valence")
+    targets = {"targets": ["red", "red", "red"]} if mode == "score" else {}
+    tasks = ["said", "pair", "word"]
+    given: list[Any] = ["red", {"first": "bon", "second": "red", "id": 3}, "red"]
+    worded = ["ban red det", "one bon two red", "valence: red"]
+    by_text, raw, bare = answered(
+        tmp_path,
+        {"task": tasks, "inputs": given, "mode": mode, "options": targets},
+        {"task": tasks, "inputs": worded, "mode": mode, "options": {"raw": True, **targets}},
+        {"task": tasks, "inputs": ["red"] * 3, "mode": mode, "options": {"raw": True, **targets}},
+    )
+    assert by_text.status_code == 200, by_text.text
+    assert by_text.json()["results"] == raw.json()["results"] != bare.json()["results"]
+
+
+def test_what_cannot_be_worded_is_refused_by_its_columns(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "pair.safetensors", inputs_template=TWO)
+    write_prompt(tmp_path / "plain.npy")
+    labels = {"labels": ["red", "blue"]}
+    wrong: list[tuple[str, Any, str]] = [
+        ("pair", "a text", "first, second"),
+        ("pair", {"first": "a"}, "no column 'second'"),
+        ("plain", {"first": "a"}, "give it as a text"),
+        ("", {"first": "a"}, "give it as a text"),
+    ]
+    bodies: list[Any] = [
+        {"task": ["plain", task], "inputs": ["", one], "options": labels} for task, one, _ in wrong
+    ]
+    answers = answered(tmp_path, *bodies)
+    for answer, (_, _, said) in zip(answers, wrong, strict=True):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["field"]) == (422, "inputs[1]") and said in error[
+            "message"
+        ]
+
+
+def test_a_template_cannot_make_an_input_that_is_too_long(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "huge.safetensors", inputs_template="{x}" * 3000)
+    (answer,) = answered(tmp_path, {"task": "huge", "inputs": ["a" * 10_000]})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (413, "inputs[0]")
+
+
+def test_the_list_of_tasks_says_the_wording(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "pair.safetensors", inputs_template=TWO)
+    write_prompt(tmp_path / "plain.npy")
+    write_prompt(tmp_path / "word.safetensors", task="word_valence")
+
+    async def main() -> Any:
+        async with running(make_service(tmp_path)) as client:
+            described = (await client.get("/openapi.json")).text
+            assert '"raw"' in described and '"inputs_template"' in described
+            return (await client.get("/v1/tasks")).json()["tasks"]
+
+    pair, plain, word = asyncio.run(main())
+    assert (pair["inputs_template"], pair["columns"]) == (TWO, ["first", "second"])
+    assert "inputs_template" not in plain and "columns" not in plain
+    assert word["inputs_template"] == "valence: {text}" and "columns" not in word
+
+
+def test_each_task_of_a_mixture_has_its_labels_and_wording(tmp_path: Path) -> None:
+    about: Any = {"task": "both", "labels": LABELS, "mixture": MIXTURE}
+    write_prompt(tmp_path / "run" / "seed_0.safetensors", **about)
+    write_prompt(tmp_path / "run" / "seed_1.safetensors", seed=1, **about)
+    tasks = {t.name: t for found in find_tasks(tmp_path) for t in load_found(found, fits())}
+    assert {name: task.labels for name, task in tasks.items()} == {
+        "run.warm": ("red",),
+        "run.cold": ("blue", "green"),
+    }
+    assert tasks["run.warm"].wording.template == "warm {x}"
+    assert [len(task.prompts) for task in tasks.values()] == [2, 2]
+    # One prompt on the device serves both.
+    warm, cold = ([one.number for one in task.prompts] for task in tasks.values())
+    assert warm == cold
+
+
+def test_a_mixtures_prompt_is_put_as_one_of_its_tasks(tmp_path: Path) -> None:
+    about: Any = {"labels": LABELS, "mixture": MIXTURE}
+    prompt = write_prompt(tmp_path / "apart" / "x.safetensors", **about).read_bytes()
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    async def main() -> None:
+        async with running(make_service(folder)) as client:
+
+            async def put(name: str, **params: Any) -> httpx.Response:
+                path = f"/v1/tasks/{name}"
+                return await client.put(path, content=prompt, headers=ADMIN, params=params)
+
+            unnamed = await put("mine")
+            assert unnamed.status_code == 422 and "mine.warm" in unnamed.json()["error"]["message"]
+            assert (await put("mine.cold")).json()["labels"] == ["blue", "green"]
+            assert (await put("mine.warm")).json()["inputs_template"] == "warm {x}"
+            assert (await put("mine", label=["red", "blue"])).json()["labels"] == ["red", "blue"]
+
+    asyncio.run(main())
+    again = make_service(folder).tasks
+    assert [again.get(n).labels for n in ("mine.cold", "mine")] == [  # type: ignore[union-attr]
+        ("blue", "green"),
+        ("red", "blue"),
+    ]
+    assert again.get("mine.warm").wording.template == "warm {x}"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"labels": ("red", "blue")}, {"labels": ("red", "green")}, "labels red, blue and b on"),
+        ({"labels": ("red",)}, {"labels": ("red", "green")}, "labels red and b on red, green"),
+        ({"inputs_template": "a {x}"}, {"inputs_template": "b {x}"}, "wording 'a {x}' and b with"),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_members_that_cannot_vote_together_are_refused_in_any_order(
+    tmp_path: Path, first: Any, second: Any, message: str, turned: bool
+) -> None:
+    if turned:
+        first, second = second, first
+    write_prompt(tmp_path / "voted" / "a.safetensors", **first)
+    write_prompt(tmp_path / "voted" / "b.safetensors", seed=1, **second)
+    (found,) = find_tasks(tmp_path)
+    with pytest.raises(UserError, match=r"task voted: a was trained.*b (on|with)") as raised:
+        load_found(found, fits())
+    assert turned or message in str(raised.value)
+
+
+def test_the_same_labels_in_another_order_are_one_set(tmp_path: Path) -> None:
+    for number, labels in enumerate((("red", "blue"), ("blue", "red"), ())):
+        write_prompt(tmp_path / "voted" / f"{number}.safetensors", seed=number, labels=labels)
+    (found,) = find_tasks(tmp_path)
+    (task,) = load_found(found, fits())
+    assert task.labels == ("blue", "red")
+
+
+def test_an_input_that_is_cut_is_said(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "one.safetensors")
+    body: dict[str, Any] = {"task": "one", "inputs": ["red", "ban " * 40]}
+    refused, cut = answered(tmp_path, body, {**body, "options": {"truncate": True}})
+    assert refused.status_code == 422
+    assert [result.get("truncated") for result in cut.json()["results"]] == [None, True]

@@ -5,9 +5,10 @@
 >>> pt.generate(model, ["valence: excellent"], prompt=pt.load_prompt("prompt.npy"))
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own would be an import, and this is the first of a command
 if TYPE_CHECKING:
+    from typing import Any
+
     from prompt_tuning_jax.checkpoints.load import load_model
     from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
     from prompt_tuning_jax.commands import convert, evaluate, train
@@ -48,7 +49,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

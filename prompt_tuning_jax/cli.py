@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from prompt_tuning_jax.cli_arguments import build_parser, mesh_overrides, rewrite_gin_flags
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.interruption import interruptible
 from prompt_tuning_jax.notes import notes_on_stderr
 
 if TYPE_CHECKING:
@@ -51,8 +52,15 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for wrong input, 130 when interrupted."""
-    with notes_on_stderr():
-        return _main(argv)
+    with notes_on_stderr(), interruptible() as interruption:
+        try:
+            return _main(argv)
+        except BaseException as error:
+            # An import that is interrupted may call it something else.
+            if not interruption.came and not isinstance(error, KeyboardInterrupt):
+                raise
+            interruption.heeded()
+            return 130
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -67,8 +75,6 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -274,6 +280,10 @@ def _serve(args: argparse.Namespace) -> None:
     overrides += mesh_overrides(args.mesh) if args.mesh else []
     experiment = commands.default_experiment(args.prompts)
     experiment = validate(apply_overrides(experiment, [*overrides, *args.set]))
+    if experiment.data.module:  # named here: a run's own is not in default_experiment
+        from prompt_tuning_jax.task_data import import_module
+
+        import_module(experiment.data.module)
     names = [field.name for field in dataclasses.fields(commands.Serving)]
     given = {name: v for name in names if (v := getattr(args, name)) is not None}
     serving = commands.Serving(**given)

@@ -1,23 +1,20 @@
 """Configs as files: a Python file with ``get_config()``, and the JSON file of a run."""
 
+import dataclasses
 import inspect
-import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import get_type_hints
 
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.overrides import checked_experiment, from_json, group_classes
+from prompt_tuning_jax.experiment import NOT_IMPORTED, Experiment
+from prompt_tuning_jax.overrides import checked_experiment, from_json
 
 # Not config.json: that is what says that a folder holds a model of Hugging Face's.
 RUN_CONFIG = "experiment.json"
-
-# What Python says when a dataclass does not have a field.
-_NO_FIELD = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
 def load_config(path: str) -> Experiment:
@@ -38,6 +35,10 @@ def load_config(path: str) -> Experiment:
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
 
+    # What the config, or its data.module, imports may be beside it.
+    beside = str(file.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
     # Not imported: a config is found by its path, and leaves no compiled file beside it.
     module = ModuleType(file.stem)
     module.__file__ = path
@@ -50,15 +51,9 @@ def load_config(path: str) -> Experiment:
     try:
         exec(code, module.__dict__)
         experiment = _get_config(module, path)()
-    except TypeError as error:
-        found = _NO_FIELD.search(str(error))
-        names = _fields_of(found[1]) if found else None
-        if not found or names is None:
-            raise
+    except UserError as error:
         line = _line_in(path, error.__traceback__)
-        raise UserError(
-            f"{path} line {line}: {found[1]} has no field {found[2]!r}: {suggest(found[2], names)}"
-        ) from None
+        raise UserError(f"{path} line {line}: {error}" if line else str(error)) from None
     if not isinstance(experiment, Experiment):
         raise UserError(
             f"{path}: get_config() must return an Experiment and returned "
@@ -75,7 +70,19 @@ def run_config(prompt: str) -> Experiment | None:
 
     ``prompt`` is the run's working directory, or a folder in it, or a file in either.  None where
     there is no such file; UserError for one that cannot be read as an experiment.
+
+    A run's folder may come from anyone, so ``data.module`` is marked as ``NOT_IMPORTED``: a module
+    is imported only where the user names it.
     """
+    saved = saved_config(prompt)
+    if saved is None or not saved.data.module:
+        return saved
+    data = dataclasses.replace(saved.data, module=NOT_IMPORTED + saved.data.module)
+    return dataclasses.replace(saved, data=data)
+
+
+def saved_config(prompt: str) -> Experiment | None:
+    """As ``run_config``, with ``data.module`` as it was saved: to be compared, never imported."""
     path = Path(prompt)
     for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
         file = folder / RUN_CONFIG
@@ -98,12 +105,6 @@ def _get_config(module: ModuleType, path: str) -> Callable[[], object]:
         raise UserError(f"{path}: get_config() must need no arguments") from None
     found: Callable[[], object] = get_config
     return found
-
-
-def _fields_of(class_name: str) -> list[str] | None:
-    annotations = get_type_hints(Experiment).values()
-    classes = [Experiment, *(cls for each in annotations for cls in group_classes(each))]
-    return next((list(get_type_hints(c)) for c in classes if c.__name__ == class_name), None)
 
 
 def _line_in(path: str, trace: TracebackType | None) -> int | None:

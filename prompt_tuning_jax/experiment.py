@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from prompt_tuning_jax.methods import Method, PromptTuning
+from prompt_tuning_jax.methods import Config, Method, PromptTuning
+
+# Before the name of a module that only a run's folder names: such a module is never imported.
+NOT_IMPORTED = "not imported: "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Config):
     """Which frozen T5, and how its numbers are held.
 
     ``name_or_path`` is a bundled name (``tiny``), a folder, or with ``random_weights`` a preset.
@@ -42,7 +45,7 @@ ObjectiveName: TypeAlias = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Config):
     """Which examples; ``train``/``eval`` are files of your own and take the place of ``task``.
 
     Templates name columns in braces, e.g. ``"premise: {premise} hypothesis: {hypothesis}"``;
@@ -81,7 +84,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(Config):
     """The paper's optimizer by default (Lester et al. 2021, section 3 and appendix A)."""
 
     name: Literal["adafactor", "adamw", "sgd"] = "adafactor"
@@ -106,7 +109,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Config):
     """How long, how wide, and how many prompts at once.
 
     ``seeds`` has one entry per prompt trained at once: it decides the prompt's initial value, its
@@ -134,7 +137,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Config):
     """How predictions are made: ``rank`` scores the label strings, the others write text."""
 
     strategy: Literal["rank", "greedy", "beam"] = "rank"
@@ -144,7 +147,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh:
+class Mesh(Config):
     """Devices along each mesh axis within a slice, and slices along it; -1 takes all that are left.
 
     A slice is what a fast network joins: a TPU slice, or a host's GPUs.  ``rules`` change the table
@@ -161,7 +164,7 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Config):
     """Everything that a run depends on; equal experiments give equal runs."""
 
     model: Model = field(default_factory=Model)

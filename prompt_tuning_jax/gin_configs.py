@@ -221,6 +221,11 @@ class _Reader:
         if parameter not in parameters:
             near = suggest(parameter, parameters)
             raise UserError(f"{bound.where}: {name} has no parameter {parameter!r}: {near}")
+        if (name, parameter) == ("Data", "module") and bound.value and not bound.is_flag:
+            raise UserError(
+                f"{bound.where}: gin files may not import anything; name the module on the command "
+                f"line, --set data.module={bound.value}"
+            )
         self.bindings[_Key(scope, name, parameter)] = bound
 
     def _include(self, name: str, where: str) -> None:

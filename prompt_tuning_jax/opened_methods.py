@@ -22,6 +22,7 @@ from prompt_tuning_jax.methods import (
     Context,
     FullTuning,
     Method,
+    MultitaskPrompts,
     mask_of,
     peft_prompts,
     peft_weights,
@@ -131,7 +132,7 @@ def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> 
         model,
         layout,
         labels=labels,
-        tasks=task_data.trained_tasks(run.data),
+        tasks=task_data.trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
         of=f"the best checkpoint in {folder}",
     )
 

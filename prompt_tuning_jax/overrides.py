@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -180,6 +181,7 @@ def checked(value: Any, annotation: Any, path: str = "") -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return float(value)
     elif annotation is str:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if isinstance(value, str) and _is_utf8(value):
             return value
     elif type(value) is annotation:

@@ -14,7 +14,7 @@ from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.checkpoints.train_state import BEST
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
-from prompt_tuning_jax.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.config_file import RUN_CONFIG, saved_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.overrides import diff, to_json
@@ -31,7 +31,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     Raises UserError where the folder cannot be written, or holds a run with another config (and
     says which fields differ).
     """
-    present = run_config(str(folder)) if folder.is_dir() else None
+    present = saved_config(str(folder)) if folder.is_dir() else None
     if present is not None:
         differing = diff(_what_decides(present), _what_decides(experiment))
         if differing:

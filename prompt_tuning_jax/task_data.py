@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.data.wording import template_of, template_of_column
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.experiment import NOT_IMPORTED, Data, Experiment
 from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.methods import (
     DescribedPrompts,
@@ -87,7 +89,7 @@ def build_mixture(data: Data) -> Mixture:
             )
         )
     if data.module:
-        _import_module(data.module)
+        import_module(data.module, task=data.task)
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture
@@ -310,11 +312,37 @@ def placed_batches(
             }
 
 
-def _import_module(name: str) -> None:
+def import_module(name: str, *, task: str = "") -> None:
+    """Imports a module that registers tasks: from the current folder too, if it is nowhere else.
+
+    A module that a run's folder names (``NOT_IMPORTED``) is left alone where ``task`` is known
+    without it.  Raises UserError for one that is needed, and for one that cannot be imported.
+    """
+    if name.startswith(NOT_IMPORTED):
+        if not tasks_known_as(task):
+            name = name.removeprefix(NOT_IMPORTED)
+            raise UserError(
+                f"task {task!r} comes from the module {name!r}, which only the run's folder names: "
+                f"name it to import it, with --set data.module={name} (from Python: import {name})"
+            )
+        return
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(
+            f"data.module is {name!r}; name a module as in an import statement: my_tasks for "
+            "my_tasks.py"
+        )
+    # The installed command does not look in the current folder, unlike python -m.  Last, so that
+    # no file there hides a library.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"data.module: cannot import {name!r}: {error}") from None
+        raise UserError(
+            f"data.module: cannot import {name!r}: {error}; modules are looked for in the current "
+            "folder, beside the config file and where packages are installed"
+        ) from None
 
 
 def _reports(

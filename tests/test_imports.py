@@ -52,7 +52,7 @@ ROWS = (
         "transfer",
     ),
     # "" is the package's own __init__.
-    ("commands", "seqio_tasks", "cli_arguments", "notes", "cli", "__main__", ""),
+    ("commands", "seqio_tasks", "cli_arguments", "notes", "interruption", "cli", "__main__", ""),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -1,6 +1,7 @@
 """What a folder keeps of methods, opened to be served beside plain prompts."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from prompt_tuning_jax.serving.folder import Opened, task_name
 from prompt_tuning_jax.serving.structures import ServedMethod, Structures
 from prompt_tuning_jax.serving.tasks import Fits, Served
 from prompt_tuning_jax.typing import HostArray
+
+_log = logging.getLogger(__name__)
 
 
 class MethodsIn:
@@ -150,7 +153,7 @@ class MethodsIn:
         metadata = PromptMetadata(
             model_name=run.model.name_or_path,
             task=run.data.train or run.data.task,
-            labels=_labels_of(run.data),
+            labels=_labels_of(run.data, folder),
             inputs_template=task_data.inputs_template_of(run.data),
             mixture=task_data.mixture_of(run.data),
         )
@@ -179,9 +182,10 @@ def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
     return [one for one in every if isinstance(one, ServedMethod)]
 
 
-def _labels_of(data: Data) -> tuple[str, ...]:
-    """Nothing where the files that would say them are gone."""
+def _labels_of(data: Data, place: Path) -> tuple[str, ...]:
+    """Nothing, and a note, where the files or the module that would say them are not there."""
     try:
         return task_data.labels_of(task_data.build_mixture(data))
-    except UserError:
+    except UserError as error:
+        _log.warning("%s: its labels are unknown: %s", place, error)
         return ()

@@ -1,6 +1,7 @@
 """Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
 
 from prompt_tuning_jax.methods.adapters import Adapters
+from prompt_tuning_jax.methods.config import Config
 from prompt_tuning_jax.methods.deep import DeepPrompts
 from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
@@ -46,6 +47,7 @@ __all__ = [
     "WARP",
     "Adapters",
     "Attached",
+    "Config",
     "Context",
     "DeepPrompts",
     "DescribedPrompts",

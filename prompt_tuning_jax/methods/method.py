@@ -1,8 +1,9 @@
 """The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.decoding.rank import rank
 from prompt_tuning_jax.losses import TokenSums, class_sums, token_sums
+from prompt_tuning_jax.methods.config import Config
 from prompt_tuning_jax.models.blocks import Remat
 from prompt_tuning_jax.models.layers import split_key
 from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
@@ -179,7 +181,7 @@ class Attached(nnx.Module):
         return self.model.encode(tokens_BT, slots=slots), slots
 
 
-class Method(Protocol):
+class Method(Config, ABC):
     """A frozen dataclass of hyper-parameters that knows how to attach itself.
 
     Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
@@ -194,6 +196,7 @@ class Method(Protocol):
     mergeable: ClassVar[bool] = False
     usual_optimizer: ClassVar[Mapping[str, Any]] = {}
 
+    @abstractmethod
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         """The model with fresh parameters of this method; ``key`` decides their initial value.
 

@@ -24,6 +24,9 @@ _COLUMNS = {
     "cnn_dailymail": ("article", "highlights", "id"),
 }
 
+# Of features.json: names of Python classes, as protobuf's JSON writes them and as old versions did.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+
 _log = logging.getLogger(__name__)
 
 
@@ -157,7 +160,34 @@ def _check_split(dataset: str, split: str, folder: Path) -> int:
     return sizes[split]
 
 
+def _require_own_features(folder: Path) -> None:
+    """UserError where features.json names a Python class that is none of TFDS's own.
+
+    tensorflow-datasets imports the module of whatever class a feature names.
+    """
+    try:
+        features = json.loads((folder / "features.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{folder / 'features.json'}: cannot be read, or damaged") from None
+    stack = [features]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            for key, item in value.items():
+                is_class = key in _CLASS_KEYS and isinstance(item, str)
+                if is_class and not item.startswith("tensorflow_datasets."):
+                    raise UserError(
+                        f"{folder / 'features.json'} names the Python class {item!r}, which is "
+                        "not one of tensorflow-datasets; it is not imported"
+                    )
+                stack.append(item)
+        elif isinstance(value, list):
+            stack += value
+
+
 def _builder(tfds: Any, dataset: str, folder: Path, data_dir: str) -> Any:
+    if (folder / "features.json").exists():
+        _require_own_features(folder)
     try:
         if (folder / "features.json").exists():
             return tfds.builder_from_directory(folder)

@@ -1,0 +1,109 @@
+"""Ctrl-C that is never lost, and never comes in the middle of an import.
+
+Python raises KeyboardInterrupt wherever the main thread happens to be.  In a weak reference's
+callback, a destructor or the C code of some import it is swallowed or turned into another error,
+and within the import of a C extension it can end in a crash.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+_AGAIN_SECONDS = 0.05  # between two looks at whether an interruption has been heeded
+_IMPORT_SECONDS = 3.0  # an import that takes longer is interrupted after all
+# As long as only these have called each other, a command has not begun its work.
+_BEGINNING = ("importlib", *(f"prompt_tuning_jax{name}" for name in ("", ".cli", ".commands")))
+_IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
+
+
+@dataclass
+class Interruption:
+    """Whether Ctrl-C has come."""
+
+    came: bool = False
+    _began: float = 0.0
+    _insists: bool = False
+    _over: threading.Event = field(default_factory=threading.Event)
+    _outside: FrameType | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGINT: raises KeyboardInterrupt, now or as soon as an import is done."""
+        if self._over.is_set():
+            return
+        if self._insists:
+            self._insists = False
+            if _is_heeded(sys.exc_info()[1]):
+                return
+        elif self.came:  # pressed again, by somebody who has waited long enough
+            raise KeyboardInterrupt
+        else:
+            self.came, self._began = True, time.monotonic()
+            threading.Thread(target=self._insist, daemon=True).start()
+        imported_from = self._imported_from(frame)
+        if imported_from is None or time.monotonic() - self._began > _IMPORT_SECONDS:
+            raise KeyboardInterrupt
+        if all(name in _BEGINNING for name in imported_from):
+            sys.stdout.flush()
+            os._exit(128 + number)  # nothing has been begun that would have to be cleaned up
+
+    def heeded(self) -> None:
+        """The command is on its way out: from here on Ctrl-C changes nothing."""
+        self._over.set()
+
+    def _insist(self) -> None:
+        """Sends the signal again until the command has ended."""
+        main = threading.main_thread().ident
+        while main is not None and not self._over.wait(_AGAIN_SECONDS):
+            self._insists = True
+            signal.pthread_kill(main, signal.SIGINT)
+
+    def _imported_from(self, frame: FrameType | None) -> list[str] | None:
+        """The modules whose functions led to the import that is going on; None where none is."""
+        importing, outside = False, list[str]()
+        while frame is not None and frame is not self._outside:
+            if frame.f_code.co_filename in _IMPORTING:
+                importing, outside = True, []
+            else:
+                outside.append(frame.f_globals.get("__name__", ""))
+            frame = frame.f_back
+        return outside if importing else None
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Within, Ctrl-C interrupts for certain; outside of the main thread nothing changes.
+
+    A handler of somebody else's, or a Ctrl-C that is ignored, stays.
+    """
+    interruption = Interruption(_outside=sys._getframe())
+    before = signal.getsignal(signal.SIGINT)
+    theirs = before is not signal.default_int_handler and not _is_early(before)
+    if theirs or threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    signal.signal(signal.SIGINT, interruption)
+    try:
+        yield interruption
+    finally:
+        interruption.heeded()
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_early(handler: object) -> bool:
+    """Whether it is the one of ``__main__``, which ends the process on the spot."""
+    return getattr(handler, "__module__", None) in ("__main__", "prompt_tuning_jax.__main__")
+
+
+def _is_heeded(error: BaseException | None) -> bool:
+    """Whether what is being handled comes of an interruption: then it is on its way out."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False

@@ -52,7 +52,7 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for wrong input, 130 when interrupted."""
-    with notes_on_stderr(), interruptible() as interruption:
+    with notes_on_stderr(), interruptible(sys._getframe()) as interruption:
         try:
             return _main(argv)
         except BaseException as error:

@@ -76,21 +76,30 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
+def interruptible(outside: FrameType) -> Iterator[Interruption]:
     """Within, Ctrl-C interrupts for certain; outside of the main thread nothing changes.
 
-    A handler of somebody else's, or a Ctrl-C that is ignored, stays.
+    ``outside`` is the frame that the command is run from, whose own import is no matter.  A handler
+    of somebody else's, or a Ctrl-C that is ignored, stays.
     """
-    interruption = Interruption(_outside=sys._getframe())
+    interruption = Interruption(_outside=outside)
     before = signal.getsignal(signal.SIGINT)
     theirs = before is not signal.default_int_handler and not _is_early(before)
     if theirs or threading.current_thread() is not threading.main_thread():
         yield interruption
         return
+    unraisable = sys.unraisablehook
+
+    def report(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_type is not KeyboardInterrupt:  # which is raised again
+            unraisable(what)
+
     signal.signal(signal.SIGINT, interruption)
+    sys.unraisablehook = report
     try:
         yield interruption
     finally:
+        sys.unraisablehook = unraisable
         interruption.heeded()
         signal.signal(signal.SIGINT, before)
 

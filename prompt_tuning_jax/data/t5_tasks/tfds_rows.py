@@ -168,7 +168,10 @@ def _require_own_features(folder: Path) -> None:
     try:
         features = json.loads((folder / "features.json").read_text())
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{folder / 'features.json'}: cannot be read, or damaged") from None
+        raise UserError(
+            f"{folder}: tensorflow-datasets cannot open it (features.json is damaged); prepare it "
+            "again"
+        ) from None
     stack = [features]
     while stack:
         value = stack.pop()

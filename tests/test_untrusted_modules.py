@@ -132,7 +132,8 @@ def test_a_config_of_the_user_names_one_beside_it(module: str, tmp_path: Path) -
     config = elsewhere / "c.py"
     config.write_text(
         "from prompt_tuning_jax.experiment import Data, Experiment\n"
-        f"def get_config(): return Experiment(data=Data(module={module!r}, task='task_of_{module}'))"
+        "def get_config():\n"
+        f"    return Experiment(data=Data(module={module!r}, task='task_of_{module}'))\n"
     )
     mixture = task_data.build_mixture(load_config(str(config)).data)
     assert mixture.name == f"task_of_{module}"

@@ -66,6 +66,15 @@ class Data(Config):
     targets_column: str = "targets"
     inputs_template: str = ""
     targets_template: str = ""
+    # Of files of your own: targets are labels to choose between, or text; auto decides by how many
+    # there are and how often they repeat, and says so.
+    targets: Literal["auto", "labels", "text"] = "auto"
+    allow_empty_targets: bool = False  # where nothing is an answer, too
+    # Of .csv and .tsv files: whether the first line names the columns (without, they are 0, 1, ...,
+    # or as `columns` names them), and what separates them; empty: what the file evidently has.
+    header: bool = True
+    columns: tuple[str, ...] = ()
+    separator: str = ""
     labels: tuple[str, ...] = ()  # empty: the task's, or the distinct targets of the training file
     metrics: tuple[str, ...] = ()  # empty: the task's, or accuracy
     inputs_length: int = 128

@@ -84,6 +84,11 @@ def build_mixture(data: Data) -> Mixture:
                 targets_column=data.targets_column,
                 inputs_template=data.inputs_template,
                 targets_template=data.targets_template,
+                targets=data.targets,
+                allow_empty_targets=data.allow_empty_targets,
+                header=data.header,
+                columns=data.columns,
+                separator=data.separator,
                 labels=data.labels,
                 metrics=data.metrics,
             )

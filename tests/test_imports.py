@@ -61,6 +61,7 @@ HEAVY = {
     "grain",
     "matplotlib",
     "orbax",
+    "pyarrow",
     "rich",
     "seqio",
     "tensorboard",

@@ -1,16 +1,14 @@
-"""A task made of a user's own .jsonl, .csv or .tsv files."""
+"""A task made of a user's own files."""
 
-import csv
-import gzip
 import hashlib
-import json
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from prompt_tuning_jax.data.metrics import get_metric
+from prompt_tuning_jax.data.row_files import RowFile, value_text
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import Row, Source, Task
 from prompt_tuning_jax.data.text_template import TextTemplate, column_template, parse_template
@@ -18,10 +16,11 @@ from prompt_tuning_jax.errors import UserError
 
 # More distinct targets than this in the training file are text, not labels to choose between.
 MAX_LABELS = 50
+# Among this few rows labels may all differ; longer targets than this many words are text.
+_FEW_ROWS = 4
+_SHORT_WORDS = 3
 
-# A reader: numbered lines of text and the file's name for messages -> numbered rows.
-_NumberedLines: TypeAlias = Iterator[tuple[int, str]]
-_Reader: TypeAlias = Callable[[_NumberedLines, str], Iterator[tuple[int, dict[str, Any]]]]
+TargetKind: TypeAlias = Literal["auto", "labels", "text"]
 
 
 def file_task(
@@ -34,230 +33,222 @@ def file_task(
     targets_column: str = "targets",
     inputs_template: str = "",
     targets_template: str = "",
+    targets: TargetKind = "auto",
+    allow_empty_targets: bool = False,
     labels: Sequence[str] = (),
     metrics: Sequence[str] = (),
+    header: bool = True,
+    columns: Sequence[str] = (),
+    separator: str = "",
 ) -> Task:
     """Make a task of one or two files; the arguments are the fields of ``experiment.Data``.
 
-    Files are UTF-8 (with or without a byte order mark), their ending tells the format: ``.jsonl``
-    (an object a line), ``.csv`` (a header line; quotes as in RFC 4180), ``.tsv`` (a header line; a
-    tab always separates, quotes are text), each also with ``.gz`` behind it.  Numbers and booleans
+    ``data.row_files`` tells which files there are and how they are read.  Numbers and booleans
     become text: JSON numbers as they are written, booleans ``True`` and ``False``, null an empty
-    string.  Blank lines are passed over, and so are blanks around a target.  Every column of a row
-    stays with its example.
+    string.  Blanks around a target are passed over.  Every column of a row stays with its example,
+    of whatever type it is; those that a template names must be text, numbers or booleans.
 
-    Without ``labels`` the distinct targets of the training file are the labels, in alphabetical
-    order, when there are at most 50 of them; else the targets are free text.  (Without a
-    training file, those of the evaluation file.)  With ``labels`` every target must be one of
-    them.  Without ``metrics`` it is accuracy.
+    With ``labels`` every target must be one of them.  Without, the targets of the training file
+    are labels, in alphabetical order, or text (``targets``); ``auto`` decides by how many there are
+    and how often they repeat (``are_labels``), and the task's ``notes`` say what was decided.
+    Without a training file there are no labels: those of an evaluation file need not be all.
+    Without ``metrics`` it is accuracy.
 
     Raises UserError, now or when the rows are read, naming file and line: a file that is missing,
-    empty, of an unknown format, not UTF-8 or malformed, a missing column, an empty target.
+    empty, of an unknown format, not text or malformed, a missing column, an empty target.
     """
-    files = {split: Path(p) for split, p in ((train_split, train), (eval_split, eval)) if p}
+    options: dict[str, Any] = {"header": header, "columns": tuple(columns), "separator": separator}
+    files = {
+        split: RowFile(path=Path(path), split=split, **options)
+        for split, path in ((train_split, train), (eval_split, eval))
+        if path
+    }
     if not files:
         raise UserError("neither data.train nor data.eval names a file")
     if train and eval and train_split == eval_split:
         raise UserError(f"data.train_split and data.eval_split are both {train_split!r}")
-    templates = {
-        "inputs": _template(inputs_template, inputs_column, "data.inputs_template"),
-        "targets": _template(targets_template, targets_column, "data.targets_template"),
-    }
-    read = partial(_examples, templates=templates, labels=tuple(labels))
-    if not labels:
-        labels = _distinct_targets(read(files.get(train_split) or files[eval_split]))
+    if (not header or columns or separator) and not any(f.is_table for f in files.values()):
+        raise UserError(
+            "data.header, data.columns and data.separator are for .csv and .tsv files, and "
+            f"{next(iter(files.values())).title} is none"
+        )
+    read = partial(
+        _examples,
+        inputs=_template(inputs_template, inputs_column, "data.inputs_template"),
+        targets=_template(targets_template, targets_column, "data.targets_template"),
+        labels=tuple(labels),
+        allow_empty=allow_empty_targets,
+    )
+    notes: tuple[str, ...] = ()
+    if not labels and train and targets != "text":
+        evaluation = files.get(eval_split)
+        # At prediction the file may be gone.
+        seen = evaluation is not None and evaluation.path.exists()
+        labels, notes = _labels_of(
+            read(files[train_split]),
+            (lambda: read(files[eval_split])) if seen else None,
+            targets,
+        )
+    templates = repr(sorted((k, v) for k, v in read.keywords.items() if k in ("inputs", "targets")))
     return Task(
-        name="file:" + next(iter(files.values())).name,
+        name="file:" + next(iter(files.values())).path.name,
         source=Source(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),
             fingerprint=lambda split, data_dir: _fingerprint(files[split], templates),
-            titles={split: str(path) for split, path in files.items()},
+            titles={split: file.title for split, file in files.items()},
         ),
         labels=tuple(labels),
         metrics=tuple(get_metric(name, labels=labels) for name in metrics or ("accuracy",)),
-        description=", ".join(f"{split}: {path}" for split, path in files.items()),
+        description=", ".join(f"{split}: {file.path}" for split, file in files.items()),
+        notes=notes,
     )
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row) of a .jsonl, .csv or .tsv file, .gz or not; UserError as above."""
-    reader = _READERS.get(_format(path))
-    if reader is None:
+def are_labels(train: Mapping[str, int], evaluation: Mapping[str, int] | None = None) -> bool:
+    """Whether targets are labels to choose between, by how often each occurs.
+
+    They are text where there are more than ``MAX_LABELS``; where most rows have a target that no
+    other row has; where there are more than ten and they are long; and where most rows to evaluate
+    on have a target of their own that the training file lacks.  Of a few rows, targets of a word or
+    three are labels, and so are those that the rows to evaluate on repeat.
+    """
+    if len(train) > MAX_LABELS:
+        return False
+    known = evaluation or {}
+    outside = sum(number for target, number in known.items() if target not in train)
+    repeats = not _mostly_once(known)
+    if known and not repeats and 2 * outside > sum(known.values()) > _FEW_ROWS:
+        return False
+    words = sorted(len(target.split()) for target in train)
+    if len(train) > 10 and words[len(words) // 2] >= 8:
+        return False
+    if not _mostly_once(train):
+        return True
+    if known and repeats and not outside:
+        return True
+    return sum(train.values()) <= _FEW_ROWS and words[-1] <= _SHORT_WORDS
+
+
+def _mostly_once(counts: Mapping[str, int]) -> bool:
+    return 2 * sum(number == 1 for number in counts.values()) > sum(counts.values())
+
+
+def _labels_of(
+    train: Iterator[Row], evaluation: Callable[[], Iterator[Row]] | None, kind: TargetKind
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The labels, or none where the targets are text, and what to say about that."""
+    counts = _count_targets(train)
+    if kind == "auto":
+        seen = _count_targets(evaluation()) if evaluation else None
+        # Who allows empty targets has text: a label needs a name.
+        kind = "labels" if "" not in counts and are_labels(counts, seen) else "text"
+        if kind == "text":
+            rows = sum(counts.values())
+            return (), (
+                f"targets: {len(counts):,} distinct in {rows:,} rows: text to generate; "
+                "set data.targets=labels to rank them as labels",
+            )
+    if "" in counts:
         raise UserError(
-            f"{path}: unknown kind of file; its name must end in {', '.join(_READERS)} "
-            "(or that and .gz)"
+            f"{counts['']} targets are empty, and a label needs a name; fill them in, for instance "
+            "with none, or set data.targets=text"
         )
-    return reader(_text_lines(path), str(path))
+    return tuple(sorted(counts)), ()
+
+
+def _count_targets(rows: Iterator[Row]) -> Counter[str]:
+    return Counter(row["targets"] for row in rows)  # reads on to the end: every line is checked
 
 
 def _template(template: str, column: str, field: str) -> TextTemplate:
     return parse_template(template, field=field) if template else column_template(column)
 
 
-def _format(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return name[name.rfind(".") :] if "." in name else ""
-
-
 def _examples(
-    path: Path, *, templates: Mapping[str, TextTemplate], labels: tuple[str, ...]
+    file: RowFile,
+    *,
+    inputs: TextTemplate,
+    targets: TextTemplate,
+    labels: tuple[str, ...],
+    allow_empty: bool,
 ) -> Iterator[Row]:
     empty = True
-    for line, row in read_rows(path):
-        empty = False
-        where = f"{path}:{line}"
-        values = {column: _as_text(value, column, where) for column, value in row.items()}
-        # A table's columns are named in its first line.
-        named = where if _format(path) == ".jsonl" else f"{path}:1"
-        inputs = _render(templates["inputs"], values, named, side="inputs")
-        target = _render(templates["targets"], values, named, side="targets").strip()
-        if not target:
-            raise UserError(f"{where}: the target is empty; fill it in or remove the line")
+    for where, row in file.rows():
+        if empty:
+            empty = False
+            _require_columns(file, row, where, inputs=inputs, targets=targets)
+        texts: dict[str, str] = {}
+        for side, template in (("inputs", inputs), ("targets", targets)):
+            for column in template.columns:
+                if column not in row:
+                    raise UserError(f"{where}: {_no_column(column, row, side)}")
+                texts[column] = value_text(row[column], column, where)
+        target = targets.render(texts).strip()
+        if not target and not allow_empty:
+            raise UserError(
+                f"{where}: the target is empty; fill it in or remove the line (where nothing is an "
+                "answer, set data.allow_empty_targets=True)"
+            )
         if labels and target not in labels:
             raise UserError(
                 f"{where}: the target {target!r} is not in data.labels: {suggest(target, labels)}"
             )
-        yield {**values, "inputs": inputs, "targets": target}
+        others = {
+            column: value if isinstance(value, list | dict) else value_text(value, column, where)
+            for column, value in row.items()
+        }
+        yield {**others, "inputs": inputs.render(texts), "targets": target}
     if empty:
-        raise UserError(f"{path}: holds no examples")
+        raise UserError(f"{file.path}: holds no examples")
 
 
-def _as_text(value: Any, column: str, where: str) -> str:
-    if isinstance(value, str):  # JSON numbers too: they are read as they are written
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value)
-    raise UserError(
-        f"{where}: column {column!r} holds a {type(value).__name__}; "
-        "a text, a number, true, false or null is needed"
+def require_columns(file: RowFile, *, inputs: TextTemplate, targets: TextTemplate) -> None:
+    """UserError unless the file is there, holds a row, and that has the columns asked for."""
+    where, row = next(file.rows(), ("", None))
+    if row is None:
+        raise UserError(f"{file.path}: holds no examples")
+    _require_columns(file, row, where, inputs=inputs, targets=targets)
+
+
+def _require_columns(
+    file: RowFile, row: Row, where: str, *, inputs: TextTemplate, targets: TextTemplate
+) -> None:
+    # A table's columns are named in its first line.
+    where = f"{file.path}:1" if file.is_table else where
+    for side, template in (("inputs", inputs), ("targets", targets)):
+        for column in template.columns:
+            if column in row:
+                continue
+            message = f"{where}: {_no_column(column, row, side)}"
+            if file.is_table and file.header and not file.columns:
+                message += f"; if the first line is an example, {_naming(row, inputs, targets)}"
+            raise UserError(message)
+
+
+def _naming(row: Row, inputs: TextTemplate, targets: TextTemplate) -> str:
+    """How to name the columns of a table without a header."""
+    asked = list(dict.fromkeys([*inputs.columns, *targets.columns]))
+    if len(asked) == len(row) == 2:
+        return (
+            f"set data.columns={','.join(asked)} or data.columns={','.join(reversed(asked))}, "
+            "as they stand in the file"
+        )
+    return (
+        f"name the {len(row)} columns as they stand in the file with data.columns, "
+        f"{', '.join(asked)} among them"
     )
 
 
-def _render(template: TextTemplate, values: Mapping[str, str], where: str, *, side: str) -> str:
-    for column in template.columns:
-        if column not in values:
-            raise UserError(
-                f"{where}: no column {column!r}: {suggest(column, values)}; say which one with "
-                f"--set data.{side}_column=NAME, or several with data.{side}_template"
-            )
-    return template.render(values)
+def _no_column(column: str, values: Row, side: str) -> str:
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in values]
+    return (
+        f"no column {column!r}: {suggest(column, names)}; say which one with "
+        f"--set data.{side}_column=NAME, or several with data.{side}_template"
+    )
 
 
-def _distinct_targets(rows: Iterator[Row]) -> tuple[str, ...]:
-    distinct = {row["targets"] for row in rows}  # reads on to the end: every line is checked
-    return tuple(sorted(distinct)) if len(distinct) <= MAX_LABELS else ()
-
-
-def _fingerprint(path: Path, templates: Mapping[str, TextTemplate]) -> str:
-    digest = hashlib.sha256(repr(sorted(templates.items())).encode())
-    digest.update(_format(path).encode())
-    with _open(path) as file:
-        while chunk := _read(file, path):
-            digest.update(chunk)
+def _fingerprint(file: RowFile, templates: str) -> str:
+    digest = hashlib.sha256(templates.encode())
+    digest.update(file.fingerprint().encode())
     return digest.hexdigest()
-
-
-def _open(path: Path) -> IO[bytes]:
-    opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-    try:
-        opened: IO[bytes] = opener(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return opened
-
-
-def _read(file: IO[bytes], path: Path, size: int = 1 << 20, *, line: bool = False) -> bytes:
-    try:
-        return file.readline() if line else file.read(size)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _text_lines(path: Path) -> _NumberedLines:
-    number = 0
-    with _open(path) as file:
-        while line := _read(file, path, line=True):
-            number += 1
-            try:
-                # Only the first line can begin with a byte order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: byte {error.start + 1} of the line "
-                    f"(0x{line[error.start]:02x}) is not UTF-8; convert the file, for instance "
-                    f"iconv -f latin1 -t utf-8 {path.name} > new{_format(path)}"
-                ) from None
-
-
-def _read_jsonl(lines: _NumberedLines, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not JSON, or cut off: {error.msg} at character {error.pos + 1}"
-            ) from None
-        except RecursionError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}:{number}: a {type(row).__name__} where an object is needed; "
-                'write one {"column": value} a line'
-            )
-        if "\\ud" in line.lower() and not _is_text(line):
-            raise UserError(f"{path}:{number}: a \\ud... escape that is half a character")
-        yield number, row
-
-
-def _is_text(line: str) -> bool:
-    try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_table(
-    lines: _NumberedLines, path: str, *, separator: str, quoting: Literal[0, 3]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    table = csv.reader(
-        (line for _, line in lines), delimiter=separator, quoting=quoting, strict=True
-    )
-    header: list[str] = []
-    while True:
-        try:
-            fields = next(table, None)
-        except csv.Error as error:
-            raise UserError(f"{path}:{table.line_num}: {error}") from None
-        if fields is None:
-            return
-        if not fields:  # a blank line
-            continue
-        if not header:
-            header = [name.strip() for name in fields]
-            repeated = {name for name in header if header.count(name) > 1}
-            if repeated:
-                raise UserError(
-                    f"{path}:{table.line_num}: the header names {min(repeated)!r} more than once"
-                )
-            continue
-        if len(fields) != len(header):
-            raise UserError(
-                f"{path}:{table.line_num}: {len(fields)} fields where the header has "
-                f"{len(header)} ({', '.join(header)})"
-            )
-        yield table.line_num, dict(zip(header, fields, strict=True))
-
-
-_READERS: Mapping[str, _Reader] = {
-    ".jsonl": _read_jsonl,
-    ".csv": partial(_read_table, separator=",", quoting=csv.QUOTE_MINIMAL),
-    ".tsv": partial(_read_table, separator="\t", quoting=csv.QUOTE_NONE),
-}

@@ -72,6 +72,7 @@ class Task:
       index: where not None, one token for this number stands before the inputs' ids
         (``t5_tasks.forms.task_index_id``).
       description: one line.
+      notes: what was decided about the data, a line each.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Task:
     from_text: Callable[[str], str] | None = None
     index: int | None = None
     description: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:

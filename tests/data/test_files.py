@@ -100,7 +100,7 @@ def test_malformed_templates(write, template, match):
         ("a.jsonl", '{"input": "a", "targets": "b"}', r"a\.jsonl:1: no column 'inputs': did you"),
         ("a.csv", "text,targets\na,b\n", r"a\.csv:1: no column 'inputs': there are: text, targets"),
         ("a.jsonl", JSONL + "{oops\n", r"a\.jsonl:4: not JSON"),
-        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: .*nested deeper"),
         ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: a list where an object is needed"),
         ("a.jsonl", '{"inputs": ["a"], "targets": "b"}', r":1: column 'inputs' holds a list"),
         ("a.jsonl", '{"inputs": "\\ud800", "targets": "b"}', ":1: a .* escape that is half"),
@@ -143,14 +143,13 @@ def test_labels_are_the_training_files_distinct_targets(write):
     assert task.splits == ("train", "validation")
     assert [e["targets"] for e in task.load("validation")] == ["perhaps"]
     assert [metric.name for metric in task.metrics] == ["accuracy"]
-    assert file_task(eval=evaluation).labels == ("perhaps",)
+    assert file_task(eval=evaluation).labels == ()  # a file of one class need not have them all
 
 
 def test_many_distinct_targets_are_free_text(write):
     def labels(number):
-        return file_task(
-            train=write("a.csv", "inputs,targets\n" + "".join(f"a,t{i}\n" for i in range(number)))
-        ).labels
+        rows = "".join(f"a,t{i}\n" for i in range(number)) * 2
+        return file_task(train=write("a.csv", "inputs,targets\n" + rows)).labels
 
     assert len(labels(MAX_LABELS)) == MAX_LABELS
     assert labels(MAX_LABELS + 1) == ()

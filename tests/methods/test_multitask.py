@@ -209,6 +209,9 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
             method.attach(model, key=jax.random.key(0), context=Context())
     with pytest.raises(UserError, match="nothing says which is meant"):
         evaluate(
-            tiny_run.experiment(tmp_path, {"data.train": "", "training.steps": 1}),
+            tiny_run.experiment(
+                tmp_path,
+                {"data.train": "", "data.labels": tiny_run.LABELS, "training.steps": 1},
+            ),
             prompts=[str(tmp_path / "multi")],
         )

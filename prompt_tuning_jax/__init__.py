@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.commands import convert, evaluate, train
     from prompt_tuning_jax.errors import UserError
     from prompt_tuning_jax.experiment import Experiment
-    from prompt_tuning_jax.inference import encode, generate, score
+    from prompt_tuning_jax.inference import encode, generate, logits, score
     from prompt_tuning_jax.opened_prompts import attach
 
 # Imported when first asked for, so that importing the package is quick.
@@ -29,6 +29,7 @@ _EXPORTS = {
     "load_model": "checkpoints.load",
     "load_prompt": "checkpoints.prompt_file",
     "save_prompt": "checkpoints.prompt_file",
+    "logits": "inference",
     "score": "inference",
     "train": "commands",
 }
@@ -41,6 +42,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
     "encode",
     "generate",
     "score",
+    "logits",
     "train",
     "evaluate",
     "convert",

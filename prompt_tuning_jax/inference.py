@@ -1,4 +1,8 @@
-"""Uses a model with a prompt: encode, generate text, score text."""
+"""Uses a model with a prompt: encode, generate text, score text, logits.
+
+Inputs are padded to few lengths and numbers of rows, so that programs are compiled for these alone;
+what is returned has the shape of what was given.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.vocab import PAD_ID
 from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.member_programs import Strategy, Writing, target_scores, write
+from prompt_tuning_jax.member_programs import (
+    Strategy,
+    Writing,
+    encoded,
+    target_logits,
+    target_scores,
+    write,
+)
 from prompt_tuning_jax.methods import Attached, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array, HostArray
@@ -20,6 +32,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 # Token ids [B, T] with 0 as padding, or texts where the model has its vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
 EOS = 1
+_SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,11 @@ def encode(
     model: T5 | Attached, encoder_input_tokens: Inputs, prompt: Array | None = None
 ) -> Array:
     """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
-    attached, tokens_BT = _ready(model, encoder_input_tokens, prompt)
-    return attached.encode(tokens_BT)[0].hidden_BUD
+    attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
+    graphdef, params = tree.split(attached)
+    hidden_BUD = encoded(graphdef, params, tokens_BT)
+    # What is added to the input stands before its padding.
+    return hidden_BUD[:rows, : hidden_BUD.shape[1] - tokens_BT.shape[1] + length]
 
 
 def generate(
@@ -87,10 +103,10 @@ def generate(
         top_k=top_k,
         top_p=top_p,
     )
-    attached, tokens_BT = _ready(model, inputs, prompt)
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
     graphdef, params = tree.split(attached)
     ids, scores = write(graphdef, writing, {}, params, tokens_BT, jax.random.key(seed))
-    ids, scores = np.asarray(ids[0]), np.asarray(scores[0])
+    ids, scores = np.asarray(ids[0])[:rows], np.asarray(scores[0])[:rows]
     best_BS = ids[:, 0] if ids.ndim == 3 else ids
     words = attached.model.vocabulary
     texts = None if words is None else [words.decode(row.tolist()) for row in best_BS]
@@ -101,12 +117,35 @@ def score(
     model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
 ) -> HostArray:
     """The summed log-probability ``[B]`` of each target given its input, in float32."""
-    attached, tokens_BT = _ready(model, inputs, prompt)
-    targets_BS = token_ids(attached.model, targets)
-    if len(targets_BS) != len(tokens_BT):
-        raise UserError(f"there are {len(tokens_BT)} inputs and {len(targets_BS)} targets")
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    targets_BS, _ = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
     graphdef, params = tree.split(attached)
-    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS)[0])
+    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS)[0])[:rows]
+
+
+def logits(
+    model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+) -> HostArray:
+    """The logits ``[B, S, V]`` in float32 that predict the targets: ``[:, s]`` is for token s.
+
+    ``prompt`` is as in ``generate``.  Behind the end of a shorter target they mean nothing.
+    UserError for a method that scores labels itself.
+    """
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    if attached.method.own_labels:
+        raise UserError("this method ranks labels and has no logits of tokens; use score")
+    targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    graphdef, params = tree.split(attached)
+    return np.asarray(target_logits(graphdef, params, tokens_BT, targets_BS)[:rows, :length])
+
+
+def padded_size(number: int, *, least: int = 1) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on, from ``least``, that holds it."""
+    size = least
+    while size < number:
+        # From a power of two to one and a half of it, from there to the next.
+        size = size * 4 // 3 if size % 3 == 0 else max(size * 3 // 2, size + 1)
+    return size
 
 
 def token_ids(model: T5, inputs: Inputs) -> HostArray:
@@ -180,15 +219,57 @@ def require_model(model: object) -> None:
 
 def _ready(
     model: T5 | Attached, inputs: Inputs, prompt: Array | HostArray | None
-) -> tuple[Attached, HostArray]:
-    """The model with its prompt or whatever else is attached, and the inputs' token ids."""
+) -> tuple[Attached, HostArray, int, int]:
+    """The model with its prompt or whatever else is attached; the inputs' token ids, padded.
+
+    Then how many rows and positions were given.
+    """
     require_model(model)
     if isinstance(model, Attached):
         if prompt is not None:
             raise UserError("this model has something attached to it already: leave out prompt")
-        return model, token_ids(model.model, inputs)
+        tokens_BT = token_ids(model.model, inputs)
+        more_rows = not _has_rows_of_its_own(model, len(tokens_BT))
+        return model, _padded(tokens_BT, more_rows=more_rows), *tokens_BT.shape
     tokens_BT = token_ids(model, inputs)
-    array = as_prompt(model, prompt, batch=len(tokens_BT))
+    rows, length = tokens_BT.shape
+    array = as_prompt(model, prompt, batch=rows)
+    tokens_BT = _padded(tokens_BT)
     if array is None:
-        return NoTuning().attach(model, key=jax.random.key(0), context=Context()), tokens_BT
-    return PromptTuning().with_prompt(model, array), tokens_BT
+        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        return attached, tokens_BT, rows, length
+    if array.ndim == 3:
+        spare = ((0, len(tokens_BT) - rows), (0, 0), (0, 0))
+        array = jnp.pad(array, spare, mode="edge")
+    return PromptTuning().with_prompt(model, array), tokens_BT, rows, length
+
+
+def _padded(tokens_BT: HostArray, *, more_rows: bool = True) -> HostArray:
+    """Padding at the right, and copies of the last row: all of it is cut off the results."""
+    rows, length = tokens_BT.shape
+    spare = padded_size(rows) - rows if more_rows else 0
+    tokens_BT = np.pad(tokens_BT, ((0, spare), (0, 0)), mode="edge")
+    positions = padded_size(length, least=_SHORTEST_INPUT) - length
+    return np.pad(tokens_BT, ((0, 0), (0, positions)), constant_values=PAD_ID)
+
+
+def _padded_targets(
+    attached: Attached, targets: Inputs, *, rows: int, padded_rows: int
+) -> tuple[HostArray, int]:
+    """The targets' token ids for the padded inputs, and how many positions were given."""
+    targets_BS = token_ids(attached.model, targets)
+    if len(targets_BS) != rows:
+        raise UserError(f"there are {rows} inputs and {len(targets_BS)} targets")
+    length = targets_BS.shape[1]
+    positions = padded_size(length, least=_SHORTEST_TARGET) - length
+    padded_BS = np.pad(targets_BS, ((0, 0), (0, positions)), constant_values=PAD_ID)
+    return np.pad(padded_BS, ((0, padded_rows - rows), (0, 0)), mode="edge"), length
+
+
+def _has_rows_of_its_own(attached: Attached, rows: int) -> bool:
+    """Whether arrays of the method may be one for each row of the batch."""
+    params = tree.split(attached)[1]
+    return any(
+        name.startswith("method/") and array.ndim > 2 and len(array) == rows
+        for name, array in params.items()
+    )

@@ -198,3 +198,20 @@ def target_scores(
         return sequence_log_probs(attached(tokens_BT, inputs_BS), targets_BS)
 
     return jax.vmap(member, axis_size=1)(tuned)
+
+
+@partial(jax.jit, static_argnums=0)
+def target_logits(
+    graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array, targets_BS: Array
+) -> Array:
+    """``[B, S, V]`` in float32 that predict the targets, of one member."""
+    inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
+    logits_BSV: Array = tree.merge(graphdef, params)(tokens_BT, inputs_BS)
+    return logits_BSV.astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def encoded(graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array) -> Array:
+    """The encoder's output ``[B, U, D]`` of one member."""
+    hidden_BUD: Array = tree.merge(graphdef, params).encode(tokens_BT)[0].hidden_BUD
+    return hidden_BUD

@@ -10,8 +10,23 @@ import pytest
 
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import as_prompt, encode, generate, score, token_ids
-from prompt_tuning_jax.member_programs import Writing, label_scores, write
+from prompt_tuning_jax.inference import (
+    as_prompt,
+    encode,
+    generate,
+    logits,
+    padded_size,
+    score,
+    token_ids,
+)
+from prompt_tuning_jax.member_programs import (
+    Writing,
+    encoded,
+    label_scores,
+    target_logits,
+    target_scores,
+    write,
+)
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.method import Attached, MethodModule
 from prompt_tuning_jax.models.slots import Slots
@@ -297,3 +312,77 @@ def test_texts_in_texts_out():
         score(model, ids, token_ids(model, ["q", "r s"]), PROMPT_PD),
         atol=1e-6,
     )
+
+
+def test_padded_sizes_hold_what_they_are_for():
+    assert [padded_size(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49)] == [
+        *(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    ]
+    assert [padded_size(n, least=16) for n in (1, 16, 17, 100, 129)] == [16, 16, 24, 128, 192]
+
+
+def of_length(tokens, length):
+    """The same rows with more padding, or cut."""
+    return np.pad(tokens, ((0, 0), (0, length)))[:, :length]
+
+
+def test_programs_are_compiled_for_few_lengths_and_numbers_of_rows():
+    """Not one for each."""
+    model, prompt = make_t5(ONE_LAYER), normal(3, D, seed=2)
+    programs = {
+        encoded: lambda source, target: encode(model, source, prompt),
+        write: lambda source, target: generate(model, source, prompt, max_length=3),
+        target_scores: lambda source, target: score(model, source, target, prompt),
+        target_logits: lambda source, target: logits(model, source, target, prompt),
+    }
+    for program, call_it in programs.items():
+        before = program._cache_size()
+        for length in range(17, 25):  # rows of up to six tokens
+            rows = 5 + length % 2
+            call_it(of_length(token_rows([5] * rows, 7), length), token_rows([3] * rows, 5))
+        assert program._cache_size() == before + 1, program
+
+
+@pytest.mark.parametrize("placement", ["prefix", "after_first", "before_eos"])
+def test_padding_changes_no_number_and_no_shape(placement):
+    """Against each row by itself, without any padding."""
+    source, target = token_rows([6, 20, 3, 9, 1], 20), token_rows([4, 2, 3, 5, 1], 5, seed=1)
+    source[[0, 3, 4], [6, 9, 1]] = EOS  # others end by a cut
+    attached = PromptTuning(placement=placement).with_prompt(MODEL, jnp.asarray(PROMPT_PD))
+    hidden = encode(attached, source)
+    found = logits(attached, source, target)
+    assert hidden.shape == (5, 3 + 20, D) and found.shape == (5, 5, V)
+    assert found.dtype == np.float32
+    written = generate(attached, source, max_length=4)
+    assert written.ids.shape == (5, 4) and written.scores.shape == (5,)
+    scores = score(attached, source, target)
+    for row, (tokens, ids) in enumerate(zip(source, target, strict=True)):
+        own, wanted = tokens[tokens != 0][None], ids[ids != 0][None]
+        alone = np.asarray(attached.encode(jnp.asarray(own))[0].hidden_BUD)[0]
+        np.testing.assert_allclose(hidden[row, : len(alone)], alone, atol=1e-5)
+        exact = np.asarray(attached(jnp.asarray(own), jnp.asarray(shifted(wanted))))[0]
+        np.testing.assert_allclose(found[row, : len(exact)], exact, atol=1e-4)
+        log_p = jax.nn.log_softmax(exact)[np.arange(len(exact)), wanted[0]].sum()
+        np.testing.assert_allclose(scores[row], log_p, atol=1e-4)
+        np.testing.assert_array_equal(
+            written.ids[row], generate(attached, own, max_length=4).ids[0]
+        )
+
+
+def test_a_prompt_per_example_is_padded_with_its_rows():
+    rows = token_rows([5, 3, 6, 4, 2], 7)
+    prompts_BPD = normal(5, 3, D, seed=9)
+    together = score(MODEL, rows, rows, prompts_BPD)
+    attached = PromptTuning().with_prompt(MODEL, jnp.asarray(prompts_BPD))
+    np.testing.assert_allclose(score(attached, rows, rows), together, atol=1e-5)
+    for row, prompt_PD in enumerate(prompts_BPD):
+        alone = score(MODEL, rows[row : row + 1], rows[row : row + 1], prompt_PD)
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
+
+
+def test_sampling_does_not_depend_on_rows_to_spare():
+    """Five rows are computed as six."""
+    rows = token_rows([5, 3, 6, 4, 2], 7)
+    five = generate(MODEL, rows, strategy="sample", seed=3, max_length=5).ids
+    six = generate(MODEL, rows[[0, 1, 2, 3, 4, 4]], strategy="sample", seed=3, max_length=5).ids
+    np.testing.assert_array_equal(five, six[:5])

@@ -254,7 +254,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--model", metavar="NAME", help="(default: the run's, or tiny)")
     serve.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, this machine)")
     serve.add_argument(
-        "--port", type=_from_zero, default=8000, metavar="N", help="0: a free one (default: 8000)"
+        "--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)"
     )
     serve.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="model.dtype=bfloat16 ..."
@@ -297,6 +297,31 @@ def _add_serve(commands: Any) -> None:
     )
     limits.add_argument(
         "--deadline_seconds", type=_positive, metavar="N", help="of a request (default: 30)"
+    )
+    connections = serve.add_argument_group("connections")
+    connections.add_argument(
+        "--keep_alive",
+        type=_positive,
+        metavar="SECONDS",
+        help="how long an idle connection stays open for the next request (default: 5)",
+    )
+    connections.add_argument(
+        "--max_connections",
+        type=_positive,
+        metavar="N",
+        help="open at once (default: 1000, or as many as ulimit -n allows)",
+    )
+    connections.add_argument(
+        "--max_client_connections",
+        type=_positive,
+        metavar="N",
+        help="of one address; behind a proxy, which is one, as many as in all (default: 500)",
+    )
+    connections.add_argument(
+        "--cors_origins",
+        type=_names,
+        metavar="https://example.org",
+        help="whose pages may ask from a browser, with commas between; * for all (default: none)",
     )
 
 
@@ -568,6 +593,16 @@ def _size(text: str) -> int:
     if size < _SMALLEST_SHARD:
         raise argparse.ArgumentTypeError(f"{text!r} is less than 1MB")
     return int(size)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.serving.tasks import Fits, ServedTask
 
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
-_LIBRARIES = ("fastapi", "prometheus_client", "uvicorn")
+_LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 _LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longer
 
 
@@ -45,6 +45,10 @@ class Serving:
     max_queue: int = 1024
     max_wait_ms: float = 2.0
     deadline_seconds: float = 30.0
+    keep_alive: float = 5.0  # seconds
+    max_connections: int = 1000
+    max_client_connections: int = 500
+    cors_origins: tuple[str, ...] = ()
 
 
 def default_experiment(prompts: str) -> Experiment:
@@ -69,21 +73,28 @@ def serve(
     """
     _require_libraries()
     from prompt_tuning_jax.serving import server
+    from prompt_tuning_jax.serving.guard import checked_origin, checked_token
 
+    serving = serving or Serving()
+    token, admin_token = (
+        checked_token(os.environ.get(name, ""), of=name) for name in (TOKEN, ADMIN_TOKEN)
+    )
+    for origin in serving.cors_origins:
+        checked_origin(origin, of="--cors_origins")
     with server.bound(host, port) as own:  # before anything long is begun
         print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
-        token, admin_token = os.environ.get(TOKEN, ""), os.environ.get(ADMIN_TOKEN, "")
-        service = open_service(
-            experiment, prompts, serving=serving or Serving(), changes=bool(admin_token)
-        )
+        service = open_service(experiment, prompts, serving=serving, changes=bool(admin_token))
         if host not in ("127.0.0.1", "::1", "localhost") and not token:
             print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
-        _answer(service, own, token=token, admin_token=admin_token)
+        _answer(service, own, serving, token=token, admin_token=admin_token)
 
 
-def _answer(service: "Service", own: socket, *, token: str, admin_token: str) -> None:
+def _answer(
+    service: "Service", own: socket, serving: Serving, *, token: str, admin_token: str
+) -> None:
     from prompt_tuning_jax.serving import server
     from prompt_tuning_jax.serving.app import make_app
+    from prompt_tuning_jax.serving.connections import ConnectionLimits
 
     with _compiling(service.to_compile) as report:
 
@@ -96,13 +107,23 @@ def _answer(service: "Service", own: socket, *, token: str, admin_token: str) ->
                 stop(error)
 
             return make_app(
-                service, token=token, admin_token=admin_token, report=report, on_started=started
+                service,
+                token=token,
+                admin_token=admin_token,
+                cors_origins=serving.cors_origins,
+                report=report,
+                on_started=started,
             )
 
         server.serve(
             make,
             own,
             drain_seconds=service.limits.deadline_seconds,
+            limits=ConnectionLimits(
+                connections=serving.max_connections,
+                per_client=serving.max_client_connections,
+                keep_alive_seconds=serving.keep_alive,
+            ),
             on_drain=lambda: _drain(service),
         )
 

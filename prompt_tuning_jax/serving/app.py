@@ -3,19 +3,28 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 
 from prompt_tuning_jax.serving import schema
 from prompt_tuning_jax.serving.guard import Guard, bearer
 from prompt_tuning_jax.serving.limits import RefusedError
-from prompt_tuning_jax.serving.replies import as_json, handle_errors, info_of, status_of
+from prompt_tuning_jax.serving.replies import (
+    BoundedRoute,
+    as_json,
+    handle_errors,
+    info_of,
+    status_of,
+    without_folder,
+)
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.tasks import NAME
 
@@ -52,13 +61,15 @@ def make_app(
     *,
     token: str = "",
     admin_token: str = "",
+    cors_origins: Sequence[str] = (),
     report: Callable[[str], None] = lambda name: None,
     on_started: Callable[[BaseException | None], None] = lambda error: None,
 ) -> FastAPI:
     """The application; ``report`` hears of each compiled program, ``on_started`` of the end of it.
 
     ``token`` is asked of predictions, ``admin_token`` of changes; without the latter there are
-    no changes.
+    no changes.  ``cors_origins`` are the origins (``https://host``, ``*`` for all) whose pages a
+    browser lets ask.
     """
 
     @asynccontextmanager
@@ -92,28 +103,37 @@ def make_app(
         upload_bytes=upload_bytes + 100_000,
         seconds=limits.deadline_seconds,
     )
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "HEAD", "POST", *(["PUT", "DELETE"] if admin_token else [])],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["retry-after", "www-authenticate"],
+        )
     handle_errors(app)
-    reader = [Depends(bearer(token))]
-    admin = [Depends(bearer(admin_token))]
+    app.router.route_class = BoundedRoute
+    reader = _asking_for(token, "token", "what PROMPT_TUNING_TOKEN is where the server runs")
+    admin = _asking_for(admin_token, "admin", "what PROMPT_TUNING_ADMIN_TOKEN is there")
 
     for path, (file, media_type) in _PAGE_FILES.items():
         answer = partial(_page_file, file, media_type)
         app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
 
     @app.get("/healthz", response_model=schema.Status)
-    def healthz() -> Response:
+    async def healthz() -> Response:
         """Whether the server lives: also while it compiles, and until it has ended."""
         failed = app.state.starting.done() and app.state.starting.exception() is not None
         working = service.state == "starting" or service.batcher.alive
         return status_of(service, 200 if working and not failed else 500)
 
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
-    def readyz() -> Response:
+    async def readyz() -> Response:
         """Whether it takes requests: after everything is compiled, and before it ends."""
         return status_of(service, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
@@ -165,7 +185,7 @@ def make_app(
         more = start + limit < len(names)
         return as_json(
             schema.TaskList(
-                model=service.model_name,
+                model=without_folder(service.model_name),
                 tasks=[info_of(task) for task in found],
                 total=len(names),
                 next=page[-1] if more else None,
@@ -233,6 +253,14 @@ def make_app(
 def _page_file(file: str, media_type: str) -> Response:
     text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
     return Response(text, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+
+def _asking_for(token: str, name: str, description: str) -> list[Any]:
+    """What a path that asks for a token depends on; OpenAPI has it by this name."""
+    if not token:
+        return []
+    said = HTTPBearer(scheme_name=name, description=description, auto_error=False)
+    return [Depends(said), Depends(bearer(token))]
 
 
 async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:

@@ -3,12 +3,14 @@
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.limits import RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
 
@@ -25,16 +27,52 @@ _SECURITY = [
 
 
 def bearer(token: str) -> Callable[[Request], None]:
-    """A check of the Authorization header; nothing is asked where the token is empty."""
+    """A check of the Authorization header; nothing is asked where the token is empty.
+
+    A token with letters beyond ASCII may come as UTF-8 or, as some clients send it, as latin-1.
+    """
+    wanted = [token.encode(encoding, "surrogateescape") for encoding in _encodings(token)]
 
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        scheme, _, value = given.partition(" ")
-        same = hmac.compare_digest(value.strip().encode(), token.encode())
-        if token and not (scheme.lower() == "bearer" and same):
+        given = dict(request.scope["headers"]).get(b"authorization", b"")
+        scheme, _, value = given.partition(b" ")
+        # All are compared, so that the time says nothing.
+        same = [hmac.compare_digest(value.strip(), one) for one in wanted]
+        if token and not (scheme.lower() == b"bearer" and any(same)):
             raise RefusedError(401, "give the token: Authorization: Bearer TOKEN")
 
     return check
+
+
+def checked_token(token: str, *, of: str) -> str:
+    """A token as it is compared, without blanks around it.
+
+    UserError that names ``of`` where it is blank or could be in no header.
+    """
+    bare = token.strip()
+    if token and not bare:
+        raise UserError(f"{of} is set and blank; give a token, or unset it")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in bare):
+        raise UserError(f"{of} holds a control character, which no header can; choose another")
+    return bare
+
+
+def checked_origin(origin: str, *, of: str) -> str:
+    """UserError that names ``of`` for what is no origin as a browser sends it."""
+    if origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/@?#*,A-Z]+", origin):
+        return origin
+    raise UserError(
+        f"{of}: {origin!r} is not an origin; give https://example.org, with the port where there "
+        "is one and nothing behind it, or * for all"
+    )
+
+
+def _encodings(token: str) -> tuple[str, ...]:
+    try:
+        token.encode("latin-1")
+    except UnicodeEncodeError:
+        return ("utf-8",)
+    return ("utf-8", "latin-1")
 
 
 class Guard:
@@ -54,12 +92,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         status = 0
+        # What GET answers, without its body.
+        head = scope["method"] == "HEAD"
+        if head:
+            scope = {**scope, "method": "GET"}
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], *_SECURITY]}
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:

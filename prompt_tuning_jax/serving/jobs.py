@@ -72,7 +72,5 @@ def _in_parts(
     targets: tuple[tuple[int, ...], ...], shapes: Shapes
 ) -> list[tuple[tuple[int, ...], ...]]:
     """Targets in parts that fit the compiled shapes, in order."""
-    longest = max(map(len, targets))
-    fits = [one for one in shapes.targets if one.length >= longest]
-    number = max(one.number for one in fits)
+    number = shapes.targets_at_once(max(map(len, targets)))
     return [targets[i : i + number] for i in range(0, len(targets), number)]

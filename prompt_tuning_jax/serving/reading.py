@@ -1,6 +1,7 @@
 """Checks a request and tokenises it."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -95,7 +96,28 @@ class Reader:
                 one = replace(one, targets=(targets[number],))
             _check_ranks(one, number, request)
             wanted.append(one)
+        if request.mode == "label":
+            self._check_labels(wanted)
         return wanted
+
+    def _check_labels(self, wanted: list[Wanted]) -> None:
+        """Many labels take several rows of an input; that they are the reason is said."""
+        shapes, most = self._engine.shapes, self._limits.waiting_rows
+        pairs = sum(len(one.prompts) for one in wanted)
+        rows, largest, at_once = 0, wanted[0], 1
+        for one in wanted:
+            number = shapes.targets_at_once(max(map(len, one.targets)))
+            rows += len(one.prompts) * math.ceil(len(one.targets) / number)
+            if len(one.targets) >= len(largest.targets):
+                largest, at_once = one, number
+        if rows > most:
+            fit = max(1, most // pairs) * at_once
+            raise RefusedError(
+                413,
+                f"{len(largest.labels)} labels for each of {pairs} inputs times prompts; at most "
+                f"{fit} labels fit beside so many, or send fewer inputs",
+                field="options.labels",
+            )
 
     def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
         """The task of this name, or with one of its prompts alone: ``TASK/PROMPT``."""

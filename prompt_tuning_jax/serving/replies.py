@@ -1,11 +1,19 @@
 """What the server's paths answer with: states, tasks, and errors as JSON."""
 
+from collections.abc import Callable, Coroutine
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving import schema
 from prompt_tuning_jax.serving.limits import RefusedError
 from prompt_tuning_jax.serving.service import Service
@@ -29,13 +37,11 @@ def handle_errors(app: FastAPI) -> None:
         if first["loc"] == ("body",) and "json" not in kind and kind != "application/octet-stream":
             message = f"the body is {kind or 'of no type'}; send content-type: application/json"
             return error_of(422, message, field="body")
-        if first["type"] == "json_invalid":
-            where_at = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
-            message = f"the body is no JSON{where_at}: {first['ctx']['error']}"
+        if first["loc"] == ("body",) and first["type"].startswith("model_"):
+            message = 'the body is not an object; send {"task": "NAME", "inputs": ["TEXT"]}'
             return error_of(422, message, field="body")
         field = ""
-        where = () if first["type"] == "json_invalid" else first["loc"][1:]
-        for part in where:
+        for part in first["loc"][1:]:
             if isinstance(part, int):
                 field += f"[{part}]"
             elif part.isidentifier():  # others name a branch of a type
@@ -46,9 +52,40 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # the framework's word for bytes that are no UTF-8
-            return error_of(422, "the body is no JSON", field="body")
-        return error_of(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        if error.status_code == 400:  # the framework's word for a body that could not be read
+            cause = error.__cause__
+            message = str(cause) if isinstance(cause, UserError) else "the body is not JSON"
+            return error_of(422, message, field="body")
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route alone
+            headers["Allow"] = ", ".join(_methods_at(request))
+        return error_of(error.status_code, str(error.detail), headers=headers)
+
+
+class BoundedRoute(APIRoute):
+    """A path whose JSON body is read within bounds; what is beyond them is refused as a body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handle(_BoundedRequest(request.scope, request.receive))
+
+        return bounded
+
+
+class _BoundedRequest(Request):
+    async def json(self) -> Any:
+        return read_json(await self.body(), of="the body")
+
+
+def _methods_at(request: Request) -> list[str]:
+    """What this path takes."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted({*found, "HEAD"} if "GET" in found else found)
 
 
 def status_of(service: Service, code: int) -> Response:
@@ -78,7 +115,7 @@ def info_of(task: ServedTask) -> schema.TaskInfo:
                 steps=known.steps,
                 metric=known.metric or None,
                 score=known.score,
-                trained_on=known.task or None,
+                trained_on=without_folder(known.task) or None,
             )
         )
     labels = list(task.labels)
@@ -91,6 +128,13 @@ def info_of(task: ServedTask) -> schema.TaskInfo:
         columns=[*wording.columns] if len(wording.columns) > 1 else None,
         prompts=prompts,
     )
+
+
+def without_folder(name: str) -> str:
+    """A name as it is; of a place on this machine or in a bucket its last part."""
+    if Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or "://" in name:
+        return PureWindowsPath(name.rstrip("/")).name or name
+    return Path(name).name if name.startswith(("~", "../")) else name
 
 
 def as_json(model: BaseModel) -> Response:

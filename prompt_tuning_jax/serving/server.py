@@ -10,8 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.connections import ConnectionLimits, limited, within_open_files
 
-_CONNECTIONS = 1000  # open at once
+_LAST_PORT = 65_535
 _TWICE = 1.0  # seconds between two signals that are meant
 
 
@@ -28,14 +29,24 @@ def bound(host: str, port: int) -> socket.socket:
 
     UserError where the address is taken, or none of this machine.
     """
-    own = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if not 0 <= port <= _LAST_PORT:
+        raise UserError(f"--port {port}: a port is a number from 0 to {_LAST_PORT}")
+    named = host.removeprefix("[").removesuffix("]") if ":" in host else host
+    own: socket.socket | None = None
     try:
+        if not named.strip():
+            raise OSError("give a name or address, 0.0.0.0 for all of this machine's")
+        found = socket.getaddrinfo(named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        own = socket.socket(family)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        own.bind((host, port))
-    except OSError as error:
-        own.close()
+        own.bind(address)
+    except (OSError, ValueError) as error:  # ValueError: a name that could be none
+        if own is not None:
+            own.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
+            f"--host {host} --port {port} cannot be listened on: {reason}; "
             "--port 0 takes a free one"
         ) from None
     return own
@@ -52,20 +63,23 @@ def serve(
     own: socket.socket,
     *,
     drain_seconds: float,
+    limits: ConnectionLimits | None = None,
     on_drain: Callable[[], None] = lambda: None,
 ) -> None:
     """Returns after SIGTERM or SIGINT, or raises what stopped the start; a second signal hurries.
 
     ``make`` is given what the application is to call once it has started.  ``own`` is a bound
-    socket, and closed at the end.
+    socket, and closed at the end.  UserError where this process may open too few files.
     """
-    asyncio.run(_serve(make, own, drain_seconds, on_drain))
+    allowed = within_open_files(limits or ConnectionLimits())
+    asyncio.run(_serve(make, own, drain_seconds, allowed, on_drain))
 
 
 async def _serve(
     make: Callable[[Callable[[BaseException | None], None]], FastAPI],
     own: socket.socket,
     drain_seconds: float,
+    limits: ConnectionLimits,
     on_drain: Callable[[], None],
 ) -> None:
     failures: list[BaseException] = []
@@ -77,10 +91,13 @@ async def _serve(
 
     config = uvicorn.Config(
         make(started),
-        log_level="warning",
+        http=limited(limits),
+        ws="none",
+        log_level="error",  # not each request that is none
         access_log=False,  # texts and tokens are nobody's business
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        backlog=limits.backlog,
+        timeout_keep_alive=limits.keep_alive_seconds,  # type: ignore[arg-type]  # fractions too
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
     server = _Server(config)

@@ -93,6 +93,10 @@ class Shapes:
         """The smallest that holds so many targets of such a length."""
         return next((one for one in self.targets if one.holds(number, length)), None)
 
+    def targets_at_once(self, longest: int) -> int:
+        """How many targets of at most ``longest`` tokens one row can have."""
+        return max(one.number for one in self.targets if one.length >= longest)
+
     def programs(self) -> Iterator[Program]:
         """Everything that reads inputs for plain prompts; the smallest first."""
         for length, rows, prompt in product(self.lengths, self.batch_sizes, self.prompt_lengths):

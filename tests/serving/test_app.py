@@ -11,7 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import generate, score
+from prompt_tuning_jax.serving.guard import checked_origin, checked_token
 from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.service import Service
 from tests.serving.serving_app import ADMIN, ask, make_service, running, task_folder
@@ -190,7 +192,7 @@ def test_a_body_that_is_too_large_or_no_json(folder: Path) -> None:
             assert answer.json()["error"]["field"] == "body"
         typed = {"content-type": "application/json; charset=utf-8"}
         form = {"content-type": "application/x-www-form-urlencoded"}
-        for headers, said in ((typed, "no JSON at character 1"), (form, "application/json")):
+        for headers, said in ((typed, "the body: not JSON"), (form, "application/json")):
             answer = await client.post("/v1/predict", content=b"{", headers=headers)
             error = answer.json()["error"]
             assert (answer.status_code, error["field"]) == (422, "body")
@@ -392,5 +394,218 @@ def test_every_answer_says_what_a_browser_may_do_with_it(folder: Path, path: str
         if path == "/":  # nothing that this policy would block
             assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=", answer.text)
             assert answer.headers["content-type"].startswith("text/html")
+
+    with_server(folder, test)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper"),
+        (b'{"inputs": ["a"], "options": {"max_length": ' + b"1" * 5000 + b"}}", "5000 digits"),
+        (b'{"inputs": ["a"], "options": {"deadline_ms": 1e999}}', "too large"),
+        (b'{"inputs": ["a"], "options": {"deadline_ms": NaN}}', "NaN"),
+        (b'{"task": "\\ud800", "inputs": ["a"]}', "half a character"),
+        (b'{"inputs": ["\\udc00"]}', "half a character"),
+        (b'{"inputs": ["a"], "options": {"labels": ["a", "\\ud800"]}}', "half a character"),
+        (b'{"inputs": ["\xff"]}', "UTF-8"),
+        (b'{"inputs": ["a"]', "cut off"),
+        (b"[1]", "not an object"),
+        (b"", "required"),
+    ],
+)
+def test_bodies_that_a_reader_of_json_may_choke_on(folder: Path, body: bytes, said: str) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/predict", content=body, headers=headers)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["field"]) == (422, "body")
+        assert said in error["message"] and len(error["message"].splitlines()) == 1
+
+    with_server(folder, test)
+
+
+@pytest.mark.parametrize(("labels", "inputs", "fit"), [(250, 1, 160), (9, 20, 8)])
+def test_too_many_labels_are_refused_as_labels(
+    folder: Path, labels: int, inputs: int, fit: int
+) -> None:
+    """Four labels are one row here, and 40 rows may wait."""
+    vocabulary = micro_model().vocabulary
+    words = list(dict.fromkeys(vocabulary.decode([i]) for i in range(3, 200)))
+    one_token = [word for word in words if word and len(vocabulary.encode(word)) == 1]
+    assert len(one_token) >= 16
+    pairs = [f"{a} {b}" for a in one_token[:16] for b in one_token[:16]]
+    texts = (pairs if labels > 16 else one_token)[:labels]
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        options = {"labels": texts}
+        answer = await ask(client, task="plain", inputs=["ban"] * inputs, options=options)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["field"]) == (413, "options.labels")
+        at_once = 4 if labels <= 16 else 1
+        assert f"{labels} labels" in error["message"] and "rows" not in error["message"]
+        most = 40 // inputs * at_once
+        assert f"at most {most} labels" in error["message"]
+        options = {"labels": texts[:most]}
+        answer = await ask(client, task="plain", inputs=["ban"] * inputs, options=options)
+        assert answer.status_code == 200, answer.text
+
+    with_server(folder, test, limits=Limits(inputs=20, waiting_rows=40))
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/healthz", "GET, HEAD"),
+        ("/v1/predict", "POST"),
+        ("/v1/tasks", "GET, HEAD"),
+        ("/v1/tasks/colour", "DELETE, PUT"),
+        ("/v1/tasks/colour/words", "GET, HEAD"),
+        ("/", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_what_a_path_takes_and_head(folder: Path, path: str, allowed: str) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await client.request("PATCH", path, headers=ADMIN)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        head = await client.head(path)
+        if "GET" in allowed:
+            get = await client.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            for name in ("content-type", "content-length"):
+                if path != "/metrics":  # which counts the requests themselves
+                    assert head.headers[name] == get.headers[name]
+        else:
+            assert (head.status_code, head.headers["allow"]) == (405, allowed)
+
+    with_server(folder, test)
+
+
+def test_tokens_of_any_letters(folder: Path) -> None:
+    for token in ("clé", "ключ-🔑", "\udcff\udce9"):  # the last is how bytes of no UTF-8 come
+
+        async def test(client: httpx.AsyncClient, service: Service, token: str = token) -> None:
+            async def status(value: bytes) -> int:
+                headers = [(b"authorization", b"Bearer " + value)]
+                return (await client.get("/v1/tasks", headers=headers)).status_code
+
+            as_utf8 = token.encode("utf-8", "surrogateescape")
+            assert await status(as_utf8) == 200
+            assert await status(b" " + as_utf8 + b" ") == 200
+            assert await status(as_utf8[:-1]) == 401
+            assert await status(token.encode("ascii", "replace")) == 401
+            if token == "clé":
+                assert await status(token.encode("latin-1")) == 200
+
+        with_server(folder, test, token=token)
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [("  ", "blank"), ("a\nb", "control"), ("a\x7fb", "control")]
+)
+def test_tokens_that_no_header_can_hold(token: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"NAME .*{said}") as raised:
+        checked_token(token, of="NAME")
+    assert token.strip() not in str(raised.value) or not token.strip()
+    assert checked_token(" a b\n", of="NAME") == "a b"
+    assert checked_token("", of="NAME") == ""
+
+
+def test_openapi_says_which_token_each_path_asks_for(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        described = (await client.get("/openapi.json")).json()
+        schemes = described["components"]["securitySchemes"]
+        assert {one["scheme"] for one in schemes.values()} == {"bearer"}
+        asked = {
+            (method, path): "".join(*operation.get("security", [""]))
+            for path, methods in described["paths"].items()
+            for method, operation in methods.items()
+        }
+        assert asked == {
+            ("get", "/healthz"): "",
+            ("get", "/readyz"): "",
+            ("get", "/metrics"): "",
+            ("post", "/v1/predict"): "token",
+            ("get", "/v1/tasks"): "token",
+            ("get", "/v1/tasks/{name}/words"): "token",
+            ("put", "/v1/tasks/{name}"): "admin",
+            ("delete", "/v1/tasks/{name}"): "admin",
+        }
+
+    async def open_to_all(client: httpx.AsyncClient, service: Service) -> None:
+        described = (await client.get("/openapi.json")).json()
+        assert "security" not in described["paths"]["/v1/predict"]["post"]
+
+    with_server(folder, test, token="secret")
+    with_server(folder, open_to_all)
+
+
+def test_pages_of_other_origins_may_ask_where_that_is_allowed(folder: Path) -> None:
+    origin = "https://there.example"
+    asking = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+
+    async def closed(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await client.options("/v1/predict", headers=asking)
+        assert answer.status_code == 405
+        answer = await client.get("/healthz", headers={"Origin": origin})
+        assert "access-control-allow-origin" not in answer.headers
+
+    async def opened(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await client.options("/v1/predict", headers=asking)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        # A refusal too, so that the page can read why.
+        for path in ("/healthz", "/v1/tasks"):
+            answer = await client.get(path, headers={"Origin": origin})
+            assert answer.headers["access-control-allow-origin"] == origin
+        other = await client.get("/healthz", headers={"Origin": "https://else.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+    with_server(folder, closed, token="secret")
+    with_server(folder, opened, token="secret", cors_origins=[origin])
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://a.b/path", "https://A.b", "https://"])
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(UserError, match="--cors_origins"):
+        checked_origin(origin, of="--cors_origins")
+    for fine in ("*", "https://a.b", "http://localhost:3000", "http://[::1]:80"):
+        assert checked_origin(fine, of="") == fine
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("word_valence", "word_valence"),
+        ("google/t5-v1_1-small", "google/t5-v1_1-small"),
+        ("data/qc/train.jsonl", "data/qc/train.jsonl"),
+        ("/home/someone/data/train.jsonl", "train.jsonl"),
+        ("/home/someone/model/", "model"),
+        ("C:\\Users\\someone\\train.csv", "train.csv"),
+        ("gs://bucket/of/someone/model", "model"),
+        ("~/models/small", "small"),
+        ("../../someone/train.jsonl", "train.jsonl"),
+        ("", ""),
+    ],
+)
+def test_the_list_of_tasks_shows_no_place_on_the_machine(
+    folder: Path, name: str, shown: str
+) -> None:
+    write_prompt(folder / "placed.safetensors", task=name)
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        service.model_name = name
+        answer = await client.get("/v1/tasks")
+        (placed,) = [task for task in answer.json()["tasks"] if task["name"] == "placed"]
+        assert placed["prompts"][0].get("trained_on", "") == shown
+        assert answer.json()["model"] == shown
+        if shown != name:
+            assert "someone" not in answer.text
 
     with_server(folder, test)

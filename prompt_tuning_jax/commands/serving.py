@@ -149,8 +149,8 @@ def open_service(
     ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
     """
     from prompt_tuning_jax.commands.served_methods import methods_of
+    from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
     from prompt_tuning_jax.serving.engine import Engine
-    from prompt_tuning_jax.serving.folder import CHANGES, KeptChanges
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.tasks import Fits, Tasks
 
@@ -170,9 +170,16 @@ def open_service(
         longest_label=serving.max_new_tokens,
     )
     tasks = _tasks_in(folder, fits, model)
-    kept = KeptChanges(folder) if changes or (folder / CHANGES).is_dir() else None
-    if kept is not None:
-        tasks = kept.apply(tasks, fits)
+    kept = KeptChanges(folder)
+    tasks = kept.apply(tasks, fits)
+    if changes:
+        try:
+            with kept.changing():  # clears away what a killed server has left
+                pass
+        except StorageError as error:
+            print(f"note: {folder} takes no changes now: {error}", file=sys.stderr)
+        except BusyError:
+            print(f"note: another server is changing {folder}", file=sys.stderr)
     if not tasks and not changes:
         raise UserError(
             f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts or "
@@ -191,7 +198,8 @@ def open_service(
         engine,
         Tasks(tasks),
         fits=fits,
-        kept=kept if changes else None,
+        kept=kept,
+        changes=changes,
         limits=_limits(serving),
         model_name=experiment.model.name_or_path,
         apart=apart,

@@ -38,6 +38,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "the computation has failed"},
     503: {"description": "not ready yet, or about to end"},
     504: {"description": "the deadline has passed"},
+    507: {"description": "there is no room on the disk"},
 }
 for _about in _ERRORS.values():
     _about["model"] = schema.Error
@@ -218,7 +219,7 @@ def make_app(
             "/v1/tasks/{name}",
             dependencies=admin,
             response_model=schema.TaskInfo,
-            responses={code: _ERRORS[code] for code in (401, 408, 413, 422)},
+            responses={code: _ERRORS[code] for code in (401, 408, 413, 422, 500, 503, 507)},
             openapi_extra=_UPLOAD,
         )
         async def put_task(
@@ -240,7 +241,7 @@ def make_app(
             "/v1/tasks/{name}",
             dependencies=admin,
             status_code=204,
-            responses={code: _ERRORS[code] for code in (401, 404, 422)},
+            responses={code: _ERRORS[code] for code in (401, 404, 422, 500, 503, 507)},
         )
         async def delete_task(name: Name) -> Response:
             """Serves the task no more; files that the server did not write itself stay."""

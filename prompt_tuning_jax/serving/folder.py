@@ -1,23 +1,13 @@
-"""A folder of prompts and runs as tasks, and the changes to it that a server keeps beside them.
+"""A folder of prompts and runs as tasks."""
 
-What a server is given at run time is kept in ``DIR/.served``: prompt files, and ``tasks.json``,
-which names them and the tasks that were removed.  That file is replaced in one go, so that after a
-kill there is the old state or the new one; the user's own files are never touched.
-"""
-
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.peft import is_peft
-from prompt_tuning_jax.checkpoints.prompt_file import for_task, listed, save_prompt, tasks_of
+from prompt_tuning_jax.checkpoints.prompt_file import for_task, listed, tasks_of
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.tuned_file import is_tuned_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.tasks import (
     Fits,
@@ -28,8 +18,6 @@ from prompt_tuning_jax.serving.tasks import (
     natural,
 )
 
-CHANGES = ".served"
-_INDEX = "tasks.json"
 # Where a run keeps its prompts, what other methods tuned, and where it tuned all, that.
 _RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
@@ -153,99 +141,6 @@ def task_name(trained_on: str) -> str:
         return trained_on
     named = path.parent.name if path.stem in ("train", "data", "examples") else path.stem
     return named or path.stem
-
-
-class KeptChanges:
-    """Tasks that were put and removed while a server ran, in ``folder/.served``."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / CHANGES
-        self._index = self._read()
-
-    def apply(self, tasks: Mapping[str, ServedTask], fits: Fits) -> dict[str, ServedTask]:
-        """The tasks of the folder with the changes made to them."""
-        changed = {name: task for name, task in tasks.items() if name not in self._index["removed"]}
-        for name, kept in self._index["put"].items():
-            prompts = [
-                for_name(fits.prompt(self._folder / file, name=prompt), name, labels=kept["labels"])
-                for prompt, file in kept["prompts"].items()
-            ]
-            changed[name] = fits.task(name, prompts, kept["labels"])
-        return changed
-
-    def put(self, task: ServedTask, files: Mapping[str, bytes]) -> None:
-        """Keeps a task: ``files`` holds, by prompt, those of its files that are not kept yet."""
-        kept = dict(self._index["put"].get(task.name, {"prompts": {}})["prompts"])
-        for prompt, content in files.items():
-            digest = hashlib.sha256(content).hexdigest()[:16]
-            suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".safetensors"
-            file = self._folder / f"{task.name}.{prompt}.{digest}{suffix}"
-            with written_aside(file) as aside:
-                aside.write_bytes(content)
-            kept[prompt] = file.name
-        for own in task.prompts:  # those from the user's folder that go on beside a new one
-            if own.name not in kept and isinstance(own, ServedPrompt):
-                kept[own.name] = f"{task.name}.{own.name}.{own.number}.safetensors"
-                file = self._folder / kept[own.name]
-                save_prompt(file, own.prompt_PD, metadata=own.metadata, dtype=None)
-        prompts = {own.name: kept[own.name] for own in task.prompts}
-        put = {**self._index["put"], task.name: {"prompts": prompts, "labels": list(task.labels)}}
-        removed = [name for name in self._index["removed"] if name != task.name]
-        self._write({"put": put, "removed": removed})
-
-    def holds(self, name: str) -> bool:
-        """Whether this task was put here, and not found in the user's folder."""
-        return name in self._index["put"]
-
-    def remove(self, name: str) -> None:
-        put = {known: kept for known, kept in self._index["put"].items() if known != name}
-        self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
-
-    def check_upload(self, content: bytes, fits: Fits, *, name: str) -> ServedPrompt:
-        """The prompt in an upload, checked as a file is; nothing of it stays where it is wrong."""
-        if not content:
-            raise UserError("the body is empty; send a prompt as .npy or .safetensors")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        aside = self._folder / f".upload.{digest}"
-        try:
-            aside.write_bytes(content)
-            if is_tuned_file(aside):
-                raise UserError(
-                    f"{aside} is what a method tuned, and only plain prompts are added at run "
-                    "time; put it into the folder and start the server again"
-                )
-            return fits.prompt(aside, name=name)
-        except UserError as error:
-            raise UserError(str(error).replace(str(aside), "the upload")) from None
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        path = self._folder / _INDEX
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            removed, put = index["removed"], index["put"]
-            names = [*removed, *put, *(p for kept in put.values() for p in kept["prompts"])]
-            files = [file for kept in put.values() for file in kept["prompts"].values()]
-            for name in [*names, *files]:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise ValueError(f"{name!r} is no name")
-        except FileNotFoundError:
-            return {"put": {}, "removed": []}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {str(error)[:200]}; remove it") from None
-        return {"put": put, "removed": removed}
-
-    def _write(self, index: dict[str, Any]) -> None:
-        with written_aside(self._folder / _INDEX) as aside:
-            aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-        self._index = index
-        named = {file for kept in index["put"].values() for file in kept["prompts"].values()}
-        for file in self._folder.iterdir():  # what nobody names any more
-            if file.suffix in PROMPT_SUFFIXES and file.name not in named:
-                with suppress(OSError):
-                    file.unlink()
 
 
 def _files_of_run(folder: Path) -> tuple[Path, ...]:

@@ -1,16 +1,18 @@
 """Requests to rows and back: the server without its network."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from prompt_tuning_jax.data.wording import Given
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.answers import assembled
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
+from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.folder import KeptChanges, for_name
+from prompt_tuning_jax.serving.folder import for_name
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
@@ -18,6 +20,9 @@ from prompt_tuning_jax.serving.reading import Reader, Wanted, too_many_rows
 from prompt_tuning_jax.serving.schema import PredictRequest, Result
 from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks, check_name
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_FOLLOW = 1.0  # seconds between two looks at what other servers have changed
 _LONG = 20_000  # characters, from which on others need not wait for the tokeniser
 
 
@@ -31,11 +36,15 @@ class Service:
         *,
         fits: Fits,
         kept: KeptChanges | None = None,
+        changes: bool = False,
         limits: Limits | None = None,
         model_name: str = "",
         apart: bool = False,
     ) -> None:
-        """``apart`` computes each task in batches of its own, to compare with."""
+        """``changes`` allows this server to change what is ``kept``, which others may as well.
+
+        ``apart`` computes each task in batches of its own, to compare with.
+        """
         self.engine, self.tasks, self.fits = engine, tasks, fits
         self.limits = limits or Limits()
         self.model_name = model_name
@@ -46,7 +55,8 @@ class Service:
         self.state = "starting"
         self.compiled = 0
         self.to_compile = engine.steps_to_compile()
-        self._kept, self._apart = kept, apart
+        self._kept, self._changes, self._apart = kept, changes, apart
+        self._following: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         self._reader = Reader(engine, tasks, fits=fits, limits=self.limits)
 
@@ -68,12 +78,16 @@ class Service:
 
         await self.batcher.call(self.engine.compile, one)
         self.batcher.start()
+        if self._kept is not None:
+            self._following = asyncio.create_task(self._follow_others(self._kept))
         if self.state == "starting":
             self.state = "ready"
 
     async def close(self) -> None:
         """Answers what it has taken, and takes no more."""
         self.state = "draining"
+        if self._following is not None:
+            self._following.cancel()
         await self.batcher.close()
 
     async def predict(self, request: PredictRequest) -> list[Result]:
@@ -145,38 +159,87 @@ class Service:
         kept = self._require_kept()
         _checked_name(name, "name")
         _checked_name(prompt or name, "prompt")
-        async with self._changing:
 
-            def made() -> ServedTask:
-                fits = replace(self.fits, longest=self.engine.shapes.prompt_lengths[-1])
-                new = kept.check_upload(content, fits, name=prompt or name)
-                new = for_name(new, name, labels=labels)
-                old = self.tasks.get(name) if prompt else None
-                others = [] if old is None else [p for p in old.prompts if p.name != new.name]
-                if any(not isinstance(other, ServedPrompt) for other in others):
-                    raise UserError(
-                        f"task {name!r} is {old.method if old else ''}, and only plain prompts "
-                        "are added beside others at run time; leave out prompt to replace the task"
-                    )
-                given = tuple(labels) or (old.labels if old is not None else ())
-                task = self.fits.task(name, [*others, new], given)
-                kept.put(task, {new.name: content})
-                return task
-
-            try:
-                task = await asyncio.to_thread(made)
-            except UserError as error:
-                raise RefusedError(422, str(error), field="body") from None
+        def made() -> ServedTask:
+            new = kept.check_upload(content, self._uploads, name=prompt or name)
+            new = for_name(new, name, labels=labels)
+            old = self.tasks.get(name) if prompt else None
+            others = [] if old is None else [p for p in old.prompts if p.name != new.name]
+            if any(not isinstance(other, ServedPrompt) for other in others):
+                raise UserError(
+                    f"task {name!r} is {old.method if old else ''}, and only plain prompts "
+                    "are added beside others at run time; leave out prompt to replace the task"
+                )
+            given = tuple(labels) or (old.labels if old is not None else ())
+            task = self.fits.task(name, [*others, new], given)
+            kept.put(task, {new.name: content})
             self.tasks.put(task)
             return task
 
+        try:
+            return await self._changed(kept, made)
+        except UserError as error:
+            raise RefusedError(422, str(error), field="body") from None
+
     async def remove_task(self, name: str) -> None:
+        """No longer serves a task; its file stays where it is the user's."""
         kept = self._require_kept()
-        async with self._changing:
+
+        def removed() -> None:
             if self.tasks.get(name) is None:
                 raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
-            await asyncio.to_thread(kept.remove, name)
+            kept.remove(name)
             self.tasks.remove(name)
+
+        await self._changed(kept, removed)
+
+    async def _changed(self, kept: KeptChanges, change: Callable[[], T]) -> T:
+        """What a change gives back, made to what all servers of the folder have left of it."""
+
+        def alone() -> T:
+            with kept.changing():
+                try:
+                    self._follow_now(kept)
+                except UserError as error:  # of no concern to who asks
+                    _log.error("%s", error)
+                    raise StorageError("the list of changes cannot be read; see the log") from None
+                return change()
+
+        async with self._changing:
+            try:
+                return await asyncio.to_thread(alone)
+            except BusyError:
+                message = "another server is changing the folder"
+                raise RefusedError(503, message, retry_after=1) from None
+            except StorageError as error:
+                _log.error("%s", error)
+                raise RefusedError(507 if error.full else 500, str(error)) from None
+
+    async def _follow_others(self, kept: KeptChanges) -> None:
+        """Serves what other servers of the same folder are given, for ever."""
+        said = ""
+        while True:
+            await asyncio.sleep(_FOLLOW)
+            try:
+                async with self._changing:
+                    await asyncio.to_thread(self._follow_now, kept)
+            except (OSError, UserError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    _log.error("changes of other servers cannot be read: %s", said)
+
+    def _follow_now(self, kept: KeptChanges) -> None:
+        def complain(name: str, error: UserError) -> None:
+            _log.error("task %s, which another server was given, is not served: %s", name, error)
+
+        tasks = kept.refreshed(self._uploads, complain)
+        if tasks is not None:
+            self.tasks.replace(tasks)
+
+    @property
+    def _uploads(self) -> Fits:
+        """What a prompt must be that comes while the server runs."""
+        return replace(self.fits, longest=self.engine.shapes.prompt_lengths[-1])
 
     async def nearest_words(self, name: str) -> list[tuple[str, list[list[tuple[str, float]]]]]:
         """For each prompt of a task, for each position, words and their cosines."""
@@ -207,7 +270,7 @@ class Service:
             raise RefusedError(503, f"the server is {self.state}", retry_after=1)
 
     def _require_kept(self) -> KeptChanges:
-        if self._kept is None:
+        if self._kept is None or not self._changes:
             raise RefusedError(404, "this server's tasks are fixed: it has no admin token")
         return self._kept
 

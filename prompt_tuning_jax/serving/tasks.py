@@ -177,6 +177,9 @@ class Tasks:
     def everything(self) -> Mapping[str, ServedTask]:
         return self._tasks
 
+    def replace(self, tasks: Mapping[str, ServedTask]) -> None:
+        self._tasks = dict(tasks)
+
     def put(self, task: ServedTask) -> None:
         self._tasks = {**self._tasks, task.name: task}
 

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 
 from prompt_tuning_jax.serving.app import make_app
+from prompt_tuning_jax.serving.changes import KeptChanges
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.folder import KeptChanges, find_tasks, load_found
+from prompt_tuning_jax.serving.folder import find_tasks, load_found
 from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.tasks import Fits, Tasks
@@ -84,7 +85,8 @@ def make_service(folder: Path, *, changes: bool = True, limits: Limits | None = 
         engine,
         Tasks(served),
         fits=fits(),
-        kept=kept if changes else None,
+        kept=kept,
+        changes=changes,
         limits=limits or Limits(inputs=20),
         model_name="micro",
     )

@@ -1,21 +1,18 @@
 """What a folder of prompts is taken for, and what survives a damaged one."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.commands.serving import Serving, default_experiment, open_service
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment, Model
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.overrides import to_json
-from prompt_tuning_jax.serving.folder import KeptChanges, find_tasks, load_found, task_name
+from prompt_tuning_jax.serving.folder import find_tasks, load_found, task_name
 from prompt_tuning_jax.serving.tasks import check_name, natural
 from tests.serving.serving_app import fits
-from tests.serving.serving_micro import made_prompt, write_prompt
+from tests.serving.serving_micro import write_prompt
 from tests.tiny_run import LABELS, model_folder
 
 SERVING = Serving(lengths=(8,), batch_sizes=(1,), modes=("label",), max_new_tokens=6)
@@ -103,54 +100,6 @@ def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:
     assert task is not None
     assert {prompt.placement for prompt in task.prompts} == {2}
     assert service.engine.shapes.prompt_lengths == (5,)
-
-
-@pytest.mark.parametrize(
-    "index",
-    ["{", "[]", '{"put": {}}', '{"removed": [], "put": {"a": {"prompts": {"p": "../../x.npy"}}}}'],
-)
-def test_a_damaged_index_is_said(tmp_path: Path, index: str) -> None:
-    (tmp_path / ".served").mkdir()
-    (tmp_path / ".served" / "tasks.json").write_text(index)
-    with pytest.raises(UserError, match="damaged"):
-        KeptChanges(tmp_path)
-
-
-def test_a_write_that_fails_leaves_the_old_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = write_prompt(tmp_path / "new.npy").read_bytes()
-    kept = KeptChanges(tmp_path)
-    prompt = kept.check_upload(content, fits(), name="p")
-    kept.put(fits().task("first", [prompt]), {"p": content})
-    before = (tmp_path / ".served" / "tasks.json").read_bytes()
-
-    def full(*_: object, **__: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(json, "dumps", full)
-    with pytest.raises(UserError, match="No space left"):
-        kept.put(fits().task("second", [prompt]), {"p": content})
-    monkeypatch.undo()
-    assert (tmp_path / ".served" / "tasks.json").read_bytes() == before
-    assert [*KeptChanges(tmp_path).apply({}, fits())] == ["first"]
-    # What the failed one has left is cleared away by the next.
-    kept.remove("first")
-    assert [file.name for file in (tmp_path / ".served").iterdir()] == ["tasks.json"]
-
-
-def test_a_new_prompt_beside_those_of_the_users_folder(tmp_path: Path) -> None:
-    """All of the task is kept then, as it was served."""
-    old, new = made_prompt(3, seed=1), made_prompt(4, seed=2)
-    content = write_prompt(tmp_path / "new.npy").read_bytes()
-    kept = KeptChanges(tmp_path)
-    kept.put(fits().task("both", [old, new], LABELS), {"seed_2": content})
-    (task,) = KeptChanges(tmp_path).apply({}, fits()).values()
-    np.testing.assert_array_equal(task.prompts[0].prompt_PD, old.prompt_PD)
-    assert [prompt.name for prompt in task.prompts] == ["seed_1", "seed_2"]
-    assert task.prompts[0].metadata == PromptMetadata(
-        created_by=task.prompts[0].metadata.created_by
-    )
 
 
 def test_names_in_the_order_of_their_numbers() -> None:

@@ -1,0 +1,262 @@
+"""The changes that servers make to a folder of prompts, kept in it for all of them.
+
+What a server is given at run time is kept in ``DIR/.served``: prompt files, and ``tasks.json``,
+which names them and the tasks that were removed.  That file is replaced in one go, so that after a
+kill there is the old state or the new one; the user's own files are never touched.
+
+Several servers may share a folder.  One changes it at a time, under a lock that ends with its
+process, and reads what the others have done before it writes; all follow the file as it changes.
+"""
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import filelock
+
+from prompt_tuning_jax.bounded_json import json_text, read_json_file
+from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.tuned_file import is_tuned_file
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.folder import for_name
+from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask
+
+CHANGES = ".served"
+_INDEX, _LOCK = "tasks.json", ".lock"
+_UPLOAD = ".upload.tmp"
+_TRIES = 5  # at an index whose files another server replaces meanwhile
+
+# What tasks.json holds of a task that was put: its labels, and its prompts' files by their names.
+Entry: TypeAlias = Mapping[str, Any]
+# By the name of a task: what is wrong with it.
+Complain: TypeAlias = Callable[[str, UserError], None]
+
+
+class StorageError(UserError):
+    """The folder cannot be written or read; ``full`` where there is no room on its disk."""
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
+
+
+class BusyError(Exception):
+    """Another server has been changing the folder for as long as was waited."""
+
+
+class KeptChanges:
+    """Tasks that were put and removed while servers ran, in ``folder/.served``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / CHANGES
+        self._own: dict[str, ServedTask] = {}
+        self._loaded: dict[str, tuple[Entry, ServedTask]] = {}
+        self._seen: Any = None
+        self._read()
+
+    def apply(self, tasks: Mapping[str, ServedTask], fits: Fits) -> dict[str, ServedTask]:
+        """The tasks of the folder itself, with all changes made to them."""
+        self._own = dict(tasks)
+        return self._load(fits)
+
+    def refreshed(self, fits: Fits, complain: Complain) -> dict[str, ServedTask] | None:
+        """All tasks where another server has changed something since; otherwise None.
+
+        A task that does not fit here is left out, and ``complain`` hears of it.
+        """
+        if self._stamp() == self._seen:
+            return None
+        return self._load(fits, complain)
+
+    @contextmanager
+    def changing(self, *, wait_seconds: float = 10.0) -> Iterator[None]:
+        """Nobody else changes anything inside; ``refreshed`` comes before a change.
+
+        What a killed server has left half-written is cleared away at the end.  StorageError where
+        the folder cannot be written, BusyError after ``wait_seconds``.
+        """
+        with _storage():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._folder / _LOCK, timeout=wait_seconds)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise BusyError from None
+        try:
+            yield
+        finally:
+            self._clear()
+            lock.release()
+
+    def put(self, task: ServedTask, files: Mapping[str, bytes]) -> None:
+        """Keeps a task: ``files`` holds, by prompt, those of its files that are not kept yet."""
+        kept = dict(self._index["put"].get(task.name, {"prompts": {}})["prompts"])
+        with _storage():
+            for prompt, content in files.items():
+                suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".safetensors"
+                kept[prompt] = f"{task.name}.{prompt}.{_digest(content)}{suffix}"
+                with written_aside(self._folder / kept[prompt]) as aside:
+                    aside.write_bytes(content)
+            for own in task.prompts:  # those from the user's folder that go on beside a new one
+                if own.name not in kept and isinstance(own, ServedPrompt):
+                    digest = _digest(own.prompt_PD.tobytes())
+                    kept[own.name] = f"{task.name}.{own.name}.{digest}.safetensors"
+                    file = self._folder / kept[own.name]
+                    save_prompt(file, own.prompt_PD, metadata=own.metadata, dtype=None)
+        prompts = {own.name: kept[own.name] for own in task.prompts}
+        entry = {"prompts": prompts, "labels": list(task.labels)}
+        put = {**self._index["put"], task.name: entry}
+        removed = [name for name in self._index["removed"] if name != task.name]
+        self._write({"put": put, "removed": removed})
+        self._loaded[task.name] = entry, task
+
+    def remove(self, name: str) -> None:
+        put = {known: kept for known, kept in self._index["put"].items() if known != name}
+        self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
+
+    def check_upload(self, content: bytes, fits: Fits, *, name: str) -> ServedPrompt:
+        """The prompt in an upload, checked as a file is; nothing of it stays where it is wrong."""
+        if not content:
+            raise UserError("the body is empty; send a prompt as .npy or .safetensors")
+        aside = self._folder / _UPLOAD
+        with _storage():
+            aside.write_bytes(content)
+        try:
+            if is_tuned_file(aside):
+                raise UserError(
+                    f"{aside} is what a method tuned, and only plain prompts are added at run "
+                    "time; put it into the folder and start the server again"
+                )
+            return fits.prompt(aside, name=name)
+        except UserError as error:
+            raise UserError(str(error).replace(str(aside), "the upload")) from None
+        finally:
+            with suppress(OSError):
+                aside.unlink()
+
+    def _load(self, fits: Fits, complain: Complain | None = None) -> dict[str, ServedTask]:
+        """Without ``complain`` the first task that does not fit is a UserError."""
+        for _ in range(_TRIES):
+            self._read()
+            try:
+                return self._tasks(fits, complain)
+            except _ReplacedError:
+                continue
+        raise StorageError(f"{self._folder / _INDEX} changes faster than it can be read")
+
+    def _tasks(self, fits: Fits, complain: Complain | None) -> dict[str, ServedTask]:
+        tasks = {
+            name: task for name, task in self._own.items() if name not in self._index["removed"]
+        }
+        loaded = {}
+        for name, entry in self._index["put"].items():
+            known = self._loaded.get(name)
+            try:
+                task = known[1] if known and known[0] == entry else self._task(name, entry, fits)
+            except UserError as error:
+                if self._stamp() != self._seen:  # its files may be gone for that reason
+                    raise _ReplacedError from None
+                if complain is None:
+                    raise
+                complain(name, error)
+                tasks.pop(name, None)
+                continue
+            loaded[name] = entry, task
+            tasks[name] = task
+        self._loaded = loaded
+        return tasks
+
+    def _task(self, name: str, entry: Entry, fits: Fits) -> ServedTask:
+        prompts = [
+            for_name(fits.prompt(self._folder / file, name=prompt), name, labels=entry["labels"])
+            for prompt, file in entry["prompts"].items()
+        ]
+        return fits.task(name, prompts, entry["labels"])
+
+    def _stamp(self) -> Any:
+        try:
+            found = (self._folder / _INDEX).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read(self) -> None:
+        path = self._folder / _INDEX
+        seen = self._stamp()  # before it is read: what is newer is seen again
+        if seen is None:
+            self._index, self._seen = {"put": {}, "removed": []}, None
+            return
+        index = read_json_file(path)
+        if not _is_index(index):
+            raise UserError(f"{path} is damaged: it is not a list of tasks; remove it")
+        self._index, self._seen = {"put": index["put"], "removed": index["removed"]}, seen
+
+    def _write(self, index: dict[str, Any]) -> None:
+        with _storage(), written_aside(self._folder / _INDEX) as aside:
+            aside.write_text(json_text(index, indent=1) + "\n", encoding="utf-8")
+        self._index, self._seen = index, self._stamp()
+
+    def _clear(self) -> None:
+        """Takes away what no task names any more, and what was never finished."""
+        if self._stamp() != self._seen:  # what others may have added is not known
+            return
+        named = {file for kept in self._index["put"].values() for file in kept["prompts"].values()}
+        with suppress(OSError):
+            for file in [*self._folder.iterdir()]:
+                unfinished = file.name.startswith(".") and file.suffix == ".tmp"
+                forgotten = file.suffix in PROMPT_SUFFIXES and file.name not in named
+                if unfinished or forgotten:
+                    with suppress(OSError):
+                        file.unlink()
+
+
+class _ReplacedError(Exception):
+    """The index has been replaced since it was read."""
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or not {"put", "removed"} <= index.keys():
+        return False
+    put, removed = index["put"], index["removed"]
+    if not isinstance(put, dict) or not _are_texts(removed):
+        return False
+    names = [*put, *removed]
+    for entry in put.values():
+        if not isinstance(entry, dict) or not {"prompts", "labels"} <= entry.keys():
+            return False
+        prompts = entry["prompts"]
+        if not isinstance(prompts, dict) or not prompts or not _are_texts([*prompts.values()]):
+            return False
+        if not _are_texts(entry["labels"]):
+            return False
+        names += [*prompts, *prompts.values()]
+    return all(name not in ("", "..") and Path(name).name == name for name in names)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    """What the file system refuses becomes a StorageError, without the place where it was."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = cause.strerror or type(cause).__name__
+        raise StorageError(f"the change cannot be kept: {reason}", full=full) from cause

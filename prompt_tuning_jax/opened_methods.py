@@ -34,11 +34,17 @@ from prompt_tuning_jax.typing import HostArray
 
 _OVER: Mapping[str, Any] = {
     "init": "uniform",
+    "init_labels": (),
     "init_text": "",
     "init_path": "",
     "init_population": 0,
+    "source_task": -1,
+    "source_member": 0,
     "dropout": 0.0,
 }
+# A size up to this costs nothing, whatever a file's arrays are; a field that nothing uses may be
+# larger than any of their axes.
+_SMALL = 1024
 
 
 def stored_methods(place: Path, config: T5Config) -> list[tuple[str, StoredTuned]]:
@@ -48,7 +54,7 @@ def stored_methods(place: Path, config: T5Config) -> list[tuple[str, StoredTuned
     damaged ones, and for an adapter that does not fit a model of this configuration.
     """
     if is_tuned_file(place):
-        return [(str(place), read_tuned(place))]
+        return [(str(place), read_tuned(place, config))]
     if not place.is_dir():
         return []
     if is_peft(place):
@@ -56,7 +62,7 @@ def stored_methods(place: Path, config: T5Config) -> list[tuple[str, StoredTuned
     inside = sorted(place.glob("*.safetensors"))
     if not inside or not all(map(is_tuned_file, inside)):
         return []
-    return [(str(path), read_tuned(path)) for path in inside]
+    return [(str(path), read_tuned(path, config)) for path in inside]
 
 
 def peft_adapter(folder: Path, config: T5Config) -> StoredTuned | None:
@@ -76,11 +82,40 @@ def peft_adapter(folder: Path, config: T5Config) -> StoredTuned | None:
 
 
 def method_of(stored: StoredTuned, path: str | Path) -> Method:
-    """The method that a file's arrays belong to; UserError names the file where it is none."""
+    """The method that a file's arrays belong to.
+
+    Raises UserError that names the file for what is no method, and for fields that make no sense or
+    claim sizes that the arrays do not have: metadata is compared before it is obeyed.
+    """
     try:
-        return method_from_json(stored.method)
+        method = method_from_json(stored.method, of="the method in its metadata")
+        shapes = {name: tuple(array.shape) for name, array in stored.tuned.items()}
+        _require_sizes(as_trained(method), shapes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return method
+
+
+def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError for fields that make no sense, or are larger than any axis of the arrays."""
+    for complaint in method.complaints():
+        raise UserError(complaint)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    fields: Any = method
+    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(fields)]
+    for name, value in [*claimed, ("template", method.added_length())]:
+        sizes = value if isinstance(value, tuple) else (value,)
+        if len(sizes) > max(largest, _SMALL):
+            raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
+        for size in sizes:
+            if type(size) is not int or _OVER.get(name) == size:
+                continue
+            if size < 0 or (name == "length" and size == 0):
+                raise UserError(f"method.{name} is {size}; must be at least 1")
+            if size > max(largest, _SMALL):
+                raise UserError(
+                    f"method.{name} is {size}, and the largest axis of its arrays is {largest}"
+                )
 
 
 def members_of_stored(
@@ -149,14 +184,37 @@ def as_trained(method: Method) -> Method:
     return found
 
 
-def attach_stored(method: Method, model: T5, *, labels: tuple[str, ...], tasks: int) -> Attached:
-    """A trained method on the model, before its arrays are put in; UserError where it cannot be."""
+def attach_stored(
+    method: Method,
+    model: T5,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    labels: tuple[str, ...],
+    tasks: int,
+    of: str,
+) -> Attached:
+    """A trained method on the model, before its arrays, of these shapes, are put in.
+
+    Raises UserError where it cannot be, or ``of`` has other arrays than the method tunes; until
+    that is known nothing is allocated.
+    """
     method = as_trained(method)
+    _require_sizes(method, shapes)
     context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
-    attached = method.attach(model, key=jax.random.key(0), context=context)
-    params = tree.split(attached)[1]
-    build.require_trainable({name: p for name, p in params.items() if method.trains(name)})
-    return attached
+
+    def attach() -> Attached:
+        return method.attach(model, key=jax.random.key(0), context=context)
+
+    try:
+        abstract = jax.eval_shape(lambda: tree.split(attach())[1])
+        own = {name: p for name, p in abstract.items() if method.trains(name)}
+        build.require_trainable(own)
+    except UserError as error:
+        raise UserError(f"{of}: {error}") from None
+    # Of the stored arrays the shapes alone.
+    stored = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    tree.require_same_shapes(stored, own, of=of, and_of="the model")
+    return attach()
 
 
 def _members(
@@ -170,17 +228,11 @@ def _members(
     of: str,
 ) -> build.Members:
     """The method attached to the model with these arrays, which have a leading axis E."""
-    attached = attach_stored(method, model, labels=labels, tasks=len(tasks))
+    # What is tuned has a leading axis E.
+    shapes = {name: tuple(array.shape[1:]) for name, array in tuned.items()}
+    attached = attach_stored(method, model, shapes, labels=labels, tasks=len(tasks), of=of)
     graphdef, params = tree.split(attached)
     frozen = {name: p for name, p in params.items() if not method.trains(name)}
-    own = {name: p for name, p in params.items() if method.trains(name)}
-    # Shapes alone: what is tuned has a leading axis E.
-    tree.require_same_shapes(
-        {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in tuned.items()},
-        own,
-        of=of,
-        and_of="the model",
-    )
     members = build.Members(
         graphdef=graphdef,
         tuned={name: jnp.asarray(array) for name, array in tuned.items()},

@@ -5,7 +5,6 @@ trained at once may have one each.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.path_patterns import compile_pattern
 from prompt_tuning_jax.typing import Array, Mask
 
 
@@ -145,7 +145,7 @@ def _scale_by_given_learning_rate(
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def parse_rates(texts: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
+def parse_rates(texts: Sequence[str]) -> list[tuple[Any, float]]:
     """``REGEX=FACTOR`` each, as pairs; UserError for what is not of that form."""
     rates = []
     for text in texts:
@@ -159,12 +159,7 @@ def parse_rates(texts: Sequence[str]) -> list[tuple[re.Pattern[str], float]]:
                 f"optimizer.rates: {text!r} is no rate; write REGEX=FACTOR with a factor from 0 on "
                 "the learning rate, for instance .*/lora_b_RF=16"
             )
-        try:
-            rates.append((re.compile(pattern), factor))
-        except re.error as error:
-            raise UserError(
-                f"optimizer.rates: {pattern!r} is no regular expression: {error}"
-            ) from None
+        rates.append((compile_pattern(pattern, of="optimizer.rates"), factor))
     return rates
 
 

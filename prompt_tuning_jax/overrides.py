@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -15,6 +16,7 @@ from prompt_tuning_jax.methods import METHODS, Method
 
 T = TypeVar("T")
 
+_MAX_BYTES = 2**24  # of an experiment; the longest fields are its labels
 # Says in JSON which of several dataclasses a group is; no field can have a keyword for its name.
 CLASS = "class"
 # What people call some methods.
@@ -124,10 +126,7 @@ def to_json(experiment: Experiment) -> str:
 
 def from_json(text: str) -> Experiment:
     """The experiment that ``to_json`` wrote; UserError for what is not one, naming the field."""
-    try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"not the JSON of an experiment: {error}") from None
+    values = read_json(text, of="not the JSON of an experiment", max_bytes=_MAX_BYTES)
     if not isinstance(values, dict):
         raise UserError(f"not the JSON of an experiment: {_show(values)}")
     return from_dict(values)
@@ -138,12 +137,9 @@ def method_to_json(method: Method) -> str:
     return json.dumps({CLASS: type(method).__name__} | to_dict(method), allow_nan=False)
 
 
-def method_from_json(text: str) -> Method:
-    """The method that ``method_to_json`` wrote; UserError for what is not one."""
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"not the JSON of a method: {error}") from None
+def method_from_json(text: str, *, of: str = "a method's config") -> Method:
+    """The method that ``method_to_json`` wrote; UserError, in a line that begins with ``of``."""
+    value = read_json(text, of=of, max_bytes=_MAX_BYTES)
     method: Method = checked(value, Method, "method")
     return method
 
@@ -250,8 +246,8 @@ def _method_like(text: str) -> str:
 def _read_tuple(text: str, item: Any, path: str) -> Any:
     if text.startswith("["):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:  # [a,b]: words without quotes
+            return read_json(text, of=path)
+        except UserError:  # [a,b]: words without quotes
             text = text.removeprefix("[").removesuffix("]")
     parts = [part.strip() for part in text.split(",")]
     if parts[-1] == "":  # nothing at all, or a comma behind the last one
@@ -325,4 +321,4 @@ def _show(value: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value)

@@ -1,6 +1,5 @@
 """Parameters by path: flattening, selecting, merging, and saying exactly what does not match."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -8,6 +7,7 @@ import jax
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.path_patterns import compile_pattern
 from prompt_tuning_jax.typing import Array, FlatParams, Mask
 
 M = TypeVar("M", bound=nnx.Module)
@@ -60,9 +60,14 @@ def partition(params: Mapping[str, Any], mask: Mask) -> tuple[dict[str, Any], di
     return tuned, frozen
 
 
-def matching(params: Mapping[str, Any], pattern: str) -> dict[str, bool]:
-    """A mask that is true where the whole path matches the regular expression."""
-    expression = re.compile(pattern)
+def matching(
+    params: Mapping[str, Any], pattern: str, *, of: str = "the pattern"
+) -> dict[str, bool]:
+    """A mask that is true where the whole path matches the regular expression.
+
+    UserError that begins with ``of`` for what is none.
+    """
+    expression = compile_pattern(pattern, of=of)
     return {name: expression.fullmatch(name) is not None for name in params}
 
 

@@ -15,7 +15,7 @@ from prompt_tuning_jax import run_folder, tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, read_prompt
-from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, read_tuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, open_tuned, save_tuned
 from prompt_tuning_jax.methods import (
     IA3,
     Adapters,
@@ -90,14 +90,14 @@ def test_to_peft_and_back(program: Program, tmp_path: Path, kind: str) -> None:
     back = tmp_path / "back.safetensors"
     said = program("convert", tmp_path / "a", back, "--model", model)
     assert f"wrote what {kind} tuned as a .safetensors file" in said
-    require_same(read_tuned(back), kept)
-    found = method_from_json(read_tuned(back).method)
+    require_same(open_tuned(back), kept)
+    found = method_from_json(open_tuned(back).method)
     assert type(found) is type(method)
     if isinstance(found, LoRA):
         assert found == LORA or found.targets != LORA.targets
         assert (found.rank, found.alpha, found.dropout) == (2, 3.0, 0.25)
     fingerprint = json.loads(program("inspect", model, "--json"))["fingerprint"]
-    metadata = read_tuned(back).metadata
+    metadata = open_tuned(back).metadata
     assert (metadata.model_name, metadata.model_fingerprint) == (str(model.resolve()), fingerprint)
     # And there again: the same adapter.
     program("convert", back, tmp_path / "b", "--to", "peft")
@@ -122,7 +122,7 @@ def test_adapters_that_peft_wrote(program: Program, tmp_path: Path, shared: Path
             for name, array in theirs.items():
                 np.testing.assert_array_equal(ours[name], array)
         program("convert", again, tmp_path / "again.safetensors", "--overwrite")
-        require_same(read_tuned(tmp_path / "again.safetensors"), read_tuned(file))
+        require_same(open_tuned(tmp_path / "again.safetensors"), open_tuned(file))
         rows = program("inspect", folder)
         assert kind in rows and "PEFT adapter" in rows and "b_t5_11" in rows
         count += 1
@@ -161,14 +161,14 @@ def test_a_run_of_another_method(run: Path, program: Program, tmp_path: Path) ->
     said = program("convert", run, tmp_path / "adapters", "--to", "peft")
     assert "wrote 2 sets of what LoRA tuned, each as a PEFT adapter" in said and "4 files" in said
     program("convert", tmp_path / "adapters", tmp_path / "files", "--to", "safetensors")
-    kept = [read_tuned(run / "tuned" / f"seed_{seed}.safetensors") for seed in (0, 1)]
+    kept = [open_tuned(run / "tuned" / f"seed_{seed}.safetensors") for seed in (0, 1)]
     for seed in (0, 1):
-        require_same(read_tuned(tmp_path / "files" / f"seed_{seed}.safetensors"), kept[seed])
+        require_same(open_tuned(tmp_path / "files" / f"seed_{seed}.safetensors"), kept[seed])
     # Of a folder with one file it is that one.
     (run / "tuned" / "seed_0.safetensors").unlink()
     said = program("convert", run, tmp_path / "lora.safetensors")
     assert "wrote what LoRA tuned as a .safetensors file" in said
-    require_same(read_tuned(tmp_path / "lora.safetensors"), kept[1])
+    require_same(open_tuned(tmp_path / "lora.safetensors"), kept[1])
     said = program("convert", run, tmp_path / "adapter", "--to", "peft")
     assert "wrote what LoRA tuned as a PEFT adapter" in said
     assert any((kept[0].tuned[name] != kept[1].tuned[name]).any() for name in kept[0].tuned)
@@ -182,7 +182,7 @@ def test_a_run_that_holds_nothing_yet(program: Program, tmp_path: Path) -> None:
 
 def test_inspect_says_what_was_tuned(run: Path, program: Program, tmp_path: Path) -> None:
     file = run / "tuned" / "seed_1.safetensors"
-    kept = read_tuned(file)
+    kept = open_tuned(file)
     count = sum(array.size for array in kept.tuned.values())
     rows = program("inspect", file)
     for part in ("LoRA", f"{count:,} in {len(kept.tuned)} arrays", "colours"):

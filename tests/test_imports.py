@@ -15,15 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up.  A module may import from its own row and from those above it here.
 ROWS = (
     (
-        "errors",
-        "bounded_json",
-        "typing",
-        "user_cache",
-        "precision",
-        "tree",
-        "sharding",
-        "layout",
-        "losses",
+        *("errors", "bounded_json", "path_patterns", "typing", "user_cache", "precision", "tree"),
+        *("sharding", "layout", "losses"),
     ),
     ("compilation", "watch", "distributed"),
     ("models",),

@@ -4,13 +4,13 @@ Credentials are found as Google's and Amazon's own tools find them; public bucke
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import json_text, read_json_file
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.progress import Report, progress
 from prompt_tuning_jax.errors import UserError
@@ -184,7 +184,7 @@ def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> 
                 continue
             known[name] = bucket.fetch(name, folder / name, report=report)
             with written_aside(folder / _GENERATIONS) as aside:
-                aside.write_text(json.dumps(known), encoding="utf-8")
+                aside.write_text(json_text(known), encoding="utf-8")
     # What is gone from the bucket must not be found here.
     for file in folder.glob("*"):
         if file.name not in wanted and not file.name.startswith("."):
@@ -194,7 +194,7 @@ def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> 
 
 def _generations(folder: Path) -> dict[str, str]:
     try:
-        known = json.loads((folder / _GENERATIONS).read_text(encoding="utf-8"))
+        known = read_json_file(folder / _GENERATIONS)
         return {str(name): bytes.fromhex(value).hex() for name, value in known.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (UserError, ValueError, AttributeError, TypeError):
         return {}

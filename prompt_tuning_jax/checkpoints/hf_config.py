@@ -1,10 +1,10 @@
 """A T5's ``config.json`` and ``tokenizer_config.json`` for transformers 4 and 5."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.data.hf_tokenizer import (
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -23,6 +23,7 @@ from prompt_tuning_jax.models.config import T5Config
 
 CONFIG = "config.json"
 VOCABULARY = "spiece.model"
+_LARGEST = 2**20  # bytes; transformers' own have a thousand
 
 # transformers' defaults: folders of its version 4 leave out what equals them.
 _T5_DEFAULTS: dict[str, Any] = {
@@ -56,12 +57,9 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {"relu": ("relu",), "gated-gelu": ("g
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json with transformers' defaults filled in."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as JSON: {error}") from error
+    if not path.exists():
+        raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model")
+    raw = read_json_file(path, max_bytes=_LARGEST)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if isinstance(kind, str) and kind in _OTHERS:
         raise UserError(f"{path}: model_type is {kind!r}, {_OTHERS[kind]}")

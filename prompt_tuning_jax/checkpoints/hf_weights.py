@@ -4,7 +4,6 @@ Safetensors, Flax msgpack and torch files, single or sharded with an index; all 
 torch's names and in torch's layout (kernels [out, in]).
 """
 
-import json
 import mmap
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray, scan_msgpack
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
 from prompt_tuning_jax.errors import UserError
@@ -23,6 +23,8 @@ from prompt_tuning_jax.typing import HostArray
 SAFETENSORS = "model.safetensors"
 FLAX = "flax_model.msgpack"
 TORCH = "pytorch_model.bin"
+_LARGEST_INDEX = 2**24  # bytes
+_LONGEST_NAME = 255  # bytes, on all file systems
 INDEX_SUFFIX = ".index.json"
 
 _DTYPES: dict[str, np.dtype] = {
@@ -81,19 +83,24 @@ def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is not an index of shards: {_line(error)}") from error
+    read = read_json_file(index, max_bytes=_LARGEST_INDEX)
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not an index of shards: its weight_map is empty or no map")
     for name, shard in weight_map.items():
         # By the text alone: in the hub's cache the files are links out of the folder.
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
+        if not _is_file_name(shard):
             raise UserError(
-                f"{index}: {name} is in {shard!r}; only the name of a file in this folder is read"
+                f"{index}: {name[:200]} is in {repr(shard)[:200]}; only the name of a file in this "
+                "folder is read"
             )
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return len(name.encode()) <= _LONGEST_NAME
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyArray]:

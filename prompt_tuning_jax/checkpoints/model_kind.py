@@ -1,11 +1,11 @@
 """Which T5 an opened model is, in the words that people use for it."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints import t5x
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.hf_config import CONFIG
@@ -133,5 +133,5 @@ def _reads_bytes(vocabulary_file: Path | None) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     """A file that a reader has found to be a JSON object."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json_file(path)
     return found

@@ -3,7 +3,7 @@
 The format is that of peft 0.21, tuners/prompt_tuning and utils/save_and_load.py.
 """
 
-import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import json_text, read_json_file
 from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
+from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
 from prompt_tuning_jax.checkpoints.prompt_array import (
     checked_prompt,
-    one_line,
-    read_all_safetensors,
     read_safetensors,
     safetensors_bytes,
 )
@@ -143,24 +143,14 @@ def write_peft(
         if like.base_model_name_or_path == base_model_name_or_path:
             config |= {name: config[name] or like.kept.get(name) for name in _OF_MODEL}
     with folder_written_aside(Path(folder)) as aside:
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (aside / CONFIG).write_text(json_text(config, indent=2, sort_keys=True) + "\n")
         rows = safetensors_bytes(prompt, key=KEY, metadata={"format": "pt"})
         (aside / WEIGHTS).write_bytes(rows)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter's config; UserError where it is missing, damaged or no JSON object."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_CONFIG + 1)
-    except OSError as error:
-        raise UserError(f"cannot read the PEFT config {path}: {error.strerror}") from error
-    if len(data) > _LARGEST_CONFIG:
-        raise UserError(f"{path} is too large to be a PEFT config")
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
+    config = read_json_file(path, of=f"the PEFT config {path}", max_bytes=_LARGEST_CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object, so it is not a PEFT config")
     return config
@@ -181,7 +171,7 @@ def _text(config: dict[str, Any], field: str) -> str:
 
 def shown(value: Any) -> str:
     """A value of a config, for a message."""
-    return json.dumps(value)[:80]
+    return json_text(value)[:80]
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
@@ -191,7 +181,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
     """
     path = folder / WEIGHTS
     if path.exists():
-        return read_all_safetensors(path), path
+        return map_safetensors(path).arrays, path
     path = folder / TORCH_WEIGHTS
     if not path.exists():
         raise UserError(f"{folder} has a PEFT config and no {WEIGHTS}: the copy is incomplete")
@@ -221,7 +211,10 @@ def _read_torch(path: Path) -> dict[Any, HostArray]:
             f"{path} is a PyTorch file, and PyTorch is not installed; save the adapter as {WEIGHTS}"
         ) from error
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        tensors = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:  # torch raises many kinds, some with pages of advice
         raise UserError(
             f"{path} is damaged or holds more than tensors: {type(error).__name__}"

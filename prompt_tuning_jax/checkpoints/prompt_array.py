@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import DType, HostArray
 
 # What a safetensors file calls the types that a prompt is stored in.
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# Numbers in a prompt; the longest that anybody trains have a thousandth of them.
+_LARGEST = 2**28
 
 
 def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float32) -> HostArray:
@@ -26,6 +30,8 @@ def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float
         raise UserError(f"{of} has shape {shape}; a prompt has two axes, [length, model width]")
     if not prompt.size:
         raise UserError(f"{of} is empty: its shape is {shape}")
+    if prompt.size > _LARGEST:
+        raise UserError(f"{of} has shape {shape}; a prompt has at most {_LARGEST} numbers")
     if prompt.dtype.kind != "f" and prompt.dtype.name != "bfloat16":
         raise UserError(f"{of} holds {prompt.dtype}; a prompt holds floating-point numbers")
     with np.errstate(over="ignore"):  # what is too large for float32 is reported below
@@ -42,11 +48,13 @@ def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float
 
 
 def read_npy(path: Path) -> HostArray:
-    """The array in an ``.npy`` file, mapped; UserError if it is damaged or would need a pickle."""
+    """The array in an ``.npy`` file, mapped; UserError if it is damaged or would need a pickle.
+
+    Two bytes without a type are bfloat16.
+    """
     try:
         # Mapped: a header that claims more than the file has is an error, not an allocation.
         array: HostArray = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=10_000)
-        return array
     except Exception as error:  # numpy raises many kinds for damaged headers
         line = one_line(error)
         if "Python objects" in line or "allow_pickle" in line:
@@ -54,38 +62,26 @@ def read_npy(path: Path) -> HostArray:
         if "mmap length" in line or "EOF" in line:
             raise UserError(f"{path} is a damaged .npy file: it is cut off") from error
         raise UserError(f"{path} is a damaged .npy file: {one_line(error)}") from error
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and array.dtype.names is None:
+        # The format has no name for bfloat16, which is what numpy's writer calls two bytes.
+        return array.view(ml_dtypes.bfloat16)
+    return array
 
 
 def read_safetensors(
     path: Path, *, key: str, of: str, hint: str = ""
 ) -> tuple[HostArray, dict[str, str]]:
-    """The one array ``key`` in a ``.safetensors`` file, and the file's metadata.
+    """The one array ``key`` in a ``.safetensors`` file, mapped, and the file's metadata.
 
     Raises UserError if the file is damaged or holds anything else; ``of`` says in the message what
     sort of file has ``key`` alone, ``hint`` what to do.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = sorted(file.keys())
-            if names != [key]:
-                listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5) or "nothing"
-                raise UserError(f"{path} holds {listed}; {of} holds one array {key!r}{hint}")
-            return file.get_tensor(key), file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
-
-
-def read_all_safetensors(path: Path) -> dict[str, HostArray]:
-    """All arrays in a ``.safetensors`` file by their names; UserError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
+    mapped = map_safetensors(path)
+    names = list(mapped.arrays)
+    if names != [key]:
+        listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5) or "nothing"
+        raise UserError(f"{path} holds {listed}; {of} holds one array {key!r}{hint}")
+    return mapped.arrays[key], mapped.metadata
 
 
 def npy_safe(prompt_PD: HostArray) -> HostArray:

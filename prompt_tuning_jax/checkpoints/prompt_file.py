@@ -5,7 +5,7 @@ folder, or an array in a T5X checkpoint.
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as distributions
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.checkpoints import peft, t5x
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.prompt_array import (
@@ -324,7 +324,9 @@ def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
         for key, value in dataclasses.asdict(metadata).items()
         if value not in ("", None, ())
     }
-    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in known.items()}
+    if metadata.score is not None and not math.isfinite(metadata.score):
+        del known["score"]  # JSON has no number for it
+    return {key: v if isinstance(v, str) else json_text(v) for key, v in known.items()}
 
 
 def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetadata:

@@ -4,11 +4,11 @@ Source: ``OrbaxCheckpointManagerInterface`` in t5x/checkpoints.py at cc342d4.  `
 lists the arrays; TensorStore reads them, by part.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import read_json
 from prompt_tuning_jax.checkpoints.t5x_native import whole_number
 from prompt_tuning_jax.checkpoints.t5x_place import Place
 from prompt_tuning_jax.checkpoints.t5x_stored import (
@@ -96,19 +96,13 @@ def _require_finished(place: Place) -> None:
         raise unfinished
     top = place.read(_TOP_METADATA)
     if top is not None:
-        try:
-            times = json.loads(top)
-        except ValueError as error:
-            raise UserError(f"{place.name}/{_TOP_METADATA} is damaged") from error
+        times = read_json(top, of=f"{place.name}/{_TOP_METADATA}")
         if isinstance(times, dict) and times.get("commit_timestamp_nsecs", 0) is None:
             raise unfinished
 
 
 def _parse(place: Place, metadata: bytes) -> dict[str, Any]:
-    try:
-        listed = json.loads(metadata)
-    except ValueError as error:
-        raise UserError(f"{place.name}/{METADATA} is damaged or not Orbax's") from error
+    listed = read_json(metadata, of=f"{place.name}/{METADATA}")
     if not isinstance(listed, dict) or not isinstance(listed.get("tree_metadata"), dict):
         raise UserError(f"{place.name}/{METADATA} lists no arrays: it is not T5X's")
     return listed

@@ -4,15 +4,22 @@ Prompts have a form of their own (``prompt_file``), which other programs know.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.checkpoints.atomic import written_aside
-from prompt_tuning_jax.checkpoints.prompt_array import one_line, safetensors_of
+from prompt_tuning_jax.checkpoints.mapped_safetensors import (
+    map_safetensors,
+    require_at_most,
+    require_finite,
+)
+from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     metadata_from_strings,
@@ -21,9 +28,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.checkpoints.tuned_kind import METHOD, tuned_by
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.typing import HostArray
 
 _TASKS = "tasks"
+_ALWAYS_READ = 2**24  # numbers, whatever the model's size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ def save_tuned(path: Path, stored: StoredTuned) -> None:
         metadata = dataclasses.replace(metadata, created_by=this_program())
     strings = metadata_to_strings(metadata) | {METHOD: stored.method}
     if stored.tasks:
-        strings[_TASKS] = json.dumps(stored.tasks)
+        strings[_TASKS] = json_text(stored.tasks)
     with written_aside(path) as aside:
         aside.write_bytes(safetensors_of(stored.tuned, metadata=strings))
 
@@ -56,25 +65,34 @@ def is_tuned_file(path: Path) -> bool:
     return tuned_by(path) is not None
 
 
-def read_tuned(path: Path) -> StoredTuned:
-    """What ``save_tuned`` wrote; UserError for a file that is damaged or not finite."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            strings = file.metadata() or {}
-            tuned = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        tasks = json.loads(strings.get(_TASKS, "[]"))
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
+def open_tuned(path: Path) -> StoredTuned:
+    """What ``save_tuned`` wrote, its arrays mapped and not read; UserError for a damaged file."""
+    mapped = map_safetensors(path)
+    tasks = read_json(mapped.metadata.get(_TASKS, "[]"), of=f"{path}: its metadata's {_TASKS}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise UserError(f"{path}: its metadata has tasks that are no list of names")
-    for name, array in tuned.items():
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite (NaN or infinity)")
     return StoredTuned(
-        tuned=tuned,
-        method=strings.get(METHOD, ""),
-        metadata=metadata_from_strings(strings, path=path),
+        tuned=mapped.arrays,
+        method=mapped.metadata.get(METHOD, ""),
+        metadata=metadata_from_strings(mapped.metadata, path=path),
         tasks=tuple(tasks),
     )
+
+
+def read_tuned(path: Path, config: T5Config) -> StoredTuned:
+    """What ``save_tuned`` wrote, for a model of this configuration.
+
+    UserError for a file that is damaged or not finite, or far too large for the model.
+    """
+    stored = open_tuned(path)
+    require_plausible(stored.tuned, config, of=str(path))
+    require_finite(stored.tuned, of=str(path))
+    tuned = {name: np.array(array) for name, array in stored.tuned.items()}
+    return dataclasses.replace(stored, tuned=tuned)
+
+
+def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:
+    """UserError where a method would have tuned more than twice what the whole model holds."""
+    whole = sum(map(prod, parameter_shapes(config).values()))
+    most = 2 * whole + _ALWAYS_READ
+    require_at_most(arrays, most, of=of, why="and for a model of this size at most these are read:")

@@ -1,7 +1,9 @@
 """Which method a file's arrays were tuned by, as its metadata says."""
 
-import json
 from pathlib import Path
+
+from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.errors import UserError
 
 METHOD = "method"  # the metadata's key; below it the method's config as JSON
 
@@ -23,8 +25,8 @@ def tuned_by(path: Path) -> str | None:
     if text is None:
         return None
     try:
-        described = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        described = read_json(text, of="the method")
+    except UserError:
         return ""
     name = described.get("class") if isinstance(described, dict) else None
     return name if isinstance(name, str) else ""

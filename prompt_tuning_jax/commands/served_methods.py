@@ -134,7 +134,10 @@ class MethodsIn:
         key = method_to_json(alike), labels if method.ranks else (), tasks
         if key not in self._attached:
             try:
-                attached = attach_stored(alike, self._model, labels=labels, tasks=tasks)
+                shapes = {name: tuple(array.shape) for name, array in tuned.items()}
+                attached = attach_stored(
+                    alike, self._model, shapes, labels=labels, tasks=tasks, of="its file"
+                )
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
             self._attached[key] = attached

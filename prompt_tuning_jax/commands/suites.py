@@ -12,6 +12,7 @@ from typing import Any
 
 from prompt_tuning_jax import build, run_folder, task_data, transfer
 from prompt_tuning_jax import suite as suites
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.commands.evaluation import evaluate
 from prompt_tuning_jax.config_file import RUN_CONFIG
@@ -248,10 +249,10 @@ def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
     if not file.is_file() or not (run.folder / RUN_CONFIG).is_file():
         return {}
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json_file(file)
         model, data, scores = kept["model"], kept["data"], kept["scores"]
         by_name = {name: (own["of"], own["scores"]) for name, own in scores.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); remove it") from None
     present = prepared.data[number]
     own_data = next(iter(present.values()))

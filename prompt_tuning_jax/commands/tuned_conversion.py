@@ -25,6 +25,7 @@ from prompt_tuning_jax.checkpoints.staged import (
 from prompt_tuning_jax.checkpoints.tuned_file import (
     StoredTuned,
     is_tuned_file,
+    open_tuned,
     read_tuned,
     save_tuned,
 )
@@ -156,7 +157,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
         if file.is_dir():
             named = str(read_config(file / CONFIG).get("base_model_name_or_path") or "")
         else:
-            named = read_tuned(file).metadata.model_name
+            named = open_tuned(file).metadata.model_name
         if named in BUNDLED or (named and Path(named).is_dir()):
             return named, open_source(named, vocabulary=False)
         said = f"is for {named}, which is not on this machine" if named else "names no model"
@@ -166,7 +167,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
 
 def _read(file: Path, config: T5Config) -> StoredTuned:
     if not file.is_dir():
-        return read_tuned(file)
+        return read_tuned(file, config)
     adapter = peft_adapter(file, config)
     assert adapter is not None, file  # its kind was looked at
     return adapter

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.mapped_safetensors import require_finite
 from prompt_tuning_jax.checkpoints.peft import CONFIG, read_config, read_tensors
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.tuned_file import read_tuned
+from prompt_tuning_jax.checkpoints.tuned_file import open_tuned
 from prompt_tuning_jax.opened_methods import method_of
 from prompt_tuning_jax.overrides import to_dict
 
@@ -50,7 +51,8 @@ def describe_tuned(path: Path) -> TunedDescription:
         settings = {n: described[n] for n in _OF_ADAPTERS if described.get(n) is not None}
         form = "PEFT adapter"
     else:
-        stored = read_tuned(path)
+        stored = open_tuned(path)
+        require_finite(stored.tuned, of=str(path))
         method = method_of(stored, path)
         kind, settings, form = type(method).__name__, to_dict(method), "safetensors"
         arrays, metadata, tasks = dict(stored.tuned), stored.metadata, stored.tasks

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import read_json
 from prompt_tuning_jax.data.ragged import Ragged
 from prompt_tuning_jax.data.task import Example
 from prompt_tuning_jax.errors import UserError
@@ -53,7 +54,7 @@ def cache_key(parts: Sequence[str]) -> str:
 def open_entry(folder: Path) -> Entry | None:
     """Open an entry, memory-mapped; None where there is none or its files are damaged."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = read_json((folder / _META).read_bytes(), of=str(folder / _META))
         for name in (_TEXTS, *(f"{array}.npy" for array in _ARRAYS)):
             if _file_digest(folder / name) != meta["sha256"][name]:
                 raise ValueError(f"{name} has changed")
@@ -65,7 +66,7 @@ def open_entry(folder: Path) -> Entry | None:
         if folder.exists():
             _log.warning("rebuilding the cached examples in %s: no %s", folder, error.filename)
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("rebuilding the cached examples in %s: %s", folder, error)
         return None
     return Entry(
@@ -136,7 +137,7 @@ def _put_in_place(aside: Path, folder: Path) -> None:
 
 def _read_texts(path: Path) -> list[Example]:
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [read_json(line, of=str(path)) for line in file]
 
 
 def _file_digest(path: Path) -> str:

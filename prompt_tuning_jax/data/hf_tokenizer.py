@@ -1,12 +1,12 @@
 """Vocabularies as Hugging Face folders hold them: which file it is, and tokenizer.json."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.errors import UserError
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
@@ -136,10 +136,7 @@ def _is_of_bytes(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as JSON: {error}") from error
+    value = read_json_file(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__} and no JSON object")
     return value

@@ -1,6 +1,5 @@
 """The linear maps of a model by their path, and modules put around those that patterns choose."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
@@ -12,6 +11,7 @@ from prompt_tuning_jax.methods.method import with_free_slots
 from prompt_tuning_jax.models.layers import Around, Linear
 from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.path_patterns import compile_pattern, shown
 
 AnyLinear: TypeAlias = Linear | QuantizedLinear
 M = TypeVar("M", bound=nnx.Module)
@@ -37,11 +37,13 @@ def chosen_maps(
     maps = linear_maps(model)
     chosen: set[str] = set()
     for pattern in patterns:
-        matching = [name for name, matches in tree.matching(maps, pattern).items() if matches]
+        matching = [
+            name for name, matches in tree.matching(maps, pattern, of=field).items() if matches
+        ]
         if not matching:
             raise UserError(
-                f"{field}: {pattern!r} is the path of no linear map; paths are whole, for instance "
-                f"{next(reversed(maps))}"
+                f"{field}: {shown(pattern)} is the path of no linear map; paths are whole, for "
+                f"instance {next(reversed(maps))}"
             )
         chosen.update(matching)
     return {name: linear for name, linear in maps.items() if name in chosen}
@@ -69,6 +71,6 @@ def complaints_of(patterns: Sequence[str], *, field: str) -> Iterator[str]:
     """A line for each that is no regular expression."""
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{field} has {pattern!r}, which is no regular expression: {error}"
+            compile_pattern(pattern, of=field)
+        except UserError as error:
+            yield str(error)

@@ -27,6 +27,8 @@ from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array
 
+_LARGEST_ALPHA = 1e30  # in float32 its product with anything stays finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
@@ -71,6 +73,8 @@ class LoRA(Method):
     def complaints(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"method.rank is {self.rank}; must be at least 1"
+        if not abs(self.alpha) < _LARGEST_ALPHA:
+            yield f"method.alpha is {self.alpha}; must be below {_LARGEST_ALPHA:g}"
         if not 0 <= self.dropout < 1:
             yield f"method.dropout is {self.dropout}; must be at least 0 and below 1"
         if not self.targets:

@@ -1,6 +1,5 @@
 """Parameters of the model itself, chosen by regular expressions (BitFit, Ben Zaken et al. 2022)."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.around import complaints_of
 from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.path_patterns import compile_pattern, shown
 from prompt_tuning_jax.typing import Array
 
 _MODEL = "model/"
@@ -35,16 +35,17 @@ class PatternTuning(Method):
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
         params = tree.split(model)[1]
         for pattern in self.patterns:
-            if not any(tree.matching(params, pattern).values()):
+            if not any(tree.matching(params, pattern, of="method.patterns").values()):
                 raise UserError(
-                    f"method.patterns: {pattern!r} is the path of no parameter; paths are whole, "
-                    f"for instance {next(iter(params))}"
+                    f"method.patterns: {shown(pattern)} is the path of no parameter; paths are "
+                    f"whole, for instance {next(iter(params))}"
                 )
         return Attached(model, MethodModule())
 
     def trains(self, name: str) -> bool:
         path = name.removeprefix(_MODEL)
-        return path != name and any(re.fullmatch(pattern, path) for pattern in self.patterns)
+        patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
+        return path != name and any(pattern.fullmatch(path) for pattern in patterns)
 
     def complaints(self) -> Iterator[str]:
         if not self.patterns:

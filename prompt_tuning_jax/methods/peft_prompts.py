@@ -4,7 +4,6 @@ The formats are those of peft 0.21: tuners/prefix_tuning, tuners/p_tuning,
 tuners/multitask_prompt_tuning, and ``get_prompt`` in peft_model.py, which says what they mean.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
 from prompt_tuning_jax.checkpoints.peft import (
     CONFIG,
@@ -123,7 +123,7 @@ def write_peft_prompts(
     from safetensors.numpy import save
 
     with folder_written_aside(Path(folder)) as aside:
-        text = json.dumps(described | own, indent=2, sort_keys=True) + "\n"
+        text = json_text(described | own, indent=2, sort_keys=True) + "\n"
         (aside / CONFIG).write_text(text, encoding="utf-8")
         contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(theirs.items())}
         (aside / WEIGHTS).write_bytes(save(contiguous, {"format": "pt"}))

@@ -3,7 +3,6 @@
 The formats are those of peft 0.21, tuners/lora, tuners/ia3 and utils/save_and_load.py.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
 from prompt_tuning_jax.checkpoints.peft import (
     CONFIG,
@@ -164,7 +164,7 @@ def write_peft_weights(
     from safetensors.numpy import save
 
     with folder_written_aside(Path(folder)) as aside:
-        (aside / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        (aside / CONFIG).write_text(json_text(described, indent=2, sort_keys=True) + "\n")
         (aside / WEIGHTS).write_bytes(save(dict(sorted(arrays.items())), {"format": "pt"}))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from prompt_tuning_jax.bounded_json import read_json
 from prompt_tuning_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -227,10 +228,10 @@ def _read_lines(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
         raise UserError(f"cannot read the metrics {path}: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line) if line else None
+            record = read_json(line, of=f"line {number}") if line else None
             if record is not None:
                 int(record["step"]), record["kind"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (UserError, ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 return
             raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.tuned_file import read_tuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_file import open_tuned, save_tuned
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     IA3,
@@ -127,7 +127,7 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_is_said_with_its_file(tmp_path: Path, wrong: str, message: str) -> None:
     file = write_method(tmp_path / "wrong.safetensors", IA3())
-    kept = read_tuned(file)
+    kept = open_tuned(file)
     if wrong == "other":
         write_method(file, IA3(), model_fingerprint="f" * 16)
     elif wrong == "damaged":

@@ -6,17 +6,19 @@ byte order mark is passed over and that what is wrong with a line names the file
 
 import csv
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.errors import UserError
 
 # A passage is one field of a table; csv's own limit is 128 kB.
 _FIELD_LIMIT = 1 << 24
+_LONGEST_LINE = 2**27  # bytes: SQuAD's training file is one line of 30 million
+_LONGEST_FILE = 2**28  # of a file that is one object
 _INTEGER = re.compile(r"-?\d{1,18}")
 
 
@@ -51,8 +53,13 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def json_file(path: Path) -> dict[str, Any]:
     """The one JSON object that a file holds."""
-    text = "\n".join(line for _, line in text_lines(path))
-    value = parse_json(text, str(path))
+    lines, size = [], 0
+    for _, line in text_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > _LONGEST_FILE:
+            raise UserError(f"{path}: more than the {_LONGEST_FILE} characters that are read")
+    value = parse_json("\n".join(lines), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: a {type(value).__name__} where a JSON object is needed")
     return value
@@ -60,20 +67,7 @@ def json_file(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str, where: str) -> Any:
     """JSON -> Python; UserError beginning with ``where``."""
-    try:
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # an escape may be half a character
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        at = f" (line {error.lineno} of the text)" if error.lineno > 1 else ""
-        raise UserError(
-            f"{where}: not JSON, or cut off: {error.msg} at character {error.pos}{at}"
-        ) from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: a \\ud... escape that is half a character") from None
-    except (RecursionError, ValueError) as error:  # deep nesting; an integer of thousands of digits
-        raise UserError(f"{where}: not JSON that can be read: {error}") from None
-    return value
+    return read_json(text, of=where, max_bytes=_LONGEST_FILE)
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -113,7 +107,7 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     # JSON's true is no number.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(
-            f"{where}: the field {name!r} is {json.dumps(value)[:40]}, and {_KINDS[kind]} is needed"
+            f"{where}: the field {name!r} is {json_text(value)[:40]}, and {_KINDS[kind]} is needed"
         )
     return value
 
@@ -132,6 +126,9 @@ def _open(path: Path) -> IO[bytes]:
 
 def _readline(file: IO[bytes], path: Path) -> bytes:
     try:
-        return file.readline()
+        line = file.readline(_LONGEST_LINE + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read, or cut off: {error}") from None
+    if len(line) > _LONGEST_LINE:
+        raise UserError(f"{path}: a line of more than {_LONGEST_LINE} bytes, which no file has")
+    return line

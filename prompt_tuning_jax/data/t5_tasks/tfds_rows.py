@@ -4,7 +4,6 @@ TensorFlow is imported when rows are read; to see what is there and how much, it
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import Row
 from prompt_tuning_jax.errors import UserError
@@ -151,9 +151,9 @@ def _versions(folder: Path) -> list[str]:
 
 def _check_split(dataset: str, split: str, folder: Path) -> int:
     try:
-        info = json.loads((folder / _INFO).read_text())
+        info = read_json_file(folder / _INFO)
         sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / _INFO}: cannot be read, or damaged") from None
     if split not in sizes:
         raise UserError(f"{folder}: {dataset} has no split {split!r}: {suggest(split, sizes)}")

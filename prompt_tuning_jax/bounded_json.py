@@ -38,7 +38,9 @@ def read_json(
     64 levels, has a number that is not finite or has too many digits, or half a surrogate pair.
     """
     if len(text) > max_bytes:
-        raise UserError(f"{of}: {len(text)} bytes of JSON, and at most {max_bytes} are read")
+        raise UserError(
+            f"{of}: too large: {len(text)} bytes of JSON, and at most {max_bytes} are read"
+        )
     decoded = _decode(text, of) if isinstance(text, bytes) else text
     if decoded.count("[") + decoded.count("{") > _MAX_CONTAINERS:
         raise UserError(f"{of}: more than {_MAX_CONTAINERS} lists and objects")
@@ -80,7 +82,7 @@ def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BY
     except OSError as error:
         raise UserError(f"{of}: {error.strerror or error}") from None
     if len(data) > max_bytes:
-        raise UserError(f"{of}: more than the {max_bytes} bytes of JSON that are read")
+        raise UserError(f"{of}: too large: more than the {max_bytes} bytes of JSON that are read")
     return read_json(data, of=of, max_bytes=max_bytes)
 
 

@@ -11,7 +11,7 @@ from types import ModuleType, TracebackType
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import NOT_IMPORTED, Experiment
-from prompt_tuning_jax.overrides import checked_experiment, from_json
+from prompt_tuning_jax.overrides import MAX_BYTES, checked_experiment, from_json
 
 # Not config.json: that is what says that a folder holds a model of Hugging Face's.
 RUN_CONFIG = "experiment.json"
@@ -89,8 +89,9 @@ def saved_config(prompt: str) -> Experiment | None:
         if not file.is_file():
             continue
         try:
-            return from_json(file.read_text(encoding="utf-8"))
-        except (UserError, OSError, UnicodeDecodeError) as error:
+            with file.open("rb") as opened:
+                return from_json(opened.read(MAX_BYTES + 1))
+        except (UserError, OSError) as error:
             raise UserError(f"{file}: {error}") from None
     return None
 

@@ -47,30 +47,37 @@ _OVER: Mapping[str, Any] = {
 _SMALL = 1024
 
 
-def stored_methods(place: Path, config: T5Config) -> list[tuple[str, StoredTuned]]:
+def stored_methods(place: Path, model: T5) -> list[tuple[str, StoredTuned]]:
     """What is kept of a method in a file, in all files of a folder, or in a PEFT adapter's folder.
 
     Nothing for plain prompts, PEFT's own among them, and for what is none of these.  UserError for
-    damaged ones, and for an adapter that does not fit a model of this configuration.
+    damaged ones, and for an adapter that does not fit this model.
     """
+    config = model.config
     if is_tuned_file(place):
         return [(str(place), read_tuned(place, config))]
     if not place.is_dir():
         return []
     if is_peft(place):
-        return [(str(place), adapter)] if (adapter := peft_adapter(place, config)) else []
+        adapter = peft_adapter(place, config, own=tree.split(model)[1])
+        return [(str(place), adapter)] if adapter else []
     inside = sorted(place.glob("*.safetensors"))
     if not inside or not all(map(is_tuned_file, inside)):
         return []
     return [(str(path), read_tuned(path, config)) for path in inside]
 
 
-def peft_adapter(folder: Path, config: T5Config) -> StoredTuned | None:
-    """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt."""
+def peft_adapter(
+    folder: Path, config: T5Config, *, own: Mapping[str, peft_weights.Own] | None = None
+) -> StoredTuned | None:
+    """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt.
+
+    ``own`` are the model's parameters by path: what of them is in the adapter must equal them.
+    """
     kind = peft_weights.peft_kind(folder)
     found: peft_weights.PeftWeights | peft_prompts.PeftPrompts
     if kind in peft_weights.KINDS:
-        found = peft_weights.read_peft_weights(folder, config)
+        found = peft_weights.read_peft_weights(folder, config, own)
     elif kind in peft_prompts.KINDS:
         found = peft_prompts.read_peft_prompts(folder, config)
     else:
@@ -199,13 +206,13 @@ def attach_stored(
     that is known nothing is allocated.
     """
     method = as_trained(method)
-    _require_sizes(method, shapes)
     context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
 
     def attach() -> Attached:
         return method.attach(model, key=jax.random.key(0), context=context)
 
     try:
+        _require_sizes(method, shapes)
         abstract = jax.eval_shape(lambda: tree.split(attach())[1])
         own = {name: p for name, p in abstract.items() if method.trains(name)}
         build.require_trainable(own)

@@ -114,7 +114,7 @@ def open_prompts(
         place = Path(prompt)
         run = run_config(str(prompt))
         files = [place]
-        if kept := stored_methods(place, model.config):
+        if kept := stored_methods(place, model):
             stored += kept
             continue
         if run is not None and isinstance(run.method, PromptTuning):

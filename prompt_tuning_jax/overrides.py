@@ -16,7 +16,7 @@ from prompt_tuning_jax.methods import METHODS, Method
 
 T = TypeVar("T")
 
-_MAX_BYTES = 2**24  # of an experiment; the longest fields are its labels
+MAX_BYTES = 2**24  # of an experiment; the longest fields are its labels
 # Says in JSON which of several dataclasses a group is; no field can have a keyword for its name.
 CLASS = "class"
 # What people call some methods.
@@ -124,9 +124,9 @@ def to_json(experiment: Experiment) -> str:
     return json.dumps(to_dict(experiment), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str) -> Experiment:
+def from_json(text: str | bytes) -> Experiment:
     """The experiment that ``to_json`` wrote; UserError for what is not one, naming the field."""
-    values = read_json(text, of="not the JSON of an experiment", max_bytes=_MAX_BYTES)
+    values = read_json(text, of="not the JSON of an experiment", max_bytes=MAX_BYTES)
     if not isinstance(values, dict):
         raise UserError(f"not the JSON of an experiment: {_show(values)}")
     return from_dict(values)
@@ -139,7 +139,7 @@ def method_to_json(method: Method) -> str:
 
 def method_from_json(text: str, *, of: str = "a method's config") -> Method:
     """The method that ``method_to_json`` wrote; UserError, in a line that begins with ``of``."""
-    value = read_json(text, of=of, max_bytes=_MAX_BYTES)
+    value = read_json(text, of=of, max_bytes=MAX_BYTES)
     method: Method = checked(value, Method, "method")
     return method
 

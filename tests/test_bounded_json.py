@@ -82,7 +82,7 @@ def test_of_a_file_no_more_than_the_bound_is_read(tmp_path: Path) -> None:
     assert read_json_file(path) == {"d_model": 8}
     with path.open("r+b") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match=r"config\.json: more than the \d+ bytes"):
+    with pytest.raises(UserError, match=r"config\.json: too large: more than the \d+ bytes"):
         read_json_file(path)
     with pytest.raises(UserError, match=r"absent\.json: No such file"):
         read_json_file(tmp_path / "absent.json")

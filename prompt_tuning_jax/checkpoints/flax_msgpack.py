@@ -6,7 +6,7 @@ flax/serialization.py (extension type 1 holds shape, dtype name and bytes; array
 maps of flat chunks).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.lazy import Index
 from prompt_tuning_jax.typing import HostArray
 
-_NDARRAY = 1
+_NDARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _DEEPEST = 64
+_MOST_VALUES = 2**21  # each takes up to 64 bytes of memory and may take one of the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,35 @@ def scan_msgpack(buffer: memoryview) -> dict[str, FlaxArray]:
 
     Raises ValueError for a file that is cut, or is not such a map.
     """
+    return dict(_leaves(scan_tree(buffer), ""))
+
+
+def scan_tree(buffer: memoryview) -> dict[str, Any]:
+    """A map of maps, lists, texts, numbers and ``FlaxArray``s; large ones are maps of chunks.
+
+    Takes memory for what is in the file, not for what a length in it claims.  Raises ValueError as
+    ``scan_msgpack`` does.
+    """
     scanner = _Scanner(buffer)
     tree = scanner.value()
     if scanner.position != len(buffer):
         raise ValueError(f"{len(buffer) - scanner.position} bytes too many")
     if not isinstance(tree, dict):
         raise ValueError("no map of arrays")
-    return dict(_leaves(tree, ""))
+    return tree
+
+
+def whole_arrays(tree: Any, dtype_of: Callable[[str], np.dtype]) -> Any:
+    """The tree with an array for each ``FlaxArray``; ValueError for one of another length."""
+    if isinstance(tree, dict) and _CHUNKED in tree:
+        tree = _joined(tree)
+    if isinstance(tree, dict):
+        return {name: whole_arrays(child, dtype_of) for name, child in tree.items()}
+    if not isinstance(tree, FlaxArray):
+        return tree
+    dtype = dtype_of(tree.dtype)
+    tree.check(dtype)
+    return tree.read(tuple(slice(0, size) for size in tree.shape), dtype)
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, FlaxArray]]:
@@ -101,6 +124,7 @@ class _Scanner:
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
         self.position = 0
+        self.values = 0
 
     def take(self, size: int) -> memoryview:
         part = self.buffer[self.position : self.position + size]
@@ -116,6 +140,9 @@ class _Scanner:
         """The next object; arrays as FlaxArray, other binary data as views."""
         if depth > _DEEPEST:
             raise ValueError("maps too deep in each other")
+        self.values += 1
+        if self.values > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values")
         tag = self.number(1)
         if tag <= 0x7F:
             return tag
@@ -131,8 +158,15 @@ class _Scanner:
             return self.take(self.number(1 << (tag - 0xC4)))
         if 0xC7 <= tag <= 0xC9:
             return self.extension(self.number(1 << (tag - 0xC7)))
+        if tag in (0xCA, 0xCB):
+            size = 4 << (tag - 0xCA)
+            return float(np.frombuffer(self.take(size), f">f{size}")[0])
         if 0xCC <= tag <= 0xCF:
             return self.number(1 << (tag - 0xCC))
+        if 0xD0 <= tag <= 0xD3:
+            return int.from_bytes(self.take(1 << (tag - 0xD0)), "big", signed=True)
+        if tag >= 0xE0:
+            return tag - 0x100
         if 0xD4 <= tag <= 0xD8:
             return self.extension(1 << (tag - 0xD4))
         if 0xD9 <= tag <= 0xDB:
@@ -154,7 +188,7 @@ class _Scanner:
 
     def extension(self, size: int) -> FlaxArray:
         code, payload = self.number(1), self.take(size)
-        parts = _Scanner(payload).value() if code == _NDARRAY else None
+        parts = _Scanner(payload).value() if code in (_NDARRAY, _SCALAR) else None
         match parts:
             case [list(shape), str(dtype), memoryview() as data]:
                 return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=(data,))

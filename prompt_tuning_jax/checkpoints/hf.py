@@ -36,7 +36,7 @@ __all__ = ["VOCABULARY", "hf_name", "model_type_of", "open_hf", "read_hf", "writ
 
 _SHARED = "shared.weight"
 _LM_HEAD = "lm_head.weight"
-_COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Files of T5 1.0 carry a bias that cross attention never uses.
 _DEAD = re.compile(
     r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
@@ -55,6 +55,7 @@ _SUBLAYERS = {
     "decoder/pre_mlp_layer_norm": "layer.2.layer_norm",
     "decoder/mlp": "layer.2.DenseReluDense",
 }
+TRANSPOSED = ("/kernel", "/rel_embedding")
 _COMPARED_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
@@ -162,7 +163,7 @@ def hf_name(name: str) -> str:
 
 
 def _is_transposed(name: str) -> bool:
-    return name.endswith(("/kernel", "/rel_embedding"))
+    return name.endswith(TRANSPOSED)
 
 
 def _as_torch_lays_it(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
@@ -179,7 +180,7 @@ def _as_torch_lays_it(name: str, array: Array | HostArray | LazyArray) -> LazyAr
 
 def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:
     """The arrays with the embedding table once, by its own name."""
-    tables = [name for name in (_SHARED, *_COPIES_OF_SHARED) if name in arrays]
+    tables = [name for name in (_SHARED, *COPIES_OF_SHARED) if name in arrays]
     if not tables:
         return dict(arrays)
     for name in tables[1:]:

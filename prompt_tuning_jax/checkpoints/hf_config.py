@@ -59,7 +59,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json with transformers' defaults filled in."""
     if not path.exists():
         raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model")
-    raw = read_json_file(path, max_bytes=_LARGEST)
+    raw = read_json_file(path, of=f"{path} is not readable as JSON", max_bytes=_LARGEST)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if isinstance(kind, str) and kind in _OTHERS:
         raise UserError(f"{path}: model_type is {kind!r}, {_OTHERS[kind]}")

@@ -17,6 +17,7 @@ import numpy as np
 from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray, scan_msgpack
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
@@ -83,7 +84,7 @@ def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    read = read_json_file(index, max_bytes=_LARGEST_INDEX)
+    read = read_json_file(index, of=f"{index} is not an index of shards", max_bytes=_LARGEST_INDEX)
     weight_map = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not an index of shards: its weight_map is empty or no map")
@@ -104,6 +105,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
     from safetensors import SafetensorError, safe_open
 
     def damaged(error: Exception) -> UserError:
@@ -135,6 +137,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyArray]:
 
 
 def _open_flax(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
     try:
         with path.open("rb") as file:
             # The arrays are views of the mapped file, which lives as long as they do.
@@ -168,6 +171,7 @@ def _name_of_flax(name: str) -> str:
 
 
 def _open_torch(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
     try:
         import torch
     except ImportError:
@@ -215,7 +219,7 @@ _FORMATS = (
 
 def _dtype(name: str, *, where: str) -> np.dtype:
     if name not in _DTYPES:
-        raise UserError(f"{where} is stored as {name}; only {', '.join(_DTYPES)} are read")
+        raise UserError(f"{where} is stored as {name[:40]}; only {', '.join(_DTYPES)} are read")
     return _DTYPES[name]
 
 

@@ -9,10 +9,18 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
 _DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
@@ -35,10 +43,11 @@ class MappedArrays:
 def map_safetensors(path: Path) -> MappedArrays:
     """The arrays in a file, of which nothing but the header is read.
 
-    Raises UserError for a file that is damaged, or holds what are no numbers of 16, 32 or 64 bits.
+    Raises UserError for a file that is damaged, or holds numbers of another type than NumPy's.
     """
     from safetensors import SafetensorError, safe_open
 
+    require_whole(path)
     try:
         # It looks whether the arrays fill the file, one behind the other, each as long as its
         # shape.  Opening and closing it is not enough: no header is too long for it.
@@ -59,7 +68,7 @@ def map_safetensors(path: Path) -> MappedArrays:
     size, arrays = path.stat().st_size, {}
     for name, entry in sorted(described.items()):
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{path}: {name} holds {entry['dtype']}, no floating-point numbers")
+            raise UserError(f"{path}: {name} holds {entry['dtype']}, which is not read")
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         if not 0 <= start <= stop <= size or stop - start != prod(shape) * dtype.itemsize:

@@ -27,6 +27,8 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 KEY = "prompt_embeddings"
 _PEFT_TYPE = "PROMPT_TUNING"
+# Those that are no plain prompt; ``methods/peft_prompts.py`` and ``peft_weights.py`` read them.
+OTHER_KINDS = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3")
 _TASK_TYPE = "SEQ_2_SEQ_LM"
 # Of an adapter's config: how its prompt began, and what goes with the model that it names.
 _OF_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
@@ -67,7 +69,7 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     where = folder / CONFIG
     kind = config.get("peft_type")
     if kind != _PEFT_TYPE:
-        raise UserError(f"{where}: peft_type is {shown(kind)}; only {_PEFT_TYPE} is a prompt")
+        raise UserError(f"{where}: {_not_a_prompt(kind)}")
     task = config.get("task_type")
     if task not in (None, _TASK_TYPE):
         raise UserError(f"{where}: task_type is {shown(task)}; for a T5 it is {_TASK_TYPE}")
@@ -150,10 +152,29 @@ def write_peft(
 
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter's config; UserError where it is missing, damaged or no JSON object."""
-    config = read_json_file(path, of=f"the PEFT config {path}", max_bytes=_LARGEST_CONFIG)
+    config = read_json_file(
+        path, of=f"cannot read the PEFT config {path}", max_bytes=_LARGEST_CONFIG
+    )
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object, so it is not a PEFT config")
     return config
+
+
+def _not_a_prompt(kind: Any) -> str:
+    if kind in OTHER_KINDS:
+        return (
+            f"a {kind} adapter, which is no plain prompt; predict, eval and serve take its folder "
+            "with --prompt(s), and pt.attach puts it on the model"
+        )
+    return f"peft_type is {shown(kind)}; {what_is_read()}"
+
+
+def what_is_read() -> str:
+    """Which of PEFT's adapters can be used, for a message about another."""
+    return (
+        f"of PEFT's adapters {', '.join((_PEFT_TYPE, *OTHER_KINDS))} are read; one that can be "
+        "merged is used as the model that merge_and_unload gives"
+    )
 
 
 def _count(config: dict[str, Any], field: str, where: Path) -> int | None:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
+from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import DType, HostArray
 
@@ -52,6 +53,7 @@ def read_npy(path: Path) -> HostArray:
 
     Two bytes without a type are bfloat16.
     """
+    require_whole(path)
     try:
         # Mapped: a header that claims more than the file has is an error, not an allocation.
         array: HostArray = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=10_000)

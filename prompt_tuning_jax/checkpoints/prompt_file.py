@@ -299,7 +299,13 @@ def _read_folder(folder: Path) -> StoredPrompt:
 
 
 def _read_t5x(folder: str | Path) -> StoredPrompt:
-    stored = t5x.open_t5x(folder).params.get(t5x.PROMPT)
+    params = t5x.open_t5x(folder).params
+    if others := [name for name in params if t5x.is_prompt(name) and name != t5x.PROMPT]:
+        raise UserError(
+            f"{folder} is a T5X checkpoint with {len(others)} prompts besides the encoder's input, "
+            f"{others[0]} first; only one prompt, at {t5x.PROMPT}, is read"
+        )
+    stored = params.get(t5x.PROMPT)
     if stored is None:
         raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
     prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)

@@ -101,7 +101,8 @@ def _holds_a_checkpoint(folder: Path) -> bool:
     if folder.is_symlink():
         return False
     weights = (SAFETENSORS, FLAX, TORCH)
-    if (folder / CONFIG).is_file():
+    # PEFT's trainer leaves a config.json of the model beside an adapter.
+    if (folder / CONFIG).is_file() and not is_peft(folder):
         return any((folder / (w + end)).is_file() for w in weights for end in ("", INDEX_SUFFIX))
     if is_peft(folder) or any((folder / name).is_file() for name in (INDEX, METADATA)):
         return True

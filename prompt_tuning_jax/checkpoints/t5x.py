@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.t5x_config import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.t5x_config import PROMPT, config_of, is_prompt
 from prompt_tuning_jax.checkpoints.t5x_native import INDEX, read_native
 from prompt_tuning_jax.checkpoints.t5x_orbax import ITEM, METADATA, read_orbax
 from prompt_tuning_jax.checkpoints.t5x_place import Place
@@ -20,6 +20,7 @@ __all__ = [
     "PROMPT",
     "T5XCheckpoint",
     "config_of",
+    "is_prompt",
     "is_t5x",
     "open_t5x",
     "read_t5x",

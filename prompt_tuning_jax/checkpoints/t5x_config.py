@@ -15,8 +15,15 @@ from prompt_tuning_jax.models.config import T5Config
 
 # Where the original prompt tuning code keeps its prompt [P,D] among the model's parameters.
 PROMPT = "encoder/prompt/prompt/prompt"
+# What no other parameter's path has among its parts.
+_OF_PROMPTS = re.compile(r"(^|.*/)\w*prompt\w*(/.*|$)", re.DOTALL)
 _SHARED_RELPOS = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
 _OWN_RELPOS = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
+
+
+def is_prompt(name: str) -> bool:
+    """Whether a parameter belongs to a prompt, of the encoder's input or of anything else."""
+    return _OF_PROMPTS.fullmatch(name) is not None
 
 
 def config_of(

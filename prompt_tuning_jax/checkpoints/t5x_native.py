@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.flax_msgpack import scan_tree, whole_arrays
 from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
 from prompt_tuning_jax.checkpoints.t5x_place import Place, one_line
 from prompt_tuning_jax.checkpoints.t5x_stored import (
+    BFLOAT16,
     ArrayPlace,
     OptimizerState,
     Stored,
@@ -69,11 +71,9 @@ def whole_number(array: LazyArray, of: str) -> int:
 
 
 def _parse(place: Place, data: bytes) -> tuple[int, Mapping[str, Any]]:
-    from flax import serialization
-
     try:
-        index = serialization.msgpack_restore(data)
-    except Exception as error:  # msgpack and numpy raise many kinds for damaged bytes
+        index = whole_arrays(scan_tree(memoryview(data)), _dtype)
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{place.name}/{INDEX} is damaged or not a T5X index: {one_line(error)}"
         ) from error
@@ -86,6 +86,15 @@ def _parse(place: Place, data: bytes) -> tuple[int, Mapping[str, Any]]:
     if not isinstance(tree, Mapping):
         raise UserError(f"{place.name}/{INDEX}: 'optimizer' holds nothing: not a T5X checkpoint")
     return version, tree
+
+
+def _dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        return BFLOAT16
+    dtype = np.dtype(name) if len(name) < 16 else None
+    if dtype is None or dtype.kind not in "biuf" or dtype.hasobject:
+        raise ValueError(f"an array of {name[:40]!r}")
+    return dtype
 
 
 def _entry(tree: Mapping[str, Any], name: str, place: Place) -> Any:
@@ -114,7 +123,7 @@ def _open(place: Place, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, di
         for name, leaf in found.items():
             # Messages call a parameter by its name, as everything else does.
             called = name if part == "target" else f"{part}/{name}"
-            if isinstance(leaf, np.ndarray | np.generic | int):
+            if isinstance(leaf, np.ndarray | int):
                 where = f"{place.name}/{INDEX}: {called}"
                 inline[f"{part}/{name}"] = in_memory(np.asarray(leaf), where=where)
             elif _is_spec(leaf):
@@ -123,7 +132,7 @@ def _open(place: Place, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, di
                 raise UserError(
                     f"{place.name}/{INDEX}: {called} is neither an array nor the place of one"
                 )
-    arrays = inline | open_arrays(stored)
+    arrays = inline | open_arrays(stored, stored_bytes=place.stored_bytes())
     return {
         part: {name: arrays[f"{part}/{name}"] for name in found} for part, found in leaves.items()
     }

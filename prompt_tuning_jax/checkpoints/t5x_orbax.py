@@ -52,7 +52,8 @@ def read_orbax(place: Place, metadata: bytes) -> Stored:
     if not wanted or step_path not in leaves:
         raise UserError(f"{place.name}/{METADATA} lists no parameters or no step: not T5X's")
     opened = open_arrays(
-        {"/".join(path): spot for path, spot in {**wanted, step_path: where(step_path)}.items()}
+        {"/".join(path): spot for path, spot in {**wanted, step_path: where(step_path)}.items()},
+        stored_bytes=place.stored_bytes(),
     )
     for path in wanted:
         array, part = opened["/".join(path)], leaves[path].written
@@ -67,7 +68,9 @@ def read_orbax(place: Place, metadata: bytes) -> Stored:
 
     def open_state() -> OptimizerState:
         there = [path for path in state_paths if not leaves[path].empty]
-        found = open_arrays({"/".join(path): where(path) for path in there})
+        found = open_arrays(
+            {"/".join(path): where(path) for path in there}, stored_bytes=place.stored_bytes()
+        )
         return {"/".join(path[1:]): found.get("/".join(path)) for path in state_paths}
 
     return Stored(

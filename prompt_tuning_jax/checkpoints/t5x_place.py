@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.bucket import Bucket, as_folder, one_line, store_of
+from prompt_tuning_jax.checkpoints.stored_size import stored_bytes
 from prompt_tuning_jax.errors import UserError
 
 __all__ = ["Place", "one_line"]
 
 # T5X's own saves, Orbax's (of the whole or of an item), and this project's.
 _UNFINISHED = re.compile(r".*\.tmp-\d*|.*\.orbax-checkpoint-tmp.*|\..*\.tmp", re.DOTALL)
+# Bytes of an index or of metadata; arrays of any size lie beside it.
+_MOST_READ = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,20 @@ class Place:
         if self.root is not None:
             file = self._inside(path, "a file")
             try:
-                return file.read_bytes() if file.is_file() else None
+                if not file.is_file():
+                    return None
+                with file.open("rb") as opened:
+                    data = opened.read(_MOST_READ + 1)
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+            if len(data) > _MOST_READ:
+                raise UserError(f"{file} has more than the {_MOST_READ} bytes that are read of one")
+            return data
         return Bucket(self.name).read(path)
+
+    def stored_bytes(self) -> int | None:
+        """What all files of the folder take on the disk; None in a bucket."""
+        return None if self.root is None else stored_bytes(self.root)
 
     def below(self, path: object, *, of: str) -> dict[str, Any]:
         """TensorStore's place of the folder ``path``; ``of`` says whose, for the messages.

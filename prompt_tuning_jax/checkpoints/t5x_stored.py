@@ -1,7 +1,8 @@
 """The arrays of a T5X checkpoint as they are stored, read part by part through TensorStore."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import bucket
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.stored_size import require_stored
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 
@@ -43,8 +45,13 @@ class ArrayPlace:
     dtype: str | None = None
 
 
-def open_arrays(places: Mapping[str, ArrayPlace]) -> dict[str, LazyArray]:
+def open_arrays(
+    places: Mapping[str, ArrayPlace], *, stored_bytes: int | None
+) -> dict[str, LazyArray]:
     """Opens all at once, which reads their headers only; UserError for what is not as it should.
+
+    ``stored_bytes`` is what the checkpoint takes on the disk, if that is known: headers that claim
+    far more are refused.
 
     Chunks are decoded as a whole, and many parts of an array can lie in one: those read last are
     kept, as much as the largest of the arrays.
@@ -59,6 +66,11 @@ def open_arrays(places: Mapping[str, ArrayPlace]) -> dict[str, LazyArray]:
         for name, place in places.items()
     }
     opened = {name: _opened(places[name], future) for name, future in waiting.items()}
+    if stored_bytes is not None and opened:
+        claims = {name: _nbytes(array, array.shape) for name, array in opened.items()}
+        most = places[max(claims, key=claims.__getitem__)]
+        of = f"{most.path} (its largest array is {most.name})"
+        require_stored(sum(claims.values()), stored_bytes, of=of)
     largest = max((a.size * a.dtype.numpy_dtype.itemsize for a in opened.values()), default=0)
     kept = bucket.retries(cached_bytes=min(largest, _MOST_CACHED))
     # Again, without reading the headers again.
@@ -74,6 +86,13 @@ def open_arrays(places: Mapping[str, ArrayPlace]) -> dict[str, LazyArray]:
 # Otherwise a lost chunk would be read as zeros.
 _STRICT = {"fill_missing_data_reads": False, "recheck_cached_data": "open"}
 _MOST_CACHED = 1 << 29
+
+
+_SMALL_CHUNK = 1 << 26  # bytes
+
+
+def _nbytes(array: Any, shape: Iterable[int]) -> int:
+    return prod(int(size) for size in shape) * int(array.dtype.numpy_dtype.itemsize)
 
 
 def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
@@ -101,6 +120,13 @@ def _opened(place: ArrayPlace, future: Any) -> Any:
             f"{place.path} holds {list(shape)} for {place.name}, "
             f"and the index says {list(place.shape)}"
         )
+    for chunk in (array.chunk_layout.read_chunk.shape, array.chunk_layout.write_chunk.shape):
+        # TensorStore ends the process where the memory for a chunk cannot be had.
+        if _nbytes(array, chunk) > max(_SMALL_CHUNK, 2 * _nbytes(array, shape)):
+            raise UserError(
+                f"{place.path} has chunks of {list(chunk)} for {place.name}, which is "
+                f"{list(shape)}: it is damaged"
+            )
     if place.dtype is not None and array.dtype.name != place.dtype:
         raise UserError(
             f"{place.path} holds {array.dtype.name} for {place.name}, "

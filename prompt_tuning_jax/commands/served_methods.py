@@ -57,7 +57,7 @@ class MethodsIn:
         if run_folder.is_run(place):
             return self._whole_models(place)
         found = []
-        for path, stored in stored_methods(place, self._model.config):
+        for path, stored in stored_methods(place, self._model):
             check_model(stored.metadata, fingerprint=self._fits.fingerprint, path=path)
             name = place.stem if place.is_file() else place.name
             found += self._opened(name, stored, place)
@@ -133,13 +133,10 @@ class MethodsIn:
         alike = as_trained(method)
         key = method_to_json(alike), labels if method.ranks else (), tasks
         if key not in self._attached:
-            try:
-                shapes = {name: tuple(array.shape) for name, array in tuned.items()}
-                attached = attach_stored(
-                    alike, self._model, shapes, labels=labels, tasks=tasks, of="its file"
-                )
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
+            shapes = {name: tuple(array.shape) for name, array in tuned.items()}
+            attached = attach_stored(
+                alike, self._model, shapes, labels=labels, tasks=tasks, of=str(place)
+            )
             self._attached[key] = attached
         params = tree.split(self._attached[key])[1]
         own = {name: p for name, p in params.items() if method.trains(name)}

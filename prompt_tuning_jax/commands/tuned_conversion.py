@@ -101,7 +101,7 @@ def convert_tuned(
     require_free(destination, overwrite=overwrite, folder=folder)
     name, opened = _open_base(files, model)
     fingerprint = fingerprint_of(opened)
-    found = [_read(file, opened.config) for file in files]
+    found = [_read(file, opened) for file in files]
     methods = [method_of(stored, file) for file, stored in zip(files, found, strict=True)]
     for file, stored in zip(files, found, strict=True):
         check_model(
@@ -165,10 +165,10 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
     raise AssertionError("there is at least one")
 
 
-def _read(file: Path, config: T5Config) -> StoredTuned:
+def _read(file: Path, opened: OpenedModel) -> StoredTuned:
     if not file.is_dir():
-        return read_tuned(file, config)
-    adapter = peft_adapter(file, config)
+        return read_tuned(file, opened.config)
+    adapter = peft_adapter(file, opened.config, own=opened.params)
     assert adapter is not None, file  # its kind was looked at
     return adapter
 

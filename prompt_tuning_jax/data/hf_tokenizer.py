@@ -1,8 +1,10 @@
 """Vocabularies as Hugging Face folders hold them: which file it is, and tokenizer.json."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
 _EOS_ID, _UNK_ID = 1, 2
+_LARGEST = 2**27  # bytes; the largest that are published have 35 million
+# Patterns in the file that take for ever are given up by the library, with a panic: better now.
+_PROBES = (
+    "",
+    *(f"{part * 40}{end}" for part in ("a", "1", " ", ".", "aB ") for end in ("!", "\0")),
+)
 
 
 class HfTokenizer:
@@ -34,9 +42,13 @@ class HfTokenizer:
         self.path = Path(path)
         self.extra_ids = 0  # the file holds its sentinels
         try:
-            text = self.path.read_text(encoding="utf-8")
+            with self.path.open("rb") as file:
+                data = file.read(_LARGEST + 1)
+            text = data.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: cannot read the vocabulary: {error}") from None
+        if len(data) > _LARGEST:
+            raise UserError(f"{self.path}: more than the {_LARGEST} bytes that are read of one")
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._load(text)
 
@@ -57,12 +69,14 @@ class HfTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end of sequence."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _no_panic(self.path):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """The same as ``encode`` of each, faster; the library chooses the number of threads."""
         del num_threads
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _no_panic(self.path):
+            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [list(one.ids) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -70,7 +84,8 @@ class HfTokenizer:
         kept = [int(i) for i in ids]
         kept = kept[: kept.index(_EOS_ID)] if _EOS_ID in kept else kept
         known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i != 0]
-        return str(self._tokenizer.decode(known, skip_special_tokens=False))
+        with _no_panic(self.path):
+            return str(self._tokenizer.decode(known, skip_special_tokens=False))
 
     def pieces(self, token_id: int) -> str:
         """The piece that an id stands for, with ``▁`` for a blank; ``<unk>`` beyond the size."""
@@ -150,11 +165,41 @@ def _parse(text: str, *, path: Path) -> Any:
             f"{path} is a Hugging Face fast tokenizer: install tokenizers (pip install "
             "tokenizers), or put the model's spiece.model beside it"
         ) from None
-    try:
+    with _no_panic(path), _quiet_errors():
         tokenizer = Tokenizer.from_str(text)
-    # The library raises Exception itself.
-    except Exception as error:
-        raise UserError(f"{path}: not a tokenizer, or a damaged one: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        for probe in _PROBES:
+            tokenizer.encode(probe, add_special_tokens=False)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _no_panic(path: Path) -> Iterator[None]:
+    """What the library fails with as UserError: Exception itself, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = next(iter(str(error).splitlines()), "")[:200]
+        raise UserError(f"{path}: not a tokenizer, or a damaged one: {line}") from None
+
+
+@contextlib.contextmanager
+def _quiet_errors() -> Iterator[None]:
+    """Without the stack of a panic, which the library itself writes to the process's stderr."""
+    sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # it has none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

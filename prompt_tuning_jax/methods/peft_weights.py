@@ -6,12 +6,16 @@ The formats are those of peft 0.21, tuners/lora, tuners/ia3 and utils/save_and_l
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.atomic import folder_written_aside
+from prompt_tuning_jax.checkpoints.hf import TRANSPOSED
+from prompt_tuning_jax.checkpoints.lazy import LazyArray
+from prompt_tuning_jax.checkpoints.names import parameter_shapes
 from prompt_tuning_jax.checkpoints.peft import (
     CONFIG,
     WEIGHTS,
@@ -23,19 +27,25 @@ from prompt_tuning_jax.checkpoints.peft_modules import (
     linear_shapes,
     maps_chosen_by,
     module_names,
+    own_names,
     path_around,
     patterns_for,
     peft_name,
 )
+from prompt_tuning_jax.checkpoints.tuned_file import require_plausible
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.quantization import Quantization, quantized
 from prompt_tuning_jax.tree import require_same_names
 from prompt_tuning_jax.typing import Array, HostArray
 
 KINDS = ("LORA", "IA3")
 _TASK_TYPE = "SEQ_2_SEQ_LM"
+# A parameter of the model, wherever it is.
+Own: TypeAlias = Array | HostArray | LazyArray
+_QUANTIZED: tuple[Quantization, ...] = ("int8", "int4")
 _A, _B, _SCALE = "lora_A.weight", "lora_B.weight", "ia3_l"
 # What may have any value: read here, or without a say in what the adapter computes.
 _PASSED_OVER = {
@@ -43,7 +53,7 @@ _PASSED_OVER = {
     *("revision", "task_type", "target_modules", "exclude_modules", "feedforward_modules"),
     *("layers_pattern", "layers_to_transform", "init_ia3_weights", "init_lora_weights"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size"),
-    *("ensure_weight_tying", "eva_config", "runtime_config"),
+    *("ensure_weight_tying", "eva_config", "runtime_config", "modules_to_save"),
 }
 # Of init_lora_weights: those that leave the model's own weights as they are.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -68,12 +78,18 @@ def peft_kind(folder: str | Path) -> str:
     return kind if isinstance(kind, str) else ""
 
 
-def read_peft_weights(folder: str | Path, config: T5Config) -> PeftWeights:
+def read_peft_weights(
+    folder: str | Path, config: T5Config, own: Mapping[str, Own] | None = None
+) -> PeftWeights:
     """The adapter in a folder, for a model of this configuration.
 
+    PEFT saves some of the model's weights beside what it tuned: an output head that has an adapter,
+    embeddings whose number of rows has changed.  They are passed over where they equal those of the
+    model, ``own``, its parameters by path.
+
     Raises UserError for another kind of adapter, for variants whose computation is another
-    (DoRA, ranks per module, trained biases), for arrays that do not fit the model or the config,
-    and for missing or damaged files.
+    (DoRA, ranks per module, trained biases), for weights that are not the model's, for arrays that
+    do not fit the model or the config, and for missing or damaged files.
     """
     folder = Path(folder)
     described = read_config(folder / CONFIG)
@@ -86,6 +102,8 @@ def read_peft_weights(folder: str | Path, config: T5Config) -> PeftWeights:
         raise UserError(f"{where}: task_type is {task}; for a T5 it is {_TASK_TYPE}")
     _require_plain(described, where)
     arrays, file = read_tensors(folder)
+    arrays = _without_own(arrays, config, own or {}, file=file)
+    require_plausible(arrays, config, of=str(file))
     shapes = linear_shapes(config)
     read = _lora if kind == "LORA" else _ia3
     method, tuned = read(described, where, _by_map(arrays, shapes, file), shapes, file)
@@ -256,6 +274,46 @@ def _by_map(
     if not found:
         raise UserError(f"{file} holds no array")
     return found
+
+
+def _without_own(
+    arrays: Mapping[str, HostArray], config: T5Config, own: Mapping[str, Own], *, file: Path
+) -> dict[str, HostArray]:
+    """The arrays without copies of the model's own; UserError for one that is no copy."""
+    names = own_names(config)
+    kept = {}
+    for theirs, array in arrays.items():
+        if (name := names.get(theirs)) is None:
+            kept[theirs] = array
+            continue
+        wanted = parameter_shapes(config)[name]
+        array = array.T if name.endswith(TRANSPOSED) else array
+        if array.shape != wanted:
+            raise UserError(
+                f"{file}: {theirs} is {list(array.shape)}, and this model has {list(wanted)} there;"
+                " an adapter of a model with another number of embeddings is not read: merge it "
+                "into its model with PEFT (merge_and_unload), and use that"
+            )
+        if name not in own or not _is_copy(array, name, own):
+            raise UserError(
+                f"{file}: {theirs} is not the {name} of this model; adapters that bring weights of "
+                "their own are not read: use the model that it was trained on, or merge it there"
+            )
+    return kept
+
+
+def _is_copy(array: HostArray, name: str, own: Mapping[str, Own]) -> bool:
+    """Whether numbers are those of a parameter, in the coarser of their types."""
+    ours = own[name]
+    if isinstance(ours, LazyArray):
+        ours = ours.whole()
+    kind: Quantization | None = next((k for k in _QUANTIZED if str(ours.dtype) == k), None)
+    if kind is not None:
+        made = quantized(name, jnp.asarray(array, jnp.float32), kind)
+        return all(np.array_equal(np.asarray(part), np.asarray(own[n])) for n, part in made.items())
+    found = np.asarray(ours)
+    coarser = min(found.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
+    return np.array_equal(found.astype(coarser), array.astype(coarser))
 
 
 def _require_parts(

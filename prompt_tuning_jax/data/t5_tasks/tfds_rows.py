@@ -166,8 +166,8 @@ def _require_own_features(folder: Path) -> None:
     tensorflow-datasets imports the module of whatever class a feature names.
     """
     try:
-        features = json.loads((folder / "features.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        features = read_json_file(folder / "features.json")
+    except UserError:
         raise UserError(
             f"{folder}: tensorflow-datasets cannot open it (features.json is damaged); prepare it "
             "again"

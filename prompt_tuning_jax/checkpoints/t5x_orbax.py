@@ -99,13 +99,13 @@ def _require_finished(place: Place) -> None:
         raise unfinished
     top = place.read(_TOP_METADATA)
     if top is not None:
-        times = read_json(top, of=f"{place.name}/{_TOP_METADATA}")
+        times = read_json(top, of=f"{place.name}/{_TOP_METADATA} is damaged")
         if isinstance(times, dict) and times.get("commit_timestamp_nsecs", 0) is None:
             raise unfinished
 
 
 def _parse(place: Place, metadata: bytes) -> dict[str, Any]:
-    listed = read_json(metadata, of=f"{place.name}/{METADATA}")
+    listed = read_json(metadata, of=f"{place.name}/{METADATA} is damaged or not Orbax's")
     if not isinstance(listed, dict) or not isinstance(listed.get("tree_metadata"), dict):
         raise UserError(f"{place.name}/{METADATA} lists no arrays: it is not T5X's")
     return listed

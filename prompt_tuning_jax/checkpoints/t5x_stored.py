@@ -122,7 +122,9 @@ def _opened(place: ArrayPlace, future: Any) -> Any:
         )
     for chunk in (array.chunk_layout.read_chunk.shape, array.chunk_layout.write_chunk.shape):
         # TensorStore ends the process where the memory for a chunk cannot be had.
-        if _nbytes(array, chunk) > max(_SMALL_CHUNK, 2 * _nbytes(array, shape)):
+        if chunk is not None and _nbytes(array, chunk) > max(
+            _SMALL_CHUNK, 2 * _nbytes(array, shape)
+        ):
             raise UserError(
                 f"{place.path} has chunks of {list(chunk)} for {place.name}, which is "
                 f"{list(shape)}: it is damaged"

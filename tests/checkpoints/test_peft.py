@@ -108,7 +108,11 @@ def test_peft_to_ours_to_peft_is_bit_exact(adapter: Path, dtype: Any) -> None:
         ({"token_dim": 8.0}, "token_dim is 8.0"),
         ({"num_transformer_submodules": [1]}, "num_transformer_submodules is [1]"),
         ({"num_transformer_submodules": 3}, "a T5 has two stacks"),
-        ({"peft_type": "LORA"}, 'peft_type is "LORA"; only PROMPT_TUNING is a prompt'),
+        (
+            {"peft_type": "LORA"},
+            "a LORA adapter, which is no plain prompt; predict, eval",
+        ),
+        ({"peft_type": "ADALORA"}, "MULTITASK_PROMPT_TUNING, LORA, IA3 are read; one that can be"),
         ({"peft_type": "P_TUNING"}, "P_TUNING"),
         ({"peft_type": None}, "peft_type is null"),
         ({"peft_type": {"a\nb": 1}}, "peft_type is"),
@@ -276,4 +280,4 @@ OTHER_KINDS += ["ptuning_lstm_sub1", "ptuning_mlp_sub2"]
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_recorded_adapters_of_other_kinds(shared: Path, kind: str) -> None:
-    assert "only PROMPT_TUNING" in refusal(shared / "fixtures/hf/peft/b_t5_11" / kind)
+    assert "which is no plain prompt" in refusal(shared / "fixtures/hf/peft/b_t5_11" / kind)

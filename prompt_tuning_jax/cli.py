@@ -287,7 +287,10 @@ def _serve(args: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(commands.Serving)]
     given = {name: v for name in names if (v := getattr(args, name)) is not None}
     serving = commands.Serving(**given)
-    commands.serve(experiment, args.prompts, host=args.host, port=args.port, serving=serving)
+    if commands.serve(experiment, args.prompts, host=args.host, port=args.port, serving=serving):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # what is being compiled would be waited for, or fail as its libraries go
 
 
 def _metrics(args: argparse.Namespace) -> None:

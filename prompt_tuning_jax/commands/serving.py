@@ -65,8 +65,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     serving: Serving | None = None,
-) -> None:
+) -> bool:
     """Serves until SIGTERM or SIGINT; UserError for what is wrong before it starts.
+
+    Gives back whether something is still being compiled, which nothing can interrupt: it goes on
+    until the process ends.
 
     Tokens come from the environment, PROMPT_TUNING_TOKEN for predictions and
     PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
@@ -87,6 +90,7 @@ def serve(
         if host not in ("127.0.0.1", "::1", "localhost") and not token:
             print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
         _answer(service, own, serving, token=token, admin_token=admin_token)
+    return service.engine.compiler.is_running
 
 
 def _answer(
@@ -96,7 +100,11 @@ def _answer(
     from prompt_tuning_jax.serving.app import make_app
     from prompt_tuning_jax.serving.connections import ConnectionLimits
 
-    with _compiling(service.to_compile) as report:
+    progress = service.engine.compiler.progress
+    service.on_compiled = lambda: print(
+        f"all {progress.all} programs are compiled", file=sys.stderr, flush=True
+    )
+    with _compiling(progress.first, beside=progress.all - progress.first) as report:
 
         def make(stop: Callable[[BaseException | None], None]) -> "FastAPI":
             def started(error: BaseException | None) -> None:
@@ -133,7 +141,7 @@ def _drain(service: "Service") -> None:
         waiting = service.batcher.waiting if service.state == "ready" else 0
         rows = f"; {waiting} rows that wait are answered first" if waiting else ""
         print(f"told to end{rows}", file=sys.stderr, flush=True)
-    service.state = "draining"
+    service.drain()
 
 
 def open_service(
@@ -274,19 +282,16 @@ def _require_libraries() -> None:
 
 
 @contextmanager
-def _compiling(total: int) -> Iterator[Callable[[str], None]]:
+def _compiling(number: int, *, beside: int) -> Iterator[Callable[[str], None]]:
     """Calls with a program's name move the bar, where somebody looks on; an empty one ends it."""
+    print(
+        f"compiling the {number} programs that answer everything; then, beside requests, "
+        f"{beside} that answer faster",
+        file=sys.stderr,
+        flush=True,
+    )
     if not sys.stderr.isatty():
-        done = 0
-
-        def say(name: str) -> None:
-            nonlocal done
-            done += bool(name)
-            if name and (done == total or done % max(1, total // 4) == 0):
-                print(f"compiled {done} of {total} programs", file=sys.stderr, flush=True)
-
-        print(f"compiling {total} programs", file=sys.stderr, flush=True)
-        yield say
+        yield lambda name: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -294,10 +299,10 @@ def _compiling(total: int) -> Iterator[Callable[[str], None]]:
     columns = ("compiling", BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     with bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=number)
 
         def report(name: str) -> None:
-            bar.update(task, advance=1, description=name)
+            bar.update(task, advance=bool(name), description=name)
             if not name:
                 bar.stop()
 

@@ -82,7 +82,7 @@ def make_app(
         starting.add_done_callback(started)
         app.state.starting = starting
         yield
-        service.state = "draining"
+        service.drain()
         with suppress(Exception):
             await starting
         await service.close()

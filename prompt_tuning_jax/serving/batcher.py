@@ -19,6 +19,7 @@ from prompt_tuning_jax.serving.shapes import Kind
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_IDLE = 0.01  # seconds between two looks at whether nothing is to be done
 
 
 class QueueFullError(Exception):
@@ -105,6 +106,16 @@ class Batcher:
         """Runs something else in the engine's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
+    async def call_when_idle(
+        self, function: Callable[..., T], *arguments: Any, patience: float
+    ) -> T:
+        """The same once nothing waits or is written, but after ``patience`` seconds in any case."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + patience
+        while (self._groups or self._slots) and loop.time() < end:
+            await asyncio.sleep(_IDLE)
+        return await self.call(function, *arguments)
+
     async def close(self) -> None:
         """Finishes what has been taken, then ends."""
         self._closing = True
@@ -167,7 +178,7 @@ class Batcher:
 
     def _score_now(self, jobs: list[Job]) -> list[list[float]]:
         rows = [job.row for job in jobs]
-        return self._engine.score(rows, self._program("score", rows))
+        return self._engine.score(rows, self._engine.usable("score", rows))
 
     async def _write_whole(self, jobs: list[Job]) -> None:
         for job, (ids, log_prob) in await self._computed(jobs, self._write_whole_now):
@@ -178,7 +189,7 @@ class Batcher:
 
     def _write_whole_now(self, jobs: list[Job]) -> list[tuple[list[int], float]]:
         rows = [job.row for job in jobs]
-        return self._engine.write_whole(rows, self._program("write", rows))
+        return self._engine.write_whole(rows, self._engine.usable("write", rows))
 
     async def _admit(self, jobs: list[Job]) -> None:
         for job, slot in await self._computed(jobs, self._admit_now):
@@ -186,7 +197,7 @@ class Batcher:
 
     def _admit_now(self, jobs: list[Job]) -> list[int]:
         rows = [job.row for job in jobs]
-        program = self._program("generate", rows)
+        program = self._engine.usable("generate", rows)
         free = [slot for slot in range(self._engine.shapes.slots) if slot not in self._slots]
         slots = free[: len(jobs)]
         self._engine.admit(rows, slots, program)
@@ -275,10 +286,6 @@ class Batcher:
                 job.apart = object()
                 job.group = self._group_of(job)
                 self._groups[job.group] = deque([job])
-
-    def _program(self, kind: Kind, rows: Sequence[Row]) -> Any:
-        size = next(s for s in self._engine.shapes.batch_sizes if s >= len(rows))
-        return self._engine.program_for(kind, rows, size)
 
     def _group_of(self, job: Job) -> Hashable:
         program = self._engine.program_for(job.kind, [job.row], 1)

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, product
 from typing import Any
@@ -17,6 +16,7 @@ from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.serving.compiling import Compiler, Step
 from prompt_tuning_jax.serving.device_cache import DeviceCache
 from prompt_tuning_jax.serving.methods import Methods
 from prompt_tuning_jax.serving.placing import placed
@@ -30,6 +30,7 @@ from prompt_tuning_jax.typing import HostArray
 
 NEAREST = 5  # words of each prompt position
 _LONG_ENOUGH = 0.2  # seconds that need not be measured again
+_RUNS = 4  # by which a shorter time is measured
 _STEPS = 4  # tokens that are written before anybody may enter or leave
 _TIMED_STEPS = 16  # tokens of a text, where a whole batch is timed
 
@@ -37,7 +38,8 @@ _TIMED_STEPS = 16  # tokens of a text, where a whole batch is timed
 class Engine:
     """Scores and writes for rows of any mix of prompts, lengths and targets, or of one structure.
 
-    ``compile`` comes first.  All calls are for one thread at a time.
+    ``compile`` or ``compile_first`` comes first.  All calls are for one thread at a time, but for
+    those that say what to compile.
     """
 
     def __init__(
@@ -68,39 +70,81 @@ class Engine:
             layout=layout,
         )
         self.methods = Methods(methods, shapes=shapes, most=cache_rows, layout=layout)
-        self._made: dict[Any, Any] = {}
-        self.seconds: dict[Program, float] = {}  # of each program, measured once
+        self.seconds: dict[Program, float] = {}  # of each program that can be used
+        self._runs: dict[Program, list[float]] = {}  # by which that is measured
         self.table: Any = self._empty_table()
+        self._table_like = self._like(self.table)
+        self.compiler = Compiler(list(self._steps()))
+        self._made = self.compiler.made
 
     def programs(self) -> Iterator[Program]:
         """Everything that reads inputs."""
         return chain(self.shapes.programs(), self.methods.programs())
 
-    def steps_to_compile(self) -> int:
-        """How many times ``compile`` reports."""
-        return len(list(self._to_compile()))
-
     def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Makes every program and runs it; ``report`` is called with the name of each."""
-        threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
-        jobs = [(key, name, threads.submit(make)) for key, name, make in self._to_compile()]
-        try:
-            for key, name, job in jobs:
-                self._made[key] = job.result()
-                report(name)
-        finally:
-            threads.shutdown(cancel_futures=True)
-        for program in self.programs():
-            self.seconds[program] = self._seconds_of(program)
+        """Makes every program and measures it; ``report`` is called with the name of each."""
+        self.compiler.start(later=os.cpu_count() or 1)
+        self.compiler.wait_for_all(report)
+        while self.measure():
+            pass
         self.reset()
 
+    def compile_first(self, report: Callable[[str], None] = lambda name: None) -> None:
+        """Makes what every request can be answered with.
+
+        The rest is made in threads of its own, and used once ``measure`` has run it.
+        """
+        self.compiler.start()
+        self.compiler.wait_for_first(report)
+        while self.measure():
+            pass
+        self.reset()
+
+    def measure(self) -> bool:
+        """Runs a program that is made once, if one is not measured yet, to know its time.
+
+        Nothing of what is being written is touched.  From then on the program is used.
+        """
+        for program in self._unmeasured():
+            runs = self._runs.setdefault(program, [])
+            runs.append(self._seconds_of(program))
+            # The first run is slow: its memory has never been touched.
+            if len(runs) == _RUNS or (len(runs) > 1 and min(runs) > _LONG_ENOUGH):
+                self.seconds[program] = min(self._runs.pop(program))
+            return True
+        return False
+
     def rows_at_once(self, program: Program, waiting: int) -> int:
-        """Of the batch sizes, the one that answers most rows a second when so many wait."""
+        """Of the batch sizes, the one that answers most rows a second when so many wait.
+
+        Of programs that are made; which one would be best is remembered by the compiler.
+        """
+        sizes = self.shapes.batch_sizes
+        ideal = next((size for size in sizes if size >= waiting), sizes[-1])
+        self.compiler.want(with_rows(program, ideal))
 
         def rate(rows: int) -> float:
-            return min(rows, waiting) / self.seconds[with_rows(program, rows)]
+            usable = self._usable(with_rows(program, rows))
+            return min(rows, waiting) / self.seconds[usable] if usable else 0.0
 
-        return max(self.shapes.batch_sizes, key=rate)
+        return max(sizes, key=rate)
+
+    def usable(self, kind: Kind, rows: Sequence[Row]) -> Program:
+        """The quickest for these rows that is made; no more of them than ``rows_at_once`` said."""
+        size = next(size for size in self.shapes.batch_sizes if size >= len(rows))
+        program = self.program_for(kind, rows, size)
+        usable = self._usable(program)
+        if usable is None:
+            raise RuntimeError(f"no program is made for {size} rows of {program.length} tokens")
+        return usable
+
+    def _usable(self, program: Program) -> Program | None:
+        """The program itself, or while it is not made the quickest that does the same."""
+        if program in self.seconds:
+            return program
+        self.compiler.want(program)
+        others = [one for one in self.seconds if one.does_work_of(program)]
+        return min(others, key=self.seconds.__getitem__, default=None)
 
     def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
         """The smallest that holds these rows, with ``size`` rows."""
@@ -167,8 +211,11 @@ class Engine:
         given_up_M[list(given_up)] = True
         used = next(one for one in self._slots_used() if one >= slots)
         width = next(one for one in self.shapes.widths() if one >= width)
+        made = self._made.get((used, width))
+        if made is None:
+            self.compiler.want((used, width))
+            made = self._larger_write(used, width)
         table, self.table = self.table, None
-        made = self._made[used, width]
         self.table, seen = made(self._params, table, self._place(given_up_M, (None,)))
         return jax.tree.map(np.asarray, seen)
 
@@ -185,51 +232,118 @@ class Engine:
         self.table = self._empty_table()
         self.cache.clear()
 
-    def _to_compile(self) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
-        shapes, programs = self.shapes, self._programs
-        table, prompts_NPD = self.table, self.cache.prompts_NPD
-        # A table comes out as it goes in, or it would not fit the next call.
-        out: dict[str, Any] = {}
-        out_written: dict[str, Any] = {}
-        if self._layout is not None and not self._layout.is_trivial:
-            lies = jax.tree.map(lambda x: x.sharding, table)
-            out = {"out_shardings": lies}
-            out_written = {"out_shardings": (lies, self._layout.replicated)}
-        for program in self.methods.programs():
-            tokens = self._placed_tokens([], program)
-            if program.targets is not None:
-                rest = self._place(target_array([], program), ("batch", None, None))
-            else:
-                rest = self._placed_limits([], program)
-            function, tuned = self.methods.function(program), self.methods.like(program)
-            name = self.methods.name_of(program)
-            yield program, name, partial(_compiled, function, self._params, tuned, tokens, rest)
-        for program in shapes.programs():
-            rows = self._placed_rows([], program)
-            about = f"{program.rows} x {program.length} tokens"
-            if program.targets is not None:
-                targets = self._place(target_array([], program), ("batch", None, None))
-                last: tuple[Any, ...] = (rows, targets)
-                function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
-                first: tuple[Any, ...] = (self._params, prompts_NPD)
-            else:
-                admit = partial(programs.admit, prompt_length=program.prompt_length)
-                slots = self._place(np.zeros(program.rows, np.int32), ("batch",))
-                last = (table, rows, slots, slots)
-                function = jax.jit(admit, donate_argnums=2, **out)
-                first = (self._params, prompts_NPD)
-            yield program, f"{program.kind} {about}", partial(_compiled, function, *first, *last)
+    def _steps(self) -> Iterator[Step]:
+        """All programs, in the order in which they are made; the first answer everything."""
+        shapes = self.shapes
+        every = [*self.programs()]
+        first = {program for program in every if self._is_first(program)}
+        longest = shapes.prompt_lengths[-1]
+        ordered: list[tuple[tuple[Any, ...], Step]] = []
+        for program in every:
+            order = (program not in first, program.length, program.rows)
+            step = Step(
+                key=program,
+                name=self._name_of(program),
+                make=partial(self._compile, program),
+                first=program in first,
+            )
+            ordered.append((order, step))
         if "generate" in shapes.kinds:
-            nobody = self._place(np.zeros(shapes.slots, bool), (None,))
+            widest = self._slots_used()[-1], shapes.widths()[-1]
             for slots, width in product(self._slots_used(), shapes.widths()):
-                written = partial(programs.write, slots=slots, width=width, steps=_STEPS)
-                function = jax.jit(written, donate_argnums=1, **out_written)
-                make = partial(_compiled, function, self._params, table, nobody)
-                yield (slots, width), f"write {slots} beside {width} positions", make
-        positions = (shapes.prompt_lengths[-1], self.config.embed_dim)
+                is_first = (slots, width) == widest
+                step = Step(
+                    key=(slots, width),
+                    name=f"write {slots} beside {width} positions",
+                    make=partial(self._compile_write, slots, width),
+                    first=is_first,
+                )
+                ordered.append(((not is_first, max(1, width - longest), slots), step))
+        nearest = Step(key="nearest", name="nearest words", make=self._compile_nearest, first=False)
+        ordered.append(((True, 0, 0), nearest))  # the page asks for it at once
+        return (step for _, step in sorted(ordered, key=lambda one: one[0]))
+
+    def _is_first(self, program: Program) -> bool:
+        """The longest with the fewest rows: whatever comes fits into it, one by one."""
+        shapes = self.shapes
+        longest_prompt = program.structure is not None or (
+            program.prompt_length == shapes.prompt_lengths[-1]
+        )
+        alone = program.rows == shapes.batch_sizes[0]
+        return program.length == shapes.longest and alone and longest_prompt
+
+    def _name_of(self, program: Program) -> str:
+        if program.structure is not None:
+            return self.methods.name_of(program)
+        return f"{program.kind} {program.rows} x {program.length} tokens"
+
+    def _compile(self, program: Program) -> Any:
+        programs = self._programs
+        if program.targets is not None:
+            last = (self._place(target_array([], program), ("batch", None, None)),)
+        else:
+            last = (self._placed_limits([], program),)
+        tokens = self._placed_tokens([], program)
+        if program.structure is not None:
+            function, tuned = self.methods.function(program), self.methods.like(program)
+            return _compiled(function, self._params, tuned, tokens, *last)
+        numbers = self._place(np.zeros(program.rows, np.int32), ("batch",))
+        rows = Rows(
+            tokens_BT=tokens, prompt_B=numbers, prompt_length_B=numbers, placement_B=numbers
+        )
+        prompts_NPD = self._like(self.cache.prompts_NPD)
+        if program.targets is not None:
+            function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
+            return _compiled(function, self._params, prompts_NPD, rows, *last)
+        admit = partial(programs.admit, prompt_length=program.prompt_length)
+        function = jax.jit(admit, donate_argnums=2, **self._out_table())
+        return _compiled(
+            function, self._params, prompts_NPD, self._table_like, rows, numbers, *last
+        )
+
+    def _compile_write(self, slots: int, width: int) -> Any:
+        nobody = self._place(np.zeros(self.shapes.slots, bool), (None,))
+        written = partial(self._programs.write, slots=slots, width=width, steps=_STEPS)
+        out = self._out_table()
+        if self._layout is not None and out:
+            out = {"out_shardings": (out["out_shardings"], self._layout.replicated)}
+        function = jax.jit(written, donate_argnums=1, **out)
+        return _compiled(function, self._params, self._table_like, nobody)
+
+    def _compile_nearest(self) -> Any:
+        positions = (self.shapes.prompt_lengths[-1], self.config.embed_dim)
         prompt_PD = self._place(np.zeros(positions, self.dtype), (None, None))
-        function = jax.jit(partial(programs.nearest_words, number=NEAREST))
-        yield "nearest", "nearest words", partial(_compiled, function, self._params, prompt_PD)
+        function = jax.jit(partial(self._programs.nearest_words, number=NEAREST))
+        return _compiled(function, self._params, prompt_PD)
+
+    def _out_table(self) -> dict[str, Any]:
+        """A table comes out as it goes in, or it would not fit the next call."""
+        if self._layout is None or self._layout.is_trivial:
+            return {}
+        return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._table_like)}
+
+    def _like(self, arrays: Any) -> Any:
+        """What is compiled for, in place of arrays that a program may take meanwhile."""
+        on_mesh = self._layout is not None and not self._layout.is_trivial
+
+        def like(one: Any) -> Any:
+            sharding = one.sharding if on_mesh else None
+            return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding)
+
+        return jax.tree.map(like, arrays)
+
+    def _larger_write(self, slots: int, width: int) -> Any:
+        """Of the made ones the smallest that does the same; one does everything."""
+        pairs = product(self._slots_used(), self.shapes.widths())
+        fits = [(s, w) for s, w in pairs if s >= slots and w >= width and (s, w) in self._made]
+        return self._made[min(fits, key=lambda one: one[0] * one[1])]
+
+    def _unmeasured(self) -> Iterator[Program]:
+        return (
+            program
+            for program in self.programs()
+            if program in self._made and program not in self.seconds
+        )
 
     def _slots_used(self) -> tuple[int, ...]:
         """How many slots, from the first, can be written to: all on a mesh, which shares them."""
@@ -245,21 +359,15 @@ class Engine:
             targets=((1,),),
             limit=_TIMED_STEPS if program.kind == "write" else 1,
         )
-        best = float("inf")
-        # The first call is slow: its memory has never been touched.
-        for number in range(4):
-            began = time.perf_counter()
-            if program.kind == "score":
-                self.score([row], program)
-            elif program.kind == "write":
-                self.write_whole([row], program)
-            else:
-                self.admit([row], [0], program)
-                jax.block_until_ready(self.table.done_M)
-            best = min(best, time.perf_counter() - began)
-            if number and best > _LONG_ENOUGH:
-                break
-        return best
+        began = time.perf_counter()
+        if program.kind == "score":
+            self.score([row], program)
+        elif program.kind == "write":
+            self.write_whole([row], program)
+        else:
+            self.admit([row], [self.shapes.slots], program)  # into no slot
+            jax.block_until_ready(self.table.done_M)
+        return time.perf_counter() - began
 
     def _placed_rows(self, rows: Sequence[Row], program: Program) -> Rows:
         own = np.zeros((3, program.rows), np.int32)

@@ -213,7 +213,11 @@ class Methods:
         assert structure is not None
         held = self._held[structure]
         if isinstance(held, Stack):
-            return held.arrays, jax.ShapeDtypeStruct((program.rows,), jnp.int32)
+            arrays = {
+                name: jax.ShapeDtypeStruct(one.shape, one.dtype)
+                for name, one in held.arrays.items()
+            }
+            return arrays, jax.ShapeDtypeStruct((program.rows,), jnp.int32)
         layout = self._layout
         if layout is None or layout.is_trivial:
             return dict(structure.shapes)

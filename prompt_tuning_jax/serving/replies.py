@@ -90,12 +90,15 @@ def _methods_at(request: Request) -> list[str]:
 
 def status_of(service: Service, code: int) -> Response:
     """How the server is doing, with this status of HTTP."""
+    progress = service.engine.compiler.progress
     status = schema.Status(
         status=service.state,
         rows_per_second=round(service.metrics.rows_per_second(), 2),
         waiting=service.batcher.waiting if service.state != "starting" else 0,
-        compiled=service.compiled,
-        to_compile=service.to_compile,
+        compiled=progress.made,
+        to_compile=progress.all,
+        required_compiled=progress.first_made,
+        required_to_compile=progress.first,
     )
     return JSONResponse(status.model_dump(), status_code=code)
 

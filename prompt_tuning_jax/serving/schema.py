@@ -165,8 +165,10 @@ class Status(BaseModel):
     status: str
     rows_per_second: float
     waiting: int
-    compiled: int
+    compiled: int = Field(description="programs, of to_compile; also while requests are answered")
     to_compile: int
+    required_compiled: int = Field(description="of the programs that it needs to be ready")
+    required_to_compile: int
 
 
 class ErrorBody(BaseModel):

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.answers import assembled
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
 from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
+from prompt_tuning_jax.serving.compiling import CompilationStoppedError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.folder import for_name
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
@@ -22,6 +23,8 @@ from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Task
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_COMPILED = 0.1  # seconds between two looks for programs that have been compiled
+_PATIENCE = 2.0  # seconds that a new program waits for a moment when nothing else is to be done
 _FOLLOW = 1.0  # seconds between two looks at what other servers have changed
 _LONG = 20_000  # characters, from which on others need not wait for the tokeniser
 
@@ -52,16 +55,15 @@ class Service:
         self.metrics.tasks.set_function(lambda: len(self.tasks))
         self.metrics.cache_hits.set_function(lambda: self.engine.cache.hits)
         self.metrics.cache_misses.set_function(lambda: self.engine.cache.misses)
+        self.on_compiled: Callable[[], None] = lambda: None  # once all programs are in use
         self.state = "starting"
-        self.compiled = 0
-        self.to_compile = engine.steps_to_compile()
         self._kept, self._changes, self._apart = kept, changes, apart
-        self._following: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []  # what goes on beside requests
         self._changing = asyncio.Lock()
         self._reader = Reader(engine, tasks, fits=fits, limits=self.limits)
 
     async def start(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Compiles everything, then is ready."""
+        """Compiles what every request can be answered with, then is ready; the rest follows."""
         self.batcher = Batcher(
             self.engine,
             self.metrics,
@@ -69,26 +71,36 @@ class Service:
             max_queue=self.limits.waiting_rows,
         )
         self.metrics.waiting.set_function(lambda: self.batcher.waiting)
-
-        def one(name: str) -> None:
-            if self.state == "draining":
-                raise InterruptedError("told to end before everything was compiled")
-            self.compiled += 1
-            report(name)
-
-        await self.batcher.call(self.engine.compile, one)
+        if self.state != "draining":  # told to end before it has begun
+            await self.batcher.call(self.engine.compile_first, report)
         self.batcher.start()
+        self._beside.append(asyncio.create_task(self._measure()))
         if self._kept is not None:
-            self._following = asyncio.create_task(self._follow_others(self._kept))
+            self._beside.append(asyncio.create_task(self._follow_others(self._kept)))
         if self.state == "starting":
             self.state = "ready"
 
+    def drain(self) -> None:
+        """Takes no more; what has been taken is answered."""
+        self.state = "draining"
+        self.engine.compiler.stop()
+
     async def close(self) -> None:
         """Answers what it has taken, and takes no more."""
-        self.state = "draining"
-        if self._following is not None:
-            self._following.cancel()
+        self.drain()
+        for task in self._beside:
+            task.cancel()
         await self.batcher.close()
+
+    async def _measure(self) -> None:
+        """Makes use of programs that were compiled since, in moments when nobody waits."""
+        while self.engine.compiler.is_running:
+            while await self.batcher.call_when_idle(self.engine.measure, patience=_PATIENCE):
+                pass
+            await asyncio.sleep(_COMPILED)
+        while await self.batcher.call_when_idle(self.engine.measure, patience=_PATIENCE):
+            pass
+        self.on_compiled()
 
     async def predict(self, request: PredictRequest) -> list[Result]:
         """One result for each input; RefusedError where there is none."""
@@ -253,6 +265,7 @@ class Service:
         if not prompts:
             message = f"task {name!r} has no prompt, and so no positions; it is {task.method}"
             raise RefusedError(422, message, field="name")
+        await self._require_made("nearest")
         for prompt in prompts:
             ids_PK, cosines_PK = await self.batcher.call(self.engine.nearest_words, prompt)
             positions = [
@@ -264,6 +277,18 @@ class Service:
             ]
             found.append((prompt.name, positions))
         return found
+
+    async def _require_made(self, key: Hashable) -> None:
+        """Waits for what is compiled beside requests, before other such things."""
+        compiler = self.engine.compiler
+        compiler.want(key)
+        try:
+            async with asyncio.timeout(self.limits.deadline_seconds):
+                while not compiler.is_made(key):
+                    await asyncio.sleep(_COMPILED)
+        except (TimeoutError, CompilationStoppedError):
+            message = "what this needs is not compiled yet"
+            raise RefusedError(503, message, retry_after=10) from None
 
     def _require_ready(self) -> None:
         if self.state != "ready":

@@ -47,6 +47,15 @@ class Program:
     targets: Targets | None = None
     structure: Structure | None = None
 
+    def does_work_of(self, other: "Program") -> bool:
+        """Whether all that ``other`` takes fits into this one, to the same result."""
+        same = (self.kind, self.targets, self.structure)
+        return same == (other.kind, other.targets, other.structure) and (
+            self.length >= other.length
+            and self.rows >= other.rows
+            and self.prompt_length >= other.prompt_length
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:

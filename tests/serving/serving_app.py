@@ -33,13 +33,8 @@ class Compiled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def compile(self, report: Any) -> None:
+    def compile_first(self, report: Any) -> None:
         self._engine.reset()
-        for _ in range(self.steps_to_compile()):
-            report("")
-
-    def steps_to_compile(self) -> int:
-        return 3
 
     def score(self, rows: Any, program: Any) -> Any:
         self._check(rows)

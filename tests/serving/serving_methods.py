@@ -98,6 +98,8 @@ def opened(folder: Path, serving: Serving = RANKING, **options: Any) -> Service:
 def with_service(service: Service, test: Test) -> None:
     async def run() -> None:
         async with asyncio.timeout(100), running(service) as client:
+            while service.engine.compiler.is_running:
+                await asyncio.sleep(0.02)
             await test(client, service)
 
     asyncio.run(run())

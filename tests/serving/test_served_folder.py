@@ -56,7 +56,7 @@ def test_tasks_of_methods_are_removed_and_replaced_by_prompts(tmp_path: Path) ->
         assert (await client.delete("/v1/tasks/gone", headers=ADMIN)).status_code == 204
 
     service = opened(folder, changes=True)
-    service.engine.compile = lambda report: None  # type: ignore[method-assign]
+    service.engine.compile_first = lambda report: None  # type: ignore[method-assign]
     with_service(service, change)
     again = opened(folder, changes=True).tasks
     assert again.names() == ["lora", "voted"]

@@ -1,0 +1,175 @@
+"""Programs compiled in the order in which they are needed, in threads beside the device's own.
+
+First come those that every request can be answered with; after them a server is ready.  The others
+only answer faster, and follow one by one: what has been asked for most often, then in their order.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+_log = logging.getLogger(__name__)
+_NICE = 10  # how far a thread stands back that compiles while requests are answered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A program to be made; ``first`` of those without which nothing can be answered."""
+
+    key: Hashable
+    name: str
+    make: Callable[[], Any]
+    first: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How many programs there are, and how many of them are made; ``first`` those that come first.
+
+    Those that could not be made count as made: nothing more is done about them.
+    """
+
+    made: int
+    all: int
+    first_made: int
+    first: int
+
+
+class CompilationStoppedError(Exception):
+    """The server is to end before what was waited for has been made."""
+
+
+class Compiler:
+    """``made`` holds the programs by their keys; they are only ever added to it.
+
+    Its threads end with the process: nothing can interrupt what is being compiled.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.made: dict[Hashable, Any] = {}
+        self._steps = {step.key: step for step in steps}
+        self._first = frozenset(step.key for step in steps if step.first)
+        self._todo = dict.fromkeys(self._steps)
+        self._asked: Counter[Hashable] = Counter()
+        self._failed: dict[Hashable, Exception] = {}
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+
+    @property
+    def progress(self) -> Progress:
+        with self._changed:
+            done = {*self.made, *self._failed}
+        return Progress(
+            made=len(done),
+            all=len(self._steps),
+            first_made=len(done & self._first),
+            first=len(self._first),
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether something is being compiled."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def start(self, *, later: int = 1) -> None:
+        """As many programs at a time as there are processors, then ``later`` at a time."""
+        if self._threads:
+            return
+        number = os.cpu_count() or 1
+        self._threads = [
+            threading.Thread(target=self._work, args=(one < later,), daemon=True)
+            for one in range(max(number, later))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def want(self, key: Hashable) -> None:
+        """Makes it before others that are asked for less often."""
+        with self._changed:
+            if key in self._todo:
+                self._asked[key] += 1
+
+    def wait_for_first(self, report: Callable[[str], None]) -> None:
+        """``report`` hears the name of each; errors as ``wait_for``."""
+        self.wait_for(self._first, report)
+
+    def wait_for_all(self, report: Callable[[str], None]) -> None:
+        self.wait_for(frozenset(self._steps), report)
+
+    def wait_for(
+        self, keys: Collection[Hashable], report: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """Until these are made; raises what one of them has failed with, or that all is stopped."""
+        waiting = {*keys}
+        while waiting:
+            with self._changed:
+                while not (new := {key for key in waiting if self._is_made(key)}):
+                    self._changed.wait()
+                in_order = [key for key in self.made if key in new]
+            waiting -= new
+            for key in in_order:
+                report(self._steps[key].name)
+
+    def is_made(self, key: Hashable) -> bool:
+        """Whether this one is; raises as ``wait_for``."""
+        with self._changed:
+            return self._is_made(key)
+
+    def stop(self) -> None:
+        """Begins nothing more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _is_made(self, key: Hashable) -> bool:
+        if key in self._failed:
+            raise self._failed[key]
+        if self._stopped and key not in self.made:
+            raise CompilationStoppedError
+        return key in self.made
+
+    def _work(self, later: bool) -> None:
+        while True:
+            with self._changed:
+                step = self._next(later=later)
+            if step is None:
+                return
+            try:
+                made = step.make()
+            except Exception as error:
+                if not step.first:  # larger programs do its work
+                    _log.warning("%s could not be compiled: %s", step.name, error)
+                with self._changed:
+                    self._failed[step.key] = error
+                    self._changed.notify_all()
+                continue
+            with self._changed:
+                self.made[step.key] = made
+                self._changed.notify_all()
+
+    def _next(self, *, later: bool) -> Step | None:
+        if self._stopped:
+            return None
+        key = next((key for key in self._todo if key in self._first), None)
+        if key is None and later:
+            _stand_back()
+            asked = [key for key, _ in self._asked.most_common() if key in self._todo]
+            key = next(iter([*asked, *self._todo]), None)
+        if key is None:
+            return None
+        del self._todo[key]
+        return self._steps[key]
+
+
+def _stand_back() -> None:
+    """Leaves the processors to threads that answer, where the system knows niceness by thread."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.decoding.logits_processors import logits_processors
 from prompt_tuning_jax.division import UNDIVIDED, Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -265,6 +266,14 @@ def build_predictor(
         batch_size=config.batch_size,
         max_length=experiment.data.targets_length,
         num_beams=config.num_beams,
+        normalize_length=config.normalize_length,
+        processors=logits_processors(
+            min_length=config.min_length,
+            repetition_penalty=config.repetition_penalty,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+            max_length=experiment.data.targets_length,
+            prefix="evaluation.",
+        ),
         labels=labels,
         buckets=task_data.buckets_of(experiment),
         layout=layout_of(experiment),

@@ -151,7 +151,14 @@ class Evaluation(Config):
 
     strategy: Literal["rank", "greedy", "beam"] = "rank"
     batch_size: int = 128
-    num_beams: int = 4
+    num_beams: int = 4  # beam
+    # rank: a label's score is the mean log-probability of its tokens, not the sum, which favours
+    # short labels.
+    normalize_length: bool = False
+    # greedy and beam, each as in transformers:
+    min_length: int = 0  # of what is written, in tokens, the end included
+    repetition_penalty: float = 1.0  # 1: none
+    no_repeat_ngram_size: int = 0  # no so many tokens in a row are written twice; 0 allows it
     best_by: str = ""  # empty: the task's first metric
 
 

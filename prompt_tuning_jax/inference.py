@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import tree
-from prompt_tuning_jax.data.vocab import PAD_ID
 from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
+from prompt_tuning_jax.decoding.checks import real_number, true_or_false, whole_number
+from prompt_tuning_jax.decoding.logits_processors import logits_processors
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.member_programs import (
     Strategy,
@@ -26,12 +27,12 @@ from prompt_tuning_jax.member_programs import (
     write,
 )
 from prompt_tuning_jax.methods import Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
-# Token ids [B, T] with 0 as padding, or texts where the model has its vocabulary.
+# Token ids [B, T] with the model's padding (T5's is 0), or texts where it has its vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
-EOS = 1
 _SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
 
 
@@ -39,7 +40,7 @@ _SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
 class Generated:
     """What ``generate`` writes, best first where there are several.
 
-    ``ids`` ``[B, S]``, or ``[B, K, S]`` for beams, zeros behind the end; ``scores`` ``[B]`` or
+    ``ids`` ``[B, S]``, or ``[B, K, S]`` for beams, padding behind the end; ``scores`` ``[B]`` or
     ``[B, K]``: summed log-probability, for beams by their rule; ``texts`` where the model has a
     vocabulary: the (best) text of each row.
     """
@@ -67,45 +68,70 @@ def generate(
     strategy: Strategy = "greedy",
     *,
     max_length: int = 32,
-    num_beams: int = 4,
-    length_penalty: float = 0.6,
-    beam_rule: Literal["t5x", "hf"] = "t5x",
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    beam_rule: Literal["t5x", "hf"] | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
+    min_length: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
 ) -> Generated:
     """Writes at most ``max_length`` tokens for each input, the end-of-sequence token included.
 
-    ``prompt`` is ``[P, D]``, one per example ``[B, P, D]``, or None for the bare model, or for one
-    that has something attached to it.
-    ``length_penalty`` is the exponent of the beam rule; ``temperature``, ``top_k``, ``top_p`` and
-    ``seed`` are for ``sample``.
+    Args:
+      model: the bare model, or one that has something attached to it.
+      inputs: texts, or token ids ``[B, T]``.
+      prompt: ``[P, D]``, one per example ``[B, P, D]``, or None.
+      strategy: ``greedy``, ``beam`` or ``sample``.
+      max_length: in tokens.
+      num_beams: beam only; 4 unless given.
+      length_penalty: beam only; the exponent of the rule, unless given T5X's 0.6 or transformers'
+        1.0.
+      beam_rule: beam only; ``t5x`` (unless given) or ``hf``.
+      temperature: sample only; 1.0 unless given, 0 is greedy.
+      top_k: sample only; 0 (unless given) is no cut.
+      top_p: sample only; 1.0 (unless given) is no cut.
+      seed: of the draws of sample.
+      min_length: in tokens, the end included, as in transformers.
+      repetition_penalty: as in transformers; 1.0 is none.
+      no_repeat_ngram_size: no so many tokens in a row are written twice; 0 allows it.
+
+    Raises UserError for an option that is wrong or belongs to another strategy.
     """
-    rules: dict[str, BeamRule] = {
-        "t5x": T5XRule(alpha=length_penalty),
-        "hf": HuggingFaceRule(length_penalty=length_penalty),
-    }
-    for name, value in (("max_length", max_length), ("num_beams", num_beams)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    if strategy not in ("greedy", "beam", "sample") or beam_rule not in rules:
-        raise UserError(
-            f"strategy is {strategy!r} and beam_rule {beam_rule!r}; choose greedy, beam or sample, "
-            "and t5x or hf"
-        )
-    writing = Writing(
-        strategy=strategy,
-        max_length=max_length,
+    if strategy not in ("greedy", "beam", "sample"):
+        raise UserError(f"strategy is {strategy!r}; choose greedy, beam or sample")
+    require_own_options(
+        strategy,
         num_beams=num_beams,
-        beam_rule=rules[beam_rule],
+        length_penalty=length_penalty,
+        beam_rule=beam_rule,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
     )
+    max_length = whole_number("max_length", max_length, at_least=1)
+    writing = Writing(
+        strategy=strategy,
+        max_length=max_length,
+        num_beams=4 if num_beams is None else whole_number("num_beams", num_beams, at_least=1),
+        beam_rule=_beam_rule(beam_rule, length_penalty),
+        temperature=1.0 if temperature is None else _temperature(temperature),
+        top_k=0 if top_k is None else whole_number("top_k", top_k, at_least=0),
+        top_p=1.0 if top_p is None else real_number("top_p", top_p, above=0, at_most=1),
+    )
+    processors = logits_processors(
+        min_length=whole_number("min_length", min_length, at_least=0),
+        repetition_penalty=real_number("repetition_penalty", repetition_penalty, above=0),
+        no_repeat_ngram_size=whole_number("no_repeat_ngram_size", no_repeat_ngram_size, at_least=0),
+        max_length=max_length,
+    )
+    key = jax.random.key(whole_number("seed", seed, at_least=0))
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
     graphdef, params = tree.split(attached)
-    ids, scores = write(graphdef, writing, {}, params, tokens_BT, jax.random.key(seed))
+    ids, scores = write(graphdef, writing, {}, params, tokens_BT, key, None, None, processors)
     ids, scores = np.asarray(ids[0])[:rows], np.asarray(scores[0])[:rows]
     best_BS = ids[:, 0] if ids.ndim == 3 else ids
     words = attached.model.vocabulary
@@ -114,13 +140,27 @@ def generate(
 
 
 def score(
-    model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+    model: T5 | Attached,
+    inputs: Inputs,
+    targets: Inputs,
+    prompt: Array | HostArray | None = None,
+    *,
+    normalize_length: bool = False,
 ) -> HostArray:
-    """The summed log-probability ``[B]`` of each target given its input, in float32."""
+    """The summed log-probability ``[B]`` of each target given its input, in float32.
+
+    With ``normalize_length`` the mean over the target's tokens, its end included.
+    """
+    mean = true_or_false("normalize_length", normalize_length)
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    if mean and attached.method.own_labels:
+        raise UserError(
+            "normalize_length: this method scores labels itself, and not by their tokens; leave "
+            "it out"
+        )
     targets_BS, _ = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
     graphdef, params = tree.split(attached)
-    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS)[0])[:rows]
+    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS, mean)[0])[:rows]
 
 
 def logits(
@@ -148,21 +188,84 @@ def padded_size(number: int, *, least: int = 1) -> int:
     return size
 
 
-def token_ids(model: T5, inputs: Inputs) -> HostArray:
-    """Token ids ``[B, T]`` int32, padded with 0; texts get an end-of-sequence token."""
+_OPTIONS_OF = {
+    "num_beams": "beam",
+    "length_penalty": "beam",
+    "beam_rule": "beam",
+    "temperature": "sample",
+    "top_k": "sample",
+    "top_p": "sample",
+}
+
+
+def require_own_options(strategy: str, **given: object) -> None:
+    """UserError for the first option given (not None) that is another strategy's."""
+    for name, value in given.items():
+        if value is not None and _OPTIONS_OF[name] != strategy:
+            raise UserError(
+                f"{name} is {value!r}, and it is for strategy={_OPTIONS_OF[name]!r}; strategy is "
+                f"{strategy!r}"
+            )
+
+
+def _beam_rule(name: str | None, length_penalty: float | None) -> BeamRule:
+    if name not in (None, "t5x", "hf"):
+        raise UserError(f"beam_rule is {name!r}; choose t5x or hf")
+    if length_penalty is None:
+        return HuggingFaceRule() if name == "hf" else T5XRule()
+    penalty = real_number("length_penalty", length_penalty)
+    if name == "hf":
+        return HuggingFaceRule(length_penalty=penalty)
+    if penalty < 0:
+        raise UserError(
+            f"length_penalty is {penalty}; beam_rule t5x takes 0 or more (hf takes any number)"
+        )
+    return T5XRule(alpha=penalty)
+
+
+def _temperature(value: object) -> float:
+    number = real_number("temperature", value)
+    if number < 0:
+        raise UserError(f"temperature is {number}; it must be 0 (greedy) or more")
+    return number
+
+
+def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
+    """Token ids ``[B, T]`` int32, padded with the model's ``token_ids.fill``.
+
+    Texts get an end-of-sequence token: inputs the vocabulary's, ``targets`` the model's.  Token ids
+    are padded with the model's ``token_ids.pad``; where that is its end of sequence, inputs have no
+    padding (as in transformers) and targets have it behind the first end.
+    """
     if isinstance(inputs, str):
         inputs = [inputs]
+    if not isinstance(inputs, jax.Array) and hasattr(inputs, "__array__"):
+        inputs = np.asarray(inputs)  # of pandas or torch, too
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
+        if inputs.ndim != 1:
+            raise UserError(f"an array of texts has shape [batch]; got {list(inputs.shape)}")
+        inputs = inputs.tolist()
+    is_array = isinstance(inputs, (jax.Array, np.ndarray))
+    if is_array and np.ndim(inputs) == 0:
+        raise UserError("token ids are whole numbers of shape [batch, length]; got a single number")
+    if not is_array and not isinstance(inputs, Sequence):
+        raise UserError(
+            f"inputs is a {type(inputs).__name__}; give a text, a list of texts, or token ids of "
+            "shape [batch, length]"
+        )
     if not len(inputs):
         raise UserError("there are no inputs; give one text, or one row of token ids, at least")
-    if not isinstance(inputs, (jax.Array, np.ndarray)) and all(isinstance(x, str) for x in inputs):
+    ids = model.token_ids
+    if not is_array and all(isinstance(x, str) for x in inputs):
         if model.vocabulary is None:
             raise UserError("this model came without a vocabulary: give token ids, not text")
-        rows = [[*model.vocabulary.encode(text), EOS] for text in inputs]
-        ids_BT = np.zeros((len(rows), max(map(len, rows), default=1)), np.int32)
-        for row, ids in zip(ids_BT, rows, strict=True):
-            row[: len(ids)] = ids
+        end = ids.eos if targets else model.input_eos
+        rows = [[*model.vocabulary.encode(text), end] for text in inputs]
+        ids_BT = np.full((len(rows), max(map(len, rows), default=1)), ids.fill, np.int32)
+        for row, tokens in zip(ids_BT, rows, strict=True):
+            row[: len(tokens)] = tokens
         return ids_BT
-    if not isinstance(inputs, (jax.Array, np.ndarray)) and any(isinstance(x, str) for x in inputs):
+    if not is_array and any(isinstance(x, str) for x in inputs):
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
         found = str(inputs[number])[:40]
         raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
@@ -171,19 +274,38 @@ def token_ids(model: T5, inputs: Inputs) -> HostArray:
     except ValueError:
         raise UserError(
             "token ids have rows of different lengths and not the shape [batch, length]; "
-            "pad them with 0"
+            f"pad them with {ids.pad}"
         ) from None
+    if ids_BT.ndim == 2 and not ids_BT.shape[1]:
+        raise UserError(
+            f"token ids have the shape {list(ids_BT.shape)}, and so no tokens; give every row one "
+            "at least"
+        )
     if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
         raise UserError(
             f"token ids are whole numbers of shape [batch, length]; got {ids_BT.dtype} "
             f"{list(ids_BT.shape)}"
         )
-    if ids_BT.size and not 0 <= ids_BT.min() <= ids_BT.max() < model.config.vocab_size:
+    if not 0 <= ids_BT.min() <= ids_BT.max() < model.config.vocab_size:
         raise UserError(
             f"token ids must be from 0 to {model.config.vocab_size - 1}; "
             f"got {ids_BT.min()} to {ids_BT.max()}"
         )
-    return ids_BT.astype(np.int32)
+    return _with_padding(ids_BT.astype(np.int32), ids, targets=targets)
+
+
+def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArray:
+    """The padding of token ids from outside as the model marks it."""
+    if ids.fill == ids.pad:
+        return ids_BT
+    if targets:
+        # At the end alone: in a text the id may be that of a real token.
+        ended_BT = np.cumsum(ids_BT == ids.eos, axis=1) - (ids_BT == ids.eos) > 0
+        rest_BT = np.cumprod((ids_BT == ids.pad)[:, ::-1], axis=1)[:, ::-1] > 0
+        is_padding_BT = ended_BT if ids.pad == ids.eos else rest_BT
+    else:
+        is_padding_BT = (ids_BT == ids.pad) & (ids.pad != ids.eos)
+    return np.where(is_padding_BT, np.int32(ids.fill), ids_BT)
 
 
 def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
@@ -230,11 +352,12 @@ def _ready(
             raise UserError("this model has something attached to it already: leave out prompt")
         tokens_BT = token_ids(model.model, inputs)
         more_rows = not _has_rows_of_its_own(model, len(tokens_BT))
-        return model, _padded(tokens_BT, more_rows=more_rows), *tokens_BT.shape
+        fill = model.model.token_ids.fill
+        return model, _padded(tokens_BT, fill, more_rows=more_rows), *tokens_BT.shape
     tokens_BT = token_ids(model, inputs)
     rows, length = tokens_BT.shape
     array = as_prompt(model, prompt, batch=rows)
-    tokens_BT = _padded(tokens_BT)
+    tokens_BT = _padded(tokens_BT, model.token_ids.fill)
     if array is None:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
         return attached, tokens_BT, rows, length
@@ -244,25 +367,26 @@ def _ready(
     return PromptTuning().with_prompt(model, array), tokens_BT, rows, length
 
 
-def _padded(tokens_BT: HostArray, *, more_rows: bool = True) -> HostArray:
+def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:
     """Padding at the right, and copies of the last row: all of it is cut off the results."""
     rows, length = tokens_BT.shape
     spare = padded_size(rows) - rows if more_rows else 0
     tokens_BT = np.pad(tokens_BT, ((0, spare), (0, 0)), mode="edge")
     positions = padded_size(length, least=_SHORTEST_INPUT) - length
-    return np.pad(tokens_BT, ((0, 0), (0, positions)), constant_values=PAD_ID)
+    return np.pad(tokens_BT, ((0, 0), (0, positions)), constant_values=fill)
 
 
 def _padded_targets(
     attached: Attached, targets: Inputs, *, rows: int, padded_rows: int
 ) -> tuple[HostArray, int]:
     """The targets' token ids for the padded inputs, and how many positions were given."""
-    targets_BS = token_ids(attached.model, targets)
+    targets_BS = token_ids(attached.model, targets, targets=True)
     if len(targets_BS) != rows:
         raise UserError(f"there are {rows} inputs and {len(targets_BS)} targets")
     length = targets_BS.shape[1]
     positions = padded_size(length, least=_SHORTEST_TARGET) - length
-    padded_BS = np.pad(targets_BS, ((0, 0), (0, positions)), constant_values=PAD_ID)
+    fill = attached.model.token_ids.fill
+    padded_BS = np.pad(targets_BS, ((0, 0), (0, positions)), constant_values=fill)
     return np.pad(padded_BS, ((0, padded_rows - rows), (0, 0)), mode="edge"), length
 
 

@@ -20,7 +20,7 @@ class TokenSums:
 
 
 def token_sums(
-    logits_BSV: Array, targets_BS: Array | HostArray, *, z_loss: float = 0.0
+    logits_BSV: Array, targets_BS: Array | HostArray, *, z_loss: float = 0.0, padding: int = 0
 ) -> TokenSums:
     """Summed cross entropy over tokens that are not padding, plus ``z_loss * log(Z)**2`` each.
 
@@ -28,7 +28,7 @@ def token_sums(
     are all padding count for nothing.
     """
     logits_BSV, targets_BS = logits_BSV.astype(jnp.float32), jnp.asarray(targets_BS)
-    real_BS = targets_BS != 0
+    real_BS = targets_BS != padding
     log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
     target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
     loss_BS = log_z_BS - target_BS + z_loss * jnp.square(log_z_BS)

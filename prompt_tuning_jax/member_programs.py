@@ -14,6 +14,7 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.decoding.greedy import greedy
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.decoding.sampling import sample
 from prompt_tuning_jax.division import Division, map_members
@@ -39,7 +40,7 @@ class Writing:
     top_p: float = 1.0
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jax.jit, static_argnums=(0, 5, 6, 8))
 def label_scores(
     graphdef: nnx.GraphDef[Attached],
     tuned: FlatParams,
@@ -49,18 +50,24 @@ def label_scores(
     members: int,
     layout: Layout | None = None,
     task_B: Array | HostArray | None = None,
+    normalize_length: bool = False,
 ) -> Array:
     """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
 
     The encoder and the cross-attention keys are computed once per example and member.  ``members``
     is E, which a method without tuned arrays does not show; ``task_B`` is each row's task, where a
-    method asks for it.  On a mesh the result is replicated.
+    method asks for it.  ``normalize_length`` makes the score the mean over a label's tokens.  On a
+    mesh the result is replicated.
     """
 
     def member(own: FlatParams) -> Array:
         attached = tree.merge(graphdef, {**frozen, **own})
         return attached.label_scores(
-            tokens_BT, labels_CS, task_B=task_B, max_logits=2**26 // members
+            tokens_BT,
+            labels_CS,
+            task_B=task_B,
+            max_logits=2**26 // members,
+            normalize_length=normalize_length,
         )
 
     at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
@@ -78,6 +85,7 @@ def write(
     key: Array,
     layout: Layout | None = None,
     task_B: Array | HostArray | None = None,
+    processors: LogitsProcessors | None = None,
 ) -> tuple[Array, Array]:
     """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
 
@@ -87,7 +95,9 @@ def write(
     members = len(next(iter(tuned.values()))) if tuned else 1
     at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
     with laying_out(layout):
-        return replicate(_write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once))
+        return replicate(
+            _write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once, processors)
+        )
 
 
 def _members_at_once(
@@ -116,6 +126,7 @@ def _write(
     key: Array,
     task_B: Array | HostArray | None,
     at_once: int,
+    processors: LogitsProcessors | None,
 ) -> tuple[Array, Array]:
     members = len(next(iter(tuned.values()))) if tuned else 1
     batch = tokens_BT.shape[0]
@@ -154,7 +165,13 @@ def _write(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
-    size: dict[str, Any] = {"num_rows": rows, "max_length": writing.max_length}
+    first = {name: array[0] for name, array in tuned.items()}
+    size: dict[str, Any] = {
+        "num_rows": rows,
+        "max_length": writing.max_length,
+        "token_ids": tree.merge(graphdef, {**frozen, **first}).model.token_ids,
+        "processors": processors,
+    }
     if writing.strategy == "beam":
         beams = beam_search(
             step, cache, num_beams=writing.num_beams, rule=writing.beam_rule, **size
@@ -180,22 +197,29 @@ def _write(
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 5))
 def target_scores(
     graphdef: nnx.GraphDef[Attached],
     tuned: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     targets_BS: Array,
+    normalize_length: bool = False,
 ) -> Array:
-    """``[E, B]``: the summed log-probability of each row's own target."""
+    """``[E, B]``: the summed log-probability of each row's own target, or its mean."""
 
     def member(own: FlatParams) -> Array:
         attached = tree.merge(graphdef, {**frozen, **own})
         if attached.method.own_labels:
             return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
-        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
-        return sequence_log_probs(attached(tokens_BT, inputs_BS), targets_BS)
+        ids = attached.model.token_ids
+        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=ids.start)[:, :-1]
+        return sequence_log_probs(
+            attached(tokens_BT, inputs_BS),
+            targets_BS,
+            padding=ids.fill,
+            normalize_length=normalize_length,
+        )
 
     return jax.vmap(member, axis_size=1)(tuned)
 
@@ -205,8 +229,10 @@ def target_logits(
     graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array, targets_BS: Array
 ) -> Array:
     """``[B, S, V]`` in float32 that predict the targets, of one member."""
-    inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
-    logits_BSV: Array = tree.merge(graphdef, params)(tokens_BT, inputs_BS)
+    attached = tree.merge(graphdef, params)
+    start = attached.model.token_ids.start
+    inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
+    logits_BSV: Array = attached(tokens_BT, inputs_BS)
     return logits_BSV.astype(jnp.float32)
 
 

@@ -38,6 +38,7 @@ from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.training.step import Batch
 from prompt_tuning_jax.typing import Array, FlatParams
@@ -105,6 +106,11 @@ def open_text_data(
     """
     if not data.train:
         raise UserError("data.objectives need text; name a folder of text files in data.train")
+    if vocabulary.token_ids != TokenIds():
+        raise UserError(
+            "data.objectives make examples with T5's ids (padding 0, end 1, start 0), and this "
+            f"model has others: {vocabulary.token_ids}"
+        )
     train = load_corpus(data.train, vocabulary)
     if data.eval:
         evaluation = load_corpus(data.eval, vocabulary)
@@ -219,7 +225,8 @@ def _summed(
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = tree.merge(graphdef, {**frozen, **own})
         logits = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
-        sums = token_sums(logits, batch["decoder_target_tokens"])
+        padding = attached.model.token_ids.fill
+        sums = token_sums(logits, batch["decoder_target_tokens"], padding=padding)
         return sums.loss, sums.tokens
 
     with laying_out(layout):

@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from prompt_tuning_jax.checkpoints.names import LOGITS
 from prompt_tuning_jax.data.buckets import parse_buckets
+from prompt_tuning_jax.decoding.logits_processors import complaints as logits_complaints
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
 from prompt_tuning_jax.optim import parse_rates
@@ -57,7 +58,7 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
     yield from _training(experiment.training, method=experiment.method)
-    yield from _evaluation(experiment.evaluation)
+    yield from _evaluation(experiment.evaluation, targets_length=experiment.data.targets_length)
     yield from _mesh(experiment.mesh)
 
 
@@ -162,8 +163,33 @@ def _training(training: Training, *, method: Any) -> Iterator[str]:
         yield f"training.seeds has {repeated[0]} twice, with the same learning rate and init"
 
 
-def _evaluation(evaluation: Evaluation) -> Iterator[str]:
+_STRATEGIES_OF = {
+    "num_beams": ("beam",),
+    "normalize_length": ("rank",),
+    "min_length": ("greedy", "beam"),
+    "repetition_penalty": ("greedy", "beam"),
+    "no_repeat_ngram_size": ("greedy", "beam"),
+}
+
+
+def _evaluation(evaluation: Evaluation, *, targets_length: int) -> Iterator[str]:
     yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
+    found = logits_complaints(
+        min_length=evaluation.min_length,
+        repetition_penalty=evaluation.repetition_penalty,
+        no_repeat_ngram_size=evaluation.no_repeat_ngram_size,
+        max_length=targets_length,
+    )
+    for complaint in found:
+        yield f"evaluation.{complaint}"
+    usual = Evaluation()
+    for name, strategies in _STRATEGIES_OF.items():
+        value = getattr(evaluation, name)
+        if value != getattr(usual, name) and evaluation.strategy not in strategies:
+            yield (
+                f"evaluation.{name} is {value} and is for evaluation.strategy="
+                f"{' or '.join(strategies)}; evaluation.strategy is {evaluation.strategy}"
+            )
 
 
 def _mesh(mesh: Mesh) -> Iterator[str]:

@@ -13,7 +13,7 @@ from flax import nnx
 from prompt_tuning_jax import tree
 from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, Method, mask_of
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.config import T5Config, TokenIds
 from prompt_tuning_jax.models.slots import NO_SLOTS, KeyValues, Slots
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.optim import make_optimizer, make_schedule
@@ -181,6 +181,8 @@ class Words:
     """A vocabulary of two-letter words, ``aa`` being 2 and so on; what is not a word is id 3."""
 
     size = V
+    eos_id = EOS
+    token_ids = TokenIds()
 
     def encode(self, text: str) -> list[int]:
         return [2 + sum(map(ord, word)) % (V - 2) for word in text.split()]

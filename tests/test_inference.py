@@ -173,9 +173,10 @@ def test_results_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 def test_a_prompt_per_example_is_each_examples_own(strategy):
-    each = generate(MODEL, SOURCE, PROMPTS_EPD, strategy, max_length=LENGTH, num_beams=2)
+    beams = {"num_beams": 2} if strategy == "beam" else {}
+    each = generate(MODEL, SOURCE, PROMPTS_EPD, strategy, max_length=LENGTH, **beams)
     for row in range(3):
-        one = generate(MODEL, SOURCE, PROMPTS_EPD[row], strategy, max_length=LENGTH, num_beams=2)
+        one = generate(MODEL, SOURCE, PROMPTS_EPD[row], strategy, max_length=LENGTH, **beams)
         np.testing.assert_array_equal(each.ids[row], one.ids[row])
         np.testing.assert_allclose(each.scores[row], one.scores[row], atol=1e-4)
     copies = np.broadcast_to(PROMPT_PD, (3, 3, D))
@@ -233,6 +234,9 @@ class Model:
 
     vocabulary: Words | None = None
 
+    input_eos = EOS
+    token_ids = MODEL.token_ids
+
     @property
     def config(self):
         return MODEL.config
@@ -246,6 +250,8 @@ def test_texts_become_padded_rows_that_end():
         ids, [[*words.encode("aa bc"), EOS], [*words.encode("xy"), EOS, 0], [EOS, 0, 0]]
     )
     np.testing.assert_array_equal(token_ids(Model(words), "aa bc"), ids[:1])
+    for texts in (np.asarray(["aa bc", "xy", ""]), np.asarray(["aa bc", "xy", ""], object)):
+        np.testing.assert_array_equal(token_ids(Model(words), texts), ids)
 
 
 def test_ids_pass_through():
@@ -260,6 +266,12 @@ def test_ids_pass_through():
     [
         ("text", "came without a vocabulary: give token ids"),
         (["text", "more"], "came without a vocabulary"),
+        (np.zeros((2, 0), np.int32), r"\[2, 0\], and so no tokens"),
+        (np.zeros((0, 2), np.int32), "there are no inputs"),
+        ([[], []], r"\[2, 0\], and so no tokens"),
+        (np.int32(3), "got a single number"),
+        (3, "inputs is a int; give a text"),
+        (np.asarray([["a"]]), r"an array of texts has shape \[batch\]; got \[1, 1\]"),
         (SOURCE[0], r"shape \[batch, length\]; got int32 \[7\]"),
         (SOURCE[None], r"got int32 \[1, 3, 7\]"),
         (SOURCE * 1.0, "whole numbers of shape .* got float64"),
@@ -285,14 +297,6 @@ def test_a_prompt_that_does_not_fit_is_refused(shape):
             generate(MODEL, SOURCE, path)
     assert as_prompt(MODEL, None, batch=3) is None
     assert as_prompt(MODEL, PROMPTS_EPD.astype(np.float16), batch=3).dtype == jnp.float32
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{"strategy": "gready"}, {"strategy": "beam", "beam_rule": "t5"}]
-)
-def test_an_unknown_way_of_writing_is_refused(kwargs):
-    with pytest.raises(UserError, match="choose greedy, beam or sample, and t5x or hf"):
-        generate(MODEL, SOURCE, **kwargs)
 
 
 def test_as_many_targets_as_inputs():
@@ -386,3 +390,76 @@ def test_sampling_does_not_depend_on_rows_to_spare():
     five = generate(MODEL, rows, strategy="sample", seed=3, max_length=5).ids
     six = generate(MODEL, rows[[0, 1, 2, 3, 4, 4]], strategy="sample", seed=3, max_length=5).ids
     np.testing.assert_array_equal(five, six[:5])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        ("greedy", {"num_beams": 4}, "num_beams is 4, and it is for strategy='beam'"),
+        ("sample", {"length_penalty": 0.5}, "length_penalty is 0.5, and it is for strategy='beam'"),
+        ("greedy", {"beam_rule": "hf"}, "beam_rule is 'hf', and it is for strategy='beam'"),
+        ("greedy", {"temperature": 0.7}, "temperature is 0.7, and it is for strategy='sample'"),
+        ("beam", {"top_p": 0.9}, "top_p is 0.9, and it is for strategy='sample'"),
+        ("greedy", {"top_k": 3}, "top_k is 3, and it is for strategy='sample'"),
+        ("beams", {}, "strategy is 'beams'; choose"),
+        ("beam", {"beam_rule": "t5"}, "beam_rule is 't5'; choose t5x or hf"),
+        ("beam", {"length_penalty": -1.0}, "length_penalty is -1.0; beam_rule t5x takes 0 or more"),
+        ("beam", {"length_penalty": np.nan}, "length_penalty is nan; it must be a finite number"),
+        ("beam", {"num_beams": True}, "num_beams is True; it must be a whole number"),
+        ("beam", {"num_beams": 2.0}, "num_beams is 2.0; it must be a whole number"),
+        ("greedy", {"max_length": 8.0}, "max_length is 8.0; it must be a whole number"),
+        ("greedy", {"max_length": "8"}, "max_length is '8'; it must be a whole number"),
+        ("greedy", {"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ("sample", {"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ("sample", {"seed": -1}, "seed is -1; it must be at least 0"),
+        ("sample", {"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ("sample", {"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ("sample", {"top_p": 1.5}, "top_p is 1.5; it must be at most 1"),
+        ("sample", {"top_p": np.nan}, "top_p is nan; it must be a finite number"),
+        ("sample", {"temperature": np.nan}, "temperature is nan; it must be a finite number"),
+        ("sample", {"temperature": np.inf}, "temperature is inf; it must be a finite number"),
+        ("sample", {"temperature": -1}, "temperature is -1.0; it must be 0"),
+        ("greedy", {"min_length": 7}, "min_length is 7, and at most 6 tokens are written"),
+        ("greedy", {"min_length": -1}, "min_length is -1; it must be at least 0"),
+        ("greedy", {"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be above 0"),
+        ("greedy", {"repetition_penalty": np.nan}, "repetition_penalty is nan"),
+        (
+            "greedy",
+            {"no_repeat_ngram_size": 1.0},
+            "no_repeat_ngram_size is 1.0; it must be a whole",
+        ),
+    ],
+)
+def test_options_that_are_wrong_or_anothers_are_refused_by_name(strategy, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        generate(MODEL, SOURCE, None, strategy, **{"max_length": LENGTH, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"max_length": np.int64(LENGTH), "num_beams": np.int32(3)}
+    got = generate(MODEL, SOURCE, PROMPT_PD, "beam", **given)
+    want = generate(MODEL, SOURCE, PROMPT_PD, "beam", max_length=LENGTH, num_beams=3)
+    np.testing.assert_array_equal(got.ids, want.ids)
+
+
+def test_a_negative_length_penalty_is_for_the_rule_that_takes_it():
+    rule = {"beam_rule": "hf", "length_penalty": -1.0}
+    assert generate(MODEL, SOURCE, PROMPT_PD, "beam", max_length=LENGTH, num_beams=3, **rule)
+
+
+def test_a_normalised_score_is_the_mean_over_tokens():
+    total = score(MODEL, SOURCE, TARGET, PROMPT_PD)
+    mean = score(MODEL, SOURCE, TARGET, PROMPT_PD, normalize_length=True)
+    np.testing.assert_allclose(mean, total / (TARGET != 0).sum(axis=1), rtol=1e-5)
+    with pytest.raises(UserError, match="normalize_length is 1; it must be True or False"):
+        score(MODEL, SOURCE, TARGET, normalize_length=1)
+
+
+def test_labels_are_ranked_by_their_mean_where_that_is_asked_for():
+    graphdef, tuned, frozen = members(PROMPTS_EPD)
+    given = graphdef, tuned, frozen, SOURCE, LABELS, 3
+    total = np.asarray(label_scores(*given))
+    mean = np.asarray(label_scores(*given, normalize_length=True))
+    np.testing.assert_allclose(mean, total / (LABELS != 0).sum(axis=1), rtol=1e-5)
+    assert (mean.argsort(-1) != total.argsort(-1)).any()

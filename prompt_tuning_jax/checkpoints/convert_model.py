@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.staged import require_free, require_outside, 
 from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.config import T5Config, TokenIds
 from prompt_tuning_jax.typing import HostArray
 
 StoredAs = Literal["stored", "float32", "bfloat16"]
@@ -107,6 +107,11 @@ def convert_to_t5x(
     final, step = _checkpoint_folder(destination, step, checkpoint)
     require_free(final, overwrite=overwrite, folder=True)
     require_outside(opened.location, final)
+    if opened.config.token_ids != TokenIds():
+        raise UserError(
+            f"{source} has {opened.config.token_ids}, and a T5X checkpoint holds T5's alone "
+            "(padding 0, end 1, start 0); convert it to hf"
+        )
     beside = {} if words is None else tokenizer_files(words, opened.config)
     notes = []
     tuned: LazyArray | HostArray | None = _own_prompt(opened)

@@ -47,7 +47,9 @@ def sample(array: Array | HostArray) -> Sample:
 
 def fingerprint_of_samples(config: T5Config, samples: Mapping[str, Sample]) -> str:
     """``fingerprint`` of the arrays that the samples, by name, are of."""
-    digest = hashlib.sha256(json.dumps(_described(config), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(_described(config), sort_keys=True, default=dataclasses.asdict).encode()
+    )
     for name in sorted(samples):
         digest.update(f"\n{name} {list(samples[name].shape)}\n".encode())
         digest.update(samples[name].bits)

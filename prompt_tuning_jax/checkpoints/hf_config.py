@@ -5,23 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.bounded_json import read_json_file
+from prompt_tuning_jax.data.added_tokens import FILES, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from prompt_tuning_jax.data.hf_tokenizer import (
-    SPECIAL_TOKENS,
     TOKENIZER,
-    TOKENIZER_CONFIG,
     HfTokenizer,
 )
 from prompt_tuning_jax.data.vocab import (
-    EOS_ID,
-    PAD_ID,
     UNK_ID,
     ByteVocabulary,
     load_vocabulary,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.config import T5Config, TokenIds
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 VOCABULARY = "spiece.model"
 _LARGEST = 2**20  # bytes; transformers' own have a thousand
 
@@ -44,6 +42,12 @@ _MT5_DEFAULTS = (
     | {"feed_forward_proj": "gated-gelu"}
 )
 # A UMT5 is an mT5 with a relative position bias in every self-attention.
+# What T5Config calls the ids, and transformers' defaults.
+_TOKEN_IDS = {
+    "pad": ("pad_token_id", 0),
+    "eos": ("eos_token_id", 1),
+    "start": ("decoder_start_token_id", 0),
+}
 _CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 _DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _MT5_DEFAULTS, "umt5": _MT5_DEFAULTS}
 # Kinds of T5 that transformers knows and this model cannot be.
@@ -136,7 +140,52 @@ def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
         relpos_max_distance=positive("relative_attention_max_distance"),
         relpos_per_layer=raw["model_type"] == "umt5",
         layer_norm_eps=eps,
+        token_ids=token_ids_from(raw, path=path),
     )
+
+
+def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
+    """The ids of padding, end and start by config.json and generation_config.json beside it.
+
+    The second decides where it says something, as for transformers' ``generate``.
+    """
+    ids = {
+        name: _token_id(raw, key, default, vocab_size=raw["vocab_size"], path=path)
+        for name, (key, default) in _TOKEN_IDS.items()
+    }
+    beside = path.with_name(GENERATION_CONFIG)
+    if beside.is_file():
+        generation = read_json_file(beside)
+        if not isinstance(generation, dict):
+            raise UserError(f"{beside} holds a {type(generation).__name__} and no JSON object")
+        for name, (key, _) in _TOKEN_IDS.items():
+            chosen = _token_id(
+                generation, key, ids[name], vocab_size=raw["vocab_size"], path=beside
+            )
+            if name == "start" and key in raw and chosen != ids[name]:
+                raise UserError(
+                    f"{beside}: {key} is {chosen}, and {path.name} says {ids[name]}: transformers "
+                    "trains with one and generates with the other; make them the same"
+                )
+            ids[name] = chosen
+    return TokenIds(**ids)
+
+
+def _token_id(
+    raw: Mapping[str, Any], key: str, default: int, *, vocab_size: int, path: Path
+) -> int:
+    value = raw.get(key)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return default
+    if isinstance(value, list):
+        raise UserError(f"{path}: {key} is {str(value)[:80]}; only one id is supported")
+    if type(value) is not int or not 0 <= value < vocab_size:
+        raise UserError(
+            f"{path}: {key} is {str(value)[:80]!r}; an id from 0 to {vocab_size - 1} expected"
+        )
+    return value
 
 
 def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[str, Any]:
@@ -174,9 +223,9 @@ def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[s
         "layer_norm_epsilon": config.layer_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         **scaled,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
+        "decoder_start_token_id": config.token_ids.start,
+        "pad_token_id": config.token_ids.pad,
+        "eos_token_id": config.token_ids.eos,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
@@ -202,13 +251,17 @@ def tokenizer_files(
         files: dict[str, Path | dict[str, Any]] = {TOKENIZER: path}
         beside = (path.with_name(name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS))
         return files | {other.name: other for other in beside if other.is_file()}
+    if words.has_added_tokens:
+        _require_room(words.size, config, path=path, what="ids")
+        listing = (path.with_name(name) for name in FILES)
+        return {VOCABULARY: path, **{file.name: file for file in listing if file.is_file()}}
     _require_room(words.size - words.extra_ids, config, path=path, what="pieces")
     room = config.vocab_size - (words.size - words.extra_ids)
     described = {
         "tokenizer_class": "T5Tokenizer",
         "extra_ids": min(room, words.extra_ids),
-        "pad_token": words.pieces(PAD_ID),
-        "eos_token": words.pieces(EOS_ID),
+        "pad_token": words.pieces(0),
+        "eos_token": words.pieces(words.eos_id),
         "unk_token": words.pieces(UNK_ID),
     }
     return {VOCABULARY: path, TOKENIZER_CONFIG: described}

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store_of
-from prompt_tuning_jax.checkpoints.hf_config import CONFIG
+from prompt_tuning_jax.checkpoints.hf_config import CONFIG, GENERATION_CONFIG
 from prompt_tuning_jax.checkpoints.hf_weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
 from prompt_tuning_jax.data.hf_tokenizer import TOKENIZER_FILES
@@ -29,7 +29,7 @@ T5X_MODELS = {
 T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-_DESCRIPTION = (CONFIG, *TOKENIZER_FILES)
+_DESCRIPTION = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def model_location(name: str) -> str:

@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location,
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.checkpoints.placement import place
 from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
-from prompt_tuning_jax.data.vocab import AnyVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocab import AnyVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import T5Config, preset
 from prompt_tuning_jax.models.quantization import (
@@ -210,7 +210,11 @@ def abstract_model(
 def _vocabulary(path: str | Path | None, config: T5Config, *, model: str) -> AnyVocabulary | None:
     if path is None or path == "":
         return None
-    words = load_vocabulary(path)
+    words = load_vocabulary(path, token_ids=config.token_ids)
+    too_many = words.size > config.vocab_size >= words.size - words.extra_ids
+    if too_many and isinstance(words, Vocabulary) and words.sentinels_are_assumed:
+        # No file says how many there are, and the model has no room for T5's 100.
+        words = load_vocabulary(path, extra_ids=0, token_ids=config.token_ids)
     # The model may have more rows than pieces: tables are padded to whole lanes.
     if words.size > config.vocab_size:
         raise UserError(

@@ -19,7 +19,7 @@ from prompt_tuning_jax.data.t5_tasks.sources import number_of_rows
 from prompt_tuning_jax.data.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.task import Example, Task, get_mixture, get_task, task_names
-from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 
 _TITLES = {
@@ -163,7 +163,8 @@ def _ids(
         inputs = [
             with_task_index(ids, vocabulary_size=words.size, index=task.index) for ids in inputs
         ]
-    return [([*i, EOS_ID], [*t, EOS_ID]) for i, t in zip(inputs, targets, strict=True)]
+    ends = words.eos_id, words.token_ids.eos
+    return [([*i, ends[0]], [*t, ends[1]]) for i, t in zip(inputs, targets, strict=True)]
 
 
 def _is_later(task: T5Task, base: Mapping[str, T5Task]) -> bool:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.bounded_json import read_json_file
+from prompt_tuning_jax.data.added_tokens import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
 # What is fetched with a model.
-TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS)
+TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 
 _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
@@ -38,8 +38,16 @@ class HfTokenizer:
     numbers padding, end and unknown otherwise than 0, 1 and 2, and without the tokenizers library.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    eos_id = _EOS_ID
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        token_ids: TokenIds = TokenIds(),  # noqa: B008
+    ) -> None:
         self.path = Path(path)
+        self.token_ids = token_ids
         self.extra_ids = 0  # the file holds its sentinels
         try:
             with self.path.open("rb") as file:
@@ -50,6 +58,7 @@ class HfTokenizer:
         if len(data) > _LARGEST:
             raise UserError(f"{self.path}: more than the {_LARGEST} bytes that are read of one")
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.fingerprint += ids_suffix(token_ids)
         self._load(text)
 
     def _load(self, text: str) -> None:
@@ -81,9 +90,8 @@ class HfTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end of sequence; ids outside the vocabulary read as unknown."""
-        kept = [int(i) for i in ids]
-        kept = kept[: kept.index(_EOS_ID)] if _EOS_ID in kept else kept
-        known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i != 0]
+        kept = up_to(ids, self.token_ids.eos)
+        known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i not in (0, _EOS_ID)]
         with _no_panic(self.path):
             return str(self._tokenizer.decode(known, skip_special_tokens=False))
 
@@ -131,6 +139,19 @@ def vocabulary_file(folder: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
+
+
+def up_to(ids: Iterable[int], eos_id: int) -> list[int]:
+    """The ids before the first end of sequence."""
+    kept = [int(i) for i in ids]
+    return kept[: kept.index(eos_id)] if eos_id in kept else kept
+
+
+def ids_suffix(token_ids: TokenIds) -> str:
+    """What a model's own ids add to the fingerprint of its vocabulary; nothing for T5's."""
+    if token_ids == TokenIds():
+        return ""
+    return f"-{token_ids.pad}-{token_ids.eos}-{token_ids.start}"
 
 
 def byte_extra_ids(path: Path) -> int | None:

@@ -9,8 +9,9 @@ import numpy as np
 from prompt_tuning_jax.data.bucket_plan import BucketPlan
 from prompt_tuning_jax.data.buckets import FIXED, Buckets, bucket_of
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.vocab import PAD_ID
+from prompt_tuning_jax.data.vocab import T5_IDS
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 if TYPE_CHECKING:
     import grain
@@ -71,6 +72,7 @@ class TrainBatches:
         if rates and len(rates) != len(self._sets):
             raise ValueError(f"{len(self._sets)} sets and {len(rates)} rates")
         self.batch_size = batch_size
+        self._token_ids = self._sets[0].token_ids
         inputs_length, self._targets_length = lengths.pop()
         # An example's number: its index in its set plus the sizes of the sets before.
         self._first = np.cumsum([0, *(len(s) for s in self._sets)])
@@ -132,8 +134,9 @@ class TrainBatches:
         return [
             self._with_tasks(
                 make_batch(
-                    np.zeros((*leading, inputs_length), np.int32),
-                    np.zeros((*leading, targets_length), np.int32),
+                    np.full((*leading, inputs_length), self._token_ids.fill, np.int32),
+                    np.full((*leading, targets_length), self._token_ids.fill, np.int32),
+                    self._token_ids,
                 ),
                 np.zeros(leading, np.int32),
             )
@@ -154,6 +157,7 @@ class TrainBatches:
         batch = make_batch(
             inputs_NT.reshape(*leading, inputs_length),
             targets_NS.reshape(*leading, targets_length),
+            self._token_ids,
         )
         return self._with_tasks(batch, sets_N.astype(np.int32).reshape(leading))
 
@@ -206,19 +210,20 @@ class TrainBatches:
         inputs_length: int,
         targets_length: int,
     ) -> tuple[np.ndarray, np.ndarray]:
+        fill = self._token_ids.fill
         inputs_NT = np.empty((len(indices_N), inputs_length), np.int32)
         targets_NS = np.empty((len(indices_N), targets_length), np.int32)
         for number, examples in enumerate(self._sets):
             of_set_N = sets_N == number
             local = indices_N[of_set_N] - self._first[number]
-            inputs_NT[of_set_N] = examples.inputs.padded(local, inputs_length)
-            targets_NS[of_set_N] = examples.targets.padded(local, targets_length)
+            inputs_NT[of_set_N] = examples.inputs.padded(local, inputs_length, padding=fill)
+            targets_NS[of_set_N] = examples.targets.padded(local, targets_length, padding=fill)
         return inputs_NT, targets_NS
 
 
-def make_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
-    """[..., T] and [..., S] -> the dict that a training step takes; decoder inputs start from 0."""
-    decoder_inputs = np.full_like(targets, PAD_ID)
+def make_batch(inputs: np.ndarray, targets: np.ndarray, token_ids: TokenIds = T5_IDS) -> Batch:
+    """[..., T] and [..., S] -> the dict that a training step takes."""
+    decoder_inputs = np.full_like(targets, token_ids.start)
     decoder_inputs[..., 1:] = targets[..., :-1]
     return {
         "encoder_input_tokens": inputs,
@@ -241,10 +246,12 @@ def eval_batches(
     for index_B, inputs_length in eval_plan(examples, batch_size=batch_size, buckets=buckets):
         mask_B = index_B >= 0
         rows_B = np.where(mask_B, index_B, index_B[0])
-        targets_BS = examples.targets.padded(rows_B, examples.targets_length)
-        targets_BS[~mask_B] = PAD_ID
+        ids = examples.token_ids
+        inputs_BT = examples.inputs.padded(rows_B, inputs_length, padding=ids.fill)
+        targets_BS = examples.targets.padded(rows_B, examples.targets_length, padding=ids.fill)
+        targets_BS[~mask_B] = ids.fill
         yield {
-            **make_batch(examples.inputs.padded(rows_B, inputs_length), targets_BS),
+            **make_batch(inputs_BT, targets_BS, ids),
             "example_index": index_B,
             "row_mask": mask_B,
         }

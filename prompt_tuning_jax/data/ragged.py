@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prompt_tuning_jax.data.vocab import EOS_ID, PAD_ID
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged:
-    """Sequence ``i`` is ``flat[offsets[i]:offsets[i + 1]]``; each ends in EOS.
+    """Sequence ``i`` is ``flat[offsets[i]:offsets[i + 1]]``; each ends in an end of sequence.
 
     Attributes:
       flat: [all tokens] int32; may be a memory-mapped file.
@@ -38,10 +36,11 @@ class Ragged:
         """How many sequences ``padded`` cuts."""
         return int((self.lengths > length).sum())
 
-    def padded(self, indices_B: np.ndarray, length: int) -> np.ndarray:
-        """Gather sequences -> [B, length] int32, padded with 0.
+    def padded(self, indices_B: np.ndarray, length: int, *, padding: int = 0) -> np.ndarray:
+        """Gather sequences -> [B, length] int32, padded.
 
-        A longer sequence is cut and still ends in EOS, as after SeqIO's ``append_eos_after_trim``.
+        A longer sequence is cut and still ends in its last token, as after SeqIO's
+        ``append_eos_after_trim``.
         """
         starts_B = self.offsets[indices_B]
         lengths_B = self.offsets[np.asarray(indices_B) + 1] - starts_B
@@ -49,8 +48,10 @@ class Ragged:
         inside_BT = columns_T < lengths_B[:, None]
         # Positions behind the end of the last sequence are masked, but must exist.
         positions_BT = np.minimum(starts_B[:, None] + columns_T, len(self.flat) - 1)
-        tokens_BT = np.where(inside_BT, self.flat[positions_BT], PAD_ID).astype(np.int32)
-        tokens_BT[lengths_B > length, length - 1] = EOS_ID
+        tokens_BT = np.where(inside_BT, self.flat[positions_BT], padding).astype(np.int32)
+        ends_B = self.flat[np.asarray(self.offsets)[np.asarray(indices_B) + 1] - 1]
+        cut_B = lengths_B > length
+        tokens_BT[cut_B, length - 1] = ends_B[cut_B]
         return tokens_BT
 
     def select(self, indices: np.ndarray) -> "Ragged":

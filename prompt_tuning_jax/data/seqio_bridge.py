@@ -319,6 +319,11 @@ def _to_seqio_vocabulary(vocabulary: AnyVocabulary) -> "seqio.Vocabulary":
             f"{vocabulary.path}: SeqIO reads SentencePiece files and bytes, not a tokenizer.json; "
             "set model.vocabulary to the model's SentencePiece file"
         )
+    if vocabulary.has_added_tokens:
+        raise UserError(
+            f"{vocabulary.path}: the files beside it add tokens, which SeqIO does not read; copy "
+            "the SentencePiece file to a folder of its own, and set model.vocabulary to it"
+        )
     return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)
 
 

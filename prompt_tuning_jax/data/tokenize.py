@@ -20,8 +20,9 @@ from prompt_tuning_jax.data.example_cache import (
 from prompt_tuning_jax.data.ragged import Ragged, make_ragged
 from prompt_tuning_jax.data.t5_tasks.forms import task_index_id
 from prompt_tuning_jax.data.task import Example, Task
-from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.data.vocab import T5_IDS, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 _TEXTS_AT_ONCE = 4096
 
@@ -36,6 +37,7 @@ class TokenizedExamples:
       task, split: where it comes from.
       inputs, targets: uncut token ids, EOS included.
       inputs_length, targets_length: in tokens, EOS included.
+      token_ids: the model's, for padding and for what starts the decoder.
       remark: what readers of scores on these examples must know (``data.task.Source``).
     """
 
@@ -47,6 +49,7 @@ class TokenizedExamples:
     targets_length: int
     load_texts: Callable[[], list[Example]]
     remark: str = ""
+    token_ids: TokenIds = T5_IDS
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -159,6 +162,7 @@ def tokenize(
         targets_length=targets_length,
         load_texts=entry.load_texts,
         remark=task.source.remark(split, data_dir),
+        token_ids=vocabulary.token_ids,
     )
 
 
@@ -209,18 +213,19 @@ def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> 
     if not texts:
         raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
     inputs = (example["inputs"] for example in texts)
+    targets = (example["targets"] for example in texts)
     index = () if task.index is None else (task_index_id(vocabulary.size, task.index),)
     return Entry(
-        inputs=make_ragged(_encoded(inputs, vocabulary, before=index)),
-        targets=make_ragged(_encoded((example["targets"] for example in texts), vocabulary)),
+        inputs=make_ragged(_encoded(inputs, vocabulary, before=index, eos_id=vocabulary.eos_id)),
+        targets=make_ragged(_encoded(targets, vocabulary, eos_id=vocabulary.token_ids.eos)),
         load_texts=lambda: texts,
     )
 
 
 def _encoded(
-    texts: Iterable[str], vocabulary: AnyVocabulary, *, before: tuple[int, ...] = ()
+    texts: Iterable[str], vocabulary: AnyVocabulary, *, eos_id: int, before: tuple[int, ...] = ()
 ) -> Iterable[np.ndarray]:
     pending = list(texts)
     for start in range(0, len(pending), _TEXTS_AT_ONCE):
         for ids in vocabulary.encode_batch(pending[start : start + _TEXTS_AT_ONCE]):
-            yield np.asarray([*before, *ids, EOS_ID], np.int32)
+            yield np.asarray([*before, *ids, eos_id], np.int32)

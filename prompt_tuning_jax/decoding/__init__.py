@@ -8,6 +8,7 @@ from prompt_tuning_jax.decoding.beam import (
     beam_search,
 )
 from prompt_tuning_jax.decoding.greedy import Decoded, StepFn, greedy
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors, logits_processors
 from prompt_tuning_jax.decoding.rank import rank, sequence_log_probs
 from prompt_tuning_jax.decoding.sampling import sample
 
@@ -16,10 +17,12 @@ __all__ = [
     "Beams",
     "Decoded",
     "HuggingFaceRule",
+    "LogitsProcessors",
     "StepFn",
     "T5XRule",
     "beam_search",
     "greedy",
+    "logits_processors",
     "rank",
     "sample",
     "sequence_log_probs",

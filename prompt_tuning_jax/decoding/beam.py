@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prompt_tuning_jax.decoding.greedy import Cache, StepFn, check_max_length
+from prompt_tuning_jax.decoding.greedy import T5_IDS, Cache, StepFn, check_max_length
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
-# The score of a slot that holds no hypothesis (its ids are zeros); the value is T5X's.
+# The score of a slot that holds no hypothesis (its ids are padding); the value is T5X's.
 UNUSED_SCORE = -1e7
 
 
@@ -74,7 +76,7 @@ BeamRule: TypeAlias = T5XRule | HuggingFaceRule
 
 
 class Beams(NamedTuple):
-    """The K hypotheses of each row, best first; unused slots hold zeros and ``UNUSED_SCORE``."""
+    """The K hypotheses of each row, best first; unused slots hold padding and ``UNUSED_SCORE``."""
 
     ids_NKS: Array
     scores_NK: Array
@@ -96,8 +98,8 @@ def beam_search(
     num_beams: int,
     max_length: int,
     rule: BeamRule | None = None,
-    eos_id: int = 1,
-    start_id: int = 0,
+    token_ids: TokenIds = T5_IDS,
+    processors: LogitsProcessors | None = None,
 ) -> Beams:
     """Searches for the K best-scoring sequences of each row, K being ``num_beams``.
 
@@ -105,13 +107,15 @@ def beam_search(
     of one example adjacent.  Every leaf with rows follows its hypothesis from step to step, so what
     the hypotheses of a row share (cross-attention keys) belongs in the step function's closure.  At
     most ``max_length`` tokens are written; a row's result does not depend on the others.  ``rule``
-    is T5X's unless given.
+    is T5X's unless given.  ``processors`` change log-probabilities before hypotheses are compared,
+    as in transformers.
     """
     check_max_length(max_length)
     if num_beams < 1:
         raise UserError(f"num_beams is {num_beams}: it must be 1 or more")
     N, K = num_rows, num_beams
     rule = rule or T5XRule()
+    processors = None if processors is None else processors.repeated(K)
 
     def unfinished(search: _Search) -> Array:
         return (search.position < max_length) & jnp.any(search.open_N)
@@ -121,13 +125,15 @@ def beam_search(
         last_NK = lax.dynamic_index_in_dim(
             live.ids_NKS, jnp.maximum(position - 1, 0), axis=2, keepdims=False
         )
-        tokens_NK = jnp.where(position == 0, start_id, last_NK)
+        tokens_NK = jnp.where(position == 0, token_ids.start, last_NK)
         logits, cache = step(tokens_NK.reshape(N * K), position, search.cache)
-        log_probs_NC, parents_NC, tokens_NC = _best_extensions(logits, live.scores_NK)
+        log_probs_NC, parents_NC, tokens_NC = _best_extensions(
+            logits, live, position, token_ids, processors
+        )
         ids_NCS = lax.dynamic_update_index_in_dim(
             _pick(live.ids_NKS, parents_NC), tokens_NC, position, axis=2
         )
-        ended_NC = tokens_NC == eos_id
+        ended_NC = tokens_NC == token_ids.eos
 
         finishes_NC = ended_NC | (length == max_length) if rule.cut_off_compete else ended_NC
         if not rule.spares_finish:
@@ -153,7 +159,9 @@ def beam_search(
             cache=cache,
         )
 
-    nothing = Beams(jnp.zeros((N, K, max_length), jnp.int32), jnp.full((N, K), -jnp.inf))
+    nothing = Beams(
+        jnp.full((N, K, max_length), token_ids.pad, jnp.int32), jnp.full((N, K), -jnp.inf)
+    )
     start = _Search(
         position=jnp.int32(0),
         live=Beams(nothing.ids_NKS, nothing.scores_NK.at[:, 0].set(0.0)),
@@ -169,21 +177,33 @@ def beam_search(
         scores_NK = jnp.where(some_finished_N1, scores_NK, end.live.scores_NK)
     used_NK = jnp.isfinite(scores_NK)
     return Beams(
-        jnp.where(used_NK[..., None], ids_NKS, 0), jnp.where(used_NK, scores_NK, UNUSED_SCORE)
+        jnp.where(used_NK[..., None], ids_NKS, token_ids.pad),
+        jnp.where(used_NK, scores_NK, UNUSED_SCORE),
     )
 
 
-def _best_extensions(logits: Array, live_scores_NK: Array) -> tuple[Array, Array, Array]:
+def _best_extensions(
+    logits: Array,
+    live: Beams,
+    position: Array,
+    token_ids: TokenIds,
+    processors: LogitsProcessors | None,
+) -> tuple[Array, Array, Array]:
     """The 2K best one-token extensions of a row's hypotheses, best first.
 
     2K, because at most K of them end here, so that K are left to live on.  No hypothesis gives more
     than 2K, so neither log_softmax nor a ranking of K*V numbers is needed.  Returns
     log-probabilities, parent hypotheses and tokens, each [N, 2K].
     """
-    N, K = live_scores_NK.shape
+    N, K = live.scores_NK.shape
     logits_NKV = logits.astype(jnp.float32).reshape(N, K, -1)
+    offset_NK = live.scores_NK - jax.nn.logsumexp(logits_NKV, axis=-1)
+    if processors is not None:
+        log_probs_MV = jax.nn.log_softmax(logits_NKV, axis=-1).reshape(N * K, -1)
+        ids_MS = live.ids_NKS.reshape(N * K, -1)
+        processed_MV = processors(log_probs_MV, ids_MS, position, token_ids=token_ids)
+        logits_NKV, offset_NK = processed_MV.reshape(N, K, -1), live.scores_NK
     top_NKJ, tokens_NKJ = lax.top_k(logits_NKV, min(2 * K, logits_NKV.shape[-1]))
-    offset_NK = live_scores_NK - jax.nn.logsumexp(logits_NKV, axis=-1)
     log_probs_NC, flat_NC = lax.top_k((top_NKJ + offset_NK[..., None]).reshape(N, -1), 2 * K)
     tokens_NC = jnp.take_along_axis(tokens_NKJ.reshape(N, -1), flat_NC, axis=1)
     return log_probs_NC, flat_NC // top_NKJ.shape[-1], tokens_NC

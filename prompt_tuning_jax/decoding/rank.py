@@ -22,17 +22,19 @@ def rank(
     *,
     normalize_length: bool = False,
     start_id: int = 0,
+    padding: int = 0,
     max_logits: int = 2**26,
 ) -> Array:
     """Summed log-probability of each label for each example: scores_BC float32.
 
-    ``labels_CS`` holds each label's tokens, its end-of-sequence token included, then zeros.
+    ``labels_CS`` holds each label's tokens, its end-of-sequence token included, then ``padding``.
     ``normalize_length`` divides by the number of tokens, which takes the handicap from long labels.
     As many labels are decoded at once as keep [labels, B, S, V] within ``max_logits`` numbers, and
     at least one: C times the logits of a batch need not fit in memory.
     """
-    if isinstance(labels_CS, np.ndarray) and not labels_CS.any(axis=1).all():
-        empty = int(np.argmin(labels_CS.any(axis=1)))
+    real_C = np.any(labels_CS != padding, axis=1) if isinstance(labels_CS, np.ndarray) else None
+    if real_C is not None and not real_C.all():
+        empty = int(np.argmin(real_C))
         raise UserError(f"label number {empty} has no tokens: give every label a text")
     labels_CS = jnp.asarray(labels_CS, jnp.int32)
 
@@ -43,6 +45,7 @@ def rank(
             logits_BSV,
             jnp.broadcast_to(label_S, logits_BSV.shape[:2]),
             normalize_length=normalize_length,
+            padding=padding,
         )
 
     num_labels = labels_CS.shape[0]
@@ -56,16 +59,16 @@ def rank(
 
 
 def sequence_log_probs(
-    logits_BSV: Array, targets_BS: Array, *, normalize_length: bool = False
+    logits_BSV: Array, targets_BS: Array, *, normalize_length: bool = False, padding: int = 0
 ) -> Array:
     """Log-probability of each target sequence, summed in float32 over its non-padding tokens.
 
-    ``targets_BS`` int32, 0 being padding.  Returns [B]; ``normalize_length`` makes it the mean.
+    ``targets_BS`` is int32.  Returns [B]; ``normalize_length`` makes it the mean.
     """
     logits_BSV = logits_BSV.astype(jnp.float32)
     # logsumexp and one gather: log_softmax would write another [B, S, V].
     at_target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
     log_probs_BS = at_target_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
-    real_BS = targets_BS != 0
+    real_BS = targets_BS != padding
     total_B = jnp.sum(log_probs_BS, axis=-1, where=real_BS)
     return total_B / jnp.maximum(real_BS.sum(axis=-1), 1) if normalize_length else total_B

@@ -1,11 +1,15 @@
 """Sampling with temperature, the k most probable tokens, or the nucleus of probability p."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prompt_tuning_jax.decoding.greedy import Cache, Decoded, StepFn, write_tokens
+from prompt_tuning_jax.decoding.greedy import T5_IDS, Cache, Decoded, StepFn, write_tokens
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
 
@@ -19,8 +23,8 @@ def sample(
     temperature: float | Array = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_id: int = 1,
-    start_id: int = 0,
+    token_ids: TokenIds = T5_IDS,
+    processors: LogitsProcessors | None = None,
 ) -> Decoded:
     """Draws every token from the model's distribution, sharpened and cut as asked.
 
@@ -31,7 +35,7 @@ def sample(
     whose probabilities reach it; Holtzman et al. 2020), both after the temperature, both static.
     Scores are the model's own log-probabilities, neither sharpened nor cut.
     """
-    if isinstance(temperature, int | float) and temperature < 0:
+    if isinstance(temperature, int | float) and not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}: it must be 0 (no cut) or more")
@@ -57,8 +61,8 @@ def sample(
         choose=choose,
         num_rows=num_rows,
         max_length=max_length,
-        eos_id=eos_id,
-        start_id=start_id,
+        token_ids=token_ids,
+        processors=processors,
     )
 
 

@@ -51,9 +51,10 @@ class PooledWords(MethodModule):
         block = positions * words
         words_BPW = jnp.asarray(tokens_BT)[:, :block].reshape(-1, positions, words)
         source = model.embed(tokens_BT[:, block:])
-        vectors_BPWD = model.token_embedder(words_BPW)
+        vectors_BPWD = model.embed_tokens(words_BPW)
         label_BPD = vectors_BPWD[:, :, 0]
-        known_BPW1 = (words_BPW[:, :, 1:] != 0)[..., None].astype(vectors_BPWD.dtype)
+        real_BPW = words_BPW != model.token_ids.fill
+        known_BPW1 = real_BPW[:, :, 1:, None].astype(vectors_BPWD.dtype)
         number_BP1 = jnp.maximum(known_BPW1.sum(2), 1)
         content_BPD = (vectors_BPWD[:, :, 1:] * known_BPW1).sum(2) / number_BP1
         content_BPD = jnp.roll(content_BPD, model.config.embed_dim // 2, axis=-1)
@@ -62,6 +63,6 @@ class PooledWords(MethodModule):
                 embeddings_BUD=jnp.concatenate(
                     [label_BPD + content_BPD, source.embeddings_BUD], axis=1
                 ),
-                mask_BU=jnp.concatenate([words_BPW[:, :, 0] != 0, source.mask_BU], axis=1),
+                mask_BU=jnp.concatenate([real_BPW[:, :, 0], source.mask_BU], axis=1),
             )
         )

@@ -120,13 +120,14 @@ class Attached(nnx.Module):
         if labels:
             slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
             logits_BC = self._own_label_logits(encoder_input_tokens, slots, key=key, remat=remat)
-            same_BC = same_tokens(targets_BS, labels)
+            same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
             return class_sums(logits_BC, class_B, z_loss=z_loss)
         logits_BSV = self(
             encoder_input_tokens, decoder_input_tokens, task_B=task_B, key=key, remat=remat
         )
-        return token_sums(logits_BSV, targets_BS, z_loss=z_loss)
+        fill = self.model.token_ids.fill
+        return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill)
 
     def label_scores(
         self,
@@ -135,16 +136,19 @@ class Attached(nnx.Module):
         *,
         task_B: Array | HostArray | None = None,
         max_logits: int = 2**26,
+        normalize_length: bool = False,
     ) -> Array:
         """``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
 
         The encoder and the cross-attention keys are computed once per example.
+        ``normalize_length`` makes it the mean over the label's tokens; a method that scores
+        labels itself has no tokens to average over.
         """
         own = self.method.own_labels
         if own:
             slots = self.slots(tokens_BT, task_B=task_B)
             log_probs_BC = jax.nn.log_softmax(self._own_label_logits(tokens_BT, slots))
-            same_CC = same_tokens(labels_CS, own)
+            same_CC = same_tokens(labels_CS, own, padding=self.model.token_ids.fill)
             chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
             return jnp.where(same_CC.any(axis=1), chosen_BC, NEVER)
         encoded, slots = self.encode(tokens_BT, task_B=task_B)
@@ -154,7 +158,15 @@ class Attached(nnx.Module):
             tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
             return self.model.decode(tokens_BS, encoded, slots=rest)
 
-        return rank(decode_logits, labels_CS, max_logits=max_logits)
+        ids = self.model.token_ids
+        return rank(
+            decode_logits,
+            labels_CS,
+            normalize_length=normalize_length,
+            start_id=ids.start,
+            padding=ids.fill,
+            max_logits=max_logits,
+        )
 
     def _own_label_logits(
         self,
@@ -167,7 +179,7 @@ class Attached(nnx.Module):
         """The method's own scores of its labels, from the decoder's first position."""
         keys = split_key(key, 2)
         encoded = self.model.encode(tokens_BT, slots=slots, key=keys[0], remat=remat)
-        start_B1 = jnp.zeros((len(tokens_BT), 1), jnp.int32)
+        start_B1 = jnp.full((len(tokens_BT), 1), self.model.token_ids.start, jnp.int32)
         hidden_B1D = self.model.decode_hidden(
             start_B1, encoded, slots=slots.of_decoder(), key=keys[1], remat=remat
         )
@@ -230,11 +242,12 @@ class Method(Config, ABC):
         return self, attached
 
 
-def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens) -> Array:
-    """``[X, C]``: whether a row of tokens and zeros is this label."""
+def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int = 0) -> Array:
+    """``[X, C]``: whether a row of tokens and padding is this label."""
     width = max(rows_XS.shape[1], *map(len, labels))
-    padded = [[*label, *[0] * (width - len(label))] for label in labels]
-    rows_XS = jnp.pad(jnp.asarray(rows_XS), ((0, 0), (0, width - rows_XS.shape[1])))
+    padded = [[*label, *[padding] * (width - len(label))] for label in labels]
+    behind = ((0, 0), (0, width - rows_XS.shape[1]))
+    rows_XS = jnp.pad(jnp.asarray(rows_XS), behind, constant_values=padding)
     return jnp.all(rows_XS[:, None] == jnp.asarray(padded)[None], axis=2)
 
 

@@ -141,7 +141,9 @@ class EncodedPrompt(MethodModule):
     ) -> Slots:
         all_AD = vectors(self.placed, self.prompt(key=key), model)
         source = model.embed(tokens_BT)
-        return Slots(encoder_input=put(all_AD, source, tokens_BT, self.placed.behind))
+        return Slots(
+            encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
+        )
 
 
 class MlpEncoder(nnx.Module):

@@ -87,6 +87,7 @@ class Prompt(MethodModule):
             model.embed(tokens_BT),
             tokens_BT,
             placement=config.placement,
+            eos_id=model.input_eos,
         )
         seen_BUU = attention_mask(
             is_prompt_BU,

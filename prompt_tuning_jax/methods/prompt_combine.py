@@ -9,11 +9,15 @@ from prompt_tuning_jax.models.t5 import prepend
 from prompt_tuning_jax.typing import Array, HostArray
 
 Placement = Literal["prefix", "after_first", "before_eos"]
-EOS = 1
 
 
 def combine(
-    prompt: Array, source: EncoderInput, tokens_BT: Array | HostArray, *, placement: Placement
+    prompt: Array,
+    source: EncoderInput,
+    tokens_BT: Array | HostArray,
+    *,
+    placement: Placement,
+    eos_id: int = 1,
 ) -> tuple[EncoderInput, Array]:
     """The prompt ``[P, D]`` or ``[B, P, D]`` put into the input, and where it is ``[B, U]``.
 
@@ -32,7 +36,7 @@ def combine(
         real_B = jnp.sum(source.mask_BU, axis=1)
         at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
         last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
-        start_B = real_B - (last_B == EOS)
+        start_B = real_B - (last_B == eos_id)
     positions_U = jnp.arange(prompt_length + length)
     offset_BU = positions_U[None, :] - start_B[:, None]
     is_prompt_BU = (offset_BU >= 0) & (offset_BU < prompt_length)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.data.vocab import EOS_ID, PAD_ID, Vocabulary
+from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.slots import EncoderInput
 from prompt_tuning_jax.models.t5 import T5, prepend
@@ -122,14 +122,19 @@ def vectors(placed: Placed, prompt_PD: Array, model: T5) -> Array:
     if all(trained_A):
         return prompt_PD
     given_AD = model.token_embedder(
-        jnp.asarray([max(anchor, PAD_ID) for anchor in placed.anchors], jnp.int32)
+        jnp.asarray([max(anchor, 0) for anchor in placed.anchors], jnp.int32)
     )
     at = jnp.asarray([i for i, trained in enumerate(trained_A) if trained], jnp.int32)
     return given_AD.astype(prompt_PD.dtype).at[at].set(prompt_PD)
 
 
 def put(
-    vectors_AD: Array, source: EncoderInput, tokens_BT: Array | HostArray, behind: Sequence[int]
+    vectors_AD: Array,
+    source: EncoderInput,
+    tokens_BT: Array | HostArray,
+    behind: Sequence[int],
+    *,
+    eos_id: int = 1,
 ) -> EncoderInput:
     """The vectors put into the embedded input, each behind so many of its tokens (-1: all).
 
@@ -140,7 +145,7 @@ def put(
     if not any(behind):
         return joined
     tokens_BT = jnp.asarray(tokens_BT)
-    words_B = jnp.sum((tokens_BT != PAD_ID) & (tokens_BT != EOS_ID), axis=1)
+    words_B = jnp.sum(source.mask_BU & (tokens_BT != eos_id), axis=1)
     asked_A = jnp.asarray([tokens_BT.shape[1] if n < 0 else n for n in behind], jnp.int32)
     behind_BA = jnp.minimum(asked_A[None, :], words_B[:, None])
     # joined holds the vectors first: say for each of its positions where it goes.

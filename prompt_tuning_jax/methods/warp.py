@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from prompt_tuning_jax import precision
-from prompt_tuning_jax.data.vocab import EOS_ID
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.affine import small_param
 from prompt_tuning_jax.methods.method import (
@@ -52,7 +51,7 @@ class WARP(Method):
                 "method=warp scores labels: give data.labels where the task has none, and "
                 "model.vocabulary where the model came without"
             )
-        labels = tuple((*words.encode(label), EOS_ID) for label in context.labels)
+        labels = tuple((*words.encode(label), model.token_ids.eos) for label in context.labels)
         for label, tokens in zip(context.labels, labels, strict=True):
             if len(tokens) == 1 or labels.count(tokens) > 1:
                 raise UserError(f"method=warp: the label {label!r} has no tokens of its own")
@@ -128,4 +127,6 @@ class ClassVectors(MethodModule):
         prompt_PD = self.prompt_PD.get_value() if has_prompt else empty_PD
         all_AD = vectors(self.placed, prompt_PD, model)
         source = model.embed(tokens_BT)
-        return Slots(encoder_input=put(all_AD, source, tokens_BT, self.placed.behind))
+        return Slots(
+            encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
+        )

@@ -7,6 +7,28 @@ from prompt_tuning_jax.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """The ids with a meaning of their own: padding, the end of a sequence, the decoder's start.
+
+    They are the model's, as its files say; those of its vocabulary may differ (there, the end is
+    what goes behind an input).
+    """
+
+    pad: int = 0
+    eos: int = 1
+    start: int = 0
+
+    @property
+    def fill(self) -> int:
+        """What marks the places of an array of tokens that hold no token.
+
+        That is ``pad`` where it is 0, which no text contains.  Any other id may be that of a real
+        token, in which case padding is -1.
+        """
+        return 0 if self.pad == 0 and self.eos != 0 else -1
+
+
+@dataclass(frozen=True, kw_only=True)
 class T5Config:
     """The shape of a T5 (Raffel et al. 2020; t5x/examples/t5/network.py, class T5Config).
 
@@ -30,6 +52,7 @@ class T5Config:
     relpos_max_distance: int = 128
     relpos_per_layer: bool = False
     layer_norm_eps: float = 1e-6
+    token_ids: TokenIds = TokenIds()
 
 
 def _t5_1_1(embed_dim: int, num_heads: int, mlp_dim: int, num_layers: int) -> T5Config:

@@ -17,7 +17,7 @@ from prompt_tuning_jax.models.blocks import (
     relpos_bias,
     rematerialised,
 )
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.config import T5Config, TokenIds
 from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, KeyValues, Slots
 from prompt_tuning_jax.typing import Array, DType, HostArray
@@ -156,7 +156,8 @@ class T5(nnx.Module):
 
     Parameters are named and laid out as in T5X.  ``dtype`` is that of activations and matrix
     operands, ``param_dtype`` that of the weights; norms, softmaxes and logits are float32.
-    Token id 0 is padding and starts the decoder.
+    Padding in arrays of tokens is ``token_ids.fill`` (0 unless the model has a padding id of its
+    own), and the decoder starts from ``token_ids.start``.
     """
 
     def __init__(
@@ -193,9 +194,27 @@ class T5(nnx.Module):
         encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=keys[0], remat=remat)
         return self.decode(decoder_input_tokens, encoded, slots=slots, key=keys[1], remat=remat)
 
+    @property
+    def token_ids(self) -> TokenIds:
+        """The model's ids of padding, end and start."""
+        return self.config.token_ids
+
+    @property
+    def input_eos(self) -> int:
+        """The id that ends an input: the vocabulary's own, or the model's where it has none."""
+        return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
+
+    def embed_tokens(self, tokens: Array | HostArray) -> Array:
+        """``[..., D]``; what stands at padding is of no meaning."""
+        if self.token_ids.fill < 0:
+            tokens = jnp.maximum(jnp.asarray(tokens), 0)
+        return self.token_embedder(tokens)
+
     def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> EncoderInput:
         """Token embeddings behind the prompt ``[P, D]`` or ``[B, P, D]``, and their mask."""
-        source = EncoderInput(embeddings_BUD=self.token_embedder(tokens_BT), mask_BU=tokens_BT != 0)
+        source = EncoderInput(
+            embeddings_BUD=self.embed_tokens(tokens_BT), mask_BU=tokens_BT != self.token_ids.fill
+        )
         return source if prompt is None else prepend(prompt, source)
 
     def encode(
@@ -237,7 +256,7 @@ class T5(nnx.Module):
     ) -> Array:
         """What the output head reads, ``[B, S, D]``."""
         cross = self.decoder.cross_keys(encoded)
-        embedded_BSD = self.token_embedder(tokens_BS)
+        embedded_BSD = self.embed_tokens(tokens_BS)
         x_BSD, _ = self.decoder(
             embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key, remat=remat
         )
@@ -265,7 +284,7 @@ class T5(nnx.Module):
         slots: Slots = NO_SLOTS,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         """Logits ``[B, V]`` after the token at ``position``, and the caches that hold it."""
-        embedded_B1D = self.token_embedder(tokens_B[:, None])
+        embedded_B1D = self.embed_tokens(tokens_B[:, None])
         x_B1D, new = self.decoder(
             embedded_B1D,
             cross,

@@ -169,7 +169,7 @@ class Engine:
 
     def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
         """The summed log-probability of each target of each row."""
-        targets = self._place(target_array(rows, program), ("batch", None, None))
+        targets = self._placed_targets(rows, program)
         if program.structure is None:
             placed_rows = self._placed_rows(rows, program)  # copies prompts to the device
             given: Any = self.cache.prompts_NPD, placed_rows
@@ -280,7 +280,7 @@ class Engine:
     def _compile(self, program: Program) -> Any:
         programs = self._programs
         if program.targets is not None:
-            last = (self._place(target_array([], program), ("batch", None, None)),)
+            last = (self._placed_targets([], program),)
         else:
             last = (self._placed_limits([], program),)
         tokens = self._placed_tokens([], program)
@@ -354,9 +354,9 @@ class Engine:
 
     def _seconds_of(self, program: Program) -> float:
         row = Row(
-            ids=(1,) * program.length,
+            ids=(self.config.token_ids.eos,) * program.length,
             method=self.methods.one_of(program.structure),
-            targets=((1,),),
+            targets=((self.config.token_ids.eos,),),
             limit=_TIMED_STEPS if program.kind == "write" else 1,
         )
         began = time.perf_counter()
@@ -384,7 +384,11 @@ class Engine:
         )
 
     def _placed_tokens(self, rows: Sequence[Row], program: Program) -> Any:
-        return self._place(token_array(rows, program), ("batch", "length"))
+        return self._place(token_array(rows, program, self.config.token_ids), ("batch", "length"))
+
+    def _placed_targets(self, rows: Sequence[Row], program: Program) -> Any:
+        targets_BCS = target_array(rows, program, self.config.token_ids)
+        return self._place(targets_BCS, ("batch", None, None))
 
     def _placed_limits(self, rows: Sequence[Row], program: Program) -> Any:
         most = self.shapes.max_new_tokens

@@ -68,7 +68,13 @@ class MethodPrograms:
         max_length: int,
     ) -> Decoded:
         """The most probable tokens, at most ``limit_B`` of them; the whole batch to its end."""
-        write = partial(greedy, num_rows=len(tokens_BT), max_length=max_length, limit_N=limit_B)
+        write = partial(
+            greedy,
+            num_rows=len(tokens_BT),
+            max_length=max_length,
+            limit_N=limit_B,
+            token_ids=self.structure.token_ids,
+        )
         with laying_out(self.layout):
             if not isinstance(tuned, tuple):
                 caches, constant = self._start(params, tuned, tokens_BT, max_length)
@@ -106,7 +112,8 @@ class MethodPrograms:
             return attached.model.decode(shifted_BS, encoded, slots=rest)
 
         vocabulary = attached.model.config.vocab_size
-        return scored(logits_of, targets_BCS, vocab_size=vocabulary)
+        ids = attached.model.token_ids
+        return scored(logits_of, targets_BCS, vocab_size=vocabulary, token_ids=ids)
 
     def _start(
         self, params: FlatParams, tuned: FlatParams, tokens_BT: Array, max_length: int
@@ -136,12 +143,13 @@ class MethodPrograms:
 
     def _own_scores(self, attached: Attached, tokens_BT: Array, targets_BCS: Array) -> Array:
         own = self.structure.own_labels
-        labels_LS = np.zeros((len(own), max(map(len, own))), np.int32)
+        fill = attached.model.token_ids.fill
+        labels_LS = np.full((len(own), max(map(len, own))), fill, np.int32)
         for label_S, ids in zip(labels_LS, own, strict=True):
             label_S[: len(ids)] = ids
         scores_BL = attached.label_scores(tokens_BT, jnp.asarray(labels_LS))
         batch, number, length = targets_BCS.shape
-        same = same_tokens(targets_BCS.reshape(-1, length), own)
+        same = same_tokens(targets_BCS.reshape(-1, length), own, padding=fill)
         same_BCL = same.reshape(batch, number, len(own))
         chosen_BC = jnp.take_along_axis(scores_BL, jnp.argmax(same_BCL, axis=-1), axis=1)
         return jnp.where(same_BCL.any(axis=-1), chosen_BC, NEVER)

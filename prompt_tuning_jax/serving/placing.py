@@ -8,6 +8,7 @@ from jax import lax
 
 from prompt_tuning_jax.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array, HostArray
 
 _MOST_LOGITS = 2**26  # numbers that are held at once
@@ -20,12 +21,14 @@ def placed(array: HostArray, axes: tuple[str | None, ...], layout: Layout | None
     return jax.device_put(array, layout.sharding(axes, array.shape))
 
 
-def scored(logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int) -> Array:
+def scored(
+    logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int, token_ids: TokenIds
+) -> Array:
     """``[B, C]``: summed log-probabilities; ``logits_of`` decodes one target ``[B, S]`` of each."""
 
     def one(targets_BS: Array) -> Array:
-        shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)))[:, :-1]
-        return sequence_log_probs(logits_of(shifted_BS), targets_BS)
+        shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=token_ids.start)[:, :-1]
+        return sequence_log_probs(logits_of(shifted_BS), targets_BS, padding=token_ids.fill)
 
     batch, number, length = targets_BCS.shape
     at_once = _MOST_LOGITS // (batch * length * vocab_size)

@@ -21,7 +21,6 @@ from prompt_tuning_jax.serving.placing import scored
 from prompt_tuning_jax.serving.table import KEYS, Table, Written
 from prompt_tuning_jax.typing import Array, FlatParams
 
-EOS = 1
 PLACEMENTS = ("prefix", "after_first", "before_eos")
 _WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a Table
 
@@ -64,7 +63,7 @@ class Programs:
 
             def logits_of(shifted_BS: Array) -> Array:
                 x_BSD, _ = model.decoder(
-                    model.token_embedder(shifted_BS),
+                    model.embed_tokens(shifted_BS),
                     cross,
                     encoded.mask_BU,
                     slots=NO_SLOTS,
@@ -73,7 +72,8 @@ class Programs:
                 return model.logits(x_BSD)
 
             vocabulary = model.config.vocab_size
-            return replicate(scored(logits_of, targets_BCS, vocab_size=vocabulary))
+            made = scored(logits_of, targets_BCS, vocab_size=vocabulary, token_ids=model.token_ids)
+            return replicate(made)
 
     def admit(
         self,
@@ -102,12 +102,12 @@ class Programs:
                 table,
                 cross=jax.tree.map(put, table.cross, model.decoder.cross_keys(encoded)),
                 mask_MU=mask_MU.at[slot_B, :width].set(encoded.mask_BU, mode="drop"),
-                token_M=table.token_M.at[slot_B].set(hidden_B, mode="drop"),
+                token_M=table.token_M.at[slot_B].set(model.token_ids.start, mode="drop"),
                 position_M=table.position_M.at[slot_B].set(hidden_B, mode="drop"),
                 limit_M=table.limit_M.at[slot_B].set(limit_B, mode="drop"),
                 score_M=table.score_M.at[slot_B].set(0.0, mode="drop"),
                 done_M=table.done_M.at[slot_B].set(False, mode="drop"),
-                ids_MS=table.ids_MS.at[slot_B].set(0, mode="drop"),
+                ids_MS=table.ids_MS.at[slot_B].set(model.token_ids.pad, mode="drop"),
             )
 
     def write(
@@ -154,13 +154,14 @@ class Programs:
                 every = jnp.arange(len(chosen_M))
                 at_M = jnp.where(going_M, table.position_M, table.ids_MS.shape[1])
                 position_M = table.position_M + going_M
+                ended_M = chosen_M == model.token_ids.eos
                 return number + 1, replace(
                     table,
                     caches=caches,
-                    token_M=jnp.where(going_M, chosen_M, 0),
+                    token_M=jnp.where(going_M, chosen_M, model.token_ids.pad),
                     position_M=position_M,
                     score_M=table.score_M + jnp.where(going_M, log_prob_M, 0.0),
-                    done_M=table.done_M | (chosen_M == EOS) | (position_M >= table.limit_M),
+                    done_M=table.done_M | ended_M | (position_M >= table.limit_M),
                     ids_MS=table.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
                 )
 
@@ -203,7 +204,7 @@ def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> En
     # Where a position is in the row by itself; what is before its beginning is padding.
     ahead_B1 = prompt_length - length_B1
     own_BU = jnp.arange(joined_BUD.shape[1])[None, :] - ahead_B1
-    start_B1 = _starts(rows, number_B)[:, None]
+    start_B1 = _starts(rows, number_B, eos_id=model.input_eos)[:, None]
     is_prompt_BU = (own_BU >= start_B1) & (own_BU < start_B1 + length_B1)
     from_prompt_BU = ahead_B1 + own_BU - start_B1
     from_input_BU = prompt_length + own_BU - jnp.where(own_BU < start_B1, 0, length_B1)
@@ -217,11 +218,11 @@ def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> En
     return model.encoder(joined, slots=NO_SLOTS, key=None)
 
 
-def _starts(rows: Rows, number_B: Array) -> Array:
+def _starts(rows: Rows, number_B: Array, *, eos_id: int) -> Array:
     """Where in the row the prompt begins; as ``methods.prompt_combine`` has it."""
     last_B1 = jnp.maximum(number_B - 1, 0)[:, None]
     last_B = jnp.take_along_axis(jnp.asarray(rows.tokens_BT), last_B1, axis=1)[:, 0]
-    before_eos_B = number_B - (last_B == EOS)
+    before_eos_B = number_B - (last_B == eos_id)
     one_B = jnp.minimum(number_B, 1)
     return jnp.select(
         [rows.placement_B == 1, rows.placement_B == 2], [one_B, before_eos_B], jnp.zeros_like(one_B)

@@ -153,7 +153,8 @@ class Reader:
         if len(texts) != len(request.inputs):
             message = f"{len(texts)} targets for {len(request.inputs)} inputs; give one for each"
             raise RefusedError(422, message, field="options.targets")
-        found = [(*self._engine.vocabulary.encode(text), 1) for text in texts]
+        words = self._engine.vocabulary
+        found = [(*words.encode(text), words.token_ids.eos) for text in texts]
         longest = self._engine.shapes.longest_target
         for number, ids in enumerate(found):
             if len(ids) > longest:
@@ -182,7 +183,8 @@ class Reader:
             raise RefusedError(422, str(error), field=field) from None
 
     def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
-        ids = (*self._engine.vocabulary.encode(text), 1)
+        words = self._engine.vocabulary
+        ids = (*words.encode(text), words.eos_id)
         longest = self._engine.shapes.longest
         if len(ids) <= longest or request.options.truncate:
             return ids

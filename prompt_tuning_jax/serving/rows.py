@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.serving.shapes import Program
 from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import ServedPrompt
@@ -26,23 +27,23 @@ class Row:
     limit: int = 0
 
 
-def token_array(rows: Sequence[Row], program: Program) -> HostArray:
-    """``[B, T]``, zeros behind each input."""
-    tokens_BT = np.zeros((program.rows, program.length), np.int32)
+def token_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
+    """``[B, T]``, padding behind each input."""
+    tokens_BT = np.full((program.rows, program.length), ids.fill, np.int32)
     for tokens_T, row in zip(tokens_BT, rows, strict=False):
         tokens_T[: len(row.ids)] = row.ids
     return tokens_BT
 
 
-def target_array(rows: Sequence[Row], program: Program) -> HostArray:
-    """``[B, C, S]``, zeros behind each target."""
+def target_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
+    """``[B, C, S]``, padding behind each target."""
     assert program.targets is not None
     shape = (program.rows, program.targets.number, program.targets.length)
-    targets_BCS = np.zeros(shape, np.int32)
-    targets_BCS[:, :, 0] = 1  # what is to spare is a text that ends at once
+    targets_BCS = np.full(shape, ids.fill, np.int32)
+    targets_BCS[:, :, 0] = ids.eos  # what is to spare is a text that ends at once
     for targets_CS, row in zip(targets_BCS, rows, strict=False):
-        for target_S, ids in zip(targets_CS, row.targets, strict=False):
-            target_S[: len(ids)] = ids
+        for target_S, tokens in zip(targets_CS, row.targets, strict=False):
+            target_S[: len(tokens)] = tokens
     return targets_BCS
 
 

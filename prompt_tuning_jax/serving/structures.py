@@ -12,6 +12,7 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.methods.method import LabelTokens
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import HostArray
 
 # Of all that is served, so that what replaces something is told from it.
@@ -31,6 +32,7 @@ class Structure:
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, tuple[str | None, ...]]
     own_labels: LabelTokens
+    token_ids: TokenIds
 
     @property
     def bytes(self) -> int:
@@ -73,5 +75,6 @@ class Structures:
                 shapes=shapes,
                 axes={name: axes[name] for name in shapes},
                 own_labels=attached.method.own_labels,
+                token_ids=attached.model.token_ids,
             )
         return self._known[key]

@@ -14,7 +14,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     shared_labels,
 )
-from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.data.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.prompt_combine import Placement
@@ -145,7 +145,7 @@ class Fits:
         """Their tokens with the end of sequence; UserError for empty, equal and long ones."""
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
-            ids = (*self.vocabulary.encode(label), EOS_ID)
+            ids = (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos)
             if len(ids) == 1:
                 raise UserError(f"{field}: {label!r} has no tokens; give every label a text")
             if len(ids) > self.longest_label:

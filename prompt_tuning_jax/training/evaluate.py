@@ -12,7 +12,8 @@ from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.loader import eval_batches
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.vocab import EOS_ID, AnyVocabulary
+from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.ensembling import Vote, majority_vote
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout
@@ -60,6 +61,8 @@ class Predictor:
     batch_size: int
     max_length: int
     num_beams: int = 4
+    normalize_length: bool = False
+    processors: LogitsProcessors | None = None
     labels: tuple[str, ...] = ()
     buckets: Buckets = FIXED
     layout: Layout | None = None
@@ -120,21 +123,45 @@ class Predictor:
         if self.strategy == "rank":
             labels_CS = self._labels_CS()
             return label_scores(
-                self.graphdef, tuned, frozen, tokens_BT, labels_CS, members, layout, task_B
+                self.graphdef,
+                tuned,
+                frozen,
+                tokens_BT,
+                labels_CS,
+                members,
+                layout,
+                task_B,
+                self.normalize_length,
             )
         writing = Writing(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
-        key = jax.random.key(0)
         if not on_mesh or not tuned:
-            return write(self.graphdef, writing, tuned, frozen, tokens_BT, key, layout, task_B)
+            return self._write(writing, tuned, frozen, tokens_BT, task_B)
         # One after another: together, the rows of all members would have to change devices.
         each = [{name: x[e : e + 1] for name, x in tuned.items()} for e in range(members)]
-        found = [
-            write(self.graphdef, writing, own, frozen, tokens_BT, key, layout, task_B)
-            for own in each
-        ]
+        found = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
         return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+    def _write(
+        self,
+        writing: Writing,
+        tuned: FlatParams,
+        frozen: FlatParams,
+        tokens_BT: Any,
+        task_B: Any,
+    ) -> tuple[Any, Any]:
+        return write(
+            self.graphdef,
+            writing,
+            tuned,
+            frozen,
+            tokens_BT,
+            jax.random.key(0),
+            self.layout,
+            task_B,
+            self.processors,
+        )
 
     def _collect(
         self,
@@ -166,17 +193,18 @@ class Predictor:
             return
         known = tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
         for label in self.labels if known else ():
-            if (*self.vocabulary.encode(label), EOS_ID) not in known:
+            if (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos) not in known:
                 raise UserError(
                     f"the label {label!r} is none of those that this method was trained to score; "
                     "evaluate it on a task with the same labels (data.labels)"
                 )
 
     def _labels_CS(self) -> HostArray:
-        rows = [[*self.vocabulary.encode(label), EOS_ID] for label in self.labels]
-        labels_CS = np.zeros((len(rows), max(map(len, rows))), np.int32)
-        for row, ids in zip(labels_CS, rows, strict=True):
-            row[: len(ids)] = ids
+        ids = self.vocabulary.token_ids
+        rows = [[*self.vocabulary.encode(label), ids.eos] for label in self.labels]
+        labels_CS = np.full((len(rows), max(map(len, rows))), ids.fill, np.int32)
+        for row_S, tokens in zip(labels_CS, rows, strict=True):
+            row_S[: len(tokens)] = tokens
         return labels_CS
 
 

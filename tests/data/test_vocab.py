@@ -194,7 +194,7 @@ def test_byte_folders(tmp_path):
     assert load_vocabulary(tmp_path) == ByteVocabulary(extra_ids=7)
     assert load_vocabulary(tokenizer, extra_ids=3) == ByteVocabulary(extra_ids=3)
     for wrong, message in (
-        ("{", "not readable as JSON"),
+        ("{", "not JSON"),
         ("[]", "no JSON object"),
         ('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": "x"}', "extra_ids is 'x'"),
     ):

@@ -8,6 +8,7 @@ import pytest
 from prompt_tuning_jax.decoding import HuggingFaceRule, T5XRule, beam_search, greedy
 from prompt_tuning_jax.decoding.beam import UNUSED_SCORE
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 EOS = 1
 EVERYTHING = 85  # all sequences of up to 3 tokens, of which 21 end
@@ -175,12 +176,12 @@ def test_masked_logits_are_never_written(make_toy):
 
 def test_start_and_end_ids_are_what_they_are_told(make_toy):
     toy = make_toy(2, num_rows=4, max_length=6)
-    ids_NKS, _ = run(toy, 2, T5XRule(), eos_id=3, start_id=4)
+    ids_NKS, _ = run(toy, 2, T5XRule(), token_ids=TokenIds(eos=3, start=4))
     assert (ids_NKS == 3).any()
     for ids_S in ids_NKS.reshape(-1, 6):
         ends = np.flatnonzero(ids_S == 3)
         assert len(ends) <= 1 and (not len(ends) or not ids_S[ends[0] + 1 :].any())
-    other_start, _ = run(toy, 2, T5XRule(), eos_id=3, start_id=2)
+    other_start, _ = run(toy, 2, T5XRule(), token_ids=TokenIds(eos=3, start=2))
     assert (ids_NKS != other_start).any()
 
 

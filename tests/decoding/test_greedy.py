@@ -7,6 +7,7 @@ import pytest
 
 from prompt_tuning_jax.decoding import greedy
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 EOS = 1
 
@@ -49,7 +50,7 @@ def test_without_an_end_writes_max_length_tokens(make_toy):
 
 def test_eos_id_is_what_it_is_told(make_toy):
     toy = make_toy(0, num_rows=8, max_length=6)
-    decoded = run(toy, eos_id=3)
+    decoded = run(toy, token_ids=TokenIds(eos=3))
     ended = (decoded.ids_NS == 3).any(axis=1)
     assert ended.any()
     assert (jnp.argmax(decoded.ids_NS == 3, axis=1) + 1 == decoded.lengths_N)[ended].all()
@@ -63,7 +64,7 @@ def test_first_step_gets_the_start_token_and_ended_rows_get_padding():
         # Row 0 ends at once, row 1 writes 2 for ever.
         return jnp.eye(5)[jnp.array([EOS, 2])], cache
 
-    decoded = greedy(step, (), num_rows=2, max_length=3, start_id=4)
+    decoded = greedy(step, (), num_rows=2, max_length=3, token_ids=TokenIds(start=4))
     jax.effects_barrier()
     assert seen == [[4, 4], [EOS, 2], [0, 2]]
     assert decoded.ids_NS.tolist() == [[EOS, 0, 0], [2, 2, 2]]

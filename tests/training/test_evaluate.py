@@ -83,8 +83,9 @@ def test_rank_is_the_best_of_all_label_scores(model):
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 def test_writing_is_generating_with_each_prompt(model, strategy):
     predicted = predict(model, strategy)
+    beams = {"num_beams": 2} if strategy == "beam" else {}
     for e, prompt in enumerate(PROMPTS_EPD):
-        written = generate(model, TEXTS, prompt, strategy, max_length=5, num_beams=2)
+        written = generate(model, TEXTS, prompt, strategy, max_length=5, **beams)
         assert predicted.texts_EN[e] == written.texts
         best_B = written.scores if strategy == "greedy" else written.scores[:, 0]
         for known, text, value in zip(

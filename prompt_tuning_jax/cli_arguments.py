@@ -248,7 +248,7 @@ def _add_serve(commands: Any) -> None:
         "trained on a mixture each task is NAME.TASK. Inputs get the wording that the prompts were "
         "trained with, unless a request says raw. Environment: PROMPT_TUNING_TOKEN "
         "is asked of predictions where it is set; PROMPT_TUNING_ADMIN_TOKEN allows PUT and DELETE "
-        "/v1/tasks/NAME, whose changes are kept in DIR/.served."
+        "/v1/tasks/NAME, whose changes are kept in DIR/.served; other servers of DIR follow them."
     )
     serve.add_argument("--prompts", required=True, metavar="DIR", help="what to serve")
     serve.add_argument("--model", metavar="NAME", help="(default: the run's, or tiny)")
@@ -260,7 +260,7 @@ def _add_serve(commands: Any) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="model.dtype=bfloat16 ..."
     )
     serve.add_argument("--mesh", metavar="data=2,model=4", help="devices along the axes")
-    shapes = serve.add_argument_group("shapes, all compiled before the first request")
+    shapes = serve.add_argument_group("shapes, compiled in the order in which they are needed")
     shapes.add_argument("--lengths", type=_numbers, metavar="32,64", help="of inputs, in tokens")
     shapes.add_argument("--batch_sizes", type=_numbers, metavar="1,4,16", help="in rows")
     shapes.add_argument(

@@ -130,7 +130,7 @@ def make_app(
 
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
     async def readyz() -> Response:
-        """Whether it takes requests: after everything is compiled, and before it ends."""
+        """Whether it takes requests: once what can answer them is compiled, until it ends."""
         return status_of(service, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

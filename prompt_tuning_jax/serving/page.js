@@ -12,11 +12,13 @@ function element(tag, text, parent) {
 
 async function call(path, options = {}) {
   const headers = { "content-type": "application/json" };
-  if ($("token").value) headers.authorization = `Bearer ${$("token").value}`;
+  // A header takes bytes: letters beyond latin-1 go as their UTF-8.
+  const token = String.fromCharCode(...new TextEncoder().encode($("token").value.trim()));
+  if (token) headers.authorization = `Bearer ${token}`;
   const answer = await fetch(path, { ...options, headers });
   if (answer.status === 401) $("token_field").hidden = false;
   if (!answer.ok) {
-    const { error } = await answer.json();
+    const { error } = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
     throw new Error(error.field ? `${error.field}: ${error.message}` : error.message);
   }
   return answer;
@@ -50,6 +52,7 @@ function showWording() {
   $("text_field").hidden = columns.length > 0;
   $("text").required = !columns.length;
   $("columns").hidden = !columns.length;
+  showCount();
   const shown = [...$("columns").querySelectorAll("textarea")];
   if (shown.map((one) => one.name).join("\n") === columns.join("\n")) return;
   $("columns").replaceChildren();
@@ -57,12 +60,24 @@ function showWording() {
     const field = element("textarea", undefined, element("label", `${column} `, $("columns")));
     field.name = column;
   }
+  showCount();
 }
 
+// The inputs to ask for: the columns' values, each line of the text, or all of it.
 function given() {
   const fields = [...$("columns").querySelectorAll("textarea")];
-  if (!fields.length) return $("text").value;
-  return Object.fromEntries(fields.map((field) => [field.name, field.value]));
+  if (fields.length) return [Object.fromEntries(fields.map((field) => [field.name, field.value]))];
+  const lines = $("text").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  return $("lines").checked && lines.length > 1 ? lines : [$("text").value];
+}
+
+function showCount() {
+  const columns = !$("columns").hidden;
+  const several = !columns && $("text").value.trim().includes("\n");
+  const inputs = given().length;
+  $("lines_field").hidden = columns;
+  $("count").textContent = several
+    ? (inputs > 1 ? `${inputs} inputs` : "several lines, one input") : "";
 }
 
 async function showWords() {
@@ -99,16 +114,11 @@ function share(row, value) {
   element("span", `${(100 * value).toFixed(1)} %`, cell);
 }
 
-function show(result, milliseconds) {
+function show(result) {
   $("result").hidden = false;
   $("answer").textContent = result.prediction;
   $("agreement").textContent = result.votes
     ? `${Math.round(100 * result.agreement)} % of ${result.prompts.length} prompts agree` : "";
-  if (milliseconds !== undefined) {
-    const server = milliseconds.server === undefined
-      ? "" : `${milliseconds.server.toFixed(1)} ms in the server, `;
-    $("latency").textContent = `${server}${milliseconds.whole.toFixed(1)} ms in all`;
-  }
   const table = $("table");
   table.replaceChildren();
   const head = element("tr", undefined, table);
@@ -126,8 +136,40 @@ function show(result, milliseconds) {
   }
 }
 
-async function follow(answer, task) {
-  const texts = new Map();
+// Several inputs: a row for each.
+function showAll(inputs, results) {
+  $("result").hidden = false;
+  $("agreement").textContent = "";
+  $("answer").textContent = `${inputs.length} inputs`;
+  const table = $("table");
+  table.replaceChildren();
+  const head = element("tr", undefined, table);
+  const labels = results[0].probabilities ? Object.keys(results[0].probabilities) : [];
+  for (const title of ["input", labels.length ? "answer" : "text", ...labels]) {
+    element("th", title, head);
+  }
+  results.forEach((result, number) => {
+    const row = element("tr", undefined, table);
+    element("td", inputs[number], row).className = "input";
+    const cell = element("td", result.prediction, row);
+    if (result.votes) cell.title = `${Math.round(100 * result.agreement)} % of the prompts agree`;
+    for (const label of labels) share(row, result.probabilities[label]);
+  });
+}
+
+function showResults(inputs, results, milliseconds) {
+  $("latency").textContent = "";
+  if (results.length === 1) show(results[0]);
+  else showAll(inputs, results);
+  if (milliseconds !== undefined) {
+    const server = milliseconds.server === undefined
+      ? "" : `${milliseconds.server.toFixed(1)} ms in the server, `;
+    $("latency").textContent = `${server}${milliseconds.whole.toFixed(1)} ms in all`;
+  }
+}
+
+async function follow(answer, task, inputs) {
+  const texts = inputs.map(() => new Map());
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", part; !(part = await reader.read()).done;) {
     const lines = (rest + part.value).split("\n\n");
@@ -135,10 +177,14 @@ async function follow(answer, task) {
     for (const line of lines) {
       const event = JSON.parse(line.slice("data: ".length));
       if (event.error) throw new Error(event.error.message);
-      if (event.results) return event.results[0];
-      texts.set(event.prompt, (texts.get(event.prompt) || "") + event.text);
-      const prompts = [...texts].map(([prompt, prediction]) => ({ prompt, prediction }));
-      show({ task, prediction: prompts[0].prediction, prompts });
+      if (event.results) return event.results;
+      const own = texts[event.index];
+      own.set(event.prompt, (own.get(event.prompt) || "") + event.text);
+      const results = texts.map((one) => {
+        const prompts = [...one].map(([prompt, prediction]) => ({ prompt, prediction }));
+        return { task, prediction: prompts.length ? prompts[0].prediction : "", prompts };
+      });
+      showResults(inputs, results);
     }
   }
   throw new Error("the answer has ended too early");
@@ -147,33 +193,47 @@ async function follow(answer, task) {
 async function ask(event) {
   event.preventDefault();
   $("error").textContent = "";
+  $("result").hidden = true;  // what is there answers another question
+  $("button").disabled = true;
   const task = $("task").value.trim(), mode = $("mode").value, options = {};
   const labels = $("labels").value.split(",").map((one) => one.trim()).filter(Boolean);
   if (mode === "label" && labels.length) options.labels = labels;
   if (mode === "generate") options.stream = true;
   if ($("raw").checked) options.raw = true;
-  const body = JSON.stringify({ task, inputs: [given()], mode, options });
+  const inputs = given();
+  const body = JSON.stringify({ task, inputs, mode, options });
   const began = performance.now();
   try {
     const answer = await call("/v1/predict", { method: "POST", body });
     if (mode === "generate") {
-      const result = await follow(answer, task);
-      show(result, { whole: performance.now() - began });
+      const results = await follow(answer, task, inputs);
+      showResults(inputs, results, { whole: performance.now() - began });
     } else {
       const found = await answer.json();
-      show(found.results[0], { server: 1000 * found.seconds, whole: performance.now() - began });
+      const whole = performance.now() - began;
+      showResults(inputs, found.results, { server: 1000 * found.seconds, whole });
     }
   } catch (error) {
+    $("result").hidden = true;  // a text that was being written is not the whole of it
     $("error").textContent = error.message;
   }
+  $("button").disabled = false;
+}
+
+function statusOf(now) {
+  if (now.status === "starting") {
+    return now.required_compiled < now.required_to_compile
+      ? `compiling ${now.required_compiled} of ${now.required_to_compile}` : "starting";
+  }
+  const rest = now.status === "ready" && now.compiled < now.to_compile
+    ? ` · ${now.compiled} of ${now.to_compile} programs, faster with each` : "";
+  return `${now.status} · ${now.rows_per_second.toFixed(1)} rows/s · ${now.waiting} waiting${rest}`;
 }
 
 async function watch() {
   try {
     const now = await (await fetch("/healthz")).json();
-    $("status").textContent = now.status === "starting"
-      ? `compiling ${now.compiled} of ${now.to_compile}`
-      : `${now.status} · ${now.rows_per_second.toFixed(1)} rows/s · ${now.waiting} waiting`;
+    $("status").textContent = statusOf(now);
     ready = now.status === "ready";
     if (!known.size && $("token_field").hidden) await loadTasks();
     await showWords();
@@ -189,5 +249,7 @@ function quietly(promise) {
 $("form").addEventListener("submit", ask);
 $("task").addEventListener("change", () => { showWording(); quietly(showWords()); });
 $("raw").addEventListener("change", showWording);
+$("text").addEventListener("input", showCount);
+$("lines").addEventListener("change", showCount);
 $("token").addEventListener("change", () => quietly(loadTasks()));
 quietly(watch());

@@ -1,5 +1,6 @@
 """A real browser, told what to do through a pipe (Chrome's DevTools protocol)."""
 
+import base64
 import fcntl
 import itertools
 import json
@@ -78,6 +79,16 @@ class Browser:
             assert time.monotonic() < end, f"never: {script}; the page says {self.said}"
             time.sleep(0.05)
         return value
+
+    def resize(self, width: int, height: int) -> None:
+        """As on a screen of this size, in pixels."""
+        size: Any = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._ask("Emulation.setDeviceMetricsOverride", **size, **self._session)
+
+    def save_picture(self, path: Path) -> None:
+        """What is seen, as a PNG."""
+        answer = self._ask("Page.captureScreenshot", **self._session)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._numbers)

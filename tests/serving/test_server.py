@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -209,9 +210,36 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         browser.wait_for("/rows\\/s/.test($('status').textContent)")
         browser.run(f"$('mode').value = 'generate'; {click}")
         browser.wait_for("$('table').textContent.includes('text') && $('agreement').textContent")
+        # Two lines are two inputs, and that is said; or one, where that is wanted.
+        change = "$('text').dispatchEvent(new Event('input'))"
+        browser.run(f"$('text').value = 'ban red\\nkolo <i>\\n'; {change}")
+        assert browser.run("$('count').textContent") == "2 inputs"
+        browser.run(f"$('mode').value = 'label'; {click}")
+        inputs = "[...document.querySelectorAll('#table td.input')].map((c) => c.textContent)"
+        assert browser.wait_for(f"!$('result').hidden && {inputs}") == ["ban red", "kolo <i>"]
+        browser.run(f"$('mode').value = 'generate'; {click}")
+        browser.wait_for("!$('button').disabled && $('latency').textContent")
+        assert browser.run(inputs) == ["ban red", "kolo <i>"]
+        browser.run("$('lines').click()")
+        assert browser.run("$('count').textContent") == "several lines, one input"
+        browser.run(f"$('mode').value = 'label'; {click}")
+        browser.wait_for("!$('result').hidden && $('agreement').textContent")
+        # An error leaves nothing of the answer before it.
         browser.run(f"$('error').textContent = ''; $('task').value = 'nope'; {click}")
         browser.wait_for("$('error').textContent.includes(\"there is no task 'nope'\")")
-        assert not [line for line in browser.said if "404" not in line], browser.said
+        assert browser.run("$('result').hidden && $('result').offsetHeight === 0")
+        # Nothing is wider than a phone.
+        for name in ("colour", "nope"):
+            browser.run(f"$('lines').click(); $('task').value = '{name}'; {click}")
+            browser.wait_for("!$('button').disabled")
+            browser.resize(360, 640)
+            assert browser.run("document.documentElement.scrollWidth") <= 360
+        script = "document.body.appendChild(document.createElement('script')).textContent = 'ran=1'"
+        assert browser.run(f"{script}; typeof ran") == "undefined"  # the policy holds
+        blocked = "Refused to execute inline script"
+        assert any("Content Security Policy" in line for line in browser.said), blocked
+        wrong = [line for line in browser.said if not re.search("404|Security Policy", line)]
+        assert not wrong, wrong
 
 
 def test_serve_raises_what_stopped_its_start(tmp_path: Path) -> None:

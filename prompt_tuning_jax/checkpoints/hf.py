@@ -6,7 +6,7 @@ they are [in, out] here.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,10 +79,11 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
     arrays = _without_copies(arrays, path=path)
     tied, arrays = _with_head(raw, arrays, folder=folder)
     config = config_from(raw, tied=tied, path=folder / CONFIG)
+    layers = {match[0] for name in arrays if (match := _LAYER.match(name))}
+    _require_possible_layers(config, layers, arrays=len(arrays), path=path)
     shapes = parameter_shapes(config)
     theirs = {name: hf_name(name) for name in shapes}
     wanted = dict.fromkeys(theirs.values())
-    layers = {match[0] for name in arrays if (match := _LAYER.match(name))}
     missing = sorted({m[0] for name in wanted if (m := _LAYER.match(name))} - layers)
     if missing and not arrays.keys() - wanted.keys():
         raise UserError(
@@ -101,6 +102,22 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
                 f"and by {CONFIG} it is {list(shapes[name])}"
             )
     return config, params, find_vocabulary(folder)
+
+
+def _require_possible_layers(
+    config: T5Config, layers: Set[str], *, arrays: int, path: Path
+) -> None:
+    """UserError for more layers than the file has arrays, before any of them is described."""
+    for stack, number in (
+        ("encoder", config.num_encoder_layers),
+        ("decoder", config.num_decoder_layers),
+    ):
+        if number > arrays:
+            held = sum(layer.startswith(stack) for layer in layers)
+            raise UserError(
+                f"{path} holds {held} {stack} layers, and by {CONFIG} (num_layers, "
+                f"num_decoder_layers) the model has {number}: the config is another's or damaged"
+            )
 
 
 def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:

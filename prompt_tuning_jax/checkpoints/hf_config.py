@@ -114,8 +114,9 @@ def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
 
     def positive(key: str) -> int:
         value = raw[key]
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {key} is {value!r}; a whole number above 0 expected")
+        if type(value) is not int or not 0 < value < 2**31:
+            shown = str(value)[:80] if type(value) is int else repr(value)[:80]
+            raise UserError(f"{path}: {key} is {shown}; a whole number above 0 expected")
         return value
 
     projection, eps = raw["feed_forward_proj"], raw["layer_norm_epsilon"]

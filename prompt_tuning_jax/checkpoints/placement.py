@@ -7,14 +7,23 @@ the model.  A process reads what its own devices hold and nothing else.
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
 from prompt_tuning_jax.checkpoints.progress import Report, progress
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 # What XLA wants of host memory that it takes as it is, on CPU.
 _ALIGNMENT = 64
+# By dtype: unsigned integers of its width, and the bits of its exponent.
+_EXPONENTS: dict[np.dtype, tuple[np.dtype, np.unsignedinteger]] = {
+    np.dtype(np.float32): (np.dtype(np.uint32), np.uint32(0x7F800000)),
+    np.dtype(np.float16): (np.dtype(np.uint16), np.uint16(0x7C00)),
+    np.dtype(ml_dtypes.bfloat16): (np.dtype(np.uint16), np.uint16(0x7F80)),
+}
+_LOOKED_AT = 2**16
 
 
 def place(
@@ -52,12 +61,33 @@ def place(
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
     """A part of an array as ``dtype``, in memory of its own that devices can take as it is."""
     part = array.read(index)
+    if not all_finite(part):
+        raise UserError(
+            f"{array.where} holds NaN or infinity: the checkpoint is damaged, or its training has "
+            "diverged; fetch it again or take an earlier one"
+        )
     # Not a view of what was read: that may be a mapped file, which others can change.
     held = np.empty(part.size * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -held.ctypes.data % _ALIGNMENT
     found = held[start : start + part.size * dtype.itemsize].view(dtype).reshape(part.shape)
     found[...] = part
     return found
+
+
+def all_finite(array: HostArray) -> bool:
+    """Whether a float array holds neither NaN nor infinity; takes about as long as to copy it.
+
+    Their exponents are all ones: the bits are looked at, a cache's worth at a time.
+    """
+    if array.dtype not in _EXPONENTS:
+        return True
+    bits, ones = _EXPONENTS[array.dtype]
+    # In the order of the memory, so that no copy is made of what lies transposed.
+    flat = array.ravel(order="K").view(bits)
+    return all(
+        bool(np.max(flat[start : start + _LOOKED_AT] & ones) != ones)
+        for start in range(0, len(flat), _LOOKED_AT)
+    )
 
 
 def _sharded(

@@ -180,6 +180,11 @@ def test_every_array_has_one_use_and_every_parameter_one_source(tmp_path: Path) 
         ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon"),
         ({"tie_word_embeddings": "yes", "scale_decoder_outputs": "drop"}, "true or false"),
         ({"num_layers": 3}, "encoder.block.2"),
+        ({"num_layers": 10**7}, "holds 2 encoder layers, and by .* the model has 10000000"),
+        ({"num_decoder_layers": 10**9}, "holds 1 decoder layers, and by .* has 1000000000"),
+        ({"num_layers": 10**30}, "num_layers is 1000000000.*; a whole number"),
+        ({"d_model": 2**31 - 1}, "shared.weight makes token_embedder/embedding"),
+        ({"vocab_size": 2**31 - 1}, "shared.weight makes token_embedder/embedding"),
     ],
 )
 def test_wrong_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 from prompt_tuning_jax.checkpoints import progress as progress_module
 from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray
 from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.placement import place, read_as
+from prompt_tuning_jax.checkpoints.placement import all_finite, place, read_as
+from prompt_tuning_jax.errors import UserError
 from tests.devices import with_devices
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,3 +208,18 @@ def test_the_default_device_of_this_process_is_enough_for_a_mesh_of_one() -> Non
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = tree.split(load_model("tiny", mesh=mesh))[1]
     assert not any(array.committed for array in params.values())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused_with_file_and_array(dtype: Any, bad: float) -> None:
+    good = np.linspace(-3, 3, 140_000).reshape(700, 200).astype(dtype)
+    largest = np.full((2, 2), np.finfo(np.float16).max).astype(dtype)
+    for fine in (good, good.T, good[::2], largest, good[:0]):
+        assert all_finite(fine)
+    for row, column in ((0, 0), (699, 199), (350, 7)):
+        wrong = good.copy()
+        wrong[row, column] = bad
+        assert not all_finite(wrong) and not all_finite(wrong.T)
+        with pytest.raises(UserError, match=r"^m\.safetensors: a holds NaN or infinity"):
+            place({"a": in_memory(wrong, where="m.safetensors: a")}, dtype=np.float32)

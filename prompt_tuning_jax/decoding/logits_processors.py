@@ -38,6 +38,22 @@ class LogitsProcessors:
 
         Scores are logits or log-probabilities; what may not be written is at -inf.
         """
+        used = (
+            jnp.any(jnp.asarray(self.repetition_penalty) != 1)
+            | jnp.any(jnp.asarray(self.no_repeat_ngram_size) > 0)
+            | jnp.any(jnp.asarray(self.min_length) > 0)
+        )
+
+        def processed(scores_NV: Array) -> Array:
+            return self._processed(scores_NV, ids_NS, position, token_ids=token_ids)
+
+        # Rows that ask for nothing, as most of a server's, cost nothing.
+        changed_NV: Array = lax.cond(used, processed, lambda scores_NV: scores_NV, scores_NV)
+        return changed_NV
+
+    def _processed(
+        self, scores_NV: Array, ids_NS: Array, position: Array, *, token_ids: TokenIds
+    ) -> Array:
         rows, vocabulary = scores_NV.shape
         position_N = jnp.broadcast_to(jnp.asarray(position, jnp.int32), (rows,))
         penalty_N1 = _per_row(self.repetition_penalty, rows, jnp.float32)[:, None]
@@ -61,12 +77,7 @@ class LogitsProcessors:
             repeats_NL = _completes_ngram(history_NL, position_N, ngram_N) & written_NL
             return jnp.where(marked(repeats_NL), -jnp.inf, scores_NV)
 
-        scores_NV = lax.cond(
-            jnp.any(penalty_N1 != 1), penalised, lambda scores_NV: scores_NV, scores_NV
-        )
-        scores_NV = lax.cond(
-            jnp.any(ngram_N > 0), without_repeats, lambda scores_NV: scores_NV, scores_NV
-        )
+        scores_NV = without_repeats(penalised(scores_NV))
         too_short_N = position_N + 1 < shortest_N
         at_end_N = jnp.where(too_short_N, -jnp.inf, scores_NV[:, token_ids.eos])
         return scores_NV.at[:, token_ids.eos].set(at_end_N)

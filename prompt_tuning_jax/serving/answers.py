@@ -16,16 +16,18 @@ def assembled(
     labels: Sequence[str],
     values: Sequence[Any],
     decode: Callable[[list[int]], str],
+    divisors: Sequence[int] = (),
 ) -> Result:
     """One result; ``values`` are of the first prompt, then of the second and so on.
 
     They are lists of log-probabilities (a prompt's labels may be in several), or ``WrittenRow``.
+    ``divisors``, one for each label or target, divide the first; empty: none.
     """
     each = len(values) // len(prompts)
     by_prompt = [values[i * each : (i + 1) * each] for i in range(len(prompts))]
     if mode == "score":
         scored = [
-            PromptResult(prompt=name, log_prob=_finite(own[0][0]))
+            PromptResult(prompt=name, log_prob=_divided([own[0][0]], divisors)[0])
             for name, own in zip(prompts, by_prompt, strict=True)
         ]
         mean = sum(one.log_prob or 0.0 for one in scored) / len(scored)
@@ -35,7 +37,7 @@ def assembled(
     probabilities: dict[str, float] | None = None
     if mode == "label":
         for name, own in zip(prompts, by_prompt, strict=True):
-            log_probs = [_finite(one) for part in own for one in part]
+            log_probs = _divided([one for part in own for one in part], divisors)
             known.append(dict(zip(labels, log_probs, strict=True)))
             share = softmax(log_probs)
             best = max(range(len(share)), key=log_probs.__getitem__)
@@ -77,6 +79,13 @@ def softmax(log_probs: Sequence[float]) -> list[float]:
     weights = [math.exp(one - most) for one in log_probs]
     total = sum(weights)
     return [weight / total for weight in weights]
+
+
+def _divided(log_probs: Sequence[float], divisors: Sequence[int]) -> list[float]:
+    found = map(_finite, log_probs)
+    if not divisors:
+        return list(found)
+    return [one / divisor for one, divisor in zip(found, divisors, strict=True)]
 
 
 def _finite(number: float) -> float:

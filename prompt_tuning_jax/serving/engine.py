@@ -21,7 +21,7 @@ from prompt_tuning_jax.serving.device_cache import DeviceCache
 from prompt_tuning_jax.serving.methods import Methods
 from prompt_tuning_jax.serving.placing import placed
 from prompt_tuning_jax.serving.programs import Programs, Rows
-from prompt_tuning_jax.serving.rows import Row, limit_array, target_array, token_array
+from prompt_tuning_jax.serving.rows import Row, target_array, token_array, write_options
 from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
 from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.table import Written, empty_table
@@ -183,7 +183,7 @@ class Engine:
 
     def write_whole(self, rows: Sequence[Row], program: Program) -> list[tuple[list[int], float]]:
         """The ids that each row writes to its end or limit, and their log-probability."""
-        given = self._placed_tokens(rows, program), self._placed_limits(rows, program)
+        given = self._placed_tokens(rows, program), self._placed_options(rows, program)
         tuned = self.methods.tuned_of(rows, program)
         made = self._made[program](self._params, tuned, *given)
         ids_BS, scores_B, lengths_B = map(np.asarray, made)
@@ -197,7 +197,7 @@ class Engine:
         slot_B = np.full(program.rows, self.shapes.slots, np.int32)
         slot_B[: len(slots)] = slots
         read = self._placed_rows(rows, program)
-        where = (self._place(slot_B, ("batch",)), self._placed_limits(rows, program))
+        where = (self._place(slot_B, ("batch",)), self._placed_options(rows, program))
         made = self._made[program]
         table, self.table = self.table, None  # given away, even where it fails
         self.table = made(self._params, self.cache.prompts_NPD, table, read, *where)
@@ -282,7 +282,7 @@ class Engine:
         if program.targets is not None:
             last = (self._placed_targets([], program),)
         else:
-            last = (self._placed_limits([], program),)
+            last = (self._placed_options([], program),)
         tokens = self._placed_tokens([], program)
         if program.structure is not None:
             function, tuned = self.methods.function(program), self.methods.like(program)
@@ -390,9 +390,10 @@ class Engine:
         targets_BCS = target_array(rows, program, self.config.token_ids)
         return self._place(targets_BCS, ("batch", None, None))
 
-    def _placed_limits(self, rows: Sequence[Row], program: Program) -> Any:
+    def _placed_options(self, rows: Sequence[Row], program: Program) -> Any:
         most = self.shapes.max_new_tokens
-        return self._place(limit_array(rows, program, most=most), ("batch",))
+        options = write_options(rows, program, most=most)
+        return jax.tree.map(lambda array_B: self._place(array_B, ("batch",)), options)
 
     def _empty_table(self) -> Any:
         return empty_table(self.shapes, self.config, dtype=self.dtype, layout=self._layout)

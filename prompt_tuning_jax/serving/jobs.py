@@ -44,6 +44,9 @@ def jobs_of(
                     method=method,
                     targets=targets,
                     limit=one.limit,
+                    min_length=one.min_length,
+                    repetition_penalty=one.repetition_penalty,
+                    no_repeat_ngram_size=one.no_repeat_ngram_size,
                 )
                 name = "" if prompt is None else prompt.name
                 beside: Hashable = one.task.name if apart else None

@@ -23,7 +23,7 @@ from prompt_tuning_jax.layout import Layout, laying_out, replicate
 from prompt_tuning_jax.methods.method import NEVER, Attached, same_tokens
 from prompt_tuning_jax.serving.places import Places
 from prompt_tuning_jax.serving.placing import placed, scored
-from prompt_tuning_jax.serving.rows import Row
+from prompt_tuning_jax.serving.rows import Row, WriteOptions
 from prompt_tuning_jax.serving.shapes import Program, Shapes
 from prompt_tuning_jax.serving.structures import ServedMethod, Structure
 from prompt_tuning_jax.typing import Array, FlatParams
@@ -63,16 +63,17 @@ class MethodPrograms:
         params: FlatParams,
         tuned: Tuned,
         tokens_BT: Array,
-        limit_B: Array,
+        options: WriteOptions,
         *,
         max_length: int,
     ) -> Decoded:
-        """The most probable tokens, at most ``limit_B`` of them; the whole batch to its end."""
+        """The most probable tokens, within each row's ``options``; the whole batch to its end."""
         write = partial(
             greedy,
             num_rows=len(tokens_BT),
             max_length=max_length,
-            limit_N=limit_B,
+            limit_N=options.limit_B,
+            processors=options.processors,
             token_ids=self.structure.token_ids,
         )
         with laying_out(self.layout):

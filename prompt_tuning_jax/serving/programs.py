@@ -14,10 +14,12 @@ from flax import nnx
 from jax import lax
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.layout import Layout, constrain, laying_out, replicate
 from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput
 from prompt_tuning_jax.models.t5 import T5, Encoded
 from prompt_tuning_jax.serving.placing import scored
+from prompt_tuning_jax.serving.rows import WriteOptions
 from prompt_tuning_jax.serving.table import KEYS, Table, Written
 from prompt_tuning_jax.typing import Array, FlatParams
 
@@ -82,7 +84,7 @@ class Programs:
         table: Table,
         rows: Rows,
         slot_B: Array,
-        limit_B: Array,
+        options: WriteOptions,
         *,
         prompt_length: int,
     ) -> Table:
@@ -104,7 +106,11 @@ class Programs:
                 mask_MU=mask_MU.at[slot_B, :width].set(encoded.mask_BU, mode="drop"),
                 token_M=table.token_M.at[slot_B].set(model.token_ids.start, mode="drop"),
                 position_M=table.position_M.at[slot_B].set(hidden_B, mode="drop"),
-                limit_M=table.limit_M.at[slot_B].set(limit_B, mode="drop"),
+                options=jax.tree.map(
+                    lambda whole, part: whole.at[slot_B].set(part, mode="drop"),
+                    table.options,
+                    options,
+                ),
                 score_M=table.score_M.at[slot_B].set(0.0, mode="drop"),
                 done_M=table.done_M.at[slot_B].set(False, mode="drop"),
                 ids_MS=table.ids_MS.at[slot_B].set(model.token_ids.pad, mode="drop"),
@@ -148,8 +154,18 @@ class Programs:
                     table.token_M, table.position_M, table.caches, table.cross, table.mask_MU
                 )
                 logits_MV = logits_MV.astype(jnp.float32)
-                chosen_M = jnp.argmax(logits_MV, axis=-1).astype(jnp.int32)
-                log_prob_M = jnp.max(logits_MV, axis=-1) - jax.nn.logsumexp(logits_MV, axis=-1)
+                asked = table.options.processors
+                processors = LogitsProcessors(  # rows that are done ask for nothing
+                    min_length=jnp.where(table.done_M, 0, asked.min_length),
+                    repetition_penalty=jnp.where(table.done_M, 1, asked.repetition_penalty),
+                    no_repeat_ngram_size=jnp.where(table.done_M, 0, asked.no_repeat_ngram_size),
+                )
+                offered_MV = processors(
+                    logits_MV, table.ids_MS, table.position_M, token_ids=model.token_ids
+                )
+                chosen_M = jnp.argmax(offered_MV, axis=-1).astype(jnp.int32)
+                at_chosen_M = jnp.take_along_axis(logits_MV, chosen_M[:, None], axis=-1)[:, 0]
+                log_prob_M = at_chosen_M - jax.nn.logsumexp(logits_MV, axis=-1)
                 going_M = ~table.done_M
                 every = jnp.arange(len(chosen_M))
                 at_M = jnp.where(going_M, table.position_M, table.ids_MS.shape[1])
@@ -161,7 +177,7 @@ class Programs:
                     token_M=jnp.where(going_M, chosen_M, model.token_ids.pad),
                     position_M=position_M,
                     score_M=table.score_M + jnp.where(going_M, log_prob_M, 0.0),
-                    done_M=table.done_M | ended_M | (position_M >= table.limit_M),
+                    done_M=table.done_M | ended_M | (position_M >= table.options.limit_B),
                     ids_MS=table.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
                 )
 

@@ -16,6 +16,15 @@ from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
 
 _NEAR = 1000  # tasks among which the one that was meant is looked for
 _LONGEST = 1_000_000  # characters of one input with its wording
+_MODES_OF = {
+    "labels": ("label",),
+    "targets": ("score",),
+    "max_length": ("generate",),
+    "min_length": ("generate",),
+    "repetition_penalty": ("generate",),
+    "no_repeat_ngram_size": ("generate",),
+    "normalize_length": ("label", "score"),
+}
 BARE = ServedTask(name="", prompts=())
 
 
@@ -28,6 +37,9 @@ class Wanted:
     labels: tuple[str, ...] = ()
     targets: tuple[tuple[int, ...], ...] = ()
     limit: int = 0
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     truncated: bool = False
 
     @property
@@ -61,9 +73,10 @@ class Reader:
         kind = "generate" if request.mode == "generate" else "score"
         if kind not in self._engine.shapes.kinds:
             raise RefusedError(422, "this server was started without this mode", field="mode")
-        for field, mode in (("labels", "label"), ("targets", "score"), ("max_length", "generate")):
-            if getattr(options, field) is not None and request.mode != mode:
-                raise RefusedError(422, f"is for mode {mode}", field=f"options.{field}")
+        for field, modes in _MODES_OF.items():
+            if getattr(options, field) is not None and request.mode not in modes:
+                message = f"is for mode {' or '.join(modes)}"
+                raise RefusedError(422, message, field=f"options.{field}")
         if options.stream and request.mode != "generate":
             raise RefusedError(422, "is for mode generate", field="options.stream")
         tasks = [self._task(name, number, request) for number, name in enumerate(names)]
@@ -80,7 +93,15 @@ class Reader:
         wanted = []
         for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
             truncated = len(own) > longest
-            one = Wanted(task=task, ids=own[:longest], limit=limit, truncated=truncated)
+            one = Wanted(
+                task=task,
+                ids=own[:longest],
+                limit=limit,
+                min_length=options.min_length or 0,
+                repetition_penalty=options.repetition_penalty or 1.0,
+                no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
+                truncated=truncated,
+            )
             if request.mode == "label":
                 one = replace(one, labels=task.labels, targets=task.label_ids)
                 if options.labels is not None:
@@ -168,7 +189,11 @@ class Reader:
         if asked is not None and asked > most:
             message = f"{asked} tokens; this server writes at most {most}"
             raise RefusedError(422, message, field="options.max_length")
-        return asked or most
+        limit = asked or most
+        if (request.options.min_length or 0) > limit:
+            message = f"{request.options.min_length} tokens; at most {limit} are written"
+            raise RefusedError(422, message, field="options.min_length")
+        return limit
 
     def _worded(self, task: ServedTask, given: Given, number: int, request: PredictRequest) -> str:
         """The input as the task's prompts had it in training."""
@@ -198,6 +223,9 @@ def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
         if not isinstance(prompt, ServedMethod) or not prompt.structure.own_labels:
             continue
         about = f"task {one.task.name!r} ({prompt.method}) ranks labels"
+        if request.options.normalize_length:
+            message = f"{about} itself, and not by their tokens"
+            raise RefusedError(422, message, field="options.normalize_length")
         if request.mode == "generate":
             raise RefusedError(422, f"{about}, and writes no text; use mode label", field="mode")
         if not {*one.targets} <= {*prompt.structure.own_labels}:

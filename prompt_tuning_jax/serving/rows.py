@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.serving.shapes import Program
 from prompt_tuning_jax.serving.structures import ServedMethod
@@ -17,7 +20,8 @@ class Row:
     """One input with one prompt (None: the bare model), and what is wanted of it.
 
     With a ``method`` in place of the prompt it can be beside rows of its structure alone.
-    ``ids`` and ``targets`` have their end of sequence; ``limit`` is in tokens.
+    ``ids`` and ``targets`` have their end of sequence; ``limit`` is in tokens, and the
+    other options of what is written are ``LogitsProcessors``'s.
     """
 
     ids: tuple[int, ...]
@@ -25,6 +29,9 @@ class Row:
     method: ServedMethod | None = None
     targets: tuple[tuple[int, ...], ...] = ()
     limit: int = 0
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
 
 def token_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
@@ -47,8 +54,32 @@ def target_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostAr
     return targets_BCS
 
 
-def limit_array(rows: Sequence[Row], program: Program, *, most: int) -> HostArray:
-    """``[B]``: how many tokens may be written."""
-    limit_B = np.ones(program.rows, np.int32)
-    limit_B[: len(rows)] = [min(row.limit, most) for row in rows]
-    return limit_B
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """For each row how many tokens may be written, and what changes their scores."""
+
+    limit_B: Any
+    processors: LogitsProcessors
+
+
+def write_options(rows: Sequence[Row], program: Program, *, most: int) -> WriteOptions:
+    """Each ``[B]``; spare rows write one token."""
+
+    def each(values: list[Any], *, spare: Any, dtype: Any) -> HostArray:
+        array_B = np.full(program.rows, spare, dtype)
+        array_B[: len(values)] = values
+        return array_B
+
+    return WriteOptions(
+        limit_B=each([min(row.limit, most) for row in rows], spare=1, dtype=np.int32),
+        processors=LogitsProcessors(
+            min_length=each([row.min_length for row in rows], spare=0, dtype=np.int32),
+            repetition_penalty=each(
+                [row.repetition_penalty for row in rows], spare=1, dtype=np.float32
+            ),
+            no_repeat_ngram_size=each(
+                [row.no_repeat_ngram_size for row in rows], spare=0, dtype=np.int32
+            ),
+        ),
+    )

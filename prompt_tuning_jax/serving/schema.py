@@ -26,6 +26,26 @@ class Options(_Checked):
         ge=1,
         description="generate: most tokens, the end included; the server has a limit",
     )
+    min_length: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="generate: fewest tokens, the end included"
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="generate: divides the scores of tokens that have been written; 1 is none",
+    )
+    no_repeat_ngram_size: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="generate: no so many tokens in a row are written twice; 0 allows it",
+    )
+    normalize_length: bool | None = Field(
+        default=None,
+        description="label, score: the mean log-probability of a text's tokens, not their sum",
+    )
     stream: bool = Field(default=False, description="generate: server-sent events as it is written")
     truncate: bool = Field(
         default=False, description="cut inputs that are too long, instead of an error"

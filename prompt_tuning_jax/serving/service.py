@@ -341,6 +341,9 @@ class Service:
                 labels=one.labels,
                 values=own,
                 decode=decode,
+                divisors=[len(ids) for ids in one.targets]
+                if request.options.normalize_length
+                else (),
             )
             for one, own in zip(wanted, values, strict=True)
         ]

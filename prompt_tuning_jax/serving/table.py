@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.layout import Layout
 from prompt_tuning_jax.models.attention import SelfCache
 from prompt_tuning_jax.models.config import T5Config
 from prompt_tuning_jax.models.slots import KeyValues
 from prompt_tuning_jax.serving.placing import placed
+from prompt_tuning_jax.serving.rows import WriteOptions
 from prompt_tuning_jax.serving.shapes import Shapes
 from prompt_tuning_jax.typing import Array, DType
 
@@ -27,7 +29,7 @@ class Table:
     mask_MU: Array
     token_M: Array
     position_M: Array
-    limit_M: Array
+    options: WriteOptions  # each ``[M]``
     score_M: Array
     done_M: Array
     ids_MS: Array
@@ -62,7 +64,14 @@ def empty_table(shapes: Shapes, config: T5Config, *, dtype: DType, layout: Layou
         mask_MU=whole(width, dtype=bool),
         token_M=whole(),
         position_M=whole(),
-        limit_M=whole(),
+        options=WriteOptions(
+            limit_B=whole(),
+            processors=LogitsProcessors(
+                min_length=whole(),
+                repetition_penalty=whole(dtype=np.float32),
+                no_repeat_ngram_size=whole(),
+            ),
+        ),
         score_M=whole(dtype=np.float32),
         done_M=placed(np.ones(slots, bool), (None,), layout),
         ids_MS=whole(written),

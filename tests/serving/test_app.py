@@ -89,6 +89,13 @@ def test_scores_and_the_bare_model(folder: Path) -> None:
         prompt = prompts_of(service, "plain")[0]
         assert plain["log_prob"] == pytest.approx(alone("ban", prompt)["green"], abs=1e-4)
         assert bare["log_prob"] == pytest.approx(alone("ban", None)["red"], abs=1e-4)
+        normalised = await ask(client, **body, options={**options, "normalize_length": True})
+        words = service.engine.vocabulary
+        for one, mean, text in zip(
+            (plain, bare), normalised.json()["results"], options["targets"], strict=True
+        ):
+            tokens = len(words.encode(text)) + 1
+            assert mean["log_prob"] == pytest.approx(one["log_prob"] / tokens, abs=1e-5)
 
     with_server(folder, test)
 
@@ -117,6 +124,12 @@ def test_text_at_once_and_as_it_is_written(folder: Path) -> None:
                 assert alone.texts is not None
                 assert own["prediction"] == alone.texts[0]
                 assert own["log_prob"] == pytest.approx(float(alone.scores[0]), abs=1e-4)
+        asked = {"repetition_penalty": 4.0, "no_repeat_ngram_size": 1, "min_length": 5}
+        answer = await ask(client, **body, options=asked)
+        own = answer.json()["results"][0]["prompts"][0]
+        prompt = prompts_of(service, "voted")[0]
+        made = generate(micro_model(), [body["inputs"][0]], prompt, max_length=6, **asked)
+        assert made.texts is not None and own["prediction"] == made.texts[0]
         streamed = await ask(client, **body, options={"stream": True})
         assert streamed.headers["content-type"].startswith("text/event-stream")
         events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line]
@@ -152,6 +165,20 @@ def test_text_at_once_and_as_it_is_written(folder: Path) -> None:
         ({"mode": "generate", "options": {"max_length": 7}}, 422, "options.max_length"),
         ({"options": {"stream": True}}, 422, "options.stream"),
         ({"options": {"max_length": 3}}, 422, "options.max_length"),
+        ({"options": {"min_length": 3}}, 422, "options.min_length"),
+        ({"mode": "generate", "options": {"min_length": 7}}, 422, "options.min_length"),
+        ({"options": {"repetition_penalty": 2.0}}, 422, "options.repetition_penalty"),
+        (
+            {"mode": "generate", "options": {"repetition_penalty": 0}},
+            422,
+            "options.repetition_penalty",
+        ),
+        ({"options": {"no_repeat_ngram_size": 2}}, 422, "options.no_repeat_ngram_size"),
+        (
+            {"mode": "generate", "options": {"normalize_length": True}},
+            422,
+            "options.normalize_length",
+        ),
         ({"options": {"labels": ["red", "red"]}}, 422, "options.labels"),
         ({"options": {"lables": ["red"]}}, 422, "options.lables"),
         ({"options": {"deadline_ms": 0}}, 422, "options.deadline_ms"),

@@ -2,12 +2,15 @@
 
 import functools
 import random
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.decoding import LogitsProcessors
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.member_programs import Writing, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
@@ -23,6 +26,13 @@ from tests.serving.serving_micro import (
 )
 
 V = 90
+# Rows side by side, each with its own.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 3.0},
+    {"no_repeat_ngram_size": 1, "min_length": 5},
+    {"no_repeat_ngram_size": 2, "repetition_penalty": 0.5},
+]
 
 
 def drawn_rows(number: int, *, seed: int = 0, limit: int = 0) -> list[Row]:
@@ -80,7 +90,15 @@ def score_alone(row: Row) -> list[float]:
 def write_alone(row: Row) -> tuple[list[int], float]:
     graphdef, tuned, frozen, tokens_BT = alone(row)
     writing = Writing(max_length=6)
-    ids, scores = write(graphdef, writing, tuned, frozen, tokens_BT, jax.random.key(0))  # type: ignore[arg-type]
+    processors = LogitsProcessors(
+        min_length=jnp.int32(row.min_length),
+        repetition_penalty=jnp.float32(row.repetition_penalty),
+        no_repeat_ngram_size=jnp.int32(row.no_repeat_ngram_size),
+    )
+    key = jax.random.key(0)
+    ids, scores = write(  # type: ignore[call-overload]
+        graphdef, writing, tuned, frozen, tokens_BT, key, None, None, processors
+    )
     return [int(i) for i in np.asarray(ids)[0, 0]], float(np.asarray(scores)[0, 0])
 
 
@@ -121,7 +139,12 @@ def test_rows_are_independent_of_their_neighbours_and_shapes() -> None:
 def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() -> None:
     engine = micro_engine()
     rows = [
-        Row(ids=row.ids, prompt=row.prompt, limit=6 if number % 3 else 1 + number % 5)
+        Row(
+            ids=row.ids,
+            prompt=row.prompt,
+            limit=6 if number % 3 else 1 + number % 5,
+            **OPTIONS[number % len(OPTIONS)],
+        )
         for number, row in enumerate(drawn_rows(11, seed=3))
     ]
     written: dict[int, tuple[list[int], float]] = {}

@@ -5,6 +5,8 @@
 >>> pt.generate(model, ["valence: excellent"], prompt=pt.load_prompt("prompt.npy"))
 """
 
+__version__ = "0.1.0"
+
 TYPE_CHECKING = False  # typing's own would be an import, and this is the first of a command
 if TYPE_CHECKING:
     from typing import Any
@@ -55,8 +57,13 @@ def __getattr__(name: str) -> "Any":
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
+    from inspect import isfunction
 
     value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    if isfunction(value):
+        from prompt_tuning_jax.named_arguments import with_named_arguments
+
+        value = with_named_arguments(value)
     globals()[name] = value
     return value
 

@@ -13,10 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.cli_arguments import build_parser, mesh_overrides, rewrite_gin_flags
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.interruption import interruptible
 from prompt_tuning_jax.notes import notes_on_stderr
+from prompt_tuning_jax.platforms import leave_out_missing_tpu
+from prompt_tuning_jax.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.checkpoints.convert_model import Converted
@@ -31,6 +34,8 @@ _SHORT = {
     "workdir": "training.workdir",
     "seeds": "training.seeds",
     "steps": "training.steps",
+    "batch_size": "training.batch_size",
+    "learning_rate": "optimizer.learning_rate",
 }
 # Options that ``convert`` takes as they are.
 _CONVERT_OPTIONS = (
@@ -65,7 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next, and there it ends
+        import argcomplete
+
+        argcomplete.autocomplete(build_parser())
+    leave_out_missing_tpu()
     try:
+        if not argv:
+            build_parser().print_help()
+            return 0
         args, unknown = build_parser().parse_known_args(rewrite_gin_flags(argv))
         if unknown:
             _refuse_unknown(unknown[0], args.options)
@@ -73,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _COMMANDS[args.command](args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -123,7 +136,7 @@ def _eval(args: argparse.Namespace) -> None:
     if not is_primary():
         return
     for line in result.reports:
-        print(line)
+        print(printable(line))
     print_scores(result)
     if args.output:
         _write(args.output, json.dumps(scores_as_dict(result), indent=2, ensure_ascii=False) + "\n")
@@ -238,6 +251,7 @@ def _tasks(args: argparse.Namespace) -> None:
     _require_folder(args, "dump")
     from prompt_tuning_jax import commands
 
+    _import_module(args.module)
     options = {name: getattr(args, name) for name in ("model", "vocabulary", "data_dir")}
     given = {name: value for name, value in options.items() if value}
     if args.name is None:
@@ -260,8 +274,29 @@ def _tasks(args: argparse.Namespace) -> None:
     limit = args.limit or 5
     for example in commands.examples(args.name, split=args.split or "train", limit=limit, **given):
         for name, value in example.items():
-            print(f"{name}: {value}")
+            print(f"{name}: {printable(str(value))}")
         print()
+
+
+def _init(args: argparse.Namespace) -> None:
+    from prompt_tuning_jax import commands
+
+    if args.name is None:
+        if args.output or args.overwrite:
+            raise UserError("say which example: prompt-tuning init lists them")
+        rows = list(commands.examples_with_titles())
+        width = max(len(name) for name, _ in rows)
+        for name, title in rows:
+            print(f"{name:{width}}  {title}")
+        return
+    path = commands.init(args.name, args.output or "", overwrite=args.overwrite)
+    print(printable(f"wrote {path}"))
+
+
+def _completion(args: argparse.Namespace) -> None:
+    import argcomplete
+
+    print(argcomplete.shellcode(["prompt-tuning"], shell=args.shell))
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -270,6 +305,7 @@ def _serve(args: argparse.Namespace) -> None:
     if not Path(args.prompts).exists():
         raise UserError(f"--prompts {args.prompts}: no such folder")
     from prompt_tuning_jax.compilation import keep_compiled_programs
+    from prompt_tuning_jax.no_effect import require_effect
     from prompt_tuning_jax.overrides import apply_overrides
     from prompt_tuning_jax.serving.heap import keep_freed_memory
     from prompt_tuning_jax.validation import validate
@@ -280,10 +316,8 @@ def _serve(args: argparse.Namespace) -> None:
     overrides += mesh_overrides(args.mesh) if args.mesh else []
     experiment = commands.default_experiment(args.prompts)
     experiment = validate(apply_overrides(experiment, [*overrides, *args.set]))
-    if experiment.data.module:  # named here: a run's own is not in default_experiment
-        from prompt_tuning_jax.task_data import import_module
-
-        import_module(experiment.data.module)
+    require_effect(_given(args), experiment, command="serve")
+    _import_module(experiment.data.module)  # named here: a run's is not in default_experiment
     names = [field.name for field in dataclasses.fields(commands.Serving)]
     given = {name: v for name in names if (v := getattr(args, name)) is not None}
     serving = commands.Serving(**given)
@@ -297,15 +331,24 @@ def _metrics(args: argparse.Namespace) -> None:
     _require_folder(args, "leaderboard")
     from prompt_tuning_jax import commands
 
+    _import_module(args.module)
     options = {name: getattr(args, name) for name in ("data_dir", "leaderboard")}
     given = {name: value for name, value in options.items() if value}
     scored = commands.metrics(args.name, args.predictions, split=args.split, **given)
     for note in scored.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     if scored.scores is not None:
         # A correlation with a constant is none, and JSON has no nan.
         values = {name: None if v != v else v for name, v in scored.scores.items()}
         print(json.dumps(values, indent=2))
+
+
+def _import_module(name: str | None) -> None:
+    """Imports the module that the command line names, if it names one."""
+    if name:
+        from prompt_tuning_jax.task_data import import_module
+
+        import_module(name)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -314,12 +357,12 @@ def _inspect(args: argparse.Namespace) -> None:
     options = {"with_fingerprint": True} if args.fingerprint else {}
     if args.json:
         described = commands.describe(args.path, **options)
-        print(json.dumps(described, indent=2, ensure_ascii=False))
+        _print_json(described)
         return
-    rows = list(commands.inspect(args.path, **options))
+    rows = [(printable(field), value) for field, value in commands.inspect(args.path, **options)]
     width = max((len(field) for field, _ in rows), default=0)
     for field, value in rows:
-        print(f"{field:{width}}  {value}")
+        print(f"{field:{width}}  {printable(str(value))}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -349,10 +392,11 @@ def _similar(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     if args.json:
-        print(json.dumps([vars(each) for each in found], indent=2, ensure_ascii=False))
+        _print_json([vars(each) for each in found])
     else:
         for each in found:
-            print(f"{each.similarity:7.4f}  {each.path}{f'  {each.task}' * bool(each.task)}")
+            line = f"{each.similarity:7.4f}  {each.path}{f'  {each.task}' * bool(each.task)}"
+            print(printable(line))
     if args.output:
         number = args.top or 1
         what = "the nearest prompt" if number == 1 else f"a mixture of the nearest {len(found)}"
@@ -383,7 +427,7 @@ def _recycle(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     if args.json:
-        print(json.dumps(vars(done), indent=2, ensure_ascii=False))
+        _print_json(vars(done))
     else:
         print(
             f"{done.by}, fitted on the embeddings of {done.pieces:,} pieces: relative error "
@@ -392,16 +436,28 @@ def _recycle(args: argparse.Namespace) -> None:
         if done.prompt_error is not None:
             print(f"the combinations miss {done.prompt_error:.3f} of the prompts themselves")
         for path in done.paths:
-            print(f"wrote {path}")
+            print(printable(f"wrote {path}"))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
 
 
 def _print_written(done: "Converted") -> None:
     files = f" in {done.files} files" if done.files > 1 else ""
-    print(f"wrote {done.what}: {done.path} ({_readable(done.bytes)}{files})")
+    where = _written_to(done.path)
+    print(printable(f"wrote {done.what}: {where} ({_readable(done.bytes)}{files})"))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
+
+
+def _written_to(path: Path) -> str:
+    """The file or folder; in a folder of several prompts or adapters, each of them."""
+    adapters = sorted(p.parent for p in path.glob("*/adapter_config.json"))
+    first, *others = adapters or sorted(path.glob("*.npy")) or [path]
+    return ", ".join([str(first), *(other.name for other in others)])
+
+
+def _print_json(value: object) -> None:
+    print(printable_json(json_text(value, indent=2)))
 
 
 def _readable(size: int) -> str:
@@ -414,6 +470,7 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
     """The experiment that the arguments name, with the short options and ``--set`` applied."""
     from prompt_tuning_jax.compilation import keep_compiled_programs
     from prompt_tuning_jax.config_file import load_config, run_config
+    from prompt_tuning_jax.no_effect import require_effect
     from prompt_tuning_jax.overrides import apply_overrides
     from prompt_tuning_jax.validation import validate
 
@@ -425,6 +482,12 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
     gin = bool(args.gin_file or args.gin_bindings)
     if args.config and gin:
         raise UserError(f"give either {args.config} or gin files and bindings, not both")
+    short = {
+        field: value
+        for name, field in _SHORT.items()
+        if (value := getattr(args, name, None)) is not None
+    }
+    given = _given(args)
 
     if args.config:
         experiment = load_config(args.config)
@@ -436,6 +499,10 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
         )
     elif (saved := next((e for p in prompts if (e := run_config(p))), None)) is not None:
         experiment = saved
+    elif any(field in given for field in ("data.train", "data.eval")):
+        from prompt_tuning_jax.commands import own_data_experiment
+
+        experiment = own_data_experiment()
     elif default is not None:
         experiment = default
     else:
@@ -443,15 +510,37 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
         for prompt in prompts[:1]:
             run += (
                 f": {prompt} does not say what to do with it; for instance prompt-tuning "
-                f"{args.command} configs/own_data.py --prompt {prompt} --eval_data FILE.jsonl"
+                f"{args.command} --prompt {prompt} --eval_data FILE.jsonl"
             )
-        raise UserError(f"no config; give CONFIG.py or --gin_file=FILE.gin{run}")
+        own = ", or --data and --eval_data FILE.jsonl of your own" if "data" in args else ""
+        raise UserError(
+            f"no config; give CONFIG.py (prompt-tuning init lists examples) or --gin_file=FILE.gin"
+            f"{own}{run}"
+        )
 
-    short = [(field, getattr(args, name, None)) for name, field in _SHORT.items()]
-    overrides = [f"{field}={value}" for field, value in short if value is not None]
+    overrides = [f"{field}={value}" for field, value in short.items()]
     if (mesh := getattr(args, "mesh", None)) is not None:
         overrides += mesh_overrides(mesh)
-    return validate(apply_overrides(experiment, [*overrides, *args.set]))
+    experiment = validate(apply_overrides(experiment, [*overrides, *args.set]))
+    require_effect(
+        given,
+        experiment,
+        command=args.command,
+        prompts=len(prompts),
+        bare_prompts=any(run_config(prompt) is None for prompt in prompts),
+    )
+    return experiment
+
+
+def _given(args: argparse.Namespace) -> dict[str, str]:
+    """The fields that the command line sets, and how."""
+    options = {
+        field: f"--{name}"
+        for name, field in _SHORT.items()
+        if getattr(args, name, None) is not None
+    }
+    named = (override.partition("=")[0].strip() for override in args.set)
+    return {**options, **{field: f"--set {field}" for field in named}}
 
 
 def _inputs(args: argparse.Namespace) -> list[str]:
@@ -503,6 +592,8 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "init": _init,
+    "completion": _completion,
     "tasks": _tasks,
     "metrics": _metrics,
     "plan": _plan,

@@ -1,12 +1,16 @@
 """The arguments of every command of ``prompt-tuning``."""
 
 import argparse
+import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from prompt_tuning_jax.errors import UserError
 
+# As argparse has it.
+_INVALID_CHOICE = re.compile(r"(argument [^:]*: )invalid choice: '(.*)' \(choose from (.*)\)")
 _MESH_FIELDS = ("data", "fsdp", "model", "dcn_data", "dcn_fsdp", "dcn_model")
 
 
@@ -29,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="prompt-tuning COMMAND --help says more about each.",
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show versions, of what matters here, and end"
+    )
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
     )
@@ -46,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", metavar="FOLDER", help="where the run is kept; resumes a run")
     train.add_argument("--seeds", metavar="0,1,2", help="one prompt for each, trained at once")
     train.add_argument("--steps", metavar="N", help="how many optimizer steps")
+    train.add_argument("--batch_size", metavar="N", help="examples a step")
+    train.add_argument("--learning_rate", metavar="RATE", help="of the optimizer")
 
     evaluate = _add_command(
         commands,
@@ -106,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_options(plan)
     plan.add_argument("--model", metavar="NAME", help="published size, bundled name or folder")
 
+    _add_init(commands)
     tasks = _add_command(
         commands,
         "tasks",
@@ -117,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--split", help="(default: train)")
     tasks.add_argument("--limit", type=_positive, metavar="N", help="(default: 5)")
     _add_data_dir_option(tasks)
+    _add_module_option(tasks)
     tasks.add_argument("--model", metavar="NAME", help="whose vocabulary (default: tiny)")
     tasks.add_argument("--vocabulary", metavar="FILE", help="in its place; bytes for ByT5's")
     tasks.add_argument(
@@ -138,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     metrics.add_argument("--split", default="validation", help="(default: validation)")
     _add_data_dir_option(metrics)
+    _add_module_option(metrics)
     metrics.add_argument(
         "--leaderboard", metavar="FILE.jsonl", help="also write them as SuperGLUE's server wants"
     )
@@ -160,14 +172,74 @@ def build_parser() -> argparse.ArgumentParser:
     _add_suite(commands)
     _add_transfer(commands)
     _add_serve(commands)
+    _add_completion(commands)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as all errors are said."""
+    """Says in one line what is wrong, as all errors are said, and what may have been meant."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; remembers what was given."""
+        self._given = args or ()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError; a mistyped option is told before what is missing because of it."""
+        from prompt_tuning_jax.data.suggest import suggest
+
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        for arg in self._given:
+            if self._subparsers is not None and not arg.startswith("-"):
+                break  # a command, with options of its own
+            name = arg.partition("=")[0]
+            if name.startswith("--") and name != "--" and name not in options:
+                raise UserError(f"unknown argument {name!r}: {suggest(name, options)}")
+        if found := _INVALID_CHOICE.fullmatch(message):
+            choices = re.findall(r"[^\s',]+", found[3])
+            near = suggest(found[2], choices, most=len(choices))
+            message = f"{found[1]}invalid choice: {found[2]!r}: {near}"
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _Version(argparse.Action):
+    """Prints the version, and those of what it stands on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        from prompt_tuning_jax import __version__
+
+        others = [f"Python {platform.python_version()}"]
+        for name in ("jax", "jaxlib", "flax", "optax"):
+            with suppress(PackageNotFoundError):
+                others.append(f"{name} {version(name)}")
+        print(f"{parser.prog} {__version__} ({', '.join(others)})")
+        parser.exit()
+
+
+def _add_init(commands: Any) -> None:
+    init = _add_command(
+        commands,
+        "init",
+        "write an example config to start from, or list them",
+        example="init own_data.py",
+    )
+    init.add_argument("name", nargs="?", metavar="EXAMPLE", help="which one (default: list all)")
+    init.add_argument("--output", metavar="FILE", help="(default: its name, in this folder)")
+    init.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def _add_completion(commands: Any) -> None:
+    completion = _add_command(
+        commands,
+        "completion",
+        "print what makes a shell complete commands and options",
+        example="completion bash >> ~/.bashrc",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _add_suite(commands: Any) -> None:
@@ -568,6 +640,12 @@ def _add_data_dir_option(parser: argparse._ActionsContainer) -> None:
         "--data_dir",
         metavar="FOLDER",
         help="the tasks' data: official files, or prepared by TFDS (also gs://...)",
+    )
+
+
+def _add_module_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--module", metavar="MODULE", help="imported first, for the tasks that it registers"
     )
 
 

@@ -12,6 +12,7 @@ from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import NOT_IMPORTED, Experiment
 from prompt_tuning_jax.overrides import MAX_BYTES, checked_experiment, from_json
+from prompt_tuning_jax.whole_paths import moved_to
 
 # Not config.json: that is what says that a folder holds a model of Hugging Face's.
 RUN_CONFIG = "experiment.json"
@@ -31,13 +32,16 @@ def load_config(path: str) -> Experiment:
         source = file.read_bytes()
     except FileNotFoundError:
         near = suggest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
-        raise UserError(f"no config file {path}; in {file.parent}: {near}") from None
+        raise UserError(
+            f"no config file {path}; in {file.parent}: {near}; prompt-tuning init lists the "
+            "examples, and writes one"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
 
     # What the config, or its data.module, imports may be beside it.
     beside = str(file.resolve().parent)
-    if beside not in sys.path:
+    if beside not in sys.path and not Path(beside).is_relative_to(Path(__file__).resolve().parent):
         sys.path.append(beside)
     # Not imported: a config is found by its path, and leaves no compiled file beside it.
     module = ModuleType(file.stem)
@@ -90,7 +94,7 @@ def saved_config(prompt: str) -> Experiment | None:
             continue
         try:
             with file.open("rb") as opened:
-                return from_json(opened.read(MAX_BYTES + 1))
+                return moved_to(from_json(opened.read(MAX_BYTES + 1)), folder)
         except (UserError, OSError) as error:
             raise UserError(f"{file}: {error}") from None
     return None

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prompt_tuning_jax.printable import printable
+
 
 @contextmanager
 def notes_on_stderr() -> Iterator[None]:
@@ -26,7 +28,7 @@ class _Notes(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = printable(record.getMessage())
         if text not in self._said:
             self._said.add(text)
             print(f"note: {text}", file=sys.stderr)

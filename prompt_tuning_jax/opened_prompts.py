@@ -101,7 +101,7 @@ def open_prompts(
     names: list[str] = []
     labels: tuple[str, ...] = ()
     stored: list[tuple[str, StoredTuned]] = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(one for each in prompts for one in _adapters_in(each)):
         if not isinstance(prompt, str | Path):
             array = np.asarray(prompt, np.float32)
             if array.ndim != 2 or array.shape[1] != model.config.embed_dim:
@@ -165,6 +165,18 @@ def open_prompts(
         labels = labels or own_labels
     names += [name for name, _ in stored]
     return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+
+
+def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostArray]:
+    """What is in a folder of PEFT adapters, of any kinds; else ``prompt`` itself."""
+    if not isinstance(prompt, str | Path) or not Path(prompt).is_dir() or is_peft(Path(prompt)):
+        return [prompt]
+    inside = sorted(p for p in Path(prompt).iterdir() if not p.name.startswith("."))
+    adapters = [p for p in inside if p.is_dir() and is_peft(p)]
+    others = [p for p in inside if p not in adapters]
+    if not adapters or any(p.suffix not in PROMPT_SUFFIXES for p in others):
+        return [prompt]
+    return [str(p) for p in inside]
 
 
 def _require_place(path: str | Path) -> None:

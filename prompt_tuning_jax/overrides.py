@@ -277,14 +277,24 @@ def _no_such_field(path: str, experiment: Experiment) -> str:
 
     scores = {p: (alike(path, p) + alike(name, p.rpartition(".")[2])) / 2 for p in known}
     best = max(scores.values())
-    near = [repr(p) for p in known if scores[p] > max(0.6, best - 0.05)]
+    # The same name in another group comes first, then what is spelled much the same.
+    elsewhere = [p for p in known if name and p.rpartition(".")[2] == name]
+    group = ".".join(groups)
+    near = [repr(p) for p in elsewhere]
+    near += [
+        repr(p)
+        for p in known
+        if p not in elsewhere
+        and scores[p] > max(0.6, best - 0.05)
+        and (not elsewhere or p.rpartition(".")[0] == group)
+    ]
     if near:
         return f"there is no field {path!r}; did you mean {' or '.join(near[:3])}?"
-    group = getattr(experiment, groups[0], None) if groups else experiment
-    if not dataclasses.is_dataclass(group):
-        group = experiment
-    names = ", ".join(field.name for field in dataclasses.fields(group))
-    return f"there is no field {path!r}; {type(group).__name__} has {names or 'no fields'}"
+    owner = getattr(experiment, groups[0], None) if groups else experiment
+    if not dataclasses.is_dataclass(owner):
+        owner = experiment
+    names = ", ".join(field.name for field in dataclasses.fields(owner))
+    return f"there is no field {path!r}; {type(owner).__name__} has {names or 'no fields'}"
 
 
 def _described(annotation: Any) -> str:

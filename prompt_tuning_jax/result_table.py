@@ -4,6 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from prompt_tuning_jax.printable import printable
+
 _UNBOUNDED = 10_000  # columns; the table is as wide as it must be
 
 
@@ -62,13 +64,13 @@ def print_scores(scores: Scores) -> None:
     metrics = list(dict.fromkeys(name for each in scores.per_prompt for name in each))
     # A name may well hold the brackets that rich takes for markup.
     table = Table()
-    table.add_column(Text(scores.title), overflow="fold")
+    table.add_column(Text(printable(scores.title)), overflow="fold")
     for metric in metrics:
-        table.add_column(Text(metric), justify="right", no_wrap=True)
+        table.add_column(Text(printable(metric)), justify="right", no_wrap=True)
 
     def add_row(name: str, values: Mapping[str, float]) -> None:
         cells = [f"{values[metric]:.2f}" if metric in values else "-" for metric in metrics]
-        table.add_row(Text(name), *cells)
+        table.add_row(Text(printable(name)), *cells)
 
     for name, values in zip(short_names(scores.names), scores.per_prompt, strict=True):
         add_row(name, values)

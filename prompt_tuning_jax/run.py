@@ -26,12 +26,14 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
 from prompt_tuning_jax.overrides import method_to_json, to_json
 from prompt_tuning_jax.pretraining import TextData, start_from_cooccurrence, text_losses
+from prompt_tuning_jax.printable import printable
 from prompt_tuning_jax.probing import Probe
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
 from prompt_tuning_jax.training.loop import Best, Loop
 from prompt_tuning_jax.typing import FlatParams, HostArray
 from prompt_tuning_jax.validation import validate
+from prompt_tuning_jax.whole_paths import with_whole_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     Raises UserError for wrong input, before anything is written where that can be known.  Of
     several processes all must call; the first one writes and speaks.
     """
-    validate(experiment)
+    experiment = with_whole_paths(validate(experiment))
     require_trains(experiment.method)
     folder = build.workdir_of(experiment)
     distributed.require_same("the experiment", to_json(experiment))
@@ -87,7 +89,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         step = CompiledAhead(step, data.one_of_each_shape(experiment.training.steps))
     if not quiet:
         for line in _introduction(experiment, members, data):
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
 

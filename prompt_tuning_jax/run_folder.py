@@ -20,6 +20,7 @@ from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.overrides import diff, to_json
 from prompt_tuning_jax.training.loop import Best
 from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.whole_paths import with_whole_paths
 
 PROMPTS, TUNED = "prompts", "tuned"
 RESULTS, CURVES = "results.json", "curves.png"
@@ -33,6 +34,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     """
     present = saved_config(str(folder)) if folder.is_dir() else None
     if present is not None:
+        present = with_whole_paths(present)  # of a run from before they were kept whole
         differing = diff(_what_decides(present), _what_decides(experiment))
         if differing:
             raise UserError(

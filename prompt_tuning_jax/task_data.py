@@ -95,6 +95,10 @@ def build_mixture(data: Data) -> Mixture:
         )
     if data.module:
         import_module(data.module, task=data.task)
+    if data.data_dir and "seqio" in sys.modules:
+        from prompt_tuning_jax.data.seqio_bridge import set_data_dir
+
+        set_data_dir(data.data_dir)
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -142,6 +143,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train c.py --workdir W", ['training.workdir: "" -> "W"']),
         ("train c.py --data F --eval_data G", ['data.train: "" -> "F"', 'data.eval: "" -> "G"']),
         ("train c.py --model=m", ['model.name_or_path: "tiny" -> "m"']),
+        ("train c.py --batch_size 4", ["training.batch_size: 32 -> 4"]),
+        ("train c.py --learning_rate 0.1", ["optimizer.learning_rate: 0.3 -> 0.1"]),
         ("train c.py --seeds 0,1,2", ["training.seeds: [0] -> [0, 1, 2]"]),
         ("train c.py --steps 9", ["training.steps: 7 -> 9"]),
         ("train c.py --steps 9 --set training.steps=10", ["training.steps: 7 -> 10"]),
@@ -197,7 +200,7 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("train c.py other.py", ["unknown argument 'other.py'"]),
         ("eval", ["no config", "--prompt of a run"]),
         ("eval --prompt nothing.npy", ["--prompt nothing.npy", "no such file"]),
-        ("eval --prompt a.npy", ["no config", "eval configs/own_data.py --prompt a.npy"]),
+        ("eval --prompt a.npy", ["no config", "eval --prompt a.npy --eval_data"]),
         ("eval c.py --prompt a.npy --data F", ["--eval_data"]),
         ("predict hello", ["no config"]),
         ("predict --prompt run --input nothing.txt", ["nothing.txt: No such file or directory\n"]),
@@ -205,7 +208,13 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("eval c.py --prompt a.npy --output c.py/x.json", ["--output", "no folder c.py"]),
         ("predict --prompt run x --output no/x.txt", ["--output", "no folder no"]),
         ("tasks word_valence --dump no/x.jsonl", ["--dump", "no folder no"]),
-        ("trian c.py", ["invalid choice: 'trian'", "see prompt-tuning --help"]),
+        ("trian c.py", ["'trian'", "did you mean 'train'?", "see prompt-tuning --help"]),
+        ("--verison", ["'--verison'", "did you mean '--version'"]),
+        ("convert a b --to pef", ["'pef'", "did you mean 'peft'?"]),
+        ("similar a --amnog b", ["'--amnog'", "did you mean '--among'"]),
+        ("metrics t --predictoins f", ["'--predictoins'", "did you mean '--predictions'"]),
+        ("completion bsh", ["'bsh'", "did you mean 'bash'?"]),
+        ("train c.py --set training.learning_rate=1", ["mean 'optimizer.learning_rate'"]),
         ("inspect", ["PATH", "see prompt-tuning inspect --help"]),
         ("tasks --limit x", ["--limit", "see prompt-tuning tasks --help"]),
     ],
@@ -218,6 +227,52 @@ def test_wrong_input_gets_one_line_and_status_2(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert all(part in captured.err for part in parts), captured.err
+
+
+def test_help_where_nothing_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "prompt-tuning COMMAND --help" in capsys.readouterr().out
+
+
+def test_the_version_and_what_it_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"prompt-tuning {prompt_tuning_jax.__version__} (Python ")
+    assert "jax " in line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert "prompt-tuning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("tr", {"train", "transfer"}),
+        ("train --wor", {"--workdir"}),
+        ("convert a b --to p", {"peft"}),
+    ],
+)
+def test_what_completion_offers(line: str, offered: set[str], folder: Path) -> None:
+    """As a shell asks for it: argcomplete answers in another file, in place of the command."""
+    answer = folder / "answer"
+    whole = f"prompt-tuning {line}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": whole,
+        "COMP_POINT": str(len(whole)),
+    }
+    code = "from prompt_tuning_jax.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert {text.strip() for text in answer.read_text().split("\n")} == offered
 
 
 def test_warnings_are_notes_said_once(

@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up.  A module may import from its own row and from those above it here.
 ROWS = (
     (
-        *("errors", "bounded_json", "path_patterns", "typing", "user_cache", "precision", "tree"),
+        *(
+            "errors",
+            "printable",
+            "platforms",
+            "bounded_json",
+            "path_patterns",
+            "typing",
+            "user_cache",
+            "precision",
+            "tree",
+        ),
         *("sharding", "layout", "losses"),
     ),
     ("compilation", "watch", "distributed"),
@@ -32,7 +42,17 @@ ROWS = (
         "member_programs",
         "pretraining",
     ),
-    ("gin_configs", "overrides", "validation", "config_file", "result_table", "task_data", "build"),
+    (
+        "gin_configs",
+        "overrides",
+        "validation",
+        "whole_paths",
+        "no_effect",
+        "config_file",
+        "result_table",
+        "task_data",
+        "build",
+    ),
     (
         "run_folder",
         "opened_prompts",
@@ -45,7 +65,17 @@ ROWS = (
         "transfer",
     ),
     # "" is the package's own __init__.
-    ("commands", "seqio_tasks", "cli_arguments", "notes", "interruption", "cli", "__main__", ""),
+    (
+        "commands",
+        "seqio_tasks",
+        "cli_arguments",
+        "notes",
+        "interruption",
+        "named_arguments",
+        "cli",
+        "__main__",
+        "",
+    ),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

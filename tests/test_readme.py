@@ -1,12 +1,15 @@
 """What the README shows as code is code that works."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
+from prompt_tuning_jax.cli_arguments import build_parser
 from prompt_tuning_jax.methods import Attached, Context
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array
@@ -19,6 +22,19 @@ TARGETS = np.array([[0, 4], [0, 5]], np.int32)
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("prompt-tuning ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_its_commands_are_commands(line: str) -> None:
+    args, unknown = build_parser().parse_known_args(shlex.split(line, comments=True)[1:])
+    assert not unknown
+    config = getattr(args, "config", None)
+    assert config is None or (README.parent / config).is_file()
 
 
 def test_the_method_of_ones_own_is_a_method():

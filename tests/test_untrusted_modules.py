@@ -108,6 +108,16 @@ def test_a_module_that_is_needed_is_asked_for_and_imported_where_it_is_named(
     assert imported(module)
 
 
+def test_tasks_of_a_module_are_shown_where_it_is_named(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["tasks", f"task_of_{module}", "--limit", "1"]
+    line += ["--vocabulary", str(tiny_run.vocabulary_file())]
+    assert main(line) == 2
+    assert main([*line, "--module", module]) == 0
+    assert "targets: " in capsys.readouterr().out
+
+
 def test_python_and_the_server_do_not_import_it_either(module: str) -> None:
     folder = run_folder(module)
     sys.path.insert(0, str(Path.cwd()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prompt_tuning_jax.commands.conversion import convert
     from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
+    from prompt_tuning_jax.commands.examples import examples_with_titles, init, own_data_experiment
     from prompt_tuning_jax.commands.inspection import describe, inspect
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
     from prompt_tuning_jax.commands.merging import merge
@@ -35,9 +36,12 @@ __all__ = [
     "dump",
     "evaluate",
     "examples",
+    "examples_with_titles",
+    "init",
     "inspect",
     "merge",
     "metrics",
+    "own_data_experiment",
     "plan_as_dict",
     "plan_lines",
     "plan_run",
@@ -55,6 +59,7 @@ __all__ = [
 _HOMES = {
     "commands.conversion": ("convert",),
     "commands.evaluation": ("EvalResult", "Prediction", "evaluate", "predict"),
+    "commands.examples": ("examples_with_titles", "init", "own_data_experiment"),
     "commands.inspection": ("describe", "inspect"),
     "commands.listing": ("dump", "examples", "tasks"),
     "commands.merging": ("merge",),

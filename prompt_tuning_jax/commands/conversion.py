@@ -1,5 +1,6 @@
 """Converts models, prompts and what other methods tuned, a run's own among them."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.checkpoints import convert as converter
 from prompt_tuning_jax.commands.tuned_conversion import convert_tuned, tuned_files
 from prompt_tuning_jax.config_file import RUN_CONFIG
+from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 
 
@@ -16,6 +18,10 @@ def convert(source: str | Path, destination: str | Path, **options: Any) -> conv
     All that ``checkpoints.convert.convert`` says holds, options and errors; LoRA, IA3, prefixes and
     multitask prompts go between a run's files (``tuned/*.safetensors``) and PEFT's adapters.
     """
+    known = list(inspect.signature(converter.convert).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise UserError(f"convert has no argument {name!r}: {suggest(name, known)}")
     place = Path(source)
     if place.is_dir() and (place / RUN_CONFIG).is_file():
         kept = [place / name for name in (run_folder.PROMPTS, run_folder.TUNED)]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from prompt_tuning_jax.analysis.similarity import By, mixture, similarity
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
 from prompt_tuning_jax.checkpoints.staged import require_free, staged
@@ -41,8 +43,13 @@ def similar(
     (path,) = _one(prompt)
     own = read_all([path])[path]
     sources = read_all([p for place in among for p in prompt_paths(place)])
-    itself = os.path.realpath(path)
-    sources = {p: stored for p, stored in sources.items() if os.path.realpath(p) != itself}
+    # In another file, of another suffix for instance, it is the same prompt still.
+    sources = {
+        p: stored
+        for p, stored in sources.items()
+        if os.path.realpath(p) != os.path.realpath(path)
+        and not np.array_equal(stored.prompt_PD, own.prompt_PD)
+    }
     if not sources:
         raise UserError(f"--among names no prompt besides {path}")
     _require_one_model({path: own, **sources})

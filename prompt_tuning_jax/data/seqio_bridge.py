@@ -175,7 +175,7 @@ def _wrap_task(task: "seqio.Task") -> Task:
     return Task(
         name=task.name,
         source=Source(
-            splits=tuple(task.splits),
+            splits=_splits(task),
             rows=lambda split, data_dir: _rows(task, split),
             fingerprint=lambda split, data_dir: _fingerprint(task, split),
         ),
@@ -186,8 +186,41 @@ def _wrap_task(task: "seqio.Task") -> Task:
     )
 
 
+def set_data_dir(data_dir: str) -> None:
+    """Where SeqIO's tasks over TensorFlow Datasets find their data from now on."""
+    import seqio
+
+    seqio.set_tfds_data_dir_override(data_dir)
+
+
+def _splits(task: "seqio.Task") -> tuple[str, ...]:
+    """Which there are; UserError where the data that would say it are not there."""
+    try:
+        return tuple(task.splits)
+    except Exception as error:  # of TFDS, of file systems, of the task's own code
+        raise UserError(_no_data(task, error)) from None
+
+
+def _no_data(task: "seqio.Task", error: Exception) -> str:
+    import seqio
+
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if not isinstance(task.source, seqio.TfdsDataSource):
+        return f"SeqIO task {task.name!r}: its data cannot be opened: {first}"
+    name = task.source.tfds_dataset.name
+    folder = task.source.tfds_dataset.data_dir
+    return (
+        f"SeqIO task {task.name!r}: {name} is not prepared in {folder or '~/tensorflow_datasets'} "
+        f"({first}); name the folder that holds it (--data_dir), or prepare it with "
+        f"`tfds build {name.partition(':')[0]}`"
+    )
+
+
 def _rows(task: "seqio.Task", split: str) -> Iterator[Row]:
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    try:
+        dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    except (AssertionError, OSError) as error:  # TFDS asserts that the data are there
+        raise UserError(_no_data(task, error)) from None
     for features in dataset.as_numpy_iterator():
         texts = {key: _text_of(task, key, features) for key in ("inputs", "targets")}
         for key in ("inputs", "targets"):

@@ -24,7 +24,14 @@ class Config:
             )
         for name in fields:
             if name not in known:
-                raise UserError(f"{cls.__name__} has no field {name!r}: {suggest(name, known)}")
+                others = [
+                    other.__name__
+                    for other in Config.__subclasses__()
+                    if name in getattr(other, "__dataclass_fields__", ())
+                ]
+                has_it = f"; it is a field of {' and '.join(others)}" if others else ""
+                near = suggest(name, known)
+                raise UserError(f"{cls.__name__} has no field {name!r}{has_it}: {near}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.decoding.rank import rank
 from prompt_tuning_jax.losses import TokenSums, class_sums, token_sums
@@ -71,12 +72,28 @@ class MethodModule(nnx.Module):
         return model
 
 
+def is_attached(name: str) -> bool:
+    """Whether a parameter of an ``Attached`` with this path is none of the bare model's."""
+    return name.startswith("method/") or "/around/" in name
+
+
 class Attached(nnx.Module):
     """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
 
     def __init__(self, model: T5, method: MethodModule):
         self.model = model
         self.method = method
+
+    def __repr__(self) -> str:
+        """The model's, and what is attached to it: arrays with their shapes."""
+        params = tree.split(self)[1]
+        own = {name: array for name, array in params.items() if is_attached(name)}
+        shown = [f"{name} {list(array.shape)}" for name, array in [*own.items()][:3]]
+        shown += [f"{len(own) - 3} more"] * (len(own) > 3)
+        return (
+            f"{self.model!r} with {type(self.method).__name__}: "
+            f"{sum(array.size for array in own.values()):,} parameters ({', '.join(shown)})"
+        )
 
     def slots(
         self,
@@ -219,7 +236,7 @@ class Method(Config, ABC):
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of an ``Attached`` with this path trains."""
-        return name.startswith("method/") or "/around/" in name
+        return is_attached(name)
 
     def added_length(self) -> int:
         """How many positions it adds to the encoder's input."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.attention import SelfCache, bias_of
 from prompt_tuning_jax.models.blocks import (
@@ -178,6 +179,20 @@ class T5(nnx.Module):
         self.dtype = dtype
         self.vocabulary = vocabulary
         self.original_fingerprint = ""  # of the weights before they were quantised
+
+    def __repr__(self) -> str:
+        """Its sizes, without what is attached; ``nnx.display`` shows every array."""
+        config = self.config
+        params = tree.split(self)[1]
+        arrays = [array for name, array in params.items() if "/around/" not in name]
+        number, size = sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
+        kinds = ", ".join(sorted({a.dtype.name for a in arrays}))
+        return (
+            f"{type(self).__name__}({config.num_encoder_layers} + {config.num_decoder_layers} "
+            f"layers, embed_dim={config.embed_dim}, num_heads={config.num_heads}, "
+            f"mlp_dim={config.mlp_dim}, vocab_size={config.vocab_size}: {number:,} parameters in "
+            f"{kinds}, {size / 1e6:,.1f} MB)"
+        )
 
     def __call__(
         self,

@@ -10,6 +10,8 @@ from prompt_tuning_jax.data.task import get_mixture, get_task, task_names
 from prompt_tuning_jax.data.tokenize import tokenize
 from prompt_tuning_jax.data.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data
+from prompt_tuning_jax.task_data import build_mixture
 
 LENGTHS = {"inputs": 12, "targets": 4}
 ROWS = [
@@ -222,3 +224,35 @@ def test_seqios_evaluator_takes_our_tasks(seqio, vocabulary):
         compute_metrics=True, predict_fn=oracle, score_fn=lambda *_, **__: []
     )
     assert results.result()["word_valence"] == {"accuracy": 100, "f1_macro": 100}
+
+
+@pytest.mark.parametrize("name", ["my_anli:1.0.0", "super_glue/rte:1.0.2"])
+def test_a_task_whose_data_are_missing(name, tmp_path, monkeypatch):
+    """TFDS tells it in many ways, none of them one line."""
+    import seqio
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    task = f"missing_{name.partition(':')[0].replace('/', '_')}"
+    seqio.TaskRegistry.add(
+        task,
+        source=seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=str(tmp_path)),
+        preprocessors=[],
+        output_features={},
+    )
+    try:
+        for call in (lambda: get_mixture(task), lambda: list(get_task(task).load("train"))):
+            with pytest.raises(UserError, match=f"{task}.*--data_dir.*tfds build") as error:
+                call()
+            assert "\n" not in str(error.value)
+    finally:
+        seqio.TaskRegistry.remove(task)
+
+
+def test_a_task_finds_its_data_in_the_folder_that_is_named(monkeypatch):
+    import seqio
+
+    seen = []
+    monkeypatch.setattr(seqio, "set_tfds_data_dir_override", seen.append)
+    build_mixture(Data(task="word_valence", data_dir="DIR"))
+    build_mixture(Data(task="word_valence"))
+    assert seen == ["DIR"]

@@ -49,6 +49,8 @@ def tfds_rows(dataset: str, split: str, data_dir: str, *, version: str = "") -> 
     """
     folder = _folder(dataset, data_dir, version)
     _check_split(dataset, split, folder)
+    if (folder / "features.json").exists():
+        _require_own_features(folder)
     tfds = _import_tfds()
     import tensorflow as tf
 
@@ -189,8 +191,6 @@ def _require_own_features(folder: Path) -> None:
 
 
 def _builder(tfds: Any, dataset: str, folder: Path, data_dir: str) -> Any:
-    if (folder / "features.json").exists():
-        _require_own_features(folder)
     try:
         if (folder / "features.json").exists():
             return tfds.builder_from_directory(folder)

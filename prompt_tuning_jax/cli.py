@@ -294,9 +294,9 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["prompt-tuning"], shell=args.shell))
+    print(shellcode(["prompt-tuning"], shell=args.shell))
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.experiment import Experiment
 
-_DATA = ("train", "eval", "data_dir", "dictionary")
-
 
 def with_whole_paths(experiment: Experiment) -> Experiment:
     """The experiment with absolute paths of the files and folders that it names.
@@ -48,7 +46,12 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
     model = dataclasses.replace(model, name_or_path=named, vocabulary=change(model.vocabulary))
     probes = (":".join(map(change, p.split(":"))) if ":" in p else p for p in data.probes)
     data = dataclasses.replace(
-        data, **{name: change(getattr(data, name)) for name in _DATA}, probes=tuple(probes)
+        data,
+        train=change(data.train),
+        eval=change(data.eval),
+        data_dir=change(data.data_dir),
+        dictionary=change(data.dictionary),
+        probes=tuple(probes),
     )
     if init_path := getattr(method, "init_path", ""):
         method = dataclasses.replace(method, init_path=change(init_path))  # type: ignore[type-var]

@@ -19,7 +19,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.interruption import interruptible
 from prompt_tuning_jax.notes import notes_on_stderr
 from prompt_tuning_jax.platforms import leave_out_missing_tpu
-from prompt_tuning_jax.printable import printable, printable_json
+from prompt_tuning_jax.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.checkpoints.convert_model import Converted
@@ -176,7 +176,7 @@ def _predict(args: argparse.Namespace) -> None:
         many = "s" * (len(lines) != 1)
         print(f"wrote {len(lines):,} prediction{many} to {args.output}", file=sys.stderr)
     else:
-        sys.stdout.write(output)
+        sys.stdout.write(printable_json(output) if args.json else printable_lines(output))
 
 
 def _suite(args: argparse.Namespace) -> None:

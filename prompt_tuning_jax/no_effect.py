@@ -7,8 +7,10 @@ from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import PromptDesign, PromptTuning
 
 _OF_TASKS = ("data.task", "data.module", "data.data_dir")
-_OF_COLUMNS = tuple(
-    f"data.{part}_{kind}" for part in ("inputs", "targets") for kind in ("column", "template")
+_OF_FILES = (
+    *(f"data.{part}_{kind}" for part in ("inputs", "targets") for kind in ("column", "template")),
+    *(f"data.{name}" for name in ("targets", "allow_empty_targets", "header", "columns")),
+    "data.separator",
 )
 _OF_TEXT = tuple(
     f"data.{name}"
@@ -68,7 +70,7 @@ def _why_not(field: str, experiment: Experiment, *, command: str) -> str:
             f"the examples are those of data.{file}={getattr(data, file)}; for a task empty what "
             "names files, --set data.train= --set data.eval="
         )
-    elif field in _OF_COLUMNS and not (data.train or data.eval) and command != "predict":
+    elif field in _OF_FILES and not (data.train or data.eval) and command != "predict":
         return "it is of files, and neither data.train nor data.eval names one"
     elif field in _OF_TEXT and not data.objectives:
         return "it is of pre-training, and data.objectives is empty"

@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return _STEERING.sub(lambda found: _SHORT.get(found[0]) or _escaped(found[0]), text)
 
 
+def printable_lines(text: str) -> str:
+    """Each line of the text as ``printable`` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable_json(text: str) -> str:
     r"""JSON that means the same, with what steers a terminal written as ``\u001b``."""
     return _STEERING.sub(

@@ -41,6 +41,7 @@ def refused(experiment: Experiment, override: str, **options: Any) -> str:
         (TASK, "data.noise_density=0.2", "data.objectives is empty"),
         (TASK, "optimizer.beta1=0.8", "it is of adamw, and optimizer.name is adafactor"),
         (TASK, "optimizer.momentum=0.8", "it is of sgd"),
+        (TASK, "data.separator=;", "neither data.train nor data.eval"),
         (TASK, "evaluation.num_beams=2", "strategy is rank"),
         (TASK, "model.embeddings=cooccurrence", "not random"),
         (
@@ -83,6 +84,7 @@ def test_what_is_of_training(command: str, override: str, prompts: int) -> None:
         (TASK, "data.module=m", {"command": "eval"}),
         (OWN, "data.task=", {}),
         (OWN, "data.inputs_column=a", {}),
+        (OWN, "data.header=false", {}),
         (TASK, "data.inputs_template={a}", {"command": "predict"}),
         (TASK, "evaluation.strategy=greedy", {"command": "predict"}),
         (TASK, "model.dtype=bfloat16", {"command": "eval"}),

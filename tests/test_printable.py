@@ -62,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "convert {0}/p.safetensors {0}/\x1b[3J.npy",
         "convert {0}/p.safetensors {0}/x --to peft",
         "eval --model {1} --prompt {0}/p.safetensors --eval_data {2}",
+        "predict --prompt {0}/p.safetensors --model {1} --set evaluation.strategy=rank x",
+        "predict --prompt {0}/p.safetensors --model {1} --set evaluation.strategy=rank x --json",
         "train \x1b[2J.py",
         "train --\x1b[2J",
         "\x1b[2J",

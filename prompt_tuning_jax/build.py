@@ -14,6 +14,7 @@ from flax import nnx
 from prompt_tuning_jax import optim, task_data, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.data.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.decoding.logits_processors import logits_processors
@@ -281,9 +282,18 @@ def build_predictor(
 
 
 def evaluate_members(
-    experiment: Experiment, members: Members, tuned: FlatParams, data: task_data.TaskData, model: T5
+    experiment: Experiment,
+    members: Members,
+    tuned: FlatParams,
+    data: task_data.TaskData,
+    model: T5,
+    *,
+    scores_alone: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
-    """Each member's metrics (``task/metric`` where there are several tasks), and predictions."""
+    """Each member's metrics (``task/metric`` where there are several tasks), and predictions.
+
+    With ``scores_alone`` nothing is predicted for a task whose only metric is the loss.
+    """
     scores: list[dict[str, float]] = [{} for _ in range(members.number)]
     predictions = {}
     for name, examples in data.evaluation.items():
@@ -291,16 +301,20 @@ def evaluate_members(
         predictor = build_predictor(
             experiment, members.graphdef, vocabulary_of(model), labels=labels
         )
-        predictions[name] = predictor.predict(
-            tuned,
-            members.frozen,
-            examples,
-            members=members.number,
-            task=members.task_number(name),
-        )
         prefix = f"{name}/" if len(data.evaluation) > 1 else ""
-        for own, values in zip(scores, score_members(examples, predictions[name]), strict=True):
-            own.update({f"{prefix}{metric}": value for metric, value in values.items()})
+        arguments: dict[str, Any] = {
+            "members": members.number,
+            "task": members.task_number(name),
+        }
+        if not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
+            predictions[name] = predictor.predict(tuned, members.frozen, examples, **arguments)
+            scored = score_members(examples, predictions[name])
+            for own, values in zip(scores, scored, strict=True):
+                own.update({f"{prefix}{metric}": value for metric, value in values.items()})
+        if data.wants_loss(examples.task) and f"{prefix}{LOSS}" not in scores[0]:
+            losses = predictor.losses(tuned, members.frozen, examples, **arguments)
+            for own, loss in zip(scores, losses, strict=True):
+                own[f"{prefix}{LOSS}"] = loss
     return scores, predictions
 
 

@@ -5,7 +5,6 @@ What takes long to import is imported by the command that needs it, so that ``--
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -139,7 +138,7 @@ def _eval(args: argparse.Namespace) -> None:
         print(printable(line))
     print_scores(result)
     if args.output:
-        _write(args.output, json.dumps(scores_as_dict(result), indent=2, ensure_ascii=False) + "\n")
+        _write(args.output, json_text(scores_as_dict(result), indent=2) + "\n")
         print(f"wrote the scores to {args.output}", file=sys.stderr)
 
 
@@ -167,7 +166,7 @@ def _predict(args: argparse.Namespace) -> None:
                 "votes": found.votes,
             }
             fields = {name: value for name, value in fields.items() if value is not None}
-            lines.append(json.dumps(fields, ensure_ascii=False))
+            lines.append(json_text(fields))
         else:
             lines.append(" ".join(found.prediction.splitlines()))
     output = "".join(f"{line}\n" for line in lines)
@@ -241,7 +240,7 @@ def _plan(args: argparse.Namespace) -> None:
         experiment, own_mesh=args.mesh is not None, evaluate=not args.train_only, **given
     )
     if args.json:
-        print(json.dumps(commands.plan_as_dict(made), indent=2))
+        print(json_text(commands.plan_as_dict(made), indent=2))
         return
     for line in commands.plan_lines(made):
         print(line)
@@ -338,9 +337,8 @@ def _metrics(args: argparse.Namespace) -> None:
     for note in scored.notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     if scored.scores is not None:
-        # A correlation with a constant is none, and JSON has no nan.
-        values = {name: None if v != v else v for name, v in scored.scores.items()}
-        print(json.dumps(values, indent=2))
+        # A correlation with a constant is nan, which is null in JSON.
+        print(json_text(scored.scores, indent=2))
 
 
 def _import_module(name: str | None) -> None:

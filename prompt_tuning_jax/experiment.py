@@ -76,7 +76,8 @@ class Data(Config):
     columns: tuple[str, ...] = ()
     separator: str = ""
     labels: tuple[str, ...] = ()  # empty: the task's, or the distinct targets of the training file
-    metrics: tuple[str, ...] = ()  # empty: the task's, or accuracy
+    # Empty: the task's, or accuracy.  ``loss`` is the targets' mean cross entropy per token.
+    metrics: tuple[str, ...] = ()
     inputs_length: int = 128
     targets_length: int = 8
     # Batches of about equally long inputs, padded to one of few lengths: auto (at most four, chosen
@@ -142,6 +143,8 @@ class Training(Config):
     eval_every: int = 1000
     save_every: int = 1000
     log_every: int = 50
+    # The run ends after so many evaluations without a better one of any member; 0: never.
+    patience: int = 0
     workdir: str = ""
 
 
@@ -159,7 +162,9 @@ class Evaluation(Config):
     min_length: int = 0  # of what is written, in tokens, the end included
     repetition_penalty: float = 1.0  # 1: none
     no_repeat_ngram_size: int = 0  # no so many tokens in a row are written twice; 0 allows it
-    best_by: str = ""  # empty: the task's first metric
+    best_by: str = ""  # empty: the task's first metric; loss is always one
+    # Whether the largest or the smallest of it is best; auto: as the metric or its name says.
+    best_mode: Literal["auto", "max", "min"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prompt_tuning_jax import tree
 from prompt_tuning_jax.data.dictionary import load_dictionary
 from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
 from prompt_tuning_jax.data.label_objective import (
@@ -29,19 +26,20 @@ from prompt_tuning_jax.data.label_objectives import (
     NextPart,
     RestoreOrder,
 )
+from prompt_tuning_jax.data.metrics import Direction
 from prompt_tuning_jax.data.text_corpus import Corpus, load_corpus
 from prompt_tuning_jax.data.text_objectives import Mixture, Objective, PrefixLM, SpanCorruption
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.data.word_table import make_word_table
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data
-from prompt_tuning_jax.layout import Layout, laying_out, replicate
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.member_programs import loss_sums
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.training.step import Batch
-from prompt_tuning_jax.typing import Array, FlatParams
+from prompt_tuning_jax.typing import FlatParams
 
 HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
 EVAL_BATCHES = 16
@@ -60,7 +58,12 @@ class TextData:
     batch_size: int
     seeds: tuple[int, ...]
     best_by: str = "loss"
+    direction: Direction = "min"
     labels: tuple[str, ...] = ()
+
+    def require_direction(self) -> Direction:
+        """Less of a loss is better."""
+        return self.direction
 
     @property
     def reports(self) -> tuple[str, ...]:
@@ -208,27 +211,8 @@ def text_losses(
     batches = data.eval_batches()
     if layout is not None:
         batches = (layout.place_batch(batch, ("batch", "length")) for batch in batches)
-    sums = [_summed(graphdef, tuned, frozen, batch, layout) for batch in batches]
+    members = len(next(iter(tuned.values())))
+    sums = [loss_sums(graphdef, tuned, frozen, batch, members, layout) for batch in batches]
     losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
     tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
     return [{"loss": float(value)} for value in losses_E / tokens_E]
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _summed(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
-    frozen: FlatParams,
-    batch: Batch,
-    layout: Layout | None,
-) -> tuple[Array, Array]:
-    def member(own: FlatParams) -> tuple[Array, Array]:
-        attached = tree.merge(graphdef, {**frozen, **own})
-        logits = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
-        padding = attached.model.token_ids.fill
-        sums = token_sums(logits, batch["decoder_target_tokens"], padding=padding)
-        return sums.loss, sums.tokens
-
-    with laying_out(layout):
-        summed: tuple[Array, Array] = replicate(jax.vmap(member)(tuned))
-        return summed

@@ -1,6 +1,7 @@
 """One training run from its Experiment: what ``prompt-tuning train`` does."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 
 from prompt_tuning_jax import build, distributed, run_folder, task_data, tree
 from prompt_tuning_jax.attention_start import start_attention
+from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.compilation import CompiledAhead
+from prompt_tuning_jax.data.metrics import LOSS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import (
@@ -40,7 +43,8 @@ from prompt_tuning_jax.whole_paths import with_whole_paths
 class RunResult:
     """A run's members by name: best evaluation, and the tuned arrays then (leading axis E).
 
-    ``stopped_by`` is the number of the signal that stopped it before its end, or 0.
+    ``stopped_by`` is the number of the signal that stopped it before its end, or 0;
+    ``stopped_early``: it is finished for ``training.patience``, before its last step.
     """
 
     workdir: Path
@@ -48,6 +52,7 @@ class RunResult:
     step: int
     finished: bool
     stopped_by: int
+    stopped_early: bool
     best: tuple[Best | None, ...]
     best_tuned: Mapping[str, HostArray]
 
@@ -65,9 +70,14 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     quiet = quiet or not distributed.is_primary()
     run_folder.require_place(folder)
     if folder.is_dir():
-        _claim(folder, experiment)
-        if (folder / run_folder.RESULTS).is_file():
-            return _finished(folder, experiment, quiet=quiet)
+        present = run_folder.require_run(folder, experiment)
+        results = run_folder.read_results(folder)
+        if present is not None and results is not None:
+            same_patience = present.training.patience == experiment.training.patience
+            if results.step >= experiment.training.steps or (
+                results.stopped_early and same_patience
+            ):
+                return _finished(folder, experiment, results, quiet=quiet)
     layout = build.train_layout(experiment)
     model = build.build_model(experiment, layout=layout)
     data = task_data.build_data(experiment, build.vocabulary_of(model), layout=layout)
@@ -79,7 +89,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         matching = experiment.model.attention == "matching"
         start_attention(model, matching=matching, seed=experiment.training.seeds[0])
     fingerprint = build.model_fingerprint(model)
-    _require_same_data(data, fingerprint)
+    digests = _digests(data)
+    distributed.require_same("the frozen model", fingerprint)
+    distributed.require_same("the data", " ".join(digests.values()))
     members = build.attach_members(experiment, model, labels=data.labels, layout=layout)
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
@@ -100,7 +112,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
                 weights = {**members.frozen, **{name: x[member] for name, x in tuned.items()}}
                 own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
             return scores
-        return build.evaluate_members(experiment, members, tuned, data, model)[0]
+        return build.evaluate_members(experiment, members, tuned, data, model, scores_alone=True)[0]
 
     def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
         # Where all trains, a file of it would be a checkpoint again.
@@ -135,14 +147,17 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         on_best=on_best,
         workdir=folder,
         fingerprint=fingerprint,
+        data=digests,
         names=names,
         learning_rates=learning_rates,
         best_by=data.best_by,
+        direction=data.require_direction(),
         steps=training.steps,
         eval_every=training.eval_every,
         save_every=training.save_every,
         log_every=training.log_every,
         batch_size=training.batch_size,
+        patience=training.patience,
         division=build.division_of(experiment, members, layout),
         padding=data.train.padding if isinstance(data, task_data.TaskData) and data.train else None,
         quiet=quiet,
@@ -153,6 +168,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         step=result.step,
         finished=result.finished,
         stopped_by=result.stopped_by,
+        stopped_early=result.stopped_early,
         best=result.best,
         best_tuned=result.best_tuned,
     )
@@ -184,18 +200,32 @@ def _claim(folder: Path, experiment: Experiment) -> None:
     run_folder.claim(folder, experiment)
 
 
-def _require_same_data(data: task_data.TaskData | TextData, fingerprint: str) -> None:
-    """UserError unless all processes have the same model and the same examples in their order."""
-    if distributed.process_count() == 1:
-        return
-    distributed.require_same("the frozen model", fingerprint)
+def _digests(data: task_data.TaskData | TextData) -> dict[str, str]:
+    """What is trained and evaluated on -> a digest of all that decides its examples' scores.
+
+    Of contents: files may move, and be written anew, as long as they say the same.
+    """
+    parts: dict[str, list[bytes | memoryview]] = {"training data": [], "evaluation data": []}
     if isinstance(data, TextData):
-        held = [data.train.tokens, data.evaluation.tokens]
-        digests = [hashlib.sha256(np.ascontiguousarray(x).data).hexdigest() for x in held]
+        for name, corpus in zip(parts, (data.train, data.evaluation), strict=True):
+            parts[name] = [np.ascontiguousarray(corpus.tokens).data]
     else:
-        digests = [] if data.train is None else [data.train.digest()]
-        digests += [one.digest() for one in data.evaluation.values()]
-    distributed.require_same("the data", " ".join(digests))
+        if data.train is not None:
+            parts["training data"] = [data.train.digest().encode(), repr(data.labels).encode()]
+        for examples in data.evaluation.values():
+            # Metrics compare texts, of which several may have the same tokens.
+            parts["evaluation data"] += [
+                examples.digest().encode(),
+                repr(examples.task.labels).encode(),
+                json_text(examples.texts).encode(),
+            ]
+    found = {}
+    for name, each in parts.items():
+        digest = hashlib.sha256()
+        for part in each:
+            digest.update(part)
+        found[name] = digest.hexdigest()
+    return found
 
 
 def _introduction(
@@ -232,17 +262,25 @@ def _introduction(
             )
 
 
-def _finished(folder: Path, experiment: Experiment, *, quiet: bool) -> RunResult:
+def _finished(
+    folder: Path, experiment: Experiment, results: run_folder.Results, *, quiet: bool
+) -> RunResult:
     """What a run that has come to its end left, without its model and its data."""
-    steps = experiment.training.steps
-    if not quiet:
-        print(f"{folder}: the run is finished at step {steps}; nothing was changed")
+    if not quiet and results.stopped_early:
+        print(
+            f"{folder}: the run stopped early at step {results.step}, by training.patience="
+            f"{experiment.training.patience}; nothing was changed; raise it, or set it to 0, to go "
+            "on"
+        )
+    elif not quiet:
+        print(f"{folder}: the run is finished at step {results.step}; nothing was changed")
     return RunResult(
         workdir=folder,
         names=build.member_names(experiment),
-        step=steps,
+        step=results.step,
         finished=True,
         stopped_by=0,
+        stopped_early=results.stopped_early,
         best=run_folder.best_evaluations(folder),
         best_tuned=run_folder.read_best(folder),
     )
@@ -289,7 +327,7 @@ def _metadata(
         seed=training.seeds[member],
         steps=best.step,
         metric=best_by,
-        score=best.metrics[best_by],
+        score=best.metrics[best_by] if math.isfinite(best.metrics[best_by]) else None,
         labels=labels,
         inputs_template=task_data.inputs_template_of(experiment.data),
         mixture=task_data.mixture_of(experiment.data),
@@ -319,12 +357,24 @@ def _finish(run: RunResult, data: task_data.TaskData | TextData, *, quiet: bool)
         run.workdir / run_folder.CURVES,
         # Of a text the loss and the probes, whatever there is.
         metrics=() if isinstance(data, TextData) else (data.best_by,),
+        directions={data.best_by: data.require_direction()},
         baselines=baselines,
+        names=run.names,
     )
     # Last: they say that the run is finished.
-    run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name})
+    ended = {"step": run.step, "stopped_early": run.stopped_early}
+    run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name, **ended})
     if quiet:
         return
+    if run.stopped_early:
+        print(f"stopped early at step {run.step}: no evaluation was better for training.patience")
+    decimals = 4 if data.best_by.rsplit("/", maxsplit=1)[-1] == LOSS else 2
     for name, best in by_name.items():
-        print(f"{name}: best {data.best_by} {best[data.best_by]:.2f} at step {best['step']}")
+        if math.isfinite(score := best[data.best_by]):
+            print(f"{name}: best {data.best_by} {score:.{decimals}f} at step {best['step']}")
+        else:
+            print(
+                f"note: {name}: {data.best_by} was nan at every evaluation, so that none is the "
+                f"best; what is kept is of the last one, step {best['step']}"
+            )
     print(f"curves: {run.workdir / run_folder.CURVES}")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,13 @@ from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
 from prompt_tuning_jax.data.files import file_task
 from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
 from prompt_tuning_jax.data.loader import TrainBatches, eval_padding, eval_plan
-from prompt_tuning_jax.data.metrics import get_metric
+from prompt_tuning_jax.data.metrics import (
+    EVALUATION_LOSS,
+    LOSS,
+    Direction,
+    direction_by_name,
+    get_metric,
+)
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.task import (
     Mixture,
@@ -57,7 +64,24 @@ class TaskData:
     evaluation: Mapping[str, TokenizedExamples]
     labels: tuple[str, ...]
     best_by: str
+    # Whether the largest or the smallest of it is best; None where that is not known.
+    direction: Direction | None
     reports: tuple[str, ...]
+
+    def require_direction(self) -> Direction:
+        """What is better of ``best_by``; UserError that asks for it where it is not known."""
+        if self.direction is None:
+            raise UserError(
+                f"evaluation.best_by: whether more or less of {self.best_by!r} is better is not "
+                "known; set evaluation.best_mode to max or min"
+            )
+        return self.direction
+
+    def wants_loss(self, task: Task) -> bool:
+        """Whether the evaluation of this task includes the loss, which takes another forward."""
+        name, slash, metric = self.best_by.rpartition("/")
+        chosen = metric == LOSS and (not slash or name == task.name)
+        return EVALUATION_LOSS in task.metrics or chosen
 
     def one_of_each_shape(self, steps: int) -> list[Batch]:
         """An empty batch of each shape that the first steps of training have."""
@@ -233,14 +257,19 @@ def build_data(
             buckets=buckets_of(experiment),
             rows=slice(None) if layout is None else layout.rows(experiment.training.batch_size),
         )
-    return TaskData(
+    best_by = _best_by(experiment.evaluation.best_by, eval_sets)
+    found = TaskData(
         train=train,
         train_targets=train_targets,
         evaluation=evaluation,
         labels=labels,
-        best_by=_best_by(experiment.evaluation.best_by, eval_sets),
+        best_by=best_by,
+        direction=_direction(experiment.evaluation.best_mode, best_by, eval_sets),
         reports=tuple(_reports(experiment, train_sets, train, eval_sets, layout)),
     )
+    if training:
+        found.require_direction()
+    return found
 
 
 def designed(
@@ -391,12 +420,36 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
     first = eval_sets[0].task
     if not first.metrics:
         raise UserError(f"task {first.name!r} has no metric; name one in data.metrics")
-    names = []
+    names: list[str] = []
+    usual = ""
     for one in eval_sets:
         prefix = f"{one.task.name}/" if len(eval_sets) > 1 else ""
         # A metric may give several numbers, of names that only its result tells.
         scores = one.task.score(one.texts, [example["targets"] for example in one.texts])
-        names += [prefix + name for name in scores]
+        first_name = one.task.metrics[0].name if one.task.metrics else ""
+        if first_name not in (*scores, LOSS):
+            first_name = next(iter(scores), LOSS)
+        usual = usual or prefix + first_name
+        names += [prefix + name for name in dict.fromkeys([*scores, LOSS])]
     if asked and asked not in names:
         raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}")
-    return asked or names[0]
+    return asked or usual
+
+
+def _direction(
+    mode: Literal["auto", "max", "min"], best_by: str, eval_sets: list[TokenizedExamples]
+) -> Direction | None:
+    """What is better of ``best_by``; None where it is not known, UserError for a contradiction."""
+    task_name, slash, metric = best_by.rpartition("/") if len(eval_sets) > 1 else ("", "", best_by)
+    declared: Direction | None = None
+    for one in eval_sets:
+        if not slash or one.task.name == task_name:
+            declared = declared or one.task.declared_direction(metric)
+    if mode == "auto":
+        return declared or direction_by_name(metric)
+    if declared not in (None, mode):
+        less = "less" if declared == "min" else "more"
+        raise UserError(
+            f"evaluation.best_mode is {mode}, and {less} of {best_by!r} is better; leave it at auto"
+        )
+    return mode

@@ -120,7 +120,7 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
 
 
 def _training(training: Training, *, method: Any) -> Iterator[str]:
-    yield from _outside("training", training, "z_loss", "gradient_accumulation", low=0)
+    yield from _outside("training", training, "z_loss", "gradient_accumulation", "patience", low=0)
     yield from _outside(
         "training",
         training,

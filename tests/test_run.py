@@ -105,7 +105,13 @@ def test_a_finished_run_says_only_that(
 def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
     train_set: Any = SimpleNamespace(examples_per_epoch=3)
     data = task_data.TaskData(
-        train=train_set, train_targets=(), evaluation={}, labels=(), best_by="", reports=()
+        train=train_set,
+        train_targets=(),
+        evaluation={},
+        labels=(),
+        best_by="",
+        direction="max",
+        reports=(),
     )
     graphdef: Any = None
     members = build.Members(graphdef=graphdef, tuned={}, frozen={}, mask={}, number=1)
@@ -148,7 +154,7 @@ def test_each_member_keeps_a_best_of_its_own(
     scripted = iter([(10.0, 30.0), (30.0, 10.0), (30.0, 20.0)])
     seen: list[np.ndarray] = []
 
-    def evaluate(of: Experiment, members: Any, tuned: Any, *_: Any) -> Any:
+    def evaluate(of: Experiment, members: Any, tuned: Any, *_: Any, **__: Any) -> Any:
         seen.append(np.array(tuned[PROMPT]))
         return [{"accuracy": value} for value in next(scripted)], {}
 
@@ -166,8 +172,8 @@ def test_checkpoints_hold_no_frozen_weight(finished: tuple[Path, RunResult]) -> 
     folder, _ = finished
     prompt_bytes = 2 * tiny_run.LENGTH * tiny_run.CONFIG.embed_dim * 4
     files = tree_bytes(folder / "checkpoints")
-    # Prompt and second moments, twice; what orbax adds is 4 kB a checkpoint.
-    assert sum(map(len, files.values())) < 4 * prompt_bytes + 2 * 10_000
+    # Prompt and second moments, in two checkpoints each; what orbax adds is 5 kB a checkpoint.
+    assert sum(map(len, files.values())) < 4 * (2 * prompt_bytes + 8_000)
     frozen = [p.shape for p in jax.tree.leaves(_frozen())]
     for kind in ("last", "best"):
         found = train_state.read_latest(folder / "checkpoints" / kind)

@@ -1,12 +1,16 @@
 """Files are written aside and renamed, so that a reader sees the old one or the new one."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_tuning_jax.errors import UserError
+
+# The names that are written aside, and whose process number is in them.
+_ASIDE = re.compile(r"\..+\.([0-9]+)\.tmp")
 
 
 @contextmanager
@@ -55,6 +59,37 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Removes what processes that are no more had begun to write aside in these folders.
+
+    Also what is of this process's number: such a one had the number before it, so that this must
+    come before this one writes there itself.
+    """
+    for folder in folders:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                found = _ASIDE.fullmatch(path.name)
+                if found is None or _is_another_alive(int(found[1])):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _is_another_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

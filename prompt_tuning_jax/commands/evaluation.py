@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prompt_tuning_jax import build, distributed, task_data
+from prompt_tuning_jax.data.metrics import best_of
 from prompt_tuning_jax.data.task import Source, Task
 from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import tokenize
@@ -67,7 +68,10 @@ def evaluate(
     predictions: dict[str, list[Predictions]] = {}
     reports: dict[str, None] = {}
     draws = task_data.draws_of(experiment)
+    several = len(draws) * sum(members.number for members in loaded.groups) > 1
     data = _examples(draws[0], model, split=split)
+    # Now, and not after the last prompt.
+    direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
         data = _examples(own_draw, model, split=split) if number else data
         reports |= dict.fromkeys(data.reports)
@@ -78,7 +82,6 @@ def evaluate(
                 predictions.setdefault(task, []).append(part)
     joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
     metrics = list(scores[0])
-    sign = -1 if data.best_by.endswith("loss") else 1
     ensemble: dict[str, float] | None = None
     if len(scores) > 1:
         ensemble = {}
@@ -93,7 +96,7 @@ def evaluate(
         names=loaded.names,
         per_prompt=scores,
         mean={name: float(np.mean([each[name] for each in scores])) for name in metrics},
-        best=max(scores, key=lambda each: sign * each[data.best_by]),
+        best=scores[best_of((each[data.best_by] for each in scores), direction)],
         ensemble=ensemble,
         split=split,
         title=first.task.source.titles.get(split, split),

@@ -213,7 +213,8 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     _refuse(missing, "nothing was trained")
     for run in runs:
         if (run.folder / RUN_CONFIG).is_file():
-            run_folder.claim(run.folder, run.experiment)
+            # With more steps its scores would not be those that are kept.
+            run_folder.require_run(run.folder, run.experiment, exactly=True)
     model = build.build_model(runs[0].experiment)
     words = build.vocabulary_of(model)
     for run in runs:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.data.code_identity import code_identity
-from prompt_tuning_jax.data.metrics import Metric, invalid_share, majority_class, score
+from prompt_tuning_jax.data.metrics import (
+    INVALID,
+    LOSS,
+    Direction,
+    Metric,
+    invalid_share,
+    majority_class,
+    score,
+)
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.errors import UserError
 
@@ -127,8 +135,15 @@ class Task:
             [self._compared(p, e, False) for p, e in zip(predictions, examples, strict=True)],
         )
         if self.labels:
-            scores["invalid"] = invalid_share(self.labels, predictions)
+            scores[INVALID] = invalid_share(self.labels, predictions)
         return scores
+
+    def declared_direction(self, metric: str) -> Direction | None:
+        """Whether more or less of a number in its scores is better, where that was declared."""
+        for one in self.metrics:
+            if (direction := one.declared_direction(metric)) is not None:
+                return direction
+        return "min" if metric in (INVALID, LOSS) else None
 
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]

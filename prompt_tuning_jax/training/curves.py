@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.data.metrics import Direction, best_of, direction_by_name
 from prompt_tuning_jax.training.logging import read_metrics
 from prompt_tuning_jax.typing import HostArray
 
@@ -40,9 +41,14 @@ STYLE: Mapping[str, Any] = {
     "lines.solid_joinstyle": "round",
 }
 
-LOWER_IS_BETTER = ("loss", "perplexity", "invalid", "error")
+# A colour for each member, as far as eyes can tell them apart; then the paler ones too.
+MEMBER_COLORS = (
+    *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#d4a017"),
+    *("#a0cbe8", "#ffbe7d", "#8cd17d", "#d4a6c8", "#ff9d9a", "#1f5f5b", "#5b3a29", "#79706e"),
+)
 LOG_SCALE_FROM = 30.0  # largest over smallest loss
 MAX_METRICS = 3
+LONGEST_NAME = 28  # that fits into a panel's legend
 
 
 def plot_curves(
@@ -50,13 +56,17 @@ def plot_curves(
     png: str | os.PathLike[str],
     *,
     metrics: Sequence[str] = (),
+    directions: Mapping[str, Direction] | None = None,
     baselines: Mapping[str, float] | None = None,
+    names: Sequence[str] = (),
     title: str = "",
 ) -> None:
     """Draws what ``RunLog`` wrote: a panel for the loss and one per evaluation metric.
 
     One light line per member and the mean of all in bold; a star marks the best member's best
-    evaluation.  ``metrics`` chooses and orders the metrics (the first three unless given);
+    evaluation.  Up to sixteen members have colours of their own and a legend with their ``names``
+    (``seed_0``, ... unless given).  ``metrics`` chooses and orders the metrics (the first three
+    unless given); ``directions`` says what is better of them, where their names do not.
     ``baselines``, e.g. ``{"majority class": 50.9}``, are dashed lines in the first metric's panel.
     Raises UserError where the measurements cannot be read or the picture not be written.
     """
@@ -67,26 +77,38 @@ def plot_curves(
     records = read_metrics(metrics_jsonl)
     train_steps, losses_ER = _series([(r["step"], r["loss"]) for r in records if "loss" in r])
     evals = [(r["step"], r["metrics"]) for r in records if r["kind"] == "eval"]
-    names = list(metrics or list(evals[0][1][0])[:MAX_METRICS]) if evals else []
+    shown = list(metrics or list(evals[0][1][0])[:MAX_METRICS]) if evals else []
+    number = max(len(losses_ER), len(evals[0][1]) if evals else 0)
+    members = list(names) or [f"seed_{i}" for i in range(number)]
 
     with matplotlib.rc_context(dict(STYLE)):
         # Figure without pyplot: the Agg canvas, no display and no state that outlives this call.
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        figure = Figure(figsize=(5.2 * (1 + len(names)), 3.7), dpi=200, layout=layout)
-        axes = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+        figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, layout=layout)
+        axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
         _draw_loss(axes[0], train_steps, losses_ER)
-        for axis, name in zip(axes[1:], names, strict=True):
+        for axis, name in zip(axes[1:], shown, strict=True):
             steps, values_ER = _series(
-                [(step, [one.get(name, np.nan) for one in members]) for step, members in evals]
+                [(step, [one.get(name, np.nan) for one in values]) for step, values in evals]
             )
             _draw_metric(
-                axis, steps, values_ER, name, (baselines or {}) if name == names[0] else {}
+                axis,
+                steps,
+                values_ER,
+                name,
+                direction=(directions or {}).get(name) or direction_by_name(name),
+                members=members,
+                baselines=(baselines or {}) if name == shown[0] else {},
             )
+        if 1 < number <= len(MEMBER_COLORS):
+            _draw_members_legend(figure, members)
         for axis in axes:
             axis.set_xlabel("step")
             axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
             axis.tick_params(length=0)
             axis.margins(x=0.02)
+            if any(one.get_legend() for one in axes):  # a line for it, the same in all panels
+                axis.set_title(axis.get_title(loc="left"), pad=26)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with written_aside(Path(png)) as aside:
@@ -121,31 +143,42 @@ def _draw_loss(axis: Any, steps: HostArray, losses_ER: HostArray) -> None:
 
 
 def _draw_metric(
-    axis: Any, steps: HostArray, values_ER: HostArray, name: str, baselines: Mapping[str, float]
+    axis: Any,
+    steps: HostArray,
+    values_ER: HostArray,
+    name: str,
+    *,
+    direction: Direction | None,
+    members: Sequence[str],
+    baselines: Mapping[str, float],
 ) -> None:
     axis.set_title(f"Evaluation {name.replace('_', ' ')}")
     if not np.isfinite(values_ER).any():
         _say_nothing_was_logged(axis)
         return
     _draw_members(axis, steps, values_ER, METRIC_COLOR, marker="o" if len(steps) < 40 else "")
-    lower = any(word in name.lower() for word in LOWER_IS_BETTER)
-    member, best = np.unravel_index(
-        np.nanargmin(values_ER) if lower else np.nanargmax(values_ER), values_ER.shape
-    )
-    value = values_ER[member, best]
-    axis.plot(
-        steps[best],
-        value,
-        "*",
-        color=METRIC_COLOR,
-        markeredgecolor="white",
-        markersize=15,
-        linestyle="none",
-        zorder=5,
-        clip_on=False,
-        label=f"best: {value:.4g} at {steps[best]:,}",
-    )
+    if direction is not None:  # of one that nobody knows no point is the best
+        found = best_of(values_ER.ravel().tolist(), direction)
+        member, best = divmod(found, values_ER.shape[1])
+        value = values_ER[member, best]
+        named = 1 < len(values_ER) <= len(MEMBER_COLORS)
+        several = len(values_ER) > 1 and len(members[member]) <= LONGEST_NAME
+        of = f" ({members[member]})" if several else ""
+        axis.plot(
+            steps[best],
+            value,
+            "*",
+            color=MEMBER_COLORS[member] if named else METRIC_COLOR,
+            markeredgecolor="white",
+            markersize=15,
+            linestyle="none",
+            zorder=5,
+            clip_on=False,
+            label=f"best: {value:.4g} at {steps[best]:,}{of}",
+        )
     for label, baseline in baselines.items():
+        if not np.isfinite(baseline):
+            continue
         axis.axhline(baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
         axis.annotate(
             f"{label} {baseline:.4g}",
@@ -165,9 +198,11 @@ def _draw_members(
     axis: Any, steps: HostArray, values_ER: HostArray, color: str, *, marker: str = ""
 ) -> None:
     if len(values_ER) > 1:
+        named = len(values_ER) <= len(MEMBER_COLORS)
         for member, values_R in enumerate(values_ER):
-            label = None if member else "each"
-            axis.plot(steps, values_R, color=color, alpha=0.3, linewidth=1, label=label)
+            own = {"color": MEMBER_COLORS[member], "alpha": 0.75} if named else {"alpha": 0.3}
+            label = "each" if not named and not member else None
+            axis.plot(steps, values_R, **{"color": color, "linewidth": 1, "label": label, **own})
     # Where a member diverged the mean ends too: the mean of the others would be another curve.
     mean_R = values_ER.mean(axis=0)
     axis.plot(
@@ -182,17 +217,30 @@ def _draw_members(
 
 
 def _draw_legend(axis: Any) -> None:
-    """On the title's line, where it hides no curve."""
+    """Between the title and the curves, where it hides neither."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
             ncols=3,
             borderaxespad=0.3,
+            borderpad=0,
             handlelength=1.4,
             handletextpad=0.5,
             columnspacing=1.2,
-        )
+        ).set_in_layout(False)  # or a long one makes the panel narrower
+
+
+def _draw_members_legend(figure: Any, members: Sequence[str]) -> None:
+    """Below all panels: which colour is which member."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=color, linewidth=2) for color in MEMBER_COLORS[: len(members)]]
+    width = max(map(len, members)) + 6  # characters, the line before the name included
+    columns = max(1, int(figure.get_figwidth() * 14 / width))
+    figure.legend(
+        lines, members, loc="outside lower left", ncols=columns, handlelength=1.4, fontsize=9
+    )
 
 
 def _say_nothing_was_logged(axis: Any) -> None:

@@ -17,8 +17,9 @@ from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.ensembling import Vote, majority_vote
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.member_programs import Writing, label_scores, write
+from prompt_tuning_jax.member_programs import Writing, label_scores, loss_sums, write
 from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.training.step import Batch
 from prompt_tuning_jax.typing import FlatParams, HostArray
 
 
@@ -104,6 +105,45 @@ class Predictor:
         for result, index_R in pending:
             self._collect(result, index_R, texts, known)
         return Predictions(texts_EN=texts, log_probs_EN=known)
+
+    def losses(
+        self,
+        tuned: FlatParams,
+        frozen: FlatParams,
+        examples: TokenizedExamples,
+        *,
+        members: int,
+        task: int | None = None,
+    ) -> list[float]:
+        """Each member's mean cross entropy per target token, of targets cut as for training.
+
+        Raises UserError for a method that scores labels itself and a target that is none of them.
+        """
+        layout, parts = self.layout, 1
+        if layout is not None:
+            tuned, frozen = layout.place_whole(tuned), layout.place_whole(frozen)
+            parts = layout.batch_parts
+        batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
+        sums = []
+        for whole in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
+            names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+            batch: Batch = {name: whole[name] for name in names}
+            task_B = None if task is None else np.full(len(whole["row_mask"]), task, np.int32)
+            if layout is not None:
+                batch = layout.place_batch(batch, ("batch", "length"))
+                if task_B is not None:
+                    task_B = layout.place_batch({"": task_B}, ("batch",))[""]
+            sums.append(loss_sums(self.graphdef, tuned, frozen, batch, members, layout, task_B))
+        # In float64, so that the sum over batches does not depend on how many there are.
+        totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
+        loss_E, tokens_E = totals_ME.sum(axis=0)
+        own_labels = tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
+        if own_labels and tokens_E.min() < len(examples):
+            raise UserError(
+                f"the loss on {examples.task.name}/{examples.split} needs every target among the "
+                "labels that this method scores, and some are none of them; name all in data.labels"
+            )
+        return [float(value) for value in loss_E / tokens_E]
 
     def _run(
         self,

@@ -1,24 +1,26 @@
 """What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
 
+import errno
 import fcntl
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.bounded_json import json_text, read_json
+from prompt_tuning_jax.checkpoints.atomic import remove_leftovers, written_aside
 from prompt_tuning_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+LOOK_SECONDS = 1.0  # between two looks whether the working directory is still there
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal to draw a bar on
 
 
@@ -58,9 +60,12 @@ class RunLog:
         self._screen: _Bar | _Lines | None = None
         folder = Path(workdir)
         with ExitStack() as opened:
+            self._folder, self._looked_at = folder, clock()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                _lock(folder, opened)
+                self._descriptor = _lock(folder, opened)
+                # Nobody else trains here now: what is left over is of runs that were killed.
+                remove_leftovers(folder, *(path for path in folder.iterdir() if path.is_dir()))
                 self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
             except OSError as error:
                 raise UserError(
@@ -148,12 +153,37 @@ class RunLog:
             return
         shown = self._metric if self._metric in values[0] else next(iter(values[0]))
         percent = "" if shown.endswith("loss") else " %"
-        self._metric_text = f"eval {np.mean([one[shown] for one in values]):.4g}{percent}"
+        numbers = [one[shown] for one in values if math.isfinite(one[shown])]
+        self._metric_text = f"eval {np.mean(numbers) if numbers else math.nan:.4g}{percent}"
         if self._screen:
             order = [shown, *(metric for metric in values[0] if metric != shown)]
             text = ", ".join(_spread(metric, values) for metric in order)
             many = f"  (mean [lowest, highest] of {len(values)})" if len(values) > 1 else ""
             self._screen.note(f"step {step}: {text}{many}")
+            if not any(math.isfinite(one[shown]) for one in values):
+                self._screen.note(
+                    f"note: {shown} at step {step} is not a number (nan), which is never the best; "
+                    "correlations are nan while all predictions are the same"
+                )
+
+    def require_folder(self, *, now: bool = False) -> None:
+        """Raises UserError where the working directory has been removed or renamed meanwhile.
+
+        Looks every second at most, unless ``now``.
+        """
+        if not now and self._clock() < self._looked_at + LOOK_SECONDS:
+            return
+        self._looked_at = self._clock()
+        try:
+            there = os.path.samestat(os.stat(self._folder), os.fstat(self._descriptor))
+        except OSError:
+            there = False
+        if not there:
+            raise UserError(
+                f"the working directory {self._folder} has been removed or renamed while training: "
+                "nothing can be saved any more; put it back, and the same command goes on from its "
+                "last checkpoint"
+            )
 
     def close(self) -> None:
         """Ends the bar and closes the files; may be called twice."""
@@ -195,8 +225,11 @@ def _speed_text(
     return text
 
 
-def _lock(folder: Path, opened: ExitStack) -> None:
-    """Keeps other processes from training in the folder; even a kill frees it again."""
+def _lock(folder: Path, opened: ExitStack) -> int:
+    """Keeps other processes from training in the folder; even a kill frees it again.
+
+    Returns a descriptor of the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     opened.callback(os.close, descriptor)
     try:
@@ -208,6 +241,7 @@ def _lock(folder: Path, opened: ExitStack) -> None:
         ) from error
     except OSError:
         pass  # a file system that knows no locks
+    return descriptor
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -248,19 +282,26 @@ class _MetricsFile:
         kept = list(_read_lines(path)) if path.exists() else []
         kept = [(record, line) for record, line in kept if record["step"] <= last_step]
         self._written = {(record["kind"], record["step"]) for record, _ in kept}
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_bytes(b"".join(line + b"\n" for _, line in kept))
-        os.replace(aside, path)
-        self._stream = path.open("ab")
+        with written_aside(path) as aside:
+            aside.write_bytes(b"".join(line + b"\n" for _, line in kept))
+        self._path = path
+        # Without a buffer, whose rest would be tried again, and fail again, on closing.
+        self._stream = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> bool:
         """Writes the record, unless there is one of its kind and step."""
         key = (record["kind"], record["step"])
         if key in self._written:
             return False
-        line = json.dumps(_replace_floats(record, _to_json), allow_nan=False) + "\n"
-        self._stream.write(line.encode())
-        self._stream.flush()
+        line = f"{json_text(record)}\n".encode()
+        try:
+            if self._stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the measurements to {self._path}: {error.strerror or error}; the "
+                "same command goes on from the last checkpoint"
+            ) from None
         self._written.add(key)
         return True
 
@@ -293,25 +334,31 @@ class _TensorBoard:
             print(f"no TensorBoard events: {error}", file=sys.stderr)
             return
         now = time.time()
-        if self._records is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-            self._records = RecordWriter(file.open("ab"))
-            # START makes TensorBoard forget what a killed run wrote for this step and later ones.
-            start = SessionLog(status=SessionLog.START)
-            for event in (
-                Event(wall_time=now, file_version="brain.Event:2"),
-                Event(wall_time=now, step=self._first_step, session_log=start),
-            ):
-                self._records.write(event.SerializeToString())
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        event = Event(wall_time=now, step=step, summary=Summary(value=values))
-        self._records.write(event.SerializeToString())
-        self._records.flush()
+        try:
+            if self._records is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = self._folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+                self._records = RecordWriter(file.open("ab"))
+                # START makes TensorBoard forget what a killed run wrote for this and later steps.
+                start = SessionLog(status=SessionLog.START)
+                for event in (
+                    Event(wall_time=now, file_version="brain.Event:2"),
+                    Event(wall_time=now, step=self._first_step, session_log=start),
+                ):
+                    self._records.write(event.SerializeToString())
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+            event = Event(wall_time=now, step=step, summary=Summary(value=values))
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError as error:  # what trains does not depend on it
+            self._broken = True
+            self.close()
+            print(f"no more TensorBoard events: {error.strerror or error}", file=sys.stderr)
 
     def close(self) -> None:
         if self._records is not None and not self._records.closed:
-            self._records.close()
+            with suppress(OSError):
+                self._records.close()
 
 
 class _Lines:
@@ -367,9 +414,14 @@ class _Bar:
 
 
 def _spread(metric: str, values: Sequence[Mapping[str, float]]) -> str:
-    numbers = [one[metric] for one in values]
+    numbers = [one[metric] for one in values if math.isfinite(one[metric])]
+    if not numbers:
+        return f"{metric} nan"
     text = f"{metric} {np.mean(numbers):.4g}"
-    return text if len(numbers) == 1 else f"{text} [{min(numbers):.4g}, {max(numbers):.4g}]"
+    if len(values) == 1:
+        return text
+    without = f", nan for {len(values) - len(numbers)}" if len(numbers) < len(values) else ""
+    return f"{text} [{min(numbers):.4g}, {max(numbers):.4g}{without}]"
 
 
 def _number(value: Any) -> float:
@@ -385,10 +437,6 @@ def _replace_floats(value: Any, by: Callable[[float | None], float | None]) -> A
     if isinstance(value, list):
         return [_replace_floats(one, by) for one in value]
     return by(value) if value is None or isinstance(value, float) else value
-
-
-def _to_json(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
 
 
 def _from_json(number: float | None) -> float:

@@ -1,13 +1,14 @@
 """The training loop: steps, evaluations, checkpoints, and going on after any interruption."""
 
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
+from prompt_tuning_jax.data.metrics import Direction, is_better
 from prompt_tuning_jax.division import UNDIVIDED, Division
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.sharding import on_host
@@ -30,6 +32,8 @@ from prompt_tuning_jax.training.step import (
 )
 from prompt_tuning_jax.typing import FlatParams, HostArray
 
+Extra = TypeVar("Extra")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
@@ -41,11 +45,15 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
-    """How far the run came (stopped by the signal with that number, or 0), and the bests."""
+    """How far the run came (stopped by the signal with that number, or 0), and the bests.
+
+    ``stopped_early``: ``patience`` was at its end before the last step.
+    """
 
     step: int
     finished: bool
     stopped_by: int
+    stopped_early: bool
     best: tuple[Best | None, ...]
     best_tuned: Mapping[str, HostArray]
 
@@ -55,9 +63,11 @@ class Loop:
     """Everything that a run needs, put together; ``run`` does it.
 
     ``batches(start, stop)`` yields those of steps start to stop - 1; ``evaluate(tuned)`` gives one
-    mapping of metrics per member, of which ``best_by`` decides (the larger the better, but for a
-    loss).  ``padding(start, stop)`` is the percent of padding in the inputs of those steps.
-    ``on_best(members, tuned, bests)`` is told of members that have improved.
+    mapping of metrics per member, of which ``best_by`` decides, by ``direction``; nan is worse than
+    any number.  ``padding(start, stop)`` is the percent of padding in the inputs of those steps.
+    ``on_best(members, tuned, bests)`` is told of members that have improved.  ``data`` holds a
+    digest for each set of examples, by what it is called.  After ``patience`` evaluations in which
+    no member has improved the run is finished; 0: never.
     """
 
     train_step: TrainStep
@@ -67,14 +77,17 @@ class Loop:
     on_best: Callable[[list[int], Mapping[str, HostArray], list[Best]], None]
     workdir: Path
     fingerprint: str
+    data: Mapping[str, str]
     names: tuple[str, ...]
     learning_rates: Callable[[int], HostArray]
     best_by: str
+    direction: Direction
     steps: int
     eval_every: int
     save_every: int
     log_every: int
     batch_size: int
+    patience: int = 0
     division: Division = UNDIVIDED
     padding: Callable[[int, int], float] | None = None
     quiet: bool = False
@@ -87,20 +100,22 @@ class Loop:
         step; nothing of that step is saved.  Of several processes all must call: a signal to one
         stops all after the same step, and the first one alone logs.
         """
-        start, state, pending = self._restore_last(state)
-        best_tree, best = self._restore_best(state)
-        if start >= self.steps:
-            return self._result(start, best, best_tree, state)
+        start, state, pending, stale, evaluated = self._restore_last(state)
+        best_tree, best, improved_at, told = self._restore_best(state, evaluated=evaluated)
+        if start >= self.steps or self._at_an_end(stale):
+            return self._result(start, best, best_tree, state, stale=stale)
         step = start
         if start and not self.quiet:
             print(f"goes on from step {start:,}", flush=True)
+        elif any(best) and not self.quiet:
+            print(f"no state to go on from in {self.workdir / LAST}: from the start again")
         log = self._open_log(start)
         signal_to_stop_by = distributed.stop_agreement(self._signals_received, start=start)
         stopped_by = 0
         since = time.monotonic()
         with log or nullcontext(), self._signals():
-            # A kill may have come between saving the best state and telling of it.
-            self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
+            if not told:
+                self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
             costs: dict[tuple[int, ...], StepCost] = {}
             done: list[StepCost] = []
             for batch in self.batches(start, self.steps):
@@ -119,6 +134,8 @@ class Loop:
                 done.append(costs[shape])
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step += 1
+                if log:
+                    log.require_folder()
                 pending.append((step, metrics))
                 stopped_by, last = signal_to_stop_by(step), step == self.steps
                 stopping = bool(stopped_by)
@@ -136,16 +153,28 @@ class Loop:
                     scores = self.evaluate(state.tuned)
                     if log:
                         log.log_eval(step, scores)
-                    best_tree = self._keep_best(step, state, scores, best, best_tree)
+                    best_tree = self._keep_best(step, state, scores, best, best_tree, improved_at)
+                    stale = 0 if step in improved_at else stale + 1
                     since += time.monotonic() - began
-                if saving:
+                at_an_end = evaluating and self._at_an_end(stale)
+                if saving or at_an_end:
                     began = time.monotonic()
-                    extra = self._extra(pending=_as_json(pending))
-                    train_state.save(self.workdir / LAST, step, state, extra, keep=1)
+                    if log:
+                        log.require_folder(now=True)
+                    extra = self._extra(
+                        pending=_as_json(pending),
+                        stale=stale,
+                        evaluated=any(own and own.step <= step for own in best),
+                    )
+                    train_state.save(self.workdir / LAST, step, state, extra)
                     since += time.monotonic() - began
-                if stopping:
+                if stopping or at_an_end:
                     break
-        return self._result(step, best, best_tree, state, stopped_by)
+        return self._result(step, best, best_tree, state, stale=stale, stopped_by=stopped_by)
+
+    def _at_an_end(self, stale: int) -> bool:
+        """Whether so many evaluations without an improvement end the run."""
+        return 0 < self.patience <= stale
 
     def _open_log(self, start: int) -> RunLog | None:
         if not distributed.is_primary():
@@ -162,31 +191,88 @@ class Loop:
 
     def _restore_last(
         self, state: TrainState
-    ) -> tuple[int, TrainState, list[tuple[int, StepMetrics]]]:
-        """Step and state, and the steps before it that no log line has averaged yet."""
-        found = train_state.restore_latest(self.workdir / LAST, state)
+    ) -> tuple[int, TrainState, list[tuple[int, StepMetrics]], int, bool]:
+        """Step and state, and the steps before it that no log line has averaged yet.
+
+        Then how many evaluations up to there have improved no member since one last did, and
+        whether there has been any.
+        """
+        folder = self.workdir / LAST
+        found = train_state.restore_latest(
+            folder, state, advice=f"remove {folder} to train again from the start"
+        )
         if found is None:
-            return 0, state, []
+            return 0, state, [], 0, False
         step, state, extra = found
-        self._require_same_model(extra)
-        return step, state, _from_json(extra["pending"])
+        self._require_same(extra)
+        self._remove_damaged(folder, step)
+        return (
+            step,
+            state,
+            *_read_extra(
+                lambda: (
+                    _from_json(extra["pending"]),
+                    int(extra["stale"]),
+                    bool(extra["evaluated"]),
+                ),
+                of=folder,
+            ),
+        )
 
-    def _restore_best(self, state: TrainState) -> tuple[Any, list[Best | None]]:
-        """Each member's best state on the host, and the scores; nothing yet: the present state."""
+    def _restore_best(
+        self, state: TrainState, *, evaluated: bool
+    ) -> tuple[Any, list[Best | None], set[int], bool]:
+        """Each member's best state on the host, the scores, and the steps of improvements.
+
+        Nothing yet: the present state.  Then whether ``on_best`` must not be told of them again: a
+        kill may have come between saving the best state and telling of it, but where the newest is
+        damaged, what was told of is better than what is left.
+        """
         like = on_host(state)
-        found = train_state.restore_latest(self.workdir / BEST, like)
+        folder = self.workdir / BEST
+        remedy = f"remove {folder.parent} to train again from the start, or use another workdir"
+        found = train_state.restore_latest(folder, like, advice=remedy)
         if found is None:
-            return like, [None] * len(self.names)
-        _, tree, extra = found
-        self._require_same_model(extra)
-        return tree, [Best(**best) if best else None for best in extra["best"]]
+            if evaluated:
+                raise UserError(
+                    f"{folder} is gone, and the run has been evaluated: what was best is lost; put "
+                    f"it back, or {remedy}"
+                )
+            return like, [None] * len(self.names), set(), False
+        step, tree, extra = found
+        told = train_state.latest_step(folder) > step
+        self._require_same(extra)
+        self._remove_damaged(folder, step)
+        best, improved_at = _read_extra(
+            lambda: (bests_from_json(extra["best"]), {int(x) for x in extra["improved_at"]}),
+            of=folder,
+        )
+        if len(best) != len(self.names):
+            raise UserError(f"{folder} has the best of {len(best)} members, not {len(self.names)}")
+        return tree, best, improved_at, told
 
-    def _require_same_model(self, extra: Mapping[str, Any]) -> None:
-        if extra["fingerprint"] != self.fingerprint:
+    def _require_same(self, extra: Mapping[str, Any]) -> None:
+        """UserError unless the frozen model and the data are those that were trained on."""
+        if extra.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"{self.workdir} holds a run on another frozen model (fingerprint "
-                f"{extra['fingerprint']}, this one has {self.fingerprint}); use another workdir"
+                f"{extra.get('fingerprint')}, this one has {self.fingerprint}); use another workdir"
             )
+        data = extra.get("data")
+        known = data if isinstance(data, Mapping) else {}
+        changed = [name for name, digest in self.data.items() if known.get(name) != digest]
+        if changed:
+            raise UserError(
+                f"{self.workdir} holds a run on other {' and '.join(changed)}: it has changed "
+                "since; put it back as it was, or use another workdir"
+            )
+
+    def _remove_damaged(self, folder: Path, step: int) -> None:
+        """What would keep the run from saving a step again."""
+        distributed.primary_first(
+            lambda: train_state.remove_damaged(folder, restored=step),
+            f"removal of what is damaged in {folder}",
+        )
 
     def _require_finite(self, pending: list[tuple[int, StepMetrics]]) -> None:
         for step, metrics in pending:
@@ -234,6 +320,7 @@ class Loop:
         scores: list[dict[str, float]],
         best: list[Best | None],
         best_tree: Any,
+        improved_at: set[int],
     ) -> Any:
         """Replaces the best state of the members that have improved, and saves it."""
         if any(own is not None and own.step >= step for own in best):
@@ -241,6 +328,8 @@ class Loop:
         improved = [e for e, own in enumerate(scores) if self._is_better(own, best[e])]
         if not improved:
             return best_tree
+        if any(math.isfinite(scores[e][self.best_by]) for e in improved):
+            improved_at.add(step)
         for e in improved:
             best[e] = Best(step=step, metrics=scores[e])
         chosen_E = np.isin(np.arange(len(scores)), improved)
@@ -250,8 +339,8 @@ class Loop:
             return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
 
         best_tree = jax.tree.map(choose, on_host(state), best_tree)
-        listed = [own and {"step": own.step, "metrics": dict(own.metrics)} for own in best]
-        train_state.save(self.workdir / BEST, step, best_tree, self._extra(best=listed), keep=1)
+        extra = self._extra(best=bests_to_json(best), improved_at=sorted(improved_at))
+        train_state.save(self.workdir / BEST, step, best_tree, extra)
         self._tell_of(best, improved, best_tree)
         return best_tree
 
@@ -263,11 +352,13 @@ class Loop:
     def _is_better(self, scores: Mapping[str, float], best: Best | None) -> bool:
         if best is None:
             return True
-        sign = -1 if self.best_by.split("/")[-1] == "loss" else 1
-        return sign * scores[self.best_by] > sign * best.metrics[self.best_by]
+        new, old = scores[self.best_by], best.metrics[self.best_by]
+        # Of states without any score the last one is kept, which has learnt the most.
+        neither = not math.isfinite(new) and not math.isfinite(old)
+        return neither or is_better(new, old, self.direction)
 
     def _extra(self, **more: Any) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, **more}
+        return {"fingerprint": self.fingerprint, "data": dict(self.data), **more}
 
     def _result(
         self,
@@ -275,13 +366,16 @@ class Loop:
         best: list[Best | None],
         best_tree: Any,
         state: TrainState,
+        *,
+        stale: int,
         stopped_by: int = 0,
     ) -> LoopResult:
         tuned = best_tree.tuned if any(best) else on_host(state).tuned
         return LoopResult(
             step=step,
-            finished=step >= self.steps,
+            finished=step >= self.steps or self._at_an_end(stale),
             stopped_by=stopped_by,
+            stopped_early=step < self.steps and self._at_an_end(stale),
             best=tuple(best),
             best_tuned=tuned,
         )
@@ -304,6 +398,35 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def bests_to_json(bests: Sequence[Best | None]) -> list[Any]:
+    """The bests as values of JSON, in which nan is null."""
+    return [own and {"step": own.step, "metrics": dict(own.metrics)} for own in bests]
+
+
+def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
+    """What ``bests_to_json`` made; a null among the metrics is nan."""
+    return [
+        Best(
+            step=own["step"],
+            metrics={name: math.nan if x is None else x for name, x in own["metrics"].items()},
+        )
+        if own
+        else None
+        for own in listed
+    ]
+
+
+def _read_extra(read: Callable[[], Extra], *, of: Path) -> Extra:
+    """What ``read`` finds in a checkpoint's metadata; UserError where it is not as a run's."""
+    try:
+        return read()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{of} was not written by a run like this one: its metadata lacks what a run keeps "
+            f"({type(error).__name__}: {error}); use another workdir"
+        ) from None
 
 
 def _as_json(pending: list[tuple[int, StepMetrics]]) -> list[Any]:

@@ -1,12 +1,19 @@
+import itertools
 import json
+import math
 
 import pytest
 
 from prompt_tuning_jax.data.metrics import (
+    EVALUATION_LOSS,
+    Metric,
     accuracy,
+    best_of,
+    direction_by_name,
     exact_match,
     get_metric,
     invalid_share,
+    is_better,
     majority_class,
     metric_names,
     score,
@@ -107,3 +114,88 @@ def test_wrong_names_and_label_sets_are_named():
         get_metric("invalid")
     for name in metric_names():
         assert get_metric(name, labels=LABELS).name == name
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_nan_is_never_the_best(direction):
+    for order in itertools.permutations([math.nan, 3.0, 21.9, math.nan, math.inf, 7.0]):
+        best = order[best_of(order, direction)]
+        assert best == (21.9 if direction == "max" else 3.0), order
+    assert best_of([math.nan, math.nan], direction) == 0
+    assert not is_better(math.nan, math.nan, direction)
+    assert not is_better(math.nan, -1e9, direction) and not is_better(math.nan, 1e9, direction)
+    assert is_better(-1e9, math.nan, direction) and is_better(1e9, math.nan, direction)
+    assert best_of([2.0, 5.0, 2.0, 5.0], direction) == (1 if direction == "max" else 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "direction"),
+    [
+        (
+            "loss eval_loss wer WER word_error_rate cer mean_edit edit_distance perplexity ppl mse "
+            "RMSE invalid nll cross_entropy bits_per_byte mnli/loss levenshteinDistance errors",
+            "min",
+        ),
+        (
+            "accuracy acc f1 em exact_match rouge1 rougeL rougeLsum bleu pearson_corrcoef "
+            "spearman_corrcoef matthews_corrcoef mean_3class_f1 auc-roc sequence_accuracy "
+            "rte/accuracy precision recall top5_accuracy accuracies",
+            "max",
+        ),
+        ("score my_metric reward length loss_accuracy f1_error value_of_it", None),
+    ],
+)
+def test_what_is_better_by_usual_names(names, direction):
+    for name in names.split():
+        assert direction_by_name(name) == direction, name
+
+
+def test_every_metric_of_ours_declares_what_is_better():
+    for name in metric_names():
+        metric = get_metric(name, labels=LABELS)
+        numbers = ("rouge1", "rouge2", "rougeL", "rougeLsum") if name == "rouge" else (name,)
+        for number in numbers:
+            expected = "min" if name in ("loss", "invalid") else "max"
+            assert metric.declared_direction(number) == expected, number
+
+
+def test_a_metric_of_several_numbers_declares_each():
+    metric = Metric(name="x", fn=lambda t, p: {"a": 1.0, "b": 2.0}, direction={"a": "min"})
+    assert metric.declared_direction("a") == "min" and metric.declared_direction("b") is None
+    one = Metric(name="x", fn=lambda t, p: 1.0, direction="min")
+    assert one.declared_direction("x") == "min" and one.declared_direction("y") is None
+
+
+def test_the_loss_is_left_to_whoever_has_the_model():
+    assert get_metric("loss") is EVALUATION_LOSS
+    assert score([EVALUATION_LOSS, get_metric("accuracy")], ["a"], ["a"]) == {"accuracy": 100}
+
+
+def test_correlations_of_text():
+    assert value("pearson", ["1", "2", "3"], ["2.0", "4.0", "6.0"]) == pytest.approx(100)
+    assert value("spearman", ["1", "2", "3"], ["1", "4", "9"]) == pytest.approx(100)
+    assert value("pearson", ["1", "2", "3"], ["1", "4", "9"]) == pytest.approx(98.97, abs=0.01)
+    assert math.isnan(value("pearson", ["1", "2"], ["3", "3"]))
+    # What is not a number is as wrong as can be: 1 for 5, and 5 for 1.
+    for nonsense in ("", "five", "nan", "inf", "1e400"):
+        got = value("pearson", ["1", "2", "5"], ["1", "2", nonsense])
+        assert got == pytest.approx(value("pearson", ["1", "2", "5"], ["1", "2", "1"])), nonsense
+    with pytest.raises(UserError, match=r"'pearson' compares numbers, and the target 'good'"):
+        value("pearson", ["1", "good"], ["1", "2"])
+
+
+def test_f1_of_words_and_rouge():
+    # One word of two, of three that are there: precision 1/2, recall 1/3.
+    assert value("f1", ["red green blue"], ["Red, yellow!"]) == pytest.approx(40)
+    assert value("f1", ["The cat"], ["a cat"]) == 100
+    assert value("f1", ["the", ""], ["a", "word"]) == 50  # nothing is left of both, and of one
+    targets, predictions = ["the cat sat on the mat"], ["the cat lay on a mat"]
+    assert value("rouge1", targets, predictions) == pytest.approx(100 * 4 / 6)
+    assert value("rouge2", targets, predictions) == pytest.approx(100 * 1 / 5)
+    assert value("rougeL", targets, predictions) == pytest.approx(100 * 4 / 6)
+    every = score([get_metric("rouge")], targets, predictions)
+    assert list(every) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert every["rouge2"] == value("rouge2", targets, predictions)
+    for name in ("f1", "rouge", "rougeL"):
+        with pytest.raises(UserError, match="compares texts"):
+            value(name, [1, 2], [1, 2])

@@ -67,7 +67,11 @@ def test_members_mean_best_and_baseline_are_drawn(tmp_path: Path, figures: list[
     assert curves(f1)[4][1] == [51.5, 51.5]
     assert f1.texts[0].get_text() == "majority class 51.5"
     labels = [text.get_text() for text in f1.get_legend().get_texts()]
-    assert labels == ["each", "mean of 2", "best: 90 at 40"]
+    assert labels == ["mean of 2", "best: 90 at 40 (seed_0)"]
+    (members,) = figures[0].legends
+    assert [text.get_text() for text in members.get_texts()] == ["seed_0", "seed_1"]
+    drawn = [line.get_color() for line in members.get_lines()]
+    assert drawn == [line.get_color() for line in f1.get_lines()[:2]] and drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("metric", ["loss", "perplexity", "invalid_share"])

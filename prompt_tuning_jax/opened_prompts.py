@@ -14,6 +14,7 @@ from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     check_fits,
+    is_prompt_file,
     load_prompt_with_metadata,
 )
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
@@ -240,7 +241,7 @@ def _prompts_in(folder: Path) -> str:
     inside = sorted(
         child
         for child in folder.iterdir()
-        if (is_peft(child) if child.is_dir() else child.suffix in PROMPT_SUFFIXES)
+        if (is_peft(child) if child.is_dir() else is_prompt_file(child))
     )
     listed = ", ".join(child.name for child in inside[:5]) + ", ..." * (len(inside) > 5)
     return f"; name one by one the prompts in it: {listed}" if inside else ""

@@ -152,3 +152,16 @@ def test_what_cannot_be_written_is_said_in_one_line() -> None:
     for message, call in wrong.items():
         with pytest.raises(pt.UserError, match=message):
             call()
+
+
+def test_a_folder_names_the_prompt_in_it_whatever_it_is_called(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "a.npy")
+    (tmp_path / "a.npy").rename(tmp_path / "encoder.prompt.prompt.prompt")
+    (tmp_path / "notes.txt").write_text("of the export")
+    with pytest.raises(pt.UserError, match=r"prompts in it: encoder\.prompt\.prompt\.prompt$"):
+        pt.attach(micro_model(), tmp_path)
+    with pytest.raises(pt.UserError, match=r"did you mean .*encoder\.prompt\.prompt\.prompt"):
+        pt.load_prompt(tmp_path)
+    (tmp_path / "encoder.prompt.prompt.prompt").rename(tmp_path / "another")
+    with pytest.raises(pt.UserError, match=r"did you mean .*/another\?"):
+        pt.load_prompt(tmp_path)

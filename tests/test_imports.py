@@ -21,6 +21,7 @@ ROWS = (
             "platforms",
             "bounded_json",
             "path_patterns",
+            "stored_size",
             "typing",
             "user_cache",
             "precision",

@@ -17,8 +17,8 @@ import numpy as np
 from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray, scan_msgpack
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
-from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import HostArray
 
 SAFETENSORS = "model.safetensors"

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.bounded_json import read_json
-from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import HostArray
 
 _DTYPES = {
@@ -49,21 +50,14 @@ def map_safetensors(path: Path) -> MappedArrays:
 
     require_whole(path)
     try:
-        # It looks whether the arrays fill the file, one behind the other, each as long as its
-        # shape.  Opening and closing it is not enough: no header is too long for it.
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_HEADER:
-                raise UserError(
-                    f"{path} is a damaged .safetensors file: a header of {length} bytes"
-                )
-            header = file.read(length)
+        length, described = read_header(path)
+        # The library looks whether the arrays fill the file, one behind the other, each as long as
+        # its shape.
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is a damaged .safetensors file: {_line(error)}") from error
     # Repeated names would be read otherwise here than there: shapes and places are looked at again.
-    described = read_json(header, of=f"{path}: its header")
     metadata = described.pop("__metadata__", None) or {}
     size, arrays = path.stat().st_size, {}
     for name, entry in sorted(described.items()):
@@ -75,6 +69,19 @@ def map_safetensors(path: Path) -> MappedArrays:
             raise UserError(f"{path} is a damaged .safetensors file: {name} is not where it says")
         arrays[name] = _mapped(path, start, dtype, shape)
     return MappedArrays(arrays=arrays, metadata=metadata)
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The length of the header and what it says; UserError where it is none, or OSError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            raise UserError(f"{path} is a damaged .safetensors file: a header of {length} bytes")
+        header = file.read(length)
+    described = read_json(header, of=f"{path} is a damaged .safetensors file: its header")
+    if not isinstance(described, dict):
+        raise UserError(f"{path} is a damaged .safetensors file: its header is no object")
+    return length, described
 
 
 def require_at_most(arrays: Mapping[str, HostArray], most: int, *, of: str, why: str) -> None:

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
-from prompt_tuning_jax.checkpoints.stored_size import require_whole
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import DType, HostArray
 
 # What a safetensors file calls the types that a prompt is stored in.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as distributions
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,7 +291,9 @@ def _read_folder(folder: Path) -> StoredPrompt:
         )
     if t5x.is_t5x(folder):
         return _read_t5x(folder)
-    inside = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
+    named = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
+    files = (p for p in sorted(folder.iterdir()) if p.is_file() and is_prompt_file(p))
+    inside = named or list(islice(files, 1))
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     raise UserError(
         f"{folder} is a folder without a prompt: it has neither a PEFT adapter's {peft.CONFIG} "
@@ -310,6 +313,16 @@ def _read_t5x(folder: str | Path) -> StoredPrompt:
         raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
     prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)
     return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
+
+
+def is_prompt_file(path: Path) -> bool:
+    """Whether a file begins as one that can hold a prompt, whatever its name; T5X's has none."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start.startswith(_NPY_MAGIC) or start[8:] == b"{"
 
 
 def _guess(start: bytes) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.bucket import Bucket, as_folder, one_line, store_of
-from prompt_tuning_jax.checkpoints.stored_size import stored_bytes
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import stored_bytes
 
 __all__ = ["Place", "one_line"]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import bucket
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
-from prompt_tuning_jax.checkpoints.stored_size import require_stored
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_stored
 from prompt_tuning_jax.typing import HostArray
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.checkpoints.mapped_safetensors import read_header
 from prompt_tuning_jax.errors import UserError
 
 METHOD = "method"  # the metadata's key; below it the method's config as JSON
@@ -13,16 +14,13 @@ def tuned_by(path: Path) -> str | None:
 
     None for what is no such file, or cannot be read; "" where the method has no name.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get(METHOD)
-    except (SafetensorError, OSError, ValueError):
+        text = read_header(path)[1].get("__metadata__", {}).get(METHOD)
+    except (UserError, OSError, AttributeError):
         return None
-    if text is None:
+    if not isinstance(text, str):
         return None
     try:
         described = read_json(text, of="the method")

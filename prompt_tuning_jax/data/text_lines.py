@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 
 # Numbered from 1, each with its end.
 NumberedLines: TypeAlias = Iterator[tuple[int, str]]
@@ -31,6 +32,7 @@ _OTHER_KINDS = (
 
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's bytes, unpacked where its name ends in .gz; UserError if it cannot be opened."""
+    require_whole(path)
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         opened: IO[bytes] = opener(path, "rb")

@@ -57,14 +57,17 @@ def matthews(targets: Sequence[int], predictions: Sequence[int]) -> float:
 
 
 def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's correlation; nan where all predictions are the same, as in the original."""
+    """Pearson's correlation; nan where all predictions are the same, as in the original.
+
+    A prediction that is no finite number counts as -1: see ``postprocess.number``.
+    """
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, targets, predictions)
 
 
 def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan where all predictions are the same, as in the original."""
+    """Spearman's rank correlation; nan and what is no number as in ``pearson``."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, targets, predictions)

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 
 # A passage is one field of a table; csv's own limit is 128 kB.
 _FIELD_LIMIT = 1 << 24
@@ -116,6 +117,7 @@ _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object
 
 
 def _open(path: Path) -> IO[bytes]:
+    require_whole(path)
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         opened: IO[bytes] = opener(path, "rb")

@@ -6,11 +6,14 @@ _LONGEST = 2000  # characters
 class UserError(Exception):
     """Wrong input from outside: one line that names the field, file, task or shape and what to do.
 
-    The command line prints the message without a traceback and exits with status 2.  Of a message
-    of thousands of characters, as values of damaged files make it, the middle is left out.
+    The command line prints the message without a traceback and exits with status 2.  Values of
+    damaged files are in messages: of thousands of characters the middle is left out, and those that
+    a terminal obeys are escaped.
     """
 
     def __init__(self, message: str) -> None:
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(message)

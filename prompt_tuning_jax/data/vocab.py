@@ -32,6 +32,7 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 T5_IDS = TokenIds()
+_LARGEST = 2**27  # bytes of a SentencePiece file; the largest that are published have 5 million
 
 DEFAULT_SENTINELS = 100
 _BYTE_OFFSET = 3  # the byte b has the id b + 3
@@ -291,11 +292,15 @@ def _byte_vocabulary(extra_ids: int | None, token_ids: TokenIds) -> ByteVocabula
 
 def _read_model(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such vocabulary file; give a SentencePiece .model") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the vocabulary: {error.strerror}") from None
+    if len(data) > _LARGEST:
+        raise UserError(f"{path}: more than the {_LARGEST} bytes that are read of a vocabulary")
+    return data
 
 
 def _load_processor(model: bytes, *, path: Path) -> "sentencepiece.SentencePieceProcessor":

@@ -1,5 +1,7 @@
 """The one exception whose message a user is meant to read."""
 
+from prompt_tuning_jax.printable import printable
+
 _LONGEST = 2000  # characters
 
 
@@ -12,8 +14,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        if not message.isprintable():
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        message = printable(message)
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(message)

@@ -117,3 +117,11 @@ def test_nan_is_written_as_null() -> None:
     assert json_text({"a": 1}, indent=2) == '{\n  "a": 1\n}'
     with pytest.raises(TypeError):
         json_text({"a": object()})
+
+
+def test_a_message_is_one_printable_line_of_some_length() -> None:
+    error = UserError(f"a.json: field {'x' * 10_000}\x1b[31m\nis wrong; set it")
+    message = str(error)
+    assert len(message) < 2100
+    assert message.startswith("a.json: field xx")
+    assert message.endswith(r"\x1b[31m\nis wrong; set it")

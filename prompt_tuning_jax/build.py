@@ -1,6 +1,7 @@
 """Experiment -> model, method, optimizer, step: the only file that wires them together."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from prompt_tuning_jax.sharding import RULES, make_mesh, parse_rules, with_rules
 from prompt_tuning_jax.training.evaluate import (
     Predictions,
     Predictor,
+    chosen_strategy,
     score_members,
 )
 from prompt_tuning_jax.training.step import (
@@ -43,6 +45,8 @@ from prompt_tuning_jax.training.step import (
     make_train_step,
 )
 from prompt_tuning_jax.typing import FlatParams, Mask
+
+_log = logging.getLogger(__name__)
 
 # Or the CPU backend lays all weights out anew before the loop over a batch's parts, and the logits'
 # in float32: a twelfth of the time and two fifths of the memory of a step.
@@ -127,6 +131,8 @@ def attach_unplaced(
         method: Any = experiment.method
         if inits:
             method = dataclasses.replace(method, init=inits[number])
+        if not labels and (experiment.data.train or experiment.data.eval):
+            method = _without_label_init(method)
         # Not the key of dropout: that one is folded with steps from 0.
         key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
         attached: Attached = method.attach(model, key=key, context=context)
@@ -150,6 +156,17 @@ def attach_unplaced(
         if axis not in RULES and axis not in used:
             raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
     return members, axes
+
+
+def _without_label_init(method: Any) -> Any:
+    """For text of a user's own: what labels leave over is sampled, here all of the prompt."""
+    if getattr(method, "init", "") != "class_labels" or getattr(method, "init_labels", ()):
+        return method
+    _log.warning(
+        "method.init=class_labels: the targets are text and there are no labels, so the prompt "
+        "starts from sampled vocabulary"
+    )
+    return dataclasses.replace(method, init="sampled_vocabulary")
 
 
 def require_trainable(tuned: Mapping[str, Any]) -> None:
@@ -263,7 +280,7 @@ def build_predictor(
     return Predictor(
         graphdef=graphdef,
         vocabulary=vocabulary,
-        strategy=config.strategy,
+        strategy=chosen_strategy(config.strategy, labels),
         batch_size=config.batch_size,
         max_length=experiment.data.targets_length,
         num_beams=config.num_beams,

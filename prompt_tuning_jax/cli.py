@@ -112,6 +112,7 @@ def _processes(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 def _train(args: argparse.Namespace) -> None:
     experiment = _experiment(args)
+    _require_typed_files(args, experiment)
     from prompt_tuning_jax import commands
 
     result = commands.train(experiment)
@@ -556,6 +557,23 @@ def _inputs(args: argparse.Namespace) -> list[str]:
     if not text.strip():
         raise UserError(f"the input {args.input or 'from stdin'} is empty")
     return text.removesuffix("\n").split("\n")
+
+
+def _require_typed_files(args: argparse.Namespace, experiment: "Experiment") -> None:
+    """UserError where a config's own example of a file is not there: the user never named it."""
+    data = experiment.data
+    typed = {override.partition("=")[0].strip() for override in args.set}
+    for option, field, path in (
+        ("data", "data.train", data.train),
+        ("eval_data", "data.eval", data.eval),
+    ):
+        named = getattr(args, option) is not None or field in typed
+        if path and not named and not Path(path).exists():
+            raise UserError(
+                f"--{option} is missing: name your examples to "
+                f"{'train' if option == 'data' else 'evaluate'} on (of the config's own example, "
+                f"{path}: there is no such file)"
+            )
 
 
 def _require_folder(args: argparse.Namespace, *options: str) -> None:

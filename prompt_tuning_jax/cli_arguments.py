@@ -630,7 +630,9 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", metavar="NAME", help="bundled name or folder")
-    group.add_argument("--data", metavar="FILE", help="your training examples: jsonl, csv or tsv")
+    group.add_argument(
+        "--data", metavar="FILE", help="your training examples: jsonl, csv, tsv, json or parquet"
+    )
     group.add_argument("--eval_data", metavar="FILE", help="your examples to evaluate on")
     _add_data_dir_option(group)
 

@@ -76,6 +76,10 @@ class Data(Config):
     columns: tuple[str, ...] = ()
     separator: str = ""
     labels: tuple[str, ...] = ()  # empty: the task's, or the distinct targets of the training file
+    # How much examples count in the training loss by their label: LABEL=WEIGHT each (others 1), or
+    # balanced (N / (labels * examples of this one)).  The loss and the tokens of an example are
+    # multiplied by it before training.loss_normalization divides; evaluation is as it was.
+    class_weights: tuple[str, ...] = ()
     # Empty: the task's, or accuracy.  ``loss`` is the targets' mean cross entropy per token.
     metrics: tuple[str, ...] = ()
     inputs_length: int = 128
@@ -150,9 +154,12 @@ class Training(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Config):
-    """How predictions are made: ``rank`` scores the label strings, the others write text."""
+    """How predictions are made: ``rank`` scores the label strings, ``greedy`` and ``beam`` write.
 
-    strategy: Literal["rank", "greedy", "beam"] = "rank"
+    ``auto`` ranks where the task has labels, and else writes greedily.
+    """
+
+    strategy: Literal["auto", "rank", "greedy", "beam"] = "auto"
     batch_size: int = 128
     num_beams: int = 4  # beam
     # rank: a label's score is the mean log-probability of its tokens, not the sum, which favours

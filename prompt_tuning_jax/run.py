@@ -78,6 +78,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
                 results.stopped_early and same_patience
             ):
                 return _finished(folder, experiment, results, quiet=quiet)
+    task_data.check_files(experiment)
     layout = build.train_layout(experiment)
     model = build.build_model(experiment, layout=layout)
     data = task_data.build_data(experiment, build.vocabulary_of(model), layout=layout)

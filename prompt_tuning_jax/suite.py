@@ -149,7 +149,7 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
         data = replace(data, eval_split=_TEST)
     if not all(task.labels for task in evaluated):
         data = replace(data, targets_length=max(data.targets_length, _FREE_TEXT_LENGTH))
-        if evaluation.strategy == "rank":
+        if evaluation.strategy in ("rank", "auto"):
             evaluation = replace(evaluation, strategy="greedy")
     training = replace(base.training, workdir=workdir)
     experiment = replace(base, data=data, evaluation=evaluation, training=training)

@@ -3,17 +3,19 @@
 import dataclasses
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
 from prompt_tuning_jax.data import demonstrations
 from prompt_tuning_jax.data.buckets import FIXED, Buckets, parse_buckets
-from prompt_tuning_jax.data.files import file_task
+from prompt_tuning_jax.data.class_weights import example_weights
+from prompt_tuning_jax.data.files import are_labels, check_file_columns, file_task
 from prompt_tuning_jax.data.label_objective import NO_BLOCK, PromptBlock
 from prompt_tuning_jax.data.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.metrics import (
@@ -24,6 +26,13 @@ from prompt_tuning_jax.data.metrics import (
     get_metric,
 )
 from prompt_tuning_jax.data.suggest import suggest
+from prompt_tuning_jax.data.target_checks import (
+    is_rewritten,
+    label_line,
+    label_notes,
+    listed_counts,
+    require_labels_known,
+)
 from prompt_tuning_jax.data.task import (
     Mixture,
     Task,
@@ -31,6 +40,7 @@ from prompt_tuning_jax.data.task import (
     get_mixture,
     tasks_known_as,
 )
+from prompt_tuning_jax.data.text_template import parse_template
 from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.vocab import AnyVocabulary
 from prompt_tuning_jax.data.wording import template_of, template_of_column
@@ -44,6 +54,7 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.overrides import method_to_json
 from prompt_tuning_jax.pretraining import TextData, open_text_data
 from prompt_tuning_jax.training.evaluate import (
+    chosen_strategy,
     eval_batch_size,
     require_labels,
 )
@@ -53,6 +64,7 @@ from prompt_tuning_jax.training.step import (
 
 # Whose padding is counted for the report, or one epoch; whose shapes are compiled beforehand.
 _REPORTED_STEPS = 200
+_NO_EVAL = "data.eval is empty; name a file of examples to evaluate on (--eval_data)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +112,9 @@ def build_mixture(data: Data) -> Mixture:
     if data.train or data.eval:
         return as_mixture(
             file_task(
-                train=data.train,
-                eval=data.eval,
-                train_split=data.train_split,
-                eval_split=data.eval_split,
-                inputs_column=data.inputs_column,
-                targets_column=data.targets_column,
-                inputs_template=data.inputs_template,
-                targets_template=data.targets_template,
+                **_file_fields(data),
                 targets=data.targets,
                 allow_empty_targets=data.allow_empty_targets,
-                header=data.header,
-                columns=data.columns,
-                separator=data.separator,
                 labels=data.labels,
                 metrics=data.metrics,
             )
@@ -212,7 +214,7 @@ def build_data(
             block=block,
         )
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
-        raise UserError("data.eval is empty; name a file of examples to evaluate on (--eval_data)")
+        raise UserError(_NO_EVAL)
     mixture = build_mixture(data)
 
     def examples(tasks: Sequence[Task], split: str) -> list[TokenizedExamples]:
@@ -240,6 +242,7 @@ def build_data(
     if experiment.evaluation.strategy == "rank":
         for task in evaluated:  # now, and not at the first evaluation
             require_labels(task.labels)
+    _check_targets(experiment, train_sets, eval_sets)
     train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
     if experiment.method.ranks:
         for target in set(train_targets) - set(labels):
@@ -255,6 +258,7 @@ def build_data(
             seeds=experiment.training.seeds,
             rates=mixture.rates if len(mixture.rates) > 1 else (),
             buckets=buckets_of(experiment),
+            weights=_weights(data, train_sets),
             rows=slice(None) if layout is None else layout.rows(experiment.training.batch_size),
         )
     best_by = _best_by(experiment.evaluation.best_by, eval_sets)
@@ -383,6 +387,102 @@ def import_module(name: str, *, task: str = "") -> None:
         ) from None
 
 
+def check_files(experiment: Experiment) -> None:
+    """UserError unless the files that the experiment names are there and hold what is asked for.
+
+    Looks at the first row of data files; cheap, so that it comes before whatever takes long.
+    """
+    data, method = experiment.data, experiment.method
+    inits = experiment.training.inits or (getattr(method, "init", ""),)
+    path = getattr(method, "init_path", "")
+    if path and {"file", "source"} & set(inits) and not Path(path).expanduser().exists():
+        raise UserError(f"method.init_path: cannot read the prompt: {path}: there is no such file")
+    if data.objectives:
+        return
+    if data.train and not data.eval and data.eval_split != data.train_split:
+        raise UserError(_NO_EVAL)
+    if data.train or data.eval:
+        check_file_columns(**_file_fields(data))
+
+
+def _file_fields(data: Data) -> dict[str, Any]:
+    """The fields that say where rows are and how they become text."""
+    names = ("train", "eval", "train_split", "eval_split", "header", "columns", "separator")
+    sides = ("inputs_column", "targets_column", "inputs_template", "targets_template")
+    return {name: getattr(data, name) for name in (*names, *sides)}
+
+
+def _check_targets(
+    experiment: Experiment,
+    train_sets: Sequence[TokenizedExamples],
+    eval_sets: Sequence[TokenizedExamples],
+) -> None:
+    """UserError for targets that no prediction can equal, and for labels that nobody has named."""
+    data, asked = experiment.data, experiment.evaluation.strategy
+    own_files = bool(data.train or data.eval)
+    for number, one in enumerate((*train_sets, *eval_sets)):
+        labels, evaluated = one.task.labels, number >= len(train_sets)
+        if own_files and not labels and not data.train and data.targets == "auto":
+            counts = Counter(example["targets"] for example in one.texts)
+            if asked in ("auto", "rank") and are_labels(counts):
+                raise UserError(
+                    f"{one.title}: nothing says which labels there are to choose between (the file "
+                    f"has {listed_counts(counts)}, and need not have all); name all in "
+                    "data.labels, name the training file in data.train, or use a prompt that knows "
+                    "its labels; data.targets=text generates text"
+                )
+        ranks = chosen_strategy(asked, labels) == "rank"
+        if labels and (own_files or (ranks and evaluated)):
+            require_labels_known(
+                one.task, one.title, one.texts, of_training=own_files and not data.labels
+            )
+        if not labels and one.rewritten:
+            lost = {t for t, back in one.rewritten.items() if not is_rewritten(t, back)}
+            if all(example["targets"] in lost for example in one.texts):
+                *_, note = one.rewritten_notes()
+                raise UserError(f"{note}, and so are all; take a model of another vocabulary")
+
+
+def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray | None:
+    """The weight of every example, of each set by its own labels; None where all count alike."""
+    if not data.class_weights:
+        return None
+    parts = [
+        example_weights(
+            data.class_weights,
+            labels=one.task.labels,
+            targets=[example["targets"] for example in one.texts],
+        )
+        for one in train_sets
+    ]
+    return np.concatenate(parts)
+
+
+def _evaluation_line(experiment: Experiment, task: Task) -> str:
+    """How predictions come about, beside which the log's training accuracy is another thing."""
+    number = len(task.labels)
+    strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
+    if strategy == "rank":
+        return f"evaluation ranks the {number} label{'s' * (number != 1)} of each example"
+    return f"evaluation writes text ({strategy}) and compares it with the target"
+
+
+def _target_notes(data: Data, one: TokenizedExamples, *, trains: bool) -> Iterator[str]:
+    """What a user should know about the targets and inputs of a set, a line each."""
+    counts = Counter(example["targets"] for example in one.texts)
+    if trains and one.task.labels:
+        yield label_line(counts, one.task.labels)
+        yield from (f"note: {note}" for note in label_notes(counts, one.task.labels))
+    yield from (f"note: {note}" for note in one.rewritten_notes())
+    blank = data.inputs_template if data.train or data.eval else ""
+    if blank:
+        template = parse_template(blank, field="data.inputs_template")
+        blank = template.render(dict.fromkeys(template.columns, ""))
+    empty = sum(example["inputs"].split() == blank.split() for example in one.texts)
+    if empty:
+        yield f"note: {one.title}: {empty:,} of {len(one):,} inputs are empty"
+
+
 def _reports(
     experiment: Experiment,
     train_sets: list[TokenizedExamples],
@@ -391,14 +491,18 @@ def _reports(
     layout: Layout | None,
 ) -> Iterator[str]:
     """A line for each set, and what of the batches is padding."""
+    yield from dict.fromkeys(note for one in (*train_sets, *eval_sets) for note in one.task.notes)
     for one in train_sets:
         yield one.report()
+        yield from _target_notes(experiment.data, one, trains=True)
     if train is not None:
         steps = max(1, min(_REPORTED_STEPS, train.examples_per_epoch // train.batch_size))
         yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
     method = experiment.method
+    yield from dict.fromkeys(_evaluation_line(experiment, one.task) for one in eval_sets)
     for one in eval_sets:
         yield one.report()
+        yield from _target_notes(experiment.data, one, trains=False)
         if isinstance(method, PromptDesign) and method.shots:
             seed = experiment.training.seeds[0]
             yield demonstrations.report(one, shots=method.shots, seed=seed)

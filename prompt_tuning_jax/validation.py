@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from prompt_tuning_jax.checkpoints.names import LOGITS
 from prompt_tuning_jax.data.buckets import parse_buckets
+from prompt_tuning_jax.data.class_weights import parse_class_weights
 from prompt_tuning_jax.decoding.logits_processors import complaints as logits_complaints
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Mesh, Optimizer, Training
@@ -50,7 +51,7 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
     if hasattr(experiment.method, "init_population"):
         yield from _outside("method", experiment.method, "init_population", low=0)
     yield from experiment.method.complaints()
-    if experiment.method.ranks and experiment.evaluation.strategy != "rank":
+    if experiment.method.ranks and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (
             f"evaluation.strategy is {experiment.evaluation.strategy} and "
             f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
@@ -67,6 +68,22 @@ def _data(data: Data) -> Iterator[str]:
         yield "data.task is empty; name a task, or files of your own in data.train and data.eval"
     if (repeated := _repeated(data.labels)) is not None:
         yield f"data.labels has {repeated!r} twice"
+    parse_class_weights(data.class_weights)
+    if data.class_weights and data.objectives:
+        yield "data.class_weights are for labels, and data.objectives trains on text; leave one out"
+    own_files = bool(data.train or data.eval) and not data.objectives
+    for name in ("targets", "allow_empty_targets", "header", "columns", "separator"):
+        if not own_files and getattr(data, name) != getattr(Data(), name):
+            yield (
+                f"data.{name} is for files of your own, and data.train and data.eval name none; "
+                "leave it out"
+            )
+    if data.targets == "text" and data.labels:
+        yield "data.targets is text and data.labels names labels; leave one of them out"
+    if (repeated := _repeated(data.columns)) is not None:
+        yield f"data.columns has {repeated!r} twice"
+    if len(data.separator) > 1 and data.separator.lower() not in ("tab", "\\t"):
+        yield f"data.separator is {data.separator!r}; must be one character, or tab"
     yield from _outside("data", data, "inputs_length", "targets_length", low=1)
     longest = max(parse_buckets(data.buckets).lengths, default=0)
     if longest > data.inputs_length:

@@ -72,3 +72,16 @@ def test_low_precision_logits_are_summed_in_float32():
 def test_huge_logits_stay_finite():
     sums = token_sums(jnp.asarray(LOGITS) * 1e4, TARGETS)
     assert np.isfinite(float(sums.loss))
+
+
+def test_weights_multiply_losses_and_tokens_of_their_example() -> None:
+    """A weight of two is the example twice, and of zero is no example."""
+    weights = np.arange(len(TARGETS)) % 3
+    sums = token_sums(jnp.asarray(LOGITS), TARGETS, z_loss=0.1, weights_B=weights)
+    often = np.repeat(np.arange(len(TARGETS)), weights)
+    want = token_sums(jnp.asarray(LOGITS)[often], TARGETS[often], z_loss=0.1)
+    assert float(sums.loss) == pytest.approx(float(want.loss), rel=1e-5)
+    assert float(sums.tokens) == float(want.tokens)
+    plain = token_sums(jnp.asarray(LOGITS), TARGETS, z_loss=0.1)
+    assert float(sums.correct) == float(plain.correct)
+    assert float(sums.examples) == float(plain.examples)

@@ -182,7 +182,7 @@ def test_free_text_cannot_be_ranked(tmp_path: Path, refused: Refused) -> None:
     """Said before the first step, not at the first evaluation."""
     many = [{"inputs": w, "targets": f"{w} {i}"} for i, w in enumerate(tiny_run.WORDS[:60])]
     file = str(write_rows(tmp_path / "free.jsonl", many))
-    changes = {"data.train": file, "data.eval": file, "method.init": "uniform"}
+    changes = {"data.train": file, "data.eval": file, "evaluation.strategy": "rank"}
     config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
     assert "evaluation.strategy=rank needs labels" in refused("train", config)
     assert not (tmp_path / "run").exists()
@@ -381,3 +381,65 @@ def test_through_a_process(tmp_path: Path, run: Path) -> None:
         assert errors.startswith("error: ") and errors.count("\n") == 1 and expected in errors
         assert out == ""
     assert tree_bytes(run) == before
+
+
+@pytest.mark.parametrize(
+    ("train_targets", "eval_targets", "message"),
+    [
+        (("red", "du"), ("red", "Du"), "'Du' is none of the labels that the training data has: du"),
+        (("be", "du"), ("Be", "Du"), "did you mean 'be'?"),
+        (("yes", "no"), ("yes", "perhaps"), "(6 of 12 targets: perhaps 6)"),
+        (
+            ("yes", "yes"),
+            ("yes", "no"),
+            "'no' is none of the labels that the training data has: yes",
+        ),
+    ],
+)
+def test_what_no_prediction_can_equal_is_refused_before_the_first_step(
+    tmp_path: Path,
+    refused: Refused,
+    train_targets: tuple[str, str],
+    eval_targets: tuple[str, str],
+    message: str,
+) -> None:
+    files = [
+        str(write_rows(tmp_path / name, [{"inputs": "red", "targets": t} for t in targets * 6]))
+        for name, targets in (("train.jsonl", train_targets), ("dev.jsonl", eval_targets))
+    ]
+    changes = {"data.train": files[0], "data.eval": files[1], "data.targets_length": 16}
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
+    assert message in refused("train", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_are_looked_for_before_anything_is_read(tmp_path: Path, refused: Refused) -> None:
+    """A file that is missing is what fails, though the one before it and the model would, too."""
+    damaged = lines(tmp_path / "a.jsonl", "{oops")
+    changes = {"data.train": damaged, "data.eval": "no.jsonl", "model.name_or_path": "no_model"}
+    config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
+    assert "no.jsonl: there is no such file" in refused("train", config, "--eval_data", "no.jsonl")
+    # A name that is the config's own example is asked for by its option.
+    assert "--eval_data is missing" in refused("train", config)
+    changes = {
+        "method.init": "file",
+        "method.init_path": "no.npy",
+        "model.name_or_path": "no_model",
+    }
+    config = write_config(tmp_path / "d.py", experiment(tmp_path / "run", changes))
+    assert "no.npy" in refused("train", config)
+
+
+def test_labels_that_nobody_has_named_are_asked_for(
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation file of one class would make every prediction right."""
+    file = write_rows(tmp_path / "dev.jsonl", [{"inputs": w, "targets": "red"} for w in "abcdef"])
+    prompt = _prompt(tmp_path / "p.npy", (5, 16))
+    changes = {"data.train": "", "data.eval": str(file)}
+    config = write_config(tmp_path / "c.py", experiment("", changes))
+    message = refused("eval", config, "--prompt", prompt)
+    assert "nothing says which labels" in message and "data.labels" in message
+    for given in ("data.labels=blue,red", "data.targets=text"):
+        assert main(["eval", str(config), "--prompt", prompt, "--set", given]) == 0
+    assert "accuracy" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def evaluate(
         for task, examples in data.evaluation.items():
             texts = [vote.prediction for vote in joined[task].votes()]
             prefix = f"{task}/" if len(data.evaluation) > 1 else ""
-            values = examples.task.score(examples.texts, texts)
+            values = examples.score(texts)
             ensemble.update({f"{prefix}{name}": value for name, value in values.items()})
     split = split or experiment.data.eval_split
     (first, *_) = data.evaluation.values()
@@ -117,7 +117,7 @@ def predict(
     model = build.build_model(experiment)
     words = build.vocabulary_of(model)
     loaded = _opened(experiment, model, prompts)
-    ranks = experiment.evaluation.strategy == "rank"
+    ranks = experiment.evaluation.strategy in ("rank", "auto")
     # Asking the experiment for them reads its training file, which need not be here any more.
     labels = loaded.labels or (_labels_of(experiment) if ranks else ())
     wording = _wording_of(experiment)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.data.metrics import get_metric
 from prompt_tuning_jax.data.row_files import RowFile, value_text
@@ -57,25 +57,14 @@ def file_task(
     Raises UserError, now or when the rows are read, naming file and line: a file that is missing,
     empty, of an unknown format, not text or malformed, a missing column, an empty target.
     """
-    options: dict[str, Any] = {"header": header, "columns": tuple(columns), "separator": separator}
-    files = {
-        split: RowFile(path=Path(path), split=split, **options)
-        for split, path in ((train_split, train), (eval_split, eval))
-        if path
-    }
-    if not files:
-        raise UserError("neither data.train nor data.eval names a file")
-    if train and eval and train_split == eval_split:
-        raise UserError(f"data.train_split and data.eval_split are both {train_split!r}")
-    if (not header or columns or separator) and not any(f.is_table for f in files.values()):
-        raise UserError(
-            "data.header, data.columns and data.separator are for .csv and .tsv files, and "
-            f"{next(iter(files.values())).title} is none"
-        )
+    files = _row_files(
+        train, eval, train_split, eval_split, header=header, columns=columns, separator=separator
+    )
+    sides = _sides(inputs_column, targets_column, inputs_template, targets_template)
     read = partial(
         _examples,
-        inputs=_template(inputs_template, inputs_column, "data.inputs_template"),
-        targets=_template(targets_template, targets_column, "data.targets_template"),
+        inputs=sides[0],
+        targets=sides[1],
         labels=tuple(labels),
         allow_empty=allow_empty_targets,
     )
@@ -89,19 +78,91 @@ def file_task(
             (lambda: read(files[eval_split])) if seen else None,
             targets,
         )
-    templates = repr(sorted((k, v) for k, v in read.keywords.items() if k in ("inputs", "targets")))
     return Task(
         name="file:" + next(iter(files.values())).path.name,
         source=Source(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),
-            fingerprint=lambda split, data_dir: _fingerprint(files[split], templates),
+            fingerprint=lambda split, data_dir: _fingerprint(files[split], sides),
             titles={split: file.title for split, file in files.items()},
         ),
         labels=tuple(labels),
         metrics=tuple(get_metric(name, labels=labels) for name in metrics or ("accuracy",)),
         description=", ".join(f"{split}: {file.path}" for split, file in files.items()),
-        notes=notes,
+        notes=notes
+        + tuple(n for file in files.values() if file.path.exists() for n in file.notes()),
+    )
+
+
+def check_file_columns(
+    *,
+    train: str,
+    eval: str,
+    train_split: str,
+    eval_split: str,
+    inputs_column: str,
+    targets_column: str,
+    inputs_template: str,
+    targets_template: str,
+    header: bool,
+    columns: Sequence[str],
+    separator: str,
+) -> None:
+    """UserError unless the files are there, hold a row, and that has the columns asked for."""
+    files = _row_files(
+        train, eval, train_split, eval_split, header=header, columns=columns, separator=separator
+    )
+    inputs, targets = _sides(inputs_column, targets_column, inputs_template, targets_template)
+    for file in files.values():  # all of them, before any is read
+        if not file.path.exists():
+            raise UserError(f"{file.path}: there is no such file")
+    for file in files.values():
+        where, row = next(file.rows(), ("", None))
+        if row is None:
+            raise UserError(f"{file.path}: holds no examples")
+        _require_columns(file, row, where, inputs=inputs, targets=targets)
+
+
+def _row_files(
+    train: str,
+    eval: str,
+    train_split: str,
+    eval_split: str,
+    *,
+    header: bool,
+    columns: Sequence[str],
+    separator: str,
+) -> dict[str, RowFile]:
+    """The files by split."""
+    if train and eval and train_split == eval_split:
+        raise UserError(f"data.train_split and data.eval_split are both {train_split!r}")
+    files = {
+        split: RowFile(
+            path=Path(path),
+            split=split,
+            header=header,
+            columns=tuple(columns),
+            separator=separator,
+        )
+        for split, path in ((train_split, train), (eval_split, eval))
+        if path
+    }
+    if not files:
+        raise UserError("neither data.train nor data.eval names a file")
+    if (not header or columns or separator) and not any(f.is_table for f in files.values()):
+        raise UserError(
+            "data.header, data.columns and data.separator are for .csv and .tsv files, and "
+            f"{next(iter(files.values())).title} is none"
+        )
+    return files
+
+
+def _sides(
+    inputs_column: str, targets_column: str, inputs_template: str, targets_template: str
+) -> tuple[TextTemplate, TextTemplate]:
+    return (
+        _template(inputs_template, inputs_column, "data.inputs_template"),
+        _template(targets_template, targets_column, "data.targets_template"),
     )
 
 
@@ -147,7 +208,7 @@ def _labels_of(
             rows = sum(counts.values())
             return (), (
                 f"targets: {len(counts):,} distinct in {rows:,} rows: text to generate; "
-                "set data.targets=labels to rank them as labels",
+                "data.targets=labels would rank them as labels",
             )
     if "" in counts:
         raise UserError(
@@ -203,14 +264,6 @@ def _examples(
         raise UserError(f"{file.path}: holds no examples")
 
 
-def require_columns(file: RowFile, *, inputs: TextTemplate, targets: TextTemplate) -> None:
-    """UserError unless the file is there, holds a row, and that has the columns asked for."""
-    where, row = next(file.rows(), ("", None))
-    if row is None:
-        raise UserError(f"{file.path}: holds no examples")
-    _require_columns(file, row, where, inputs=inputs, targets=targets)
-
-
 def _require_columns(
     file: RowFile, row: Row, where: str, *, inputs: TextTemplate, targets: TextTemplate
 ) -> None:
@@ -248,7 +301,7 @@ def _no_column(column: str, values: Row, side: str) -> str:
     )
 
 
-def _fingerprint(file: RowFile, templates: str) -> str:
-    digest = hashlib.sha256(templates.encode())
+def _fingerprint(file: RowFile, sides: tuple[TextTemplate, TextTemplate]) -> str:
+    digest = hashlib.sha256(repr(sides).encode())
     digest.update(file.fingerprint().encode())
     return digest.hexdigest()

@@ -27,8 +27,9 @@ class TrainBatches:
     ``batches[step]`` is a dict of int32 arrays: ``encoder_input_tokens`` [B, T],
     ``decoder_target_tokens`` [B, S] and ``decoder_input_tokens`` [B, S]; with several seeds each
     has a leading axis E.  Of several sets there is ``task_index`` [B], too: the number of the set
-    that an example comes from.  Every epoch holds every example once, in an order of its own; a
-    batch may reach across the end of an epoch, so that sets smaller than a batch work.
+    that an example comes from; and with ``weights``, ``example_weights`` [B] float32.  Every epoch
+    holds every example once, in an order of its own; a batch may reach across the end of an epoch,
+    so that sets smaller than a batch work.
 
     What a batch holds depends on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and
     the step, and on nothing else: not on the seeds beside it, nor on the steps asked for before,
@@ -49,6 +50,7 @@ class TrainBatches:
         rates: Sequence[float] = (),
         buckets: Buckets = FIXED,
         rows: slice | np.ndarray = slice(None),
+        weights: np.ndarray | None = None,
     ) -> None:
         """Plan the batches.
 
@@ -62,6 +64,7 @@ class TrainBatches:
           buckets: how T is chosen; no more than the sets' ``inputs_length``.
           rows: which of a batch's B rows to gather (a slice, or their numbers): one process's of
             several that share a plan.
+          weights: [N], of all examples of all sets in order: how much each counts in the loss.
         """
         self._sets = (examples,) if isinstance(examples, TokenizedExamples) else tuple(examples)
         if batch_size < 1:
@@ -79,6 +82,9 @@ class TrainBatches:
         self._one_seed = isinstance(seeds, int)
         self._seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
         self._rows = rows
+        if weights is not None and len(weights) != self._first[-1]:
+            raise ValueError(f"{self._first[-1]} examples and {len(weights)} weights")
+        self._weights_N = None if weights is None else np.asarray(weights, np.float32)
         # [examples] of all sets, as far as they are not cut.
         self._real_N = np.minimum(
             np.concatenate([s.inputs.lengths for s in self._sets]), inputs_length
@@ -139,6 +145,7 @@ class TrainBatches:
                     self._token_ids,
                 ),
                 np.zeros(leading, np.int32),
+                np.zeros(leading, np.int32),
             )
             for inputs_length, targets_length in lengths
         ]
@@ -159,7 +166,9 @@ class TrainBatches:
             targets_NS.reshape(*leading, targets_length),
             self._token_ids,
         )
-        return self._with_tasks(batch, sets_N.astype(np.int32).reshape(leading))
+        return self._with_tasks(
+            batch, sets_N.astype(np.int32).reshape(leading), indices_EB.reshape(leading)
+        )
 
     def iterate(
         self, start_step: int, stop_step: int, *, num_threads: int = 1, prefetch: int = 8
@@ -171,9 +180,15 @@ class TrainBatches:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         yield from steps.map(self.__getitem__).to_iter_dataset(options)
 
-    def _with_tasks(self, batch: Batch, task_index: np.ndarray) -> Batch:
-        """The batch that says of each example which set it comes from, where there are several."""
-        return {**batch, "task_index": task_index} if len(self._sets) > 1 else batch
+    def _with_tasks(self, batch: Batch, task_index: np.ndarray, number: np.ndarray) -> Batch:
+        """The batch that says of each example which set it comes from, where there are several.
+
+        And what weight the example of each number has, where they have some.
+        """
+        batch = {**batch, "task_index": task_index} if len(self._sets) > 1 else batch
+        if self._weights_N is None:
+            return batch
+        return {**batch, "example_weights": self._weights_N[number]}
 
     def _indices(self, step: int) -> np.ndarray:
         return np.stack([self.indices_for(step, seed) for seed in self._seeds])

@@ -4,7 +4,8 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from prompt_tuning_jax.data.example_cache import (
 )
 from prompt_tuning_jax.data.ragged import Ragged, make_ragged
 from prompt_tuning_jax.data.t5_tasks.forms import task_index_id
+from prompt_tuning_jax.data.target_checks import is_rewritten, same_value
 from prompt_tuning_jax.data.task import Example, Task
 from prompt_tuning_jax.data.vocab import T5_IDS, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
@@ -39,6 +41,7 @@ class TokenizedExamples:
       inputs_length, targets_length: in tokens, EOS included.
       token_ids: the model's, for padding and for what starts the decoder.
       remark: what readers of scores on these examples must know (``data.task.Source``).
+      read_back: texts as the vocabulary writes them; None: as they are.
     """
 
     task: Task
@@ -50,6 +53,7 @@ class TokenizedExamples:
     load_texts: Callable[[], list[Example]]
     remark: str = ""
     token_ids: TokenIds = T5_IDS
+    read_back: Callable[[Sequence[str]], list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -69,11 +73,83 @@ class TokenizedExamples:
         """How many targets are longer than ``targets_length``."""
         return self.targets.num_longer_than(self.targets_length)
 
+    @property
+    def title(self) -> str:
+        """What messages call the set: the user's file, or TASK/SPLIT."""
+        return self.task.source.titles.get(self.split, f"{self.task.name}/{self.split}")
+
+    @functools.cached_property
+    def rewritten(self) -> dict[str, str]:
+        """Targets and labels that the vocabulary does not give back as they are -> what it gives.
+
+        Those that the task's metrics take for the same all the same are left out.
+        """
+        if self.read_back is None:
+            return {}
+        first = {example["targets"]: example for example in reversed(self.texts)}
+        texts = [*dict.fromkeys([*first, *self.task.labels])]
+        found = {}
+        for text, back in zip(texts, self.read_back(texts), strict=True):
+            if back == text:
+                continue
+            compare, example = self.task.postprocess, first.get(text, {})
+            same = compare is not None and text in first
+            if same and compare is not None:
+                same = same_value(compare(text, example, True), compare(back, example, False))
+            if not same:
+                found[text] = back
+        return found
+
+    def score(self, predictions: Sequence[str]) -> dict[str, float]:
+        """The task's metrics of predicted texts, one per example in the same order.
+
+        A prediction that is what the vocabulary makes of a label counts as that label, and of a
+        target as that target, where no letters are lost.
+        """
+        back = self.rewritten
+        if not back:
+            return self.task.score(self.texts, predictions)
+        written = Counter(back.get(label, label) for label in self.task.labels)
+        labels = {
+            back[label]: label
+            for label in self.task.labels
+            if label in back and written[back[label]] == 1
+        }
+
+        def original(prediction: str, target: str) -> str:
+            if prediction in labels:
+                return labels[prediction]
+            same = prediction == back.get(target) and is_rewritten(target, prediction)
+            return target if same else prediction
+
+        pairs = zip(predictions, self.texts, strict=True)
+        return self.task.score(self.texts, [original(p, e["targets"]) for p, e in pairs])
+
+    def rewritten_notes(self) -> Iterator[str]:
+        """What the vocabulary makes of targets, a line each kind."""
+        counts = Counter(example["targets"] for example in self.texts)
+        for lost in (False, True):
+            texts = [t for t, b in self.rewritten.items() if is_rewritten(t, b) is not lost]
+            if not texts:
+                continue
+            number = sum(counts[text] for text in texts)
+            example = f"{_short(texts[0])} reads back as {_short(self.rewritten[texts[0]])}"
+            if self.task.labels:
+                many = f"{len(texts)} label{'s' * (len(texts) != 1)}"
+            else:
+                many = f"{number:,} target{'s' * (number != 1)}"
+            if lost:
+                yield f"{self.title}: {many} cannot be written in this vocabulary: {example}"
+            else:
+                yield (
+                    f"{self.title}: the vocabulary writes {many} otherwise: {example}; predictions "
+                    "are compared with that"
+                )
+
     def report(self) -> str:
         """One line: how many examples, how long, how many cut."""
-        title = self.task.source.titles.get(self.split, f"{self.task.name}/{self.split}")
         line = (
-            f"{title}: {len(self):,} example{'s' * (len(self) != 1)}, inputs of "
+            f"{self.title}: {len(self):,} example{'s' * (len(self) != 1)}, inputs of "
             f"{self.inputs.lengths.mean():.0f} tokens on average and {self.inputs.lengths.max()} "
             f"at most"
         )
@@ -163,6 +239,7 @@ def tokenize(
         load_texts=entry.load_texts,
         remark=task.source.remark(split, data_dir),
         token_ids=vocabulary.token_ids,
+        read_back=functools.partial(_read_back, vocabulary),
     )
 
 
@@ -220,6 +297,18 @@ def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> 
         targets=make_ragged(_encoded(targets, vocabulary, eos_id=vocabulary.token_ids.eos)),
         load_texts=lambda: texts,
     )
+
+
+def _read_back(vocabulary: AnyVocabulary, texts: Sequence[str]) -> list[str]:
+    found = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        for ids in vocabulary.encode_batch(texts[start : start + _TEXTS_AT_ONCE]):
+            found.append(vocabulary.decode(ids))
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _encoded(

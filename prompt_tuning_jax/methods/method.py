@@ -128,6 +128,7 @@ class Attached(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
         z_loss: float = 0.0,
+        weights_B: Array | HostArray | None = None,
     ) -> TokenSums:
         """What training makes smaller: the cross entropy of the targets' tokens.
 
@@ -139,12 +140,12 @@ class Attached(nnx.Module):
             logits_BC = self._own_label_logits(encoder_input_tokens, slots, key=key, remat=remat)
             same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
-            return class_sums(logits_BC, class_B, z_loss=z_loss)
+            return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
         logits_BSV = self(
             encoder_input_tokens, decoder_input_tokens, task_B=task_B, key=key, remat=remat
         )
         fill = self.model.token_ids.fill
-        return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill)
+        return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
 
     def label_scores(
         self,

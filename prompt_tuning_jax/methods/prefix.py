@@ -1,5 +1,6 @@
 """Prefix tuning: trained keys and values in front of every layer's own (Li and Liang 2021)."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,8 @@ from prompt_tuning_jax.models.attention import Attention
 from prompt_tuning_jax.models.slots import KeyValues, Slots
 from prompt_tuning_jax.models.t5 import T5
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +171,12 @@ def _words(method: PrefixTuning, model: T5, context: Context, *, key: Array) -> 
     if context.vocabulary is None:
         return sampled_P
     pieces = [piece for label in context.labels for piece in context.vocabulary.encode(label)]
+    if len(pieces) > method.length:
+        _log.warning(
+            "method.length is %d, and the labels have %d pieces: the prefix starts from the first "
+            "of them; raise method.length",
+            *(method.length, len(pieces)),
+        )
     first = jnp.asarray(pieces[: method.length], jnp.int32)
     return sampled_P.at[: len(first)].set(first)
 

@@ -1,5 +1,6 @@
 """Initial values of a prompt (Lester et al. 2021, section 3.2 and figure 3b)."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,6 +22,10 @@ Init = Literal[
     "string",
     "file",
 ]
+
+_MOST_LISTED = 12
+
+_log = logging.getLogger(__name__)
 
 
 def uniform(key: Array, length: int, width: int, *, low: float, high: float) -> Array:
@@ -61,6 +66,22 @@ def described(content_PD: Array, labels_CD: Array) -> Array:
     """
     turned_PD = jnp.roll(content_PD, content_PD.shape[1] // 2, axis=-1)
     return turned_PD + labels_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
+
+
+def say_what_is_left_out(init: str, words: Sequence[str], length: int) -> None:
+    """A note where a prompt has fewer positions than there are labels, or pieces of a text."""
+    if len(words) <= length:
+        return
+    *others, last = [repr(word) for word in words[length:][:_MOST_LISTED]]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    more = len(words) - length - _MOST_LISTED
+    what = "pieces of method.init_text" if init == "string" else "labels"
+    order = "" if init == "string" else ", or put those that matter first in data.labels"
+    _log.warning(
+        "method.init=%s: there are %d %s and the prompt has %d positions: nothing starts from %s%s;"
+        " raise method.length%s",
+        *(init, len(words), what, length, listed, f" and {more} more" if more > 0 else "", order),
+    )
 
 
 def string(embedding_VD: Table, vocabulary: Vocabulary, text: str) -> Array:
@@ -114,9 +135,12 @@ def initial_prompt(
                 "method.init_labels, or choose method.init=sampled_vocabulary"
             )
         first = class_labels(embedding_VD, vocabulary, labels)
+        say_what_is_left_out(init, labels, length)
         if init == "described":
             return described(prompt_PD, first)
     else:
         first = string(embedding_VD, vocabulary, text)
+        pieces = [vocabulary.pieces(i).replace("▁", "") for i in vocabulary.encode(text)]
+        say_what_is_left_out(init, pieces, length)
     first = first[:length]
     return prompt_PD.at[: first.shape[0]].set(first)

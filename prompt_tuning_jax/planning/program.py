@@ -124,7 +124,7 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
 
 
 def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
-    """One batch of the evaluation: ``rank`` scores the labels, the others write.
+    """One batch of the evaluation: ``rank`` scores the labels (and ``auto``), the others write.
 
     The labels are taken to be as long as targets may be, and two where the config names none.  What
     is written is a loop: its FLOPs and bytes are those of one position.
@@ -132,7 +132,8 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
     evaluation, data = experiment.evaluation, experiment.data
     members, layout = abstract.members, abstract.layout
     tokens_BT = _tokens((evaluation.batch_size, data.inputs_length), ("batch", "length"), layout)
-    if evaluation.strategy == "rank":
+    strategy = "rank" if evaluation.strategy == "auto" else evaluation.strategy
+    if strategy == "rank":
         shape = (len(data.labels) or 2, data.targets_length)
         labels_CS = _tokens(shape, (None, None), layout)
         lowered = label_scores.lower(
@@ -146,7 +147,7 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
         )
     else:
         writing = Writing(
-            strategy=evaluation.strategy,
+            strategy=strategy,
             max_length=data.targets_length,
             num_beams=evaluation.num_beams,
         )

@@ -253,6 +253,15 @@ def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
     return -(-min(asked, examples) // parts) * parts
 
 
+def chosen_strategy(
+    asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
+) -> Literal["rank", "greedy", "beam"]:
+    """How predictions are made: ``auto`` ranks labels where there are some, and else writes."""
+    if asked == "auto":
+        return "rank" if labels else "greedy"
+    return asked
+
+
 def require_labels(labels: Sequence[str]) -> None:
     """Raises UserError where there is nothing to rank."""
     if not labels:
@@ -264,4 +273,4 @@ def require_labels(labels: Sequence[str]) -> None:
 
 def score_members(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
     """The task's metrics for each member, in percent."""
-    return [examples.task.score(examples.texts, texts) for texts in predictions.texts_EN]
+    return [examples.score(texts) for texts in predictions.texts_EN]

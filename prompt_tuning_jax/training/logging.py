@@ -130,7 +130,8 @@ class RunLog:
             self._tensorboard.write(int(step), scalars)
         fields = {
             "loss": f"loss {np.mean(losses):.4f}",
-            "accuracy": f"acc {100 * np.mean(accuracies):.1f} %",
+            # Of the target's text, each token given those before it: no accuracy of evaluations.
+            "accuracy": f"train exact match {100 * np.mean(accuracies):.1f} %",
             "metric": self._metric_text,
             "speed": _speed_text(**known),
             "padding": "" if padding is None else f"{padding:.0f} % padding",
@@ -154,7 +155,8 @@ class RunLog:
         shown = self._metric if self._metric in values[0] else next(iter(values[0]))
         percent = "" if shown.endswith("loss") else " %"
         numbers = [one[shown] for one in values if math.isfinite(one[shown])]
-        self._metric_text = f"eval {np.mean(numbers) if numbers else math.nan:.4g}{percent}"
+        mean = np.mean(numbers) if numbers else math.nan
+        self._metric_text = f"eval {shown} {mean:.4g}{percent}"
         if self._screen:
             order = [shown, *(metric for metric in values[0] if metric != shown)]
             text = ", ".join(_spread(metric, values) for metric in order)

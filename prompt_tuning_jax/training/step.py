@@ -135,9 +135,11 @@ def make_train_step(
 
     ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
     ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
-    [E, B, S]``, and ``task_index [E, B]`` where the data has several tasks.  A member's step
-    depends on its own seed, step and batch alone, whoever trains beside it.  ``division`` says what
-    is computed one after another, for the same gradient; UserError where it cannot split B.
+    [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and ``example_weights [E,
+    B]`` where some count more than others: the loss and the tokens of an example are multiplied by
+    its weight, before one is divided by the other.  A member's step depends on its own seed, step
+    and batch alone, whoever trains beside it.  ``division`` says what is computed one after
+    another, for the same gradient; UserError where it cannot split B.
     ``remat`` computes parts of the forward again in the backward in place of keeping them, and
     changes nothing else.  On a mesh (``layout``) the new state lies as ``state_shardings`` say, the
     old one's, and metrics are replicated.
@@ -155,6 +157,7 @@ def make_train_step(
             key=key,
             remat=remat,
             z_loss=z_loss,
+            weights_B=batch.get("example_weights"),
         )
         return sums.loss, sums
 
@@ -198,7 +201,8 @@ def make_train_step(
         frozen: FlatParams,
     ) -> tuple[FlatParams, Any, StepMetrics]:
         gradients, sums = gradient(tuned, frozen, batch, key)
-        tokens = jnp.maximum(sums.tokens, 1.0)
+        # Weighted tokens may be fewer than one.
+        tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
             gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
         updates, opt_state = optimizer.update(

@@ -1,9 +1,10 @@
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
-from prompt_tuning_jax.data.files import MAX_LABELS, file_task
+from prompt_tuning_jax.data.files import MAX_LABELS, are_labels, check_file_columns, file_task
 from prompt_tuning_jax.errors import UserError
 
 ROWS = [
@@ -202,3 +203,91 @@ def test_real_data_given_as_files(shared, write):
     )
     assert len(task.labels) == 6
     assert len(list(task.load("train"))) == 5452
+
+
+def counts(*targets):
+    return Counter(targets)
+
+
+ANSWERS = [f"answer {i}" for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        (counts(*ANSWERS), None, False),  # all differ
+        (counts(*ANSWERS), counts(*ANSWERS[:20]), False),  # also where they are evaluated on
+        (counts(*ANSWERS), counts("other", "texts"), False),
+        (counts(*ANSWERS[:20], *ANSWERS[:5]), None, False),  # most are there once
+        (counts(*"abcdef"), counts(*"aabbccddeeff"), True),  # one example of each class
+        (counts(*"ab"), None, True),  # a few rows say nothing
+        (counts(*"ab"), counts(*"ab"), True),
+        (counts(*"abcd"), counts(*ANSWERS), False),
+        (counts("He went home at night.", "She stayed there all day."), None, False),
+        (counts(*("yes",) * 20, *("no",) * 10), counts("Yes", "No", "Yes", "No", "Yes"), True),
+        (counts(*"aaab"), counts("a"), True),
+        (counts(*[f"{'word ' * 9}{i}" for i in range(12)] * 3), None, False),  # long ones
+        (counts(*[str(i) for i in range(MAX_LABELS)] * 2), None, True),
+        (counts(*[str(i) for i in range(MAX_LABELS + 1)] * 9), None, False),
+    ],
+)
+def test_labels_and_text_are_told_apart_by_how_often_targets_repeat(train, evaluation, expected):
+    assert are_labels(train, evaluation) is expected
+
+
+def test_what_targets_are_is_said_and_can_be_set(write):
+    path = write("a.csv", "inputs,targets\n" + "".join(f"{i},answer {i}\n" for i in range(30)))
+    task = file_task(train=path)
+    assert task.labels == ()
+    assert any("30 distinct in 30 rows" in note and "data.targets" in note for note in task.notes)
+    assert len(file_task(train=path, targets="labels").labels) == 30
+    repeated = write("b.csv", "inputs,targets\n" + "a,yes\nb,no\n" * 9)
+    assert file_task(train=repeated).labels == ("no", "yes")
+    assert file_task(train=repeated, targets="text").labels == ()
+
+
+def test_empty_targets_where_nothing_is_an_answer(write):
+    path = write("a.csv", "inputs,targets\na,x\nb,\nc,x\n")
+    fails(path, "allow_empty_targets")
+    task = file_task(train=path, allow_empty_targets=True)
+    assert [e["targets"] for e in task.load("train")] == ["x", "", "x"] and task.labels == ()
+    with pytest.raises(UserError, match="a label needs a name"):
+        file_task(train=path, allow_empty_targets=True, targets="labels")
+
+
+def test_nested_columns_are_no_trouble_where_nothing_uses_them(write):
+    row = '{"inputs": "a", "targets": "b", "idx": {"p": 1}, "list": [1, null, "x"]}'
+    [example] = load(write("a.jsonl", row))
+    assert example["idx"] == {"p": "1"} and example["list"] == ["1", None, "x"]
+    fails(write("b.jsonl", row), "column 'list' holds a list", inputs_template="{inputs} {list}")
+
+
+def test_all_files_are_looked_for_before_any_is_read(write, tmp_path):
+    fields = dict(
+        train_split="train",
+        eval_split="validation",
+        inputs_column="inputs",
+        targets_column="targets",
+        inputs_template="",
+        targets_template="",
+        header=True,
+        columns=(),
+        separator="",
+    )
+    damaged, good = write("a.jsonl", "{oops"), write("b.jsonl", JSONL)
+    with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
+        check_file_columns(train=damaged, eval=str(tmp_path / "none.jsonl"), **fields)
+    other = write("c.csv", "text,targets\na,b\n")
+    with pytest.raises(UserError, match=r"c\.csv:1: no column 'inputs'"):
+        check_file_columns(train=good, eval=other, **fields)
+    check_file_columns(train=good, eval=good, **fields)
+
+
+def test_a_table_without_a_header_is_told_how_to_name_its_columns(write):
+    path = write("a.csv", "negative,vile\npositive,good\n")
+    fails(path, r"if the first line is an example, set data\.columns=.*=targets,inputs")
+    assert load(path, columns=("targets", "inputs"))[0]["inputs"] == "vile"
+
+
+def test_how_tables_are_read_is_for_tables(write):
+    fails(write("a.jsonl", JSONL), r"data\.header, data\.columns and data\.separator", header=False)

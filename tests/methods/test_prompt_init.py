@@ -97,6 +97,22 @@ def test_a_string_is_its_pieces_and_then_sampled():
     np.testing.assert_array_equal(init("string", 2, vocabulary=WORDS, text=text), rows[:2])
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "left_out"),
+    [
+        ("class_labels", {"labels": tuple("abcd")}, "4 labels and the prompt has 2 positions"),
+        ("described", {"labels": tuple("abcd")}, "nothing starts from 'c' and 'd'"),
+        ("string", {"text": "a b c d"}, "pieces of method.init_text and the prompt has 2"),
+    ],
+)
+def test_what_a_short_prompt_leaves_out_is_said(caplog, name, kwargs, left_out):
+    init(name, 2, vocabulary=WORDS, **kwargs)
+    assert left_out in caplog.text
+    caplog.clear()
+    init(name, 20, vocabulary=WORDS, **kwargs)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("ending", ["npy", "safetensors"])
 def test_a_file_comes_back_bit_for_bit(tmp_path, ending):
     prompt = normal(6, D, seed=4)

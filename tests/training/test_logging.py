@@ -248,11 +248,13 @@ def test_a_pipe_gets_a_line_now_and_then(
     assert (
         len(printed) == 3600 / 10 / logging.PLAIN_SECONDS + 1 + 1
     )  # the first step, the evaluation
-    assert printed[1] == "step 101/3600  loss 1.5000  acc 50.0 %  1,520 ex/s  5:50 left"
+    assert (
+        printed[1] == "step 101/3600  loss 1.5000  train exact match 50.0 %  1,520 ex/s  5:50 left"
+    )
     assert (
         "step 1800: f1 60 [50, 70], accuracy 70 [60, 80]  (mean [lowest, highest] of 2)" in printed
     )
-    assert printed[-1].startswith("step 3600/3600") and "eval 60" in printed[-1]
+    assert printed[-1].startswith("step 3600/3600") and "eval f1 60 %" in printed[-1]
 
 
 def test_speed_is_told_in_examples_tokens_and_operations(

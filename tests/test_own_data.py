@@ -44,7 +44,8 @@ def test_an_input_that_is_wording_alone_is_empty(tmp_path: Path) -> None:
 def test_text_is_written_and_compared_as_the_vocabulary_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"inputs": w, "targets": f"{w}  {i}"} for i, w in enumerate(tiny_run.WORDS[:20])]
+    words = tiny_run.WORDS[:20]
+    rows = [{"inputs": w, "targets": f"{w}  {w}"} for w in words]
     file = str(write_rows(tmp_path / "own.jsonl", rows))
     changes = {"data.train": file, "data.eval": file, "training.steps": 1}
     changes |= {"method.init": "class_labels", "data.targets_length": 16}

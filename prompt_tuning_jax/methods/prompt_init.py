@@ -68,19 +68,16 @@ def described(content_PD: Array, labels_CD: Array) -> Array:
     return turned_PD + labels_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
 
 
-def say_what_is_left_out(init: str, words: Sequence[str], length: int) -> None:
-    """A note where a prompt has fewer positions than there are labels, or pieces of a text."""
-    if len(words) <= length:
+def say_what_is_left_out(init: str, labels: Sequence[str], length: int) -> None:
+    """A note where a prompt has fewer positions than there are labels."""
+    if len(labels) <= length:
         return
-    *others, last = [repr(word) for word in words[length:][:_MOST_LISTED]]
-    listed = f"{', '.join(others)} and {last}" if others else last
-    more = len(words) - length - _MOST_LISTED
-    what = "pieces of method.init_text" if init == "string" else "labels"
-    order = "" if init == "string" else ", or put those that matter first in data.labels"
+    listed = ", ".join(repr(label) for label in labels[length:][:_MOST_LISTED])
+    more = len(labels) - length - _MOST_LISTED
     _log.warning(
-        "method.init=%s: there are %d %s and the prompt has %d positions: nothing starts from %s%s;"
-        " raise method.length%s",
-        *(init, len(words), what, length, listed, f" and {more} more" if more > 0 else "", order),
+        "method.init=%s: there are %d labels and the prompt has %d positions: nothing starts from "
+        "%s%s; raise method.length, or put those that matter first in data.labels",
+        *(init, len(labels), length, listed, f" and {more} more" if more > 0 else ""),
     )
 
 
@@ -140,7 +137,11 @@ def initial_prompt(
             return described(prompt_PD, first)
     else:
         first = string(embedding_VD, vocabulary, text)
-        pieces = [vocabulary.pieces(i).replace("▁", "") for i in vocabulary.encode(text)]
-        say_what_is_left_out(init, pieces, length)
+        if len(first) > length:
+            _log.warning(
+                "method.init=string: method.init_text has %d pieces and the prompt has %d "
+                "positions: the last %d pieces are left out; raise method.length",
+                *(len(first), length, len(first) - length),
+            )
     first = first[:length]
     return prompt_PD.at[: first.shape[0]].set(first)

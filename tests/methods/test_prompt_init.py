@@ -101,8 +101,8 @@ def test_a_string_is_its_pieces_and_then_sampled():
     ("name", "kwargs", "left_out"),
     [
         ("class_labels", {"labels": tuple("abcd")}, "4 labels and the prompt has 2 positions"),
-        ("described", {"labels": tuple("abcd")}, "nothing starts from 'c' and 'd'"),
-        ("string", {"text": "a b c d"}, "pieces of method.init_text and the prompt has 2"),
+        ("described", {"labels": tuple("abcd")}, "nothing starts from 'c', 'd'"),
+        ("string", {"text": "a b c d"}, "the prompt has 2 positions"),
     ],
 )
 def test_what_a_short_prompt_leaves_out_is_said(caplog, name, kwargs, left_out):

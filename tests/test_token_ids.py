@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.checkpoints.convert_model import convert_to_hf, convert_to_t5x
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
 from prompt_tuning_jax.data.loader import TrainBatches, eval_batches
@@ -19,10 +20,12 @@ from prompt_tuning_jax.data.task import get_task
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.inference import generate, score, token_ids
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.pretraining import open_text_data
 from tests.micro import ONE_LAYER, D, V, make_t5, normal, token_rows
 
 SOURCE = token_rows([5, 3, 6], 7)
@@ -202,3 +205,20 @@ def test_the_end_of_generation_config_decides(tmp_path: Path, value: Any) -> Non
     write_hf(tmp_path, ONE_LAYER, tree.split(MODEL)[1])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert open_hf(tmp_path)[0].token_ids == TokenIds(eos=2)
+
+
+def test_only_hugging_face_folders_can_keep_them(tmp_path: Path) -> None:
+    config = replace(ONE_LAYER, token_ids=TokenIds(eos=2))
+    write_hf(tmp_path / "m", config, tree.split(make_t5(config))[1])
+    convert_to_hf(str(tmp_path / "m"), tmp_path / "hf")
+    assert open_hf(tmp_path / "hf")[0].token_ids == TokenIds(eos=2)
+    with pytest.raises(UserError, match=r"padding 0, end 2, start 0.*convert it to hf"):
+        convert_to_t5x(str(tmp_path / "m"), tmp_path / "t5x")
+    assert not (tmp_path / "t5x").exists()
+
+
+def test_objectives_are_of_t5s_ids() -> None:
+    words = ByteVocabulary(token_ids=TokenIds(eos=2))
+    data = Data(train="texts", objectives=("prefix_lm",))
+    with pytest.raises(UserError, match=r"data\.objectives .* this model has others"):
+        open_text_data(data, words, batch_size=1, seeds=(0,))

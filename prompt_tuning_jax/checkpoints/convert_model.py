@@ -109,8 +109,8 @@ def convert_to_t5x(
     require_outside(opened.location, final)
     if opened.config.token_ids != TokenIds():
         raise UserError(
-            f"{source} has {opened.config.token_ids}, and a T5X checkpoint holds T5's alone "
-            "(padding 0, end 1, start 0); convert it to hf"
+            f"{source} has token ids of its own ({describe(opened.config.token_ids)}), and a T5X "
+            f"checkpoint cannot say so: it has T5's ({describe(TokenIds())}); convert it to hf"
         )
     beside = {} if words is None else tokenizer_files(words, opened.config)
     notes = []
@@ -156,6 +156,11 @@ def convert_to_t5x(
             )
     holding = "" if tuned is None else f" with a prompt {list(tuned.shape)}"
     return written(f"a model{holding} as a T5X checkpoint of step {step}", final, notes=notes)
+
+
+def describe(ids: TokenIds) -> str:
+    """In words."""
+    return f"padding {ids.pad}, end {ids.eos}, start {ids.start}"
 
 
 def written(what: str, path: Path, *, notes: list[str]) -> Converted:

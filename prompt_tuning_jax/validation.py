@@ -56,6 +56,11 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
             f"evaluation.strategy is {experiment.evaluation.strategy} and "
             f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
         )
+    if experiment.method.ranks and experiment.evaluation.normalize_length:
+        yield (
+            f"evaluation.normalize_length is true and {type(experiment.method).__name__} scores "
+            "labels itself, and not by their tokens; set it to false"
+        )
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
     yield from _training(experiment.training, method=experiment.method)

@@ -1,8 +1,8 @@
 import pytest
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Training
-from prompt_tuning_jax.methods import METHODS
+from prompt_tuning_jax.experiment import Evaluation, Experiment, Training
+from prompt_tuning_jax.methods import METHODS, WARP
 from prompt_tuning_jax.overrides import apply_overrides
 from prompt_tuning_jax.validation import validate
 
@@ -124,3 +124,9 @@ def test_values_that_make_no_sense(overrides: str, parts: list[str]) -> None:
 def test_types_are_looked_at_first() -> None:
     with pytest.raises(UserError, match=r"training\.steps: expected a whole number, got '5'"):
         validate(Experiment(training=Training(steps="5")))  # type: ignore[arg-type]
+
+
+def test_a_method_that_scores_labels_itself_has_no_tokens_to_average() -> None:
+    experiment = Experiment(method=WARP(), evaluation=Evaluation(normalize_length=True))
+    with pytest.raises(UserError, match=r"evaluation\.normalize_length is true and WARP"):
+        validate(experiment)

@@ -20,6 +20,7 @@ from prompt_tuning_jax.experiment import Experiment
 from prompt_tuning_jax.methods import METHODS
 from prompt_tuning_jax.overrides import CLASS, from_dict, group_classes
 
+_LARGEST = 2**20  # bytes of a file
 _REQUIRED = "gin.REQUIRED"
 _MODULES = ("", "prompt_tuning_jax", Experiment.__module__)
 
@@ -147,9 +148,15 @@ class _Reader:
         if resolved in self._open:
             raise UserError(f"gin file {shown} includes itself")
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(_LARGEST + 1)
+            text = data.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the gin file {shown}: {error}") from None
+        if len(data) > _LARGEST:
+            raise UserError(
+                f"the gin file {shown} has more than the {_LARGEST} bytes that are read"
+            )
         self._open.append(resolved)
         self._read(text, shown=shown)
         self._open.pop()

@@ -8,6 +8,9 @@ from prompt_tuning_jax.errors import UserError
 # What trained numbers never are compressed by, and what may be claimed by anything.
 _MOST_RATIO = 100
 _ALWAYS = 2**28  # bytes
+# Those of zarr's formats, which TensorStore reads whole.
+_HEADERS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
+_LONGEST_HEADER = 2**24
 
 
 def stored_bytes(path: Path) -> int:
@@ -37,10 +40,16 @@ def require_stored(claimed: int, stored: int, *, of: str) -> None:
 
 
 def require_whole(path: Path) -> None:
-    """UserError for a file that is nearly all holes, as a copy that has not arrived is."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return  # whoever opens it says what is wrong
-    if size > _ALWAYS:
-        require_stored(size, stored_bytes(path), of=str(path))
+    """UserError for a file that is nearly all holes, as a copy that has not arrived is.
+
+    Of a folder for any of its files, and for a header that is far too long for one.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        try:
+            size = file.stat().st_size
+        except OSError:
+            continue  # whoever opens it says what is wrong
+        if size > _ALWAYS:
+            require_stored(size, stored_bytes(file), of=str(file))
+        if size > _LONGEST_HEADER and file.name in _HEADERS:
+            raise UserError(f"{file} has {size} bytes, and a header has at most {_LONGEST_HEADER}")

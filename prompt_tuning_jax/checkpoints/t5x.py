@@ -13,6 +13,7 @@ from prompt_tuning_jax.checkpoints.t5x_place import Place
 from prompt_tuning_jax.checkpoints.t5x_scan import is_scanned, unscanned
 from prompt_tuning_jax.checkpoints.t5x_stored import OptimizerState
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import HostArray
 
 __all__ = [
@@ -64,6 +65,9 @@ def open_t5x(folder: str | Path) -> T5XCheckpoint:
     """
     place = Place.of(folder)
     layout: Layout
+    # TensorStore ends the process where the memory for a file cannot be had.
+    if place.root is not None:
+        require_whole(place.root)
     if (index := place.read(INDEX)) is not None:
         layout, found = "t5x", read_native(place, index)
     elif (metadata := place.read(METADATA)) is not None:

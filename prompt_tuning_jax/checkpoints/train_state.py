@@ -24,6 +24,7 @@ from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.orbax_noise import silence_orbax
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.sharding import on_host
+from prompt_tuning_jax.stored_size import require_whole
 
 # Where in a run's folder its states are: the one to go on from, and the best of each member.
 LAST, BEST = "checkpoints/last", "checkpoints/best"
@@ -189,6 +190,7 @@ def _load_step(
     from orbax.checkpoint import v1 as ocp
 
     where = Path(folder).absolute() / str(step)
+    require_whole(where)
     # Not by the folder's checkpointer, which reads all steps and fails for any that is damaged.
     with _reporting():
         saved = ocp.metadata(where, _STATE)

@@ -22,7 +22,7 @@ class IA3(Method):
     ``F * (encoder layers + decoder layers)`` on the input of the mlp's ``wo``, all ones at the
     start: ``.../around/scale_F`` and ``.../around/scale_D``.
 
-    ``outputs`` and ``inputs`` are regular expressions on whole paths
+    ``outputs`` and ``inputs`` are RE2 expressions on whole paths
     (``encoder/layers_0/attention/key``).  Frozen weights may be quantised.
     """
 

@@ -36,8 +36,8 @@ class LoRA(Method):
 
     With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
 
-    ``targets`` are regular expressions on whole paths (``encoder/layers_0/attention/query``).  The
-    product is scaled by ``alpha / rank``, with ``rank_stabilized`` by ``alpha / sqrt(rank)``
+    ``targets`` are RE2 expressions on whole paths (``encoder/layers_0/attention/query``).
+    The product is scaled by ``alpha / rank``, with ``rank_stabilized`` by ``alpha / sqrt(rank)``
     (Kalajdzievski 2023).  ``dropout`` is on what goes into the product.  Frozen weights may be
     quantised.
     """

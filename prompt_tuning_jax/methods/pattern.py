@@ -23,7 +23,7 @@ class PatternTuning(Method):
     biases (of models with biases per layer ``H * buckets * (encoder layers + decoder layers)``).
     BitFit trains biases; a T5 has none, these are what is left that is no matrix.
 
-    ``patterns`` are regular expressions on whole paths (``encoder/layers_0/mlp/wo/kernel``).
+    ``patterns`` are RE2 expressions on whole paths (``encoder/layers_0/mlp/wo/kernel``).
     """
 
     unchanged_at_start: ClassVar[bool] = True

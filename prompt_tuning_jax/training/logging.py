@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from prompt_tuning_jax.bounded_json import json_text, read_json
 from prompt_tuning_jax.checkpoints.atomic import remove_leftovers, written_aside
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.stored_size import require_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -258,6 +259,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
+    require_whole(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -25,7 +25,9 @@ from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
 from prompt_tuning_jax.checkpoints.tuned_file import open_tuned
 from prompt_tuning_jax.config_file import run_config
 from prompt_tuning_jax.data.hf_tokenizer import HfTokenizer, vocabulary_file
+from prompt_tuning_jax.data.row_files import RowFile
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.gin_configs import experiment_from_gin
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model
 
@@ -188,7 +190,9 @@ def safetensors_head(name: str, shape: tuple[int, ...], **metadata: str) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def test_a_file_that_is_nearly_all_holes_is_not_read(model: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_nearly_all_holes_is_not_read(
+    model: Path, t5x: Path, tmp_path: Path
+) -> None:
     """A sparse file of 20 GB takes a kilobyte of the disk."""
     rows = HUGE // 4 // 1024
     head = npy_head((rows, 1024))
@@ -208,6 +212,20 @@ def test_a_file_that_is_nearly_all_holes_is_not_read(model: Path, tmp_path: Path
     (tmp_path / "ckpt").mkdir()
     sparse(tmp_path / "ckpt" / "checkpoint", b"\x81")
     assert "bytes" in refusal(lambda: open_t5x(tmp_path / "ckpt"))
+    shutil.copytree(t5x, tmp_path / "chunks")
+    header = next(iter(sorted((tmp_path / "chunks").rglob(".zarray"))))
+    for file in (header.with_name("0.0"), header):
+        sparse(file, file.read_bytes())
+        assert str(file) in refusal(lambda: open_t5x(tmp_path / "chunks"))
+        file.unlink()
+    (tmp_path / "x.gin").write_bytes(b"")
+    sparse(tmp_path / "x.gin", b"a = 1\n")
+    assert "bytes" in refusal(lambda: experiment_from_gin([str(tmp_path / "x.gin")]))
+    sparse(tmp_path / "metrics.jsonl", b"")
+    assert "the copy is incomplete" in refusal(lambda: read_metrics(tmp_path / "metrics.jsonl"))
+    sparse(tmp_path / "rows.jsonl.gz", b"")
+    rows = RowFile(path=tmp_path / "rows.jsonl.gz").rows()
+    assert "the copy is incomplete" in refusal(lambda: list(rows))
     sparse(model / "config.json", b'{"model_type": "t5"')
     assert "too large" in refusal(lambda: open_hf(model))
 

@@ -10,11 +10,16 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with status 2.  Values of
     damaged files are in messages: of thousands of characters the middle is left out, and those that
-    a terminal obeys are escaped.
+    a terminal obeys are escaped.  ``details`` follow, one per line: what is wrong with each of
+    several tasks.
     """
 
-    def __init__(self, message: str) -> None:
-        message = printable(message)
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
-        super().__init__(message)
+    def __init__(self, message: str, *details: str) -> None:
+        super().__init__("\n  ".join(map(_one_line, (message, *details))))
+
+
+def _one_line(text: str) -> str:
+    text = printable(text)
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

@@ -62,6 +62,8 @@ def _why_not(field: str, experiment: Experiment, *, command: str) -> str:
     if command == "serve":
         if not field.startswith(("model.", "mesh.")) and field != "data.module":
             return "serve takes the fields of model and mesh, and data.module"
+    elif command in ("suite", "transfer") and field in _OF_TASKS:
+        return ""  # each task takes the place of what the config names
     elif field in _OF_TASKS and (data.train or data.eval) and not data.objectives:
         if field == "data.task" and not data.task:
             return ""  # it says the same

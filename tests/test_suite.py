@@ -215,7 +215,7 @@ def test_results_of_other_data_or_config_are_not_taken(tmp_path: Path, counted: 
     with pytest.raises(UserError, match="another frozen model"):
         suite(of, "super_glue", tasks=["rte"], quiet=True)
     kept_file.write_text(whole[:50])
-    with pytest.raises(UserError, match=r"scores.json cannot be read"):
+    with pytest.raises(UserError, match=r"scores.json: not JSON"):
         suite(of, "super_glue", tasks=["rte"], quiet=True)
     kept_file.write_text(whole)
     write_rte(tmp_path / "data", seed=1)

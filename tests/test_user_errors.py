@@ -116,8 +116,8 @@ ROW = json.dumps(GOOD[0])
         ),
         (lambda d: {"model.name_or_path": str(d)}, "config.json"),
         (
-            lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(120))},
-            "220 pieces and",
+            lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(220))},
+            "320 pieces and",
         ),
         (lambda d: {"model.vocabulary": str(d / "no.model")}, "no such vocabulary file"),
         (
@@ -351,7 +351,7 @@ def test_after_a_loss_that_is_not_finite_the_best_prompt_is_of_use(
         patch.setattr(optim, "make_schedule", explode)
         message = refused("train", config)
     assert "not finite at step 6" in message
-    assert [path.name for path in (place / "checkpoints/last").glob("[0-9]*")] == ["4"]
+    assert sorted(path.name for path in (place / "checkpoints/last").glob("[0-9]*")) == ["2", "4"]
     assert not (place / "results.json").exists()
     assert main(["eval", "--prompt", str(place), "--output", str(tmp_path / "s.json")]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["per_prompt"][0]["accuracy"] >= 0

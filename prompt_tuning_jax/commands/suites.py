@@ -234,7 +234,7 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
 def _refuse(complaints: Mapping[str, Sequence[str]], what_now: str) -> None:
     if complaints:
         each = [f"{', '.join(dict.fromkeys(w))}: {what}" for what, w in complaints.items()]
-        raise UserError(f"{what_now}:\n  " + "\n  ".join(each))
+        raise UserError(f"{what_now}:", *each)
 
 
 def _evaluated(of: Experiment) -> tuple[Task, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from prompt_tuning_jax import build, distributed, run_folder, task_data, tree
 from prompt_tuning_jax.attention_start import start_attention
 from prompt_tuning_jax.bounded_json import json_text
+from prompt_tuning_jax.checkpoints.atomic import remove_leftovers
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned
 from prompt_tuning_jax.compilation import CompiledAhead
@@ -342,6 +343,8 @@ def _finish(run: RunResult, data: task_data.TaskData | TextData, *, quiet: bool)
         if not quiet:
             print(f"stopped and saved at step {run.step}; the same command goes on from there")
         return
+    # Those of a kill while these very files were written.
+    remove_leftovers(run.workdir)
     by_name = {
         name: {"step": best.step, **best.metrics}
         for name, best in zip(run.names, run.best, strict=True)

@@ -197,11 +197,18 @@ def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         folder / BEST,
         advice=(
             f"use the files in {folder / PROMPTS} or {folder / TUNED}, or remove "
-            f"{(folder / BEST).parent} and train again"
+            f"{(folder / BEST).parent} and {folder / RESULTS} and train again"
         ),
     )
     if found is None:
-        raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
+        kept = next((folder / name for name in (PROMPTS, TUNED) if (folder / name).is_dir()), None)
+        if kept is None and not (folder / RESULTS).is_file():
+            raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
+        instead = f"use the files in {kept}, or " if kept else ""
+        raise UserError(
+            f"{folder / BEST} is gone, and the run has been evaluated: put it back, or {instead}"
+            f"remove {(folder / BEST).parent} and {folder / RESULTS} and train again"
+        )
     _, leaves, extra = found
     return leaves, extra
 

@@ -18,5 +18,10 @@ def test_a_best_checkpoint_says_its_frozen_model(tmp_path: Path) -> None:
     best, fingerprint = run_folder.read_best_and_model(tmp_path / "whole")
     assert fingerprint == "f" * 16
     np.testing.assert_array_equal(best[PROMPT], arrays[PROMPT])
+    with pytest.raises(UserError, match="has not been evaluated"):
+        run_folder.read_best(tmp_path / "new")
+    (tmp_path / "lost/prompts").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"best is gone, .*use the files in .*lost/prompts, or"):
+        run_folder.read_best(tmp_path / "lost")
     with pytest.raises(UserError, match=r"nameless.*does not say which frozen model"):
         run_folder.read_best(tmp_path / "nameless")

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device_options(train)
     train.add_argument("--workdir", metavar="FOLDER", help="where the run is kept; resumes a run")
     train.add_argument("--seeds", metavar="0,1,2", help="one prompt for each, trained at once")
-    train.add_argument("--steps", metavar="N", help="how many optimizer steps; more let a run go on")
+    train.add_argument("--steps", metavar="N", help="optimizer steps; more let a run go on")
     train.add_argument("--batch_size", metavar="N", help="examples a step")
     train.add_argument("--learning_rate", metavar="RATE", help="of the optimizer")
 

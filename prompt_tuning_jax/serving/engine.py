@@ -72,6 +72,7 @@ class Engine:
         self.methods = Methods(methods, shapes=shapes, most=cache_rows, layout=layout)
         self.seconds: dict[Program, float] = {}  # of each program that can be used
         self._runs: dict[Program, list[float]] = {}  # by which that is measured
+        self._rough: set[Program] = set()  # to be measured better than that
         self.table: Any = self._empty_table()
         self._table_like = self._like(self.table)
         self.compiler = Compiler(list(self._steps()))
@@ -96,8 +97,9 @@ class Engine:
         """
         self.compiler.start()
         self.compiler.wait_for_first(report)
-        while self.measure():
-            pass
+        for program in self._unmeasured():
+            self.seconds[program] = self._seconds_of(program)  # too long, being the first run
+            self._rough.add(program)
         self.reset()
 
     def measure(self) -> bool:
@@ -111,6 +113,7 @@ class Engine:
             # The first run is slow: its memory has never been touched.
             if len(runs) == _RUNS or (len(runs) > 1 and min(runs) > _LONG_ENOUGH):
                 self.seconds[program] = min(self._runs.pop(program))
+                self._rough.discard(program)
             return True
         return False
 
@@ -143,7 +146,8 @@ class Engine:
         if program in self.seconds:
             return program
         self.compiler.want(program)
-        others = [one for one in self.seconds if one.does_work_of(program)]
+        # A copy: the thread that measures may add to it meanwhile.
+        others = [one for one in [*self.seconds] if one.does_work_of(program)]
         return min(others, key=self.seconds.__getitem__, default=None)
 
     def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
@@ -342,7 +346,7 @@ class Engine:
         return (
             program
             for program in self.programs()
-            if program in self._made and program not in self.seconds
+            if program in self._made and (program not in self.seconds or program in self._rough)
         )
 
     def _slots_used(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""The few shapes that a server computes in: all are compiled before the first request.
+"""The few shapes that a server computes in.
 
 A program is made for a length of input, a number of rows, a length of prompts and, where targets
-are scored, their number and length.  Whatever comes is padded into one of them, or cut into
-several rows: nothing is compiled while requests wait.
+are scored, their number and length.  Whatever comes is padded into one that is compiled, or cut
+into several rows: no request waits for compilation.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

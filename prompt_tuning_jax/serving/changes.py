@@ -56,7 +56,8 @@ class KeptChanges:
         self._folder = folder / CHANGES
         self._own: dict[str, ServedTask] = {}
         self._loaded: dict[str, tuple[Entry, ServedTask]] = {}
-        self._seen: Any = None
+        self._index: dict[str, Any] = {"put": {}, "removed": []}
+        self._seen: Any = None  # of the file that the index was read from
         self._read()
 
     def apply(self, tasks: Mapping[str, ServedTask], fits: Fits) -> dict[str, ServedTask]:

@@ -20,6 +20,7 @@ from prompt_tuning_jax.models.t5 import T5
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from prompt_tuning_jax.serving.changes import KeptChanges
     from prompt_tuning_jax.serving.limits import Limits
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.shapes import Shapes
@@ -157,7 +158,7 @@ def open_service(
     ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
     """
     from prompt_tuning_jax.commands.served_methods import methods_of
-    from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
+    from prompt_tuning_jax.serving.changes import KeptChanges
     from prompt_tuning_jax.serving.engine import Engine
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.tasks import Fits, Tasks
@@ -181,13 +182,7 @@ def open_service(
     kept = KeptChanges(folder)
     tasks = kept.apply(tasks, fits)
     if changes:
-        try:
-            with kept.changing():  # clears away what a killed server has left
-                pass
-        except StorageError as error:
-            print(f"note: {folder} takes no changes now: {error}", file=sys.stderr)
-        except BusyError:
-            print(f"note: another server is changing {folder}", file=sys.stderr)
+        _clear_away(kept, folder)
     if not tasks and not changes:
         raise UserError(
             f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts or "
@@ -212,6 +207,23 @@ def open_service(
         model_name=experiment.model.name_or_path,
         apart=apart,
     )
+
+
+def _clear_away(kept: "KeptChanges", folder: Path) -> None:
+    """What a killed server has left; a folder that takes no changes is said now, too."""
+    from prompt_tuning_jax.serving.changes import CHANGES, BusyError, StorageError
+
+    if not (folder / CHANGES).exists():
+        if not os.access(folder, os.W_OK):
+            print(f"note: {folder} takes no changes: it cannot be written", file=sys.stderr)
+        return
+    try:
+        with kept.changing():
+            pass
+    except StorageError as error:
+        print(f"note: {folder} takes no changes now: {error}", file=sys.stderr)
+    except BusyError:
+        print(f"note: another server is changing {folder} just now", file=sys.stderr)
 
 
 def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":

@@ -105,3 +105,17 @@ def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:
 def test_names_in_the_order_of_their_numbers() -> None:
     names = ["b", "seed_10", "seed_2", "3", "a"]
     assert sorted(names, key=natural) == ["3", "a", "b", "seed_2", "seed_10"]
+
+
+def test_what_a_killed_server_left_is_gone_where_another_may_change_it(tmp_path: Path) -> None:
+    experiment = Experiment(model=Model(name_or_path=str(model_folder())))
+    write_prompt(tmp_path / "one.npy")
+    left = tmp_path / ".served" / ".tasks.json.4711.tmp"
+    open_service(experiment, str(tmp_path), serving=SERVING, changes=True)
+    assert not left.parent.exists()  # nothing is made before there is a change
+    left.parent.mkdir()
+    left.write_text("half of it")
+    open_service(experiment, str(tmp_path), serving=SERVING)
+    assert left.exists()  # a server that may change nothing changes nothing
+    open_service(experiment, str(tmp_path), serving=SERVING, changes=True)
+    assert not left.exists()

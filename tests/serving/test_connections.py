@@ -154,7 +154,7 @@ def test_one_address_has_a_share_of_the_connections() -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"GET / HTTP/1.1\r\nhost: a", request("/ok") + b"GET /again HT"]
+    "sent", [b"", b"GET / HTTP/1.1\r\nhost: a", request("/ok") + b"GET /again HTTP/1.1\r\nhost: a"]
 )
 def test_a_request_has_to_begin_in_time(sent: bytes) -> None:
     with server(header_seconds=1.0, keep_alive_seconds=60) as address:

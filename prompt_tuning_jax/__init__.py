@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from prompt_tuning_jax.checkpoints.load import load_model
     from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-    from prompt_tuning_jax.commands import convert, evaluate, train
+    from prompt_tuning_jax.commands import convert, evaluate, predict, train
     from prompt_tuning_jax.errors import UserError
     from prompt_tuning_jax.experiment import Experiment
     from prompt_tuning_jax.inference import encode, generate, logits, score
@@ -32,6 +32,7 @@ _EXPORTS = {
     "load_prompt": "checkpoints.prompt_file",
     "save_prompt": "checkpoints.prompt_file",
     "logits": "inference",
+    "predict": "commands",
     "score": "inference",
     "train": "commands",
 }
@@ -41,6 +42,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
     "load_prompt",
     "save_prompt",
     "attach",
+    "predict",
     "encode",
     "generate",
     "score",

@@ -15,6 +15,7 @@ from flax import nnx
 from prompt_tuning_jax import optim, task_data, tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.data.buckets import Buckets
 from prompt_tuning_jax.data.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.vocab import AnyVocabulary
@@ -274,8 +275,14 @@ def build_predictor(
     vocabulary: AnyVocabulary,
     *,
     labels: tuple[str, ...],
+    layout: Layout | None = None,
+    buckets: Buckets | None = None,
 ) -> Predictor:
-    """What turns inputs into predictions, the way the experiment's evaluation asks for."""
+    """What turns inputs into predictions, the way the experiment's evaluation asks for.
+
+    ``layout`` and ``buckets`` are the experiment's unless given; with buckets of its own its
+    programs are of few shapes whatever the number of inputs.
+    """
     config = experiment.evaluation
     return Predictor(
         graphdef=graphdef,
@@ -293,8 +300,9 @@ def build_predictor(
             prefix="evaluation.",
         ),
         labels=labels,
-        buckets=task_data.buckets_of(experiment),
-        layout=layout_of(experiment),
+        buckets=task_data.buckets_of(experiment) if buckets is None else buckets,
+        few_sizes=buckets is not None,
+        layout=layout_of(experiment) if layout is None else layout,
     )
 
 

@@ -121,7 +121,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    _require_folder(args, "output")
+    _require_folder(args, "output", "predictions")
     if args.data and not args.eval_data and not args.split:
         raise UserError(
             "--data is the training file, for its labels; name the examples to evaluate on with "
@@ -132,7 +132,8 @@ def _eval(args: argparse.Namespace) -> None:
     from prompt_tuning_jax.distributed import is_primary
     from prompt_tuning_jax.result_table import print_scores, scores_as_dict
 
-    result = commands.evaluate(experiment, prompts=args.prompt, split=args.split)
+    labels = experiment.data.labels if _is_set(args, "data.labels") else ()
+    result = commands.evaluate(experiment, prompts=args.prompt, split=args.split, labels=labels)
     if not is_primary():
         return
     for line in result.reports:
@@ -141,42 +142,57 @@ def _eval(args: argparse.Namespace) -> None:
     if args.output:
         _write(args.output, json_text(scores_as_dict(result), indent=2) + "\n")
         print(f"wrote the scores to {args.output}", file=sys.stderr)
+    if args.predictions:
+        rows = list(commands.prediction_rows(result))
+        form = commands.form_of(args.predictions) or "jsonl"
+        _write(args.predictions, commands.evaluated_text(rows, form))
+        print(f"wrote {_counted(len(rows), 'prediction')} to {args.predictions}", file=sys.stderr)
 
 
 def _predict(args: argparse.Namespace) -> None:
     _require_folder(args, "output")
     inputs = _inputs(args)
-    from prompt_tuning_jax.experiment import Evaluation, Experiment
-
-    # Without a config there are no labels to rank: the model writes its answer.
-    bare = Experiment(evaluation=Evaluation(strategy="greedy"))
-    experiment = _experiment(args, bare if args.prompt or args.model else None)
     from prompt_tuning_jax import commands
     from prompt_tuning_jax.distributed import is_primary
 
-    predictions = commands.predict(experiment, prompts=args.prompt, inputs=inputs)
+    form = commands.form_of(args.output) if args.output else None
+    if args.json and form in ("csv", "tsv"):
+        raise UserError(
+            f"--json writes JSON lines, and --output {args.output} names a table; leave out one"
+        )
+    default = commands.UNDESCRIBED if args.prompt or args.model else None
+    experiment = _experiment(args, default)
+    predictions = commands.predict(
+        experiment,
+        inputs=inputs,
+        prompts=args.prompt,
+        labels=experiment.data.labels if _is_set(args, "data.labels") else (),
+        task=args.task or (experiment.data.task if _is_set(args, "data.task") else ""),
+        raw=args.raw,
+    )
     if not is_primary():
         return
-    lines = []
-    for text, found in zip(inputs, predictions, strict=True):
-        if args.json:
-            fields = {
-                "input": text,
-                "prediction": found.prediction,
-                "log_probs": found.log_probs,
-                "votes": found.votes,
-            }
-            fields = {name: value for name, value in fields.items() if value is not None}
-            lines.append(json_text(fields))
-        else:
-            lines.append(" ".join(found.prediction.splitlines()))
-    output = "".join(f"{line}\n" for line in lines)
+    form = "jsonl" if args.json else form
+    if form is None:
+        output = "".join(" ".join(one.prediction.splitlines()) + "\n" for one in predictions)
+    else:
+        given = [] if isinstance(inputs, Path) else inputs
+        output = commands.predictions_text(given, predictions, form)
     if args.output:
         _write(args.output, output)
-        many = "s" * (len(lines) != 1)
-        print(f"wrote {len(lines):,} prediction{many} to {args.output}", file=sys.stderr)
+        number = _counted(len(predictions), "prediction")
+        print(f"wrote {number} to {args.output}", file=sys.stderr)
     else:
         sys.stdout.write(printable_json(output) if args.json else printable_lines(output))
+
+
+def _is_set(args: argparse.Namespace, field: str) -> bool:
+    """Whether the user has said a field with ``--set``."""
+    return any(override.partition("=")[0].strip() == field for override in args.set)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _suite(args: argparse.Namespace) -> None:
@@ -466,7 +482,10 @@ def _readable(size: int) -> str:
 
 
 def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -> "Experiment":
-    """The experiment that the arguments name, with the short options and ``--set`` applied."""
+    """The experiment that the arguments name, with the short options and ``--set`` applied.
+
+    ``default`` is for prompts that no run and no config says anything about; it may have no task.
+    """
     from prompt_tuning_jax.compilation import keep_compiled_programs
     from prompt_tuning_jax.config_file import load_config, run_config
     from prompt_tuning_jax.no_effect import require_effect
@@ -520,7 +539,10 @@ def _experiment(args: argparse.Namespace, default: "Experiment | None" = None) -
     overrides = [f"{field}={value}" for field, value in short.items()]
     if (mesh := getattr(args, "mesh", None)) is not None:
         overrides += mesh_overrides(mesh)
-    experiment = validate(apply_overrides(experiment, [*overrides, *args.set]))
+    undescribed = experiment is default
+    experiment = apply_overrides(experiment, [*overrides, *args.set])
+    if not undescribed or experiment.data.task or experiment.data.train:
+        experiment = validate(experiment)  # else whoever takes it validates the rest
     require_effect(
         given,
         experiment,
@@ -542,13 +564,19 @@ def _given(args: argparse.Namespace) -> dict[str, str]:
     return {**options, **{field: f"--set {field}" for field in named}}
 
 
-def _inputs(args: argparse.Namespace) -> list[str]:
+def _inputs(args: argparse.Namespace) -> list[str] | Path:
+    """Texts, or the path of a data file."""
     if args.text and args.input:
         raise UserError("give either TEXT or --input, not both")
     if args.text:
         return list(args.text)
     if args.input is None and sys.stdin.isatty():
-        raise UserError("no input: give TEXT, --input FILE.txt, or lines on stdin")
+        raise UserError("no input: give TEXT, --input FILE, or lines on stdin")
+    if args.input:
+        from prompt_tuning_jax.data.row_files import is_row_file
+
+        if is_row_file(Path(args.input)):
+            return Path(args.input)
     try:
         text = Path(args.input).read_text(encoding="utf-8") if args.input else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:

@@ -71,20 +71,44 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_options(evaluate)
     _add_device_options(evaluate)
     evaluate.add_argument("--output", metavar="FILE.json", help="also write the scores there")
+    evaluate.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="also write a row for each example: its input and target, each prompt's prediction, "
+        "the vote, log-probabilities; JSON lines, or a table by .csv or .tsv",
+    )
 
     predict = _add_command(
         commands,
         "predict",
         "print one prediction a line, for one text each",
-        example="predict --prompt runs/quickstart 'valence: lovely'",
+        example="predict --prompt runs/quickstart lovely",
+    )
+    predict.description = (
+        "Print one prediction a line: a label where labels are known, otherwise text. The wording "
+        "that the prompt was trained with is put around each text (--raw leaves it out)."
     )
     predict.add_argument("text", nargs="*", metavar="TEXT", help="inputs (default: lines of stdin)")
     _add_prompt_option(predict)
-    predict.add_argument("--input", metavar="FILE.txt", help="one input a line")
-    predict.add_argument("--output", metavar="FILE", help="write there instead of to stdout")
+    predict.add_argument(
+        "--input",
+        metavar="FILE",
+        help="one input a line; a .jsonl, .json, .csv, .tsv or .parquet file is read as data, by "
+        "the columns of the prompt's training, and needs no targets",
+    )
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write there instead of to stdout; .jsonl and .json as --json, .csv and .tsv as a "
+        "table with the columns of the input",
+    )
     predict.add_argument(
         "--json", action="store_true", help="JSON lines, with log-probabilities and votes"
     )
+    predict.add_argument(
+        "--raw", action="store_true", help="inputs are the model's own: nothing is put around them"
+    )
+    predict.add_argument("--task", metavar="NAME", help="of a mixture that was trained on")
     predict.add_argument(
         "--config", metavar="CONFIG.py", help="default: the config of the prompt's run"
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import tree
+from prompt_tuning_jax.data.buckets import padded_size
 from prompt_tuning_jax.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
 from prompt_tuning_jax.decoding.checks import real_number, true_or_false, whole_number
 from prompt_tuning_jax.decoding.logits_processors import logits_processors
@@ -177,15 +178,6 @@ def logits(
     targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
     graphdef, params = tree.split(attached)
     return np.asarray(target_logits(graphdef, params, tokens_BT, targets_BS)[:rows, :length])
-
-
-def padded_size(number: int, *, least: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on, from ``least``, that holds it."""
-    size = least
-    while size < number:
-        # From a power of two to one and a half of it, from there to the next.
-        size = size * 4 // 3 if size % 3 == 0 else max(size * 3 // 2, size + 1)
-    return size
 
 
 _OPTIONS_OF = {

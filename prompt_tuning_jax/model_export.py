@@ -77,7 +77,7 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
             "merged into those is lost in rounding; train with model.quantization=none to merge"
         )
     model = build.build_model(experiment)
-    members = members_of_run(experiment, model, workdir, build.layout_of(experiment))
+    members, _ = members_of_run(experiment, model, workdir, build.layout_of(experiment))
     own = {name: jnp.asarray(array[number]) for name, array in members.tuned.items()}
     return experiment, merge(tree.merge(members.graphdef, {**members.frozen, **own}))
 

@@ -127,8 +127,8 @@ def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 def members_of_stored(
     opened: Sequence[tuple[str, StoredTuned]], model: T5, layout: Layout, fingerprint: str
-) -> Iterator[tuple[build.Members, tuple[str, ...]]]:
-    """Members for those of one method side by side, and the labels that they were trained on."""
+) -> Iterator[build.Members]:
+    """Members for those of one method side by side."""
 
     def kind(stored: StoredTuned) -> tuple[Any, ...]:
         return stored.method, stored.tasks, stored.metadata.labels
@@ -145,37 +145,66 @@ def members_of_stored(
             if any(a is None or a.shape != array.shape for a in arrays):
                 raise UserError(f"{path} and the files beside it differ in {name}")
             tuned[name] = np.stack([a for a in arrays if a is not None])
-        yield (
-            _members(
-                method,
-                tuned,
-                model,
-                layout,
-                labels=first.metadata.labels,
-                tasks=first.tasks,
-                of=path,
-            ),
-            first.metadata.labels,
+        yield _members(
+            method,
+            tuned,
+            model,
+            layout,
+            labels=first.metadata.labels,
+            tasks=first.tasks,
+            of=path,
         )
 
 
-def members_of_run(run: Experiment, model: T5, folder: Path, layout: Layout) -> build.Members:
-    """The best members of a run of any method; UserError where its frozen model is another."""
+def members_of_run(
+    run: Experiment, model: T5, folder: Path, layout: Layout
+) -> tuple[build.Members, list[PromptMetadata]]:
+    """The best members of a run of any method, and what is known about each.
+
+    UserError where its frozen model is another.
+    """
     tuned, trained_on_model = run_folder.read_best_and_model(folder)
     if not isinstance(run.method, FullTuning):
         trained_on = PromptMetadata(
             model_name=run.model.name_or_path, model_fingerprint=trained_on_model
         )
         check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
-    labels = task_data.labels_of(task_data.build_mixture(run.data)) if run.method.ranks else ()
-    return _members(
+    known = [_known_of_run(run, model, folder, name) for name in build.member_names(run)]
+    members = _members(
         run.method,
         tuned,
         model,
         layout,
-        labels=labels,
+        labels=known[0].labels if run.method.ranks else (),
         tasks=task_data.trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
         of=f"the best checkpoint in {folder}",
+    )
+    return members, known
+
+
+def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> PromptMetadata:
+    """What a member's file says, or where a run keeps none, its config."""
+    file = folder / run_folder.TUNED / f"{name}.safetensors"
+    if is_tuned_file(file):
+        return known_with(run, read_tuned(file, model.config).metadata)
+    try:
+        labels = task_data.labels_of(task_data.build_mixture(run.data))
+    except UserError:  # the files that would say them are gone
+        if run.method.ranks:
+            raise
+        labels = ()
+    return known_with(run, PromptMetadata(labels=labels))
+
+
+def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetadata:
+    """The metadata with what the run's config says where a file does not say it itself."""
+    if run is None:
+        return metadata
+    return dataclasses.replace(
+        metadata,
+        task=metadata.task or run.data.train or run.data.task,
+        inputs_template=metadata.inputs_template or task_data.inputs_template_of(run.data),
+        mixture=metadata.mixture or task_data.mixture_of(run.data),
     )
 
 

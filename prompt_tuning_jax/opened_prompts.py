@@ -1,9 +1,10 @@
 """Prompts and runs opened for use on one frozen model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,12 @@ from prompt_tuning_jax import build, run_folder, tree
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.peft import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
     check_fits,
+    for_task,
     is_prompt_file,
     load_prompt_with_metadata,
+    tasks_of,
 )
 from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.t5x import is_t5x
@@ -30,13 +34,19 @@ from prompt_tuning_jax.methods import (
     PROMPT,
     Attached,
     Context,
+    Known,
     NoTuning,
     PromptTuning,
 )
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.opened_methods import members_of_run, members_of_stored, stored_methods
+from prompt_tuning_jax.opened_methods import (
+    known_with,
+    members_of_run,
+    members_of_stored,
+    stored_methods,
+)
 from prompt_tuning_jax.overrides import checked
 from prompt_tuning_jax.sharding import make_mesh
 from prompt_tuning_jax.typing import HostArray
@@ -44,11 +54,18 @@ from prompt_tuning_jax.typing import HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedPrompts:
-    """Prompts in groups of one shape and joining, in the order given within, and their names."""
+    """Prompts in groups of one shape and joining, in the order given within.
+
+    ``names`` has one for each, and so has ``known``: what its file or its run says about it.
+    """
 
     groups: list[build.Members]
     names: tuple[str, ...]
-    labels: tuple[str, ...]
+    known: tuple[PromptMetadata, ...]
+
+    def by_name(self) -> dict[str, PromptMetadata]:
+        """What is known of each by its name, which a prompt given twice has in common."""
+        return dict(zip(self.names, self.known, strict=True))
 
 
 def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> Attached:
@@ -64,18 +81,56 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
     if isinstance(given, Attached):
         raise UserError("this model has something attached to it already; attach to it bare")
     _require_place(path)
-    opened = open_prompts(Experiment(), model, [str(path)], layout=_where(model))
+    opened = open_prompts(Experiment(), model, [str(path)], layout=where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
     names = [_member_name(name) for name in opened.names]
     holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
-    group, number = members[_chosen(member, names, by="member", holds=holds)]
+    chosen = _chosen(member, names, by="member", holds=holds)
+    (group, number), known = members[chosen], opened.known[chosen]
     tuned = {name: array[number] for name, array in group.tuned.items()}
     attached = tree.merge(group.graphdef, {**group.frozen, **tuned})
+    tasks = tasks_of(known)
     if isinstance(attached.method, TaskPrompts):
-        return _of_task(attached.method, model, group, task, path)
-    if task:
+        attached, task = _of_task(attached.method, model, group, task, path)
+    elif tasks and task:
+        _chosen(task, [one.name for one in tasks], by="task", holds=f"{path} holds tasks")
+    elif task:
         raise UserError(f"{path} was not trained on several tasks: leave out task={task!r}")
+    known = next((for_task(known, one) for one in tasks if one.name == task), known)
+    attached.known = Known(known)
     return attached
+
+
+def prompt_list(prompts: object) -> list[str | HostArray]:
+    """One prompt or several as a list of paths and arrays ``[P, D]``; None and () are none.
+
+    A path is one prompt, and so is an array of two axes.  UserError for anything else.
+    """
+    if prompts is None:
+        return []
+    is_array = hasattr(prompts, "ndim") and hasattr(prompts, "shape")
+    if isinstance(prompts, str | Path) or (is_array and cast(Any, prompts).ndim < 3):
+        prompts = [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts are paths or arrays, and got a {type(prompts).__name__}")
+    found: list[str | HostArray] = []
+    for number, one in enumerate(prompts):
+        if isinstance(one, str | Path):
+            if not str(one):
+                raise UserError(f"prompts[{number}] is an empty path")
+            found.append(str(one))
+            continue
+        try:
+            array = np.asarray(one, np.float32)
+        except (TypeError, ValueError):
+            array = np.zeros((), np.float32)
+        if not array.ndim:
+            raise UserError(
+                f"prompts[{number}] is a {type(one).__name__}, and neither a path nor an array of "
+                "numbers"
+            )
+        found.append(array)
+    return found
 
 
 def open_prompts(
@@ -94,14 +149,18 @@ def open_prompts(
     layout = layout or build.layout_of(experiment)
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
-        return OpenedPrompts(groups=[_bare(attached, layout)], names=("no prompt",), labels=())
+        bare = PromptMetadata()
+        return OpenedPrompts(
+            groups=[_sharded(attached, layout)], names=("no prompt",), known=(bare,)
+        )
     fingerprint = build.model_fingerprint(model)
     default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
-    arrays: list[tuple[str, HostArray, PromptTuning]] = []
+    arrays: list[tuple[str, HostArray, PromptTuning, PromptMetadata]] = []
     groups: list[build.Members] = []
     names: list[str] = []
-    labels: tuple[str, ...] = ()
+    known: list[PromptMetadata] = []
     stored: list[tuple[str, StoredTuned]] = []
+    stored_known: list[PromptMetadata] = []
     for number, prompt in enumerate(one for each in prompts for one in _adapters_in(each)):
         if not isinstance(prompt, str | Path):
             array = np.asarray(prompt, np.float32)
@@ -110,13 +169,14 @@ def open_prompts(
                     f"prompts[{number}] has shape {list(array.shape)}; a prompt for this model is "
                     f"[length, {model.config.embed_dim}]"
                 )
-            arrays.append((f"prompt {number}", array, _joining(default)))
+            arrays.append((f"prompt {number}", array, _joining(default), PromptMetadata()))
             continue
         place = Path(prompt)
         run = run_config(str(prompt))
         files = [place]
         if kept := stored_methods(place, model):
             stored += kept
+            stored_known += [known_with(run, one.metadata) for _, one in kept]
             continue
         if run is not None and isinstance(run.method, PromptTuning):
             if run_folder.is_run(place):
@@ -124,7 +184,9 @@ def open_prompts(
             elif place.is_dir():
                 files = prompt_files(str(place)) or files
         elif run is not None and run_folder.is_run(place):
-            groups.append(members_of_run(run, model, place, layout))
+            members, theirs = members_of_run(run, model, place, layout)
+            groups.append(members)
+            known += theirs
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
             continue
         elif place.is_dir() and (inside := prompt_files(str(place))):
@@ -147,25 +209,24 @@ def open_prompts(
             if metadata.combine:
                 placement = checked(metadata.combine, Placement, f"{file}: combine")
                 method = dataclasses.replace(method, placement=placement)
-            arrays.append((str(file), array, _joining(method)))
-            labels = labels or metadata.labels
-    alike: dict[tuple[PromptTuning, tuple[int, ...]], list[tuple[str, HostArray]]] = {}
-    for name, array, method in arrays:
-        alike.setdefault((method, array.shape), []).append((name, array))
+            arrays.append((str(file), array, _joining(method), known_with(run, metadata)))
+    alike: dict[Any, list[tuple[str, HostArray, PromptMetadata]]] = {}
+    for name, array, method, about in arrays:
+        alike.setdefault((method, array.shape), []).append((name, array, about))
     for (method, _), group in alike.items():
         attached = method.with_prompt(model, jnp.asarray(group[0][1]))
-        members = _bare(attached, layout)
-        stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array in group])
+        members = _sharded(attached, layout)
+        stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array, _ in group])
         frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
         groups.append(
             dataclasses.replace(members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group))
         )
-        names += [name for name, _ in group]
-    for members, own_labels in members_of_stored(stored, model, layout, fingerprint):
-        groups.append(members)
-        labels = labels or own_labels
+        names += [name for name, _, _ in group]
+        known += [about for _, _, about in group]
+    groups += members_of_stored(stored, model, layout, fingerprint)
     names += [name for name, _ in stored]
-    return OpenedPrompts(groups=groups, names=tuple(names), labels=labels)
+    known += stored_known
+    return OpenedPrompts(groups=groups, names=tuple(names), known=tuple(known))
 
 
 def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostArray]:
@@ -209,12 +270,12 @@ def _member_name(name: str) -> str:
 
 def _of_task(
     prompts: TaskPrompts, model: T5, members: build.Members, task: str, path: str | Path
-) -> Attached:
-    """The plain prompt of one of several tasks."""
+) -> tuple[Attached, str]:
+    """The plain prompt of one of several tasks, and the task's name."""
     names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
-    return PromptTuning().with_prompt(model, prompt_PD)
+    return PromptTuning().with_prompt(model, prompt_PD), names[number]
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
@@ -227,7 +288,7 @@ def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
     raise UserError(f"{holds}, and {wrong}; {suggest(name, names)}")
 
 
-def _where(model: T5) -> Layout:
+def where(model: T5) -> Layout:
     """The mesh that the model's arrays lie on, or their device."""
     array = next(iter(tree.split(model)[1].values()))
     mesh = getattr(array.sharding, "mesh", None)
@@ -257,9 +318,13 @@ def _joining(method: PromptTuning) -> PromptTuning:
     )
 
 
-def _bare(attached: Attached, layout: Layout) -> build.Members:
+def members_of(attached: Attached) -> build.Members:
+    """One member, all of whose arrays are there once, where they are."""
     graphdef, params = tree.split(attached)
-    members = build.Members(
+    return build.Members(
         graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
     )
-    return members.sharded(layout, tree.logical_axes(attached))
+
+
+def _sharded(attached: Attached, layout: Layout) -> build.Members:
+    return members_of(attached).sharded(layout, tree.logical_axes(attached))

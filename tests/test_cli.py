@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,10 @@ import pytest
 
 import prompt_tuning_jax
 from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.commands.prediction import UNDESCRIBED, Prediction
+from prompt_tuning_jax.commands.prediction_files import form_of, predictions_text
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Model, Training
+from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.overrides import diff, to_json
 
@@ -74,10 +76,14 @@ class Commands:
             reports=("t/validation: 2 examples",),
         )
 
+    UNDESCRIBED = UNDESCRIBED
+    form_of = staticmethod(form_of)
+    predictions_text = staticmethod(predictions_text)
+
     def predict(self, experiment: Experiment, *, inputs: list[str], **options: Any) -> Any:
         self._call(experiment, inputs=inputs, **options)
         return [
-            SimpleNamespace(
+            Prediction(
                 prediction=f"{text}\nü",
                 log_probs={"good": -0.5, "bad": -1.0},
                 votes={"good": 2} if text else None,
@@ -327,7 +333,7 @@ def test_eval_gets_config_prompts_and_split(
     assert main(line.split(" ")) == 0
     ((experiment, options),) = commands.calls
     assert experiment.data.task == task
-    assert options == {"prompts": prompts, "split": split}
+    assert options == {"prompts": prompts, "split": split, "labels": ()}
 
 
 def test_eval_prints_a_table_and_writes_json(
@@ -390,7 +396,7 @@ def test_predict_as_json_lines(commands: Commands, capsys: pytest.CaptureFixture
 
 
 def test_predict_finds_its_experiment(commands: Commands) -> None:
-    bare = Experiment(evaluation=Evaluation(strategy="greedy"), model=Model(name_or_path="m"))
+    bare = replace(UNDESCRIBED, model=Model(name_or_path="m"))
     for options, expected in [
         (["--prompt", "a.npy", "--model", "m"], bare),
         (["--model", "m"], bare),

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prompt_tuning_jax.commands.conversion import convert
-    from prompt_tuning_jax.commands.evaluation import EvalResult, Prediction, evaluate, predict
+    from prompt_tuning_jax.commands.evaluation import EvalResult, evaluate, prediction_rows
     from prompt_tuning_jax.commands.examples import examples_with_titles, init, own_data_experiment
     from prompt_tuning_jax.commands.inspection import describe, inspect
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
     from prompt_tuning_jax.commands.merging import merge
     from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines, plan_run
+    from prompt_tuning_jax.commands.prediction import UNDESCRIBED, Prediction, predict
+    from prompt_tuning_jax.commands.prediction_files import (
+        evaluated_text,
+        form_of,
+        predictions_text,
+    )
     from prompt_tuning_jax.commands.recycling import Recycled, recycle
     from prompt_tuning_jax.commands.scoring import Scored, metrics
     from prompt_tuning_jax.commands.serving import Serving, default_experiment, serve
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.run import RunResult, train
 
 __all__ = [
+    "UNDESCRIBED",
     "EvalResult",
     "Prediction",
     "Recycled",
@@ -35,8 +42,10 @@ __all__ = [
     "describe",
     "dump",
     "evaluate",
+    "evaluated_text",
     "examples",
     "examples_with_titles",
+    "form_of",
     "init",
     "inspect",
     "merge",
@@ -46,6 +55,8 @@ __all__ = [
     "plan_lines",
     "plan_run",
     "predict",
+    "prediction_rows",
+    "predictions_text",
     "recycle",
     "serve",
     "similar",
@@ -58,12 +69,14 @@ __all__ = [
 
 _HOMES = {
     "commands.conversion": ("convert",),
-    "commands.evaluation": ("EvalResult", "Prediction", "evaluate", "predict"),
+    "commands.evaluation": ("EvalResult", "evaluate", "prediction_rows"),
     "commands.examples": ("examples_with_titles", "init", "own_data_experiment"),
     "commands.inspection": ("describe", "inspect"),
     "commands.listing": ("dump", "examples", "tasks"),
     "commands.merging": ("merge",),
     "commands.planning": ("plan_as_dict", "plan_lines", "plan_run"),
+    "commands.prediction": ("UNDESCRIBED", "Prediction", "predict"),
+    "commands.prediction_files": ("evaluated_text", "form_of", "predictions_text"),
     "commands.recycling": ("Recycled", "recycle"),
     "commands.scoring": ("Scored", "metrics"),
     "commands.similarity": ("Similar", "similar"),

@@ -1,31 +1,36 @@
-"""Scores prompts, and predicts with them."""
+"""Scores prompts, one by one and together."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prompt_tuning_jax import build, distributed, task_data
+from prompt_tuning_jax.checkpoints.prompt_file import shared_labels, tasks_of
+from prompt_tuning_jax.commands.given import as_texts
+from prompt_tuning_jax.commands.prediction import Prompts, mean_log_probs, open_for
+from prompt_tuning_jax.data.files import FILE_TASK
 from prompt_tuning_jax.data.metrics import best_of
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.text_template import parse_template
-from prompt_tuning_jax.data.tokenize import tokenize
+from prompt_tuning_jax.data.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.methods import PromptDesign
 from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.opened_prompts import OpenedPrompts, open_prompts
+from prompt_tuning_jax.opened_prompts import OpenedPrompts, prompt_list
 from prompt_tuning_jax.pretraining import TextData
 from prompt_tuning_jax.training.evaluate import Predictions
-from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's.
 
-    ``title`` says what was scored: the split, or the user's own file.
+    ``title`` says what was scored: the split, or the user's own file; ``predictions`` and
+    ``examples`` are by task.
     """
 
     names: tuple[str, ...]
@@ -37,33 +42,34 @@ class EvalResult:
     title: str
     predictions: Mapping[str, Predictions]
     reports: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """For one input: the (majority's) text, label log-probabilities of the mean, and votes."""
-
-    prediction: str
-    log_probs: dict[str, float] | None
-    votes: dict[str, int] | None
+    examples: Mapping[str, TokenizedExamples] = field(default_factory=dict)
 
 
 def evaluate(
-    experiment: Experiment, *, prompts: Sequence[str | HostArray], split: str | None = None
+    experiment: Experiment,
+    *,
+    prompts: Prompts = (),
+    split: str | None = None,
+    labels: Sequence[str] = (),
 ) -> EvalResult:
     """Scores prompts one by one and their majority vote, with one frozen model.
 
-    ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``; none is
-    the bare model.  ``split`` is ``data.eval_split`` unless given.  Prompt design has a member for
-    each of ``training.seeds``, which read other demonstrations, one after another.
+    ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``, one or
+    several; none is the bare model.  ``split`` is ``data.eval_split`` unless given.  Prompt design
+    has a member for each of ``training.seeds``, which read other demonstrations, one after another.
+
+    ``labels`` are what a user's own files are scored by, in place of those that the prompts were
+    trained on: the evaluation file never says them.  UserError where prompts know different ones.
     """
+    labels = as_texts(labels, "labels")
+    experiment = validate(experiment)
+    if labels:
+        own = dataclasses.replace(experiment.data, labels=labels)
+        experiment = validate(dataclasses.replace(experiment, data=own))
     model = build.build_model(experiment)
-    loaded = _opened(experiment, model, prompts)
-    own = experiment.data
-    if (own.train or own.eval) and loaded.labels and not own.labels:
-        # What the prompts were trained to choose between; the training file may be gone by now.
-        own = dataclasses.replace(own, labels=loaded.labels)
-        experiment = dataclasses.replace(experiment, data=own)
+    loaded = open_for(experiment, model, prompt_list(prompts))
+    if not labels:
+        experiment = _with_labels(experiment, loaded)
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     reports: dict[str, None] = {}
@@ -74,7 +80,7 @@ def evaluate(
     direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
         data = _examples(own_draw, model, split=split) if number else data
-        reports |= dict.fromkeys(data.reports)
+        reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
             theirs, found = build.evaluate_members(own_draw, members, members.tuned, data, model)
             scores += theirs
@@ -102,63 +108,88 @@ def evaluate(
         title=first.task.source.titles.get(split, split),
         predictions=joined,
         reports=tuple(reports),
+        examples=data.evaluation,
     )
 
 
-def predict(
-    experiment: Experiment, *, prompts: Sequence[str], inputs: Sequence[str]
-) -> list[Prediction]:
-    """Predicts for bare texts: the task's wording is put around them.
+def _with_labels(experiment: Experiment, loaded: OpenedPrompts) -> Experiment:
+    """The experiment on a user's own files with the labels that its prompts were trained on.
 
-    That of a user's own files is ``data.inputs_template`` where it names one column; with several
-    columns the texts are inputs as they are.
+    The training file that has them may be gone by now.
     """
-    distributed.require_same("the input", "\n".join(inputs))
-    model = build.build_model(experiment)
-    words = build.vocabulary_of(model)
-    loaded = _opened(experiment, model, prompts)
-    ranks = experiment.evaluation.strategy in ("rank", "auto")
-    # Asking the experiment for them reads its training file, which need not be here any more.
-    labels = loaded.labels or (_labels_of(experiment) if ranks else ())
-    wording = _wording_of(experiment)
-    task = _texts_as_task([wording(text) for text in inputs])
-    if ranks and not labels:
-        experiment = dataclasses.replace(
-            experiment, evaluation=dataclasses.replace(experiment.evaluation, strategy="greedy")
-        )
-    source = None
-    if isinstance(experiment.method, PromptDesign):
-        source = task_data.build_mixture(experiment.data).tasks[0]
-    parts = []
-    for own_draw in task_data.draws_of(experiment):
-        examples = tokenize(
-            task_data.designed(own_draw, task, words, source=source),
-            "predict",
-            words,
-            inputs_length=experiment.data.inputs_length,
-            targets_length=experiment.data.targets_length,
-            use_cache=False,
-        )
-        for members in loaded.groups:
-            predictor = build.build_predictor(experiment, members.graphdef, words, labels=labels)
-            parts.append(
-                predictor.predict(
-                    members.tuned,
-                    members.frozen,
-                    examples,
-                    members=members.number,
-                    task=members.task_number(experiment.data.task),
-                )
+    data = experiment.data
+    if not (data.train or data.eval) or data.objectives:
+        return experiment
+    known = loaded.by_name()
+    labels = shared_labels(
+        {name: one.labels for name, one in known.items()},
+        instead="say what all are scored by with labels (--set data.labels=a,b), or eval each "
+        "by itself",
+    )
+    if data.labels:
+        return experiment
+    for name, one in known.items():
+        if tasks := tasks_of(one):
+            each = "; ".join(map(str, tasks))
+            raise UserError(
+                f"{name} was trained on {len(tasks)} tasks: say whose labels are meant with "
+                f"--set data.labels=a,b ({each[:200]})"
             )
-    predictions = Predictions.joined(parts)
-    return [
-        Prediction(
-            prediction=vote.prediction,
-            log_probs=_mean_log_probs([known[i] for known in predictions.log_probs_EN]),
-            votes=dict(vote.votes) if len(predictions.texts_EN) > 1 else None,
-        )
-        for i, vote in enumerate(predictions.votes())
-    ]
+    if labels:
+        data = dataclasses.replace(data, labels=labels)
+    elif data.train and data.eval and not Path(data.train).exists():
+        # Without it nothing says the labels, which is what is then asked for.
+        data = dataclasses.replace(data, train="")
+    return dataclasses.replace(experiment, data=data)
+
+
+def _other_wordings(experiment: Experiment, loaded: OpenedPrompts) -> Iterator[str]:
+    """A line for each prompt that was trained with another wording than the examples have."""
+    data = experiment.data
+    if not (data.train or data.eval) or data.objectives:
+        return
+    ours = Wording(template=task_data.inputs_template_of(data))
+    for name, one in loaded.by_name().items():
+        theirs = wording_of(one.task, one.inputs_template)
+        if AS_IT_IS not in (ours, theirs) and theirs.key != ours.key:
+            yield (
+                f"note: {name} was trained with the wording {theirs.shown!r}, and these inputs "
+                f"have {ours.shown!r}; --set data.inputs_template changes it"
+            )
+
+
+def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
+    """What was predicted for each example that was evaluated, as values of JSON.
+
+    ``correct`` is as the task compares texts; of several prompts ``prediction`` is their vote.
+    ``row`` holds further columns of a user's own file.
+    """
+    several_tasks = len(result.examples) > 1
+    for name, examples in result.examples.items():
+        found = result.predictions[name]
+        task = examples.task
+        votes = found.votes()
+        compared = examples.as_written([vote.prediction for vote in votes])
+        for i, (example, vote) in enumerate(zip(examples.texts, votes, strict=True)):
+            known = [own[i] for own in found.log_probs_EN]
+            row: dict[str, Any] = {"task": name} if several_tasks else {}
+            row |= {
+                "input": example["inputs"],
+                "target": example["targets"],
+                "prediction": vote.prediction,
+                "correct": task.is_correct(example, compared[i]),
+                "log_probs": mean_log_probs(known),
+            }
+            if len(known) > 1:
+                row["votes"] = dict(vote.votes)
+            row["prompts"] = [
+                {"prompt": prompt, "prediction": texts[i], "log_probs": own}
+                for prompt, texts, own in zip(result.names, found.texts_EN, known, strict=True)
+            ]
+            others = {k: v for k, v in example.items() if k not in ("inputs", "targets")}
+            if others and task.name.startswith(FILE_TASK):
+                row["row"] = others
+            yield row
 
 
 def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_data.TaskData:
@@ -175,53 +206,3 @@ def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_d
     # Other examples there would be other batches, or one too many to wait for.
     distributed.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     return data
-
-
-def _opened(experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]) -> OpenedPrompts:
-    """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
-    if not isinstance(experiment.method, PromptDesign):
-        return open_prompts(experiment, model, prompts)
-    if prompts:
-        raise UserError(
-            "method=prompt_design puts words before the inputs of the bare model; leave out "
-            "--prompt, or the method"
-        )
-    bare = open_prompts(experiment, model, [])
-    if not experiment.method.shots:
-        return dataclasses.replace(bare, names=("no demonstrations",))
-    seeds = experiment.training.seeds
-    return dataclasses.replace(bare, names=tuple(f"demonstrations of seed {s}" for s in seeds))
-
-
-def _labels_of(experiment: Experiment) -> tuple[str, ...]:
-    mixture = task_data.build_mixture(experiment.data)
-    return tuple(dict.fromkeys(label for task in mixture.tasks for label in task.labels))
-
-
-def _wording_of(experiment: Experiment) -> Callable[[str], str]:
-    """Bare text -> inputs."""
-    data = experiment.data
-    if data.train or data.eval:
-        if not data.inputs_template:
-            return str
-        template = parse_template(data.inputs_template, field="data.inputs_template")
-        if len(template.columns) != 1:
-            return str
-        return lambda text: template.render({template.columns[0]: text})
-    return task_data.build_mixture(data).tasks[0].from_text or str
-
-
-def _texts_as_task(inputs: Sequence[str]) -> Task:
-    rows = [{"inputs": text, "targets": ""} for text in inputs]
-    source = Source(
-        splits=("predict",), rows=lambda split, data_dir: rows, fingerprint=lambda split, _: ""
-    )
-    return Task(name="inputs", source=source)
-
-
-def _mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """Each text's log-probability, averaged over the members that know it."""
-    texts = dict.fromkeys(text for known in known_E for text in known)
-    return {
-        text: float(np.mean([known[text] for known in known_E if text in known])) for text in texts
-    }

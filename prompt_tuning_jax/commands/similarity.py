@@ -10,6 +10,7 @@ import numpy as np
 from prompt_tuning_jax.analysis.similarity import By, mixture, similarity
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
 from prompt_tuning_jax.checkpoints.staged import require_free, staged
+from prompt_tuning_jax.commands.given import as_paths
 from prompt_tuning_jax.commands.prompt_sources import prompt_paths, read_all
 from prompt_tuning_jax.errors import UserError
 
@@ -26,7 +27,7 @@ class Similar:
 
 def similar(
     prompt: str | Path,
-    among: Sequence[str | Path],
+    among: str | Path | Sequence[str | Path],
     *,
     by: By = "mean",
     top: int = 0,
@@ -40,6 +41,7 @@ def similar(
     is 0), is written there as a prompt to start from: ``method.init=file``.  Raises UserError for
     prompts of different models, and where nothing is left.
     """
+    among = as_paths(among, "among")
     (path,) = _one(prompt)
     own = read_all([path])[path]
     sources = read_all([p for place in among for p in prompt_paths(place)])

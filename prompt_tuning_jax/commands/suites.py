@@ -15,6 +15,7 @@ from prompt_tuning_jax import suite as suites
 from prompt_tuning_jax.bounded_json import read_json_file
 from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.commands.evaluation import evaluate
+from prompt_tuning_jax.commands.given import as_texts
 from prompt_tuning_jax.config_file import RUN_CONFIG
 from prompt_tuning_jax.data.t5_tasks.registry import name_in_form
 from prompt_tuning_jax.data.task import Task
@@ -81,6 +82,7 @@ def suite(
     data of any task before anything is trained.
     """
     validate(experiment)
+    tasks, halve = as_texts(tasks, "tasks"), as_texts(halve, "halve")
     root = build.workdir_of(experiment)
     run_folder.require_place(root)
     of = suites.get_suite(name)
@@ -147,6 +149,7 @@ def try_transfer(
     ``SOURCE_to_TARGETS.md`` and ``.json``.  Raises UserError as ``suite``.
     """
     validate(experiment)
+    targets, methods = as_texts(targets, "targets"), as_texts(methods, "methods")
     root = build.workdir_of(experiment)
     run_folder.require_place(root)
     known_form = suites.require_form(form)

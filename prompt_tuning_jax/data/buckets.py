@@ -77,6 +77,26 @@ def parse_buckets(text: str, *, beside: int = 0) -> Buckets:
     )
 
 
+def padded_size(number: int, *, least: int = 1) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on, from ``least``, that holds it.
+
+    What is padded to these alone has few shapes, and a third of it at most is padding.
+    """
+    size = least
+    while size < number:
+        # From a power of two to one and a half of it, from there to the next.
+        size = size * 4 // 3 if size % 3 == 0 else max(size * 3 // 2, size + 1)
+    return size
+
+
+def few_lengths(limit: int) -> Buckets:
+    """Lengths that are the same whatever is padded to them."""
+    lengths = [_SHORTEST]
+    while lengths[-1] < limit:
+        lengths.append(padded_size(lengths[-1] + 1, least=_SHORTEST))
+    return Buckets(lengths=tuple(length for length in lengths if length < limit) or (limit,))
+
+
 def bucket_of(lengths_N: np.ndarray, bucket_lengths: tuple[int, ...]) -> np.ndarray:
     """[N] int64: for each length the first bucket that holds it; cut ones are in the last."""
     found = np.searchsorted(np.asarray(bucket_lengths), lengths_N)

@@ -20,6 +20,9 @@ MAX_LABELS = 50
 _FEW_ROWS = 4
 _SHORT_WORDS = 3
 
+# What the name of a task of files begins with.
+FILE_TASK = "file:"
+
 TargetKind: TypeAlias = Literal["auto", "labels", "text"]
 
 
@@ -79,7 +82,7 @@ def file_task(
             targets,
         )
     return Task(
-        name="file:" + next(iter(files.values())).path.name,
+        name=FILE_TASK + next(iter(files.values())).path.name,
         source=Source(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),

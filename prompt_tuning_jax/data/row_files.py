@@ -103,6 +103,12 @@ class RowFile:
         return name[name.rfind(".") :] if "." in name else ""
 
 
+def is_row_file(path: Path) -> bool:
+    """Whether its name, or its being a folder, says that it holds rows and not lines of text."""
+    file = RowFile(path=path)
+    return file._ending() in _READERS or path.is_dir()
+
+
 def read_rows(
     path: str | Path,
     *,

@@ -145,6 +145,11 @@ class Task:
                 return direction
         return "min" if metric in (INVALID, LOSS) else None
 
+    def is_correct(self, example: Example, prediction: str) -> bool:
+        """Whether a prediction is what its target says, as the metrics compare them."""
+        target = self._compared(example["targets"], example, True)
+        return bool(target == self._compared(prediction, example, False))
+
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]
     ) -> dict[str, float]:

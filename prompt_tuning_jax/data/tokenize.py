@@ -101,14 +101,18 @@ class TokenizedExamples:
         return found
 
     def score(self, predictions: Sequence[str]) -> dict[str, float]:
-        """The task's metrics of predicted texts, one per example in the same order.
+        """The task's metrics of predicted texts, one per example in the same order."""
+        return self.task.score(self.texts, self.as_written(predictions))
 
-        A prediction that is what the vocabulary makes of a label counts as that label, and of a
-        target as that target, where no letters are lost.
+    def as_written(self, predictions: Sequence[str]) -> list[str]:
+        """Predicted texts, one per example, as the targets and labels are written.
+
+        What the vocabulary makes of a label counts as that label, and of a target as that target,
+        where no letters are lost.
         """
         back = self.rewritten
         if not back:
-            return self.task.score(self.texts, predictions)
+            return list(predictions)
         written = Counter(back.get(label, label) for label in self.task.labels)
         labels = {
             back[label]: label
@@ -123,7 +127,7 @@ class TokenizedExamples:
             return target if same else prediction
 
         pairs = zip(predictions, self.texts, strict=True)
-        return self.task.score(self.texts, [original(p, e["targets"]) for p, e in pairs])
+        return [original(prediction, example["targets"]) for prediction, example in pairs]
 
     def rewritten_notes(self) -> Iterator[str]:
         """What the vocabulary makes of targets, a line each kind."""

@@ -69,7 +69,8 @@ class Wording:
                 example = ", ".join(f'"{column}": "..."' for column in self.columns)
                 raise UserError(
                     f"a bare text, and the input is made of the columns "
-                    f"{', '.join(self.columns)}: give {{{example}}}, or the whole input with raw"
+                    f"{', '.join(self.columns)}: give {{{example}}}, or the whole input with raw "
+                    "(--raw)"
                 )
             return self._parsed.render({self.columns[0]: given})
         if not self.columns:

@@ -7,7 +7,7 @@ from prompt_tuning_jax.methods.described import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
-from prompt_tuning_jax.methods.method import Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods.method import Attached, Context, Known, Method, mask_of
 from prompt_tuning_jax.methods.multitask import MultitaskPrompts
 from prompt_tuning_jax.methods.p_tuning import PTuning
 from prompt_tuning_jax.methods.pattern import PatternTuning
@@ -52,6 +52,7 @@ __all__ = [
     "DeepPrompts",
     "DescribedPrompts",
     "FullTuning",
+    "Known",
     "LoRA",
     "Method",
     "MultitaskPrompts",

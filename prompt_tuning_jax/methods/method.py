@@ -77,12 +77,29 @@ def is_attached(name: str) -> bool:
     return name.startswith("method/") or "/around/" in name
 
 
+class Known:
+    """What is known about something that was attached, the metadata of its file; None: nothing.
+
+    Equal to every other, so that what differs in it alone shares its programs.
+    """
+
+    def __init__(self, about: Any = None) -> None:
+        self.about = about
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known)
+
+    def __hash__(self) -> int:
+        return hash(Known)
+
+
 class Attached(nnx.Module):
     """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
 
     def __init__(self, model: T5, method: MethodModule):
         self.model = model
         self.method = method
+        self.known = Known()
 
     def __repr__(self) -> str:
         """The model's, and what is attached to it: arrays with their shapes."""

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax import tree
-from prompt_tuning_jax.data.buckets import FIXED, Buckets
+from prompt_tuning_jax.data.buckets import FIXED, Buckets, padded_size
 from prompt_tuning_jax.data.loader import eval_batches
 from prompt_tuning_jax.data.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocab import AnyVocabulary
@@ -54,7 +54,10 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Predicts with any attached method; ``labels`` are the label strings that ``rank`` scores."""
+    """Predicts with any attached method; ``labels`` are the label strings that ``rank`` scores.
+
+    With ``few_sizes`` a batch of fewer examples than ``batch_size`` has one of few numbers of rows.
+    """
 
     graphdef: nnx.GraphDef[Attached]
     vocabulary: AnyVocabulary
@@ -66,6 +69,7 @@ class Predictor:
     processors: LogitsProcessors | None = None
     labels: tuple[str, ...] = ()
     buckets: Buckets = FIXED
+    few_sizes: bool = False
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +98,8 @@ class Predictor:
         texts: list[list[str]] = [[""] * len(examples) for _ in range(members)]
         known: list[list[dict[str, float]]] = [[{} for _ in range(len(examples))] for _ in texts]
         pending: list[tuple[Any, HostArray]] = []
-        batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
+        number = padded_size(len(examples)) if self.few_sizes else len(examples)
+        batch_size = eval_batch_size(self.batch_size, number, parts=parts)
         # Dispatched ahead by one batch: the host reads one while the device computes the next.
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
@@ -266,8 +271,8 @@ def require_labels(labels: Sequence[str]) -> None:
     """Raises UserError where there is nothing to rank."""
     if not labels:
         raise UserError(
-            "evaluation.strategy=rank needs labels and the task has none; give data.labels, "
-            "or use evaluation.strategy=greedy"
+            "evaluation.strategy=rank needs labels, and neither the prompts nor the task say them; "
+            "give data.labels=a,b, or use evaluation.strategy=greedy"
         )
 
 

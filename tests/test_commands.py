@@ -92,7 +92,7 @@ def test_a_file_of_ones_own_is_named(run: Path, tmp_path: Path) -> None:
     test = tiny_run.write_rows(tmp_path / "test.jsonl", tiny_run.rows(24, seed=2))
     found = evaluate(experiment(run, {"data.eval": str(test)}), prompts=[str(run)])
     assert found.title == str(test) and found.split == "validation"
-    assert found.reports[0].startswith(f"{test}: 24 examples, ")
+    assert any(line.startswith(f"{test}: 24 examples, ") for line in found.reports)
 
 
 def test_a_table_shows_what_sets_names_apart(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,10 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class NumberText(str):
+    """A number of a JSON text as it is written there; ``json_text`` writes it as a number."""
+
+
 def read_json(
     text: str | bytes,
     *,
@@ -46,7 +50,9 @@ def read_json(
         raise UserError(f"{of}: more than {_MAX_CONTAINERS} lists and objects")
     try:
         if parse_numbers_as_text:
-            value = json.loads(decoded, parse_int=str, parse_float=str, parse_constant=str)
+            value = json.loads(
+                decoded, parse_int=NumberText, parse_float=NumberText, parse_constant=str
+            )
         else:
             value = json.loads(
                 decoded,
@@ -161,6 +167,10 @@ def _has_half(text: str) -> bool:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, NumberText):
+        number = float(value)
+        whole = int(value) if value.lstrip("-").isdigit() and len(value) <= _MAX_DIGITS else number
+        return whole if math.isfinite(number) else None
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Mapping):

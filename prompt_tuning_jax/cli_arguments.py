@@ -34,7 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--version", action=_Version, nargs=0, help="show versions, of what matters here, and end"
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="show the versions of the package and of its libraries, and exit",
     )
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True

@@ -310,7 +310,12 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
             f"prompt is an array, and {str(given)!r} is a path: attach takes a run, a file or an "
             "adapter, and load_prompt reads a prompt's file"
         )
-    array = jnp.asarray(prompt, jnp.float32)
+    try:
+        array = jnp.asarray(prompt, jnp.float32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"prompt must be an array of numbers, not {type(given).__name__} {str(given)[:40]!r}"
+        ) from None
     width = model.config.embed_dim
     if (
         array.ndim not in (2, 3)
@@ -327,8 +332,8 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
 def require_model(model: object) -> None:
     """UserError for what is no model."""
     if not isinstance(model, T5 | Attached):
-        named = f"load_model({model!r}) opens it" if isinstance(model, str | Path) else "load_model"
-        raise UserError(f"model is a {type(model).__name__}, and no model: {named}")
+        opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
+        raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
 
 
 def _ready(
@@ -374,7 +379,7 @@ def _padded_targets(
     """The targets' token ids for the padded inputs, and how many positions were given."""
     targets_BS = token_ids(attached.model, targets, targets=True)
     if len(targets_BS) != rows:
-        raise UserError(f"there are {rows} inputs and {len(targets_BS)} targets")
+        raise UserError(f"inputs and targets must be as many: {rows} and {len(targets_BS)}")
     length = targets_BS.shape[1]
     positions = padded_size(length, least=_SHORTEST_TARGET) - length
     fill = attached.model.token_ids.fill

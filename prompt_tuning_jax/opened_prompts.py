@@ -112,7 +112,7 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
     if isinstance(prompts, str | Path) or (is_array and cast(Any, prompts).ndim < 3):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts are paths or arrays, and got a {type(prompts).__name__}")
+        raise UserError(f"prompts must be paths or arrays, not {type(prompts).__name__}")
     found: list[str | HostArray] = []
     for number, one in enumerate(prompts):
         if isinstance(one, str | Path):

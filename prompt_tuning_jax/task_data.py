@@ -24,6 +24,7 @@ from prompt_tuning_jax.data.metrics import (
     Direction,
     direction_by_name,
     get_metric,
+    metric_names,
 )
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.target_checks import (
@@ -536,7 +537,9 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
         usual = usual or prefix + first_name
         names += [prefix + name for name in dict.fromkeys([*scores, LOSS])]
     if asked and asked not in names:
-        raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}")
+        known = asked in metric_names()
+        also = f"; add {asked} to data.metrics to have it computed" if known else ""
+        raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}{also}")
     return asked or usual
 
 

@@ -125,3 +125,9 @@ def test_a_message_is_one_printable_line_of_some_length() -> None:
     assert len(message) < 2100
     assert message.startswith("a.json: field xx")
     assert message.endswith(r"\x1b[31m\nis wrong; set it")
+
+
+def test_numbers_as_written_are_written_as_numbers() -> None:
+    text = '{"id": 3, "x": -1.5, "big": 1e400, "name": "3"}'
+    value = read_json(text, of="f", parse_numbers_as_text=True)
+    assert json.loads(json_text(value)) == {"id": 3, "x": -1.5, "big": None, "name": "3"}

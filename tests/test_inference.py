@@ -463,3 +463,9 @@ def test_labels_are_ranked_by_their_mean_where_that_is_asked_for():
     mean = np.asarray(label_scores(*given, normalize_length=True))
     np.testing.assert_allclose(mean, total / (LABELS != 0).sum(axis=1), rtol=1e-5)
     assert (mean.argsort(-1) != total.argsort(-1)).any()
+
+
+@pytest.mark.parametrize("prompt", [np.array(["a"]), ["a", "b"], {}, [[1.0], [1.0, 2.0]]])
+def test_a_prompt_without_numbers_is_refused_in_one_line(prompt):
+    with pytest.raises(UserError, match="prompt"):
+        as_prompt(MODEL, prompt, batch=1)

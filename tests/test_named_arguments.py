@@ -68,3 +68,10 @@ def test_configs_are_plain_dataclasses_still(name: str) -> None:
 
 def test_the_version() -> None:
     assert pt.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("path", [5, None, ["tiny"], 1.5])
+def test_what_is_no_path_is_said(path: Any) -> None:
+    for call in (pt.load_model, pt.load_prompt):
+        with pytest.raises(pt.UserError, match=f"not .*{type(path).__name__}"):
+            call(path)

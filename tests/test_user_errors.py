@@ -84,7 +84,7 @@ ROW = json.dumps(GOOD[0])
         (lambda d: {"data.train": lines(d / "a.txt", ROW)}, "a.txt: unknown kind of file"),
         (
             lambda d: {"data.labels": ("blue", "green", "read")},
-            "the target 'red' is not in data.labels: did you mean 'read'",
+            "the target 'red' is none of the labels: did you mean 'read'",
         ),
         (
             lambda d: {"data.targets_length": 1},

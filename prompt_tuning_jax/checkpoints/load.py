@@ -57,7 +57,10 @@ def open_model(
     With ``vocabulary=False`` none is looked for.  Every parameter has exactly one source and every
     array of the checkpoint one use, or UserError lists what is left over on both sides.
     """
-    location = model_location(name_or_path)
+    given: object = name_or_path  # not everybody checks types
+    if not isinstance(given, str | Path):
+        raise UserError(f"a model is opened by its name or path, not by {type(given).__name__}")
+    location = model_location(str(name_or_path))
     if not t5x.is_t5x(location):
         folder = hf_folder(location)
         config, params, words = hf.open_hf(folder)

@@ -205,6 +205,9 @@ def load_prompt_with_metadata(
 
 def read_prompt(path: str | Path) -> StoredPrompt:
     """The prompt in a file or folder as it is stored; errors as ``load_prompt_with_metadata``."""
+    given: object = path  # not everybody checks types
+    if not isinstance(given, str | Path):
+        raise UserError(f"a prompt is read from a path, not from {type(given).__name__}")
     if "://" in str(path):
         return _read_t5x(str(path))
     path = Path(path)

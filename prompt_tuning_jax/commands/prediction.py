@@ -126,6 +126,9 @@ def predict(
     written; 0 is what the prompts' run says.  Raises UserError for what cannot be predicted.
     """
     labels = as_texts(labels, "labels")
+    given_raw: object = raw  # not everybody checks types
+    if not isinstance(given_raw, bool):
+        raise UserError(f"raw must be True or False, not {given_raw!r}")
     experiment, loaded, frozen, layout = _opened(model, prompt_list(prompts))
     experiment = _with(
         experiment,
@@ -361,12 +364,12 @@ def _placed(inputs: Given | Path | Iterable[Given], data: Data) -> Iterator[tupl
     if isinstance(inputs, str | Mapping):
         inputs = [cast(Given, inputs)]
     if not isinstance(inputs, Iterable):
-        raise UserError(f"inputs are texts or objects, and got a {type(inputs).__name__}")
+        raise UserError(f"inputs must be texts or objects, not {type(inputs).__name__}")
     for number, one in enumerate(inputs):
         given: object = one  # not everybody checks types
         if not isinstance(given, str | Mapping):
-            shown = str(given)[:40]
-            raise UserError(f"inputs[{number}] is {shown!r}, and neither a text nor an object")
+            shown = repr(given)[:40]
+            raise UserError(f"inputs[{number}] must be a text or an object, not {shown}")
         yield f"inputs[{number}]", given
 
 

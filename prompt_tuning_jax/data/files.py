@@ -256,7 +256,7 @@ def _examples(
             )
         if labels and target not in labels:
             raise UserError(
-                f"{where}: the target {target!r} is not in data.labels: {suggest(target, labels)}"
+                f"{where}: the target {target!r} is none of the labels: {suggest(target, labels)}"
             )
         others = {
             column: value if isinstance(value, list | dict) else value_text(value, column, where)

@@ -159,7 +159,7 @@ def test_many_distinct_targets_are_free_text(write):
 def test_given_labels_keep_their_order_and_bind_the_targets(write):
     path = write("a.jsonl", JSONL)
     assert file_task(train=path, labels=("yes", "no")).labels == ("yes", "no")
-    fails(path, "a.jsonl:2: the target 'no' is not in data.labels", labels=("yes", "nope"))
+    fails(path, "a.jsonl:2: the target 'no' is none of the labels", labels=("yes", "nope"))
 
 
 def test_blanks_around_a_target_are_not_part_of_it(write):

@@ -360,8 +360,8 @@ def test_padding_changes_no_number_and_no_shape(placement):
     written = generate(attached, source, max_length=4)
     assert written.ids.shape == (5, 4) and written.scores.shape == (5,)
     scores = score(attached, source, target)
-    for row, (tokens, ids) in enumerate(zip(source, target, strict=True)):
-        own, wanted = tokens[tokens != 0][None], ids[ids != 0][None]
+    for row in (1, 2):  # the longest, and one with much padding
+        own, wanted = (ids[row][ids[row] != 0][None] for ids in (source, target))
         alone = np.asarray(attached.encode(jnp.asarray(own))[0].hidden_BUD)[0]
         np.testing.assert_allclose(hidden[row, : len(alone)], alone, atol=1e-5)
         exact = np.asarray(attached(jnp.asarray(own), jnp.asarray(shifted(wanted))))[0]

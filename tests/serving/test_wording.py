@@ -10,6 +10,8 @@ import pytest
 from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.folder import find_tasks, load_found
+from tests.serving.browser import CHROMIUM, Browser
+from tests.serving.live_server import live
 from tests.serving.serving_app import ADMIN, ask, fits, make_service, running
 from tests.serving.serving_micro import write_prompt
 from tests.tiny_run import LABELS
@@ -172,3 +174,42 @@ def test_an_input_that_is_cut_is_said(tmp_path: Path) -> None:
     refused, cut = answered(tmp_path, body, {**body, "options": {"truncate": True}})
     assert refused.status_code == 422
     assert [result.get("truncated") for result in cut.json()["results"]] == [None, True]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; on Debian: apt-get install chromium")
+def test_the_page_shows_the_wording_and_a_field_for_each_column(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "tasks" / "pair.safetensors", inputs_template=TWO)
+    write_prompt(tmp_path / "tasks" / "said.safetensors", seed=3, inputs_template="ban {x} det")
+    expected, said, raw = answered(
+        tmp_path / "tasks",
+        {"task": "pair", "inputs": [{"first": "bon", "second": "red"}]},
+        {"task": "said", "inputs": ["ban red det"], "options": {"raw": True}},
+        {"task": "said", "inputs": ["red"], "options": {"raw": True}},
+    )
+    shown = "[...document.querySelectorAll('#table td')].map((c) => c.textContent).join(' ')"
+
+    def shares(answer: httpx.Response) -> list[str]:
+        (result,) = answer.json()["results"]
+        return [f"{100 * share:.1f} %" for share in result["probabilities"].values()]
+
+    service = make_service(tmp_path / "tasks")
+    with live(service) as url, Browser(tmp_path / "profile") as browser:
+        browser.open(url)
+        browser.wait_for("document.querySelectorAll('#columns textarea').length === 2")
+        assert TWO in browser.run("$('wording').textContent")
+        assert browser.run("$('text_field').hidden") is True
+        click = "document.querySelector('button').click()"
+        fill = "const f = document.querySelectorAll('#columns textarea'); f[0].value = 'bon';"
+        browser.run(f"{fill} f[1].value = 'red'; {click}")
+        for share in shares(expected):
+            browser.wait_for(f"{shown}.includes('{share}')")
+        browser.run("$('task').value = 'said'; $('task').dispatchEvent(new Event('change'))")
+        assert browser.run("[$('text_field').hidden, $('columns').hidden]") == [False, True]
+        browser.run(f"$('text').value = 'red'; {click}")
+        for share in shares(said):
+            browser.wait_for(f"{shown}.includes('{share}')")
+        browser.run(f"$('raw').click(); {click}")
+        for share in shares(raw):
+            browser.wait_for(f"{shown}.includes('{share}')")
+        assert shares(raw) != shares(said)
+        assert browser.run("$('wording').textContent") == ""

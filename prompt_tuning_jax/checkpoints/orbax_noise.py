@@ -8,6 +8,7 @@ into an event loop that is closed by then, asyncio's tasks whose errors nobody f
 import functools
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 _IN_LOGS = (
@@ -23,6 +24,9 @@ def silence_orbax() -> None:
     """Drops these reports, and no others, from now on; they may come after orbax has returned."""
     for name, beginning in _IN_LOGS:
         logging.getLogger(name or None).addFilter(functools.partial(_passes, beginning=beginning))
+    warnings.filterwarnings(
+        "ignore", "coroutine '_read_array_index_and_device_put' was never awaited", RuntimeWarning
+    )
     report = sys.unraisablehook
 
     def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:

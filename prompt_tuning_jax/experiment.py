@@ -168,7 +168,7 @@ class Evaluation(Config):
     # greedy and beam, each as in transformers:
     min_length: int = 0  # of what is written, in tokens, the end included
     repetition_penalty: float = 1.0  # 1: none
-    no_repeat_ngram_size: int = 0  # no so many tokens in a row are written twice; 0 allows it
+    no_repeat_ngram_size: int = 0  # no run of this many tokens is written twice; 0 allows repeats
     best_by: str = ""  # empty: the task's first metric; loss is always one
     # Whether the largest or the smallest of it is best; auto: as the metric or its name says.
     best_mode: Literal["auto", "max", "min"] = "auto"

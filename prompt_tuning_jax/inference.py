@@ -35,6 +35,9 @@ from prompt_tuning_jax.typing import Array, HostArray
 # Token ids [B, T] with the model's padding (T5's is 0), or texts where it has its vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
 _SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
+# Beyond these a slip of a zero would end in an error of the device: beams times words fit an int32.
+_LONGEST = 2**16
+_MOST_BEAMS = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ def generate(
       seed: of the draws of sample.
       min_length: in tokens, the end included, as in transformers.
       repetition_penalty: as in transformers; 1.0 is none.
-      no_repeat_ngram_size: no so many tokens in a row are written twice; 0 allows it.
+      no_repeat_ngram_size: no run of this many tokens is written twice; 0 allows repeats.
 
     Raises UserError for an option that is wrong or belongs to another strategy.
     """
@@ -113,11 +116,13 @@ def generate(
         top_k=top_k,
         top_p=top_p,
     )
-    max_length = whole_number("max_length", max_length, at_least=1)
+    max_length = whole_number("max_length", max_length, at_least=1, at_most=_LONGEST)
     writing = Writing(
         strategy=strategy,
         max_length=max_length,
-        num_beams=4 if num_beams is None else whole_number("num_beams", num_beams, at_least=1),
+        num_beams=4
+        if num_beams is None
+        else whole_number("num_beams", num_beams, at_least=1, at_most=_MOST_BEAMS),
         beam_rule=_beam_rule(beam_rule, length_penalty),
         temperature=1.0 if temperature is None else _temperature(temperature),
         top_k=0 if top_k is None else whole_number("top_k", top_k, at_least=0),
@@ -129,7 +134,7 @@ def generate(
         no_repeat_ngram_size=whole_number("no_repeat_ngram_size", no_repeat_ngram_size, at_least=0),
         max_length=max_length,
     )
-    key = jax.random.key(whole_number("seed", seed, at_least=0))
+    key = jax.random.key(whole_number("seed", seed, at_least=0, at_most=2**63 - 1))
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
     graphdef, params = tree.split(attached)
     ids, scores = write(graphdef, writing, {}, params, tokens_BT, key, None, None, processors)

@@ -259,8 +259,8 @@ def _introduction(
         )
         if examples < training.batch_size:
             yield (
-                f"note: {examples} examples to train on are fewer than a batch of "
-                f"{training.batch_size}: each batch holds some of them several times"
+                f"note: a batch of {training.batch_size} is larger than the {examples} training "
+                "examples: each batch repeats some of them"
             )
 
 

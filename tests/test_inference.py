@@ -421,6 +421,10 @@ def test_sampling_does_not_depend_on_rows_to_spare():
         ("sample", {"temperature": -1}, "temperature is -1.0; it must be 0"),
         ("greedy", {"min_length": 7}, "min_length is 7, and at most 6 tokens are written"),
         ("greedy", {"min_length": -1}, "min_length is -1; it must be at least 0"),
+        ("greedy", {"max_length": 10**12}, "max_length is 1000000000000; it must be at most"),
+        ("beam", {"num_beams": 10**9}, "num_beams is 1000000000; it must be at most"),
+        ("greedy", {"no_repeat_ngram_size": 10**20}, "no_repeat_ngram_size is 1.*at most"),
+        ("sample", {"seed": 10**30}, "seed is 1.*at most"),
         ("greedy", {"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be above 0"),
         ("greedy", {"repetition_penalty": np.nan}, "repetition_penalty is nan"),
         (

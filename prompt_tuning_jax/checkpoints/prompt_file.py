@@ -271,7 +271,7 @@ def check_model(
     if theirs and theirs != fingerprint and not allow_other_model:
         named = " ".join(["", *metadata.model_name.split()])[:100]
         raise UserError(
-            f"{path} was trained for another model{named} (fingerprint {theirs}, this one has "
+            f"{path} was trained for another model{named} (fingerprint {theirs[:32]}, this one has "
             f"{fingerprint}); use that one"
             + (", or say allow_other_model to go on" if allow_other_model is not None else "")
         )
@@ -370,7 +370,9 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
             except UserError as error:
                 raise UserError(f"{path}: its metadata: {error}") from None
             except ValueError as error:
-                raise UserError(f"{path}: its metadata has {field.name} = {text[:80]!r}") from error
+                raise UserError(
+                    f"{path}: damaged metadata: {field.name} must be a number, not {text[:60]!r}"
+                ) from error
     return PromptMetadata(**values)
 
 

@@ -141,7 +141,7 @@ def _drain(service: "Service") -> None:
     if service.state != "draining":
         waiting = service.batcher.waiting if service.state == "ready" else 0
         rows = f"; {waiting} rows that wait are answered first" if waiting else ""
-        print(f"told to end{rows}", file=sys.stderr, flush=True)
+        print(f"shutting down{rows}", file=sys.stderr, flush=True)
     service.drain()
 
 

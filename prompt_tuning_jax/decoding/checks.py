@@ -5,14 +5,18 @@ import numbers
 
 from prompt_tuning_jax.errors import UserError
 
+_MOST = 2**31 - 1  # what an int32 on a device holds
 
-def whole_number(name: str, value: object, *, at_least: int) -> int:
-    """The value as an int; UserError where it is another kind of number or too small."""
+
+def whole_number(name: str, value: object, *, at_least: int, at_most: int = _MOST) -> int:
+    """The value as an int; UserError where it is another kind of number or out of bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UserError(f"{name} is {_shown(value)}; it must be a whole number")
     number = int(value)
     if number < at_least:
         raise UserError(f"{name} is {number}; it must be at least {at_least}")
+    if number > at_most:
+        raise UserError(f"{name} is {_shown(number)}; it must be at most {at_most:,}")
     return number
 
 

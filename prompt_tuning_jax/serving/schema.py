@@ -40,7 +40,7 @@ class Options(_Checked):
         default=None,
         ge=0,
         le=1_000_000,
-        description="generate: no so many tokens in a row are written twice; 0 allows it",
+        description="generate: no run of this many tokens is written twice; 0 allows repeats",
     )
     normalize_length: bool | None = Field(
         default=None,

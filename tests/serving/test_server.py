@@ -86,7 +86,7 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
         rest = process.stdout.read()
         assert secret not in rest and "kolo" not in rest
         said = [line for line in rest.splitlines() if "programs are compiled" not in line]
-        assert len(said) == 1 and said[0].startswith("told to end")
+        assert len(said) == 1 and said[0].startswith("shutting down")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz")
 

@@ -233,7 +233,7 @@ PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("whole numbers", npy(np.ones((3, 4), np.int32)), "floating-point numbers"),
     ("infinity", npy(np.full((3, 4), np.inf, np.float32)), "not finite"),
     ("an adapter cut", cut_peft, "damaged"),
-    ("another adapter", other_adapter, "only PROMPT_TUNING is a prompt"),
+    ("another adapter", other_adapter, 'peft_type is "ADALORA"'),
     ("a checkpoint without", lambda p: t5x_model(p.parent).rename(p), "without a prompt"),
     ("an empty folder", lambda p: p.mkdir(), "is a folder without a prompt"),
 ]

@@ -7,7 +7,7 @@ import pytest
 
 from prompt_tuning_jax import commands
 from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands import examples
+from prompt_tuning_jax.commands import example_configs
 from prompt_tuning_jax.config_file import load_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.experiment import Experiment
@@ -31,7 +31,7 @@ def test_a_wheel_holds_them_where_they_are_looked_for() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert settings["targets"]["wheel"]["force-include"] == {"configs": "prompt_tuning_jax/configs"}
     package = Path(commands.__file__).parents[1]
-    assert (package / "configs", package.parent / "configs") == examples._PLACES
+    assert (package / "configs", package.parent / "configs") == example_configs._PLACES
 
 
 def test_all_are_listed_with_what_they_say_of_themselves(

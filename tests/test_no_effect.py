@@ -42,7 +42,7 @@ def refused(experiment: Experiment, override: str, **options: Any) -> str:
         (TASK, "optimizer.beta1=0.8", "it is of adamw, and optimizer.name is adafactor"),
         (TASK, "optimizer.momentum=0.8", "it is of sgd"),
         (TASK, "data.separator=;", "neither data.train nor data.eval"),
-        (TASK, "evaluation.num_beams=2", "strategy is rank"),
+        (TASK, "evaluation.num_beams=2", "strategy is auto"),
         (TASK, "model.embeddings=cooccurrence", "not random"),
         (
             Experiment(training=Training(seeds=(0,), learning_rates=(0.1,))),

@@ -213,7 +213,7 @@ def test_what_similar_refuses(program: Program, tmp_path: Path) -> None:
     path = saved(tmp_path / "p.safetensors")
     a = saved(tmp_path / "a.safetensors", 1, model_fingerprint="a" * 16, model_name="one")
     b = saved(tmp_path / "b.safetensors", 2, model_fingerprint="b" * 16, model_name="two")
-    longer = near(tmp_path / "same.safetensors", 0)
+    near(tmp_path / "same.safetensors", 1)
     longer = saved(tmp_path / "longer.safetensors", length=7)
     save_prompt(tmp_path / "wide.npy", prompt(width=24))
     save_prompt(tmp_path / "opposite.npy", -prompt())

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prompt_tuning_jax.commands.conversion import convert
     from prompt_tuning_jax.commands.evaluation import EvalResult, evaluate, prediction_rows
-    from prompt_tuning_jax.commands.examples import examples_with_titles, init, own_data_experiment
+    from prompt_tuning_jax.commands.example_configs import (
+        examples_with_titles,
+        init,
+        own_data_experiment,
+    )
     from prompt_tuning_jax.commands.inspection import describe, inspect
     from prompt_tuning_jax.commands.listing import dump, examples, tasks
     from prompt_tuning_jax.commands.merging import merge
@@ -70,7 +74,7 @@ __all__ = [
 _HOMES = {
     "commands.conversion": ("convert",),
     "commands.evaluation": ("EvalResult", "evaluate", "prediction_rows"),
-    "commands.examples": ("examples_with_titles", "init", "own_data_experiment"),
+    "commands.example_configs": ("examples_with_titles", "init", "own_data_experiment"),
     "commands.inspection": ("describe", "inspect"),
     "commands.listing": ("dump", "examples", "tasks"),
     "commands.merging": ("merge",),

@@ -300,7 +300,7 @@ def test_a_prompt_that_does_not_fit_is_refused(shape):
 
 
 def test_as_many_targets_as_inputs():
-    with pytest.raises(UserError, match="there are 3 inputs and 2 targets"):
+    with pytest.raises(UserError, match="as many: 3 and 2"):
         score(MODEL, SOURCE, TARGET[:2])
 
 

@@ -117,7 +117,7 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
     members = build.Members(graphdef=graphdef, tuned={}, frozen={}, mask={}, number=1)
     *_, steps, note = run._introduction(experiment(tmp_path), members, data)
     assert steps == "12 steps of 4 examples: 16.0 epochs"
-    assert note.startswith("note: 3 examples to train on are fewer than a batch of 4")
+    assert note.startswith("note: a batch of 4 is larger than the 3 training examples")
     train_set.examples_per_epoch = 4000
     *_, steps = run._introduction(experiment(tmp_path, {"training.steps": 1}), members, data)
     assert steps == "1 step of 4 examples: 0.001 epochs"

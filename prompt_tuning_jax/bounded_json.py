@@ -27,6 +27,14 @@ class NumberText(str):
     """A number of a JSON text as it is written there; ``json_text`` writes it as a number."""
 
 
+def json_type(value: Any) -> str:
+    """Name a decoded value as JSON names it, with its article: ``an object``, ``a number``."""
+    if isinstance(value, NumberText | int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names[type(value)]
+
+
 def read_json(
     text: str | bytes,
     *,

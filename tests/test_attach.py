@@ -132,7 +132,7 @@ def test_what_cannot_be_attached_is_said_in_one_line(tmp_path: Path) -> None:
         "got an empty path": (model, ""),
         "is a model, and nothing to attach": (model, model_folder()),
         "attach to it bare": (attached, file),
-        "load_model\\('tiny'\\) opens it": ("tiny", file),
+        "load_model\\('tiny'\\) opens one": ("tiny", file),
     }
     for message, (what, path) in wrong.items():
         with pytest.raises(pt.UserError, match=message) as raised:

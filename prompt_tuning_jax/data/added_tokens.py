@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.bounded_json import read_json_file
+from prompt_tuning_jax.bounded_json import json_type, read_json_file
 from prompt_tuning_jax.errors import UserError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -181,5 +181,5 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     value = read_json_file(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} and no JSON object")
+        raise UserError(f"{path} holds {json_type(value)}, not a JSON object")
     return value

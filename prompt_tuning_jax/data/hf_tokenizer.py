@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.bounded_json import read_json_file
+from prompt_tuning_jax.bounded_json import json_type, read_json_file
 from prompt_tuning_jax.data.added_tokens import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
@@ -174,7 +174,7 @@ def _is_of_bytes(path: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     value = read_json_file(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} and no JSON object")
+        raise UserError(f"{path} holds {json_type(value)}, not a JSON object")
     return value
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.bounded_json import read_json
+from prompt_tuning_jax.bounded_json import json_type, read_json
 from prompt_tuning_jax.data.text_lines import MAX_LINE, text_lines
 from prompt_tuning_jax.errors import UserError
 
@@ -48,7 +48,7 @@ def _as_object(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise UserError(
-        f"{where}: a {type(value).__name__} where an object is needed; "
+        f"{where}: {json_type(value)} where an object is needed; "
         'write one {"column": value} a line (one array of all of them is for a .json file)'
     )
 

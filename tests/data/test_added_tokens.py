@@ -121,7 +121,7 @@ def test_they_are_written_as_they_were(tmp_path: Path, tiny_model_dir: Path) -> 
         ({"added_tokens": {"[X]": -1}}, "'-1' is no id"),
         ({"added_tokens": {"[X]": 10**9}}, "'1000000000' is no id"),
         ({"added_tokens": {"": 6000}}, "has no text"),
-        ({"added_tokens": []}, "holds a list"),
+        ({"added_tokens": []}, "holds an array"),
         ({"tokenizer_config": {"extra_ids": -1}}, "extra_ids is '-1'"),
         ({"tokenizer_config": {"extra_ids": 10**9}}, "extra_ids is '1000000000'"),
         ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is no object"),

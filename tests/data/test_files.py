@@ -102,7 +102,7 @@ def test_malformed_templates(write, template, match):
         ("a.csv", "text,targets\na,b\n", r"a\.csv:1: no column 'inputs': there are: text, targets"),
         ("a.jsonl", JSONL + "{oops\n", r"a\.jsonl:4: not JSON"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: .*nested deeper"),
-        ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: a list where an object is needed"),
+        ("a.jsonl", '[{"inputs": 1}]', r"a\.jsonl:1: an array where an object is needed"),
         ("a.jsonl", '{"inputs": ["a"], "targets": "b"}', r":1: column 'inputs' holds a list"),
         ("a.jsonl", '{"inputs": "\\ud800", "targets": "b"}', ":1: a .* escape that is half"),
         ("a.jsonl", '{"inputs": "a", "targets": null}', ":1: the target is empty"),

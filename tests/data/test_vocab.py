@@ -195,7 +195,7 @@ def test_byte_folders(tmp_path):
     assert load_vocabulary(tokenizer, extra_ids=3) == ByteVocabulary(extra_ids=3)
     for wrong, message in (
         ("{", "not JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "an array, not a JSON object"),
         ('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": "x"}', "extra_ids is 'x'"),
     ):
         tokenizer.write_text(wrong)

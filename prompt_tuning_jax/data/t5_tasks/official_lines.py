@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from prompt_tuning_jax.bounded_json import json_text, read_json
+from prompt_tuning_jax.bounded_json import json_text, json_type, read_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.stored_size import require_whole
 
@@ -62,7 +62,7 @@ def json_file(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: more than the {_LONGEST_FILE} characters that are read")
     value = parse_json("\n".join(lines), str(path))
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__} where a JSON object is needed")
+        raise UserError(f"{path}: {json_type(value)} where a JSON object is needed")
     return value
 
 

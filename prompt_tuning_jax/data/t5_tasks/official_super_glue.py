@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.bounded_json import json_type
 from prompt_tuning_jax.data.suggest import suggest
 from prompt_tuning_jax.data.t5_tasks.official_lines import field, json_lines
 from prompt_tuning_jax.data.task import Row
@@ -127,7 +128,7 @@ def _objects(row: Mapping[str, Any], name: str, where: str) -> Sequence[Mapping[
     values: Sequence[Mapping[str, Any]] = field(row, name, list, where)
     for value in values:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {name!r} holds a {type(value).__name__}, not an object")
+            raise UserError(f"{where}: {name!r} holds {json_type(value)}, not an object")
     return values
 
 

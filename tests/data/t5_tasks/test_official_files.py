@@ -139,7 +139,7 @@ def test_repeated_ids_blank_lines_and_unlabelled_rows(tmp_path):
     ("line", "message"),
     [
         (json.dumps(RTE)[:-9], r"train\.jsonl:2: not JSON, or cut off"),
-        ("[1]", r"train\.jsonl:2: a list where a JSON object"),
+        ("[1]", r"train\.jsonl:2: an array where a JSON object"),
         (
             json.dumps({**RTE, "label": "maybe"}),
             r"train\.jsonl:2: the label is 'maybe'.*entailment",

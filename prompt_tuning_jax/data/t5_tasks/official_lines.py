@@ -47,7 +47,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}:{number}: a {type(row).__name__} where a JSON object is needed"
+                f"{path}:{number}: {json_type(row)} where a JSON object is needed"
             )
         yield number, row
 

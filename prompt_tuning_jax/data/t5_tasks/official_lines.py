@@ -46,9 +46,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}:{number}: {json_type(row)} where a JSON object is needed"
-            )
+            raise UserError(f"{path}:{number}: {json_type(row)} where a JSON object is needed")
         yield number, row
 
 

@@ -73,11 +73,13 @@ def test_prompt_files_written_by_older_code_are_read() -> None:
 
 def require_final_prompts(folder: Path) -> None:
     """Fails where a run has ended with other prompts than the recorded ones."""
+    anew = "the docstring of tests/golden/record.py says when and how to record the run anew"
     for seed in SEEDS:
         recorded = np.load(FINAL_PROMPTS / f"seed_{seed}.npy")
         prompt = np.asarray(pt.load_prompt(folder / f"prompts/seed_{seed}.safetensors"))
         if record.is_machine_of_recording():
-            np.testing.assert_array_equal(prompt, recorded)
+            np.testing.assert_array_equal(prompt, recorded, err_msg=anew)
         else:
             # Another XLA, or other vector instructions, add up the same terms in another order.
-            np.testing.assert_allclose(prompt, recorded, rtol=0, atol=1e-5 * abs(recorded).max())
+            atol = 1e-5 * abs(recorded).max()
+            np.testing.assert_allclose(prompt, recorded, rtol=0, atol=atol, err_msg=anew)

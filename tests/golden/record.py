@@ -382,6 +382,7 @@ def _rename_arrays(renames: Mapping[str, str], finished: Path) -> None:
         shutil.rmtree(folder)
         extra |= {key: fresh[2][key] for key in ("fingerprint", "data")}
         train_state.save(folder, step, arrays, extra)
+    _leave_out_paths(STOPPED_RUN, STOPPED_RUN)
 
 
 def _main() -> None:

@@ -3,7 +3,7 @@
 prompt-tuning train configs/adapters.py
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import Adapters
 
 

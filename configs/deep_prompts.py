@@ -5,7 +5,7 @@ prompt-tuning train configs/deep_prompts.py
 The optimizer is that of the quickstart.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import DeepPrompts
 
 

@@ -3,7 +3,7 @@
 scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import FullTuning
 
 

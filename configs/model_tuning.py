@@ -6,7 +6,7 @@ The optimizer is T5's own for fine-tuning (Raffel et al. 2020, section 3.1.2): A
 parameter scaling at a constant 0.001.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import FullTuning
 
 

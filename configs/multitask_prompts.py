@@ -6,7 +6,14 @@ Any mixture will do. A single task then starts from the run with `--set data.tas
 --set method.init=source --set method.init_path=runs/multitask_prompts` and another workdir.
 """
 
-from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import (
+    Data,
+    Evaluation,
+    Experiment,
+    Model,
+    Optimizer,
+    Training,
+)
 from prompt_tuning_jax.methods import MultitaskPrompts
 
 

@@ -6,7 +6,7 @@ Other columns: ``--set data.inputs_column=sentence``, or several of them in a te
 ``--set data.inputs_template='premise: {premise} hypothesis: {hypothesis}'``.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.methods import PromptTuning
 
 

@@ -5,7 +5,7 @@ prompt-tuning train configs/p_tuning.py
 What trains are an encoder's weights, which want smaller steps than a prompt.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import PTuning
 
 

@@ -7,7 +7,7 @@ released, or from the folder named by ``--model``.  ``--set data.task=NAME`` is 
 ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
 """
 
-from prompt_tuning_jax.experiment import (
+from prompt_tuning_jax.config.experiment import (
     Data,
     Evaluation,
     Experiment,

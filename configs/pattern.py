@@ -5,7 +5,7 @@ What BitFit comes to in a model that has no biases.
 prompt-tuning train configs/pattern.py
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import PatternTuning
 
 

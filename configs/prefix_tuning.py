@@ -5,7 +5,7 @@ prompt-tuning train configs/prefix_tuning.py
 The prefixes start from what the model computes for words, and move three times slower than prompts.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import PrefixTuning
 
 

@@ -9,7 +9,7 @@ goes on counting at the step of the restored checkpoint, which holds nearly ever
 RMS of 0.3.  TRAIN_STEPS there includes those 1,100,000 steps; ``training.steps`` does not.
 """
 
-from prompt_tuning_jax.experiment import (
+from prompt_tuning_jax.config.experiment import (
     Data,
     Evaluation,
     Experiment,

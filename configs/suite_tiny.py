@@ -5,7 +5,7 @@ prompt-tuning suite super_glue --config configs/suite_tiny.py --data_dir D --wor
 Inputs are cut to 96 tokens, which the table's notes count: passages lose their ends.
 """
 
-from prompt_tuning_jax.experiment import (
+from prompt_tuning_jax.config.experiment import (
     Data,
     Evaluation,
     Experiment,

@@ -5,7 +5,7 @@ prompt-tuning train configs/warp.py
 They start as the model's own for the labels, and move a hundred times slower than the prompt.
 """
 
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.methods import WARP
 
 

@@ -13,28 +13,31 @@ if TYPE_CHECKING:
 
     from prompt_tuning_jax.checkpoints.load import load_model
     from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-    from prompt_tuning_jax.commands import convert, evaluate, predict, train
+    from prompt_tuning_jax.config.experiment import Experiment
     from prompt_tuning_jax.errors import UserError
-    from prompt_tuning_jax.experiment import Experiment
-    from prompt_tuning_jax.inference import encode, generate, logits, score
-    from prompt_tuning_jax.opened_prompts import attach
+    from prompt_tuning_jax.inference.api import encode, generate, logits, score
+    from prompt_tuning_jax.inference.conversion import convert
+    from prompt_tuning_jax.inference.evaluation import evaluate
+    from prompt_tuning_jax.inference.loading import attach
+    from prompt_tuning_jax.inference.prediction import predict
+    from prompt_tuning_jax.training.run import train
 
 # Imported when first asked for, so that importing the package is quick.
 _EXPORTS = {
-    "Experiment": "experiment",
+    "Experiment": "config.experiment",
     "UserError": "errors",
-    "attach": "opened_prompts",
-    "convert": "commands",
-    "encode": "inference",
-    "evaluate": "commands",
-    "generate": "inference",
+    "attach": "inference.loading",
+    "convert": "inference.conversion",
+    "encode": "inference.api",
+    "evaluate": "inference.evaluation",
+    "generate": "inference.api",
     "load_model": "checkpoints.load",
     "load_prompt": "checkpoints.prompt_file",
     "save_prompt": "checkpoints.prompt_file",
-    "logits": "inference",
-    "predict": "commands",
-    "score": "inference",
-    "train": "commands",
+    "logits": "inference.api",
+    "predict": "inference.prediction",
+    "score": "inference.api",
+    "train": "training.run",
 }
 
 __all__ = [  # noqa: RUF022  # in the order in which they are used
@@ -63,7 +66,7 @@ def __getattr__(name: str) -> "Any":
 
     value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     if isfunction(value):
-        from prompt_tuning_jax.named_arguments import with_named_arguments
+        from prompt_tuning_jax.errors import with_named_arguments
 
         value = with_named_arguments(value)
     globals()[name] = value

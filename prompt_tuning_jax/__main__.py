@@ -11,7 +11,7 @@ def run() -> int:
     # A shell's job in the background ignores Ctrl-C, and so does this.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
-    from prompt_tuning_jax.cli import main
+    from prompt_tuning_jax.cli.main import main
 
     return main()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from prompt_tuning_jax.user_cache import user_cache
+from prompt_tuning_jax.storage import user_cache
 
 _MAX_BYTES = 2 * 2**30
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -1,6 +1,18 @@
-"""The one exception whose message a user is meant to read."""
+"""The one exception whose message a user is meant to read.
 
-from prompt_tuning_jax.printable import printable
+The end of an error message about an unknown name: the nearest name, and what there is.
+
+Text from files, made safe to print: it may hold what steers a terminal.
+
+Wrong calls of the public functions, told in one line what was meant.
+"""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 _LONGEST = 2000  # characters
 
@@ -23,3 +35,98 @@ def _one_line(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+_MAX_LISTED = 12
+
+
+def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
+    """Say which of the known names was probably meant, and list them, ``most`` at most.
+
+    >>> suggest("acuracy", ["accuracy", "f1_macro"])
+    "did you mean 'accuracy'? There are: accuracy, f1_macro"
+    """
+    names = list(known)
+    if not names:
+        return "there are none"
+    listed = ", ".join(names[:most])
+    if len(names) > most:
+        listed += f" and {len(names) - most} more"
+    near = nearest(name, names)
+    return f"there are: {listed}" if near is None else f"did you mean {near!r}? There are: {listed}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None where none is like it."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)), None)
+
+
+# Control characters but the tab, line separators, what turns the direction of text, and halves of
+# surrogate pairs, which cannot be printed at all.
+_STEERING = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_SHORT = {"\n": "\\n", "\r": "\\r"}
+
+
+def printable(text: str) -> str:
+    r"""The text in one line, with what steers a terminal written as in a program: ``\x1b``."""
+    return _STEERING.sub(lambda found: _SHORT.get(found[0]) or _escaped(found[0]), text)
+
+
+def printable_lines(text: str) -> str:
+    """Each line of the text as ``printable`` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(text: str) -> str:
+    r"""JSON that means the same, with what steers a terminal written as ``\u001b``."""
+    return _STEERING.sub(
+        lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text
+    )
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_named_arguments(function: F) -> F:
+    """The function, with UserError where a wrong call would have a bare TypeError."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(_meant(function, signature, args, kwargs, str(error))) from None
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _meant(
+    function: Callable[..., Any],
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    error: str,
+) -> str:
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = [parameter.name for parameter in known]
+    called = function.__name__
+    for name in kwargs:
+        if name not in names:
+            return f"{called} has no argument {name!r}: {suggest(name, names)}"
+    by_position = [p.name for p in known if p.kind is not p.KEYWORD_ONLY]
+    if len(args) > len(by_position):
+        others = ", ".join(f"{name}=" for name in names if name not in by_position)
+        return (
+            f"{called} takes {', '.join(by_position)} by position and was given {len(args)} values"
+            f"{f'; name the others: {others}' if others else ''}"
+        )
+    return f"{called}: {error}; it takes {', '.join(names)}"

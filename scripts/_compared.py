@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import (
     IA3,
     WARP,

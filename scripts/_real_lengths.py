@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from prompt_tuning_jax.data.buckets import FIXED, parse_buckets
-from prompt_tuning_jax.data.loader import TrainBatches
-from prompt_tuning_jax.data.task import get_task
-from prompt_tuning_jax.data.tokenize import TokenizedExamples, tokenize
-from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax.data.batching.buckets import FIXED, parse_buckets
+from prompt_tuning_jax.data.batching.loader import TrainBatches
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
+from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 
 TASKS = ("rte", "cb", "wic", "copa", "wsc", "multirc", "boolq")
 

@@ -74,14 +74,14 @@ def peak_memory() -> dict[str, float]:
 
 def start_of_both(preset: str, scratch: Path, *, prompt_length: int) -> tuple[Path, Path]:
     """A folder of random weights that both read, and a prompt ``[P, D]`` to start from."""
-    from prompt_tuning_jax import tree
-    from prompt_tuning_jax.checkpoints.hf import write_hf
+    from prompt_tuning_jax import param_tree
+    from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
     from prompt_tuning_jax.checkpoints.load import random_model
 
     folder, prompt = scratch / "model", scratch / "prompt.npy"
     if not folder.is_dir():
         model = random_model(preset)
-        write_hf(folder, model.config, tree.split(model)[1], dtype="float32")
+        write_hf(folder, model.config, param_tree.split(model)[1], dtype="float32")
         rng = np.random.default_rng(1)
         shape = (prompt_length, model.config.embed_dim)
         np.save(prompt, rng.uniform(-0.5, 0.5, shape).astype(np.float32))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data
 
 Rows = dict[str, list[dict[str, str]]]
 

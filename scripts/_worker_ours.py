@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from _rivals import answer_jobs, peak_memory, read_batches
 
-from prompt_tuning_jax import build
-from prompt_tuning_jax.data.loader import make_batch
-from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.member_programs import Writing, label_scores, write
+from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.data.batching.loader import make_batch
+from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import PROMPT
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.step import step_cost
 
 

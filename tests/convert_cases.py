@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x import PROMPT
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.models.t5.config import T5Config
 from tests import tiny_run
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from prompt_tuning_jax import build
-from prompt_tuning_jax.experiment import Experiment, Mesh, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model, Optimizer, Training
 from prompt_tuning_jax.methods import (
     IA3,
     WARP,
@@ -27,8 +26,9 @@ from prompt_tuning_jax.methods import (
     PromptTuning,
     PTuning,
 )
-from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.optim import make_optimizer
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build
+from prompt_tuning_jax.training.optim import make_optimizer
 from prompt_tuning_jax.training.step import TrainStep, init_state
 from prompt_tuning_jax.typing import HostArray
 from tests.micro import EOS, ONE_LAYER, D, V, Words, make_batch, make_t5

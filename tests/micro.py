@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, Method, mask_of
-from prompt_tuning_jax.models.config import T5Config, TokenIds
-from prompt_tuning_jax.models.slots import NO_SLOTS, KeyValues, Slots
-from prompt_tuning_jax.models.t5 import T5, Encoded
-from prompt_tuning_jax.optim import make_optimizer, make_schedule
+from prompt_tuning_jax.models.injections import NO_SLOTS, KeyValues, Slots
+from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
+from prompt_tuning_jax.models.t5.model import T5, Encoded
+from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
 
 EOS = 1
@@ -46,14 +46,14 @@ def _drawn(config: T5Config, seed: int, **kwargs: Any) -> T5:
     model: T5 = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0), **kwargs))
     random = np.random.default_rng(seed)
     values = {}
-    for name, shape in tree.split(model)[1].items():
+    for name, shape in param_tree.split(model)[1].items():
         drawn = random.normal(size=shape.shape).astype(np.float32)
         if name.endswith("/scale"):
             drawn = 1 + 0.3 * drawn
         elif name.endswith("/kernel"):
             drawn = drawn * shape.shape[0] ** -0.5
         values[name] = jnp.asarray(drawn, shape.dtype)
-    tree.fill(model, values)
+    param_tree.fill(model, values)
     return model
 
 
@@ -67,23 +67,23 @@ def call(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The model's logits; compiled once for all tests with the same shapes."""
-    return _call(*tree.split(model), source, target, prompt, slots, key)
+    return _call(*param_tree.split(model), source, target, prompt, slots, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _call(graphdef: Any, params: Any, source: Any, target: Any, *rest: Any) -> jax.Array:
     prompt, slots, key = rest
-    return tree.merge(graphdef, params)(source, target, prompt, slots=slots, key=key)
+    return param_tree.merge(graphdef, params)(source, target, prompt, slots=slots, key=key)
 
 
 def encode(model: T5, source: Any, prompt: Any = None, *, slots: Slots = NO_SLOTS) -> Encoded:
     """The encoder's output, likewise."""
-    return _encode(*tree.split(model), source, prompt, slots)
+    return _encode(*param_tree.split(model), source, prompt, slots)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(graphdef: Any, params: Any, source: Any, prompt: Any, slots: Slots) -> Encoded:
-    encoded: Encoded = tree.merge(graphdef, params).encode(source, prompt, slots=slots)
+    encoded: Encoded = param_tree.merge(graphdef, params).encode(source, prompt, slots=slots)
     return encoded
 
 
@@ -152,10 +152,10 @@ class Trainer:
             attached = [method.attach(model, key=jax.random.key(0), context=Context())]
         else:
             attached = [method.with_prompt(model, prompt) for prompt in prompts]
-        self.graphdef, params = tree.split(attached[0])
+        self.graphdef, params = param_tree.split(attached[0])
         self.mask = mask_of(method, list(params))
-        _, self.frozen = tree.partition(params, self.mask)
-        tuned = [tree.partition(tree.split(a)[1], self.mask)[0] for a in attached]
+        _, self.frozen = param_tree.partition(params, self.mask)
+        tuned = [param_tree.partition(param_tree.split(a)[1], self.mask)[0] for a in attached]
         stacked = {name: jnp.stack([jnp.asarray(t[name]) for t in tuned]) for name in tuned[0]}
         self.optimizer = make_optimizer(optimizer, self.mask)
         self.state = init_state(stacked, self.optimizer)

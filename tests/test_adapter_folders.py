@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax import commands
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.checkpoints.tuned_file import save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import save_tuned
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.loading import open_prompts
 from prompt_tuning_jax.methods import LoRA, PrefixTuning, PromptTuning
-from prompt_tuning_jax.opened_prompts import open_prompts
-from prompt_tuning_jax.overrides import to_json
 from tests import tiny_run
 from tests.convert_cases import Program
 from tests.test_convert_tuned import METHODS, stored
@@ -79,9 +79,7 @@ def test_adapters_of_several_kinds_are_all_members(program: Program, tmp_path: P
         (tmp_path / "x" / "seed_0").rename(out / kind)
         (tmp_path / "x").rmdir()
     np.save(out / "plain.npy", np.zeros((4, 16), np.float32))
-    result = commands.evaluate(
-        tiny_run.experiment("", {"data.labels": tiny_run.LABELS}), prompts=[str(out)]
-    )
+    result = evaluate(tiny_run.experiment("", {"data.labels": tiny_run.LABELS}), prompts=[str(out)])
     assert {Path(name).name for name in result.names} == {"prompts", "LoRA", "plain.npy"}
     assert len(result.per_prompt) == 3 and result.ensemble is not None
 

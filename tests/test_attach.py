@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.tuned_file import save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import save_tuned
 from prompt_tuning_jax.methods import (
     IA3,
     WARP,
@@ -70,7 +70,7 @@ def test_members_by_their_names(tmp_path: Path) -> None:
     run = tmp_path / "whole"
     train_state.save(run / train_state.BEST, 1, {"tuned": tuned}, {"fingerprint": "any"})
     write_json(run, FullTuning(), seeds=(3, 4), learning_rates=(0.5, 0.25))
-    params = tree.split(pt.attach(model, run, member="seed_4_lr_0.25"))[1]
+    params = param_tree.split(pt.attach(model, run, member="seed_4_lr_0.25"))[1]
     assert all(np.array_equal(params[name], whole[1][name]) for name in whole[1])
     for path, holds in (
         (tmp_path / "mine", "seed_0, seed_1"),
@@ -112,14 +112,16 @@ def test_a_prompt_has_no_place_where_something_is_attached(tmp_path: Path) -> No
 
 def test_the_model_stays_bare(tmp_path: Path) -> None:
     model = micro_model()
-    before = jax.tree.map(np.asarray, tree.split(model)[1])
+    before = jax.tree.map(np.asarray, param_tree.split(model)[1])
     expected = pt.score(model, TEXTS, TEXTS)
     file = write_method(tmp_path / "lora.safetensors", LoRA(rank=2))
     attached = pt.attach(model, file)
-    shared = tree.split(attached)[1]
-    assert all(shared[f"model/{name}"] is array for name, array in tree.split(model)[1].items())
+    shared = param_tree.split(attached)[1]
+    assert all(
+        shared[f"model/{name}"] is array for name, array in param_tree.split(model)[1].items()
+    )
     np.testing.assert_array_equal(pt.score(model, TEXTS, TEXTS), expected)
-    after = tree.split(model)[1]
+    after = param_tree.split(model)[1]
     assert before.keys() == after.keys()
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.attention_start import start_attention
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, DescribedPrompts
-from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.mimetic_init import start_attention
 
 D = 128
 CONFIG = T5Config(
@@ -62,7 +62,7 @@ def test_the_start_is_of_its_seed_alone():
     def kernels(seed: int) -> dict[str, np.ndarray]:
         model = T5(CONFIG, rngs=nnx.Rngs(0))
         start_attention(model, matching=True, seed=seed)
-        return {k: np.asarray(v) for k, v in tree.split(model)[1].items() if "attention" in k}
+        return {k: np.asarray(v) for k, v in param_tree.split(model)[1].items() if "attention" in k}
 
     one, again, other = kernels(0), kernels(0), kernels(1)
     name = "encoder/layers_0/attention/query/kernel"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.bounded_json import json_text, read_json, read_json_file
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.untrusted_input import json_text, read_json, read_json_file
 
 
 @pytest.mark.parametrize(

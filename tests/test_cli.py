@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import prompt_tuning_jax
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands.prediction import UNDESCRIBED, Prediction
-from prompt_tuning_jax.commands.prediction_files import form_of, predictions_text
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.inference.prediction import UNDESCRIBED, Prediction
+from prompt_tuning_jax.inference.prediction_files import form_of, predictions_text
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.overrides import diff, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -276,7 +276,7 @@ def test_what_completion_offers(line: str, offered: set[str], folder: Path) -> N
         "COMP_LINE": whole,
         "COMP_POINT": str(len(whole)),
     }
-    code = "from prompt_tuning_jax.cli import main; main()"
+    code = "from prompt_tuning_jax.cli.main import main; main()"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
     assert {text.strip() for text in answer.read_text().split("\n")} == offered
 
@@ -484,7 +484,7 @@ def test_as_a_program() -> None:
     """Its own process, so that what ``--help`` imports can be seen."""
     code = (
         "import sys\n"
-        "from prompt_tuning_jax.cli import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'tensorflow', 'seqio', 'orbax', 'gin', 'prompt_tuning_jax.commands'}\n"
@@ -509,7 +509,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         "rows = [('field', 'value')] * 100_000\n"
         "commands = SimpleNamespace(inspect=lambda path: rows)\n"
         "sys.modules['prompt_tuning_jax.commands'] = prompt_tuning_jax.commands = commands\n"
-        "from prompt_tuning_jax.cli import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         "sys.exit(main(['inspect', '.']))\n"
     )
     with subprocess.Popen(

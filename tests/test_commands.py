@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import commands, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.lazy import in_memory
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.peft import write_peft
+from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
-from prompt_tuning_jax.commands import evaluate, predict, train
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.cli.tasks import examples, tasks
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import generate, score
+from prompt_tuning_jax.inference.api import generate, score
+from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
+from prompt_tuning_jax.inference.inspection import inspect
+from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.prediction import predict
+from prompt_tuning_jax.inference.score_table import print_scores, short_names
 from prompt_tuning_jax.methods import FullTuning, NoTuning
-from prompt_tuning_jax.opened_prompts import open_prompts
-from prompt_tuning_jax.result_table import print_scores, short_names
+from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
 from tests.tiny_run import LABELS, experiment
 
@@ -103,7 +107,7 @@ def test_a_table_shows_what_sets_names_apart(capsys: pytest.CaptureFixture[str])
     assert short_names(names[:1]) == ["seed_0.npy"]
     assert short_names(["p", "a/p"]) == ["p", "a/p"]
     values = {"accuracy": 50.0}
-    result = commands.EvalResult(
+    result = EvalResult(
         names=tuple(names),
         per_prompt=[values, values],
         mean=values,
@@ -197,16 +201,16 @@ def test_the_size_of_batches_makes_no_difference(run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, commands.RunResult]:
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     """A finished run of model tuning, of two seeds."""
     folder = tmp_path_factory.mktemp("runs") / "full"
     return folder, train(experiment(folder, FULL), quiet=True)
 
 
-def test_model_tuning_trains_every_weight(full: tuple[Path, commands.RunResult]) -> None:
+def test_model_tuning_trains_every_weight(full: tuple[Path, RunResult]) -> None:
     folder, result = full
     model = load_model(str(tiny_run.model_folder()))
-    start = tree.split(model)[1]
+    start = param_tree.split(model)[1]
     assert {f"model/{name}" for name in start} == result.best_tuned.keys()
     for name, value in start.items():
         tuned = result.best_tuned[f"model/{name}"]
@@ -217,7 +221,7 @@ def test_model_tuning_trains_every_weight(full: tuple[Path, commands.RunResult])
 
 
 def test_model_tuning_evaluates_from_its_best_checkpoint(
-    run: Path, full: tuple[Path, commands.RunResult]
+    run: Path, full: tuple[Path, RunResult]
 ) -> None:
     folder, _ = full
     changes = FULL
@@ -261,7 +265,7 @@ def test_a_prompt_is_used_as_it_was_trained(tmp_path: Path) -> None:
         assert _log_probs(evaluate(experiment(tmp_path), prompts=[prompt])) == _log_probs(right)
 
 
-def _log_probs(result: commands.EvalResult) -> Any:
+def _log_probs(result: EvalResult) -> Any:
     return result.predictions["file:train.jsonl"].log_probs_EN
 
 
@@ -306,15 +310,15 @@ def test_predicting_without_labels_writes(tmp_path: Path, short_prompt: Path) ->
 
 
 def test_inspect_says_what_a_path_is(run: Path, short_prompt: Path) -> None:
-    found = dict(commands.inspect(str(run)))
+    found = dict(inspect(str(run)))
     assert found["kind"] == "run" and found["method"] == "PromptTuning"
     assert found["last checkpoint"] == "step 12"
     best = json.loads((run / "results.json").read_text())["best"]
     assert found["seed_1.safetensors"] == (
         f"[5, 16], accuracy {best['seed_1']['accuracy']:.2f} at step {best['seed_1']['step']}"
     )
-    prompt = dict(commands.inspect(files(run)[0]))
-    model = dict(commands.inspect(str(tiny_run.model_folder())))
+    prompt = dict(inspect(files(run)[0]))
+    model = dict(inspect(str(tiny_run.model_folder())))
     assert (prompt["kind"], prompt["length"], prompt["width"]) == (
         "prompt (safetensors)",
         "5",
@@ -323,7 +327,7 @@ def test_inspect_says_what_a_path_is(run: Path, short_prompt: Path) -> None:
     assert prompt["model fingerprint"] == model["fingerprint"]
     assert model["kind"] == "model (Hugging Face folder)"
     assert model["parameters"] == "13,040" and model["embed_dim"] == "16"
-    bare = dict(commands.inspect(str(short_prompt)))
+    bare = dict(inspect(str(short_prompt)))
     assert bare["length"] == "3" and "model fingerprint" not in bare
 
 
@@ -333,7 +337,7 @@ def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
     prompt_PD = load_prompt(file)
     model = load_model(str(tiny_run.model_folder()))
     params = {
-        name: in_memory(np.asarray(p), where=name) for name, p in tree.split(model)[1].items()
+        name: in_memory(np.asarray(p), where=name) for name, p in param_tree.split(model)[1].items()
     }
     checkpoint = write_t5x(tmp_path, params, step=7, prompt=prompt_PD)
     adapter = tmp_path / "adapter"
@@ -345,9 +349,9 @@ def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
     (group,) = opened.groups
     for tuned in np.asarray(group.tuned["method/prompt_PD"]):
         np.testing.assert_array_equal(tuned, prompt_PD)
-    assert dict(commands.inspect(str(adapter)))["kind"] == "prompt (PEFT adapter)"
+    assert dict(inspect(str(adapter)))["kind"] == "prompt (PEFT adapter)"
     # A checkpoint with a prompt in it is first of all a model.
-    described = dict(commands.inspect(str(checkpoint)))
+    described = dict(inspect(str(checkpoint)))
     assert described["kind"] == "model (T5X checkpoint)"
     assert described["parameters"] == "13,040"
     with pytest.raises(UserError, match="is a folder without a run's"):
@@ -355,9 +359,9 @@ def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
 
 
 def test_tasks_are_listed_and_shown() -> None:
-    assert "word_valence" in dict(commands.tasks())
+    assert "word_valence" in dict(tasks())
     model = str(tiny_run.model_folder())
-    shown = list(commands.examples("word_valence", limit=2, model=model))
+    shown = list(examples("word_valence", limit=2, model=model))
     assert len(shown) == 2
     words = load_model(model).vocabulary
     assert words is not None

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data
 from prompt_tuning_jax.methods import METHODS, DescribedPrompts
 from tests import tiny_run
 from tests.script import SCRIPTS, load_script

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.config_file import load_config, run_config
+from prompt_tuning_jax.config.config_file import load_config, run_config
+from prompt_tuning_jax.config.experiment import Experiment, Training
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Training
-from prompt_tuning_jax.overrides import to_json
 
 HEAD = """
 import dataclasses

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from prompt_tuning_jax.checkpoints.hub import T5X_MODELS
-from prompt_tuning_jax.cli_arguments import build_parser, rewrite_gin_flags
-from prompt_tuning_jax.config_file import load_config
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.gin_configs import experiment_from_gin
+from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
+from prompt_tuning_jax.config.config_file import load_config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.config.overrides import apply_overrides, diff, from_json, to_json
+from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.methods import FullTuning
-from prompt_tuning_jax.overrides import apply_overrides, diff, from_json, to_json
-from prompt_tuning_jax.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

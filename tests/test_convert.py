@@ -15,15 +15,15 @@ import pytest
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints import convert_model
-from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
-from prompt_tuning_jax.checkpoints.peft import read_peft, write_peft
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.peft.adapter_file import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     load_prompt_with_metadata,
     read_prompt,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.t5x import PROMPT, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x, read_t5x
 from prompt_tuning_jax.errors import UserError
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model, tree_bytes
@@ -429,7 +429,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
         "        print('reading', flush=True); time.sleep(0.3); return read(index)\n"
         "    return convert_model.dataclasses.replace(array, read=late)\n"
         "convert_model._cast = slow\n"
-        "from prompt_tuning_jax.cli import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = ["convert", str(model), str(tmp_path / "out" / "t5x"), "--to", "t5x"]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from prompt_tuning_jax.checkpoints.hf import write_hf
-from prompt_tuning_jax.checkpoints.peft import write_peft
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
+from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
-from prompt_tuning_jax.checkpoints.t5x import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prompt_tuning_jax import run_folder, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.peft import CONFIG, WEIGHTS
+from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, read_prompt
-from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, open_tuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, open_tuned, save_tuned
+from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
 from prompt_tuning_jax.methods import (
     IA3,
     Adapters,
@@ -26,7 +27,7 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     mask_of,
 )
-from prompt_tuning_jax.overrides import method_from_json, method_to_json
+from prompt_tuning_jax.training import run_folder
 from tests import tiny_run
 from tests.convert_cases import Program
 from tests.micro import normal
@@ -59,7 +60,7 @@ def stored(method: Method, *, seed: int = 0, **known: Any) -> StoredTuned:
     """Random arrays where the method has its own on the micro model."""
     model = load_model(str(tiny_run.model_folder()))
     attached = method.attach(model, key=jax.random.key(0), context=Context(tasks=2))
-    params = tree.split(attached)[1]
+    params = param_tree.split(attached)[1]
     names = [name for name, trains in mask_of(method, list(params)).items() if trains]
     tuned = {n: normal(*params[n].shape, seed=100 * seed + i) for i, n in enumerate(names)}
     return StoredTuned(

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.distributed import Processes, several_are_meant
+from prompt_tuning_jax.distributed import processes
+from prompt_tuning_jax.distributed.heartbeat import Watch
+from prompt_tuning_jax.distributed.processes import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.watch import Watch
 from tests import tiny_run
 from tests.devices import with_devices
 
@@ -195,15 +195,15 @@ def test_a_process_that_is_through_is_not_missed() -> None:
 
 def test_one_process_needs_none_of_it() -> None:
     done: list[str] = []
-    with distributed.started(Processes(count=1)):
-        distributed.primary_first(lambda: done.append("claimed"), "claim")
-        distributed.require_same("the data", "x")
+    with processes.started(Processes(count=1)):
+        processes.primary_first(lambda: done.append("claimed"), "claim")
+        processes.require_same("the data", "x")
         received: list[int] = []
-        reached = distributed.stop_agreement(received, start=0)
+        reached = processes.stop_agreement(received, start=0)
         assert reached(1) == 0
         received.append(signal.SIGTERM)
         assert reached(2) == signal.SIGTERM
-    assert done == ["claimed"] and distributed.is_primary()
+    assert done == ["claimed"] and processes.is_primary()
 
 
 SAME = {

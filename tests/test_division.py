@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.division import UNDIVIDED, Division, map_members
-from prompt_tuning_jax.models.config import preset
+from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division, map_members
 
 SMALL = Division(config=preset("small"), added_length=100)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.ensembling import majority_vote
+from prompt_tuning_jax.inference.ensemble import majority_vote
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax import commands
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands import example_configs
-from prompt_tuning_jax.config_file import load_config
+from prompt_tuning_jax.cli import init
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.config_file import load_config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.config.overrides import diff
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.gin_configs import experiment_from_gin
-from prompt_tuning_jax.overrides import diff
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(
@@ -30,8 +29,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_wheel_holds_them_where_they_are_looked_for() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert settings["targets"]["wheel"]["force-include"] == {"configs": "prompt_tuning_jax/configs"}
-    package = Path(commands.__file__).parents[1]
-    assert (package / "configs", package.parent / "configs") == example_configs._PLACES
+    package = Path(init.__file__).parents[1]
+    assert (package / "configs", package.parent / "configs") == init._PLACES
 
 
 def test_all_are_listed_with_what_they_say_of_themselves(
@@ -45,7 +44,7 @@ def test_all_are_listed_with_what_they_say_of_themselves(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_written_as_it_is_but_for_the_command_in_it(name: str, folder: Path) -> None:
-    path = commands.init(name)
+    path = init(name)
     assert path == Path(Path(name).name)
     original = ROOT / "configs" / name
     text = path.read_text()
@@ -59,7 +58,7 @@ def test_each_is_written_as_it_is_but_for_the_command_in_it(name: str, folder: P
 
 @pytest.mark.parametrize("given", ["lora", "lora.py", "configs/lora.py"])
 def test_names_as_people_type_them(given: str) -> None:
-    assert commands.init(given) == Path("lora.py")
+    assert init(given) == Path("lora.py")
 
 
 def test_nothing_is_overwritten_unless_told(
@@ -78,7 +77,7 @@ def test_nothing_is_overwritten_unless_told(
 @pytest.mark.parametrize("name", ["lroa", "../pyproject.toml", "/etc/passwd", ""])
 def test_what_is_no_example(name: str, folder: Path) -> None:
     with pytest.raises(UserError, match="no example config"):
-        commands.init(name)
+        init(name)
     assert not [*folder.iterdir()]
 
 
@@ -89,7 +88,7 @@ def test_own_data_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(experiment)
         raise UserError("enough")
 
-    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr("prompt_tuning_jax.training.run.train", train)
     assert main(["train", "--data", "a.jsonl", "--eval_data", "b.jsonl", "--steps", "7"]) == 2
     (found,) = seen
     assert diff(load_config(str(ROOT / "configs/own_data.py")), found) == [

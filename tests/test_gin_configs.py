@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.config.overrides import apply_override, diff
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.gin_configs import experiment_from_gin
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
-from prompt_tuning_jax.overrides import apply_override, diff
 
 BASE = """
 TRAIN_STEPS = 7

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.cli.main import main
 from tests.golden import record
 from tests.golden.record import FINAL_PROMPTS, GOLDEN, SEEDS, STOPPED_RUN
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import (
+from prompt_tuning_jax.inference.api import (
     as_prompt,
     encode,
     generate,
@@ -19,7 +19,7 @@ from prompt_tuning_jax.inference import (
     score,
     token_ids,
 )
-from prompt_tuning_jax.member_programs import (
+from prompt_tuning_jax.inference.ensemble import (
     Writing,
     encoded,
     label_scores,
@@ -28,8 +28,8 @@ from prompt_tuning_jax.member_programs import (
     write,
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.methods.method import Attached, MethodModule
-from prompt_tuning_jax.models.slots import Slots
+from prompt_tuning_jax.methods.base import Attached, MethodModule
+from prompt_tuning_jax.models.injections import Slots
 from tests.micro import (
     EOS,
     ONE_LAYER,
@@ -63,8 +63,8 @@ def log_probs(model, source, target, prompt=None):
 
 def members(prompts_EPD, method=None):
     method = method or PromptTuning(length=prompts_EPD.shape[1])
-    graphdef, params = tree.split(method.with_prompt(MODEL, prompts_EPD[0]))
-    tuned, frozen = tree.partition(params, {name: name == PROMPT for name in params})
+    graphdef, params = param_tree.split(method.with_prompt(MODEL, prompts_EPD[0]))
+    tuned, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
     assert tuned.keys() == {PROMPT}
     return graphdef, {PROMPT: jnp.asarray(prompts_EPD)}, frozen
 
@@ -210,12 +210,12 @@ class Prefixes(MethodModule):
 
 @pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_prefixes_per_example_follow_their_example_into_decoding(writing):
-    graphdef, frozen = tree.split(Attached(make_t5(ONE_LAYER), Prefixes()))
+    graphdef, frozen = param_tree.split(Attached(make_t5(ONE_LAYER), Prefixes()))
     ids, scores = write(
         graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0)
     )
     best_BS = np.asarray(ids[0] if ids.ndim == 3 else ids[0, :, 0])
-    attached = tree.merge(graphdef, frozen)
+    attached = param_tree.merge(graphdef, frozen)
     logits = np.asarray(jax.jit(lambda t: attached(SOURCE, t))(shifted(best_BS)))
     total = np.take_along_axis(jax.nn.log_softmax(logits), best_BS[..., None], axis=-1)[..., 0]
     total = (np.asarray(total) * (best_BS != 0)).sum(axis=-1)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect_model import describe_model
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.models.config import T5Config, preset
+from prompt_tuning_jax.models.t5.config import T5Config, preset
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model
 
@@ -110,24 +110,28 @@ def test_a_published_size_is_told_without_reading(
     sizes = {"vocab_size": 32_128, "d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}
     layers = {"num_layers": 24, "num_decoder_layers": 24}
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**described, **sizes, **layers}))
-    from prompt_tuning_jax.checkpoints import hf
+    from prompt_tuning_jax.checkpoints.hf import pretrained
 
     for name, shape in parameter_shapes(config).items():
-        shape = shape[::-1] if hf._is_transposed(name) else shape
+        shape = shape[::-1] if pretrained._is_transposed(name) else shape
         end = at + 2 * int(np.prod(shape))
-        header[hf.hf_name(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        header[pretrained.hf_name(name)] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(header).encode()
     with (tmp_path / "hf" / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
     # A real file of this size has no holes, and a hole is refused.
-    for reader in ("hf_weights", "mapped_safetensors"):
+    for module in ("hf.weights", "mapped_safetensors"):
         monkeypatch.setattr(
-            f"prompt_tuning_jax.checkpoints.{reader}.require_whole", lambda path: None
+            f"prompt_tuning_jax.checkpoints.{module}.require_whole", lambda path: None
         )
     # Whether the head is the table takes one look at both.
-    monkeypatch.setattr(hf, "_equal", lambda left, right: False)
+    monkeypatch.setattr(pretrained, "_equal", lambda left, right: False)
     monkeypatch.setattr("tests.convert_cases.tree_bytes", lambda folder: {})
     found = rows(program("inspect", tmp_path / "hf"))
     assert (found["size"], found["parameters"]) == ("xxl", "11,135,332,352")

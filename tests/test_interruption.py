@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax import cli
-from prompt_tuning_jax.interruption import Interruption, interruptible
+from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.cli.interruption import Interruption, interruptible
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,8 +117,8 @@ def test_an_error_that_an_interruption_became_is_one_too(
         except KeyboardInterrupt:
             raise ImportError("cannot import name 'datetime'") from None
 
-    monkeypatch.setitem(cli._COMMANDS, "train", train)
-    assert cli.main(["train"]) == 130
+    monkeypatch.setitem(main._COMMANDS, "train", train)
+    assert main.main(["train"]) == 130
     assert capsys.readouterr().err == ""
 
 

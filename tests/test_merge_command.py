@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
-from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.experiment import Experiment, Model
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Model
+from prompt_tuning_jax.inference.loading import open_prompts
 from prompt_tuning_jax.methods import LoRA, PromptTuning
-from prompt_tuning_jax.opened_prompts import open_prompts
-from prompt_tuning_jax.overrides import to_json
 from tests import tiny_run
 from tests.micro import call, shifted, token_rows
 
@@ -63,12 +63,12 @@ def test_merge_writes_the_model_that_was_tuned(
     assert models[0].vocabulary is not None
     changed = {
         name
-        for name, p in tree.split(models[0])[1].items()
-        if (np.asarray(p) != np.asarray(tree.split(base)[1][name])).any()
+        for name, p in param_tree.split(models[0])[1].items()
+        if (np.asarray(p) != np.asarray(param_tree.split(base)[1][name])).any()
     }
     assert changed == {
         name
-        for name in tree.split(base)[1]
+        for name in param_tree.split(base)[1]
         if name.endswith(("query/kernel", "wi_0/kernel", "wi_1/kernel", "wo/kernel"))
     }
     # What was tuned is in there: it is not applied once more.
@@ -80,7 +80,7 @@ def test_merge_writes_the_model_that_was_tuned(
     line = ["merge", str(trained), str(tmp_path / "n"), "--member", "seed_0", "--dtype", "bfloat16"]
     assert main(line) == 0
     assert {str(a.dtype) for a in open_model(str(tmp_path / "n")).params.values()} == {"bfloat16"}
-    assert jax.tree.leaves(tree.split(models[0])[1])[0].dtype == np.float32
+    assert jax.tree.leaves(param_tree.split(models[0])[1])[0].dtype == np.float32
 
 
 def test_what_cannot_be_merged_gets_one_line(

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Training
+from prompt_tuning_jax.errors import UserError, with_named_arguments
 from prompt_tuning_jax.methods import METHODS, LoRA, PromptTuning
-from prompt_tuning_jax.named_arguments import with_named_arguments
 
 FUNCTIONS = [name for name in pt.__all__ if inspect.isfunction(getattr(pt, name))]
 

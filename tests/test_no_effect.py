@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.cli import main
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.experiment import Data, Experiment, Training
+from prompt_tuning_jax.config.no_effect import require_effect
+from prompt_tuning_jax.config.overrides import apply_overrides, to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment, Training
 from prompt_tuning_jax.methods import LoRA, PromptDesign
-from prompt_tuning_jax.no_effect import require_effect
-from prompt_tuning_jax.overrides import apply_overrides, to_json
 from tests import tiny_run
 
 OWN = Experiment(data=Data(task="", train="train.jsonl", eval="dev.jsonl"))

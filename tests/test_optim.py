@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.optim import make_optimizer, make_schedule
+from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from tests.micro import normal
 
 SHAPE = (4, 6)

@@ -8,11 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from prompt_tuning_jax.config_file import load_config
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import METHODS, FullTuning, LoRA, PromptTuning
-from prompt_tuning_jax.overrides import (
+from prompt_tuning_jax.config.config_file import load_config
+from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.overrides import (
     apply_override,
     apply_overrides,
     checked_experiment,
@@ -23,6 +21,8 @@ from prompt_tuning_jax.overrides import (
     to_dict,
     to_json,
 )
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import METHODS, FullTuning, LoRA, PromptTuning
 
 TEXTS = ["", "a", "x=y", "a, b", '"quoted"', "naïve 日本語", "{premise}\n{hypothesis}", "[1]", "\\"]
 

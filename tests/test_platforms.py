@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax import platforms
+from prompt_tuning_jax.distributed import platforms
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +67,7 @@ def test_a_command_does_it_before_jax_is_imported(tmp_path: Path) -> None:
         "from prompt_tuning_jax import platforms\n"
         "platforms._has_tpu = lambda: False; platforms._GPU_DEVICES = ()\n"
         "platforms.importlib.metadata.entry_points = lambda **_: ()\n"
-        "from prompt_tuning_jax.cli import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         "assert 'jax' not in sys.modules\n"
         "assert main(['inspect', 'no such']) == 2\n"
         "import os; print(os.environ['JAX_PLATFORMS'])\n"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.models.config import preset
+from prompt_tuning_jax.models.t5.config import preset
 from tests.script import load_script
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import precision
+from prompt_tuning_jax.models.ops import matmul
 from tests.micro import normal
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -40,9 +40,7 @@ def value_and_gradients(function, *operands):
 @pytest.mark.parametrize("kernel_dtype", [F32, BF16], ids=["f32 weights", "bf16 weights"])
 def test_dot_and_its_derivatives_are_close_to_float32(shape, kernel_dtype):
     x, kernel = jnp.asarray(normal(*shape)), jnp.asarray(normal(40, 24, seed=1), kernel_dtype)
-    low = value_and_gradients(
-        lambda x, k: precision.dot(x, k, dtype=BF16, out_dtype=F32), x, kernel
-    )
+    low = value_and_gradients(lambda x, k: matmul.dot(x, k, dtype=BF16, out_dtype=F32), x, kernel)
     exact = value_and_gradients(lambda x, k: x @ k.astype(F32), x, kernel)
     assert [part.dtype for part in low[1:]] == [x.dtype, kernel.dtype]
     for got, want in zip(low, exact, strict=True):
@@ -52,9 +50,7 @@ def test_dot_and_its_derivatives_are_close_to_float32(shape, kernel_dtype):
 @pytest.mark.parametrize("equation", EINSUMS)
 def test_einsum_and_its_derivatives_are_close_to_float32(equation):
     left, right = (jnp.asarray(normal(*s, seed=i)) for i, s in enumerate(EINSUMS[equation]))
-    low = value_and_gradients(
-        lambda x, y: precision.einsum(equation, x, y, dtype=BF16), left, right
-    )
+    low = value_and_gradients(lambda x, y: matmul.einsum(equation, x, y, dtype=BF16), left, right)
     exact = value_and_gradients(lambda x, y: jnp.einsum(equation, x, y), left, right)
     for got, want in zip(low, exact, strict=True):
         assert 0 < relative(got, want) < 0.03
@@ -67,8 +63,8 @@ def test_many_members_at_once_equal_each_alone_with_derivatives(equation):
 
     def product(x, y):
         if equation == "dot":
-            return precision.dot(x, y, dtype=BF16, out_dtype=F32)
-        return precision.einsum(equation, x, y, dtype=BF16)
+            return matmul.dot(x, y, dtype=BF16, out_dtype=F32)
+        return matmul.einsum(equation, x, y, dtype=BF16)
 
     for axes in [(0, 0), (0, None)]:
         operands = [
@@ -93,40 +89,40 @@ def test_sums_are_float32():
     """4,097 ones: a bfloat16 sum stops growing at 256, and 4,097 has no bfloat16."""
     ones = jnp.ones((2, 4097))
     np.testing.assert_array_equal(
-        precision.dot(ones, ones.T, dtype=BF16, out_dtype=F32), np.full((2, 2), 4097.0)
+        matmul.dot(ones, ones.T, dtype=BF16, out_dtype=F32), np.full((2, 2), 4097.0)
     )
     tall = jnp.ones((1, 4097, 1, 1))
-    scores = precision.einsum(
+    scores = matmul.einsum(
         "BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 4097)), jnp.ones((1, 2, 1, 4097)), dtype=BF16
     )
     np.testing.assert_array_equal(scores, np.full((1, 1, 2, 2), 4097.0))
-    mixed = precision.einsum("BHTU,BUHK->BTHK", jnp.ones((1, 1, 2, 4097)), tall, dtype=BF16)
+    mixed = matmul.einsum("BHTU,BUHK->BTHK", jnp.ones((1, 1, 2, 4097)), tall, dtype=BF16)
     np.testing.assert_array_equal(mixed, np.full((1, 2, 1, 1), 4097.0))
 
 
 def test_derivatives_are_summed_in_float32():
     """A weight's gradient is a sum over 4,096 rows; bfloat16 there counts in steps of 32."""
     x = jnp.ones((4096, 4))
-    gradient = jax.jit(jax.grad(lambda k: jnp.sum(precision.dot(x, k, dtype=BF16, out_dtype=F32))))(
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(matmul.dot(x, k, dtype=BF16, out_dtype=F32))))(
         jnp.ones((4, 3))
     )
     np.testing.assert_array_equal(gradient, np.full((4, 3), 4096.0))
     wide = jnp.ones((3, 4096))
-    gradient = jax.jit(
-        jax.grad(lambda y: jnp.sum(precision.dot(y, wide, dtype=BF16, out_dtype=F32)))
-    )(jnp.ones((2, 3)))
+    gradient = jax.jit(jax.grad(lambda y: jnp.sum(matmul.dot(y, wide, dtype=BF16, out_dtype=F32))))(
+        jnp.ones((2, 3))
+    )
     np.testing.assert_array_equal(gradient, np.full((2, 3), 4096.0))
 
 
 def test_result_dtypes():
     x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
-    assert precision.dot(x, kernel, dtype=BF16).dtype == BF16
-    assert precision.dot(x, kernel, dtype=BF16, out_dtype=F32).dtype == F32
-    assert precision.dot(x.astype(BF16), kernel.astype(BF16), dtype=F32).dtype == F32
-    assert precision.dot(x, kernel, dtype=F32, out_dtype=BF16).dtype == BF16
+    assert matmul.dot(x, kernel, dtype=BF16).dtype == BF16
+    assert matmul.dot(x, kernel, dtype=BF16, out_dtype=F32).dtype == F32
+    assert matmul.dot(x.astype(BF16), kernel.astype(BF16), dtype=F32).dtype == F32
+    assert matmul.dot(x, kernel, dtype=F32, out_dtype=BF16).dtype == BF16
     for dtype in (F32, BF16):
         assert (
-            precision.einsum(
+            matmul.einsum(
                 "BTHK,BUHK->BHTU", jnp.ones((1, 2, 1, 3)), jnp.ones((1, 2, 1, 3)), dtype=dtype
             ).dtype
             == F32
@@ -135,10 +131,10 @@ def test_result_dtypes():
 
 def test_float32_is_the_plain_product():
     x, kernel = jnp.asarray(normal(2, 3, 40)), jnp.asarray(normal(40, 24, seed=1))
-    np.testing.assert_array_equal(precision.dot(x, kernel, dtype=F32), x @ kernel)
+    np.testing.assert_array_equal(matmul.dot(x, kernel, dtype=F32), x @ kernel)
     left, right = (jnp.asarray(normal(*s)) for s in EINSUMS["BTHK,BUHK->BHTU"])
     np.testing.assert_array_equal(
-        precision.einsum("BTHK,BUHK->BHTU", left, right, dtype=F32),
+        matmul.einsum("BTHK,BUHK->BHTU", left, right, dtype=F32),
         jnp.einsum("BTHK,BUHK->BHTU", left, right),
     )
 
@@ -154,7 +150,7 @@ def test_softmax_and_its_gradient_are_those_of_jax(dtype):
     ours, reference = (
         jax.value_and_grad(loss, argnums=1)(function, x)
         for function in (
-            precision.softmax,
+            matmul.softmax,
             lambda x: jax.nn.softmax(x.astype(jnp.float32), axis=-1),
         )
     )

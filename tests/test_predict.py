@@ -14,14 +14,15 @@ import pytest
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask, load_prompt
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands import EvalResult, evaluate, predict, prediction_rows
-from prompt_tuning_jax.commands.given import as_paths, as_texts
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment, Model
-from prompt_tuning_jax.member_programs import label_scores
+from prompt_tuning_jax.inference.ensemble import label_scores
+from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate, prediction_rows
+from prompt_tuning_jax.inference.loading import prompt_list
+from prompt_tuning_jax.inference.prediction import predict
+from prompt_tuning_jax.inference.prompt_sources import as_paths, as_texts
 from prompt_tuning_jax.methods import WARP, PromptTuning
-from prompt_tuning_jax.opened_prompts import prompt_list
 from tests.serving.serving_app import ask, make_service, running
 from tests.serving.serving_methods import write_method
 from tests.serving.serving_micro import D, micro_model, write_prompt
@@ -370,7 +371,7 @@ def test_a_row_for_each_example_that_was_evaluated(
     dev = write_rows(tmp_path / "dev.jsonl", rows)
     config = tmp_path / "config.py"
     config.write_text(
-        "from prompt_tuning_jax.experiment import Data, Experiment\n"
+        "from prompt_tuning_jax.config.experiment import Data, Experiment\n"
         f"get_config = lambda: Experiment(data=Data(task='', eval={str(dev)!r}))\n"
     )
     line = ["eval", str(config), *MODEL, "--prompt", str(tmp_path / "voted"), "--predictions"]

@@ -1,5 +1,6 @@
 """Training on plain text: from random weights, resumed, adapted, written back as a model."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import pretraining, probing, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
-from prompt_tuning_jax.commands import train
-from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
-from prompt_tuning_jax.data.text_corpus import load_corpus
-from prompt_tuning_jax.data.vocab import load_vocabulary
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
+from prompt_tuning_jax.inference.export import export_model
 from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning
-from prompt_tuning_jax.model_export import export_model
-from prompt_tuning_jax.models.config import PRESETS, T5Config
-from prompt_tuning_jax.pretraining import TextData, open_text_data, text_losses
+from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
+from prompt_tuning_jax.pretraining import probes
+from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.text_corpus import load_corpus
+from prompt_tuning_jax.pretraining.text_data import TextData, open_text_data, text_losses
+from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import measurements, outcome
 
@@ -79,7 +81,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
 
     export_model(tmp_path / "run", tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
-    data = pretraining.replace(text_data(), batch_size=8)
+    data = dataclasses.replace(text_data(), batch_size=8)
     # What is written is bfloat16.
     assert _losses(model, data) == pytest.approx([min(evaluated)], rel=0.005)
     # And it goes on from there: LM adaptation, of the written model, by the other objective.
@@ -94,7 +96,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
         },
     )
     assert train(adapted, quiet=True).finished
-    start = _losses(model, pretraining.replace(text_data(objectives=("prefix_lm",)), batch_size=8))
+    start = _losses(model, dataclasses.replace(text_data(objectives=("prefix_lm",)), batch_size=8))
     first = next(r for r in measurements(tmp_path / "adapted") if r["kind"] == "eval")
     assert first["metrics"][0]["loss"] < start[0]
     with pytest.raises(UserError, match="holds no run"):
@@ -103,7 +105,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
 
 def _losses(model: Any, data: TextData) -> list[float]:
     attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
-    graphdef, params = tree.split(attached)
+    graphdef, params = param_tree.split(attached)
     tuned = {name: p[None] for name, p in params.items()}
     return [own["loss"] for own in text_losses(graphdef, tuned, {}, data)]
 
@@ -146,10 +148,10 @@ def test_batches_come_from_their_own_text(monkeypatch: pytest.MonkeyPatch) -> No
     even = np.arange(special, 91, dtype=data.train.tokens.dtype)
     even = np.resize(even[even % 2 == 0], 5000)
     split = {
-        "train": pretraining.replace(data.train, tokens=even),
-        "evaluation": pretraining.replace(data.train, tokens=even + 1),
+        "train": dataclasses.replace(data.train, tokens=even),
+        "evaluation": dataclasses.replace(data.train, tokens=even + 1),
     }
-    data = pretraining.replace(data, **split)
+    data = dataclasses.replace(data, **split)
     for batches, parity in ((data.batches(0, 5), 0), (data.eval_batches(), 1)):
         for batch in batches:
             for name in ("encoder_input_tokens", "decoder_target_tokens"):
@@ -182,7 +184,7 @@ def test_objectives_and_weights_are_as_asked() -> None:
     words = load_vocabulary(tiny_run.vocabulary_file())
 
     def share_with_sentinels(**changes: Any) -> float:
-        (batch,) = pretraining.replace(text_data(**changes), batch_size=200).batches(0, 1)
+        (batch,) = dataclasses.replace(text_data(**changes), batch_size=200).batches(0, 1)
         return float((batch["decoder_target_tokens"][..., 0] == words.sentinel(0)).mean())
 
     assert share_with_sentinels(objectives=("span_corruption",)) == 1
@@ -194,12 +196,12 @@ def test_objectives_and_weights_are_as_asked() -> None:
 def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
     assert train(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
-    losses = pretraining.text_losses
+    losses = text_data.text_losses
 
     class Killed(BaseException):
         pass
 
-    from prompt_tuning_jax import run
+    from prompt_tuning_jax.training import run
 
     def kill(*args: Any) -> Any:
         scores = losses(*args)
@@ -236,9 +238,9 @@ def test_the_start_from_cooccurrence(micro: T5Config) -> None:
     words = load_vocabulary(tiny_run.vocabulary_file())
     corpus = load_corpus(tiny_run.text_folder(), words)
     model = random_model("micro", vocabulary=str(tiny_run.vocabulary_file()))
-    before = tree.split(model)[1]
-    pretraining.start_from_cooccurrence(model, corpus)
-    after = tree.split(model)[1]
+    before = param_tree.split(model)[1]
+    text_data.start_from_cooccurrence(model, corpus)
+    after = param_tree.split(model)[1]
     table_VD = cooccurrence_embeddings(
         corpus.tokens, vocab_size=micro.vocab_size, embed_dim=micro.embed_dim
     )
@@ -307,8 +309,8 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the loss, the same each time for the same weights, and leaving no trace in them."""
-    monkeypatch.setattr(probing, "STEPS", 12)
-    monkeypatch.setattr(probing, "PROMPT_LENGTH", 4)
+    monkeypatch.setattr(probes, "STEPS", 12)
+    monkeypatch.setattr(probes, "PROMPT_LENGTH", 4)
     files = f"{tiny_run.train_file()}:{tiny_run.eval_file()}"
     changes = {
         "data.probes": (files,),
@@ -328,8 +330,10 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
     assert all(0 <= own["probe_train"] <= 100 for own in probed)
 
     model = load_model(str(tiny_run.model_folder()))
-    probe = probing.Probe(files, experiment, model)
-    weights = tree.split(FullTuning().attach(model, key=jax.random.key(0), context=Context()))[1]
+    probe = probes.Probe(files, experiment, model)
+    weights = param_tree.split(
+        FullTuning().attach(model, key=jax.random.key(0), context=Context())
+    )[1]
     trained = probe.score(weights)
     assert trained == probe.score(weights)
     # Blank weights can only answer the same to all.

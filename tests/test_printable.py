@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.printable import printable, printable_json
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.errors import printable, printable_json
 from tests import tiny_run
 
 # Set the title, clear the screen, a C1 control sequence, text from right to left, a bell.

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, task_data
-from prompt_tuning_jax.commands import evaluate, predict, train
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import NoTuning, PromptDesign
+from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training.run import train
 from tests.tiny_run import LABELS, experiment
 
 DESIGN = PromptDesign(shots=3, demonstration="{inputs} the {targets}", query="{inputs} the")

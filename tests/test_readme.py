@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.cli_arguments import build_parser
+from prompt_tuning_jax.cli.arguments import build_parser
 from prompt_tuning_jax.methods import Attached, Context
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 from tests.micro import ONE_LAYER, D, call, make_t5
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import run_folder
 from prompt_tuning_jax.analysis.similarity import similarity
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.names import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -20,6 +19,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.methods.prompt_init import initial_prompt
+from prompt_tuning_jax.training import run_folder
 from tests import convert_cases as cases
 from tests import tiny_run
 from tests.convert_cases import Program, prompt

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, commands, run_folder, task_data, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.commands import train
-from prompt_tuning_jax.config_file import saved_config
-from prompt_tuning_jax.data.loader import eval_batches
-from prompt_tuning_jax.data.metrics import Metric
-from prompt_tuning_jax.data.task import Source, Task
+from prompt_tuning_jax.config.config_file import saved_config
+from prompt_tuning_jax.data.batching.loader import eval_batches
+from prompt_tuning_jax.data.tasks.metrics import Metric
+from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
 from tests.tiny_run import experiment, measurements
 
@@ -157,7 +159,7 @@ def test_patience_is_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.fixture(scope="module")
-def by_loss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, commands.RunResult]:
+def by_loss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     """Two members, chosen by the evaluation loss beside the accuracy."""
     folder = tmp_path_factory.mktemp("by_loss") / "run"
     changes = {"training.seeds": (0, 1), "evaluation.best_by": "loss", "training.steps": 6}
@@ -165,7 +167,7 @@ def by_loss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, commands.Ru
 
 
 def test_the_evaluation_loss_is_that_of_training(
-    by_loss: tuple[Path, commands.RunResult],
+    by_loss: tuple[Path, RunResult],
 ) -> None:
     folder, result = by_loss
     of = saved_config(str(folder))
@@ -184,7 +186,7 @@ def test_the_evaluation_loss_is_that_of_training(
     for member, best in enumerate(result.best):
         assert best is not None
         own = {name: jnp.asarray(x[member]) for name, x in result.best_tuned.items()}
-        attached = tree.merge(members.graphdef, {**members.frozen, **own})
+        attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
         total = tokens = 0.0
         for batch in eval_batches(examples, batch_size=5):
             logits = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
@@ -197,22 +199,22 @@ def test_the_evaluation_loss_is_that_of_training(
 
 
 def test_eval_shows_the_loss_where_it_is_asked_for(
-    by_loss: tuple[Path, commands.RunResult],
+    by_loss: tuple[Path, RunResult],
 ) -> None:
     folder, result = by_loss
     of = experiment("", {"evaluation.best_by": "loss"})
-    scores = commands.evaluate(of, prompts=[str(folder)])
+    scores = evaluate(of, prompts=[str(folder)])
     for best, own in zip(result.best, scores.per_prompt, strict=True):
         assert best is not None and own["loss"] == pytest.approx(best.metrics["loss"], rel=1e-5)
     assert scores.best["loss"] == min(own["loss"] for own in scores.per_prompt)
-    plain = commands.evaluate(experiment(""), prompts=[str(folder)])
+    plain = evaluate(experiment(""), prompts=[str(folder)])
     assert "loss" not in plain.per_prompt[0]  # it takes another forward
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize(("best_by", "expected"), [("accuracy", 30.0), ("invalid", 30.0)])
 def test_nan_is_not_the_best_of_several_prompts_in_any_order(
-    by_loss: tuple[Path, commands.RunResult],
+    by_loss: tuple[Path, RunResult],
     monkeypatch: pytest.MonkeyPatch,
     order: tuple[int, int],
     best_by: str,
@@ -227,7 +229,7 @@ def test_nan_is_not_the_best_of_several_prompts_in_any_order(
 
     monkeypatch.setattr(build, "evaluate_members", scored)
     of = experiment("", {"evaluation.best_by": best_by})
-    scores = commands.evaluate(of, prompts=[str(by_loss[0])])
+    scores = evaluate(of, prompts=[str(by_loss[0])])
     assert scores.best[best_by] == expected
 
 

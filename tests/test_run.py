@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, run, run_folder, task_data
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_with_metadata
-from prompt_tuning_jax.commands import RunResult, train
-from prompt_tuning_jax.config_file import run_config
-from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.methods import PROMPT
+from prompt_tuning_jax.training import build, run, run_folder, task_data
 from prompt_tuning_jax.training.logging import RunLog
+from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
 from tests.tiny_run import experiment, measurements, outcome, tree_bytes
 

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, task_data, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.commands import evaluate, train
-from prompt_tuning_jax.data.buckets import Buckets
-from prompt_tuning_jax.data.loader import TrainBatches
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.inference import score
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.loader import TrainBatches
+from prompt_tuning_jax.inference.api import score
+from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.methods import PROMPT, DescribedPrompts
+from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import measurements, outcome
 
@@ -135,7 +137,7 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
     model = load_model(str(tiny_run.model_folder()))
     members = build.attach_members(of, model, labels=tiny_run.LABELS)
     own = {name: array[0] for name, array in members.tuned.items()}
-    attached = tree.merge(members.graphdef, {**members.frozen, **own})
+    attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
 
     def losses(batch: dict[str, np.ndarray]) -> np.ndarray:
         rows = {name: jnp.asarray(array[0]) for name, array in batch.items()}

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from prompt_tuning_jax import build
-from prompt_tuning_jax.cli_arguments import mesh_overrides
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Mesh
-from prompt_tuning_jax.layout import Layout, constrain, laying_out
-from prompt_tuning_jax.overrides import apply_overrides
-from prompt_tuning_jax.sharding import (
+from prompt_tuning_jax.cli.arguments import mesh_overrides
+from prompt_tuning_jax.config.experiment import Experiment, Mesh
+from prompt_tuning_jax.config.overrides import apply_overrides
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.distributed.partitioner import Layout, constrain, laying_out
+from prompt_tuning_jax.distributed.sharding import (
     MESH_AXES,
     RULES,
     make_mesh,
@@ -25,7 +24,8 @@ from prompt_tuning_jax.sharding import (
     spec_of,
     with_rules,
 )
-from prompt_tuning_jax.validation import validate
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.training import build
 from tests import tiny_run
 from tests.devices import with_devices
 

@@ -12,17 +12,21 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
-from prompt_tuning_jax.checkpoints.tuned_kind import METHOD
+from prompt_tuning_jax.checkpoints.tuned_format import METHOD
+from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.inference.loading_methods import (
+    attach_stored,
+    members_of_stored,
+    stored_methods,
+)
 from prompt_tuning_jax.methods import Context, Method
-from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.opened_methods import attach_stored, members_of_stored, stored_methods
-from prompt_tuning_jax.overrides import method_to_json
-from prompt_tuning_jax.path_patterns import compile_pattern
-from prompt_tuning_jax.sharding import make_mesh
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.untrusted_input import compile_pattern
 from tests.method_cases import CASES, LABELS
 from tests.micro import ONE_LAYER, Words, make_t5
 
@@ -77,7 +81,7 @@ def shapes_of(method: Method) -> dict[str, tuple[int, ...]]:
     context = Context(labels=LABELS, vocabulary=Words(), tasks=1)
     model = micro()
     params = jax.eval_shape(
-        lambda: tree.split(method.attach(model, key=jax.random.key(0), context=context))[1]
+        lambda: param_tree.split(method.attach(model, key=jax.random.key(0), context=context))[1]
     )
     return {name: p.shape for name, p in params.items() if method.trains(name)}
 
@@ -111,7 +115,7 @@ def test_what_is_true_is_believed(tmp_path: Path, name: str) -> None:
     method = METHODS[name]
     shapes = shapes_of(method)
     attached = attach_stored(method, micro(), shapes, labels=LABELS, tasks=1, of="x")
-    own = {n: p.shape for n, p in tree.split(attached)[1].items() if method.trains(n)}
+    own = {n: p.shape for n, p in param_tree.split(attached)[1].items() if method.trains(n)}
     assert own == shapes
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax import build
-from prompt_tuning_jax import suite as suites
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands import suite, with_seeds
-from prompt_tuning_jax.commands import suites as command
-from prompt_tuning_jax.data.t5_tasks.metrics import SUPER_GLUE_METRICS, super_glue_score
-from prompt_tuning_jax.data.t5_tasks.registry import FORMS
-from prompt_tuning_jax.data.task import get_mixture
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.tasks.t5_tasks.metrics import SUPER_GLUE_METRICS, super_glue_score
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS
+from prompt_tuning_jax.data.tasks.task import get_mixture
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.studies import runs as command
+from prompt_tuning_jax.studies import suite as suites
+from prompt_tuning_jax.studies.runs import suite, with_seeds
+from prompt_tuning_jax.training import build
 from tests import tiny_run
 from tests.tiny_run import experiment, tree_bytes, write_config, write_rows
 from tests.watched_runs import watched_runs

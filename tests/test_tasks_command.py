@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands.scoring import read_predictions
-from prompt_tuning_jax.data.task import alias_names, task_names
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.data.tasks.task import alias_names, task_names
+from prompt_tuning_jax.inference.scoring import read_predictions
 
 RTE = "super_glue_rte_v102"
 
@@ -67,10 +67,10 @@ def test_lists_and_scores_come_without_jax(tmp_path):
     words = ["metrics", "super_glue_cb_v102", "--data_dir", str(tmp_path)]
     code = (
         "import sys\n"
-        "from prompt_tuning_jax.cli import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         f"assert main({[*words, '--predictions', str(tmp_path / 'p.txt')]}) == 0\n"
         "assert main(['tasks', '--all']) == 0\n"
-        "assert not {'jax', 'tensorflow', 'prompt_tuning_jax.build'} & set(sys.modules)\n"
+        "assert not {'jax', 'tensorflow', 'prompt_tuning_jax.training.build'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and '"accuracy": 100.0' in done.stdout, done.stderr

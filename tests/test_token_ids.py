@@ -10,22 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.convert_model import convert_to_hf, convert_to_t5x
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
-from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
-from prompt_tuning_jax.data.loader import TrainBatches, eval_batches
-from prompt_tuning_jax.data.ragged import make_ragged
-from prompt_tuning_jax.data.task import get_task
-from prompt_tuning_jax.data.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.vocab import ByteVocabulary
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
+from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
+from prompt_tuning_jax.data.batching.ragged import make_ragged
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data
-from prompt_tuning_jax.inference import generate, score, token_ids
+from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.models.config import TokenIds
-from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.pretraining import open_text_data
+from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.text_data import open_text_data
 from tests.micro import ONE_LAYER, D, V, make_t5, normal, token_rows
 
 SOURCE = token_rows([5, 3, 6], 7)
@@ -47,13 +47,13 @@ class Renumbered:
 
     def model(self) -> T5:
         model = make_t5(replace(ONE_LAYER, token_ids=self.ids))
-        params = tree.split(model)[1]
+        params = param_tree.split(model)[1]
         moved = {
             **params,
             TABLE: jnp.roll(params[TABLE], self.shift, axis=0),
             HEAD: jnp.roll(params[HEAD], self.shift, axis=1),
         }
-        tree.fill(model, moved)
+        param_tree.fill(model, moved)
         return model
 
     def of(self, ids: Any) -> Any:
@@ -171,7 +171,7 @@ def test_padding_that_is_the_end_too() -> None:
 def test_the_ids_are_written_and_read_back(tmp_path: Path) -> None:
     ids = TokenIds(pad=7, eos=2, start=5)
     config = replace(ONE_LAYER, token_ids=ids)
-    params = tree.split(make_t5(config))[1]
+    params = param_tree.split(make_t5(config))[1]
     write_hf(tmp_path, config, params)
     assert read_hf(tmp_path)[0].token_ids == ids
     assert fingerprint(config, params) != fingerprint(ONE_LAYER, params)
@@ -192,7 +192,7 @@ def test_the_ids_are_written_and_read_back(tmp_path: Path) -> None:
 def test_ids_that_cannot_be_are_refused_by_name(
     tmp_path: Path, file: str, ids: dict[str, Any], message: str
 ) -> None:
-    write_hf(tmp_path, ONE_LAYER, tree.split(MODEL)[1])
+    write_hf(tmp_path, ONE_LAYER, param_tree.split(MODEL)[1])
     path = tmp_path / file
     raw = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(raw | ids))
@@ -202,14 +202,14 @@ def test_ids_that_cannot_be_are_refused_by_name(
 
 @pytest.mark.parametrize("value", [2, [2]])
 def test_the_end_of_generation_config_decides(tmp_path: Path, value: Any) -> None:
-    write_hf(tmp_path, ONE_LAYER, tree.split(MODEL)[1])
+    write_hf(tmp_path, ONE_LAYER, param_tree.split(MODEL)[1])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert open_hf(tmp_path)[0].token_ids == TokenIds(eos=2)
 
 
 def test_only_hugging_face_folders_can_keep_them(tmp_path: Path) -> None:
     config = replace(ONE_LAYER, token_ids=TokenIds(eos=2))
-    write_hf(tmp_path / "m", config, tree.split(make_t5(config))[1])
+    write_hf(tmp_path / "m", config, param_tree.split(make_t5(config))[1])
     convert_to_hf(str(tmp_path / "m"), tmp_path / "hf")
     assert open_hf(tmp_path / "hf")[0].token_ids == TokenIds(eos=2)
     with pytest.raises(UserError, match=r"padding 0, end 2, start 0.*convert it to hf"):

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax import suite as suites
-from prompt_tuning_jax import task_data, transfer
-from prompt_tuning_jax.commands import suites as command
-from prompt_tuning_jax.commands import try_transfer
+from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
+from prompt_tuning_jax.studies import runs as command
+from prompt_tuning_jax.studies import suite as suites
+from prompt_tuning_jax.studies import transfer
+from prompt_tuning_jax.studies.runs import try_transfer
+from prompt_tuning_jax.training import task_data
 from tests import tiny_run
 from tests.tiny_run import experiment, write_rows
 from tests.watched_runs import watched_runs

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import commands, task_data
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands.serving import Serving, open_service
-from prompt_tuning_jax.config_file import load_config, run_config, saved_config
-from prompt_tuning_jax.data.t5_tasks.tfds_rows import tfds_rows
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.config_file import load_config, run_config, saved_config
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.config.overrides import to_json
+from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import tfds_rows
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment
-from prompt_tuning_jax.gin_configs import experiment_from_gin
+from prompt_tuning_jax.inference.loading import attach
 from prompt_tuning_jax.methods import Method, MultitaskPrompts, PromptTuning
-from prompt_tuning_jax.opened_prompts import attach
-from prompt_tuning_jax.overrides import to_json
+from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
+from prompt_tuning_jax.training import task_data
 from tests import tiny_run
 
 MODULE = """
@@ -123,7 +123,7 @@ def test_python_and_the_server_do_not_import_it_either(module: str) -> None:
     sys.path.insert(0, str(Path.cwd()))
     model = load_model(str(tiny_run.model_folder()))
     attach(model, folder)
-    experiment = commands.default_experiment(str(folder))
+    experiment = default_experiment(str(folder))
     open_service(experiment, str(folder), serving=Serving(lengths=(8,), batch_sizes=(1,)))
     saved = run_config(str(folder))
     assert saved is not None
@@ -141,7 +141,7 @@ def test_a_config_of_the_user_names_one_beside_it(module: str, tmp_path: Path) -
     Path(f"{module}.py").rename(elsewhere / f"{module}.py")
     config = elsewhere / "c.py"
     config.write_text(
-        "from prompt_tuning_jax.experiment import Data, Experiment\n"
+        "from prompt_tuning_jax.config.experiment import Data, Experiment\n"
         "def get_config():\n"
         f"    return Experiment(data=Data(module={module!r}, task='task_of_{module}'))\n"
     )

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.cli import main
-from prompt_tuning_jax.commands import train
+from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.methods import NoTuning
+from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import experiment, tree_bytes, write_config, write_rows
 
@@ -337,7 +337,7 @@ def test_after_a_loss_that_is_not_finite_the_best_prompt_is_of_use(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A schedule that is harmless for five steps and then is not."""
-    from prompt_tuning_jax import optim
+    from prompt_tuning_jax.training import optim
 
     def explode(config: Any, *, total_steps: int) -> Callable[[Any], Any]:
         import jax.numpy as jnp

@@ -1,10 +1,10 @@
 import pytest
 
+from prompt_tuning_jax.config.experiment import Evaluation, Experiment, Training
+from prompt_tuning_jax.config.overrides import apply_overrides
+from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Evaluation, Experiment, Training
 from prompt_tuning_jax.methods import METHODS, WARP
-from prompt_tuning_jax.overrides import apply_overrides
-from prompt_tuning_jax.validation import validate
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.config_file import run_config, saved_config
+from prompt_tuning_jax.config.config_file import run_config, saved_config
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.config.overrides import to_dict, to_json
+from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.methods import METHODS, PromptTuning
-from prompt_tuning_jax.overrides import to_dict, to_json
-from prompt_tuning_jax.run_folder import claim
-from prompt_tuning_jax.whole_paths import with_whole_paths
+from prompt_tuning_jax.training.run_folder import claim
 
 
 @pytest.fixture

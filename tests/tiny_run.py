@@ -19,15 +19,15 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
-from prompt_tuning_jax.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.overrides import to_json
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def model_folder(*, seed: int = 0, config: T5Config = CONFIG) -> Path:
     Its blocks are louder than T5's start makes them, so that a prompt makes a difference.
     """
     folder = scratch() / f"t5_{seed}_{config.embed_dim}"
-    _, params = tree.split(T5(config, rngs=nnx.Rngs(seed)))
+    _, params = param_tree.split(T5(config, rngs=nnx.Rngs(seed)))
     louder = ("query/kernel", "out/kernel", "wo/kernel")
     params = {name: 4 * p if name.endswith(louder) else p for name, p in params.items()}
     write_hf(folder, config, params, vocabulary_file=vocabulary_file(), dtype="float32")
@@ -162,7 +162,7 @@ def experiment(workdir: Path | str, changes: Mapping[str, Any] | None = None) ->
 def write_config(path: Path, of: Experiment) -> Path:
     """A config file for the command line."""
     path.write_text(
-        "from prompt_tuning_jax.overrides import from_json\n"
+        "from prompt_tuning_jax.config.overrides import from_json\n"
         f"TEXT = {to_json(of)!r}\n"
         "def get_config():\n"
         "    return from_json(TEXT)\n",

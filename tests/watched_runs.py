@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.commands import suites
-from prompt_tuning_jax.experiment import Experiment
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.studies import runs
 
 
 def watched_runs(
@@ -15,7 +15,7 @@ def watched_runs(
     """A list that grows by ``describe("train" or "evaluate", experiment)`` with each, in order."""
     calls: list[str] = []
     for name in ("train", "evaluate"):
-        real = getattr(suites, name)
+        real = getattr(runs, name)
 
         def watched(
             of: Experiment, *args: Any, _real: Any = real, _name: str = name, **kw: Any
@@ -23,5 +23,5 @@ def watched_runs(
             calls.append(describe(_name, of))
             return _real(of, *args, **kw)
 
-        monkeypatch.setattr(suites, name, watched)
+        monkeypatch.setattr(runs, name, watched)
     return calls

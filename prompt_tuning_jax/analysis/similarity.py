@@ -1,11 +1,20 @@
-"""How alike prompts are, and with them tasks (SPoT: Vu et al. 2022, section 4)."""
+"""How alike prompts are, and with them tasks (SPoT: Vu et al. 2022, section 4).
 
+Lists prompts by their similarity to one, and mixes the nearest of them.
+"""
+
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.destination import require_free, staged
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.prompt_sources import as_paths, prompt_paths, read_all
 from prompt_tuning_jax.typing import Array, HostArray
 
 By = Literal["mean", "tokens"]
@@ -51,3 +60,131 @@ def _directions(vectors_XD: HostArray) -> HostArray:
     norms = np.linalg.norm(vectors_XD, axis=-1, keepdims=True)
     directions: HostArray = vectors_XD / np.where(norms == 0, 1, norms)
     return directions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similar:
+    """A source prompt, how alike it is, and what it was trained on."""
+
+    path: str
+    similarity: float
+    task: str
+    shape: tuple[int, int]
+
+
+def similar(
+    prompt: str | Path,
+    among: str | Path | Sequence[str | Path],
+    *,
+    by: By = "mean",
+    top: int = 0,
+    output: str | Path = "",
+    overwrite: bool = False,
+) -> list[Similar]:
+    """Source prompts by their similarity to ``prompt``, nearest first; ``top`` of them, or all.
+
+    ``among`` are files, folders of prompts and runs; ``prompt`` itself is passed over there.  With
+    an ``output`` the mean of those listed, weighted by similarity (of the nearest one where ``top``
+    is 0), is written there as a prompt to start from: ``method.init=file``.  Raises UserError for
+    prompts of different models, and where nothing is left.
+    """
+    among = as_paths(among, "among")
+    (path,) = _one(prompt)
+    own = read_all([path])[path]
+    sources = read_all([p for place in among for p in prompt_paths(place)])
+    # In another file, of another suffix for instance, it is the same prompt still.
+    sources = {
+        p: stored
+        for p, stored in sources.items()
+        if os.path.realpath(p) != os.path.realpath(path)
+        and not np.array_equal(stored.prompt_PD, own.prompt_PD)
+    }
+    if not sources:
+        raise UserError(f"--among names no prompt besides {path}")
+    _require_one_model({path: own, **sources})
+    found = [
+        Similar(
+            path=p,
+            similarity=similarity(own.prompt_PD, stored.prompt_PD, by=by),
+            task=stored.metadata.task,
+            shape=(stored.prompt_PD.shape[0], stored.prompt_PD.shape[1]),
+        )
+        for p, stored in sources.items()
+    ]
+    found.sort(key=lambda each: (-each.similarity, each.path))
+    found = found[: top or len(found)]
+    if output:
+        _write_mixture(found[: top or 1], sources, own, Path(output), by=by, overwrite=overwrite)
+    return found
+
+
+def _one(prompt: str | Path) -> list[str]:
+    paths = prompt_paths(prompt)
+    if len(paths) != 1:
+        listed = ", ".join(Path(p).name for p in paths[:5]) + ", ..." * (len(paths) > 5)
+        raise UserError(f"{prompt} holds {len(paths)} prompts; name one of them: {listed}")
+    return paths
+
+
+def _require_one_model(prompts: dict[str, StoredPrompt]) -> None:
+    """UserError unless all have one width, and all that say which model they are for say one."""
+    (first, own), *rest = prompts.items()
+    width = own.prompt_PD.shape[1]
+    known, by = own.metadata, first
+    for path, stored in rest:
+        if stored.prompt_PD.shape[1] != width:
+            raise UserError(
+                f"{path} has width {stored.prompt_PD.shape[1]} and {first} has {width}: they are "
+                "for different models, whose prompts cannot be compared"
+            )
+        theirs = stored.metadata
+        if not known.model_fingerprint:
+            known, by = theirs, path
+        elif theirs.model_fingerprint not in ("", known.model_fingerprint):
+            raise UserError(
+                f"{path} is for another model ({_model(theirs)}) than {by} ({_model(known)}), and "
+                "their prompts cannot be compared; prompt-tuning recycle carries one over"
+            )
+
+
+def _model(metadata: PromptMetadata) -> str:
+    name = " ".join(metadata.model_name.split())[:100]
+    return f"{name} {metadata.model_fingerprint}".strip()
+
+
+def _write_mixture(
+    nearest: Sequence[Similar],
+    sources: dict[str, StoredPrompt],
+    own: StoredPrompt,
+    output: Path,
+    *,
+    by: By,
+    overwrite: bool,
+) -> None:
+    output = Path(os.path.abspath(output.expanduser()))
+    require_free(output, overwrite=overwrite, folder=False)
+    for each in nearest:
+        if each.similarity <= 0:
+            raise UserError(
+                f"{each.path} has similarity {each.similarity:.3f}, and a mixture counts prompts "
+                "by it: it takes those above 0; lower --top"
+            )
+        if each.shape != nearest[0].shape:
+            raise UserError(
+                f"{each.path} is {list(each.shape)} and {nearest[0].path} is "
+                f"{list(nearest[0].shape)}: a mixture takes prompts of one length; lower --top"
+            )
+    weights = [each.similarity for each in nearest]
+    mixed_PD = mixture([sources[each.path].prompt_PD for each in nearest], weights)
+    shares = [f"{w / sum(weights):.3f} {e.path}" for w, e in zip(weights, nearest, strict=True)]
+    models = [own.metadata, *(sources[each.path].metadata for each in nearest)]
+    known = next((m for m in models if m.model_fingerprint), own.metadata)
+    placements = {sources[each.path].metadata.combine for each in nearest}
+    metadata = PromptMetadata(
+        model_fingerprint=known.model_fingerprint,
+        model_name=known.model_name,
+        combine=placements.pop() if len(placements) == 1 else "",
+        origin=f"mixture by similarity ({by}): {', '.join(shares)}",
+    )
+    with staged(output, overwrite=overwrite, folder=False) as aside:
+        save_prompt(aside, mixed_PD, metadata=metadata)

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.bounded_json import json_text, read_json_file
-from prompt_tuning_jax.checkpoints.atomic import written_aside
 from prompt_tuning_jax.checkpoints.progress import Report, progress
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.user_cache import user_cache
+from prompt_tuning_jax.storage import user_cache, written_aside
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 _ADDRESS = re.compile(r"(gs|s3)://([^/]+)/*(.*?)/*", re.DOTALL)
 _PART_BYTES = 1 << 26

@@ -12,19 +12,19 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from prompt_tuning_jax.checkpoints import t5x
-from prompt_tuning_jax.checkpoints.hf import model_type_of, write_hf
-from prompt_tuning_jax.checkpoints.hf_config import tokenizer_files
+from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.destination import require_free, require_outside, staged
+from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
+from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, write_hf
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
 from prompt_tuning_jax.checkpoints.load import OpenedModel
-from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.progress import progress
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, read_prompt
-from prompt_tuning_jax.checkpoints.staged import require_free, require_outside, staged
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
-from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.checkpoints.t5x import reader
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config, TokenIds
+from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
 from prompt_tuning_jax.typing import HostArray
 
 StoredAs = Literal["stored", "float32", "bfloat16"]
@@ -103,7 +103,7 @@ def convert_to_t5x(
 ) -> Converted:
     """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
     opened, words = _open(source, vocabulary, None)
-    checkpoint = opened.source if isinstance(opened.source, t5x.T5XCheckpoint) else None
+    checkpoint = opened.source if isinstance(opened.source, reader.T5XCheckpoint) else None
     final, step = _checkpoint_folder(destination, step, checkpoint)
     require_free(final, overwrite=overwrite, folder=True)
     require_outside(opened.location, final)
@@ -124,7 +124,7 @@ def convert_to_t5x(
     if checkpoint is not None:
         as_it_was = not prompt and not (unscan and checkpoint.scanned)
         if not unscan:
-            params = {n: a for n, a in checkpoint.stored.items() if n != t5x.PROMPT}
+            params = {n: a for n, a in checkpoint.stored.items() if n != reader.PROMPT}
         if as_it_was:
             state = checkpoint.open_state()
         elif checkpoint.state_names:
@@ -194,7 +194,7 @@ def _own_prompt(opened: OpenedModel) -> LazyArray | None:
     """The one in a T5X checkpoint."""
     if isinstance(opened.source, Path):
         return None
-    return opened.source.params.get(t5x.PROMPT)
+    return opened.source.params.get(reader.PROMPT)
 
 
 def _prompt_for(opened: OpenedModel, path: str, *, allow_other_model: bool) -> HostArray:
@@ -212,7 +212,7 @@ def _prompt_for(opened: OpenedModel, path: str, *, allow_other_model: bool) -> H
 
 
 def _checkpoint_folder(
-    destination: Path, step: int | None, checkpoint: t5x.T5XCheckpoint | None
+    destination: Path, step: int | None, checkpoint: reader.T5XCheckpoint | None
 ) -> tuple[Path, int]:
     """``checkpoint_<step>`` itself or the folder for it -> the former, and the step."""
     named = _CHECKPOINT.fullmatch(destination.name)
@@ -240,7 +240,7 @@ def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]
 def _lost_in_t5x(opened: OpenedModel) -> list[str]:
     """What a T5X checkpoint of this model does not say, and shapes do not tell."""
     buckets = opened.config.relpos_num_buckets
-    guessed = t5x.config_of(
+    guessed = reader.config_of(
         opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets
     )
     differing = [

@@ -5,10 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.convert_model import DTYPES, Converted, StoredAs, written
+from prompt_tuning_jax.checkpoints.destination import (
+    PROMPT_SUFFIXES,
+    require_free,
+    require_outside,
+    staged,
+)
 from prompt_tuning_jax.checkpoints.hub import ASSETS, BUNDLED, T5X_MODELS, is_hub_name
-from prompt_tuning_jax.checkpoints.model_kind import fingerprint_of, open_source
-from prompt_tuning_jax.checkpoints.peft import is_peft, write_peft
+from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     StoredPrompt,
@@ -16,14 +22,8 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     read_prompt,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.staged import (
-    PROMPT_SUFFIXES,
-    require_free,
-    require_outside,
-    staged,
-)
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}

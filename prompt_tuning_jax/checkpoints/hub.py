@@ -7,12 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store_of
-from prompt_tuning_jax.checkpoints.hf_config import CONFIG, GENERATION_CONFIG
-from prompt_tuning_jax.checkpoints.hf_weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
-from prompt_tuning_jax.checkpoints.t5x import is_t5x
-from prompt_tuning_jax.data.hf_tokenizer import TOKENIZER_FILES
-from prompt_tuning_jax.data.suggest import suggest
-from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG
+from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
+from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import TOKENIZER_FILES
+from prompt_tuning_jax.errors import UserError, suggest
 
 _log = logging.getLogger(__name__)
 

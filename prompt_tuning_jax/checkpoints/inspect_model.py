@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.model_kind import (
+from prompt_tuning_jax.checkpoints.architecture import (
     architecture,
     fingerprint_of,
     layout,
     open_source,
     size_name,
 )
-from prompt_tuning_jax.checkpoints.t5x import PROMPT
-from prompt_tuning_jax.data.vocab import ByteVocabulary, load_vocabulary
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 # Larger models are not read wholly unless asked.
 _FINGERPRINTED_BYTES = 2_000_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, Source, read_prompt
-from prompt_tuning_jax.models.config import PRESETS
+from prompt_tuning_jax.models.t5.config import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,29 +7,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import sharding, tree
-from prompt_tuning_jax.checkpoints import hf, t5x
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.bucket import is_address
+from prompt_tuning_jax.checkpoints.device_put import place
 from prompt_tuning_jax.checkpoints.fingerprint import (
     Sample,
     fingerprint,
     fingerprint_of_samples,
     sample,
 )
+from prompt_tuning_jax.checkpoints.hf import pretrained
 from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location, t5x_vocabulary
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.placement import place
-from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
-from prompt_tuning_jax.data.vocab import AnyVocabulary, Vocabulary, load_vocabulary
+from prompt_tuning_jax.checkpoints.t5x import reader
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary, load_vocabulary
+from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config, preset
 from prompt_tuning_jax.models.quantization import (
     SCALE,
     Quantization,
     quantize_modules,
     quantized,
 )
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.config import T5Config, preset
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -43,7 +45,7 @@ class OpenedModel:
     """
 
     location: str
-    source: t5x.T5XCheckpoint | Path
+    source: reader.T5XCheckpoint | Path
     config: T5Config
     params: dict[str, LazyArray]
     vocabulary_file: Path | None
@@ -61,16 +63,16 @@ def open_model(
     if not isinstance(given, str | Path):
         raise UserError(f"a model is opened by its name or path, not by {type(given).__name__}")
     location = model_location(str(name_or_path))
-    if not t5x.is_t5x(location):
+    if not reader.is_t5x(location):
         folder = hf_folder(location)
-        config, params, words = hf.open_hf(folder)
+        config, params, words = pretrained.open_hf(folder)
         return OpenedModel(
             location=location, source=folder, config=config, params=params, vocabulary_file=words
         )
-    checkpoint = t5x.open_t5x(location)
-    params = {name: p for name, p in checkpoint.params.items() if name != t5x.PROMPT}
-    buckets = t5x.config_of(params).relpos_num_buckets
-    config = t5x.config_of(
+    checkpoint = reader.open_t5x(location)
+    params = {name: p for name, p in checkpoint.params.items() if name != reader.PROMPT}
+    buckets = reader.config_of(params).relpos_num_buckets
+    config = reader.config_of(
         params,
         relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
     )
@@ -128,14 +130,14 @@ def load_model(
         vocabulary=words,
     )
     # Before anything is read.
-    _, wanted = tree.split(model)
-    tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
+    _, wanted = param_tree.split(model)
+    param_tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
     quantize_modules(model, quantization)
-    _, wanted = tree.split(model)
+    _, wanted = param_tree.split(model)
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
-        shardings = sharding.shardings_of(shapes, tree.logical_axes(model), mesh, rules)
+        shardings = sharding.shardings_of(shapes, param_tree.logical_axes(model), mesh, rules)
     samples: dict[str, Sample] = {}
 
     def finish(name: str, array: Array) -> dict[str, Array]:
@@ -150,7 +152,7 @@ def load_model(
         finish=None if quantization == "none" else finish,
         as_stored=lambda name: quantization != "none" and name + SCALE in wanted,
     )
-    tree.fill(model, params)
+    param_tree.fill(model, params)
     if samples:
         model.original_fingerprint = fingerprint_of_samples(opened.config, samples)
     return model
@@ -168,7 +170,7 @@ def random_model(
 ) -> T5:
     """A T5 of a published size with freshly drawn weights, to pre-train."""
     config = preset(preset_name)
-    bundled = ASSETS / preset_name / hf.VOCABULARY
+    bundled = ASSETS / preset_name / pretrained.VOCABULARY
     words = _vocabulary(
         vocabulary or (bundled if bundled.is_file() else None), config, model=preset_name
     )
@@ -181,7 +183,7 @@ def random_model(
         vocabulary=words,
     )
     if quantization != "none":
-        model.original_fingerprint = fingerprint(config, tree.split(model)[1])
+        model.original_fingerprint = fingerprint(config, param_tree.split(model)[1])
         quantize_modules(model, quantization)
     return model
 

@@ -9,10 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from prompt_tuning_jax.bounded_json import read_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import read_json, require_whole
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),

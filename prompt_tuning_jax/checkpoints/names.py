@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
@@ -57,7 +57,7 @@ def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) 
     import jax
 
     from prompt_tuning_jax.models.quantization import is_quantized
-    from prompt_tuning_jax.tree import require_same_shapes
+    from prompt_tuning_jax.param_tree import require_same_shapes
 
     if is_quantized(params):
         raise UserError(f"{of} are quantised; only full weights are written, load them without")

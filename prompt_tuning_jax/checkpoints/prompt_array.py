@@ -10,8 +10,8 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.stored_size import require_whole
 from prompt_tuning_jax.typing import DType, HostArray
+from prompt_tuning_jax.untrusted_input import require_whole
 
 # What a safetensors file calls the types that a prompt is stored in.
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}

@@ -15,9 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.bounded_json import json_text, read_json
-from prompt_tuning_jax.checkpoints import peft, t5x
-from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.prompt_array import (
     checked_prompt,
     npy_safe,
@@ -25,11 +23,14 @@ from prompt_tuning_jax.checkpoints.prompt_array import (
     read_safetensors,
     safetensors_bytes,
 )
-from prompt_tuning_jax.checkpoints.tuned_kind import tuned_by
-from prompt_tuning_jax.data.task import tasks_known_as
-from prompt_tuning_jax.data.wording import checked_template, template_of
+from prompt_tuning_jax.checkpoints.t5x import reader
+from prompt_tuning_jax.checkpoints.tuned_format import tuned_by
+from prompt_tuning_jax.data.tasks.task import tasks_known_as
+from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import written_aside
 from prompt_tuning_jax.typing import Array, DType, HostArray
+from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 Format = Literal["npy", "safetensors"]
 # What a prompt is read from.
@@ -145,7 +146,7 @@ class StoredPrompt:
     prompt_PD: HostArray
     metadata: PromptMetadata
     source: Source
-    adapter: peft.PeftPrompt | None = None
+    adapter: adapter_file.PeftPrompt | None = None
 
 
 def save_prompt(
@@ -229,7 +230,7 @@ def read_prompt(path: str | Path) -> StoredPrompt:
                 "and serve take it with --prompt(s)"
             )
         hint = ""
-        if (path.parent / peft.CONFIG).is_file():
+        if (path.parent / adapter_file.CONFIG).is_file():
             hint = f"; if it belongs to a PEFT adapter, name the folder {path.parent}"
         array, strings = read_safetensors(path, key=_KEY, of="a prompt's file", hint=hint)
         metadata, source = metadata_from_strings(strings, path=path), "safetensors"
@@ -283,8 +284,8 @@ def _check_width(prompt: Array | HostArray, *, width: int, path: str | Path) -> 
 
 
 def _read_folder(folder: Path) -> StoredPrompt:
-    if peft.is_peft(folder):
-        adapter = peft.read_peft(folder)
+    if adapter_file.is_peft(folder):
+        adapter = adapter_file.read_peft(folder)
         metadata = PromptMetadata(
             model_name=adapter.base_model_name_or_path,
             created_by=f"peft {adapter.peft_version}".rstrip(),
@@ -292,29 +293,30 @@ def _read_folder(folder: Path) -> StoredPrompt:
         return StoredPrompt(
             prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter", adapter=adapter
         )
-    if t5x.is_t5x(folder):
+    if reader.is_t5x(folder):
         return _read_t5x(folder)
     named = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
     files = (p for p in sorted(folder.iterdir()) if p.is_file() and is_prompt_file(p))
     inside = named or list(islice(files, 1))
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     raise UserError(
-        f"{folder} is a folder without a prompt: it has neither a PEFT adapter's {peft.CONFIG} "
-        f"nor a T5X checkpoint's {t5x.INDEX!r}{hint}"
+        f"{folder} is a folder without a prompt: "
+        f"it has neither a PEFT adapter's {adapter_file.CONFIG} "
+        f"nor a T5X checkpoint's {reader.INDEX!r}{hint}"
     )
 
 
 def _read_t5x(folder: str | Path) -> StoredPrompt:
-    params = t5x.open_t5x(folder).params
-    if others := [name for name in params if t5x.is_prompt(name) and name != t5x.PROMPT]:
+    params = reader.open_t5x(folder).params
+    if others := [name for name in params if reader.is_prompt(name) and name != reader.PROMPT]:
         raise UserError(
             f"{folder} is a T5X checkpoint with {len(others)} prompts besides the encoder's input, "
-            f"{others[0]} first; only one prompt, at {t5x.PROMPT}, is read"
+            f"{others[0]} first; only one prompt, at {reader.PROMPT}, is read"
         )
-    stored = params.get(t5x.PROMPT)
+    stored = params.get(reader.PROMPT)
     if stored is None:
-        raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {t5x.PROMPT})")
-    prompt_PD = checked_prompt(stored.whole(), of=f"{t5x.PROMPT} in {folder}", dtype=None)
+        raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {reader.PROMPT})")
+    prompt_PD = checked_prompt(stored.whole(), of=f"{reader.PROMPT} in {folder}", dtype=None)
     return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
 
 

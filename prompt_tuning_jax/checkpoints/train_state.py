@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from prompt_tuning_jax.bounded_json import json_text
 from prompt_tuning_jax.checkpoints.orbax_noise import silence_orbax
+from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.sharding import on_host
-from prompt_tuning_jax.stored_size import require_whole
+from prompt_tuning_jax.untrusted_input import json_text, require_whole
 
 # Where in a run's folder its states are: the one to go on from, and the best of each member.
 LAST, BEST = "checkpoints/last", "checkpoints/best"

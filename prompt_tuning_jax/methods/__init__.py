@@ -1,13 +1,13 @@
 """Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
 
+from prompt_tuning_jax.config.base import Config
 from prompt_tuning_jax.methods.adapters import Adapters
-from prompt_tuning_jax.methods.config import Config
+from prompt_tuning_jax.methods.base import Attached, Context, Known, Method, mask_of
 from prompt_tuning_jax.methods.deep import DeepPrompts
-from prompt_tuning_jax.methods.described import DescribedPrompts
+from prompt_tuning_jax.methods.described_prompts import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
 from prompt_tuning_jax.methods.ia3 import IA3
 from prompt_tuning_jax.methods.lora import LoRA
-from prompt_tuning_jax.methods.method import Attached, Context, Known, Method, mask_of
 from prompt_tuning_jax.methods.multitask import MultitaskPrompts
 from prompt_tuning_jax.methods.p_tuning import PTuning
 from prompt_tuning_jax.methods.pattern import PatternTuning

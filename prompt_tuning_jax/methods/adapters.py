@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import precision
-from prompt_tuning_jax.methods.around import AnyLinear, chosen_maps, with_around
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.linear_adapter import AnyLinear, chosen_maps, with_around
 from prompt_tuning_jax.models.layers import ACTIVATIONS
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 # The maps behind which a bottleneck stands, before the residual is added.
@@ -81,4 +81,4 @@ class Bottleneck(nnx.Module):
         return (y + added).astype(y.dtype)
 
     def _product(self, x: Array, matrix: Array) -> Array:
-        return precision.dot(x, matrix, dtype=self.dtype, out_dtype=jnp.float32)
+        return matmul.dot(x, matrix, dtype=self.dtype, out_dtype=jnp.float32)

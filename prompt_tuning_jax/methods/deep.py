@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.affine import Affine, small_param
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.dense import Affine, small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.slots import LayerPrompt, Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.injections import LayerPrompt, Slots
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 

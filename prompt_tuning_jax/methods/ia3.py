@@ -8,9 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.around import AnyLinear, chosen_maps, complaints_of, with_around
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.linear_adapter import (
+    AnyLinear,
+    chosen_maps,
+    complaints_of,
+    with_around,
+)
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 

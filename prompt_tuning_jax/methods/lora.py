@@ -8,23 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import precision
-from prompt_tuning_jax.methods.around import (
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule, with_free_slots
+from prompt_tuning_jax.methods.linear_adapter import (
     AnyLinear,
     arounds,
     chosen_maps,
     complaints_of,
     with_around,
 )
-from prompt_tuning_jax.methods.method import (
-    Attached,
-    Context,
-    Method,
-    MethodModule,
-    with_free_slots,
-)
 from prompt_tuning_jax.models.layers import dropout
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 _LARGEST_ALPHA = 1e30  # in float32 its product with anything stays finite
@@ -101,10 +95,8 @@ class LowRankPair(nnx.Module):
     def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array:
         y = linear(x)
         x = dropout(x, self.dropout_rate, key=self.key)
-        low = precision.dot(x, self.lora_a_DR.get_value(), dtype=self.dtype)
-        added = precision.dot(
-            low, self.lora_b_RF.get_value(), dtype=self.dtype, out_dtype=jnp.float32
-        )
+        low = matmul.dot(x, self.lora_a_DR.get_value(), dtype=self.dtype)
+        added = matmul.dot(low, self.lora_b_RF.get_value(), dtype=self.dtype, out_dtype=jnp.float32)
         return (y + self.scale * added).astype(y.dtype)
 
     def merged(self, kernel_DF: Array) -> Array:

@@ -9,11 +9,11 @@ from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS
-from prompt_tuning_jax.methods.around import AnyLinear, linear_maps
-from prompt_tuning_jax.methods.method import Attached, with_free_slots
+from prompt_tuning_jax.methods.base import Attached, with_free_slots
+from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
 from prompt_tuning_jax.models.layers import Around
 from prompt_tuning_jax.models.quantization import QuantizedLinear
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 # For messages: what a config calls those that can be merged.

@@ -11,11 +11,11 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.affine import small_param
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.slots import Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 Combine = Literal["low_rank", "sum", "concatenation"]

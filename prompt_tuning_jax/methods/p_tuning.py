@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.affine import Affine, small_param, within
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.dense import Affine, small_param, within
 from prompt_tuning_jax.methods.prompt import PromptTuning
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.methods.template import (
@@ -21,9 +21,9 @@ from prompt_tuning_jax.methods.template import (
     put,
     vectors,
 )
+from prompt_tuning_jax.models.injections import Slots
 from prompt_tuning_jax.models.layers import dropout
-from prompt_tuning_jax.models.slots import Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 _GATES = 4

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.around import complaints_of
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.t5 import T5
-from prompt_tuning_jax.path_patterns import compile_pattern, shown
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.linear_adapter import complaints_of
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.untrusted_input import compile_pattern, shown
 
 _MODEL = "model/"
 
@@ -33,9 +33,9 @@ class PatternTuning(Method):
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
 
     def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        params = tree.split(model)[1]
+        params = param_tree.split(model)[1]
         for pattern in self.patterns:
-            if not any(tree.matching(params, pattern, of="method.patterns").values()):
+            if not any(param_tree.matching(params, pattern, of="method.patterns").values()):
                 raise UserError(
                     f"method.patterns: {shown(pattern)} is the path of no parameter; paths are "
                     f"whole, for instance {next(iter(params))}"

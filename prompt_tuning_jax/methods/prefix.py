@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.affine import Affine, small_param, within
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.attention import Attention
-from prompt_tuning_jax.models.slots import KeyValues, Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.dense import Affine, small_param, within
+from prompt_tuning_jax.models.injections import KeyValues, Slots
+from prompt_tuning_jax.models.t5.attention import Attention
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 _log = logging.getLogger(__name__)
@@ -183,12 +183,12 @@ def _words(method: PrefixTuning, model: T5, context: Context, *, key: Array) -> 
 
 def _computed(model: T5, tokens_P: Array, names: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
     """The keys and values ``[L, P, H, K]`` that these attentions compute for a text."""
-    graphdef, params = tree.split(model)
+    graphdef, params = param_tree.split(model)
     shape = (len(tokens_P), model.config.num_heads, model.config.head_dim)
 
     @jax.jit
     def run(params: FlatParams, tokens_1P: Array) -> dict[str, tuple[Array, Array]]:
-        watched = tree.merge(graphdef, params)
+        watched = param_tree.merge(graphdef, params)
         seen: dict[tuple[str, str], list[Array]] = {}
 
         def watch(attention: Attention, name: str) -> None:

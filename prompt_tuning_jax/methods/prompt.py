@@ -6,11 +6,11 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
 from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.slots import Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 PROMPT = "method/prompt_PD"

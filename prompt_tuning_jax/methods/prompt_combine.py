@@ -4,8 +4,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.models.slots import EncoderInput
-from prompt_tuning_jax.models.t5 import prepend
+from prompt_tuning_jax.models.injections import EncoderInput
+from prompt_tuning_jax.models.t5.model import prepend
 from prompt_tuning_jax.typing import Array, HostArray
 
 Placement = Literal["prefix", "after_first", "before_eos"]

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prompt_tuning_jax.data.text_template import parse_template
-from prompt_tuning_jax.methods.method import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.data.tasks.text_template import parse_template
+from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
-from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.layers import Table
 from prompt_tuning_jax.typing import Array

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.slots import EncoderInput
-from prompt_tuning_jax.models.t5 import T5, prepend
+from prompt_tuning_jax.models.injections import EncoderInput
+from prompt_tuning_jax.models.t5.model import T5, prepend
 from prompt_tuning_jax.typing import Array, HostArray
 
 _PIECE = re.compile(r"\{([^{}]*)\}")

@@ -6,20 +6,14 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax import precision
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.affine import small_param
-from prompt_tuning_jax.methods.method import (
-    Attached,
-    Context,
-    LabelTokens,
-    Method,
-    MethodModule,
-)
+from prompt_tuning_jax.methods.base import Attached, Context, LabelTokens, Method, MethodModule
+from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
 from prompt_tuning_jax.methods.template import Placed, Template, parse_template, place, put, vectors
-from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.injections import NO_SLOTS, Slots
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -110,7 +104,7 @@ class ClassVectors(MethodModule):
         return self.labels
 
     def own_label_logits(self, hidden_BD: Array) -> Array:
-        return precision.dot(hidden_BD, self.class_CD.get_value().T, dtype=jnp.float32)
+        return matmul.dot(hidden_BD, self.class_CD.get_value().T, dtype=jnp.float32)
 
     def slots(
         self,

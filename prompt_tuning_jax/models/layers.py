@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax import precision
-from prompt_tuning_jax.layout import constrain
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.distributed.partitioner import constrain
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 LINEAR = "linear"  # the name of linear maps' results, for what is kept for the backward
@@ -79,7 +79,7 @@ class Linear(nnx.Module):
     def plain(self, x: Array) -> Array:
         """The map itself, whatever is around it."""
         kernel_DF = self.kernel.get_value()
-        y = precision.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
+        y = matmul.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
         return checkpoint_name(y, LINEAR)
 
     def columns(self, outputs_N: Array | HostArray) -> Array:
@@ -118,7 +118,7 @@ class Embed(nnx.Module):
     def attend(self, x: Array) -> Array:
         """Logits ``[..., V]`` in float32: the product with the table itself."""
         table_DV = self.embedding.get_value().T
-        return precision.dot(x, table_DV, dtype=self.dtype, out_dtype=jnp.float32)
+        return matmul.dot(x, table_DV, dtype=self.dtype, out_dtype=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -156,7 +156,7 @@ def _rms_norm_backward(
     normed, inverse_rms = _normed(x, eps)
     # Sums of products as products of matrices: as sums, a CPU takes thirty times as long.
     scaled = cotangent * scale_D.astype(jnp.float32)
-    share = precision.inner(scaled, normed)[..., None] / x.shape[-1]
+    share = matmul.inner(scaled, normed)[..., None] / x.shape[-1]
     dx = inverse_rms * (scaled - normed * share)
     dscale_D = jnp.sum((cotangent * normed).reshape(-1, x.shape[-1]), axis=0)
     return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax import precision
 from prompt_tuning_jax.models.layers import LINEAR, Around, Embed, Linear, Table
+from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
@@ -135,7 +135,7 @@ def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
 
 @jax.custom_vjp
 def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
-    out_NF = precision.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
+    out_NF = matmul.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
     return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
 
 
@@ -155,7 +155,7 @@ def _dot_backward(
     # Fused into the product, the cast would put the CPU backend on its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(empty_0.dtype))
     full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
-    return precision.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
+    return matmul.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

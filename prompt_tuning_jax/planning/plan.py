@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from prompt_tuning_jax import build, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
+from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Mesh
 from prompt_tuning_jax.methods import FullTuning
-from prompt_tuning_jax.models.config import PRESETS, T5Config, preset
+from prompt_tuning_jax.models.t5.config import PRESETS, T5Config, preset
 from prompt_tuning_jax.planning.chips import GIB
 from prompt_tuning_jax.planning.program import (
     Abstract,
@@ -24,6 +24,7 @@ from prompt_tuning_jax.planning.program import (
 )
 from prompt_tuning_jax.planning.roofline import Roofline, model_flops, roofline
 from prompt_tuning_jax.planning.topology import Topology
+from prompt_tuning_jax.training import build
 
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 
@@ -210,7 +211,7 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
 
 def _parameters(config: T5Config) -> int:
     model = abstract_model(config, dtype="bfloat16", param_dtype="bfloat16")
-    return sum(math.prod(p.shape) for p in tree.split(model)[1].values())
+    return sum(math.prod(p.shape) for p in param_tree.split(model)[1].values())
 
 
 def _on_a_chip(arrays: Any) -> int:

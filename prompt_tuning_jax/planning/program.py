@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import build, optim
-from prompt_tuning_jax.experiment import Experiment
-from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.member_programs import Writing, label_scores, write
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
 from prompt_tuning_jax.models.quantization import quantize_modules
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.planning.hlo import Collective, collectives
+from prompt_tuning_jax.training import build, optim
 from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state, state_shardings
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

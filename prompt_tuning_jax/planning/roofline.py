@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.planning.chips import Chip
 from prompt_tuning_jax.planning.program import Program
 

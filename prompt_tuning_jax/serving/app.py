@@ -15,9 +15,9 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 
 from prompt_tuning_jax.serving import schema
-from prompt_tuning_jax.serving.guard import Guard, bearer
 from prompt_tuning_jax.serving.limits import RefusedError
-from prompt_tuning_jax.serving.replies import (
+from prompt_tuning_jax.serving.middleware import Guard, bearer
+from prompt_tuning_jax.serving.responses import (
     BoundedRoute,
     as_json,
     handle_errors,

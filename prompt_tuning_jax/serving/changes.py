@@ -17,14 +17,14 @@ from typing import Any, TypeAlias
 
 import filelock
 
-from prompt_tuning_jax.bounded_json import json_text, read_json_file
-from prompt_tuning_jax.checkpoints.atomic import written_aside
+from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
-from prompt_tuning_jax.checkpoints.staged import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.tuned_file import is_tuned_file
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import is_tuned_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.folder import for_name
+from prompt_tuning_jax.serving.task_store import for_name
 from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask
+from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 CHANGES = ".served"
 _INDEX, _LOCK = "tasks.json", ".lock"

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_tuning_jax.distributed.partitioner import Layout
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.serving.places import Places
+from prompt_tuning_jax.serving.lru_cache import Places
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from prompt_tuning_jax.typing import Array, DType, HostArray
 

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.data.vocab import AnyVocabulary
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed.partitioner import Layout
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.compiling import Compiler, Step
+from prompt_tuning_jax.serving.decode_state import Written, empty_table
 from prompt_tuning_jax.serving.device_cache import DeviceCache
 from prompt_tuning_jax.serving.methods import Methods
-from prompt_tuning_jax.serving.placing import placed
 from prompt_tuning_jax.serving.programs import Programs, Rows
+from prompt_tuning_jax.serving.prompt_position import placed
 from prompt_tuning_jax.serving.rows import Row, target_array, token_array, write_options
 from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
-from prompt_tuning_jax.serving.structures import ServedMethod
-from prompt_tuning_jax.serving.table import Written, empty_table
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from prompt_tuning_jax.typing import HostArray
 
@@ -58,7 +58,7 @@ class Engine:
         self.vocabulary: AnyVocabulary = model.vocabulary
         self.config, self.dtype = model.config, jnp.dtype(model.dtype)
         self._layout = layout
-        graphdef, params = tree.split(model)
+        graphdef, params = param_tree.split(model)
         self._programs = Programs(graphdef, layout)
         self._params = params if layout is None else layout.place_whole(params)
         self.cache = DeviceCache(

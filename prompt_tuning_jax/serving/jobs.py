@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
 
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.batcher import Job
 from prompt_tuning_jax.serving.methods import Methods
-from prompt_tuning_jax.serving.reading import Wanted
+from prompt_tuning_jax.serving.request_parser import Wanted
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.schema import Mode
 from prompt_tuning_jax.serving.shapes import Kind, Shapes
-from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import Served
 
 # The number of an input and the name of a prompt -> what hears of the ids as they are written.

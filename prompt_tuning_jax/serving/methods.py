@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.decoding.greedy import Decoded, greedy
-from prompt_tuning_jax.layout import Layout, laying_out, replicate
-from prompt_tuning_jax.methods.method import NEVER, Attached, same_tokens
-from prompt_tuning_jax.serving.places import Places
-from prompt_tuning_jax.serving.placing import placed, scored
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed.partitioner import Layout, laying_out, replicate
+from prompt_tuning_jax.inference.decoding.greedy import Decoded, greedy
+from prompt_tuning_jax.methods.base import NEVER, Attached, same_tokens
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod, Structure
+from prompt_tuning_jax.serving.lru_cache import Places
+from prompt_tuning_jax.serving.prompt_position import placed, scored
 from prompt_tuning_jax.serving.rows import Row, WriteOptions
 from prompt_tuning_jax.serving.shapes import Program, Shapes
-from prompt_tuning_jax.serving.structures import ServedMethod, Structure
 from prompt_tuning_jax.typing import Array, FlatParams
 
 _MOST_BYTES = 2**27  # of the arrays that the rows of a batch have of their own
@@ -140,7 +140,7 @@ class MethodPrograms:
 
     def _attached(self, params: FlatParams, tuned: FlatParams) -> Attached:
         frozen = {f"model/{name}": array for name, array in params.items()}
-        return tree.merge(self.structure.graphdef, {**frozen, **tuned})
+        return param_tree.merge(self.structure.graphdef, {**frozen, **tuned})
 
     def _own_scores(self, attached: Attached, tokens_BT: Array, targets_BCS: Array) -> Array:
         own = self.structure.own_labels

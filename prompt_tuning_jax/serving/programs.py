@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.layout import Layout, constrain, laying_out, replicate
-from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput
-from prompt_tuning_jax.models.t5 import T5, Encoded
-from prompt_tuning_jax.serving.placing import scored
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed.partitioner import Layout, constrain, laying_out, replicate
+from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput
+from prompt_tuning_jax.models.t5.model import T5, Encoded
+from prompt_tuning_jax.serving.decode_state import KEYS, Table, Written
+from prompt_tuning_jax.serving.prompt_position import scored
 from prompt_tuning_jax.serving.rows import WriteOptions
-from prompt_tuning_jax.serving.table import KEYS, Table, Written
 from prompt_tuning_jax.typing import Array, FlatParams
 
 PLACEMENTS = ("prefix", "after_first", "before_eos")
@@ -59,7 +59,7 @@ class Programs:
     ) -> Array:
         """``[B, C]``: summed log-probabilities; the encoder reads each row once."""
         with laying_out(self.layout):
-            model = tree.merge(self.graphdef, params)
+            model = param_tree.merge(self.graphdef, params)
             encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
             cross = model.decoder.cross_keys(encoded)
 
@@ -90,7 +90,7 @@ class Programs:
     ) -> Table:
         """Reads rows into slots; a slot number of M or more is nowhere, and its row is lost."""
         with laying_out(self.layout):
-            model = tree.merge(self.graphdef, params)
+            model = param_tree.merge(self.graphdef, params)
             encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
             width = encoded.mask_BU.shape[1]
 
@@ -132,7 +132,7 @@ class Programs:
         the first ``width`` positions, at which the decoder looks, all that was read.
         """
         with laying_out(self.layout):
-            model = tree.merge(self.graphdef, params)
+            model = param_tree.merge(self.graphdef, params)
             table = replace(table, done_M=table.done_M | given_up_M)
             used: Table = jax.tree.map(lambda x: x[:slots], table)
             cross = jax.tree.map(lambda x: x[:, :width], used.cross)
@@ -200,7 +200,7 @@ class Programs:
     ) -> tuple[Array, Array]:
         """Ids and cosines ``[P, number]`` of the token embeddings most like each position."""
         with laying_out(self.layout):
-            model = tree.merge(self.graphdef, params)
+            model = param_tree.merge(self.graphdef, params)
             everything = jnp.arange(model.config.vocab_size)
             table_VD = model.token_embedder.table()[everything].astype(jnp.float32)
             cosine_PV = _unit(prompt_PD.astype(jnp.float32)) @ _unit(table_VD).T

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.shapes import Program
-from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from prompt_tuning_jax.typing import HostArray
 

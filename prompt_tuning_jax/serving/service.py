@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from prompt_tuning_jax.data.wording import Given
+from prompt_tuning_jax.data.tasks.wording import Given
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.answers import assembled
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
 from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.folder import for_name
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
-from prompt_tuning_jax.serving.reading import Reader, Wanted, too_many_rows
+from prompt_tuning_jax.serving.postprocess import assembled
+from prompt_tuning_jax.serving.request_parser import Reader, Wanted, too_many_rows
 from prompt_tuning_jax.serving.schema import PredictRequest, Result
+from prompt_tuning_jax.serving.task_store import for_name
 from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks, check_name
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, Literal, TypeAlias
 
-from prompt_tuning_jax.data.buckets import Buckets
+from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.structures import Structure
+from prompt_tuning_jax.serving.adapter_spec import Structure
 
 # Texts are written in slots that rows enter and leave (generate), or by a whole batch (write).
 Kind: TypeAlias = Literal["score", "generate", "write"]

@@ -14,11 +14,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     shared_labels,
 )
-from prompt_tuning_jax.data.vocab import AnyVocabulary
-from prompt_tuning_jax.data.wording import AS_IT_IS, Wording, shared_wording, wording_of
+from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.prompt_combine import Placement
-from prompt_tuning_jax.serving.structures import ServedMethod, numbers
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod, numbers
 from prompt_tuning_jax.typing import DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.atomic import written_aside
-from prompt_tuning_jax.data.metrics import Direction, best_of, direction_by_name
+from prompt_tuning_jax.data.tasks.metrics import Direction, best_of, direction_by_name
+from prompt_tuning_jax.storage import written_aside
 from prompt_tuning_jax.training.logging import read_metrics
 from prompt_tuning_jax.typing import HostArray
 

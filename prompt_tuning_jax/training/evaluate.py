@@ -8,16 +8,22 @@ import jax
 import numpy as np
 from flax import nnx
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.data.buckets import FIXED, Buckets, padded_size
-from prompt_tuning_jax.data.loader import eval_batches
-from prompt_tuning_jax.data.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.vocab import AnyVocabulary
-from prompt_tuning_jax.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.ensembling import Vote, majority_vote
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, padded_size
+from prompt_tuning_jax.data.batching.loader import eval_batches
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed.partitioner import Layout
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout
-from prompt_tuning_jax.member_programs import Writing, label_scores, loss_sums, write
+from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.inference.ensemble import (
+    Vote,
+    Writing,
+    label_scores,
+    loss_sums,
+    majority_vote,
+    write,
+)
 from prompt_tuning_jax.methods import Attached
 from prompt_tuning_jax.training.step import Batch
 from prompt_tuning_jax.typing import FlatParams, HostArray
@@ -142,7 +148,7 @@ class Predictor:
         # In float64, so that the sum over batches does not depend on how many there are.
         totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
         loss_E, tokens_E = totals_ME.sum(axis=0)
-        own_labels = tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
+        own_labels = param_tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
         if own_labels and tokens_E.min() < len(examples):
             raise UserError(
                 f"the loss on {examples.task.name}/{examples.split} needs every target among the "
@@ -236,7 +242,7 @@ class Predictor:
         """UserError where a method that scores labels itself was trained on others."""
         if self.strategy != "rank":
             return
-        known = tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
+        known = param_tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
         for label in self.labels if known else ():
             if (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos) not in known:
                 raise UserError(

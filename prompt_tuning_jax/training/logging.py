@@ -14,10 +14,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prompt_tuning_jax.bounded_json import json_text, read_json
-from prompt_tuning_jax.checkpoints.atomic import remove_leftovers, written_aside
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.stored_size import require_whole
+from prompt_tuning_jax.storage import remove_leftovers, written_aside
+from prompt_tuning_jax.untrusted_input import json_text, read_json, require_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

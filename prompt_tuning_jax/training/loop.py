@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import distributed
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
-from prompt_tuning_jax.data.metrics import Direction, is_better
-from prompt_tuning_jax.division import UNDIVIDED, Division
+from prompt_tuning_jax.data.tasks.metrics import Direction, is_better
+from prompt_tuning_jax.distributed import processes
+from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.sharding import on_host
 from prompt_tuning_jax.training.logging import RunLog
+from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division
 from prompt_tuning_jax.training.step import (
     Batch,
     StepCost,
@@ -110,7 +110,7 @@ class Loop:
         elif any(best) and not self.quiet:
             print(f"no state to go on from in {self.workdir / LAST}: from the start again")
         log = self._open_log(start)
-        signal_to_stop_by = distributed.stop_agreement(self._signals_received, start=start)
+        signal_to_stop_by = processes.stop_agreement(self._signals_received, start=start)
         stopped_by = 0
         since = time.monotonic()
         with log or nullcontext(), self._signals():
@@ -177,7 +177,7 @@ class Loop:
         return 0 < self.patience <= stale
 
     def _open_log(self, start: int) -> RunLog | None:
-        if not distributed.is_primary():
+        if not processes.is_primary():
             return None
         return RunLog(
             self.workdir,
@@ -269,7 +269,7 @@ class Loop:
 
     def _remove_damaged(self, folder: Path, step: int) -> None:
         """What would keep the run from saving a step again."""
-        distributed.primary_first(
+        processes.primary_first(
             lambda: train_state.remove_damaged(folder, restored=step),
             f"removal of what is damaged in {folder}",
         )

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.division import UNDIVIDED, Division, map_members
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed.partitioner import Layout, laying_out
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.layout import Layout, laying_out
-from prompt_tuning_jax.losses import TokenSums
 from prompt_tuning_jax.methods import Attached
-from prompt_tuning_jax.models.blocks import Remat
+from prompt_tuning_jax.models.t5.blocks import Remat
+from prompt_tuning_jax.training.losses import TokenSums
+from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division, map_members
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 Batch = Mapping[str, Array | HostArray]
@@ -148,7 +148,7 @@ def make_train_step(
     def summed_loss(
         tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
     ) -> tuple[Array, TokenSums]:
-        attached = tree.merge(graphdef, {**frozen, **tuned})
+        attached = param_tree.merge(graphdef, {**frozen, **tuned})
         sums = attached.token_sums(
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],

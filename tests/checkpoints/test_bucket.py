@@ -11,11 +11,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import bucket
 from prompt_tuning_jax.checkpoints.hub import T5X_MODELS, T5X_VOCABULARY, hf_folder
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
-from prompt_tuning_jax.checkpoints.t5x import read_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x
 from prompt_tuning_jax.errors import UserError
 
 
@@ -118,7 +118,7 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 
 
 def assert_same(model: Any, other: Any) -> None:
-    params, others = tree.split(model)[1], tree.split(other)[1]
+    params, others = param_tree.split(model)[1], param_tree.split(other)[1]
     assert model.config == other.config and params.keys() == others.keys()
     for name, array in params.items():
         np.testing.assert_array_equal(array, others[name])

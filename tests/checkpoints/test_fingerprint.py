@@ -10,7 +10,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.models.config import T5Config, preset
+from prompt_tuning_jax.models.t5.config import T5Config, preset
 from tests.devices import with_devices
 
 CONFIG = T5Config(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.data.vocab import ByteVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 MODELS = ["a_t5_10", "b_t5_11", "c_flan", "d_mt5", "e_byt5"]
 DEAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"

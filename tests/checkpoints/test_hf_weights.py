@@ -11,11 +11,11 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.checkpoints.hf import open_hf, read_hf, write_hf
-from prompt_tuning_jax.checkpoints.hf_weights import open_weights
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 CONFIG = T5Config(
     vocab_size=40,

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.checkpoints.hf import read_hf
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.hf.pretrained import read_hf
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
-from prompt_tuning_jax.checkpoints.t5x import T5XCheckpoint, open_t5x, read_t5x
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +162,6 @@ def test_the_host_never_holds_the_model(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_model_is_what_it_was(tiny_t5x: Path) -> None:
-    params = tree.split(load_model(str(tiny_t5x)))[1]
+    params = param_tree.split(load_model(str(tiny_t5x)))[1]
     for name, array in read_t5x(tiny_t5x).items():
         np.testing.assert_array_equal(params[name], array)

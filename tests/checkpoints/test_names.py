@@ -3,7 +3,7 @@ import math
 import pytest
 
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.models.config import preset
+from prompt_tuning_jax.models.t5.config import preset
 
 PUBLISHED = {
     "small": 76_961_152,

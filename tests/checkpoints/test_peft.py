@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax.checkpoints.peft import CONFIG, KEY, WEIGHTS, read_peft, write_peft
+from prompt_tuning_jax.checkpoints.peft.adapter_file import (
+    CONFIG,
+    KEY,
+    WEIGHTS,
+    read_peft,
+    write_peft,
+)
 from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt,
     load_prompt_with_metadata,

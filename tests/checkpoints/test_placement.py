@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints import progress as progress_module
-from prompt_tuning_jax.checkpoints.flax_msgpack import FlaxArray
+from prompt_tuning_jax.checkpoints.device_put import all_finite, place, read_as
+from prompt_tuning_jax.checkpoints.hf.flax_msgpack import FlaxArray
 from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.placement import all_finite, place, read_as
 from prompt_tuning_jax.errors import UserError
 from tests.devices import with_devices
 
@@ -202,11 +202,12 @@ def test_two_processes_read_what_is_theirs() -> None:
 
 
 def test_the_default_device_of_this_process_is_enough_for_a_mesh_of_one() -> None:
-    from prompt_tuning_jax import sharding, tree
+    from prompt_tuning_jax import param_tree
     from prompt_tuning_jax.checkpoints.load import load_model
+    from prompt_tuning_jax.distributed import sharding
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    params = tree.split(load_model("tiny", mesh=mesh))[1]
+    params = param_tree.split(load_model("tiny", mesh=mesh))[1]
     assert not any(array.committed for array in params.values())
 
 

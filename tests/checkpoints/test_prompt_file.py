@@ -15,7 +15,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
 from prompt_tuning_jax.errors import UserError
 
 PROMPT = np.random.default_rng(0).standard_normal((5, 8), np.float32)

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prompt_tuning_jax import sharding, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
-from prompt_tuning_jax.checkpoints.hf import model_type_of, open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.load import abstract_model, load_model
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x import PROMPT, config_of, open_t5x, read_t5x
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, config_of, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 CONFIG = T5Config(
     vocab_size=37,
@@ -229,7 +230,7 @@ def test_fingerprints_know_whose_the_biases_are() -> None:
 def test_biases_of_layers_are_laid_out_as_those_of_stacks() -> None:
     """Over heads, by the one table; on a mesh that has as many devices."""
     model = abstract_model(CONFIG, dtype="float32", param_dtype="float32")
-    axes, shapes = tree.logical_axes(model), tree.split(model)[1]
+    axes, shapes = param_tree.logical_axes(model), param_tree.split(model)[1]
     assert {name: array.shape for name, array in shapes.items()} == parameter_shapes(CONFIG)
     own = {name: sharding.spec_of(axes[name]) for name in axes if name.endswith(RELPOS)}
     assert len(own) == 5

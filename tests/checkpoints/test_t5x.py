@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.t5x import PROMPT, config_of, read_t5x, read_t5x_step
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, config_of, read_t5x, read_t5x_step
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 
 LARGE = np.arange(24, dtype=np.float32).reshape(6, 4)
 SMALL = np.array([1.5, -2.0], np.float32)

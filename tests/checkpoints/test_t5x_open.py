@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x import (
+from prompt_tuning_jax.checkpoints.t5x.location import Place
+from prompt_tuning_jax.checkpoints.t5x.reader import (
     PROMPT,
     T5XCheckpoint,
     config_of,
@@ -19,10 +20,9 @@ from prompt_tuning_jax.checkpoints.t5x import (
     open_t5x,
     read_t5x,
 )
-from prompt_tuning_jax.checkpoints.t5x_place import Place
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import T5Config
+from prompt_tuning_jax.models.t5.config import T5Config
 from tests.convert_cases import orbax_model
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

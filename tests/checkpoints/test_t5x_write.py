@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.t5x import PROMPT, open_t5x, read_t5x
-from prompt_tuning_jax.checkpoints.t5x_write import _CHUNK_BYTES, _chunk_shape, write_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import _CHUNK_BYTES, _chunk_shape, write_t5x
 from prompt_tuning_jax.errors import UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -140,7 +140,7 @@ def test_a_prompt_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
 
 
 def test_large_arrays_are_written_chunk_by_chunk(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("prompt_tuning_jax.checkpoints.t5x_write._CHUNK_BYTES", 64)
+    monkeypatch.setattr("prompt_tuning_jax.checkpoints.t5x.writer._CHUNK_BYTES", 64)
     want = np.random.default_rng(0).normal(size=(12, 10)).astype(np.float32)
     asked = []
 

@@ -14,20 +14,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.hf import hf_name, open_hf
+from prompt_tuning_jax.checkpoints.architecture import open_source
+from prompt_tuning_jax.checkpoints.hf.pretrained import hf_name, open_hf
 from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
-from prompt_tuning_jax.checkpoints.model_kind import open_source
 from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS
 from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, read_prompt
-from prompt_tuning_jax.checkpoints.t5x import PROMPT, open_t5x
-from prompt_tuning_jax.checkpoints.t5x_write import write_t5x
-from prompt_tuning_jax.checkpoints.tuned_file import open_tuned
-from prompt_tuning_jax.config_file import run_config
-from prompt_tuning_jax.data.hf_tokenizer import HfTokenizer, vocabulary_file
-from prompt_tuning_jax.data.row_files import RowFile
+from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.data.tasks.row_files import RowFile
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer, vocabulary_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.gin_configs import experiment_from_gin
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model
 
@@ -88,7 +88,7 @@ def of_metadata(key: str) -> Callable[[Path, bytes], object]:
         file.write_bytes(safetensors_of({"x": prompt()}, metadata=metadata))
         stored = open_tuned(file)
         if key == "method":
-            from prompt_tuning_jax.opened_methods import method_of
+            from prompt_tuning_jax.inference.loading_methods import method_of
 
             return method_of(stored, file)
         return stored

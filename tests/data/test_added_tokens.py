@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.checkpoints.hf_config import tokenizer_files
-from prompt_tuning_jax.data.vocab import Vocabulary, load_vocabulary
+from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import preset
+from prompt_tuning_jax.models.t5.config import preset
 
 PIECES = 5900  # of the bundled vocabulary
 EVENT, LOC, NEWLINE = 6000, 6001, 6002

@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.bucket_plan import WINDOW, BucketPlan
-from prompt_tuning_jax.data.buckets import Buckets
-from prompt_tuning_jax.data.loader import TrainBatches, eval_batches, eval_padding, eval_plan
-from prompt_tuning_jax.data.ragged import make_ragged
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.batching.bucket_plan import WINDOW, BucketPlan
+from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.loader import (
+    TrainBatches,
+    eval_batches,
+    eval_padding,
+    eval_plan,
+)
+from prompt_tuning_jax.data.batching.ragged import make_ragged
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.task import Source, Task
 
 TASK = Task(
     name="mine",

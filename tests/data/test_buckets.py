@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.buckets import FIXED, Buckets, bucket_of, parse_buckets
+from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, bucket_of, parse_buckets
 from prompt_tuning_jax.errors import UserError
 
 

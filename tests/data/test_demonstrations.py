@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.demonstrations import NUMBER, demonstrated, draw, report
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.tokenize import tokenize
-from prompt_tuning_jax.data.vocab import ByteVocabulary
+from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.demonstrations import NUMBER, demonstrated, draw, report
+from prompt_tuning_jax.data.tasks.task import Source, Task
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptDesign
-from prompt_tuning_jax.overrides import method_to_json
-from prompt_tuning_jax.validation import validate
 from tests import tiny_run
 
 LABELS = ("no", "yes")

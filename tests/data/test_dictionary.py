@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.dictionary import Dictionary, Sense, load_dictionary
-from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.dictionary import Dictionary, Sense, load_dictionary
 from tests.data.dictionary_files import ANIMALS, BAD, GOOD, PLACES, write_dictionary
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"

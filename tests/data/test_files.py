@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from prompt_tuning_jax.data.files import MAX_LABELS, are_labels, check_file_columns, file_task
+from prompt_tuning_jax.data.tasks.files import MAX_LABELS, are_labels, check_file_columns, file_task
 from prompt_tuning_jax.errors import UserError
 
 ROWS = [

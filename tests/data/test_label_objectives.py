@@ -4,10 +4,16 @@ from random import Random
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.dictionary import Dictionary, load_dictionary
-from prompt_tuning_jax.data.embedding_start import cooccurrence_embeddings
-from prompt_tuning_jax.data.label_objective import BehindEmptyBlock, LabelObjective, PromptBlock
-from prompt_tuning_jax.data.label_objectives import (
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.dictionary import Dictionary, load_dictionary
+from prompt_tuning_jax.pretraining.label_objective import (
+    BehindEmptyBlock,
+    LabelObjective,
+    PromptBlock,
+)
+from prompt_tuning_jax.pretraining.label_objectives import (
     DictionaryLabels,
     LabelByLikeness,
     LabelByPresence,
@@ -16,11 +22,9 @@ from prompt_tuning_jax.data.label_objectives import (
     NextPart,
     RestoreOrder,
 )
-from prompt_tuning_jax.data.text_corpus import Corpus
-from prompt_tuning_jax.data.text_objectives import PrefixLM
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary
-from prompt_tuning_jax.data.word_table import WordTable, make_word_table
-from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.text_corpus import Corpus
+from prompt_tuning_jax.pretraining.text_objectives import PrefixLM
+from prompt_tuning_jax.pretraining.word_table import WordTable, make_word_table
 from tests.data.dictionary_files import ANIMALS, BAD, GOOD, PLACES, write_dictionary
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"

@@ -4,11 +4,11 @@ import time
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.buckets import parse_buckets
-from prompt_tuning_jax.data.loader import TrainBatches, eval_batches
-from prompt_tuning_jax.data.ragged import make_ragged
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.batching.buckets import parse_buckets
+from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
+from prompt_tuning_jax.data.batching.ragged import make_ragged
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
 
 TASK = Task(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from prompt_tuning_jax.data.metrics import (
+from prompt_tuning_jax.data.tasks.metrics import (
     EVALUATION_LOSS,
     Metric,
     accuracy,
@@ -77,7 +77,7 @@ def test_majority_baseline_learns_from_the_training_targets():
 
 def test_a_majority_is_scored_after_postprocessing():
     """Metrics of T5's tasks are over class ids, not over label strings."""
-    from prompt_tuning_jax.data.task import get_task
+    from prompt_tuning_jax.data.tasks.task import get_task
 
     task = get_task("super_glue_cb_v102")
     examples = [
@@ -89,7 +89,7 @@ def test_a_majority_is_scored_after_postprocessing():
 
 
 def test_metrics_of_several_numbers_keep_their_names():
-    from prompt_tuning_jax.data.metrics import Metric
+    from prompt_tuning_jax.data.tasks.metrics import Metric
 
     both = Metric(name="unused", fn=lambda t, p: {"em": 1, "f1": 2.5})
     assert score([both, get_metric("accuracy")], ["a"], ["a"]) == {

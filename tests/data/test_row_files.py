@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prompt_tuning_jax.data.files import file_task
-from prompt_tuning_jax.data.row_files import RowFile, read_rows
+from prompt_tuning_jax.data.tasks.files import file_task
+from prompt_tuning_jax.data.tasks.row_files import RowFile, read_rows
 from prompt_tuning_jax.errors import UserError
 
 ROWS = [

@@ -6,19 +6,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.class_weights import example_weights, parse_class_weights
-from prompt_tuning_jax.data.files import file_task
-from prompt_tuning_jax.data.metrics import get_metric
-from prompt_tuning_jax.data.target_checks import (
+from prompt_tuning_jax.data.batching.class_weights import example_weights, parse_class_weights
+from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.files import file_task
+from prompt_tuning_jax.data.tasks.metrics import get_metric
+from prompt_tuning_jax.data.tasks.target_checks import (
     label_line,
     label_notes,
     listed_counts,
     near_label,
     require_labels_known,
 )
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.tokenize import tokenize
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary
+from prompt_tuning_jax.data.tasks.task import Source, Task
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
 from tests import tiny_run
 

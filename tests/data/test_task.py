@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from prompt_tuning_jax.data import task as task_module
-from prompt_tuning_jax.data.metrics import get_metric
-from prompt_tuning_jax.data.task import (
+from prompt_tuning_jax.data.tasks import task as task_module
+from prompt_tuning_jax.data.tasks.metrics import get_metric
+from prompt_tuning_jax.data.tasks.task import (
     Mixture,
     Source,
     Task,
@@ -93,7 +93,7 @@ def test_the_fingerprint_changes_when_the_module_of_the_preprocessor_is_edited(t
 
 def test_the_fingerprint_is_the_same_in_another_process():
     code = (
-        "from prompt_tuning_jax.data.task import get_task;"
+        "from prompt_tuning_jax.data.tasks.task import get_task;"
         "print(get_task('word_valence').fingerprint('test'))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

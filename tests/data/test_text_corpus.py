@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data import text_corpus
-from prompt_tuning_jax.data.text_corpus import load_corpus, text_files
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining import text_corpus
+from prompt_tuning_jax.pretraining.text_corpus import load_corpus, text_files
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"
 

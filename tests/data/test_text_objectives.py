@@ -4,10 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.text_corpus import Corpus
-from prompt_tuning_jax.data.text_objectives import Mixture, Objective, PrefixLM, SpanCorruption
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.text_corpus import Corpus
+from prompt_tuning_jax.pretraining.text_objectives import (
+    Mixture,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+)
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"
 FIRST_ID = 3  # the token at position i of the corpus is i + FIRST_ID, so that it tells where it was

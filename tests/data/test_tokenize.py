@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data import example_cache
-from prompt_tuning_jax.data.ragged import make_ragged
-from prompt_tuning_jax.data.task import Source, Task, get_task
-from prompt_tuning_jax.data.tokenize import check_labels, tokenize
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary
+from prompt_tuning_jax.data.batching import example_cache
+from prompt_tuning_jax.data.batching.ragged import make_ragged
+from prompt_tuning_jax.data.batching.tokenize import check_labels, tokenize
+from prompt_tuning_jax.data.tasks.task import Source, Task, get_task
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
 
 ROWS = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.hf_tokenizer import vocabulary_file
-from prompt_tuning_jax.data.vocab import ByteVocabulary, Vocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"

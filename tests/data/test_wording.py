@@ -2,8 +2,8 @@
 
 import pytest
 
-from prompt_tuning_jax.data.task import Source, Task, register
-from prompt_tuning_jax.data.wording import (
+from prompt_tuning_jax.data.tasks.task import Source, Task, register
+from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
     Wording,
     shared_wording,

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.decoding import greedy
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.inference.decoding import greedy
+from prompt_tuning_jax.models.t5.config import TokenIds
 
 EOS = 1
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.decoding import rank, sequence_log_probs
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.decoding import rank, sequence_log_probs
 
 LABELS = [(1,), (2, 1), (3, 1), (3, 3, 1), (4, 2, 1), (2, 2, 4)]
 

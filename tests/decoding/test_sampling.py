@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.decoding import greedy, sample
-from prompt_tuning_jax.decoding.sampling import row_keys
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.decoding import greedy, sample
+from prompt_tuning_jax.inference.decoding.sampling import row_keys
 
 EOS = 1
 LOGITS = np.log(np.array([0.05, 0.3, 0.4, 0.15, 0.1], np.float32))

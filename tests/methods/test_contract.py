@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.commands import train
+from prompt_tuning_jax.config.overrides import from_json, to_json
+from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS, Attached, Context, Method, mask_of
 from prompt_tuning_jax.methods.merging import merge
-from prompt_tuning_jax.overrides import from_json, to_json
+from prompt_tuning_jax.training import build
+from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.typing import HostArray
-from prompt_tuning_jax.validation import validate
 from tests import tiny_run
 from tests.devices import with_devices
 from tests.method_cases import CASES, LABELS, ONE_OF_EACH, experiment, model, steps_from, trained
@@ -37,12 +38,12 @@ INPUTS = (BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"])
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef: Any, params: Any, source: Any, target: Any) -> jax.Array:
-    logits: jax.Array = tree.merge(graphdef, params)(source, target)
+    logits: jax.Array = param_tree.merge(graphdef, params)(source, target)
     return logits
 
 
 def logits_of(attached: Attached) -> HostArray:
-    return np.asarray(_logits(*tree.split(attached), *INPUTS))
+    return np.asarray(_logits(*param_tree.split(attached), *INPUTS))
 
 
 def member(name: str, number: int, *, after: bool = True) -> Attached:
@@ -50,13 +51,13 @@ def member(name: str, number: int, *, after: bool = True) -> Attached:
     done = trained(name)
     tuned = done.after if after else done.before
     own = {key: jnp.asarray(array[number]) for key, array in tuned.items()}
-    attached: Attached = tree.merge(done.members.graphdef, {**done.members.frozen, **own})
+    attached: Attached = param_tree.merge(done.members.graphdef, {**done.members.frozen, **own})
     return attached
 
 
 def tuned_of(method: Method, attached: Attached) -> dict[str, HostArray]:
-    params = tree.split(attached)[1]
-    own, _ = tree.partition(params, mask_of(method, list(params)))
+    params = param_tree.split(attached)[1]
+    own, _ = param_tree.partition(params, mask_of(method, list(params)))
     return {name: np.asarray(array) for name, array in own.items()}
 
 
@@ -75,15 +76,15 @@ def test_its_config_is_kept_as_text_and_makes_sense(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_attaching_leaves_the_model_as_it_was(name: str) -> None:
     given = model()
-    graphdef, params = tree.split(given)
+    graphdef, params = param_tree.split(given)
     attached = CASES[name].method.attach(
         given, key=jax.random.key(0), context=Context(labels=LABELS, vocabulary=given.vocabulary)
     )
-    again, same = tree.split(given)
+    again, same = param_tree.split(given)
     assert again == graphdef
     assert all(same[key] is params[key] for key in params) and same.keys() == params.keys()
     # Nor does the attached one hold other weights: the frozen are the same arrays.
-    inside = tree.split(attached)[1]
+    inside = param_tree.split(attached)[1]
     assert all(inside[f"model/{key}"] is params[key] for key in params)
 
 
@@ -93,7 +94,7 @@ def test_it_is_merged_if_it_says_that_it_can_be(name: str) -> None:
     context = Context(labels=LABELS, vocabulary=given.vocabulary)
     attached = method.attach(given, key=jax.random.key(0), context=context)
     if method.mergeable:
-        assert tree.split(merge(attached))[1].keys() == tree.split(given)[1].keys()
+        assert param_tree.split(merge(attached))[1].keys() == param_tree.split(given)[1].keys()
         return
     with pytest.raises(UserError, match="methods that can are described_prompts, full, ia3, lora"):
         merge(attached)
@@ -109,7 +110,7 @@ def test_at_its_start_the_model_computes_what_it_did(name: str) -> None:
 def test_it_trains_as_many_parameters_as_it_says(name: str) -> None:
     members = build.attach_members(experiment(CASES[name].method), model(), labels=LABELS)
     assert sum(array[0].size for array in members.tuned.values()) == CASES[name].count
-    assert tree.count(members.tuned) == members.number * CASES[name].count
+    assert param_tree.count(members.tuned) == members.number * CASES[name].count
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -120,7 +121,7 @@ def test_steps_move_every_tuned_array_and_no_frozen_one(name: str) -> None:
         assert np.isfinite(array).all(), key
         for own, was in zip(array, done.before[key], strict=True):
             assert (own != was).any(), key
-    original = tree.split(model())[1]
+    original = param_tree.split(model())[1]
     frozen = {f"model/{key}" for key in original} - done.after.keys()
     for key in frozen:
         np.testing.assert_array_equal(
@@ -165,9 +166,13 @@ def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) ->
         np.testing.assert_array_equal(read[key], array, err_msg=key)
 
     fresh = method.attach(model(), key=jax.random.key(5), context=Context(labels=LABELS))
-    graphdef, params = tree.split(fresh)
-    tree.require_same_shapes(read, tuned_of(method, fresh), of="what is kept", and_of="a new one")
-    restored = tree.merge(graphdef, {**params, **{k: jnp.asarray(a) for k, a in read.items()}})
+    graphdef, params = param_tree.split(fresh)
+    param_tree.require_same_shapes(
+        read, tuned_of(method, fresh), of="what is kept", and_of="a new one"
+    )
+    restored = param_tree.merge(
+        graphdef, {**params, **{k: jnp.asarray(a) for k, a in read.items()}}
+    )
     want = logits_of(attached)
     np.testing.assert_allclose(logits_of(restored), want, atol=2e-5)
     assert np.abs(want - logits_of(member(name, 1, after=False))).max() > 1e-3
@@ -175,11 +180,11 @@ def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.draws()])
 def test_with_dropout_it_draws_from_the_key_alone(name: str) -> None:
-    graphdef, params = tree.split(member(name, 0))
+    graphdef, params = param_tree.split(member(name, 0))
 
     @functools.partial(jax.jit, static_argnums=1)
     def dropped(number: Any, remat: Any) -> jax.Array:
-        logits: jax.Array = tree.merge(graphdef, params)(
+        logits: jax.Array = param_tree.merge(graphdef, params)(
             *INPUTS, key=jax.random.key(number), remat=remat
         )
         return logits

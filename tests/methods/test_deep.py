@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Attached, Context, DeepPrompts
-from prompt_tuning_jax.models.attention import bias_of
+from prompt_tuning_jax.models.t5.attention import bias_of
 from tests.micro import D, call, encode, make_t5, shifted, token_rows
 
 SOURCE = token_rows([5, 3], 7)
@@ -22,8 +22,10 @@ def attach(method: DeepPrompts) -> Attached:
 
 
 def logits(attached: Any, **kwargs: Any) -> np.ndarray:
-    graphdef, params = tree.split(attached)
-    return np.asarray(jax.jit(lambda p: tree.merge(graphdef, p)(SOURCE, TARGET, **kwargs))(params))
+    graphdef, params = param_tree.split(attached)
+    return np.asarray(
+        jax.jit(lambda p: param_tree.merge(graphdef, p)(SOURCE, TARGET, **kwargs))(params)
+    )
 
 
 @pytest.mark.parametrize("lengths", [(), (3, 1)])
@@ -66,8 +68,8 @@ def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
     method = DeepPrompts(length=3, lengths=lengths, hidden=4)
     attached = attach(method)
     kept, folded = method.folded(attached)
-    own = tree.select(tree.split(folded)[1], kept.trains)
-    assert tree.count(own) == sum(lengths or (3, 3)) * D
+    own = param_tree.select(param_tree.split(folded)[1], kept.trains)
+    assert param_tree.count(own) == sum(lengths or (3, 3)) * D
     want = logits(attached)
     np.testing.assert_allclose(logits(folded), want, atol=1e-5)
     np.testing.assert_allclose(logits(attached, remat="full"), want, atol=1e-5)

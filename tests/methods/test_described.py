@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.methods import Context, DescribedPrompts, PromptTuning, mask_of
 from tests.micro import ONE_LAYER, D, make_t5
 
@@ -50,6 +50,6 @@ def test_a_position_without_a_label_is_not_seen():
 
 def test_all_of_the_model_trains_and_nothing_is_added():
     model = make_t5(ONE_LAYER)
-    names = list(tree.split(attach(model))[1])
-    assert names == [f"model/{name}" for name in tree.split(model)[1]]
+    names = list(param_tree.split(attach(model))[1])
+    assert names == [f"model/{name}" for name in param_tree.split(model)[1]]
     assert all(mask_of(METHOD, names).values())

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, mask_of
+from prompt_tuning_jax.training.losses import token_sums
 from tests.micro import Trainer, call, make_batch, make_t5
 
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
@@ -21,14 +21,14 @@ def test_neither_adds_a_parameter_or_changes_the_model():
     model, batch = make_t5(), {name: x[0] for name, x in make_batch().items()}
     inputs = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
     for method in (FullTuning(), NoTuning()):
-        graphdef, params = tree.split(attached(method, model))
-        assert params.keys() == {f"model/{name}" for name in tree.split(model)[1]}
-        logits = jax.jit(lambda p, g=graphdef: tree.merge(g, p)(*inputs))(params)
+        graphdef, params = param_tree.split(attached(method, model))
+        assert params.keys() == {f"model/{name}" for name in param_tree.split(model)[1]}
+        logits = jax.jit(lambda p, g=graphdef: param_tree.merge(g, p)(*inputs))(params)
         np.testing.assert_allclose(logits, call(model, *inputs), atol=1e-5)
 
 
 def test_full_trains_all_and_none_nothing():
-    params = tree.split(attached(FullTuning(), make_t5()))[1]
+    params = param_tree.split(attached(FullTuning(), make_t5()))[1]
     assert all(mask_of(FullTuning(), list(params)).values())
     assert not any(mask_of(NoTuning(), list(params)).values())
 
@@ -39,10 +39,10 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
     before = {name: np.asarray(p[0]).copy() for name, p in trainer.state.tuned.items()}
     assert not trainer.frozen
     batch = make_batch()
-    graphdef, params = tree.split(model)
+    graphdef, params = param_tree.split(model)
 
     def loss(params):
-        logits = tree.merge(graphdef, params)(
+        logits = param_tree.merge(graphdef, params)(
             batch["encoder_input_tokens"][0], batch["decoder_input_tokens"][0]
         )
         sums = token_sums(logits, batch["decoder_target_tokens"][0])

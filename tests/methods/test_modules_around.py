@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.division import Division
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Optimizer
 from prompt_tuning_jax.methods import (
     IA3,
     Adapters,
@@ -26,10 +25,11 @@ from prompt_tuning_jax.methods import (
     PromptTuning,
     mask_of,
 )
-from prompt_tuning_jax.methods.around import linear_maps
+from prompt_tuning_jax.methods.linear_adapter import linear_maps
 from prompt_tuning_jax.methods.merging import merge, unmerge
 from prompt_tuning_jax.models.quantization import quantize_modules
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training.microbatching import Division
 from tests.micro import (
     ONE_LAYER,
     T5_1_0,
@@ -54,24 +54,24 @@ def attach(model: T5, method: Method, *, drawn: bool = True, seed: int = 0) -> A
     if drawn:
         # A copy: where weights of the model train, the given one's variables are in it.
         attached = nnx.clone(attached)
-        params = tree.split(attached)[1]
+        params = param_tree.split(attached)[1]
         names = [n for n, trains in mask_of(method, list(params)).items() if trains]
         own = {
             n: params[n] + normal(*params[n].shape, seed=i, scale=0.2) for i, n in enumerate(names)
         }
-        tree.fill(attached, {**params, **own})
+        param_tree.fill(attached, {**params, **own})
     return attached
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef: Any, params: Any, key: Any = None) -> jax.Array:
     extra = {} if key is None else {"key": key}
-    logits: jax.Array = tree.merge(graphdef, params)(SOURCE, TARGET, **extra)
+    logits: jax.Array = param_tree.merge(graphdef, params)(SOURCE, TARGET, **extra)
     return logits
 
 
 def logits(module: Attached | T5, key: Any = None) -> np.ndarray:
-    return np.asarray(_logits(*tree.split(module), key))
+    return np.asarray(_logits(*param_tree.split(module), key))
 
 
 def around(attached: Attached, path: str) -> Any:
@@ -87,7 +87,7 @@ def test_lora_adds_its_scaled_product() -> None:
         attached = attach(model, method)
         pair = around(attached, QUERY)
         a_DR, b_RF = pair.lora_a_DR.get_value(), pair.lora_b_RF.get_value()
-        want = x @ tree.split(model)[1][f"{QUERY}/kernel"] + scale * x @ a_DR @ b_RF
+        want = x @ param_tree.split(model)[1][f"{QUERY}/kernel"] + scale * x @ a_DR @ b_RF
         got = linear_maps(attached.model)[QUERY](x)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -96,7 +96,9 @@ def test_fresh_pairs_differ_between_maps_and_seeds() -> None:
     pairs = [
         np.asarray(p)
         for seed in (0, 1)
-        for name, p in tree.split(attach(make_t5(), LoRA(), drawn=False, seed=seed))[1].items()
+        for name, p in param_tree.split(attach(make_t5(), LoRA(), drawn=False, seed=seed))[
+            1
+        ].items()
         if name.endswith("lora_a_DR")
     ]
     assert len({p.tobytes() for p in pairs}) == len(pairs) == 2 * 2 * 6
@@ -110,7 +112,7 @@ def test_lora_drops_on_its_branch_alone_with_a_mask_for_each_map() -> None:
     attached = attach(model, method)
     kept = attached.method.with_dropout(attached.model, key=key)
     x = jnp.ones((4, D))
-    plain = tree.split(model)[1]
+    plain = param_tree.split(model)[1]
     masks = []
     for path in (QUERY, "encoder/layers_0/attention/value"):
         pair = around(attached, path)
@@ -155,7 +157,7 @@ def test_what_is_dropped_depends_on_member_and_step() -> None:
 
 def test_ia3_scales_outputs_and_inputs() -> None:
     model = make_t5(ONE_LAYER)
-    attached, plain = attach(model, IA3()), tree.split(model)[1]
+    attached, plain = attach(model, IA3()), param_tree.split(model)[1]
     for path, inputs in (
         ("decoder/layers_0/self_attention/key", D),
         ("encoder/layers_0/mlp/wo", 32),
@@ -176,7 +178,7 @@ def test_adapters_add_their_bottleneck(biases: bool) -> None:
     attached = attach(model, Adapters(width=5, activation="relu", biases=biases))
     path = "decoder/layers_0/encoder_decoder_attention/out"
     module, x = around(attached, path), normal(3, D)
-    y = x @ tree.split(model)[1][f"{path}/kernel"]
+    y = x @ param_tree.split(model)[1][f"{path}/kernel"]
     low, added = y @ module.down_DR.get_value(), 0.0
     if biases:
         low, added = low + module.down_bias_R.get_value(), module.up_bias_D.get_value()
@@ -194,7 +196,7 @@ def test_adapters_stand_behind_whole_sublayers(kind: Any, ends: tuple[str, ...])
 
 
 def test_patterns_choose_parameters_of_the_model_alone() -> None:
-    names = [*(f"model/{name}" for name in tree.split(make_t5())[1]), "method/scale"]
+    names = [*(f"model/{name}" for name in param_tree.split(make_t5())[1]), "method/scale"]
     trained = {n for n, trains in mask_of(PatternTuning(), names).items() if trains}
     assert trained == {
         n for n in names if n.startswith("model/") and n.endswith(("/scale", "/rel_embedding"))
@@ -229,20 +231,20 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_weights_do_the_same_alone(name: str) -> None:
     model = make_t5(T5_1_0 if name == "ia3" else T5_1_1)
-    before = {n: np.array(p) for n, p in tree.split(model)[1].items()}
+    before = {n: np.array(p) for n, p in param_tree.split(model)[1].items()}
     attached = attach(model, MERGED[name])
     plain = merge(attached)
-    params = tree.split(plain)[1]
+    params = param_tree.split(plain)[1]
     assert params.keys() == before.keys()
     assert {n: p.shape for n, p in params.items()} == {n: p.shape for n, p in before.items()}
     # Axes too: it can be laid out over a mesh, tuned and merged again.
-    assert tree.logical_axes(plain) == tree.logical_axes(model)
+    assert param_tree.logical_axes(plain) == param_tree.logical_axes(model)
     np.testing.assert_allclose(logits(plain), logits(attached), atol=2e-4)
     assert np.abs(logits(plain) - logits(model)).max() > 0.05
-    for n, p in tree.split(model)[1].items():
+    for n, p in param_tree.split(model)[1].items():
         np.testing.assert_array_equal(p, before[n])
     if name in ("lora", "ia3"):
-        for n, p in tree.split(unmerge(plain, attached))[1].items():
+        for n, p in param_tree.split(unmerge(plain, attached))[1].items():
             np.testing.assert_allclose(p, before[n], rtol=1e-6, atol=1e-6, err_msg=n)
         assert around(attached, QUERY) is not None or name == "ia3"
 

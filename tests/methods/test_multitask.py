@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
-from prompt_tuning_jax.commands import evaluate, predict, train
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import Attached, Context, MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.methods.multitask import (
     COLS,
@@ -24,7 +25,8 @@ from prompt_tuning_jax.methods.multitask import (
     combined,
     target_start,
 )
-from prompt_tuning_jax.run_folder import read_best
+from prompt_tuning_jax.training.run import train
+from prompt_tuning_jax.training.run_folder import read_best
 from tests import tiny_run
 from tests.micro import D, Words, call, make_t5, shifted, token_rows
 
@@ -50,8 +52,8 @@ def attach(method: MultitaskPrompts, *, tasks: int = 4) -> Attached:
 def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     method, count = METHODS[combine]
     attached = attach(method)
-    graphdef, params = tree.split(attached)
-    assert tree.count(tree.select(params, method.trains)) == count
+    graphdef, params = param_tree.split(attached)
+    assert param_tree.count(param_tree.select(params, method.trains)) == count
     arrays = attached.method.arrays()
     prompts = np.stack([combined(combine, arrays, task) for task in TASKS])
     assert prompts.shape[1] == method.added_length()
@@ -59,7 +61,7 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     shared_PD = arrays[SHARED]
     # Tasks start apart from each other, near the shared prompt.
     np.testing.assert_allclose(prompts[0, :3], shared_PD, atol=0.5)
-    run = jax.jit(lambda p, tasks: tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
+    run = jax.jit(lambda p, tasks: param_tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
     want = call(make_t5(), SOURCE, TARGET, prompts)
     np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
     with pytest.raises(UserError, match="prompts of 4 tasks, and nothing says which"):
@@ -68,11 +70,11 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
 
 def test_only_the_tasks_of_a_batch_learn_from_it() -> None:
     attached = attach(METHODS["low_rank"][0])
-    graphdef, params = tree.split(attached)
-    tuned = tree.select(params, lambda name: name.startswith("method/"))
+    graphdef, params = param_tree.split(attached)
+    tuned = param_tree.select(params, lambda name: name.startswith("method/"))
 
     def loss(own: Any) -> jax.Array:
-        merged = tree.merge(graphdef, {**params, **own})
+        merged = param_tree.merge(graphdef, {**params, **own})
         return merged.token_sums(SOURCE, TARGET, TARGET, task_B=TASKS).loss
 
     gradients = jax.jit(jax.grad(loss))(tuned)

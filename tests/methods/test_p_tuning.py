@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Attached, Context, PromptTuning, PTuning
 from prompt_tuning_jax.methods.template import parse_template, place, put
-from prompt_tuning_jax.models.slots import EncoderInput
+from prompt_tuning_jax.models.injections import EncoderInput
 from tests.micro import EOS, D, Words, make_t5, normal, shifted, token_rows
 
 # With and without room, one that was cut (no end of sequence), one of nothing but its end.
@@ -70,8 +70,8 @@ def test_a_wrong_template_is_refused(template: str, message: str) -> None:
 
 
 def logits(attached: Any, *given: Any) -> np.ndarray:
-    graphdef, params = tree.split(attached)
-    return np.asarray(jax.jit(lambda p: tree.merge(graphdef, p)(*given))(params))
+    graphdef, params = param_tree.split(attached)
+    return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(*given))(params))
 
 
 def attach(method: Any, vocabulary: Words | None = None) -> Attached:
@@ -117,13 +117,13 @@ def test_what_is_kept_is_plain_and_computes_the_same(
     found, folded = method.folded(attached)
     assert found == kept
     assert found.added_length() == len(attached.method.placed.anchors)
-    own = tree.select(tree.split(folded)[1], found.trains)
-    assert tree.count(own) == found.added_length() * D
+    own = param_tree.select(param_tree.split(folded)[1], found.trains)
+    assert param_tree.count(own) == found.added_length() * D
     want = logits(attached, SOURCE, TARGET)
     np.testing.assert_allclose(logits(folded, SOURCE, TARGET), want, atol=1e-5)
     again = attach(found)  # with no vocabulary
-    tree.require_same_shapes(
-        own, tree.select(tree.split(again)[1], found.trains), of="kept", and_of="new"
+    param_tree.require_same_shapes(
+        own, param_tree.select(param_tree.split(again)[1], found.trains), of="kept", and_of="new"
     )
 
 

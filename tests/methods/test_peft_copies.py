@@ -7,18 +7,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.bounded_json import json_text, read_json_file
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.destination import require_free
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
 from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS
-from prompt_tuning_jax.checkpoints.peft import CONFIG, WEIGHTS
-from prompt_tuning_jax.checkpoints.peft_modules import linear_shapes
-from prompt_tuning_jax.checkpoints.staged import require_free
+from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
+from prompt_tuning_jax.checkpoints.peft.modules import linear_shapes
+from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_peft_weights
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.lora import LoRA
-from prompt_tuning_jax.methods.peft_weights import read_peft_weights, write_peft_weights
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 from tests.convert_cases import CONFIG as MODEL
 from tests.convert_cases import params
 
@@ -104,7 +104,7 @@ def test_weights_are_compared_with_a_model_as_it_is_held(
 ) -> None:
     write_hf(tmp_path / "model", MODEL, params(), dtype="stored")
     model = load_model(str(tmp_path / "model"), dtype=dtype, quantization=quantization)
-    own = tree.split(model)[1]
+    own = param_tree.split(model)[1]
     extra = {"lm_head.base_layer.weight": HEAD, "shared.weight": TABLE}
     read_peft_weights(adapter(tmp_path / "a", **extra), MODEL, own)
     extra["shared.weight"] = TABLE[::-1]

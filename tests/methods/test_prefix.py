@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Attached, Context, PrefixTuning
 from tests.micro import T5_1_1, D, Words, make_t5, shifted, token_rows
@@ -23,8 +23,8 @@ def attach(method: PrefixTuning, labels: tuple[str, ...] = (WORDS,)) -> Attached
 
 
 def logits(attached: Any, source: Any, target: Any) -> np.ndarray:
-    graphdef, params = tree.split(attached)
-    return np.asarray(jax.jit(lambda p: tree.merge(graphdef, p)(source, target))(params))
+    graphdef, params = param_tree.split(attached)
+    return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target))(params))
 
 
 def test_from_words_they_are_what_the_model_would_remember_of_them() -> None:
@@ -59,11 +59,11 @@ def test_attentions_are_chosen_and_each_is_counted(chosen: tuple[str, ...], hidd
     slots = attached.slots(SOURCE)
     for name in flags:
         assert (getattr(slots, f"{name}_prefixes") is not None) == (name in chosen)
-    trained = tree.select(tree.split(attached)[1], attached.method.config.trains)
+    trained = param_tree.select(param_tree.split(attached)[1], attached.method.config.trains)
     joined = T5_1_1.num_heads * T5_1_1.head_dim
     plain = 2 * 3 * joined * 2
     made = 3 * D + (D + 1) * 5 + (5 + 1) * 2 * 2 * joined
-    assert tree.count(trained) == len(chosen) * (made if hidden else plain)
+    assert param_tree.count(trained) == len(chosen) * (made if hidden else plain)
 
 
 def test_folding_two_layers_changes_nothing() -> None:

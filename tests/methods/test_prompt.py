@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.distributed.sharding import RULES
 from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, mask_of
-from prompt_tuning_jax.sharding import RULES
 from tests.micro import (
     D,
     Trainer,
@@ -49,22 +49,22 @@ def test_it_adds_one_float32_array_that_alone_trains(dtype):
     model = make_t5(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     method = PromptTuning(length=5, init="sampled_vocabulary")
     attached = method.attach(model, key=jax.random.key(0), context=Context())
-    _, params = tree.split(attached)
-    own = {f"model/{name}" for name in tree.split(model)[1]}
+    _, params = param_tree.split(attached)
+    own = {f"model/{name}" for name in param_tree.split(model)[1]}
     assert params.keys() == own | {PROMPT}
     assert params[PROMPT].shape == (5, D) and params[PROMPT].dtype == jnp.float32
     mask = mask_of(method, list(params))
-    tuned, frozen = tree.partition(params, mask)
+    tuned, frozen = param_tree.partition(params, mask)
     assert tuned.keys() == {PROMPT} and frozen.keys() == own
-    assert tree.count(tuned) == 5 * D
-    axes = tree.logical_axes(attached)
+    assert param_tree.count(tuned) == 5 * D
+    axes = param_tree.logical_axes(attached)
     assert len(axes[PROMPT]) == 2 and all(axis in RULES for axis in axes[PROMPT])
 
 
 def test_attach_takes_labels_from_the_task_unless_the_method_names_its_own():
     model, words = make_t5(), Words()
     context = Context(labels=("aa", "bc"), vocabulary=words)
-    table_VD = np.asarray(tree.split(model)[1]["token_embedder/embedding"])
+    table_VD = np.asarray(param_tree.split(model)[1]["token_embedder/embedding"])
 
     def rows(**kwargs):
         method = PromptTuning(length=2, init="class_labels", **kwargs)

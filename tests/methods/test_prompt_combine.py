@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
-from prompt_tuning_jax.models.slots import EncoderInput, Slots
+from prompt_tuning_jax.models.injections import EncoderInput, Slots
 from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
 
 P = 3

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.member_programs import Writing, write
+from prompt_tuning_jax.inference.ensemble import Writing, write
 from prompt_tuning_jax.methods import WARP, Attached, Context
 from prompt_tuning_jax.models.quantization import quantize_modules
 from tests.micro import EOS, T5_1_0, T5_1_1, D, Words, call, make_t5, token_rows
@@ -44,8 +44,8 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
     if kind == "int8":
         quantize_modules(model, "int8")
     attached = attach(model)
-    graphdef, params = tree.split(attached)
-    scores = jax.jit(lambda p, rows: tree.merge(graphdef, p).label_scores(SOURCE, rows))
+    graphdef, params = param_tree.split(attached)
+    scores = jax.jit(lambda p, rows: param_tree.merge(graphdef, p).label_scores(SOURCE, rows))
     got = scores(params, rows_of("gh", "zz", "ab", "cd ef"))
     want = first_log_probs(model, attached.method.prompt_PD.get_value())
     np.testing.assert_allclose(got[:, [2, 3, 0]], want, atol=1e-4)
@@ -54,7 +54,7 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
     # As many columns as targets have, more or fewer than labels have tokens.
     for width in (4, 6):
         targets = np.pad(rows_of("cd ef", "ab", "zz"), ((0, 0), (0, 2)))[:, :width]
-        sums = jax.jit(lambda p, t: tree.merge(graphdef, p).token_sums(SOURCE, t, t))(
+        sums = jax.jit(lambda p, t: param_tree.merge(graphdef, p).token_sums(SOURCE, t, t))(
             params, targets
         )
         np.testing.assert_allclose(sums.loss, -want[0, 1] - want[1, 0], atol=1e-4)
@@ -68,13 +68,13 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
 )
 def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count: int) -> None:
     attached = attach(make_t5(), template)
-    graphdef, params = tree.split(attached)
-    tuned = tree.select(params, attached.method.config.trains)
-    assert tree.count(tuned) == count * D
+    graphdef, params = param_tree.split(attached)
+    tuned = param_tree.select(params, attached.method.config.trains)
+    assert param_tree.count(tuned) == count * D
     targets = rows_of(*LABELS)
 
     def loss(own: Any) -> jax.Array:
-        merged = tree.merge(graphdef, {**params, **own})
+        merged = param_tree.merge(graphdef, {**params, **own})
         return merged.token_sums(SOURCE, targets, targets).loss
 
     for name, gradient in jax.jit(jax.grad(loss))(tuned).items():
@@ -83,7 +83,7 @@ def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count
 
 def test_what_it_cannot_do_is_said() -> None:
     model = make_t5()
-    graphdef, params = tree.split(attach(model))
+    graphdef, params = param_tree.split(attach(model))
     with pytest.raises(UserError, match="ranks labels and writes no text"):
         write(graphdef, Writing(), {}, params, SOURCE, jax.random.key(0))
     with pytest.raises(UserError, match=r"give data\.labels"):

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.models.attention import (
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.models.injections import KeyValues
+from prompt_tuning_jax.models.t5.attention import (
     HIDDEN,
     bias_of,
     dropout_weights,
     relative_position_bucket,
 )
-from prompt_tuning_jax.models.slots import KeyValues
 from tests.micro import T5_1_1, D, make_prefixes, make_t5, normal
 
 HEADS, WIDTH = T5_1_1.num_heads, T5_1_1.head_dim
@@ -58,14 +58,14 @@ def test_the_bias_is_the_tables_entry_at_key_minus_query(stack):
     module = getattr(model, stack).relpos_bias
     queries, keys = np.arange(4) + 30, np.arange(40)
     bias_1HQK = module(jnp.asarray(queries), jnp.asarray(keys))
-    table_HN = tree.split(model)[1][f"{stack}/relpos_bias/rel_embedding"]
+    table_HN = param_tree.split(model)[1][f"{stack}/relpos_bias/rel_embedding"]
     buckets = bucket(keys[None] - queries[:, None], bidirectional=stack == "encoder")
     assert bias_1HQK.dtype == jnp.float32
     np.testing.assert_array_equal(bias_1HQK[0], np.asarray(table_HN)[:, buckets])
 
 
 def by_hand(attention, x_BTD, y_BUD, bias, prefix):
-    params = {n: np.asarray(p, np.float64) for n, p in tree.split(attention)[1].items()}
+    params = {n: np.asarray(p, np.float64) for n, p in param_tree.split(attention)[1].items()}
 
     def heads(name, z):
         return (z @ params[f"{name}/kernel"]).reshape(*z.shape[:2], HEADS, WIDTH)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, normal_param, split_key
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import T5_1_0, T5_1_1, D, make_t5, normal
 
 FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
 def values(module):
-    return {name: np.asarray(p, np.float64) for name, p in tree.split(module)[1].items()}
+    return {name: np.asarray(p, np.float64) for name, p in param_tree.split(module)[1].items()}
 
 
 def test_rms_norm_divides_by_the_root_mean_square_without_centring():
@@ -146,13 +146,13 @@ def test_random_weights_start_as_t5_does():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradients_of_the_norm_are_those_of_its_formula(dtype):
     norm = RMSNorm(T5_1_1, dtype=jnp.dtype(dtype), param_dtype=jnp.float32)
-    graphdef, _ = tree.split(norm)
+    graphdef, _ = param_tree.split(norm)
     x = jax.random.normal(jax.random.key(0), (4, 3, T5_1_1.embed_dim), dtype)
     scale = 1 + jax.random.normal(jax.random.key(1), (T5_1_1.embed_dim,)) / 4
     weight = jax.random.normal(jax.random.key(2), x.shape)
 
     def ours(x, scale):
-        return jnp.sum(tree.merge(graphdef, {"scale": scale})(x).astype(jnp.float32) * weight)
+        return jnp.sum(param_tree.merge(graphdef, {"scale": scale})(x).astype(jnp.float32) * weight)
 
     def formula(x, scale):
         x32 = x.astype(jnp.float32)

@@ -15,12 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import build, tree, validation
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import abstract_model, load_model, random_model
+from prompt_tuning_jax.config import validation
+from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Model, Optimizer
 from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning
 from prompt_tuning_jax.models.quantization import (
     SCALE,
@@ -29,6 +30,7 @@ from prompt_tuning_jax.models.quantization import (
     quantize_modules,
     quantized_dot,
 )
+from prompt_tuning_jax.training import build
 from tests import tiny_run
 from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_0, D, Trainer, make_batch, make_t5, normal, token_rows
@@ -46,7 +48,7 @@ def restored(kernel, scale):
 
 def full_params(model):
     """A quantised model's parameters as floats, under the names of a model that is not."""
-    params = tree.split(model)[1]
+    params = param_tree.split(model)[1]
     found = {}
     for name, array in params.items():
         if name.endswith(SCALE):
@@ -103,7 +105,7 @@ def test_the_product_and_its_derivative_are_those_of_the_full_kernel(kind, dtype
 @functools.partial(jax.jit, static_argnums=0)
 def output_and_derivative(graphdef, params, source, target, prompt):
     def total(prompt):
-        logits = tree.merge(graphdef, params)(source, target, prompt)
+        logits = param_tree.merge(graphdef, params)(source, target, prompt)
         return logits.sum(), logits
 
     return jax.grad(total, has_aux=True)(prompt)
@@ -113,10 +115,10 @@ def output_and_derivative(graphdef, params, source, target, prompt):
 def test_a_quantised_model_computes_what_its_numbers_say(config, kind):
     model, plain = make_t5(config), make_t5(config)
     quantize_modules(model, kind)
-    tree.fill(plain, full_params(model))
+    param_tree.fill(plain, full_params(model))
     given = token_rows([5, 7]), token_rows([4, 2]), jnp.asarray(normal(3, D))
-    own, logits = output_and_derivative(*tree.split(model), *given)
-    theirs, wanted = output_and_derivative(*tree.split(plain), *given)
+    own, logits = output_and_derivative(*param_tree.split(model), *given)
+    theirs, wanted = output_and_derivative(*param_tree.split(plain), *given)
     np.testing.assert_allclose(logits, wanted, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(own, theirs, rtol=2e-2, atol=2e-2 * np.abs(theirs).max())
     # A prompt starts from the rows as they are used.
@@ -173,9 +175,9 @@ def folder(config=tiny_run.CONFIG):
 def test_loading_quantises_what_is_stored(kind, param_dtype):
     plain = load_model(folder())
     quantize_modules(plain, kind)
-    want = tree.split(plain)[1]
+    want = param_tree.split(plain)[1]
     loaded = load_model(folder(), param_dtype=param_dtype, quantization=kind)
-    params = tree.split(loaded)[1]
+    params = param_tree.split(loaded)[1]
     assert params.keys() == want.keys()
     for name, array in params.items():
         quantised = name.endswith(SCALE) or name + SCALE in params
@@ -189,8 +191,10 @@ def test_loading_quantises_what_is_stored(kind, param_dtype):
     original = load_model(folder())
     assert build.model_fingerprint(loaded) == build.model_fingerprint(original)
     assert fingerprint(loaded.config, params) != build.model_fingerprint(original)
-    shapes = tree.split(abstract_model(loaded.config, dtype="float32", param_dtype=param_dtype,
-                                       quantization=kind))[1]  # fmt: skip
+    abstract = abstract_model(
+        loaded.config, dtype="float32", param_dtype=param_dtype, quantization=kind
+    )
+    shapes = param_tree.split(abstract)[1]
     assert {n: (s.shape, s.dtype) for n, s in shapes.items()} == {
         n: (p.shape, p.dtype) for n, p in params.items()
     }
@@ -200,7 +204,10 @@ def test_bytes_count_two_int4_as_one():
     params = {"a": jnp.zeros((4, 6), jnp.int4), "b": jnp.zeros(3, jnp.bfloat16)}
     assert bytes_of(params) == 12 + 6
     model = random_model("tiny", quantization="int8")
-    held, count = bytes_of(tree.split(model)[1]), tree.count(tree.split(random_model("tiny"))[1])
+    held, count = (
+        bytes_of(param_tree.split(model)[1]),
+        param_tree.count(param_tree.split(random_model("tiny"))[1]),
+    )
     assert 1 < held / count < 1.05
     assert build.model_fingerprint(model) == build.model_fingerprint(random_model("tiny"))
 
@@ -218,9 +225,9 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
     model = load_model(folder(), quantization="int8")
     attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
     with pytest.raises(UserError, match=r"they are quantised; set model.quantization=none"):
-        build.require_trainable(tree.split(attached)[1])
+        build.require_trainable(param_tree.split(attached)[1])
     with pytest.raises(UserError, match="are quantised"):
-        write_hf(tmp_path / "m", model.config, tree.split(model)[1])
+        write_hf(tmp_path / "m", model.config, param_tree.split(model)[1])
     assert not (tmp_path / "m").exists()
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.inference import generate
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.inference.api import generate
 from tests.micro import (
     PER_LAYER,
     T5_1_1,
@@ -32,30 +32,32 @@ BIASES = [f"{layer}/relpos_bias/rel_embedding" for layer in LAYERS]
 
 
 def with_params(model, **changes):
-    graphdef, params = tree.split(model)
-    return tree.merge(graphdef, params | changes)
+    graphdef, params = param_tree.split(model)
+    return param_tree.merge(graphdef, params | changes)
 
 
 def test_layers_with_the_bias_of_their_stack_are_a_t5():
     # So few buckets that six positions tell the causal kind from the other.
     few = {"relpos_num_buckets": 8, "relpos_max_distance": 16}
     shared = make_t5(dataclasses.replace(T5_1_1, **few))
-    _, params = tree.split(shared)
+    _, params = param_tree.split(shared)
     tables = {name: params[f"{name.split('/')[0]}/relpos_bias/rel_embedding"] for name in BIASES}
     rest = {name: p for name, p in params.items() if "relpos_bias" not in name}
     model = with_params(make_t5(dataclasses.replace(PER_LAYER, **few)), **rest, **tables)
-    assert tree.split(model)[1].keys() == rest.keys() | set(BIASES)
+    assert param_tree.split(model)[1].keys() == rest.keys() | set(BIASES)
     got, want = call(model, SOURCE, TARGET, PROMPT), call(shared, SOURCE, TARGET, PROMPT)
     np.testing.assert_array_equal(got, want)
 
 
 def test_each_bias_acts_on_its_own_layer():
     """By derivatives: the first layer's output does not know the biases of later ones."""
-    graphdef, params = tree.split(make_t5(PER_LAYER))
+    graphdef, params = param_tree.split(make_t5(PER_LAYER))
     biases = {name: params[name] for name in BIASES}
 
     def logits(biases):
-        return jnp.sum(tree.merge(graphdef, params | biases)(SOURCE, TARGET) * normal(2, 6, V))
+        return jnp.sum(
+            param_tree.merge(graphdef, params | biases)(SOURCE, TARGET) * normal(2, 6, V)
+        )
 
     gradients = jax.jit(jax.grad(logits))(biases)
     norms = {name: float(jnp.linalg.norm(g)) for name, g in gradients.items()}
@@ -70,7 +72,7 @@ def test_each_bias_acts_on_its_own_layer():
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_token_at_a_time(graphdef, params, tokens_BS, prompt, slots):
-    model = tree.merge(graphdef, params)
+    model = param_tree.merge(graphdef, params)
     encoded = model.encode(SOURCE, prompt, slots=slots)
     cross, caches = model.start_decoding(encoded, tokens_BS.shape[1])
 
@@ -87,7 +89,7 @@ def one_token_at_a_time(graphdef, params, tokens_BS, prompt, slots):
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["", "prefixes"])
 def test_decoding_with_a_cache_gives_the_logits_of_all_positions_at_once(prefixed):
-    from prompt_tuning_jax.models.slots import NO_SLOTS, Slots
+    from prompt_tuning_jax.models.injections import NO_SLOTS, Slots
 
     slots = NO_SLOTS
     if prefixed:
@@ -95,7 +97,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_all_positions_at_once(prefixe
         names = ("encoder_prefixes", "decoder_prefixes", "cross_prefixes")
         slots = Slots(**dict(zip(names, prefixes, strict=True)))
     model = make_t5(PER_LAYER)
-    cached = one_token_at_a_time(*tree.split(model), TARGET, PROMPT, slots)
+    cached = one_token_at_a_time(*param_tree.split(model), TARGET, PROMPT, slots)
     want = call(model, SOURCE, TARGET, PROMPT, slots=slots)
     np.testing.assert_allclose(cached, want, atol=2e-5)
 
@@ -134,7 +136,7 @@ def test_padding_on_either_side_changes_nothing():
 
 def test_a_stack_of_another_depth():
     config = dataclasses.replace(PER_LAYER, num_encoder_layers=3, num_decoder_layers=1)
-    names = {name for name in tree.split(make_t5(config))[1] if "relpos" in name}
+    names = {name for name in param_tree.split(make_t5(config))[1] if "relpos" in name}
     assert names == {
         *(f"encoder/layers_{i}/relpos_bias/rel_embedding" for i in range(3)),
         "decoder/layers_0/relpos_bias/rel_embedding",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput, Slots
 from prompt_tuning_jax.models.layers import Linear
-from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, Slots
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import (
     ONE_LAYER,
     T5_1_0,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed.sharding import RULES
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import PRESETS, preset
+from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput, Slots
 from prompt_tuning_jax.models.layers import Linear
-from prompt_tuning_jax.models.slots import NO_SLOTS, EncoderInput, Slots
-from prompt_tuning_jax.models.t5 import T5, Encoded
-from prompt_tuning_jax.sharding import RULES
+from prompt_tuning_jax.models.t5.config import PRESETS, preset
+from prompt_tuning_jax.models.t5.model import T5, Encoded
 from tests.micro import (
     PER_LAYER,
     T5_1_0,
@@ -175,7 +175,7 @@ def test_a_prompt_of_another_shape_is_refused(shape):
 
 @CONFIGS
 def test_parameters_have_the_names_of_t5x(config):
-    names = set(tree.split(make_t5(config))[1])
+    names = set(param_tree.split(make_t5(config))[1])
     gated = len(config.mlp_activations) == 2
     attention = [f"{part}/kernel" for part in ("query", "key", "value", "out")]
     mlp = [f"mlp/{part}/kernel" for part in (("wi_0", "wi_1") if gated else ("wi",))]
@@ -205,12 +205,12 @@ def test_parameters_have_the_names_of_t5x(config):
 @CONFIGS
 def test_every_parameter_has_logical_axes_that_the_table_knows(config):
     model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    axes, shapes = tree.logical_axes(model), tree.split(model)[1]
+    axes, shapes = param_tree.logical_axes(model), param_tree.split(model)[1]
     assert axes.keys() == shapes.keys()
     for name, own in axes.items():
         assert len(own) == len(shapes[name].shape), name
         assert all(axis in RULES for axis in own), name
-    assert axes == tree.logical_axes(make_t5(config))  # kept when weights are filled in
+    assert axes == param_tree.logical_axes(make_t5(config))  # kept when weights are filled in
 
 
 PUBLISHED = {
@@ -229,7 +229,7 @@ PUBLISHED = {
 
 def abstract_size(config):
     model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    return tree.count(tree.split(model)[1])
+    return param_tree.count(param_tree.split(model)[1])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -260,19 +260,19 @@ def test_bfloat16_compute_is_close_to_float32(config):
     low = call(model, SOURCE, TARGET, PROMPT)
     assert low.dtype == jnp.float32
     assert encode(model, SOURCE, PROMPT).hidden_BUD.dtype == jnp.bfloat16
-    assert {p.dtype for p in tree.split(model)[1].values()} == {jnp.dtype(jnp.float32)}
+    assert {p.dtype for p in param_tree.split(model)[1].values()} == {jnp.dtype(jnp.float32)}
     error = np.linalg.norm(low - logits) / np.linalg.norm(logits)
     assert 0 < error < 0.03
 
 
 def test_bfloat16_parameters_are_held_and_used_as_they_are():
     model = make_t5(param_dtype=jnp.bfloat16)
-    graphdef, params = tree.split(model)
+    graphdef, params = param_tree.split(model)
     assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.bfloat16)}
     drawn = nnx.eval_shape(lambda: T5(T5_1_1, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
-    assert {p.dtype for p in tree.split(drawn)[1].values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {p.dtype for p in param_tree.split(drawn)[1].values()} == {jnp.dtype(jnp.bfloat16)}
     # The same numbers in float32 give the same logits: nothing is rounded on the way.
-    wide = tree.merge(graphdef, {name: p.astype(jnp.float32) for name, p in params.items()})
+    wide = param_tree.merge(graphdef, {name: p.astype(jnp.float32) for name, p in params.items()})
     held = call(model, SOURCE, TARGET, PROMPT)
     np.testing.assert_allclose(held, call(wide, SOURCE, TARGET, PROMPT), atol=1e-5)
 
@@ -290,7 +290,8 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 
 
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
-    from prompt_tuning_jax.models import attention, blocks, layers, t5
+    from prompt_tuning_jax.models import layers
+    from prompt_tuning_jax.models.t5 import attention, blocks, model
 
     axes = []
 
@@ -303,7 +304,7 @@ def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monke
             axes.append(shared_axis)
             return x
 
-        for module in (attention, blocks, layers, t5):
+        for module in (attention, blocks, layers, model):
             monkeypatch.setattr(module, "dropout", spy)
         make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=key)
         return jnp.stack(used)
@@ -343,14 +344,14 @@ def test_a_module_put_in_the_place_of_any_linear_is_used(config):
     want = call(make_t5(config), SOURCE, TARGET)
     model = make_t5(config)
     replaced = with_scaled_linears(model)
-    kernels = [name for name in tree.split(make_t5(config))[1] if name.endswith("/kernel")]
+    kernels = [name for name in param_tree.split(make_t5(config))[1] if name.endswith("/kernel")]
     assert {f"{name}/kernel" for name in replaced} == set(kernels)
-    graphdef, params = tree.split(model)
+    graphdef, params = param_tree.split(model)
     shares = {name: p for name, p in params.items() if name.endswith("/share")}
     assert len(shares) == len(replaced)
 
     def loss(shares):
-        logits = tree.merge(graphdef, {**params, **shares})(SOURCE, TARGET)
+        logits = param_tree.merge(graphdef, {**params, **shares})(SOURCE, TARGET)
         return jnp.sum(logits * normal(2, 6, V, seed=7)), logits
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(shares)

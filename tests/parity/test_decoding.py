@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.decoding import HuggingFaceRule, T5XRule, beam_search, greedy
-from prompt_tuning_jax.models.t5 import Encoded
+from prompt_tuning_jax.inference.decoding import HuggingFaceRule, T5XRule, beam_search, greedy
+from prompt_tuning_jax.models.t5.model import Encoded
 
 EOS = 1
 T5X_WIDTH = 12 + 20  # encoder positions of the longest recorded prompt
@@ -22,7 +22,7 @@ LOGITS = "decoder/logits_dense/kernel"
 
 @partial(jax.jit, static_argnums=0)
 def encode(graphdef, params, tokens_BT, prompt_PD=None):
-    return tree.merge(graphdef, params).encode(tokens_BT, prompt_PD)
+    return param_tree.merge(graphdef, params).encode(tokens_BT, prompt_PD)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_length", "num_beams", "rule"))
@@ -30,7 +30,7 @@ def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None, hf_
     """Beams, or greedy ids with no ``num_beams``.  ``hf_penalty`` is traced, so compiled once."""
     if hf_penalty is not None:
         rule = HuggingFaceRule(length_penalty=hf_penalty)
-    model = tree.merge(graphdef, params)
+    model = param_tree.merge(graphdef, params)
     size = {"num_rows": encoded.mask_BU.shape[0], "max_length": max_length}
     cross, cache = model.start_decoding(encoded, max_length)
     cross, mask = jax.tree.map(
@@ -49,7 +49,7 @@ def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None, hf_
 def t5x(shared):
     folder = shared / "fixtures" / "t5x"
     model = load_model(str(folder / "tiny_t5x" / "checkpoint_3"), relpos_max_distance=8)
-    return tree.split(model), dict(np.load(folder / "decode.npz"))
+    return param_tree.split(model), dict(np.load(folder / "decode.npz"))
 
 
 def t5x_case(t5x, prompt_name, *, eos):
@@ -87,7 +87,7 @@ def test_t5x(t5x, prompt_name, eos):
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_hugging_face(shared, name):
     folder = shared / "fixtures" / "hf" / name
-    graphdef, params = tree.split(load_model(str(folder)))
+    graphdef, params = param_tree.split(load_model(str(folder)))
     recorded = np.load(folder / "cases.npz")
     encoded = encode(graphdef, params, recorded["input_ids"] * recorded["attention_mask"])
     run = partial(decode, graphdef, params, encoded, max_length=HF_LENGTH)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.inference import generate, score
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.inference.api import generate, score
+from prompt_tuning_jax.models.t5.model import T5
 
 LINES = Path(__file__).with_name("transformers_generate.jsonl").read_text().splitlines()
 RECORDED = [json.loads(line) for line in LINES]

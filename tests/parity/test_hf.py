@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning, mask_of
-from prompt_tuning_jax.optim import make_optimizer, make_schedule
+from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
 
 MODELS = ["a_t5_10", "b_t5_11", "c_flan", "d_mt5", "e_byt5"]
@@ -31,7 +31,7 @@ def load(folder):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, source, decoder_input, prompt=None):
-    model = tree.merge(graphdef, params)
+    model = param_tree.merge(graphdef, params)
     encoded = model.encode(source, prompt)
     return model.decode(decoder_input, encoded), encoded.hidden_BUD
 
@@ -50,7 +50,7 @@ def test_logits_and_loss(hf, name, case):
     mask = want[f"{case}attention_mask"] != 0
     source = want[f"{case}input_ids"] * mask
     logits, hidden = forward(
-        *tree.split(load(hf / name)), source, want[f"{of_targets}decoder_input_ids"]
+        *param_tree.split(load(hf / name)), source, want[f"{of_targets}decoder_input_ids"]
     )
     real = labels != -100
     np.testing.assert_allclose(logits[real], want[f"{case}logits"][real], atol=2e-4)
@@ -67,7 +67,7 @@ def test_peft_prompt(hf, name):
     want, inputs = np.load(folder / "cases.npz"), np.load(hf / name / "cases.npz")
     prompt_PD = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     source = inputs["input_ids"] * inputs["attention_mask"]
-    graphdef, params = tree.split(load(hf / name))
+    graphdef, params = param_tree.split(load(hf / name))
     real = inputs["labels"] != -100
 
     @jax.jit
@@ -95,9 +95,9 @@ def sgd(hf):
     """A step of prompt tuning by plain SGD at rate 1, to be scaled: its state and a runner."""
     model = load(hf / "b_t5_11")
     method = PromptTuning(length=8)
-    graphdef, params = tree.split(method.with_prompt(model, np.zeros((8, 48), np.float32)))
+    graphdef, params = param_tree.split(method.with_prompt(model, np.zeros((8, 48), np.float32)))
     mask = mask_of(method, list(params))
-    _, frozen = tree.partition(params, mask)
+    _, frozen = param_tree.partition(params, mask)
 
     @functools.cache
     def step_at(rate):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.peft.prompts import read_peft_prompts, write_peft_prompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     Attached,
@@ -25,9 +26,8 @@ from prompt_tuning_jax.methods import (
     PromptTuning,
 )
 from prompt_tuning_jax.methods.p_tuning import BothWays, LstmEncoder, MlpEncoder
-from prompt_tuning_jax.methods.peft_prompts import read_peft_prompts, write_peft_prompts
-from prompt_tuning_jax.models.config import T5Config
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import make_t5, normal, shifted, token_rows
 from tests.parity.test_peft_prompts import in_peft, libraries
 
@@ -67,17 +67,17 @@ def load(folder: Path) -> T5:
 
 def attached_with(model: T5, method: Method, tuned: Any) -> Attached:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
-    graphdef, params = tree.split(fresh)
+    graphdef, params = param_tree.split(fresh)
     own = {name: p for name, p in params.items() if method.trains(name)}
-    tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
+    param_tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
     arrays = {name: jnp.asarray(array) for name, array in tuned.items()}
-    merged: Attached = tree.merge(graphdef, {**params, **arrays})
+    merged: Attached = param_tree.merge(graphdef, {**params, **arrays})
     return merged
 
 
 def logits(attached: Attached, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
-    graphdef, params = tree.split(attached)
-    run = jax.jit(lambda p: tree.merge(graphdef, p)(source, target, task_B=task_B))
+    graphdef, params = param_tree.split(attached)
+    run = jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target, task_B=task_B))
     return np.asarray(run(params))
 
 
@@ -162,7 +162,7 @@ def test_what_is_written_gives_the_same_logits_in_peft(
     libraries: Any, tmp_path: Path, method: Method, tuned: Any, tasks: Any
 ) -> None:
     model = make_t5(SQUARE)
-    write_hf(tmp_path / "m", SQUARE, tree.split(model)[1], dtype="float32")
+    write_hf(tmp_path / "m", SQUARE, param_tree.split(model)[1], dtype="float32")
     write_peft_prompts(
         tmp_path / "a", method, tuned, config=SQUARE, base_model_name_or_path=str(tmp_path / "m")
     )

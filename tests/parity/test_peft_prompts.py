@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.peft import read_peft, write_peft
+from prompt_tuning_jax.checkpoints.peft.adapter_file import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.training.losses import token_sums
 
 MODELS = ["a_t5_10", "b_t5_11", "c_flan", "d_mt5", "e_byt5"]
 
@@ -23,12 +23,12 @@ def hf(shared):
 
 @functools.cache
 def load(folder):
-    return tree.split(load_model(str(folder)))
+    return param_tree.split(load_model(str(folder)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, source, decoder_input, prompt_PD):
-    model = tree.merge(graphdef, params)
+    model = param_tree.merge(graphdef, params)
     encoded = model.encode(source, prompt_PD)
     return model.decode(decoder_input, encoded), encoded.hidden_BUD
 

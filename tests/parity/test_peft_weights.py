@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.checkpoints.hf import write_hf
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.peft import CONFIG, WEIGHTS
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import IA3, Attached, Context, LoRA, Method, mask_of
-from prompt_tuning_jax.methods.merging import merge
-from prompt_tuning_jax.methods.peft_weights import (
+from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
+from prompt_tuning_jax.checkpoints.peft.weights import (
     peft_kind,
     read_peft_weights,
     write_peft_weights,
 )
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import IA3, Attached, Context, LoRA, Method, mask_of
+from prompt_tuning_jax.methods.merging import merge
+from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import T5_1_0, T5_1_1, make_t5, normal, shifted, token_rows
 from tests.parity.test_peft_prompts import in_peft, libraries
 
@@ -39,22 +39,24 @@ def hf(shared: Path) -> Path:
 
 def attached_with(model: T5, method: Method, tuned: Any) -> Attached:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
-    graphdef, params = tree.split(fresh)
-    own, frozen = tree.partition(params, mask_of(method, list(params)))
-    tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
-    merged: Attached = tree.merge(graphdef, {**frozen, **jax.tree.map(jnp.asarray, dict(tuned))})
+    graphdef, params = param_tree.split(fresh)
+    own, frozen = param_tree.partition(params, mask_of(method, list(params)))
+    param_tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
+    merged: Attached = param_tree.merge(
+        graphdef, {**frozen, **jax.tree.map(jnp.asarray, dict(tuned))}
+    )
     return merged
 
 
 def logits(module: Attached | T5, source: Any, target: Any) -> np.ndarray:
-    graphdef, params = tree.split(module)
-    return np.asarray(jax.jit(lambda p: tree.merge(graphdef, p)(source, target))(params))
+    graphdef, params = param_tree.split(module)
+    return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target))(params))
 
 
 def random_tuned(model: T5, method: Method) -> dict[str, np.ndarray]:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
-    names = [n for n, trains in mask_of(method, list(tree.split(fresh)[1])).items() if trains]
-    params = tree.split(fresh)[1]
+    names = [n for n, trains in mask_of(method, list(param_tree.split(fresh)[1])).items() if trains]
+    params = param_tree.split(fresh)[1]
     return {n: normal(*params[n].shape, seed=i, scale=0.3) for i, n in enumerate(names)}
 
 
@@ -113,7 +115,7 @@ def test_adapters_from_here_do_the_same_in_peft(
 ) -> None:
     method, model = METHODS[name], make_t5(config)
     tuned = random_tuned(model, method)
-    write_hf(tmp_path / "m", config, tree.split(model)[1], dtype="float32")
+    write_hf(tmp_path / "m", config, param_tree.split(model)[1], dtype="float32")
     write_peft_weights(
         tmp_path / "a", method, tuned, config=config, base_model_name_or_path=str(tmp_path / "m")
     )

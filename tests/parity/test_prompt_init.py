@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.vocab import load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
 from prompt_tuning_jax.methods import prompt_init
 
 

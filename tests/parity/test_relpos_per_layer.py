@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.checkpoints.hf import model_type_of, open_hf, write_hf
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, open_hf, write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.inference import generate
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.inference.api import generate
+from prompt_tuning_jax.models.t5.model import T5
 
 EOS = 1
 RELPOS = "SelfAttention.relative_attention_bias.weight"
@@ -47,11 +47,11 @@ def test_scanned_t5x(shared: Path, variant: str) -> None:
 def forward(model: T5, source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     @jax.jit
     def run(params: Any) -> Any:
-        of = tree.merge(graphdef, params)
+        of = param_tree.merge(graphdef, params)
         encoded = of.encode(source)
         return of.decode(target, encoded), encoded.hidden_BUD
 
-    graphdef, params = tree.split(model)
+    graphdef, params = param_tree.split(model)
     logits, hidden = run(params)
     return np.asarray(logits), np.asarray(hidden)
 

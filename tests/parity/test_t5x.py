@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.losses import token_sums
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning, mask_of
-from prompt_tuning_jax.optim import make_optimizer, make_schedule
+from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
 
 PROMPT_LENGTHS = (5, 20)
@@ -99,9 +99,9 @@ def test_thirty_training_steps(model, t5x, length, start):
     of = f"p{length}_{start}_"
     config = original_optimizer(STARTS[start])
     method = PromptTuning(length=length)
-    graphdef, params = tree.split(method.with_prompt(model, want[of + "init_prompt"]))
+    graphdef, params = param_tree.split(method.with_prompt(model, want[of + "init_prompt"]))
     mask = mask_of(method, list(params))
-    tuned, frozen = tree.partition(params, mask)
+    tuned, frozen = param_tree.partition(params, mask)
     optimizer = make_optimizer(config, mask)
     state = init_state({name: p[None] for name, p in tuned.items()}, optimizer)
     step = make_train_step(

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from prompt_tuning_jax.commands.planning import plan_as_dict, plan_lines
-from prompt_tuning_jax.experiment import Experiment, Model, Training
+from prompt_tuning_jax.config.experiment import Experiment, Model, Training
 from prompt_tuning_jax.planning.chips import GIB
 from prompt_tuning_jax.planning.plan import MeshPlan, Plan, _advice
 from prompt_tuning_jax.planning.program import _EXCEEDED, Program
+from prompt_tuning_jax.planning.report import plan_as_dict, plan_lines
 from prompt_tuning_jax.planning.roofline import roofline
 from prompt_tuning_jax.planning.topology import parse_topology
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from prompt_tuning_jax import build
-from prompt_tuning_jax.experiment import Data, Evaluation, Experiment, Model, Training
-from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
-from prompt_tuning_jax.sharding import make_mesh
+from prompt_tuning_jax.training import build
 from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_1, make_t5
 

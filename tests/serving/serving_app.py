@@ -10,9 +10,9 @@ import httpx
 from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.changes import KeptChanges
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.folder import find_tasks, load_found
 from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.task_store import find_tasks, load_found
 from prompt_tuning_jax.serving.tasks import Fits, Tasks
 from tests.serving.serving_micro import D, micro_engine, micro_model, write_prompt
 

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax import build, tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.tuned_file import StoredTuned, save_tuned
-from prompt_tuning_jax.commands.serving import Serving, open_service
-from prompt_tuning_jax.experiment import Experiment, Model
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
+from prompt_tuning_jax.config.experiment import Experiment, Model
+from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.methods import Attached, Context, LoRA, Method, mask_of
-from prompt_tuning_jax.overrides import method_to_json, to_json
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
+from prompt_tuning_jax.serving.launch import Serving, open_service
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.structures import ServedMethod
+from prompt_tuning_jax.training import build
 from tests import tiny_run
 from tests.serving.serving_app import running
 from tests.serving.serving_micro import micro_model
@@ -40,14 +41,14 @@ def moved(
     model = micro_model()
     context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=tasks)
     attached = method.attach(model, key=jax.random.key(seed), context=context)
-    graphdef, params = tree.split(attached)
+    graphdef, params = param_tree.split(attached)
     draw = np.random.default_rng(seed)
     moved = {
         name: p + jnp.asarray(0.3 * draw.normal(size=p.shape), p.dtype)
         for name, p in params.items()
         if method.trains(name)
     }
-    return tree.merge(graphdef, {**params, **moved})
+    return param_tree.merge(graphdef, {**params, **moved})
 
 
 def stored(
@@ -56,7 +57,7 @@ def stored(
     """What is kept of it."""
     attached = moved(method, seed=seed, labels=labels, tasks=len(tasks) or 1)
     kept, folded = method.folded(attached)
-    params = tree.split(folded)[1]
+    params = param_tree.split(folded)[1]
     mask = mask_of(kept, list(params))
     metadata = PromptMetadata(
         model_fingerprint=build.model_fingerprint(micro_model()),

@@ -8,7 +8,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.models.t5 import T5
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.shapes import Shapes, Targets
 from prompt_tuning_jax.serving.tasks import ServedPrompt

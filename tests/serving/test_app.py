@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import generate, score
-from prompt_tuning_jax.serving.guard import checked_origin, checked_token
+from prompt_tuning_jax.inference.api import generate, score
 from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.middleware import checked_origin, checked_token
 from prompt_tuning_jax.serving.service import Service
 from tests.serving.serving_app import ADMIN, ask, make_service, running, task_folder
 from tests.serving.serving_micro import D, micro_model, write_prompt

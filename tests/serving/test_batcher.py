@@ -14,10 +14,10 @@ from prompt_tuning_jax.serving.batcher import (
     WorkerFailedError,
     WrittenRow,
 )
+from prompt_tuning_jax.serving.decode_state import Written
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.metrics import Metrics
 from prompt_tuning_jax.serving.rows import Row
-from prompt_tuning_jax.serving.table import Written
 from tests.serving.serving_micro import SHAPES, micro_model
 
 

@@ -251,7 +251,7 @@ def test_addresses_that_are_fine() -> None:
 
 @pytest.mark.parametrize("port", ["99999", "-1", "http", "8000.5", "9" * 5000])
 def test_the_command_refuses_what_is_no_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from prompt_tuning_jax.cli import main
+    from prompt_tuning_jax.cli.main import main
 
     assert main(["serve", "--prompts", "nowhere", f"--port={port}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

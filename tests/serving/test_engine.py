@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.decoding import LogitsProcessors
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.member_programs import Writing, label_scores, write
+from prompt_tuning_jax.inference.decoding import LogitsProcessors
+from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
@@ -62,8 +62,8 @@ def _structure(placement: str | None) -> tuple[object, dict, dict]:  # type: ign
     else:
         method = PromptTuning(placement=placement)  # type: ignore[arg-type]
         attached = method.with_prompt(model, np.zeros((1, 16), np.float32))
-    graphdef, params = tree.split(attached)
-    return graphdef, *tree.partition(params, {name: name == PROMPT for name in params})
+    graphdef, params = param_tree.split(attached)
+    return graphdef, *param_tree.partition(params, {name: name == PROMPT for name in params})
 
 
 def alone(row: Row) -> tuple[object, dict, dict, np.ndarray]:  # type: ignore[type-arg]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.commands.serving import Serving, default_experiment, open_service
+from prompt_tuning_jax.config.experiment import Experiment, Model
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Experiment, Model
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.overrides import to_json
-from prompt_tuning_jax.serving.folder import find_tasks, load_found, task_name
+from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
+from prompt_tuning_jax.serving.task_store import find_tasks, load_found, task_name
 from prompt_tuning_jax.serving.tasks import check_name, natural
 from tests.serving.serving_app import fits
 from tests.serving.serving_micro import write_prompt

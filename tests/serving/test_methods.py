@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import commands, member_programs
-from prompt_tuning_jax.commands.serving import Serving
-from prompt_tuning_jax.experiment import Evaluation, Experiment
-from prompt_tuning_jax.inference import token_ids
+from prompt_tuning_jax.config.experiment import Evaluation, Experiment
+from prompt_tuning_jax.inference import ensemble
+from prompt_tuning_jax.inference.api import token_ids
+from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
     DeepPrompts,
@@ -24,8 +25,8 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     PTuning,
 )
-from prompt_tuning_jax.opened_prompts import open_prompts
 from prompt_tuning_jax.serving import methods
+from prompt_tuning_jax.serving.launch import Serving
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.shapes import Program
@@ -80,7 +81,7 @@ def label_scores(file: Path) -> np.ndarray:
     model = micro_model()
     (members,) = open_prompts(experiment(), model, [str(file)]).groups
     tokens_BT, labels_CS = token_ids(model, INPUTS), token_ids(model, LABELS)
-    scores = member_programs.label_scores(
+    scores = ensemble.label_scores(
         members.graphdef, members.tuned, members.frozen, tokens_BT, labels_CS, 1
     )
     return np.asarray(scores)[0]
@@ -204,7 +205,7 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
         body = {"task": names, "inputs": [*INPUTS, "ban red", "ban red"], "mode": "generate"}
         results = (await ask(client, **body)).json()["results"]
         for name, text, result in zip(names, body["inputs"], results, strict=True):
-            (known,) = commands.predict(
+            (known,) = predict(
                 experiment("greedy"),
                 prompts=[str(tmp_path / f"{name}.safetensors")],
                 inputs=[text],

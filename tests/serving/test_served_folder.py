@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.tuned_file import open_tuned, save_tuned
+from prompt_tuning_jax.checkpoints.peft.weights import write_peft_weights
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned, save_tuned
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     IA3,
@@ -16,9 +17,8 @@ from prompt_tuning_jax.methods import (
     FullTuning,
     MultitaskPrompts,
 )
-from prompt_tuning_jax.methods.peft_weights import write_peft_weights
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.structures import ServedMethod
 from prompt_tuning_jax.serving.tasks import ServedPrompt
 from tests.serving.serving_app import ADMIN
 from tests.serving.serving_methods import (

@@ -94,9 +94,9 @@ def test_the_command_serves_drains_and_ends_well(tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from prompt_tuning_jax.commands import serve
+    from prompt_tuning_jax.config.experiment import Experiment, Model
     from prompt_tuning_jax.errors import UserError
-    from prompt_tuning_jax.experiment import Experiment, Model
+    from prompt_tuning_jax.serving.launch import serve
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -128,7 +128,7 @@ def test_what_cannot_be_served_is_said_at_once(
 ) -> None:
     import numpy as np
 
-    from prompt_tuning_jax.cli import main
+    from prompt_tuning_jax.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").mkdir()
@@ -136,7 +136,7 @@ def test_what_cannot_be_served_is_said_at_once(
     np.save(tmp_path / "bad" / "narrow.npy", np.ones((3, 5), np.float32))
     write_prompt(tmp_path / "good" / "one.safetensors", 3)
     # What it does to its process is for good.
-    monkeypatch.setattr("prompt_tuning_jax.serving.heap.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("prompt_tuning_jax.serving.malloc_trim.keep_freed_memory", lambda: False)
     assert main(["serve", "--model", str(model_folder()), "--port", "0", *arguments]) == 2
     *before, said = capsys.readouterr().err.splitlines()
     assert message in said and before in ([], [f"opening {model_folder()} and {arguments[1]}"])

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.folder import find_tasks, load_found
+from prompt_tuning_jax.serving.task_store import find_tasks, load_found
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
 from tests.serving.serving_app import ADMIN, ask, fits, make_service, running

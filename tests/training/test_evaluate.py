@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.data.buckets import Buckets
-from prompt_tuning_jax.data.loader import eval_plan
-from prompt_tuning_jax.data.metrics import get_metric
-from prompt_tuning_jax.data.ragged import make_ragged
-from prompt_tuning_jax.data.task import Source, Task
-from prompt_tuning_jax.data.tokenize import TokenizedExamples
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.loader import eval_plan
+from prompt_tuning_jax.data.batching.ragged import make_ragged
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.metrics import get_metric
+from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import generate, score, token_ids
+from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.methods import PROMPT, NoTuning, PromptTuning
 from prompt_tuning_jax.training.evaluate import Predictions, Predictor, score_members
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal
@@ -51,8 +51,8 @@ def model():
 
 def predict(model, strategy, prompts_EPD=PROMPTS_EPD, *, batch_size=4, number=None, **kwargs):
     attached = PromptTuning(length=2).with_prompt(model, prompts_EPD[0])
-    graphdef, params = tree.split(attached)
-    _, frozen = tree.partition(params, {name: name == PROMPT for name in params})
+    graphdef, params = param_tree.split(attached)
+    _, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
     predictor = Predictor(
         graphdef=graphdef,
         vocabulary=WORDS,
@@ -133,7 +133,7 @@ def test_a_member_predicts_the_same_alone_and_groups_join(model):
 
 
 def test_the_bare_model_is_one_member(model):
-    graphdef, frozen = tree.split(NoTuning().attach(model, key=None, context=None))
+    graphdef, frozen = param_tree.split(NoTuning().attach(model, key=None, context=None))
     predictor = Predictor(
         graphdef=graphdef,
         vocabulary=WORDS,
@@ -164,7 +164,7 @@ def test_votes_and_scores_by_hand():
 
 
 def test_ranking_needs_labels(model):
-    graphdef, _ = tree.split(NoTuning().attach(model, key=None, context=None))
+    graphdef, _ = param_tree.split(NoTuning().attach(model, key=None, context=None))
     with pytest.raises(UserError, match="strategy=rank needs labels") as error:
         Predictor(graphdef=graphdef, vocabulary=WORDS, strategy="rank", batch_size=4, max_length=5)
     assert "\n" not in str(error.value)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.division import Division
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.losses import token_sums
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.training.microbatching import Division
 from prompt_tuning_jax.training.step import step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
@@ -210,7 +210,7 @@ def test_no_frozen_array_is_in_the_state():
     trained = trainer(Optimizer())
     held = sum(leaf.size for leaf in jax.tree.leaves(trained.state))
     assert held < 4 * 3 * D  # the prompt, its second moment, and scalars
-    assert tree.count(trained.frozen) > 5000
+    assert param_tree.count(trained.frozen) > 5000
 
 
 def test_the_step_is_a_pure_function_of_seed_and_step():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prompt_tuning_jax.data.vocab import Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 
 
 @pytest.fixture(scope="session")

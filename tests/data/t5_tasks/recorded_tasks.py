@@ -3,8 +3,8 @@
 import functools
 import json
 
-from prompt_tuning_jax.data.t5_tasks.forms import preprocess_in_form
-from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import preprocess_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 
 NAMES = {
     **{

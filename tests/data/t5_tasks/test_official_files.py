@@ -7,17 +7,17 @@ import logging
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.t5_tasks import official_files
-from prompt_tuning_jax.data.t5_tasks.official_files import (
+from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.t5_tasks import official_files
+from prompt_tuning_jax.data.tasks.t5_tasks.official_files import (
     has_official_files,
     known_datasets,
     official_fingerprint,
     official_rows,
     official_splits,
 )
-from prompt_tuning_jax.data.task import get_task
-from prompt_tuning_jax.data.tokenize import tokenize
-from prompt_tuning_jax.data.vocab import load_vocabulary
+from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from tests.data.t5_tasks.recorded_tasks import recorded, tfds_rows
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from prompt_tuning_jax.data.metrics import score
-from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.vocab import EOS_ID
+from prompt_tuning_jax.data.tasks.metrics import score
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.vocabularies.vocab import EOS_ID
 from tests.data.t5_tasks.recorded_tasks import NAMES, examples_of, recorded, task_of
 
 RESULTS = [

@@ -1,20 +1,20 @@
 """The recorded edge cases of the original."""
 
-from prompt_tuning_jax.data.metrics import score
-from prompt_tuning_jax.data.t5_tasks import metrics, postprocess
-from prompt_tuning_jax.data.t5_tasks.answers import squad as squad_scores
-from prompt_tuning_jax.data.t5_tasks.forms import (
+from prompt_tuning_jax.data.tasks.metrics import score
+from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
+from prompt_tuning_jax.data.tasks.t5_tasks.answers import squad as squad_scores
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import (
     preprocess_in_form,
     task_index_id,
     with_task_index,
 )
-from prompt_tuning_jax.data.t5_tasks.tables import GLUE, T5_TASKS
-from prompt_tuning_jax.data.t5_tasks.transfer import (
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import GLUE, T5_TASKS
+from prompt_tuning_jax.data.tasks.t5_tasks.transfer import (
     DUPLICATE_TO_EQUIVALENT,
     EQUIVALENT_TO_DUPLICATE,
     translate,
 )
-from prompt_tuning_jax.data.vocab import EOS_ID
+from prompt_tuning_jax.data.vocabularies.vocab import EOS_ID
 from tests.data.t5_tasks.recorded_tasks import examples_of, recorded
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prompt_tuning_jax.commands import dump
+from prompt_tuning_jax.cli.tasks import dump
 
 CODE = """
 import json, sys

@@ -7,15 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.metrics import score
-from prompt_tuning_jax.data.t5_tasks import metrics, postprocess
-from prompt_tuning_jax.data.t5_tasks.answers import normalized, squad
-from prompt_tuning_jax.data.t5_tasks.metrics import (
+from prompt_tuning_jax.data.tasks.metrics import score
+from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
+from prompt_tuning_jax.data.tasks.t5_tasks.answers import normalized, squad
+from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,
     super_glue_task_score,
 )
-from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.errors import UserError
 
 SUMMARIES = ("The cat sat . It ran away .", "A dog barked .", "Rain fell all day . Then snow .")
@@ -208,7 +208,7 @@ def test_the_metrics_module_imports_no_library_until_used():
     import subprocess
 
     code = (
-        "import sys, prompt_tuning_jax.data.t5_tasks.tables;"
+        "import sys, prompt_tuning_jax.data.tasks.t5_tasks.tables;"
         "print(*(sys.modules.keys() & {'sklearn', 'scipy', 'rouge_score', 'jax', 'tensorflow'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,15 +6,15 @@ import pickle
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.code_identity import code_identity
-from prompt_tuning_jax.data.t5_tasks.forms import (
+from prompt_tuning_jax.data.tasks.code_identity import code_identity
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import (
     preprocess_in_form,
     task_index_id,
     without_task_word,
 )
-from prompt_tuning_jax.data.t5_tasks.glue import has_label
-from prompt_tuning_jax.data.t5_tasks.qa import spaced
-from prompt_tuning_jax.data.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
+from prompt_tuning_jax.data.tasks.t5_tasks.qa import spaced
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.errors import UserError
 
 ODD_TEXTS = (

@@ -1,0 +1,231 @@
+"""Where the tensors of a Hugging Face folder lie, each readable part by part.
+
+Safetensors, Flax msgpack and torch files, single or sharded with an index; all come out under
+torch's names and in torch's layout (kernels [out, in]).
+"""
+
+import mmap
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.hf.flax_msgpack import FlaxArray, scan_msgpack
+from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import read_json_file, require_whole
+
+SAFETENSORS = "model.safetensors"
+FLAX = "flax_model.msgpack"
+TORCH = "pytorch_model.bin"
+_LARGEST_INDEX = 2**24  # bytes
+_LONGEST_NAME = 255  # bytes, on all file systems
+INDEX_SUFFIX = ".index.json"
+
+_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
+    """The file or index that says where the tensors are, and the tensors by torch's names.
+
+    Where there are several formats, the first of safetensors, Flax and torch is taken.  Nothing but
+    headers is read until an array is.  Raises UserError for what is missing or damaged.
+    """
+    for kind in _FORMATS:
+        single, index = folder / kind.file, folder / (kind.file + INDEX_SUFFIX)
+        if single.is_file():
+            return single, kind.open(single)
+        if index.is_file():
+            return index, _open_sharded(index, kind)
+    raise UserError(
+        f"{folder} has no {SAFETENSORS}, {FLAX} or {TORCH}, and no {SAFETENSORS}{INDEX_SUFFIX} "
+        "of shards: it holds no weights that can be read"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """``open`` gives a file's arrays by torch's names, ``torch_name`` translates an index's."""
+
+    file: str
+    open: Callable[[Path], dict[str, LazyArray]]
+    torch_name: Callable[[str], str] = str
+
+
+def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
+    shard_of = {kind.torch_name(name): shard for name, shard in _weight_map(index).items()}
+    shards = sorted(set(shard_of.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"{index} lists {len(missing)} of {len(shards)} shards that are not there, "
+            f"{missing[0]} first; fetch them or the folder again"
+        )
+    arrays = {shard: kind.open(index.parent / shard) for shard in shards}
+    for name, shard in shard_of.items():
+        if name not in arrays[shard]:
+            raise UserError(f"{index} says that {shard} holds {name}, and it does not")
+    for shard in shards:
+        unlisted = sorted(name for name in arrays[shard] if shard_of.get(name) != shard)
+        if unlisted:
+            raise UserError(f"{index} does not say that {shard} holds {unlisted[0]}, and it does")
+    return {name: arrays[shard][name] for name, shard in shard_of.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    read = read_json_file(index, of=f"{index} is not an index of shards", max_bytes=_LARGEST_INDEX)
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not an index of shards: its weight_map is empty or no map")
+    for name, shard in weight_map.items():
+        # By the text alone: in the hub's cache the files are links out of the folder.
+        if not _is_file_name(shard):
+            raise UserError(
+                f"{index}: {name[:200]} is in {repr(shard)[:200]}; only the name of a file in this "
+                "folder is read"
+            )
+    return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return len(name.encode()) <= _LONGEST_NAME
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
+    from safetensors import SafetensorError, safe_open
+
+    def damaged(error: Exception) -> UserError:
+        return UserError(f"{path} is damaged or not a safetensors file: {_line(error)}")
+
+    try:
+        file = safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise damaged(error) from error
+
+    def lazy(name: str, part: Any) -> LazyArray:
+        shape = tuple(part.get_shape())
+
+        def read(index: Index) -> HostArray:
+            bounds = _bounds(index, shape)
+            if any(part.start >= part.stop for part in bounds):  # safetensors gives an error
+                return np.empty([max(0, part.stop - part.start) for part in bounds], dtype)
+            try:
+                return np.asarray(file.get_slice(name)[bounds])
+            except (SafetensorError, OSError) as error:
+                raise damaged(error) from error
+
+        stored = part.get_dtype()
+        dtype = _dtype(_SAFETENSORS_DTYPES.get(stored, stored), where=f"{path}: {name}")
+        return LazyArray(shape=shape, dtype=dtype, where=f"{path}: {name}", read=read)
+
+    return {name: lazy(name, part) for name, part in slices.items()}
+
+
+def _open_flax(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
+    try:
+        with path.open("rb") as file:
+            # The arrays are views of the mapped file, which lives as long as they do.
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        leaves = scan_msgpack(mapped)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not a Flax file: {_line(error)}") from error
+
+    def lazy(name: str, leaf: FlaxArray) -> LazyArray:
+        where = f"{path}: {name}"
+        dtype = _dtype(leaf.dtype, where=where)
+        try:
+            leaf.check(dtype)
+        except ValueError as error:
+            raise UserError(f"{where} is damaged: {error}") from error
+        array = LazyArray(
+            shape=leaf.shape,
+            dtype=dtype,
+            where=where,
+            read=lambda index: leaf.read(_bounds(index, leaf.shape), dtype),
+        )
+        return array.transposed() if name.endswith("/kernel") else array
+
+    return {_name_of_flax(name): lazy(name, leaf) for name, leaf in leaves.items()}
+
+
+def _name_of_flax(name: str) -> str:
+    """lm_head/kernel -> lm_head.weight, shared/embedding -> shared.weight."""
+    *path, last = name.split("/")
+    return ".".join([*path, "weight" if last in ("kernel", "embedding") else last])
+
+
+def _open_torch(path: Path) -> dict[str, LazyArray]:
+    require_whole(path)
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a torch file: install torch (pip install torch), "
+            f"or convert the model to {SAFETENSORS}"
+        ) from None
+    try:
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    # Whatever is wrong with the file: torch lets through many kinds of error.
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors, which is not read: {_line(error)}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds no tensors by name but a {type(state).__name__}")
+
+    def lazy(name: str, tensor: Any) -> LazyArray:
+        where = f"{path}: {name}"
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise UserError(f"{where} is a {type(tensor).__name__} and no plain tensor")
+        dtype = _dtype(str(tensor.dtype).removeprefix("torch."), where=where)
+        shape = tuple(tensor.shape)
+
+        def read(index: Index) -> HostArray:
+            part = tensor.detach()[_bounds(index, shape)].contiguous()
+            if part.dtype == torch.bfloat16:  # numpy has none of its own
+                return np.asarray(part.view(torch.int16).numpy()).view(dtype)
+            return np.asarray(part.numpy())
+
+        return LazyArray(shape=shape, dtype=dtype, where=where, read=read)
+
+    return {str(name): lazy(name, tensor) for name, tensor in state.items()}
+
+
+_FORMATS = (
+    _Format(file=SAFETENSORS, open=_open_safetensors),
+    _Format(file=FLAX, open=_open_flax, torch_name=_name_of_flax),
+    _Format(file=TORCH, open=_open_torch),
+)
+
+
+def _dtype(name: str, *, where: str) -> np.dtype:
+    if name not in _DTYPES:
+        raise UserError(f"{where} is stored as {name[:40]}; only {', '.join(_DTYPES)} are read")
+    return _DTYPES[name]
+
+
+def _bounds(index: Index, shape: tuple[int, ...]) -> Index:
+    """The same slices with their ends written out: libraries differ in what they accept."""
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

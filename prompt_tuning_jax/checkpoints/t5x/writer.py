@@ -1,0 +1,231 @@
+"""Writes checkpoints in T5X's own format, version 3, which T5X restores (t5x/checkpoints.py)."""
+
+import itertools
+import math
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.t5x.config import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.location import one_line
+from prompt_tuning_jax.checkpoints.t5x.native import INDEX
+from prompt_tuning_jax.checkpoints.t5x.stored import BFLOAT16, OptimizerState
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import Array, HostArray
+
+AnyArray: TypeAlias = LazyArray | HostArray | Array
+
+_VERSION = 3
+_CHUNK_BYTES = 64 * 1024 * 1024
+_EMBEDDING = "token_embedder/embedding"
+_NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
+# T5X factors the second moment of a prompt of this size in both directions (t5x/adafactor.py).
+_FACTORED_FROM = 128
+
+
+def write_t5x(
+    folder: str | Path,
+    params: Mapping[str, AnyArray],
+    *,
+    step: int,
+    prompt: AnyArray | None = None,
+    state: Mapping[str, AnyArray | None] | None = None,
+    inline: Collection[str] = (),
+) -> Path:
+    """Writes ``checkpoint_<step>`` in ``folder`` and gives its path; numbers keep their type.
+
+    ``params`` are by name, a ``prompt`` [P,D] goes to ``PROMPT``.  ``state`` is the optimizer's, by
+    path (``param_states/...``).  Without one, a checkpoint with a ``prompt`` has the state with
+    which T5X's prompt tuning begins (zeros for the prompt, nothing for the rest), and one without
+    has none, as T5X saves models for inference.  Leaves named in ``inline`` (``target/...``,
+    ``state/...``) go into the index itself.  Everything is written aside and renamed: a checkpoint
+    is whole or not there.  Raises UserError, also if there is one of that step already.
+    """
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**31:
+        raise UserError(f"step of a T5X checkpoint must be a whole number from 0, not {step!r}")
+    target = {name: _lazy(name, array) for name, array in params.items()}
+    if prompt is not None:
+        target[PROMPT] = _fitting_prompt(_lazy(PROMPT, prompt), target)
+        if state is None:
+            state = _first_state(target)
+    state = {} if state is None else state
+    optimizer = {name: None if a is None else _lazy(name, a) for name, a in state.items()}
+    _require_names(target)
+    _require_names(optimizer)
+    if "step" in optimizer:
+        raise UserError("the optimizer's state has an array 'step': give it as step")
+    final = Path(folder) / f"checkpoint_{step}"
+    if os.path.lexists(final):
+        raise UserError(f"{final} exists already: remove it, or write to another folder")
+    # T5X's own mark of a save that is not finished: it and this project pass it over.
+    aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        _write(aside, target, optimizer, step=int(step), inline=inline)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        os.rename(aside, final)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def _write(
+    folder: Path,
+    target: Mapping[str, LazyArray],
+    optimizer: OptimizerState,
+    *,
+    step: int,
+    inline: Collection[str],
+) -> None:
+    from flax import serialization
+
+    leaves: dict[str, Any] = {"state/step": np.array(step, np.int32)}
+    for name, array in target.items():
+        leaves[f"target/{name}"] = _leaf(folder, f"target/{name}", array, inline=inline)
+    for name, slot in optimizer.items():
+        full = f"state/{name}"
+        if slot is None:
+            leaves[full] = None
+        elif (of := target.get(_parameter_of(name))) is None or of.shape != slot.shape:
+            # T5X partitions only the slots that are like their parameter; others are small.
+            leaves[full] = slot.whole()
+        else:
+            leaves[full] = _leaf(folder, full, slot, inline=inline)
+    index = {"version": _VERSION, "optimizer": _nested(leaves)}
+    (folder / INDEX).write_bytes(serialization.msgpack_serialize(index, in_place=True))
+
+
+def _parameter_of(name: str) -> str:
+    """``param_states/<parameter>/<slot>`` -> ``<parameter>``."""
+    return name.removeprefix("param_states/").rpartition("/")[0]
+
+
+def _leaf(folder: Path, name: str, array: LazyArray, *, inline: Collection[str]) -> Any:
+    """The array itself, or its place in the index after it has been written."""
+    if name in inline:
+        return array.whole()
+    import tensorstore
+
+    file = name.replace("/", ".")
+    chunks = _chunk_shape(array)
+    spec = {
+        "driver": "zarr",
+        "dtype": array.dtype.name,
+        "kvstore": {"driver": "file", "path": f"{file}/"},
+        "metadata": {
+            "chunks": list(chunks),
+            "compressor": {"id": "gzip", "level": 1},
+            "shape": list(array.shape),
+        },
+    }
+    here = {**spec, "kvstore": {"driver": "file", "path": f"{folder / file}/"}}
+    try:
+        stored = tensorstore.open(here, create=True).result()
+    except Exception as error:  # TensorStore maps its codes to many kinds
+        raise UserError(f"{array.where}: cannot be written as zarr: {one_line(error)}") from error
+    for part in _grid(array.shape, chunks):
+        block = array.read(part)
+        try:
+            (stored[part] if part else stored).write(block).result()
+        except Exception as error:
+            raise OSError(f"{file}: {one_line(error)}") from error
+    return spec
+
+
+def _chunk_shape(array: LazyArray) -> tuple[int, ...]:
+    """Largest divisors with at most 64 MiB together, the longest axis split first (as T5X)."""
+    most = _CHUNK_BYTES // array.dtype.itemsize
+    chunks = list(array.shape)
+    while math.prod(chunks) > most:
+        axis = chunks.index(max(chunks))
+        size = array.shape[axis]
+        chunks[axis] = next(n for n in range(chunks[axis] - 1, 0, -1) if size % n == 0)
+    return tuple(chunks)
+
+
+def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    starts = (range(0, size, chunk) for size, chunk in zip(shape, chunks, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(slice(at, at + chunk) for at, chunk in zip(corner, chunks, strict=True))
+
+
+def _lazy(name: str, array: AnyArray) -> LazyArray:
+    lazy = array if isinstance(array, LazyArray) else in_memory(np.asarray(array), where=name)
+    if lazy.dtype.kind not in "fiu" and lazy.dtype != BFLOAT16:
+        raise UserError(f"{lazy.where}: T5X has no arrays of {lazy.dtype}")
+    if 0 in lazy.shape:
+        raise UserError(f"{lazy.where}: an array of shape {list(lazy.shape)} holds nothing")
+    return lazy
+
+
+def _fitting_prompt(prompt: LazyArray, target: Mapping[str, LazyArray]) -> LazyArray:
+    table = target.get(_EMBEDDING)
+    width = table.shape[-1] if table is not None and table.shape else None
+    if len(prompt.shape) != 2 or (width is not None and prompt.shape[1] != width):
+        raise UserError(
+            f"the prompt has shape {list(prompt.shape)}; this model takes [length, {width}]"
+        )
+    return prompt
+
+
+def _first_state(target: Mapping[str, LazyArray]) -> dict[str, AnyArray | None]:
+    """Adafactor's slots before the first step, for the prompt alone (t5x/adafactor.py)."""
+    length, width = target[PROMPT].shape
+    factored = min(length, width) >= _FACTORED_FROM
+    shorter, longer = sorted((length, width))
+    shapes = {
+        "m": (1,),
+        "v": (1,) if factored else (length, width),
+        "v_row": (shorter,) if factored else (1,),
+        "v_col": (longer,) if factored else (1,),
+    }
+    state: dict[str, AnyArray | None] = {f"param_states/{name}": None for name in target}
+    del state[f"param_states/{PROMPT}"]
+    for slot, shape in shapes.items():
+        state[f"param_states/{PROMPT}/{slot}"] = np.zeros(shape, np.float32)
+    return state
+
+
+def _require_names(arrays: Mapping[str, object]) -> None:
+    if not all(_NAME.fullmatch(name) for name in arrays):
+        wrong = next(name for name in arrays if not _NAME.fullmatch(name))
+        raise UserError(f"{wrong!r} is no name of an array: letters, digits, _, - between slashes")
+    for name in arrays:
+        parts = name.split("/")
+        if within := next(
+            (p for p in itertools.accumulate(parts, _join) if p in arrays and p != name), None
+        ):
+            raise UserError(f"{within} cannot be an array and hold {name} at once")
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}/{part}"
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of the paths, in the order of their names, which is T5X's."""
+    tree: dict[str, Any] = {}
+    for path in sorted(leaves, key=lambda path: path.split("/")):
+        *parents, name = path.split("/")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[name] = leaves[path]
+    return tree
+
+
+def _flush(path: Path) -> None:
+    """Puts the bytes on the disk before the name points to them, for the sake of power cuts."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,98 @@
+"""What a run of any method keeps: a ``.safetensors`` file of tuned arrays that says what made them.
+
+Prompts have a form of their own (``prompt_file``), which other programs know.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.mapped_safetensors import (
+    map_safetensors,
+    require_at_most,
+    require_finite,
+)
+from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    metadata_from_strings,
+    metadata_to_strings,
+    this_program,
+)
+from prompt_tuning_jax.checkpoints.tuned_format import METHOD, tuned_by
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import json_text, read_json
+
+_TASKS = "tasks"
+_ALWAYS_READ = 2**24  # numbers, whatever the model's size
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTuned:
+    """Tuned arrays by their path in an ``Attached``, and the method that they belong to.
+
+    ``method`` is its config as JSON; ``tasks`` are the names of those trained on together.
+    """
+
+    tuned: Mapping[str, HostArray]
+    method: str
+    metadata: PromptMetadata
+    tasks: tuple[str, ...] = ()
+
+
+def save_tuned(path: Path, stored: StoredTuned) -> None:
+    """Writes the file aside and renames it; the same input gives the same bytes."""
+    metadata = stored.metadata
+    if not metadata.created_by:
+        metadata = dataclasses.replace(metadata, created_by=this_program())
+    strings = metadata_to_strings(metadata) | {METHOD: stored.method}
+    if stored.tasks:
+        strings[_TASKS] = json_text(stored.tasks)
+    with written_aside(path) as aside:
+        aside.write_bytes(safetensors_of(stored.tuned, metadata=strings))
+
+
+def is_tuned_file(path: Path) -> bool:
+    """Whether this is such a file, by its content; False for what cannot be read."""
+    return tuned_by(path) is not None
+
+
+def open_tuned(path: Path) -> StoredTuned:
+    """What ``save_tuned`` wrote, its arrays mapped and not read; UserError for a damaged file."""
+    mapped = map_safetensors(path)
+    tasks = read_json(mapped.metadata.get(_TASKS, "[]"), of=f"{path}: its metadata's {_TASKS}")
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise UserError(f"{path}: its metadata has tasks that are no list of names")
+    return StoredTuned(
+        tuned=mapped.arrays,
+        method=mapped.metadata.get(METHOD, ""),
+        metadata=metadata_from_strings(mapped.metadata, path=path),
+        tasks=tuple(tasks),
+    )
+
+
+def read_tuned(path: Path, config: T5Config) -> StoredTuned:
+    """What ``save_tuned`` wrote, for a model of this configuration.
+
+    UserError for a file that is damaged or not finite, or far too large for the model.
+    """
+    stored = open_tuned(path)
+    require_plausible(stored.tuned, config, of=str(path))
+    require_finite(stored.tuned, of=str(path))
+    tuned = {name: np.array(array) for name, array in stored.tuned.items()}
+    return dataclasses.replace(stored, tuned=tuned)
+
+
+def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:
+    """UserError where a method would have tuned more than twice what the whole model holds."""
+    whole = sum(map(prod, parameter_shapes(config).values()))
+    most = 2 * whole + _ALWAYS_READ
+    require_at_most(arrays, most, of=of, why="and for a model of this size at most these are read:")

@@ -1,0 +1,1 @@
+"""What an experiment is: dataclasses, overrides, validation, config files and gin."""

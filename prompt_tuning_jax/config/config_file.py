@@ -1,0 +1,116 @@
+"""Configs as files: a Python file with ``get_config()``, and the JSON file of a run."""
+
+import dataclasses
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Experiment
+from prompt_tuning_jax.config.overrides import MAX_BYTES, checked_experiment, from_json
+from prompt_tuning_jax.config.paths import moved_to
+from prompt_tuning_jax.errors import UserError, suggest
+
+# Not config.json: that is what says that a folder holds a model of Hugging Face's.
+RUN_CONFIG = "experiment.json"
+
+
+def load_config(path: str) -> Experiment:
+    """Run a Python file and return what its ``get_config()`` returns.
+
+    UserError for a file that is missing or is not Python, no ``get_config``, a result that is not
+    an Experiment, a misspelt field and a value of another type.  Other errors of the file are
+    passed on with their traceback, which is what its author needs.
+    """
+    file = Path(path)
+    if file.suffix == ".gin":
+        raise UserError(f"{path} is a gin file; give it as --gin_file={path}")
+    try:
+        source = file.read_bytes()
+    except FileNotFoundError:
+        near = suggest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
+        raise UserError(
+            f"no config file {path}; in {file.parent}: {near}; prompt-tuning init lists the "
+            "examples, and writes one"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+
+    # What the config, or its data.module, imports may be beside it.
+    beside = str(file.resolve().parent)
+    if beside not in sys.path and not Path(beside).is_relative_to(Path(__file__).resolve().parent):
+        sys.path.append(beside)
+    # Not imported: a config is found by its path, and leaves no compiled file beside it.
+    module = ModuleType(file.stem)
+    module.__file__ = path
+    try:
+        code = compile(source, path, "exec")
+    except SyntaxError as error:
+        raise UserError(f"{path} line {error.lineno or 1}: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not Python: {error}") from None
+    try:
+        exec(code, module.__dict__)
+        experiment = _get_config(module, path)()
+    except UserError as error:
+        line = _line_in(path, error.__traceback__)
+        raise UserError(f"{path} line {line}: {error}" if line else str(error)) from None
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"{path}: get_config() must return an Experiment and returned "
+            f"{type(experiment).__name__}"
+        )
+    try:
+        return checked_experiment(experiment)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def run_config(prompt: str) -> Experiment | None:
+    """The experiment of the run that a prompt belongs to, from the run's ``experiment.json``.
+
+    ``prompt`` is the run's working directory, or a folder in it, or a file in either.  None where
+    there is no such file; UserError for one that cannot be read as an experiment.
+
+    A run's folder may come from anyone, so ``data.module`` is marked as ``NOT_IMPORTED``: a module
+    is imported only where the user names it.
+    """
+    saved = saved_config(prompt)
+    if saved is None or not saved.data.module:
+        return saved
+    data = dataclasses.replace(saved.data, module=NOT_IMPORTED + saved.data.module)
+    return dataclasses.replace(saved, data=data)
+
+
+def saved_config(prompt: str) -> Experiment | None:
+    """As ``run_config``, with ``data.module`` as it was saved: to be compared, never imported."""
+    path = Path(prompt)
+    for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
+        file = folder / RUN_CONFIG
+        if not file.is_file():
+            continue
+        try:
+            with file.open("rb") as opened:
+                return moved_to(from_json(opened.read(MAX_BYTES + 1)), folder)
+        except (UserError, OSError) as error:
+            raise UserError(f"{file}: {error}") from None
+    return None
+
+
+def _get_config(module: ModuleType, path: str) -> Callable[[], object]:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} has no function get_config() that returns an Experiment")
+    try:
+        inspect.signature(get_config).bind()
+    except TypeError:
+        raise UserError(f"{path}: get_config() must need no arguments") from None
+    found: Callable[[], object] = get_config
+    return found
+
+
+def _line_in(path: str, trace: TracebackType | None) -> int | None:
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
+    return lines[-1] if lines else None

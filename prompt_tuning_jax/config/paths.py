@@ -1,0 +1,63 @@
+"""The paths of an experiment: what a run keeps of them, so that it is found from anywhere."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.config.experiment import Experiment
+
+
+def with_whole_paths(experiment: Experiment) -> Experiment:
+    """The experiment with absolute paths of the files and folders that it names.
+
+    Names of models, ``gs://`` and what is not there stay as they are.
+    """
+    workdir = experiment.training.workdir
+    training = dataclasses.replace(
+        experiment.training, workdir=os.path.abspath(Path(workdir).expanduser()) if workdir else ""
+    )
+    return _with_paths(dataclasses.replace(experiment, training=training), _whole)
+
+
+def moved_to(experiment: Experiment, folder: str | Path) -> Experiment:
+    """A saved experiment for the folder that its run is in now: what was in it is there still."""
+    before, now = experiment.training.workdir, os.path.abspath(folder)
+    if not os.path.isabs(before) or before == now:
+        return experiment
+
+    def moved(path: str) -> str:
+        inside = os.path.relpath(path, before) if os.path.isabs(path) else os.pardir
+        if inside.split(os.sep)[0] == os.pardir or os.path.exists(path):
+            return path
+        there = os.path.join(now, inside)
+        return there if os.path.exists(there) else path
+
+    return _with_paths(experiment, moved)
+
+
+def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experiment:
+    """The experiment with ``change`` made to all that may be a path."""
+    model, data, method = experiment.model, experiment.data, experiment.method
+    named = model.name_or_path
+    if named not in (*BUNDLED, *T5X_MODELS) and not model.random_weights:
+        named = change(named)
+    model = dataclasses.replace(model, name_or_path=named, vocabulary=change(model.vocabulary))
+    probes = (":".join(map(change, p.split(":"))) if ":" in p else p for p in data.probes)
+    data = dataclasses.replace(
+        data,
+        train=change(data.train),
+        eval=change(data.eval),
+        data_dir=change(data.data_dir),
+        dictionary=change(data.dictionary),
+        probes=tuple(probes),
+    )
+    if init_path := getattr(method, "init_path", ""):
+        method = dataclasses.replace(method, init_path=change(init_path))  # type: ignore[type-var]
+    return dataclasses.replace(experiment, model=model, data=data, method=method)
+
+
+def _whole(path: str) -> str:
+    place = Path(path).expanduser() if path else Path()
+    return os.path.abspath(place) if path and place.exists() else path

@@ -1,0 +1,255 @@
+"""Values of an Experiment that have the right type and make no sense."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+from prompt_tuning_jax.checkpoints.names import LOGITS
+from prompt_tuning_jax.config.experiment import (
+    Data,
+    Evaluation,
+    Experiment,
+    Mesh,
+    Optimizer,
+    Training,
+)
+from prompt_tuning_jax.config.overrides import checked, checked_experiment
+from prompt_tuning_jax.data.batching.buckets import parse_buckets
+from prompt_tuning_jax.data.batching.class_weights import parse_class_weights
+from prompt_tuning_jax.distributed.sharding import parse_rules
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.decoding.logits_processors import complaints as logits_complaints
+from prompt_tuning_jax.training.optim import parse_rates
+
+# What the random number generators of numpy and JAX both take.
+_MAX_SEED = 2**31
+
+
+def validate(experiment: Experiment) -> Experiment:
+    """The experiment with its values in their exact types; UserError for the first that is wrong.
+
+    Looks at the experiment alone: whether files, tasks and models exist is for those who open them.
+    """
+    experiment = checked_experiment(experiment)
+    for complaint in _complaints(experiment):
+        raise UserError(complaint)
+    return experiment
+
+
+def _complaints(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if not model.name_or_path:
+        yield "model.name_or_path is empty; name a bundled model or a folder, for instance tiny"
+    yield from _outside("model", model, "dropout_rate", low=0, below=1)
+    if model.quantization != "none":
+        if experiment.method.trains(f"model/{LOGITS}"):
+            yield (
+                f"model.quantization is {model.quantization} and {type(experiment.method).__name__}"
+                " trains the weights, which are whole numbers then; set model.quantization=none"
+            )
+        for name in ("embeddings", "attention"):
+            if model.random_weights and getattr(model, name) != "normal":
+                yield (
+                    f"model.{name} is for weights that train; set it to normal, "
+                    "or model.quantization=none"
+                )
+    if hasattr(experiment.method, "length"):
+        yield from _outside("method", experiment.method, "length", low=1)
+    if hasattr(experiment.method, "init_population"):
+        yield from _outside("method", experiment.method, "init_population", low=0)
+    yield from experiment.method.complaints()
+    if experiment.method.ranks and experiment.evaluation.strategy not in ("rank", "auto"):
+        yield (
+            f"evaluation.strategy is {experiment.evaluation.strategy} and "
+            f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
+        )
+    if experiment.method.ranks and experiment.evaluation.normalize_length:
+        yield (
+            f"evaluation.normalize_length is true and {type(experiment.method).__name__} scores "
+            "labels itself, and not by their tokens; set it to false"
+        )
+    yield from _data(experiment.data)
+    yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
+    yield from _training(experiment.training, method=experiment.method)
+    yield from _evaluation(experiment.evaluation, targets_length=experiment.data.targets_length)
+    yield from _mesh(experiment.mesh)
+
+
+def _data(data: Data) -> Iterator[str]:
+    if not (data.task or data.train or data.eval):
+        yield "data.task is empty; name a task, or files of your own in data.train and data.eval"
+    if (repeated := _repeated(data.labels)) is not None:
+        yield f"data.labels has {repeated!r} twice"
+    parse_class_weights(data.class_weights)
+    if data.class_weights and data.objectives:
+        yield "data.class_weights are for labels, and data.objectives trains on text; leave one out"
+    own_files = bool(data.train or data.eval) and not data.objectives
+    for name in ("targets", "allow_empty_targets", "header", "columns", "separator"):
+        if not own_files and getattr(data, name) != getattr(Data(), name):
+            yield (
+                f"data.{name} is for files of your own, and data.train and data.eval name none; "
+                "leave it out"
+            )
+    if data.targets == "text" and data.labels:
+        yield "data.targets is text and data.labels names labels; leave one of them out"
+    if (repeated := _repeated(data.columns)) is not None:
+        yield f"data.columns has {repeated!r} twice"
+    if len(data.separator) > 1 and data.separator.lower() not in ("tab", "\\t"):
+        yield f"data.separator is {data.separator!r}; must be one character, or tab"
+    yield from _outside("data", data, "inputs_length", "targets_length", low=1)
+    longest = max(parse_buckets(data.buckets).lengths, default=0)
+    if longest > data.inputs_length:
+        yield f"data.buckets has {longest} and data.inputs_length is {data.inputs_length}; raise it"
+    yield from _outside("data", data, "max_eval_examples", low=0)
+    if data.objectives and not data.train:
+        yield "data.objectives is given without data.train; name a folder of text files"
+    if data.objective_weights and len(data.objective_weights) != len(data.objectives):
+        yield (
+            f"data.objective_weights has {len(data.objective_weights)} entries and "
+            f"data.objectives has {len(data.objectives)}; give one for each, or none"
+        )
+    if data.probes and not data.objectives:
+        yield "data.probes is given without data.objectives; probes are for pre-training"
+    if "dictionary" in data.objectives and not data.dictionary:
+        yield (
+            "data.objectives has dictionary, and data.dictionary is empty; give it the folder of "
+            "WordNet's files (Debian: apt install wordnet-base, then /usr/share/wordnet)"
+        )
+    if data.objective_weights and min(data.objective_weights) <= 0:
+        yield f"data.objective_weights has {min(data.objective_weights)}; must be above 0"
+    if not 0 < data.noise_density < 1:
+        yield f"data.noise_density is {data.noise_density}; must be above 0 and below 1"
+    yield from _outside("data", data, "mean_span_length", low=1)
+
+
+def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
+    yield from _outside(
+        "optimizer",
+        optimizer,
+        "learning_rate",
+        "warmup_steps",
+        "decay_steps",
+        "end_learning_rate",
+        "weight_decay",
+        "clipping_threshold",
+        "min_dim_size_to_factor",
+        "initial_step",
+        "gradient_clip_norm",
+        low=0,
+    )
+    yield from _outside("optimizer", optimizer, "decay_rate", low=0, high=1)
+    yield from _outside("optimizer", optimizer, "beta1", "beta2", "momentum", low=0, below=1)
+    parse_rates(optimizer.rates)
+    end = optimizer.decay_steps or steps
+    if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
+        yield (
+            f"optimizer.warmup_steps is {optimizer.warmup_steps} and the {optimizer.schedule} "
+            f"schedule ends at step {end} (optimizer.decay_steps or training.steps)"
+        )
+
+
+def _training(training: Training, *, method: Any) -> Iterator[str]:
+    yield from _outside("training", training, "z_loss", "gradient_accumulation", "patience", low=0)
+    yield from _outside(
+        "training",
+        training,
+        "steps",
+        "batch_size",
+        "eval_every",
+        "save_every",
+        "log_every",
+        low=1,
+    )
+    if training.gradient_accumulation >= 1 and training.batch_size % training.gradient_accumulation:
+        yield (
+            f"training.batch_size {training.batch_size} cannot be divided into "
+            f"training.gradient_accumulation {training.gradient_accumulation} equal parts"
+        )
+    seeds = training.seeds
+    if not seeds:
+        yield "training.seeds is empty; give one seed per prompt, for instance 0"
+    for seed in seeds:
+        if not 0 <= seed < _MAX_SEED:
+            yield f"training.seeds has {seed}; seeds are from 0 to {_MAX_SEED - 1}"
+    for name in ("learning_rates", "inits"):
+        entries = getattr(training, name)
+        if entries and len(entries) != len(seeds):
+            yield (
+                f"training.{name} has {len(entries)} entries and training.seeds has {len(seeds)}; "
+                "give one per seed, or none"
+            )
+    for rate in training.learning_rates:
+        if rate < 0:
+            yield f"training.learning_rates has {rate}; must be at least 0"
+    if training.inits:
+        if (init := get_type_hints(type(method)).get("init")) is None:
+            yield f"training.inits is given and {type(method).__name__} has no init"
+        for entry in training.inits:
+            checked(entry, init, "training.inits")
+    # Two equal ones would train the same prompt twice.
+    each = zip(seeds, training.learning_rates or seeds, training.inits or seeds, strict=True)
+    if (repeated := _repeated(tuple(each))) is not None:
+        yield f"training.seeds has {repeated[0]} twice, with the same learning rate and init"
+
+
+_STRATEGIES_OF = {
+    "num_beams": ("beam",),
+    "normalize_length": ("rank",),
+    "min_length": ("greedy", "beam"),
+    "repetition_penalty": ("greedy", "beam"),
+    "no_repeat_ngram_size": ("greedy", "beam"),
+}
+
+
+def _evaluation(evaluation: Evaluation, *, targets_length: int) -> Iterator[str]:
+    yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
+    found = logits_complaints(
+        min_length=evaluation.min_length,
+        repetition_penalty=evaluation.repetition_penalty,
+        no_repeat_ngram_size=evaluation.no_repeat_ngram_size,
+        max_length=targets_length,
+    )
+    for complaint in found:
+        yield f"evaluation.{complaint}"
+    usual = Evaluation()
+    for name, strategies in _STRATEGIES_OF.items():
+        value = getattr(evaluation, name)
+        if value != getattr(usual, name) and evaluation.strategy not in strategies:
+            yield (
+                f"evaluation.{name} is {value} and is for evaluation.strategy="
+                f"{' or '.join(strategies)}; evaluation.strategy is {evaluation.strategy}"
+            )
+
+
+def _mesh(mesh: Mesh) -> Iterator[str]:
+    sizes = (mesh.data, mesh.fsdp, mesh.model)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        yield (
+            f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each is at least 1, "
+            "or -1 on one of them for all devices that are left"
+        )
+    yield from _outside("mesh", mesh, "dcn_data", "dcn_fsdp", "dcn_model", low=1)
+    parse_rules(mesh.rules)
+
+
+def _outside(
+    group: str,
+    config: Any,
+    *names: str,
+    low: float,
+    high: float | None = None,
+    below: float | None = None,
+) -> Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if value < low or (high is not None and value > high):
+            limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        elif below is not None and value >= below:
+            limit = f"at least {low} and below {below}"
+        else:
+            continue
+        yield f"{group}.{name} is {value}; must be {limit}"
+
+
+def _repeated(entries: tuple[Any, ...]) -> Any:
+    return next((entry for entry, count in Counter(entries).items() if count > 1), None)

@@ -1,0 +1,1 @@
+"""Tokenised examples, cached, bucketed by length and batched."""

@@ -1,0 +1,324 @@
+"""Examples tokenised once, cached, and held uncut."""
+
+import functools
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prompt_tuning_jax.data.batching.example_cache import (
+    Entry,
+    cache_key,
+    default_cache_dir,
+    open_entry,
+    write_entry,
+)
+from prompt_tuning_jax.data.batching.ragged import Ragged, make_ragged
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import task_index_id
+from prompt_tuning_jax.data.tasks.target_checks import is_rewritten, same_value
+from prompt_tuning_jax.data.tasks.task import Example, Task
+from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS, AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import TokenIds
+
+_TEXTS_AT_ONCE = 4096
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedExamples:
+    """A split of a task as token ids, and the lengths to which batches of it are cut and padded.
+
+    Attributes:
+      task, split: where it comes from.
+      inputs, targets: uncut token ids, EOS included.
+      inputs_length, targets_length: in tokens, EOS included.
+      token_ids: the model's, for padding and for what starts the decoder.
+      remark: what readers of scores on these examples must know (``data.task.Source``).
+      read_back: texts as the vocabulary writes them; None: as they are.
+    """
+
+    task: Task
+    split: str
+    inputs: Ragged
+    targets: Ragged
+    inputs_length: int
+    targets_length: int
+    load_texts: Callable[[], list[Example]]
+    remark: str = ""
+    token_ids: TokenIds = T5_IDS
+    read_back: Callable[[Sequence[str]], list[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @functools.cached_property
+    def texts(self) -> list[Example]:
+        """The examples as text, in the same order; read when first asked for."""
+        return self.load_texts()
+
+    @property
+    def num_inputs_cut(self) -> int:
+        """How many inputs are longer than ``inputs_length``."""
+        return self.inputs.num_longer_than(self.inputs_length)
+
+    @property
+    def num_targets_cut(self) -> int:
+        """How many targets are longer than ``targets_length``."""
+        return self.targets.num_longer_than(self.targets_length)
+
+    @property
+    def title(self) -> str:
+        """What messages call the set: the user's file, or TASK/SPLIT."""
+        return self.task.source.titles.get(self.split, f"{self.task.name}/{self.split}")
+
+    @functools.cached_property
+    def rewritten(self) -> dict[str, str]:
+        """Targets and labels that the vocabulary does not give back as they are -> what it gives.
+
+        Those that the task's metrics take for the same all the same are left out.
+        """
+        if self.read_back is None:
+            return {}
+        first = {example["targets"]: example for example in reversed(self.texts)}
+        texts = [*dict.fromkeys([*first, *self.task.labels])]
+        found = {}
+        for text, back in zip(texts, self.read_back(texts), strict=True):
+            if back == text:
+                continue
+            compare, example = self.task.postprocess, first.get(text, {})
+            same = compare is not None and text in first
+            if same and compare is not None:
+                same = same_value(compare(text, example, True), compare(back, example, False))
+            if not same:
+                found[text] = back
+        return found
+
+    def score(self, predictions: Sequence[str]) -> dict[str, float]:
+        """The task's metrics of predicted texts, one per example in the same order."""
+        return self.task.score(self.texts, self.as_written(predictions))
+
+    def as_written(self, predictions: Sequence[str]) -> list[str]:
+        """Predicted texts, one per example, as the targets and labels are written.
+
+        What the vocabulary makes of a label counts as that label, and of a target as that target,
+        where no letters are lost.
+        """
+        back = self.rewritten
+        if not back:
+            return list(predictions)
+        written = Counter(back.get(label, label) for label in self.task.labels)
+        labels = {
+            back[label]: label
+            for label in self.task.labels
+            if label in back and written[back[label]] == 1
+        }
+
+        def original(prediction: str, target: str) -> str:
+            if prediction in labels:
+                return labels[prediction]
+            same = prediction == back.get(target) and is_rewritten(target, prediction)
+            return target if same else prediction
+
+        pairs = zip(predictions, self.texts, strict=True)
+        return [original(prediction, example["targets"]) for prediction, example in pairs]
+
+    def rewritten_notes(self) -> Iterator[str]:
+        """What the vocabulary makes of targets, a line each kind."""
+        counts = Counter(example["targets"] for example in self.texts)
+        for lost in (False, True):
+            texts = [t for t, b in self.rewritten.items() if is_rewritten(t, b) is not lost]
+            if not texts:
+                continue
+            number = sum(counts[text] for text in texts)
+            example = f"{_short(texts[0])} reads back as {_short(self.rewritten[texts[0]])}"
+            if self.task.labels:
+                many = f"{len(texts)} label{'s' * (len(texts) != 1)}"
+            else:
+                many = f"{number:,} target{'s' * (number != 1)}"
+            if lost:
+                yield f"{self.title}: {many} cannot be written in this vocabulary: {example}"
+            else:
+                yield (
+                    f"{self.title}: the vocabulary writes {many} otherwise: {example}; predictions "
+                    "are compared with that"
+                )
+
+    def report(self) -> str:
+        """One line: how many examples, how long, how many cut."""
+        line = (
+            f"{self.title}: {len(self):,} example{'s' * (len(self) != 1)}, inputs of "
+            f"{self.inputs.lengths.mean():.0f} tokens on average and {self.inputs.lengths.max()} "
+            f"at most"
+        )
+        for name, cut, length in (
+            ("inputs", self.num_inputs_cut, self.inputs_length),
+            ("targets", self.num_targets_cut, self.targets_length),
+        ):
+            if cut:
+                one = name if cut != 1 else name.removesuffix("s")
+                line += f"; {cut:,} {one} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
+        return f"{line}; {self.remark}" if self.remark else line
+
+    def digest(self) -> str:
+        """Stands for the examples' ids, in their order."""
+        found = hashlib.sha256()
+        for array in (
+            self.inputs.offsets,
+            self.inputs.flat,
+            self.targets.offsets,
+            self.targets.flat,
+        ):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+    def select(self, indices: np.ndarray) -> "TokenizedExamples":
+        """The examples at ``indices``, in that order."""
+        return replace(
+            self,
+            inputs=self.inputs.select(indices),
+            targets=self.targets.select(indices),
+            load_texts=lambda: [self.texts[int(i)] for i in indices],
+        )
+
+    def at_most(self, number: int) -> "TokenizedExamples":
+        """Evenly spaced examples, ``number`` of them (files are often sorted by label); 0: all."""
+        if not 0 < number < len(self):
+            return self
+        return self.select(np.arange(number) * len(self) // number)
+
+
+def tokenize(
+    task: Task,
+    split: str,
+    vocabulary: AnyVocabulary,
+    *,
+    inputs_length: int,
+    targets_length: int,
+    data_dir: str = "",
+    cache_dir: str | os.PathLike[str] | None = None,
+    use_cache: bool = True,
+) -> TokenizedExamples:
+    """Tokenise a split of a task, or open what an earlier call has cached.
+
+    Args:
+      task: whose examples.
+      split: which of the task's splits.
+      vocabulary: makes the ids.
+      inputs_length: in tokens, EOS included.  The cache holds uncut ids, so that other lengths use
+        the same entry.
+      targets_length: likewise.
+      data_dir: handed to the task's source.
+      cache_dir: default ``default_cache_dir()``; where that cannot be written the examples are
+        kept in memory, with a warning.
+      use_cache: False neither reads nor writes the disk.
+
+    Raises UserError for an unknown split, an empty one, a label longer than ``targets_length``, two
+    labels of the same tokens, and a ``cache_dir`` that cannot be written.
+    """
+    _check_lengths(inputs_length, targets_length)
+    check_labels(task, vocabulary, targets_length=targets_length)
+    # Both make no difference to the entry: built afresh, or found on the disk.
+    build = functools.partial(_build, task, split, vocabulary, data_dir)
+    if use_cache:
+        parts = [split, task.fingerprint(split, data_dir), vocabulary.fingerprint]
+        folder = Path(cache_dir or default_cache_dir()) / cache_key(parts)
+        about = {"task": task.name, "split": split, "vocabulary": repr(vocabulary)}
+        entry = _open_or_build(folder, build, about, must_write=cache_dir is not None)
+    else:
+        entry = build()
+    return TokenizedExamples(
+        task=task,
+        split=split,
+        inputs=entry.inputs,
+        targets=entry.targets,
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        load_texts=entry.load_texts,
+        remark=task.source.remark(split, data_dir),
+        token_ids=vocabulary.token_ids,
+        read_back=functools.partial(_read_back, vocabulary),
+    )
+
+
+def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
+    """Raise UserError if a label is longer than ``targets_length`` or looks like another one."""
+    seen: dict[tuple[int, ...], str] = {}
+    for label in task.labels:
+        ids = tuple(vocabulary.encode(label))
+        if len(ids) + 1 > targets_length:
+            raise UserError(
+                f"task {task.name!r}: the label {label!r} has {len(ids) + 1} tokens, the end of "
+                f"sequence included, and data.targets_length is {targets_length}; raise it"
+            )
+        if ids in seen:
+            raise UserError(
+                f"task {task.name!r}: the labels {seen[ids]!r} and {label!r} have the same tokens "
+                "in this vocabulary; rename one"
+            )
+        seen[ids] = label
+
+
+def _check_lengths(inputs_length: int, targets_length: int) -> None:
+    for field, length in (("inputs_length", inputs_length), ("targets_length", targets_length)):
+        if length < 1:
+            raise UserError(f"data.{field} is {length} and must be at least 1")
+
+
+def _open_or_build(
+    folder: Path, build: Callable[[], Entry], about: dict[str, str], *, must_write: bool
+) -> Entry:
+    entry = open_entry(folder)
+    if entry is not None:
+        return entry
+    built = build()
+    try:
+        write_entry(folder, built, about={**about, "examples": len(built.inputs)})
+    except UserError as error:
+        if must_write:
+            raise
+        _log.warning("%s; the examples stay in memory", error)
+        return built
+    # Memory-mapped from now on; the examples in memory can go.
+    return open_entry(folder) or built
+
+
+def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> Entry:
+    texts = list(task.load(split, data_dir))
+    if not texts:
+        raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
+    inputs = (example["inputs"] for example in texts)
+    targets = (example["targets"] for example in texts)
+    index = () if task.index is None else (task_index_id(vocabulary.size, task.index),)
+    return Entry(
+        inputs=make_ragged(_encoded(inputs, vocabulary, before=index, eos_id=vocabulary.eos_id)),
+        targets=make_ragged(_encoded(targets, vocabulary, eos_id=vocabulary.token_ids.eos)),
+        load_texts=lambda: texts,
+    )
+
+
+def _read_back(vocabulary: AnyVocabulary, texts: Sequence[str]) -> list[str]:
+    found = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        for ids in vocabulary.encode_batch(texts[start : start + _TEXTS_AT_ONCE]):
+            found.append(vocabulary.decode(ids))
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _encoded(
+    texts: Iterable[str], vocabulary: AnyVocabulary, *, eos_id: int, before: tuple[int, ...] = ()
+) -> Iterable[np.ndarray]:
+    pending = list(texts)
+    for start in range(0, len(pending), _TEXTS_AT_ONCE):
+        for ids in vocabulary.encode_batch(pending[start : start + _TEXTS_AT_ONCE]):
+            yield np.asarray([*before, *ids, eos_id], np.int32)

@@ -1,0 +1,1 @@
+"""Tasks: T5's own, SeqIO's, and files of examples."""

@@ -1,0 +1,111 @@
+"""Demonstrations: examples of the training split, with their answers, in the text of the input."""
+
+import bisect
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.task import Example, Row, Source, Task, row_is_example
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+
+Demonstrations: TypeAlias = tuple[Mapping[str, str], ...]
+# What the model reads for an input behind demonstrations.
+Compose: TypeAlias = Callable[[Demonstrations, str], str]
+# How many there are in an example's inputs, in the example.
+NUMBER = "number_of_demonstrations"
+
+
+def draw(
+    examples: Sequence[Example], *, labels: Sequence[str], shots: int, balanced: bool, seed: int
+) -> Demonstrations:
+    """``shots`` examples by seed, or all where there are fewer; no two have the same inputs.
+
+    Balanced: in rounds with one of each label, shuffled within a round, so that the first few are
+    balanced as well; a label whose examples have run out is left out.  Without ``labels`` as drawn.
+    """
+    random = np.random.default_rng(seed)
+    shuffled: dict[str, str] = {}
+    for index in random.permutation(len(examples)):
+        example = examples[int(index)]
+        shuffled.setdefault(example["inputs"], example["targets"])
+    order = list(shuffled.items())
+    if balanced and labels:
+        by_label: dict[str, list[str]] = {label: [] for label in labels}
+        for inputs, targets in order:
+            if targets in by_label:
+                by_label[targets].append(inputs)
+        order = []
+        for number in range(shots):
+            having = [label for label, own in by_label.items() if len(own) > number]
+            if not having or len(order) >= shots:
+                break
+            for place in random.permutation(len(having)):
+                label = having[int(place)]
+                order.append((by_label[label][number], label))
+    return tuple({"inputs": inputs, "targets": targets} for inputs, targets in order[:shots])
+
+
+def demonstrated(
+    task: Task,
+    drawn: Demonstrations,
+    *,
+    compose: Compose,
+    identity: str,
+    vocabulary: AnyVocabulary,
+    inputs_length: int,
+) -> Task:
+    """The task with as many of the drawn examples in each input as fit ``inputs_length`` tokens.
+
+    The first ones stay; the input itself is cut only where it is too long without any.  An example
+    that is itself among the drawn is not told its own answer.  ``identity`` stands for ``compose``
+    in the key of what is cached.
+    """
+    beside = 1 + (task.index is not None)  # the end of the sequence, and the task's token
+
+    def with_those_that_fit(inputs: str) -> tuple[str, int]:
+        others = tuple(each for each in drawn if each["inputs"] != inputs)
+
+        def length(number: int) -> int:
+            return beside + len(vocabulary.encode(compose(others[:number], inputs)))
+
+        number = len(others)
+        if length(number) > inputs_length:
+            number = bisect.bisect_right(range(1, number), inputs_length, key=length)
+        return compose(others[:number], inputs), number
+
+    def rows(split: str, data_dir: str) -> Iterator[Row]:
+        for example in task.load(split, data_dir):
+            text, number = with_those_that_fit(example["inputs"])
+            yield {**example, "inputs": text, NUMBER: number}
+
+    def fingerprint(split: str, data_dir: str) -> str:
+        parts = [task.fingerprint(split, data_dir), identity, inputs_length, drawn]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    source = Source(
+        splits=task.splits,
+        rows=rows,
+        fingerprint=fingerprint,
+        remark=task.source.remark,
+        titles=task.source.titles,
+    )
+    return dataclasses.replace(task, source=source, preprocess=row_is_example)
+
+
+def report(examples: TokenizedExamples, *, shots: int, seed: int) -> str:
+    """One line: how many demonstrations there are in the inputs."""
+    numbers = np.asarray([example[NUMBER] for example in examples.texts])
+    line = f"demonstrations of seed {seed}: "
+    if numbers.min() == numbers.max():
+        return f"{line}{numbers[0]} in every input" + (
+            f" ({shots} asked for)" if numbers[0] < shots else ""
+        )
+    return (
+        f"{line}{numbers.mean():.1f} of {shots} fit on average, {numbers.min()} at least; all in "
+        f"{100 * (numbers == shots).mean():.1f} % of the inputs"
+    )

@@ -1,0 +1,167 @@
+"""Rows of a user's files: JSON, tables, parquet, and folders written by ``datasets``."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from prompt_tuning_jax.data.tasks import arrow_rows, json_rows, table_rows
+from prompt_tuning_jax.data.tasks.text_lines import chunks, open_bytes
+from prompt_tuning_jax.errors import UserError
+
+# Where a row stands, for messages (FILE:LINE or "FILE, row N"), and its values by column.
+LocatedRow: TypeAlias = tuple[str, dict[str, Any]]
+
+# Part of every fingerprint: raise it whenever the same bytes are read as other rows.
+_VERSION = "rows 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFile:
+    """A file of rows, read as its ending says; nothing is opened before it is asked for something.
+
+    ``.jsonl`` (``.ndjson``; an object a line), ``.json`` (an array of objects, or objects one after
+    another), ``.csv`` and ``.tsv``, each also with ``.gz`` behind it; ``.parquet``; ``.arrow``; and
+    a folder that ``datasets`` has written with ``save_to_disk``.  Text is UTF-8, or UTF-16 with a
+    byte order mark; lines end with a line feed, with or without a carriage return before it, or
+    with carriage returns alone.
+
+    Attributes:
+      path: the file or folder.
+      header: whether the first line of a table names its columns; without, they are 0, 1, ...
+      columns: the names of the columns of a table without such a line.
+      separator: what stands between the fields of a table; empty: a comma in .csv, a tab in .tsv,
+        or what evidently stands in the place of it.
+      split: which split of a folder of several.
+    """
+
+    path: Path
+    header: bool = True
+    columns: tuple[str, ...] = ()
+    separator: str = ""
+    split: str = ""
+
+    def rows(self) -> Iterator[LocatedRow]:
+        """Yield where each row stands, and the row.
+
+        Numbers in JSON come as they are written, as text; ``row_texts`` makes text of all values.
+        UserError, naming the file and the line, for what is missing, unknown or malformed.
+        """
+        return self._reader()(self)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its first line may name the columns."""
+        return self._ending() in table_rows.SEPARATORS
+
+    def fingerprint(self) -> str:
+        """Changes when the bytes do, or how they are read."""
+        options = (self._ending(), self.header, self.columns, self.separator, self.split)
+        digest = hashlib.sha256(repr((_VERSION, options)).encode())
+        for path in (
+            arrow_rows.files_of(self.path, self.split) if self.path.is_dir() else [self.path]
+        ):
+            with open_bytes(path) as file:
+                for chunk in chunks(file, path):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def _reader(self) -> "Callable[[RowFile], Iterator[LocatedRow]]":
+        if self.path.is_dir() and self._ending() not in _READERS:
+            return _read_folder
+        reader = _READERS.get(self._ending())
+        if reader is None:
+            raise UserError(
+                f"{self.path}: unknown kind of file; its name must end in "
+                f"{', '.join(_LISTED)} (text also with .gz), or it is a folder written by "
+                "datasets' save_to_disk"
+            )
+        return reader
+
+    def notes(self) -> Iterator[str]:
+        """What readers of the file's rows should know, a line each."""
+        if not self.is_table:
+            return
+        named = self.header and not self.columns
+        kind = {"ending": self._ending(), "separator": self.separator}
+        if note := table_rows.separator_note(self.path, **kind):
+            yield f"{self.path}: {note}"
+        if named and (number := table_rows.unnamed_text(self.path, **kind)):
+            yield (
+                f"{self.path}: {number:,} row{'s' * (number != 1)} hold text in columns without a "
+                "name, which is not read"
+            )
+
+    def _ending(self) -> str:
+        name = self.path.name.lower().removesuffix(".gz")
+        return name[name.rfind(".") :] if "." in name else ""
+
+
+def is_row_file(path: Path) -> bool:
+    """Whether its name, or its being a folder, says that it holds rows and not lines of text."""
+    file = RowFile(path=path)
+    return file._ending() in _READERS or path.is_dir()
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    header: bool = True,
+    columns: Sequence[str] = (),
+    separator: str = "",
+    split: str = "",
+) -> Iterator[LocatedRow]:
+    """Yield (where it stands, row) of a file; see ``RowFile``."""
+    file = RowFile(
+        path=Path(path), header=header, columns=tuple(columns), separator=separator, split=split
+    )
+    return file.rows()
+
+
+def value_text(value: Any, column: str, where: str) -> str:
+    """A value of a row as text; UserError for a list or an object.
+
+    Booleans become ``True`` and ``False``, null an empty text.
+    """
+    if isinstance(value, str):  # JSON numbers too: they are read as they are written
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value)
+    raise UserError(
+        f"{where}: column {column!r} holds a {type(value).__name__}; "
+        "a text, a number, true, false or null is needed"
+    )
+
+
+def _read_table(file: RowFile) -> Iterator[LocatedRow]:
+    return table_rows.read_table(
+        file.path,
+        separator=file.separator,
+        ending=file._ending(),
+        header=file.header,
+        columns=file.columns,
+    )
+
+
+def _read_folder(file: RowFile) -> Iterator[LocatedRow]:
+    return arrow_rows.read_folder(file.path, file.split)
+
+
+_READERS: Mapping[str, Callable[[RowFile], Iterator[LocatedRow]]] = {
+    ".jsonl": lambda file: json_rows.read_json_lines(file.path),
+    ".ndjson": lambda file: json_rows.read_json_lines(file.path),
+    ".json": lambda file: json_rows.read_json_records(file.path),
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": lambda file: arrow_rows.read_parquet(file.path),
+    ".arrow": lambda file: arrow_rows.read_arrow(file.path),
+}
+_LISTED = (".jsonl", ".csv", ".tsv", ".json", ".parquet", ".arrow")

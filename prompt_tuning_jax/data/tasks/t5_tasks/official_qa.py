@@ -1,0 +1,105 @@
+"""SQuAD, MRQA, pronoun resolution and summaries from files, as rows of TensorFlow Datasets.
+
+Conversions as in TFDS: SQuAD's questions of one id are one row with the answers of all
+(``question_answering/qa_utils.py``); MRQA's texts lose the blanks around them, answers do not
+(``text/mrqa/mrqa.py``; tokens, and where answers were found, are left out).
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import (
+    field,
+    json_file,
+    json_lines,
+    text_lines,
+)
+from prompt_tuning_jax.data.tasks.task import Row
+from prompt_tuning_jax.errors import UserError, suggest
+
+
+def squad_rows(path: Path) -> Iterator[Row]:
+    """Yield ``id, title, context, question, answers: {text, answer_start}`` of SQuAD 1.1's json."""
+    rows: dict[str, dict[str, Any]] = {}
+    for a, article in enumerate(field(json_file(path), "data", list, str(path))):
+        for p, paragraph in enumerate(field(article, "paragraphs", list, f"{path}: article {a}")):
+            where = f"{path}: article {a}, paragraph {p}"
+            context = field(paragraph, "context", str, where)
+            for question in field(paragraph, "qas", list, where):
+                name = field(question, "id", str, where)
+                # A test file may come without answers.
+                answers = field(question, "answers", list, where) if "answers" in question else []
+                row = rows.setdefault(
+                    name,
+                    {
+                        "id": name,
+                        "title": article.get("title", ""),
+                        "context": context,
+                        "question": field(question, "question", str, where),
+                        "answers": {"text": [], "answer_start": []},
+                    },
+                )
+                for answer in answers:
+                    row["answers"]["text"].append(field(answer, "text", str, where))
+                    start = field(answer, "answer_start", int, where)
+                    row["answers"]["answer_start"].append(start)
+    yield from rows.values()
+
+
+def mrqa_rows(path: Path) -> Iterator[Row]:
+    """Yield ``subset, context, qid, question, answers`` of an MRQA file, behind its header line."""
+    subset = ""
+    for number, raw in json_lines(path):
+        where = f"{path}:{number}"
+        if not subset:
+            header = field(raw, "header", dict, where)
+            subset = field(header, "dataset", str, where)
+            continue
+        context = field(raw, "context", str, where).strip()
+        for question in field(raw, "qas", list, where):
+            answers = field(question, "answers", list, where) if "answers" in question else []
+            for answer in answers:
+                if not isinstance(answer, str):
+                    raise UserError(f"{where}: an answer is {answer!r}, and a text is needed")
+            yield {
+                "subset": subset,
+                "context": context,
+                "qid": field(question, "qid", str, where),
+                "question": field(question, "question", str, where).strip(),
+                "answers": list(answers),
+            }
+
+
+def dpr_rows(path: Path) -> Iterator[Row]:
+    """Yield ``sentence, pronoun, candidates, label``: four lines and a blank one each."""
+    lines = [(number, line.strip()) for number, line in text_lines(path)]
+    for at in range(0, len(lines), 5):
+        group = [text for _, text in lines[at : at + 4]]
+        if not group[0]:
+            return
+        where = f"{path}:{lines[at][0]}"
+        if len(group) < 4:
+            raise UserError(f"{where}: sentence, pronoun, candidates, answer are four lines; cut?")
+        candidates = [candidate.strip() for candidate in group[2].split(",")]
+        if len(candidates) != 2 or group[3] not in candidates:
+            raise UserError(f"{where}: the answer is {group[3]!r}: {suggest(group[3], candidates)}")
+        yield {
+            "sentence": group[0],
+            "pronoun": group[1],
+            "candidates": candidates,
+            "label": candidates.index(group[3]),
+        }
+
+
+def summary_rows(path: Path, fields: Mapping[str, bool]) -> Iterator[Row]:
+    """Yield the named texts of jsonl objects, as Hugging Face's datasets writes them.
+
+    ``fields``: name -> whether it is needed; where one that is not is absent it is empty.
+    """
+    for number, raw in json_lines(path):
+        where = f"{path}:{number}"
+        yield {
+            name: field(raw, name, str, where) if needed or name in raw else ""
+            for name, needed in fields.items()
+        }

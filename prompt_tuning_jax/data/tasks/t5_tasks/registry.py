@@ -1,0 +1,175 @@
+"""Every name of the 2021 code: tasks in three forms, their aliases, and mixtures.
+
+Names are ``[taskless_|task_index_]NAME``, with NAME one of ``tables.T5_TASKS``.  Names that end in
+``_examples`` stand for the same tasks (there the suffix chose what was logged).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
+
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form, preprocess_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.sources import source_of
+from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.task import Mixture, Task
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+_SUFFIX = "_examples"
+
+
+def name_in_form(name: str, form: Form) -> str:
+    """The name of a base task or mixture in a form."""
+    return name if form == "ordinary" else f"{form}_{name}"
+
+
+def forms_of(task: T5Task) -> tuple[Form, ...]:
+    """The forms that a base task has."""
+    return FORMS if task.index is not None else tuple(f for f in FORMS if f != "task_index")
+
+
+def form_of(name: str) -> tuple[Form, str]:
+    """A task's name -> its form, and the name of its base task."""
+    for form in FORMS[1:]:
+        if name.startswith(f"{form}_"):
+            return form, name.removeprefix(f"{form}_")
+    return "ordinary", name
+
+
+def make_task(task: T5Task, form: Form) -> Task:
+    """A base task in a form, under its full name."""
+    return Task(
+        name=name_in_form(task.name, form),
+        source=source_of(task),
+        preprocess=preprocess_in_form(
+            task.preprocess, form, has_task_word=task.has_task_word, index=task.index
+        ),
+        labels=task.labels,
+        metrics=task.metrics,
+        postprocess=task.postprocess,
+        index=task.index if form == "task_index" else None,
+        description=task.description,
+    )
+
+
+def _tasks() -> Iterator[Task]:
+    for task in T5_TASKS.values():
+        for form in forms_of(task):
+            yield make_task(task, form)
+
+
+_TASKS: Mapping[str, Task] = {task.name: task for task in _tasks()}
+
+_WSC = ("super_glue_wsc_v102_simple_train", "super_glue_wsc_v102_simple_eval")
+_DPR = "dpr_v001_simple"
+_SUPER_GLUE = (
+    *_WSC,
+    *(
+        f"super_glue_{short}_v102"
+        for short in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic")
+    ),
+)
+_DIAGNOSTICS = ("super_glue_axb_v102", "super_glue_axg_v102")
+_GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+_GLUE_EVALUATED = ("mnli_mismatched", "mnli_matched", "ax")
+_MRQA = ("bio_asq", "drop", "duo_rc", "race", "relation_extraction", "textbook_qa")
+
+
+def _mixture(
+    name: str,
+    members: Sequence[str],
+    description: str,
+    *,
+    form: Form = "ordinary",
+    proportional: bool = False,
+) -> Mixture:
+    """Members with a training split are drawn from, the others are evaluated only."""
+    trained = [m for m in members if "train" in T5_TASKS[m].splits and T5_TASKS[m].rate]
+    if not proportional:
+        trained = [m for m in members if "train" in T5_TASKS[m].splits]
+    return Mixture(
+        name=name_in_form(name, form),
+        tasks=tuple(_TASKS[name_in_form(m, form)] for m in trained),
+        rates=tuple(float(T5_TASKS[m].rate) if proportional else 1.0 for m in trained),
+        evaluated=tuple(_TASKS[name_in_form(m, form)] for m in members if m not in trained),
+        description=description,
+    )
+
+
+def _mixtures() -> Iterator[Mixture]:
+    yield _mixture(
+        "super_glue_v102_proportional",
+        (_DPR, *_SUPER_GLUE, *_DIAGNOSTICS),
+        "T5's: SuperGLUE and DPR by size, with diagnostics",
+        proportional=True,
+    )
+    yield _mixture(
+        "wsc_dpr_simple_proportional", (_DPR, *_WSC), "WSC and DPR by size", proportional=True
+    )
+    for target in (*_MRQA, "mrqa"):
+        members = _MRQA if target == "mrqa" else (target,)
+        yield _mixture(
+            f"squad_to_{target}",
+            ("squad_v010_allanswers", *(f"mrqa_{member}_v100" for member in members)),
+            "train on SQuAD, evaluate out of domain",
+        )
+    for form in FORMS:
+        yield from _mixtures_in(form)
+
+
+def _mixtures_in(form: Form) -> Iterator[Mixture]:
+    yield _mixture(
+        "super_glue_v102_examples_proportional",
+        _SUPER_GLUE,
+        "SuperGLUE by size",
+        form=form,
+        proportional=True,
+    )
+    yield _mixture(
+        "super_glue_with_dpr_v102_examples_proportional",
+        (_DPR, *_SUPER_GLUE),
+        "SuperGLUE and DPR by size",
+        form=form,
+        proportional=True,
+    )
+    yield _mixture(
+        "super_glue_wsc_and_dev_v102_simple", _WSC, "WSC, trained and evaluated", form=form
+    )
+    for version in ("v002", "v200"):
+        yield _mixture(
+            f"glue_mnli_and_dev_{version}",
+            tuple(f"glue_{s}_{version}" for s in ("mnli", "mnli_mismatched", "mnli_matched")),
+            "MNLI, evaluated on both development sets",
+            form=form,
+        )
+        yield _mixture(
+            f"glue_{version}_proportional",
+            tuple(f"glue_{short}_{version}" for short in (*_GLUE, *_GLUE_EVALUATED)),
+            "GLUE but WNLI by size, with diagnostics",
+            form=form,
+            proportional=True,
+        )
+    for to, source in (("mrpc", "qqp"), ("qqp", "mrpc")):
+        yield _mixture(
+            f"glue_{to}_from_{source}_zeroshot_v002",
+            (f"glue_{source}_v002", f"glue_{to}_from_{source}_v002"),
+            f"train on {source.upper()}, evaluate on {to.upper()}, too",
+            form=form,
+        )
+
+
+_MIXTURES: Mapping[str, Mixture] = {mixture.name: mixture for mixture in _mixtures()}
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    known = {**_TASKS, **_MIXTURES}
+    for name in known:
+        if _SUFFIX not in name:
+            yield name + _SUFFIX, name
+        elif (short := name.replace(_SUFFIX, "")) not in known:
+            yield short, name
+
+
+# For data.task, which asks for them when a task is first named.
+TASKS: tuple[Task | Mixture, ...] = (*_TASKS.values(), *_MIXTURES.values())
+ALIASES: Mapping[str, str] = dict(_aliases())

@@ -1,0 +1,199 @@
+"""Rows of tables: fields with a separator between them, as spreadsheets and pandas write them."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prompt_tuning_jax.data.tasks.text_lines import MAX_LINE, text_lines
+from prompt_tuning_jax.errors import UserError
+
+# What stands between fields, by the name's ending.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# What programs of some languages write in a .csv in the place of a comma.
+_OTHERS = {".csv": (";", "\t", "|"), ".tsv": (",", ";", "|")}
+# A tab is hard to type in a shell.
+_SPELT = {"\\t": "\t", "tab": "\t"}
+
+# csv has one limit of a field for the whole process, which any reader may have changed.
+_MAX_FIELD = MAX_LINE
+
+_Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dialect:
+    separator: str
+    quoting: Literal[0, 3]
+    skip_blanks: bool = False  # those between a separator and the field behind it
+
+
+def read_table(
+    path: Path,
+    *,
+    ending: str,
+    separator: str = "",
+    header: bool = True,
+    columns: Sequence[str] = (),
+) -> _Rows:
+    """Yield (FILE:LINE, row) of a table; blank lines are passed over.
+
+    In a .csv file quotes are as in RFC 4180, also behind blanks where the whole file reads so; in a
+    .tsv file they are text unless all names of the header stand in them.  ``separator`` replaces
+    the one that goes with the ending; without, a header that has none of it and has another one
+    decides.  Columns without a name are left out.  With ``columns``, or without ``header``, there
+    is no header line.
+
+    Raises UserError for a line of another number of fields than the header, a name that is there
+    twice, and quotes that do not fit.
+    """
+    dialect = _dialect(path, ending, separator, columns=len(columns))
+    header = header and not columns
+    names = [name.strip() for name in columns]
+    for line, fields in _fields(path, dialect):
+        where = f"{path}:{line}"
+        if header and not names:
+            names = [name.strip() for name in fields]
+            _check_names(names, where)
+            continue
+        if not names:
+            names = [str(number) for number in range(len(fields))]
+        elif fields == names and not header:
+            raise UserError(
+                f"{where}: the line names the columns ({', '.join(names)}); leave data.columns out"
+            )
+        needed = max((i + 1 for i, name in enumerate(names) if name), default=0)
+        if not needed <= len(fields) <= len(names):
+            raise UserError(f"{where}: {_other_number(fields, names, header, columns)}")
+        _check_quotes(fields, dialect, where)
+        yield where, {name: field for name, field in zip(names, fields) if name}  # noqa: B905
+
+
+def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
+    """How many rows hold text in columns that the header does not name, a row number apart."""
+    dialect = _dialect(path, ending, separator)
+    rows = (fields for _, fields in _fields(path, dialect))
+    names = [name.strip() for name in next(rows, [])]
+    unnamed = [i for i, name in enumerate(names) if not name]
+    if not unnamed:
+        return 0
+
+    def holds_text(fields: Sequence[str], i: int) -> bool:
+        # pandas writes the numbers of the rows as a first column without a name.
+        text = fields[i].strip() if i < len(fields) else ""
+        return bool(text) and not (i == 0 and text.isdecimal())
+
+    return sum(any(holds_text(fields, i) for i in unnamed) for fields in rows)
+
+
+def separator_note(path: Path, *, ending: str, separator: str = "") -> str:
+    """What stands between the fields where that is not what the name's ending says, or ""."""
+    if separator or ending not in SEPARATORS:
+        return ""
+    found = _dialect(path, ending, separator).separator
+    return "" if found == SEPARATORS[ending] else f"fields are separated by {found!r}"
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    repeated = {name for name in names if name and names.count(name) > 1}
+    if repeated:
+        raise UserError(
+            f"{where}: the header names {min(repeated)!r} more than once; if the first line is "
+            "an example, set data.header=False or name the columns in data.columns"
+        )
+    if not any(names):
+        raise UserError(f"{where}: the header names no column")
+
+
+def _other_number(
+    fields: Sequence[str], names: Sequence[str], header: bool, columns: Sequence[str]
+) -> str:
+    if columns:
+        named = f"data.columns names {len(names)}"
+    elif header:
+        named = f"the header has {len(names)}"
+    else:
+        named = f"the first line has {len(names)}"
+    return (
+        f"{len(fields)} fields where {named} ({', '.join(names)}); a field that holds the "
+        "separator must stand in quotes"
+    )
+
+
+def _check_quotes(fields: Sequence[str], dialect: _Dialect, where: str) -> None:
+    if dialect.quoting != csv.QUOTE_MINIMAL or dialect.skip_blanks:
+        return
+    for field in fields:
+        text = field.strip()
+        if field[:1].isspace() and len(text) > 1 and text[0] == text[-1] == '"':
+            raise UserError(
+                f"{where}: the field {field[:40]!r} has a blank before its quotes, which makes "
+                "them text, and not all of the file reads otherwise; remove the blanks between "
+                "separators and quotes"
+            )
+
+
+def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _Dialect:
+    """How the file is written, by its name and its first lines."""
+    usual = SEPARATORS[ending]
+    separator = _SPELT.get(separator.lower(), separator)
+    lines = (line for _, line in text_lines(path) if line.strip())
+    first = next(lines, "")
+    second = next(lines, "")
+    if not separator:
+        others = [s for s in _OTHERS[ending] if s in first and usual not in first]
+        if columns:
+            others = [s for s in others if len(first.split(s)) == columns]
+        # A name may hold a semicolon; then the second line has no field for the other half of it.
+        separator = next((s for s in others if not second or s in second), usual)
+    tabs = separator == "\t"
+    parts = [part.strip() for part in first.rstrip("\r\n").split(separator)]
+    in_quotes = all(len(p) > 1 and p[0] == p[-1] == '"' for p in parts)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and not in_quotes else csv.QUOTE_MINIMAL
+    plain = _Dialect(separator=separator, quoting=quoting)
+    if quoting == csv.QUOTE_NONE or tabs:
+        return plain
+    behind_blanks = re.compile(f'(?:^|{re.escape(separator)})[ \t]+"')
+    if not any(behind_blanks.search(line) for _, line in text_lines(path)):
+        return plain
+    skipping = _Dialect(separator=separator, quoting=quoting, skip_blanks=True)
+    return skipping if _reads_so(path, skipping) else plain
+
+
+def _reads_so(path: Path, dialect: _Dialect) -> bool:
+    """Whether all lines have as many fields as the first."""
+    try:
+        numbers = (len(fields) for _, fields in _fields(path, dialect))
+        return len(set(numbers)) <= 1
+    except UserError:
+        return False
+
+
+def _fields(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of what is no blank line."""
+    lines = text_lines(path)
+    if dialect.quoting == csv.QUOTE_NONE:
+        for number, line in lines:
+            if text := line.rstrip("\r\n"):
+                yield number, text.split(dialect.separator)
+        return
+    table = csv.reader(
+        (line for _, line in lines),
+        delimiter=dialect.separator,
+        quoting=dialect.quoting,
+        skipinitialspace=dialect.skip_blanks,
+        strict=True,
+    )
+    fields: list[str] | None = []
+    while fields is not None:
+        limit = csv.field_size_limit(_MAX_FIELD)
+        try:
+            fields = next(iter(table), None)
+        except csv.Error as error:
+            raise UserError(f"{path}:{table.line_num}: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+        if fields:
+            yield table.line_num, fields

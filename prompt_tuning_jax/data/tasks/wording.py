@@ -1,0 +1,177 @@
+"""How a user's text becomes a model's input: the wording that a prompt was trained with.
+
+A task words a bare text by its ``from_text``; a user's own files by ``data.inputs_template``, whose
+columns a user gives as one text, or where they are several as an object ``{column: value}``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from prompt_tuning_jax.data.tasks.task import tasks_known_as
+from prompt_tuning_jax.data.tasks.text_template import TextTemplate, parse_template
+from prompt_tuning_jax.errors import UserError, suggest
+
+# A bare text, or the values of a template's columns.
+Given: TypeAlias = str | Mapping[str, object]
+
+LONGEST_TEMPLATE = 10_000  # characters; one in a file that nobody vouches for is bounded
+_TEXT = "text"  # the column of a task that words a bare text
+# Of the private use area: no task looks for it.
+_MARK = "\ue000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What is put around a user's text; nothing where both fields are empty.
+
+    Attributes:
+      template: column names in braces, as in ``"premise: {premise} hypothesis: {hypothesis}"``.
+      from_text: a task's own function of a bare text, which ``template`` then only describes.
+    """
+
+    template: str = ""
+    from_text: Callable[[str], str] | None = None
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are asked for, each once; none where inputs are taken as they are."""
+        return tuple(dict.fromkeys(self._parsed.columns)) if self._parsed else ()
+
+    @property
+    def shown(self) -> str:
+        """The template for people to read, not longer than a line."""
+        shown = self.template or "the task's own"
+        return shown if len(shown) <= 100 else f"{shown[:97]}..."
+
+    @property
+    def key(self) -> object:
+        """Equal for two that word a text alike, whatever one column is called."""
+        if self._parsed is None:
+            return self.from_text
+        columns = self._parsed.columns
+        return self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
+
+    def apply(self, given: Given) -> str:
+        """The model's input for a bare text or the values of columns.
+
+        UserError for a bare text where several columns are asked for, for a column that is not
+        given, and for a value that is no text.
+        """
+        if isinstance(given, str):
+            if self.from_text is not None:
+                return self.from_text(given)
+            if self._parsed is None:
+                return given
+            if len(self.columns) > 1:
+                example = ", ".join(f'"{column}": "..."' for column in self.columns)
+                raise UserError(
+                    f"a bare text, and the input is made of the columns "
+                    f"{', '.join(self.columns)}: give {{{example}}}, or the whole input with raw "
+                    "(--raw)"
+                )
+            return self._parsed.render({self.columns[0]: given})
+        if not self.columns:
+            raise UserError("an object, and the input is a text: give it as a text")
+        values = {}
+        for column in self.columns:
+            if column not in given:
+                raise UserError(f"no column {column!r}: {suggest(column, map(str, given))}")
+            values[column] = value_as_text(given[column], column)
+        if self.from_text is not None:
+            return self.from_text(values[self.columns[0]])
+        assert self._parsed is not None
+        return self._parsed.render(values)
+
+    def length_with(self, given: Given) -> int:
+        """At least how many characters ``apply`` gives, told without making them."""
+        if self._parsed is None or self.from_text is not None:
+            return 0
+        each = {c: given if isinstance(given, str) else given.get(c, "") for c in self.columns}
+        lengths = {c: len(value) if isinstance(value, str) else 0 for c, value in each.items()}
+        return sum(map(len, self._parsed.literals)) + sum(lengths[c] for c in self._parsed.columns)
+
+    @cached_property
+    def _parsed(self) -> TextTemplate | None:
+        return parse_template(self.template, field="inputs_template") if self.template else None
+
+
+AS_IT_IS = Wording()
+
+
+def wording_of(task: str, template: str) -> Wording:
+    """The wording by a task's name and a template, as the metadata of a prompt has them.
+
+    A task that is known here words a text by itself; of others the template is what is known.
+    UserError for a template that is none.
+    """
+    known = tasks_known_as(task)
+    from_text = known[0].from_text if len(known) == 1 else None
+    if from_text is not None:
+        return Wording(template=template_of(from_text), from_text=from_text)
+    checked_template(template)
+    return Wording(template=template)
+
+
+def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
+    """What all prompts that vote together were trained with, by their names.
+
+    Those of which it is not known go with the others.  UserError where two differ: one text cannot
+    be worded for both.
+    """
+    known = {name: one for name, one in wordings.items() if one != AS_IT_IS}
+    if not known:
+        return AS_IT_IS
+    first, wording = next(iter(known.items()))
+    for name, other in known.items():
+        if other.key != wording.key:
+            raise UserError(
+                f"{first} was trained with the wording {wording.shown!r} and {name} with "
+                f"{other.shown!r}: one text cannot be worded for both"
+            )
+    return wording
+
+
+def checked_template(template: str) -> str:
+    """The template itself; UserError where it is none, or too long."""
+    if len(template) > LONGEST_TEMPLATE:
+        raise UserError(
+            f"inputs_template has {len(template):,} characters; at most {LONGEST_TEMPLATE:,} are "
+            "taken"
+        )
+    if template:
+        parse_template(template, field="inputs_template")
+    return template
+
+
+def template_of(from_text: Callable[[str], str]) -> str:
+    """``"valence: {text}"`` for a function that puts words around a text; empty for another."""
+    before, mark, after = from_text(_MARK).partition(_MARK)
+    if not mark or _MARK in after or from_text("a b") != f"{before}a b{after}":
+        return ""
+    return f"{_literal(before)}{{{_TEXT}}}{_literal(after)}"
+
+
+def template_of_column(column: str) -> str:
+    """The template that is one column; empty for a name that none can hold."""
+    fits = column and column == column.strip() and not {*"{}"} & {*column}
+    return f"{{{column}}}" if fits else ""
+
+
+def value_as_text(value: object, column: str) -> str:
+    """A column's value as data files are read: null is empty; UserError for what is no value."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    raise UserError(
+        f"column {column!r} holds a {type(value).__name__}; "
+        "a text, a number, true, false or null is needed"
+    )
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,1 @@
+"""Vocabularies: SentencePiece, bytes, Hugging Face tokenizers."""

@@ -1,0 +1,366 @@
+"""Text to token ids and back: T5's SentencePiece vocabularies, ByT5's bytes, Hugging Face's files.
+
+Ids 0, 1 and 2 are padding, end of sequence and unknown, in all.  Encoding adds no end of sequence.
+A model may use other ids than its vocabulary (``token_ids``): an input ends with the vocabulary's
+``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, where decoding ends
+too.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from prompt_tuning_jax.data.vocabularies.added_tokens import (
+    AddedTokens,
+    Splitter,
+    read_added_tokens,
+)
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
+    SENTENCEPIECE_FILES,
+    HfTokenizer,
+    byte_extra_ids,
+    ids_suffix,
+    up_to,
+    vocabulary_file,
+)
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import TokenIds
+
+if TYPE_CHECKING:
+    import sentencepiece
+
+PAD_ID = 0
+EOS_ID = 1
+UNK_ID = 2
+T5_IDS = TokenIds()
+_LARGEST = 2**27  # bytes of a SentencePiece file; the largest that are published have 5 million
+
+DEFAULT_SENTINELS = 100
+_BYTE_OFFSET = 3  # the byte b has the id b + 3
+_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
+_NORMALIZER_SPEC = 3  # a field of ModelProto
+# NormalizerSpec(add_dummy_prefix=False), merged into the file's own.
+_NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
+
+
+class Vocabulary:
+    """A SentencePiece file and, above its pieces, the sentinels ``<extra_id_0>`` and so on.
+
+    ``<extra_id_0>`` has the highest id, ``size - 1``, and the others follow downwards, as in T5.
+    Where ``extra_ids`` is None there are as many as the tokenizer's files beside ``spiece.model``
+    say, otherwise 100, or none are added to a file that holds them (mT5's).  In text, a sentinel is
+    recognised at the start of a word only, unless those files list it: what they list is a unit
+    wherever it stands (``data/added_tokens.py``).
+
+    Equal and of equal hash where model file and sentinels are.  Behaves as
+    ``seqio.SentencePieceVocabulary``.  Raises UserError for a file that is missing, is no
+    SentencePiece model, or numbers padding, end and unknown otherwise than 0, 1 and 2.
+    """
+
+    eos_id = EOS_ID
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        extra_ids: int | None = None,
+        token_ids: TokenIds = T5_IDS,
+    ) -> None:
+        self.path = Path(path)
+        self.token_ids = token_ids
+        if extra_ids is not None and extra_ids < 0:
+            raise UserError(f"extra_ids must be 0 or more, not {extra_ids}")
+        model = _read_model(self.path)
+        processor = _load_processor(model, path=self.path)
+        added = AddedTokens(by_id={})
+        if self.path.name == SENTENCEPIECE_FILES[0]:
+            added = read_added_tokens(self.path.parent)
+            extra_ids = added.extra_ids if extra_ids is None else extra_ids
+        self.sentinels_are_assumed = extra_ids is None
+        if extra_ids is None:
+            holds_sentinels = processor.piece_to_id(_sentinel_piece(0)) != UNK_ID
+            extra_ids = 0 if holds_sentinels else DEFAULT_SENTINELS
+        if extra_ids and not added.lists_sentinels:
+            # Messages of protocol buffers that are concatenated merge, and repeated fields grow.
+            sentinels = b"".join(
+                _serialize_piece(_sentinel_piece(i)) for i in reversed(range(extra_ids))
+            )
+            processor = _load_processor(model + sentinels, path=self.path)
+        self.extra_ids = extra_ids
+        self.fingerprint = _fingerprint(model, extra_ids) + ids_suffix(token_ids)
+        self._processor = processor
+        self._size = len(processor)
+        self._add(added, model)
+        self._special = frozenset(i for i in range(len(processor)) if processor.is_control(i))
+
+    @property
+    def size(self) -> int:
+        """The number of ids, sentinels included (a model's embedding may be padded beyond it)."""
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without end of sequence."""
+        if self._splitter is None or not self._splitter.finds_any(text):
+            return list(self._processor.encode(text))
+        ids: list[int] = []
+        for part, is_added in self._splitter.split(text):
+            if is_added:
+                ids.append(self._id_of[part])
+            elif ids and self._within_word is not None and not part[0].isspace():
+                ids += self._within_word.encode(part)
+            else:
+                ids += self._processor.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
+        """The same as ``encode`` of each, faster."""
+        splitter = self._splitter
+        if splitter is None:
+            return list(self._processor.encode(list(texts), num_threads=num_threads))
+        rest = [text for text in texts if not splitter.finds_any(text)]
+        encoded = iter(self._processor.encode(rest, num_threads=num_threads) if rest else [])
+        return [
+            self.encode(text) if splitter.finds_any(text) else list(next(encoded)) for text in texts
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end of sequence; ids outside the vocabulary read as unknown."""
+        kept = [i for i in up_to(ids, self.token_ids.eos) if i not in self._special]
+        if not self._token_of:
+            return self._decode_pieces(kept)
+        # As transformers has it: blanks between added tokens and what is beside them.
+        parts: list[str] = []
+        for is_added, group in itertools.groupby(kept, key=self._token_of.__contains__):
+            if is_added:
+                parts += [self._token_of[i] for i in group]
+            elif text := self._decode_pieces(list(group)).strip():
+                parts.append(text)
+        return " ".join(parts)
+
+    def pieces(self, token_id: int) -> str:
+        """The piece that an id stands for, with ``▁`` for a blank; ``<unk>`` beyond the size."""
+        token_id = int(token_id)
+        if token_id in self._token_of:
+            return self._token_of[token_id]
+        known = 0 <= token_id < len(self._processor)
+        return str(self._processor.id_to_piece(token_id if known else UNK_ID))
+
+    def sentinel(self, index: int) -> int:
+        """The id of ``<extra_id_{index}>``; UserError where there is none."""
+        listed = self._id_of.get(_sentinel_piece(index).removeprefix("▁"))
+        if listed is not None:
+            return listed
+        token_id = int(self._processor.piece_to_id(_sentinel_piece(index)))
+        if token_id == UNK_ID:
+            raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
+        return token_id
+
+    @property
+    def has_added_tokens(self) -> bool:
+        """Whether the files beside the SentencePiece model list tokens."""
+        return bool(self._id_of)
+
+    def _add(self, added: AddedTokens, model: bytes) -> None:
+        """Takes in the tokens that the files beside the SentencePiece model list."""
+        tokens = dict(added.by_id)
+        self._size = max(self._size, 1 + max(tokens, default=0))
+        for token in added.without_id:
+            piece = int(self._processor.piece_to_id(token.content))
+            if piece == UNK_ID:
+                piece, self._size = self._size, self._size + 1
+            tokens[piece] = token
+        self._token_of = {token_id: token.content for token_id, token in tokens.items()}
+        self._id_of = {content: token_id for token_id, content in self._token_of.items()}
+        self._splitter = Splitter(tokens.values()) if tokens else None
+        self._within_word: sentencepiece.SentencePieceProcessor | None = None
+        if tokens and not added.legacy:
+            self._within_word = _load_processor(model + _NO_DUMMY_PREFIX, path=self.path)
+        if tokens:
+            described = repr((sorted(tokens.items()), added.legacy)).encode()
+            self.fingerprint += "-" + hashlib.sha256(described).hexdigest()[:16]
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        last = len(self._processor)
+        return str(self._processor.decode([i if 0 <= i < last else UNK_ID for i in ids]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({str(self.path)!r}, extra_ids={self.extra_ids})"
+
+
+class ByteVocabulary:
+    """ByT5's vocabulary: the byte ``b`` of the text in UTF-8 has the id ``b + 3``.
+
+    Behaves as ``seqio.ByteVocabulary``: bytes that are not UTF-8, special ids and ids above the
+    bytes vanish in decoding.  The default ``extra_ids`` makes the size 384, that of ByT5's
+    embedding.  The ids above the bytes were never trained, though: ByT5's pre-training used the
+    last byte ids as sentinels, 258 downwards (Xue et al. 2022, section 3.1); so does ``sentinel``.
+    """
+
+    eos_id = EOS_ID
+
+    def __init__(self, *, extra_ids: int = 125, token_ids: TokenIds = T5_IDS) -> None:
+        if extra_ids < 0:
+            raise UserError(f"extra_ids must be 0 or more, not {extra_ids}")
+        self.extra_ids = extra_ids
+        self.token_ids = token_ids
+        self.fingerprint = f"bytes-{extra_ids}" + ids_suffix(token_ids)
+
+    @property
+    def size(self) -> int:
+        """The number of ids: 3 special ones, 256 bytes, and the extra ones."""
+        return _BYTE_OFFSET + 256 + self.extra_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without end of sequence."""
+        return [byte + _BYTE_OFFSET for byte in text.encode("utf-8")]
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
+        """The same as ``encode`` of each."""
+        del num_threads
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end of sequence."""
+        bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.eos))
+        return bytes(b for b in bytes_ if 0 <= b < 256).decode("utf-8", errors="ignore")
+
+    def pieces(self, token_id: int) -> str:
+        """A name for an id: an ASCII character, ``<0xC3>`` for other bytes, ``<unk>`` beyond."""
+        byte = int(token_id) - _BYTE_OFFSET
+        if byte < 0:
+            return {PAD_ID: "<pad>", EOS_ID: "</s>"}.get(byte + _BYTE_OFFSET, "<unk>")
+        if byte >= 256:
+            return "<unk>"
+        return chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>"
+
+    def sentinel(self, index: int) -> int:
+        """The id that stood for sentinel ``index`` (0 to 99) in ByT5's pre-training."""
+        if not 0 <= index < DEFAULT_SENTINELS:
+            raise UserError(f"ByT5 has sentinels 0 to {DEFAULT_SENTINELS - 1}, not {index}")
+        return _BYTE_OFFSET + 255 - index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByteVocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"ByteVocabulary(extra_ids={self.extra_ids})"
+
+
+AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
+
+
+def load_vocabulary(
+    path: str | os.PathLike[str], *, extra_ids: int | None = None, token_ids: TokenIds = T5_IDS
+) -> AnyVocabulary:
+    """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
+
+    A file is a SentencePiece model, or by its suffix .json a ``tokenizer.json`` or the
+    ``tokenizer_config.json`` of ByT5; in a folder, ``vocabulary_file`` finds it.
+    """
+    if str(path) == "bytes":
+        return _byte_vocabulary(extra_ids, token_ids)
+    file = Path(path)
+    if file.is_dir():
+        found = vocabulary_file(file)
+        if found is None:
+            names = (*SENTENCEPIECE_FILES, "tokenizer.json")
+            raise UserError(f"{file}: the folder holds no vocabulary ({' or '.join(names)})")
+        file = found
+    if file.suffix != ".json":
+        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids)
+    if file.name.endswith("config.json"):
+        stored = byte_extra_ids(file)
+        return _byte_vocabulary(stored if extra_ids is None else extra_ids, token_ids)
+    if extra_ids is not None:
+        raise UserError(f"{file} has the sentinels that it has: leave out extra_ids")
+    return HfTokenizer(file, token_ids=token_ids)
+
+
+def _byte_vocabulary(extra_ids: int | None, token_ids: TokenIds) -> ByteVocabulary:
+    if extra_ids is None:
+        return ByteVocabulary(token_ids=token_ids)
+    return ByteVocabulary(extra_ids=extra_ids, token_ids=token_ids)
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such vocabulary file; give a SentencePiece .model") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the vocabulary: {error.strerror}") from None
+    if len(data) > _LARGEST:
+        raise UserError(f"{path}: more than the {_LARGEST} bytes that are read of a vocabulary")
+    return data
+
+
+def _load_processor(model: bytes, *, path: Path) -> "sentencepiece.SentencePieceProcessor":
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+        ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+        # A file cut between two pieces is a valid message, of fewer pieces that are not normalised.
+        if _NORMALIZER_SPEC not in _fields(model):
+            raise ValueError("no normalizer")
+    except (RuntimeError, ValueError, IndexError):
+        raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
+    if ids != (PAD_ID, EOS_ID, UNK_ID):
+        raise UserError(
+            f"{path}: T5 needs padding, end and unknown at ids 0, 1 and 2; this file is damaged "
+            f"or another model's, they are at {', '.join(map(str, ids))}"
+        )
+    return processor
+
+
+def _sentinel_piece(index: int) -> str:
+    return f"▁<extra_id_{index}>"
+
+
+def _serialize_piece(piece: str) -> bytes:
+    """``ModelProto(pieces=[SentencePiece(piece=piece, type=USER_DEFINED)])`` on the wire.
+
+    By hand, because the generated module would tie us to a version of protobuf for two fields.
+    """
+    text = piece.encode("utf-8")
+    # Fields: piece = 1 (bytes), score = 2 (fixed 32 bits, 0.0), type = 3 (varint); pieces = 1.
+    message = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0" + bytes([0x18, _USER_DEFINED])
+    return b"\x0a" + bytes([len(message)]) + message
+
+
+def _fields(message: bytes) -> set[int]:
+    """The field numbers in a serialised message all of whose fields are messages."""
+    fields = set()
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        length, position = _varint(message, position)
+        fields.add(tag >> 3)
+        position += length
+    return fields
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while message[position] & 0x80:
+        value |= (message[position] & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+    return value | message[position] << shift, position + 1
+
+
+def _fingerprint(model: bytes, extra_ids: int) -> str:
+    return hashlib.sha256(model + f"\0{extra_ids}".encode()).hexdigest()[:16]

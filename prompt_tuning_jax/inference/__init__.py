@@ -1,0 +1,1 @@
+"""Generating, scoring and predicting with trained prompts, alone and as ensembles."""

@@ -1,0 +1,401 @@
+"""Uses a model with a prompt: encode, generate text, score text, logits.
+
+Inputs are padded to few lengths and numbers of rows, so that programs are compiled for these alone;
+what is returned has the shape of what was given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.data.batching.buckets import padded_size
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.decoding.beam import BeamRule, HuggingFaceRule, T5XRule
+from prompt_tuning_jax.inference.decoding.checks import real_number, true_or_false, whole_number
+from prompt_tuning_jax.inference.decoding.logits_processors import logits_processors
+from prompt_tuning_jax.inference.ensemble import (
+    Strategy,
+    Writing,
+    encoded,
+    target_logits,
+    target_scores,
+    write,
+)
+from prompt_tuning_jax.methods import Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.typing import Array, HostArray
+
+# Token ids [B, T] with the model's padding (T5's is 0), or texts where it has its vocabulary.
+Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
+_SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
+# Beyond these a slip of a zero would end in an error of the device: beams times words fit an int32.
+_LONGEST = 2**16
+_MOST_BEAMS = 2**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What ``generate`` writes, best first where there are several.
+
+    ``ids`` ``[B, S]``, or ``[B, K, S]`` for beams, padding behind the end; ``scores`` ``[B]`` or
+    ``[B, K]``: summed log-probability, for beams by their rule; ``texts`` where the model has a
+    vocabulary: the (best) text of each row.
+    """
+
+    ids: HostArray
+    scores: HostArray
+    texts: list[str] | None
+
+
+def encode(
+    model: T5 | Attached, encoder_input_tokens: Inputs, prompt: Array | None = None
+) -> Array:
+    """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
+    attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
+    graphdef, params = param_tree.split(attached)
+    hidden_BUD = encoded(graphdef, params, tokens_BT)
+    # What is added to the input stands before its padding.
+    return hidden_BUD[:rows, : hidden_BUD.shape[1] - tokens_BT.shape[1] + length]
+
+
+def generate(
+    model: T5 | Attached,
+    inputs: Inputs,
+    prompt: Array | HostArray | None = None,
+    strategy: Strategy = "greedy",
+    *,
+    max_length: int = 32,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    beam_rule: Literal["t5x", "hf"] | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    min_length: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+) -> Generated:
+    """Writes at most ``max_length`` tokens for each input, the end-of-sequence token included.
+
+    Args:
+      model: the bare model, or one that has something attached to it.
+      inputs: texts, or token ids ``[B, T]``.
+      prompt: ``[P, D]``, one per example ``[B, P, D]``, or None.
+      strategy: ``greedy``, ``beam`` or ``sample``.
+      max_length: in tokens.
+      num_beams: beam only; 4 unless given.
+      length_penalty: beam only; the exponent of the rule, unless given T5X's 0.6 or transformers'
+        1.0.
+      beam_rule: beam only; ``t5x`` (unless given) or ``hf``.
+      temperature: sample only; 1.0 unless given, 0 is greedy.
+      top_k: sample only; 0 (unless given) is no cut.
+      top_p: sample only; 1.0 (unless given) is no cut.
+      seed: of the draws of sample.
+      min_length: in tokens, the end included, as in transformers.
+      repetition_penalty: as in transformers; 1.0 is none.
+      no_repeat_ngram_size: no run of this many tokens is written twice; 0 allows repeats.
+
+    Raises UserError for an option that is wrong or belongs to another strategy.
+    """
+    if strategy not in ("greedy", "beam", "sample"):
+        raise UserError(f"strategy is {strategy!r}; choose greedy, beam or sample")
+    require_own_options(
+        strategy,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        beam_rule=beam_rule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    max_length = whole_number("max_length", max_length, at_least=1, at_most=_LONGEST)
+    writing = Writing(
+        strategy=strategy,
+        max_length=max_length,
+        num_beams=4
+        if num_beams is None
+        else whole_number("num_beams", num_beams, at_least=1, at_most=_MOST_BEAMS),
+        beam_rule=_beam_rule(beam_rule, length_penalty),
+        temperature=1.0 if temperature is None else _temperature(temperature),
+        top_k=0 if top_k is None else whole_number("top_k", top_k, at_least=0),
+        top_p=1.0 if top_p is None else real_number("top_p", top_p, above=0, at_most=1),
+    )
+    processors = logits_processors(
+        min_length=whole_number("min_length", min_length, at_least=0),
+        repetition_penalty=real_number("repetition_penalty", repetition_penalty, above=0),
+        no_repeat_ngram_size=whole_number("no_repeat_ngram_size", no_repeat_ngram_size, at_least=0),
+        max_length=max_length,
+    )
+    key = jax.random.key(whole_number("seed", seed, at_least=0, at_most=2**63 - 1))
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    graphdef, params = param_tree.split(attached)
+    ids, scores = write(graphdef, writing, {}, params, tokens_BT, key, None, None, processors)
+    ids, scores = np.asarray(ids[0])[:rows], np.asarray(scores[0])[:rows]
+    best_BS = ids[:, 0] if ids.ndim == 3 else ids
+    words = attached.model.vocabulary
+    texts = None if words is None else [words.decode(row.tolist()) for row in best_BS]
+    return Generated(ids=ids, scores=scores, texts=texts)
+
+
+def score(
+    model: T5 | Attached,
+    inputs: Inputs,
+    targets: Inputs,
+    prompt: Array | HostArray | None = None,
+    *,
+    normalize_length: bool = False,
+) -> HostArray:
+    """The summed log-probability ``[B]`` of each target given its input, in float32.
+
+    With ``normalize_length`` the mean over the target's tokens, its end included.
+    """
+    mean = true_or_false("normalize_length", normalize_length)
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    if mean and attached.method.own_labels:
+        raise UserError(
+            "normalize_length: this method scores labels itself, and not by their tokens; leave "
+            "it out"
+        )
+    targets_BS, _ = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    graphdef, params = param_tree.split(attached)
+    return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS, mean)[0])[:rows]
+
+
+def logits(
+    model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+) -> HostArray:
+    """The logits ``[B, S, V]`` in float32 that predict the targets: ``[:, s]`` is for token s.
+
+    ``prompt`` is as in ``generate``.  Behind the end of a shorter target they mean nothing.
+    UserError for a method that scores labels itself.
+    """
+    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    if attached.method.own_labels:
+        raise UserError("this method ranks labels and has no logits of tokens; use score")
+    targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    graphdef, params = param_tree.split(attached)
+    return np.asarray(target_logits(graphdef, params, tokens_BT, targets_BS)[:rows, :length])
+
+
+_OPTIONS_OF = {
+    "num_beams": "beam",
+    "length_penalty": "beam",
+    "beam_rule": "beam",
+    "temperature": "sample",
+    "top_k": "sample",
+    "top_p": "sample",
+}
+
+
+def require_own_options(strategy: str, **given: object) -> None:
+    """UserError for the first option given (not None) that is another strategy's."""
+    for name, value in given.items():
+        if value is not None and _OPTIONS_OF[name] != strategy:
+            raise UserError(
+                f"{name} is {value!r}, and it is for strategy={_OPTIONS_OF[name]!r}; strategy is "
+                f"{strategy!r}"
+            )
+
+
+def _beam_rule(name: str | None, length_penalty: float | None) -> BeamRule:
+    if name not in (None, "t5x", "hf"):
+        raise UserError(f"beam_rule is {name!r}; choose t5x or hf")
+    if length_penalty is None:
+        return HuggingFaceRule() if name == "hf" else T5XRule()
+    penalty = real_number("length_penalty", length_penalty)
+    if name == "hf":
+        return HuggingFaceRule(length_penalty=penalty)
+    if penalty < 0:
+        raise UserError(
+            f"length_penalty is {penalty}; beam_rule t5x takes 0 or more (hf takes any number)"
+        )
+    return T5XRule(alpha=penalty)
+
+
+def _temperature(value: object) -> float:
+    number = real_number("temperature", value)
+    if number < 0:
+        raise UserError(f"temperature is {number}; it must be 0 (greedy) or more")
+    return number
+
+
+def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
+    """Token ids ``[B, T]`` int32, padded with the model's ``token_ids.fill``.
+
+    Texts get an end-of-sequence token: inputs the vocabulary's, ``targets`` the model's.  Token ids
+    are padded with the model's ``token_ids.pad``; where that is its end of sequence, inputs have no
+    padding (as in transformers) and targets have it behind the first end.
+    """
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    if not isinstance(inputs, jax.Array) and hasattr(inputs, "__array__"):
+        inputs = np.asarray(inputs)  # of pandas or torch, too
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
+        if inputs.ndim != 1:
+            raise UserError(f"an array of texts has shape [batch]; got {list(inputs.shape)}")
+        inputs = inputs.tolist()
+    is_array = isinstance(inputs, (jax.Array, np.ndarray))
+    if is_array and np.ndim(inputs) == 0:
+        raise UserError("token ids are whole numbers of shape [batch, length]; got a single number")
+    if not is_array and not isinstance(inputs, Sequence):
+        raise UserError(
+            f"inputs is a {type(inputs).__name__}; give a text, a list of texts, or token ids of "
+            "shape [batch, length]"
+        )
+    if not len(inputs):
+        raise UserError("there are no inputs; give one text, or one row of token ids, at least")
+    ids = model.token_ids
+    if not is_array and all(isinstance(x, str) for x in inputs):
+        if model.vocabulary is None:
+            raise UserError("this model came without a vocabulary: give token ids, not text")
+        end = ids.eos if targets else model.input_eos
+        rows = [[*model.vocabulary.encode(text), end] for text in inputs]
+        ids_BT = np.full((len(rows), max(map(len, rows), default=1)), ids.fill, np.int32)
+        for row, tokens in zip(ids_BT, rows, strict=True):
+            row[: len(tokens)] = tokens
+        return ids_BT
+    if not is_array and any(isinstance(x, str) for x in inputs):
+        number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
+        found = str(inputs[number])[:40]
+        raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
+    try:
+        ids_BT = np.asarray(inputs)
+    except ValueError:
+        raise UserError(
+            "token ids have rows of different lengths and not the shape [batch, length]; "
+            f"pad them with {ids.pad}"
+        ) from None
+    if ids_BT.ndim == 2 and not ids_BT.shape[1]:
+        raise UserError(
+            f"token ids have the shape {list(ids_BT.shape)}, and so no tokens; give every row one "
+            "at least"
+        )
+    if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
+        raise UserError(
+            f"token ids are whole numbers of shape [batch, length]; got {ids_BT.dtype} "
+            f"{list(ids_BT.shape)}"
+        )
+    if not 0 <= ids_BT.min() <= ids_BT.max() < model.config.vocab_size:
+        raise UserError(
+            f"token ids must be from 0 to {model.config.vocab_size - 1}; "
+            f"got {ids_BT.min()} to {ids_BT.max()}"
+        )
+    return _with_padding(ids_BT.astype(np.int32), ids, targets=targets)
+
+
+def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArray:
+    """The padding of token ids from outside as the model marks it."""
+    if ids.fill == ids.pad:
+        return ids_BT
+    if targets:
+        # At the end alone: in a text the id may be that of a real token.
+        ended_BT = np.cumsum(ids_BT == ids.eos, axis=1) - (ids_BT == ids.eos) > 0
+        rest_BT = np.cumprod((ids_BT == ids.pad)[:, ::-1], axis=1)[:, ::-1] > 0
+        is_padding_BT = ended_BT if ids.pad == ids.eos else rest_BT
+    else:
+        is_padding_BT = (ids_BT == ids.pad) & (ids.pad != ids.eos)
+    return np.where(is_padding_BT, np.int32(ids.fill), ids_BT)
+
+
+def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
+    """The prompt as float32, ``[P, D]`` or ``[B, P, D]``; UserError where it does not fit."""
+    if prompt is None:
+        return None
+    given: object = prompt  # not everybody checks types
+    if isinstance(given, str | Path):
+        raise UserError(
+            f"prompt is an array, and {str(given)!r} is a path: attach takes a run, a file or an "
+            "adapter, and load_prompt reads a prompt's file"
+        )
+    try:
+        array = jnp.asarray(prompt, jnp.float32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"prompt must be an array of numbers, not {type(given).__name__} {str(given)[:40]!r}"
+        ) from None
+    width = model.config.embed_dim
+    if (
+        array.ndim not in (2, 3)
+        or array.shape[-1] != width
+        or (array.ndim == 3 and array.shape[0] != batch)
+    ):
+        raise UserError(
+            f"a prompt for this model and batch has shape [P, {width}] or [{batch}, P, {width}]; "
+            f"got {list(array.shape)}"
+        )
+    return array
+
+
+def require_model(model: object) -> None:
+    """UserError for what is no model."""
+    if not isinstance(model, T5 | Attached):
+        opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
+        raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
+
+
+def _ready(
+    model: T5 | Attached, inputs: Inputs, prompt: Array | HostArray | None
+) -> tuple[Attached, HostArray, int, int]:
+    """The model with its prompt or whatever else is attached; the inputs' token ids, padded.
+
+    Then how many rows and positions were given.
+    """
+    require_model(model)
+    if isinstance(model, Attached):
+        if prompt is not None:
+            raise UserError("this model has something attached to it already: leave out prompt")
+        tokens_BT = token_ids(model.model, inputs)
+        more_rows = not _has_rows_of_its_own(model, len(tokens_BT))
+        fill = model.model.token_ids.fill
+        return model, _padded(tokens_BT, fill, more_rows=more_rows), *tokens_BT.shape
+    tokens_BT = token_ids(model, inputs)
+    rows, length = tokens_BT.shape
+    array = as_prompt(model, prompt, batch=rows)
+    tokens_BT = _padded(tokens_BT, model.token_ids.fill)
+    if array is None:
+        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        return attached, tokens_BT, rows, length
+    if array.ndim == 3:
+        spare = ((0, len(tokens_BT) - rows), (0, 0), (0, 0))
+        array = jnp.pad(array, spare, mode="edge")
+    return PromptTuning().with_prompt(model, array), tokens_BT, rows, length
+
+
+def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:
+    """Padding at the right, and copies of the last row: all of it is cut off the results."""
+    rows, length = tokens_BT.shape
+    spare = padded_size(rows) - rows if more_rows else 0
+    tokens_BT = np.pad(tokens_BT, ((0, spare), (0, 0)), mode="edge")
+    positions = padded_size(length, least=_SHORTEST_INPUT) - length
+    return np.pad(tokens_BT, ((0, 0), (0, positions)), constant_values=fill)
+
+
+def _padded_targets(
+    attached: Attached, targets: Inputs, *, rows: int, padded_rows: int
+) -> tuple[HostArray, int]:
+    """The targets' token ids for the padded inputs, and how many positions were given."""
+    targets_BS = token_ids(attached.model, targets, targets=True)
+    if len(targets_BS) != rows:
+        raise UserError(f"inputs and targets must be as many: {rows} and {len(targets_BS)}")
+    length = targets_BS.shape[1]
+    positions = padded_size(length, least=_SHORTEST_TARGET) - length
+    fill = attached.model.token_ids.fill
+    padded_BS = np.pad(targets_BS, ((0, 0), (0, positions)), constant_values=fill)
+    return np.pad(padded_BS, ((0, padded_rows - rows), (0, 0)), mode="edge"), length
+
+
+def _has_rows_of_its_own(attached: Attached, rows: int) -> bool:
+    """Whether arrays of the method may be one for each row of the batch."""
+    params = param_tree.split(attached)[1]
+    return any(
+        name.startswith("method/") and array.ndim > 2 and len(array) == rows
+        for name, array in params.items()
+    )

@@ -1,0 +1,236 @@
+"""Converts models, prompts and what other methods tuned, a run's own among them.
+
+Converts what other methods than prompts tuned: between a run's files and PEFT's adapters.
+"""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints import convert as converter
+from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.convert import Converted, Format, format_of, require_options_of
+from prompt_tuning_jax.checkpoints.convert_model import StoredAs, written
+from prompt_tuning_jax.checkpoints.convert_prompt import name_for_peft, notes_on_bundled
+from prompt_tuning_jax.checkpoints.destination import (
+    PROMPT_SUFFIXES,
+    require_free,
+    require_outside,
+    staged,
+)
+from prompt_tuning_jax.checkpoints.hub import BUNDLED
+from prompt_tuning_jax.checkpoints.load import OpenedModel
+from prompt_tuning_jax.checkpoints.peft import prompts, weights
+from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
+from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
+    StoredTuned,
+    is_tuned_file,
+    open_tuned,
+    read_tuned,
+    save_tuned,
+)
+from prompt_tuning_jax.config.config_file import RUN_CONFIG
+from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.inference.loading_methods import method_of, peft_adapter
+from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, Method
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.training import run_folder
+
+
+def convert(source: str | Path, destination: str | Path, **options: Any) -> converter.Converted:
+    """Writes a model or prompt, or what a run has tuned, in another format.
+
+    All that ``checkpoints.convert.convert`` says holds, options and errors; LoRA, IA3, prefixes and
+    multitask prompts go between a run's files (``tuned/*.safetensors``) and PEFT's adapters.
+    """
+    known = list(inspect.signature(converter.convert).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise UserError(f"convert has no argument {name!r}: {suggest(name, known)}")
+    place = Path(source)
+    if place.is_dir() and (place / RUN_CONFIG).is_file():
+        kept = [place / name for name in (run_folder.PROMPTS, run_folder.TUNED)]
+        source = next((folder for folder in kept if folder.is_dir()), "")
+        if not source:
+            raise UserError(
+                f"{place} is a run that holds nothing to convert: it has neither prompts/ nor "
+                "tuned/ yet; what trained all weights, prompt-tuning merge writes as a model"
+            )
+    if tuned_files(Path(source)):
+        return convert_tuned(str(source), destination, **options)
+    return converter.convert(source, destination, **options)
+
+
+_WORDS: dict[Format, str] = {
+    "npy": "as an .npy file",
+    "safetensors": "as a .safetensors file",
+    "peft": "as a PEFT adapter",
+}
+
+
+def tuned_files(place: Path) -> list[Path]:
+    """What is kept of other methods than prompts: a file, an adapter, or all in a folder of them.
+
+    Nothing where ``place`` is anything else.
+    """
+    if _is_tuned(place):
+        return [place]
+    if not place.is_dir() or is_peft(place):
+        return []
+    inside = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+    return inside if all(map(_is_tuned, inside)) else []
+
+
+def _is_tuned(place: Path) -> bool:
+    if not place.is_dir():
+        return is_tuned_file(place)
+    kinds = (*weights.KINDS, *prompts.KINDS)
+    return (place / CONFIG).is_file() and read_config(place / CONFIG).get("peft_type") in kinds
+
+
+def convert_tuned(
+    source: str,
+    destination: str | Path,
+    *,
+    to: Format | None = None,
+    dtype: StoredAs = "stored",
+    model: str = "",
+    allow_other_model: bool = False,
+    overwrite: bool = False,
+    **others: Any,
+) -> Converted:
+    """Writes each of ``tuned_files(source)`` in another format, bit for bit.
+
+    ``peft``: folders that PEFT loads; ``safetensors``: what a run keeps, or a prompt's file of a
+    P-tuning adapter, which also goes to ``npy``.  ``model`` decides the shapes: the frozen model,
+    unless what is converted names one on this machine.  What is written for PEFT is read again
+    before it takes its name.  Options and errors else as of ``checkpoints.convert.convert``.
+    """
+    destination = Path(os.path.abspath(Path(destination).expanduser()))
+    to = format_of(destination, to)
+    if to in ("hf", "t5x"):
+        raise UserError(
+            f"{source} is what a method tuned, and {to} is a format of models; it is written as "
+            "peft or safetensors, and prompt-tuning merge puts that of a run into the weights"
+        )
+    require_options_of(to, others)
+    if dtype not in ("stored", "float32"):
+        raise UserError(f"what a method tuned is written as float32: leave out --dtype {dtype}")
+    files = tuned_files(Path(source))
+    is_file = destination.suffix in PROMPT_SUFFIXES
+    one = files == [Path(source)] or (is_file and len(files) == 1)
+    if is_file and not one:
+        raise UserError(
+            f"{source} holds several: name a folder for them, without {destination.suffix}, and "
+            "say --to"
+        )
+    folder = to == "peft" or not one
+    require_free(destination, overwrite=overwrite, folder=folder)
+    name, opened = _open_base(files, model)
+    fingerprint = fingerprint_of(opened)
+    found = [_read(file, opened) for file in files]
+    methods = [method_of(stored, file) for file, stored in zip(files, found, strict=True)]
+    for file, stored in zip(files, found, strict=True):
+        check_model(
+            stored.metadata,
+            fingerprint=fingerprint,
+            path=file,
+            allow_other_model=allow_other_model,
+        )
+    if one:
+        require_outside(files[0], destination)
+    with staged(destination, overwrite=overwrite, folder=folder) as aside:
+        for file, stored, method in zip(files, found, methods, strict=True):
+            place = aside
+            if not one:
+                stem = file.name if file.is_dir() else file.stem
+                place = aside / (stem if to == "peft" else f"{stem}.{to}")
+            if to == "peft":
+                _write_adapter(place, stored, method, opened.config, name=name, of=str(file))
+                continue
+            known = dataclasses.replace(
+                stored.metadata,
+                model_name=stored.metadata.model_name or name,
+                model_fingerprint=stored.metadata.model_fingerprint or fingerprint,
+            )
+            if stored.tuned.keys() == {PROMPT}:
+                save_prompt(
+                    place,
+                    stored.tuned[PROMPT],
+                    metadata=known,
+                    format="npy" if to == "npy" else "safetensors",
+                )
+            elif to == "npy":
+                raise UserError(f"{file} is no prompt alone, as .npy files are: use safetensors")
+            else:
+                save_tuned(place, dataclasses.replace(stored, metadata=known))
+    kinds = sorted({type(method).__name__ for method in methods})
+    what = f"what {' and '.join(kinds)} tuned {_WORDS[to]}"
+    if len(files) > 1:
+        what = f"{len(files)} sets of {what.replace(' tuned as', ' tuned, each as')}"
+    notes = []
+    if to == "peft":
+        if any(stored.metadata.task or stored.metadata.labels for stored in found):
+            notes.append("a PEFT adapter does not hold the task, labels and score")
+        notes += notes_on_bundled([name])
+    return written(what, destination, notes=notes)
+
+
+def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
+    """The frozen model that ``--model`` names, or that they name, if it is on this machine."""
+    if model:
+        return model, open_source(model, vocabulary=False)
+    for file in files:
+        if file.is_dir():
+            named = str(read_config(file / CONFIG).get("base_model_name_or_path") or "")
+        else:
+            named = open_tuned(file).metadata.model_name
+        if named in BUNDLED or (named and Path(named).is_dir()):
+            return named, open_source(named, vocabulary=False)
+        said = f"is for {named}, which is not on this machine" if named else "names no model"
+        raise UserError(f"{file} {said}: give --model, whose shapes decide")
+    raise AssertionError("there is at least one")
+
+
+def _read(file: Path, opened: OpenedModel) -> StoredTuned:
+    if not file.is_dir():
+        return read_tuned(file, opened.config)
+    adapter = peft_adapter(file, opened.config, own=opened.params)
+    assert adapter is not None, file  # its kind was looked at
+    return adapter
+
+
+def _write_adapter(
+    place: Path, stored: StoredTuned, method: Method, config: T5Config, *, name: str, of: str
+) -> None:
+    """Writes it and reads it again; UserError where PEFT has no such adapter, or shapes differ."""
+    try:
+        if isinstance(method, LoRA | IA3):
+            weights.write_peft_weights(
+                place,
+                method,
+                stored.tuned,
+                config=config,
+                base_model_name_or_path=name_for_peft(name),
+            )
+        else:
+            prompts.write_peft_prompts(
+                place,
+                method,
+                stored.tuned,
+                config=config,
+                base_model_name_or_path=name_for_peft(name),
+            )
+        again = peft_adapter(place, config)
+    except UserError as error:
+        raise UserError(f"{of}: {str(error).replace(str(place), 'its adapter')}") from None
+    assert again is not None
+    for path, array in stored.tuned.items():
+        if not np.array_equal(again.tuned[path], array):
+            raise UserError(f"{of}: {path} is not in the adapter as it is here")

@@ -1,0 +1,311 @@
+"""Joins the predictions of several prompts (Lester et al. 2021, section 6).
+
+The programs of E members on one frozen model: scores of labels and targets, and text.
+
+Their tuned arrays carry a leading axis E, of any method; the frozen model is there once.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed.partitioner import Layout, laying_out, replicate
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
+from prompt_tuning_jax.inference.decoding.greedy import greedy
+from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
+from prompt_tuning_jax.inference.decoding.sampling import sample
+from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.training.microbatching import Division, map_members
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """The ensemble's prediction for one example, and how many members gave each text."""
+
+    prediction: str
+    votes: Mapping[str, int]
+
+
+def majority_vote(predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[str, float]]) -> Vote:
+    """What most members predict.
+
+    A tie goes to the candidate with the larger log-probability summed over the members:
+    ``log_probs_E`` holds, for each, what it knows about the texts (all labels when ranking, its own
+    prediction when writing, so that then only a candidate's voters count).  Equal sums go to the
+    text that is first in the alphabet, so that the order of the members decides nothing.
+    """
+    votes = Counter(predictions_E)
+    most = max(votes.values())
+
+    def summed(text: str) -> float:
+        # Exactly rounded, so that the order of the members cannot break a tie.
+        return math.fsum(known[text] for known in log_probs_E if text in known)
+
+    tied = [text for text, count in votes.items() if count == most]
+    winner = min(tied, key=lambda text: (-summed(text), text))
+    return Vote(prediction=winner, votes=dict(votes))
+
+
+Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is written; static, so that each way is compiled once."""
+
+    strategy: Strategy = "greedy"
+    max_length: int = 32
+    num_beams: int = 4
+    beam_rule: BeamRule = field(default_factory=T5XRule)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 8))
+def label_scores(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    labels_CS: Array,
+    members: int,
+    layout: Layout | None = None,
+    task_B: Array | HostArray | None = None,
+    normalize_length: bool = False,
+) -> Array:
+    """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
+
+    The encoder and the cross-attention keys are computed once per example and member.  ``members``
+    is E, which a method without tuned arrays does not show; ``task_B`` is each row's task, where a
+    method asks for it.  ``normalize_length`` makes the score the mean over a label's tokens.  On a
+    mesh the result is replicated.
+    """
+
+    def member(own: FlatParams) -> Array:
+        attached = param_tree.merge(graphdef, {**frozen, **own})
+        return attached.label_scores(
+            tokens_BT,
+            labels_CS,
+            task_B=task_B,
+            max_logits=2**26 // members,
+            normalize_length=normalize_length,
+        )
+
+    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
+    with laying_out(layout):
+        return replicate(map_members(member, at_once, tuned, members=members))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def write(
+    graphdef: nnx.GraphDef[Attached],
+    writing: Writing,
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    key: Array,
+    layout: Layout | None = None,
+    task_B: Array | HostArray | None = None,
+    processors: LogitsProcessors | None = None,
+) -> tuple[Array, Array]:
+    """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
+
+    All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
+    is one member.  On a mesh the result is replicated.
+    """
+    members = len(next(iter(tuned.values()))) if tuned else 1
+    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
+    with laying_out(layout):
+        return replicate(
+            _write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once, processors)
+        )
+
+
+def _members_at_once(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    members: int,
+    layout: Layout | None,
+) -> int:
+    """On a CPU, no more members together than its cache holds the activations of."""
+    on_mesh = layout is not None and not layout.is_trivial
+    if members == 1 or on_mesh or jax.default_backend() != "cpu":
+        return members
+    own = {name: array[0] for name, array in tuned.items()}
+    config = param_tree.merge(graphdef, {**frozen, **own}).model.config
+    return Division(config=config).members_at_once(members, *tokens_BT.shape)
+
+
+def _write(
+    graphdef: nnx.GraphDef[Attached],
+    writing: Writing,
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    key: Array,
+    task_B: Array | HostArray | None,
+    at_once: int,
+    processors: LogitsProcessors | None,
+) -> tuple[Array, Array]:
+    members = len(next(iter(tuned.values()))) if tuned else 1
+    batch = tokens_BT.shape[0]
+    rows = members * batch
+
+    def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
+        attached = param_tree.merge(graphdef, {**frozen, **own})
+        if attached.method.own_labels:
+            raise UserError(
+                "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
+                "data.labels where the task has none"
+            )
+        encoded, slots = attached.encode(tokens_BT, task_B=task_B)
+        cross, caches = attached.model.start_decoding(encoded, writing.max_length)
+        constant = (cross, encoded.mask_BU, slots.of_decoder())
+        if writing.strategy == "beam":  # the beams of one example stand side by side
+            constant = jax.tree.map(
+                lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
+                constant,
+            )
+        return *constant, caches
+
+    cross, mask_ENU, slots, caches = map_members(start, at_once, tuned, members=members)
+
+    def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
+        def member(
+            own: FlatParams, tokens: Array, cache: Any, cross: Any, mask: Array, slots: Slots
+        ) -> tuple[Array, Any]:
+            attached = param_tree.merge(graphdef, {**frozen, **own})
+            return attached.model.decode_step(tokens, position, cache, cross, mask, slots=slots)
+
+        tokens, cache = jax.tree.map(
+            lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
+        )
+        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_ENU, slots)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
+
+    cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
+    first = {name: array[0] for name, array in tuned.items()}
+    size: dict[str, Any] = {
+        "num_rows": rows,
+        "max_length": writing.max_length,
+        "token_ids": param_tree.merge(graphdef, {**frozen, **first}).model.token_ids,
+        "processors": processors,
+    }
+    if writing.strategy == "beam":
+        beams = beam_search(
+            step, cache, num_beams=writing.num_beams, rule=writing.beam_rule, **size
+        )
+        ids, scores = beams.ids_NKS, beams.scores_NK
+    elif writing.strategy == "sample":
+        decoded = sample(
+            step,
+            cache,
+            key=key,
+            temperature=writing.temperature,
+            top_k=writing.top_k,
+            top_p=writing.top_p,
+            **size,
+        )
+        ids, scores = decoded.ids_NS, decoded.scores_N
+    else:
+        decoded = greedy(step, cache, **size)
+        ids, scores = decoded.ids_NS, decoded.scores_N
+    return (
+        ids.reshape(members, batch, *ids.shape[1:]),
+        scores.reshape(members, batch, *scores.shape[1:]),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def loss_sums(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    batch: Mapping[str, Array | HostArray],
+    members: int,
+    layout: Layout | None = None,
+    task_B: Array | HostArray | None = None,
+) -> tuple[Array, Array]:
+    """``[E]`` each: the summed cross entropy of a batch's targets, and how many tokens they are.
+
+    What training makes smaller, without dropout and z-loss.  On a mesh the results are replicated.
+    """
+    tokens_BT = jnp.asarray(batch["encoder_input_tokens"])
+
+    def member(own: FlatParams) -> tuple[Array, Array]:
+        attached = param_tree.merge(graphdef, {**frozen, **own})
+        sums = attached.token_sums(
+            tokens_BT,
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            task_B=task_B,
+        )
+        return sums.loss, sums.tokens
+
+    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
+    with laying_out(layout):
+        summed: tuple[Array, Array] = replicate(
+            map_members(member, at_once, tuned, members=members)
+        )
+        return summed
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def target_scores(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    tokens_BT: Array,
+    targets_BS: Array,
+    normalize_length: bool = False,
+) -> Array:
+    """``[E, B]``: the summed log-probability of each row's own target, or its mean."""
+
+    def member(own: FlatParams) -> Array:
+        attached = param_tree.merge(graphdef, {**frozen, **own})
+        if attached.method.own_labels:
+            return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
+        ids = attached.model.token_ids
+        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=ids.start)[:, :-1]
+        return sequence_log_probs(
+            attached(tokens_BT, inputs_BS),
+            targets_BS,
+            padding=ids.fill,
+            normalize_length=normalize_length,
+        )
+
+    return jax.vmap(member, axis_size=1)(tuned)
+
+
+@partial(jax.jit, static_argnums=0)
+def target_logits(
+    graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array, targets_BS: Array
+) -> Array:
+    """``[B, S, V]`` in float32 that predict the targets, of one member."""
+    attached = param_tree.merge(graphdef, params)
+    start = attached.model.token_ids.start
+    inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
+    logits_BSV: Array = attached(tokens_BT, inputs_BS)
+    return logits_BSV.astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def encoded(graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array) -> Array:
+    """The encoder's output ``[B, U, D]`` of one member."""
+    hidden_BUD: Array = param_tree.merge(graphdef, params).encode(tokens_BT)[0].hidden_BUD
+    return hidden_BUD

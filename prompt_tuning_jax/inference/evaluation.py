@@ -1,0 +1,209 @@
+"""Scores prompts, one by one and together."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.prompt_file import shared_labels, tasks_of
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.files import FILE_TASK
+from prompt_tuning_jax.data.tasks.metrics import best_of
+from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
+from prompt_tuning_jax.distributed import processes
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.loading import OpenedPrompts, prompt_list
+from prompt_tuning_jax.inference.prediction import Prompts, mean_log_probs, open_for
+from prompt_tuning_jax.inference.prompt_sources import as_texts
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.text_data import TextData
+from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training.evaluate import Predictions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's.
+
+    ``title`` says what was scored: the split, or the user's own file; ``predictions`` and
+    ``examples`` are by task.
+    """
+
+    names: tuple[str, ...]
+    per_prompt: list[dict[str, float]]
+    mean: dict[str, float]
+    best: dict[str, float]
+    ensemble: dict[str, float] | None
+    split: str
+    title: str
+    predictions: Mapping[str, Predictions]
+    reports: tuple[str, ...]
+    examples: Mapping[str, TokenizedExamples] = field(default_factory=dict)
+
+
+def evaluate(
+    experiment: Experiment,
+    *,
+    prompts: Prompts = (),
+    split: str | None = None,
+    labels: Sequence[str] = (),
+) -> EvalResult:
+    """Scores prompts one by one and their majority vote, with one frozen model.
+
+    ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``, one or
+    several; none is the bare model.  ``split`` is ``data.eval_split`` unless given.  Prompt design
+    has a member for each of ``training.seeds``, which read other demonstrations, one after another.
+
+    ``labels`` are what a user's own files are scored by, in place of those that the prompts were
+    trained on: the evaluation file never says them.  UserError where prompts know different ones.
+    """
+    labels = as_texts(labels, "labels")
+    experiment = validate(experiment)
+    if labels:
+        own = dataclasses.replace(experiment.data, labels=labels)
+        experiment = validate(dataclasses.replace(experiment, data=own))
+    model = build.build_model(experiment)
+    loaded = open_for(experiment, model, prompt_list(prompts))
+    if not labels:
+        experiment = _with_labels(experiment, loaded)
+    scores: list[dict[str, float]] = []
+    predictions: dict[str, list[Predictions]] = {}
+    reports: dict[str, None] = {}
+    draws = task_data.draws_of(experiment)
+    several = len(draws) * sum(members.number for members in loaded.groups) > 1
+    data = _examples(draws[0], model, split=split)
+    # Now, and not after the last prompt.
+    direction = data.require_direction() if several else data.direction or "max"
+    for number, own_draw in enumerate(draws):
+        data = _examples(own_draw, model, split=split) if number else data
+        reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
+        for members in loaded.groups:
+            theirs, found = build.evaluate_members(own_draw, members, members.tuned, data, model)
+            scores += theirs
+            for task, part in found.items():
+                predictions.setdefault(task, []).append(part)
+    joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
+    metrics = list(scores[0])
+    ensemble: dict[str, float] | None = None
+    if len(scores) > 1:
+        ensemble = {}
+        for task, examples in data.evaluation.items():
+            texts = [vote.prediction for vote in joined[task].votes()]
+            prefix = f"{task}/" if len(data.evaluation) > 1 else ""
+            values = examples.score(texts)
+            ensemble.update({f"{prefix}{name}": value for name, value in values.items()})
+    split = split or experiment.data.eval_split
+    (first, *_) = data.evaluation.values()
+    return EvalResult(
+        names=loaded.names,
+        per_prompt=scores,
+        mean={name: float(np.mean([each[name] for each in scores])) for name in metrics},
+        best=scores[best_of((each[data.best_by] for each in scores), direction)],
+        ensemble=ensemble,
+        split=split,
+        title=first.task.source.titles.get(split, split),
+        predictions=joined,
+        reports=tuple(reports),
+        examples=data.evaluation,
+    )
+
+
+def _with_labels(experiment: Experiment, loaded: OpenedPrompts) -> Experiment:
+    """The experiment on a user's own files with the labels that its prompts were trained on.
+
+    The training file that has them may be gone by now.
+    """
+    data = experiment.data
+    if not (data.train or data.eval) or data.objectives:
+        return experiment
+    known = loaded.by_name()
+    labels = shared_labels(
+        {name: one.labels for name, one in known.items()},
+        instead="say what all are scored by with labels (--set data.labels=a,b), or eval each "
+        "by itself",
+    )
+    if data.labels:
+        return experiment
+    for name, one in known.items():
+        if tasks := tasks_of(one):
+            each = "; ".join(map(str, tasks))
+            raise UserError(
+                f"{name} was trained on {len(tasks)} tasks: say whose labels are meant with "
+                f"--set data.labels=a,b ({each[:200]})"
+            )
+    if labels:
+        data = dataclasses.replace(data, labels=labels)
+    elif data.train and data.eval and not Path(data.train).exists():
+        # Without it nothing says the labels, which is what is then asked for.
+        data = dataclasses.replace(data, train="")
+    return dataclasses.replace(experiment, data=data)
+
+
+def _other_wordings(experiment: Experiment, loaded: OpenedPrompts) -> Iterator[str]:
+    """A line for each prompt that was trained with another wording than the examples have."""
+    data = experiment.data
+    if not (data.train or data.eval) or data.objectives:
+        return
+    ours = Wording(template=task_data.inputs_template_of(data))
+    for name, one in loaded.by_name().items():
+        theirs = wording_of(one.task, one.inputs_template)
+        if AS_IT_IS not in (ours, theirs) and theirs.key != ours.key:
+            yield (
+                f"note: {name} was trained with the wording {theirs.shown!r}, and these inputs "
+                f"have {ours.shown!r}; --set data.inputs_template changes it"
+            )
+
+
+def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
+    """What was predicted for each example that was evaluated, as values of JSON.
+
+    ``correct`` is as the task compares texts; of several prompts ``prediction`` is their vote.
+    ``row`` holds further columns of a user's own file.
+    """
+    several_tasks = len(result.examples) > 1
+    for name, examples in result.examples.items():
+        found = result.predictions[name]
+        task = examples.task
+        votes = found.votes()
+        compared = examples.as_written([vote.prediction for vote in votes])
+        for i, (example, vote) in enumerate(zip(examples.texts, votes, strict=True)):
+            known = [own[i] for own in found.log_probs_EN]
+            row: dict[str, Any] = {"task": name} if several_tasks else {}
+            row |= {
+                "input": example["inputs"],
+                "target": example["targets"],
+                "prediction": vote.prediction,
+                "correct": task.is_correct(example, compared[i]),
+                "log_probs": mean_log_probs(known),
+            }
+            if len(known) > 1:
+                row["votes"] = dict(vote.votes)
+            row["prompts"] = [
+                {"prompt": prompt, "prediction": texts[i], "log_probs": own}
+                for prompt, texts, own in zip(result.names, found.texts_EN, known, strict=True)
+            ]
+            others = {k: v for k, v in example.items() if k not in ("inputs", "targets")}
+            if others and task.name.startswith(FILE_TASK):
+                row["row"] = others
+            yield row
+
+
+def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_data.TaskData:
+    """What is evaluated on; the same for all processes."""
+    data = task_data.build_data(
+        experiment,
+        build.vocabulary_of(model),
+        split=split,
+        training=False,
+        layout=build.layout_of(experiment),
+    )
+    if isinstance(data, TextData):
+        raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
+    # Other examples there would be other batches, or one too many to wait for.
+    processes.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
+    return data

@@ -1,0 +1,295 @@
+"""Says what a model, a prompt or a run is.
+
+Says what is kept of other methods than prompts: a run's files, and PEFT's adapters.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
+from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.hf import config as hf_config
+from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.inspect_model import ModelDescription, describe_model
+from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, describe_prompt
+from prompt_tuning_jax.checkpoints.mapped_safetensors import require_finite
+from prompt_tuning_jax.checkpoints.peft import adapter_file
+from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, read_config, read_tensors
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.t5x.reader import INDEX
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
+from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.overrides import to_dict
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.conversion import tuned_files
+from prompt_tuning_jax.inference.loading_methods import method_of
+from prompt_tuning_jax.training import run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedDescription:
+    """What a method tuned: ``parameters`` are all numbers, ``dtypes`` how many of each type.
+
+    ``method`` is the class of its config, of a PEFT adapter its ``peft_type``, and ``settings``
+    what it says.
+    """
+
+    format: str
+    method: str
+    settings: dict[str, Any]
+    parameters: int
+    arrays: int
+    dtypes: dict[str, int]
+    metadata: PromptMetadata
+    tasks: tuple[str, ...]
+
+
+_KINDS: dict[type, str] = {
+    ModelDescription: "model",
+    PromptDescription: "prompt",
+    TunedDescription: "tuned",
+}
+_Held: TypeAlias = PromptDescription | TunedDescription
+
+
+def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tuple[str, str]]:
+    """What something is, as (field, value) in words: ``describe`` for people to read."""
+    found = _found(path, with_fingerprint=with_fingerprint)
+    if isinstance(found, ModelDescription):
+        yield from _model_rows(found)
+    elif isinstance(found, PromptDescription):
+        yield from _prompt_rows(found)
+    elif isinstance(found, TunedDescription):
+        yield from _tuned_rows(found)
+    elif isinstance(found, Experiment):
+        yield from _run_rows(Path(path), found)
+    else:
+        several = all(isinstance(each, TunedDescription) for each in found.values())
+        yield "kind", f"{len(found)} {'files of tuned parameters' if several else 'prompts'}"
+        for name, prompt in found.items():
+            yield name, _in_short(prompt)
+
+
+def describe(path: str, *, with_fingerprint: bool | None = None) -> dict[str, Any]:
+    """The same with numbers as numbers, to be written as JSON.
+
+    ``path`` is a model's folder or name, a prompt's file or folder, what another method tuned, a
+    folder of such files, or a run's folder.  Raises UserError.
+    """
+    found = _found(path, with_fingerprint=with_fingerprint)
+    if isinstance(found, ModelDescription | PromptDescription | TunedDescription):
+        return {"kind": _KINDS[type(found)], **dataclasses.asdict(found)}
+    if not isinstance(found, Experiment):
+        held = {name: dataclasses.asdict(each) for name, each in found.items()}
+        kind = "prompts" if isinstance(next(iter(found.values())), PromptDescription) else "tuned"
+        return {"kind": kind, kind: held}
+    folder = Path(path)
+    return {
+        "kind": "run",
+        **dict(_run_fields(found)),
+        "last_checkpoints": _last_steps(folder),
+        "prompts": {n: dataclasses.asdict(p) for n, p in _prompts_of_run(folder).items()},
+        "tuned": {n: dataclasses.asdict(t) for n, t in _tuned_of_run(folder).items()},
+    }
+
+
+def _found(
+    path: str, *, with_fingerprint: bool | None
+) -> ModelDescription | _Held | Experiment | Mapping[str, _Held]:
+    place = Path(path)
+    if place.is_dir() and (place / RUN_CONFIG).is_file():
+        experiment = run_config(path)
+        if experiment is not None:
+            return experiment
+    if tuned := tuned_files(place):
+        if tuned == [place]:
+            return describe_tuned(place)
+        return {file.name: describe_tuned(file) for file in tuned}
+    if place.is_file() or (place.is_dir() and is_peft(place)):
+        return describe_prompt(place)
+    if place.is_dir() and (files := prompt_files(path)):
+        return {file.name: describe_prompt(file) for file in files}
+    named = path in BUNDLED or path in T5X_MODELS or "://" in path or is_hub_name(path)
+    if not place.exists() and not named:
+        raise UserError(f"{path}: no such file or folder")
+    if place.is_dir() and not _may_be_model(place):
+        raise UserError(
+            f"{path} is nothing that is known here: no run ({RUN_CONFIG}), "
+            f"model ({hf_config.CONFIG}, or T5X's {INDEX}), PEFT adapter "
+            f"or folder of prompts{_candidates(place)}"
+        )
+    return describe_model(path, with_fingerprint=with_fingerprint)
+
+
+def _may_be_model(folder: Path) -> bool:
+    """Whether a folder has any trace of a model, which opening it then speaks of."""
+    patterns = (
+        hf_config.CONFIG,
+        f"{INDEX}*",
+        "checkpoint_*",
+        "target.*",
+        "state",
+        "*.safetensors",
+        "*.bin",
+    )
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _candidates(folder: Path) -> str:
+    """What is known one level down, as the end of a message."""
+
+    def known(child: Path) -> bool:
+        if not child.is_dir():
+            return child.suffix in PROMPT_SUFFIXES
+        return (
+            (child / RUN_CONFIG).is_file()
+            or is_peft(child)
+            or bool(prompt_files(str(child)))
+            or _may_be_model(child)
+        )
+
+    inside = [str(child) for child in sorted(folder.iterdir()) if known(child)]
+    return f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
+
+
+def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"model ({'T5X checkpoint' if model.is_t5x else 'Hugging Face folder'})"
+    yield "architecture", model.architecture
+    yield "size", model.size or "none of the published"
+    yield "layout", model.layout
+    yield "parameters", f"{model.parameters:,}"
+    kinds = [
+        name if len(model.dtypes) == 1 else f"{name} ({n:,})" for name, n in model.dtypes.items()
+    ]
+    yield "dtype", ", ".join(kinds)
+    yield "bytes", f"{model.bytes:,}"
+    if model.step is not None:
+        yield "step", str(model.step)
+        yield "optimizer state", f"{model.optimizer_arrays} arrays"
+        yield "prompt", "none" if model.prompt is None else f"{list(model.prompt)}"
+    yield "vocabulary", model.vocabulary or "none"
+    for field, value in dataclasses.asdict(model.config).items():
+        yield field, str(value)
+    yield "fingerprint", model.fingerprint or "not computed: it takes reading all (--fingerprint)"
+
+
+def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"prompt ({prompt.format})"
+    yield "length", str(prompt.length)
+    yield "width", str(prompt.width)
+    yield "parameters", f"{prompt.length * prompt.width:,}"
+    if prompt.left_out:
+        yield "left out", f"{prompt.left_out} more rows, the decoder's copy, unused by PEFT itself"
+    yield "dtype", str(prompt.dtype)
+    yield (
+        "row norms",
+        f"{prompt.norm_min:.3g} to {prompt.norm_max:.3g}, mean {prompt.norm_mean:.3g}",
+    )
+    yield "fits", ", ".join(prompt.fits) or "no size known here"
+    for field, value in vars(prompt.metadata).items():
+        if value not in ("", None, ()):
+            yield field.replace("_", " "), str(value)
+
+
+def _tuned_rows(tuned: TunedDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"tuned parameters ({tuned.format})"
+    yield "method", tuned.method
+    yield "parameters", f"{tuned.parameters:,} in {tuned.arrays} arrays"
+    yield "dtype", ", ".join(tuned.dtypes)
+    for field, value in tuned.settings.items():
+        yield field.replace("_", " "), str(value)
+    if tuned.tasks:
+        yield "tasks", ", ".join(tuned.tasks)
+    for field, value in vars(tuned.metadata).items():
+        if value not in ("", None, ()):
+            yield f"{field}".replace("_", " "), str(value)
+
+
+def _run_rows(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]:
+    yield "kind", "run"
+    for field, value in _run_fields(experiment):
+        yield field, str(value)
+    for step in _last_steps(folder):
+        yield "last checkpoint", f"step {step}"
+    held: dict[str, _Held] = {**_prompts_of_run(folder), **_tuned_of_run(folder)}
+    for name, each in held.items():
+        yield name, _in_short(each)
+
+
+def _run_fields(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    yield "model", experiment.model.name_or_path
+    yield "method", type(experiment.method).__name__
+    yield "data", experiment.data.train or experiment.data.task
+    yield "steps", experiment.training.steps
+
+
+def _last_steps(folder: Path) -> list[int]:
+    names = (step.name for step in (folder / "checkpoints" / "last").glob("[0-9]*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _prompts_of_run(folder: Path) -> dict[str, PromptDescription]:
+    files = sorted((folder / run_folder.PROMPTS).glob("*.safetensors"))
+    return {file.name: describe_prompt(file) for file in files}
+
+
+def _tuned_of_run(folder: Path) -> dict[str, TunedDescription]:
+    files = sorted((folder / run_folder.TUNED).glob("*.safetensors"))
+    return {file.name: describe_tuned(file) for file in files}
+
+
+def _in_short(held: _Held) -> str:
+    known = held.metadata
+    if isinstance(held, TunedDescription):
+        shape = f"{held.method}, {held.parameters:,} parameters"
+    else:
+        shape = f"[{held.length}, {held.width}]"
+    score = "" if known.score is None else f", {known.metric} {known.score:.2f}"
+    step = "" if known.steps is None else f"{' at' if score else ','} step {known.steps}"
+    return f"{shape}{score}{step}"
+
+
+# What of an adapter's config says how it computes.
+_OF_ADAPTERS = (
+    *("r", "lora_alpha", "use_rslora", "target_modules", "feedforward_modules"),
+    *("num_virtual_tokens", "num_layers", "num_tasks", "num_ranks", "token_dim"),
+)
+
+
+def describe_tuned(path: Path) -> TunedDescription:
+    """Reads one of ``tuned_conversion.tuned_files``; UserError for a damaged one."""
+    tasks: tuple[str, ...] = ()
+    if path.is_dir():
+        described = read_config(path / adapter_file.CONFIG)
+        arrays, _ = read_tensors(path)
+        version = f"peft {described.get('peft_version') or ''}".rstrip()
+        metadata = PromptMetadata(
+            model_name=str(described.get("base_model_name_or_path") or ""), created_by=version
+        )
+        kind = str(described.get("peft_type"))
+        settings = {n: described[n] for n in _OF_ADAPTERS if described.get(n) is not None}
+        form = "PEFT adapter"
+    else:
+        stored = open_tuned(path)
+        require_finite(stored.tuned, of=str(path))
+        method = method_of(stored, path)
+        kind, settings, form = type(method).__name__, to_dict(method), "safetensors"
+        arrays, metadata, tasks = dict(stored.tuned), stored.metadata, stored.tasks
+    dtypes: Counter[str] = Counter()
+    for array in arrays.values():
+        dtypes[array.dtype.name] += array.size
+    return TunedDescription(
+        format=form,
+        method=kind,
+        settings=settings,
+        parameters=dtypes.total(),
+        arrays=len(arrays),
+        dtypes=dict(dtypes),
+        metadata=metadata,
+        tasks=tasks,
+    )

@@ -1,0 +1,330 @@
+"""Prompts and runs opened for use on one frozen model."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
+from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    check_fits,
+    for_task,
+    is_prompt_file,
+    load_prompt_with_metadata,
+    tasks_of,
+)
+from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned
+from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.overrides import checked
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.errors import UserError, nearest, suggest
+from prompt_tuning_jax.inference.api import require_model
+from prompt_tuning_jax.inference.loading_methods import (
+    known_with,
+    members_of_run,
+    members_of_stored,
+    stored_methods,
+)
+from prompt_tuning_jax.methods import (
+    PROMPT,
+    Attached,
+    Context,
+    Known,
+    NoTuning,
+    PromptTuning,
+)
+from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
+from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build, run_folder
+from prompt_tuning_jax.typing import HostArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedPrompts:
+    """Prompts in groups of one shape and joining, in the order given within.
+
+    ``names`` has one for each, and so has ``known``: what its file or its run says about it.
+    """
+
+    groups: list[build.Members]
+    names: tuple[str, ...]
+    known: tuple[PromptMetadata, ...]
+
+    def by_name(self) -> dict[str, PromptMetadata]:
+        """What is known of each by its name, which a prompt given twice has in common."""
+        return dict(zip(self.names, self.known, strict=True))
+
+
+def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> Attached:
+    """The model with what was tuned for it: ``generate``, ``score`` and ``encode`` take it.
+
+    ``path`` is a prompt, a file of ``tuned/``, a PEFT adapter's folder, or a run's folder, of any
+    method.  ``member`` names one where there are several (``seed_0``), ``task`` one of those that
+    a mixture was trained on.  The model itself stays as it is, and its arrays are shared.  Raises
+    UserError where the path holds nothing for this model, or more than was named.
+    """
+    given: object = model  # not everybody checks types
+    require_model(given)
+    if isinstance(given, Attached):
+        raise UserError("this model has something attached to it already; attach to it bare")
+    _require_place(path)
+    opened = open_prompts(Experiment(), model, [str(path)], layout=where(model))
+    members = [(group, number) for group in opened.groups for number in range(group.number)]
+    names = [_member_name(name) for name in opened.names]
+    holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
+    chosen = _chosen(member, names, by="member", holds=holds)
+    (group, number), known = members[chosen], opened.known[chosen]
+    tuned = {name: array[number] for name, array in group.tuned.items()}
+    attached = param_tree.merge(group.graphdef, {**group.frozen, **tuned})
+    tasks = tasks_of(known)
+    if isinstance(attached.method, TaskPrompts):
+        attached, task = _of_task(attached.method, model, group, task, path)
+    elif tasks and task:
+        _chosen(task, [one.name for one in tasks], by="task", holds=f"{path} holds tasks")
+    elif task:
+        raise UserError(f"{path} was not trained on several tasks: leave out task={task!r}")
+    known = next((for_task(known, one) for one in tasks if one.name == task), known)
+    attached.known = Known(known)
+    return attached
+
+
+def prompt_list(prompts: object) -> list[str | HostArray]:
+    """One prompt or several as a list of paths and arrays ``[P, D]``; None and () are none.
+
+    A path is one prompt, and so is an array of two axes.  UserError for anything else.
+    """
+    if prompts is None:
+        return []
+    is_array = hasattr(prompts, "ndim") and hasattr(prompts, "shape")
+    if isinstance(prompts, str | Path) or (is_array and cast(Any, prompts).ndim < 3):
+        prompts = [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be paths or arrays, not {type(prompts).__name__}")
+    found: list[str | HostArray] = []
+    for number, one in enumerate(prompts):
+        if isinstance(one, str | Path):
+            if not str(one):
+                raise UserError(f"prompts[{number}] is an empty path")
+            found.append(str(one))
+            continue
+        try:
+            array = np.asarray(one, np.float32)
+        except (TypeError, ValueError):
+            array = np.zeros((), np.float32)
+        if not array.ndim:
+            raise UserError(
+                f"prompts[{number}] is a {type(one).__name__}, and neither a path nor an array of "
+                "numbers"
+            )
+        found.append(array)
+    return found
+
+
+def open_prompts(
+    experiment: Experiment,
+    model: T5,
+    prompts: Sequence[str | HostArray],
+    *,
+    layout: Layout | None = None,
+) -> OpenedPrompts:
+    """Opens files, runs' folders and arrays; UserError for one that does not fit the model.
+
+    A prompt is joined to the input as it was in its training, where its run or its file says how;
+    else as in ``experiment.method``.  Arrays are laid out over the experiment's mesh, or as
+    ``layout`` says.
+    """
+    layout = layout or build.layout_of(experiment)
+    if not prompts:
+        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        bare = PromptMetadata()
+        return OpenedPrompts(
+            groups=[_sharded(attached, layout)], names=("no prompt",), known=(bare,)
+        )
+    fingerprint = build.model_fingerprint(model)
+    default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
+    arrays: list[tuple[str, HostArray, PromptTuning, PromptMetadata]] = []
+    groups: list[build.Members] = []
+    names: list[str] = []
+    known: list[PromptMetadata] = []
+    stored: list[tuple[str, StoredTuned]] = []
+    stored_known: list[PromptMetadata] = []
+    for number, prompt in enumerate(one for each in prompts for one in _adapters_in(each)):
+        if not isinstance(prompt, str | Path):
+            array = np.asarray(prompt, np.float32)
+            if array.ndim != 2 or array.shape[1] != model.config.embed_dim:
+                raise UserError(
+                    f"prompts[{number}] has shape {list(array.shape)}; a prompt for this model is "
+                    f"[length, {model.config.embed_dim}]"
+                )
+            arrays.append((f"prompt {number}", array, _joining(default), PromptMetadata()))
+            continue
+        place = Path(prompt)
+        run = run_config(str(prompt))
+        files = [place]
+        if kept := stored_methods(place, model):
+            stored += kept
+            stored_known += [known_with(run, one.metadata) for _, one in kept]
+            continue
+        if run is not None and isinstance(run.method, PromptTuning):
+            if run_folder.is_run(place):
+                files = run_folder.prompt_files(place, build.member_names(run))
+            elif place.is_dir():
+                files = prompt_files(str(place)) or files
+        elif run is not None and run_folder.is_run(place):
+            members, theirs = members_of_run(run, model, place, layout)
+            groups.append(members)
+            known += theirs
+            names += [f"{prompt}/{name}" for name in build.member_names(run)]
+            continue
+        elif place.is_dir() and (inside := prompt_files(str(place))):
+            files = inside
+        elif place.is_dir() and not (is_peft(place) or is_t5x(place)):
+            raise UserError(
+                f"{prompt} is a folder without a run's {RUN_CONFIG}, and does not hold prompts "
+                f"alone{_prompts_in(place)}"
+            )
+        for file in files:
+            array, metadata = load_prompt_with_metadata(file)
+            check_fits(
+                array,
+                metadata,
+                embed_dim=model.config.embed_dim,
+                fingerprint=fingerprint,
+                path=file,
+            )
+            method = run.method if run and isinstance(run.method, PromptTuning) else default
+            if metadata.combine:
+                placement = checked(metadata.combine, Placement, f"{file}: combine")
+                method = dataclasses.replace(method, placement=placement)
+            arrays.append((str(file), array, _joining(method), known_with(run, metadata)))
+    alike: dict[Any, list[tuple[str, HostArray, PromptMetadata]]] = {}
+    for name, array, method, about in arrays:
+        alike.setdefault((method, array.shape), []).append((name, array, about))
+    for (method, _), group in alike.items():
+        attached = method.with_prompt(model, jnp.asarray(group[0][1]))
+        members = _sharded(attached, layout)
+        stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array, _ in group])
+        frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
+        groups.append(
+            dataclasses.replace(members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group))
+        )
+        names += [name for name, _, _ in group]
+        known += [about for _, _, about in group]
+    groups += members_of_stored(stored, model, layout, fingerprint)
+    names += [name for name, _ in stored]
+    known += stored_known
+    return OpenedPrompts(groups=groups, names=tuple(names), known=tuple(known))
+
+
+def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostArray]:
+    """What is in a folder of PEFT adapters, of any kinds; else ``prompt`` itself."""
+    if not isinstance(prompt, str | Path) or not Path(prompt).is_dir() or is_peft(Path(prompt)):
+        return [prompt]
+    inside = sorted(p for p in Path(prompt).iterdir() if not p.name.startswith("."))
+    adapters = [p for p in inside if p.is_dir() and is_peft(p)]
+    others = [p for p in inside if p not in adapters]
+    if not adapters or any(p.suffix not in PROMPT_SUFFIXES for p in others):
+        return [prompt]
+    return [str(p) for p in inside]
+
+
+def _require_place(path: str | Path) -> None:
+    """UserError where nothing can be attached from there, whatever is in it."""
+    given: object = path  # not everybody checks types
+    if not isinstance(given, str | Path) or not str(given):
+        named = "an empty path" if isinstance(given, str) else type(given).__name__
+        raise UserError(
+            f"attach takes the path of a run, a file or an adapter, and got {named}; an array is "
+            "the prompt of generate, score and encode"
+        )
+    if "://" in str(given):
+        return
+    place = Path(given).expanduser()
+    if not place.exists():
+        beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+        near = nearest(place.name, beside)
+        meant = "" if near is None else f"; did you mean {str(place.parent / near)!r}?"
+        raise UserError(f"there is no run, file or adapter {str(given)!r}{meant}")
+    if (place / "config.json").is_file():
+        raise UserError(f"{given} is a model, and nothing to attach: load_model opens it")
+
+
+def _member_name(name: str) -> str:
+    """A file's without its ending; a run's member may have a dot in its own, of a rate."""
+    place = Path(name)
+    return place.stem if place.suffix in PROMPT_SUFFIXES else place.name
+
+
+def _of_task(
+    prompts: TaskPrompts, model: T5, members: build.Members, task: str, path: str | Path
+) -> tuple[Attached, str]:
+    """The plain prompt of one of several tasks, and the task's name."""
+    names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
+    number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
+    prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
+    return PromptTuning().with_prompt(model, prompt_PD), names[number]
+
+
+def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
+    """The number of the one that is named, or of the only one; UserError begins with ``holds``."""
+    if name in names:
+        return names.index(name)
+    if not name and len(names) == 1:
+        return 0
+    wrong = f"there is no {name!r} in it" if name else f"say which is meant by {by}="
+    raise UserError(f"{holds}, and {wrong}; {suggest(name, names)}")
+
+
+def where(model: T5) -> Layout:
+    """The mesh that the model's arrays lie on, or their device."""
+    array = next(iter(param_tree.split(model)[1].values()))
+    mesh = getattr(array.sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        return Layout(mesh=mesh)
+    return Layout(mesh=make_mesh(devices=list(array.devices())))
+
+
+def _prompts_in(folder: Path) -> str:
+    """Prompts among other things, as the end of a message."""
+    inside = sorted(
+        child
+        for child in folder.iterdir()
+        if (is_peft(child) if child.is_dir() else is_prompt_file(child))
+    )
+    listed = ", ".join(child.name for child in inside[:5]) + ", ..." * (len(inside) > 5)
+    return f"; name one by one the prompts in it: {listed}" if inside else ""
+
+
+def _joining(method: PromptTuning) -> PromptTuning:
+    """Only what matters once the prompt is trained: how it is joined to the input."""
+    return PromptTuning(
+        placement=method.placement,
+        prompt_to_input=method.prompt_to_input,
+        prompt_to_prompt=method.prompt_to_prompt,
+        input_to_prompt=method.input_to_prompt,
+    )
+
+
+def members_of(attached: Attached) -> build.Members:
+    """One member, all of whose arrays are there once, where they are."""
+    graphdef, params = param_tree.split(attached)
+    return build.Members(
+        graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
+    )
+
+
+def _sharded(attached: Attached, layout: Layout) -> build.Members:
+    return members_of(attached).sharded(layout, param_tree.logical_axes(attached))

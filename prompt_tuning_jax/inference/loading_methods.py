@@ -1,0 +1,280 @@
+"""Methods of any kind opened for use on one frozen model: files, runs and PEFT's adapters."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.peft import prompts, weights
+from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, is_tuned_file, read_tuned
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import (
+    Attached,
+    Context,
+    FullTuning,
+    Method,
+    MultitaskPrompts,
+    mask_of,
+)
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.typing import HostArray
+
+_OVER: Mapping[str, Any] = {
+    "init": "uniform",
+    "init_labels": (),
+    "init_text": "",
+    "init_path": "",
+    "init_population": 0,
+    "source_task": -1,
+    "source_member": 0,
+    "dropout": 0.0,
+}
+# A size up to this costs nothing, whatever a file's arrays are; a field that nothing uses may be
+# larger than any of their axes.
+_SMALL = 1024
+
+
+def stored_methods(place: Path, model: T5) -> list[tuple[str, StoredTuned]]:
+    """What is kept of a method in a file, in all files of a folder, or in a PEFT adapter's folder.
+
+    Nothing for plain prompts, PEFT's own among them, and for what is none of these.  UserError for
+    damaged ones, and for an adapter that does not fit this model.
+    """
+    config = model.config
+    if is_tuned_file(place):
+        return [(str(place), read_tuned(place, config))]
+    if not place.is_dir():
+        return []
+    if is_peft(place):
+        adapter = peft_adapter(place, config, own=param_tree.split(model)[1])
+        return [(str(place), adapter)] if adapter else []
+    inside = sorted(place.glob("*.safetensors"))
+    if not inside or not all(map(is_tuned_file, inside)):
+        return []
+    return [(str(path), read_tuned(path, config)) for path in inside]
+
+
+def peft_adapter(
+    folder: Path, config: T5Config, *, own: Mapping[str, weights.Own] | None = None
+) -> StoredTuned | None:
+    """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt.
+
+    ``own`` are the model's parameters by path: what of them is in the adapter must equal them.
+    """
+    kind = weights.peft_kind(folder)
+    found: weights.PeftWeights | prompts.PeftPrompts
+    if kind in weights.KINDS:
+        found = weights.read_peft_weights(folder, config, own)
+    elif kind in prompts.KINDS:
+        found = prompts.read_peft_prompts(folder, config)
+    else:
+        return None
+    metadata = PromptMetadata(
+        model_name=found.base_model_name_or_path, created_by=f"peft {found.peft_version}".rstrip()
+    )
+    return StoredTuned(tuned=found.tuned, method=method_to_json(found.method), metadata=metadata)
+
+
+def method_of(stored: StoredTuned, path: str | Path) -> Method:
+    """The method that a file's arrays belong to.
+
+    Raises UserError that names the file for what is no method, and for fields that make no sense or
+    claim sizes that the arrays do not have: metadata is compared before it is obeyed.
+    """
+    try:
+        method = method_from_json(stored.method, of="the method in its metadata")
+        shapes = {name: tuple(array.shape) for name, array in stored.tuned.items()}
+        _require_sizes(as_trained(method), shapes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return method
+
+
+def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError for fields that make no sense, or are larger than any axis of the arrays."""
+    for complaint in method.complaints():
+        raise UserError(complaint)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    fields: Any = method
+    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(fields)]
+    for name, value in [*claimed, ("template", method.added_length())]:
+        sizes = value if isinstance(value, tuple) else (value,)
+        if len(sizes) > max(largest, _SMALL):
+            raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
+        for size in sizes:
+            if type(size) is not int or _OVER.get(name) == size:
+                continue
+            if size < 0 or (name == "length" and size == 0):
+                raise UserError(f"method.{name} is {size}; must be at least 1")
+            if size > max(largest, _SMALL):
+                raise UserError(
+                    f"method.{name} is {size}, and the largest axis of its arrays is {largest}"
+                )
+
+
+def members_of_stored(
+    opened: Sequence[tuple[str, StoredTuned]], model: T5, layout: Layout, fingerprint: str
+) -> Iterator[build.Members]:
+    """Members for those of one method side by side."""
+
+    def kind(stored: StoredTuned) -> tuple[Any, ...]:
+        return stored.method, stored.tasks, stored.metadata.labels
+
+    for path, stored in opened:
+        check_model(stored.metadata, fingerprint=fingerprint, path=path)
+    for _, alike in itertools.groupby(opened, key=lambda each: kind(each[1])):
+        group = list(alike)
+        path, first = group[0]
+        method = method_of(first, path)
+        tuned = {}
+        for name, array in first.tuned.items():
+            arrays = [each.tuned.get(name) for _, each in group]
+            if any(a is None or a.shape != array.shape for a in arrays):
+                raise UserError(f"{path} and the files beside it differ in {name}")
+            tuned[name] = np.stack([a for a in arrays if a is not None])
+        yield _members(
+            method,
+            tuned,
+            model,
+            layout,
+            labels=first.metadata.labels,
+            tasks=first.tasks,
+            of=path,
+        )
+
+
+def members_of_run(
+    run: Experiment, model: T5, folder: Path, layout: Layout
+) -> tuple[build.Members, list[PromptMetadata]]:
+    """The best members of a run of any method, and what is known about each.
+
+    UserError where its frozen model is another.
+    """
+    tuned, trained_on_model = run_folder.read_best_and_model(folder)
+    if not isinstance(run.method, FullTuning):
+        trained_on = PromptMetadata(
+            model_name=run.model.name_or_path, model_fingerprint=trained_on_model
+        )
+        check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
+    known = [_known_of_run(run, model, folder, name) for name in build.member_names(run)]
+    members = _members(
+        run.method,
+        tuned,
+        model,
+        layout,
+        labels=known[0].labels if run.method.ranks else (),
+        tasks=task_data.trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
+        of=f"the best checkpoint in {folder}",
+    )
+    return members, known
+
+
+def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> PromptMetadata:
+    """What a member's file says, or where a run keeps none, its config."""
+    file = folder / run_folder.TUNED / f"{name}.safetensors"
+    if is_tuned_file(file):
+        return known_with(run, read_tuned(file, model.config).metadata)
+    try:
+        labels = task_data.labels_of(task_data.build_mixture(run.data))
+    except UserError:  # the files that would say them are gone
+        if run.method.ranks:
+            raise
+        labels = ()
+    return known_with(run, PromptMetadata(labels=labels))
+
+
+def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetadata:
+    """The metadata with what the run's config says where a file does not say it itself."""
+    if run is None:
+        return metadata
+    return dataclasses.replace(
+        metadata,
+        task=metadata.task or run.data.train or run.data.task,
+        inputs_template=metadata.inputs_template or task_data.inputs_template_of(run.data),
+        mixture=metadata.mixture or task_data.mixture_of(run.data),
+    )
+
+
+def as_trained(method: Method) -> Method:
+    """The method without how it began and what only training needs; once trained, these are over.
+
+    What it began from may be gone, and equal structures would differ in it.
+    """
+    fields: Any = method
+    own = {field.name for field in dataclasses.fields(fields)}
+    over = {name: value for name, value in _OVER.items() if name in own}
+    found: Method = dataclasses.replace(fields, **over)
+    return found
+
+
+def attach_stored(
+    method: Method,
+    model: T5,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    labels: tuple[str, ...],
+    tasks: int,
+    of: str,
+) -> Attached:
+    """A trained method on the model, before its arrays, of these shapes, are put in.
+
+    Raises UserError where it cannot be, or ``of`` has other arrays than the method tunes; until
+    that is known nothing is allocated.
+    """
+    method = as_trained(method)
+    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
+
+    def attach() -> Attached:
+        return method.attach(model, key=jax.random.key(0), context=context)
+
+    try:
+        _require_sizes(method, shapes)
+        abstract = jax.eval_shape(lambda: param_tree.split(attach())[1])
+        own = {name: p for name, p in abstract.items() if method.trains(name)}
+        build.require_trainable(own)
+    except UserError as error:
+        raise UserError(f"{of}: {error}") from None
+    # Of the stored arrays the shapes alone.
+    stored = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    param_tree.require_same_shapes(stored, own, of=of, and_of="the model")
+    return attach()
+
+
+def _members(
+    method: Method,
+    tuned: Mapping[str, HostArray],
+    model: T5,
+    layout: Layout,
+    *,
+    labels: tuple[str, ...],
+    tasks: tuple[str, ...],
+    of: str,
+) -> build.Members:
+    """The method attached to the model with these arrays, which have a leading axis E."""
+    # What is tuned has a leading axis E.
+    shapes = {name: tuple(array.shape[1:]) for name, array in tuned.items()}
+    attached = attach_stored(method, model, shapes, labels=labels, tasks=len(tasks), of=of)
+    graphdef, params = param_tree.split(attached)
+    frozen = {name: p for name, p in params.items() if not method.trains(name)}
+    members = build.Members(
+        graphdef=graphdef,
+        tuned={name: jnp.asarray(array) for name, array in tuned.items()},
+        frozen=frozen,
+        mask=mask_of(method, list(params)),
+        number=len(next(iter(tuned.values()))),
+        tasks=tasks,
+    )
+    return members.sharded(layout, param_tree.logical_axes(attached))

@@ -1,0 +1,489 @@
+"""Predicts for texts and for the rows of a data file, with prompts and whatever methods tuned."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    TrainedTask,
+    for_task,
+    listed,
+    shared_labels,
+    tasks_of,
+)
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching.buckets import few_lengths
+from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.row_files import RowFile
+from prompt_tuning_jax.data.tasks.task import Source, Task, get_task, tasks_known_as
+from prompt_tuning_jax.data.tasks.wording import (
+    AS_IT_IS,
+    Given,
+    Wording,
+    shared_wording,
+    template_of,
+    template_of_column,
+    value_as_text,
+    wording_of,
+)
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed import processes
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.inference.api import require_model
+from prompt_tuning_jax.inference.loading import (
+    OpenedPrompts,
+    members_of,
+    open_prompts,
+    prompt_list,
+    where,
+)
+from prompt_tuning_jax.inference.prompt_sources import as_texts
+from prompt_tuning_jax.methods import Attached, PromptDesign
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training.evaluate import Predictions
+from prompt_tuning_jax.typing import HostArray
+
+# What is predicted with where no config and no run says otherwise; texts are as they are.
+UNDESCRIBED = Experiment(data=Data(task="", inputs_length=512, targets_length=32))
+
+PredictStrategy: TypeAlias = Literal["rank", "greedy", "beam"]
+Prompts: TypeAlias = str | Path | HostArray | Sequence[str | Path | HostArray]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is predicted for one input.
+
+    Attributes:
+      prediction: the text: a label, or what was written; of several prompts what most say.
+      log_probs: of each label (of what was written, where text is written), the mean over prompts.
+      votes: of several prompts, how many say what.
+      by_prompt: what each prompt says, in the order of their names.
+      input: the model's input, with the wording that the prompts were trained with.
+      row: the row of a data file that it was made of, all its columns.
+      truncated: whether the model read the beginning of the input alone.
+    """
+
+    prediction: str
+    log_probs: dict[str, float] | None
+    votes: dict[str, int] | None
+    by_prompt: tuple[str, ...] = ()
+    input: str = ""
+    row: Mapping[str, Any] | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The experiment to predict by, the opened prompts, and what is asked of them."""
+
+    experiment: Experiment
+    loaded: OpenedPrompts
+    layout: Layout
+    wording: Wording
+    labels: tuple[str, ...]
+    task: str  # of several that were trained on together
+
+
+def predict(
+    model: T5 | Attached | Experiment,
+    inputs: Given | Path | Iterable[Given],
+    prompts: Prompts = (),
+    *,
+    labels: Sequence[str] = (),
+    task: str = "",
+    raw: bool = False,
+    strategy: PredictStrategy | None = None,
+    batch_size: int = 0,
+    inputs_length: int = 0,
+    max_length: int = 0,
+) -> list[Prediction]:
+    """Predicts for each input: a label where labels are known, otherwise text.
+
+    ``model`` is a model with ``prompts`` (paths of prompts, runs or adapters, or arrays ``[P, D]``;
+    several vote), what ``attach`` returns, or an Experiment, whose model is loaded.  Without
+    prompts the bare model answers.
+
+    Inputs are bare texts, around which the wording that the prompts were trained with is put
+    (``raw`` leaves it out); objects ``{column: value}`` where that has several columns; or the Path
+    of a data file, whose targets are not looked at.
+
+    ``labels`` are chosen among, in place of those that the prompts were trained on; ``task`` names
+    one of the tasks of a mixture.  ``strategy`` is ``rank`` where there are labels, else
+    ``greedy``.  Longer inputs than ``inputs_length`` tokens are cut, and at most ``max_length`` are
+    written; 0 is what the prompts' run says.  Raises UserError for what cannot be predicted.
+    """
+    labels = as_texts(labels, "labels")
+    given_raw: object = raw  # not everybody checks types
+    if not isinstance(given_raw, bool):
+        raise UserError(f"raw must be True or False, not {given_raw!r}")
+    experiment, loaded, frozen, layout = _opened(model, prompt_list(prompts))
+    experiment = _with(
+        experiment,
+        strategy=strategy,
+        batch_size=batch_size,
+        inputs_length=inputs_length,
+        max_length=max_length,
+    )
+    asked = _asked(experiment, loaded, layout, labels=labels, task=task, raw=raw)
+    given, rows = _given(inputs, asked.experiment.data, asked.wording, raw=raw)
+    processes.require_same("the input", "\n".join(given))
+    return _predictions(asked, frozen, given, rows)
+
+
+def _opened(
+    model: T5 | Attached | Experiment, prompts: list[str | HostArray]
+) -> tuple[Experiment, OpenedPrompts, T5, Layout]:
+    if isinstance(model, Experiment):
+        # No task at all is right here: texts are then inputs as they are.
+        if model.data.task or model.data.train or model.data.eval:
+            experiment = validate(model)
+        else:
+            data = dataclasses.replace(model.data, task="none")
+            checked = validate(dataclasses.replace(model, data=data))
+            data = dataclasses.replace(checked.data, task="")
+            experiment = dataclasses.replace(checked, data=data)
+        layout = build.layout_of(experiment)
+        frozen = build.build_model(experiment, layout=layout)
+        return experiment, open_for(experiment, frozen, prompts), frozen, layout
+    require_model(model)
+    if isinstance(model, Attached):
+        if prompts:
+            raise UserError("this model has something attached to it already: leave out prompts")
+        layout = where(model.model)
+        about = model.known.about or PromptMetadata()
+        loaded = OpenedPrompts(groups=[members_of(model)], names=("attached",), known=(about,))
+        return UNDESCRIBED, loaded, model.model, layout
+    runs = (run_config(one) for one in prompts if isinstance(one, str))
+    experiment = next((run for run in runs if run is not None), UNDESCRIBED)
+    layout = where(model)
+    return experiment, open_prompts(experiment, model, prompts, layout=layout), model, layout
+
+
+def open_for(
+    experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
+) -> OpenedPrompts:
+    """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
+    if not isinstance(experiment.method, PromptDesign):
+        return open_prompts(experiment, model, prompts)
+    if prompts:
+        raise UserError(
+            "method=prompt_design puts words before the inputs of the bare model; leave out "
+            "--prompt, or the method"
+        )
+    bare = open_prompts(experiment, model, [])
+    if not experiment.method.shots:
+        return dataclasses.replace(bare, names=("no demonstrations",))
+    seeds = experiment.training.seeds
+    names = tuple(f"demonstrations of seed {seed}" for seed in seeds)
+    return dataclasses.replace(bare, names=names, known=bare.known * len(names))
+
+
+def _with(
+    experiment: Experiment,
+    *,
+    strategy: PredictStrategy | None,
+    batch_size: int,
+    inputs_length: int,
+    max_length: int,
+) -> Experiment:
+    """The experiment with what a call says; 0 and None leave it as it is."""
+    if strategy not in (None, "rank", "greedy", "beam"):
+        raise UserError(f"strategy is {strategy!r}; choose rank, greedy or beam")
+    for name, number in (
+        ("batch_size", batch_size),
+        ("inputs_length", inputs_length),
+        ("max_length", max_length),
+    ):
+        if number < 0:
+            raise UserError(f"{name} is {number}; it must be at least 1")
+    evaluation, data = experiment.evaluation, experiment.data
+    evaluation = dataclasses.replace(
+        evaluation,
+        strategy=strategy or evaluation.strategy,
+        batch_size=batch_size or evaluation.batch_size,
+    )
+    data = dataclasses.replace(
+        data,
+        inputs_length=inputs_length or data.inputs_length,
+        targets_length=max_length or data.targets_length,
+    )
+    return dataclasses.replace(experiment, evaluation=evaluation, data=data)
+
+
+def _asked(
+    experiment: Experiment,
+    loaded: OpenedPrompts,
+    layout: Layout,
+    *,
+    labels: tuple[str, ...],
+    task: str,
+    raw: bool,
+) -> _Asked:
+    """What is asked of the prompts, by what is known of them and what the caller says."""
+    data = experiment.data
+    known = loaded.by_name()
+    mixtures = {name: tasks for name, one in known.items() if (tasks := tasks_of(one))}
+    named = task or data.task
+    chosen = ""
+    if mixtures:
+        of_tasks = any(members.tasks for members in loaded.groups)
+        indifferent = bool(labels) and raw and not of_tasks
+        for name, tasks in mixtures.items():
+            one = _one_of(tasks, named, name, must_exist=bool(task), indifferent=indifferent)
+            if one is not None:
+                known[name], chosen = for_task(known[name], one), one.name
+    elif task:
+        one = _trained_task(get_task(task))
+        known = {name: for_task(about, one) for name, about in known.items()}
+    own = labels
+    if not own:
+        by_name = {name: about.labels for name, about in known.items()}
+        own = shared_labels(by_name, instead="give the labels that all are to choose between")
+        if data.labels and not chosen and not task:
+            own = data.labels
+    strategy = experiment.evaluation.strategy
+    if not own and strategy in ("rank", "auto") and not chosen:
+        own = _labels_of(data)
+    if not own and strategy == "rank":
+        raise UserError("no labels are known to rank; give them with labels (data.labels=a,b)")
+    return _Asked(
+        experiment=experiment,
+        loaded=loaded,
+        layout=layout,
+        wording=AS_IT_IS if raw else _wording(data, known, named),
+        labels=own,
+        task=chosen,
+    )
+
+
+def _one_of(
+    tasks: Sequence[TrainedTask], named: str, prompt: str, *, must_exist: bool, indifferent: bool
+) -> TrainedTask | None:
+    """The one of several tasks that is named; UserError where none is, and it matters."""
+    names = [one.name for one in tasks]
+    also = [one.name for one in tasks_known_as(named)] if named else []
+    for one in tasks:
+        if one.name == named or also == [one.name]:
+            return one
+    if must_exist:
+        raise UserError(f"{prompt} was not trained on the task {named!r}; {suggest(named, names)}")
+    if indifferent:
+        return None
+    raise UserError(
+        f"{prompt} was trained on {len(names)} tasks: say with --task (task=) which one the inputs "
+        f"are of: {listed(names)}"
+    )
+
+
+def _trained_task(task: Task) -> TrainedTask:
+    template = "" if task.from_text is None else template_of(task.from_text)
+    return TrainedTask(name=task.name, labels=task.labels, inputs_template=template)
+
+
+def _labels_of(data: Data) -> tuple[str, ...]:
+    """The labels of the data that the config names; UserError where they cannot be told."""
+    if not (data.task or data.train or data.eval) or (data.eval and not data.train):
+        return data.labels
+    try:
+        mixture = task_data.build_mixture(data)
+    except UserError as error:
+        raise UserError(
+            f"nothing says which labels to choose between: give them with labels "
+            f"(--set data.labels=a,b); {error}"
+        ) from None
+    if len(mixture.tasks) > 1:
+        names = listed([task.name for task in mixture.tasks])
+        raise UserError(f"{mixture.name} is {len(mixture.tasks)} tasks: say with --task: {names}")
+    return mixture.tasks[0].labels
+
+
+def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wording:
+    """What is put around a text: what the prompts were trained with, else what the config says."""
+    try:
+        shared = shared_wording(
+            {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
+        )
+    except UserError as error:
+        hint = "predict with one after the other, or give whole inputs and raw"
+        raise UserError(f"{error}; {hint}") from None
+    if data.inputs_template:
+        return Wording(template=data.inputs_template)
+    if shared != AS_IT_IS:
+        return shared
+    if data.train or data.eval:
+        return Wording(template=template_of_column(data.inputs_column))
+    return wording_of(named, "")
+
+
+def _given(
+    inputs: Given | Path | Iterable[Given], data: Data, wording: Wording, *, raw: bool
+) -> tuple[list[str], list[Mapping[str, Any] | None]]:
+    """The model's inputs, and the rows that they were made of."""
+    texts: list[str] = []
+    rows: list[Mapping[str, Any] | None] = []
+    for place, one in _placed(inputs, data):
+        try:
+            if isinstance(one, str):
+                texts.append(wording.apply(one))
+                rows.append(None)
+                continue
+            texts.append(_of_row(one, data, wording, raw=raw))
+            rows.append(one)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    if not texts:
+        empty = f"{inputs}: holds no rows" if isinstance(inputs, Path) else "there are no inputs"
+        raise UserError(empty)
+    return texts, rows
+
+
+def _placed(inputs: Given | Path | Iterable[Given], data: Data) -> Iterator[tuple[str, Given]]:
+    """Each input with where it stands, for messages."""
+    if isinstance(inputs, Path):
+        yield from RowFile(
+            path=inputs,
+            header=data.header,
+            columns=data.columns,
+            separator=data.separator,
+            split=data.eval_split,
+        ).rows()
+        return
+    if isinstance(inputs, str | Mapping):
+        inputs = [cast(Given, inputs)]
+    if not isinstance(inputs, Iterable):
+        raise UserError(f"inputs must be texts or objects, not {type(inputs).__name__}")
+    for number, one in enumerate(inputs):
+        given: object = one  # not everybody checks types
+        if not isinstance(given, str | Mapping):
+            shown = repr(given)[:40]
+            raise UserError(f"inputs[{number}] must be a text or an object, not {shown}")
+        yield f"inputs[{number}]", given
+
+
+def _of_row(row: Mapping[str, Any], data: Data, wording: Wording, *, raw: bool) -> str:
+    """The input of a row: by the wording's columns, or its one text by ``data.inputs_column``."""
+    columns = wording.columns
+    column = data.inputs_column
+    if columns and wording.from_text is None and all(one in row for one in columns):
+        return wording.apply(row)
+    if len(columns) > 1:
+        return wording.apply(row)  # which says the column that is missing
+    if column in row:
+        return wording.apply(value_as_text(row[column], column))
+    wanted = columns[0] if columns and wording.from_text is None else column
+    names = [str(name)[:40] for name in row]
+    raise UserError(
+        f"no column {wanted!r}: {suggest(wanted, names)}; say which one with "
+        f"--set data.inputs_column=NAME{'' if not raw else ' (raw reads one column as it is)'}"
+    )
+
+
+def _predictions(
+    asked: _Asked,
+    model: T5,
+    texts: Sequence[str],
+    rows: Sequence[Mapping[str, Any] | None],
+) -> list[Prediction]:
+    experiment, labels = asked.experiment, asked.labels
+    words = build.vocabulary_of(model)
+    _check_labels(labels, words)
+    source = None
+    if isinstance(experiment.method, PromptDesign):
+        source = task_data.build_mixture(experiment.data).tasks[0]
+    parts = []
+    for own_draw in task_data.draws_of(experiment):
+        examples = tokenize(
+            task_data.designed(own_draw, _as_task(texts), words, source=source),
+            "predict",
+            words,
+            inputs_length=experiment.data.inputs_length,
+            targets_length=experiment.data.targets_length,
+            use_cache=False,
+        )
+        for members in asked.loaded.groups:
+            predictor = build.build_predictor(
+                experiment,
+                members.graphdef,
+                words,
+                labels=labels,
+                layout=asked.layout,
+                buckets=few_lengths(experiment.data.inputs_length),
+            )
+            parts.append(
+                predictor.predict(
+                    members.tuned,
+                    members.frozen,
+                    examples,
+                    members=members.number,
+                    task=members.task_number(asked.task),
+                )
+            )
+    cut_N = examples.inputs.lengths > experiment.data.inputs_length
+    if cut_N.any():
+        _log.warning(
+            "%s of %s input%s %s cut to %d tokens, the longest has %d; "
+            "data.inputs_length=N reads more",
+            f"{cut_N.sum():,}",
+            f"{len(texts):,}",
+            "s" * (len(texts) != 1),
+            "were" if cut_N.sum() != 1 else "was",
+            experiment.data.inputs_length,
+            examples.inputs.lengths.max(),
+        )
+    predictions = Predictions.joined(parts)
+    each = zip(texts, rows, predictions.votes(), strict=True)
+    return [
+        Prediction(
+            prediction=vote.prediction,
+            log_probs=mean_log_probs([known[i] for known in predictions.log_probs_EN]),
+            votes=dict(vote.votes) if len(predictions.texts_EN) > 1 else None,
+            by_prompt=tuple(own[i] for own in predictions.texts_EN),
+            input=text,
+            row=row,
+            truncated=bool(cut_N[i]),
+        )
+        for i, (text, row, vote) in enumerate(each)
+    ]
+
+
+def _check_labels(labels: Sequence[str], words: AnyVocabulary) -> None:
+    """UserError for a label without tokens, and for two of the same tokens."""
+    seen: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        ids = tuple(words.encode(label))
+        if not ids:
+            raise UserError(f"the label {label!r} has no tokens; give every label a text")
+        if ids in seen:
+            raise UserError(
+                f"the labels {seen[ids]!r} and {label!r} have the same tokens in this vocabulary"
+            )
+        seen[ids] = label
+
+
+def _as_task(inputs: Sequence[str]) -> Task:
+    rows = [{"inputs": text, "targets": ""} for text in inputs]
+    source = Source(
+        splits=("predict",), rows=lambda split, data_dir: rows, fingerprint=lambda split, _: ""
+    )
+    return Task(name="inputs", source=source)
+
+
+def mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each text's log-probability, averaged over the members that know it."""
+    texts = dict.fromkeys(text for known in known_E for text in known)
+    return {
+        text: float(np.mean([known[text] for known in known_E if text in known])) for text in texts
+    }

@@ -1,0 +1,101 @@
+"""Predictions as text for files: JSON lines, a JSON list, a table."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from prompt_tuning_jax.inference.prediction import Prediction
+from prompt_tuning_jax.inference.score_table import short_names
+from prompt_tuning_jax.untrusted_input import json_text
+
+Form: TypeAlias = Literal["jsonl", "json", "csv", "tsv"]
+_FORMS: Mapping[str, Form] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+
+
+def form_of(path: str) -> Form | None:
+    """What a file of this name is written as; None where its ending says nothing."""
+    return _FORMS.get(Path(path).suffix.lower())
+
+
+def predictions_text(given: Sequence[str], predictions: Sequence[Prediction], form: Form) -> str:
+    """What ``predict`` found, a record for each input; a table has the columns of a file's rows.
+
+    ``given`` are the texts as the user gave them, or none for a file's rows.
+    """
+    records = []
+    for number, found in enumerate(predictions):
+        text = given[number] if given else found.input
+        record: dict[str, Any] = {"input": text, "prediction": found.prediction}
+        if form in ("csv", "tsv"):
+            record = {"input": text} if found.row is None else dict(found.row)
+            record[_free("prediction", record)] = found.prediction
+            record[_free("log_prob", record)] = (found.log_probs or {}).get(found.prediction)
+        else:
+            others = {
+                "log_probs": found.log_probs,
+                "votes": found.votes,
+                "truncated": found.truncated or None,
+                "row": found.row,
+            }
+            record |= {name: value for name, value in others.items() if value is not None}
+        records.append(record)
+    return records_text(records, form)
+
+
+def evaluated_text(rows: Sequence[Mapping[str, Any]], form: Form) -> str:
+    """The rows of ``evaluation.prediction_rows``; a table has a column for each of several prompts.
+
+    Further columns of a user's own file come behind these in a table.
+    """
+    if form in ("jsonl", "json"):
+        return records_text(rows, form)
+    records = []
+    for row in rows:
+        record = {name: row[name] for name in ("task", "input", "target") if name in row}
+        record |= {"prediction": row["prediction"], "correct": row["correct"]}
+        record["log_prob"] = row["log_probs"].get(row["prediction"])
+        if len(row["prompts"]) > 1:
+            names = short_names([one["prompt"] for one in row["prompts"]])
+            for name, one in zip(names, row["prompts"], strict=True):
+                record[_free(name, record)] = one["prediction"]
+        for name, value in row.get("row", {}).items():
+            record[_free(name, record)] = value
+        records.append(record)
+    return records_text(records, form)
+
+
+def records_text(records: Sequence[Mapping[str, Any]], form: Form) -> str:
+    """Records as the text of a file."""
+    if form == "jsonl":
+        return "".join(f"{json_text(record)}\n" for record in records)
+    if form == "json":
+        return "[\n" + ",\n".join(map(json_text, records)) + "\n]\n"
+    header = list(dict.fromkeys(name for record in records for name in record))
+    table = [header, *([_cell(record.get(name)) for name in header] for record in records)]
+    if form == "tsv":  # where quotes are text, and nothing can stand for a tab
+        return "".join("\t".join(" ".join(cell.split()) for cell in line) + "\n" for line in table)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json_text(value)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, or where a column has it, one with a number behind it."""
+    number, found = 2, name
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found

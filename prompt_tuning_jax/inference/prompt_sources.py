@@ -1,0 +1,70 @@
+"""Prompts that a command names: files, adapters, folders of them, runs.
+
+What callers give where several may be given: one alone is a list of one.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
+from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, read_prompt
+from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import PromptTuning, PTuning
+from prompt_tuning_jax.training import run_folder
+
+
+def prompt_paths(source: str | Path) -> list[str]:
+    """Every prompt in a run or a folder of prompts, or ``source`` itself; UserError for no run's.
+
+    Whether each is one is for ``read_prompt`` to say.
+    """
+    folder = Path(source)
+    if folder.is_dir() and (folder / RUN_CONFIG).is_file():
+        source = folder / run_folder.PROMPTS
+        if not source.is_dir():
+            run = run_config(str(folder))
+            if run is None or isinstance(run.method, PromptTuning | PTuning):
+                raise UserError(
+                    f"{folder} is a run that holds no prompts: it has no {source.name}/ yet"
+                )
+            raise UserError(
+                f"{folder} is a run of {type(run.method).__name__}: there is no prompt in it"
+            )
+    files = prompt_files(str(source))
+    return [str(source)] if files is None else [str(file) for file in files]
+
+
+def read_all(paths: list[str]) -> dict[str, StoredPrompt]:
+    """The prompts by path; raises UserError as ``read_prompt``."""
+    return {path: read_prompt(path) for path in paths}
+
+
+def as_texts(values: object, name: str) -> tuple[str, ...]:
+    """One text or several; UserError for anything else, and for one that is there twice."""
+    found = (values,) if isinstance(values, str) else _several(values, name)
+    texts = []
+    for one in found:
+        if not isinstance(one, str):
+            raise UserError(f"{name} are texts, and one is a {type(one).__name__}: {str(one)[:40]}")
+        if one in texts:
+            raise UserError(f"{name} has {one!r} twice")
+        texts.append(one)
+    return tuple(texts)
+
+
+def as_paths(values: object, name: str) -> list[str | Path]:
+    """One path or several; UserError for anything else."""
+    found = [values] if isinstance(values, str | Path) else _several(values, name)
+    paths = []
+    for one in found:
+        if not isinstance(one, str | Path):
+            raise UserError(f"{name} are paths, and one is a {type(one).__name__}: {str(one)[:40]}")
+        paths.append(one)
+    return paths
+
+
+def _several(values: object, name: str) -> Iterable[object]:
+    if isinstance(values, Mapping | bytes) or not isinstance(values, Iterable):
+        raise UserError(f"{name} is a {type(values).__name__}: {str(values)[:40]}; give a list")
+    return values

@@ -1,0 +1,1 @@
+"""Numerical operations, one implementation per platform where it pays."""

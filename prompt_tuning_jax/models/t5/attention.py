@@ -1,0 +1,176 @@
+"""Multi-head attention as T5 has it: no 1/sqrt(K), no bias, positions only as additive scores."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.distributed.partitioner import constrain
+from prompt_tuning_jax.models.injections import KeyValues
+from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.typing import Array, DType
+
+HIDDEN = (
+    -1e10
+)  # added to the score of what must not be seen; finite, so a fully hidden row is no NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SelfCache:
+    """Keys and values ``[B, S, H, K]`` that one decoder layer has computed so far."""
+
+    key_BSHK: Array
+    value_BSHK: Array
+
+
+class RelativePositionBias(nnx.Module):
+    """A learned score per head and bucketed distance, of a whole stack or of one layer."""
+
+    def __init__(
+        self, config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs
+    ):
+        shape = (config.num_heads, config.relpos_num_buckets)
+        self.rel_embedding = normal_param(
+            rngs, shape, ("heads", "relpos_buckets"), std=config.embed_dim**-0.5, dtype=param_dtype
+        )
+        self.bidirectional = bidirectional
+        self.num_buckets = config.relpos_num_buckets
+        self.max_distance = config.relpos_max_distance
+
+    def __call__(self, query_positions_Q: Array, key_positions_K: Array) -> Array:
+        """Scores ``[1, H, Q, K]`` in float32."""
+        distance_QK = key_positions_K[None, :] - query_positions_Q[:, None]
+        bucket_QK = relative_position_bucket(
+            distance_QK,
+            bidirectional=self.bidirectional,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        table_HN = self.rel_embedding.get_value().astype(jnp.float32)
+        return jnp.take(table_HN, bucket_QK, axis=1)[None]
+
+
+def relative_position_bucket(
+    distance: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """The bucket of ``key position - query position``: exact when near, logarithmic when far.
+
+    Raffel et al. 2020, section 2.1; t5x/examples/t5/layers.py, RelativePositionBiases.
+    """
+    bucket = jnp.zeros_like(distance)
+    behind = -distance
+    if bidirectional:
+        num_buckets //= 2
+        bucket += jnp.where(behind < 0, num_buckets, 0)
+        behind = jnp.abs(behind)
+    else:
+        behind = jnp.maximum(behind, 0)
+    exact = num_buckets // 2
+    # The epsilon is the reference's: it decides the bucket where the logarithm is a whole number.
+    ratio = behind.astype(jnp.float32) / exact + jnp.finfo(jnp.float32).eps
+    far = exact + (jnp.log(ratio) / math.log(max_distance / exact) * (num_buckets - exact)).astype(
+        jnp.int32
+    )
+    return bucket + jnp.where(behind < exact, behind, jnp.minimum(far, num_buckets - 1))
+
+
+class Attention(nnx.Module):
+    """Attention of queries from one sequence over keys and values from the same or another."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        embed, heads, kv = config.embed_dim, config.num_heads, config.head_dim
+        self.num_heads, self.head_dim = heads, kv
+        self.dropout_rate = dropout_rate
+        self.dtype = dtype
+
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str], std: float
+        ) -> Linear:
+            return Linear(
+                in_features,
+                out_features,
+                axes=axes,
+                std=std,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        # T5 leaves 1/sqrt(K) out of attention and folds it into the queries' initial value.
+        joined = heads * kv
+        self.query = linear(embed, joined, ("embed", "joined_kv"), (embed * kv) ** -0.5)
+        self.key = linear(embed, joined, ("embed", "joined_kv"), embed**-0.5)
+        self.value = linear(embed, joined, ("embed", "joined_kv"), embed**-0.5)
+        self.out = linear(joined, embed, ("joined_kv", "embed"), joined**-0.5)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        keys: KeyValues,
+        bias_BHTU: Array,
+        *,
+        prefix: KeyValues | None = None,
+        key: Array | None = None,
+    ) -> Array:
+        """Reads ``keys`` from the positions of ``x_BTD``; ``bias`` carries positions and masks."""
+        query_BTHK = self._heads(self.query(x_BTD))
+        key_BUHK, value_BUHK = keys.key_BPHK, keys.value_BPHK
+        if prefix is not None:
+            key_BUHK = _put_in_front(prefix.key_BPHK, key_BUHK)
+            value_BUHK = _put_in_front(prefix.value_BPHK, value_BUHK)
+            bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
+        scores_BHTU = matmul.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
+        weights_BHTU = matmul.softmax(scores_BHTU + bias_BHTU)
+        weights_BHTU = dropout_weights(weights_BHTU, self.dropout_rate, key=key)
+        mixed_BTHK = matmul.einsum("BHTU,BUHK->BTHK", weights_BHTU, value_BUHK, dtype=self.dtype)
+        return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], -1))
+
+    def keys_values(self, x_BUD: Array) -> KeyValues:
+        """Keys and values of the sequence that is read."""
+        return KeyValues(
+            key_BPHK=self._heads(self.key(x_BUD)), value_BPHK=self._heads(self.value(x_BUD))
+        )
+
+    def _heads(self, x_BTJ: Array) -> Array:
+        x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
+        # Whole heads: halves of them would make every score a sum over devices.
+        return constrain(x_BTHK, ("batch", "length", "heads", "kv"))
+
+
+def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> Array:
+    """Attention dropout with one mask for all examples and heads, as T5X broadcasts it."""
+    if key is None or rate == 0.0:
+        return weights_BHTU
+    ones_TU = jnp.ones(weights_BHTU.shape[-2:], weights_BHTU.dtype)
+    return weights_BHTU * dropout(ones_TU, rate, key=key)
+
+
+def bias_of(mask_BQK: Array) -> Array:
+    """A boolean (query, key) mask as scores ``[B, 1, Q, K]`` to add."""
+    return jnp.where(mask_BQK[:, None], 0.0, HIDDEN).astype(jnp.float32)
+
+
+def pad_in_front(bias_BHTU: Array, *, to: int) -> Array:
+    """Nothing to add for the keys that a bias does not know, which stand in front of the others."""
+    ahead = to - bias_BHTU.shape[-1]
+    return jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0))) if ahead else bias_BHTU
+
+
+def _put_in_front(prefix_BPHK: Array, x_BUHK: Array) -> Array:
+    prefix_BPHK = jnp.broadcast_to(prefix_BPHK, (x_BUHK.shape[0], *prefix_BPHK.shape[1:])).astype(
+        x_BUHK.dtype
+    )
+    return jnp.concatenate([prefix_BPHK, x_BUHK], axis=1)

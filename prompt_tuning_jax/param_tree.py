@@ -1,0 +1,114 @@
+"""Parameters by path: flattening, selecting, merging, and saying exactly what does not match."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import Array, FlatParams, Mask
+from prompt_tuning_jax.untrusted_input import compile_pattern
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
+    """A module as its static structure and its parameters by path."""
+    graphdef, state = nnx.split(module)
+    return graphdef, {path_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
+    """The module that ``split`` took apart, around these parameters."""
+    flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in params.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
+    """Puts values into a module in place; names and shapes must match exactly, or UserError."""
+    leaves = {path_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(module))}
+    values = {name: leaf.get_value() for name, leaf in leaves.items()}
+    require_same_shapes(params, values, of="the checkpoint", and_of="the model")
+    for name, value in params.items():
+        leaves[name].set_value(value)
+    flat: dict[Any, Any] = {path_tuple(name): leaf for name, leaf in leaves.items()}
+    nnx.update(module, nnx.from_flat_state(flat))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """("encoder", "layers_0") -> "encoder/layers_0"."""
+    return "/".join(map(str, path))
+
+
+def path_tuple(name: str) -> tuple[str | int, ...]:
+    """The inverse of ``path_name``; whole numbers are list positions."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("/"))
+
+
+def logical_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of every parameter, by path."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {path_name(path): leaf.get_metadata()["logical_axes"] for path, leaf in flat}
+
+
+def partition(params: Mapping[str, Any], mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters as (those that train, those that are frozen); the mask must cover them exactly."""
+    require_same_names(params, mask, of="the parameters", and_of="the mask")
+    tuned = {name: p for name, p in params.items() if mask[name]}
+    frozen = {name: p for name, p in params.items() if not mask[name]}
+    return tuned, frozen
+
+
+def matching(
+    params: Mapping[str, Any], pattern: str, *, of: str = "the pattern"
+) -> dict[str, bool]:
+    """A mask that is true where the whole path matches the regular expression.
+
+    UserError that begins with ``of`` for what is none.
+    """
+    expression = compile_pattern(pattern, of=of)
+    return {name: expression.fullmatch(name) is not None for name in params}
+
+
+def select(params: Mapping[str, Any], keep: Callable[[str], bool]) -> dict[str, Any]:
+    """The parameters whose path satisfies ``keep``."""
+    return {name: p for name, p in params.items() if keep(name)}
+
+
+def require_same_names(
+    left: Mapping[str, Any], right: Mapping[str, Any], *, of: str, and_of: str
+) -> None:
+    """Raises UserError that lists, for both sides, the names that the other side lacks."""
+    only_left, only_right = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
+    if only_left or only_right:
+        raise UserError(
+            f"{of} and {and_of} do not match: only in {of}: {_some(only_left)}; "
+            f"only in {and_of}: {_some(only_right)}"
+        )
+
+
+def require_same_shapes(
+    left: Mapping[str, Any], right: Mapping[str, Any], *, of: str, and_of: str
+) -> None:
+    """Raises UserError unless both sides have the same names, each with the same shape."""
+    require_same_names(left, right, of=of, and_of=and_of)
+    wrong = [
+        f"{name} is {tuple(left[name].shape)} in {of} and {tuple(right[name].shape)} in {and_of}"
+        for name in sorted(left)
+        if tuple(left[name].shape) != tuple(right[name].shape)
+    ]
+    if wrong:
+        raise UserError(f"shapes do not match: {_some(wrong)}")
+
+
+def count(params: Mapping[str, Any]) -> int:
+    """How many numbers the parameters hold."""
+    return sum(int(p.size) for p in jax.tree.leaves(dict(params)))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,1 @@
+"""Making models: text objectives, corpora, initialisation and probes."""

@@ -1,0 +1,71 @@
+"""Short prompt tunings of a model in pre-training, to see whether it answers to prompts yet."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.typing import FlatParams
+
+PROMPT_LENGTH = 20
+STEPS = 100
+BATCH_SIZE = 32
+INPUTS_LENGTH = 48
+EVAL_EXAMPLES = 400
+
+
+class Probe:
+    """One task and its prompt, tuned from the same start each time it is asked.
+
+    ``spec`` names a task, or two files of examples as ``TRAIN:EVAL``.  The setting is one for all
+    (100 steps of 32 examples, 20 positions, Adafactor at 0.3 falling to 0): it compares models,
+    and says nothing of what a prompt can reach.
+    """
+
+    def __init__(self, spec: str, experiment: Experiment, model: T5) -> None:
+        train, _, evaluation = spec.partition(":")
+        self.name = Path(train).stem if evaluation else spec
+        data = Data(
+            task="" if evaluation else spec,
+            module=experiment.data.module,
+            train=train if evaluation else "",
+            eval=evaluation,
+            inputs_length=INPUTS_LENGTH,
+            buckets="none",
+            targets_length=experiment.data.targets_length,
+            max_eval_examples=EVAL_EXAMPLES,
+        )
+        self._experiment = dataclasses.replace(
+            experiment,
+            method=PromptTuning(length=PROMPT_LENGTH),
+            data=data,
+            optimizer=Optimizer(learning_rate=0.3, schedule="linear"),
+            training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
+        )
+        self._model = model
+        self._layout = layout = build.train_layout(self._experiment)
+        words = build.vocabulary_of(model)
+        self._data = task_data.build_data(self._experiment, words, layout=layout)
+        self._members = build.attach_members(self._experiment, model, labels=self._data.labels)
+        # Compiled once: the weights are an argument.
+        self._start, self._step, _ = build.build_step(self._experiment, self._members)
+
+    def score(self, weights: FlatParams) -> float:
+        """The task's first metric after tuning a prompt on ``weights``, named as by FullTuning."""
+        data = self._data
+        assert isinstance(data, task_data.TaskData)
+        frozen = {name: weights[name] for name in self._members.frozen}
+        # A step takes its state for itself, and the start is needed again.
+        state = jax.tree.map(jnp.copy, self._start)
+        for batch in task_data.placed_batches(data, self._layout, 0, STEPS):
+            state, _ = self._step(state, frozen, batch)
+        members = dataclasses.replace(self._members, frozen=frozen)
+        (scores,), _ = build.evaluate_members(
+            self._experiment, members, state.tuned, data, self._model
+        )
+        return scores[data.best_by]

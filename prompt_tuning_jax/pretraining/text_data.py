@@ -1,0 +1,223 @@
+"""Text objectives as training data: pre-training from random weights, and LM adaptation."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.data.tasks.metrics import Direction
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.ensemble import loss_sums
+from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.dictionary import load_dictionary
+from prompt_tuning_jax.pretraining.label_objective import (
+    NO_BLOCK,
+    BehindEmptyBlock,
+    LabelObjective,
+    PromptBlock,
+)
+from prompt_tuning_jax.pretraining.label_objectives import (
+    DictionaryLabels,
+    LabelByLikeness,
+    LabelByPresence,
+    LabelByTopic,
+    MissingWord,
+    NextPart,
+    RestoreOrder,
+)
+from prompt_tuning_jax.pretraining.text_corpus import Corpus, load_corpus
+from prompt_tuning_jax.pretraining.text_objectives import (
+    Mixture,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+)
+from prompt_tuning_jax.pretraining.word_table import make_word_table
+from prompt_tuning_jax.training.step import Batch
+from prompt_tuning_jax.typing import FlatParams
+
+HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
+EVAL_BATCHES = 16
+EVAL_SEED = 2**31 - 1
+_TABLE_DIMS = 96  # of the word vectors that label objectives compare with
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Windows of a corpus under an objective; ``best_by`` is the loss per target token."""
+
+    objective: Objective
+    vocabulary: AnyVocabulary
+    train: Corpus
+    evaluation: Corpus
+    batch_size: int
+    seeds: tuple[int, ...]
+    best_by: str = "loss"
+    direction: Direction = "min"
+    labels: tuple[str, ...] = ()
+
+    def require_direction(self) -> Direction:
+        """Less of a loss is better."""
+        return self.direction
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        return (
+            f"{len(self.train.tokens):,} tokens of text to train on, "
+            f"{len(self.evaluation.tokens):,} to evaluate on",
+        )
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Those of steps ``start`` to ``stop - 1``, with a leading axis E, prepared in threads."""
+        import grain
+
+        steps = grain.MapDataset.range(start, max(start, stop))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        yield from steps.map(self._batch).to_iter_dataset(options)
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """The same few batches every time, without the axis E."""
+        for step in range(EVAL_BATCHES):
+            yield self._one(self.evaluation, step=step, seed=EVAL_SEED)
+
+    def _batch(self, step: int) -> Batch:
+        own = [self._one(self.train, step=step, seed=seed) for seed in self.seeds]
+        return {name: np.stack([batch[name] for batch in own]) for name in own[0]}
+
+    def _one(self, corpus: Corpus, *, step: int, seed: int) -> Batch:
+        return self.objective.batch(
+            corpus, self.vocabulary, step=step, seed=seed, batch_size=self.batch_size
+        )
+
+
+def open_text_data(
+    data: Data,
+    vocabulary: AnyVocabulary,
+    *,
+    batch_size: int,
+    seeds: Sequence[int],
+    block: PromptBlock = NO_BLOCK,
+) -> TextData:
+    """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``.
+
+    ``block`` is room for prompts before every input, for ``methods.DescribedPrompts``.
+    """
+    if not data.train:
+        raise UserError("data.objectives need text; name a folder of text files in data.train")
+    if vocabulary.token_ids != TokenIds():
+        raise UserError(
+            "data.objectives make examples with T5's ids (padding 0, end 1, start 0), and this "
+            f"model has others: {vocabulary.token_ids}"
+        )
+    train = load_corpus(data.train, vocabulary)
+    if data.eval:
+        evaluation = load_corpus(data.eval, vocabulary)
+    else:
+        held_out = max(math.ceil(len(train.tokens) * HELD_OUT), 4 * data.inputs_length)
+        evaluation = replace(train, tokens=train.tokens[-held_out:])
+        train = replace(train, tokens=train.tokens[:-held_out])
+    objective = _objective(data, vocabulary, train, block)
+    for corpus in (train, evaluation):  # too little text, or too few sentinels: now, not later
+        for each in objective.objectives:
+            each.example(corpus, vocabulary, index=0, seed=0)
+    return TextData(
+        objective=objective,
+        vocabulary=vocabulary,
+        train=train,
+        evaluation=evaluation,
+        batch_size=batch_size,
+        seeds=tuple(seeds),
+    )
+
+
+def _objective(
+    data: Data, vocabulary: AnyVocabulary, corpus: Corpus, block: PromptBlock
+) -> Mixture:
+    """The objectives that the data fields name, in their proportions."""
+    lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
+    kinds: dict[str, Callable[[], Objective]] = {
+        "span_corruption": lambda: SpanCorruption(
+            noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
+        ),
+        "prefix_lm": lambda: PrefixLM(**lengths),
+    }
+    if not set(data.objectives) <= set(kinds):
+        embeddings_VD = cooccurrence_embeddings(
+            corpus.tokens,
+            vocab_size=vocabulary.size,
+            embed_dim=min(_TABLE_DIMS, vocabulary.size),
+        )
+        labelled: dict[str, Any] = {
+            "words": make_word_table(corpus.tokens, vocabulary, embeddings_VD),
+            "inputs_length": data.inputs_length + block.size,
+            "targets_length": data.targets_length,
+            "block": block,
+        }
+        kinds |= {
+            "label_by_likeness": lambda: LabelByLikeness(**labelled),
+            "label_by_presence": lambda: LabelByPresence(**labelled),
+            "label_by_topic": lambda: LabelByTopic(**labelled),
+            "missing_word": lambda: MissingWord(**labelled),
+            "dictionary": lambda: DictionaryLabels(
+                dictionary=load_dictionary(data.dictionary, vocabulary), **labelled
+            ),
+            "next_part": lambda: NextPart(**labelled),
+            "restore_order": lambda: RestoreOrder(**labelled),
+        }
+    objectives = [kinds[name]() for name in data.objectives]
+    if block.size:
+        objectives = [
+            o if isinstance(o, LabelObjective) else BehindEmptyBlock(objective=o, block=block)
+            for o in objectives
+        ]
+    return Mixture(
+        objectives=tuple(objectives),
+        weights=data.objective_weights or (1.0,) * len(data.objectives),
+    )
+
+
+def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
+    """Sets the token embeddings, and the output layer with them, from which words meet in the text.
+
+    The output layer gets the transposed table at its own initial size, so that a decoder position
+    that means a word already scores that word's companions.
+    """
+    config = model.config
+    table_VD = jnp.asarray(
+        cooccurrence_embeddings(
+            corpus.tokens, vocab_size=config.vocab_size, embed_dim=config.embed_dim
+        )
+    )
+    embedding = model.token_embedder.embedding
+    embedding.set_value(table_VD.astype(embedding.get_value().dtype))
+    if not config.tie_embeddings:
+        kernel = model.decoder.logits_dense.kernel
+        kernel.set_value((table_VD.T * config.embed_dim**-0.5).astype(kernel.get_value().dtype))
+
+
+def text_losses(
+    graphdef: nnx.GraphDef[Attached],
+    tuned: FlatParams,
+    frozen: FlatParams,
+    data: TextData,
+    layout: Layout | None = None,
+) -> list[dict[str, float]]:
+    """Each member's mean loss per target token on the evaluation text."""
+    batches = data.eval_batches()
+    if layout is not None:
+        batches = (layout.place_batch(batch, ("batch", "length")) for batch in batches)
+    members = len(next(iter(tuned.values())))
+    sums = [loss_sums(graphdef, tuned, frozen, batch, members, layout) for batch in batches]
+    losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
+    tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
+    return [{"loss": float(value)} for value in losses_E / tokens_E]

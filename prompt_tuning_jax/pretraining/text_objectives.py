@@ -1,0 +1,304 @@
+"""What a T5 is pre-trained on: windows of a corpus turned into inputs and targets.
+
+Example ``index`` of seed ``seed`` is a pure function of the two: any step of a run can be made
+again, on any host, without the steps before it (``random_draws``).
+Letters here: B examples, T input length, S target length, W tokens of a window, M spans.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from prompt_tuning_jax.data.random_draws import random_bits, random_integers
+from prompt_tuning_jax.data.vocabularies.vocab import EOS_ID, PAD_ID, AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.text_corpus import Corpus
+
+Batch: TypeAlias = dict[str, np.ndarray]
+
+# What random numbers are for; those of one purpose have nothing to do with another's.
+_WINDOW, _NOISE_LENGTHS, _TEXT_LENGTHS, _PREFIX_LENGTH, _TARGETS_LENGTH, _MIXTURE = range(6)
+
+
+class Objective(ABC):
+    """Turns windows of text into inputs of at most ``inputs_length`` tokens and targets likewise.
+
+    Lengths include the end of sequence that ends both.  The windows start anywhere in the corpus,
+    uniformly at random, and may run over the end of a document.
+    """
+
+    inputs_length: int
+    targets_length: int
+
+    @abstractmethod
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs [B, inputs_length] and targets [B, targets_length], int32, padded."""
+
+    def example(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, index: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        """Example ``index``: ``inputs`` and ``targets``, int32, not padded."""
+        indices_B = np.array([index], np.uint64)
+        inputs_BT, targets_BS = self.rows(corpus, vocabulary, indices_B=indices_B, seed=seed)
+        # Padding is at the end alone: no text has its id.
+        return {
+            "inputs": inputs_BT[0, : np.count_nonzero(inputs_BT[0])],
+            "targets": targets_BS[0, : np.count_nonzero(targets_BS[0])],
+        }
+
+    def batch(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, step: int, seed: int, batch_size: int
+    ) -> Batch:
+        """The ``batch_size`` examples of step ``step``, from ``step * batch_size`` on, for a T5.
+
+        ``encoder_input_tokens`` [B, T]; ``decoder_input_tokens``, ``decoder_target_tokens`` [B, S].
+        """
+        indices_B = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
+        inputs_BT, targets_BS = self.rows(corpus, vocabulary, indices_B=indices_B, seed=seed)
+        decoder_inputs_BS = np.zeros_like(targets_BS)
+        decoder_inputs_BS[:, 1:] = targets_BS[:, :-1]
+        return {
+            "encoder_input_tokens": inputs_BT,
+            "decoder_input_tokens": decoder_inputs_BS,
+            "decoder_target_tokens": targets_BS,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanCorruption(Objective):
+    """T5's denoising: sentinels replace spans of the text, and the targets spell the spans out.
+
+    Inputs ``text <0> text <1> ... </s>`` fill ``inputs_length``, targets ``<0> span <1> span ...
+    </s>`` need ``needed_targets_length``: UserError where ``targets_length`` is less.  Text and
+    spans alternate, text first, each of one token or more, all divisions equally likely.
+    Source: t5.data.preprocessors ``random_spans_helper`` and ``random_spans_noise_mask``; Raffel et
+    al. 2020, section 3.1.4.
+    """
+
+    inputs_length: int
+    targets_length: int
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_density < 1:
+            raise UserError(f"noise_density must be between 0 and 1, not {self.noise_density}")
+        if self.mean_span_length < 1:
+            raise UserError(f"mean_span_length must be 1 or more, not {self.mean_span_length}")
+        if self.inputs_length < 3:
+            raise UserError(f"inputs_length must be 3 or more, not {self.inputs_length}")
+        if self.targets_length < self.needed_targets_length:
+            raise UserError(
+                f"targets_length {self.targets_length} is too short: span corruption of inputs of "
+                f"{self.inputs_length} tokens needs {self.needed_targets_length}"
+            )
+
+    @property
+    def window_length(self) -> int:
+        """How many tokens of text make inputs of ``inputs_length``."""
+        length = self.inputs_length - 1
+        while self._inputs_length(length + 1) <= self.inputs_length:
+            length += 1
+        # T5's own exception: at one half, inputs and targets are to be of the same length.
+        noise, spans = self._noise_and_spans(length)
+        if self.noise_density == 0.5 and noise + spans + 1 > self._inputs_length(length):
+            length -= 1
+        return length
+
+    @property
+    def needed_targets_length(self) -> int:
+        """The length of every example's targets."""
+        noise, spans = self._noise_and_spans(self.window_length)
+        return noise + spans + 1
+
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        length = self.window_length
+        noise, spans = self._noise_and_spans(length)
+        text_BW = _windows(corpus, length=length, indices_B=indices_B, seed=seed)
+        text_lengths_BM = _random_segments(
+            length - noise, spans, seed=seed, purpose=_TEXT_LENGTHS, indices_B=indices_B
+        )
+        noise_lengths_BM = _random_segments(
+            noise, spans, seed=seed, purpose=_NOISE_LENGTHS, indices_B=indices_B
+        )
+        # Even segments are text that stays, odd ones noise.
+        lengths_BMx2 = np.stack([text_lengths_BM, noise_lengths_BM], axis=2)
+        starts_Bx2M = np.cumsum(lengths_BMx2.reshape(len(indices_B), 2 * spans), axis=1)[:, :-1]
+        is_start_BW = np.zeros((len(indices_B), length), bool)
+        np.put_along_axis(is_start_BW, starts_Bx2M, True, axis=1)
+        segment_BW = np.cumsum(is_start_BW, axis=1)
+        is_start_BW[:, 0] = True
+        is_noise_BW = segment_BW % 2 == 1
+
+        sentinels_M = np.array([vocabulary.sentinel(i) for i in range(spans)], np.int32)
+        sentinels_BW = sentinels_M[segment_BW // 2]
+        return (
+            _replace_spans(text_BW, sentinels_BW, is_noise_BW, is_start_BW, self.inputs_length),
+            _replace_spans(text_BW, sentinels_BW, ~is_noise_BW, is_start_BW, self.targets_length),
+        )
+
+    def _noise_and_spans(self, length: int) -> tuple[int, int]:
+        """How many tokens are noise, and in how many spans: at least one, and text as well."""
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
+        spans = max(round(noise / self.mean_span_length), 1)
+        return noise, min(spans, length - noise)
+
+    def _inputs_length(self, length: int) -> int:
+        noise, spans = self._noise_and_spans(length)
+        return length - noise + spans + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixLM(Objective):
+    """Language modelling for an encoder-decoder: inputs are a text so far, targets how it goes on.
+
+    The prefix has ``min_prefix`` to ``inputs_length - 1`` tokens, all equally likely; the
+    continuation fills ``targets_length``, or where ``min_continuation`` is not 0 has that many
+    tokens or more.  For LM adaptation (Lester et al. 2021, section 3.2).  Differs from T5's
+    ``random_prefix_noise_mask``, which splits a window of one length: there what the prefix takes
+    is missing from the targets, and half of the positions are padding.
+    """
+
+    inputs_length: int
+    targets_length: int
+    min_prefix: int = 1
+    min_continuation: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_prefix < self.inputs_length:
+            raise UserError(
+                f"min_prefix must be 1 or more and below inputs_length {self.inputs_length}, "
+                f"not {self.min_prefix}"
+            )
+        if not 0 <= self.min_continuation < self.targets_length or self.targets_length < 2:
+            raise UserError(
+                f"min_continuation must be 0 or more and below targets_length "
+                f"{self.targets_length} (2 or more), not {self.min_continuation}"
+            )
+
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        most_prefix, most_continuation = self.inputs_length - 1, self.targets_length - 1
+        text_BW = _windows(
+            corpus, length=most_prefix + most_continuation, indices_B=indices_B, seed=seed
+        )
+        prefix_B = random_integers(
+            self.min_prefix, most_prefix, seed=seed, purpose=_PREFIX_LENGTH, indices_B=indices_B
+        )
+        continuation_B = random_integers(
+            self.min_continuation or most_continuation,
+            most_continuation,
+            seed=seed,
+            purpose=_TARGETS_LENGTH,
+            indices_B=indices_B,
+        )
+        positions_BS = prefix_B[:, None] + np.arange(most_continuation)
+        after_BS = np.take_along_axis(text_BW, positions_BS, axis=1)
+        return _cut(text_BW[:, :most_prefix], prefix_B), _cut(after_BS, continuation_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Objective):
+    """Several objectives of the same lengths: each run of ``consecutive`` examples is of one.
+
+    ``weights`` need not add up to 1.  ``consecutive=1`` mixes within a batch; the batch size makes
+    each step of one kind.
+    """
+
+    objectives: tuple[Objective, ...]
+    weights: tuple[float, ...]
+    consecutive: int = 1
+    inputs_length: int = field(init=False)
+    targets_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.objectives or len(self.objectives) != len(self.weights):
+            raise UserError(
+                f"a mixture needs one weight per objective, not {len(self.weights)} weights "
+                f"for {len(self.objectives)}"
+            )
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise UserError(f"weights must be 0 or more, and one above 0: {self.weights}")
+        if self.consecutive < 1:
+            raise UserError(f"consecutive must be 1 or more, not {self.consecutive}")
+        lengths = {(o.inputs_length, o.targets_length) for o in self.objectives}
+        if len(lengths) > 1:
+            raise UserError(
+                f"objectives of a mixture differ in (inputs, targets) length: {lengths}"
+            )
+        inputs_length, targets_length = lengths.pop()
+        object.__setattr__(self, "inputs_length", inputs_length)
+        object.__setattr__(self, "targets_length", targets_length)
+
+    def rows(
+        self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        inputs_BT = np.zeros((len(indices_B), self.inputs_length), np.int32)
+        targets_BS = np.zeros((len(indices_B), self.targets_length), np.int32)
+        runs_B = indices_B // np.uint64(self.consecutive)
+        draws_B = random_bits(1, seed=seed, purpose=_MIXTURE, indices_B=runs_B)[:, 0] / 2.0**64
+        shares = np.cumsum(self.weights) / np.sum(self.weights)
+        # A draw may round to 1.0: the last objective of any weight takes it.
+        last = int(np.flatnonzero(self.weights)[-1])
+        kind_B = np.minimum(np.searchsorted(shares, draws_B, side="right"), last)
+        for kind in np.unique(kind_B):
+            rows = np.flatnonzero(kind_B == kind)
+            inputs_BT[rows], targets_BS[rows] = self.objectives[kind].rows(
+                corpus, vocabulary, indices_B=indices_B[rows], seed=seed
+            )
+        return inputs_BT, targets_BS
+
+
+def _windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -> np.ndarray:
+    """Text [B, W] of ``length`` tokens each, int32."""
+    starts = len(corpus.tokens) - length + 1
+    if starts < 1:
+        raise UserError(
+            f"the corpus has {len(corpus.tokens)} tokens, fewer than one example's {length}; "
+            f"give more text or a smaller inputs_length"
+        )
+    start_B = random_integers(0, starts - 1, seed=seed, purpose=_WINDOW, indices_B=indices_B)
+    return corpus.tokens[start_B[:, None] + np.arange(length)].astype(np.int32)
+
+
+def _replace_spans(
+    text_BW: np.ndarray,
+    sentinels_BW: np.ndarray,
+    is_hidden_BW: np.ndarray,
+    is_start_BW: np.ndarray,
+    length: int,
+) -> np.ndarray:
+    """The text with one sentinel for each hidden span, then the end and padding: [B, length]."""
+    kept_BW = ~is_hidden_BW | is_start_BW
+    written_BW = np.where(is_hidden_BW, sentinels_BW, text_BW)
+    rows = written_BW[kept_BW].reshape(len(text_BW), -1)  # as many in each row
+    out = np.full((len(text_BW), length), PAD_ID, np.int32)
+    out[:, : rows.shape[1]] = rows
+    out[:, rows.shape[1]] = EOS_ID
+    return out
+
+
+def _cut(text_BW: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+    """The first ``length`` tokens of each row, the end, and padding up to W + 1: [B, W + 1]."""
+    position = np.arange(text_BW.shape[1] + 1)
+    padded = np.pad(text_BW, ((0, 0), (0, 1)))
+    padded = np.where(position < length_B[:, None], padded, PAD_ID)
+    return np.where(position == length_B[:, None], EOS_ID, padded).astype(np.int32)
+
+
+def _random_segments(
+    items: int, segments: int, *, seed: int, purpose: int, indices_B: np.ndarray
+) -> np.ndarray:
+    """Lengths [B, M] of a random division of ``items`` into ``segments`` that are not empty."""
+    draws = random_bits(items - 1, seed=seed, purpose=purpose, indices_B=indices_B)
+    cuts = np.argsort(draws, axis=1)[:, : segments - 1] + 1
+    ends = np.full((len(indices_B), 1), items)
+    bounds = np.concatenate([np.zeros_like(ends), np.sort(cuts, axis=1), ends], axis=1)
+    return np.diff(bounds, axis=1)

@@ -1,0 +1,321 @@
+"""Serves prompts on one frozen model over HTTP."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING
+
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.training import build, task_data
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from prompt_tuning_jax.serving.changes import KeptChanges
+    from prompt_tuning_jax.serving.limits import Limits
+    from prompt_tuning_jax.serving.service import Service
+    from prompt_tuning_jax.serving.shapes import Shapes
+    from prompt_tuning_jax.serving.tasks import Fits, ServedTask
+
+TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
+_LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
+_LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What ``prompt-tuning serve`` is told; ``max_prompt_length`` 0: as long as the longest."""
+
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    modes: tuple[str, ...] = ("label", "generate", "score")
+    max_new_tokens: int = 64
+    slots: int = 16
+    max_prompt_length: int = 0
+    cache_rows: int = 256
+    max_inputs: int = 128
+    max_queue: int = 1024
+    max_wait_ms: float = 2.0
+    deadline_seconds: float = 30.0
+    keep_alive: float = 5.0  # seconds
+    max_connections: int = 1000
+    max_client_connections: int = 500
+    cors_origins: tuple[str, ...] = ()
+
+
+def default_experiment(prompts: str) -> Experiment:
+    """The model of the run that the folder is; otherwise the bundled one."""
+    run = run_config(prompts) if Path(prompts).is_dir() else None
+    model = Experiment().model if run is None else run.model
+    return Experiment(model=model)
+
+
+def serve(
+    experiment: Experiment,
+    prompts: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    serving: Serving | None = None,
+) -> bool:
+    """Serves until SIGTERM or SIGINT; UserError for what is wrong before it starts.
+
+    Gives back whether something is still being compiled, which nothing can interrupt: it goes on
+    until the process ends.
+
+    Tokens come from the environment, PROMPT_TUNING_TOKEN for predictions and
+    PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
+    """
+    _require_libraries()
+    from prompt_tuning_jax.serving import server
+    from prompt_tuning_jax.serving.middleware import checked_origin, checked_token
+
+    serving = serving or Serving()
+    token, admin_token = (
+        checked_token(os.environ.get(name, ""), of=name) for name in (TOKEN, ADMIN_TOKEN)
+    )
+    for origin in serving.cors_origins:
+        checked_origin(origin, of="--cors_origins")
+    with server.bound(host, port) as own:  # before anything long is begun
+        print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
+        service = open_service(experiment, prompts, serving=serving, changes=bool(admin_token))
+        if host not in ("127.0.0.1", "::1", "localhost") and not token:
+            print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
+        _answer(service, own, serving, token=token, admin_token=admin_token)
+    return service.engine.compiler.is_running
+
+
+def _answer(
+    service: "Service", own: socket, serving: Serving, *, token: str, admin_token: str
+) -> None:
+    from prompt_tuning_jax.serving import server
+    from prompt_tuning_jax.serving.app import make_app
+    from prompt_tuning_jax.serving.connections import ConnectionLimits
+
+    progress = service.engine.compiler.progress
+    service.on_compiled = lambda: print(
+        f"all {progress.all} programs are compiled", file=sys.stderr, flush=True
+    )
+    with _compiling(progress.first, beside=progress.all - progress.first) as report:
+
+        def make(stop: Callable[[BaseException | None], None]) -> "FastAPI":
+            def started(error: BaseException | None) -> None:
+                if error is None:
+                    report("")
+                    tasks = f"{len(service.tasks):,} task{'s' * (len(service.tasks) != 1)}"
+                    print(f"ready: {tasks} at {server.address_of(own)}", flush=True)
+                stop(error)
+
+            return make_app(
+                service,
+                token=token,
+                admin_token=admin_token,
+                cors_origins=serving.cors_origins,
+                report=report,
+                on_started=started,
+            )
+
+        server.serve(
+            make,
+            own,
+            drain_seconds=service.limits.deadline_seconds,
+            limits=ConnectionLimits(
+                connections=serving.max_connections,
+                per_client=serving.max_client_connections,
+                keep_alive_seconds=serving.keep_alive,
+            ),
+            on_drain=lambda: _drain(service),
+        )
+
+
+def _drain(service: "Service") -> None:
+    if service.state != "draining":
+        waiting = service.batcher.waiting if service.state == "ready" else 0
+        rows = f"; {waiting} rows that wait are answered first" if waiting else ""
+        print(f"shutting down{rows}", file=sys.stderr, flush=True)
+    service.drain()
+
+
+def open_service(
+    experiment: Experiment,
+    prompts: str,
+    *,
+    serving: Serving,
+    changes: bool = False,
+    apart: bool = False,
+) -> "Service":
+    """The model and the prompts, opened; nothing is compiled yet.
+
+    ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
+    """
+    from prompt_tuning_jax.serving.changes import KeptChanges
+    from prompt_tuning_jax.serving.engine import Engine
+    from prompt_tuning_jax.serving.loading import methods_of
+    from prompt_tuning_jax.serving.service import Service
+    from prompt_tuning_jax.serving.tasks import Fits, Tasks
+
+    folder = Path(prompts)
+    if not folder.is_dir():
+        what = "is a file; name the folder that it is in" if folder.exists() else "no such folder"
+        raise UserError(f"--prompts {prompts}: {what}")
+    layout = build.layout_of(experiment)
+    model = build.build_model(experiment, layout=layout)
+    words = build.vocabulary_of(model)
+    fits = Fits(
+        embed_dim=model.config.embed_dim,
+        fingerprint=build.model_fingerprint(model),
+        dtype=model.dtype,
+        vocabulary=words,
+        longest=serving.max_prompt_length or None,
+        longest_label=serving.max_new_tokens,
+    )
+    tasks = _tasks_in(folder, fits, model)
+    kept = KeptChanges(folder)
+    tasks = kept.apply(tasks, fits)
+    if changes:
+        _clear_away(kept, folder)
+    if not tasks and not changes:
+        raise UserError(
+            f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts or "
+            f"runs, or set {ADMIN_TOKEN} to add some later"
+        )
+    shapes = _shapes(serving, tasks, changes=changes)
+    on_mesh = None if layout.is_trivial else layout
+    engine = Engine(
+        model,
+        shapes=shapes,
+        cache_rows=serving.cache_rows,
+        layout=on_mesh,
+        methods=methods_of([*tasks.values()]),
+    )
+    return Service(
+        engine,
+        Tasks(tasks),
+        fits=fits,
+        kept=kept,
+        changes=changes,
+        limits=_limits(serving),
+        model_name=experiment.model.name_or_path,
+        apart=apart,
+    )
+
+
+def _clear_away(kept: "KeptChanges", folder: Path) -> None:
+    """What a killed server has left; a folder that takes no changes is said now, too."""
+    from prompt_tuning_jax.serving.changes import CHANGES, BusyError, StorageError
+
+    if not (folder / CHANGES).exists():
+        if not os.access(folder, os.W_OK):
+            print(f"note: {folder} takes no changes: it cannot be written", file=sys.stderr)
+        return
+    try:
+        with kept.changing():
+            pass
+    except StorageError as error:
+        print(f"note: {folder} takes no changes now: {error}", file=sys.stderr)
+    except BusyError:
+        print(f"note: another server is changing {folder} just now", file=sys.stderr)
+
+
+def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":
+    from prompt_tuning_jax.serving.loading import MethodsIn, require_sees_all
+    from prompt_tuning_jax.serving.task_store import find_tasks, load_found
+
+    tasks: dict[str, ServedTask] = {}
+    methods_in = MethodsIn(model, fits)
+    for found in find_tasks(folder):
+        run = run_config(str(found.files[0])) if found.files[0].is_file() else None
+        if run is not None:
+            found = replace(found, inputs_template=task_data.inputs_template_of(run.data))
+        if run is not None and isinstance(run.method, PromptTuning):
+            require_sees_all(run.method, found.files[0])
+            found = replace(found, placement=run.method.placement)
+        for task in load_found(found, fits, methods_in):
+            if task.name in tasks:
+                raise UserError(
+                    f"{found.files[0]}: there is another task {task.name!r}; rename one"
+                )
+            tasks[task.name] = task
+    return tasks
+
+
+def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, changes: bool) -> "Shapes":
+    from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
+    from prompt_tuning_jax.serving.tasks import ServedPrompt
+
+    every = [prompt for task in tasks.values() for prompt in task.prompts]
+    known = [len(prompt.prompt_PD) for prompt in every if isinstance(prompt, ServedPrompt)]
+    # The bare model is served too, and has a prompt of no position of one.
+    longest = serving.max_prompt_length or max([1, *known, *([_LONGEST_UPLOAD] * changes)])
+    kinds: list[Kind] = []
+    if {"label", "score"} & {*serving.modes}:
+        kinds.append("score")
+    if "generate" in serving.modes:
+        kinds.append("generate")
+    return Shapes(
+        lengths=serving.lengths,
+        batch_sizes=serving.batch_sizes,
+        prompt_lengths=prompt_lengths_of(known, longest=longest),
+        targets=targets_of(
+            (task.label_ids for task in tasks.values()), longest=serving.max_new_tokens
+        ),
+        max_new_tokens=serving.max_new_tokens,
+        slots=serving.slots,
+        kinds=tuple(kinds),
+    )
+
+
+def _limits(serving: Serving) -> "Limits":
+    from prompt_tuning_jax.serving.limits import Limits
+
+    return Limits(
+        inputs=serving.max_inputs,
+        waiting_rows=serving.max_queue,
+        wait_seconds=serving.max_wait_ms / 1000,
+        deadline_seconds=serving.deadline_seconds,
+    )
+
+
+def _require_libraries() -> None:
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"serve needs {', '.join(missing)}: pip install 'prompt_tuning_jax[serve]' brings them"
+        )
+
+
+@contextmanager
+def _compiling(number: int, *, beside: int) -> Iterator[Callable[[str], None]]:
+    """Calls with a program's name move the bar, where somebody looks on; an empty one ends it."""
+    print(
+        f"compiling the {number} programs that answer everything; then, beside requests, "
+        f"{beside} that answer faster",
+        file=sys.stderr,
+        flush=True,
+    )
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = ("compiling", BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task("", total=number)
+
+        def report(name: str) -> None:
+            bar.update(task, advance=bool(name), description=name)
+            if not name:
+                bar.stop()
+
+        yield report

@@ -1,0 +1,199 @@
+"""What a folder keeps of methods, opened to be served beside plain prompts."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    check_model,
+    for_task,
+    tasks_of,
+)
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.loading_methods import (
+    as_trained,
+    attach_stored,
+    method_of,
+    stored_methods,
+)
+from prompt_tuning_jax.methods import (
+    PROMPT,
+    Attached,
+    FullTuning,
+    Method,
+    MultitaskPrompts,
+    PromptTuning,
+    method_name,
+)
+from prompt_tuning_jax.methods.multitask import combined
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod, Structures
+from prompt_tuning_jax.serving.task_store import Opened, task_name
+from prompt_tuning_jax.serving.tasks import Fits, Served
+from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.typing import HostArray
+
+_log = logging.getLogger(__name__)
+
+
+class MethodsIn:
+    """Opens files of tuned arrays, PEFT's adapters and runs that tuned all of their model.
+
+    What comes down to a plain prompt is one; all else keeps its method, attached to this model.
+    """
+
+    def __init__(self, model: T5, fits: Fits) -> None:
+        self._model, self._fits = model, fits
+        self._structures = Structures()
+        self._attached: dict[Any, Attached] = {}
+
+    def __call__(self, place: Path) -> list[Opened]:
+        """Nothing for a plain prompt; UserError for what does not fit, or cannot be served."""
+        if run_folder.is_run(place):
+            return self._whole_models(place)
+        found = []
+        for path, stored in stored_methods(place, self._model):
+            check_model(stored.metadata, fingerprint=self._fits.fingerprint, path=path)
+            name = place.stem if place.is_file() else place.name
+            found += self._opened(name, stored, place)
+        return found
+
+    def _opened(self, name: str, stored: StoredTuned, place: Path) -> list[Opened]:
+        method, metadata = method_of(stored, place), stored.metadata
+        if isinstance(method, PromptTuning):
+            param_tree.require_same_names(
+                stored.tuned, {PROMPT: None}, of=str(place), and_of="a prompt"
+            )
+            return [
+                Opened(served=self._prompt(name, stored.tuned[PROMPT], method, metadata, place))
+            ]
+        if not isinstance(method, MultitaskPrompts):
+            return [Opened(served=self._method(name, method, stored.tuned, metadata, place))]
+        # A task's prompt is a plain one, and no row needs another's.
+        tasks = method.tasks or max(len(stored.tasks), 1)
+        self._attach(method, stored.tuned, metadata.labels, tasks, place)
+        known = {one.name: one for one in tasks_of(metadata)}
+        found = []
+        for number in range(tasks):
+            task = stored.tasks[number] if number < len(stored.tasks) else str(number)
+            array = np.asarray(combined(method.combine, stored.tuned, number))
+            about = metadata
+            if task in known:
+                about = for_task(metadata, known[task])
+            elif stored.tasks:
+                about = dataclasses.replace(metadata, task=task)
+            prompt = self._fits.checked(array, about, name=name, of=place)
+            part = task_name(task) if tasks > 1 else ""
+            found.append(Opened(served=prompt, task=part))
+        return found
+
+    def _prompt(
+        self,
+        name: str,
+        array: HostArray,
+        method: PromptTuning,
+        metadata: PromptMetadata,
+        place: Path,
+    ) -> Served:
+        require_sees_all(method, place)
+        prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
+        return self._fits.checked(
+            prompt_PD, metadata, name=name, placement=method.placement, of=place
+        )
+
+    def _method(
+        self,
+        name: str,
+        method: Method,
+        tuned: Mapping[str, HostArray],
+        metadata: PromptMetadata,
+        place: Path,
+    ) -> ServedMethod:
+        attached = self._attach(method, tuned, metadata.labels, 1, place)
+        return ServedMethod(
+            name=name,
+            method=method_name(method),
+            tuned=tuned,
+            structure=self._structures.of(attached, tuned),
+            metadata=metadata,
+        )
+
+    def _attach(
+        self,
+        method: Method,
+        tuned: Mapping[str, HostArray],
+        labels: tuple[str, ...],
+        tasks: int,
+        place: Path,
+    ) -> Attached:
+        """The method attached to the model, once for all alike; UserError where it does not fit."""
+        alike = as_trained(method)
+        key = method_to_json(alike), labels if method.ranks else (), tasks
+        if key not in self._attached:
+            shapes = {name: tuple(array.shape) for name, array in tuned.items()}
+            attached = attach_stored(
+                alike, self._model, shapes, labels=labels, tasks=tasks, of=str(place)
+            )
+            self._attached[key] = attached
+        params = param_tree.split(self._attached[key])[1]
+        own = {name: p for name, p in params.items() if method.trains(name)}
+        param_tree.require_same_shapes(tuned, own, of=str(place), and_of="the model")
+        return self._attached[key]
+
+    def _whole_models(self, folder: Path) -> list[Opened]:
+        """The members of a run that tuned all weights, which keeps no file of them."""
+        run = run_config(str(folder))
+        if run is None or not isinstance(run.method, FullTuning):
+            name = "" if run is None else f" of {method_name(run.method)}"
+            raise UserError(f"{folder}: this run{name} keeps nothing that can be served")
+        best = run_folder.read_best(folder)
+        metadata = PromptMetadata(
+            model_name=run.model.name_or_path,
+            task=run.data.train or run.data.task,
+            labels=_labels_of(run.data, folder),
+            inputs_template=task_data.inputs_template_of(run.data),
+            mixture=task_data.mixture_of(run.data),
+        )
+        found = []
+        for number, name in enumerate(build.member_names(run)):
+            about = dataclasses.replace(metadata, seed=run.training.seeds[number])
+            tuned = {path: array[number] for path, array in best.items()}
+            member = self._method(name, run.method, tuned, about, folder)
+            found.append(Opened(served=member))
+        return found
+
+
+def require_sees_all(method: PromptTuning, place: Path) -> None:
+    """UserError for a prompt that not all may look at."""
+    sees_all = method.prompt_to_input and method.input_to_prompt
+    if not sees_all or method.prompt_to_prompt != "all":
+        raise UserError(
+            f"{place}: its run limits who sees the prompt (method.prompt_to_input and the like), "
+            "which is not served"
+        )
+
+
+def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
+    """All in these tasks that are no plain prompts."""
+    every = (one for task in tasks for one in task.prompts)
+    return [one for one in every if isinstance(one, ServedMethod)]
+
+
+def _labels_of(data: Data, place: Path) -> tuple[str, ...]:
+    """Nothing, and a note, where the files or the module that would say them are not there."""
+    try:
+        return task_data.labels_of(task_data.build_mixture(data))
+    except UserError as error:
+        _log.warning("%s: its labels are unknown: %s", place, error)
+        return ()

@@ -1,0 +1,234 @@
+"""Checks a request and tokenises it."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
+from prompt_tuning_jax.errors import UserError, nearest, suggest
+from prompt_tuning_jax.serving.adapter_spec import ServedMethod
+from prompt_tuning_jax.serving.engine import Engine
+from prompt_tuning_jax.serving.limits import Limits, RefusedError
+from prompt_tuning_jax.serving.schema import PredictRequest
+from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
+
+_NEAR = 1000  # tasks among which the one that was meant is looked for
+_LONGEST = 1_000_000  # characters of one input with its wording
+_MODES_OF = {
+    "labels": ("label",),
+    "targets": ("score",),
+    "max_length": ("generate",),
+    "min_length": ("generate",),
+    "repetition_penalty": ("generate",),
+    "no_repeat_ngram_size": ("generate",),
+    "normalize_length": ("label", "score"),
+}
+BARE = ServedTask(name="", prompts=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One input of a request, tokenised, with its task and the labels or target asked for."""
+
+    task: ServedTask
+    ids: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+    targets: tuple[tuple[int, ...], ...] = ()
+    limit: int = 0
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    truncated: bool = False
+
+    @property
+    def prompts(self) -> tuple[Served | None, ...]:
+        return self.task.prompts or (None,)
+
+
+def too_many_rows(rows: int, limits: Limits) -> RefusedError:
+    """Of a request that no queue could ever take."""
+    message = f"{rows} rows (inputs times prompts); this server queues {limits.waiting_rows}"
+    return RefusedError(413, message, field="inputs")
+
+
+class Reader:
+    """Knows the tasks and what the engine can take."""
+
+    def __init__(self, engine: Engine, tasks: Tasks, *, fits: Fits, limits: Limits) -> None:
+        self._engine, self._tasks, self._limits = engine, tasks, limits
+        self._encoded_labels = lru_cache(1024)(fits.label_ids_of)
+
+    def read(self, request: PredictRequest) -> list[Wanted]:
+        """One for each input; RefusedError for the first field that is wrong."""
+        inputs, options = request.inputs, request.options
+        if len(inputs) > self._limits.inputs:
+            most = f"{len(inputs)} inputs; at most {self._limits.inputs} fit in one request"
+            raise RefusedError(413, most, field="inputs")
+        names = [request.task] * len(inputs) if isinstance(request.task, str) else request.task
+        if len(names) != len(inputs):
+            message = f"{len(names)} names, and {len(inputs)} in inputs; give one, or one for each"
+            raise RefusedError(422, message, field="task")
+        kind = "generate" if request.mode == "generate" else "score"
+        if kind not in self._engine.shapes.kinds:
+            raise RefusedError(422, "this server was started without this mode", field="mode")
+        for field, modes in _MODES_OF.items():
+            if getattr(options, field) is not None and request.mode not in modes:
+                message = f"is for mode {' or '.join(modes)}"
+                raise RefusedError(422, message, field=f"options.{field}")
+        if options.stream and request.mode != "generate":
+            raise RefusedError(422, "is for mode generate", field="options.stream")
+        tasks = [self._task(name, number, request) for number, name in enumerate(names)]
+        rows = sum(max(1, len(task.prompts)) for task in tasks)
+        if rows > self._limits.waiting_rows:
+            raise too_many_rows(rows, self._limits)
+        targets = self._targets(request)
+        limit = self._limit(request)
+        ids = [
+            self._ids(self._worded(task, given, number, request), number, request)
+            for number, (task, given) in enumerate(zip(tasks, inputs, strict=True))
+        ]
+        longest = self._engine.shapes.longest
+        wanted = []
+        for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
+            truncated = len(own) > longest
+            one = Wanted(
+                task=task,
+                ids=own[:longest],
+                limit=limit,
+                min_length=options.min_length or 0,
+                repetition_penalty=options.repetition_penalty or 1.0,
+                no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
+                truncated=truncated,
+            )
+            if request.mode == "label":
+                one = replace(one, labels=task.labels, targets=task.label_ids)
+                if options.labels is not None:
+                    labels = tuple(options.labels)
+                    one = replace(one, labels=labels, targets=self._label_ids(labels))
+                if not one.targets:
+                    named = "the bare model has no labels"
+                    if task.name:
+                        named = f"task {task.name!r} has no labels of its own (.npy has none)"
+                    message = f"{named}; give options.labels"
+                    raise RefusedError(422, message, field="options.labels")
+            elif request.mode == "score":
+                one = replace(one, targets=(targets[number],))
+            _check_ranks(one, number, request)
+            wanted.append(one)
+        if request.mode == "label":
+            self._check_labels(wanted)
+        return wanted
+
+    def _check_labels(self, wanted: list[Wanted]) -> None:
+        """Many labels take several rows of an input; that they are the reason is said."""
+        shapes, most = self._engine.shapes, self._limits.waiting_rows
+        pairs = sum(len(one.prompts) for one in wanted)
+        rows, largest, at_once = 0, wanted[0], 1
+        for one in wanted:
+            number = shapes.targets_at_once(max(map(len, one.targets)))
+            rows += len(one.prompts) * math.ceil(len(one.targets) / number)
+            if len(one.targets) >= len(largest.targets):
+                largest, at_once = one, number
+        if rows > most:
+            fit = max(1, most // pairs) * at_once
+            raise RefusedError(
+                413,
+                f"{len(largest.labels)} labels for each of {pairs} inputs times prompts; at most "
+                f"{fit} labels fit beside so many, or send fewer inputs",
+                field="options.labels",
+            )
+
+    def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
+        """The task of this name, or with one of its prompts alone: ``TASK/PROMPT``."""
+        if name == "":
+            return BARE
+        field = "task" if isinstance(request.task, str) else f"task[{number}]"
+        of, slash, member = name.partition("/")  # no name has one in it
+        task = self._tasks.get(of)
+        if task is None:
+            near = nearest(of[:100], itertools.islice(self._tasks.everything(), _NEAR))
+            meant = "" if near is None else f"did you mean {near!r}? "
+            message = f"there is no task {of[:100]!r}; {meant}GET /v1/tasks names all"
+            raise RefusedError(404, message, field=field)
+        if not slash:
+            return task
+        alone = tuple(prompt for prompt in task.prompts if prompt.name == member)
+        if not alone:
+            there = suggest(member[:100], [prompt.name for prompt in task.prompts])
+            message = f"task {of!r} has no prompt {member[:100]!r}; {there}"
+            raise RefusedError(404, message, field=field)
+        return replace(task, name=name, prompts=alone)
+
+    def _label_ids(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        try:
+            return self._encoded_labels(labels)
+        except UserError as error:
+            raise RefusedError(422, str(error), field="options.labels") from None
+
+    def _targets(self, request: PredictRequest) -> list[tuple[int, ...]]:
+        if request.mode != "score":
+            return []
+        texts = request.options.targets or []
+        if len(texts) != len(request.inputs):
+            message = f"{len(texts)} targets for {len(request.inputs)} inputs; give one for each"
+            raise RefusedError(422, message, field="options.targets")
+        words = self._engine.vocabulary
+        found = [(*words.encode(text), words.token_ids.eos) for text in texts]
+        longest = self._engine.shapes.longest_target
+        for number, ids in enumerate(found):
+            if len(ids) > longest:
+                message = f"{len(ids)} tokens; at most {longest} are scored"
+                raise RefusedError(422, message, field=f"options.targets[{number}]")
+        return found
+
+    def _limit(self, request: PredictRequest) -> int:
+        most = self._engine.shapes.max_new_tokens
+        asked = request.options.max_length
+        if asked is not None and asked > most:
+            message = f"{asked} tokens; this server writes at most {most}"
+            raise RefusedError(422, message, field="options.max_length")
+        limit = asked or most
+        if (request.options.min_length or 0) > limit:
+            message = f"{request.options.min_length} tokens; at most {limit} are written"
+            raise RefusedError(422, message, field="options.min_length")
+        return limit
+
+    def _worded(self, task: ServedTask, given: Given, number: int, request: PredictRequest) -> str:
+        """The input as the task's prompts had it in training."""
+        wording = AS_IT_IS if request.options.raw else task.wording
+        field = f"inputs[{number}]"
+        if (length := wording.length_with(given)) > _LONGEST:
+            message = f"{length:,} characters with the task's wording; at most {_LONGEST:,}"
+            raise RefusedError(413, message, field=field)
+        try:
+            return wording.apply(given)
+        except UserError as error:
+            raise RefusedError(422, str(error), field=field) from None
+
+    def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
+        words = self._engine.vocabulary
+        ids = (*words.encode(text), words.eos_id)
+        longest = self._engine.shapes.longest
+        if len(ids) <= longest or request.options.truncate:
+            return ids
+        message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
+        raise RefusedError(422, message, field=f"inputs[{number}]")
+
+
+def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
+    """Methods that score labels themselves know no other texts, and write none."""
+    for prompt in one.prompts:
+        if not isinstance(prompt, ServedMethod) or not prompt.structure.own_labels:
+            continue
+        about = f"task {one.task.name!r} ({prompt.method}) ranks labels"
+        if request.options.normalize_length:
+            message = f"{about} itself, and not by their tokens"
+            raise RefusedError(422, message, field="options.normalize_length")
+        if request.mode == "generate":
+            raise RefusedError(422, f"{about}, and writes no text; use mode label", field="mode")
+        if not {*one.targets} <= {*prompt.structure.own_labels}:
+            label = request.mode == "label"
+            field = "options.labels" if label else f"options.targets[{number}]"
+            message = f"{about}, and was trained on {', '.join(one.task.labels)} alone"
+            raise RefusedError(422, message, field=field)

@@ -1,0 +1,1 @@
+"""Many runs in one command: suites of tasks and transfer between tasks."""

@@ -1,0 +1,356 @@
+"""Many runs in one command: a suite of tasks, and a task tried on others.
+
+Each run is in a folder of its own, and so is what its evaluations gave (``scores.json``, with what
+the data and the model were), so that a command goes on wherever it was stopped.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.config.config_file import RUN_CONFIG
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching.tokenize import check_labels
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import name_in_form
+from prompt_tuning_jax.data.tasks.task import Task
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.prompt_sources import as_texts
+from prompt_tuning_jax.inference.score_table import print_scores, scores_as_dict
+from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.studies import suite as suites
+from prompt_tuning_jax.studies import transfer
+from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.training.run import train
+from prompt_tuning_jax.untrusted_input import read_json_file
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """The table (Markdown lines), all scores as values of JSON, and the files that hold them.
+
+    ``stopped_by`` is the number of the signal that stopped a run before the end, or 0.
+    """
+
+    lines: tuple[str, ...]
+    scores: Mapping[str, Any]
+    files: tuple[Path, ...]
+    stopped_by: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """``evaluations``: name -> the experiment on the task to be scored on; the run's own first."""
+
+    title: str
+    experiment: Experiment
+    evaluations: Mapping[str, Experiment]
+
+    @property
+    def folder(self) -> Path:
+        return build.workdir_of(self.experiment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What all runs share: the frozen model's identity and vocabulary, and the data's."""
+
+    model: str
+    vocabulary: AnyVocabulary
+    data: Mapping[int, Mapping[str, Mapping[str, str]]]  # by run and evaluation
+
+
+def suite(
+    experiment: Experiment,
+    name: str,
+    *,
+    tasks: Sequence[str] = (),
+    form: str = "taskless",
+    halve: Sequence[str] = (),
+    quiet: bool = False,
+) -> SuiteResult:
+    """Trains and evaluates every task of a suite, or those in ``tasks``, and makes the table.
+
+    ``experiment`` is what is done for each; runs are folders of ``training.workdir``, which
+    also gets the table as ``FORM_NAME.md`` and ``.json``.  The tasks in ``halve`` are trained on
+    one half of their validation split and evaluated on the other.  Raises UserError, for missing
+    data of any task before anything is trained.
+    """
+    validate(experiment)
+    tasks, halve = as_texts(tasks, "tasks"), as_texts(halve, "halve")
+    root = build.workdir_of(experiment)
+    run_folder.require_place(root)
+    of = suites.get_suite(name)
+    prefix = suites.require_form(form)
+    chosen = suites.chosen_tasks(of, tasks, form=prefix)
+    halved = suites.chosen_tasks(of, halve, form=prefix, option="--halve") if halve else {}
+    if strange := [short for short in halved if short not in chosen]:
+        raise UserError(f"--halve: {strange[0]} is not among the tasks that are run")
+    runs: dict[str, _Run] = {}
+    missing: dict[str, list[str]] = {}
+    for short, full in chosen.items():
+        folder = root / (f"{full}_halves" if short in halved else full)
+        own = suites.on_task(experiment, full, workdir=str(folder))
+        if short in halved:
+            try:
+                own = _on_halves(own, full, root / "halves" / full)
+            except UserError as error:
+                missing.setdefault(str(error), []).append(short)
+                continue
+        runs[short] = _Run(title=short, experiment=own, evaluations={full: own})
+    prepared = _prepare(list(runs.values()), missing)
+
+    stem = name_in_form(name, prefix)
+    files = (root / f"{stem}.md", root / f"{stem}.json")
+    scores: dict[str, dict[str, Any]] = {}
+    lines: list[str] = []
+    stopped_by = 0
+    for number, (short, run) in enumerate(runs.items()):
+        _say(quiet, f"\n{chosen[short]}: {number + 1} of {len(runs)}")
+        stopped_by, found = _scored(run, prepared, number, quiet=quiet)
+        if stopped_by:
+            _say(quiet, f"{len(scores)} of {len(runs)} tasks are done")
+            break
+        scores[short] = found[chosen[short]]
+        lines = [*suites.table(of, scores), "", *suites.notes(of, run.experiment, scores, halved)]
+        _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
+        run_folder.write_json(files[1], suites.as_json(of, scores, form=form))
+    if not stopped_by:
+        # What is known of the data has been said in training, and stands in the file.
+        shown = [line for line in lines if not line.startswith("- ")]
+        _say(quiet, "", *shown, "", *(f"written: {file}" for file in files))
+    return SuiteResult(
+        lines=tuple(lines),
+        scores=suites.as_json(of, scores, form=form),
+        files=files if scores else (),
+        stopped_by=stopped_by,
+    )
+
+
+def try_transfer(
+    experiment: Experiment,
+    source: str,
+    targets: Sequence[str],
+    *,
+    methods: Sequence[str] = transfer.METHODS,
+    model_tuning: Callable[[Experiment], Experiment] | None = None,
+    form: str = "taskless",
+    quiet: bool = False,
+) -> SuiteResult:
+    """Trains on one task by each method, evaluates it there and on the targets; the table of both.
+
+    ``experiment`` is that of prompt tuning; ``model_tuning`` changes the one that is made of it
+    for model tuning.  Runs are in ``training.workdir``/SOURCE/METHOD, and the table is
+    ``SOURCE_to_TARGETS.md`` and ``.json``.  Raises UserError as ``suite``.
+    """
+    validate(experiment)
+    targets, methods = as_texts(targets, "targets"), as_texts(methods, "methods")
+    root = build.workdir_of(experiment)
+    run_folder.require_place(root)
+    known_form = suites.require_form(form)
+    full = transfer.source_task(source, form=known_form)
+    to = transfer.target_tasks(targets, source=full, form=known_form)
+    tuned = transfer.as_model_tuning(experiment)
+    tuned = validate(model_tuning(tuned)) if model_tuning else tuned
+    planned = list(transfer.runs_of(experiment, full, to, methods=methods, model_tuning=tuned))
+    runs = [
+        _Run(
+            title=str(Path(one.experiment.training.workdir).relative_to(root)),
+            experiment=one.experiment,
+            evaluations=one.evaluations,
+        )
+        for one in planned
+    ]
+    prepared = _prepare(runs, {})
+    stem = f"{source}_to_{'_'.join(targets)}".replace("/", "_")
+    files = (root / f"{stem}.md", root / f"{stem}.json")
+    report = transfer.Report(source=full, targets=to, seeds=experiment.training.seeds)
+    lines: list[str] = []
+    stopped_by = 0
+    for number, (one, run) in enumerate(zip(planned, runs, strict=True)):
+        _say(quiet, f"\n{run.title}: {number + 1} of {len(runs)}")
+        stopped_by, found = _scored(run, prepared, number, quiet=quiet)
+        if stopped_by:
+            _say(quiet, f"{number} of {len(runs)} runs are done")
+            break
+        report.add(one.method, found)
+        lines = report.lines()
+        if number + 1 < len(runs):
+            lines.append(f"{number + 1} of {len(runs)} runs are done.")
+        heading = f"# {transfer.short_of(full)} to {', '.join(targets)}"
+        _write_lines(files[0], [heading, "", *lines, "", *(f"- {one}" for one in report.data)])
+        run_folder.write_json(files[1], report.as_json())
+    if not stopped_by:
+        _say(quiet, "", *lines, "", *(f"written: {file}" for file in files))
+    return SuiteResult(
+        lines=tuple(lines),
+        scores=report.as_json(),
+        files=files if lines else (),
+        stopped_by=stopped_by,
+    )
+
+
+def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
+    """Looks at all that can be wrong before anything is trained; UserError with all of it.
+
+    ``missing``: complaint -> whose it is, as far as they are known already.
+    """
+    data: dict[int, dict[str, dict[str, str]]] = {}
+
+    def complain(error: UserError, whose: str) -> None:
+        missing.setdefault(str(error), []).append(whose)
+
+    for number, run in enumerate(runs):
+        for name, of in run.evaluations.items():
+            try:
+                validate(of)
+                found = suites.data_of(of, training=of is run.experiment)
+                data.setdefault(number, {})[name] = found
+            except UserError as error:
+                complain(error, name if len(run.evaluations) > 1 else run.title)
+    _refuse(missing, "nothing was trained")
+    for run in runs:
+        if (run.folder / RUN_CONFIG).is_file():
+            # With more steps its scores would not be those that are kept.
+            run_folder.require_run(run.folder, run.experiment, exactly=True)
+    model = build.build_model(runs[0].experiment)
+    words = build.vocabulary_of(model)
+    for run in runs:
+        for of in run.evaluations.values():
+            for task in _evaluated(of):
+                try:
+                    check_labels(task, words, targets_length=of.data.targets_length)
+                except UserError as error:
+                    complain(error, run.title)
+    _refuse(missing, "nothing was trained")
+    prepared = _Prepared(model=build.model_fingerprint(model), vocabulary=words, data=data)
+    for number, run in enumerate(runs):
+        _kept(run, prepared, number)  # raises for what was made of something else
+    return prepared
+
+
+def _refuse(complaints: Mapping[str, Sequence[str]], what_now: str) -> None:
+    if complaints:
+        each = [f"{', '.join(dict.fromkeys(w))}: {what}" for what, w in complaints.items()]
+        raise UserError(f"{what_now}:", *each)
+
+
+def _evaluated(of: Experiment) -> tuple[Task, ...]:
+    return task_data.build_mixture(of.data).evaluated_on(of.data.eval_split)
+
+
+def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
+    """The scores of the run's folder by evaluation, those of other data left out.
+
+    UserError where the run itself is of other data, or of another model.
+    """
+    file = run.folder / SCORES
+    if not file.is_file() or not (run.folder / RUN_CONFIG).is_file():
+        return {}
+    try:
+        kept = read_json_file(file)
+        model, data, scores = kept["model"], kept["data"], kept["scores"]
+        by_name = {name: (own["of"], own["scores"]) for name, own in scores.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); remove it") from None
+    present = prepared.data[number]
+    own_data = next(iter(present.values()))
+    remedy = f"use another --workdir, or remove {run.folder}"
+    if model != prepared.model:
+        raise UserError(f"{run.folder} holds a run on another frozen model; {remedy}")
+    changed = [name for name in own_data if data.get(name) != own_data[name]]
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run on other data: {', '.join(changed)} (or the code that reads "
+            f"it) has changed since; {remedy}"
+        )
+    return {name: own for name, (of, own) in by_name.items() if of == present.get(name)}
+
+
+def _scored(
+    run: _Run, prepared: _Prepared, number: int, *, quiet: bool
+) -> tuple[int, dict[str, Any]]:
+    """Trains and evaluates as far as that has not been done; the signal that stopped it, scores."""
+    present = prepared.data[number]
+    kept = _kept(run, prepared, number)
+    if all(name in kept for name in run.evaluations):
+        _say(quiet, f"{run.folder}: done; its scores are kept in {SCORES}")
+        return 0, kept
+
+    def keep() -> None:
+        value = {
+            "model": prepared.model,
+            "data": next(iter(present.values())),
+            "scores": {name: {"of": present[name], "scores": own} for name, own in kept.items()},
+        }
+        run_folder.write_json(run.folder / SCORES, value)
+
+    run_folder.claim(run.folder, run.experiment)
+    keep()  # before anything is trained on it
+    result = train(run.experiment, quiet=quiet)
+    if result.stopped_by or not result.finished:
+        return result.stopped_by, kept
+    for name, of in run.evaluations.items():
+        if name in kept:
+            continue
+        scores = evaluate(of, prompts=[str(run.folder)])
+        if not quiet:
+            print_scores(scores)
+        baseline = _baseline(run.experiment, of, prepared.vocabulary)
+        kept[name] = suites.without_nan({**scores_as_dict(scores), **baseline})
+        keep()
+    return 0, kept
+
+
+def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict[str, Any]:
+    """What always answering the most frequent training target scores, and reports on the data."""
+    data = task_data.build_data(trained, words)
+    tried = data if of == trained else task_data.build_data(of, words, training=False)
+    assert isinstance(data, task_data.TaskData) and isinstance(tried, task_data.TaskData)
+    sets = list(tried.evaluation.values())
+    majority: dict[str, float] = {}
+    for name, examples in tried.evaluation.items():
+        prefix = f"{name}/" if len(tried.evaluation) > 1 else ""
+        scores = examples.task.majority_scores(examples.texts, data.train_targets)
+        majority |= {f"{prefix}{metric}": value for metric, value in scores.items()}
+    return {
+        "majority": majority,
+        "labels": list(tried.labels),
+        "train_examples": len(data.train_targets),
+        "cut": 100 * sum(one.num_inputs_cut for one in sets) / sum(map(len, sets)),
+        "reports": list(dict.fromkeys((*data.reports, *tried.reports))),
+    }
+
+
+def _on_halves(experiment: Experiment, name: str, folder: Path) -> Experiment:
+    """The experiment on two files that hold a half of the validation split each."""
+    files = {}
+    for half, examples in suites.halves(name, experiment.data.data_dir).items():
+        files[half] = folder / f"{half}.jsonl"
+        rows = ({"inputs": e["inputs"], "targets": e["targets"]} for e in examples)
+        _write_lines(files[half], [json.dumps(row) for row in rows])
+    return suites.on_files(experiment, str(files["train"]), str(files["eval"]))
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    with written_aside(path) as aside:
+        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _say(quiet: bool, *lines: str) -> None:
+    if not quiet:
+        for line in lines or ("",):
+            print(line, flush=True)
+
+
+def with_seeds(experiment: Experiment, seeds: Sequence[int] = suites.SEEDS) -> Experiment:
+    """The experiment with five prompts, where it has one."""
+    if len(experiment.training.seeds) > 1:
+        return experiment
+    return replace(experiment, training=replace(experiment.training, seeds=tuple(seeds)))

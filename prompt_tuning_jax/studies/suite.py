@@ -1,0 +1,381 @@
+"""Suites of tasks: an experiment for each task, and a table of what they score.
+
+The table has the shape of Lester et al. 2021, table 3: the mean of several prompts, the best one
+and their ensemble, for each task and for the suite.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form
+from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
+from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
+    SUPER_GLUE_METRICS,
+    super_glue_score,
+    super_glue_task_score,
+)
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS, form_of, name_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.task import Example, get_mixture, get_task
+from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.training import task_data
+
+SEEDS = (0, 1, 2, 3, 4)
+COLUMNS = ("majority", "mean", "best", "ensemble")
+# Fields that the task decides, or the command's other options.
+OWN_FIELDS = (
+    "data.task",
+    "data.train",
+    "data.eval",
+    "data.train_split",
+    "data.eval_split",
+    "data.labels",
+    "data.metrics",
+    "data.objectives",
+    "evaluation.best_by",
+)
+# Of answers that are no labels; half of it would cut names in SuperGLUE's.
+_FREE_TEXT_LENGTH = 32
+_NOT_SCORES = ("invalid",)
+_TEST = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """``tasks``: short name -> the task or mixture in its ordinary form."""
+
+    name: str
+    title: str
+    tasks: Mapping[str, str]
+
+
+def _glue_name(short: str) -> str:
+    return "glue_mnli_and_dev_v002" if short == "mnli" else f"glue_{short}_v002"
+
+
+def _super_glue_name(short: str) -> str:
+    # As the original: referents are generated, and trained on where they are right.
+    wsc = "super_glue_wsc_and_dev_v102_simple"
+    return wsc if short == "wsc" else f"super_glue_{short}_v102"
+
+
+_GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+SUITES: Mapping[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            name="super_glue",
+            title="SuperGLUE",
+            tasks={short: _super_glue_name(short) for short in SUPER_GLUE_METRICS},
+        ),
+        Suite(name="glue", title="GLUE", tasks={short: _glue_name(short) for short in _GLUE}),
+    )
+}
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name; UserError with the nearest for another."""
+    if name not in SUITES:
+        raise UserError(f"unknown suite {name!r}: {suggest(name, SUITES)}")
+    return SUITES[name]
+
+
+def chosen_tasks(
+    suite: Suite, names: Sequence[str], *, form: Form, option: str = "--tasks"
+) -> dict[str, str]:
+    """Short name -> full name, of those chosen (short, or full in any form) in the suite's order.
+
+    None chosen: all.  ``option`` is where they were named.  UserError for a task of another suite,
+    and for one that is named twice.
+    """
+    found: dict[str, str] = {}
+    by_name = {name: short for short, name in suite.tasks.items()}
+    for given in names or suite.tasks:
+        own_form, base = form_of(given.removesuffix("_examples"))
+        short, full = given, name_in_form(suite.tasks.get(given, ""), form)
+        if base in by_name:
+            short, full = by_name[base], name_in_form(base, own_form)
+        elif given not in suite.tasks:
+            raise UserError(
+                f"{option}: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
+            )
+        if short in found:
+            raise UserError(f"{option} names {short} twice: {found[short]} and {full}")
+        found[short] = full
+    return {short: found[short] for short in suite.tasks if short in found}
+
+
+def require_form(form: str) -> Form:
+    """The form of that name; UserError otherwise."""
+    for known in FORMS:
+        if form == known:
+            return known
+    raise UserError(f"--form: there is no form {form!r}: {suggest(form, FORMS)}")
+
+
+def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
+    """The same experiment on a task or mixture, by the task's own labels, metrics and splits.
+
+    A task without a validation split is evaluated on its test split, see ``data_of``.
+
+    Predictions are made as ``base`` says; where the task has no labels to rank they are written
+    greedily, ``data.targets_length`` is at least 32, and a prompt that would start from labels
+    starts from sampled vocabulary.
+    """
+    default = Data()
+    data = replace(
+        base.data,
+        task=name,
+        train="",
+        eval="",
+        train_split=default.train_split,
+        eval_split=default.eval_split,
+        labels=(),
+        metrics=(),
+        objectives=(),
+        objective_weights=(),
+        probes=(),
+    )
+    evaluation = replace(base.evaluation, best_by="")
+    evaluated = get_mixture(name).evaluated_on(data.eval_split)
+    if all(data.eval_split not in task.splits and _TEST in task.splits for task in evaluated):
+        data = replace(data, eval_split=_TEST)
+    if not all(task.labels for task in evaluated):
+        data = replace(data, targets_length=max(data.targets_length, _FREE_TEXT_LENGTH))
+        if evaluation.strategy in ("rank", "auto"):
+            evaluation = replace(evaluation, strategy="greedy")
+    training = replace(base.training, workdir=workdir)
+    experiment = replace(base, data=data, evaluation=evaluation, training=training)
+    mixture = get_mixture(name)
+    if any(task.labels for task in (*mixture.tasks, *mixture.evaluated)):
+        return experiment
+    return _without_label_init(experiment)
+
+
+def _without_label_init(experiment: Experiment) -> Experiment:
+    method, training = experiment.method, experiment.training
+    if not isinstance(method, PromptTuning) or method.init_labels:
+        return experiment
+
+    def instead(init: str) -> Any:
+        return "sampled_vocabulary" if init == "class_labels" else init
+
+    method = replace(method, init=instead(method.init))
+    training = replace(training, inits=tuple(map(instead, training.inits)))
+    return replace(experiment, method=method, training=training)
+
+
+def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
+    """A task's validation split in two, by a hash of the passage (or of the row): train and eval.
+
+    For where there is no training file.  No passage is in both.  UserError for a task whose scores
+    are not those of labels alone, or which needs more than its text.
+    """
+    task = get_task(name)
+    if not task.labels or task.index is not None or [m.name for m in task.metrics] != ["accuracy"]:
+        raise UserError(
+            f"--halve: {name} cannot be halved; only ordinary and taskless tasks with labels and "
+            "accuracy alone can"
+        )
+    found: dict[str, list[Example]] = {"train": [], "eval": []}
+    for row in task.source.rows("validation", data_dir):
+        about = str(row["passage"]) if "passage" in row else json.dumps(dict(row), default=str)
+        odd = hashlib.sha256(about.encode()).digest()[0] % 2
+        for example in task.preprocess(row):
+            found["train" if odd else "eval"].append(example)
+    for half, examples in found.items():
+        if not examples:
+            raise UserError(f"--halve: {name}: too few examples, the half to {half} on is empty")
+    return found
+
+
+def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
+    """The experiment on files of the same task's examples."""
+    labels = get_task(experiment.data.task).labels
+    data = replace(experiment.data, task="", train=train, eval=eval, labels=labels)
+    own = Data()
+    data = replace(
+        data,
+        inputs_column=own.inputs_column,
+        targets_column=own.targets_column,
+        inputs_template="",
+        targets_template="",
+    )
+    return replace(experiment, data=data)
+
+
+def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
+    """``task/split`` -> fingerprint, of what is evaluated on, and with ``training`` trained on.
+
+    UserError where one is missing, and for a test split without labels.
+    """
+    data = experiment.data
+    mixture = task_data.build_mixture(data)
+    if data.eval_split == _TEST:
+        for task in mixture.evaluated_on(_TEST):
+            if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):
+                raise UserError(
+                    f"{task.name} has no split to evaluate on: its test split has no labels here"
+                )
+    splits = [(task, data.train_split) for task in mixture.tasks] if training else []
+    splits += [(task, data.eval_split) for task in mixture.evaluated_on(data.eval_split)]
+    return {f"{t.name}/{split}": t.fingerprint(split, data.data_dir) for t, split in splits}
+
+
+def official_train_examples(name: str) -> int:
+    """How many training examples a task's official release makes; 0 where that is not known."""
+    base = T5_TASKS.get(form_of(name)[1])
+    mixture = get_mixture(name)
+    if base is not None:
+        return base.rate
+    members = [T5_TASKS.get(form_of(task.name)[1]) for task in mixture.tasks]
+    return sum(member.rate for member in members if member)
+
+
+def metrics_of(suite: Suite, short: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that count for a task of the suite."""
+    if suite.name == "super_glue":
+        return SUPER_GLUE_METRICS[short]
+    return score_names(scores["mean"])
+
+
+def score_names(scores: Iterable[str]) -> tuple[str, ...]:
+    """The metrics among the names of scores, which may have a task and a slash before them."""
+    return tuple(name for name in scores if name.split("/")[-1] not in _NOT_SCORES)
+
+
+def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Column -> the mean over the tasks in ``scores`` of each task's own mean of its metrics.
+
+    Over all eight of SuperGLUE it is the leaderboard's number.  None where a task has none.
+    """
+    found: dict[str, float | None] = {}
+    for column in COLUMNS:
+        values = {short: task[column] for short, task in scores.items()}
+        wanted = {short: metrics_of(suite, short, task) for short, task in scores.items()}
+        if not values or any(
+            values[short] is None or not _is_number(values[short].get(metric))
+            for short, metrics in wanted.items()
+            for metric in metrics
+        ):
+            found[column] = None
+        elif suite.name == "super_glue" and values.keys() == suite.tasks.keys():
+            found[column] = super_glue_score(values)
+        else:
+            shares = [
+                super_glue_task_score(short, values[short])
+                if suite.name == "super_glue"
+                else sum(values[short][name] for name in wanted[short]) / len(wanted[short])
+                for short in values
+            ]
+            found[column] = sum(shares) / len(shares)
+    return found
+
+
+def table(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The suite's table as Markdown: a row a task, and the suite's score below."""
+    rows = [["task", "metric", *COLUMNS, "cut"]]
+    for short, task in scores.items():
+        metrics = metrics_of(suite, short, task)
+        cells = [_joined((task[column] or {}).get(name) for name in metrics) for column in COLUMNS]
+        named = " / ".join(map(_short_metric, metrics))
+        rows.append([short, named, *cells, _joined([task.get("cut")])])
+    total = suite_scores(suite, scores)
+    title = f"{suite.title} score" if scores.keys() == suite.tasks.keys() else "mean of these"
+    rows.append([title, "", *(_joined([total[column]]) for column in COLUMNS), ""])
+    return markdown_rows(rows)
+
+
+def coverage(suite: Suite, scores: Mapping[str, Any]) -> str:
+    """Whether the last row is the suite's score, and if not, what is missing."""
+    missing = [short for short in suite.tasks if short not in scores]
+    if not missing:
+        return f"The last row is the {suite.title} score, over all {len(suite.tasks)} tasks."
+    return (
+        f"The last row is the mean of {len(scores)} of {len(suite.tasks)} tasks and not the "
+        f"{suite.title} score; missing: {', '.join(missing)}."
+    )
+
+
+def notes(
+    suite: Suite, experiment: Experiment, scores: Mapping[str, Any], halved: Collection[str] = ()
+) -> list[str]:
+    """What must be known to read the table, a line each; ``experiment`` is that of any task."""
+    prompts = len(experiment.training.seeds)
+    found = [
+        coverage(suite, scores),
+        f"Validation split, percent; {experiment.model.name_or_path}, {prompts} prompts a task, "
+        f"{experiment.training.steps:,} steps. best: of the {prompts}, chosen on this very split. "
+        "majority: always the most frequent target of the training split. "
+        "cut: percent of the evaluated inputs that are longer than "
+        f"{experiment.data.inputs_length} tokens (data.inputs_length) and were cut.",
+    ]
+    if most := experiment.data.max_eval_examples:
+        found.append(f"Evaluated on at most {most:,} examples of a task, evenly spaced.")
+    for short, task in scores.items():
+        if not task["labels"]:
+            found.append(f"{short}: no labels: answers are written, prompts start without labels.")
+        known = official_train_examples(suite.tasks[short])
+        number = task["train_examples"]
+        if short in halved:
+            found.append(
+                f"{short}: NOT the official split: trained on {number:,} examples that are half of "
+                "the validation split, evaluated on the other half."
+            )
+        elif known and number != known:
+            found.append(
+                f"{short}: trained on {number:,} examples; the official split has {known:,}."
+            )
+    reports = [line for task in scores.values() for line in task["reports"]]
+    return [*found, *(f"- {line}" for line in reports)]
+
+
+def as_json(suite: Suite, scores: Mapping[str, Any], *, form: str) -> dict[str, Any]:
+    """The table and all behind it as values of JSON."""
+    return {
+        "suite": suite.name,
+        "form": form,
+        "complete": scores.keys() == suite.tasks.keys(),
+        "score": suite_scores(suite, scores) if scores else {},
+        "tasks": dict(scores),
+    }
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, its columns as wide as they must be; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def without_nan(value: Any) -> Any:
+    """Values as JSON has them: a number that is none is null."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _joined(values: Iterable[float | None]) -> str:
+    return " / ".join(f"{v:.1f}" if v is not None and _is_number(v) else "-" for v in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _short_metric(name: str) -> str:
+    """``taskless_glue_mnli_matched_v002/accuracy`` -> ``mnli_matched accuracy``."""
+    task, slash, metric = name.rpartition("/")
+    base = T5_TASKS.get(form_of(task)[1])
+    return f"{base.short if base else task} {metric}" if slash else metric

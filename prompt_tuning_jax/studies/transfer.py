@@ -1,0 +1,301 @@
+"""A task learned and others tried with it: prompt tuning against model tuning.
+
+The table has the shape of Lester et al. 2021, tables 1 and 2: scores in domain and out of it, with
+their standard deviation over seeds, and what prompt tuning is ahead.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prompt_tuning_jax.config.experiment import Experiment, Optimizer
+from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import form_of, name_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.task import get_mixture
+from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.methods import FullTuning, PromptTuning
+from prompt_tuning_jax.studies.suite import SUITES, markdown_rows, on_task, score_names, without_nan
+
+METHODS = ("prompt_tuning", "model_tuning")
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "mrqa": (
+        "mrqa_textbook_qa_v100",
+        "mrqa_bio_asq_v100",
+        "mrqa_race_v100",
+        "mrqa_relation_extraction_v100",
+        "mrqa_duo_rc_v100",
+        "mrqa_drop_v100",
+    )
+}
+_TITLES = {"prompt_tuning": "prompt tuning", "model_tuning": "model tuning"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRun:
+    """One run on the source, and the same experiment on each task to try it on, source first."""
+
+    method: str
+    experiment: Experiment
+    evaluations: Mapping[str, Experiment]
+
+
+def source_task(name: str, *, form: Form) -> str:
+    """A short or full name -> the full one of what is trained on; UserError otherwise."""
+    found = _full_name(name, form=form, option="--from")
+    if not any("train" in task.splits for task in get_mixture(found).tasks):
+        raise UserError(f"--from {name}: {found} has no training split")
+    return found
+
+
+def target_tasks(names: Sequence[str], *, source: str, form: Form) -> tuple[str, ...]:
+    """Short or full names, or ``mrqa`` for its six out-of-domain sets -> full names.
+
+    Where the labels of a target need translating from those of the source, the task that does it
+    is meant.  UserError where labels are not the source's, and for an unknown name.
+    """
+    found: list[str] = []
+    for name in names:
+        for full in _targets(name, source=source, form=form):
+            if full in found:
+                raise UserError(f"--to names {full} twice")
+            _require_same_labels(source, full)
+            found.append(full)
+    if not found:
+        raise UserError("--to names no task")
+    return tuple(found)
+
+
+def runs_of(
+    base: Experiment,
+    source: str,
+    targets: Sequence[str],
+    *,
+    methods: Sequence[str] = METHODS,
+    model_tuning: Experiment | None = None,
+) -> Iterator[TransferRun]:
+    """The runs: all prompts at once, models one by one; each in a folder below ``base``'s.
+
+    ``model_tuning`` replaces the experiment that ``as_model_tuning`` makes of ``base``.
+    """
+    root = Path(base.training.workdir) / source
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"--methods: unknown {method!r}: {suggest(method, METHODS)}")
+        if method == "prompt_tuning":
+            if not isinstance(base.method, PromptTuning):
+                raise UserError(
+                    f"prompt_tuning needs a config whose method is PromptTuning, and this one has "
+                    f"{type(base.method).__name__}"
+                )
+            of = [(base, root / method)]
+        else:
+            tuned = model_tuning or as_model_tuning(base)
+            # E models and their optimizer states at once would not fit where one does.
+            of = [
+                (replace(tuned, training=replace(tuned.training, seeds=(seed,))), folder)
+                for seed in base.training.seeds
+                for folder in (root / method / f"seed_{seed}",)
+            ]
+        for experiment, folder in of:
+            on = {t: on_task(experiment, t, workdir=str(folder)) for t in (source, *targets)}
+            yield TransferRun(method=method, experiment=on[source], evaluations=on)
+
+
+def as_model_tuning(base: Experiment) -> Experiment:
+    """All weights instead of a prompt, by T5's own recipe for it (Raffel et al. 2020, 3.1.2).
+
+    Steps, batches and data are the same; weights are held in float32, in which small updates are
+    not lost.
+    """
+    return replace(
+        base,
+        model=replace(base.model, param_dtype="float32"),
+        method=FullTuning(),
+        optimizer=Optimizer(
+            learning_rate=1e-3,
+            multiply_by_parameter_scale=True,
+            min_dim_size_to_factor=128,
+            weight_decay=0.0,
+        ),
+        training=replace(base.training, learning_rates=(), inits=()),
+    )
+
+
+def summary(
+    scores: Mapping[str, Mapping[str, Sequence[Mapping[str, float | None]]]],
+) -> dict[str, Any]:
+    """{method: {task: scores of each seed}} -> {task: {metric: {method: mean and std}, ...}}.
+
+    The standard deviation is that of a sample, None of a single seed; ``difference`` is prompt
+    tuning less model tuning where there are both.
+    """
+    found: dict[str, Any] = {}
+    for method, by_task in scores.items():
+        for task, seeds in by_task.items():
+            for metric in score_names(seeds[0]):
+                values = [own[metric] for own in seeds]
+                numbers = [value for value in values if value is not None]
+                entry: dict[str, Any] = {"mean": None, "std": None, "seeds": len(values)}
+                if len(numbers) == len(values):
+                    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+                    entry |= {"mean": statistics.fmean(numbers), "std": std}
+                found.setdefault(task, {}).setdefault(metric, {})[method] = entry
+    for metrics in found.values():
+        for by_method in metrics.values():
+            means = [by_method.get(method, {}).get("mean") for method in METHODS]
+            both = means[0] is not None and means[1] is not None
+            by_method["difference"] = means[0] - means[1] if both else None
+    return found
+
+
+def table(
+    summarized: Mapping[str, Any],
+    *,
+    source: str,
+    methods: Sequence[str],
+    majority: Mapping[str, Mapping[str, float | None]],
+) -> list[str]:
+    """The table as Markdown: a row for each task and metric, the source first."""
+    shown = [method for method in reversed(METHODS) if method in methods]
+    heading = ["trained on", "evaluated on", "metric"]
+    heading += ["majority"] if majority else []
+    heading += [_TITLES[method] for method in shown]
+    both = len(shown) == len(METHODS)
+    rows = [heading + (["difference"] if both else [])]
+    for task, metrics in summarized.items():
+        for metric, by_method in metrics.items():
+            row = [short_of(source), short_of(task), metric.split("/")[-1]]
+            if "/" in metric:  # a task that is evaluated on several sets
+                row[1] = short_of(metric.rpartition("/")[0])
+            row += [_number(majority.get(task, {}).get(metric))] if majority else []
+            row += [_with_std(by_method.get(method)) for method in shown]
+            difference = by_method["difference"]
+            rows.append(row + ([_number(difference, sign="+")] if both else []))
+    return markdown_rows(rows)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What the runs done so far give; ``data``: a line on each set of examples."""
+
+    source: str
+    targets: Sequence[str]
+    seeds: Sequence[int]
+    scores: dict[str, dict[str, list[dict[str, float | None]]]] = field(default_factory=dict)
+    majority: dict[str, Mapping[str, float | None]] = field(default_factory=dict)
+    data: dict[str, None] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+
+    def add(self, method: str, by_task: Mapping[str, Mapping[str, Any]]) -> None:
+        """A run's evaluations, of one seed or of several."""
+        for task, own in by_task.items():
+            seeds = self.scores.setdefault(method, {}).setdefault(task, [])
+            for scores in own["per_prompt"]:
+                seeds.append({name: value for name, value in scores.items() if name != "prompt"})
+            if own["labels"]:
+                self.majority[task] = own["majority"]
+            self.data |= dict.fromkeys(own["reports"])
+            self.splits[task] = own["split"]
+
+    def lines(self) -> list[str]:
+        """The table as Markdown, and how to read it."""
+        rows = table(
+            summary(self.scores),
+            source=self.source,
+            methods=list(self.scores),
+            majority=self.majority,
+        )
+        seeds = ", ".join(map(str, self.seeds))
+        return [
+            *rows,
+            "",
+            f"Validation split, percent, mean ± standard deviation over seeds {seeds}.",
+            *(
+                f"{short_of(task)}: evaluated on its {split} split, the only one that it has."
+                for task, split in self.splits.items()
+                if split != "validation"
+            ),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same and all behind it as values of JSON."""
+        values = {
+            "source": self.source,
+            "targets": list(self.targets),
+            "seeds": list(self.seeds),
+            "summary": summary(self.scores),
+            "majority": self.majority,
+            "scores": self.scores,
+        }
+        found: dict[str, Any] = without_nan(values)
+        return found
+
+
+def short_of(name: str) -> str:
+    """What people call a task: ``taskless_glue_mrpc_from_qqp_v002`` is mrpc."""
+    base = form_of(name)[1]
+    for suite in SUITES.values():
+        for short, full in suite.tasks.items():
+            if full == base:
+                return short
+    task = T5_TASKS.get(base)
+    return task.short if task else name
+
+
+def _full_name(name: str, *, form: Form, option: str) -> str:
+    """UserError for a name that is unknown, or stands for tasks of several benchmarks."""
+    found = [
+        name_in_form(task.name, form)
+        for task in T5_TASKS.values()
+        # Not the later versions, and not what is there for a certain source.
+        if task.short == name and "_v200" not in task.name and "_from_" not in task.name
+    ]
+    of_suites = [s.tasks[name] for s in SUITES.values() if name in s.tasks]
+    if of_suites and len(of_suites) == len({T5_TASKS[n].benchmark for n in _plain(found)}):
+        found = [name_in_form(full, form) for full in of_suites]
+    if len(found) > 1:
+        raise UserError(f"{option} {name}: which of {' and '.join(found)}? Give the full name")
+    return get_mixture(found[0] if found else name).name
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    return [form_of(name)[1] for name in names]
+
+
+def _targets(name: str, *, source: str, form: Form) -> tuple[str, ...]:
+    if name in GROUPS:
+        return tuple(name_in_form(full, form) for full in GROUPS[name])
+    source_form, base = form_of(source)
+    translating = f"glue_{name}_from_{short_of(base)}_v002"
+    if translating in T5_TASKS:
+        return (name_in_form(translating, source_form),)
+    return (_full_name(name, form=form, option="--to"),)
+
+
+def _require_same_labels(source: str, target: str) -> None:
+    own, theirs = (
+        {task.labels for task in get_mixture(name).evaluated_on("validation")}
+        for name in (source, target)
+    )
+    if {frozenset(labels) for labels in own} != {frozenset(labels) for labels in theirs}:
+        raise UserError(
+            f"--to {target}: its labels are {_listed(theirs)} and those of {source} are "
+            f"{_listed(own)}; only a task of the same labels can be tried"
+        )
+
+
+def _listed(sets: set[tuple[str, ...]]) -> str:
+    return " and ".join(", ".join(labels) or "free text" for labels in sorted(sets))
+
+
+def _number(value: float | None, *, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.1f}"
+
+
+def _with_std(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["mean"] is None:
+        return "-"
+    return _number(entry["mean"]) + (f" ± {entry['std']:.1f}" if entry["std"] is not None else "")

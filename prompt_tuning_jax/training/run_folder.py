@@ -1,0 +1,242 @@
+"""A run's working directory: its config, its prompts, its best members."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
+from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
+from prompt_tuning_jax.config.config_file import RUN_CONFIG, saved_config
+from prompt_tuning_jax.config.experiment import Experiment, Mesh, Training
+from prompt_tuning_jax.config.overrides import diff, to_json
+from prompt_tuning_jax.config.paths import with_whole_paths
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.training.loop import Best, bests_from_json
+from prompt_tuning_jax.training.optim import make_schedule
+from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
+
+PROMPTS, TUNED = "prompts", "tuned"
+RESULTS, CURVES = "results.json", "curves.png"
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Makes the folder this run's: writes its config, or finds it there.
+
+    Where the run there goes on differently (``require_run``), its config is replaced, and its
+    results, which are those of a shorter run, are removed before.  Raises UserError where the
+    folder cannot be written, and as ``require_run``.
+    """
+    present = require_run(folder, experiment)
+    if present is not None:
+        if present == _what_decides(experiment):
+            return
+        with suppress(FileNotFoundError):
+            (folder / RESULTS).unlink()
+    with written_aside(folder / RUN_CONFIG) as aside:
+        aside.write_text(to_json(experiment), encoding="utf-8")
+
+
+def require_run(
+    folder: Path, experiment: Experiment, *, exactly: bool = False
+) -> Experiment | None:
+    """What decides the run in the folder, None if there is none; UserError if it is another.
+
+    It may go on with another number of steps, where the learning rates of the steps already done
+    stay as they are, another patience, and another division of the same batches, unless
+    ``exactly``; the error says which fields differ.
+    """
+    config = saved_config(str(folder)) if folder.is_dir() else None
+    if config is None:
+        return None
+    config = with_whole_paths(config)  # of a run from before they were kept whole
+    present, wanted = _what_decides(config), _what_decides(experiment)
+    differing = diff(present, wanted)
+    if not exactly:
+        differing = diff(_what_stays(present), _what_stays(wanted))
+    if differing:
+        fields = {line.partition(":")[0] for line in differing}
+        reasons = [reason for field, reason in _WHY_NOT.items() if field in fields]
+        raise UserError(
+            f"{folder} holds a run with another config ({'; '.join(differing)}); "
+            + "".join(f"{reason}; " for reason in reasons)
+            + "use another training.workdir, or remove that one"
+        )
+    done = train_state.latest_step(folder / LAST)
+    _require_same_rates(folder, present, wanted, done=done)
+    if wanted.training.steps < done:
+        raise UserError(
+            f"{folder}: the run has done {done} steps, and training.steps is "
+            f"{wanted.training.steps}; set it to {done} or more, or use another training.workdir"
+        )
+    return present
+
+
+def _require_same_rates(
+    folder: Path, present: Experiment, wanted: Experiment, *, done: int
+) -> None:
+    """UserError where other steps would have been trained at other learning rates so far."""
+    if present == wanted or not done:
+        return
+    old, new = (
+        np.asarray(make_schedule(one.optimizer, total_steps=one.training.steps)(jnp.arange(done)))
+        for one in (present, wanted)
+    )
+    if np.array_equal(old, new):
+        return
+    kept = present.optimizer.decay_steps or present.training.steps
+    raise UserError(
+        f"{folder}: training.steps {present.training.steps} -> {wanted.training.steps} would "
+        f"change the learning rates of the {done} steps already done, for the "
+        f"{present.optimizer.schedule} schedule ends with the run; "
+        f"set optimizer.decay_steps={kept} to go on at the rate that it ends at, or use another "
+        "training.workdir"
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder has been claimed by some run."""
+    return (folder / RUN_CONFIG).is_file()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON aside and renames it; nan is null."""
+    with written_aside(path) as aside:
+        aside.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
+
+
+def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: PromptMetadata) -> None:
+    """Writes a run's prompt as ``prompts/NAME.safetensors`` (with metadata) and ``.npy``."""
+    for suffix in ("npy", "safetensors"):
+        save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
+
+
+def export_tuned(folder: Path, name: str, stored: StoredTuned) -> None:
+    """Writes what a run of another method than prompts keeps as ``tuned/NAME.safetensors``."""
+    save_tuned(folder / TUNED / f"{name}.safetensors", stored)
+
+
+def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The best prompts of a run, in the order of its members; UserError where one is missing."""
+    files = [folder / PROMPTS / f"{name}.safetensors" for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{folder} has no {file.relative_to(folder)} yet: the run has not been evaluated; "
+                "train on, or name a prompt file"
+            )
+    return files
+
+
+def read_best(folder: Path) -> dict[str, HostArray]:
+    """The best tuned arrays of a run's members, with their leading axis E, for any method."""
+    return read_best_and_model(folder)[0]
+
+
+def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
+    """The same, and the fingerprint of the frozen model that they were trained on."""
+    leaves, extra = _best_checkpoint(folder)
+    tuned = {name for name in leaves if name.startswith("tuned/")}
+    best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+    fingerprint = extra.get("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise UserError(
+            f"{folder / BEST} does not say which frozen model it was trained on (fingerprint); "
+            "it was not written by a run"
+        )
+    return best, fingerprint
+
+
+def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
+    """The best evaluation of each member of a run."""
+    _, extra = _best_checkpoint(folder)
+    return tuple(bests_from_json(extra["best"]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What ``results.json`` says beside the scores: how far the run came, and why no farther."""
+
+    step: int
+    stopped_early: bool
+
+
+def read_results(folder: Path) -> Results | None:
+    """How a run ended, or None where it has not; UserError for a file that is not a run's."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    value = read_json_file(path)
+    step = value.get("step") if isinstance(value, dict) else None
+    early = value.get("stopped_early") if isinstance(value, dict) else None
+    if not isinstance(step, int) or not isinstance(early, bool):
+        raise UserError(f"{path} is not the results of a run; remove it to have it written again")
+    return Results(step=step, stopped_early=early)
+
+
+def require_place(folder: Path) -> None:
+    """Raises UserError where a run's folder cannot be, before anything long is begun."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
+
+
+def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    found = train_state.read_latest(
+        folder / BEST,
+        advice=(
+            f"use the files in {folder / PROMPTS} or {folder / TUNED}, or remove "
+            f"{(folder / BEST).parent} and {folder / RESULTS} and train again"
+        ),
+    )
+    if found is None:
+        kept = next((folder / name for name in (PROMPTS, TUNED) if (folder / name).is_dir()), None)
+        if kept is None and not (folder / RESULTS).is_file():
+            raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
+        instead = f"use the files in {kept}, or " if kept else ""
+        raise UserError(
+            f"{folder / BEST} is gone, and the run has been evaluated: put it back, or {instead}"
+            f"remove {(folder / BEST).parent} and {folder / RESULTS} and train again"
+        )
+    _, leaves, extra = found
+    return leaves, extra
+
+
+_WHY_NOT = {
+    "training.batch_size": (
+        "which examples a step sees follows from its number and the batch size, so that some would "
+        "be seen twice and others not at all (training.gradient_accumulation may change: it "
+        "computes the same batches in parts)"
+    ),
+}
+
+
+def _what_stays(experiment: Experiment) -> Experiment:
+    """The experiment without what may change while the run goes on."""
+    default = Training()
+    training = dataclasses.replace(
+        experiment.training,
+        steps=default.steps,
+        patience=default.patience,
+        gradient_accumulation=default.gradient_accumulation,
+    )
+    # Where it matters, the learning rates are compared.
+    optimizer = dataclasses.replace(experiment.optimizer, decay_steps=0)
+    return dataclasses.replace(experiment, training=training, optimizer=optimizer)
+
+
+def _what_decides(experiment: Experiment) -> Experiment:
+    """All but the run's place and its devices: it may go on elsewhere."""
+    training = dataclasses.replace(experiment.training, workdir="")
+    return dataclasses.replace(experiment, training=training, mesh=Mesh())

@@ -1,0 +1,284 @@
+"""JSON from outside, refused in one line where Python would fail; JSON that is always valid.
+
+Python's own reader fails with four kinds of exception, accepts ``NaN`` and half characters, and its
+writer produces both.
+
+How much of a file or folder is really stored, against what it claims to hold.
+
+Regular expressions on paths, matched in time that grows with the path alone.
+
+Patterns come in files, too, and Python's own ``re`` can take for ever on a short one.
+"""
+
+import functools
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import re2
+
+from prompt_tuning_jax.errors import UserError
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+_MAX_DIGITS = 300  # more do not fit a float64, and Python's own int stops at 4300
+_MAX_CONTAINERS = 2**21  # an empty list takes 2 characters in the file and 64 bytes in memory
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class NumberText(str):
+    """A number of a JSON text as it is written there; ``json_text`` writes it as a number."""
+
+
+def json_type(value: Any) -> str:
+    """Name a decoded value as JSON names it, with its article: ``an object``, ``a number``."""
+    if isinstance(value, NumberText | int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names[type(value)]
+
+
+def read_json(
+    text: str | bytes,
+    *,
+    of: str,
+    parse_numbers_as_text: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """The value of a JSON text.
+
+    With ``parse_numbers_as_text`` numbers come back as they are written, ``NaN`` among them.
+    Raises UserError, in one line that begins with ``of`` (a file or field), for a text that is not
+    UTF-8 or not JSON, is longer than ``max_bytes`` (characters, for a str), is nested deeper than
+    64 levels, has a number that is not finite or has too many digits, or half a surrogate pair.
+    """
+    if len(text) > max_bytes:
+        raise UserError(
+            f"{of}: too large: {len(text)} bytes of JSON, and at most {max_bytes} are read"
+        )
+    decoded = _decode(text, of) if isinstance(text, bytes) else text
+    if decoded.count("[") + decoded.count("{") > _MAX_CONTAINERS:
+        raise UserError(f"{of}: more than {_MAX_CONTAINERS} lists and objects")
+    try:
+        if parse_numbers_as_text:
+            value = json.loads(
+                decoded, parse_int=NumberText, parse_float=NumberText, parse_constant=str
+            )
+        else:
+            value = json.loads(
+                decoded,
+                parse_int=functools.partial(_int, of),
+                parse_float=functools.partial(_float, of),
+                parse_constant=functools.partial(_refuse_constant, of),
+            )
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{of}: not JSON, or cut off: {error.msg} at line {error.lineno}, "
+            f"character {error.colno}"
+        ) from None
+    except RecursionError:
+        raise UserError(_too_deep(of)) from None
+    if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise UserError(_too_deep(of))
+    # Only an escape, or a str from elsewhere, can hold half a pair.
+    if (_ESCAPED_HALF.search(decoded) or _has_half(decoded)) and any(map(_has_half, _texts(value))):
+        raise UserError(f"{of}: a \\ud... escape that is half a character")
+    return value
+
+
+def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BYTES) -> Any:
+    """The value of a JSON file, of which no more than ``max_bytes`` are ever read.
+
+    Raises UserError as ``read_json`` does (``of`` defaults to the path), and for a file that cannot
+    be read.
+    """
+    of = str(path) if of is None else of
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{of}: {error.strerror or error}") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{of}: too large: more than the {max_bytes} bytes of JSON that are read")
+    return read_json(data, of=of, max_bytes=max_bytes)
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Valid JSON of a value: nan and infinities become null, and letters stay as they are.
+
+    Numbers of NumPy are written as Python's.  Raises TypeError for a value that JSON cannot hold.
+    """
+    text = json.dumps(
+        _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
+    )
+    # Half a surrogate pair (a file name of a broken encoding) cannot be written as UTF-8.
+    return _HALF_CHARACTER.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _decode(data: bytes, of: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{of}: byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8"
+        ) from None
+
+
+def _int(of: str, digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+    return int(digits)
+
+
+def _float(of: str, digits: str) -> float:
+    if len(digits) > _MAX_DIGITS:
+        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+    number = float(digits)
+    if not math.isfinite(number):
+        raise UserError(f"{of}: the number {digits[:40]} is too large")
+    return number
+
+
+def _refuse_constant(of: str, name: str) -> NoReturn:
+    raise UserError(f"{of}: {name} is not JSON; write null or a number")
+
+
+def _too_deep(of: str) -> str:
+    return f"{of}: lists and objects nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for each in level
+            if isinstance(each, list | dict)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, list | dict) for each in level)
+
+
+def _texts(value: Any) -> list[str]:
+    found, rest = [], [value]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, list):
+            rest.extend(each)
+        elif isinstance(each, dict):
+            found.extend(each)
+            rest.extend(each.values())
+    return found
+
+
+def _has_half(text: str) -> bool:
+    return not text.isascii() and _HALF_CHARACTER.search(text) is not None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, NumberText):
+        number = float(value)
+        whole = int(value) if value.lstrip("-").isdigit() and len(value) <= _MAX_DIGITS else number
+        return whole if math.isfinite(number) else None
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [_finite(each) for each in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+# What trained numbers never are compressed by, and what may be claimed by anything.
+_MOST_RATIO = 100
+_ALWAYS = 2**28  # bytes
+# Those of zarr's formats, which TensorStore reads whole.
+_HEADERS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
+_LONGEST_HEADER = 2**24
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes on the disk of a file, or of all files below a folder; holes of a file count nothing.
+
+    Links are followed, for a cache may keep its files elsewhere.
+    """
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        try:
+            found = os.stat(file)
+        except OSError:
+            continue
+        if file.is_file():
+            total += min(found.st_size, getattr(found, "st_blocks", found.st_size) * 512)
+    return total
+
+
+def require_stored(claimed: int, stored: int, *, of: str) -> None:
+    """UserError where far more bytes are claimed than the compression of arrays can explain."""
+    if claimed > max(_ALWAYS, _MOST_RATIO * stored):
+        raise UserError(
+            f"{of} claims {claimed} bytes, and {stored} are stored: the copy is incomplete or "
+            "damaged"
+        )
+
+
+def require_whole(path: Path) -> None:
+    """UserError for a file that is nearly all holes, as a copy that has not arrived is.
+
+    Of a folder for any of its files, and for a header that is far too long for one.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        try:
+            size = file.stat().st_size
+        except OSError:
+            continue  # whoever opens it says what is wrong
+        if size > _ALWAYS:
+            require_stored(size, stored_bytes(file), of=str(file))
+        if size > _LONGEST_HEADER and file.name in _HEADERS:
+            raise UserError(f"{file} has {size} bytes, and a header has at most {_LONGEST_HEADER}")
+
+
+_MAX_BYTES = 1 << 23  # of a compiled pattern
+
+
+def compile_pattern(pattern: str, *, of: str) -> Any:
+    """The expression in RE2's syntax, which is ``re``'s without lookaround and backreferences.
+
+    Its ``fullmatch`` says whether a whole path matches.  Raises UserError that begins with ``of``
+    (a field) for what is no such expression, or is too large.
+    """
+    try:
+        return _compiled(pattern)
+    except (re2.error, UnicodeEncodeError) as error:
+        why = str(error)
+        if error.args and isinstance(error.args[0], bytes):
+            why = error.args[0].decode(errors="replace")
+        raise UserError(
+            f"{of} has {shown(pattern)}, which is no regular expression (RE2's syntax): {why[:80]}"
+        ) from None
+
+
+def shown(pattern: str) -> str:
+    """A pattern for a message."""
+    return repr(pattern) if len(pattern) <= 80 else f"{pattern[:77]!r}..."
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _MAX_BYTES
+    return re2.compile(pattern, options=options)

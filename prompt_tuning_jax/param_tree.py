@@ -55,9 +55,9 @@ def logical_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
 def partition(params: Mapping[str, Any], mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters as (those that train, those that are frozen); the mask must cover them exactly."""
     require_same_names(params, mask, of="the parameters", and_of="the mask")
-    tuned = {name: p for name, p in params.items() if mask[name]}
+    trainable = {name: p for name, p in params.items() if mask[name]}
     frozen = {name: p for name, p in params.items() if not mask[name]}
-    return tuned, frozen
+    return trainable, frozen
 
 
 def matching(

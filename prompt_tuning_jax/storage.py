@@ -17,7 +17,7 @@ _ASIDE = re.compile(r"\..+\.([0-9]+)\.tmp")
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end.
 
     Missing folders are made.  If the body fails, nothing is left and ``path`` is as it was; a

@@ -39,7 +39,7 @@ def open_examples(
         )
 
     examples = opened("train")
-    return opened("validation") if examples.remark else examples
+    return opened("validation") if examples.note else examples
 
 
 def padded(

@@ -11,7 +11,7 @@ from _rivals import answer_jobs, peak_memory, read_batches
 
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.data.batching.loader import make_batch
-from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import PROMPT
 from prompt_tuning_jax.training import build
@@ -50,7 +50,7 @@ class Ours:
         start_EPD = jnp.broadcast_to(start_PD, (members, *start_PD.shape))
         self.state = self.state.__class__(
             step=self.state.step,
-            tuned={PROMPT: start_EPD + jnp.zeros_like(start_EPD)},
+            trainable={PROMPT: start_EPD + jnp.zeros_like(start_EPD)},
             opt_state=self.state.opt_state,
         )
         return {}
@@ -74,7 +74,7 @@ class Ours:
     def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
         """Greedy decoding of every batch."""
         inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
-        writing = Writing(strategy="greedy", max_length=max_length)
+        writing = DecodeConfig(strategy="greedy", max_length=max_length)
         written = []
         began = time.perf_counter()
         for tokens_BT in inputs:
@@ -82,7 +82,7 @@ class Ours:
                 write(
                     self.members.graphdef,
                     writing,
-                    self.state.tuned,
+                    self.state.trainable,
                     self.members.frozen,
                     tokens_BT,
                     jax.random.key(0),
@@ -99,7 +99,7 @@ class Ours:
         scores = [
             label_scores(
                 self.members.graphdef,
-                self.state.tuned,
+                self.state.trainable,
                 self.members.frozen,
                 tokens_BT,
                 labels_CS,
@@ -114,9 +114,9 @@ class Ours:
         """Floating point operations of one step on the first batch, before optimisation."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
-        layout = build.layout_of(self.experiment)
-        division = build.division_of(self.experiment, self.members, layout)
-        rounds = division.rounds(*pair["encoder_input_tokens"].shape)
+        partitioner = build.partitioner_of(self.experiment)
+        microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
+        rounds = microbatching.rounds(*pair["encoder_input_tokens"].shape)
         cost = step_cost(self.step, self.state, self.members.frozen, pair, rounds=rounds)
         return {"flops": cost.flops}
 

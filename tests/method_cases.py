@@ -159,21 +159,21 @@ def trained(name: str, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None
     of = experiment(CASES[name].method, seeds=seeds, mesh=mesh)
     members = build.attach_members(of, model(), labels=LABELS)
     state, step, _ = build.build_step(of, members)
-    before = {key: np.array(array) for key, array in state.tuned.items()}
+    before = {key: np.array(array) for key, array in state.trainable.items()}
     done = Trained(of=of, members=members, step=step, before=before, after={}, losses=np.zeros(0))
     after, losses = steps_from(done, before)
     return dataclasses.replace(done, after=after, losses=losses)
 
 
 def steps_from(
-    done: Trained, tuned: dict[str, HostArray], *, first_batch: int = 0
+    done: Trained, trainable: dict[str, HostArray], *, first_batch: int = 0
 ) -> tuple[dict[str, HostArray], HostArray]:
     """Tuned arrays and losses after a few steps from these; member 0 starts at another batch."""
     of, members = done.of, done.members
-    layout = build.layout_of(of)
-    like = members.tuned
-    start = {key: jax.device_put(array, like[key].sharding) for key, array in tuned.items()}
-    state = init_state(start, make_optimizer(of.optimizer, members.mask), layout=layout)
+    partitioner = build.partitioner_of(of)
+    like = members.trainable
+    start = {key: jax.device_put(array, like[key].sharding) for key, array in trainable.items()}
+    state = init_state(start, make_optimizer(of.optimizer, members.mask), partitioner=partitioner)
     losses = []
     for at in range(STEPS):
         batches = [make_batch(2, ROWS, seed=at + first_batch), make_batch(2, ROWS, seed=at)]
@@ -181,13 +181,13 @@ def steps_from(
             key: np.stack([batches[seed][key][seed] for seed in of.training.seeds])
             for key in batches[0]
         }
-        if of.method.ranks:  # on targets that are labels
+        if of.method.scores_labels:  # on targets that are labels
             batch["decoder_target_tokens"] = label_targets(batch["decoder_target_tokens"])
-        if not layout.is_trivial:
-            batch = dict(layout.place_batch(batch, ("ensemble", "batch", "length")))
+        if not partitioner.is_single_device:
+            batch = dict(partitioner.shard_batch(batch, ("ensemble", "batch", "length")))
         state, metrics = done.step(state, members.frozen, batch)
         losses.append(np.asarray(metrics.loss_E))
-    return {key: np.array(array) for key, array in state.tuned.items()}, np.stack(losses)
+    return {key: np.array(array) for key, array in state.trainable.items()}, np.stack(losses)
 
 
 def label_targets(targets_EBS: HostArray) -> HostArray:

@@ -12,8 +12,8 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import Context, Method, mask_of
-from prompt_tuning_jax.models.injections import NO_SLOTS, KeyValues, Slots
+from prompt_tuning_jax.methods import Context, Method, trainable_mask
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
 from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
 from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
@@ -63,27 +63,35 @@ def call(
     target: Any,
     prompt: Any = None,
     *,
-    slots: Slots = NO_SLOTS,
+    injections: Injections = NO_INJECTIONS,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The model's logits; compiled once for all tests with the same shapes."""
-    return _call(*param_tree.split(model), source, target, prompt, slots, key)
+    return _call(*param_tree.split(model), source, target, prompt, injections, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _call(graphdef: Any, params: Any, source: Any, target: Any, *rest: Any) -> jax.Array:
-    prompt, slots, key = rest
-    return param_tree.merge(graphdef, params)(source, target, prompt, slots=slots, key=key)
+    prompt, injections, key = rest
+    return param_tree.merge(graphdef, params)(
+        source, target, prompt, injections=injections, key=key
+    )
 
 
-def encode(model: T5, source: Any, prompt: Any = None, *, slots: Slots = NO_SLOTS) -> Encoded:
+def encode(
+    model: T5, source: Any, prompt: Any = None, *, injections: Injections = NO_INJECTIONS
+) -> Encoded:
     """The encoder's output, likewise."""
-    return _encode(*param_tree.split(model), source, prompt, slots)
+    return _encode(*param_tree.split(model), source, prompt, injections)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef: Any, params: Any, source: Any, prompt: Any, slots: Slots) -> Encoded:
-    encoded: Encoded = param_tree.merge(graphdef, params).encode(source, prompt, slots=slots)
+def _encode(
+    graphdef: Any, params: Any, source: Any, prompt: Any, injections: Injections
+) -> Encoded:
+    encoded: Encoded = param_tree.merge(graphdef, params).encode(
+        source, prompt, injections=injections
+    )
     return encoded
 
 
@@ -153,10 +161,12 @@ class Trainer:
         else:
             attached = [method.with_prompt(model, prompt) for prompt in prompts]
         self.graphdef, params = param_tree.split(attached[0])
-        self.mask = mask_of(method, list(params))
+        self.mask = trainable_mask(method, list(params))
         _, self.frozen = param_tree.partition(params, self.mask)
-        tuned = [param_tree.partition(param_tree.split(a)[1], self.mask)[0] for a in attached]
-        stacked = {name: jnp.stack([jnp.asarray(t[name]) for t in tuned]) for name in tuned[0]}
+        trainable = [param_tree.partition(param_tree.split(a)[1], self.mask)[0] for a in attached]
+        stacked = {
+            name: jnp.stack([jnp.asarray(t[name]) for t in trainable]) for name in trainable[0]
+        }
         self.optimizer = make_optimizer(optimizer, self.mask)
         self.state = init_state(stacked, self.optimizer)
         self.step = make_train_step(

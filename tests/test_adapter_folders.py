@@ -12,7 +12,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import save_tuned
 from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
-from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.methods import LoRA, PrefixTuning, PromptTuning
 from tests import tiny_run
 from tests.convert_cases import Program
@@ -59,7 +59,7 @@ def test_where_it_is_written_is_said_and_opens(
     assert sorted(path.name for path in out.iterdir()) == list(names)
     assert ": " + ", ".join([str(out / names[0]), *names[1:]]) + " (" in said
     model = pt.load_model(str(tiny_run.model_folder()))
-    opened = open_prompts(pt.Experiment(), model, [str(out)])
+    opened = load_prompts(pt.Experiment(), model, [str(out)])
     assert opened.names == tuple(str(out / name) for name in names)
     assert sum(group.number for group in opened.groups) == len(names)
     found = pt.attach(model, out, member=names[-1])
@@ -90,7 +90,7 @@ def test_what_is_no_folder_of_adapters_alone(program: Program, tmp_path: Path) -
     (out / "notes.txt").write_text("mine")
     model = pt.load_model(str(tiny_run.model_folder()))
     with pytest.raises(UserError, match="does not hold prompts alone"):
-        open_prompts(pt.Experiment(), model, [str(out)])
+        load_prompts(pt.Experiment(), model, [str(out)])
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), PrefixTuning(length=2)])

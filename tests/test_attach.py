@@ -42,7 +42,7 @@ def test_a_file_does_what_was_trained(tmp_path: Path, method: Method) -> None:
     expected = pt.score(trained, TEXTS, targets)
     np.testing.assert_allclose(pt.score(attached, TEXTS, targets), expected, rtol=1e-5)
     assert not np.allclose(expected, pt.score(micro_model(), TEXTS, targets), rtol=1e-3)
-    if not method.ranks:
+    if not method.scores_labels:
         written = pt.generate(attached, TEXTS, max_length=4)
         np.testing.assert_array_equal(written.ids, pt.generate(trained, TEXTS, max_length=4).ids)
         hidden = pt.encode(attached, TEXTS)
@@ -65,10 +65,10 @@ def test_members_by_their_names(tmp_path: Path) -> None:
     second = pt.attach(model, tmp_path / "mine", member="seed_1")
     expected = pt.score(model, TEXTS, TEXTS, arrays[1])
     np.testing.assert_allclose(pt.score(second, TEXTS, TEXTS), expected, rtol=1e-6)
-    whole = [stored(FullTuning(), seed=seed).tuned for seed in (3, 4)]
-    tuned = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
+    whole = [stored(FullTuning(), seed=seed).trainable for seed in (3, 4)]
+    trainable = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
     run = tmp_path / "whole"
-    train_state.save(run / train_state.BEST, 1, {"tuned": tuned}, {"fingerprint": "any"})
+    train_state.save(run / train_state.BEST, 1, {"tuned": trainable}, {"fingerprint": "any"})
     write_json(run, FullTuning(), seeds=(3, 4), learning_rates=(0.5, 0.25))
     params = param_tree.split(pt.attach(model, run, member="seed_4_lr_0.25"))[1]
     assert all(np.array_equal(params[name], whole[1][name]) for name in whole[1])
@@ -86,7 +86,7 @@ def test_a_task_of_a_mixture_is_a_plain_prompt(tmp_path: Path) -> None:
     model, file = micro_model(), tmp_path / "mixture.safetensors"
     kept = stored(MultitaskPrompts(length=3, combine="sum"), tasks=("first", "second"))
     save_tuned(file, kept)
-    prompt_PD = kept.tuned[SHARED] + kept.tuned[TASK][1]
+    prompt_PD = kept.trainable[SHARED] + kept.trainable[TASK][1]
     attached = pt.attach(model, file, task="second")
     expected = pt.score(model, TEXTS, TEXTS, prompt_PD)
     np.testing.assert_allclose(pt.score(attached, TEXTS, TEXTS), expected, rtol=1e-6)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.inference.inspection import inspect
-from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.inference.score_table import print_scores, short_names
 from prompt_tuning_jax.methods import FullTuning, NoTuning
@@ -213,10 +213,10 @@ def test_model_tuning_trains_every_weight(full: tuple[Path, RunResult]) -> None:
     start = param_tree.split(model)[1]
     assert {f"model/{name}" for name in start} == result.best_tuned.keys()
     for name, value in start.items():
-        tuned = result.best_tuned[f"model/{name}"]
-        assert tuned.shape == (2, *value.shape)
+        trainable = result.best_tuned[f"model/{name}"]
+        assert trainable.shape == (2, *value.shape)
         for member in range(2):
-            assert np.any(tuned[member] != np.asarray(value)), name
+            assert np.any(trainable[member] != np.asarray(value)), name
     assert not (folder / "prompts").exists()
 
 
@@ -345,17 +345,17 @@ def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "prompt.npy", prompt_PD)
 
     forms = {"npy": tmp_path / "prompt.npy", "PEFT": adapter, "T5X": checkpoint}
-    opened = open_prompts(experiment(run), model, [file, *map(str, forms.values())])
+    opened = load_prompts(experiment(run), model, [file, *map(str, forms.values())])
     (group,) = opened.groups
-    for tuned in np.asarray(group.tuned["method/prompt_PD"]):
-        np.testing.assert_array_equal(tuned, prompt_PD)
+    for trainable in np.asarray(group.trainable["method/prompt_PD"]):
+        np.testing.assert_array_equal(trainable, prompt_PD)
     assert dict(inspect(str(adapter)))["kind"] == "prompt (PEFT adapter)"
     # A checkpoint with a prompt in it is first of all a model.
     described = dict(inspect(str(checkpoint)))
     assert described["kind"] == "model (T5X checkpoint)"
     assert described["parameters"] == "13,040"
     with pytest.raises(UserError, match="is a folder without a run's"):
-        open_prompts(experiment(run), model, [str(tiny_run.model_folder())])
+        load_prompts(experiment(run), model, [str(tiny_run.model_folder())])
 
 
 def test_tasks_are_listed_and_shown() -> None:

@@ -15,7 +15,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, read_prompt
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, open_tuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, open_tuned, save_tuned
 from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
 from prompt_tuning_jax.methods import (
     IA3,
@@ -25,7 +25,7 @@ from prompt_tuning_jax.methods import (
     Method,
     MultitaskPrompts,
     PrefixTuning,
-    mask_of,
+    trainable_mask,
 )
 from prompt_tuning_jax.training import run_folder
 from tests import tiny_run
@@ -56,24 +56,24 @@ def program(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Program:
     return Program(capsys, tmp_path)
 
 
-def stored(method: Method, *, seed: int = 0, **known: Any) -> StoredTuned:
+def stored(method: Method, *, seed: int = 0, **known: Any) -> TunedCheckpoint:
     """Random arrays where the method has its own on the micro model."""
     model = load_model(str(tiny_run.model_folder()))
     attached = method.attach(model, key=jax.random.key(0), context=Context(tasks=2))
     params = param_tree.split(attached)[1]
-    names = [name for name, trains in mask_of(method, list(params)).items() if trains]
-    tuned = {n: normal(*params[n].shape, seed=100 * seed + i) for i, n in enumerate(names)}
-    return StoredTuned(
-        tuned=tuned,
+    names = [name for name, trains in trainable_mask(method, list(params)).items() if trains]
+    trainable = {n: normal(*params[n].shape, seed=100 * seed + i) for i, n in enumerate(names)}
+    return TunedCheckpoint(
+        trainable=trainable,
         method=method_to_json(method),
         metadata=dataclasses.replace(METADATA, **known),
     )
 
 
-def require_same(found: StoredTuned, wanted: StoredTuned) -> None:
-    assert found.tuned.keys() == wanted.tuned.keys()
-    for name, array in wanted.tuned.items():
-        assert found.tuned[name].tobytes() == array.tobytes(), name
+def require_same(found: TunedCheckpoint, wanted: TunedCheckpoint) -> None:
+    assert found.trainable.keys() == wanted.trainable.keys()
+    for name, array in wanted.trainable.items():
+        assert found.trainable[name].tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -172,7 +172,9 @@ def test_a_run_of_another_method(run: Path, program: Program, tmp_path: Path) ->
     require_same(open_tuned(tmp_path / "lora.safetensors"), kept[1])
     said = program("convert", run, tmp_path / "adapter", "--to", "peft")
     assert "wrote what LoRA tuned as a PEFT adapter" in said
-    assert any((kept[0].tuned[name] != kept[1].tuned[name]).any() for name in kept[0].tuned)
+    assert any(
+        (kept[0].trainable[name] != kept[1].trainable[name]).any() for name in kept[0].trainable
+    )
 
 
 def test_a_run_that_holds_nothing_yet(program: Program, tmp_path: Path) -> None:
@@ -184,9 +186,9 @@ def test_a_run_that_holds_nothing_yet(program: Program, tmp_path: Path) -> None:
 def test_inspect_says_what_was_tuned(run: Path, program: Program, tmp_path: Path) -> None:
     file = run / "tuned" / "seed_1.safetensors"
     kept = open_tuned(file)
-    count = sum(array.size for array in kept.tuned.values())
+    count = sum(array.size for array in kept.trainable.values())
     rows = program("inspect", file)
-    for part in ("LoRA", f"{count:,} in {len(kept.tuned)} arrays", "colours"):
+    for part in ("LoRA", f"{count:,} in {len(kept.trainable)} arrays", "colours"):
         assert part in rows
     described = json.loads(program("inspect", file, "--json"))
     assert (described["kind"], described["method"]) == ("tuned", "LoRA")

@@ -5,22 +5,22 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.models.t5.config import preset
-from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division, map_members
+from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching, map_members
 
-SMALL = Division(config=preset("small"), added_length=100)
+SMALL = Microbatching(config=preset("small"), prompt_positions=100)
 
 
 def test_parts_are_the_fewest_that_fit():
     assert SMALL.parts_of(16, 128) == 4
     assert SMALL.parts_of(15, 128) == 5  # it must divide
-    assert Division(config=preset("small")).parts_of(16, 34) == 1
+    assert Microbatching(config=preset("small")).parts_of(16, 34) == 1
     assert SMALL.parts_of(16, 10_000) == 16  # a row is the least
-    assert Division(config=preset("xxl")).parts_of(1, 612) == 1
-    assert Division(config=preset("base")).parts_of(32, 228) > SMALL.parts_of(32, 128)
+    assert Microbatching(config=preset("xxl")).parts_of(1, 612) == 1
+    assert Microbatching(config=preset("base")).parts_of(32, 228) > SMALL.parts_of(32, 128)
 
 
 def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_them():
-    tiny = Division(config=preset("tiny"), added_length=20)
+    tiny = Microbatching(config=preset("tiny"), prompt_positions=20)
     assert tiny.members_at_once(5, 4, 16) == 5
     assert SMALL.members_at_once(5, 16, 128) == 1
     several = [tiny.members_at_once(6, rows, 30) for rows in (1, 16, 32, 64, 512)]
@@ -30,8 +30,8 @@ def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_the
 
 
 def test_without_a_question_of_size_all_is_at_once():
-    assert (UNDIVIDED.parts_of(7, 9), UNDIVIDED.members_at_once(5, 7, 9)) == (1, 5)
-    assert Division(parts=3).rounds(5, 6, 9) == 3
+    assert (NO_MICROBATCHING.parts_of(7, 9), NO_MICROBATCHING.members_at_once(5, 7, 9)) == (1, 5)
+    assert Microbatching(parts=3).rounds(5, 6, 9) == 3
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 6])

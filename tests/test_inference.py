@@ -20,7 +20,7 @@ from prompt_tuning_jax.inference.api import (
     token_ids,
 )
 from prompt_tuning_jax.inference.ensemble import (
-    Writing,
+    DecodeConfig,
     encoded,
     label_scores,
     target_logits,
@@ -28,8 +28,8 @@ from prompt_tuning_jax.inference.ensemble import (
     write,
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.methods.base import Attached, MethodModule
-from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.methods.base import TunedModel, TuningModule
+from prompt_tuning_jax.models.injections import Injections
 from tests.micro import (
     EOS,
     ONE_LAYER,
@@ -64,8 +64,8 @@ def log_probs(model, source, target, prompt=None):
 def members(prompts_EPD, method=None):
     method = method or PromptTuning(length=prompts_EPD.shape[1])
     graphdef, params = param_tree.split(method.with_prompt(MODEL, prompts_EPD[0]))
-    tuned, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
-    assert tuned.keys() == {PROMPT}
+    trainable, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
+    assert trainable.keys() == {PROMPT}
     return graphdef, {PROMPT: jnp.asarray(prompts_EPD)}, frozen
 
 
@@ -84,8 +84,8 @@ def test_encode_is_the_models():
 
 
 def test_label_scores_of_several_members_are_score_by_score():
-    graphdef, tuned, frozen = members(PROMPTS_EPD)
-    got = np.asarray(label_scores(graphdef, tuned, frozen, SOURCE, LABELS, 3))
+    graphdef, trainable, frozen = members(PROMPTS_EPD)
+    got = np.asarray(label_scores(graphdef, trainable, frozen, SOURCE, LABELS, 3))
     assert got.shape == (3, 3, 4)
     for e, c in np.ndindex(3, 4):
         target = np.broadcast_to(LABELS[c], (3, 4))
@@ -94,15 +94,15 @@ def test_label_scores_of_several_members_are_score_by_score():
 
 
 def strategies():
-    yield Writing(strategy="greedy", max_length=LENGTH)
-    yield Writing(strategy="beam", max_length=LENGTH, num_beams=3)
+    yield DecodeConfig(strategy="greedy", max_length=LENGTH)
+    yield DecodeConfig(strategy="beam", max_length=LENGTH, num_beams=3)
 
 
 @pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_members_together_write_what_each_writes_alone(writing):
-    graphdef, tuned, frozen = members(PROMPTS_EPD)
+    graphdef, trainable, frozen = members(PROMPTS_EPD)
     key = jax.random.key(0)
-    ids, scores = write(graphdef, writing, tuned, frozen, SOURCE, key)
+    ids, scores = write(graphdef, writing, trainable, frozen, SOURCE, key)
     beams = (writing.num_beams,) if writing.strategy == "beam" else ()
     assert ids.shape == (3, 3, *beams, LENGTH) and scores.shape == (3, 3, *beams)
     for e in range(3):
@@ -197,12 +197,12 @@ def test_sampling_follows_its_seed_and_at_top_one_is_greedy():
     np.testing.assert_array_equal(ids(top_k=1, seed=6), greedy)
 
 
-class Prefixes(MethodModule):
+class Prefixes(TuningModule):
     """A method of the family that fills key/value slots, one per example."""
 
-    def slots(self, model, tokens_BT, *, task_B=None, key=None):
+    def injections(self, model, tokens_BT, *, task_B=None, key=None):
         layers = {"layers": 1, "batch": len(tokens_BT)}
-        return Slots(
+        return Injections(
             decoder_prefixes=make_prefixes(ONE_LAYER, **layers, seed=1),
             cross_prefixes=make_prefixes(ONE_LAYER, **layers, seed=2),
         )
@@ -210,7 +210,7 @@ class Prefixes(MethodModule):
 
 @pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_prefixes_per_example_follow_their_example_into_decoding(writing):
-    graphdef, frozen = param_tree.split(Attached(make_t5(ONE_LAYER), Prefixes()))
+    graphdef, frozen = param_tree.split(TunedModel(make_t5(ONE_LAYER), Prefixes()))
     ids, scores = write(
         graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0)
     )
@@ -461,8 +461,8 @@ def test_a_normalised_score_is_the_mean_over_tokens():
 
 
 def test_labels_are_ranked_by_their_mean_where_that_is_asked_for():
-    graphdef, tuned, frozen = members(PROMPTS_EPD)
-    given = graphdef, tuned, frozen, SOURCE, LABELS, 3
+    graphdef, trainable, frozen = members(PROMPTS_EPD)
+    given = graphdef, trainable, frozen, SOURCE, LABELS, 3
     total = np.asarray(label_scores(*given))
     mean = np.asarray(label_scores(*given, normalize_length=True))
     np.testing.assert_allclose(mean, total / (LABELS != 0).sum(axis=1), rtol=1e-5)

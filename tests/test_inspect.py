@@ -69,8 +69,8 @@ def test_the_same_model_everywhere(program: Program, tmp_path: Path) -> None:
     assert "step" not in found["model.safetensors"]
     write_hf(tmp_path / "s", cases.CONFIG, cases.params(), dtype="stored", max_shard_bytes=15_000)
     shards = len(list((tmp_path / "s").glob("*.safetensors")))
-    layout = rows(program("inspect", tmp_path / "s"))["layout"]
-    assert layout == f"model.safetensors in {shards} files" and shards > 1
+    partitioner = rows(program("inspect", tmp_path / "s"))["layout"]
+    assert partitioner == f"model.safetensors in {shards} files" and shards > 1
 
 
 def test_mixed_types(program: Program, tmp_path: Path) -> None:

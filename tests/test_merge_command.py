@@ -13,7 +13,7 @@ from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.methods import LoRA, PromptTuning
 from tests import tiny_run
 from tests.micro import call, shifted, token_rows
@@ -74,7 +74,7 @@ def test_merge_writes_the_model_that_was_tuned(
     # What was tuned is in there: it is not applied once more.
     again = Experiment(model=Model(name_or_path=str(tmp_path / "seed_0")))
     with pytest.raises(UserError, match="trained for another model") as refused:
-        open_prompts(again, models[0], [str(trained)])
+        load_prompts(again, models[0], [str(trained)])
     assert "allow_other_model" not in str(refused.value)
     # Narrow on request.
     line = ["merge", str(trained), str(tmp_path / "n"), "--member", "seed_0", "--dtype", "bfloat16"]

@@ -13,9 +13,9 @@ COMMON = """
 import re, sys
 import jax, numpy as np
 from prompt_tuning_jax import tree
-from prompt_tuning_jax.division import Division
+from prompt_tuning_jax.division import Microbatching
 from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.layout import Partitioner
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.optim import make_schedule
 from prompt_tuning_jax.sharding import make_mesh, with_rules
@@ -48,7 +48,7 @@ def trainer(layout, optimizer, *, dropout=False, **kwargs):
     return made
 
 def place(layout, batch):
-    return batch if layout is None else layout.place_batch(batch, AXES)
+    return batch if layout is None else layout.shard_batch(batch, AXES)
 
 def run(layout, *args, **kwargs):
     made = trainer(layout, *args, total_steps=20, **kwargs) if layout is None else trainer(
@@ -79,14 +79,14 @@ dropped = run(None, sgd, dropout=True)
 meshes = {"8x1": dict(data=8), "1x8": dict(data=1, model=8), "2x4": dict(data=2, model=4),
           "2x2x2": dict(data=2, fsdp=2, model=2)}
 for name, sizes in meshes.items():
-    same(run(Layout(mesh=make_mesh(**sizes)), adafactor), one)
+    same(run(Partitioner(mesh=make_mesh(**sizes)), adafactor), one)
     print(name, flush=True)
-layout = Layout(mesh=make_mesh(**meshes["2x2x2"]))
+layout = Partitioner(mesh=make_mesh(**meshes["2x2x2"]))
 same(run(layout, sgd, dropout=True), dropped)
-same(run(layout, sgd, division=Division(parts=2)), run(None, sgd))
+same(run(layout, sgd, division=Microbatching(parts=2)), run(None, sgd))
 # The prompt and its optimizer state divided by rule.
 rules = with_rules(("prompt_embed=model", "vocab=", "embed=", "batch=data+fsdp"))
-layout = Layout(mesh=layout.mesh, rules=rules)
+layout = Partitioner(mesh=layout.mesh, rules=rules)
 made = trainer(layout, adafactor)
 widths = {x.sharding.shard_shape(x.shape)[-1] for x in jax.tree.leaves(made.state) if x.ndim == 3}
 assert widths == {D // 2}, widths
@@ -95,10 +95,10 @@ same(run(layout, adafactor), one)
 """
 
 COLLECTIVES = """
-text = compiled(Layout(mesh=make_mesh(data=8)))
+text = compiled(Partitioner(mesh=make_mesh(data=8)))
 print(text)
 print("NEXT")
-print(compiled(Layout(mesh=make_mesh(data=2, fsdp=2, model=2))))
+print(compiled(Partitioner(mesh=make_mesh(data=2, fsdp=2, model=2))))
 """
 
 
@@ -185,7 +185,7 @@ def model_on(layout):
 one = {strategy: predict(model_on(None), strategy) for strategy in ("rank", "greedy", "beam")}
 # Seven examples in batches of four: neither number can be divided over the mesh.
 for sizes, strategies in ((dict(data=4, fsdp=2), ("rank",)), (dict(data=2, model=4), tuple(one))):
-    layout = Layout(mesh=make_mesh(**sizes))
+    layout = Partitioner(mesh=make_mesh(**sizes))
     for strategy in strategies:
         found = predict(model_on(layout), strategy, layout=layout)
         # Of beams that are as good as each other, the order of a sum decides.

@@ -196,7 +196,7 @@ def test_rsqrt_falls_from_its_height_at_the_end_of_the_warm_up(warmup):
 def test_rates_are_factors_on_the_learning_rate_of_what_matches_first(name):
     """Against runs in which everything has that rate; the norm of all is clipped in one alone."""
     config = dataclasses.replace(OPTIMIZERS[name], gradient_clip_norm=0.0)
-    paths = ["method/a", "method/b", "model/x/around/lora_b_RF"]
+    paths = ["method/a", "method/b", "model/x/adapter/lora_b_RF"]
     by_path = dict(zip(paths, (0.5, 4.0, 1.0), strict=True))
 
     def steps(config, rate):

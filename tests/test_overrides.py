@@ -285,7 +285,7 @@ def test_another_method_brings_the_optimizer_that_it_is_usually_trained_with(nam
     config = Path(__file__).parents[1] / "configs/quickstart.py"
     changed = apply_overrides(load_config(str(config)), [f"method={name}"])
     assert changed.method == METHODS[name]()
-    usual = {"schedule": "linear", **METHODS[name].usual_optimizer}
+    usual = {"schedule": "linear", **METHODS[name].default_optimizer}
     assert changed.optimizer == Optimizer(**usual)
     back = apply_overrides(changed, ["method=prompt_tuning"])
     assert back.optimizer == Optimizer(schedule="linear")

@@ -106,8 +106,8 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
 def _losses(model: Any, data: TextData) -> list[float]:
     attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(attached)
-    tuned = {name: p[None] for name, p in params.items()}
-    return [own["loss"] for own in text_losses(graphdef, tuned, {}, data)]
+    trainable = {name: p[None] for name, p in params.items()}
+    return [own["loss"] for own in text_losses(graphdef, trainable, {}, data)]
 
 
 def test_the_evaluation_is_the_mean_over_tokens() -> None:

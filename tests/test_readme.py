@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.cli.arguments import build_parser
-from prompt_tuning_jax.methods import Attached, Context
+from prompt_tuning_jax.methods import Context, TunedModel
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 from tests.micro import ONE_LAYER, D, call, make_t5
@@ -46,7 +46,7 @@ def test_the_method_of_ones_own_is_a_method():
     exec(compile(code, "README.md", "exec"), space)
     model: T5 = make_t5(ONE_LAYER)
     context, key = Context(), jax.random.key(0)
-    attached: Attached = space["InputScale"]().attach(model, key=key, context=context)
+    attached: TunedModel = space["InputScale"]().attach(model, key=key, context=context)
     same = call(model, TOKENS, TARGETS)
     np.testing.assert_allclose(attached(TOKENS, TARGETS), same, atol=1e-5)
     factors: Array = attached.method.factor_D.get_value()

@@ -114,7 +114,7 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
         reports=(),
     )
     graphdef: Any = None
-    members = build.Members(graphdef=graphdef, tuned={}, frozen={}, mask={}, number=1)
+    members = build.Members(graphdef=graphdef, trainable={}, frozen={}, mask={}, number=1)
     *_, steps, note = run._introduction(experiment(tmp_path), members, data)
     assert steps == "12 steps of 4 examples: 16.0 epochs"
     assert note.startswith("note: a batch of 4 is larger than the 3 training examples")
@@ -154,8 +154,8 @@ def test_each_member_keeps_a_best_of_its_own(
     scripted = iter([(10.0, 30.0), (30.0, 10.0), (30.0, 20.0)])
     seen: list[np.ndarray] = []
 
-    def evaluate(of: Experiment, members: Any, tuned: Any, *_: Any, **__: Any) -> Any:
-        seen.append(np.array(tuned[PROMPT]))
+    def evaluate(of: Experiment, members: Any, trainable: Any, *_: Any, **__: Any) -> Any:
+        seen.append(np.array(trainable[PROMPT]))
         return [{"accuracy": value} for value in next(scripted)], {}
 
     monkeypatch.setattr(build, "evaluate_members", evaluate)
@@ -200,7 +200,7 @@ def test_training_moves_the_prompt_and_lowers_the_loss(tmp_path: Path) -> None:
     losses = [r["loss"][0] for r in measurements(tmp_path) if r["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.1
     model = load_model(str(tiny_run.model_folder()))
-    start = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS).tuned[PROMPT]
+    start = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS).trainable[PROMPT]
     assert np.abs(result.best_tuned[PROMPT] - start).min() > 0
 
 

@@ -136,7 +136,7 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
     batches = batches_of(of)
     model = load_model(str(tiny_run.model_folder()))
     members = build.attach_members(of, model, labels=tiny_run.LABELS)
-    own = {name: array[0] for name, array in members.tuned.items()}
+    own = {name: array[0] for name, array in members.trainable.items()}
     attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
 
     def losses(batch: dict[str, np.ndarray]) -> np.ndarray:

@@ -14,7 +14,11 @@ from prompt_tuning_jax.cli.arguments import mesh_overrides
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.config.overrides import apply_overrides
 from prompt_tuning_jax.config.validation import validate
-from prompt_tuning_jax.distributed.partitioner import Layout, constrain, laying_out
+from prompt_tuning_jax.distributed.partitioner import (
+    Partitioner,
+    activation_sharding,
+    with_logical_constraint,
+)
 from prompt_tuning_jax.distributed.sharding import (
     MESH_AXES,
     RULES,
@@ -116,8 +120,10 @@ def test_rules_of_a_user_change_the_table():
     assert spec_of(("prompt", "prompt_embed"), rules) == PartitionSpec(None, "model")
     assert spec_of(("batch", "rank"), rules) == PartitionSpec(("data", "fsdp"), None)
     assert RULES["vocab"] == "model"
-    assert Layout(mesh=make_mesh(), rules=rules) != Layout(mesh=make_mesh())
-    assert hash(Layout(mesh=make_mesh())) == hash(Layout(mesh=make_mesh(), rules=with_rules(())))
+    assert Partitioner(mesh=make_mesh(), rules=rules) != Partitioner(mesh=make_mesh())
+    assert hash(Partitioner(mesh=make_mesh())) == hash(
+        Partitioner(mesh=make_mesh(), rules=with_rules(()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,10 +161,10 @@ def test_the_mesh_as_an_option():
 
 def test_without_a_mesh_nothing_is_constrained_or_moved():
     x = jax.numpy.ones((4, 3))
-    with laying_out(Layout(mesh=make_mesh())):
-        assert constrain(x, ("batch", None)) is x
-    assert constrain(x, ("batch", None)) is x
-    assert Layout(mesh=make_mesh()).place_batch({"x": x}, ("batch", "length"))["x"] is x
+    with activation_sharding(Partitioner(mesh=make_mesh())):
+        assert with_logical_constraint(x, ("batch", None)) is x
+    assert with_logical_constraint(x, ("batch", None)) is x
+    assert Partitioner(mesh=make_mesh()).shard_batch({"x": x}, ("batch", "length"))["x"] is x
     np.testing.assert_array_equal(on_host({"x": x})["x"], x)
 
 
@@ -194,13 +200,13 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
 np.testing.assert_allclose(run(mesh), run(None), atol=1e-4)
 
 # Each process gives the rows that its devices hold, in whatever order these come.
-from prompt_tuning_jax.layout import Layout
-layout = Layout(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
+from prompt_tuning_jax.layout import Partitioner
+layout = Partitioner(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
     "data", "fsdp", "model")))
 rows = layout.rows(8)
 np.testing.assert_array_equal(rows, np.arange(8))
 batch = np.arange(48).reshape(2, 8, 3)
-placed = layout.place_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
+placed = layout.shard_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
 np.testing.assert_array_equal(placed, batch)
 assert placed.sharding.spec == PartitionSpec(None, ("data", "fsdp"), None), placed.sharding
 assert placed.addressable_shards[0].data.shape == (2, 2, 3)

@@ -16,7 +16,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
 from prompt_tuning_jax.checkpoints.tuned_format import METHOD
 from prompt_tuning_jax.config.overrides import method_to_json
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
@@ -72,8 +72,8 @@ def micro() -> T5:
 
 
 @functools.cache
-def layout() -> Layout:
-    return Layout(mesh=make_mesh())
+def partitioner() -> Partitioner:
+    return Partitioner(mesh=make_mesh())
 
 
 @functools.cache
@@ -99,7 +99,7 @@ def test_a_claim_that_the_arrays_contradict_is_one_line(
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(UserError) as raised:
         opened = stored_methods(path, micro())
-        list(members_of_stored(opened, micro(), layout(), ""))
+        list(members_of_stored(opened, micro(), partitioner(), ""))
     message = str(raised.value)
     assert message.startswith(str(path))
     assert field in message or "method.template" in message

@@ -248,7 +248,11 @@ def test_halves_are_disjoint_and_said_not_to_be_official(tmp_path: Path) -> None
     passages = {half: {i.partition(" question:")[0] for i in own} for half, own in inputs.items()}
     assert not passages["train"] & passages["eval"]
     result = suite(
-        base(tmp_path / "w", data_dir), "super_glue", tasks=["boolq"], halve=["boolq"], quiet=True
+        base(tmp_path / "w", data_dir),
+        "super_glue",
+        tasks=["boolq"],
+        split_validation=["boolq"],
+        quiet=True,
     )
     assert result.scores["tasks"]["boolq"]["train_examples"] == len(found["train"])
     assert any("boolq: NOT the official split" in line for line in result.lines)
@@ -299,7 +303,7 @@ def test_wrong_names(
     with pytest.raises(UserError, match=message):
         suite(base(tmp_path, tmp_path), name, tasks=tasks, form=form, quiet=True)
     with pytest.raises(UserError, match=r"^--halve: super_glue has no 'rt'"):
-        suite(base(tmp_path, tmp_path), "super_glue", halve=["rt"], quiet=True)
+        suite(base(tmp_path, tmp_path), "super_glue", split_validation=["rt"], quiet=True)
 
 
 def test_names_in_full_and_forms() -> None:

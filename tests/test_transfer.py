@@ -272,8 +272,8 @@ def test_model_tuning_is_one_model_at_a_time_by_its_own_recipe(tmp_path: Path) -
     runs = list(transfer.runs_of(of, SQUAD, [DROP]))
     assert [run.experiment.training.seeds for run in runs] == [(0, 1), (0,), (1,)]
     assert isinstance(runs[0].experiment.method, PromptTuning)
-    tuned = runs[1].experiment
-    assert tuned.method == FullTuning() and tuned.optimizer.learning_rate == 1e-3
-    assert tuned.optimizer.multiply_by_parameter_scale
-    assert tuned.training.steps == of.training.steps
+    trainable = runs[1].experiment
+    assert trainable.method == FullTuning() and trainable.optimizer.learning_rate == 1e-3
+    assert trainable.optimizer.multiply_by_parameter_scale
+    assert trainable.training.steps == of.training.steps
     assert len({run.experiment.training.workdir for run in runs}) == 3

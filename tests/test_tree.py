@@ -62,8 +62,8 @@ def test_fill_lists_what_either_side_lacks_and_changes_nothing():
 def test_a_mask_partitions_exactly():
     params = dict(zip("abcd", range(4), strict=True))
     mask = {"a": True, "b": False, "c": True, "d": False}
-    tuned, frozen = param_tree.partition(params, mask)
-    assert (tuned, frozen) == ({"a": 0, "c": 2}, {"b": 1, "d": 3})
+    trainable, frozen = param_tree.partition(params, mask)
+    assert (trainable, frozen) == ({"a": 0, "c": 2}, {"b": 1, "d": 3})
     for other in ({**mask, "e": True}, {"a": True}):
         with pytest.raises(UserError, match="the parameters and the mask do not match"):
             param_tree.partition(params, other)

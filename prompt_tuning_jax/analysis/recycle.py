@@ -14,7 +14,7 @@ from prompt_tuning_jax.analysis.recycling import (
     relative_error,
 )
 from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
-from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES, require_free, staged
+from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES, atomic_write_to, require_free
 from prompt_tuning_jax.checkpoints.load import OpenedModel
 from prompt_tuning_jax.checkpoints.names import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, save_prompt
@@ -95,7 +95,7 @@ def recycle(
     }
     origin = f"recycled ({fit.by}, {fitted.pieces} pieces) from {source} {fingerprint}"
     written: list[str] = []
-    with staged(place, overwrite=overwrite, folder=not one) as aside:
+    with atomic_write_to(place, overwrite=overwrite, folder=not one) as aside:
         for path, stored in prompts.items():
             metadata = dataclasses.replace(
                 stored.metadata,

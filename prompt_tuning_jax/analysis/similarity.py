@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.destination import require_free, staged
+from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.prompt_sources import as_paths, prompt_paths, read_all
@@ -186,5 +186,5 @@ def _write_mixture(
         combine=placements.pop() if len(placements) == 1 else "",
         origin=f"mixture by similarity ({by}): {', '.join(shares)}",
     )
-    with staged(output, overwrite=overwrite, folder=False) as aside:
+    with atomic_write_to(output, overwrite=overwrite, folder=False) as aside:
         save_prompt(aside, mixed_PD, metadata=metadata)

@@ -12,7 +12,7 @@ from typing import Any
 
 from prompt_tuning_jax.checkpoints.progress import Report, progress
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import user_cache, written_aside
+from prompt_tuning_jax.storage import atomic_write, user_cache
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 _ADDRESS = re.compile(r"(gs|s3)://([^/]+)/*(.*?)/*", re.DOTALL)
@@ -124,7 +124,7 @@ class Bucket:
         """Writes a file to ``path`` part by part and gives its generation."""
         generations: set[bytes] = set()
         offset = 0
-        with written_aside(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as aside, aside.open("wb") as file:
             while part := self._part(name, offset):
                 file.write(part.value)
                 generations.add(part.stamp.generation)
@@ -182,7 +182,7 @@ def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> 
             if there and not bucket.has_changed(name, known[name]):
                 continue
             known[name] = bucket.fetch(name, folder / name, report=report)
-            with written_aside(folder / _GENERATIONS) as aside:
+            with atomic_write(folder / _GENERATIONS) as aside:
                 aside.write_text(json_text(known), encoding="utf-8")
     # What is gone from the bucket must not be found here.
     for file in folder.glob("*"):

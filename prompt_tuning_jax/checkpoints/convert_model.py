@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
-from prompt_tuning_jax.checkpoints.destination import require_free, require_outside, staged
+from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free, require_outside
 from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
 from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, write_hf
 from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
@@ -66,7 +66,7 @@ def convert_to_hf(
     require_outside(opened.location, destination)
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in opened.params.items()}
     with (
-        staged(destination, overwrite=overwrite, folder=True) as aside,
+        atomic_write_to(destination, overwrite=overwrite, folder=True) as aside,
         _shown(source, arrays.values()) as counted,
     ):
         write_hf(
@@ -114,9 +114,9 @@ def convert_to_t5x(
         )
     beside = {} if words is None else tokenizer_files(words, opened.config)
     notes = []
-    tuned: LazyArray | HostArray | None = _own_prompt(opened)
+    trainable: LazyArray | HostArray | None = _own_prompt(opened)
     if prompt:
-        tuned = _prompt_for(opened, prompt, allow_other_model=allow_other_model)
+        trainable = _prompt_for(opened, prompt, allow_other_model=allow_other_model)
     # What T5X has written is written as it was, unless something else is asked for.
     params: Mapping[str, LazyArray] = opened.params
     state: Mapping[str, LazyArray | None] | None = None
@@ -130,16 +130,16 @@ def convert_to_t5x(
         elif checkpoint.state_names:
             notes.append("the optimizer's state in the source is left out")
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
-    slots = [slot for slot in (state or {}).values() if slot is not None]
+    injections = [slot for slot in (state or {}).values() if slot is not None]
     with (
-        staged(final, overwrite=overwrite, folder=True) as aside,
-        _shown(source, [*arrays.values(), *slots]) as counted,
+        atomic_write_to(final, overwrite=overwrite, folder=True) as aside,
+        _shown(source, [*arrays.values(), *injections]) as counted,
     ):
         write_t5x(
             aside.parent,
             {name: counted(name, array) for name, array in arrays.items()},
             step=step,
-            prompt=tuned,
+            prompt=trainable,
             state=state
             if state is None
             else {n: None if slot is None else counted(n, slot) for n, slot in state.items()},
@@ -154,7 +154,7 @@ def convert_to_t5x(
                 f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
                 f"hf it is {again}"
             )
-    holding = "" if tuned is None else f" with a prompt {list(tuned.shape)}"
+    holding = "" if trainable is None else f" with a prompt {list(trainable.shape)}"
     return written(f"a model{holding} as a T5X checkpoint of step {step}", final, notes=notes)
 
 

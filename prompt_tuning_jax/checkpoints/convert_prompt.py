@@ -9,9 +9,9 @@ from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_sour
 from prompt_tuning_jax.checkpoints.convert_model import DTYPES, Converted, StoredAs, written
 from prompt_tuning_jax.checkpoints.destination import (
     PROMPT_SUFFIXES,
+    atomic_write_to,
     require_free,
     require_outside,
-    staged,
 )
 from prompt_tuning_jax.checkpoints.hub import ASSETS, BUNDLED, T5X_MODELS, is_hub_name
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
@@ -64,7 +64,7 @@ def convert_prompts(
         require_outside(source, destination)
     if to == "npy" and dtype == "bfloat16":
         raise UserError("an .npy file has no bfloat16: leave out --dtype, or write .safetensors")
-    with staged(destination, overwrite=overwrite, folder=not one_file) as aside:
+    with atomic_write_to(destination, overwrite=overwrite, folder=not one_file) as aside:
         if files is None:
             _write(aside, prompts[0], base, to=to, dtype=dtype, name=source)
         for file, stored in zip(files or [], prompts, strict=False):

@@ -49,7 +49,7 @@ def require_outside(source: str | Path, destination: Path) -> None:
 
 
 @contextmanager
-def staged(destination: Path, *, overwrite: bool, folder: bool) -> Iterator[Path]:
+def atomic_write_to(destination: Path, *, overwrite: bool, folder: bool) -> Iterator[Path]:
     """A path to write to, of the same name, which becomes ``destination`` at the end, or nothing.
 
     It lies in a hidden folder beside ``destination`` and does not exist yet.  What was at

@@ -28,7 +28,7 @@ from prompt_tuning_jax.checkpoints.tuned_format import tuned_by
 from prompt_tuning_jax.data.tasks.task import tasks_known_as
 from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.typing import Array, DType, HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
@@ -169,7 +169,7 @@ def save_prompt(
     if kind not in ("npy", "safetensors"):
         raise UserError(f"{path}: a prompt is saved as .npy or .safetensors; name it so")
     prompt = checked_prompt(np.asarray(prompt_PD), of="the prompt", dtype=dtype)
-    with written_aside(path) as aside, aside.open("wb") as file:
+    with atomic_write(path) as aside, aside.open("wb") as file:
         if kind == "npy":
             np.lib.format.write_array(file, npy_safe(prompt), allow_pickle=False)
         else:

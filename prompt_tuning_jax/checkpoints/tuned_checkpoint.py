@@ -27,7 +27,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.checkpoints.tuned_format import METHOD, tuned_by
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
@@ -36,19 +36,19 @@ _ALWAYS_READ = 2**24  # numbers, whatever the model's size
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTuned:
-    """Tuned arrays by their path in an ``Attached``, and the method that they belong to.
+class TunedCheckpoint:
+    """Tuned arrays by their path in a ``TunedModel``, and the method that they belong to.
 
     ``method`` is its config as JSON; ``tasks`` are the names of those trained on together.
     """
 
-    tuned: Mapping[str, HostArray]
+    trainable: Mapping[str, HostArray]
     method: str
     metadata: PromptMetadata
     tasks: tuple[str, ...] = ()
 
 
-def save_tuned(path: Path, stored: StoredTuned) -> None:
+def save_tuned(path: Path, stored: TunedCheckpoint) -> None:
     """Writes the file aside and renames it; the same input gives the same bytes."""
     metadata = stored.metadata
     if not metadata.created_by:
@@ -56,8 +56,8 @@ def save_tuned(path: Path, stored: StoredTuned) -> None:
     strings = metadata_to_strings(metadata) | {METHOD: stored.method}
     if stored.tasks:
         strings[_TASKS] = json_text(stored.tasks)
-    with written_aside(path) as aside:
-        aside.write_bytes(safetensors_of(stored.tuned, metadata=strings))
+    with atomic_write(path) as aside:
+        aside.write_bytes(safetensors_of(stored.trainable, metadata=strings))
 
 
 def is_tuned_file(path: Path) -> bool:
@@ -65,30 +65,30 @@ def is_tuned_file(path: Path) -> bool:
     return tuned_by(path) is not None
 
 
-def open_tuned(path: Path) -> StoredTuned:
+def open_tuned(path: Path) -> TunedCheckpoint:
     """What ``save_tuned`` wrote, its arrays mapped and not read; UserError for a damaged file."""
     mapped = map_safetensors(path)
     tasks = read_json(mapped.metadata.get(_TASKS, "[]"), of=f"{path}: its metadata's {_TASKS}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise UserError(f"{path}: its metadata has tasks that are no list of names")
-    return StoredTuned(
-        tuned=mapped.arrays,
+    return TunedCheckpoint(
+        trainable=mapped.arrays,
         method=mapped.metadata.get(METHOD, ""),
         metadata=metadata_from_strings(mapped.metadata, path=path),
         tasks=tuple(tasks),
     )
 
 
-def read_tuned(path: Path, config: T5Config) -> StoredTuned:
+def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
     """What ``save_tuned`` wrote, for a model of this configuration.
 
     UserError for a file that is damaged or not finite, or far too large for the model.
     """
     stored = open_tuned(path)
-    require_plausible(stored.tuned, config, of=str(path))
-    require_finite(stored.tuned, of=str(path))
-    tuned = {name: np.array(array) for name, array in stored.tuned.items()}
-    return dataclasses.replace(stored, tuned=tuned)
+    require_plausible(stored.trainable, config, of=str(path))
+    require_finite(stored.trainable, of=str(path))
+    trainable = {name: np.array(array) for name, array in stored.trainable.items()}
+    return dataclasses.replace(stored, trainable=trainable)
 
 
 def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:

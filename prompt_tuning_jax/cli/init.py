@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.destination import require_free, staged
+from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError, suggest
@@ -52,7 +52,7 @@ def init(name: str, destination: str | Path = "", *, overwrite: bool = False) ->
     relative = source.relative_to(_folder())
     text = source.read_text(encoding="utf-8").replace(f"configs/{relative}", str(path))
     require_free(path.absolute(), overwrite=overwrite, folder=False)
-    with staged(path.absolute(), overwrite=overwrite, folder=False) as aside:
+    with atomic_write_to(path.absolute(), overwrite=overwrite, folder=False) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
 

@@ -205,7 +205,7 @@ def _suite(args: argparse.Namespace) -> None:
         args.name,
         tasks=_names(args.tasks),
         form=args.form,
-        halve=_names(args.halve),
+        split_validation=_names(args.split_validation),
     )
     if result.stopped_by:
         sys.exit(128 + result.stopped_by)
@@ -614,13 +614,13 @@ def _require_folder(args: argparse.Namespace, *options: str) -> None:
 
 
 def _write(name: str, text: str) -> None:
-    from prompt_tuning_jax.storage import written_aside
+    from prompt_tuning_jax.storage import atomic_write
 
     path = Path(name)
     if path.exists() and not path.is_file():  # /dev/stdout is written to, never replaced
         path.write_text(text, encoding="utf-8")
         return
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

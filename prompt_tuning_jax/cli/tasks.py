@@ -15,7 +15,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example, Task, get_mixture, get_task, task_names
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 
 _TITLES = {
     "super_glue": "SuperGLUE",
@@ -122,7 +122,7 @@ def dump(
     words = _vocabulary(model, vocabulary)
     task = get_task(name)
     number = 0
-    with written_aside(Path(path)) as aside, open(aside, "w", encoding="utf-8") as file:
+    with atomic_write(Path(path)) as aside, open(aside, "w", encoding="utf-8") as file:
         rows = task.load(split, data_dir)
         while some := list(islice(rows, _TEXTS_AT_ONCE)):
             for example, (inputs_ids, targets_ids) in zip(

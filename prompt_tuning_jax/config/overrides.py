@@ -79,9 +79,9 @@ def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experim
 def _with_usual_optimizer(experiment: Experiment, before: Method) -> Experiment:
     """Of the optimizer what the method before was trained with is as for a prompt again."""
     optimizer = experiment.optimizer
-    default, usual = type(optimizer)(), experiment.method.usual_optimizer
+    default, usual = type(optimizer)(), experiment.method.default_optimizer
     # Between two methods that want the same as a prompt, a config's own choice stays.
-    fields = {name: getattr(default, name) for name in before.usual_optimizer} | {**usual}
+    fields = {name: getattr(default, name) for name in before.default_optimizer} | {**usual}
     return dataclasses.replace(experiment, optimizer=dataclasses.replace(optimizer, **fields))
 
 

@@ -18,7 +18,9 @@ from prompt_tuning_jax.data.batching.buckets import parse_buckets
 from prompt_tuning_jax.data.batching.class_weights import parse_class_weights
 from prompt_tuning_jax.distributed.sharding import parse_rules
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.logits_processors import complaints as logits_complaints
+from prompt_tuning_jax.inference.decoding.logits_processors import (
+    config_errors as logits_complaints,
+)
 from prompt_tuning_jax.training.optim import parse_rates
 
 # What the random number generators of numpy and JAX both take.
@@ -57,13 +59,13 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
         yield from _outside("method", experiment.method, "length", low=1)
     if hasattr(experiment.method, "init_population"):
         yield from _outside("method", experiment.method, "init_population", low=0)
-    yield from experiment.method.complaints()
-    if experiment.method.ranks and experiment.evaluation.strategy not in ("rank", "auto"):
+    yield from experiment.method.config_errors()
+    if experiment.method.scores_labels and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (
             f"evaluation.strategy is {experiment.evaluation.strategy} and "
             f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
         )
-    if experiment.method.ranks and experiment.evaluation.normalize_length:
+    if experiment.method.scores_labels and experiment.evaluation.normalize_length:
         yield (
             f"evaluation.normalize_length is true and {type(experiment.method).__name__} scores "
             "labels itself, and not by their tokens; set it to false"

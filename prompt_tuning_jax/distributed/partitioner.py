@@ -22,7 +22,7 @@ from prompt_tuning_jax.distributed.sharding import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class Partitioner:
     """A mesh and the rules that lay arrays out over it; equal ones hash alike."""
 
     mesh: jax.sharding.Mesh
@@ -32,12 +32,12 @@ class Layout:
         return hash((self.mesh, tuple(sorted(self.rules))))
 
     @property
-    def is_trivial(self) -> bool:
+    def is_single_device(self) -> bool:
         """Whether there is one device, and nothing to lay out."""
         return bool(self.mesh.size == 1)
 
     @property
-    def batch_parts(self) -> int:
+    def num_batch_shards(self) -> int:
         """How many parts the batch is divided into."""
         return size_of(spec_of(("batch",), self.rules)[0], self.mesh)
 
@@ -57,13 +57,13 @@ class Layout:
 
     def rows(self, batch_size: int) -> np.ndarray:
         """Which of a batch's rows lie on devices of this process, in rising order."""
-        layout = self.sharding(("batch",), (batch_size,))
+        partitioner = self.sharding(("batch",), (batch_size,))
         mine = np.zeros(batch_size, bool)
-        for index in layout.addressable_devices_indices_map((batch_size,)).values():
+        for index in partitioner.addressable_devices_indices_map((batch_size,)).values():
             mine[index or slice(None)] = True
         return np.flatnonzero(mine)
 
-    def place_rows(
+    def shard_rows(
         self, local: np.ndarray, axes: Sequence[str | None], *, rows: np.ndarray, batch_size: int
     ) -> jax.Array:
         """The global array of which this process has ``rows`` of the axis ``batch``."""
@@ -80,18 +80,18 @@ class Layout:
 
         return jax.make_array_from_callback(shape, self.sharding(axes, shape), part)
 
-    def place_batch(self, batch: Mapping[str, Any], axes: Sequence[str | None]) -> dict[str, Any]:
+    def shard_batch(self, batch: Mapping[str, Any], axes: Sequence[str | None]) -> dict[str, Any]:
         """A batch that every process holds whole, with its rows divided over the mesh."""
-        if self.is_trivial:
+        if self.is_single_device:
             return dict(batch)
         return {
             name: put(array, self.sharding(axes[: array.ndim], array.shape))
             for name, array in batch.items()
         }
 
-    def place_whole(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def replicate_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays that are on no mesh yet, the same on every device; others stay as they lie."""
-        if self.is_trivial:
+        if self.is_single_device:
             return dict(arrays)
 
         def place(array: Any) -> Any:
@@ -102,35 +102,37 @@ class Layout:
 
 
 # Set while a step is traced, by the function that is traced: models know no mesh.
-_TRACED: ContextVar[Layout | None] = ContextVar("layout of the step that is being traced")
+_TRACED: ContextVar[Partitioner | None] = ContextVar("layout of the step that is being traced")
 
 
 @contextmanager
-def laying_out(layout: Layout | None) -> Iterator[None]:
-    """Within, ``constrain`` means this layout; to be entered by the function that is traced."""
-    token = _TRACED.set(None if layout is None or layout.is_trivial else layout)
+def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
+    """Makes ``with_logical_constraint`` use this mesh; entered by the function that is traced."""
+    token = _TRACED.set(
+        None if partitioner is None or partitioner.is_single_device else partitioner
+    )
     try:
         yield
     finally:
         _TRACED.reset(token)
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Tells the compiler how an activation lies; x itself where there is no mesh."""
-    layout = _TRACED.get(None)
-    if layout is None:
+    partitioner = _TRACED.get(None)
+    if partitioner is None:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes, x.shape))
 
 
 def on_a_mesh() -> bool:
-    """Whether what is traced will be divided over devices: where ``constrain`` does something."""
+    """Whether the traced function will be sharded, so ``with_logical_constraint`` has an effect."""
     return _TRACED.get(None) is not None
 
 
 def replicate(tree: Any) -> Any:
-    """Results that every process is to have whole, where ``constrain`` would do something."""
-    layout = _TRACED.get(None)
-    if layout is None:
+    """Replicates results that every process needs whole, if the function is sharded."""
+    partitioner = _TRACED.get(None)
+    if partitioner is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, layout.replicated)
+    return jax.lax.with_sharding_constraint(tree, partitioner.replicated)

@@ -171,16 +171,16 @@ def shardings_of(
     }
 
 
-def put(array: Any, layout: NamedSharding) -> jax.Array:
+def put(array: Any, partitioner: NamedSharding) -> jax.Array:
     """An array laid out anew, where some of the devices may belong to other processes."""
-    if layout.is_fully_addressable:
-        return jax.device_put(array, layout)
+    if partitioner.is_fully_addressable:
+        return jax.device_put(array, partitioner)
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         held = np.asarray(array)
-        return jax.make_array_from_callback(held.shape, layout, lambda index: held[index])
-    if array.sharding.is_equivalent_to(layout, array.ndim):
+        return jax.make_array_from_callback(held.shape, partitioner, lambda index: held[index])
+    if array.sharding.is_equivalent_to(partitioner, array.ndim):
         return array
-    return _moved(layout)(array)
+    return _moved(partitioner)(array)
 
 
 def on_host(tree: Any) -> Any:
@@ -200,8 +200,8 @@ def _to_host(array: Any) -> np.ndarray:
 
 
 @cache
-def _moved(layout: NamedSharding) -> Any:
-    return jax.jit(lambda array: array, out_shardings=layout)
+def _moved(partitioner: NamedSharding) -> Any:
+    return jax.jit(lambda array: array, out_shardings=partitioner)
 
 
 def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:

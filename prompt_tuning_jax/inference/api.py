@@ -20,14 +20,14 @@ from prompt_tuning_jax.inference.decoding.beam import BeamRule, HuggingFaceRule,
 from prompt_tuning_jax.inference.decoding.checks import real_number, true_or_false, whole_number
 from prompt_tuning_jax.inference.decoding.logits_processors import logits_processors
 from prompt_tuning_jax.inference.ensemble import (
+    DecodeConfig,
     Strategy,
-    Writing,
     encoded,
     target_logits,
     target_scores,
     write,
 )
-from prompt_tuning_jax.methods import Attached, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.methods import Context, NoTuning, PromptTuning, TunedModel
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
@@ -55,7 +55,7 @@ class Generated:
 
 
 def encode(
-    model: T5 | Attached, encoder_input_tokens: Inputs, prompt: Array | None = None
+    model: T5 | TunedModel, encoder_input_tokens: Inputs, prompt: Array | None = None
 ) -> Array:
     """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
     attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
@@ -66,7 +66,7 @@ def encode(
 
 
 def generate(
-    model: T5 | Attached,
+    model: T5 | TunedModel,
     inputs: Inputs,
     prompt: Array | HostArray | None = None,
     strategy: Strategy = "greedy",
@@ -117,7 +117,7 @@ def generate(
         top_p=top_p,
     )
     max_length = whole_number("max_length", max_length, at_least=1, at_most=_LONGEST)
-    writing = Writing(
+    writing = DecodeConfig(
         strategy=strategy,
         max_length=max_length,
         num_beams=4
@@ -146,7 +146,7 @@ def generate(
 
 
 def score(
-    model: T5 | Attached,
+    model: T5 | TunedModel,
     inputs: Inputs,
     targets: Inputs,
     prompt: Array | HostArray | None = None,
@@ -159,7 +159,7 @@ def score(
     """
     mean = true_or_false("normalize_length", normalize_length)
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
-    if mean and attached.method.own_labels:
+    if mean and attached.method.label_tokens:
         raise UserError(
             "normalize_length: this method scores labels itself, and not by their tokens; leave "
             "it out"
@@ -170,7 +170,7 @@ def score(
 
 
 def logits(
-    model: T5 | Attached, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+    model: T5 | TunedModel, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
 ) -> HostArray:
     """The logits ``[B, S, V]`` in float32 that predict the targets: ``[:, s]`` is for token s.
 
@@ -178,7 +178,7 @@ def logits(
     UserError for a method that scores labels itself.
     """
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
-    if attached.method.own_labels:
+    if attached.method.label_tokens:
         raise UserError("this method ranks labels and has no logits of tokens; use score")
     targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
     graphdef, params = param_tree.split(attached)
@@ -336,20 +336,20 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
 
 def require_model(model: object) -> None:
     """UserError for what is no model."""
-    if not isinstance(model, T5 | Attached):
+    if not isinstance(model, T5 | TunedModel):
         opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
         raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
 
 
 def _ready(
-    model: T5 | Attached, inputs: Inputs, prompt: Array | HostArray | None
-) -> tuple[Attached, HostArray, int, int]:
+    model: T5 | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
+) -> tuple[TunedModel, HostArray, int, int]:
     """The model with its prompt or whatever else is attached; the inputs' token ids, padded.
 
     Then how many rows and positions were given.
     """
     require_model(model)
-    if isinstance(model, Attached):
+    if isinstance(model, TunedModel):
         if prompt is not None:
             raise UserError("this model has something attached to it already: leave out prompt")
         tokens_BT = token_ids(model.model, inputs)
@@ -379,7 +379,7 @@ def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostA
 
 
 def _padded_targets(
-    attached: Attached, targets: Inputs, *, rows: int, padded_rows: int
+    attached: TunedModel, targets: Inputs, *, rows: int, padded_rows: int
 ) -> tuple[HostArray, int]:
     """The targets' token ids for the padded inputs, and how many positions were given."""
     targets_BS = token_ids(attached.model, targets, targets=True)
@@ -392,7 +392,7 @@ def _padded_targets(
     return np.pad(padded_BS, ((0, padded_rows - rows), (0, 0)), mode="edge"), length
 
 
-def _has_rows_of_its_own(attached: Attached, rows: int) -> bool:
+def _has_rows_of_its_own(attached: TunedModel, rows: int) -> bool:
     """Whether arrays of the method may be one for each row of the batch."""
     params = param_tree.split(attached)[1]
     return any(

@@ -19,9 +19,9 @@ from prompt_tuning_jax.checkpoints.convert_model import StoredAs, written
 from prompt_tuning_jax.checkpoints.convert_prompt import name_for_peft, notes_on_bundled
 from prompt_tuning_jax.checkpoints.destination import (
     PROMPT_SUFFIXES,
+    atomic_write_to,
     require_free,
     require_outside,
-    staged,
 )
 from prompt_tuning_jax.checkpoints.hub import BUNDLED
 from prompt_tuning_jax.checkpoints.load import OpenedModel
@@ -29,7 +29,7 @@ from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
-    StoredTuned,
+    TunedCheckpoint,
     is_tuned_file,
     open_tuned,
     read_tuned,
@@ -145,7 +145,7 @@ def convert_tuned(
         )
     if one:
         require_outside(files[0], destination)
-    with staged(destination, overwrite=overwrite, folder=folder) as aside:
+    with atomic_write_to(destination, overwrite=overwrite, folder=folder) as aside:
         for file, stored, method in zip(files, found, methods, strict=True):
             place = aside
             if not one:
@@ -159,10 +159,10 @@ def convert_tuned(
                 model_name=stored.metadata.model_name or name,
                 model_fingerprint=stored.metadata.model_fingerprint or fingerprint,
             )
-            if stored.tuned.keys() == {PROMPT}:
+            if stored.trainable.keys() == {PROMPT}:
                 save_prompt(
                     place,
-                    stored.tuned[PROMPT],
+                    stored.trainable[PROMPT],
                     metadata=known,
                     format="npy" if to == "npy" else "safetensors",
                 )
@@ -173,7 +173,7 @@ def convert_tuned(
     kinds = sorted({type(method).__name__ for method in methods})
     what = f"what {' and '.join(kinds)} tuned {_WORDS[to]}"
     if len(files) > 1:
-        what = f"{len(files)} sets of {what.replace(' tuned as', ' tuned, each as')}"
+        what = f"{len(files)} sets of {what.replace(' trainable as', ' trainable, each as')}"
     notes = []
     if to == "peft":
         if any(stored.metadata.task or stored.metadata.labels for stored in found):
@@ -198,7 +198,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
     raise AssertionError("there is at least one")
 
 
-def _read(file: Path, opened: OpenedModel) -> StoredTuned:
+def _read(file: Path, opened: OpenedModel) -> TunedCheckpoint:
     if not file.is_dir():
         return read_tuned(file, opened.config)
     adapter = peft_adapter(file, opened.config, own=opened.params)
@@ -207,7 +207,7 @@ def _read(file: Path, opened: OpenedModel) -> StoredTuned:
 
 
 def _write_adapter(
-    place: Path, stored: StoredTuned, method: Method, config: T5Config, *, name: str, of: str
+    place: Path, stored: TunedCheckpoint, method: Method, config: T5Config, *, name: str, of: str
 ) -> None:
     """Writes it and reads it again; UserError where PEFT has no such adapter, or shapes differ."""
     try:
@@ -215,7 +215,7 @@ def _write_adapter(
             weights.write_peft_weights(
                 place,
                 method,
-                stored.tuned,
+                stored.trainable,
                 config=config,
                 base_model_name_or_path=name_for_peft(name),
             )
@@ -223,7 +223,7 @@ def _write_adapter(
             prompts.write_peft_prompts(
                 place,
                 method,
-                stored.tuned,
+                stored.trainable,
                 config=config,
                 base_model_name_or_path=name_for_peft(name),
             )
@@ -231,6 +231,6 @@ def _write_adapter(
     except UserError as error:
         raise UserError(f"{of}: {str(error).replace(str(place), 'its adapter')}") from None
     assert again is not None
-    for path, array in stored.tuned.items():
-        if not np.array_equal(again.tuned[path], array):
+    for path, array in stored.trainable.items():
+        if not np.array_equal(again.trainable[path], array):
             raise UserError(f"{of}: {path} is not in the adapter as it is here")

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Layout, laying_out, replicate
+from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding, replicate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.inference.decoding.greedy import greedy
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.inference.decoding.sampling import sample
-from prompt_tuning_jax.methods import Attached
-from prompt_tuning_jax.models.injections import Slots
-from prompt_tuning_jax.training.microbatching import Division, map_members
+from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.training.microbatching import Microbatching, map_members
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 
@@ -62,7 +62,7 @@ Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class DecodeConfig:
     """How text is written; static, so that each way is compiled once."""
 
     strategy: Strategy = "greedy"
@@ -76,13 +76,13 @@ class Writing:
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 8))
 def label_scores(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    trainable: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     labels_CS: Array,
     members: int,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
     task_B: Array | HostArray | None = None,
     normalize_length: bool = False,
 ) -> Array:
@@ -104,20 +104,20 @@ def label_scores(
             normalize_length=normalize_length,
         )
 
-    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
-    with laying_out(layout):
-        return replicate(map_members(member, at_once, tuned, members=members))
+    at_once = _members_at_once(graphdef, trainable, frozen, tokens_BT, members, partitioner)
+    with activation_sharding(partitioner):
+        return replicate(map_members(member, at_once, trainable, members=members))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
 def write(
-    graphdef: nnx.GraphDef[Attached],
-    writing: Writing,
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    writing: DecodeConfig,
+    trainable: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     key: Array,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
     task_B: Array | HostArray | None = None,
     processors: LogitsProcessors | None = None,
 ) -> tuple[Array, Array]:
@@ -126,35 +126,37 @@ def write(
     All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
     is one member.  On a mesh the result is replicated.
     """
-    members = len(next(iter(tuned.values()))) if tuned else 1
-    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
-    with laying_out(layout):
+    members = len(next(iter(trainable.values()))) if trainable else 1
+    at_once = _members_at_once(graphdef, trainable, frozen, tokens_BT, members, partitioner)
+    with activation_sharding(partitioner):
         return replicate(
-            _write(graphdef, writing, tuned, frozen, tokens_BT, key, task_B, at_once, processors)
+            _write(
+                graphdef, writing, trainable, frozen, tokens_BT, key, task_B, at_once, processors
+            )
         )
 
 
 def _members_at_once(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    trainable: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     members: int,
-    layout: Layout | None,
+    partitioner: Partitioner | None,
 ) -> int:
     """On a CPU, no more members together than its cache holds the activations of."""
-    on_mesh = layout is not None and not layout.is_trivial
+    on_mesh = partitioner is not None and not partitioner.is_single_device
     if members == 1 or on_mesh or jax.default_backend() != "cpu":
         return members
-    own = {name: array[0] for name, array in tuned.items()}
+    own = {name: array[0] for name, array in trainable.items()}
     config = param_tree.merge(graphdef, {**frozen, **own}).model.config
-    return Division(config=config).members_at_once(members, *tokens_BT.shape)
+    return Microbatching(config=config).members_at_once(members, *tokens_BT.shape)
 
 
 def _write(
-    graphdef: nnx.GraphDef[Attached],
-    writing: Writing,
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    writing: DecodeConfig,
+    trainable: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     key: Array,
@@ -162,20 +164,20 @@ def _write(
     at_once: int,
     processors: LogitsProcessors | None,
 ) -> tuple[Array, Array]:
-    members = len(next(iter(tuned.values()))) if tuned else 1
+    members = len(next(iter(trainable.values()))) if trainable else 1
     batch = tokens_BT.shape[0]
     rows = members * batch
 
-    def start(own: FlatParams) -> tuple[Any, Array, Slots, Any]:
+    def start(own: FlatParams) -> tuple[Any, Array, Injections, Any]:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        if attached.method.own_labels:
+        if attached.method.label_tokens:
             raise UserError(
                 "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
                 "data.labels where the task has none"
             )
-        encoded, slots = attached.encode(tokens_BT, task_B=task_B)
+        encoded, injections = attached.encode(tokens_BT, task_B=task_B)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
-        constant = (cross, encoded.mask_BU, slots.of_decoder())
+        constant = (cross, encoded.mask_BU, injections.of_decoder())
         if writing.strategy == "beam":  # the beams of one example stand side by side
             constant = jax.tree.map(
                 lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
@@ -183,23 +185,30 @@ def _write(
             )
         return *constant, caches
 
-    cross, mask_ENU, slots, caches = map_members(start, at_once, tuned, members=members)
+    cross, mask_ENU, injections, caches = map_members(start, at_once, trainable, members=members)
 
     def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         def member(
-            own: FlatParams, tokens: Array, cache: Any, cross: Any, mask: Array, slots: Slots
+            own: FlatParams,
+            tokens: Array,
+            cache: Any,
+            cross: Any,
+            mask: Array,
+            injections: Injections,
         ) -> tuple[Array, Any]:
             attached = param_tree.merge(graphdef, {**frozen, **own})
-            return attached.model.decode_step(tokens, position, cache, cross, mask, slots=slots)
+            return attached.model.decode_step(
+                tokens, position, cache, cross, mask, injections=injections
+            )
 
         tokens, cache = jax.tree.map(
             lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
         )
-        logits, cache = jax.vmap(member)(tuned, tokens, cache, cross, mask_ENU, slots)
+        logits, cache = jax.vmap(member)(trainable, tokens, cache, cross, mask_ENU, injections)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
-    first = {name: array[0] for name, array in tuned.items()}
+    first = {name: array[0] for name, array in trainable.items()}
     size: dict[str, Any] = {
         "num_rows": rows,
         "max_length": writing.max_length,
@@ -233,12 +242,12 @@ def _write(
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def loss_sums(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    trainable: FlatParams,
     frozen: FlatParams,
     batch: Mapping[str, Array | HostArray],
     members: int,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
     task_B: Array | HostArray | None = None,
 ) -> tuple[Array, Array]:
     """``[E]`` each: the summed cross entropy of a batch's targets, and how many tokens they are.
@@ -257,18 +266,18 @@ def loss_sums(
         )
         return sums.loss, sums.tokens
 
-    at_once = _members_at_once(graphdef, tuned, frozen, tokens_BT, members, layout)
-    with laying_out(layout):
+    at_once = _members_at_once(graphdef, trainable, frozen, tokens_BT, members, partitioner)
+    with activation_sharding(partitioner):
         summed: tuple[Array, Array] = replicate(
-            map_members(member, at_once, tuned, members=members)
+            map_members(member, at_once, trainable, members=members)
         )
         return summed
 
 
 @partial(jax.jit, static_argnums=(0, 5))
 def target_scores(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    trainable: FlatParams,
     frozen: FlatParams,
     tokens_BT: Array,
     targets_BS: Array,
@@ -278,7 +287,7 @@ def target_scores(
 
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        if attached.method.own_labels:
+        if attached.method.label_tokens:
             return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
         ids = attached.model.token_ids
         inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=ids.start)[:, :-1]
@@ -289,12 +298,12 @@ def target_scores(
             normalize_length=normalize_length,
         )
 
-    return jax.vmap(member, axis_size=1)(tuned)
+    return jax.vmap(member, axis_size=1)(trainable)
 
 
 @partial(jax.jit, static_argnums=0)
 def target_logits(
-    graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array, targets_BS: Array
+    graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array, targets_BS: Array
 ) -> Array:
     """``[B, S, V]`` in float32 that predict the targets, of one member."""
     attached = param_tree.merge(graphdef, params)
@@ -305,7 +314,7 @@ def target_logits(
 
 
 @partial(jax.jit, static_argnums=0)
-def encoded(graphdef: nnx.GraphDef[Attached], params: FlatParams, tokens_BT: Array) -> Array:
+def encoded(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
     """The encoder's output ``[B, U, D]`` of one member."""
     hidden_BUD: Array = param_tree.merge(graphdef, params).encode(tokens_BT)[0].hidden_BUD
     return hidden_BUD

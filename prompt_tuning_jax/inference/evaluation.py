@@ -17,7 +17,7 @@ from prompt_tuning_jax.data.tasks.metrics import best_of
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.loading import OpenedPrompts, prompt_list
+from prompt_tuning_jax.inference.loading import LoadedPrompts, prompt_list
 from prompt_tuning_jax.inference.prediction import Prompts, mean_log_probs, open_for
 from prompt_tuning_jax.inference.prompt_sources import as_texts
 from prompt_tuning_jax.models.t5.model import T5
@@ -83,7 +83,9 @@ def evaluate(
         data = _examples(own_draw, model, split=split) if number else data
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
-            theirs, found = build.evaluate_members(own_draw, members, members.tuned, data, model)
+            theirs, found = build.evaluate_members(
+                own_draw, members, members.trainable, data, model
+            )
             scores += theirs
             for task, part in found.items():
                 predictions.setdefault(task, []).append(part)
@@ -106,14 +108,14 @@ def evaluate(
         best=scores[best_of((each[data.best_by] for each in scores), direction)],
         ensemble=ensemble,
         split=split,
-        title=first.task.source.titles.get(split, split),
+        title=first.task.source.display_names.get(split, split),
         predictions=joined,
         reports=tuple(reports),
         examples=data.evaluation,
     )
 
 
-def _with_labels(experiment: Experiment, loaded: OpenedPrompts) -> Experiment:
+def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
     """The experiment on a user's own files with the labels that its prompts were trained on.
 
     The training file that has them may be gone by now.
@@ -144,7 +146,7 @@ def _with_labels(experiment: Experiment, loaded: OpenedPrompts) -> Experiment:
     return dataclasses.replace(experiment, data=data)
 
 
-def _other_wordings(experiment: Experiment, loaded: OpenedPrompts) -> Iterator[str]:
+def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[str]:
     """A line for each prompt that was trained with another wording than the examples have."""
     data = experiment.data
     if not (data.train or data.eval) or data.objectives:
@@ -200,7 +202,7 @@ def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_d
         build.vocabulary_of(model),
         split=split,
         training=False,
-        layout=build.layout_of(experiment),
+        partitioner=build.partitioner_of(experiment),
     )
     if isinstance(data, TextData):
         raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")

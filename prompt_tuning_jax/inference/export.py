@@ -17,7 +17,7 @@ from prompt_tuning_jax.checkpoints.convert_model import (
     hf_model_type,
     written,
 )
-from prompt_tuning_jax.checkpoints.destination import require_free, require_outside, staged
+from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free, require_outside
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import open_model
 from prompt_tuning_jax.config.config_file import run_config
@@ -87,8 +87,8 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
             "merged into those is lost in rounding; train with model.quantization=none to merge"
         )
     model = build.build_model(experiment)
-    members, _ = members_of_run(experiment, model, workdir, build.layout_of(experiment))
-    own = {name: jnp.asarray(array[number]) for name, array in members.tuned.items()}
+    members, _ = members_of_run(experiment, model, workdir, build.partitioner_of(experiment))
+    own = {name: jnp.asarray(array[number]) for name, array in members.trainable.items()}
     return experiment, merging.merge(param_tree.merge(members.graphdef, {**members.frozen, **own}))
 
 
@@ -120,7 +120,7 @@ def merge(
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     require_free(destination, overwrite=overwrite, folder=True)
     require_outside(source, destination)
-    with staged(destination, overwrite=overwrite, folder=True) as aside:
+    with atomic_write_to(destination, overwrite=overwrite, folder=True) as aside:
         has_words = export_model(
             source, aside, member=member, dtype=dtype, max_shard_bytes=max_shard_bytes
         )

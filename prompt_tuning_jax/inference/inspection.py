@@ -70,7 +70,7 @@ def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tupl
         yield from _run_rows(Path(path), found)
     else:
         several = all(isinstance(each, TunedDescription) for each in found.values())
-        yield "kind", f"{len(found)} {'files of tuned parameters' if several else 'prompts'}"
+        yield "kind", f"{len(found)} {'files of trainable parameters' if several else 'prompts'}"
         for name, prompt in found.items():
             yield name, _in_short(prompt)
 
@@ -106,10 +106,10 @@ def _found(
         experiment = run_config(path)
         if experiment is not None:
             return experiment
-    if tuned := tuned_files(place):
-        if tuned == [place]:
+    if trainable := tuned_files(place):
+        if trainable == [place]:
             return describe_tuned(place)
-        return {file.name: describe_tuned(file) for file in tuned}
+        return {file.name: describe_tuned(file) for file in trainable}
     if place.is_file() or (place.is_dir() and is_peft(place)):
         return describe_prompt(place)
     if place.is_dir() and (files := prompt_files(path)):
@@ -196,16 +196,16 @@ def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:
             yield field.replace("_", " "), str(value)
 
 
-def _tuned_rows(tuned: TunedDescription) -> Iterator[tuple[str, str]]:
-    yield "kind", f"tuned parameters ({tuned.format})"
-    yield "method", tuned.method
-    yield "parameters", f"{tuned.parameters:,} in {tuned.arrays} arrays"
-    yield "dtype", ", ".join(tuned.dtypes)
-    for field, value in tuned.settings.items():
+def _tuned_rows(trainable: TunedDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", f"tuned parameters ({trainable.format})"
+    yield "method", trainable.method
+    yield "parameters", f"{trainable.parameters:,} in {trainable.arrays} arrays"
+    yield "dtype", ", ".join(trainable.dtypes)
+    for field, value in trainable.settings.items():
         yield field.replace("_", " "), str(value)
-    if tuned.tasks:
-        yield "tasks", ", ".join(tuned.tasks)
-    for field, value in vars(tuned.metadata).items():
+    if trainable.tasks:
+        yield "tasks", ", ".join(trainable.tasks)
+    for field, value in vars(trainable.metadata).items():
         if value not in ("", None, ()):
             yield f"{field}".replace("_", " "), str(value)
 
@@ -276,10 +276,10 @@ def describe_tuned(path: Path) -> TunedDescription:
         form = "PEFT adapter"
     else:
         stored = open_tuned(path)
-        require_finite(stored.tuned, of=str(path))
+        require_finite(stored.trainable, of=str(path))
         method = method_of(stored, path)
         kind, settings, form = type(method).__name__, to_dict(method), "safetensors"
-        arrays, metadata, tasks = dict(stored.tuned), stored.metadata, stored.tasks
+        arrays, metadata, tasks = dict(stored.trainable), stored.metadata, stored.tasks
     dtypes: Counter[str] = Counter()
     for array in arrays.values():
         dtypes[array.dtype.name] += array.size

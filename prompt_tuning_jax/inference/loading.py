@@ -23,11 +23,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     tasks_of,
 )
 from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import checked
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.errors import UserError, nearest, suggest
 from prompt_tuning_jax.inference.api import require_model
@@ -39,11 +39,11 @@ from prompt_tuning_jax.inference.loading_methods import (
 )
 from prompt_tuning_jax.methods import (
     PROMPT,
-    Attached,
     Context,
     Known,
     NoTuning,
     PromptTuning,
+    TunedModel,
 )
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
 from prompt_tuning_jax.methods.prompt_combine import Placement
@@ -53,7 +53,7 @@ from prompt_tuning_jax.typing import HostArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedPrompts:
+class LoadedPrompts:
     """Prompts in groups of one shape and joining, in the order given within.
 
     ``names`` has one for each, and so has ``known``: what its file or its run says about it.
@@ -68,7 +68,7 @@ class OpenedPrompts:
         return dict(zip(self.names, self.known, strict=True))
 
 
-def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> Attached:
+def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:
     """The model with what was tuned for it: ``generate``, ``score`` and ``encode`` take it.
 
     ``path`` is a prompt, a file of ``tuned/``, a PEFT adapter's folder, or a run's folder, of any
@@ -78,17 +78,17 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
     """
     given: object = model  # not everybody checks types
     require_model(given)
-    if isinstance(given, Attached):
+    if isinstance(given, TunedModel):
         raise UserError("this model has something attached to it already; attach to it bare")
     _require_place(path)
-    opened = open_prompts(Experiment(), model, [str(path)], layout=where(model))
+    opened = load_prompts(Experiment(), model, [str(path)], partitioner=where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
     names = [_member_name(name) for name in opened.names]
     holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
     chosen = _chosen(member, names, by="member", holds=holds)
     (group, number), known = members[chosen], opened.known[chosen]
-    tuned = {name: array[number] for name, array in group.tuned.items()}
-    attached = param_tree.merge(group.graphdef, {**group.frozen, **tuned})
+    trainable = {name: array[number] for name, array in group.trainable.items()}
+    attached = param_tree.merge(group.graphdef, {**group.frozen, **trainable})
     tasks = tasks_of(known)
     if isinstance(attached.method, TaskPrompts):
         attached, task = _of_task(attached.method, model, group, task, path)
@@ -133,25 +133,25 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
     return found
 
 
-def open_prompts(
+def load_prompts(
     experiment: Experiment,
     model: T5,
     prompts: Sequence[str | HostArray],
     *,
-    layout: Layout | None = None,
-) -> OpenedPrompts:
+    partitioner: Partitioner | None = None,
+) -> LoadedPrompts:
     """Opens files, runs' folders and arrays; UserError for one that does not fit the model.
 
     A prompt is joined to the input as it was in its training, where its run or its file says how;
     else as in ``experiment.method``.  Arrays are laid out over the experiment's mesh, or as
-    ``layout`` says.
+    ``partitioner`` says.
     """
-    layout = layout or build.layout_of(experiment)
+    partitioner = partitioner or build.partitioner_of(experiment)
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
         bare = PromptMetadata()
-        return OpenedPrompts(
-            groups=[_sharded(attached, layout)], names=("no prompt",), known=(bare,)
+        return LoadedPrompts(
+            groups=[_sharded(attached, partitioner)], names=("no prompt",), known=(bare,)
         )
     fingerprint = build.model_fingerprint(model)
     default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
@@ -159,7 +159,7 @@ def open_prompts(
     groups: list[build.Members] = []
     names: list[str] = []
     known: list[PromptMetadata] = []
-    stored: list[tuple[str, StoredTuned]] = []
+    stored: list[tuple[str, TunedCheckpoint]] = []
     stored_known: list[PromptMetadata] = []
     for number, prompt in enumerate(one for each in prompts for one in _adapters_in(each)):
         if not isinstance(prompt, str | Path):
@@ -184,7 +184,7 @@ def open_prompts(
             elif place.is_dir():
                 files = prompt_files(str(place)) or files
         elif run is not None and run_folder.is_run(place):
-            members, theirs = members_of_run(run, model, place, layout)
+            members, theirs = members_of_run(run, model, place, partitioner)
             groups.append(members)
             known += theirs
             names += [f"{prompt}/{name}" for name in build.member_names(run)]
@@ -215,18 +215,20 @@ def open_prompts(
         alike.setdefault((method, array.shape), []).append((name, array, about))
     for (method, _), group in alike.items():
         attached = method.with_prompt(model, jnp.asarray(group[0][1]))
-        members = _sharded(attached, layout)
+        members = _sharded(attached, partitioner)
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array, _ in group])
         frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
         groups.append(
-            dataclasses.replace(members, tuned={PROMPT: stacked}, frozen=frozen, number=len(group))
+            dataclasses.replace(
+                members, trainable={PROMPT: stacked}, frozen=frozen, number=len(group)
+            )
         )
         names += [name for name, _, _ in group]
         known += [about for _, _, about in group]
-    groups += members_of_stored(stored, model, layout, fingerprint)
+    groups += members_of_stored(stored, model, partitioner, fingerprint)
     names += [name for name, _ in stored]
     known += stored_known
-    return OpenedPrompts(groups=groups, names=tuple(names), known=tuple(known))
+    return LoadedPrompts(groups=groups, names=tuple(names), known=tuple(known))
 
 
 def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostArray]:
@@ -270,7 +272,7 @@ def _member_name(name: str) -> str:
 
 def _of_task(
     prompts: TaskPrompts, model: T5, members: build.Members, task: str, path: str | Path
-) -> tuple[Attached, str]:
+) -> tuple[TunedModel, str]:
     """The plain prompt of one of several tasks, and the task's name."""
     names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
@@ -288,13 +290,13 @@ def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
     raise UserError(f"{holds}, and {wrong}; {suggest(name, names)}")
 
 
-def where(model: T5) -> Layout:
+def where(model: T5) -> Partitioner:
     """The mesh that the model's arrays lie on, or their device."""
     array = next(iter(param_tree.split(model)[1].values()))
     mesh = getattr(array.sharding, "mesh", None)
     if isinstance(mesh, jax.sharding.Mesh):
-        return Layout(mesh=mesh)
-    return Layout(mesh=make_mesh(devices=list(array.devices())))
+        return Partitioner(mesh=mesh)
+    return Partitioner(mesh=make_mesh(devices=list(array.devices())))
 
 
 def _prompts_in(folder: Path) -> str:
@@ -318,13 +320,13 @@ def _joining(method: PromptTuning) -> PromptTuning:
     )
 
 
-def members_of(attached: Attached) -> build.Members:
+def members_of(attached: TunedModel) -> build.Members:
     """One member, all of whose arrays are there once, where they are."""
     graphdef, params = param_tree.split(attached)
     return build.Members(
-        graphdef=graphdef, tuned={}, frozen=params, mask=dict.fromkeys(params, False), number=1
+        graphdef=graphdef, trainable={}, frozen=params, mask=dict.fromkeys(params, False), number=1
     )
 
 
-def _sharded(attached: Attached, layout: Layout) -> build.Members:
-    return members_of(attached).sharded(layout, param_tree.logical_axes(attached))
+def _sharded(attached: TunedModel, partitioner: Partitioner) -> build.Members:
+    return members_of(attached).sharded(partitioner, param_tree.logical_axes(attached))

@@ -14,18 +14,22 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, is_tuned_file, read_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
+    TunedCheckpoint,
+    is_tuned_file,
+    read_tuned,
+)
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
-    Attached,
     Context,
     FullTuning,
     Method,
     MultitaskPrompts,
-    mask_of,
+    TunedModel,
+    trainable_mask,
 )
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
@@ -47,7 +51,7 @@ _OVER: Mapping[str, Any] = {
 _SMALL = 1024
 
 
-def stored_methods(place: Path, model: T5) -> list[tuple[str, StoredTuned]]:
+def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
     """What is kept of a method in a file, in all files of a folder, or in a PEFT adapter's folder.
 
     Nothing for plain prompts, PEFT's own among them, and for what is none of these.  UserError for
@@ -69,7 +73,7 @@ def stored_methods(place: Path, model: T5) -> list[tuple[str, StoredTuned]]:
 
 def peft_adapter(
     folder: Path, config: T5Config, *, own: Mapping[str, weights.Own] | None = None
-) -> StoredTuned | None:
+) -> TunedCheckpoint | None:
     """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt.
 
     ``own`` are the model's parameters by path: what of them is in the adapter must equal them.
@@ -85,10 +89,12 @@ def peft_adapter(
     metadata = PromptMetadata(
         model_name=found.base_model_name_or_path, created_by=f"peft {found.peft_version}".rstrip()
     )
-    return StoredTuned(tuned=found.tuned, method=method_to_json(found.method), metadata=metadata)
+    return TunedCheckpoint(
+        trainable=found.trainable, method=method_to_json(found.method), metadata=metadata
+    )
 
 
-def method_of(stored: StoredTuned, path: str | Path) -> Method:
+def method_of(stored: TunedCheckpoint, path: str | Path) -> Method:
     """The method that a file's arrays belong to.
 
     Raises UserError that names the file for what is no method, and for fields that make no sense or
@@ -96,7 +102,7 @@ def method_of(stored: StoredTuned, path: str | Path) -> Method:
     """
     try:
         method = method_from_json(stored.method, of="the method in its metadata")
-        shapes = {name: tuple(array.shape) for name, array in stored.tuned.items()}
+        shapes = {name: tuple(array.shape) for name, array in stored.trainable.items()}
         _require_sizes(as_trained(method), shapes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -105,12 +111,12 @@ def method_of(stored: StoredTuned, path: str | Path) -> Method:
 
 def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """UserError for fields that make no sense, or are larger than any axis of the arrays."""
-    for complaint in method.complaints():
+    for complaint in method.config_errors():
         raise UserError(complaint)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     fields: Any = method
     claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(fields)]
-    for name, value in [*claimed, ("template", method.added_length())]:
+    for name, value in [*claimed, ("template", method.prompt_positions())]:
         sizes = value if isinstance(value, tuple) else (value,)
         if len(sizes) > max(largest, _SMALL):
             raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
@@ -126,11 +132,14 @@ def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 def members_of_stored(
-    opened: Sequence[tuple[str, StoredTuned]], model: T5, layout: Layout, fingerprint: str
+    opened: Sequence[tuple[str, TunedCheckpoint]],
+    model: T5,
+    partitioner: Partitioner,
+    fingerprint: str,
 ) -> Iterator[build.Members]:
     """Members for those of one method side by side."""
 
-    def kind(stored: StoredTuned) -> tuple[Any, ...]:
+    def kind(stored: TunedCheckpoint) -> tuple[Any, ...]:
         return stored.method, stored.tasks, stored.metadata.labels
 
     for path, stored in opened:
@@ -139,17 +148,17 @@ def members_of_stored(
         group = list(alike)
         path, first = group[0]
         method = method_of(first, path)
-        tuned = {}
-        for name, array in first.tuned.items():
-            arrays = [each.tuned.get(name) for _, each in group]
+        trainable = {}
+        for name, array in first.trainable.items():
+            arrays = [each.trainable.get(name) for _, each in group]
             if any(a is None or a.shape != array.shape for a in arrays):
                 raise UserError(f"{path} and the files beside it differ in {name}")
-            tuned[name] = np.stack([a for a in arrays if a is not None])
+            trainable[name] = np.stack([a for a in arrays if a is not None])
         yield _members(
             method,
-            tuned,
+            trainable,
             model,
-            layout,
+            partitioner,
             labels=first.metadata.labels,
             tasks=first.tasks,
             of=path,
@@ -157,13 +166,13 @@ def members_of_stored(
 
 
 def members_of_run(
-    run: Experiment, model: T5, folder: Path, layout: Layout
+    run: Experiment, model: T5, folder: Path, partitioner: Partitioner
 ) -> tuple[build.Members, list[PromptMetadata]]:
     """The best members of a run of any method, and what is known about each.
 
     UserError where its frozen model is another.
     """
-    tuned, trained_on_model = run_folder.read_best_and_model(folder)
+    trainable, trained_on_model = run_folder.read_best_and_model(folder)
     if not isinstance(run.method, FullTuning):
         trained_on = PromptMetadata(
             model_name=run.model.name_or_path, model_fingerprint=trained_on_model
@@ -172,10 +181,10 @@ def members_of_run(
     known = [_known_of_run(run, model, folder, name) for name in build.member_names(run)]
     members = _members(
         run.method,
-        tuned,
+        trainable,
         model,
-        layout,
-        labels=known[0].labels if run.method.ranks else (),
+        partitioner,
+        labels=known[0].labels if run.method.scores_labels else (),
         tasks=task_data.trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
         of=f"the best checkpoint in {folder}",
     )
@@ -190,7 +199,7 @@ def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> Prompt
     try:
         labels = task_data.labels_of(task_data.build_mixture(run.data))
     except UserError:  # the files that would say them are gone
-        if run.method.ranks:
+        if run.method.scores_labels:
             raise
         labels = ()
     return known_with(run, PromptMetadata(labels=labels))
@@ -228,7 +237,7 @@ def attach_stored(
     labels: tuple[str, ...],
     tasks: int,
     of: str,
-) -> Attached:
+) -> TunedModel:
     """A trained method on the model, before its arrays, of these shapes, are put in.
 
     Raises UserError where it cannot be, or ``of`` has other arrays than the method tunes; until
@@ -237,7 +246,7 @@ def attach_stored(
     method = as_trained(method)
     context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
 
-    def attach() -> Attached:
+    def attach() -> TunedModel:
         return method.attach(model, key=jax.random.key(0), context=context)
 
     try:
@@ -255,9 +264,9 @@ def attach_stored(
 
 def _members(
     method: Method,
-    tuned: Mapping[str, HostArray],
+    trainable: Mapping[str, HostArray],
     model: T5,
-    layout: Layout,
+    partitioner: Partitioner,
     *,
     labels: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -265,16 +274,16 @@ def _members(
 ) -> build.Members:
     """The method attached to the model with these arrays, which have a leading axis E."""
     # What is tuned has a leading axis E.
-    shapes = {name: tuple(array.shape[1:]) for name, array in tuned.items()}
+    shapes = {name: tuple(array.shape[1:]) for name, array in trainable.items()}
     attached = attach_stored(method, model, shapes, labels=labels, tasks=len(tasks), of=of)
     graphdef, params = param_tree.split(attached)
     frozen = {name: p for name, p in params.items() if not method.trains(name)}
     members = build.Members(
         graphdef=graphdef,
-        tuned={name: jnp.asarray(array) for name, array in tuned.items()},
+        trainable={name: jnp.asarray(array) for name, array in trainable.items()},
         frozen=frozen,
-        mask=mask_of(method, list(params)),
-        number=len(next(iter(tuned.values()))),
+        mask=trainable_mask(method, list(params)),
+        number=len(next(iter(trainable.values()))),
         tasks=tasks,
     )
-    return members.sharded(layout, param_tree.logical_axes(attached))
+    return members.sharded(partitioner, param_tree.logical_axes(attached))

@@ -36,18 +36,18 @@ from prompt_tuning_jax.data.tasks.wording import (
 )
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed import processes
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.api import require_model
 from prompt_tuning_jax.inference.loading import (
-    OpenedPrompts,
+    LoadedPrompts,
+    load_prompts,
     members_of,
-    open_prompts,
     prompt_list,
     where,
 )
 from prompt_tuning_jax.inference.prompt_sources import as_texts
-from prompt_tuning_jax.methods import Attached, PromptDesign
+from prompt_tuning_jax.methods import PromptDesign, TunedModel
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training import build, task_data
 from prompt_tuning_jax.training.evaluate import Predictions
@@ -90,15 +90,15 @@ class _Asked:
     """The experiment to predict by, the opened prompts, and what is asked of them."""
 
     experiment: Experiment
-    loaded: OpenedPrompts
-    layout: Layout
+    loaded: LoadedPrompts
+    partitioner: Partitioner
     wording: Wording
     labels: tuple[str, ...]
     task: str  # of several that were trained on together
 
 
 def predict(
-    model: T5 | Attached | Experiment,
+    model: T5 | TunedModel | Experiment,
     inputs: Given | Path | Iterable[Given],
     prompts: Prompts = (),
     *,
@@ -129,7 +129,7 @@ def predict(
     given_raw: object = raw  # not everybody checks types
     if not isinstance(given_raw, bool):
         raise UserError(f"raw must be True or False, not {given_raw!r}")
-    experiment, loaded, frozen, layout = _opened(model, prompt_list(prompts))
+    experiment, loaded, frozen, partitioner = _opened(model, prompt_list(prompts))
     experiment = _with(
         experiment,
         strategy=strategy,
@@ -137,15 +137,15 @@ def predict(
         inputs_length=inputs_length,
         max_length=max_length,
     )
-    asked = _asked(experiment, loaded, layout, labels=labels, task=task, raw=raw)
+    asked = _asked(experiment, loaded, partitioner, labels=labels, task=task, raw=raw)
     given, rows = _given(inputs, asked.experiment.data, asked.wording, raw=raw)
     processes.require_same("the input", "\n".join(given))
     return _predictions(asked, frozen, given, rows)
 
 
 def _opened(
-    model: T5 | Attached | Experiment, prompts: list[str | HostArray]
-) -> tuple[Experiment, OpenedPrompts, T5, Layout]:
+    model: T5 | TunedModel | Experiment, prompts: list[str | HostArray]
+) -> tuple[Experiment, LoadedPrompts, T5, Partitioner]:
     if isinstance(model, Experiment):
         # No task at all is right here: texts are then inputs as they are.
         if model.data.task or model.data.train or model.data.eval:
@@ -155,35 +155,40 @@ def _opened(
             checked = validate(dataclasses.replace(model, data=data))
             data = dataclasses.replace(checked.data, task="")
             experiment = dataclasses.replace(checked, data=data)
-        layout = build.layout_of(experiment)
-        frozen = build.build_model(experiment, layout=layout)
-        return experiment, open_for(experiment, frozen, prompts), frozen, layout
+        partitioner = build.partitioner_of(experiment)
+        frozen = build.build_model(experiment, partitioner=partitioner)
+        return experiment, open_for(experiment, frozen, prompts), frozen, partitioner
     require_model(model)
-    if isinstance(model, Attached):
+    if isinstance(model, TunedModel):
         if prompts:
             raise UserError("this model has something attached to it already: leave out prompts")
-        layout = where(model.model)
+        partitioner = where(model.model)
         about = model.known.about or PromptMetadata()
-        loaded = OpenedPrompts(groups=[members_of(model)], names=("attached",), known=(about,))
-        return UNDESCRIBED, loaded, model.model, layout
+        loaded = LoadedPrompts(groups=[members_of(model)], names=("attached",), known=(about,))
+        return UNDESCRIBED, loaded, model.model, partitioner
     runs = (run_config(one) for one in prompts if isinstance(one, str))
     experiment = next((run for run in runs if run is not None), UNDESCRIBED)
-    layout = where(model)
-    return experiment, open_prompts(experiment, model, prompts, layout=layout), model, layout
+    partitioner = where(model)
+    return (
+        experiment,
+        load_prompts(experiment, model, prompts, partitioner=partitioner),
+        model,
+        partitioner,
+    )
 
 
 def open_for(
     experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
-) -> OpenedPrompts:
+) -> LoadedPrompts:
     """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
     if not isinstance(experiment.method, PromptDesign):
-        return open_prompts(experiment, model, prompts)
+        return load_prompts(experiment, model, prompts)
     if prompts:
         raise UserError(
             "method=prompt_design puts words before the inputs of the bare model; leave out "
             "--prompt, or the method"
         )
-    bare = open_prompts(experiment, model, [])
+    bare = load_prompts(experiment, model, [])
     if not experiment.method.shots:
         return dataclasses.replace(bare, names=("no demonstrations",))
     seeds = experiment.training.seeds
@@ -225,8 +230,8 @@ def _with(
 
 def _asked(
     experiment: Experiment,
-    loaded: OpenedPrompts,
-    layout: Layout,
+    loaded: LoadedPrompts,
+    partitioner: Partitioner,
     *,
     labels: tuple[str, ...],
     task: str,
@@ -262,7 +267,7 @@ def _asked(
     return _Asked(
         experiment=experiment,
         loaded=loaded,
-        layout=layout,
+        partitioner=partitioner,
         wording=AS_IT_IS if raw else _wording(data, known, named),
         labels=own,
         task=chosen,
@@ -419,12 +424,12 @@ def _predictions(
                 members.graphdef,
                 words,
                 labels=labels,
-                layout=asked.layout,
+                partitioner=asked.partitioner,
                 buckets=few_lengths(experiment.data.inputs_length),
             )
             parts.append(
                 predictor.predict(
-                    members.tuned,
+                    members.trainable,
                     members.frozen,
                     examples,
                     members=members.number,

@@ -9,7 +9,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
 from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import parse_json, text_lines
 from prompt_tuning_jax.data.tasks.task import get_task
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def metrics(
     notes = []
     if leaderboard:
         written = submission(task, examples, texts)
-        with written_aside(Path(leaderboard)) as aside:
+        with atomic_write(Path(leaderboard)) as aside:
             aside.write_text("".join(f"{line}\n" for line in written.lines), encoding="utf-8")
         named = Path(leaderboard).name == written.file
         rename = "" if named else f"; the server wants it under the name {written.file}"

@@ -2,7 +2,7 @@
 
 from prompt_tuning_jax.config.base import Config
 from prompt_tuning_jax.methods.adapters import Adapters
-from prompt_tuning_jax.methods.base import Attached, Context, Known, Method, mask_of
+from prompt_tuning_jax.methods.base import Context, Known, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.methods.deep import DeepPrompts
 from prompt_tuning_jax.methods.described_prompts import DescribedPrompts
 from prompt_tuning_jax.methods.full import FullTuning, NoTuning
@@ -46,7 +46,6 @@ __all__ = [
     "PROMPT",
     "WARP",
     "Adapters",
-    "Attached",
     "Config",
     "Context",
     "DeepPrompts",
@@ -62,6 +61,7 @@ __all__ = [
     "PrefixTuning",
     "PromptDesign",
     "PromptTuning",
-    "mask_of",
+    "TunedModel",
     "method_name",
+    "trainable_mask",
 ]

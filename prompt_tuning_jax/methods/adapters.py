@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.methods.linear_adapter import AnyLinear, chosen_maps, with_around
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.methods.linear_adapter import AnyLinear, chosen_maps, wrap_linears
 from prompt_tuning_jax.models.layers import ACTIVATIONS
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.model import T5
@@ -29,15 +29,15 @@ class Adapters(Method):
     Layer norms stay frozen.  Frozen weights may be quantised.
     """
 
-    unchanged_at_start: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
+    identity_at_init: ClassVar[bool] = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
 
     kind: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = 32
     activation: Literal["gelu", "relu", "silu"] = "relu"
     biases: bool = True
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         chosen = chosen_maps(model, _BEHIND[self.kind], field="method.kind")
         numbers = {name: number for number, name in enumerate(chosen)}
 
@@ -46,9 +46,9 @@ class Adapters(Method):
                 return None
             return Bottleneck(self, linear, key=jax.random.fold_in(key, numbers[name]))
 
-        return Attached(with_around(model, bottleneck), MethodModule())
+        return TunedModel(wrap_linears(model, bottleneck), TuningModule())
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if self.width < 1:
             yield f"method.width is {self.width}; must be at least 1"
 

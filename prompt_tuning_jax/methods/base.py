@@ -13,7 +13,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.base import Config
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.inference.decoding.rank import rank
-from prompt_tuning_jax.models.injections import NO_SLOTS, Slots
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.layers import split_key
 from prompt_tuning_jax.models.t5.blocks import Remat
 from prompt_tuning_jax.models.t5.model import T5, Encoded
@@ -22,7 +22,9 @@ from prompt_tuning_jax.typing import Array, HostArray, Mask
 
 # Of each label its tokens, the end of sequence included.
 LabelTokens: TypeAlias = tuple[tuple[int, ...], ...]
-NEVER = -1e10  # the log-probability of a label that is not known; finite, for means of it
+UNKNOWN_LABEL_LOG_PROB = (
+    -1e10
+)  # the log-probability of a label that is not known; finite, for means of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +36,34 @@ class Context:
     tasks: int = 1  # how many
 
 
-class MethodModule(nnx.Module):
+class TuningModule(nnx.Module):
     """What a method adds to a model: parameters, and the slots that they fill.
 
     Fills none unless overridden.
     """
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         """The slots for one batch of encoder tokens.
 
         ``task_B`` int32 is the number of each row's task in the mixture, where the data has
         several; with a ``key``, dropout is on.
         """
-        return NO_SLOTS
+        return NO_INJECTIONS
 
     @property
-    def own_labels(self) -> LabelTokens:
+    def label_tokens(self) -> LabelTokens:
         """The labels that the method scores itself, as tokens; none: by their text."""
         return ()
 
-    def own_label_logits(self, hidden_BD: Array) -> Array:
-        """``[B, C]`` for ``own_labels`` from what the head reads at the first position."""
+    def label_logits(self, hidden_BD: Array) -> Array:
+        """``[B, C]`` for ``label_tokens`` from what the head reads at the first position."""
         raise NotImplementedError
 
     def with_dropout(self, model: T5, *, key: Array) -> T5:
@@ -73,8 +75,8 @@ class MethodModule(nnx.Module):
 
 
 def is_attached(name: str) -> bool:
-    """Whether a parameter of an ``Attached`` with this path is none of the bare model's."""
-    return name.startswith("method/") or "/around/" in name
+    """Whether a parameter of a ``TunedModel`` with this path is none of the bare model's."""
+    return name.startswith("method/") or "/adapter/" in name
 
 
 class Known:
@@ -93,10 +95,10 @@ class Known:
         return hash(Known)
 
 
-class Attached(nnx.Module):
+class TunedModel(nnx.Module):
     """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
 
-    def __init__(self, model: T5, method: MethodModule):
+    def __init__(self, model: T5, method: TuningModule):
         self.model = model
         self.method = method
         self.known = Known()
@@ -112,14 +114,14 @@ class Attached(nnx.Module):
             f"{sum(array.size for array in own.values()):,} parameters ({', '.join(shown)})"
         )
 
-    def slots(
+    def injections(
         self,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
-        return self.method.slots(self.model, tokens_BT, task_B=task_B, key=key)
+    ) -> Injections:
+        return self.method.injections(self.model, tokens_BT, task_B=task_B, key=key)
 
     def __call__(
         self,
@@ -131,9 +133,11 @@ class Attached(nnx.Module):
         remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
-        slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
+        injections = self.injections(encoder_input_tokens, task_B=task_B, key=key)
         model = self.model if key is None else self.method.with_dropout(self.model, key=key)
-        return model(encoder_input_tokens, decoder_input_tokens, slots=slots, key=key, remat=remat)
+        return model(
+            encoder_input_tokens, decoder_input_tokens, injections=injections, key=key, remat=remat
+        )
 
     def token_sums(
         self,
@@ -151,10 +155,12 @@ class Attached(nnx.Module):
 
         Of the targets as a choice among labels, where the method scores these itself.
         """
-        labels = self.method.own_labels
+        labels = self.method.label_tokens
         if labels:
-            slots = self.slots(encoder_input_tokens, task_B=task_B, key=key)
-            logits_BC = self._own_label_logits(encoder_input_tokens, slots, key=key, remat=remat)
+            injections = self.injections(encoder_input_tokens, task_B=task_B, key=key)
+            logits_BC = self._own_label_logits(
+                encoder_input_tokens, injections, key=key, remat=remat
+            )
             same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
             return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
@@ -179,19 +185,19 @@ class Attached(nnx.Module):
         ``normalize_length`` makes it the mean over the label's tokens; a method that scores
         labels itself has no tokens to average over.
         """
-        own = self.method.own_labels
+        own = self.method.label_tokens
         if own:
-            slots = self.slots(tokens_BT, task_B=task_B)
-            log_probs_BC = jax.nn.log_softmax(self._own_label_logits(tokens_BT, slots))
+            injections = self.injections(tokens_BT, task_B=task_B)
+            log_probs_BC = jax.nn.log_softmax(self._own_label_logits(tokens_BT, injections))
             same_CC = same_tokens(labels_CS, own, padding=self.model.token_ids.fill)
             chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
-            return jnp.where(same_CC.any(axis=1), chosen_BC, NEVER)
-        encoded, slots = self.encode(tokens_BT, task_B=task_B)
-        rest = slots.of_decoder()
+            return jnp.where(same_CC.any(axis=1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
+        encoded, injections = self.encode(tokens_BT, task_B=task_B)
+        rest = injections.of_decoder()
 
         def decode_logits(decoder_input_S: Array) -> Array:
             tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
-            return self.model.decode(tokens_BS, encoded, slots=rest)
+            return self.model.decode(tokens_BS, encoded, injections=rest)
 
         ids = self.model.token_ids
         return rank(
@@ -206,69 +212,69 @@ class Attached(nnx.Module):
     def _own_label_logits(
         self,
         tokens_BT: Array | HostArray,
-        slots: Slots,
+        injections: Injections,
         *,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
         """The method's own scores of its labels, from the decoder's first position."""
         keys = split_key(key, 2)
-        encoded = self.model.encode(tokens_BT, slots=slots, key=keys[0], remat=remat)
+        encoded = self.model.encode(tokens_BT, injections=injections, key=keys[0], remat=remat)
         start_B1 = jnp.full((len(tokens_BT), 1), self.model.token_ids.start, jnp.int32)
         hidden_B1D = self.model.decode_hidden(
-            start_B1, encoded, slots=slots.of_decoder(), key=keys[1], remat=remat
+            start_B1, encoded, injections=injections.of_decoder(), key=keys[1], remat=remat
         )
-        return self.method.own_label_logits(hidden_B1D[:, 0].astype(jnp.float32))
+        return self.method.label_logits(hidden_B1D[:, 0].astype(jnp.float32))
 
     def encode(
         self, tokens_BT: Array | HostArray, *, task_B: Array | HostArray | None = None
-    ) -> tuple[Encoded, Slots]:
+    ) -> tuple[Encoded, Injections]:
         """The encoder's output, and the slots that the decoder still needs."""
-        slots = self.slots(tokens_BT, task_B=task_B)
-        return self.model.encode(tokens_BT, slots=slots), slots
+        injections = self.injections(tokens_BT, task_B=task_B)
+        return self.model.encode(tokens_BT, injections=injections), injections
 
 
 class Method(Config, ABC):
     """A frozen dataclass of hyper-parameters that knows how to attach itself.
 
-    Its docstring says how many parameters it trains.  ``unchanged_at_start`` promises that the
-    model computes with fresh parameters what it computes without; ``ranks`` says that it scores
-    labels itself, and writes nothing; ``mergeable`` that a plain T5's weights can hold what it
-    tunes.  ``usual_optimizer`` are the fields of an ``Optimizer`` in which it is trained otherwise
-    than a prompt.
+    Its docstring says how many parameters it trains.  ``identity_at_init`` promises that the model
+    computes with fresh parameters what it computes without.  ``scores_labels`` says that the method
+    scores labels itself and generates no text; ``mergeable`` that a plain T5's weights can hold
+    what it tunes.  ``default_optimizer`` holds the fields of ``Optimizer`` in which it differs from
+    prompt tuning.
     """
 
-    unchanged_at_start: ClassVar[bool] = False
-    ranks: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = False
+    scores_labels: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         """The model with fresh parameters of this method; ``key`` decides their initial value.
 
         ``model`` itself stays as it is: a method that fills its modules' slots takes a
-        ``with_free_slots`` of it.
+        ``shallow_copy`` of it.
         """
         ...
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter of an ``Attached`` with this path trains."""
+        """Whether the parameter of a ``TunedModel`` with this path trains."""
         return is_attached(name)
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         """How many positions it adds to the encoder's input."""
         return 0
 
-    def draws(self) -> bool:
+    def uses_rng(self) -> bool:
         """Whether training draws random numbers for it (dropout of its own)."""
         return False
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         """A line for each field that makes no sense, the field as ``method.NAME``."""
         yield from ()
 
-    def folded(self, attached: Attached) -> "tuple[Method, Attached]":
+    def for_inference(self, attached: TunedModel) -> "tuple[Method, TunedModel]":
         """The same function without what only training needs, and the method that it then is.
 
         This is what is kept of a run.  The method that comes out attaches itself with no more of
@@ -286,12 +292,12 @@ def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int
     return jnp.all(rows_XS[:, None] == jnp.asarray(padded)[None], axis=2)
 
 
-def with_free_slots(model: T5) -> T5:
+def shallow_copy(model: T5) -> T5:
     """A copy of the structure around the same arrays, whose modules may be changed."""
     copy: T5 = nnx.merge(*nnx.split(model))
     return copy
 
 
-def mask_of(method: Method, names: list[str]) -> Mask:
+def trainable_mask(method: Method, names: list[str]) -> Mask:
     """The mask, the only truth about what trains: path -> trainable."""
     return {name: method.trains(name) for name in names}

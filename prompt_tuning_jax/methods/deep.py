@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.methods.dense import Affine, small_param
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.methods.dense import Dense, small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.injections import LayerPrompt, Slots
+from prompt_tuning_jax.models.injections import Injections, LayerPrompt
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -41,10 +41,10 @@ class DeepPrompts(Method):
     init_path: str = ""
     init_population: int = 5000
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         lengths = self._lengths(model)
         if self.hidden:
-            return Attached(model, LayerPrompts(self, MlpVectors(self, model, key=key), lengths))
+            return TunedModel(model, LayerPrompts(self, MlpVectors(self, model, key=key), lengths))
         drawn = []
         for i, (length, own_key) in enumerate(
             zip(lengths, jax.random.split(key, len(lengths)), strict=True)
@@ -65,19 +65,19 @@ class DeepPrompts(Method):
                     population=self.init_population,
                 )
             )
-        return Attached(model, LayerPrompts(self, PlainVectors(jnp.concatenate(drawn)), lengths))
+        return TunedModel(model, LayerPrompts(self, PlainVectors(jnp.concatenate(drawn)), lengths))
 
-    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
         prompts = attached.method
         assert isinstance(prompts, LayerPrompts)
         kept = replace(self, hidden=0, init="uniform")
         plain = PlainVectors(jnp.concatenate(prompts.layers()))
-        return kept, Attached(attached.model, LayerPrompts(kept, plain, prompts.lengths))
+        return kept, TunedModel(attached.model, LayerPrompts(kept, plain, prompts.lengths))
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         return self.lengths[0] if self.lengths else self.length
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if self.lengths and not 0 < max(self.lengths) == self.lengths[0]:
             yield (
                 f"method.lengths is {','.join(map(str, self.lengths))}; the first is at least 1, "
@@ -115,9 +115,11 @@ class MlpVectors(nnx.Module):
     def __init__(self, config: DeepPrompts, model: T5, *, key: Array):
         keys = jax.random.split(key, 3)
         width, layers = model.config.embed_dim, model.config.num_encoder_layers
-        self.embedding_PD = small_param(jax.random.normal(keys[0], (config.added_length(), width)))
-        self.inner = Affine(width, config.hidden, key=keys[1])
-        self.outer = Affine(config.hidden, layers * width, key=keys[2])
+        self.embedding_PD = small_param(
+            jax.random.normal(keys[0], (config.prompt_positions(), width))
+        )
+        self.inner = Dense(width, config.hidden, key=keys[1])
+        self.outer = Dense(config.hidden, layers * width, key=keys[2])
 
     def layers(self, lengths: tuple[int, ...]) -> list[Array]:
         embedding_PD = self.embedding_PD.get_value()
@@ -126,7 +128,7 @@ class MlpVectors(nnx.Module):
         return [made_PLD[:length, i] for i, length in enumerate(lengths)]
 
 
-class LayerPrompts(MethodModule):
+class LayerPrompts(TuningModule):
     """Puts the first layer's prompt before the input, and the others' into their slots."""
 
     def __init__(
@@ -140,18 +142,20 @@ class LayerPrompts(MethodModule):
         """Each layer's vectors ``[P_i, D]``."""
         return self.vectors.layers(self.lengths)
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         first_PD, *others = self.layers()
         add = self.config.mode == "add"
         later = [
             LayerPrompt(vectors_BPD=prompt_PD[None], add=add) if len(prompt_PD) else None
             for prompt_PD in others
         ]
-        return Slots(encoder_input=model.embed(tokens_BT, first_PD), layer_prompts=(None, *later))
+        return Injections(
+            encoder_input=model.embed(tokens_BT, first_PD), layer_prompts=(None, *later)
+        )

@@ -21,7 +21,7 @@ def within(key: Array, shape: tuple[int, ...], bound: float) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-class Affine(nnx.Module):
+class Dense(nnx.Module):
     """``x @ kernel_IO + bias_O`` in float32: ``(I + 1) * O`` parameters.
 
     Starts as torch.nn.Linear does: both uniform within 1/sqrt(I).

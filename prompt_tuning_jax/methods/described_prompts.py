@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.models.injections import EncoderInput, Slots
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.models.injections import EncoderInput, Injections
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -26,27 +26,27 @@ class DescribedPrompts(Method):
     positions: int = 8
     words: int = 5
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, PooledWords(self))
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
+        return TunedModel(model, PooledWords(self))
 
     def trains(self, name: str) -> bool:
         return True
 
 
-class PooledWords(MethodModule):
+class PooledWords(TuningModule):
     """Makes prompt vectors of the words at the start of the input."""
 
     def __init__(self, config: DescribedPrompts):
         self.config = config
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         positions, words = self.config.positions, self.config.words
         block = positions * words
         words_BPW = jnp.asarray(tokens_BT)[:, :block].reshape(-1, positions, words)
@@ -58,7 +58,7 @@ class PooledWords(MethodModule):
         number_BP1 = jnp.maximum(known_BPW1.sum(2), 1)
         content_BPD = (vectors_BPWD[:, :, 1:] * known_BPW1).sum(2) / number_BP1
         content_BPD = jnp.roll(content_BPD, model.config.embed_dim // 2, axis=-1)
-        return Slots(
+        return Injections(
             encoder_input=EncoderInput(
                 embeddings_BUD=jnp.concatenate(
                     [label_BPD + content_BPD, source.embeddings_BUD], axis=1

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
@@ -16,17 +16,17 @@ class FullTuning(Method):
     Pre-training is this from random weights.
     """
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {
+    default_optimizer: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 0.001,
         "multiply_by_parameter_scale": True,
         "min_dim_size_to_factor": 128,
         "weight_decay": 0.0,
     }
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, MethodModule())
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
+        return TunedModel(model, TuningModule())
 
     def trains(self, name: str) -> bool:
         return True
@@ -36,10 +36,10 @@ class FullTuning(Method):
 class NoTuning(Method):
     """Nothing trains: the bare frozen model, to compare with."""
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, MethodModule())
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
+        return TunedModel(model, TuningModule())
 
     def trains(self, name: str) -> bool:
         return False

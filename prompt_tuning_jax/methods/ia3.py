@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.methods.linear_adapter import (
     AnyLinear,
     chosen_maps,
     complaints_of,
-    with_around,
+    wrap_linears,
 )
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
@@ -25,20 +25,20 @@ class IA3(Method):
 
     With the defaults ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and values, and
     ``F * (encoder layers + decoder layers)`` on the input of the mlp's ``wo``, all ones at the
-    start: ``.../around/scale_F`` and ``.../around/scale_D``.
+    start: ``.../adapter/scale_F`` and ``.../adapter/scale_D``.
 
     ``outputs`` and ``inputs`` are RE2 expressions on whole paths
     (``encoder/layers_0/attention/key``).  Frozen weights may be quantised.
     """
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
 
     outputs: tuple[str, ...] = (".*/(key|value)",)
     inputs: tuple[str, ...] = (".*/mlp/wo",)
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         behind = chosen_maps(model, self.outputs, field="method.outputs")
         before = chosen_maps(model, self.inputs, field="method.inputs")
         for name in behind.keys() & before.keys():
@@ -51,9 +51,9 @@ class IA3(Method):
                 return Scale(linear, of="output")
             return Scale(linear, of="input") if name in before else None
 
-        return Attached(with_around(model, scale), MethodModule())
+        return TunedModel(wrap_linears(model, scale), TuningModule())
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if not (self.outputs or self.inputs):
             yield "method.outputs and method.inputs are empty; give at least one regular expression"
         yield from complaints_of(self.outputs, field="method.outputs")

@@ -7,8 +7,8 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import with_free_slots
-from prompt_tuning_jax.models.layers import Around, Linear
+from prompt_tuning_jax.methods.base import shallow_copy
+from prompt_tuning_jax.models.layers import Linear, LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.untrusted_input import compile_pattern, shown
@@ -51,21 +51,21 @@ def chosen_maps(
     return {name: linear for name, linear in maps.items() if name in chosen}
 
 
-def with_around(model: T5, make: Callable[[str, AnyLinear], Around | None]) -> T5:
+def wrap_linears(model: T5, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> T5:
     """The model with what ``make`` gives for a path and its map around that map, where it does."""
-    copy = with_free_slots(model)
+    copy = shallow_copy(model)
     for name, linear in linear_maps(copy).items():
-        if (around := make(name, linear)) is not None:
-            linear.around = around
+        if (adapter := make(name, linear)) is not None:
+            linear.adapter = adapter
     return copy
 
 
-def arounds(model: T5, kind: type[M]) -> dict[str, M]:
+def linear_adapters(model: T5, kind: type[M]) -> dict[str, M]:
     """What stands around linear maps and is of this kind, by the maps' paths."""
     return {
-        name: linear.around
+        name: linear.adapter
         for name, linear in linear_maps(model).items()
-        if isinstance(linear.around, kind)
+        if isinstance(linear.adapter, kind)
     }
 
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule, with_free_slots
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule, shallow_copy
 from prompt_tuning_jax.methods.linear_adapter import (
     AnyLinear,
-    arounds,
     chosen_maps,
     complaints_of,
-    with_around,
+    linear_adapters,
+    wrap_linears,
 )
 from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.models.ops import matmul
@@ -26,7 +26,7 @@ _LARGEST_ALPHA = 1e30  # in float32 its product with anything stays finite
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """``rank * (in + out)`` parameters for each chosen map: ``.../around/lora_a_DR`` and ``_b_RF``.
+    """``rank * (in + out)`` parameters per chosen map: ``.../adapter/lora_a_DR``, ``_b_RF``.
 
     With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
 
@@ -36,9 +36,9 @@ class LoRA(Method):
     quantised.
     """
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
 
     rank: int = 8
     alpha: float = 16.0
@@ -51,7 +51,7 @@ class LoRA(Method):
         """The factor on the product."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         numbers = {name: n for n, name in enumerate(chosen_maps(model, self.targets))}
 
         def pair(name: str, linear: AnyLinear) -> LowRankPair | None:
@@ -59,12 +59,12 @@ class LoRA(Method):
                 return None
             return LowRankPair(self, linear, key=jax.random.fold_in(key, numbers[name]))
 
-        return Attached(with_around(model, pair), LoRAModule())
+        return TunedModel(wrap_linears(model, pair), LoRAModule())
 
-    def draws(self) -> bool:
+    def uses_rng(self) -> bool:
         return self.dropout > 0
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"method.rank is {self.rank}; must be at least 1"
         if not abs(self.alpha) < _LARGEST_ALPHA:
@@ -112,16 +112,16 @@ class LowRankPair(nnx.Module):
         return self.scale * jnp.matmul(a_DR, b_RF, precision=jax.lax.Precision.HIGHEST)
 
 
-class LoRAModule(MethodModule):
+class LoRAModule(TuningModule):
     """The pairs stand in the model; here their dropout gets its keys."""
 
     def with_dropout(self, model: T5, *, key: Array) -> T5:
-        pairs = arounds(model, LowRankPair)
+        pairs = linear_adapters(model, LowRankPair)
         if not any(pair.dropout_rate for pair in pairs.values()):
             return model
-        copy = with_free_slots(model)
+        copy = shallow_copy(model)
         # Not a key of the model's own dropout: those are split from the same key.
         keys = jax.random.split(jax.random.fold_in(key, 0x10BA), len(pairs))
-        for own, pair in zip(keys, arounds(copy, LowRankPair).values(), strict=True):
+        for own, pair in zip(keys, linear_adapters(copy, LowRankPair).values(), strict=True):
             pair.key = own
         return copy

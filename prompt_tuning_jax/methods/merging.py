@@ -9,9 +9,9 @@ from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS
-from prompt_tuning_jax.methods.base import Attached, with_free_slots
+from prompt_tuning_jax.methods.base import TunedModel, shallow_copy
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
-from prompt_tuning_jax.models.layers import Around
+from prompt_tuning_jax.models.layers import LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
@@ -29,7 +29,7 @@ class Mergeable(Protocol):
     def unmerged(self, kernel_DF: Array) -> Array: ...
 
 
-def merge(attached: Attached) -> T5:
+def merge(attached: TunedModel) -> T5:
     """A plain T5 that computes what the model with its method does.
 
     Kernels are computed in float32 and rounded to the dtype that they have; ``attached`` stays as
@@ -40,35 +40,35 @@ def merge(attached: Attached) -> T5:
             "what this method adds to what the model reads cannot be merged into its weights; "
             f"methods that can are {MERGEABLE}"
         )
-    model = with_free_slots(attached.model)
+    model = shallow_copy(attached.model)
     for name, linear in linear_maps(model).items():
-        if linear.around is not None:
-            _replace_kernel(name, linear, _mergeable(name, linear.around).merged)
-            linear.around = None
+        if linear.adapter is not None:
+            _replace_kernel(name, linear, _mergeable(name, linear.adapter).merged)
+            linear.adapter = None
     return model
 
 
-def unmerge(model: T5, attached: Attached) -> T5:
+def unmerge(model: T5, attached: TunedModel) -> T5:
     """The plain T5 from before, of one that ``merge`` made of ``attached``.
 
     Within rounding of float32, or of the dtype of the kernels where that is narrower.  Raises
     UserError as ``merge`` does, and where a scale is zero.
     """
-    model = with_free_slots(model)
-    around_of = {name: linear.around for name, linear in linear_maps(attached.model).items()}
+    model = shallow_copy(model)
+    adapter_of = {name: linear.adapter for name, linear in linear_maps(attached.model).items()}
     for name, linear in linear_maps(model).items():
-        if (around := around_of[name]) is not None:
-            _replace_kernel(name, linear, _mergeable(name, around).unmerged)
+        if (adapter := adapter_of[name]) is not None:
+            _replace_kernel(name, linear, _mergeable(name, adapter).unmerged)
     return model
 
 
-def _mergeable(name: str, around: Around) -> Mergeable:
-    if not isinstance(around, Mergeable):
+def _mergeable(name: str, adapter: LinearAdapter) -> Mergeable:
+    if not isinstance(adapter, Mergeable):
         raise UserError(
-            f"{type(around).__name__} around {name} is no linear map, and cannot be merged into "
+            f"{type(adapter).__name__} around {name} is no linear map, and cannot be merged into "
             f"its weights; methods that can are {MERGEABLE}"
         )
-    return around
+    return adapter
 
 
 def _replace_kernel(name: str, linear: AnyLinear, change: Callable[[Array], Array]) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -57,7 +57,7 @@ class MultitaskPrompts(Method):
     source_task: int = -1
     source_member: int = 0
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         tasks = self.tasks or context.tasks
         if tasks < context.tasks:
             raise UserError(
@@ -107,9 +107,9 @@ class MultitaskPrompts(Method):
             arrays[name] = around_0
         return self.with_arrays(model, arrays)
 
-    def with_arrays(self, model: T5, arrays: Mapping[str, Array | HostArray]) -> Attached:
+    def with_arrays(self, model: T5, arrays: Mapping[str, Array | HostArray]) -> TunedModel:
         """The model with these arrays by path: the shared prompt's, and the tasks' own."""
-        return Attached(model, TaskPrompts(self, arrays))
+        return TunedModel(model, TaskPrompts(self, arrays))
 
     def shapes(self, model: T5, *, tasks: int) -> dict[str, tuple[int, ...]]:
         """The shape of each array by path."""
@@ -124,7 +124,7 @@ class MultitaskPrompts(Method):
         }
         return {SHARED: (self.length, width), **own[self.combine]}
 
-    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
         own = attached.method
         assert isinstance(own, TaskPrompts)
         kept = replace(
@@ -133,10 +133,10 @@ class MultitaskPrompts(Method):
         arrays = own.arrays()
         return kept, kept.with_arrays(attached.model, arrays)
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         for name in ("rank", "task_length"):
             if getattr(self, name) < 1:
                 yield f"method.{name} is {getattr(self, name)}; must be at least 1"
@@ -170,7 +170,7 @@ class MultitaskPrompts(Method):
         return {name: array[self.source_member] for name, array in arrays.items()}
 
 
-class TaskPrompts(MethodModule):
+class TaskPrompts(TuningModule):
     """Puts the prompt of each row's task before its input."""
 
     def __init__(self, config: MultitaskPrompts, arrays: Mapping[str, Array | HostArray]):
@@ -190,14 +190,14 @@ class TaskPrompts(MethodModule):
         """How many tasks there are."""
         return next(len(array) for path, array in self.arrays().items() if path in OWN)
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         if task_B is None and self.tasks > 1:
             raise UserError(
                 f"method=multitask_prompts has prompts of {self.tasks} tasks, and nothing says "
@@ -211,7 +211,7 @@ class TaskPrompts(MethodModule):
             # One per task and not per row: there are fewer, and the gradient sums over rows once.
             each = [combined(self.config.combine, arrays, n) for n in range(self.tasks)]
             prompt = jnp.stack(each)[task_B]
-        return Slots(encoder_input=model.embed(tokens_BT, prompt))
+        return Injections(encoder_input=model.embed(tokens_BT, prompt))
 
 
 def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: int) -> Array:

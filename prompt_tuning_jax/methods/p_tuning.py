@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.methods.dense import Affine, small_param, within
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.methods.dense import Dense, small_param, within
 from prompt_tuning_jax.methods.prompt import PromptTuning
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.methods.template import (
@@ -21,7 +21,7 @@ from prompt_tuning_jax.methods.template import (
     put,
     vectors,
 )
-from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
@@ -45,7 +45,7 @@ class PTuning(Method):
     ``dropout`` is that between the LSTM's layers.  Source: peft 0.21, tuners/p_tuning/model.py.
     """
 
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
 
     length: int = 20
     template: str = "{prompt} {input}"
@@ -53,7 +53,7 @@ class PTuning(Method):
     hidden: int = 0
     dropout: float = 0.0
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         template = self._template()
         placed = place(template, context.vocabulary or model.vocabulary)
         keys = jax.random.split(key)
@@ -65,9 +65,9 @@ class PTuning(Method):
             encoder = LstmEncoder(shape[1], hidden, dropout_rate=self.dropout, key=keys[1])
         elif self.encoder == "mlp":
             encoder = MlpEncoder(shape[1], hidden, key=keys[1])
-        return Attached(model, EncodedPrompt(self, drawn_PD, encoder, placed=placed))
+        return TunedModel(model, EncodedPrompt(self, drawn_PD, encoder, placed=placed))
 
-    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
         prompt = attached.method
         assert isinstance(prompt, EncodedPrompt)
         placed = prompt.placed
@@ -81,16 +81,16 @@ class PTuning(Method):
         template = self._template().without_words(placed)
         kept = replace(self, template=template, encoder="none", hidden=0, dropout=0.0)
         bare = Placed(anchors=(-1,) * length, behind=placed.behind)
-        return kept, Attached(model, EncodedPrompt(kept, all_AD, None, placed=bare))
+        return kept, TunedModel(model, EncodedPrompt(kept, all_AD, None, placed=bare))
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         """Without its anchors, whose number the vocabulary decides."""
         return self._template().prompt_length
 
-    def draws(self) -> bool:
+    def uses_rng(self) -> bool:
         return self.dropout > 0
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if self.hidden < 0:
             yield f"method.hidden is {self.hidden}; must be at least 0"
         if not 0 <= self.dropout < 1:
@@ -109,7 +109,7 @@ class PTuning(Method):
         return template
 
 
-class EncodedPrompt(MethodModule):
+class EncodedPrompt(TuningModule):
     """Makes the prompt and puts it, and the anchors, into the input."""
 
     def __init__(
@@ -131,17 +131,17 @@ class EncodedPrompt(MethodModule):
         prompt_PD: Array = self.prompt_PD.get_value()
         return prompt_PD if self.config.encoder == "none" else self.encoder(prompt_PD, key=key)
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         all_AD = vectors(self.placed, self.prompt(key=key), model)
         source = model.embed(tokens_BT)
-        return Slots(
+        return Injections(
             encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
         )
 
@@ -151,9 +151,9 @@ class MlpEncoder(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, key: Array):
         keys = jax.random.split(key, 3)
-        self.first = Affine(width, hidden, key=keys[0])
-        self.second = Affine(hidden, hidden, key=keys[1])
-        self.third = Affine(hidden, width, key=keys[2])
+        self.first = Dense(width, hidden, key=keys[0])
+        self.second = Dense(hidden, hidden, key=keys[1])
+        self.third = Dense(hidden, width, key=keys[2])
 
     def __call__(self, prompt_PD: Array, *, key: Array | None = None) -> Array:
         x_PM = jax.nn.relu(self.first(prompt_PD))
@@ -167,8 +167,8 @@ class LstmEncoder(nnx.Module):
         keys = jax.random.split(key, 4)
         self.lower = BothWays(width, hidden, key=keys[0])
         self.upper = BothWays(2 * hidden, hidden, key=keys[1])
-        self.inner = Affine(2 * hidden, 2 * hidden, key=keys[2])
-        self.outer = Affine(2 * hidden, width, key=keys[3])
+        self.inner = Dense(2 * hidden, 2 * hidden, key=keys[2])
+        self.outer = Dense(2 * hidden, width, key=keys[3])
         self.dropout_rate = dropout_rate
 
     def __call__(self, prompt_PD: Array, *, key: Array | None = None) -> Array:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.methods.linear_adapter import complaints_of
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
@@ -26,13 +26,13 @@ class PatternTuning(Method):
     ``patterns`` are RE2 expressions on whole paths (``encoder/layers_0/mlp/wo/kernel``).
     """
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
 
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         params = param_tree.split(model)[1]
         for pattern in self.patterns:
             if not any(param_tree.matching(params, pattern, of="method.patterns").values()):
@@ -40,14 +40,14 @@ class PatternTuning(Method):
                     f"method.patterns: {shown(pattern)} is the path of no parameter; paths are "
                     f"whole, for instance {next(iter(params))}"
                 )
-        return Attached(model, MethodModule())
+        return TunedModel(model, TuningModule())
 
     def trains(self, name: str) -> bool:
         path = name.removeprefix(_MODEL)
         patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
         return path != name and any(pattern.fullmatch(path) for pattern in patterns)
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if not self.patterns:
             yield "method.patterns is empty; give at least one regular expression"
         yield from complaints_of(self.patterns, field="method.patterns")

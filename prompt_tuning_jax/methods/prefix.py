@@ -11,9 +11,9 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
-from prompt_tuning_jax.methods.dense import Affine, small_param, within
-from prompt_tuning_jax.models.injections import KeyValues, Slots
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.methods.dense import Dense, small_param, within
+from prompt_tuning_jax.models.injections import Injections, KeyValues
 from prompt_tuning_jax.models.t5.attention import Attention
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -36,7 +36,7 @@ class PrefixTuning(Method):
     pieces (section 7.4), ``uniform`` draws within 0.5; an MLP starts as torch's layers do.
     """
 
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
 
     length: int = 20
     encoder: bool = True
@@ -47,7 +47,7 @@ class PrefixTuning(Method):
     init: Literal["words", "uniform"] = "words"
     init_population: int = 5000
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         if not any((self.encoder, self.decoder, self.cross)):
             raise UserError(
                 "method.encoder, method.decoder and method.cross are all false; choose one at least"
@@ -58,7 +58,7 @@ class PrefixTuning(Method):
                 name: MlpPrefix(self, model, layers, key=own_key)
                 for (name, layers), own_key in zip(self._stacks(model), keys, strict=False)
             }
-            return Attached(model, Prefixes(self, made))
+            return TunedModel(model, Prefixes(self, made))
         if self.init == "words":
             tokens_P = _words(self, model, context, key=words_key)
             names = tuple(name for name, _ in self._stacks(model))
@@ -70,16 +70,16 @@ class PrefixTuning(Method):
         }
         return self.with_prefixes(model, {name: (own[0], own[1]) for name, own in drawn.items()})
 
-    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
         method = replace(self, hidden=0, init="uniform")
         prefixes = attached.method
         assert isinstance(prefixes, Prefixes)
         arrays = {name: stack.key_value() for name, stack in prefixes.stacks()}
         return method, method.with_prefixes(attached.model, arrays)
 
-    def with_prefixes(self, model: T5, arrays: Mapping[str, tuple[Array, Array]]) -> Attached:
+    def with_prefixes(self, model: T5, arrays: Mapping[str, tuple[Array, Array]]) -> TunedModel:
         """The model with these keys and values ``[L, P, H, K]`` by attention."""
-        return Attached(model, Prefixes(self, {n: PlainPrefix(*a) for n, a in arrays.items()}))
+        return TunedModel(model, Prefixes(self, {n: PlainPrefix(*a) for n, a in arrays.items()}))
 
     def _stacks(self, model: T5) -> Iterator[tuple[str, int]]:
         """The chosen attentions and the number of their layers."""
@@ -114,9 +114,9 @@ class MlpPrefix(nnx.Module):
         width, self.heads = shape.embed_dim, (shape.num_heads, shape.head_dim)
         self.layers = layers
         self.embedding_PD = small_param(jax.random.normal(keys[0], (config.length, width)))
-        self.inner = Affine(width, config.hidden, key=keys[1])
+        self.inner = Dense(width, config.hidden, key=keys[1])
         outputs = layers * 2 * shape.num_heads * shape.head_dim
-        self.outer = Affine(config.hidden, outputs, key=keys[2])
+        self.outer = Dense(config.hidden, outputs, key=keys[2])
 
     def key_value(self) -> tuple[Array, Array]:
         made_PJ = self.outer(jnp.tanh(self.inner(self.embedding_PD.get_value())))
@@ -125,7 +125,7 @@ class MlpPrefix(nnx.Module):
         return key_LPHK, value_LPHK
 
 
-class Prefixes(MethodModule):
+class Prefixes(TuningModule):
     """Puts the prefixes of the chosen attentions into their slots."""
 
     def __init__(self, config: PrefixTuning, stacks: Mapping[str, PlainPrefix | MlpPrefix]):
@@ -142,14 +142,14 @@ class Prefixes(MethodModule):
     def _before(self, name: str) -> bool:
         return self.config.before and name != "cross"  # cross-attention knows no positions
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         prefixes: dict[str, Any] = {}
         for name, stack in self.stacks():
             pairs = zip(*stack.key_value(), strict=True)
@@ -159,7 +159,7 @@ class Prefixes(MethodModule):
                 )
                 for key_PHK, value_PHK in pairs
             )
-        return Slots(**prefixes)
+        return Injections(**prefixes)
 
 
 def _words(method: PrefixTuning, model: T5, context: Context, *, key: Array) -> Array:
@@ -199,7 +199,7 @@ def _computed(model: T5, tokens_P: Array, names: tuple[str, ...]) -> dict[str, t
                     seen.setdefault((name, part), []).append(y.reshape(shape).astype(jnp.float32))
                     return y
 
-                getattr(attention, part).around = nnx.data(remember)
+                getattr(attention, part).adapter = nnx.data(remember)
 
         for i in range(model.config.num_encoder_layers):
             watch(watched.encoder.layer(i).attention, "encoder")

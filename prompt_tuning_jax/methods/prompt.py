@@ -6,10 +6,10 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
-from prompt_tuning_jax.models.injections import Slots
+from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -36,7 +36,7 @@ class PromptTuning(Method):
     prompt_to_prompt: Literal["all", "causal", "none"] = "all"
     input_to_prompt: bool = True
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         prompt_PD = initial_prompt(
             self.init,
             key=key,
@@ -50,22 +50,22 @@ class PromptTuning(Method):
         )
         return self.with_prompt(model, prompt_PD)
 
-    def with_prompt(self, model: T5, prompt: Array) -> Attached:
+    def with_prompt(self, model: T5, prompt: Array) -> TunedModel:
         """The model with this prompt, ``[P, D]`` or one per example ``[B, P, D]``."""
-        return Attached(model, Prompt(prompt, config=self))
+        return TunedModel(model, Prompt(prompt, config=self))
 
     def trains(self, name: str) -> bool:
         return name == PROMPT
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         return self.length
 
-    def folded(self, attached: Attached) -> tuple[Method, Attached]:
+    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
         # How it began no longer matters, and would ask for a vocabulary.
         return replace(self, init="uniform", init_labels=(), init_text="", init_path=""), attached
 
 
-class Prompt(MethodModule):
+class Prompt(TuningModule):
     """Holds ``prompt_PD`` and puts it into the encoder's input."""
 
     def __init__(self, prompt: Array, *, config: PromptTuning):
@@ -73,14 +73,14 @@ class Prompt(MethodModule):
         self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
         self.config = config
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         config = self.config
         source, is_prompt_BU = combine(
             self.prompt_PD.get_value(),
@@ -95,4 +95,4 @@ class Prompt(MethodModule):
             prompt_to_prompt=config.prompt_to_prompt,
             input_to_prompt=config.input_to_prompt,
         )
-        return Slots(encoder_input=replace(source, attention_mask_BUU=seen_BUU))
+        return Injections(encoder_input=replace(source, attention_mask_BUU=seen_BUU))

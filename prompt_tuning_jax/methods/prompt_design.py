@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from prompt_tuning_jax.data.tasks.text_template import parse_template
-from prompt_tuning_jax.methods.base import Attached, Context, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
@@ -24,7 +24,7 @@ class PromptDesign(Method):
     spaces.  Labels are ranked or text is written as ``evaluation.strategy`` says.
     """
 
-    unchanged_at_start: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
 
     instruction: str = ""
     shots: int = 8
@@ -33,8 +33,8 @@ class PromptDesign(Method):
     query: str = "{inputs}"
     separator: str = "\n\n"
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
-        return Attached(model, MethodModule())
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
+        return TunedModel(model, TuningModule())
 
     def trains(self, name: str) -> bool:
         return False
@@ -47,7 +47,7 @@ class PromptDesign(Method):
         parts += [one.render(each) for each in demonstrations]
         return self.separator.join([*parts, query.render({"inputs": inputs})])
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         if self.shots < 0:
             yield f"method.shots is {self.shots}; must be at least 0"
         for name, wanted in (("demonstration", ["inputs", "targets"]), ("query", ["inputs"])):

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Attached, Context, LabelTokens, Method, MethodModule
+from prompt_tuning_jax.methods.base import Context, LabelTokens, Method, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
 from prompt_tuning_jax.methods.template import Placed, Template, parse_template, place, put, vectors
-from prompt_tuning_jax.models.injections import NO_SLOTS, Slots
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
@@ -28,8 +28,8 @@ class WARP(Method):
     logits of these pieces.  Ranks, and writes nothing.
     """
 
-    ranks: ClassVar[bool] = True
-    usual_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
+    scores_labels: ClassVar[bool] = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
 
     length: int = 8
     template: str = "{prompt} {input}"
@@ -38,7 +38,7 @@ class WARP(Method):
     init_path: str = ""
     init_population: int = 5000
 
-    def attach(self, model: T5, *, key: Array, context: Context) -> Attached:
+    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
         words = context.vocabulary or model.vocabulary
         if not context.labels or words is None:
             raise UserError(
@@ -66,13 +66,13 @@ class WARP(Method):
         class_CD = model.output_vectors(jnp.asarray([tokens[0] for tokens in labels]))
         placed = place(template, words)
         module = ClassVectors(self, prompt_PD, class_CD, placed=placed, labels=labels)
-        return Attached(model, module)
+        return TunedModel(model, module)
 
-    def added_length(self) -> int:
+    def prompt_positions(self) -> int:
         """Without its anchors, whose number the vocabulary decides."""
         return self._template().prompt_length
 
-    def complaints(self) -> Iterator[str]:
+    def config_errors(self) -> Iterator[str]:
         self._template()
         yield from ()
 
@@ -80,7 +80,7 @@ class WARP(Method):
         return parse_template(self.template, length=self.length)
 
 
-class ClassVectors(MethodModule):
+class ClassVectors(TuningModule):
     """Puts the prompt into the input, and scores the labels."""
 
     def __init__(
@@ -100,27 +100,27 @@ class ClassVectors(MethodModule):
         self.class_CD = small_param(class_CD, None, "prompt_embed")
 
     @property
-    def own_labels(self) -> LabelTokens:
+    def label_tokens(self) -> LabelTokens:
         return self.labels
 
-    def own_label_logits(self, hidden_BD: Array) -> Array:
+    def label_logits(self, hidden_BD: Array) -> Array:
         return matmul.dot(hidden_BD, self.class_CD.get_value().T, dtype=jnp.float32)
 
-    def slots(
+    def injections(
         self,
         model: T5,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
-    ) -> Slots:
+    ) -> Injections:
         if not self.placed.anchors:
-            return NO_SLOTS
+            return NO_INJECTIONS
         empty_PD = jnp.zeros((0, model.config.embed_dim), jnp.float32)
         has_prompt = hasattr(self, "prompt_PD")
         prompt_PD = self.prompt_PD.get_value() if has_prompt else empty_PD
         all_AD = vectors(self.placed, prompt_PD, model)
         source = model.embed(tokens_BT)
-        return Slots(
+        return Injections(
             encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
         )

@@ -56,12 +56,12 @@ class LayerPrompt:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Slots:
+class Injections:
     """All slots of one forward pass; None leaves the model as it is.
 
     The prefixes have one entry per layer of their stack, and so have the prompts of the encoder's
     layers (None: none).  The remaining slot is in the modules:
-    every ``Linear`` has an ``around`` (models/layers.py), ``decoder.logits_dense`` included.
+    every ``Linear`` has an ``adapter`` (models/layers.py), ``decoder.logits_dense`` included.
     """
 
     encoder_input: EncoderInput | None = None
@@ -70,9 +70,9 @@ class Slots:
     decoder_prefixes: tuple[KeyValues, ...] | None = None
     cross_prefixes: tuple[KeyValues, ...] | None = None
 
-    def of_decoder(self) -> "Slots":
+    def of_decoder(self) -> "Injections":
         """Those that are still needed when the encoder has run."""
         return replace(self, encoder_input=None, layer_prompts=None, encoder_prefixes=None)
 
 
-NO_SLOTS = Slots()
+NO_INJECTIONS = Injections()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax.distributed.partitioner import constrain
+from prompt_tuning_jax.distributed.partitioner import with_logical_constraint
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
@@ -42,18 +42,18 @@ def normal_param(
     return nnx.Param(value, logical_axes=axes)
 
 
-class Around(Protocol):
+class LinearAdapter(Protocol):
     """What a method puts around a linear map: it sees the input, and calls the map or not.
 
     ``linear`` is the map itself.  Instances are modules, whose parameters then stand under
-    ``.../around/`` beside the map's own.
+    ``.../adapter/`` beside the map's own.
     """
 
     def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array: ...
 
 
 class Linear(nnx.Module):
-    """``[..., in] -> [..., out]`` without bias; ``around`` is a slot for methods."""
+    """``[..., in] -> [..., out]`` without bias; ``adapter`` is a slot for methods."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class Linear(nnx.Module):
         self.kernel = normal_param(rngs, shape, axes, std=std, dtype=param_dtype)
         self.dtype = dtype
         self.out_dtype = out_dtype
-        self.around: Around | None = nnx.data(None)
+        self.adapter: LinearAdapter | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
-        return self.plain(x) if self.around is None else self.around(x, self.plain)
+        return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
 
     def plain(self, x: Array) -> Array:
         """The map itself, whatever is around it."""
@@ -107,9 +107,9 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Array | HostArray) -> Array:
         # Its own layout would divide the width of x, where the batch should be divided.
-        table_VD = constrain(self.embedding.get_value(), ("vocab", None))
+        table_VD = with_logical_constraint(self.embedding.get_value(), ("vocab", None))
         x = jnp.take(table_VD, tokens, axis=0).astype(self.dtype)
-        return constrain(x, ("batch", *[None] * (x.ndim - 1)))
+        return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
     def table(self) -> Table:
         """The rows themselves."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax.models.layers import LINEAR, Around, Embed, Linear, Table
+from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, LinearAdapter, Table
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -199,10 +199,10 @@ class QuantizedLinear(nnx.Module):
         self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
         self.dtype = linear.dtype
         self.out_dtype = linear.out_dtype
-        self.around: Around | None = nnx.data(linear.around)
+        self.adapter: LinearAdapter | None = nnx.data(linear.adapter)
 
     def __call__(self, x: Array) -> Array:
-        return self.plain(x) if self.around is None else self.around(x, self.plain)
+        return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
 
     def plain(self, x: Array) -> Array:
         """The map itself, whatever is around it."""

@@ -105,7 +105,7 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
     """
     training, chip = experiment.training, topology.chip
     rows = training.batch_size // max(training.gradient_accumulation, 1)
-    positions = experiment.data.inputs_length + experiment.method.added_length()
+    positions = experiment.data.inputs_length + experiment.method.prompt_positions()
     bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
     bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
     weights = _parameters(config) * bits / 8
@@ -149,12 +149,12 @@ def _tried(
 ) -> MeshPlan:
     training = experiment.training
     on_mesh = dataclasses.replace(experiment, mesh=sizes)
-    layout = build.train_layout(on_mesh, devices=devices)
-    mesh = layout.mesh
-    abstract = abstract_experiment(experiment, config, layout)
+    partitioner = build.train_partitioner(on_mesh, devices=devices)
+    mesh = partitioner.mesh
+    abstract = abstract_experiment(experiment, config, partitioner)
     train = compile_train(experiment, abstract)
     examples = training.batch_size * len(training.seeds)
-    data, prompt = experiment.data, experiment.method.added_length()
+    data, prompt = experiment.data, experiment.method.prompt_positions()
     flops = model_flops(
         config,
         rows=examples,
@@ -168,7 +168,7 @@ def _tried(
         mesh=dict(mesh.shape),
         remat=training.remat,
         weights_bytes=_on_a_chip(abstract.members.frozen),
-        tuned_bytes=_on_a_chip((abstract.state.tuned, abstract.state.opt_state)),
+        tuned_bytes=_on_a_chip((abstract.state.trainable, abstract.state.opt_state)),
         train=train,
         roofline=walls,
         evaluation=_evaluation(experiment, abstract) if evaluate and train.fits else None,

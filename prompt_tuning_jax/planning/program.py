@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.distributed.partitioner import Layout
-from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
+from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
@@ -33,7 +33,7 @@ class Abstract:
     members: build.Members
     state: TrainState
     step: TrainStep
-    layout: Layout
+    partitioner: Partitioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,9 @@ class Program:
     compile_cpu_seconds: float = 0.0
 
 
-def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout) -> Abstract:
+def abstract_experiment(
+    experiment: Experiment, config: T5Config, partitioner: Partitioner
+) -> Abstract:
     """The experiment on a model of this shape; no array is made, and initial values do not matter.
 
     The prompt is said to start uniform: what it starts from needs data and a vocabulary, and does
@@ -82,24 +84,26 @@ def abstract_experiment(experiment: Experiment, config: T5Config, layout: Layout
         quantize_modules(model, experiment.model.quantization)
         members, kept["axes"] = build.attach_unplaced(experiment, model, labels=())
         kept["members"] = members
-        return members.tuned, members.frozen
+        return members.trainable, members.frozen
 
-    tuned, frozen = jax.eval_shape(made)
+    trainable, frozen = jax.eval_shape(made)
     axes: Mapping[str, Any] = kept["axes"]
-    tuned = _placed(tuned, {name: ("ensemble", *each) for name, each in axes.items()}, layout)
+    trainable = _placed(
+        trainable, {name: ("ensemble", *each) for name, each in axes.items()}, partitioner
+    )
     members = dataclasses.replace(
-        kept["members"], tuned=tuned, frozen=_placed(frozen, axes, layout)
+        kept["members"], trainable=trainable, frozen=_placed(frozen, axes, partitioner)
     )
     optimizer = optim.make_optimizer(experiment.optimizer, members.mask)
 
-    start = jax.eval_shape(lambda tuned: init_state(tuned, optimizer), tuned)
+    start = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
     state = jax.tree.map(
         lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
         start,
-        state_shardings(start, tuned, layout),
+        state_shardings(start, trainable, partitioner),
     )
-    step = build.step_from(experiment, members, state, layout=layout)
-    return Abstract(members=members, state=state, step=step, layout=layout)
+    step = build.step_from(experiment, members, state, partitioner=partitioner)
+    return Abstract(members=members, state=state, step=step, partitioner=partitioner)
 
 
 def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
@@ -108,7 +112,7 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
         shape = (len(training.seeds), training.batch_size, length)
-        return _tokens(shape, ("ensemble", "batch", "length"), abstract.layout)
+        return _tokens(shape, ("ensemble", "batch", "length"), abstract.partitioner)
 
     batch = {
         "encoder_input_tokens": tokens(data.inputs_length),
@@ -117,10 +121,10 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
     }
     if abstract.members.tasks:
         shape = (len(training.seeds), training.batch_size)
-        batch["task_index"] = _tokens(shape, ("ensemble", "batch"), abstract.layout)
+        batch["task_index"] = _tokens(shape, ("ensemble", "batch"), abstract.partitioner)
     step: Any = abstract.step
     lowered = step.lower(abstract.state, abstract.members.frozen, batch)
-    return _compiled(lowered, abstract.layout, times=max(training.gradient_accumulation, 1))
+    return _compiled(lowered, abstract.partitioner, times=max(training.gradient_accumulation, 1))
 
 
 def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
@@ -130,49 +134,59 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
     is written is a loop: its FLOPs and bytes are those of one position.
     """
     evaluation, data = experiment.evaluation, experiment.data
-    members, layout = abstract.members, abstract.layout
-    tokens_BT = _tokens((evaluation.batch_size, data.inputs_length), ("batch", "length"), layout)
+    members, partitioner = abstract.members, abstract.partitioner
+    tokens_BT = _tokens(
+        (evaluation.batch_size, data.inputs_length), ("batch", "length"), partitioner
+    )
     strategy = "rank" if evaluation.strategy == "auto" else evaluation.strategy
     if strategy == "rank":
         shape = (len(data.labels) or 2, data.targets_length)
-        labels_CS = _tokens(shape, (None, None), layout)
+        labels_CS = _tokens(shape, (None, None), partitioner)
         lowered = label_scores.lower(
             members.graphdef,
-            members.tuned,
+            members.trainable,
             members.frozen,
             tokens_BT,
             labels_CS,
             members.number,
-            layout,
+            partitioner,
         )
     else:
-        writing = Writing(
+        writing = DecodeConfig(
             strategy=strategy,
             max_length=data.targets_length,
             num_beams=evaluation.num_beams,
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioner.replicated)
         lowered = write.lower(
-            members.graphdef, writing, members.tuned, members.frozen, tokens_BT, key, layout
+            members.graphdef,
+            writing,
+            members.trainable,
+            members.frozen,
+            tokens_BT,
+            key,
+            partitioner,
         )
-    return _compiled(lowered, layout, times=1)
+    return _compiled(lowered, partitioner, times=1)
 
 
-def _tokens(shape: Any, axes: Any, layout: Layout) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding(axes, shape))
+def _tokens(shape: Any, axes: Any, partitioner: Partitioner) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=partitioner.sharding(axes, shape))
 
 
-def _placed(arrays: Mapping[str, Any], axes: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def _placed(
+    arrays: Mapping[str, Any], axes: Mapping[str, Any], partitioner: Partitioner
+) -> dict[str, Any]:
     return {
         name: jax.ShapeDtypeStruct(
-            array.shape, array.dtype, sharding=layout.sharding(axes[name], array.shape)
+            array.shape, array.dtype, sharding=partitioner.sharding(axes[name], array.shape)
         )
         for name, array in arrays.items()
     }
 
 
-def _compiled(lowered: Any, layout: Layout, *, times: int) -> Program:
+def _compiled(lowered: Any, partitioner: Partitioner, *, times: int) -> Program:
     started, cpu = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     try:
         compiled = lowered.compile()
@@ -195,7 +209,7 @@ def _compiled(lowered: Any, layout: Layout, *, times: int) -> Program:
         temporary_bytes=temporary,
         flops=float(cost.get("flops", 0.0)) * times,
         bytes_accessed=float(cost.get("bytes accessed", 0.0)) * times,
-        collectives=tuple(collectives(compiled.as_text(), dict(layout.mesh.shape))),
+        collectives=tuple(collectives(compiled.as_text(), dict(partitioner.mesh.shape))),
         compile_seconds=seconds,
         compile_cpu_seconds=cpu_seconds,
     )

@@ -55,8 +55,8 @@ class LabelByLikeness(LabelObjective):
             text = random.sample(unnamed, random.randint(1, len(unnamed)))
         else:
             text, right = self._window_like(groups, right, corpus, length, random)
-        own_labels = self.names_itself(random)
-        labels = [g[0] for g in groups] if own_labels else _labels(table, classes, random)
+        label_tokens = self.names_itself(random)
+        labels = [g[0] for g in groups] if label_tokens else _labels(table, classes, random)
         return _asked(labels, groups, text, right)
 
     def _window_like(

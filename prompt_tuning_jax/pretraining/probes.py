@@ -48,9 +48,9 @@ class Probe:
             training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
         )
         self._model = model
-        self._layout = layout = build.train_layout(self._experiment)
+        self._layout = partitioner = build.train_partitioner(self._experiment)
         words = build.vocabulary_of(model)
-        self._data = task_data.build_data(self._experiment, words, layout=layout)
+        self._data = task_data.build_data(self._experiment, words, partitioner=partitioner)
         self._members = build.attach_members(self._experiment, model, labels=self._data.labels)
         # Compiled once: the weights are an argument.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
@@ -62,10 +62,10 @@ class Probe:
         frozen = {name: weights[name] for name in self._members.frozen}
         # A step takes its state for itself, and the start is needed again.
         state = jax.tree.map(jnp.copy, self._start)
-        for batch in task_data.placed_batches(data, self._layout, 0, STEPS):
+        for batch in task_data.sharded_batches(data, self._layout, 0, STEPS):
             state, _ = self._step(state, frozen, batch)
         members = dataclasses.replace(self._members, frozen=frozen)
         (scores,), _ = build.evaluate_members(
-            self._experiment, members, state.tuned, data, self._model
+            self._experiment, members, state.trainable, data, self._model
         )
         return scores[data.best_by]

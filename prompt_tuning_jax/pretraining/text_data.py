@@ -12,10 +12,10 @@ from flax import nnx
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.tasks.metrics import Direction
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import loss_sums
-from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
@@ -206,18 +206,20 @@ def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
 
 
 def text_losses(
-    graphdef: nnx.GraphDef[Attached],
-    tuned: FlatParams,
+    graphdef: nnx.GraphDef[TunedModel],
+    trainable: FlatParams,
     frozen: FlatParams,
     data: TextData,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
 ) -> list[dict[str, float]]:
     """Each member's mean loss per target token on the evaluation text."""
     batches = data.eval_batches()
-    if layout is not None:
-        batches = (layout.place_batch(batch, ("batch", "length")) for batch in batches)
-    members = len(next(iter(tuned.values())))
-    sums = [loss_sums(graphdef, tuned, frozen, batch, members, layout) for batch in batches]
+    if partitioner is not None:
+        batches = (partitioner.shard_batch(batch, ("batch", "length")) for batch in batches)
+    members = len(next(iter(trainable.values())))
+    sums = [
+        loss_sums(graphdef, trainable, frozen, batch, members, partitioner) for batch in batches
+    ]
     losses_E = np.sum([np.asarray(loss) for loss, _ in sums], axis=0)
     tokens_E = np.sum([np.asarray(tokens) for _, tokens in sums], axis=0)
     return [{"loss": float(value)} for value in losses_E / tokens_E]

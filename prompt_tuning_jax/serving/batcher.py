@@ -200,7 +200,7 @@ class Batcher:
         program = self._engine.usable("generate", rows)
         free = [slot for slot in range(self._engine.shapes.slots) if slot not in self._slots]
         slots = free[: len(jobs)]
-        self._engine.admit(rows, slots, program)
+        self._engine.prefill(rows, slots, program)
         for job in jobs:
             job.width = program.prompt_length + program.length
         return slots

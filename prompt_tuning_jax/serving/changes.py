@@ -22,8 +22,8 @@ from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import is_tuned_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.task_store import for_name
-from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, ServedTask
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 CHANGES = ".served"
@@ -49,7 +49,7 @@ class BusyError(Exception):
     """Another server has been changing the folder for as long as was waited."""
 
 
-class KeptChanges:
+class TaskStore:
     """Tasks that were put and removed while servers ran, in ``folder/.served``."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,19 +60,23 @@ class KeptChanges:
         self._seen: Any = None  # of the file that the index was read from
         self._read()
 
-    def apply(self, tasks: Mapping[str, ServedTask], fits: Fits) -> dict[str, ServedTask]:
+    def apply(
+        self, tasks: Mapping[str, ServedTask], validator: PromptValidator
+    ) -> dict[str, ServedTask]:
         """The tasks of the folder itself, with all changes made to them."""
         self._own = dict(tasks)
-        return self._load(fits)
+        return self._load(validator)
 
-    def refreshed(self, fits: Fits, complain: Complain) -> dict[str, ServedTask] | None:
+    def refreshed(
+        self, validator: PromptValidator, complain: Complain
+    ) -> dict[str, ServedTask] | None:
         """All tasks where another server has changed something since; otherwise None.
 
         A task that does not fit here is left out, and ``complain`` hears of it.
         """
         if self._stamp() == self._seen:
             return None
-        return self._load(fits, complain)
+        return self._load(validator, complain)
 
     @contextmanager
     def changing(self, *, wait_seconds: float = 10.0) -> Iterator[None]:
@@ -101,7 +105,7 @@ class KeptChanges:
             for prompt, content in files.items():
                 suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".safetensors"
                 kept[prompt] = f"{task.name}.{prompt}.{_digest(content)}{suffix}"
-                with written_aside(self._folder / kept[prompt]) as aside:
+                with atomic_write(self._folder / kept[prompt]) as aside:
                     aside.write_bytes(content)
             for own in task.prompts:  # those from the user's folder that go on beside a new one
                 if own.name not in kept and isinstance(own, ServedPrompt):
@@ -120,7 +124,9 @@ class KeptChanges:
         put = {known: kept for known, kept in self._index["put"].items() if known != name}
         self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
 
-    def check_upload(self, content: bytes, fits: Fits, *, name: str) -> ServedPrompt:
+    def check_upload(
+        self, content: bytes, validator: PromptValidator, *, name: str
+    ) -> ServedPrompt:
         """The prompt in an upload, checked as a file is; nothing of it stays where it is wrong."""
         if not content:
             raise UserError("the body is empty; send a prompt as .npy or .safetensors")
@@ -133,24 +139,28 @@ class KeptChanges:
                     f"{aside} is what a method tuned, and only plain prompts are added at run "
                     "time; put it into the folder and start the server again"
                 )
-            return fits.prompt(aside, name=name)
+            return validator.prompt(aside, name=name)
         except UserError as error:
             raise UserError(str(error).replace(str(aside), "the upload")) from None
         finally:
             with suppress(OSError):
                 aside.unlink()
 
-    def _load(self, fits: Fits, complain: Complain | None = None) -> dict[str, ServedTask]:
+    def _load(
+        self, validator: PromptValidator, complain: Complain | None = None
+    ) -> dict[str, ServedTask]:
         """Without ``complain`` the first task that does not fit is a UserError."""
         for _ in range(_TRIES):
             self._read()
             try:
-                return self._tasks(fits, complain)
+                return self._tasks(validator, complain)
             except _ReplacedError:
                 continue
         raise StorageError(f"{self._folder / _INDEX} changes faster than it can be read")
 
-    def _tasks(self, fits: Fits, complain: Complain | None) -> dict[str, ServedTask]:
+    def _tasks(
+        self, validator: PromptValidator, complain: Complain | None
+    ) -> dict[str, ServedTask]:
         tasks = {
             name: task for name, task in self._own.items() if name not in self._index["removed"]
         }
@@ -158,7 +168,9 @@ class KeptChanges:
         for name, entry in self._index["put"].items():
             known = self._loaded.get(name)
             try:
-                task = known[1] if known and known[0] == entry else self._task(name, entry, fits)
+                task = (
+                    known[1] if known and known[0] == entry else self._task(name, entry, validator)
+                )
             except UserError as error:
                 if self._stamp() != self._seen:  # its files may be gone for that reason
                     raise _ReplacedError from None
@@ -172,12 +184,14 @@ class KeptChanges:
         self._loaded = loaded
         return tasks
 
-    def _task(self, name: str, entry: Entry, fits: Fits) -> ServedTask:
+    def _task(self, name: str, entry: Entry, validator: PromptValidator) -> ServedTask:
         prompts = [
-            for_name(fits.prompt(self._folder / file, name=prompt), name, labels=entry["labels"])
+            for_name(
+                validator.prompt(self._folder / file, name=prompt), name, labels=entry["labels"]
+            )
             for prompt, file in entry["prompts"].items()
         ]
-        return fits.task(name, prompts, entry["labels"])
+        return validator.task(name, prompts, entry["labels"])
 
     def _stamp(self) -> Any:
         try:
@@ -198,7 +212,7 @@ class KeptChanges:
         self._index, self._seen = {"put": index["put"], "removed": index["removed"]}, seen
 
     def _write(self, index: dict[str, Any]) -> None:
-        with _storage(), written_aside(self._folder / _INDEX) as aside:
+        with _storage(), atomic_write(self._folder / _INDEX) as aside:
             aside.write_text(json_text(index, indent=1) + "\n", encoding="utf-8")
         self._index, self._seen = index, self._stamp()
 

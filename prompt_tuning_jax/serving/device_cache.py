@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.lru_cache import Places
 from prompt_tuning_jax.serving.tasks import ServedPrompt
@@ -28,7 +28,7 @@ class DeviceCache:
         width: int,
         dtype: DType,
         copy_sizes: Sequence[int],
-        layout: Layout | None = None,
+        partitioner: Partitioner | None = None,
     ) -> None:
         if rows < max(copy_sizes):
             raise UserError(
@@ -38,7 +38,7 @@ class DeviceCache:
         self._copy_sizes = tuple(copy_sizes)
         self._places = Places(rows)
         self._rows, self._length, self._width = rows, length, width
-        self._dtype, self._layout = jnp.dtype(dtype), layout
+        self._dtype, self._layout = jnp.dtype(dtype), partitioner
         self._copy = jax.jit(_copy, donate_argnums=0)
         self.clear()
 
@@ -70,11 +70,11 @@ class DeviceCache:
         return np.array([0 if p is None else self._places[p.number] for p in prompts], np.int32)
 
     def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
-        placed = self._placed(row_K), self._placed(new_KPD)
-        self.prompts_NPD = self._copy(self.prompts_NPD, *placed)
+        device_put = self._placed(row_K), self._placed(new_KPD)
+        self.prompts_NPD = self._copy(self.prompts_NPD, *device_put)
 
     def _placed(self, array: HostArray) -> Array:
-        if self._layout is None or self._layout.is_trivial:
+        if self._layout is None or self._layout.is_single_device:
             return jnp.asarray(array)
         return jax.device_put(array, self._layout.replicated)
 

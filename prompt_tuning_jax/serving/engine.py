@@ -13,16 +13,16 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.compiling import Compiler, Step
-from prompt_tuning_jax.serving.decode_state import Written, empty_table
+from prompt_tuning_jax.serving.decode_state import Written, init_decode_state
 from prompt_tuning_jax.serving.device_cache import DeviceCache
 from prompt_tuning_jax.serving.methods import Methods
 from prompt_tuning_jax.serving.programs import Programs, Rows
-from prompt_tuning_jax.serving.prompt_position import placed
+from prompt_tuning_jax.serving.prompt_position import device_put
 from prompt_tuning_jax.serving.rows import Row, target_array, token_array, write_options
 from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
 from prompt_tuning_jax.serving.tasks import ServedPrompt
@@ -48,7 +48,7 @@ class Engine:
         *,
         shapes: Shapes,
         cache_rows: int = 256,
-        layout: Layout | None = None,
+        partitioner: Partitioner | None = None,
         methods: Sequence[ServedMethod] = (),
     ) -> None:
         """``cache_rows`` prompts and as many methods are on the device at once."""
@@ -57,19 +57,19 @@ class Engine:
         self.shapes = shapes
         self.vocabulary: AnyVocabulary = model.vocabulary
         self.config, self.dtype = model.config, jnp.dtype(model.dtype)
-        self._layout = layout
+        self._layout = partitioner
         graphdef, params = param_tree.split(model)
-        self._programs = Programs(graphdef, layout)
-        self._params = params if layout is None else layout.place_whole(params)
+        self._programs = Programs(graphdef, partitioner)
+        self._params = params if partitioner is None else partitioner.replicate_arrays(params)
         self.cache = DeviceCache(
             rows=cache_rows,
             length=shapes.prompt_lengths[-1],
             width=model.config.embed_dim,
             dtype=self.dtype,
             copy_sizes=shapes.batch_sizes,
-            layout=layout,
+            partitioner=partitioner,
         )
-        self.methods = Methods(methods, shapes=shapes, most=cache_rows, layout=layout)
+        self.methods = Methods(methods, shapes=shapes, most=cache_rows, partitioner=partitioner)
         self.seconds: dict[Program, float] = {}  # of each program that can be used
         self._runs: dict[Program, list[float]] = {}  # by which that is measured
         self._rough: set[Program] = set()  # to be measured better than that
@@ -154,8 +154,8 @@ class Engine:
         """The smallest that holds these rows, with ``size`` rows."""
         length = self.shapes.length_for(max(len(row.ids) for row in rows))
         lengths = [0 if row.prompt is None else len(row.prompt.prompt_PD) for row in rows]
-        structure = None if rows[0].method is None else rows[0].method.structure
-        prompt_length = 0 if structure else self.shapes.prompt_length_for(max(lengths))
+        adapter_spec = None if rows[0].method is None else rows[0].method.adapter_spec
+        prompt_length = 0 if adapter_spec else self.shapes.prompt_length_for(max(lengths))
         targets = None
         if kind == "score":
             longest = max(len(ids) for row in rows for ids in row.targets)
@@ -168,13 +168,13 @@ class Engine:
             rows=size,
             prompt_length=prompt_length,
             targets=targets,
-            structure=structure,
+            adapter_spec=adapter_spec,
         )
 
     def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
         """The summed log-probability of each target of each row."""
         targets = self._placed_targets(rows, program)
-        if program.structure is None:
+        if program.adapter_spec is None:
             placed_rows = self._placed_rows(rows, program)  # copies prompts to the device
             given: Any = self.cache.prompts_NPD, placed_rows
         else:
@@ -188,15 +188,15 @@ class Engine:
     def write_whole(self, rows: Sequence[Row], program: Program) -> list[tuple[list[int], float]]:
         """The ids that each row writes to its end or limit, and their log-probability."""
         given = self._placed_tokens(rows, program), self._placed_options(rows, program)
-        tuned = self.methods.tuned_of(rows, program)
-        made = self._made[program](self._params, tuned, *given)
+        trainable = self.methods.tuned_of(rows, program)
+        made = self._made[program](self._params, trainable, *given)
         ids_BS, scores_B, lengths_B = map(np.asarray, made)
         return [
             (ids_BS[row, : lengths_B[row]].tolist(), float(scores_B[row]))
             for row in range(len(rows))
         ]
 
-    def admit(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
+    def prefill(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
         """Reads rows into free slots, from where ``write`` goes on."""
         slot_B = np.full(program.rows, self.shapes.slots, np.int32)
         slot_B[: len(slots)] = slots
@@ -209,7 +209,7 @@ class Engine:
     def write(self, *, slots: int, width: int, given_up: Sequence[int] = ()) -> Written:
         """A few tokens more in the first ``slots``; ``width`` is the widest of the rows in them.
 
-        Slots behind them must be done, or ``given_up``.
+        Injections behind them must be done, or ``given_up``.
         """
         given_up_M = np.zeros(self.shapes.slots, bool)
         given_up_M[list(given_up)] = True
@@ -270,14 +270,14 @@ class Engine:
     def _is_first(self, program: Program) -> bool:
         """The longest with the fewest rows: whatever comes fits into it, one by one."""
         shapes = self.shapes
-        longest_prompt = program.structure is not None or (
+        longest_prompt = program.adapter_spec is not None or (
             program.prompt_length == shapes.prompt_lengths[-1]
         )
         alone = program.rows == shapes.batch_sizes[0]
         return program.length == shapes.longest and alone and longest_prompt
 
     def _name_of(self, program: Program) -> str:
-        if program.structure is not None:
+        if program.adapter_spec is not None:
             return self.methods.name_of(program)
         return f"{program.kind} {program.rows} x {program.length} tokens"
 
@@ -288,9 +288,9 @@ class Engine:
         else:
             last = (self._placed_options([], program),)
         tokens = self._placed_tokens([], program)
-        if program.structure is not None:
-            function, tuned = self.methods.function(program), self.methods.like(program)
-            return _compiled(function, self._params, tuned, tokens, *last)
+        if program.adapter_spec is not None:
+            function, trainable = self.methods.function(program), self.methods.like(program)
+            return _compiled(function, self._params, trainable, tokens, *last)
         numbers = self._place(np.zeros(program.rows, np.int32), ("batch",))
         rows = Rows(
             tokens_BT=tokens, prompt_B=numbers, prompt_length_B=numbers, placement_B=numbers
@@ -299,8 +299,8 @@ class Engine:
         if program.targets is not None:
             function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
             return _compiled(function, self._params, prompts_NPD, rows, *last)
-        admit = partial(programs.admit, prompt_length=program.prompt_length)
-        function = jax.jit(admit, donate_argnums=2, **self._out_table())
+        prefill = partial(programs.prefill, prompt_length=program.prompt_length)
+        function = jax.jit(prefill, donate_argnums=2, **self._out_table())
         return _compiled(
             function, self._params, prompts_NPD, self._table_like, rows, numbers, *last
         )
@@ -322,13 +322,13 @@ class Engine:
 
     def _out_table(self) -> dict[str, Any]:
         """A table comes out as it goes in, or it would not fit the next call."""
-        if self._layout is None or self._layout.is_trivial:
+        if self._layout is None or self._layout.is_single_device:
             return {}
         return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._table_like)}
 
     def _like(self, arrays: Any) -> Any:
         """What is compiled for, in place of arrays that a program may take meanwhile."""
-        on_mesh = self._layout is not None and not self._layout.is_trivial
+        on_mesh = self._layout is not None and not self._layout.is_single_device
 
         def like(one: Any) -> Any:
             sharding = one.sharding if on_mesh else None
@@ -339,8 +339,8 @@ class Engine:
     def _larger_write(self, slots: int, width: int) -> Any:
         """Of the made ones the smallest that does the same; one does everything."""
         pairs = product(self._slots_used(), self.shapes.widths())
-        fits = [(s, w) for s, w in pairs if s >= slots and w >= width and (s, w) in self._made]
-        return self._made[min(fits, key=lambda one: one[0] * one[1])]
+        validator = [(s, w) for s, w in pairs if s >= slots and w >= width and (s, w) in self._made]
+        return self._made[min(validator, key=lambda one: one[0] * one[1])]
 
     def _unmeasured(self) -> Iterator[Program]:
         return (
@@ -352,14 +352,14 @@ class Engine:
     def _slots_used(self) -> tuple[int, ...]:
         """How many slots, from the first, can be written to: all on a mesh, which shares them."""
         slots = self.shapes.slots
-        if self._layout is not None and not self._layout.is_trivial:
+        if self._layout is not None and not self._layout.is_single_device:
             return (slots,)
         return (*(size for size in self.shapes.batch_sizes if size < slots), slots)
 
     def _seconds_of(self, program: Program) -> float:
         row = Row(
             ids=(self.config.token_ids.eos,) * program.length,
-            method=self.methods.one_of(program.structure),
+            method=self.methods.one_of(program.adapter_spec),
             targets=((self.config.token_ids.eos,),),
             limit=_TIMED_STEPS if program.kind == "write" else 1,
         )
@@ -369,7 +369,7 @@ class Engine:
         elif program.kind == "write":
             self.write_whole([row], program)
         else:
-            self.admit([row], [self.shapes.slots], program)  # into no slot
+            self.prefill([row], [self.shapes.slots], program)  # into no slot
             jax.block_until_ready(self.table.done_M)
         return time.perf_counter() - began
 
@@ -400,10 +400,12 @@ class Engine:
         return jax.tree.map(lambda array_B: self._place(array_B, ("batch",)), options)
 
     def _empty_table(self) -> Any:
-        return empty_table(self.shapes, self.config, dtype=self.dtype, layout=self._layout)
+        return init_decode_state(
+            self.shapes, self.config, dtype=self.dtype, partitioner=self._layout
+        )
 
     def _place(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
-        return placed(array, axes, self._layout)
+        return device_put(array, axes, self._layout)
 
 
 def with_rows(program: Program, rows: int) -> Program:

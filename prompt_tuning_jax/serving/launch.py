@@ -20,11 +20,11 @@ from prompt_tuning_jax.training import build, task_data
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from prompt_tuning_jax.serving.changes import KeptChanges
+    from prompt_tuning_jax.serving.changes import TaskStore
     from prompt_tuning_jax.serving.limits import Limits
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.shapes import Shapes
-    from prompt_tuning_jax.serving.tasks import Fits, ServedTask
+    from prompt_tuning_jax.serving.tasks import PromptValidator, ServedTask
 
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
 _LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
@@ -157,20 +157,20 @@ def open_service(
 
     ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
     """
-    from prompt_tuning_jax.serving.changes import KeptChanges
+    from prompt_tuning_jax.serving.changes import TaskStore
     from prompt_tuning_jax.serving.engine import Engine
     from prompt_tuning_jax.serving.loading import methods_of
     from prompt_tuning_jax.serving.service import Service
-    from prompt_tuning_jax.serving.tasks import Fits, Tasks
+    from prompt_tuning_jax.serving.tasks import PromptValidator, Tasks
 
     folder = Path(prompts)
     if not folder.is_dir():
         what = "is a file; name the folder that it is in" if folder.exists() else "no such folder"
         raise UserError(f"--prompts {prompts}: {what}")
-    layout = build.layout_of(experiment)
-    model = build.build_model(experiment, layout=layout)
+    partitioner = build.partitioner_of(experiment)
+    model = build.build_model(experiment, partitioner=partitioner)
     words = build.vocabulary_of(model)
-    fits = Fits(
+    validator = PromptValidator(
         embed_dim=model.config.embed_dim,
         fingerprint=build.model_fingerprint(model),
         dtype=model.dtype,
@@ -178,9 +178,9 @@ def open_service(
         longest=serving.max_prompt_length or None,
         longest_label=serving.max_new_tokens,
     )
-    tasks = _tasks_in(folder, fits, model)
-    kept = KeptChanges(folder)
-    tasks = kept.apply(tasks, fits)
+    tasks = _tasks_in(folder, validator, model)
+    kept = TaskStore(folder)
+    tasks = kept.apply(tasks, validator)
     if changes:
         _clear_away(kept, folder)
     if not tasks and not changes:
@@ -189,18 +189,18 @@ def open_service(
             f"runs, or set {ADMIN_TOKEN} to add some later"
         )
     shapes = _shapes(serving, tasks, changes=changes)
-    on_mesh = None if layout.is_trivial else layout
+    on_mesh = None if partitioner.is_single_device else partitioner
     engine = Engine(
         model,
         shapes=shapes,
         cache_rows=serving.cache_rows,
-        layout=on_mesh,
+        partitioner=on_mesh,
         methods=methods_of([*tasks.values()]),
     )
     return Service(
         engine,
         Tasks(tasks),
-        fits=fits,
+        validator=validator,
         kept=kept,
         changes=changes,
         limits=_limits(serving),
@@ -209,7 +209,7 @@ def open_service(
     )
 
 
-def _clear_away(kept: "KeptChanges", folder: Path) -> None:
+def _clear_away(kept: "TaskStore", folder: Path) -> None:
     """What a killed server has left; a folder that takes no changes is said now, too."""
     from prompt_tuning_jax.serving.changes import CHANGES, BusyError, StorageError
 
@@ -226,12 +226,12 @@ def _clear_away(kept: "KeptChanges", folder: Path) -> None:
         print(f"note: another server is changing {folder} just now", file=sys.stderr)
 
 
-def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":
+def _tasks_in(folder: Path, validator: "PromptValidator", model: T5) -> "dict[str, ServedTask]":
     from prompt_tuning_jax.serving.loading import MethodsIn, require_sees_all
     from prompt_tuning_jax.serving.task_store import find_tasks, load_found
 
     tasks: dict[str, ServedTask] = {}
-    methods_in = MethodsIn(model, fits)
+    methods_in = MethodsIn(model, validator)
     for found in find_tasks(folder):
         run = run_config(str(found.files[0])) if found.files[0].is_file() else None
         if run is not None:
@@ -239,7 +239,7 @@ def _tasks_in(folder: Path, fits: "Fits", model: T5) -> "dict[str, ServedTask]":
         if run is not None and isinstance(run.method, PromptTuning):
             require_sees_all(run.method, found.files[0])
             found = replace(found, placement=run.method.placement)
-        for task in load_found(found, fits, methods_in):
+        for task in load_found(found, validator, methods_in):
             if task.name in tasks:
                 raise UserError(
                     f"{found.files[0]}: there is another task {task.name!r}; rename one"

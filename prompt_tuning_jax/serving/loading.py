@@ -16,7 +16,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     for_task,
     tasks_of,
 )
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
@@ -29,18 +29,18 @@ from prompt_tuning_jax.inference.loading_methods import (
 )
 from prompt_tuning_jax.methods import (
     PROMPT,
-    Attached,
     FullTuning,
     Method,
     MultitaskPrompts,
     PromptTuning,
+    TunedModel,
     method_name,
 )
 from prompt_tuning_jax.methods.multitask import combined
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod, Structures
-from prompt_tuning_jax.serving.task_store import Opened, task_name
-from prompt_tuning_jax.serving.tasks import Fits, Served
+from prompt_tuning_jax.serving.task_store import LoadedMember, task_name
+from prompt_tuning_jax.serving.tasks import PromptValidator, Served
 from prompt_tuning_jax.training import build, run_folder, task_data
 from prompt_tuning_jax.typing import HostArray
 
@@ -53,12 +53,12 @@ class MethodsIn:
     What comes down to a plain prompt is one; all else keeps its method, attached to this model.
     """
 
-    def __init__(self, model: T5, fits: Fits) -> None:
-        self._model, self._fits = model, fits
+    def __init__(self, model: T5, validator: PromptValidator) -> None:
+        self._model, self._fits = model, validator
         self._structures = Structures()
-        self._attached: dict[Any, Attached] = {}
+        self._attached: dict[Any, TunedModel] = {}
 
-    def __call__(self, place: Path) -> list[Opened]:
+    def __call__(self, place: Path) -> list[LoadedMember]:
         """Nothing for a plain prompt; UserError for what does not fit, or cannot be served."""
         if run_folder.is_run(place):
             return self._whole_models(place)
@@ -69,25 +69,29 @@ class MethodsIn:
             found += self._opened(name, stored, place)
         return found
 
-    def _opened(self, name: str, stored: StoredTuned, place: Path) -> list[Opened]:
+    def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
         if isinstance(method, PromptTuning):
             param_tree.require_same_names(
-                stored.tuned, {PROMPT: None}, of=str(place), and_of="a prompt"
+                stored.trainable, {PROMPT: None}, of=str(place), and_of="a prompt"
             )
             return [
-                Opened(served=self._prompt(name, stored.tuned[PROMPT], method, metadata, place))
+                LoadedMember(
+                    served=self._prompt(name, stored.trainable[PROMPT], method, metadata, place)
+                )
             ]
         if not isinstance(method, MultitaskPrompts):
-            return [Opened(served=self._method(name, method, stored.tuned, metadata, place))]
+            return [
+                LoadedMember(served=self._method(name, method, stored.trainable, metadata, place))
+            ]
         # A task's prompt is a plain one, and no row needs another's.
         tasks = method.tasks or max(len(stored.tasks), 1)
-        self._attach(method, stored.tuned, metadata.labels, tasks, place)
+        self._attach(method, stored.trainable, metadata.labels, tasks, place)
         known = {one.name: one for one in tasks_of(metadata)}
         found = []
         for number in range(tasks):
             task = stored.tasks[number] if number < len(stored.tasks) else str(number)
-            array = np.asarray(combined(method.combine, stored.tuned, number))
+            array = np.asarray(combined(method.combine, stored.trainable, number))
             about = metadata
             if task in known:
                 about = for_task(metadata, known[task])
@@ -95,7 +99,7 @@ class MethodsIn:
                 about = dataclasses.replace(metadata, task=task)
             prompt = self._fits.checked(array, about, name=name, of=place)
             part = task_name(task) if tasks > 1 else ""
-            found.append(Opened(served=prompt, task=part))
+            found.append(LoadedMember(served=prompt, task=part))
         return found
 
     def _prompt(
@@ -116,42 +120,42 @@ class MethodsIn:
         self,
         name: str,
         method: Method,
-        tuned: Mapping[str, HostArray],
+        trainable: Mapping[str, HostArray],
         metadata: PromptMetadata,
         place: Path,
     ) -> ServedMethod:
-        attached = self._attach(method, tuned, metadata.labels, 1, place)
+        attached = self._attach(method, trainable, metadata.labels, 1, place)
         return ServedMethod(
             name=name,
             method=method_name(method),
-            tuned=tuned,
-            structure=self._structures.of(attached, tuned),
+            trainable=trainable,
+            adapter_spec=self._structures.of(attached, trainable),
             metadata=metadata,
         )
 
     def _attach(
         self,
         method: Method,
-        tuned: Mapping[str, HostArray],
+        trainable: Mapping[str, HostArray],
         labels: tuple[str, ...],
         tasks: int,
         place: Path,
-    ) -> Attached:
+    ) -> TunedModel:
         """The method attached to the model, once for all alike; UserError where it does not fit."""
         alike = as_trained(method)
-        key = method_to_json(alike), labels if method.ranks else (), tasks
+        key = method_to_json(alike), labels if method.scores_labels else (), tasks
         if key not in self._attached:
-            shapes = {name: tuple(array.shape) for name, array in tuned.items()}
+            shapes = {name: tuple(array.shape) for name, array in trainable.items()}
             attached = attach_stored(
                 alike, self._model, shapes, labels=labels, tasks=tasks, of=str(place)
             )
             self._attached[key] = attached
         params = param_tree.split(self._attached[key])[1]
         own = {name: p for name, p in params.items() if method.trains(name)}
-        param_tree.require_same_shapes(tuned, own, of=str(place), and_of="the model")
+        param_tree.require_same_shapes(trainable, own, of=str(place), and_of="the model")
         return self._attached[key]
 
-    def _whole_models(self, folder: Path) -> list[Opened]:
+    def _whole_models(self, folder: Path) -> list[LoadedMember]:
         """The members of a run that tuned all weights, which keeps no file of them."""
         run = run_config(str(folder))
         if run is None or not isinstance(run.method, FullTuning):
@@ -168,9 +172,9 @@ class MethodsIn:
         found = []
         for number, name in enumerate(build.member_names(run)):
             about = dataclasses.replace(metadata, seed=run.training.seeds[number])
-            tuned = {path: array[number] for path, array in best.items()}
-            member = self._method(name, run.method, tuned, about, folder)
-            found.append(Opened(served=member))
+            trainable = {path: array[number] for path, array in best.items()}
+            member = self._method(name, run.method, trainable, about, folder)
+            found.append(LoadedMember(served=member))
         return found
 
 

@@ -14,17 +14,22 @@ from flax import nnx
 from jax import lax
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Layout, constrain, laying_out, replicate
+from prompt_tuning_jax.distributed.partitioner import (
+    Partitioner,
+    activation_sharding,
+    replicate,
+    with_logical_constraint,
+)
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput
 from prompt_tuning_jax.models.t5.model import T5, Encoded
-from prompt_tuning_jax.serving.decode_state import KEYS, Table, Written
+from prompt_tuning_jax.serving.decode_state import KEYS, DecodeState, Written
 from prompt_tuning_jax.serving.prompt_position import scored
 from prompt_tuning_jax.serving.rows import WriteOptions
 from prompt_tuning_jax.typing import Array, FlatParams
 
 PLACEMENTS = ("prefix", "after_first", "before_eos")
-_WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a Table
+_WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a DecodeState
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +51,7 @@ class Programs:
     """The functions for one model; each is pure, and compiled by the engine."""
 
     graphdef: nnx.GraphDef[T5]
-    layout: Layout | None = None
+    partitioner: Partitioner | None = None
 
     def score(
         self,
@@ -58,7 +63,7 @@ class Programs:
         prompt_length: int,
     ) -> Array:
         """``[B, C]``: summed log-probabilities; the encoder reads each row once."""
-        with laying_out(self.layout):
+        with activation_sharding(self.partitioner):
             model = param_tree.merge(self.graphdef, params)
             encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
             cross = model.decoder.cross_keys(encoded)
@@ -68,7 +73,7 @@ class Programs:
                     model.embed_tokens(shifted_BS),
                     cross,
                     encoded.mask_BU,
-                    slots=NO_SLOTS,
+                    injections=NO_INJECTIONS,
                     key=None,
                 )
                 return model.logits(x_BSD)
@@ -77,26 +82,26 @@ class Programs:
             made = scored(logits_of, targets_BCS, vocab_size=vocabulary, token_ids=model.token_ids)
             return replicate(made)
 
-    def admit(
+    def prefill(
         self,
         params: FlatParams,
         prompts_NPD: Array,
-        table: Table,
+        table: DecodeState,
         rows: Rows,
         slot_B: Array,
         options: WriteOptions,
         *,
         prompt_length: int,
-    ) -> Table:
+    ) -> DecodeState:
         """Reads rows into slots; a slot number of M or more is nowhere, and its row is lost."""
-        with laying_out(self.layout):
+        with activation_sharding(self.partitioner):
             model = param_tree.merge(self.graphdef, params)
             encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
             width = encoded.mask_BU.shape[1]
 
             def put(whole: Array, part: Array) -> Array:
                 put = whole.at[slot_B, :width].set(part.astype(whole.dtype), mode="drop")
-                return constrain(put, KEYS)
+                return with_logical_constraint(put, KEYS)
 
             hidden_B = jnp.zeros(slot_B.shape, jnp.int32)
             mask_MU = table.mask_MU.at[slot_B].set(False, mode="drop")
@@ -119,36 +124,36 @@ class Programs:
     def write(
         self,
         params: FlatParams,
-        table: Table,
+        table: DecodeState,
         given_up_M: Array,
         *,
         slots: int,
         width: int,
         steps: int,
-    ) -> tuple[Table, Written]:
+    ) -> tuple[DecodeState, Written]:
         """Writes the most probable token in every slot that is not done, ``steps`` times at most.
 
         Slots that are ``given_up`` are done.  The first ``slots`` must hold all that are not, and
         the first ``width`` positions, at which the decoder looks, all that was read.
         """
-        with laying_out(self.layout):
+        with activation_sharding(self.partitioner):
             model = param_tree.merge(self.graphdef, params)
             table = replace(table, done_M=table.done_M | given_up_M)
-            used: Table = jax.tree.map(lambda x: x[:slots], table)
+            used: DecodeState = jax.tree.map(lambda x: x[:slots], table)
             cross = jax.tree.map(lambda x: x[:, :width], used.cross)
             used = replace(used, cross=cross, mask_MU=used.mask_MU[:, :width])
 
             def step_of_one(token: Any, position: Any, cache: Any, cross: Any, mask: Any) -> Any:
                 cache, cross = jax.tree.map(lambda x: x[None], (cache, cross))
                 logits, cache = model.decode_step(
-                    token[None], position, cache, cross, mask[None], slots=NO_SLOTS
+                    token[None], position, cache, cross, mask[None], injections=NO_INJECTIONS
                 )
                 return logits[0], jax.tree.map(lambda x: x[0], cache)
 
-            def unfinished(state: tuple[Array, Table]) -> Array:
+            def unfinished(state: tuple[Array, DecodeState]) -> Array:
                 return (state[0] < steps) & ~jnp.all(state[1].done_M)
 
-            def step(state: tuple[Array, Table]) -> tuple[Array, Table]:
+            def step(state: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
                 number, table = state
                 logits_MV, caches = jax.vmap(step_of_one)(
                     table.token_M, table.position_M, table.caches, table.cross, table.mask_MU
@@ -199,7 +204,7 @@ class Programs:
         self, params: FlatParams, prompt_PD: Array, *, number: int
     ) -> tuple[Array, Array]:
         """Ids and cosines ``[P, number]`` of the token embeddings most like each position."""
-        with laying_out(self.layout):
+        with activation_sharding(self.partitioner):
             model = param_tree.merge(self.graphdef, params)
             everything = jnp.arange(model.config.vocab_size)
             table_VD = model.token_embedder.table()[everything].astype(jnp.float32)
@@ -229,9 +234,9 @@ def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> En
     moved_BUD = jnp.take_along_axis(joined_BUD, from_BU[:, :, None], axis=1)
     real_BU = (own_BU >= 0) & (own_BU < length_B1 + number_B[:, None])
     joined = EncoderInput(
-        embeddings_BUD=constrain(moved_BUD, ("batch", None, None)), mask_BU=real_BU
+        embeddings_BUD=with_logical_constraint(moved_BUD, ("batch", None, None)), mask_BU=real_BU
     )
-    return model.encoder(joined, slots=NO_SLOTS, key=None)
+    return model.encoder(joined, injections=NO_INJECTIONS, key=None)
 
 
 def _starts(rows: Rows, number_B: Array, *, eos_id: int) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array, HostArray
@@ -14,11 +14,13 @@ from prompt_tuning_jax.typing import Array, HostArray
 _MOST_LOGITS = 2**26  # numbers that are held at once
 
 
-def placed(array: HostArray, axes: tuple[str | None, ...], layout: Layout | None) -> Array:
+def device_put(
+    array: HostArray, axes: tuple[str | None, ...], partitioner: Partitioner | None
+) -> Array:
     """On the device; on a mesh divided by its logical axes."""
-    if layout is None or layout.is_trivial:
+    if partitioner is None or partitioner.is_single_device:
         return jnp.asarray(array)
-    return jax.device_put(array, layout.sharding(axes, array.shape))
+    return jax.device_put(array, partitioner.sharding(axes, array.shape))
 
 
 def scored(

@@ -11,7 +11,7 @@ from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.schema import PredictRequest
-from prompt_tuning_jax.serving.tasks import Fits, Served, ServedTask, Tasks
+from prompt_tuning_jax.serving.tasks import PromptValidator, Served, ServedTask, Tasks
 
 _NEAR = 1000  # tasks among which the one that was meant is looked for
 _LONGEST = 1_000_000  # characters of one input with its wording
@@ -55,9 +55,11 @@ def too_many_rows(rows: int, limits: Limits) -> RefusedError:
 class Reader:
     """Knows the tasks and what the engine can take."""
 
-    def __init__(self, engine: Engine, tasks: Tasks, *, fits: Fits, limits: Limits) -> None:
+    def __init__(
+        self, engine: Engine, tasks: Tasks, *, validator: PromptValidator, limits: Limits
+    ) -> None:
         self._engine, self._tasks, self._limits = engine, tasks, limits
-        self._encoded_labels = lru_cache(1024)(fits.label_ids_of)
+        self._encoded_labels = lru_cache(1024)(validator.label_ids_of)
 
     def read(self, request: PredictRequest) -> list[Wanted]:
         """One for each input; RefusedError for the first field that is wrong."""
@@ -219,7 +221,7 @@ class Reader:
 def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
     """Methods that score labels themselves know no other texts, and write none."""
     for prompt in one.prompts:
-        if not isinstance(prompt, ServedMethod) or not prompt.structure.own_labels:
+        if not isinstance(prompt, ServedMethod) or not prompt.adapter_spec.label_tokens:
             continue
         about = f"task {one.task.name!r} ({prompt.method}) ranks labels"
         if request.options.normalize_length:
@@ -227,7 +229,7 @@ def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
             raise RefusedError(422, message, field="options.normalize_length")
         if request.mode == "generate":
             raise RefusedError(422, f"{about}, and writes no text; use mode label", field="mode")
-        if not {*one.targets} <= {*prompt.structure.own_labels}:
+        if not {*one.targets} <= {*prompt.adapter_spec.label_tokens}:
             label = request.mode == "label"
             field = "options.labels" if label else f"options.targets[{number}]"
             message = f"{about}, and was trained on {', '.join(one.task.labels)} alone"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from prompt_tuning_jax.data.tasks.wording import Given
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
-from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
+from prompt_tuning_jax.serving.changes import BusyError, StorageError, TaskStore
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.jobs import Follow, jobs_of
@@ -19,7 +19,13 @@ from prompt_tuning_jax.serving.postprocess import assembled
 from prompt_tuning_jax.serving.request_parser import Reader, Wanted, too_many_rows
 from prompt_tuning_jax.serving.schema import PredictRequest, Result
 from prompt_tuning_jax.serving.task_store import for_name
-from prompt_tuning_jax.serving.tasks import Fits, ServedPrompt, ServedTask, Tasks, check_name
+from prompt_tuning_jax.serving.tasks import (
+    PromptValidator,
+    ServedPrompt,
+    ServedTask,
+    Tasks,
+    check_name,
+)
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -37,8 +43,8 @@ class Service:
         engine: Engine,
         tasks: Tasks,
         *,
-        fits: Fits,
-        kept: KeptChanges | None = None,
+        validator: PromptValidator,
+        kept: TaskStore | None = None,
         changes: bool = False,
         limits: Limits | None = None,
         model_name: str = "",
@@ -48,7 +54,7 @@ class Service:
 
         ``apart`` computes each task in batches of its own, to compare with.
         """
-        self.engine, self.tasks, self.fits = engine, tasks, fits
+        self.engine, self.tasks, self.validator = engine, tasks, validator
         self.limits = limits or Limits()
         self.model_name = model_name
         self.metrics = Metrics()
@@ -60,7 +66,7 @@ class Service:
         self._kept, self._changes, self._apart = kept, changes, apart
         self._beside: list[asyncio.Task[None]] = []  # what goes on beside requests
         self._changing = asyncio.Lock()
-        self._reader = Reader(engine, tasks, fits=fits, limits=self.limits)
+        self._reader = Reader(engine, tasks, validator=validator, limits=self.limits)
 
     async def start(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Compiles what every request can be answered with, then is ready; the rest follows."""
@@ -183,7 +189,7 @@ class Service:
                     "are added beside others at run time; leave out prompt to replace the task"
                 )
             given = tuple(labels) or (old.labels if old is not None else ())
-            task = self.fits.task(name, [*others, new], given)
+            task = self.validator.task(name, [*others, new], given)
             kept.put(task, {new.name: content})
             self.tasks.put(task)
             return task
@@ -205,7 +211,7 @@ class Service:
 
         await self._changed(kept, removed)
 
-    async def _changed(self, kept: KeptChanges, change: Callable[[], T]) -> T:
+    async def _changed(self, kept: TaskStore, change: Callable[[], T]) -> T:
         """What a change gives back, made to what all servers of the folder have left of it."""
 
         def alone() -> T:
@@ -227,7 +233,7 @@ class Service:
                 _log.error("%s", error)
                 raise RefusedError(507 if error.full else 500, str(error)) from None
 
-    async def _follow_others(self, kept: KeptChanges) -> None:
+    async def _follow_others(self, kept: TaskStore) -> None:
         """Serves what other servers of the same folder are given, for ever."""
         said = ""
         while True:
@@ -240,7 +246,7 @@ class Service:
                     said = str(error)
                     _log.error("changes of other servers cannot be read: %s", said)
 
-    def _follow_now(self, kept: KeptChanges) -> None:
+    def _follow_now(self, kept: TaskStore) -> None:
         def complain(name: str, error: UserError) -> None:
             _log.error("task %s, which another server was given, is not served: %s", name, error)
 
@@ -249,9 +255,9 @@ class Service:
             self.tasks.replace(tasks)
 
     @property
-    def _uploads(self) -> Fits:
+    def _uploads(self) -> PromptValidator:
         """What a prompt must be that comes while the server runs."""
-        return replace(self.fits, longest=self.engine.shapes.prompt_lengths[-1])
+        return replace(self.validator, longest=self.engine.shapes.prompt_lengths[-1])
 
     async def nearest_words(self, name: str) -> list[tuple[str, list[list[tuple[str, float]]]]]:
         """For each prompt of a task, for each position, words and their cosines."""
@@ -294,7 +300,7 @@ class Service:
         if self.state != "ready":
             raise RefusedError(503, f"the server is {self.state}", retry_after=1)
 
-    def _require_kept(self) -> KeptChanges:
+    def _require_kept(self) -> TaskStore:
         if self._kept is None or not self._changes:
             raise RefusedError(404, "this server's tasks are fixed: it has no admin token")
         return self._kept

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.adapter_spec import Structure
+from prompt_tuning_jax.serving.adapter_spec import AdapterSpec
 
 # Texts are written in slots that rows enter and leave (generate), or by a whole batch (write).
 Kind: TypeAlias = Literal["score", "generate", "write"]
@@ -37,7 +37,7 @@ class Targets:
 class Program:
     """One compiled function: T, B, P, and the targets that it scores (None: it scores none).
 
-    With a ``structure`` it is for a method that is no plain prompt.
+    With a ``adapter_spec`` it is for a method that is no plain prompt.
     """
 
     kind: Kind
@@ -45,12 +45,12 @@ class Program:
     rows: int
     prompt_length: int
     targets: Targets | None = None
-    structure: Structure | None = None
+    adapter_spec: AdapterSpec | None = None
 
     def does_work_of(self, other: "Program") -> bool:
         """Whether all that ``other`` takes fits into this one, to the same result."""
-        same = (self.kind, self.targets, self.structure)
-        return same == (other.kind, other.targets, other.structure) and (
+        same = (self.kind, self.targets, self.adapter_spec)
+        return same == (other.kind, other.targets, other.adapter_spec) and (
             self.length >= other.length
             and self.rows >= other.rows
             and self.prompt_length >= other.prompt_length
@@ -116,15 +116,15 @@ class Shapes:
             if "generate" in self.kinds:
                 yield Program(kind="generate", **shape)
 
-    def programs_of(self, structure: Structure) -> Iterator[Program]:
+    def programs_of(self, adapter_spec: AdapterSpec) -> Iterator[Program]:
         """The same for methods of this structure, which score and write in batches of their own."""
         for length, rows in product(self.lengths, self.batch_sizes):
             shape: Any = {"length": length, "rows": rows, "prompt_length": 0}
             if "score" in self.kinds:
                 for targets in self.targets:
-                    yield Program(kind="score", targets=targets, structure=structure, **shape)
-            if "generate" in self.kinds and not structure.own_labels:
-                yield Program(kind="write", structure=structure, **shape)
+                    yield Program(kind="score", targets=targets, adapter_spec=adapter_spec, **shape)
+            if "generate" in self.kinds and not adapter_spec.label_tokens:
+                yield Program(kind="write", adapter_spec=adapter_spec, **shape)
 
     def widths(self) -> tuple[int, ...]:
         """How many positions of the encoder's output the decoder may have to look at."""

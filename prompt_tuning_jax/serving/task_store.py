@@ -10,7 +10,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import for_task, listed, tasks_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.tasks import (
-    Fits,
+    PromptValidator,
     Served,
     ServedPrompt,
     ServedTask,
@@ -23,7 +23,7 @@ _RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class TaskSource:
     """A task in a folder; ``name`` is empty where the prompts themselves say what they are for.
 
     ``placement`` and ``inputs_template`` are the run's, for files that do not say it themselves.
@@ -36,7 +36,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class LoadedMember:
     """Something to serve; of a mixture of tasks the ``task`` that it is for."""
 
     served: Served
@@ -44,10 +44,10 @@ class Opened:
 
 
 # A file or folder -> all that is kept of methods there; nothing for a plain prompt.
-MethodsIn: TypeAlias = Callable[[Path], Sequence[Opened]]
+MethodsIn: TypeAlias = Callable[[Path], Sequence[LoadedMember]]
 
 
-def find_tasks(folder: Path) -> list[Found]:
+def find_tasks(folder: Path) -> list[TaskSource]:
     """The tasks of a run's folder, or of a folder of files, folders of files and runs.
 
     A file is a prompt's or of tuned arrays; a run that kept none stands for itself.
@@ -55,18 +55,18 @@ def find_tasks(folder: Path) -> list[Found]:
     if not folder.is_dir():
         raise UserError(f"--prompts {folder}: no such folder")
     if run := _files_of_run(folder):
-        return [Found(name="", files=run)]
+        return [TaskSource(name="", files=run)]
     found = []
     for stem, path in sorted(_by_stem(folder).items()):
         if path.is_file() or is_peft(path):
-            found.append(Found(name=stem, files=(path,)))
+            found.append(TaskSource(name=stem, files=(path,)))
         elif inside := (_files_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())):
-            found.append(Found(name=stem, files=inside))
+            found.append(TaskSource(name=stem, files=inside))
     return found
 
 
 def load_found(
-    found: Found, fits: Fits, methods_in: MethodsIn = lambda place: []
+    found: TaskSource, validator: PromptValidator, methods_in: MethodsIn = lambda place: []
 ) -> list[ServedTask]:
     """The task with all that votes in it, or for a mixture of tasks each of them as NAME.TASK.
 
@@ -77,8 +77,8 @@ def load_found(
         opened = methods_in(file)
         if not opened:
             name = file.stem if file.is_file() else file.name
-            prompt = fits.prompt(file, name=name, placement=found.placement)
-            opened = [Opened(served=prompt)]
+            prompt = validator.prompt(file, name=name, placement=found.placement)
+            opened = [LoadedMember(served=prompt)]
         for one in opened:
             for own in _by_task(one, found.inputs_template):
                 members.setdefault(own.task, []).append(own.served)
@@ -92,11 +92,11 @@ def load_found(
                 f"{found.files[0]} does not say its task; put the run into a folder of runs"
             )
         check_name(name, field=f"the task's name of {found.files[0]}")
-        tasks.append(fits.task(name, served))
+        tasks.append(validator.task(name, served))
     return tasks
 
 
-def _by_task(opened: Opened, inputs_template: str) -> list[Opened]:
+def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
     """What was trained on a mixture once for each of its tasks; all else alone.
 
     ``inputs_template`` is the run's, for files that do not say theirs.
@@ -105,7 +105,9 @@ def _by_task(opened: Opened, inputs_template: str) -> list[Opened]:
     about = served.metadata
     if not opened.task and (tasks := tasks_of(about)):
         return [
-            Opened(served=replace(served, metadata=for_task(about, one)), task=task_name(one.name))
+            LoadedMember(
+                served=replace(served, metadata=for_task(about, one)), task=task_name(one.name)
+            )
             for one in tasks
         ]
     if about.inputs_template or not inputs_template:

@@ -66,7 +66,7 @@ class ServedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fits:
+class PromptValidator:
     """What a prompt must be for this server's model."""
 
     embed_dim: int

@@ -21,7 +21,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prompt_sources import as_texts
 from prompt_tuning_jax.inference.score_table import print_scores, scores_as_dict
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies import suite as suites
 from prompt_tuning_jax.studies import transfer
 from prompt_tuning_jax.training import build, run_folder, task_data
@@ -72,24 +72,28 @@ def suite(
     *,
     tasks: Sequence[str] = (),
     form: str = "taskless",
-    halve: Sequence[str] = (),
+    split_validation: Sequence[str] = (),
     quiet: bool = False,
 ) -> SuiteResult:
     """Trains and evaluates every task of a suite, or those in ``tasks``, and makes the table.
 
     ``experiment`` is what is done for each; runs are folders of ``training.workdir``, which
-    also gets the table as ``FORM_NAME.md`` and ``.json``.  The tasks in ``halve`` are trained on
+    also gets the table as ``FORM_NAME.md`` and ``.json``.  ``split_validation`` tasks train on
     one half of their validation split and evaluated on the other.  Raises UserError, for missing
     data of any task before anything is trained.
     """
     validate(experiment)
-    tasks, halve = as_texts(tasks, "tasks"), as_texts(halve, "halve")
+    tasks, split_validation = as_texts(tasks, "tasks"), as_texts(split_validation, "halve")
     root = build.workdir_of(experiment)
     run_folder.require_place(root)
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
-    halved = suites.chosen_tasks(of, halve, form=prefix, option="--halve") if halve else {}
+    halved = (
+        suites.chosen_tasks(of, split_validation, form=prefix, option="--halve")
+        if split_validation
+        else {}
+    )
     if strange := [short for short in halved if short not in chosen]:
         raise UserError(f"--halve: {strange[0]} is not among the tasks that are run")
     runs: dict[str, _Run] = {}
@@ -156,9 +160,9 @@ def try_transfer(
     known_form = suites.require_form(form)
     full = transfer.source_task(source, form=known_form)
     to = transfer.target_tasks(targets, source=full, form=known_form)
-    tuned = transfer.as_model_tuning(experiment)
-    tuned = validate(model_tuning(tuned)) if model_tuning else tuned
-    planned = list(transfer.runs_of(experiment, full, to, methods=methods, model_tuning=tuned))
+    trainable = transfer.as_model_tuning(experiment)
+    trainable = validate(model_tuning(trainable)) if model_tuning else trainable
+    planned = list(transfer.runs_of(experiment, full, to, methods=methods, model_tuning=trainable))
     runs = [
         _Run(
             title=str(Path(one.experiment.training.workdir).relative_to(root)),
@@ -235,9 +239,9 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     return prepared
 
 
-def _refuse(complaints: Mapping[str, Sequence[str]], what_now: str) -> None:
-    if complaints:
-        each = [f"{', '.join(dict.fromkeys(w))}: {what}" for what, w in complaints.items()]
+def _refuse(config_errors: Mapping[str, Sequence[str]], what_now: str) -> None:
+    if config_errors:
+        each = [f"{', '.join(dict.fromkeys(w))}: {what}" for what, w in config_errors.items()]
         raise UserError(f"{what_now}:", *each)
 
 
@@ -339,7 +343,7 @@ def _on_halves(experiment: Experiment, name: str, folder: Path) -> Experiment:
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

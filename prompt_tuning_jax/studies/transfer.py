@@ -92,10 +92,10 @@ def runs_of(
                 )
             of = [(base, root / method)]
         else:
-            tuned = model_tuning or as_model_tuning(base)
+            trainable = model_tuning or as_model_tuning(base)
             # E models and their optimizer states at once would not fit where one does.
             of = [
-                (replace(tuned, training=replace(tuned.training, seeds=(seed,))), folder)
+                (replace(trainable, training=replace(trainable.training, seeds=(seed,))), folder)
                 for seed in base.training.seeds
                 for folder in (root / method / f"seed_{seed}",)
             ]

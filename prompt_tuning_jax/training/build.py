@@ -19,15 +19,15 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, parse_rules, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.decoding.logits_processors import logits_processors
 from prompt_tuning_jax.methods import (
-    Attached,
     Context,
     Method,
-    mask_of,
+    TunedModel,
+    trainable_mask,
 )
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.model import T5
@@ -38,7 +38,7 @@ from prompt_tuning_jax.training.evaluate import (
     chosen_strategy,
     score_members,
 )
-from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division
+from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching
 from prompt_tuning_jax.training.step import (
     TrainState,
     TrainStep,
@@ -61,8 +61,8 @@ class Members:
     ``tasks`` are the names of those trained on where they are several.
     """
 
-    graphdef: nnx.GraphDef[Attached]
-    tuned: FlatParams  # each with a leading axis E
+    graphdef: nnx.GraphDef[TunedModel]
+    trainable: FlatParams  # each with a leading axis E
     frozen: FlatParams
     mask: Mask
     number: int
@@ -72,19 +72,19 @@ class Members:
         """Which of several tasks has this name; None where it is none of them."""
         return self.tasks.index(name) if name in self.tasks else None
 
-    def sharded(self, layout: Layout, logical_axes: Mapping[str, Any]) -> "Members":
+    def sharded(self, partitioner: Partitioner, logical_axes: Mapping[str, Any]) -> "Members":
         """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
         axes_E = {name: ("ensemble", *axes) for name, axes in logical_axes.items()}
         return dataclasses.replace(
             self,
-            tuned=layout.shard(self.tuned, axes_E),
-            frozen=layout.shard(self.frozen, logical_axes),
+            trainable=partitioner.shard(self.trainable, axes_E),
+            frozen=partitioner.shard(self.frozen, logical_axes),
         )
 
 
-def build_model(experiment: Experiment, *, layout: Layout | None = None) -> T5:
+def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> T5:
     """The model that the experiment names, with its vocabulary, its weights on the mesh."""
-    layout = layout_of(experiment) if layout is None else layout
+    partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     config = experiment.model
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,
@@ -95,7 +95,7 @@ def build_model(experiment: Experiment, *, layout: Layout | None = None) -> T5:
     }
     if config.random_weights:
         return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
-    return load_model(config.name_or_path, mesh=layout.mesh, rules=layout.rules, **kwargs)
+    return load_model(config.name_or_path, mesh=partitioner.mesh, rules=partitioner.rules, **kwargs)
 
 
 def model_fingerprint(model: T5) -> str:
@@ -112,12 +112,16 @@ def vocabulary_of(model: T5) -> AnyVocabulary:
 
 
 def attach_members(
-    experiment: Experiment, model: T5, *, labels: tuple[str, ...], layout: Layout | None = None
+    experiment: Experiment,
+    model: T5,
+    *,
+    labels: tuple[str, ...],
+    partitioner: Partitioner | None = None,
 ) -> Members:
     """The method attached once per seed, each from its own seed (and init), on the mesh."""
-    layout = layout_of(experiment) if layout is None else layout
+    partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     members, logical_axes = attach_unplaced(experiment, model, labels=labels)
-    return members.sharded(layout, logical_axes)
+    return members.sharded(partitioner, logical_axes)
 
 
 def attach_unplaced(
@@ -127,7 +131,7 @@ def attach_unplaced(
     seeds, inits = experiment.training.seeds, experiment.training.inits
     tasks = task_data.trained_tasks(experiment.data)
     context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
-    tuned: list[dict[str, Any]] = []
+    trainable: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds):
         method: Any = experiment.method
         if inits:
@@ -136,16 +140,16 @@ def attach_unplaced(
             method = _without_label_init(method)
         # Not the key of dropout: that one is folded with steps from 0.
         key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
-        attached: Attached = method.attach(model, key=key, context=context)
+        attached: TunedModel = method.attach(model, key=key, context=context)
         # Members may differ in how they start, not in what they are.
         graphdef, params = param_tree.split(with_config(attached, experiment.method))
-        mask = mask_of(experiment.method, list(params))
+        mask = trainable_mask(experiment.method, list(params))
         own, frozen = param_tree.partition(params, mask)
         require_trainable(own)
-        tuned.append(own)
+        trainable.append(own)
     members = Members(
         graphdef=graphdef,
-        tuned={name: jnp.stack([own[name] for own in tuned]) for name in tuned[0]},
+        trainable={name: jnp.stack([own[name] for own in trainable]) for name in trainable[0]},
         frozen=frozen,
         mask=mask,
         number=len(seeds),
@@ -170,79 +174,87 @@ def _without_label_init(method: Any) -> Any:
     return dataclasses.replace(method, init="sampled_vocabulary")
 
 
-def require_trainable(tuned: Mapping[str, Any]) -> None:
+def require_trainable(trainable: Mapping[str, Any]) -> None:
     """Raises UserError where a method would train weights that are quantised."""
-    if is_quantized(tuned):
+    if is_quantized(trainable):
         raise UserError(
             "this method trains the model's weights, and they are quantised; "
             "set model.quantization=none"
         )
 
 
-def layout_of(experiment: Experiment, *, devices: Sequence[jax.Device] | None = None) -> Layout:
+def partitioner_of(
+    experiment: Experiment, *, devices: Sequence[jax.Device] | None = None
+) -> Partitioner:
     """The mesh over these devices or all, of all processes, and the rules.
 
     UserError where it does not fit.  One device needs no mesh, whatever the experiment says.
     """
     config = dataclasses.asdict(experiment.mesh)
     rules = with_rules(config.pop("rules"))
-    return Layout(mesh=make_mesh(**config, devices=devices), rules=rules)
+    return Partitioner(mesh=make_mesh(**config, devices=devices), rules=rules)
 
 
-def train_layout(experiment: Experiment, *, devices: Sequence[jax.Device] | None = None) -> Layout:
-    """As ``layout_of``; UserError where the training batch cannot be divided over the mesh."""
-    layout = layout_of(experiment, devices=devices)
+def train_partitioner(
+    experiment: Experiment, *, devices: Sequence[jax.Device] | None = None
+) -> Partitioner:
+    """As ``partitioner_of``; UserError where the training batch cannot be divided over the mesh."""
+    partitioner = partitioner_of(experiment, devices=devices)
     rows = experiment.training.batch_size // max(experiment.training.gradient_accumulation, 1)
-    if rows % layout.batch_parts:
+    if rows % partitioner.num_batch_shards:
         raise UserError(
             f"training.batch_size {experiment.training.batch_size} cannot be divided over "
-            f"{layout.batch_parts} devices (mesh data x fsdp, with gradient accumulation "
+            f"{partitioner.num_batch_shards} devices (mesh data x fsdp, with gradient accumulation "
             f"{experiment.training.gradient_accumulation}); change one of them"
         )
-    return layout
+    return partitioner
 
 
-def with_config(attached: Attached, method: Method) -> Attached:
+def with_config(attached: TunedModel, method: Method) -> TunedModel:
     """The same module described by ``method``, so that members have one structure."""
     if hasattr(attached.method, "config"):
         attached.method.config = method
     return attached
 
 
-def division_of(experiment: Experiment, members: Members, layout: Layout) -> Division:
+def microbatching_of(
+    experiment: Experiment, members: Members, partitioner: Partitioner
+) -> Microbatching:
     """What a step computes one after another, by ``training.gradient_accumulation``."""
     asked = experiment.training.gradient_accumulation
     if asked:
-        return Division(parts=asked)
-    few_train = param_tree.count(members.tuned) < param_tree.count(members.frozen)
-    if not _on_cpu(layout) or not layout.is_trivial or not few_train:
-        return UNDIVIDED
-    own = {name: array[0] for name, array in members.tuned.items()}
+        return Microbatching(parts=asked)
+    few_train = param_tree.count(members.trainable) < param_tree.count(members.frozen)
+    if not _on_cpu(partitioner) or not partitioner.is_single_device or not few_train:
+        return NO_MICROBATCHING
+    own = {name: array[0] for name, array in members.trainable.items()}
     config = param_tree.merge(members.graphdef, {**members.frozen, **own}).model.config
-    return Division(config=config, added_length=experiment.method.added_length())
+    return Microbatching(config=config, prompt_positions=experiment.method.prompt_positions())
 
 
-def _on_cpu(layout: Layout) -> bool:
-    return all(device.platform == "cpu" for device in layout.mesh.devices.flat)
+def _on_cpu(partitioner: Partitioner) -> bool:
+    return all(device.platform == "cpu" for device in partitioner.mesh.devices.flat)
 
 
 def build_step(
     experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
     """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
-    layout = layout_of(experiment)
+    partitioner = partitioner_of(experiment)
     training, config = experiment.training, experiment.optimizer
-    state = init_state(members.tuned, optim.make_optimizer(config, members.mask), layout=layout)
+    state = init_state(
+        members.trainable, optim.make_optimizer(config, members.mask), partitioner=partitioner
+    )
     schedule = optim.make_schedule(config, total_steps=training.steps)
 
     def learning_rates(at: int) -> np.ndarray:
         return np.asarray(_rates(experiment), np.float32) * float(schedule(jnp.asarray(at)))
 
-    return state, step_from(experiment, members, state, layout=layout), learning_rates
+    return state, step_from(experiment, members, state, partitioner=partitioner), learning_rates
 
 
 def step_from(
-    experiment: Experiment, members: Members, state: TrainState, *, layout: Layout
+    experiment: Experiment, members: Members, state: TrainState, *, partitioner: Partitioner
 ) -> TrainStep:
     """The jitted step for a state that lies like this one, which may be of shapes alone."""
     training, config = experiment.training, experiment.optimizer
@@ -252,14 +264,14 @@ def step_from(
         optim.make_schedule(config, total_steps=training.steps),
         learning_rates=_rates(experiment),
         seeds=training.seeds,
-        division=division_of(experiment, members, layout),
+        microbatching=microbatching_of(experiment, members, partitioner),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
-        dropout=experiment.model.dropout_rate > 0 or experiment.method.draws(),
-        layout=layout,
+        dropout=experiment.model.dropout_rate > 0 or experiment.method.uses_rng(),
+        partitioner=partitioner,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
         remat=training.remat,
-        compiler_options=_OPTIONS_OF_PARTS if _on_cpu(layout) else None,
+        compiler_options=_OPTIONS_OF_PARTS if _on_cpu(partitioner) else None,
     )
 
 
@@ -271,16 +283,16 @@ def _rates(experiment: Experiment) -> tuple[float, ...]:
 
 def build_predictor(
     experiment: Experiment,
-    graphdef: nnx.GraphDef[Attached],
+    graphdef: nnx.GraphDef[TunedModel],
     vocabulary: AnyVocabulary,
     *,
     labels: tuple[str, ...],
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
     buckets: Buckets | None = None,
 ) -> Predictor:
     """What turns inputs into predictions, the way the experiment's evaluation asks for.
 
-    ``layout`` and ``buckets`` are the experiment's unless given; with buckets of its own its
+    ``partitioner`` and ``buckets`` are the experiment's unless given; with buckets of its own its
     programs are of few shapes whatever the number of inputs.
     """
     config = experiment.evaluation
@@ -302,14 +314,14 @@ def build_predictor(
         labels=labels,
         buckets=task_data.buckets_of(experiment) if buckets is None else buckets,
         few_sizes=buckets is not None,
-        layout=layout_of(experiment) if layout is None else layout,
+        partitioner=partitioner_of(experiment) if partitioner is None else partitioner,
     )
 
 
 def evaluate_members(
     experiment: Experiment,
     members: Members,
-    tuned: FlatParams,
+    trainable: FlatParams,
     data: task_data.TaskData,
     model: T5,
     *,
@@ -332,12 +344,12 @@ def evaluate_members(
             "task": members.task_number(name),
         }
         if not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
-            predictions[name] = predictor.predict(tuned, members.frozen, examples, **arguments)
+            predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
             scored = score_members(examples, predictions[name])
             for own, values in zip(scores, scored, strict=True):
                 own.update({f"{prefix}{metric}": value for metric, value in values.items()})
         if data.wants_loss(examples.task) and f"{prefix}{LOSS}" not in scores[0]:
-            losses = predictor.losses(tuned, members.frozen, examples, **arguments)
+            losses = predictor.losses(trainable, members.frozen, examples, **arguments)
             for own, loss in zip(scores, losses, strict=True):
                 own[f"{prefix}{LOSS}"] = loss
     return scores, predictions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.data.tasks.metrics import Direction, best_of, direction_by_name
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.training.logging import read_metrics
 from prompt_tuning_jax.typing import HostArray
 
@@ -83,8 +83,8 @@ def plot_curves(
 
     with matplotlib.rc_context(dict(STYLE)):
         # Figure without pyplot: the Agg canvas, no display and no state that outlives this call.
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, layout=layout)
+        partitioner = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, partitioner=partitioner)
         axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
         _draw_loss(axes[0], train_steps, losses_ER)
         for axis, name in zip(axes[1:], shown, strict=True):
@@ -111,7 +111,7 @@ def plot_curves(
                 axis.set_title(axis.get_title(loc="left"), pad=26)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        with written_aside(Path(png)) as aside:
+        with atomic_write(Path(png)) as aside:
             figure.savefig(aside, format="png")
 
 

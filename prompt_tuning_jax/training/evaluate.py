@@ -13,18 +13,18 @@ from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, padded_size
 from prompt_tuning_jax.data.batching.loader import eval_batches
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.inference.ensemble import (
+    DecodeConfig,
     Vote,
-    Writing,
     label_scores,
     loss_sums,
     majority_vote,
     write,
 )
-from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.training.step import Batch
 from prompt_tuning_jax.typing import FlatParams, HostArray
 
@@ -65,7 +65,7 @@ class Predictor:
     With ``few_sizes`` a batch of fewer examples than ``batch_size`` has one of few numbers of rows.
     """
 
-    graphdef: nnx.GraphDef[Attached]
+    graphdef: nnx.GraphDef[TunedModel]
     vocabulary: AnyVocabulary
     strategy: Literal["rank", "greedy", "beam"]
     batch_size: int
@@ -76,7 +76,7 @@ class Predictor:
     labels: tuple[str, ...] = ()
     buckets: Buckets = FIXED
     few_sizes: bool = False
-    layout: Layout | None = None
+    partitioner: Partitioner | None = None
 
     def __post_init__(self) -> None:
         if self.strategy == "rank":
@@ -84,23 +84,26 @@ class Predictor:
 
     def predict(
         self,
-        tuned: FlatParams,
+        trainable: FlatParams,
         frozen: FlatParams,
         examples: TokenizedExamples,
         *,
         members: int,
         task: int | None = None,
     ) -> Predictions:
-        """All examples in order; ``tuned`` has a leading axis E = ``members``.
+        """All examples in order; ``trainable`` has a leading axis E = ``members``.
 
         ``task`` is the number of the examples' task in the mixture trained on, if it has several.
         On a mesh the rows of each batch are divided over it, and every process gets all results.
         """
-        self._require_known_labels(tuned, frozen)
+        self._require_known_labels(trainable, frozen)
         parts = 1
-        if self.layout is not None:
-            tuned, frozen = self.layout.place_whole(tuned), self.layout.place_whole(frozen)
-            parts = self.layout.batch_parts
+        if self.partitioner is not None:
+            trainable, frozen = (
+                self.partitioner.replicate_arrays(trainable),
+                self.partitioner.replicate_arrays(frozen),
+            )
+            parts = self.partitioner.num_batch_shards
         texts: list[list[str]] = [[""] * len(examples) for _ in range(members)]
         known: list[list[dict[str, float]]] = [[{} for _ in range(len(examples))] for _ in texts]
         pending: list[tuple[Any, HostArray]] = []
@@ -110,7 +113,7 @@ class Predictor:
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
             index_R = batch["example_index"][batch["row_mask"]]
-            pending.append((self._run(tuned, frozen, tokens_BT, members, task), index_R))
+            pending.append((self._run(trainable, frozen, tokens_BT, members, task), index_R))
             if len(pending) > 1:
                 self._collect(*pending.pop(0), texts, known)
         for result, index_R in pending:
@@ -119,7 +122,7 @@ class Predictor:
 
     def losses(
         self,
-        tuned: FlatParams,
+        trainable: FlatParams,
         frozen: FlatParams,
         examples: TokenizedExamples,
         *,
@@ -130,26 +133,31 @@ class Predictor:
 
         Raises UserError for a method that scores labels itself and a target that is none of them.
         """
-        layout, parts = self.layout, 1
-        if layout is not None:
-            tuned, frozen = layout.place_whole(tuned), layout.place_whole(frozen)
-            parts = layout.batch_parts
+        partitioner, parts = self.partitioner, 1
+        if partitioner is not None:
+            trainable, frozen = (
+                partitioner.replicate_arrays(trainable),
+                partitioner.replicate_arrays(frozen),
+            )
+            parts = partitioner.num_batch_shards
         batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
         sums = []
         for whole in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
             batch: Batch = {name: whole[name] for name in names}
             task_B = None if task is None else np.full(len(whole["row_mask"]), task, np.int32)
-            if layout is not None:
-                batch = layout.place_batch(batch, ("batch", "length"))
+            if partitioner is not None:
+                batch = partitioner.shard_batch(batch, ("batch", "length"))
                 if task_B is not None:
-                    task_B = layout.place_batch({"": task_B}, ("batch",))[""]
-            sums.append(loss_sums(self.graphdef, tuned, frozen, batch, members, layout, task_B))
+                    task_B = partitioner.shard_batch({"": task_B}, ("batch",))[""]
+            sums.append(
+                loss_sums(self.graphdef, trainable, frozen, batch, members, partitioner, task_B)
+            )
         # In float64, so that the sum over batches does not depend on how many there are.
         totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
         loss_E, tokens_E = totals_ME.sum(axis=0)
-        own_labels = param_tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
-        if own_labels and tokens_E.min() < len(examples):
+        label_tokens = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
+        if label_tokens and tokens_E.min() < len(examples):
             raise UserError(
                 f"the loss on {examples.task.name}/{examples.split} needs every target among the "
                 "labels that this method scores, and some are none of them; name all in data.labels"
@@ -158,46 +166,46 @@ class Predictor:
 
     def _run(
         self,
-        tuned: FlatParams,
+        trainable: FlatParams,
         frozen: FlatParams,
         tokens_BT: HostArray,
         members: int,
         task: int | None,
     ) -> Any:
-        layout = self.layout
+        partitioner = self.partitioner
         task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
-        on_mesh = layout is not None and not layout.is_trivial
-        if layout is not None:
-            tokens_BT = layout.place_batch({"": tokens_BT}, ("batch", "length"))[""]
+        on_mesh = partitioner is not None and not partitioner.is_single_device
+        if partitioner is not None:
+            tokens_BT = partitioner.shard_batch({"": tokens_BT}, ("batch", "length"))[""]
             if task_B is not None:
-                task_B = layout.place_batch({"": task_B}, ("batch",))[""]
+                task_B = partitioner.shard_batch({"": task_B}, ("batch",))[""]
         if self.strategy == "rank":
             labels_CS = self._labels_CS()
             return label_scores(
                 self.graphdef,
-                tuned,
+                trainable,
                 frozen,
                 tokens_BT,
                 labels_CS,
                 members,
-                layout,
+                partitioner,
                 task_B,
                 self.normalize_length,
             )
-        writing = Writing(
+        writing = DecodeConfig(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
-        if not on_mesh or not tuned:
-            return self._write(writing, tuned, frozen, tokens_BT, task_B)
+        if not on_mesh or not trainable:
+            return self._write(writing, trainable, frozen, tokens_BT, task_B)
         # One after another: together, the rows of all members would have to change devices.
-        each = [{name: x[e : e + 1] for name, x in tuned.items()} for e in range(members)]
+        each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]
         found = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
         return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
     def _write(
         self,
-        writing: Writing,
-        tuned: FlatParams,
+        writing: DecodeConfig,
+        trainable: FlatParams,
         frozen: FlatParams,
         tokens_BT: Any,
         task_B: Any,
@@ -205,11 +213,11 @@ class Predictor:
         return write(
             self.graphdef,
             writing,
-            tuned,
+            trainable,
             frozen,
             tokens_BT,
             jax.random.key(0),
-            self.layout,
+            self.partitioner,
             task_B,
             self.processors,
         )
@@ -238,11 +246,11 @@ class Predictor:
                 texts[member][index] = text
                 known[member][index] = {text: float(value)}
 
-    def _require_known_labels(self, tuned: FlatParams, frozen: FlatParams) -> None:
+    def _require_known_labels(self, trainable: FlatParams, frozen: FlatParams) -> None:
         """UserError where a method that scores labels itself was trained on others."""
         if self.strategy != "rank":
             return
-        known = param_tree.merge(self.graphdef, {**frozen, **tuned}).method.own_labels
+        known = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
         for label in self.labels if known else ():
             if (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos) not in known:
                 raise UserError(

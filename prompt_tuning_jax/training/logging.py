@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import remove_leftovers, written_aside
+from prompt_tuning_jax.storage import atomic_write, remove_leftovers
 from prompt_tuning_jax.untrusted_input import json_text, read_json, require_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -285,7 +285,7 @@ class _MetricsFile:
         kept = list(_read_lines(path)) if path.exists() else []
         kept = [(record, line) for record, line in kept if record["step"] <= last_step]
         self._written = {(record["kind"], record["step"]) for record, _ in kept}
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(b"".join(line + b"\n" for _, line in kept))
         self._path = path
         # Without a buffer, whose rest would be tried again, and fail again, on closing.

@@ -21,7 +21,7 @@ from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import RunLog
-from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division
+from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching
 from prompt_tuning_jax.training.step import (
     Batch,
     StepCost,
@@ -88,7 +88,7 @@ class Loop:
     log_every: int
     batch_size: int
     patience: int = 0
-    division: Division = UNDIVIDED
+    microbatching: Microbatching = NO_MICROBATCHING
     padding: Callable[[int, int], float] | None = None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Loop:
                         state,
                         self.frozen,
                         batch,
-                        rounds=self.division.rounds(*shape),
+                        rounds=self.microbatching.rounds(*shape),
                     )
                     since += time.monotonic() - began
                 done.append(costs[shape])
@@ -150,7 +150,7 @@ class Loop:
                         since, pending, done = time.monotonic(), [], []
                 if evaluating:
                     began = time.monotonic()
-                    scores = self.evaluate(state.tuned)
+                    scores = self.evaluate(state.trainable)
                     if log:
                         log.log_eval(step, scores)
                     best_tree = self._keep_best(step, state, scores, best, best_tree, improved_at)
@@ -347,7 +347,7 @@ class Loop:
     def _tell_of(self, best: list[Best | None], members: list[int], best_tree: Any) -> None:
         bests = [own for own in (best[e] for e in members) if own is not None]
         if bests:
-            self.on_best(members, best_tree.tuned, bests)
+            self.on_best(members, best_tree.trainable, bests)
 
     def _is_better(self, scores: Mapping[str, float], best: Best | None) -> bool:
         if best is None:
@@ -370,14 +370,14 @@ class Loop:
         stale: int,
         stopped_by: int = 0,
     ) -> LoopResult:
-        tuned = best_tree.tuned if any(best) else on_host(state).tuned
+        trainable = best_tree.trainable if any(best) else on_host(state).trainable
         return LoopResult(
             step=step,
             finished=step >= self.steps or self._at_an_end(stale),
             stopped_by=stopped_by,
             stopped_early=step < self.steps and self._at_an_end(stale),
             best=tuple(best),
-            best_tuned=tuned,
+            best_tuned=trainable,
         )
 
     @contextmanager

@@ -16,19 +16,19 @@ _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class Microbatching:
     """What is computed one after another, for the same result.
 
     ``parts`` is asked for by number.  With a ``config`` it is left to the size of a cache that
-    should hold the largest activation, to whose rows a method adds ``added_length`` positions.
+    should hold the largest activation, to whose rows a method adds ``prompt_positions`` positions.
     With neither all is computed at once.
     """
 
     parts: int = 1
     config: T5Config | None = None
-    added_length: int = 0
+    prompt_positions: int = 0
 
-    def parts_of(self, rows: int, length: int) -> int:
+    def num_microbatches(self, rows: int, length: int) -> int:
         """The equal parts of a member's batch; the fewest that fit, where that is the question.
 
         They depend on nothing but the member's own batch: each part has its own dropout.
@@ -49,17 +49,17 @@ class Division:
     def rounds(self, members: int, rows: int, length: int) -> int:
         """How often the program's loops are gone through in a step."""
         groups = members // self.members_at_once(members, rows, length)
-        return groups * self.parts_of(rows, length)
+        return groups * self.num_microbatches(rows, length)
 
     def _rows_in_cache(self, length: int) -> int:
         assert self.config is not None
-        length += self.added_length
+        length += self.prompt_positions
         config = self.config
         widest = max(config.mlp_dim, config.embed_dim, config.num_heads * length)
         return _CACHED_BYTES // (length * widest * _FLOAT32_BYTES)
 
 
-UNDIVIDED = Division()
+NO_MICROBATCHING = Microbatching()
 
 
 def map_members(function: Callable[..., Any], at_once: int, *arrays: Any, members: int) -> Any:

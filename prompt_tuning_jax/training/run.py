@@ -11,7 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
@@ -81,9 +81,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             ):
                 return _finished(folder, experiment, results, quiet=quiet)
     task_data.check_files(experiment)
-    layout = build.train_layout(experiment)
-    model = build.build_model(experiment, layout=layout)
-    data = task_data.build_data(experiment, build.vocabulary_of(model), layout=layout)
+    partitioner = build.train_partitioner(experiment)
+    model = build.build_model(experiment, partitioner=partitioner)
+    data = task_data.build_data(experiment, build.vocabulary_of(model), partitioner=partitioner)
     if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
         if not isinstance(data, TextData):
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
@@ -95,12 +95,16 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     digests = _digests(data)
     processes.require_same("the frozen model", fingerprint)
     processes.require_same("the data", " ".join(digests.values()))
-    members = build.attach_members(experiment, model, labels=data.labels, layout=layout)
+    members = build.attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
     state, step, learning_rates = build.build_step(experiment, members)
     names = build.member_names(experiment)
     _claim(folder, experiment)
     # A step that is no jitted function has nothing to compile.
-    if isinstance(data, task_data.TaskData) and layout.is_trivial and hasattr(step, "lower"):
+    if (
+        isinstance(data, task_data.TaskData)
+        and partitioner.is_single_device
+        and hasattr(step, "lower")
+    ):
         step = CompiledAhead(step, data.one_of_each_shape(experiment.training.steps))
     if not quiet:
         for line in _introduction(experiment, members, data):
@@ -108,21 +112,23 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 
     probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
 
-    def evaluate(tuned: FlatParams) -> list[dict[str, float]]:
+    def evaluate(trainable: FlatParams) -> list[dict[str, float]]:
         if isinstance(data, TextData):
-            scores = text_losses(members.graphdef, tuned, members.frozen, data, layout)
+            scores = text_losses(members.graphdef, trainable, members.frozen, data, partitioner)
             for member, own in enumerate(scores):
-                weights = {**members.frozen, **{name: x[member] for name, x in tuned.items()}}
+                weights = {**members.frozen, **{name: x[member] for name, x in trainable.items()}}
                 own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
             return scores
-        return build.evaluate_members(experiment, members, tuned, data, model, scores_alone=True)[0]
+        return build.evaluate_members(
+            experiment, members, trainable, data, model, scores_alone=True
+        )[0]
 
-    def on_best(improved: list[int], tuned: Mapping[str, HostArray], bests: list[Best]) -> None:
+    def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:
         # Where all trains, a file of it would be a checkpoint again.
         if not members.frozen or not processes.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
-            own = {name: jnp.asarray(array[member]) for name, array in tuned.items()}
+            own = {name: jnp.asarray(array[member]) for name, array in trainable.items()}
             method, kept = _folded(experiment, members, own)
             metadata = _metadata(
                 experiment,
@@ -136,8 +142,11 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             if kept.keys() == {PROMPT}:
                 run_folder.export_prompt(folder, names[member], kept[PROMPT], metadata)
                 continue
-            stored = StoredTuned(
-                tuned=kept, method=method_to_json(method), metadata=metadata, tasks=members.tasks
+            stored = TunedCheckpoint(
+                trainable=kept,
+                method=method_to_json(method),
+                metadata=metadata,
+                tasks=members.tasks,
             )
             run_folder.export_tuned(folder, names[member], stored)
 
@@ -145,7 +154,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     result = Loop(
         train_step=step,
         frozen=members.frozen,
-        batches=lambda start, stop: task_data.placed_batches(data, layout, start, stop),
+        batches=lambda start, stop: task_data.sharded_batches(data, partitioner, start, stop),
         evaluate=evaluate,
         on_best=on_best,
         workdir=folder,
@@ -161,7 +170,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         log_every=training.log_every,
         batch_size=training.batch_size,
         patience=training.patience,
-        division=build.division_of(experiment, members, layout),
+        microbatching=build.microbatching_of(experiment, members, partitioner),
         padding=data.train.padding if isinstance(data, task_data.TaskData) and data.train else None,
         quiet=quiet,
     ).run(state)
@@ -235,7 +244,7 @@ def _introduction(
     experiment: Experiment, members: build.Members, data: task_data.TaskData | TextData
 ) -> Iterator[str]:
     """What trains, on what."""
-    trained = param_tree.count(members.tuned) // members.number
+    trained = param_tree.count(members.trainable) // members.number
     frozen = param_tree.count(
         param_tree.select(members.frozen, lambda name: not name.endswith(SCALE))
     )
@@ -306,7 +315,7 @@ def _folded(
     """What of one member's tuned arrays is kept, and the method that it then is."""
     method = experiment.method
     attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
-    method, attached = method.folded(attached)
+    method, attached = method.for_inference(attached)
     params = param_tree.split(attached)[1]
     return method, {name: np.asarray(p) for name, p in params.items() if method.trains(name)}
 

@@ -13,13 +13,13 @@ import numpy as np
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, saved_config
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import written_aside
+from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.training.loop import Best, bests_from_json
 from prompt_tuning_jax.training.optim import make_schedule
 from prompt_tuning_jax.typing import HostArray
@@ -42,7 +42,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
             return
         with suppress(FileNotFoundError):
             (folder / RESULTS).unlink()
-    with written_aside(folder / RUN_CONFIG) as aside:
+    with atomic_write(folder / RUN_CONFIG) as aside:
         aside.write_text(to_json(experiment), encoding="utf-8")
 
 
@@ -110,7 +110,7 @@ def is_run(folder: Path) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside and renames it; nan is null."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -120,7 +120,7 @@ def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: Promp
         save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
 
 
-def export_tuned(folder: Path, name: str, stored: StoredTuned) -> None:
+def export_tuned(folder: Path, name: str, stored: TunedCheckpoint) -> None:
     """Writes what a run of another method than prompts keeps as ``tuned/NAME.safetensors``."""
     save_tuned(folder / TUNED / f"{name}.safetensors", stored)
 
@@ -145,8 +145,8 @@ def read_best(folder: Path) -> dict[str, HostArray]:
 def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
     """The same, and the fingerprint of the frozen model that they were trained on."""
     leaves, extra = _best_checkpoint(folder)
-    tuned = {name for name in leaves if name.startswith("tuned/")}
-    best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in tuned}
+    trainable = {name for name in leaves if name.startswith("tuned/")}
+    best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in trainable}
     fingerprint = extra.get("fingerprint")
     if not isinstance(fingerprint, str):
         raise UserError(

@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Layout, laying_out
+from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Attached
+from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.blocks import Remat
 from prompt_tuning_jax.training.losses import TokenSums
-from prompt_tuning_jax.training.microbatching import UNDIVIDED, Division, map_members
+from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching, map_members
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 Batch = Mapping[str, Array | HostArray]
@@ -31,7 +31,7 @@ class TrainState:
     """
 
     step: Array
-    tuned: FlatParams
+    trainable: FlatParams
     opt_state: Any
 
 
@@ -82,51 +82,53 @@ def step_cost(
 
 
 def init_state(
-    tuned: FlatParams,
+    trainable: FlatParams,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
 ) -> TrainState:
-    """The state before the first step; ``tuned`` has the leading axis E.
+    """The state before the first step; ``trainable`` has the leading axis E.
 
     On a mesh what the optimizer keeps for an array lies as the array does.
     """
 
-    def start(tuned: FlatParams) -> TrainState:
-        opt_state = jax.vmap(optimizer.init)(tuned)
-        return TrainState(step=jnp.zeros((), jnp.int32), tuned=tuned, opt_state=opt_state)
+    def start(trainable: FlatParams) -> TrainState:
+        opt_state = jax.vmap(optimizer.init)(trainable)
+        return TrainState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=opt_state)
 
-    if layout is None or layout.is_trivial:
-        return start(tuned)
-    shardings = state_shardings(jax.eval_shape(start, tuned), tuned, layout)
-    started: TrainState = jax.jit(start, out_shardings=shardings)(tuned)
+    if partitioner is None or partitioner.is_single_device:
+        return start(trainable)
+    shardings = state_shardings(jax.eval_shape(start, trainable), trainable, partitioner)
+    started: TrainState = jax.jit(start, out_shardings=shardings)(trainable)
     return started
 
 
-def state_shardings(state: TrainState, tuned: FlatParams, layout: Layout) -> TrainState:
+def state_shardings(
+    state: TrainState, trainable: FlatParams, partitioner: Partitioner
+) -> TrainState:
     """How a state, which may be of shapes alone, lies for tuned arrays that lie as these do."""
 
     def sharding_of(path: Any, leaf: Any) -> Any:
-        array = tuned.get(getattr(path[-1], "key", ""))
+        array = trainable.get(getattr(path[-1], "key", ""))
         alike = array is not None and array.shape == leaf.shape
-        return array.sharding if array is not None and alike else layout.replicated
+        return array.sharding if array is not None and alike else partitioner.replicated
 
     shardings: TrainState = jax.tree.map_with_path(sharding_of, state)
     return shardings
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[Attached],
+    graphdef: nnx.GraphDef[TunedModel],
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
     *,
     learning_rates: tuple[float, ...],
     seeds: tuple[int, ...],
-    division: Division = UNDIVIDED,
+    microbatching: Microbatching = NO_MICROBATCHING,
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
     dropout: bool = True,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
     state_shardings: TrainState | None = None,
     remat: Remat = "none",
     compiler_options: Mapping[str, str] | None = None,
@@ -138,17 +140,17 @@ def make_train_step(
     [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and ``example_weights [E,
     B]`` where some count more than others: the loss and the tokens of an example are multiplied by
     its weight, before one is divided by the other.  A member's step depends on its own seed, step
-    and batch alone, whoever trains beside it.  ``division`` says what is computed one after
+    and batch alone, whoever trains beside it.  ``microbatching`` says what is computed one after
     another, for the same gradient; UserError where it cannot split B.
     ``remat`` computes parts of the forward again in the backward in place of keeping them, and
-    changes nothing else.  On a mesh (``layout``) the new state lies as ``state_shardings`` say, the
+    changes nothing else.  On a mesh (``partitioner``) ``state_shardings`` shard the new state, the
     old one's, and metrics are replicated.
     """
 
     def summed_loss(
-        tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
     ) -> tuple[Array, TokenSums]:
-        attached = param_tree.merge(graphdef, {**frozen, **tuned})
+        attached = param_tree.merge(graphdef, {**frozen, **trainable})
         sums = attached.token_sums(
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],
@@ -172,41 +174,43 @@ def make_train_step(
         return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def gradient(
-        tuned: FlatParams, frozen: FlatParams, batch: Batch, key: Array
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
-        number = division.parts_of(*batch["encoder_input_tokens"].shape)
+        number = microbatching.num_microbatches(*batch["encoder_input_tokens"].shape)
         if number == 1:
-            return differentiate(tuned, frozen, batch, key if dropout else None)
+            return differentiate(trainable, frozen, batch, key if dropout else None)
         parts = {name: in_parts(x, number) for name, x in batch.items()}
 
         def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
             part, index = part_and_index
             part_key = jax.random.fold_in(key, index) if dropout else None
-            return jax.tree.map(jnp.add, total, differentiate(tuned, frozen, part, part_key)), None
+            return jax.tree.map(
+                jnp.add, total, differentiate(trainable, frozen, part, part_key)
+            ), None
 
         shapes = jax.eval_shape(
-            differentiate, tuned, frozen, jax.tree.map(lambda x: x[0], parts), None
+            differentiate, trainable, frozen, jax.tree.map(lambda x: x[0], parts), None
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(number)))
         return total
 
     def member_step(
-        tuned: FlatParams,
+        trainable: FlatParams,
         opt_state: Any,
         batch: Batch,
         learning_rate: Array,
         key: Array,
         frozen: FlatParams,
     ) -> tuple[FlatParams, Any, StepMetrics]:
-        gradients, sums = gradient(tuned, frozen, batch, key)
+        gradients, sums = gradient(trainable, frozen, batch, key)
         # Weighted tokens may be fewer than one.
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
             gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
         updates, opt_state = optimizer.update(
-            gradients, opt_state, tuned, learning_rate=learning_rate
+            gradients, opt_state, trainable, learning_rate=learning_rate
         )
         metrics = StepMetrics(
             loss_E=sums.loss / tokens,
@@ -214,7 +218,7 @@ def make_train_step(
             gradient_norm_E=optax.tree.norm(gradients),
             update_norm_E=optax.tree.norm(updates),
         )
-        return optax.apply_updates(tuned, updates), opt_state, metrics
+        return optax.apply_updates(trainable, updates), opt_state, metrics
 
     def compute(
         state: TrainState, frozen: FlatParams, batch: Batch
@@ -225,18 +229,18 @@ def make_train_step(
             seeds_E
         )
         shape = batch["encoder_input_tokens"].shape
-        tuned, opt_state, metrics = map_members(
+        trainable, opt_state, metrics = map_members(
             partial(member_step, frozen=frozen),
-            division.members_at_once(*shape),
-            *(state.tuned, state.opt_state, dict(batch), rates_E, keys_E),
+            microbatching.members_at_once(*shape),
+            *(state.trainable, state.opt_state, dict(batch), rates_E, keys_E),
             members=len(seeds),
         )
-        return TrainState(step=state.step + 1, tuned=tuned, opt_state=opt_state), metrics
+        return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     results = None
-    if layout is not None and not layout.is_trivial and state_shardings is not None:
+    if partitioner is not None and not partitioner.is_single_device and state_shardings is not None:
         # Named exactly: a state that lies elsewhere would make the next step compile again.
-        results = (state_shardings, layout.replicated)
+        results = (state_shardings, partitioner.replicated)
 
     options = dict(compiler_options or {})
 
@@ -244,7 +248,7 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: FlatParams, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        with laying_out(layout):
+        with activation_sharding(partitioner):
             return compute(state, frozen, batch)
 
     return train_step

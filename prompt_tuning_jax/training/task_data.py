@@ -39,7 +39,7 @@ from prompt_tuning_jax.data.tasks.task import Mixture, Task, as_mixture, get_mix
 from prompt_tuning_jax.data.tasks.text_template import parse_template
 from prompt_tuning_jax.data.tasks.wording import template_of, template_of_column
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import (
     DescribedPrompts,
@@ -188,11 +188,11 @@ def build_data(
     *,
     split: str | None = None,
     training: bool = True,
-    layout: Layout | None = None,
+    partitioner: Partitioner | None = None,
 ) -> TaskData | TextData:
     """The examples of the experiment; ``split`` replaces ``data.eval_split``.
 
-    With a ``layout`` over several processes training batches have the rows of this one alone.
+    With a ``partitioner`` over several processes training batches have the rows of this one alone.
     """
     data = experiment.data
     if data.objectives:
@@ -238,7 +238,7 @@ def build_data(
             require_labels(task.labels)
     _check_targets(experiment, train_sets, eval_sets)
     train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
-    if experiment.method.ranks:
+    if experiment.method.scores_labels:
         for target in set(train_targets) - set(labels):
             raise UserError(
                 f"{type(experiment.method).__name__} chooses among the labels, and the target "
@@ -253,7 +253,9 @@ def build_data(
             rates=mixture.rates if len(mixture.rates) > 1 else (),
             buckets=buckets_of(experiment),
             weights=_weights(data, train_sets),
-            rows=slice(None) if layout is None else layout.rows(experiment.training.batch_size),
+            rows=slice(None)
+            if partitioner is None
+            else partitioner.rows(experiment.training.batch_size),
         )
     best_by = _best_by(experiment.evaluation.best_by, eval_sets)
     found = TaskData(
@@ -263,7 +265,7 @@ def build_data(
         labels=labels,
         best_by=best_by,
         direction=_direction(experiment.evaluation.best_mode, best_by, eval_sets),
-        reports=tuple(_reports(experiment, train_sets, train, eval_sets, layout)),
+        reports=tuple(_reports(experiment, train_sets, train, eval_sets, partitioner)),
     )
     if training:
         found.require_direction()
@@ -323,25 +325,25 @@ def buckets_of(experiment: Experiment) -> Buckets:
     method = experiment.method
     if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
         return FIXED
-    return parse_buckets(experiment.data.buckets, beside=method.added_length())
+    return parse_buckets(experiment.data.buckets, beside=method.prompt_positions())
 
 
-def placed_batches(
-    data: TaskData | TextData, layout: Layout, start: int, stop: int
+def sharded_batches(
+    data: TaskData | TextData, partitioner: Partitioner, start: int, stop: int
 ) -> Iterator[Batch]:
     """The batches ``[E, B, ...]`` of steps start to stop - 1, with B divided over the mesh."""
     axes = ("ensemble", "batch", "length")
     for batch in data.batches(start, stop):
-        if layout.is_trivial:
+        if partitioner.is_single_device:
             yield batch
         elif isinstance(data, TextData):
-            yield layout.place_batch(batch, axes)
+            yield partitioner.shard_batch(batch, axes)
         else:
             assert data.train is not None
             size = data.train.batch_size
-            rows = layout.rows(size)
+            rows = partitioner.rows(size)
             yield {
-                name: layout.place_rows(
+                name: partitioner.shard_rows(
                     np.asarray(local), axes[: local.ndim], rows=rows, batch_size=size
                 )
                 for name, local in batch.items()
@@ -425,8 +427,8 @@ def _check_targets(
                     "data.labels, name the training file in data.train, or use a prompt that knows "
                     "its labels; data.targets=text generates text"
                 )
-        ranks = chosen_strategy(asked, labels) == "rank"
-        if labels and (own_files or (ranks and evaluated)):
+        scores_labels = chosen_strategy(asked, labels) == "rank"
+        if labels and (own_files or (scores_labels and evaluated)):
             require_labels_known(
                 one.task, one.title, one.texts, of_training=own_files and not data.labels
             )
@@ -482,7 +484,7 @@ def _reports(
     train_sets: list[TokenizedExamples],
     train: TrainBatches | None,
     eval_sets: list[TokenizedExamples],
-    layout: Layout | None,
+    partitioner: Partitioner | None,
 ) -> Iterator[str]:
     """A line for each set, and what of the batches is padding."""
     yield from dict.fromkeys(note for one in (*train_sets, *eval_sets) for note in one.task.notes)
@@ -500,7 +502,7 @@ def _reports(
         if isinstance(method, PromptDesign) and method.shots:
             seed = experiment.training.seeds[0]
             yield demonstrations.report(one, shots=method.shots, seed=seed)
-        parts = 1 if layout is None else layout.batch_parts
+        parts = 1 if partitioner is None else partitioner.num_batch_shards
         batch_size = eval_batch_size(experiment.evaluation.batch_size, len(one), parts=parts)
         plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))
         lengths = sorted({length for _, length in plan})

@@ -15,7 +15,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
 from prompt_tuning_jax.errors import UserError
 
 PROMPT = np.random.default_rng(0).standard_normal((5, 8), np.float32)
@@ -170,7 +170,7 @@ def test_missing_files_folders_and_other_arrays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds nothing; a prompt's file holds one array"):
         load_prompt(tmp_path / "n.safetensors")
     for method, name in (('{"class": "LoRA"}', "LoRA"), ("[]", "another method"), ("{", "another")):
-        kept = StoredTuned(tuned={"a": PROMPT}, method=method, metadata=PromptMetadata())
+        kept = TunedCheckpoint(trainable={"a": PROMPT}, method=method, metadata=PromptMetadata())
         save_tuned(tmp_path / "t.safetensors", kept)
         with pytest.raises(UserError, match=rf"t.safetensors holds what {name}.* tuned and no"):
             load_prompt(tmp_path / "t.safetensors")

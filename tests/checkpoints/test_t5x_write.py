@@ -107,9 +107,9 @@ def test_a_prompt_has_the_state_that_t5x_gives_it(shared: Path, tmp_path: Path) 
     np.testing.assert_array_equal(again.params[PROMPT].whole(), prompt.whole())
     assert again.state_names == recorded.state_names
     assert again.inline == recorded.inline
-    slots, want = again.open_state(), recorded.open_state()
+    injections, want = again.open_state(), recorded.open_state()
     for name, slot in want.items():
-        ours = slots[name]
+        ours = injections[name]
         assert (slot is None) == (ours is None)
         if slot is not None and ours is not None:
             assert ours.shape == slot.shape and ours.dtype == slot.dtype
@@ -125,11 +125,11 @@ def test_large_prompts_are_factored_as_t5x_does(
     if not any(key.startswith(prefix) for key in recorded):
         pytest.fail(f"no record {prefix}")
     state = open_t5x(write_t5x(tmp_path, {}, step=0, prompt=np.ones(shape, np.float32)))
-    slots = state.open_state()
+    injections = state.open_state()
     for slot in ("v_row", "v_col"):
-        array = slots[f"param_states/{PROMPT}/{slot}"]
+        array = injections[f"param_states/{PROMPT}/{slot}"]
         assert array is not None and array.shape == recorded[f"{prefix}{slot}"].shape
-    v = slots[f"param_states/{PROMPT}/v"]
+    v = injections[f"param_states/{PROMPT}/v"]
     assert v is not None and v.shape == tuple(recorded[f"{prefix}v_shape"])
 
 

@@ -48,7 +48,7 @@ from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.tasks import Tasks
 from tests import tiny_run
-from tests.serving.serving_app import fits
+from tests.serving.serving_app import validator
 from tests.serving.serving_micro import SHAPES, micro_model
 
 GOLDEN = Path(__file__).resolve().parent
@@ -194,7 +194,7 @@ def _arguments(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def served_schema() -> dict[str, Any]:
     """What ``/openapi.json`` says, and the names of the metrics, with both tokens in use."""
-    service = Service(Engine(micro_model(), shapes=SHAPES), Tasks({}), fits=fits())
+    service = Service(Engine(micro_model(), shapes=SHAPES), Tasks({}), validator=validator())
     app = make_app(service, token="secret", admin_token="let-me-change")
 
     async def get() -> tuple[Any, str]:

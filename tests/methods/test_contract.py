@@ -16,7 +16,7 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.config.overrides import from_json, to_json
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import METHODS, Attached, Context, Method, mask_of
+from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.run import train
@@ -42,22 +42,22 @@ def _logits(graphdef: Any, params: Any, source: Any, target: Any) -> jax.Array:
     return logits
 
 
-def logits_of(attached: Attached) -> HostArray:
+def logits_of(attached: TunedModel) -> HostArray:
     return np.asarray(_logits(*param_tree.split(attached), *INPUTS))
 
 
-def member(name: str, number: int, *, after: bool = True) -> Attached:
+def member(name: str, number: int, *, after: bool = True) -> TunedModel:
     """One of the trained members, or as it was at its start."""
     done = trained(name)
-    tuned = done.after if after else done.before
-    own = {key: jnp.asarray(array[number]) for key, array in tuned.items()}
-    attached: Attached = param_tree.merge(done.members.graphdef, {**done.members.frozen, **own})
+    trainable = done.after if after else done.before
+    own = {key: jnp.asarray(array[number]) for key, array in trainable.items()}
+    attached: TunedModel = param_tree.merge(done.members.graphdef, {**done.members.frozen, **own})
     return attached
 
 
-def tuned_of(method: Method, attached: Attached) -> dict[str, HostArray]:
+def tuned_of(method: Method, attached: TunedModel) -> dict[str, HostArray]:
     params = param_tree.split(attached)[1]
-    own, _ = param_tree.partition(params, mask_of(method, list(params)))
+    own, _ = param_tree.partition(params, trainable_mask(method, list(params)))
     return {name: np.asarray(array) for name, array in own.items()}
 
 
@@ -100,7 +100,7 @@ def test_it_is_merged_if_it_says_that_it_can_be(name: str) -> None:
         merge(attached)
 
 
-@pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.unchanged_at_start])
+@pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.identity_at_init])
 def test_at_its_start_the_model_computes_what_it_did(name: str) -> None:
     want = call(model(), *INPUTS)
     np.testing.assert_allclose(logits_of(member(name, 1, after=False)), want, atol=1e-5)
@@ -109,14 +109,14 @@ def test_at_its_start_the_model_computes_what_it_did(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_as_many_parameters_as_it_says(name: str) -> None:
     members = build.attach_members(experiment(CASES[name].method), model(), labels=LABELS)
-    assert sum(array[0].size for array in members.tuned.values()) == CASES[name].count
-    assert param_tree.count(members.tuned) == members.number * CASES[name].count
+    assert sum(array[0].size for array in members.trainable.values()) == CASES[name].count
+    assert param_tree.count(members.trainable) == members.number * CASES[name].count
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_steps_move_every_tuned_array_and_no_frozen_one(name: str) -> None:
     done = trained(name)
-    assert done.after.keys() == done.members.tuned.keys()
+    assert done.after.keys() == done.members.trainable.keys()
     for key, array in done.after.items():
         assert np.isfinite(array).all(), key
         for own, was in zip(array, done.before[key], strict=True):
@@ -155,8 +155,8 @@ def test_members_at_once_train_as_each_alone(name: str) -> None:
 def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) -> None:
     """The tuned arrays alone, saved and read again, put into a newly attached method."""
     attached = member(name, 1)
-    method, folded = CASES[name].method.folded(attached)
-    kept = tuned_of(method, folded)
+    method, for_inference = CASES[name].method.for_inference(attached)
+    kept = tuned_of(method, for_inference)
     train_state.save(tmp_path, 1, {"tuned": kept}, {})
     found = train_state.read_latest(tmp_path)
     assert found is not None
@@ -178,7 +178,7 @@ def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) ->
     assert np.abs(want - logits_of(member(name, 1, after=False))).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.draws()])
+@pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.uses_rng()])
 def test_with_dropout_it_draws_from_the_key_alone(name: str) -> None:
     graphdef, params = param_tree.split(member(name, 0))
 

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Attached, Context, DeepPrompts
+from prompt_tuning_jax.methods import Context, DeepPrompts, TunedModel
 from prompt_tuning_jax.models.t5.attention import bias_of
 from tests.micro import D, call, encode, make_t5, shifted, token_rows
 
@@ -17,7 +17,7 @@ SOURCE = token_rows([5, 3], 7)
 TARGET = shifted(token_rows([4, 6], 6, seed=1))
 
 
-def attach(method: DeepPrompts) -> Attached:
+def attach(method: DeepPrompts) -> TunedModel:
     return method.attach(make_t5(), key=jax.random.key(0), context=Context())
 
 
@@ -67,11 +67,11 @@ def test_without_more_than_the_first_it_is_prompt_tuning() -> None:
 def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
     method = DeepPrompts(length=3, lengths=lengths, hidden=4)
     attached = attach(method)
-    kept, folded = method.folded(attached)
-    own = param_tree.select(param_tree.split(folded)[1], kept.trains)
+    kept, for_inference = method.for_inference(attached)
+    own = param_tree.select(param_tree.split(for_inference)[1], kept.trains)
     assert param_tree.count(own) == sum(lengths or (3, 3)) * D
     want = logits(attached)
-    np.testing.assert_allclose(logits(folded), want, atol=1e-5)
+    np.testing.assert_allclose(logits(for_inference), want, atol=1e-5)
     np.testing.assert_allclose(logits(attached, remat="full"), want, atol=1e-5)
     assert (
         encode(make_t5(), SOURCE).hidden_BUD.shape[1] + 3
@@ -84,7 +84,7 @@ def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
     [((2, 3), "no layer has more"), ((0, 0), "at least 1"), ((2, -1), "at least 0")],
 )
 def test_wrong_lengths_are_refused(lengths: Any, message: str) -> None:
-    (complaint,) = DeepPrompts(lengths=lengths).complaints()
+    (complaint,) = DeepPrompts(lengths=lengths).config_errors()
     assert message in complaint
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.methods import Context, DescribedPrompts, PromptTuning, mask_of
+from prompt_tuning_jax.methods import Context, DescribedPrompts, PromptTuning, trainable_mask
 from tests.micro import ONE_LAYER, D, make_t5
 
 METHOD = DescribedPrompts(positions=3, words=4)
@@ -34,8 +34,10 @@ def test_a_position_is_the_label_and_the_turned_mean_of_the_words():
             known = [table_VD[word] for word in words if word]
             mean = np.mean(known, axis=0) if known else np.zeros(D, np.float32)
             vectors.append(table_VD[label] + np.roll(mean, D // 2))
-        tuned = PromptTuning(length=3).with_prompt(model, np.stack(vectors))
-        np.testing.assert_allclose(logits_BSV[row], tuned(np.array([TEXT]), TARGETS)[0], atol=1e-5)
+        trainable = PromptTuning(length=3).with_prompt(model, np.stack(vectors))
+        np.testing.assert_allclose(
+            logits_BSV[row], trainable(np.array([TEXT]), TARGETS)[0], atol=1e-5
+        )
 
 
 def test_a_position_without_a_label_is_not_seen():
@@ -52,4 +54,4 @@ def test_all_of_the_model_trains_and_nothing_is_added():
     model = make_t5(ONE_LAYER)
     names = list(param_tree.split(attach(model))[1])
     assert names == [f"model/{name}" for name in param_tree.split(model)[1]]
-    assert all(mask_of(METHOD, names).values())
+    assert all(trainable_mask(METHOD, names).values())

@@ -6,7 +6,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, mask_of
+from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, trainable_mask
 from prompt_tuning_jax.training.losses import token_sums
 from tests.micro import Trainer, call, make_batch, make_t5
 
@@ -29,14 +29,14 @@ def test_neither_adds_a_parameter_or_changes_the_model():
 
 def test_full_trains_all_and_none_nothing():
     params = param_tree.split(attached(FullTuning(), make_t5()))[1]
-    assert all(mask_of(FullTuning(), list(params)).values())
-    assert not any(mask_of(NoTuning(), list(params)).values())
+    assert all(trainable_mask(FullTuning(), list(params)).values())
+    assert not any(trainable_mask(NoTuning(), list(params)).values())
 
 
 def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
     model = make_t5()
     trainer = Trainer(FullTuning(), SGD, dropout=False)
-    before = {name: np.asarray(p[0]).copy() for name, p in trainer.state.tuned.items()}
+    before = {name: np.asarray(p[0]).copy() for name, p in trainer.state.trainable.items()}
     assert not trainer.frozen
     batch = make_batch()
     graphdef, params = param_tree.split(model)
@@ -52,9 +52,9 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
     (first,) = trainer.run([batch])
     assert len(gradients) == len(before) > 30
     for name, gradient in gradients.items():
-        after = np.asarray(trainer.state.tuned[f"model/{name}"][0])
+        after = np.asarray(trainer.state.trainable[f"model/{name}"][0])
         assert np.abs(gradient).max() > 0, name
         np.testing.assert_allclose(after, before[f"model/{name}"] - 0.1 * gradient, atol=1e-5)
     last = trainer.run([batch] * 20)[-1]
     assert last.loss_E[0] < 0.7 * first.loss_E[0]
-    assert {p.dtype for p in trainer.state.tuned.values()} == {jnp.dtype("float32")}
+    assert {p.dtype for p in trainer.state.trainable.values()} == {jnp.dtype("float32")}

@@ -16,20 +16,20 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     IA3,
     Adapters,
-    Attached,
     Context,
     FullTuning,
     LoRA,
     Method,
     PatternTuning,
     PromptTuning,
-    mask_of,
+    TunedModel,
+    trainable_mask,
 )
 from prompt_tuning_jax.methods.linear_adapter import linear_maps
 from prompt_tuning_jax.methods.merging import merge, unmerge
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training.microbatching import Division
+from prompt_tuning_jax.training.microbatching import Microbatching
 from tests.micro import (
     ONE_LAYER,
     T5_1_0,
@@ -48,14 +48,14 @@ QUERY = "encoder/layers_0/attention/query"
 EVERYWHERE = LoRA(rank=3, alpha=6.0, targets=(".*",))
 
 
-def attach(model: T5, method: Method, *, drawn: bool = True, seed: int = 0) -> Attached:
+def attach(model: T5, method: Method, *, drawn: bool = True, seed: int = 0) -> TunedModel:
     """With tuned arrays that matter, or as at the start."""
     attached = method.attach(model, key=jax.random.key(seed), context=Context())
     if drawn:
         # A copy: where weights of the model train, the given one's variables are in it.
         attached = nnx.clone(attached)
         params = param_tree.split(attached)[1]
-        names = [n for n, trains in mask_of(method, list(params)).items() if trains]
+        names = [n for n, trains in trainable_mask(method, list(params)).items() if trains]
         own = {
             n: params[n] + normal(*params[n].shape, seed=i, scale=0.2) for i, n in enumerate(names)
         }
@@ -70,12 +70,12 @@ def _logits(graphdef: Any, params: Any, key: Any = None) -> jax.Array:
     return logits
 
 
-def logits(module: Attached | T5, key: Any = None) -> np.ndarray:
+def logits(module: TunedModel | T5, key: Any = None) -> np.ndarray:
     return np.asarray(_logits(*param_tree.split(module), key))
 
 
-def around(attached: Attached, path: str) -> Any:
-    return linear_maps(attached.model)[path].around
+def adapter(attached: TunedModel, path: str) -> Any:
+    return linear_maps(attached.model)[path].adapter
 
 
 def test_lora_adds_its_scaled_product() -> None:
@@ -85,7 +85,7 @@ def test_lora_adds_its_scaled_product() -> None:
         (LoRA(rank=4, alpha=6.0, rank_stabilized=True), 3.0),
     ):
         attached = attach(model, method)
-        pair = around(attached, QUERY)
+        pair = adapter(attached, QUERY)
         a_DR, b_RF = pair.lora_a_DR.get_value(), pair.lora_b_RF.get_value()
         want = x @ param_tree.split(model)[1][f"{QUERY}/kernel"] + scale * x @ a_DR @ b_RF
         got = linear_maps(attached.model)[QUERY](x)
@@ -115,16 +115,16 @@ def test_lora_drops_on_its_branch_alone_with_a_mask_for_each_map() -> None:
     plain = param_tree.split(model)[1]
     masks = []
     for path in (QUERY, "encoder/layers_0/attention/value"):
-        pair = around(attached, path)
+        pair = adapter(attached, path)
         product_DF = pair.scale * pair.lora_a_DR.get_value() @ pair.lora_b_RF.get_value()
         branch = linear_maps(kept)[path](x) - x @ plain[f"{path}/kernel"]
         # Of full rank it is not: what was dropped is what solves it with entries 0 and 2.
-        drawn = 2.0 * jax.random.bernoulli(linear_maps(kept)[path].around.key, 0.5, x.shape)
+        drawn = 2.0 * jax.random.bernoulli(linear_maps(kept)[path].adapter.key, 0.5, x.shape)
         np.testing.assert_allclose(branch, drawn @ product_DF, atol=1e-4)
         assert 0 < float(drawn.mean()) < 2
         masks.append(np.asarray(drawn))
     assert (masks[0] != masks[1]).any()
-    assert linear_maps(attached.model)[QUERY].around.key is None  # the given one keeps no key
+    assert linear_maps(attached.model)[QUERY].adapter.key is None  # the given one keeps no key
     np.testing.assert_array_equal(logits(attached), logits(attached))
     assert np.abs(logits(attached, key) - logits(attached)).max() > 1e-3
 
@@ -143,13 +143,13 @@ def test_what_is_dropped_depends_on_member_and_step() -> None:
             seeds=(0, 1),
             dropout=True,
             remat=remat,
-            division=Division(parts=2),
+            microbatching=Microbatching(parts=2),
         )
-        tuned = {
+        trainable = {
             name: jnp.concatenate([p + normal(*p.shape[1:], seed=i, scale=0.3)] * 2)
-            for i, (name, p) in enumerate(made.state.tuned.items())
+            for i, (name, p) in enumerate(made.state.trainable.items())
         }
-        made.state = dataclasses.replace(made.state, tuned=tuned)
+        made.state = dataclasses.replace(made.state, trainable=trainable)
         losses.append(np.stack([m.loss_E for m in made.run([twice, twice])]))
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
     assert len(set(losses[0].ravel().tolist())) == 4  # 2 members at 2 steps
@@ -162,14 +162,14 @@ def test_ia3_scales_outputs_and_inputs() -> None:
         ("decoder/layers_0/self_attention/key", D),
         ("encoder/layers_0/mlp/wo", 32),
     ):
-        x, kernel, module = normal(3, inputs), plain[f"{path}/kernel"], around(attached, path)
+        x, kernel, module = normal(3, inputs), plain[f"{path}/kernel"], adapter(attached, path)
         if path.endswith("wo"):
             want = (x * module.scale_D.get_value()) @ kernel
         else:
             want = (x @ kernel) * module.scale_F.get_value()
         np.testing.assert_allclose(linear_maps(attached.model)[path](x), want, atol=1e-5)
     for path in (QUERY, "encoder/layers_0/mlp/wi_0", "decoder/logits_dense"):
-        assert around(attached, path) is None
+        assert adapter(attached, path) is None
 
 
 @pytest.mark.parametrize("biases", [True, False])
@@ -177,7 +177,7 @@ def test_adapters_add_their_bottleneck(biases: bool) -> None:
     model = make_t5(ONE_LAYER)
     attached = attach(model, Adapters(width=5, activation="relu", biases=biases))
     path = "decoder/layers_0/encoder_decoder_attention/out"
-    module, x = around(attached, path), normal(3, D)
+    module, x = adapter(attached, path), normal(3, D)
     y = x @ param_tree.split(model)[1][f"{path}/kernel"]
     low, added = y @ module.down_DR.get_value(), 0.0
     if biases:
@@ -192,17 +192,17 @@ def test_adapters_add_their_bottleneck(biases: bool) -> None:
 def test_adapters_stand_behind_whole_sublayers(kind: Any, ends: tuple[str, ...]) -> None:
     attached = attach(make_t5(T5_1_0), Adapters(kind=kind, width=2), drawn=False)
     for path, linear in linear_maps(attached.model).items():
-        assert (linear.around is not None) == path.endswith(ends)
+        assert (linear.adapter is not None) == path.endswith(ends)
 
 
 def test_patterns_choose_parameters_of_the_model_alone() -> None:
     names = [*(f"model/{name}" for name in param_tree.split(make_t5())[1]), "method/scale"]
-    trained = {n for n, trains in mask_of(PatternTuning(), names).items() if trains}
+    trained = {n for n, trains in trainable_mask(PatternTuning(), names).items() if trains}
     assert trained == {
         n for n in names if n.startswith("model/") and n.endswith(("/scale", "/rel_embedding"))
     }
     one = PatternTuning(patterns=(r"encoder/layers_\d/mlp/wo/kernel",))
-    assert sum(mask_of(one, names).values()) == 2
+    assert sum(trainable_mask(one, names).values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_merged_weights_do_the_same_alone(name: str) -> None:
     if name in ("lora", "ia3"):
         for n, p in param_tree.split(unmerge(plain, attached))[1].items():
             np.testing.assert_allclose(p, before[n], rtol=1e-6, atol=1e-6, err_msg=n)
-        assert around(attached, QUERY) is not None or name == "ia3"
+        assert adapter(attached, QUERY) is not None or name == "ia3"
 
 
 def test_what_cannot_be_merged_is_refused() -> None:
@@ -254,7 +254,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     quantised = make_t5(ONE_LAYER)
     quantize_modules(quantised, "int8")
     zero = attach(model, IA3(), drawn=False)
-    around(zero, "encoder/layers_0/mlp/wo").scale_D.set_value(jnp.zeros(32))
+    adapter(zero, "encoder/layers_0/mlp/wo").scale_D.set_value(jnp.zeros(32))
     prompted = PromptTuning(length=2, init="uniform")
     for do, said in (
         (lambda: merge(attach(quantised, LoRA())), "quantised"),
@@ -272,7 +272,7 @@ def test_weights_are_merged_in_the_dtype_that_they_have() -> None:
     attached = attach(model, LoRA(rank=2))
     kernel = linear_maps(merge(attached))[QUERY].kernel.get_value()
     assert kernel.dtype == jnp.bfloat16
-    pair = around(attached, QUERY)
+    pair = adapter(attached, QUERY)
     want = linear_maps(model)[QUERY].kernel.get_value().astype(jnp.float32) + pair.scale * (
         pair.lora_a_DR.get_value() @ pair.lora_b_RF.get_value()
     )
@@ -289,7 +289,7 @@ def test_it_trains_in_bfloat16_and_beside_narrow_weights(method: Method, quantiz
     quantize_modules(model, quantization)
     adam = Optimizer(name="adamw", learning_rate=0.03, weight_decay=0.0)
     made = Trainer(method, adam, model=model, dropout=False)
-    assert {p.dtype for p in made.state.tuned.values()} == {jnp.dtype("float32")}
+    assert {p.dtype for p in made.state.trainable.values()} == {jnp.dtype("float32")}
     assert any(p.dtype != jnp.float32 for p in made.frozen.values()) == (quantization != "none")
     losses = [float(m.loss_E[0]) for m in made.run([make_batch(1)] * 15)]
     assert losses[-1] < losses[0] - 0.2

@@ -15,7 +15,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prediction import predict
-from prompt_tuning_jax.methods import Attached, Context, MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.methods import Context, MultitaskPrompts, PromptTuning, TunedModel
 from prompt_tuning_jax.methods.multitask import (
     COLS,
     OWN,
@@ -43,7 +43,7 @@ METHODS = {
 }
 
 
-def attach(method: MultitaskPrompts, *, tasks: int = 4) -> Attached:
+def attach(method: MultitaskPrompts, *, tasks: int = 4) -> TunedModel:
     context = Context(vocabulary=Words(), tasks=tasks)
     return method.attach(make_t5(), key=jax.random.key(0), context=context)
 
@@ -56,7 +56,7 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     assert param_tree.count(param_tree.select(params, method.trains)) == count
     arrays = attached.method.arrays()
     prompts = np.stack([combined(combine, arrays, task) for task in TASKS])
-    assert prompts.shape[1] == method.added_length()
+    assert prompts.shape[1] == method.prompt_positions()
     assert np.abs(prompts[0] - prompts[1]).max() > 1e-3
     shared_PD = arrays[SHARED]
     # Tasks start apart from each other, near the shared prompt.
@@ -71,13 +71,13 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
 def test_only_the_tasks_of_a_batch_learn_from_it() -> None:
     attached = attach(METHODS["low_rank"][0])
     graphdef, params = param_tree.split(attached)
-    tuned = param_tree.select(params, lambda name: name.startswith("method/"))
+    trainable = param_tree.select(params, lambda name: name.startswith("method/"))
 
     def loss(own: Any) -> jax.Array:
         merged = param_tree.merge(graphdef, {**params, **own})
         return merged.token_sums(SOURCE, TARGET, TARGET, task_B=TASKS).loss
 
-    gradients = jax.jit(jax.grad(loss))(tuned)
+    gradients = jax.jit(jax.grad(loss))(trainable)
     for name in (COLS, ROWS):
         moved = [bool(np.abs(each).max() > 0) for each in gradients[name]]
         assert moved == [True, False, True, False]
@@ -155,9 +155,9 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
     for own, best in zip(found.per_prompt, done.best, strict=True):
         assert best is not None
         assert own == pytest.approx(dict(best.metrics))
-    tuned = read_best(tmp_path / "multi")
-    assert tuned[TASK].shape == (2, 2, 3, 16)
-    arrays = {name: array[1] for name, array in tuned.items()}
+    trainable = read_best(tmp_path / "multi")
+    assert trainable[TASK].shape == (2, 2, 3, 16)
+    arrays = {name: array[1] for name, array in trainable.items()}
     for number, name in enumerate(names):
         prompt_PD = np.asarray(combined("sum", arrays, number))
         file = tmp_path / f"{number}.safetensors"

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Attached, Context, PromptTuning, PTuning
+from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel
 from prompt_tuning_jax.methods.template import parse_template, place, put
 from prompt_tuning_jax.models.injections import EncoderInput
 from tests.micro import EOS, D, Words, make_t5, normal, shifted, token_rows
@@ -66,7 +66,7 @@ def test_vectors_stand_where_the_template_says(template: str) -> None:
 )
 def test_a_wrong_template_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        list(PTuning(template=template).complaints())
+        list(PTuning(template=template).config_errors())
 
 
 def logits(attached: Any, *given: Any) -> np.ndarray:
@@ -74,8 +74,8 @@ def logits(attached: Any, *given: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(*given))(params))
 
 
-def attach(method: Any, vocabulary: Words | None = None) -> Attached:
-    attached: Attached = method.attach(
+def attach(method: Any, vocabulary: Words | None = None) -> TunedModel:
+    attached: TunedModel = method.attach(
         make_t5(), key=jax.random.key(1), context=Context(vocabulary=vocabulary)
     )
     return attached
@@ -107,20 +107,20 @@ def test_anchors_are_words_before_the_input() -> None:
             ),
         ),
     ],
-    ids=["before", "behind", "around"],
+    ids=["before", "behind", "adapter"],
 )
 def test_what_is_kept_is_plain_and_computes_the_same(
     encoder: Any, template: str, kept: Any
 ) -> None:
     method = PTuning(length=2, hidden=4, encoder=encoder, template=template, dropout=0.0)
     attached = attach(method, Words())
-    found, folded = method.folded(attached)
+    found, for_inference = method.for_inference(attached)
     assert found == kept
-    assert found.added_length() == len(attached.method.placed.anchors)
-    own = param_tree.select(param_tree.split(folded)[1], found.trains)
-    assert param_tree.count(own) == found.added_length() * D
+    assert found.prompt_positions() == len(attached.method.placed.anchors)
+    own = param_tree.select(param_tree.split(for_inference)[1], found.trains)
+    assert param_tree.count(own) == found.prompt_positions() * D
     want = logits(attached, SOURCE, TARGET)
-    np.testing.assert_allclose(logits(folded, SOURCE, TARGET), want, atol=1e-5)
+    np.testing.assert_allclose(logits(for_inference, SOURCE, TARGET), want, atol=1e-5)
     again = attach(found)  # with no vocabulary
     param_tree.require_same_shapes(
         own, param_tree.select(param_tree.split(again)[1], found.trains), of="kept", and_of="new"

@@ -33,14 +33,14 @@ def adapter(folder: Path, *, config: Any = None, **extra: np.ndarray) -> Path:
 
     draw = np.random.default_rng(1)
     shapes = linear_shapes(MODEL)
-    tuned = {}
+    trainable = {}
     for name in shapes:
         if name.endswith("/query") or name == "decoder/logits_dense":
             inputs, outputs = shapes[name]
-            around = f"model/{name}/around"
-            tuned[f"{around}/lora_a_DR"] = draw.normal(size=(inputs, 2)).astype(np.float32)
-            tuned[f"{around}/lora_b_RF"] = draw.normal(size=(2, outputs)).astype(np.float32)
-    write_peft_weights(folder, METHOD, tuned, config=MODEL, base_model_name_or_path="some/base")
+            adapter = f"model/{name}/adapter"
+            trainable[f"{adapter}/lora_a_DR"] = draw.normal(size=(inputs, 2)).astype(np.float32)
+            trainable[f"{adapter}/lora_b_RF"] = draw.normal(size=(2, outputs)).astype(np.float32)
+    write_peft_weights(folder, METHOD, trainable, config=MODEL, base_model_name_or_path="some/base")
     arrays = {n: np.array(a) for n, a in map_safetensors(folder / WEIGHTS).arrays.items()}
     arrays |= {FRONT + name: np.ascontiguousarray(array) for name, array in extra.items()}
     (folder / WEIGHTS).write_bytes(save(arrays, {"format": "pt"}))
@@ -67,9 +67,9 @@ def test_the_models_own_weights_are_passed_over(
     plain = read_peft_weights(adapter(tmp_path / "plain"), MODEL, OWN)
     found = read_peft_weights(adapter(tmp_path / "a", **extra), MODEL, OWN)
     assert found.method == plain.method
-    assert found.tuned.keys() == plain.tuned.keys()
-    for name, array in plain.tuned.items():
-        np.testing.assert_array_equal(found.tuned[name], array)
+    assert found.trainable.keys() == plain.trainable.keys()
+    for name, array in plain.trainable.items():
+        np.testing.assert_array_equal(found.trainable[name], array)
 
 
 def test_a_module_that_was_saved_whole_may_be_the_models_own(tmp_path: Path) -> None:

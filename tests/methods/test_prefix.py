@@ -8,7 +8,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Attached, Context, PrefixTuning
+from prompt_tuning_jax.methods import Context, PrefixTuning, TunedModel
 from tests.micro import T5_1_1, D, Words, make_t5, shifted, token_rows
 
 WORDS = "ab cd ef"
@@ -17,7 +17,7 @@ SOURCE = token_rows([5, 3], 7)
 TARGET = shifted(token_rows([4, 6], 6, seed=1))
 
 
-def attach(method: PrefixTuning, labels: tuple[str, ...] = (WORDS,)) -> Attached:
+def attach(method: PrefixTuning, labels: tuple[str, ...] = (WORDS,)) -> TunedModel:
     context = Context(labels=labels, vocabulary=Words())
     return method.attach(make_t5(), key=jax.random.key(0), context=context)
 
@@ -56,9 +56,9 @@ def test_labels_come_first_and_sampled_pieces_fill_up() -> None:
 def test_attentions_are_chosen_and_each_is_counted(chosen: tuple[str, ...], hidden: int) -> None:
     flags = {name: name in chosen for name in ("encoder", "decoder", "cross")}
     attached = attach(PrefixTuning(length=3, hidden=hidden, **flags))
-    slots = attached.slots(SOURCE)
+    injections = attached.injections(SOURCE)
     for name in flags:
-        assert (getattr(slots, f"{name}_prefixes") is not None) == (name in chosen)
+        assert (getattr(injections, f"{name}_prefixes") is not None) == (name in chosen)
     trained = param_tree.select(param_tree.split(attached)[1], attached.method.config.trains)
     joined = T5_1_1.num_heads * T5_1_1.head_dim
     plain = 2 * 3 * joined * 2
@@ -68,10 +68,10 @@ def test_attentions_are_chosen_and_each_is_counted(chosen: tuple[str, ...], hidd
 
 def test_folding_two_layers_changes_nothing() -> None:
     attached = attach(PrefixTuning(length=3, hidden=5, before=True))
-    method, folded = attached.method.config.folded(attached)
+    method, for_inference = attached.method.config.for_inference(attached)
     assert method == PrefixTuning(length=3, before=True, init="uniform")
     want = logits(attached, SOURCE, TARGET)
-    np.testing.assert_allclose(logits(folded, SOURCE, TARGET), want, atol=1e-5)
+    np.testing.assert_allclose(logits(for_inference, SOURCE, TARGET), want, atol=1e-5)
     assert np.abs(logits(make_t5(), SOURCE, TARGET) - want).max() > 1e-2
 
 

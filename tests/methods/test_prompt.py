@@ -8,7 +8,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.distributed.sharding import RULES
-from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, mask_of
+from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, trainable_mask
 from tests.micro import (
     D,
     Trainer,
@@ -38,10 +38,10 @@ def test_attached_it_is_the_models_own_prompt(shape):
     attached = PromptTuning(length=3).with_prompt(model, prompt)
     got = jax.jit(lambda: attached(SOURCE, TARGET))()
     np.testing.assert_allclose(got, call(model, SOURCE, TARGET, prompt), atol=1e-5)
-    encoded, slots = jax.jit(lambda: attached.encode(SOURCE))()
+    encoded, injections = jax.jit(lambda: attached.encode(SOURCE))()
     rest = model.decode(TARGET, encoded)
     np.testing.assert_allclose(rest, got, atol=1e-5)
-    assert slots.encoder_input.embeddings_BUD.shape == (2, 10, D)
+    assert injections.encoder_input.embeddings_BUD.shape == (2, 10, D)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -53,10 +53,10 @@ def test_it_adds_one_float32_array_that_alone_trains(dtype):
     own = {f"model/{name}" for name in param_tree.split(model)[1]}
     assert params.keys() == own | {PROMPT}
     assert params[PROMPT].shape == (5, D) and params[PROMPT].dtype == jnp.float32
-    mask = mask_of(method, list(params))
-    tuned, frozen = param_tree.partition(params, mask)
-    assert tuned.keys() == {PROMPT} and frozen.keys() == own
-    assert param_tree.count(tuned) == 5 * D
+    mask = trainable_mask(method, list(params))
+    trainable, frozen = param_tree.partition(params, mask)
+    assert trainable.keys() == {PROMPT} and frozen.keys() == own
+    assert param_tree.count(trainable) == 5 * D
     axes = param_tree.logical_axes(attached)
     assert len(axes[PROMPT]) == 2 and all(axis in RULES for axis in axes[PROMPT])
 
@@ -94,14 +94,16 @@ def test_after_some_steps_what_is_frozen_is_bit_identical_and_has_no_optimizer_s
             np.asarray(array).view(np.uint32), before[path].view(np.uint32)
         )
     # Everything that the state holds is as large as the prompt at most, and E-fold.
-    assert trainer.state.tuned.keys() == {PROMPT}
+    assert trainer.state.trainable.keys() == {PROMPT}
     allowed = {(2,), (2, 3, D), (2, 1), (2, 3), (2, D)}
     if "scaled" not in name:  # factored: one number a row and a column
         allowed -= {(2, 3), (2, D)}
     shapes = {leaf.shape for leaf in jax.tree.leaves(trainer.state.opt_state)}
     assert shapes <= allowed
-    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.state.tuned)} == {jnp.dtype("float32")}
-    moved = np.abs(np.asarray(trainer.state.tuned[PROMPT]) - np.stack(prompts))
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainer.state.trainable)} == {
+        jnp.dtype("float32")
+    }
+    moved = np.abs(np.asarray(trainer.state.trainable[PROMPT]) - np.stack(prompts))
     assert (moved > 0).all()
     assert all(np.isfinite(m.loss_E).all() for m in metrics)
 
@@ -114,8 +116,8 @@ def test_a_bfloat16_model_trains_a_float32_prompt_with_small_steps():
         np.testing.assert_array_equal(
             np.asarray(array).view(np.uint16), before[path].view(np.uint16)
         )
-    moved = np.asarray(trainer.state.tuned[PROMPT]) - np.stack(prompts)
-    assert trainer.state.tuned[PROMPT].dtype == jnp.float32
+    moved = np.asarray(trainer.state.trainable[PROMPT]) - np.stack(prompts)
+    assert trainer.state.trainable[PROMPT].dtype == jnp.float32
     assert (moved != 0).mean() > 0.9  # far below what bfloat16 could hold
     assert np.abs(moved).max() < 1e-3
 

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
-from prompt_tuning_jax.models.injections import EncoderInput, Slots
+from prompt_tuning_jax.models.injections import EncoderInput, Injections
 from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
 
 P = 3
@@ -24,7 +24,7 @@ VARIANTS = [
 ]
 
 
-def layout(row, placement):
+def partitioner(row, placement):
     """Each position as ("prompt" | "input", index); where the prompt goes is spelled out here."""
     real = int((row != 0).sum())
     start = {
@@ -40,7 +40,7 @@ def by_hand(prompt_BPD, source, placement):
     embedded = np.asarray(source.embeddings_BUD)
     rows, masks, is_prompt = [], [], []
     for number, tokens in enumerate(TOKENS):
-        places = layout(tokens, placement)
+        places = partitioner(tokens, placement)
         of = {"prompt": prompt_BPD[number], "input": embedded[number]}
         rows.append([of[kind][i] for kind, i in places])
         masks.append([kind == "prompt" or tokens[i] != 0 for kind, i in places])
@@ -63,8 +63,8 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
         method = PromptTuning(length=P, placement=placement).with_prompt(model, prompt).method
         given = EncoderInput(embeddings_BUD=jnp.asarray(rows), mask_BU=jnp.asarray(masks))
         np.testing.assert_allclose(
-            encode(model, TOKENS, slots=method.slots(model, TOKENS)).hidden_BUD,
-            encode(model, TOKENS, slots=Slots(encoder_input=given)).hidden_BUD,
+            encode(model, TOKENS, injections=method.injections(model, TOKENS)).hidden_BUD,
+            encode(model, TOKENS, injections=Injections(encoder_input=given)).hidden_BUD,
             atol=1e-5,
         )
 
@@ -103,7 +103,7 @@ def influence():
         source = EncoderInput(
             embeddings_BUD=x_1UD, mask_BU=mask_1U, attention_mask_BUU=attention_mask_1UU
         )
-        hidden = model.encode(None, slots=Slots(encoder_input=source)).hidden_BUD
+        hidden = model.encode(None, injections=Injections(encoder_input=source)).hidden_BUD
         return jnp.sum(hidden**3, axis=-1)
 
     def of_row(*args):
@@ -120,14 +120,14 @@ def test_gradients_show_who_sees_whom_in_every_variant(influence, placement):
         attached = PromptTuning(length=P, placement=placement, **variant).with_prompt(
             model, normal(P, D, seed=3)
         )
-        source = attached.slots(rows).encoder_input
+        source = attached.injections(rows).encoder_input
         mask = source.attention_mask_BUU
         if all(v in (True, "all") for v in variant.values()):
             assert mask is None
             mask = jnp.ones((len(rows), 9, 9), bool)
         got = np.asarray(influence(source.embeddings_BUD, source.mask_BU, mask)) > 0
         for number, tokens in enumerate(rows):
-            places = layout(tokens, placement)
+            places = partitioner(tokens, placement)
             real = [kind == "prompt" or tokens[i] != 0 for kind, i in places]
             want = [
                 [

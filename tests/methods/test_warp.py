@@ -8,8 +8,8 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.ensemble import Writing, write
-from prompt_tuning_jax.methods import WARP, Attached, Context
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, write
+from prompt_tuning_jax.methods import WARP, Context, TunedModel
 from prompt_tuning_jax.models.quantization import quantize_modules
 from tests.micro import EOS, T5_1_0, T5_1_1, D, Words, call, make_t5, token_rows
 
@@ -26,7 +26,7 @@ def rows_of(*labels: str) -> np.ndarray:
     return rows
 
 
-def attach(model: Any, template: str = "{prompt} {input}") -> Attached:
+def attach(model: Any, template: str = "{prompt} {input}") -> TunedModel:
     method = WARP(length=2, template=template, init_population=0)
     context = Context(labels=LABELS, vocabulary=Words())
     return method.attach(model, key=jax.random.key(0), context=context)
@@ -69,15 +69,15 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
 def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count: int) -> None:
     attached = attach(make_t5(), template)
     graphdef, params = param_tree.split(attached)
-    tuned = param_tree.select(params, attached.method.config.trains)
-    assert param_tree.count(tuned) == count * D
+    trainable = param_tree.select(params, attached.method.config.trains)
+    assert param_tree.count(trainable) == count * D
     targets = rows_of(*LABELS)
 
     def loss(own: Any) -> jax.Array:
         merged = param_tree.merge(graphdef, {**params, **own})
         return merged.token_sums(SOURCE, targets, targets).loss
 
-    for name, gradient in jax.jit(jax.grad(loss))(tuned).items():
+    for name, gradient in jax.jit(jax.grad(loss))(trainable).items():
         assert (np.abs(gradient).max(axis=1) > 0).all(), name
 
 
@@ -85,6 +85,6 @@ def test_what_it_cannot_do_is_said() -> None:
     model = make_t5()
     graphdef, params = param_tree.split(attach(model))
     with pytest.raises(UserError, match="ranks labels and writes no text"):
-        write(graphdef, Writing(), {}, params, SOURCE, jax.random.key(0))
+        write(graphdef, DecodeConfig(), {}, params, SOURCE, jax.random.key(0))
     with pytest.raises(UserError, match=r"give data\.labels"):
         WARP().attach(model, key=jax.random.key(0), context=Context(vocabulary=Words()))

@@ -8,7 +8,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.t5.attention import (
-    HIDDEN,
+    MASK_VALUE,
     bias_of,
     dropout_weights,
     relative_position_bucket,
@@ -89,7 +89,9 @@ def by_hand(attention, x_BTD, y_BUD, bias, prefix):
 def test_attention_by_hand(prefix_batch):
     attention = make_t5().decoder.layers_0.encoder_decoder_attention
     x_BTD, y_BUD = normal(3, 4, D, seed=1), normal(3, 5, D, seed=2)
-    bias = normal(3, HEADS, 4, 5, seed=3) + np.where(normal(3, 1, 4, 5, seed=4) > 0.8, HIDDEN, 0)
+    bias = normal(3, HEADS, 4, 5, seed=3) + np.where(
+        normal(3, 1, 4, 5, seed=4) > 0.8, MASK_VALUE, 0
+    )
     prefix = None
     if prefix_batch:
         (prefix,) = make_prefixes(T5_1_1, layers=1, batch=prefix_batch)
@@ -121,7 +123,7 @@ def test_bias_of_a_mask():
     bias = bias_of(jnp.asarray(mask_BQK))
     assert bias.shape == (1, 1, 2, 2) and bias.dtype == jnp.float32
     np.testing.assert_array_equal(bias[0, 0] == 0, mask_BQK[0])
-    assert (np.asarray(bias)[0, 0][~mask_BQK[0]] == np.float32(HIDDEN)).all()
+    assert (np.asarray(bias)[0, 0][~mask_BQK[0]] == np.float32(MASK_VALUE)).all()
 
 
 def test_dropout_of_weights_is_one_mask_for_all_examples_and_heads():

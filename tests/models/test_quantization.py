@@ -146,7 +146,7 @@ def test_prompts_train_and_no_frozen_array_moves():
     for name, array in trainer.frozen.items():
         assert array.dtype == before[name].dtype
         np.testing.assert_array_equal(np.asarray(array), before[name])
-    assert set(trainer.state.tuned) == {PROMPT}
+    assert set(trainer.state.trainable) == {PROMPT}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,15 +71,15 @@ def test_each_bias_acts_on_its_own_layer():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def one_token_at_a_time(graphdef, params, tokens_BS, prompt, slots):
+def one_token_at_a_time(graphdef, params, tokens_BS, prompt, injections):
     model = param_tree.merge(graphdef, params)
-    encoded = model.encode(SOURCE, prompt, slots=slots)
+    encoded = model.encode(SOURCE, prompt, injections=injections)
     cross, caches = model.start_decoding(encoded, tokens_BS.shape[1])
 
     def step(caches, at):
         position, tokens_B = at
         logits, caches = model.decode_step(
-            tokens_B, position, caches, cross, encoded.mask_BU, slots=slots
+            tokens_B, position, caches, cross, encoded.mask_BU, injections=injections
         )
         return caches, logits
 
@@ -89,16 +89,16 @@ def one_token_at_a_time(graphdef, params, tokens_BS, prompt, slots):
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["", "prefixes"])
 def test_decoding_with_a_cache_gives_the_logits_of_all_positions_at_once(prefixed):
-    from prompt_tuning_jax.models.injections import NO_SLOTS, Slots
+    from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 
-    slots = NO_SLOTS
+    injections = NO_INJECTIONS
     if prefixed:
         prefixes = [make_prefixes(PER_LAYER, layers=2, seed=seed) for seed in range(3)]
         names = ("encoder_prefixes", "decoder_prefixes", "cross_prefixes")
-        slots = Slots(**dict(zip(names, prefixes, strict=True)))
+        injections = Injections(**dict(zip(names, prefixes, strict=True)))
     model = make_t5(PER_LAYER)
-    cached = one_token_at_a_time(*param_tree.split(model), TARGET, PROMPT, slots)
-    want = call(model, SOURCE, TARGET, PROMPT, slots=slots)
+    cached = one_token_at_a_time(*param_tree.split(model), TARGET, PROMPT, injections)
+    want = call(model, SOURCE, TARGET, PROMPT, injections=injections)
     np.testing.assert_allclose(cached, want, atol=2e-5)
 
 

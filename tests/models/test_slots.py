@@ -1,4 +1,4 @@
-"""Slots: what a method fills reaches the pass it is for, and step by step as all at once."""
+"""Injections: what a method fills reaches the pass it is for, and step by step as all at once."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput, Slots
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput, Injections
 from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import (
@@ -33,17 +33,19 @@ PREFIXES = ("encoder_prefixes", "decoder_prefixes", "cross_prefixes")
 
 def filled(*names, batch=1):
     seeds = {name: seed for seed, name in enumerate(PREFIXES)}
-    return Slots(**{n: make_prefixes(T5_1_1, layers=2, batch=batch, seed=seeds[n]) for n in names})
+    return Injections(
+        **{n: make_prefixes(T5_1_1, layers=2, batch=batch, seed=seeds[n]) for n in names}
+    )
 
 
-def step_by_step(model, prompt, slots, *, max_length):
-    encoded = model.encode(SOURCE, prompt, slots=slots)
+def step_by_step(model, prompt, injections, *, max_length):
+    encoded = model.encode(SOURCE, prompt, injections=injections)
     cross, caches = model.start_decoding(encoded, max_length)
 
     def step(caches, tokens_and_position):
         tokens_B, position = tokens_and_position
         logits_BV, caches = model.decode_step(
-            tokens_B, position, caches, cross, encoded.mask_BU, slots=slots
+            tokens_B, position, caches, cross, encoded.mask_BU, injections=injections
         )
         return caches, logits_BV
 
@@ -54,26 +56,26 @@ def step_by_step(model, prompt, slots, *, max_length):
 @pytest.mark.parametrize(
     ("config", "prompt", "slots"),
     [
-        (T5_1_1, None, NO_SLOTS),
-        (T5_1_0, normal(3, D), NO_SLOTS),
+        (T5_1_1, None, NO_INJECTIONS),
+        (T5_1_0, normal(3, D), NO_INJECTIONS),
         (T5_1_1, normal(2, 3, D), filled("decoder_prefixes")),
         (T5_1_1, None, filled("cross_prefixes", batch=2)),
         (T5_1_0, normal(3, D), filled(*PREFIXES, batch=2)),
     ],
     ids=["bare", "1.0 prompt", "decoder prefixes", "cross prefixes", "1.0 all"],
 )
-def test_cached_decoding_gives_the_logits_of_teacher_forcing(config, prompt, slots):
+def test_cached_decoding_gives_the_logits_of_teacher_forcing(config, prompt, injections):
     model = make_t5(config)
     prompt = None if prompt is None else jnp.asarray(prompt)
     # A cache longer than what is written: its empty end must stay hidden.
-    run = jax.jit(lambda slots: step_by_step(model, prompt, slots, max_length=9))
-    want = call(model, SOURCE, TARGET, prompt, slots=slots)
-    np.testing.assert_allclose(run(slots), want, atol=2e-5)
+    run = jax.jit(lambda injections: step_by_step(model, prompt, injections, max_length=9))
+    want = call(model, SOURCE, TARGET, prompt, injections=injections)
+    np.testing.assert_allclose(run(injections), want, atol=2e-5)
 
 
 def test_cached_decoding_in_bfloat16():
     model = make_t5(dtype=jnp.bfloat16)
-    got = jax.jit(lambda: step_by_step(model, None, NO_SLOTS, max_length=6))()
+    got = jax.jit(lambda: step_by_step(model, None, NO_INJECTIONS, max_length=6))()
     want = call(model, SOURCE, TARGET)
     assert got.dtype == jnp.float32
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
@@ -83,8 +85,8 @@ def test_every_prefix_reaches_every_example_from_every_layer_and_position():
     model = make_t5()
     weight = normal(*TARGET.shape, V, seed=8)
 
-    def loss(slots):
-        logits = model(SOURCE, TARGET, slots=slots)
+    def loss(injections):
+        logits = model(SOURCE, TARGET, injections=injections)
         return jnp.stack([jnp.sum(logits[row] * weight[row]) for row in range(2)])
 
     jacobian = jax.jit(jax.jacrev(loss))(filled(*PREFIXES, batch=2))
@@ -102,7 +104,9 @@ def test_one_prefix_for_all_is_the_same_one_for_each():
     one = filled(*PREFIXES)
     each = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
     np.testing.assert_allclose(
-        call(model, SOURCE, TARGET, slots=one), call(model, SOURCE, TARGET, slots=each), atol=1e-5
+        call(model, SOURCE, TARGET, injections=one),
+        call(model, SOURCE, TARGET, injections=each),
+        atol=1e-5,
     )
 
 
@@ -110,8 +114,10 @@ def test_prefixes_of_the_decoder_leave_the_encoder_alone():
     model = make_t5()
     bare = encode(model, SOURCE)
     both = filled("decoder_prefixes", "cross_prefixes")
-    np.testing.assert_array_equal(encode(model, SOURCE, slots=both).hidden_BUD, bare.hidden_BUD)
-    prefixed = encode(model, SOURCE, slots=filled("encoder_prefixes"))
+    np.testing.assert_array_equal(
+        encode(model, SOURCE, injections=both).hidden_BUD, bare.hidden_BUD
+    )
+    prefixed = encode(model, SOURCE, injections=filled("encoder_prefixes"))
     np.testing.assert_array_equal(prefixed.mask_BU, bare.mask_BU)
     assert prefixed.hidden_BUD.shape == bare.hidden_BUD.shape
     assert np.abs(prefixed.hidden_BUD - bare.hidden_BUD).max() > 0.1
@@ -119,12 +125,12 @@ def test_prefixes_of_the_decoder_leave_the_encoder_alone():
 
 def test_the_decoder_stays_causal_behind_a_prefix():
     model = make_t5()
-    slots = filled(*PREFIXES)
-    logits = call(model, SOURCE, TARGET, slots=slots)
+    injections = filled(*PREFIXES)
+    logits = call(model, SOURCE, TARGET, injections=injections)
     for position in range(1, 6):
         changed = TARGET.copy()
         changed[:, position:] = 7
-        other = call(model, SOURCE, changed, slots=slots)
+        other = call(model, SOURCE, changed, injections=injections)
         np.testing.assert_array_equal(other[:, :position], logits[:, :position])
         assert (np.abs(other[:, position] - logits[:, position]).max(axis=-1) > 1e-3).any()
 
@@ -132,9 +138,9 @@ def test_the_decoder_stays_causal_behind_a_prefix():
 def test_an_encoder_input_takes_the_place_of_tokens_and_prompt():
     model = make_t5()
     prompt = normal(3, D)
-    given = Slots(encoder_input=model.embed(SOURCE, jnp.asarray(prompt)))
+    given = Injections(encoder_input=model.embed(SOURCE, jnp.asarray(prompt)))
     want = call(model, SOURCE, TARGET, prompt)
-    np.testing.assert_allclose(call(model, SOURCE * 0, TARGET, slots=given), want, atol=1e-5)
+    np.testing.assert_allclose(call(model, SOURCE * 0, TARGET, injections=given), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -148,7 +154,9 @@ def test_an_attention_mask_takes_sight_away_and_gives_none_back(batch):
         given = EncoderInput(
             embeddings_BUD=x_BUD, mask_BU=source.mask_BU, attention_mask_BUU=allowed_BUU
         )
-        return jnp.sum(model.encode(SOURCE, slots=Slots(encoder_input=given)).hidden_BUD ** 3, -1)
+        return jnp.sum(
+            model.encode(SOURCE, injections=Injections(encoder_input=given)).hidden_BUD ** 3, -1
+        )
 
     jacobian = np.abs(jax.jit(jax.jacrev(hidden))(source.embeddings_BUD)).sum(axis=-1)
     for row in range(2):
@@ -171,15 +179,17 @@ def test_a_new_output_head_is_used_all_at_once_and_step_by_step():
     model: T5 = make_t5()
     model.decoder.logits_dense = Doubled(model.decoder.logits_dense)
     np.testing.assert_allclose(call(model, SOURCE, TARGET), 2 * want, atol=1e-4)
-    by_step = jax.jit(lambda: step_by_step(model, None, NO_SLOTS, max_length=6))()
+    by_step = jax.jit(lambda: step_by_step(model, None, NO_INJECTIONS, max_length=6))()
     np.testing.assert_allclose(by_step, 2 * want, atol=1e-4)
 
 
 def test_slots_are_empty_unless_filled_and_pass_through_jax():
-    assert all(getattr(NO_SLOTS, field.name) is None for field in dataclasses.fields(Slots))
-    slots = filled(*PREFIXES)
-    doubled = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s))(slots)
-    assert isinstance(doubled, Slots) and len(doubled.cross_prefixes) == 2
+    assert all(
+        getattr(NO_INJECTIONS, field.name) is None for field in dataclasses.fields(Injections)
+    )
+    injections = filled(*PREFIXES)
+    doubled = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s))(injections)
+    assert isinstance(doubled, Injections) and len(doubled.cross_prefixes) == 2
     np.testing.assert_array_equal(
-        doubled.cross_prefixes[1].value_BPHK, 2 * slots.cross_prefixes[1].value_BPHK
+        doubled.cross_prefixes[1].value_BPHK, 2 * injections.cross_prefixes[1].value_BPHK
     )

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import PROMPT, PromptTuning, mask_of
+from prompt_tuning_jax.methods import PROMPT, PromptTuning, trainable_mask
 from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
@@ -96,7 +96,7 @@ def sgd(hf):
     model = load(hf / "b_t5_11")
     method = PromptTuning(length=8)
     graphdef, params = param_tree.split(method.with_prompt(model, np.zeros((8, 48), np.float32)))
-    mask = mask_of(method, list(params))
+    mask = trainable_mask(method, list(params))
     _, frozen = param_tree.partition(params, mask)
 
     @functools.cache
@@ -122,7 +122,7 @@ def sgd(hf):
             }
             batch = {name: array[None] for name, array in batch.items()}
             state, metrics = step(state, frozen, batch)
-            yield s, np.asarray(state.tuned[PROMPT][0]), float(metrics.loss_E[0])
+            yield s, np.asarray(state.trainable[PROMPT][0]), float(metrics.loss_E[0])
 
     return run
 

@@ -17,13 +17,13 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.prompts import read_peft_prompts, write_peft_prompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
-    Attached,
     Context,
     DeepPrompts,
     Method,
     MultitaskPrompts,
     PrefixTuning,
     PromptTuning,
+    TunedModel,
 )
 from prompt_tuning_jax.methods.p_tuning import BothWays, LstmEncoder, MlpEncoder
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -65,17 +65,17 @@ def load(folder: Path) -> T5:
     return load_model(str(folder))
 
 
-def attached_with(model: T5, method: Method, tuned: Any) -> Attached:
+def attached_with(model: T5, method: Method, trainable: Any) -> TunedModel:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(fresh)
     own = {name: p for name, p in params.items() if method.trains(name)}
-    param_tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
-    arrays = {name: jnp.asarray(array) for name, array in tuned.items()}
-    merged: Attached = param_tree.merge(graphdef, {**params, **arrays})
+    param_tree.require_same_shapes(trainable, own, of="what is read", and_of="the method")
+    arrays = {name: jnp.asarray(array) for name, array in trainable.items()}
+    merged: TunedModel = param_tree.merge(graphdef, {**params, **arrays})
     return merged
 
 
-def logits(attached: Attached, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
+def logits(attached: TunedModel, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
     graphdef, params = param_tree.split(attached)
     run = jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target, task_B=task_B))
     return np.asarray(run(params))
@@ -92,26 +92,29 @@ def test_adapters_of_peft_give_the_recorded_logits(hf: Path, tmp_path: Path, kin
     write_peft_prompts(
         tmp_path / "ours",
         read.method,
-        read.tuned,
+        read.trainable,
         config=model.config,
         base_model_name_or_path="b_t5_11",
     )
     again = read_peft_prompts(tmp_path / "ours", model.config)
-    assert again.method == read.method and again.tuned.keys() == read.tuned.keys()
-    for name, array in read.tuned.items():
-        np.testing.assert_array_equal(again.tuned[name], array)
+    assert again.method == read.method and again.trainable.keys() == read.trainable.keys()
+    for name, array in read.trainable.items():
+        np.testing.assert_array_equal(again.trainable[name], array)
     source = inputs["input_ids"] * inputs["attention_mask"]
     got = logits(
-        attached_with(model, again.method, again.tuned), source, inputs["decoder_input_ids"], tasks
+        attached_with(model, again.method, again.trainable),
+        source,
+        inputs["decoder_input_ids"],
+        tasks,
     )
     real = inputs["labels"] != -100
     np.testing.assert_allclose(got[real], want["logits"][real], atol=2e-4)
 
 
 def test_the_encoders_of_p_tuning_are_pefts(hf: Path) -> None:
-    def fill(affine: Any, weights: Any, name: str) -> None:
-        affine.kernel_IO.set_value(weights[f"{name}.weight"].T)
-        affine.bias_O.set_value(weights[f"{name}.bias"])
+    def fill(dense: Any, weights: Any, name: str) -> None:
+        dense.kernel_IO.set_value(weights[f"{name}.weight"].T)
+        dense.bias_O.set_value(weights[f"{name}.bias"])
 
     def fill_lstm(both: BothWays, weights: Any, layer: int) -> None:
         for end, lstm in (("", both.forward), ("_reverse", both.backward)):
@@ -159,12 +162,16 @@ def random_multitask() -> dict[str, np.ndarray]:
     ids=["prefix", "p_tuning", "multitask"],
 )
 def test_what_is_written_gives_the_same_logits_in_peft(
-    libraries: Any, tmp_path: Path, method: Method, tuned: Any, tasks: Any
+    libraries: Any, tmp_path: Path, method: Method, trainable: Any, tasks: Any
 ) -> None:
     model = make_t5(SQUARE)
     write_hf(tmp_path / "m", SQUARE, param_tree.split(model)[1], dtype="float32")
     write_peft_prompts(
-        tmp_path / "a", method, tuned, config=SQUARE, base_model_name_or_path=str(tmp_path / "m")
+        tmp_path / "a",
+        method,
+        trainable,
+        config=SQUARE,
+        base_model_name_or_path=str(tmp_path / "m"),
     )
     source, targets = token_rows([5, 3], 7), token_rows([4, 6], 6, seed=1)
     inputs = {"input_ids": source, "attention_mask": source != 0}
@@ -174,7 +181,7 @@ def test_what_is_written_gives_the_same_logits_in_peft(
         tasks = np.asarray(tasks, np.int32)
         inputs |= {"labels": targets, "task_ids": tasks}
     there = in_peft(libraries, tmp_path / "m", tmp_path / "a", inputs)
-    here = logits(attached_with(model, method, tuned), source, shifted(targets), tasks)
+    here = logits(attached_with(model, method, trainable), source, shifted(targets), tasks)
     np.testing.assert_allclose(here, there, atol=2e-4)
 
 
@@ -188,7 +195,7 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
         read_peft_prompts(hf / "peft/b_t5_11/prefix", SQUARE)
 
     two = T5Config(**{**vars(SQUARE), "num_encoder_layers": 2, "num_decoder_layers": 2})
-    for method, tuned, config, message in [
+    for method, trainable, config, message in [
         (PrefixTuning(length=4), random_prefix(3), SQUARE, "method.cross=false"),
         (PREFIX, random_prefix(2), two, "layers 0 and 1 the same prefix"),
         (MultitaskPrompts(combine="sum"), {}, SQUARE, "method.combine=sum"),
@@ -197,7 +204,7 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             write_peft_prompts(
-                tmp_path / "a", method, tuned, config=config, base_model_name_or_path="m"
+                tmp_path / "a", method, trainable, config=config, base_model_name_or_path="m"
             )
     assert not (tmp_path / "a").exists()
 
@@ -205,8 +212,8 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
 def test_a_damaged_adapter_is_reported(tmp_path: Path) -> None:
     method = MultitaskPrompts(length=4, rank=2, tasks=3)
     folder = tmp_path / "a"
-    tuned = random_multitask()
-    write_peft_prompts(folder, method, tuned, config=SQUARE, base_model_name_or_path="m")
+    trainable = random_multitask()
+    write_peft_prompts(folder, method, trainable, config=SQUARE, base_model_name_or_path="m")
     config = json.loads((folder / "adapter_config.json").read_text())
     for changes, message in [
         ({"num_tasks": 4}, r"prefix_task_cols is \[3, 4, 2\].* \[4, 4, 2\]"),

@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints.peft.weights import (
     write_peft_weights,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import IA3, Attached, Context, LoRA, Method, mask_of
+from prompt_tuning_jax.methods import IA3, Context, LoRA, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import T5_1_0, T5_1_1, make_t5, normal, shifted, token_rows
@@ -37,25 +37,29 @@ def hf(shared: Path) -> Path:
     return shared / "fixtures/hf"
 
 
-def attached_with(model: T5, method: Method, tuned: Any) -> Attached:
+def attached_with(model: T5, method: Method, trainable: Any) -> TunedModel:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(fresh)
-    own, frozen = param_tree.partition(params, mask_of(method, list(params)))
-    param_tree.require_same_shapes(tuned, own, of="what is read", and_of="the method")
-    merged: Attached = param_tree.merge(
-        graphdef, {**frozen, **jax.tree.map(jnp.asarray, dict(tuned))}
+    own, frozen = param_tree.partition(params, trainable_mask(method, list(params)))
+    param_tree.require_same_shapes(trainable, own, of="what is read", and_of="the method")
+    merged: TunedModel = param_tree.merge(
+        graphdef, {**frozen, **jax.tree.map(jnp.asarray, dict(trainable))}
     )
     return merged
 
 
-def logits(module: Attached | T5, source: Any, target: Any) -> np.ndarray:
+def logits(module: TunedModel | T5, source: Any, target: Any) -> np.ndarray:
     graphdef, params = param_tree.split(module)
     return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target))(params))
 
 
 def random_tuned(model: T5, method: Method) -> dict[str, np.ndarray]:
     fresh = method.attach(model, key=jax.random.key(0), context=Context())
-    names = [n for n, trains in mask_of(method, list(param_tree.split(fresh)[1])).items() if trains]
+    names = [
+        n
+        for n, trains in trainable_mask(method, list(param_tree.split(fresh)[1])).items()
+        if trains
+    ]
     params = param_tree.split(fresh)[1]
     return {n: normal(*params[n].shape, seed=i, scale=0.3) for i, n in enumerate(names)}
 
@@ -69,7 +73,7 @@ def test_imported_adapters_give_the_recorded_logits(hf: Path, kind: str) -> None
     assert read.base_model_name_or_path == "b_t5_11" and read.peft_version == "0.21.2"
     assert read.method == (IA3() if kind == "ia3" else LoRA(rank=4, alpha=8.0))
     assert peft_kind(folder) == ("IA3" if kind == "ia3" else "LORA")
-    attached = attached_with(model, read.method, read.tuned)
+    attached = attached_with(model, read.method, read.trainable)
     source = inputs["input_ids"] * inputs["attention_mask"]
     real = inputs["labels"] != -100
     got = logits(attached, source, inputs["decoder_input_ids"])
@@ -83,13 +87,17 @@ def test_exported_adapters_are_what_was_imported(hf: Path, tmp_path: Path, kind:
     folder, config = hf / "peft/b_t5_11" / kind, load_model(str(hf / "b_t5_11")).config
     read = read_peft_weights(folder, config)
     write_peft_weights(
-        tmp_path / "a", read.method, read.tuned, config=config, base_model_name_or_path="b_t5_11"
+        tmp_path / "a",
+        read.method,
+        read.trainable,
+        config=config,
+        base_model_name_or_path="b_t5_11",
     )
     assert (tmp_path / "a" / WEIGHTS).stat().st_size > 0
     again = read_peft_weights(tmp_path / "a", config)
-    assert again.method == read.method and again.tuned.keys() == read.tuned.keys()
-    for name, array in read.tuned.items():
-        np.testing.assert_array_equal(again.tuned[name], array)
+    assert again.method == read.method and again.trainable.keys() == read.trainable.keys()
+    for name, array in read.trainable.items():
+        np.testing.assert_array_equal(again.trainable[name], array)
     theirs, ours = (json.loads((f / CONFIG).read_text()) for f in (folder, tmp_path / "a"))
     for field in set(ours) - {"base_model_name_or_path"}:
         both = [
@@ -114,16 +122,20 @@ def test_adapters_from_here_do_the_same_in_peft(
     libraries: Any, tmp_path: Path, name: str, config: Any
 ) -> None:
     method, model = METHODS[name], make_t5(config)
-    tuned = random_tuned(model, method)
+    trainable = random_tuned(model, method)
     write_hf(tmp_path / "m", config, param_tree.split(model)[1], dtype="float32")
     write_peft_weights(
-        tmp_path / "a", method, tuned, config=config, base_model_name_or_path=str(tmp_path / "m")
+        tmp_path / "a",
+        method,
+        trainable,
+        config=config,
+        base_model_name_or_path=str(tmp_path / "m"),
     )
     read = read_peft_weights(tmp_path / "a", config)
-    assert read.tuned.keys() == tuned.keys()
+    assert read.trainable.keys() == trainable.keys()
     inputs = {"input_ids": SOURCE, "attention_mask": SOURCE != 0, "decoder_input_ids": TARGET}
     theirs = in_peft(libraries, tmp_path / "m", tmp_path / "a", inputs)
-    attached = attached_with(model, read.method, read.tuned)
+    attached = attached_with(model, read.method, read.trainable)
     np.testing.assert_allclose(logits(attached, SOURCE, TARGET), theirs, atol=2e-4)
     np.testing.assert_allclose(logits(merge(attached), SOURCE, TARGET), theirs, atol=2e-4)
 
@@ -164,8 +176,10 @@ def test_what_is_no_plain_adapter_of_this_model_is_refused(
     tmp_path: Path, arrays: Any, fields: Any, said: str
 ) -> None:
     method, config = LoRA(rank=4), T5_1_1
-    tuned = random_tuned(make_t5(config), method)
-    write_peft_weights(tmp_path / "a", method, tuned, config=config, base_model_name_or_path="m")
+    trainable = random_tuned(make_t5(config), method)
+    write_peft_weights(
+        tmp_path / "a", method, trainable, config=config, base_model_name_or_path="m"
+    )
     folder = changed(tmp_path / "a", tmp_path / "b", arrays, **fields)
     with pytest.raises(UserError) as caught:
         read_peft_weights(folder, config)
@@ -173,11 +187,11 @@ def test_what_is_no_plain_adapter_of_this_model_is_refused(
 
 
 def test_arrays_of_another_method_or_model_are_not_written(tmp_path: Path) -> None:
-    tuned = random_tuned(make_t5(T5_1_1), LoRA(rank=2))
+    trainable = random_tuned(make_t5(T5_1_1), LoRA(rank=2))
     deeper = dataclasses.replace(T5_1_1, num_encoder_layers=3)
     for method, config in ((IA3(), T5_1_1), (LoRA(rank=2), deeper)):
         with pytest.raises(UserError, match="do not match"):
             write_peft_weights(
-                tmp_path / "a", method, tuned, config=config, base_model_name_or_path="m"
+                tmp_path / "a", method, trainable, config=config, base_model_name_or_path="m"
             )
     assert not (tmp_path / "a").exists()

@@ -8,7 +8,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import PROMPT, PromptTuning, mask_of
+from prompt_tuning_jax.methods import PROMPT, PromptTuning, trainable_mask
 from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
@@ -100,10 +100,10 @@ def test_thirty_training_steps(model, t5x, length, start):
     config = original_optimizer(STARTS[start])
     method = PromptTuning(length=length)
     graphdef, params = param_tree.split(method.with_prompt(model, want[of + "init_prompt"]))
-    mask = mask_of(method, list(params))
-    tuned, frozen = param_tree.partition(params, mask)
+    mask = trainable_mask(method, list(params))
+    trainable, frozen = param_tree.partition(params, mask)
     optimizer = make_optimizer(config, mask)
-    state = init_state({name: p[None] for name, p in tuned.items()}, optimizer)
+    state = init_state({name: p[None] for name, p in trainable.items()}, optimizer)
     step = make_train_step(
         graphdef,
         optimizer,
@@ -125,7 +125,7 @@ def test_thirty_training_steps(model, t5x, length, start):
         )
         # The recorded numbers' own sensitivity: how far a start 1e-6 off drifts.
         drift = 100 * want[of + "sensitivity"][number]
-        got, expected = np.asarray(state.tuned[PROMPT][0]), want[of + "prompts"][number]
+        got, expected = np.asarray(state.trainable[PROMPT][0]), want[of + "prompts"][number]
         scale = np.abs(expected).max()
         np.testing.assert_allclose(got, expected, atol=max(1e-3 * scale, drift))
 

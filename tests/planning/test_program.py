@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
-from prompt_tuning_jax.distributed.partitioner import Layout
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
@@ -30,7 +30,7 @@ EXPERIMENT = Experiment(
 @pytest.mark.parametrize("method", [PromptTuning(length=3, init="uniform"), FullTuning()])
 def test_shapes_are_those_of_the_real_experiment(method):
     experiment = dataclasses.replace(EXPERIMENT, method=method)
-    abstract = abstract_experiment(experiment, T5_1_1, Layout(mesh=make_mesh()))
+    abstract = abstract_experiment(experiment, T5_1_1, Partitioner(mesh=make_mesh()))
     members = build.attach_members(experiment, make_t5(), labels=())
     state, _, _ = build.build_step(experiment, members)
 
@@ -44,7 +44,7 @@ def test_shapes_are_those_of_the_real_experiment(method):
 
 EIGHT = """
 import dataclasses, json
-from prompt_tuning_jax.layout import Layout
+from prompt_tuning_jax.layout import Partitioner
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_train
 from prompt_tuning_jax.sharding import make_mesh
 from tests.micro import ONE_LAYER
@@ -54,7 +54,7 @@ found = {}
 model = dataclasses.replace(EXPERIMENT.model, dtype="bfloat16", param_dtype="bfloat16")
 experiment = dataclasses.replace(EXPERIMENT, model=model)
 for sizes in ({"data": 8}, {"data": 4, "model": 2}):
-    abstract = abstract_experiment(experiment, ONE_LAYER, Layout(mesh=make_mesh(**sizes)))
+    abstract = abstract_experiment(experiment, ONE_LAYER, Partitioner(mesh=make_mesh(**sizes)))
     train = compile_train(experiment, abstract)
     assert train.fits and train.flops > 0 and train.temporary_bytes > 0
     found[str(sizes["data"])] = [[c.kind, list(c.axes), c.bytes] for c in train.collectives]
@@ -67,7 +67,7 @@ def test_the_eval_step_compiles_from_shapes():
         experiment = dataclasses.replace(
             EXPERIMENT, evaluation=Evaluation(strategy=strategy, batch_size=8)
         )
-        abstract = abstract_experiment(experiment, ONE_LAYER, Layout(mesh=make_mesh()))
+        abstract = abstract_experiment(experiment, ONE_LAYER, Partitioner(mesh=make_mesh()))
         program = compile_eval(experiment, abstract)
         assert program.fits and program.flops > 0
 
@@ -108,7 +108,7 @@ def test_prompt_tuning_costs_at_most_seven_tenths_of_model_tuning(vocab_size):
             data=Data(inputs_length=length, targets_length=4),
             training=Training(batch_size=8),
         )
-        abstract = abstract_experiment(experiment, config, Layout(mesh=make_mesh()))
+        abstract = abstract_experiment(experiment, config, Partitioner(mesh=make_mesh()))
         program = compile_train(experiment, abstract)
         flops.append(program.flops)
     assert 0.4 < flops[0] / flops[1] <= 0.70, flops

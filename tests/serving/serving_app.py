@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 
 from prompt_tuning_jax.serving.app import make_app
-from prompt_tuning_jax.serving.changes import KeptChanges
+from prompt_tuning_jax.serving.changes import TaskStore
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.task_store import find_tasks, load_found
-from prompt_tuning_jax.serving.tasks import Fits, Tasks
+from prompt_tuning_jax.serving.tasks import PromptValidator, Tasks
 from tests.serving.serving_micro import D, micro_engine, micro_model, write_prompt
 
 ADMIN = {"Authorization": "Bearer let-me-change"}
@@ -41,19 +41,19 @@ class Compiled:
         self.batches.append(("score", len(rows)))
         return self._engine.score(rows, program)
 
-    def admit(self, rows: Any, slots: Any, program: Any) -> None:
+    def prefill(self, rows: Any, slots: Any, program: Any) -> None:
         self._check(rows)
         self.batches.append(("generate", len(rows)))
-        self._engine.admit(rows, slots, program)
+        self._engine.prefill(rows, slots, program)
 
     def _check(self, rows: Any) -> None:
         if any(self.poison in row.ids for row in rows):
             raise RuntimeError("the device said no")
 
 
-def fits() -> Fits:
+def validator() -> PromptValidator:
     model = micro_model()
-    return Fits(
+    return PromptValidator(
         embed_dim=D,
         fingerprint=FINGERPRINT,
         dtype="float32",
@@ -72,14 +72,14 @@ def task_folder(folder: Path) -> Path:
 
 
 def make_service(folder: Path, *, changes: bool = True, limits: Limits | None = None) -> Service:
-    tasks = [task for found in find_tasks(folder) for task in load_found(found, fits())]
-    kept = KeptChanges(folder)
-    served = kept.apply({task.name: task for task in tasks}, fits())
+    tasks = [task for found in find_tasks(folder) for task in load_found(found, validator())]
+    kept = TaskStore(folder)
+    served = kept.apply({task.name: task for task in tasks}, validator())
     engine: Any = Compiled(micro_engine())
     return Service(
         engine,
         Tasks(served),
-        fits=fits(),
+        validator=validator(),
         kept=kept,
         changes=changes,
         limits=limits or Limits(inputs=20),

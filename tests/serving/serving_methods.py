@@ -13,10 +13,10 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import StoredTuned, save_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
-from prompt_tuning_jax.methods import Attached, Context, LoRA, Method, mask_of
+from prompt_tuning_jax.methods import Context, LoRA, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.launch import Serving, open_service
 from prompt_tuning_jax.serving.service import Service
@@ -36,7 +36,7 @@ Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 def moved(
     method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: int = 1
-) -> Attached:
+) -> TunedModel:
     """Away from where training begins, so that every array matters."""
     model = micro_model()
     context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=tasks)
@@ -53,20 +53,20 @@ def moved(
 
 def stored(
     method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: Sequence[str] = ()
-) -> StoredTuned:
+) -> TunedCheckpoint:
     """What is kept of it."""
     attached = moved(method, seed=seed, labels=labels, tasks=len(tasks) or 1)
-    kept, folded = method.folded(attached)
-    params = param_tree.split(folded)[1]
-    mask = mask_of(kept, list(params))
+    kept, for_inference = method.for_inference(attached)
+    params = param_tree.split(for_inference)[1]
+    mask = trainable_mask(kept, list(params))
     metadata = PromptMetadata(
         model_fingerprint=build.model_fingerprint(micro_model()),
         task="colours",
         seed=seed,
         labels=tuple(labels),
     )
-    return StoredTuned(
-        tuned={name: np.asarray(p) for name, p in params.items() if mask[name]},
+    return TunedCheckpoint(
+        trainable={name: np.asarray(p) for name, p in params.items() if mask[name]},
         method=method_to_json(kept),
         metadata=metadata,
         tasks=tuple(tasks),
@@ -108,4 +108,4 @@ def with_service(service: Service, test: Test) -> None:
 
 def opened_structures(service: Service) -> set[Any]:
     every = [one for task in service.tasks.everything().values() for one in task.prompts]
-    return {one.structure for one in every if isinstance(one, ServedMethod)}
+    return {one.adapter_spec for one in every if isinstance(one, ServedMethod)}

@@ -629,8 +629,8 @@ def test_the_list_of_tasks_shows_no_place_on_the_machine(
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         service.model_name = name
         answer = await client.get("/v1/tasks")
-        (placed,) = [task for task in answer.json()["tasks"] if task["name"] == "placed"]
-        assert placed["prompts"][0].get("trained_on", "") == shown
+        (device_put,) = [task for task in answer.json()["tasks"] if task["name"] == "placed"]
+        assert device_put["prompts"][0].get("trained_on", "") == shown
         assert answer.json()["model"] == shown
         if shown != name:
             assert "someone" not in answer.text

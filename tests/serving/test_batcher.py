@@ -39,7 +39,7 @@ class Counting(Engine):
         self._begin(rows)
         return [[float(sum(row.ids))] for row in rows]
 
-    def admit(self, rows: Any, slots: Any, program: Any) -> None:
+    def prefill(self, rows: Any, slots: Any, program: Any) -> None:
         self._begin(rows)
         assert not {*slots} & {*self.rows}
         self.rows.update({slot: (row, 0) for slot, row in zip(slots, rows, strict=True)})

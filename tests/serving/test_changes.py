@@ -20,18 +20,18 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.changes import BusyError, KeptChanges, StorageError
+from prompt_tuning_jax.serving.changes import BusyError, StorageError, TaskStore
 from prompt_tuning_jax.serving.service import Service
-from tests.serving.serving_app import ADMIN, fits, make_service, running
+from tests.serving.serving_app import ADMIN, make_service, running, validator
 from tests.serving.serving_micro import made_prompt, write_prompt
 from tests.tiny_run import LABELS, ROOT
 
 
-def put(kept: KeptChanges, name: str, content: bytes, *, labels: tuple[str, ...] = ()) -> None:
+def put(kept: TaskStore, name: str, content: bytes, *, labels: tuple[str, ...] = ()) -> None:
     with kept.changing():
-        kept.refreshed(fits(), complain)
-        prompt = kept.check_upload(content, fits(), name="p")
-        kept.put(fits().task(name, [prompt], labels), {"p": content})
+        kept.refreshed(validator(), complain)
+        prompt = kept.check_upload(content, validator(), name="p")
+        kept.put(validator().task(name, [prompt], labels), {"p": content})
 
 
 def complain(name: str, error: UserError) -> None:
@@ -39,7 +39,7 @@ def complain(name: str, error: UserError) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    return [*KeptChanges(folder).apply({}, fits())]
+    return [*TaskStore(folder).apply({}, validator())]
 
 
 def files_in(folder: Path) -> list[str]:
@@ -82,26 +82,26 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, index: str) -> None:
     (tmp_path / ".served").mkdir()
     (tmp_path / ".served" / "tasks.json").write_text(index)
     with pytest.raises(UserError, match=r"tasks\.json") as raised:
-        KeptChanges(tmp_path)
+        TaskStore(tmp_path)
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_two_servers_keep_what_each_has_put(tmp_path: Path, content: bytes) -> None:
     """The second was opened before the first wrote anything."""
-    one, other = KeptChanges(tmp_path), KeptChanges(tmp_path)
-    own = {"plain": fits().task("plain", [made_prompt(3)])}
+    one, other = TaskStore(tmp_path), TaskStore(tmp_path)
+    own = {"plain": validator().task("plain", [made_prompt(3)])}
     for kept in (one, other):
-        kept.apply(own, fits())
+        kept.apply(own, validator())
     put(one, "first", content)
     put(other, "second", content, labels=LABELS)
     with one.changing():
-        tasks = one.refreshed(fits(), complain)
+        tasks = one.refreshed(validator(), complain)
         assert tasks is not None and [*tasks] == ["plain", "first", "second"]
         assert tasks["second"].labels == LABELS
         one.remove("plain")
-    tasks = other.refreshed(fits(), complain)
+    tasks = other.refreshed(validator(), complain)
     assert tasks is not None and [*tasks] == ["first", "second"]
-    assert other.refreshed(fits(), complain) is None  # nothing since
+    assert other.refreshed(validator(), complain) is None  # nothing since
     assert names_in(tmp_path) == ["first", "second"]
     assert len(files_in(tmp_path)) == 3
 
@@ -109,13 +109,13 @@ def test_two_servers_keep_what_each_has_put(tmp_path: Path, content: bytes) -> N
 def test_what_another_server_put_and_does_not_fit_is_left_out(
     tmp_path: Path, content: bytes
 ) -> None:
-    kept = KeptChanges(tmp_path)
-    kept.apply({"long": fits().task("long", [made_prompt(3)])}, fits())
-    put(KeptChanges(tmp_path), "short", content)
+    kept = TaskStore(tmp_path)
+    kept.apply({"long": validator().task("long", [made_prompt(3)])}, validator())
+    put(TaskStore(tmp_path), "short", content)
     longer = write_prompt(tmp_path / "elsewhere" / "long.npy", 9).read_bytes()
-    put(KeptChanges(tmp_path), "long", longer)
+    put(TaskStore(tmp_path), "long", longer)
     said: list[str] = []
-    strict = fits()
+    strict = validator()
     strict = type(strict)(**{**vars(strict), "longest": 7})
     tasks = kept.refreshed(strict, lambda name, error: said.append(f"{name}: {error}"))
     assert tasks is not None and [*tasks] == ["short"]
@@ -126,8 +126,8 @@ def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path: Path, content:
     script = """
 import sys, time
 from pathlib import Path
-from prompt_tuning_jax.serving.changes import KeptChanges
-with KeptChanges(Path(sys.argv[1])).changing():
+from prompt_tuning_jax.serving.changes import TaskStore
+with TaskStore(Path(sys.argv[1])).changing():
     (Path(sys.argv[1]) / ".served" / ".tasks.json.123.tmp").write_text("half of it")
     print("inside", flush=True)
     time.sleep(60)
@@ -137,7 +137,7 @@ with KeptChanges(Path(sys.argv[1])).changing():
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "inside\n"
-        kept = KeptChanges(tmp_path)
+        kept = TaskStore(tmp_path)
         with pytest.raises(BusyError), kept.changing(wait_seconds=0.2):
             pass
     finally:
@@ -150,8 +150,8 @@ with KeptChanges(Path(sys.argv[1])).changing():
 
 
 def _put_ten(folder: str, name: str, content: bytes) -> None:
-    kept = KeptChanges(Path(folder))
-    kept.apply({}, fits())
+    kept = TaskStore(Path(folder))
+    kept.apply({}, validator())
     for number in range(10):
         put(kept, f"{name}{number}", content)
 
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     (tmp_path / ".served").write_text("a file where a folder should be")
-    with pytest.raises(StorageError, match="cannot be kept"), KeptChanges(tmp_path).changing():
+    with pytest.raises(StorageError, match="cannot be kept"), TaskStore(tmp_path).changing():
         pass
 
 
@@ -275,13 +275,13 @@ def test_a_reader_whose_files_are_replaced_meanwhile_reads_again(
     tmp_path: Path, content: bytes
 ) -> None:
     """Hundreds of replacements beside it: it sees one state or the next, and no missing file."""
-    put(KeptChanges(tmp_path), "task", content)
+    put(TaskStore(tmp_path), "task", content)
     other = write_prompt(tmp_path / "elsewhere" / "other.npy", seed=9).read_bytes()
     done = threading.Event()
 
     def change() -> None:
-        kept = KeptChanges(tmp_path)
-        kept.apply({}, fits())
+        kept = TaskStore(tmp_path)
+        kept.apply({}, validator())
         for number in range(40):
             put(kept, "task", content if number % 2 else other)
         done.set()
@@ -298,10 +298,10 @@ def test_a_new_prompt_beside_those_of_the_users_folder(tmp_path: Path) -> None:
     """All of the task is kept then, as it was served."""
     old, new = made_prompt(3, seed=1), made_prompt(4, seed=2)
     content = write_prompt(tmp_path / "new.npy").read_bytes()
-    kept = KeptChanges(tmp_path)
+    kept = TaskStore(tmp_path)
     with kept.changing():
-        kept.put(fits().task("both", [old, new], LABELS), {"seed_2": content})
-    (task,) = KeptChanges(tmp_path).apply({}, fits()).values()
+        kept.put(validator().task("both", [old, new], LABELS), {"seed_2": content})
+    (task,) = TaskStore(tmp_path).apply({}, validator()).values()
     np.testing.assert_array_equal(task.prompts[0].prompt_PD, old.prompt_PD)
     assert [prompt.name for prompt in task.prompts] == ["seed_1", "seed_2"]
     assert task.prompts[0].metadata == PromptMetadata(

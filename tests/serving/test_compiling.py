@@ -169,7 +169,7 @@ def test_text_is_the_same_with_few_programs_and_with_all() -> None:
         for slot, row in enumerate(rows):
             program = engine.usable("generate", [row])
             assert (program.length, program.prompt_length) == (16, 7)
-            one.admit([row], [slot], program)
+            one.prefill([row], [slot], program)
         for _ in range(3):
             seen = one.write(slots=3, width=23)
         assert seen.done_M[:3].all()
@@ -182,7 +182,7 @@ def test_measuring_touches_nothing_that_is_being_written() -> None:
     engine, whole = Bare(), micro_engine()
     engine.compile_first()
     (row,) = drawn_rows(1, seed=6, limit=6)
-    engine.admit([row], [0], engine.usable("generate", [row]))
+    engine.prefill([row], [0], engine.usable("generate", [row]))
     engine.compiler.made.update(engine.all)
     while engine.measure():
         pass
@@ -190,7 +190,7 @@ def test_measuring_touches_nothing_that_is_being_written() -> None:
     for _ in range(3):
         seen = engine.write(slots=1, width=23)
     whole.reset()
-    whole.admit([row], [0], whole.program_for("generate", [row], 1))
+    whole.prefill([row], [0], whole.program_for("generate", [row], 1))
     for _ in range(3):
         expected = whole.write(slots=1, width=23)
     np.testing.assert_array_equal(seen.ids_MS[0], expected.ids_MS[0])

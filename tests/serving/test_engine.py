@@ -12,7 +12,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import LogitsProcessors
-from prompt_tuning_jax.inference.ensemble import Writing, label_scores, write
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
@@ -68,12 +68,12 @@ def _structure(placement: str | None) -> tuple[object, dict, dict]:  # type: ign
 
 def alone(row: Row) -> tuple[object, dict, dict, np.ndarray]:  # type: ignore[type-arg]
     placement = None if row.prompt is None else PLACEMENTS[row.prompt.placement]
-    graphdef, tuned, frozen = _structure(placement)
+    graphdef, trainable, frozen = _structure(placement)
     if row.prompt is not None:
-        tuned = {PROMPT: row.prompt.prompt_PD[None]}
+        trainable = {PROMPT: row.prompt.prompt_PD[None]}
     tokens_1T = np.zeros((1, 16), np.int32)
     tokens_1T[0, : len(row.ids)] = row.ids
-    return graphdef, tuned, frozen, tokens_1T
+    return graphdef, trainable, frozen, tokens_1T
 
 
 def score_alone(row: Row) -> list[float]:
@@ -81,15 +81,15 @@ def score_alone(row: Row) -> list[float]:
     labels_CS[:, 0] = 1
     for label_S, ids in zip(labels_CS, row.targets, strict=False):
         label_S[: len(ids)] = ids
-    graphdef, tuned, frozen, tokens_BT = alone(row)
-    found = label_scores(graphdef, tuned, frozen, tokens_BT, labels_CS, 1)  # type: ignore[arg-type]
+    graphdef, trainable, frozen, tokens_BT = alone(row)
+    found = label_scores(graphdef, trainable, frozen, tokens_BT, labels_CS, 1)  # type: ignore[arg-type]
     scores: list[float] = np.asarray(found)[0, 0].tolist()
     return scores[: len(row.targets)]
 
 
 def write_alone(row: Row) -> tuple[list[int], float]:
-    graphdef, tuned, frozen, tokens_BT = alone(row)
-    writing = Writing(max_length=6)
+    graphdef, trainable, frozen, tokens_BT = alone(row)
+    writing = DecodeConfig(max_length=6)
     processors = LogitsProcessors(
         min_length=jnp.int32(row.min_length),
         repetition_penalty=jnp.float32(row.repetition_penalty),
@@ -97,7 +97,7 @@ def write_alone(row: Row) -> tuple[list[int], float]:
     )
     key = jax.random.key(0)
     ids, scores = write(  # type: ignore[call-overload]
-        graphdef, writing, tuned, frozen, tokens_BT, key, None, None, processors
+        graphdef, writing, trainable, frozen, tokens_BT, key, None, None, processors
     )
     return [int(i) for i in np.asarray(ids)[0, 0]], float(np.asarray(scores)[0, 0])
 
@@ -155,7 +155,7 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
         waiting = waiting[len(now) :]
         if now:
             batch = [rows[number] for number in now]
-            engine.admit(batch, free[: len(now)], engine.program_for("generate", batch, 4))
+            engine.prefill(batch, free[: len(now)], engine.program_for("generate", batch, 4))
             slots.update(zip(free, now, strict=False))
         if not slots:
             break
@@ -180,7 +180,7 @@ def test_a_slot_that_is_given_up_is_free_at_once() -> None:
     engine = micro_engine()
     engine.reset()
     rows = [Row(ids=(5, 1), limit=6), Row(ids=(6, 1), limit=6)]
-    engine.admit(rows, [0, 2], engine.program_for("generate", rows, 4))
+    engine.prefill(rows, [0, 2], engine.program_for("generate", rows, 4))
     seen = engine.write(slots=3, width=23, given_up=[0])
     assert seen.done_M[0] and seen.position_M[0] == 0
     assert seen.position_M[2] > 0

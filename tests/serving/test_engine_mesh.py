@@ -21,7 +21,7 @@ from prompt_tuning_jax.methods import LoRA, PrefixTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Shapes, Targets
-from prompt_tuning_jax.serving.tasks import Fits
+from prompt_tuning_jax.serving.tasks import PromptValidator
 from tests.serving.serving_methods import write_method
 from tests.serving.serving_micro import made_prompt
 
@@ -43,7 +43,9 @@ for file, method in zip(tuned, (LoRA(rank=2), PrefixTuning(length=3))):
 
 
 def answers(model, layout, tuned):
-    fits = Fits(embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary)
+    fits = PromptValidator(
+        embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary
+    )
     opened = MethodsIn(model, fits)
     methods = [opened(file)[0].served for file in tuned]
     engine = Engine(model, shapes=shapes, cache_rows=4, layout=layout, methods=methods)
@@ -55,7 +57,7 @@ def answers(model, layout, tuned):
         written = engine.write_whole(own, engine.program_for("write", own, 4))
         others += [[*ids, log_prob] for ids, log_prob in written]
     scores = engine.score(rows, engine.program_for("score", rows, 4))
-    engine.admit(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
+    engine.prefill(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
     written = [np.asarray(x) for x in engine.write(slots=4, width=13)]
     return np.array(scores), [*written, *map(np.asarray, others)]
 
@@ -64,7 +66,7 @@ for quantization in ("none", "int8"):
     options = {"quantization": quantization, "dtype": "float32"}
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
     experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
-    layout = build.layout_of(experiment)
+    layout = build.partitioner_of(experiment)
     scores, written = answers(build.build_model(experiment, layout=layout), layout, tuned)
     one, one_written = answers(load_model(sys.argv[1], **options), None, tuned)
     np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
 from prompt_tuning_jax.serving.task_store import find_tasks, load_found, task_name
 from prompt_tuning_jax.serving.tasks import check_name, natural
-from tests.serving.serving_app import fits
+from tests.serving.serving_app import validator
 from tests.serving.serving_micro import write_prompt
 from tests.tiny_run import LABELS, model_folder
 
@@ -34,7 +34,7 @@ def make_run(folder: Path, *, task: str = "word_valence", **method: object) -> P
 def test_a_run_is_one_task_with_its_seeds(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (found,) = find_tasks(run)
-    (task,) = load_found(found, fits())
+    (task,) = load_found(found, validator())
     assert (task.name, task.labels) == ("word_valence", LABELS)
     assert [prompt.name for prompt in task.prompts] == ["seed_0", "seed_2", "seed_10"]
     assert default_experiment(str(run)).model.name_or_path == str(model_folder())

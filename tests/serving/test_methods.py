@@ -15,7 +15,7 @@ import pytest
 from prompt_tuning_jax.config.experiment import Evaluation, Experiment
 from prompt_tuning_jax.inference import ensemble
 from prompt_tuning_jax.inference.api import token_ids
-from prompt_tuning_jax.inference.loading import open_prompts
+from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
@@ -79,10 +79,10 @@ def folder_of_all() -> Path:
 def label_scores(file: Path) -> np.ndarray:
     """``[B, C]`` of the inputs and labels, as ``eval`` and ``predict`` rank them."""
     model = micro_model()
-    (members,) = open_prompts(experiment(), model, [str(file)]).groups
+    (members,) = load_prompts(experiment(), model, [str(file)]).groups
     tokens_BT, labels_CS = token_ids(model, INPUTS), token_ids(model, LABELS)
     scores = ensemble.label_scores(
-        members.graphdef, members.tuned, members.frozen, tokens_BT, labels_CS, 1
+        members.graphdef, members.trainable, members.frozen, tokens_BT, labels_CS, 1
     )
     return np.asarray(scores)[0]
 

@@ -79,14 +79,14 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     write_peft_weights(
         folder / "adapter",
         LORA,
-        kept.tuned,
+        kept.trainable,
         config=micro_model().config,
         base_model_name_or_path="micro",
     )
     mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
     save_tuned(folder / "mixture.safetensors", mixture)
     whole = stored(FullTuning(), seed=4)
-    arrays = {name: array[None] for name, array in whole.tuned.items()}
+    arrays = {name: array[None] for name, array in whole.trainable.items()}
     train_state.save(
         folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {"fingerprint": "other"}
     )
@@ -105,13 +105,13 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     for number, name in enumerate(("mixture.first", "mixture.second")):
         (prompt,) = tasks[name].prompts
         assert isinstance(prompt, ServedPrompt)
-        arrays = mixture.tuned
+        arrays = mixture.trainable
         cols, rows = arrays["method/cols_NPR"][number], arrays["method/rows_NRD"][number]
         expected = arrays["method/shared_PD"] * (cols @ rows)
         np.testing.assert_allclose(prompt.prompt_PD, expected, rtol=1e-5)
     (all_weights,) = tasks["whole"].prompts
     assert isinstance(all_weights, ServedMethod)
-    assert all_weights.tuned.keys() == {f"model/{name}" for name in service.engine._params}
+    assert all_weights.trainable.keys() == {f"model/{name}" for name in service.engine._params}
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_what_does_not_fit_is_said_with_its_file(tmp_path: Path, wrong: str, mes
     elif wrong == "unknown":
         save_tuned(file, dataclasses.replace(kept, method='{"class": "Nothing"}'))
     elif wrong == "shapes":
-        cut = {name: array[:-1] for name, array in kept.tuned.items()}
-        save_tuned(file, dataclasses.replace(kept, tuned=cut))
+        cut = {name: array[:-1] for name, array in kept.trainable.items()}
+        save_tuned(file, dataclasses.replace(kept, trainable=cut))
     elif wrong == "labels":
         warp = stored(WARP(length=2))
         metadata = dataclasses.replace(warp.metadata, labels=())

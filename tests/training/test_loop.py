@@ -38,7 +38,7 @@ class Killed(BaseException):
 def start(members: int) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
-        tuned={"p": jnp.zeros((members, 3))},
+        trainable={"p": jnp.zeros((members, 3))},
         opt_state={"v": jnp.ones((members, 3))},
     )
 
@@ -46,13 +46,15 @@ def start(members: int) -> TrainState:
 def step_of(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
     """Each state is a function of the step, so that arrays say when they were."""
     number = int(state.step) + 1
-    members = len(state.tuned["p"])
+    members = len(state.trainable["p"])
     loss_E = jnp.full(members, 1 / number, jnp.float32)
     metrics = StepMetrics(
         loss_E=loss_E, accuracy_E=loss_E, gradient_norm_E=loss_E, update_norm_E=loss_E
     )
-    tuned = {"p": state.tuned["p"] + jnp.arange(members)[:, None] + 1}
-    return TrainState(step=jnp.int32(number), tuned=tuned, opt_state=state.opt_state), metrics
+    trainable = {"p": state.trainable["p"] + jnp.arange(members)[:, None] + 1}
+    return TrainState(
+        step=jnp.int32(number), trainable=trainable, opt_state=state.opt_state
+    ), metrics
 
 
 def loop(folder: Path, scores: Scores, told: list[Any] | None = None, **changes: Any) -> Loop:
@@ -66,11 +68,11 @@ def loop(folder: Path, scores: Scores, told: list[Any] | None = None, **changes:
                 "decoder_target_tokens": np.zeros((members, 1, 1), np.int32),
             }
 
-    def evaluate(tuned: Mapping[str, Any]) -> list[dict[str, float]]:
-        number = int(tuned["p"][0, 0]) // 2 - 1
+    def evaluate(trainable: Mapping[str, Any]) -> list[dict[str, float]]:
+        number = int(trainable["p"][0, 0]) // 2 - 1
         return [{"m": float(own[number]), "other": 1.0} for own in scores]
 
-    def on_best(improved: list[int], tuned: Any, bests: Any) -> None:
+    def on_best(improved: list[int], trainable: Any, bests: Any) -> None:
         if told is not None:
             told.append((improved, [best.step for best in bests]))
 
@@ -359,7 +361,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     """Wherever they are: what is restored is a state that was saved, bit for bit."""
     draw = random.Random(0)
     state = {
-        step: dataclasses.replace(start(2), tuned={"p": jnp.asarray(_noise(step))})
+        step: dataclasses.replace(start(2), trainable={"p": jnp.asarray(_noise(step))})
         for step in (1, 2)
     }
     for step, one in state.items():
@@ -380,7 +382,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             assert found is not None
             step, restored, extra = found
             assert extra == {"step": step, "best": [0.25]}
-            assert np.asarray(restored.tuned["p"]).tobytes() == _noise(step).tobytes()
+            assert np.asarray(restored.trainable["p"]).tobytes() == _noise(step).tobytes()
             assert (step == 1) == ("damaged" in caplog.text)
             noticed += step == 1
     assert noticed > len(files)

@@ -21,7 +21,7 @@ def trained(remat: str) -> tuple[np.ndarray, np.ndarray]:
         remat=remat,
     )
     metrics = trainer.run([make_batch(seed=seed) for seed in range(3)])
-    return np.asarray(trainer.state.tuned[PROMPT]), np.stack([m.loss_E for m in metrics])
+    return np.asarray(trainer.state.trainable[PROMPT]), np.stack([m.loss_E for m in metrics])
 
 
 def test_policies_train_alike():

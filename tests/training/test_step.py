@@ -13,7 +13,7 @@ from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training.losses import token_sums
-from prompt_tuning_jax.training.microbatching import Division
+from prompt_tuning_jax.training.microbatching import Microbatching
 from prompt_tuning_jax.training.step import step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
@@ -27,12 +27,12 @@ def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
     kwargs.setdefault("model", make_t5(ONE_LAYER))
     kwargs.setdefault("seeds", tuple(range(len(starts))))
     parts = kwargs.pop("parts", 1)
-    kwargs["division"] = Division(parts=parts)
+    kwargs["division"] = Microbatching(parts=parts)
     return Trainer(METHOD, optimizer, starts, **kwargs)
 
 
 def prompts(trained):
-    return np.asarray(trained.state.tuned[PROMPT])
+    return np.asarray(trained.state.trainable[PROMPT])
 
 
 def member(batch, e):
@@ -183,7 +183,9 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
     trained = trainer(Optimizer())
     before = trained.state
     # What a step hands through unchanged (slots of a factored moment that is not used) may live on.
-    large = [leaf for leaf in jax.tree.leaves((before.tuned, before.opt_state)) if leaf.ndim == 3]
+    large = [
+        leaf for leaf in jax.tree.leaves((before.trainable, before.opt_state)) if leaf.ndim == 3
+    ]
     assert len(large) == 2  # the prompt and its second moment
     trained.run([make_batch()])
     assert all(leaf.is_deleted() for leaf in large)
@@ -195,7 +197,7 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
 def test_the_program_reuses_the_state_and_copies_no_frozen_array(parts):
     trained = trainer(Optimizer(), starts=STARTS, parts=parts, dropout=False)
     compiled = trained.step.lower(trained.state, trained.frozen, make_batch(3)).compile()
-    prompt = trained.state.tuned[PROMPT]
+    prompt = trained.state.trainable[PROMPT]
     moments = [x for x in jax.tree.leaves(trained.state.opt_state) if x.shape == prompt.shape]
     assert len(moments) == 1
     aliased = compiled.memory_analysis().alias_size_in_bytes

@@ -40,9 +40,9 @@ def own_names(config: T5Config) -> dict[str, str]:
     return found
 
 
-def path_around(name: str, part: str) -> str:
-    """The path of what is around a map, in an ``Attached``."""
-    return f"model/{name}/around/{part}"
+def adapter_path(name: str, part: str) -> str:
+    """The path of what is around a map, in a ``TunedModel``."""
+    return f"model/{name}/adapter/{part}"
 
 
 def maps_chosen_by(patterns: Collection[str], shapes: Mapping[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ class PeftPrompts:
     """
 
     method: PrefixTuning | PromptTuning | MultitaskPrompts
-    tuned: dict[str, HostArray]
+    trainable: dict[str, HostArray]
     base_model_name_or_path: str
     peft_version: str
 
@@ -73,10 +73,10 @@ def read_peft_prompts(folder: str | Path, config: T5Config) -> PeftPrompts:
     if task not in (None, _TASK_TYPE):
         raise UserError(f"{adapter.where}: task_type is {shown(task)}; for a T5 it is {_TASK_TYPE}")
     adapter.require("token_dim", config.embed_dim, "the width of this model")
-    method, tuned = readers[kind](adapter, config)
+    method, trainable = readers[kind](adapter, config)
     return PeftPrompts(
         method=method,
-        tuned=tuned,
+        trainable=trainable,
         base_model_name_or_path=str(adapter.described.get("base_model_name_or_path") or ""),
         peft_version=str(adapter.described.get("peft_version") or ""),
     )
@@ -85,7 +85,7 @@ def read_peft_prompts(folder: str | Path, config: T5Config) -> PeftPrompts:
 def write_peft_prompts(
     folder: str | Path,
     method: Method,
-    tuned: Mapping[str, Array | HostArray],
+    trainable: Mapping[str, Array | HostArray],
     *,
     config: T5Config,
     base_model_name_or_path: str,
@@ -108,7 +108,7 @@ def write_peft_prompts(
         "task_type": _TASK_TYPE,
         "token_dim": config.embed_dim,
     }
-    arrays = {name: np.asarray(array, np.float32) for name, array in tuned.items()}
+    arrays = {name: np.asarray(array, np.float32) for name, array in trainable.items()}
     if isinstance(method, PrefixTuning):
         own, theirs = _written_prefix(method, arrays, config)
     elif isinstance(method, MultitaskPrompts):

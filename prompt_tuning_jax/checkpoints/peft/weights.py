@@ -22,11 +22,11 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     shown,
 )
 from prompt_tuning_jax.checkpoints.peft.modules import (
+    adapter_path,
     linear_shapes,
     maps_chosen_by,
     module_names,
     own_names,
-    path_around,
     patterns_for,
     peft_name,
 )
@@ -63,11 +63,11 @@ _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 class PeftWeights:
     """A PEFT adapter as a method, the arrays that it tunes by path, and where it says it is from.
 
-    Paths are those of an ``Attached``: ``model/encoder/layers_0/attention/query/around/...``.
+    Paths are those of a ``TunedModel``: ``model/encoder/layers_0/attention/query/adapter/...``.
     """
 
     method: LoRA | IA3
-    tuned: dict[str, HostArray]
+    trainable: dict[str, HostArray]
     base_model_name_or_path: str
     peft_version: str
 
@@ -106,10 +106,10 @@ def read_peft_weights(
     require_plausible(arrays, config, of=str(file))
     shapes = linear_shapes(config)
     read = _lora if kind == "LORA" else _ia3
-    method, tuned = read(described, where, _by_map(arrays, shapes, file), shapes, file)
+    method, trainable = read(described, where, _by_map(arrays, shapes, file), shapes, file)
     return PeftWeights(
         method=method,
-        tuned=tuned,
+        trainable=trainable,
         base_model_name_or_path=str(described.get("base_model_name_or_path") or ""),
         peft_version=str(described.get("peft_version") or ""),
     )
@@ -118,14 +118,14 @@ def read_peft_weights(
 def write_peft_weights(
     folder: str | Path,
     method: LoRA | IA3,
-    tuned: Mapping[str, Array | HostArray],
+    trainable: Mapping[str, Array | HostArray],
     *,
     config: T5Config,
     base_model_name_or_path: str,
 ) -> None:
     """Writes the tuned arrays of one member as a folder that PEFT's ``from_pretrained`` loads.
 
-    ``tuned`` are by the paths of an ``Attached``.  Written aside and renamed; in a folder that
+    ``trainable`` are by the paths of a ``TunedModel``.  Written aside and renamed; in a folder that
     exists, other files stay.  Raises UserError for arrays that are not this method's.
     """
     shapes = linear_shapes(config)
@@ -143,7 +143,7 @@ def write_peft_weights(
     if isinstance(method, LoRA):
         targets = maps_chosen_by(method.targets, shapes)
         wanted = {
-            path_around(name, part): (peft_name(name, theirs), True)
+            adapter_path(name, part): (peft_name(name, theirs), True)
             for name in targets
             for part, theirs in (("lora_a_DR", _A), ("lora_b_RF", _B))
         }
@@ -164,7 +164,9 @@ def write_peft_weights(
             maps_chosen_by(method.inputs, shapes),
         )
         parts = [(name, "scale_F") for name in behind] + [(name, "scale_D") for name in before]
-        wanted = {path_around(name, part): (peft_name(name, _SCALE), False) for name, part in parts}
+        wanted = {
+            adapter_path(name, part): (peft_name(name, _SCALE), False) for name, part in parts
+        }
         feedforward = module_names(before, shapes)
         described |= {
             "feedforward_modules": feedforward,
@@ -172,10 +174,10 @@ def write_peft_weights(
             "peft_type": "IA3",
             "target_modules": [*module_names(behind, shapes), *feedforward],
         }
-    require_same_names(tuned, wanted, of="the tuned arrays", and_of=type(method).__name__)
+    require_same_names(trainable, wanted, of="the tuned arrays", and_of=type(method).__name__)
     arrays = {}
     for path, (theirs, transposed) in wanted.items():
-        array = np.asarray(tuned[path], np.float32)
+        array = np.asarray(trainable[path], np.float32)
         if not transposed:  # [out, 1], or [1, in]
             array = array[None] if path.endswith("scale_D") else array[:, None]
         arrays[theirs] = np.ascontiguousarray(array.T if transposed else array)
@@ -201,12 +203,12 @@ def _lora(
             f"{where}: init_lora_weights is {shown(start)}, which changes the model's own weights; "
             "convert the adapter to plain LoRA with PEFT first"
         )
-    tuned = {}
+    trainable = {}
     for name, parts in arrays.items():
         inputs, outputs = shapes[name]
         _require_parts(name, parts, {_A: (rank, inputs), _B: (outputs, rank)}, file)
-        tuned[path_around(name, "lora_a_DR")] = np.ascontiguousarray(parts[_A].T)
-        tuned[path_around(name, "lora_b_RF")] = np.ascontiguousarray(parts[_B].T)
+        trainable[adapter_path(name, "lora_a_DR")] = np.ascontiguousarray(parts[_A].T)
+        trainable[adapter_path(name, "lora_b_RF")] = np.ascontiguousarray(parts[_B].T)
     method = LoRA(
         rank=rank,
         alpha=_number(described, "lora_alpha", 8.0, where),
@@ -214,9 +216,9 @@ def _lora(
         dropout=_number(described, "lora_dropout", 0.0, where),
         targets=patterns_for(arrays, shapes, usual=LoRA().targets),
     )
-    for complaint in method.complaints():
+    for complaint in method.config_errors():
         raise UserError(f"{where}: {complaint}")
-    return method, tuned
+    return method, trainable
 
 
 def _ia3(
@@ -226,7 +228,7 @@ def _ia3(
     shapes: Mapping[str, tuple[int, int]],
     file: Path,
 ) -> tuple[IA3, dict[str, HostArray]]:
-    tuned: dict[str, HostArray] = {}
+    trainable: dict[str, HostArray] = {}
     behind: list[str] = []
     before: list[str] = []
     for name, parts in arrays.items():
@@ -235,13 +237,15 @@ def _ia3(
         is_row = _SCALE in parts and parts[_SCALE].shape == (1, inputs)
         _require_parts(name, parts, {_SCALE: (1, inputs) if is_row else (outputs, 1)}, file)
         (before if is_row else behind).append(name)
-        tuned[path_around(name, "scale_D" if is_row else "scale_F")] = parts[_SCALE].reshape(-1)
+        trainable[adapter_path(name, "scale_D" if is_row else "scale_F")] = parts[_SCALE].reshape(
+            -1
+        )
     usual = IA3()
     method = IA3(
         outputs=patterns_for(behind, shapes, usual=usual.outputs),
         inputs=patterns_for(before, shapes, usual=usual.inputs),
     )
-    return method, tuned
+    return method, trainable
 
 
 def _require_plain(described: Mapping[str, Any], where: Path) -> None:

@@ -51,7 +51,7 @@ class TokenizedExamples:
     inputs_length: int
     targets_length: int
     load_texts: Callable[[], list[Example]]
-    remark: str = ""
+    note: str = ""
     token_ids: TokenIds = T5_IDS
     read_back: Callable[[Sequence[str]], list[str]] | None = None
 
@@ -76,7 +76,7 @@ class TokenizedExamples:
     @property
     def title(self) -> str:
         """What messages call the set: the user's file, or TASK/SPLIT."""
-        return self.task.source.titles.get(self.split, f"{self.task.name}/{self.split}")
+        return self.task.source.display_names.get(self.split, f"{self.task.name}/{self.split}")
 
     @functools.cached_property
     def rewritten(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class TokenizedExamples:
             if cut:
                 one = name if cut != 1 else name.removesuffix("s")
                 line += f"; {cut:,} {one} ({100 * cut / len(self):.1f} %) cut to {length} tokens"
-        return f"{line}; {self.remark}" if self.remark else line
+        return f"{line}; {self.note}" if self.note else line
 
     def digest(self) -> str:
         """Stands for the examples' ids, in their order."""
@@ -241,7 +241,7 @@ def tokenize(
         inputs_length=inputs_length,
         targets_length=targets_length,
         load_texts=entry.load_texts,
-        remark=task.source.remark(split, data_dir),
+        note=task.source.note(split, data_dir),
         token_ids=vocabulary.token_ids,
         read_back=functools.partial(_read_back, vocabulary),
     )

@@ -91,8 +91,8 @@ def demonstrated(
         splits=task.splits,
         rows=rows,
         fingerprint=fingerprint,
-        remark=task.source.remark,
-        titles=task.source.titles,
+        note=task.source.note,
+        display_names=task.source.display_names,
     )
     return dataclasses.replace(task, source=source, preprocess=row_is_example)
 

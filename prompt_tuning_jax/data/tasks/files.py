@@ -86,7 +86,7 @@ def file_task(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),
             fingerprint=lambda split, data_dir: _fingerprint(files[split], sides),
-            titles={split: file.title for split, file in files.items()},
+            display_names={split: file.title for split, file in files.items()},
         ),
         labels=tuple(labels),
         metrics=tuple(get_metric(name, labels=labels) for name in metrics or ("accuracy",)),

@@ -54,8 +54,8 @@ class Source:
     splits: tuple[str, ...]
     rows: Callable[[str, str], Iterable[Row]]
     fingerprint: Callable[[str, str], str]
-    remark: Callable[[str, str], str] = lambda split, data_dir: ""
-    titles: Mapping[str, str] = field(default_factory=dict)
+    note: Callable[[str, str], str] = lambda split, data_dir: ""
+    display_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def row_is_example(row: Row) -> Sequence[Example]:

@@ -54,7 +54,7 @@ def greedy(
     def most_probable(logits_NV: Array, position: Array) -> Array:
         return jnp.argmax(logits_NV, axis=-1).astype(jnp.int32)
 
-    return write_tokens(
+    return decode_loop(
         step,
         cache,
         choose=most_probable,
@@ -74,7 +74,7 @@ class _Loop(NamedTuple):
     cache: Cache
 
 
-def write_tokens(
+def decode_loop(
     step: StepFn,
     cache: Cache,
     *,

@@ -98,7 +98,7 @@ def logits_processors(
     prefix: str = "",
 ) -> LogitsProcessors | None:
     """The processors asked for, None where none is; ``prefix`` goes before names in UserErrors."""
-    for complaint in complaints(
+    for complaint in config_errors(
         min_length=min_length,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
@@ -115,7 +115,7 @@ def logits_processors(
     )
 
 
-def complaints(
+def config_errors(
     *,
     min_length: int,
     repetition_penalty: float,

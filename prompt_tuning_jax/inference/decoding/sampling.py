@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.greedy import T5_IDS, Cache, Decoded, StepFn, write_tokens
+from prompt_tuning_jax.inference.decoding.greedy import T5_IDS, Cache, Decoded, StepFn, decode_loop
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array
@@ -55,7 +55,7 @@ def sample(
         keys_now_N = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_N, position)
         return jax.vmap(draw)(logits_NV, keys_now_N, temperature_N)
 
-    return write_tokens(
+    return decode_loop(
         step,
         cache,
         choose=choose,

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.distributed.partitioner import constrain
+from prompt_tuning_jax.distributed.partitioner import with_logical_constraint
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
-HIDDEN = (
+MASK_VALUE = (
     -1e10
 )  # added to the score of what must not be seen; finite, so a fully hidden row is no NaN
 
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
     def _heads(self, x_BTJ: Array) -> Array:
         x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
         # Whole heads: halves of them would make every score a sum over devices.
-        return constrain(x_BTHK, ("batch", "length", "heads", "kv"))
+        return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))
 
 
 def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> Array:
@@ -160,7 +160,7 @@ def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> A
 
 def bias_of(mask_BQK: Array) -> Array:
     """A boolean (query, key) mask as scores ``[B, 1, Q, K]`` to add."""
-    return jnp.where(mask_BQK[:, None], 0.0, HIDDEN).astype(jnp.float32)
+    return jnp.where(mask_BQK[:, None], 0.0, MASK_VALUE).astype(jnp.float32)
 
 
 def pad_in_front(bias_BHTU: Array, *, to: int) -> Array:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.injections import NO_SLOTS, EncoderInput, KeyValues, Slots
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput, Injections, KeyValues
 from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.t5.attention import SelfCache, bias_of
 from prompt_tuning_jax.models.t5.blocks import (
@@ -52,7 +52,12 @@ class Encoder(nnx.Module):
         return getattr(self, f"layers_{i}")
 
     def __call__(
-        self, source: EncoderInput, *, slots: Slots, key: Array | None, remat: Remat = "none"
+        self,
+        source: EncoderInput,
+        *,
+        injections: Injections,
+        key: Array | None,
+        remat: Remat = "none",
     ) -> Encoded:
         keys = split_key(key, self.num_layers + 2)
         x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
@@ -61,11 +66,11 @@ class Encoder(nnx.Module):
         if source.attention_mask_BUU is not None:
             visible_BUU = visible_BUU & source.attention_mask_BUU
         mask_B1UU = bias_of(visible_BUU)
-        prefixes = slots.encoder_prefixes or (None,) * self.num_layers
+        prefixes = injections.encoder_prefixes or (None,) * self.num_layers
         biases = _position_biases(self, positions_U, positions_U, prefixes)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i, bias in enumerate(biases):
-            prompt = slots.layer_prompts[i] if slots.layer_prompts else None
+            prompt = injections.layer_prompts[i] if injections.layer_prompts else None
             x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
             layer = rematerialised(self.layer(i), remat)
             x_BUD = layer(x_BUD, bias, mask_B1UU, prefixes[i], keys[i])
@@ -116,7 +121,7 @@ class Decoder(nnx.Module):
         cross: tuple[KeyValues, ...],
         encoder_mask_BU: Array,
         *,
-        slots: Slots,
+        injections: Injections,
         key: Array | None,
         remat: Remat = "none",
         caches: tuple[SelfCache, ...] | None = None,
@@ -128,7 +133,7 @@ class Decoder(nnx.Module):
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
         mask_11SS = bias_of(causal_1SS)
-        prefixes = slots.decoder_prefixes or (None,) * self.num_layers
+        prefixes = injections.decoder_prefixes or (None,) * self.num_layers
         biases = _position_biases(self, query_positions, key_positions, prefixes)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
@@ -141,7 +146,7 @@ class Decoder(nnx.Module):
                 mask_11SS,
                 cross_bias,
                 prefixes[i],
-                slots.cross_prefixes[i] if slots.cross_prefixes else None,
+                injections.cross_prefixes[i] if injections.cross_prefixes else None,
                 keys[i],
                 None if caches is None else caches[i],
                 position,
@@ -184,7 +189,7 @@ class T5(nnx.Module):
         """Its sizes, without what is attached; ``nnx.display`` shows every array."""
         config = self.config
         params = param_tree.split(self)[1]
-        arrays = [array for name, array in params.items() if "/around/" not in name]
+        arrays = [array for name, array in params.items() if "/adapter/" not in name]
         number, size = sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
         kinds = ", ".join(sorted({a.dtype.name for a in arrays}))
         return (
@@ -200,14 +205,18 @@ class T5(nnx.Module):
         decoder_input_tokens: Array | HostArray,
         prompt: Array | None = None,
         *,
-        slots: Slots = NO_SLOTS,
+        injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
         keys = split_key(key, 2)
-        encoded = self.encode(encoder_input_tokens, prompt, slots=slots, key=keys[0], remat=remat)
-        return self.decode(decoder_input_tokens, encoded, slots=slots, key=keys[1], remat=remat)
+        encoded = self.encode(
+            encoder_input_tokens, prompt, injections=injections, key=keys[0], remat=remat
+        )
+        return self.decode(
+            decoder_input_tokens, encoded, injections=injections, key=keys[1], remat=remat
+        )
 
     @property
     def token_ids(self) -> TokenIds:
@@ -237,27 +246,29 @@ class T5(nnx.Module):
         tokens_BT: Array | HostArray,
         prompt: Array | None = None,
         *,
-        slots: Slots = NO_SLOTS,
+        injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Encoded:
         """The encoder over the prompt and the tokens, or over ``slots.encoder_input``."""
-        source = slots.encoder_input
+        source = injections.encoder_input
         if source is None:
             source = self.embed(tokens_BT, prompt)
-        return self.encoder(source, slots=slots, key=key, remat=remat)
+        return self.encoder(source, injections=injections, key=key, remat=remat)
 
     def decode(
         self,
         tokens_BS: Array | HostArray,
         encoded: Encoded,
         *,
-        slots: Slots = NO_SLOTS,
+        injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
         """Logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
-        hidden_BSD = self.decode_hidden(tokens_BS, encoded, slots=slots, key=key, remat=remat)
+        hidden_BSD = self.decode_hidden(
+            tokens_BS, encoded, injections=injections, key=key, remat=remat
+        )
         return self.logits(hidden_BSD)
 
     def decode_hidden(
@@ -265,7 +276,7 @@ class T5(nnx.Module):
         tokens_BS: Array | HostArray,
         encoded: Encoded,
         *,
-        slots: Slots = NO_SLOTS,
+        injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
@@ -273,7 +284,7 @@ class T5(nnx.Module):
         cross = self.decoder.cross_keys(encoded)
         embedded_BSD = self.embed_tokens(tokens_BS)
         x_BSD, _ = self.decoder(
-            embedded_BSD, cross, encoded.mask_BU, slots=slots, key=key, remat=remat
+            embedded_BSD, cross, encoded.mask_BU, injections=injections, key=key, remat=remat
         )
         return x_BSD
 
@@ -296,7 +307,7 @@ class T5(nnx.Module):
         cross: tuple[KeyValues, ...],
         encoder_mask_BU: Array,
         *,
-        slots: Slots = NO_SLOTS,
+        injections: Injections = NO_INJECTIONS,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
         """Logits ``[B, V]`` after the token at ``position``, and the caches that hold it."""
         embedded_B1D = self.embed_tokens(tokens_B[:, None])
@@ -304,7 +315,7 @@ class T5(nnx.Module):
             embedded_B1D,
             cross,
             encoder_mask_BU,
-            slots=slots,
+            injections=injections,
             key=None,
             caches=caches,
             position=position,

@@ -28,7 +28,7 @@ def source_of(task: T5Task) -> Source:
         splits=task.splits,
         rows=partial(_rows, dataset=dataset, version=version),
         fingerprint=partial(_fingerprint, dataset=dataset, version=version),
-        remark=partial(_remark, dataset=dataset),
+        note=partial(_remark, dataset=dataset),
     )
 
 

@@ -236,11 +236,11 @@ QUESTION_ANSWERING = (
             has_task_word=False,
             description=f"MRQA's {kind} {title}",
         )
-        for kind, splits, titles in (
+        for kind, splits, display_names in (
             ("out-of-domain set", ("validation",), _OUT_OF_DOMAIN),
             ("in-domain set", ("train", "validation"), _IN_DOMAIN),
         )
-        for short, title in titles.items()
+        for short, title in display_names.items()
     ),
 )
 

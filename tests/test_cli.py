@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-import prompt_tuning_jax
+from prompt_tuning_jax.cli import tasks
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import conversion, evaluation, export, inspection, prediction
 from prompt_tuning_jax.inference.prediction import UNDESCRIBED, Prediction
-from prompt_tuning_jax.inference.prediction_files import form_of, predictions_text
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.training import run
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -34,7 +35,7 @@ COMMANDS = (
     "transfer",
 )
 CONFIG = """
-from prompt_tuning_jax.experiment import Experiment, Training
+from prompt_tuning_jax.config.experiment import Experiment, Training
 from prompt_tuning_jax.methods import PromptTuning
 
 def get_config():
@@ -45,7 +46,7 @@ BASE = Experiment(method=PromptTuning(length=5), training=Training(steps=7))
 
 @dataclass
 class Commands:
-    """Stands in for ``prompt_tuning_jax.commands`` and remembers what it was called with."""
+    """Stands in for the functions behind the commands and remembers their arguments."""
 
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     fails: Exception | None = None
@@ -75,10 +76,6 @@ class Commands:
             title="validation",
             reports=("t/validation: 2 examples",),
         )
-
-    UNDESCRIBED = UNDESCRIBED
-    form_of = staticmethod(form_of)
-    predictions_text = staticmethod(predictions_text)
 
     def predict(self, experiment: Experiment, *, inputs: list[str], **options: Any) -> Any:
         self._call(experiment, inputs=inputs, **options)
@@ -117,11 +114,23 @@ class Commands:
         return SimpleNamespace(what="a model", path=Path("/p"), files=1, bytes=1_500, notes=())
 
 
+_HOMES = {
+    run: ("train",),
+    evaluation: ("evaluate",),
+    prediction: ("predict",),
+    tasks: ("tasks", "examples"),
+    inspection: ("inspect", "describe"),
+    conversion: ("convert",),
+    export: ("merge",),
+}
+
+
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     fake = Commands()
-    monkeypatch.setitem(sys.modules, "prompt_tuning_jax.commands", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(prompt_tuning_jax, "commands", fake, raising=False)
+    for module, names in _HOMES.items():
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(fake, name))
     return fake
 
 
@@ -487,7 +496,7 @@ def test_as_a_program() -> None:
         "from prompt_tuning_jax.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'tensorflow', 'seqio', 'orbax', 'gin', 'prompt_tuning_jax.commands'}\n"
+        "heavy = {'tensorflow', 'seqio', 'orbax', 'gin', 'prompt_tuning_jax.training'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
@@ -504,11 +513,9 @@ def test_as_a_program() -> None:
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     code = (
         "import sys\n"
-        "from types import SimpleNamespace\n"
-        "import prompt_tuning_jax\n"
         "rows = [('field', 'value')] * 100_000\n"
-        "commands = SimpleNamespace(inspect=lambda path: rows)\n"
-        "sys.modules['prompt_tuning_jax.commands'] = prompt_tuning_jax.commands = commands\n"
+        "from prompt_tuning_jax.inference import inspection\n"
+        "inspection.inspect = lambda path: rows\n"
         "from prompt_tuning_jax.cli.main import main\n"
         "sys.exit(main(['inspect', '.']))\n"
     )

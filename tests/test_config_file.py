@@ -9,7 +9,7 @@ from prompt_tuning_jax.errors import UserError
 
 HEAD = """
 import dataclasses
-from prompt_tuning_jax.experiment import Experiment, Optimizer, Training
+from prompt_tuning_jax.config.experiment import Experiment, Optimizer, Training
 from prompt_tuning_jax.methods import PromptTuning
 """
 

@@ -12,62 +12,62 @@ from tests.devices import with_devices
 COMMON = """
 import re, sys
 import jax, numpy as np
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.division import Microbatching
-from prompt_tuning_jax.experiment import Optimizer
-from prompt_tuning_jax.layout import Partitioner
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.training.microbatching import Microbatching
+from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.optim import make_schedule
-from prompt_tuning_jax.sharding import make_mesh, with_rules
+from prompt_tuning_jax.training.optim import make_schedule
+from prompt_tuning_jax.distributed.sharding import make_mesh, with_rules
 from prompt_tuning_jax.training.step import init_state, make_train_step
 from tests.micro import D, ONE_LAYER, Trainer, make_batch, make_t5, normal
 
 assert len(jax.devices()) == 8
 AXES = ("ensemble", "batch", "length")
 
-def trainer(layout, optimizer, *, dropout=False, **kwargs):
+def trainer(partitioner, optimizer, *, dropout=False, **kwargs):
     method, prompts = PromptTuning(length=3), [normal(3, D), normal(3, D, seed=1)]
     model = make_t5(ONE_LAYER, dropout_rate=0.1 if dropout else 0.0)
     kwargs |= dict(dropout=dropout, seeds=(0, 1))
     made = Trainer(method, optimizer, prompts, model=model, **kwargs)
-    if layout is None:
+    if partitioner is None:
         return made
-    axes = tree.logical_axes(method.with_prompt(model, prompts[0]))
-    made.frozen = layout.shard(made.frozen, axes)
-    axes_E = {name: ("ensemble", *axes[name]) for name in made.state.tuned}
-    made.state = init_state(layout.shard(made.state.tuned, axes_E), made.optimizer, layout=layout)
+    axes = param_tree.logical_axes(method.with_prompt(model, prompts[0]))
+    made.frozen = partitioner.shard(made.frozen, axes)
+    axes_E = {name: ("ensemble", *axes[name]) for name in made.state.trainable}
+    made.state = init_state(partitioner.shard(made.state.trainable, axes_E), made.optimizer, partitioner=partitioner)
     made.step = make_train_step(
         made.graphdef,
         made.optimizer,
         make_schedule(optimizer, total_steps=20),
         learning_rates=(optimizer.learning_rate,) * 2,
-        layout=layout,
+        partitioner=partitioner,
         state_shardings=jax.tree.map(lambda x: x.sharding, made.state),
         **kwargs,
     )
     return made
 
-def place(layout, batch):
-    return batch if layout is None else layout.shard_batch(batch, AXES)
+def place(partitioner, batch):
+    return batch if partitioner is None else partitioner.shard_batch(batch, AXES)
 
-def run(layout, *args, **kwargs):
-    made = trainer(layout, *args, total_steps=20, **kwargs) if layout is None else trainer(
-        layout, *args, **kwargs)
+def run(partitioner, *args, **kwargs):
+    made = trainer(partitioner, *args, total_steps=20, **kwargs) if partitioner is None else trainer(
+        partitioner, *args, **kwargs)
     shardings = [x.sharding for x in jax.tree.leaves(made.state)]
-    found = made.run([place(layout, make_batch(2, 8, seed=i)) for i in range(20)])
-    if layout is not None:
+    found = made.run([place(partitioner, make_batch(2, 8, seed=i)) for i in range(20)])
+    if partitioner is not None:
         assert made.step._cache_size() == 1
         assert [x.sharding for x in jax.tree.leaves(made.state)] == shardings
         assert all(m.loss_E.sharding.is_fully_replicated for m in found)
-    return np.stack([m.loss_E for m in found]), np.asarray(made.state.tuned[PROMPT])
+    return np.stack([m.loss_E for m in found]), np.asarray(made.state.trainable[PROMPT])
 
 def same(one, other, tolerance=1e-5):
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
 
-def compiled(layout, **kwargs):
-    made = trainer(layout, Optimizer(), dropout=True, **kwargs)
-    batch = place(layout, make_batch(2, 8))
+def compiled(partitioner, **kwargs):
+    made = trainer(partitioner, Optimizer(), dropout=True, **kwargs)
+    batch = place(partitioner, make_batch(2, 8))
     return made.step.lower(made.state, made.frozen, batch).compile().as_text()
 """
 

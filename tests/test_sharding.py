@@ -172,16 +172,16 @@ EIGHT_DEVICES = """
 import jax, numpy as np
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from prompt_tuning_jax import tree
-from prompt_tuning_jax.experiment import Optimizer
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.sharding import make_mesh, shard
+from prompt_tuning_jax.distributed.sharding import make_mesh, shard
 from tests.micro import D, ONE_LAYER, Trainer, make_batch, make_t5, normal
 
 def run(mesh):
     method, prompt, model = PromptTuning(length=3), normal(3, D), make_t5(ONE_LAYER)
     trainer = Trainer(method, Optimizer(name="sgd"), [prompt], model=model, dropout=False)
-    axes = tree.logical_axes(method.with_prompt(model, prompt))
+    axes = param_tree.logical_axes(method.with_prompt(model, prompt))
     before = trainer.frozen
     if mesh is not None:
         trainer.frozen = shard(before, axes, mesh)
@@ -192,7 +192,7 @@ def run(mesh):
         assert placed.sharding.spec == PartitionSpec("fsdp", "model")
         assert placed.addressable_shards[0].data.shape == (8, 16)
     trainer.run([make_batch(rows=8, seed=i) for i in range(2)])
-    return np.asarray(trainer.state.tuned[PROMPT])
+    return np.asarray(trainer.state.trainable[PROMPT])
 
 assert len(jax.devices()) == 8
 mesh = make_mesh(data=-1, fsdp=2, model=2)
@@ -200,13 +200,13 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
 np.testing.assert_allclose(run(mesh), run(None), atol=1e-4)
 
 # Each process gives the rows that its devices hold, in whatever order these come.
-from prompt_tuning_jax.layout import Partitioner
-layout = Partitioner(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
+from prompt_tuning_jax.distributed.partitioner import Partitioner
+partitioner = Partitioner(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
     "data", "fsdp", "model")))
-rows = layout.rows(8)
+rows = partitioner.rows(8)
 np.testing.assert_array_equal(rows, np.arange(8))
 batch = np.arange(48).reshape(2, 8, 3)
-placed = layout.shard_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
+placed = partitioner.shard_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
 np.testing.assert_array_equal(placed, batch)
 assert placed.sharding.spec == PartitionSpec(None, ("data", "fsdp"), None), placed.sharding
 assert placed.addressable_shards[0].data.shape == (2, 2, 3)

@@ -27,8 +27,8 @@ from tests import tiny_run
 MODULE = """
 import dataclasses, pathlib
 pathlib.Path(__file__).with_suffix(".imported").touch()
-from prompt_tuning_jax.data.files import file_task
-from prompt_tuning_jax.data.task import register
+from prompt_tuning_jax.data.tasks.files import file_task
+from prompt_tuning_jax.data.tasks.task import register
 register(
     dataclasses.replace(file_task(train={train!r}, eval={eval!r}), name="task_of_{name}"),
     replace=True,

@@ -82,10 +82,10 @@ def as_in_the_hubs_cache(folder: Path, cache: Path, name: str) -> Path:
 
 LOAD = """
 import sys
-from prompt_tuning_jax import tree
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 model = load_model(sys.argv[1])
-print(tree.count(tree.split(model)[1]), model.vocabulary is not None)
+print(param_tree.count(param_tree.split(model)[1]), model.vocabulary is not None)
 """
 
 

@@ -99,10 +99,11 @@ import sys
 import jax, numpy as np
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from prompt_tuning_jax import sharding, tree
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.checkpoints.lazy import LazyArray
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.placement import place
+from prompt_tuning_jax.checkpoints.device_put import place
 
 process, processes, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if processes > 1:
@@ -140,12 +141,12 @@ blocks = [((r, r + 8), (c, c + 3)) for r in (0, 8) for c in (0, 3, 6, 9)]
 check(both, ("data", "model"), mine(blocks))
 
 for path in sys.argv[4:]:
-    want = tree.split(load_model(path))[1] if processes == 1 else None
+    want = param_tree.split(load_model(path))[1] if processes == 1 else None
     for mesh in (by_model, both, sharding.make_mesh(fsdp=2, model=4), sharding.make_mesh(fsdp=8)):
         model = load_model(path, mesh=mesh)
-        params = tree.split(model)[1]
+        params = param_tree.split(model)[1]
         layouts = sharding.shardings_of(
-            {name: p.shape for name, p in params.items()}, tree.logical_axes(model), mesh
+            {name: p.shape for name, p in params.items()}, param_tree.logical_axes(model), mesh
         )
         # Eight do not divide the width of the smallest of them.
         assert mesh.shape["fsdp"] == 8 or any(
@@ -156,14 +157,15 @@ for path in sys.argv[4:]:
             if want:
                 np.testing.assert_array_equal(array, want[name])
 if processes == 1:  # what training, evaluation and prediction do
-    from prompt_tuning_jax import build, inference
-    from prompt_tuning_jax.experiment import Experiment, Mesh
+    from prompt_tuning_jax.inference import api
+    from prompt_tuning_jax.training import build
+    from prompt_tuning_jax.config.experiment import Experiment, Mesh
 
     model = build.build_model(Experiment(mesh=Mesh(data=2, model=4)))
     wi = model.encoder.layer(0).mlp.wi_0.kernel.get_value()
     assert wi.sharding == NamedSharding(both, PartitionSpec("fsdp", "model"))
     prompt = np.ones((2, model.config.embed_dim), np.float32)
-    scores = [inference.score(m, ["a b"], ["c"], prompt) for m in (model, load_model("tiny"))]
+    scores = [api.score(m, ["a b"], ["c"], prompt) for m in (model, load_model("tiny"))]
     np.testing.assert_allclose(*scores, rtol=1e-4)
 print("fine")
 """

@@ -146,8 +146,9 @@ def test_an_unknown_task_is_answered_with_the_nearest_name():
 def test_tasks_need_neither_tensorflow_nor_jax():
     code = """
 import sys
-from prompt_tuning_jax.data import files, loader, seqio_bridge, tokenize
-from prompt_tuning_jax.data.task import get_task
+from prompt_tuning_jax.data.batching import loader, tokenize
+from prompt_tuning_jax.data.tasks import files, seqio_bridge
+from prompt_tuning_jax.data.tasks.task import get_task
 from prompt_tuning_jax.errors import UserError
 list(get_task("word_valence").load("test"))
 try:

@@ -197,7 +197,7 @@ def test_with_dropout_it_draws_from_the_key_alone(name: str) -> None:
 EIGHT = """
 import sys
 import jax, numpy as np
-from prompt_tuning_jax.experiment import Mesh
+from prompt_tuning_jax.config.experiment import Mesh
 from tests.method_cases import ONE_OF_EACH, trained
 
 assert len(jax.devices()) == 8

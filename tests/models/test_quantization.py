@@ -234,7 +234,8 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
 EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
-from prompt_tuning_jax import sharding, tree
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.checkpoints.load import load_model
 
 path = sys.argv[1]
@@ -242,7 +243,7 @@ mesh = sharding.make_mesh(fsdp=2, model=4)
 for kind in ("int8", "int4"):
     whole = load_model(path, quantization=kind)
     spread = load_model(path, quantization=kind, mesh=mesh)
-    want, params = tree.split(whole)[1], tree.split(spread)[1]
+    want, params = param_tree.split(whole)[1], param_tree.split(spread)[1]
     for name, array in params.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(want[name]), err_msg=name)
     wi = "encoder/layers_0/mlp/wi_0/kernel"
@@ -250,7 +251,7 @@ for kind in ("int8", "int4"):
     assert params[wi + "_scale"].addressable_shards[0].data.shape == (1, 8)
     assert spread.original_fingerprint == whole.original_fingerprint != ""
 tokens = np.full((8, 4), 7, np.int32)
-run = jax.jit(lambda params, g=tree.split(spread)[0]: tree.merge(g, params)(tokens, tokens))
+run = jax.jit(lambda params, g=param_tree.split(spread)[0]: param_tree.merge(g, params)(tokens, tokens))
 np.testing.assert_allclose(run(params), run(want), rtol=1e-3, atol=1e-3)
 print("fine")
 """

@@ -44,9 +44,9 @@ def test_shapes_are_those_of_the_real_experiment(method):
 
 EIGHT = """
 import dataclasses, json
-from prompt_tuning_jax.layout import Partitioner
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_train
-from prompt_tuning_jax.sharding import make_mesh
+from prompt_tuning_jax.distributed.sharding import make_mesh
 from tests.micro import ONE_LAYER
 from tests.planning.test_program import EXPERIMENT
 

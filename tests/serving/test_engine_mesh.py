@@ -13,10 +13,10 @@ CODE = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from prompt_tuning_jax import build
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.commands.served_methods import MethodsIn
-from prompt_tuning_jax.experiment import Experiment, Mesh, Model
+from prompt_tuning_jax.serving.loading import MethodsIn
+from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model
 from prompt_tuning_jax.methods import LoRA, PrefixTuning
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
@@ -37,18 +37,18 @@ rows = [
     )
     for n in range(4)
 ]
-tuned = [Path(sys.argv[2]) / f"{name}.safetensors" for name in ("lora", "prefix")]
-for file, method in zip(tuned, (LoRA(rank=2), PrefixTuning(length=3))):
+trainable = [Path(sys.argv[2]) / f"{name}.safetensors" for name in ("lora", "prefix")]
+for file, method in zip(trainable, (LoRA(rank=2), PrefixTuning(length=3))):
     write_method(file, method, model_fingerprint="")
 
 
-def answers(model, layout, tuned):
-    fits = PromptValidator(
+def answers(model, partitioner, trainable):
+    validator = PromptValidator(
         embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary
     )
-    opened = MethodsIn(model, fits)
-    methods = [opened(file)[0].served for file in tuned]
-    engine = Engine(model, shapes=shapes, cache_rows=4, layout=layout, methods=methods)
+    opened = MethodsIn(model, validator)
+    methods = [opened(file)[0].served for file in trainable]
+    engine = Engine(model, shapes=shapes, cache_rows=4, partitioner=partitioner, methods=methods)
     engine.compile()
     others = []
     for method in methods:
@@ -66,14 +66,14 @@ for quantization in ("none", "int8"):
     options = {"quantization": quantization, "dtype": "float32"}
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
     experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
-    layout = build.partitioner_of(experiment)
-    scores, written = answers(build.build_model(experiment, layout=layout), layout, tuned)
-    one, one_written = answers(load_model(sys.argv[1], **options), None, tuned)
+    partitioner = build.partitioner_of(experiment)
+    scores, written = answers(build.build_model(experiment, partitioner=partitioner), partitioner, trainable)
+    one, one_written = answers(load_model(sys.argv[1], **options), None, trainable)
     np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(written, one_written):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     print(quantization)
-    tuned = []  # once is enough
+    trainable = []  # once is enough
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 _SCRIPT = """
 import resource, sys, threading
 import numpy as np
-from prompt_tuning_jax.serving.heap import keep_freed_memory
+from prompt_tuning_jax.serving.malloc_trim import keep_freed_memory
 
 assert keep_freed_memory() is (sys.argv[1] == "cpu")
 

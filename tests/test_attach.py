@@ -68,7 +68,7 @@ def test_members_by_their_names(tmp_path: Path) -> None:
     whole = [stored(FullTuning(), seed=seed).trainable for seed in (3, 4)]
     trainable = {name: np.stack([one[name] for one in whole]) for name in whole[0]}
     run = tmp_path / "whole"
-    train_state.save(run / train_state.BEST, 1, {"tuned": trainable}, {"fingerprint": "any"})
+    train_state.save(run / train_state.BEST, 1, {"trainable": trainable}, {"fingerprint": "any"})
     write_json(run, FullTuning(), seeds=(3, 4), learning_rates=(0.5, 0.25))
     params = param_tree.split(pt.attach(model, run, member="seed_4_lr_0.25"))[1]
     assert all(np.array_equal(params[name], whole[1][name]) for name in whole[1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import prompt_tuning_jax
 from prompt_tuning_jax.cli import tasks
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
@@ -303,7 +304,7 @@ def test_warnings_are_notes_said_once(
             log.warning("%d stands in", number)
         return SimpleNamespace(finished=True, stopped_by=0)
 
-    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr(run, "train", train)
     assert main(["train", "c.py"]) == 0
     assert capsys.readouterr().err == "note: 1 stands in\nnote: 2 stands in\n"
     assert not caplog.records  # nor by anybody's handler at the root

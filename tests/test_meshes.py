@@ -35,7 +35,8 @@ def trainer(partitioner, optimizer, *, dropout=False, **kwargs):
     axes = param_tree.logical_axes(method.with_prompt(model, prompts[0]))
     made.frozen = partitioner.shard(made.frozen, axes)
     axes_E = {name: ("ensemble", *axes[name]) for name in made.state.trainable}
-    made.state = init_state(partitioner.shard(made.state.trainable, axes_E), made.optimizer, partitioner=partitioner)
+    trainable = partitioner.shard(made.state.trainable, axes_E)
+    made.state = init_state(trainable, made.optimizer, partitioner=partitioner)
     made.step = make_train_step(
         made.graphdef,
         made.optimizer,
@@ -51,8 +52,9 @@ def place(partitioner, batch):
     return batch if partitioner is None else partitioner.shard_batch(batch, AXES)
 
 def run(partitioner, *args, **kwargs):
-    made = trainer(partitioner, *args, total_steps=20, **kwargs) if partitioner is None else trainer(
-        partitioner, *args, **kwargs)
+    if partitioner is None:
+        kwargs["total_steps"] = 20
+    made = trainer(partitioner, *args, **kwargs)
     shardings = [x.sharding for x in jax.tree.leaves(made.state)]
     found = made.run([place(partitioner, make_batch(2, 8, seed=i)) for i in range(20)])
     if partitioner is not None:
@@ -81,17 +83,17 @@ meshes = {"8x1": dict(data=8), "1x8": dict(data=1, model=8), "2x4": dict(data=2,
 for name, sizes in meshes.items():
     same(run(Partitioner(mesh=make_mesh(**sizes)), adafactor), one)
     print(name, flush=True)
-layout = Partitioner(mesh=make_mesh(**meshes["2x2x2"]))
-same(run(layout, sgd, dropout=True), dropped)
-same(run(layout, sgd, division=Microbatching(parts=2)), run(None, sgd))
+partitioner = Partitioner(mesh=make_mesh(**meshes["2x2x2"]))
+same(run(partitioner, sgd, dropout=True), dropped)
+same(run(partitioner, sgd, microbatching=Microbatching(parts=2)), run(None, sgd))
 # The prompt and its optimizer state divided by rule.
 rules = with_rules(("prompt_embed=model", "vocab=", "embed=", "batch=data+fsdp"))
-layout = Partitioner(mesh=layout.mesh, rules=rules)
-made = trainer(layout, adafactor)
+partitioner = Partitioner(mesh=partitioner.mesh, rules=rules)
+made = trainer(partitioner, adafactor)
 widths = {x.sharding.shard_shape(x.shape)[-1] for x in jax.tree.leaves(made.state) if x.ndim == 3}
 assert widths == {D // 2}, widths
 assert made.frozen["model/token_embedder/embedding"].sharding.is_fully_replicated
-same(run(layout, adafactor), one)
+same(run(partitioner, adafactor), one)
 """
 
 COLLECTIVES = """
@@ -174,20 +176,20 @@ def test_little_crosses_the_mesh_in_a_step() -> None:
 PREDICTIONS = """
 from tests.training.test_evaluate import WORDS, predict
 
-def model_on(layout):
+def model_on(partitioner):
     model = make_t5(ONE_LAYER)
     model.vocabulary = WORDS
-    if layout is not None:
-        params = tree.split(model)[1]
-        tree.fill(model, layout.shard(params, tree.logical_axes(model)))
+    if partitioner is not None:
+        params = param_tree.split(model)[1]
+        param_tree.fill(model, partitioner.shard(params, param_tree.logical_axes(model)))
     return model
 
 one = {strategy: predict(model_on(None), strategy) for strategy in ("rank", "greedy", "beam")}
 # Seven examples in batches of four: neither number can be divided over the mesh.
 for sizes, strategies in ((dict(data=4, fsdp=2), ("rank",)), (dict(data=2, model=4), tuple(one))):
-    layout = Partitioner(mesh=make_mesh(**sizes))
+    partitioner = Partitioner(mesh=make_mesh(**sizes))
     for strategy in strategies:
-        found = predict(model_on(layout), strategy, layout=layout)
+        found = predict(model_on(partitioner), strategy, partitioner=partitioner)
         # Of beams that are as good as each other, the order of a sum decides.
         if strategy != "beam":
             assert found.texts_EN == one[strategy].texts_EN, (sizes, strategy)

@@ -486,7 +486,7 @@ def test_prompts_trained_at_once_equal_prompts_trained_alone(tmp_path: Path) -> 
 def _last_prompt(folder: Path) -> np.ndarray:
     found = train_state.read_latest(folder / "checkpoints/last")
     assert found is not None
-    return found[1][f"tuned/{PROMPT}"]
+    return found[1][f"trainable/{PROMPT}"]
 
 
 def test_accumulated_gradients_are_the_whole_batch_s(tmp_path: Path) -> None:

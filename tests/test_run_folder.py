@@ -14,7 +14,7 @@ from prompt_tuning_jax.training import run_folder
 def test_a_best_checkpoint_says_its_frozen_model(tmp_path: Path) -> None:
     arrays = {PROMPT: np.ones((2, 3, 4), np.float32)}
     for folder, extra in (("whole", {"fingerprint": "f" * 16}), ("nameless", {})):
-        train_state.save(tmp_path / folder / train_state.BEST, 1, {"tuned": arrays}, extra)
+        train_state.save(tmp_path / folder / train_state.BEST, 1, {"trainable": arrays}, extra)
     best, fingerprint = run_folder.read_best_and_model(tmp_path / "whole")
     assert fingerprint == "f" * 16
     np.testing.assert_array_equal(best[PROMPT], arrays[PROMPT])

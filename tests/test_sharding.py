@@ -206,7 +206,8 @@ partitioner = Partitioner(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].r
 rows = partitioner.rows(8)
 np.testing.assert_array_equal(rows, np.arange(8))
 batch = np.arange(48).reshape(2, 8, 3)
-placed = partitioner.shard_rows(batch[:, rows], ("ensemble", "batch", "length"), rows=rows, batch_size=8)
+AXES = ("ensemble", "batch", "length")
+placed = partitioner.shard_rows(batch[:, rows], AXES, rows=rows, batch_size=8)
 np.testing.assert_array_equal(placed, batch)
 assert placed.sharding.spec == PartitionSpec(None, ("data", "fsdp"), None), placed.sharding
 assert placed.addressable_shards[0].data.shape == (2, 2, 3)

@@ -157,7 +157,9 @@ class MultitaskPrompts(Method):
                 f"method.init_path: {self.init_path} has no best checkpoint; give the folder of a "
                 "run of multitask_prompts that has been evaluated"
             )
-        leaves = {name.removeprefix("tuned/"): np.asarray(leaf) for name, leaf in found[1].items()}
+        leaves = {
+            name.removeprefix("trainable/"): np.asarray(leaf) for name, leaf in found[1].items()
+        }
         arrays = {name: leaves[name] for name in (SHARED, *OWN) if name in leaves}
         if SHARED not in arrays or len(arrays) == 1:
             raise UserError(f"method.init_path: {self.init_path} is no run of multitask_prompts")

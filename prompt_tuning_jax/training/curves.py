@@ -83,8 +83,8 @@ def plot_curves(
 
     with matplotlib.rc_context(dict(STYLE)):
         # Figure without pyplot: the Agg canvas, no display and no state that outlives this call.
-        partitioner = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, partitioner=partitioner)
+        engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, layout=engine)
         axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
         _draw_loss(axes[0], train_steps, losses_ER)
         for axis, name in zip(axes[1:], shown, strict=True):

@@ -145,8 +145,8 @@ def read_best(folder: Path) -> dict[str, HostArray]:
 def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
     """The same, and the fingerprint of the frozen model that they were trained on."""
     leaves, extra = _best_checkpoint(folder)
-    trainable = {name for name in leaves if name.startswith("tuned/")}
-    best = {name.removeprefix("tuned/"): np.asarray(leaves[name]) for name in trainable}
+    trainable = {name for name in leaves if name.startswith("trainable/")}
+    best = {name.removeprefix("trainable/"): np.asarray(leaves[name]) for name in trainable}
     fingerprint = extra.get("fingerprint")
     if not isinstance(fingerprint, str):
         raise UserError(

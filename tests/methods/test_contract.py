@@ -157,10 +157,10 @@ def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) ->
     attached = member(name, 1)
     method, for_inference = CASES[name].method.for_inference(attached)
     kept = tuned_of(method, for_inference)
-    train_state.save(tmp_path, 1, {"tuned": kept}, {})
+    train_state.save(tmp_path, 1, {"trainable": kept}, {})
     found = train_state.read_latest(tmp_path)
     assert found is not None
-    read = {key.removeprefix("tuned/"): array for key, array in found[1].items()}
+    read = {key.removeprefix("trainable/"): array for key, array in found[1].items()}
     assert read.keys() == kept.keys()
     for key, array in kept.items():
         np.testing.assert_array_equal(read[key], array, err_msg=key)

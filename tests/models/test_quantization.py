@@ -251,7 +251,8 @@ for kind in ("int8", "int4"):
     assert params[wi + "_scale"].addressable_shards[0].data.shape == (1, 8)
     assert spread.original_fingerprint == whole.original_fingerprint != ""
 tokens = np.full((8, 4), 7, np.int32)
-run = jax.jit(lambda params, g=param_tree.split(spread)[0]: param_tree.merge(g, params)(tokens, tokens))
+graphdef = param_tree.split(spread)[0]
+run = jax.jit(lambda params: param_tree.merge(graphdef, params)(tokens, tokens))
 np.testing.assert_allclose(run(params), run(want), rtol=1e-3, atol=1e-3)
 print("fine")
 """

@@ -67,7 +67,8 @@ for quantization in ("none", "int8"):
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
     experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
     partitioner = build.partitioner_of(experiment)
-    scores, written = answers(build.build_model(experiment, partitioner=partitioner), partitioner, trainable)
+    model = build.build_model(experiment, partitioner=partitioner)
+    scores, written = answers(model, partitioner, trainable)
     one, one_written = answers(load_model(sys.argv[1], **options), None, trainable)
     np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(written, one_written):

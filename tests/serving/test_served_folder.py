@@ -88,7 +88,7 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     whole = stored(FullTuning(), seed=4)
     arrays = {name: array[None] for name, array in whole.trainable.items()}
     train_state.save(
-        folder / "whole" / train_state.BEST, 1, {"tuned": arrays}, {"fingerprint": "other"}
+        folder / "whole" / train_state.BEST, 1, {"trainable": arrays}, {"fingerprint": "other"}
     )
     write_json(folder / "whole", FullTuning())
     service = opened(folder)

@@ -27,7 +27,7 @@ def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
     kwargs.setdefault("model", make_t5(ONE_LAYER))
     kwargs.setdefault("seeds", tuple(range(len(starts))))
     parts = kwargs.pop("parts", 1)
-    kwargs["division"] = Microbatching(parts=parts)
+    kwargs["microbatching"] = Microbatching(parts=parts)
     return Trainer(METHOD, optimizer, starts, **kwargs)
 
 

@@ -44,7 +44,7 @@ def test_all_are_listed_with_what_they_say_of_themselves(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_written_as_it_is_but_for_the_command_in_it(name: str, folder: Path) -> None:
-    path = init(name)
+    path = init.init(name)
     assert path == Path(Path(name).name)
     original = ROOT / "configs" / name
     text = path.read_text()
@@ -58,7 +58,7 @@ def test_each_is_written_as_it_is_but_for_the_command_in_it(name: str, folder: P
 
 @pytest.mark.parametrize("given", ["lora", "lora.py", "configs/lora.py"])
 def test_names_as_people_type_them(given: str) -> None:
-    assert init(given) == Path("lora.py")
+    assert init.init(given) == Path("lora.py")
 
 
 def test_nothing_is_overwritten_unless_told(
@@ -77,7 +77,7 @@ def test_nothing_is_overwritten_unless_told(
 @pytest.mark.parametrize("name", ["lroa", "../pyproject.toml", "/etc/passwd", ""])
 def test_what_is_no_example(name: str, folder: Path) -> None:
     with pytest.raises(UserError, match="no example config"):
-        init(name)
+        init.init(name)
     assert not [*folder.iterdir()]
 
 

@@ -21,7 +21,12 @@ from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.pretraining import probes
 from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.text_corpus import load_corpus
-from prompt_tuning_jax.pretraining.text_data import TextData, open_text_data, text_losses
+from prompt_tuning_jax.pretraining.text_data import (
+    TextData,
+    open_text_data,
+    start_from_cooccurrence,
+    text_losses,
+)
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import measurements, outcome
@@ -196,7 +201,7 @@ def test_objectives_and_weights_are_as_asked() -> None:
 def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
     assert train(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
-    losses = text_data.text_losses
+    losses = text_losses
 
     class Killed(BaseException):
         pass
@@ -239,7 +244,7 @@ def test_the_start_from_cooccurrence(micro: T5Config) -> None:
     corpus = load_corpus(tiny_run.text_folder(), words)
     model = random_model("micro", vocabulary=str(tiny_run.vocabulary_file()))
     before = param_tree.split(model)[1]
-    text_data.start_from_cooccurrence(model, corpus)
+    start_from_cooccurrence(model, corpus)
     after = param_tree.split(model)[1]
     table_VD = cooccurrence_embeddings(
         corpus.tokens, vocab_size=micro.vocab_size, embed_dim=micro.embed_dim

@@ -18,7 +18,7 @@
 #   --dry_run         prints the commands, and runs none
 #
 # --workdir and files of your own must be on a file system that all hosts see.  When one process
-# fails, all stop; the same command goes on from the last checkpoint.  More: scripts/LAUNCH.md.
+# fails, all stop; the same command goes on from the last checkpoint.  More: docs/distributed.md.
 set -euo pipefail
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }

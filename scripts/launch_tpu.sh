@@ -14,7 +14,7 @@
 # that all hosts see (Filestore by NFS, for instance).  When one host fails, all stop; the same
 # command goes on from the last checkpoint.  Stop a run with Ctrl-C here, or with
 # `gcloud compute tpus tpu-vm ssh NAME --worker=0 --command='pkill -TERM -f "prompt-tuning train"'`,
-# which saves first.  More: scripts/LAUNCH.md.
+# which saves first.  More: docs/distributed.md.
 set -euo pipefail
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }

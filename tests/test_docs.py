@@ -21,13 +21,14 @@ from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
+from prompt_tuning_jax.config.overrides import apply_overrides, to_json
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.tasks.task import get_task
 from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.config.overrides import apply_overrides, to_json
-from prompt_tuning_jax.training.run_folder import export_prompt
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
+from prompt_tuning_jax.training.run_folder import export_prompt
 from prompt_tuning_jax.typing import Array
-from prompt_tuning_jax.config.validation import validate
 from tests.micro import ONE_LAYER, D, call, make_t5
 from tests.script import SCRIPTS, load_script
 from tests.tiny_run import CONFIG, LABELS, experiment, model_folder
@@ -175,7 +176,7 @@ def test_fields_in_sentences_exist(page: str) -> None:
         for field in dataclasses.fields(cls)
     }
     for code in inline_code(page):
-        match = re.fullmatch(rf"(?:--set )?((?:{'|'.join(hints)})\.[a-z]\w*)(=.*)?", code)
+        match = re.fullmatch(rf"(?:--set )?((?:{'|'.join(hints)})\.(?!py$)[a-z]\w*)(=.*)?", code)
         assert match is None or match[1] in fields, code
 
 
@@ -242,6 +243,17 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     assert (DOCS / "configuration.md").read_text() == made, "run python scripts/config_reference"
     described = load_script("config_reference").field_comments(type(Experiment().data))
     assert described["buckets"].startswith("Batches") and described["cache"] == ""
+
+
+def test_the_task_of_the_guide_is_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prompt_tuning_jax.data.tasks.task._registered", {})
+    (code,) = [block for _, block in python_blocks() if "register(" in block]
+    exec(compile(code, "development.md", "exec"), {})
+    task = get_task("parity")
+    (first, *_), examples = task.load("validation"), list(task.load("train"))
+    assert first == {"inputs": "parity: 900", "targets": "even"} and len(examples) == 900
+    assert task.from_text is not None and task.from_text("7") == "parity: 7"
+    assert task.score([first], ["odd"])["accuracy"] == 0
 
 
 def test_the_method_of_the_guide_is_a_method() -> None:

@@ -62,7 +62,10 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")},
             "a.jsonl:2: not JSON, or cut",
         ),
-        (lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')}, "a.jsonl:2: an array where"),
+        (
+            lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')},
+            "a.jsonl:2: an array where",
+        ),
         (
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, '{"input": "x", "targets": "red"}')},
             "a.jsonl:2: no column 'inputs': did you mean 'input'",

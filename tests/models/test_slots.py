@@ -54,7 +54,7 @@ def step_by_step(model, prompt, injections, *, max_length):
 
 
 @pytest.mark.parametrize(
-    ("config", "prompt", "slots"),
+    ("config", "prompt", "injections"),
     [
         (T5_1_1, None, NO_INJECTIONS),
         (T5_1_0, normal(3, D), NO_INJECTIONS),

@@ -153,7 +153,7 @@ def random_multitask() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("method", "tuned", "tasks"),
+    ("method", "trainable", "tasks"),
     [
         (PREFIX, random_prefix(3), None),
         (PromptTuning(length=4, init="uniform"), {"method/prompt_PD": normal(4, 16)}, None),

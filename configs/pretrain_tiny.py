@@ -25,8 +25,8 @@ def get_config() -> Experiment:
             objectives=(
                 "span_corruption",
                 "prefix_lm",
-                "label_by_likeness",
-                "label_by_presence",
+                "label_by_similarity",
+                "label_by_keyword",
                 "label_by_topic",
                 "missing_word",
                 "dictionary",

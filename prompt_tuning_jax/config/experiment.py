@@ -1,41 +1,44 @@
-"""An experiment is data: model + method + data + optimizer + training + evaluation + mesh."""
+"""An experiment is data: model + method + data + optimizer + training + evaluation + mesh.
+
+The comment above or beside a field is its documentation; see ``field_docs``.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.methods import Config, Method, PromptTuning
 
-# Before the name of a module that only a run's folder names: such a module is never imported.
+# Prefix of a module name that only a run's folder names: such a module is never imported.
 NOT_IMPORTED = "not imported: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Config):
-    """Which frozen T5, and how its numbers are held.
+    """The frozen model and the precision of its weights."""
 
-    ``name_or_path`` is a bundled name (``tiny``), a folder, or with ``random_weights`` a preset.
-    """
-
+    # Bundled model (``tiny``), published name, Hugging Face name, or folder; with
+    # ``random_weights`` also the name of a size.
     name_or_path: str = "tiny"
-    random_weights: bool = False
-    vocabulary: str = ""  # a SentencePiece file; empty: the one that comes with the model
-    # How random weights' token embeddings start: drawn, or from which words stand near which.
+    random_weights: bool = False  # draw the weights instead of loading them
+    vocabulary: str = ""  # SentencePiece file; empty: the model's vocabulary
+    # Initialization of random token embeddings: drawn from a normal distribution, or computed from
+    # which words occur near each other in the training text.
     embeddings: Literal["normal", "cooccurrence"] = "normal"
-    # How their attention starts: drawn, looking at what is similar and passing it on, or also
-    # looking for classes that prompts describe (attention_start.py).
+    # Initialization of random attention: ``mimetic`` attends to similar tokens and copies them;
+    # ``matching`` also attends to the classes that a prompt describes.
     attention: Literal["normal", "mimetic", "matching"] = "normal"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Frozen weights in 8 or 4 bits, for methods that leave them frozen (models/quantization.py).
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # Frozen weights in 8 or 4 bits, for methods that keep them frozen.
     quantization: Literal["none", "int8", "int4"] = "none"
-    dropout_rate: float = 0.1
+    dropout_rate: float = 0.1  # dropout in the frozen model while training
 
 
 ObjectiveName: TypeAlias = Literal[
     "span_corruption",
     "prefix_lm",
-    "label_by_likeness",
-    "label_by_presence",
+    "label_by_similarity",
+    "label_by_keyword",
     "label_by_topic",
     "missing_word",
     "dictionary",
@@ -46,148 +49,150 @@ ObjectiveName: TypeAlias = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Config):
-    """Which examples; ``train``/``eval`` are files of your own and take the place of ``task``.
+    """The examples: a registered task, or your files in ``train`` and ``eval``.
 
-    Templates name columns in braces, e.g. ``"premise: {premise} hypothesis: {hypothesis}"``;
-    lengths are in tokens, the end-of-sequence token included.
+    Templates name columns in braces, for example ``"premise: {premise} hypothesis: {hypothesis}"``.
+    Lengths are in tokens and include the end-of-sequence token.
 
-    With ``objectives`` (pre-training, LM adaptation) ``train`` is a folder of text files, and so is
-    ``eval``; without it the end of the training text is held out.
+    With ``objectives`` (pre-training, LM adaptation) ``train`` and ``eval`` are folders of text
+    files; without ``eval``, the end of the training text is held out.
     """
 
-    task: str = "word_valence"
-    module: str = ""  # a Python module to import first, for instance one that registers SeqIO tasks
-    train: str = ""
-    eval: str = ""
-    train_split: str = "train"
-    eval_split: str = "validation"
+    task: str = "word_valence"  # task to train and evaluate on; prompt-tuning tasks lists them
+    module: str = ""  # Python module to import first, for example one that registers SeqIO tasks
+    train: str = ""  # file with your training examples: jsonl, csv, tsv, json or parquet
+    eval: str = ""  # file with your evaluation examples
+    train_split: str = "train"  # split of the task to train on
+    eval_split: str = "validation"  # split of the task to evaluate on
+    # Folder of the tasks' data: official files, or prepared by TFDS (also gs://...).
     data_dir: str = ""
-    inputs_column: str = "inputs"
-    targets_column: str = "targets"
-    inputs_template: str = ""
-    targets_template: str = ""
-    # Of files of your own: targets are labels to choose between, or text; auto decides by how many
-    # there are and how often they repeat, and says so.
+    inputs_column: str = "inputs"  # column of your files that holds the input
+    targets_column: str = "targets"  # column of your files that holds the target
+    inputs_template: str = ""  # input made from several columns, instead of inputs_column
+    targets_template: str = ""  # target made from several columns, instead of targets_column
+    # What the targets of your files are: labels to choose between, or free text.  ``auto`` decides
+    # by how many different targets there are and how often they repeat, and prints its choice.
     targets: Literal["auto", "labels", "text"] = "auto"
-    allow_empty_targets: bool = False  # where nothing is an answer, too
-    # Of .csv and .tsv files: whether the first line names the columns (without, they are 0, 1, ...,
-    # or as `columns` names them), and what separates them; empty: what the file evidently has.
-    header: bool = True
+    allow_empty_targets: bool = False  # accept examples whose target is empty
+    header: bool = True  # whether the first line of a csv or tsv file names the columns
+    # Names of the columns of a csv or tsv file; without a header and names they are 0, 1, ...
     columns: tuple[str, ...] = ()
-    separator: str = ""
-    labels: tuple[str, ...] = ()  # empty: the task's, or the distinct targets of the training file
-    # How much examples count in the training loss by their label: LABEL=WEIGHT each (others 1), or
-    # balanced (N / (labels * examples of this one)).  The loss and the tokens of an example are
-    # multiplied by it before training.loss_normalization divides; evaluation is as it was.
+    separator: str = ""  # separator of csv and tsv files; empty: detected
+    labels: tuple[str, ...] = ()  # empty: the task's labels, or the targets of the training file
+    # Weights of examples in the training loss by label: LABEL=WEIGHT each (1 for other labels), or
+    # ``balanced`` (N / (labels * examples of the label)).  The weight multiplies an example's loss
+    # and its token count, before training.loss_normalization; evaluation ignores it.
     class_weights: tuple[str, ...] = ()
-    # Empty: the task's, or accuracy.  ``loss`` is the targets' mean cross entropy per token.
+    # Metrics to evaluate; empty: the task's, or accuracy.  ``loss`` is the mean cross entropy per
+    # target token.
     metrics: tuple[str, ...] = ()
-    inputs_length: int = 128
-    targets_length: int = 8
-    # Batches of about equally long inputs, padded to one of few lengths: auto (at most four, chosen
-    # for the data), auto:N, lengths as 64,128,256, or none: inputs_length for all.
+    inputs_length: int = 128  # longest input; longer ones are cut
+    targets_length: int = 8  # longest target; longer ones are cut
+    # Lengths that batches of similarly long inputs are padded to: ``auto`` (at most four, chosen
+    # for the data), ``auto:N``, lengths such as ``64,128,256``, or ``none`` (inputs_length only).
     buckets: str = "auto"
-    max_eval_examples: int = 0  # 0: all
-    cache: bool = True
-    objectives: tuple[ObjectiveName, ...] = ()
-    objective_weights: tuple[float, ...] = ()  # empty: equal
-    noise_density: float = 0.15
-    mean_span_length: float = 3.0
-    dictionary: str = ""  # folder of WordNet's files, for the objective of that name
-    probes: tuple[str, ...] = ()  # tasks, or TRAIN:EVAL files, to tune a short prompt on each time
+    max_eval_examples: int = 0  # evaluate on the first N examples; 0: all
+    cache: bool = True  # keep tokenized examples on disk
+    objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed
+    objective_weights: tuple[float, ...] = ()  # share of each objective; empty: equal shares
+    noise_density: float = 0.15  # fraction of tokens that span corruption masks
+    mean_span_length: float = 3.0  # mean length of the masked spans, in tokens
+    dictionary: str = ""  # folder of WordNet's files, for the dictionary objective
+    # Tasks, or TRAIN:EVAL files, to tune a short prompt on at each evaluation of pre-training.
+    probes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Config):
-    """The paper's optimizer by default (Lester et al. 2021, section 3 and appendix A)."""
+    """The optimizer; the defaults are the paper's (Lester et al. 2021, section 3, appendix A)."""
 
-    name: Literal["adafactor", "adamw", "sgd"] = "adafactor"
-    learning_rate: float = 0.3
-    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"
-    warmup_steps: int = 0
-    decay_steps: int = 0  # 0: training.steps
-    end_learning_rate: float = 0.0
-    weight_decay: float = 1e-5
-    decay_rate: float = 0.8
-    clipping_threshold: float = 1.0
-    multiply_by_parameter_scale: bool = False
-    min_dim_size_to_factor: int = 0  # 0: never factor; 128 is what T5X does
-    initial_step: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.0
-    gradient_clip_norm: float = 0.0
-    # REGEX=FACTOR each: of tuned arrays whose whole path matches (the first match decides) the
-    # learning rate is so many times the others', for instance .*/lora_b_RF=16.
+    name: Literal["adafactor", "adamw", "sgd"] = "adafactor"  # optimizer
+    learning_rate: float = 0.3  # peak learning rate
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"  # after the warmup
+    warmup_steps: int = 0  # steps of linear warmup
+    decay_steps: int = 0  # step at which linear and cosine schedules end; 0: training.steps
+    end_learning_rate: float = 0.0  # learning rate at the end of linear and cosine schedules
+    weight_decay: float = 1e-5  # fraction of a parameter that each step subtracts
+    decay_rate: float = 0.8  # Adafactor: exponent of the second moment's decay
+    clipping_threshold: float = 1.0  # Adafactor: largest RMS of an update
+    multiply_by_parameter_scale: bool = False  # Adafactor: scale updates by the parameter's RMS
+    # Adafactor: smallest dimension at which second moments are factored; 0: never factor.  T5X
+    # uses 128.
+    min_dim_size_to_factor: int = 0
+    initial_step: int = 0  # step at which the optimizer starts counting; T5X starts at 1,100,000
+    beta1: float = 0.9  # AdamW: decay of the first moment
+    beta2: float = 0.999  # AdamW: decay of the second moment
+    momentum: float = 0.0  # SGD: momentum
+    gradient_clip_norm: float = 0.0  # clip the gradient to this global norm; 0: no clipping
+    # REGEX=FACTOR each: multiply the learning rate of parameters whose whole path matches, for
+    # example .*/lora_b_RF=16.  The first match decides.
     rates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Config):
-    """How long, how wide, and how many prompts at once.
+    """How long to train, with which batches, and how many prompts at once.
 
-    ``seeds`` has one entry per prompt trained at once: it decides the prompt's initial value, its
-    order of examples and its dropout.  ``learning_rates`` and ``inits`` are empty, or hold one
-    entry per seed and replace ``optimizer.learning_rate`` and ``method.init`` for that prompt.
+    ``seeds`` has one entry per prompt that is trained at once.  A seed decides the prompt's initial
+    value, its order of examples and its dropout.
     """
 
-    steps: int = 30_000
-    batch_size: int = 32
-    # Parts that a batch is computed in, one after another, for the same gradient in less memory.
-    # 0: one; on a CPU so many that activations stay in its cache, which is faster.
+    steps: int = 30_000  # optimizer steps; a larger number than a finished run's extends the run
+    batch_size: int = 32  # examples per step
+    # Microbatches per batch, computed one after another: the same gradient with less memory.  0:
+    # one, or on a CPU as many as keep the activations in its cache.
     gradient_accumulation: int = 0
-    # What the backward computes again to save memory: nothing, all but the results of linear maps
-    # (attention scores above all), or all but each layer's input.
+    # Rematerialization: what the backward pass computes again to save memory.  ``dots`` saves the
+    # outputs of linear maps, ``full`` only the inputs of layers.
     remat: Literal["none", "dots", "full"] = "none"
-    seeds: tuple[int, ...] = (0,)
-    learning_rates: tuple[float, ...] = ()
-    inits: tuple[str, ...] = ()
-    loss_normalization: Literal["tokens", "sum"] = "tokens"
-    z_loss: float = 0.0
-    eval_every: int = 1000
-    save_every: int = 1000
-    log_every: int = 50
-    # The run ends after so many evaluations without a better one of any member; 0: never.
-    patience: int = 0
-    workdir: str = ""
+    seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
+    learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate
+    inits: tuple[str, ...] = ()  # one per seed, instead of method.init
+    loss_normalization: Literal["tokens", "sum"] = "tokens"  # mean over target tokens, or the sum
+    z_loss: float = 0.0  # weight of the squared log-partition in the loss; T5X uses 1e-4
+    eval_every: int = 1000  # steps between evaluations
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 50  # steps between lines of the log
+    patience: int = 0  # stop after N evaluations without an improvement of any prompt; 0: never
+    workdir: str = ""  # folder of the run; an existing run there is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Config):
-    """How predictions are made: ``rank`` scores the label strings, ``greedy`` and ``beam`` write.
+    """How predictions are made and which checkpoint is the best."""
 
-    ``auto`` ranks where the task has labels, and else writes greedily.
-    """
-
+    # ``rank`` scores the labels, ``greedy`` and ``beam`` generate text; ``auto`` is rank for a task
+    # with labels and greedy for others.
     strategy: Literal["auto", "rank", "greedy", "beam"] = "auto"
-    batch_size: int = 128
-    num_beams: int = 4  # beam
-    # rank: a label's score is the mean log-probability of its tokens, not the sum, which favours
-    # short labels.
+    batch_size: int = 128  # examples per batch
+    num_beams: int = 4  # beam: number of beams
+    # rank: score a label by the mean log-probability of its tokens instead of their sum, which
+    # favours short labels.
     normalize_length: bool = False
-    # greedy and beam, each as in transformers:
-    min_length: int = 0  # of what is written, in tokens, the end included
-    repetition_penalty: float = 1.0  # 1: none
-    no_repeat_ngram_size: int = 0  # no run of this many tokens is written twice; 0 allows repeats
-    best_by: str = ""  # empty: the task's first metric; loss is always one
-    # Whether the largest or the smallest of it is best; auto: as the metric or its name says.
+    min_length: int = 0  # greedy, beam: fewest tokens to generate, end of sequence included
+    repetition_penalty: float = 1.0  # greedy, beam: as in transformers; 1: none
+    no_repeat_ngram_size: int = 0  # greedy, beam: no n-gram of this size occurs twice; 0: allowed
+    best_by: str = ""  # metric of the best checkpoint; empty: the task's first.  ``loss`` is valid
+    # Whether the largest or the smallest value is the best; auto: as the metric defines.
     best_mode: Literal["auto", "max", "min"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh(Config):
-    """Devices along each mesh axis within a slice, and slices along it; -1 takes all that are left.
+    """The device mesh: sizes of its axes within a slice, and numbers of slices.
 
-    A slice is what a fast network joins: a TPU slice, or a host's GPUs.  ``rules`` change the table
-    of sharding.py, for instance ``embed=`` (replicated), ``vocab=fsdp`` or ``batch=data+fsdp``.
+    A slice is a set of devices with a fast network: a TPU slice, or the GPUs of one host.  At most
+    one of ``data``, ``fsdp`` and ``model`` is -1, which stands for all remaining devices.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
-    dcn_data: int = 1
-    dcn_fsdp: int = 1
-    dcn_model: int = 1
+    data: int = -1  # data parallelism within a slice
+    fsdp: int = 1  # data parallelism with sharded parameters
+    model: int = 1  # tensor parallelism
+    dcn_data: int = 1  # slices along the data axis
+    dcn_fsdp: int = 1  # slices along the fsdp axis
+    dcn_model: int = 1  # slices along the model axis
+    # Changes of the sharding table (distributed/sharding.py), for example ``embed=`` (replicated),
+    # ``vocab=fsdp`` or ``batch=data+fsdp``.
     rules: tuple[str, ...] = ()
 
 

@@ -27,7 +27,7 @@ _REGION = 40  # tokens after a text, whose words tell its topic
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelByLikeness(LabelObjective):
+class LabelBySimilarity(LabelObjective):
     """Which of K groups of like words is the text most like, by the words that meet in the corpus.
 
     A class is a word and some of its nearest neighbours, or any few words; its label is one of them
@@ -75,10 +75,10 @@ class LabelByLikeness(LabelObjective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelByPresence(LabelObjective):
+class LabelByKeyword(LabelObjective):
     """Which of K groups of words has one that stands in the text; any words, the common too.
 
-    Where likeness is of the text as a whole, this is of one word in it, such as the *who* or
+    Where similarity is that of the whole text, this is about one word in it, such as the *who* or
     *where* of a question.
     """
 

@@ -28,8 +28,8 @@ from prompt_tuning_jax.pretraining.label_objective import (
 )
 from prompt_tuning_jax.pretraining.label_objectives import (
     DictionaryLabels,
-    LabelByLikeness,
-    LabelByPresence,
+    LabelByKeyword,
+    LabelBySimilarity,
     LabelByTopic,
     MissingWord,
     NextPart,
@@ -164,8 +164,8 @@ def _objective(
             "block": block,
         }
         kinds |= {
-            "label_by_likeness": lambda: LabelByLikeness(**labelled),
-            "label_by_presence": lambda: LabelByPresence(**labelled),
+            "label_by_similarity": lambda: LabelBySimilarity(**labelled),
+            "label_by_keyword": lambda: LabelByKeyword(**labelled),
             "label_by_topic": lambda: LabelByTopic(**labelled),
             "missing_word": lambda: MissingWord(**labelled),
             "dictionary": lambda: DictionaryLabels(

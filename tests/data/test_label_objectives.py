@@ -15,8 +15,8 @@ from prompt_tuning_jax.pretraining.label_objective import (
 )
 from prompt_tuning_jax.pretraining.label_objectives import (
     DictionaryLabels,
-    LabelByLikeness,
-    LabelByPresence,
+    LabelByKeyword,
+    LabelBySimilarity,
     LabelByTopic,
     MissingWord,
     NextPart,
@@ -30,7 +30,7 @@ from tests.data.dictionary_files import ANIMALS, BAD, GOOD, PLACES, write_dictio
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"
 LENGTHS = {"inputs_length": 64, "targets_length": 8}
 COUNT = 200
-KINDS = ("likeness", "presence", "topic", "missing", "dictionary", "next", "order")
+KINDS = ("similarity", "keyword", "topic", "missing", "dictionary", "next", "order")
 ALL = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -67,8 +67,8 @@ def dictionary(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def objectives(words: WordTable, dictionary: Dictionary) -> dict[str, LabelObjective]:
     return {
-        "likeness": LabelByLikeness(words=words, **LENGTHS),
-        "presence": LabelByPresence(words=words, **LENGTHS),
+        "similarity": LabelBySimilarity(words=words, **LENGTHS),
+        "keyword": LabelByKeyword(words=words, **LENGTHS),
         "topic": LabelByTopic(words=words, **LENGTHS),
         "missing": MissingWord(words=words, **LENGTHS),
         "dictionary": DictionaryLabels(
@@ -131,7 +131,7 @@ def test_an_example_depends_on_its_index_and_seed_alone(objectives, corpus, voca
     assert inputs_BT.shape == (3, 64) and targets_BS.shape == (3, 8)
 
 
-@pytest.mark.parametrize("kind", ["likeness", "presence", "topic", "missing"])
+@pytest.mark.parametrize("kind", ["similarity", "keyword", "topic", "missing"])
 def test_the_answer_is_one_of_different_labels_and_any_of_them(examples, kind):
     places = []
     for example in examples(kind):
@@ -143,9 +143,9 @@ def test_the_answer_is_one_of_different_labels_and_any_of_them(examples, kind):
     assert abs(np.mean(of_two) - 0.5) < 5 * 0.5 / len(of_two) ** 0.5
 
 
-def test_likeness_gives_the_class_of_the_nearest_vector(examples, words):
+def test_similarity_gives_the_class_of_the_nearest_vector(examples, words):
     right = nearest = 0
-    for example in examples("likeness"):
+    for example in examples("similarity"):
         if len(example.classes[0]) < 3 or len(example.text) < 4:
             continue
         # The label is the group's first word, or any word and none of the group.
@@ -160,7 +160,7 @@ def test_likeness_gives_the_class_of_the_nearest_vector(examples, words):
 def test_a_word_of_the_right_group_alone_stands_in_the_text(examples):
     """The corpus has no other pieces than words."""
     whole_groups = 0
-    for example in examples("presence"):
+    for example in examples("keyword"):
         inside = set(example.text)
         for label, *own in example.classes:
             assert (len(inside & set(own)) > 0) == (label == example.answer[0])
@@ -261,7 +261,7 @@ BLOCK = PromptBlock(positions=8, words=5)
 
 def test_a_prompt_block_holds_the_classes_and_the_text_follows(words, corpus, vocabulary):
     lengths = {**LENGTHS, "inputs_length": LENGTHS["inputs_length"] + BLOCK.size}
-    blocked = LabelByLikeness(words=words, block=BLOCK, **lengths)
+    blocked = LabelBySimilarity(words=words, block=BLOCK, **lengths)
     indices_B = np.arange(COUNT, dtype=np.uint64)
     inputs_BT, targets_BS = blocked.rows(corpus, vocabulary, indices_B=indices_B, seed=3)
     filled = right = arbitrary = 0

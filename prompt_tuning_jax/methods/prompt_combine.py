@@ -1,6 +1,6 @@
-"""Where the prompt stands among the embedded input, and who sees it."""
+"""Where the prompt goes in the embedded input, and which positions see it."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -9,6 +9,7 @@ from prompt_tuning_jax.models.t5.model import prepend
 from prompt_tuning_jax.typing import Array, HostArray
 
 Placement = Literal["prefix", "after_first", "before_eos"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 def combine(
@@ -19,38 +20,77 @@ def combine(
     placement: Placement,
     eos_id: int = 1,
 ) -> tuple[EncoderInput, Array]:
-    """The prompt ``[P, D]`` or ``[B, P, D]`` put into the input, and where it is ``[B, U]``.
+    """Puts the prompt ``[P, D]`` or ``[B, P, D]`` into the input; also returns where it is.
 
-    ``prefix`` puts it before everything, ``after_first`` behind the first token, ``before_eos``
-    behind the last real token but before the end-of-sequence token (where truncation has taken
-    that, behind the last).  Padding stays at the end.
+    ``prefix`` puts it before everything, ``after_first`` after the first token, ``before_eos``
+    after the last real token but before the end-of-sequence token (if truncation has removed that
+    token, after the last).  Padding stays at the end.  The second result is boolean, ``[B, U]``.
     """
     batch, length = tokens_BT.shape
     joined = prepend(prompt, source)
     prompt_length = joined.mask_BU.shape[1] - length
     if placement == "prefix":
-        start_B = jnp.zeros(batch, jnp.int32)
-    elif placement == "after_first":
-        start_B = jnp.ones(batch, jnp.int32)
-    else:
-        real_B = jnp.sum(source.mask_BU, axis=1)
-        at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
-        last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
-        start_B = real_B - (last_B == eos_id)
-    positions_U = jnp.arange(prompt_length + length)
-    offset_BU = positions_U[None, :] - start_B[:, None]
-    is_prompt_BU = (offset_BU >= 0) & (offset_BU < prompt_length)
-    if placement == "prefix":
-        return joined, is_prompt_BU
-    # joined holds the prompt first, then the input: say for each position where it comes from.
-    from_BU = jnp.where(
-        is_prompt_BU,
-        offset_BU,
-        jnp.where(offset_BU < 0, prompt_length + positions_U, positions_U),
+        return joined, jnp.broadcast_to(
+            jnp.arange(prompt_length + length) < prompt_length, (batch, prompt_length + length)
+        )
+    start_B = prompt_starts(source, tokens_BT, eos_id=eos_id)[placement]
+    return _moved(joined, start_B, jnp.full(batch, prompt_length), max_length=prompt_length)
+
+
+def combine_rows(
+    prompt_BPD: Array,
+    source: EncoderInput,
+    tokens_BT: Array | HostArray,
+    *,
+    length_B: Array,
+    placement_B: Array,
+    eos_id: int = 1,
+) -> EncoderInput:
+    """Does what ``combine`` does, for rows that each have a prompt length and placement.
+
+    Each prompt is at the end of its P positions (``length_B`` of them, 0: none), and
+    ``placement_B`` indexes ``PLACEMENTS``.  The unused ``P - length`` positions come first and are
+    masked.  T5's positions are relative, so each row computes what it computes alone.
+    """
+    starts = prompt_starts(source, tokens_BT, eos_id=eos_id)
+    start_B = jnp.select(
+        [placement_B == number for number in range(len(PLACEMENTS))],
+        [starts[placement] for placement in PLACEMENTS],
     )
+    joined = prepend(prompt_BPD, source)
+    return _moved(joined, start_B, length_B, max_length=prompt_BPD.shape[1])[0]
+
+
+def prompt_starts(
+    source: EncoderInput, tokens_BT: Array | HostArray, *, eos_id: int
+) -> dict[Placement, Array]:
+    """The position ``[B]`` of each row's first prompt vector, by placement."""
+    real_B = jnp.sum(source.mask_BU, axis=1)
+    at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
+    last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
+    return {
+        "prefix": jnp.zeros_like(real_B),
+        "after_first": jnp.ones_like(real_B),
+        "before_eos": real_B - (last_B == eos_id),
+    }
+
+
+def _moved(
+    joined: EncoderInput, start_B: Array, length_B: Array, *, max_length: int
+) -> tuple[EncoderInput, Array]:
+    """Moves the prompts, which ``joined`` has in front, to their start; and where they are."""
+    # A row's own positions begin behind the unused ones of its prompt.
+    unused_B1 = (max_length - length_B)[:, None]
+    start_B1, length_B1 = start_B[:, None], length_B[:, None]
+    position_BU = jnp.arange(joined.mask_BU.shape[1])[None, :] - unused_B1
+    is_prompt_BU = (position_BU >= start_B1) & (position_BU < start_B1 + length_B1)
+    from_prompt_BU = unused_B1 + position_BU - start_B1
+    from_input_BU = max_length + position_BU - jnp.where(position_BU < start_B1, 0, length_B1)
+    from_BU = jnp.where(is_prompt_BU, from_prompt_BU, from_input_BU)
+    from_BU = jnp.clip(from_BU, 0, joined.mask_BU.shape[1] - 1)
     moved = EncoderInput(
         embeddings_BUD=jnp.take_along_axis(joined.embeddings_BUD, from_BU[:, :, None], axis=1),
-        mask_BU=jnp.take_along_axis(joined.mask_BU, from_BU, axis=1),
+        mask_BU=jnp.take_along_axis(joined.mask_BU, from_BU, axis=1) & (position_BU >= 0),
     )
     return moved, is_prompt_BU
 

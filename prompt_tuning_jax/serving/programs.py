@@ -21,14 +21,14 @@ from prompt_tuning_jax.distributed.partitioner import (
     with_logical_constraint,
 )
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput
+from prompt_tuning_jax.methods.prompt_combine import combine_rows
+from prompt_tuning_jax.models.injections import NO_INJECTIONS
 from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.serving.decode_state import KEYS, DecodeState, Written
 from prompt_tuning_jax.serving.prompt_position import scored
 from prompt_tuning_jax.serving.rows import WriteOptions
 from prompt_tuning_jax.typing import Array, FlatParams
 
-PLACEMENTS = ("prefix", "after_first", "before_eos")
 _WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a DecodeState
 
 
@@ -214,40 +214,19 @@ class Programs:
 
 
 def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> Encoded:
-    """The encoder's output over each input behind its prompt of at most ``prompt_length``."""
-    source = model.embed(rows.tokens_BT)
-    number_B = jnp.sum(source.mask_BU, axis=1)
+    """The encoder's output over each input with its prompt of at most ``prompt_length``."""
     prompt_BPD = prompts_NPD[:, prompts_NPD.shape[1] - prompt_length :][rows.prompt_B]
-    joined_BUD = jnp.concatenate(
-        [prompt_BPD.astype(source.embeddings_BUD.dtype), source.embeddings_BUD], axis=1
+    joined = combine_rows(
+        prompt_BPD,
+        model.embed(rows.tokens_BT),
+        rows.tokens_BT,
+        length_B=rows.prompt_length_B,
+        placement_B=rows.placement_B,
+        eos_id=model.input_eos,
     )
-    length_B1 = rows.prompt_length_B[:, None]
-    # Where a position is in the row by itself; what is before its beginning is padding.
-    ahead_B1 = prompt_length - length_B1
-    own_BU = jnp.arange(joined_BUD.shape[1])[None, :] - ahead_B1
-    start_B1 = _starts(rows, number_B, eos_id=model.input_eos)[:, None]
-    is_prompt_BU = (own_BU >= start_B1) & (own_BU < start_B1 + length_B1)
-    from_prompt_BU = ahead_B1 + own_BU - start_B1
-    from_input_BU = prompt_length + own_BU - jnp.where(own_BU < start_B1, 0, length_B1)
-    from_BU = jnp.where(is_prompt_BU, from_prompt_BU, from_input_BU)
-    from_BU = jnp.clip(from_BU, 0, joined_BUD.shape[1] - 1)
-    moved_BUD = jnp.take_along_axis(joined_BUD, from_BU[:, :, None], axis=1)
-    real_BU = (own_BU >= 0) & (own_BU < length_B1 + number_B[:, None])
-    joined = EncoderInput(
-        embeddings_BUD=with_logical_constraint(moved_BUD, ("batch", None, None)), mask_BU=real_BU
-    )
+    embeddings_BUD = with_logical_constraint(joined.embeddings_BUD, ("batch", None, None))
+    joined = replace(joined, embeddings_BUD=embeddings_BUD)
     return model.encoder(joined, injections=NO_INJECTIONS, key=None)
-
-
-def _starts(rows: Rows, number_B: Array, *, eos_id: int) -> Array:
-    """Where in the row the prompt begins; as ``methods.prompt_combine`` has it."""
-    last_B1 = jnp.maximum(number_B - 1, 0)[:, None]
-    last_B = jnp.take_along_axis(jnp.asarray(rows.tokens_BT), last_B1, axis=1)[:, 0]
-    before_eos_B = number_B - (last_B == eos_id)
-    one_B = jnp.minimum(number_B, 1)
-    return jnp.select(
-        [rows.placement_B == 1, rows.placement_B == 2], [one_B, before_eos_B], jnp.zeros_like(one_B)
-    )
 
 
 def _unit(x: Array) -> Array:

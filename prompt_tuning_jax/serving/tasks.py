@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -17,12 +17,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.methods.prompt_combine import PLACEMENTS
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod, numbers
 from prompt_tuning_jax.typing import DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-PLACEMENTS: tuple[str, ...] = get_args(Placement)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

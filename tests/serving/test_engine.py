@@ -14,10 +14,10 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import LogitsProcessors
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
+from prompt_tuning_jax.methods.prompt_combine import PLACEMENTS
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Program, Shapes, Targets, targets_of
-from prompt_tuning_jax.serving.tasks import PLACEMENTS
 from tests.serving.serving_micro import (
     SHAPES,
     made_prompt,

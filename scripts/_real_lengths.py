@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from prompt_tuning_jax.data.batching.buckets import FIXED, parse_buckets
+from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.tasks.task import get_task
@@ -47,7 +47,7 @@ def padded(
 ) -> TrainBatches:
     """Batches of the examples: ``fixed``, ``longest`` (in the batch), or as in ``data.buckets``."""
     own_plan = way in ("fixed", "longest")
-    buckets = FIXED if own_plan else parse_buckets(way, beside=beside)
+    buckets = FIXED if own_plan else Buckets.from_text(way, beside=beside)
     kind = LongestInBatch if way == "longest" else TrainBatches
     batches = kind(examples, batch_size=batch_size, seeds=(0,), buckets=buckets)
     if isinstance(batches, LongestInBatch):

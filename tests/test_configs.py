@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.checkpoints.hub import T5X_MODELS
 from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.config.overrides import apply_overrides, diff, from_json, to_json
+from prompt_tuning_jax.config.paths import T5X_MODELS
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.methods import FullTuning
 

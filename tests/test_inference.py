@@ -419,7 +419,7 @@ def test_sampling_does_not_depend_on_rows_to_spare():
         ("sample", {"temperature": np.nan}, "temperature is nan; it must be a finite number"),
         ("sample", {"temperature": np.inf}, "temperature is inf; it must be a finite number"),
         ("sample", {"temperature": -1}, "temperature is -1.0; it must be 0"),
-        ("greedy", {"min_length": 7}, "min_length is 7, and at most 6 tokens are written"),
+        ("greedy", {"min_length": 7}, "min_length is 7; it must be at most 6"),
         ("greedy", {"min_length": -1}, "min_length is -1; it must be at least 0"),
         ("greedy", {"max_length": 10**12}, "max_length is 1000000000000; it must be at most"),
         ("beam", {"num_beams": 10**9}, "num_beams is 1000000000; it must be at most"),

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from prompt_tuning_jax.cli.arguments import mesh_overrides
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
+from prompt_tuning_jax.config.field_syntax import MESH_AXES, parse_rules
 from prompt_tuning_jax.config.overrides import apply_overrides
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.distributed.partitioner import (
@@ -20,11 +21,9 @@ from prompt_tuning_jax.distributed.partitioner import (
     with_logical_constraint,
 )
 from prompt_tuning_jax.distributed.sharding import (
-    MESH_AXES,
     RULES,
     make_mesh,
     on_host,
-    parse_rules,
     spec_of,
     with_rules,
 )
@@ -129,8 +128,8 @@ def test_rules_of_a_user_change_the_table():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("embed", "is no rule"),
-        ("=fsdp", "is no rule"),
+        ("embed", "is not AXIS=MESH_AXIS"),
+        ("=fsdp", "is not AXIS=MESH_AXIS"),
         ("embed=tensor", "mesh axes of data, fsdp, model"),
         ("embed=fsdp+fsdp", "each once"),
         ("embed=fsdp,embed=", "'embed' twice"),

@@ -16,8 +16,8 @@ from prompt_tuning_jax.checkpoints.convert_model import (
 )
 from prompt_tuning_jax.checkpoints.convert_prompt import convert_prompts, prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 
 __all__ = ["FORMATS", "Converted", "Format", "convert"]

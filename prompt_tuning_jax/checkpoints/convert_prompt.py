@@ -13,7 +13,7 @@ from prompt_tuning_jax.checkpoints.destination import (
     require_free,
     require_outside,
 )
-from prompt_tuning_jax.checkpoints.hub import ASSETS, BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.hub import ASSETS, is_hub_name
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -22,6 +22,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     read_prompt,
     save_prompt,
 )
+from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
 

@@ -10,20 +10,13 @@ from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
+from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import TOKENIZER_FILES
 from prompt_tuning_jax.errors import UserError, suggest
 
 _log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUNDLED = ("tiny",)
-# google-research/text-to-text-transfer-transformer, released_checkpoints.md: LM-adapted T5 1.1.
-T5X_MODELS = {
-    f"t5_1_1_lm100k_{size}": (
-        f"gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_{size}/checkpoint_1100000"
-    )
-    for size in ("small", "base", "large", "xl", "xxl")
-}
 # The one that all of these were trained with: 32,000 pieces, and 100 sentinels.
 T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

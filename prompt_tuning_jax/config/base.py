@@ -68,4 +68,4 @@ def field_docs(cls: type) -> dict[str, str]:
                 _, hash_sign, beside = lines[(node.end_lineno or node.lineno) - 1].partition("  #")
                 comments += [hash_sign + beside]
                 docs[node.target.id] = " ".join(c.strip().lstrip("#").strip() for c in comments)
-    return {f.name: docs.get(f.name, "").strip() for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: docs.get(f.name, "").strip() for f in dataclasses.fields(cls)}

@@ -5,8 +5,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.config.experiment import Experiment
+
+# Names of models that are not paths.
+BUNDLED = ("tiny",)
+# google-research/text-to-text-transfer-transformer, released_checkpoints.md: LM-adapted T5 1.1.
+T5X_MODELS = {
+    f"t5_1_1_lm100k_{size}": (
+        f"gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_{size}/checkpoint_1100000"
+    )
+    for size in ("small", "base", "large", "xl", "xxl")
+}
 
 
 def with_whole_paths(experiment: Experiment) -> Experiment:

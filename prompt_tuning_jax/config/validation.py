@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from prompt_tuning_jax.checkpoints.names import LOGITS
 from prompt_tuning_jax.config.experiment import (
     Data,
     Evaluation,
@@ -13,16 +12,17 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.config.overrides import checked, checked_experiment
-from prompt_tuning_jax.data.batching.buckets import parse_buckets
-from prompt_tuning_jax.data.batching.class_weights import parse_class_weights
-from prompt_tuning_jax.distributed.sharding import parse_rules
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.logits_processors import (
-    config_errors as logits_complaints,
+from prompt_tuning_jax.config.field_syntax import (
+    logits_processor_errors,
+    parse_buckets,
+    parse_class_weights,
+    parse_rates,
+    parse_rules,
 )
-from prompt_tuning_jax.training.optim import parse_rates
+from prompt_tuning_jax.config.overrides import checked, checked_experiment
+from prompt_tuning_jax.errors import UserError
 
+_LOGITS = "model/decoder/logits_dense/kernel"  # path of a frozen weight
 # What the random number generators of numpy and JAX both take.
 _MAX_SEED = 2**31
 
@@ -44,7 +44,7 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
         yield "model.name_or_path is empty; name a bundled model or a folder, for instance tiny"
     yield from _outside("model", model, "dropout_rate", low=0, below=1)
     if model.quantization != "none":
-        if experiment.method.trains(f"model/{LOGITS}"):
+        if experiment.method.trains(_LOGITS):
             yield (
                 f"model.quantization is {model.quantization} and {type(experiment.method).__name__}"
                 " trains the weights, which are whole numbers then; set model.quantization=none"
@@ -99,7 +99,7 @@ def _data(data: Data) -> Iterator[str]:
     if len(data.separator) > 1 and data.separator.lower() not in ("tab", "\\t"):
         yield f"data.separator is {data.separator!r}; must be one character, or tab"
     yield from _outside("data", data, "inputs_length", "targets_length", low=1)
-    longest = max(parse_buckets(data.buckets).lengths, default=0)
+    longest = max(parse_buckets(data.buckets)[0], default=0)
     if longest > data.inputs_length:
         yield f"data.buckets has {longest} and data.inputs_length is {data.inputs_length}; raise it"
     yield from _outside("data", data, "max_eval_examples", low=0)
@@ -205,7 +205,7 @@ _STRATEGIES_OF = {
 
 def _evaluation(evaluation: Evaluation, *, targets_length: int) -> Iterator[str]:
     yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
-    found = logits_complaints(
+    found = logits_processor_errors(
         min_length=evaluation.min_length,
         repetition_penalty=evaluation.repetition_penalty,
         no_repeat_ngram_size=evaluation.no_repeat_ngram_size,

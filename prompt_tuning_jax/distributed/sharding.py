@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from prompt_tuning_jax.config.field_syntax import MESH_AXES, parse_rules
 from prompt_tuning_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "model")
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
 # THE table.  A logical axis that is not here is a mistake; None means replicated.
@@ -34,32 +34,6 @@ RULES: Rules = MappingProxyType(
         "ensemble": None,
     }
 )
-
-
-def parse_rules(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``("embed=fsdp", "vocab=", "batch=data+fsdp")`` as rules; nothing behind = is replicated.
-
-    Raises UserError for what is not of that form and for a mesh axis that does not exist.
-    """
-    rules: dict[str, tuple[str, ...]] = {}
-    for text in texts:
-        axis, equals, names = (part.strip() for part in text.partition("="))
-        chosen = tuple(name.strip() for name in names.split("+")) if names else ()
-        if not equals or not axis.isidentifier():
-            raise UserError(
-                f"mesh.rules: {text!r} is no rule; write AXIS=MESH_AXIS, for instance embed=fsdp, "
-                "vocab= (replicated) or batch=data+fsdp"
-            )
-        for name in chosen:
-            if name not in MESH_AXES or chosen.count(name) > 1:
-                raise UserError(
-                    f"mesh.rules: {text!r}: a logical axis goes to mesh axes of "
-                    f"{', '.join(MESH_AXES)}, each once"
-                )
-        if axis in rules:
-            raise UserError(f"mesh.rules has {axis!r} twice; keep one")
-        rules[axis] = chosen
-    return rules
 
 
 def with_rules(texts: Sequence[str]) -> Rules:

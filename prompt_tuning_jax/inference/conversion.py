@@ -23,7 +23,6 @@ from prompt_tuning_jax.checkpoints.destination import (
     require_free,
     require_outside,
 )
-from prompt_tuning_jax.checkpoints.hub import BUNDLED
 from prompt_tuning_jax.checkpoints.load import OpenedModel
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
@@ -36,6 +35,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     save_tuned,
 )
 from prompt_tuning_jax.config.config_file import RUN_CONFIG
+from prompt_tuning_jax.config.paths import BUNDLED
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import method_of, peft_adapter
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, Method

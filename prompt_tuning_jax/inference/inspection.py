@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.hf import config as hf_config
-from prompt_tuning_jax.checkpoints.hub import BUNDLED, T5X_MODELS, is_hub_name
+from prompt_tuning_jax.checkpoints.hub import is_hub_name
 from prompt_tuning_jax.checkpoints.inspect_model import ModelDescription, describe_model
 from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, describe_prompt
 from prompt_tuning_jax.checkpoints.mapped_safetensors import require_finite
@@ -25,6 +25,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
+from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import tuned_files
 from prompt_tuning_jax.inference.loading_methods import method_of

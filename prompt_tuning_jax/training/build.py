@@ -16,11 +16,12 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.field_syntax import parse_rules
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, parse_rules, with_rules
+from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.decoding.logits_processors import logits_processors
 from prompt_tuning_jax.methods import (

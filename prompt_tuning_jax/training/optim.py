@@ -4,7 +4,6 @@ The learning rate is an argument of ``update`` and not part of the transformatio
 trained at once may have one each.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from prompt_tuning_jax.config.field_syntax import parse_rates
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, Mask
-from prompt_tuning_jax.untrusted_input import compile_pattern
 
 
 class OptimizerConfig(Protocol):
@@ -143,24 +142,6 @@ def _scale_by_given_learning_rate(
         return jax.tree.map_with_path(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
-def parse_rates(texts: Sequence[str]) -> list[tuple[Any, float]]:
-    """``REGEX=FACTOR`` each, as pairs; UserError for what is not of that form."""
-    rates = []
-    for text in texts:
-        pattern, _, number = text.rpartition("=")
-        try:
-            factor = float(number)
-        except ValueError:
-            factor = -1.0
-        if not pattern or not 0 <= factor < math.inf:
-            raise UserError(
-                f"optimizer.rates: {text!r} is no rate; write REGEX=FACTOR with a factor from 0 on "
-                "the learning rate, for instance .*/lora_b_RF=16"
-            )
-        rates.append((compile_pattern(pattern, of="optimizer.rates"), factor))
-    return rates
 
 
 def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:

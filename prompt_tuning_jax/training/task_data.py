@@ -14,7 +14,7 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
 from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Data, Experiment
 from prompt_tuning_jax.config.overrides import method_to_json
-from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, parse_buckets
+from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
@@ -325,7 +325,7 @@ def buckets_of(experiment: Experiment) -> Buckets:
     method = experiment.method
     if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
         return FIXED
-    return parse_buckets(experiment.data.buckets, beside=method.prompt_positions())
+    return Buckets.from_text(experiment.data.buckets, beside=method.prompt_positions())
 
 
 def sharded_batches(

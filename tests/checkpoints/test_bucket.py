@@ -13,9 +13,10 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import bucket
-from prompt_tuning_jax.checkpoints.hub import T5X_MODELS, T5X_VOCABULARY, hf_folder
+from prompt_tuning_jax.checkpoints.hub import T5X_VOCABULARY, hf_folder
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x
+from prompt_tuning_jax.config.paths import T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 
 

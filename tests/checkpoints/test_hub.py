@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.checkpoints.hub import ASSETS, T5X_MODELS, model_location
+from prompt_tuning_jax.checkpoints.hub import ASSETS, model_location
+from prompt_tuning_jax.config.paths import T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")

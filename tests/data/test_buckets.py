@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, bucket_of, parse_buckets
+from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, bucket_of
 from prompt_tuning_jax.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_automatic_lengths_stay_within_the_limit_and_few():
 
 
 def test_given_lengths_are_taken_and_the_limit_is_added_where_needed():
-    given = parse_buckets("64,128")
+    given = Buckets.from_text("64,128")
     assert given.choose(np.array([10, 100]), limit=512) == (64, 128)
     assert given.choose(np.array([10, 60]), limit=512) == (64,)
     assert given.choose(np.array([10, 300]), limit=512) == (64, 128, 512)
@@ -82,7 +82,7 @@ def test_bucket_of_is_the_first_that_holds_a_length():
     ],
 )
 def test_texts(text, want):
-    assert parse_buckets(text, beside=7) == want
+    assert Buckets.from_text(text, beside=7) == want
 
 
 @pytest.mark.parametrize(
@@ -90,5 +90,5 @@ def test_texts(text, want):
 )
 def test_bad_texts(text):
     with pytest.raises(UserError, match=r"data\.buckets is") as error:
-        parse_buckets(text)
+        Buckets.from_text(text)
     assert "\n" not in str(error.value)

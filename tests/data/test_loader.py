@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.batching.buckets import parse_buckets
+from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
 from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
@@ -258,7 +258,7 @@ def test_batches_come_faster_than_any_step(benchmark_set=50_000):
 
 
 def test_an_empty_batch_of_each_shape_that_comes():
-    buckets = parse_buckets("2,4,6", beside=0)
+    buckets = Buckets.from_text("2,4,6", beside=0)
     batches = TrainBatches(make(40), batch_size=4, seeds=(0, 1), buckets=buckets)
     steps = range(40)
     shapes = {batches[step]["encoder_input_tokens"].shape for step in steps}

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.batching.class_weights import example_weights, parse_class_weights
+from prompt_tuning_jax.config.field_syntax import parse_class_weights
+from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.tokenize import tokenize
 from prompt_tuning_jax.data.tasks.files import file_task
 from prompt_tuning_jax.data.tasks.metrics import get_metric

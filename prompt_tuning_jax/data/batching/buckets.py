@@ -4,14 +4,11 @@ N inputs or batches, C lengths to choose from.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.config.field_syntax import parse_buckets
 
-# More shapes than these save little: see scripts/bench_lengths.
-DEFAULT_NUMBER = 4
 # Of the positions that the most buckets compute: what fewer, each a shape less to compile, may add.
 _TOLERATED = 0.03
 # Lengths that hardware likes, and none so short that its batches cost what the next one's do.
@@ -31,6 +28,12 @@ class Buckets:
     lengths: tuple[int, ...] = ()
     most: int = 0
     beside: int = 0
+
+    @classmethod
+    def from_text(cls, text: str, *, beside: int = 0) -> "Buckets":
+        """The choice that ``data.buckets`` describes; UserError for an invalid text."""
+        lengths, most = parse_buckets(text)
+        return cls(lengths=lengths, most=most, beside=beside) if lengths or most else FIXED
 
     def choose(
         self, lengths_N: np.ndarray, weights_N: np.ndarray | None = None, *, limit: int
@@ -53,28 +56,6 @@ class Buckets:
 
 
 FIXED = Buckets()
-
-
-def parse_buckets(text: str, *, beside: int = 0) -> Buckets:
-    """``auto`` (four), ``auto:6``, ``none`` or lengths as ``64,128``; UserError for others."""
-    word, colon, number = text.strip().partition(":")
-    try:
-        if word == "none" and not colon:
-            return FIXED
-        if word == "auto":
-            most = int(number) if colon else DEFAULT_NUMBER
-            if most >= 1:
-                return Buckets(most=most, beside=beside)
-        elif not colon:
-            lengths = tuple(int(part) for part in text.split(","))
-            if lengths[0] >= 1 and all(a < b for a, b in pairwise(lengths)):
-                return Buckets(lengths=lengths, beside=beside)
-    except ValueError:
-        pass
-    raise UserError(
-        f"data.buckets is {text!r}; give auto, auto:N for at most N lengths, none for "
-        "data.inputs_length alone, or lengths from the shortest on, as 64,128,256"
-    )
 
 
 def padded_size(number: int, *, least: int = 1) -> int:

@@ -1,40 +1,12 @@
 """How much an example counts in the training loss, by its label."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from prompt_tuning_jax.config.field_syntax import parse_class_weights
 from prompt_tuning_jax.errors import UserError, suggest
-
-BALANCED = "balanced"
-
-
-def parse_class_weights(entries: Sequence[str]) -> dict[str, float]:
-    """``LABEL=WEIGHT`` each -> weights by label; empty for ``balanced``; UserError for others.
-
-    >>> parse_class_weights(["a=b=2", "c=0.5"])
-    {'a=b': 2.0, 'c': 0.5}
-    """
-    if tuple(entries) == (BALANCED,):
-        return {}
-    weights: dict[str, float] = {}
-    for entry in entries:
-        label, equals, text = entry.rpartition("=")
-        try:
-            weight = float(text) if equals else math.nan
-        except ValueError:
-            weight = math.nan
-        if not 0 <= weight < math.inf:
-            raise UserError(
-                f"data.class_weights: {entry!r} is neither LABEL=WEIGHT, with a number of at least "
-                f"0, nor {BALANCED} alone"
-            )
-        if label in weights:
-            raise UserError(f"data.class_weights: the label {label!r} is there twice")
-        weights[label] = weight
-    return weights
 
 
 def example_weights(

@@ -4,7 +4,6 @@ As the logits processors of transformers of the same names; what has been writte
 start token on, as there.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prompt_tuning_jax.config.field_syntax import logits_processor_errors
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array
@@ -98,7 +98,7 @@ def logits_processors(
     prefix: str = "",
 ) -> LogitsProcessors | None:
     """The processors asked for, None where none is; ``prefix`` goes before names in UserErrors."""
-    for complaint in config_errors(
+    for complaint in logits_processor_errors(
         min_length=min_length,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
@@ -113,28 +113,6 @@ def logits_processors(
         repetition_penalty=jnp.float32(repetition_penalty),
         no_repeat_ngram_size=jnp.int32(no_repeat_ngram_size),
     )
-
-
-def config_errors(
-    *,
-    min_length: int,
-    repetition_penalty: float,
-    no_repeat_ngram_size: int,
-    max_length: int | None = None,
-) -> list[str]:
-    """What is wrong with these values, each beginning with its name."""
-    found = []
-    for name, value in (
-        ("min_length", min_length),
-        ("no_repeat_ngram_size", no_repeat_ngram_size),
-    ):
-        if value < 0:
-            found.append(f"{name} is {value}; it must be 0 (no limit) or more")
-    if max_length is not None and min_length > max_length:
-        found.append(f"min_length is {min_length}, and at most {max_length} tokens are written")
-    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        found.append(f"repetition_penalty is {repetition_penalty}; it must be above 0 (1: none)")
-    return found
 
 
 def _per_row(value: Any, rows: int, dtype: Any) -> Array:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prompt_tuning_jax.inference.evaluation import evaluate
     from prompt_tuning_jax.inference.loading import attach
     from prompt_tuning_jax.inference.prediction import predict
+    from prompt_tuning_jax.pretraining.run import pretrain
     from prompt_tuning_jax.training.run import train
 
 # Imported when first asked for, so that importing the package is quick.
@@ -36,6 +37,7 @@ _EXPORTS = {
     "save_prompt": "checkpoints.prompt_file",
     "logits": "inference.api",
     "predict": "inference.prediction",
+    "pretrain": "pretraining.run",
     "score": "inference.api",
     "train": "training.run",
 }
@@ -51,6 +53,7 @@ __all__ = [  # noqa: RUF022  # in the order in which they are used
     "score",
     "logits",
     "train",
+    "pretrain",
     "evaluate",
     "convert",
     "Experiment",

@@ -25,3 +25,5 @@ DType: TypeAlias = jax.typing.DTypeLike
 FlatParams: TypeAlias = dict[str, Array]
 # Which of them train.  Made by a method, and the only truth about what trains.
 Mask: TypeAlias = Mapping[str, bool]
+# Token ids and weights by name; arrays of a training batch have a leading axis E.
+Batch: TypeAlias = Mapping[str, Array | HostArray]

@@ -12,6 +12,11 @@ from _rivals import answer_jobs, peak_memory, read_batches
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.data.batching.loader import make_batch
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+    build_model,
+    partitioner_of,
+)
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import PROMPT
 from prompt_tuning_jax.training import build
@@ -44,8 +49,8 @@ class Ours:
             optimizer=Optimizer(weight_decay=0.0),
             training=Training(seeds=tuple(range(members)), batch_size=batch_size),
         )
-        loaded = build.build_model(experiment)
-        self.members = build.attach_members(experiment, loaded, labels=())
+        loaded = build_model(experiment)
+        self.members = attach_members(experiment, loaded, labels=())
         self.state, self.step, _ = build.build_step(experiment, self.members)
         start_EPD = jnp.broadcast_to(start_PD, (members, *start_PD.shape))
         self.state = self.state.__class__(
@@ -114,10 +119,10 @@ class Ours:
         """Floating point operations of one step on the first batch, before optimisation."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
-        partitioner = build.partitioner_of(self.experiment)
+        partitioner = partitioner_of(self.experiment)
         microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
-        rounds = microbatching.rounds(*pair["encoder_input_tokens"].shape)
-        cost = step_cost(self.step, self.state, self.members.frozen, pair, rounds=rounds)
+        iterations = microbatching.iterations(*pair["encoder_input_tokens"].shape)
+        cost = step_cost(self.step, self.state, self.members.frozen, pair, iterations=iterations)
         return {"flops": cost.flops}
 
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:

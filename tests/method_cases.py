@@ -12,6 +12,11 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model, Optimizer, Training
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    attach_members,
+    partitioner_of,
+)
 from prompt_tuning_jax.methods import (
     IA3,
     WARP,
@@ -126,7 +131,7 @@ class Trained:
     """Members after a few steps: as attached, tuned arrays before and after, losses by step."""
 
     of: Experiment
-    members: build.Members
+    members: Members
     step: TrainStep
     before: dict[str, HostArray]
     after: dict[str, HostArray]
@@ -157,7 +162,7 @@ def experiment(
 def trained(name: str, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None) -> Trained:
     """A few steps of the real step, each member with the batches of its seed."""
     of = experiment(CASES[name].method, seeds=seeds, mesh=mesh)
-    members = build.attach_members(of, model(), labels=LABELS)
+    members = attach_members(of, model(), labels=LABELS)
     state, step, _ = build.build_step(of, members)
     before = {key: np.array(array) for key, array in state.trainable.items()}
     done = Trained(of=of, members=members, step=step, before=before, after={}, losses=np.zeros(0))
@@ -170,7 +175,7 @@ def steps_from(
 ) -> tuple[dict[str, HostArray], HostArray]:
     """Tuned arrays and losses after a few steps from these; member 0 starts at another batch."""
     of, members = done.of, done.members
-    partitioner = build.partitioner_of(of)
+    partitioner = partitioner_of(of)
     like = members.trainable
     start = {key: jax.device_put(array, like[key].sharding) for key, array in trainable.items()}
     state = init_state(start, make_optimizer(of.optimizer, members.mask), partitioner=partitioner)

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, read_prompt
@@ -27,7 +28,9 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     trainable_mask,
 )
-from prompt_tuning_jax.training import run_folder
+from prompt_tuning_jax.training.resume import (
+    claim,
+)
 from tests import tiny_run
 from tests.convert_cases import Program
 from tests.micro import normal
@@ -147,7 +150,7 @@ def test_p_tuning_becomes_a_prompt(program: Program, tmp_path: Path, shared: Pat
 def run(tmp_path: Path) -> Path:
     """A run of LoRA with two members, as one leaves it."""
     folder = tmp_path / "run"
-    run_folder.claim(folder, tiny_run.experiment(folder, {"method": LORA}))
+    claim(folder, tiny_run.experiment(folder, {"method": LORA}))
     for seed in (0, 1):
         kept = stored(LORA, seed=seed)
         known = dataclasses.replace(
@@ -178,7 +181,7 @@ def test_a_run_of_another_method(run: Path, program: Program, tmp_path: Path) ->
 
 
 def test_a_run_that_holds_nothing_yet(program: Program, tmp_path: Path) -> None:
-    run_folder.claim(tmp_path / "new", tiny_run.experiment(tmp_path / "new", {"method": LORA}))
+    claim(tmp_path / "new", tiny_run.experiment(tmp_path / "new", {"method": LORA}))
     message = program.refused("convert", tmp_path / "new", tmp_path / "a", "--to", "peft")
     assert "neither prompts/ nor tuned/" in message
 

@@ -17,6 +17,7 @@ import pytest
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.run_folder import export_prompt
 from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
@@ -27,7 +28,6 @@ from prompt_tuning_jax.data.tasks.task import get_task
 from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
-from prompt_tuning_jax.training.run_folder import export_prompt
 from prompt_tuning_jax.typing import Array
 from tests.micro import ONE_LAYER, D, call, make_t5
 from tests.script import SCRIPTS, load_script

@@ -19,7 +19,8 @@ ROWS = (
     ("distributed",),
     ("models", "data"),
     ("methods", "checkpoints"),
-    ("training", "inference"),
+    ("inference",),
+    ("training",),
     ("pretraining",),
     ("studies", "serving", "planning", "analysis"),
     ("cli", "seqio_tasks", "__main__", ""),  # "" is the package's own __init__
@@ -141,12 +142,10 @@ def test_every_room_has_a_row() -> None:
 # Edges between rooms that still point up.
 REMAINING = {
     ("config", "methods"),
-    ("inference", "pretraining"),
-    ("training", "pretraining"),
-    ("training", "inference"),
     ("methods", "inference"),
     ("methods", "training"),
     ("methods", "checkpoints"),
+    ("data", "methods"),
 }
 OWN = [i for i in OWN if (room(i.module), room(i.target)) not in REMAINING]
 

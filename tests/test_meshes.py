@@ -13,7 +13,7 @@ COMMON = """
 import re, sys
 import jax, numpy as np
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.training.microbatching import Microbatching
+from prompt_tuning_jax.training.step import Microbatching
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
@@ -85,7 +85,7 @@ for name, sizes in meshes.items():
     print(name, flush=True)
 partitioner = Partitioner(mesh=make_mesh(**meshes["2x2x2"]))
 same(run(partitioner, sgd, dropout=True), dropped)
-same(run(partitioner, sgd, microbatching=Microbatching(parts=2)), run(None, sgd))
+same(run(partitioner, sgd, microbatching=Microbatching(num_microbatches=2)), run(None, sgd))
 # The prompt and its optimizer state divided by rule.
 rules = with_rules(("prompt_embed=model", "vocab=", "embed=", "batch=data+fsdp"))
 partitioner = Partitioner(mesh=partitioner.mesh, rules=rules)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
-from prompt_tuning_jax.training import task_data
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import experiment, write_rows

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import prompt_tuning_jax as pt
-from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask, load_prompt
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model
+from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import label_scores
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate, prediction_rows

@@ -12,18 +12,21 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
-from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.experiment import Data, Experiment, Training
 from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
+from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.export import export_model
 from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.pretraining import probes
 from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.run import pretrain
 from prompt_tuning_jax.pretraining.text_corpus import load_corpus
 from prompt_tuning_jax.pretraining.text_data import (
     TextData,
-    open_text_data,
+    build_text_data,
     start_from_cooccurrence,
     text_losses,
 )
@@ -59,6 +62,9 @@ def micro(monkeypatch: pytest.MonkeyPatch) -> T5Config:
     return tiny_run.CONFIG
 
 
+ONE_DEVICE = Partitioner(mesh=make_mesh(devices=jax.devices()[:1]))
+
+
 def text_data(**changes: Any) -> TextData:
     data = Data(
         train=str(tiny_run.text_folder()),
@@ -68,12 +74,13 @@ def text_data(**changes: Any) -> TextData:
         **changes,
     )
     words = load_vocabulary(tiny_run.vocabulary_file())
-    return open_text_data(data, words, batch_size=4, seeds=(0, 5))
+    of = Experiment(data=data, training=Training(batch_size=4, seeds=(0, 5)))
+    return build_text_data(of, words)
 
 
 def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
     changes = {"training.steps": 40, "training.eval_every": 10, "training.log_every": 10}
-    result = train(pretraining_run(tmp_path / "run", changes), quiet=True)
+    result = pretrain(pretraining_run(tmp_path / "run", changes), quiet=True)
     records = measurements(tmp_path / "run")
     losses = [r["loss"][0] for r in records if r["kind"] == "train"]
     evaluated = [r["metrics"][0]["loss"] for r in records if r["kind"] == "eval"]
@@ -100,7 +107,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
             "training.steps": 4,
         },
     )
-    assert train(adapted, quiet=True).finished
+    assert pretrain(adapted, quiet=True).finished
     start = _losses(model, dataclasses.replace(text_data(objectives=("prefix_lm",)), batch_size=8))
     first = next(r for r in measurements(tmp_path / "adapted") if r["kind"] == "eval")
     assert first["metrics"][0]["loss"] < start[0]
@@ -157,7 +164,7 @@ def test_batches_come_from_their_own_text(monkeypatch: pytest.MonkeyPatch) -> No
         "evaluation": dataclasses.replace(data.train, tokens=even + 1),
     }
     data = dataclasses.replace(data, **split)
-    for batches, parity in ((data.batches(0, 5), 0), (data.eval_batches(), 1)):
+    for batches, parity in ((data.batches(0, 5, ONE_DEVICE), 0), (data.eval_batches(), 1)):
         for batch in batches:
             for name in ("encoder_input_tokens", "decoder_target_tokens"):
                 tokens = np.asarray(batch[name])
@@ -176,11 +183,11 @@ def test_text_of_its_own_to_evaluate_on(tmp_path: Path) -> None:
 
 def test_each_member_sees_text_of_its_own_in_any_order() -> None:
     data = text_data()
-    batches = list(data.batches(0, 4))
+    batches = list(data.batches(0, 4, ONE_DEVICE))
     assert batches[0]["encoder_input_tokens"].shape == (2, 4, 16)
     assert batches[0]["decoder_target_tokens"].shape == (2, 4, 8)
     assert np.any(batches[0]["encoder_input_tokens"][0] != batches[0]["encoder_input_tokens"][1])
-    (later,) = data.batches(3, 4)
+    (later,) = data.batches(3, 4, ONE_DEVICE)
     for name, array in later.items():
         np.testing.assert_array_equal(array, batches[3][name])
 
@@ -189,7 +196,9 @@ def test_objectives_and_weights_are_as_asked() -> None:
     words = load_vocabulary(tiny_run.vocabulary_file())
 
     def share_with_sentinels(**changes: Any) -> float:
-        (batch,) = dataclasses.replace(text_data(**changes), batch_size=200).batches(0, 1)
+        (batch,) = dataclasses.replace(text_data(**changes), batch_size=200).batches(
+            0, 1, ONE_DEVICE
+        )
         return float((batch["decoder_target_tokens"][..., 0] == words.sentinel(0)).mean())
 
     assert share_with_sentinels(objectives=("span_corruption",)) == 1
@@ -200,13 +209,13 @@ def test_objectives_and_weights_are_as_asked() -> None:
 
 def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
-    assert train(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
+    assert pretrain(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
     losses = text_losses
 
     class Killed(BaseException):
         pass
 
-    from prompt_tuning_jax.training import run
+    from prompt_tuning_jax.pretraining import run
 
     def kill(*args: Any) -> Any:
         scores = losses(*args)
@@ -220,8 +229,8 @@ def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as patch:
             patch.setattr(run, "text_losses", kill)
             with pytest.raises(Killed):
-                train(pretraining_run(tmp_path / "killed", changes), quiet=True)
-    assert train(pretraining_run(tmp_path / "killed", changes), quiet=True).finished
+                pretrain(pretraining_run(tmp_path / "killed", changes), quiet=True)
+    assert pretrain(pretraining_run(tmp_path / "killed", changes), quiet=True).finished
     (tmp_path / "whole/prompts").mkdir()
     (tmp_path / "killed/prompts").mkdir()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -234,7 +243,7 @@ def test_a_prompt_is_trained_on_text_too(tmp_path: Path) -> None:
         "method": PromptTuning(length=3, init="sampled_vocabulary", init_population=0),
         "training.steps": 4,
     }
-    result = train(pretraining_run(tmp_path, changes), quiet=True)
+    result = pretrain(pretraining_run(tmp_path, changes), quiet=True)
     assert result.best[0] is not None
     assert (tmp_path / "prompts/seed_0.npy").is_file()
 
@@ -264,7 +273,7 @@ def test_a_run_starts_from_cooccurrence(tmp_path: Path, monkeypatch: pytest.Monk
         "optimizer.learning_rate": 0.0,
         "optimizer.weight_decay": 0.0,
     }
-    result = train(pretraining_run(tmp_path, changes), quiet=True)
+    result = pretrain(pretraining_run(tmp_path, changes), quiet=True)
     data = text_data()
     table_VD = cooccurrence_embeddings(data.train.tokens, vocab_size=208, embed_dim=16)
     got_VD = result.best_tuned["model/token_embedder/embedding"][0]
@@ -294,7 +303,13 @@ def test_what_cannot_be_trained_on_is_refused_at_once(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train(pretraining_run(tmp_path / "run", changes), quiet=True)
+        pretrain(pretraining_run(tmp_path / "run", changes), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_names_pretrain(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.objectives.*call pretrain"):
+        train(pretraining_run(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -306,7 +321,7 @@ def test_cooccurrence_without_text_is_refused(tmp_path: Path) -> None:
         "data.eval": str(tiny_run.eval_file()),
     }
     with pytest.raises(UserError, match=r"set data\.objectives"):
-        train(pretraining_run(tmp_path / "run", changes), quiet=True)
+        pretrain(pretraining_run(tmp_path / "run", changes), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -324,9 +339,9 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
         "training.log_every": 2,
     }
     experiment = pretraining_run(tmp_path / "run", changes)
-    train(experiment, quiet=True)
+    pretrain(experiment, quiet=True)
     plain = pretraining_run(tmp_path / "plain", {**changes, "data.probes": ()})
-    train(plain, quiet=True)
+    pretrain(plain, quiet=True)
     probed, unprobed = (
         [r["metrics"][0] for r in measurements(tmp_path / name) if r["kind"] == "eval"]
         for name in ("run", "plain")
@@ -348,6 +363,8 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
 
 def test_probes_and_the_dictionary_need_what_they_are_made_of(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.probes is given without data\.objectives"):
-        train(pretraining_run(tmp_path, {"data.probes": ("word_valence",), "data.objectives": ()}))
+        pretrain(
+            pretraining_run(tmp_path, {"data.probes": ("word_valence",), "data.objectives": ()})
+        )
     with pytest.raises(UserError, match=r"data\.dictionary is empty"):
-        train(pretraining_run(tmp_path, {"data.objectives": ("dictionary",)}))
+        pretrain(pretraining_run(tmp_path, {"data.objectives": ("dictionary",)}))

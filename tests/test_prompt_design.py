@@ -6,11 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prediction import predict
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import NoTuning, PromptDesign
-from prompt_tuning_jax.training import build, task_data
 from prompt_tuning_jax.training.run import train
 from tests.tiny_run import LABELS, experiment
 
@@ -40,8 +47,8 @@ def test_each_seed_is_a_member_with_demonstrations_of_its_own() -> None:
 def test_it_is_the_bare_model_on_a_longer_text() -> None:
     (found,) = predict(designed({"training.seeds": (0,)}), prompts=[], inputs=["bana bine"])
     of = designed({"training.seeds": (0,)})
-    source = task_data.build_mixture(of.data).tasks[0]
-    words = build.vocabulary_of(build.build_model(of))
+    source = build_mixture(of.data).tasks[0]
+    words = vocabulary_of(build_model(of))
     (example, *_) = task_data.designed(of, source, words).load("validation")
     *shots, _ = example["inputs"].split("\n\n")
     assert len(shots) == 3 and {shot.split()[-1] for shot in shots} == set(LABELS)

@@ -19,7 +19,9 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.methods.prompt_init import initial_prompt
-from prompt_tuning_jax.training import run_folder
+from prompt_tuning_jax.training.resume import (
+    claim,
+)
 from tests import convert_cases as cases
 from tests import tiny_run
 from tests.convert_cases import Program, prompt
@@ -232,7 +234,7 @@ def test_what_similar_refuses(program: Program, tmp_path: Path) -> None:
     message = program.refused("similar", path, "--among", tmp_path / "opposite.npy", *out)
     assert "similarity -1.000" in message
     of = tiny_run.experiment(tmp_path / "run", {"method": LoRA()})
-    run_folder.claim(tmp_path / "run", of)
+    claim(tmp_path / "run", of)
     for words in ((tmp_path / "run", "--among", path), (path, "--among", tmp_path / "run")):
         message = program.refused("similar", *words)
         assert "is a run of LoRA: there is no prompt in it" in message

@@ -12,15 +12,27 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints import run_folder, train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.config_file import saved_config
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.loader import eval_batches
 from prompt_tuning_jax.data.tasks.metrics import Metric
 from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import evaluation
 from prompt_tuning_jax.inference.evaluation import evaluate
-from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.inference.predictor import (
+    evaluate_members,
+)
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+    vocabulary_of,
+)
+from prompt_tuning_jax.training.resume import (
+    claim,
+    require_run,
+)
 from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
 from tests.tiny_run import experiment, measurements
@@ -30,7 +42,7 @@ BASE: dict[str, Any] = {"training.steps": 4, "training.eval_every": 2, "training
 
 def claimed(folder: Path, changes: dict[str, Any] | None = None, *, done: int = 4) -> None:
     """A run's folder as it is after so many steps, without training."""
-    run_folder.claim(folder, experiment(folder, BASE | (changes or {})))
+    claim(folder, experiment(folder, BASE | (changes or {})))
     if done:
         train_state.save(folder / train_state.LAST, done, {"p": np.zeros(2)}, {})
     run_folder.write_json(
@@ -62,11 +74,11 @@ def test_what_may_change_is_kept(
 ) -> None:
     claimed(tmp_path, before, done=done)
     wanted = experiment(tmp_path, BASE | after)
-    run_folder.claim(tmp_path, wanted)
+    claim(tmp_path, wanted)
     assert saved_config(str(tmp_path)) == wanted
     assert not (tmp_path / "results.json").exists()  # of a shorter run
     with pytest.raises(UserError, match="another config"):  # in a suite, whose scores are kept
-        run_folder.require_run(tmp_path, experiment(tmp_path, BASE | before), exactly=True)
+        require_run(tmp_path, experiment(tmp_path, BASE | before), exactly=True)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +191,9 @@ def test_the_evaluation_loss_is_that_of_training(
         assert best.metrics["loss"] == min(losses) and "accuracy" in best.metrics
     # By hand, a batch of another size.
     model = load_model(str(tiny_run.model_folder()))
-    data = task_data.build_data(of, build.vocabulary_of(model), training=False)
+    data = task_data.build_data(of, vocabulary_of(model), training=False)
     assert isinstance(data, task_data.TaskData)
-    members = build.attach_members(of, model, labels=data.labels)
+    members = attach_members(of, model, labels=data.labels)
     (examples,) = data.evaluation.values()
     for member, best in enumerate(result.best):
         assert best is not None
@@ -221,13 +233,12 @@ def test_nan_is_not_the_best_of_several_prompts_in_any_order(
     expected: float,
 ) -> None:
     values = [math.nan, expected]
-    evaluate_members = build.evaluate_members
 
     def scored(*args: Any, **kwargs: Any) -> Any:
         _, predictions = evaluate_members(*args, **kwargs)
         return [{"accuracy": values[i], "invalid": values[i]} for i in order], predictions
 
-    monkeypatch.setattr(build, "evaluate_members", scored)
+    monkeypatch.setattr(evaluation, "evaluate_members", scored)
     of = experiment("", {"evaluation.best_by": best_by})
     scores = evaluate(of, prompts=[str(by_loss[0])])
     assert scores.best[best_by] == expected
@@ -264,7 +275,7 @@ def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
     monkeypatch.setattr(task_data, "build_mixture", lambda data: mixture)
     of = experiment("", changes)
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, cache=False))
-    words = build.vocabulary_of(load_model(str(tiny_run.model_folder())))
+    words = vocabulary_of(load_model(str(tiny_run.model_folder())))
     if expected is None:
         with pytest.raises(UserError, match=r"'oddity' is better .*evaluation\.best_mode"):
             task_data.build_data(of, words)
@@ -280,6 +291,6 @@ def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
 @pytest.mark.parametrize(("best_by", "mode"), [("accuracy", "min"), ("loss", "max")])
 def test_what_a_metric_declares_is_not_turned_round(best_by: str, mode: str) -> None:
     of = experiment("", {"evaluation.best_by": best_by, "evaluation.best_mode": mode})
-    words = build.vocabulary_of(load_model(str(tiny_run.model_folder())))
+    words = vocabulary_of(load_model(str(tiny_run.model_folder())))
     with pytest.raises(UserError, match=rf"best_mode is {mode}, and .* of '{best_by}' is better"):
         task_data.build_data(of, words)

@@ -14,13 +14,19 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints import run_folder, train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_with_metadata
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    attach_members,
+    model_fingerprint,
+)
 from prompt_tuning_jax.methods import PROMPT
-from prompt_tuning_jax.training import build, run, run_folder, task_data
+from prompt_tuning_jax.training import build, run
 from prompt_tuning_jax.training.logging import RunLog
 from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
@@ -60,7 +66,7 @@ def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of one experiment share their compiled step."""
     build_step, steps = build.build_step, {}
 
-    def cached(of: Experiment, members: build.Members) -> Any:
+    def cached(of: Experiment, members: Members) -> Any:
         state, step, rates = build_step(of, members)
         return state, steps.setdefault(of.training.seeds, step), rates
 
@@ -94,7 +100,7 @@ def test_a_finished_run_says_only_that(
 ) -> None:
     """At once: neither its model nor its data is opened."""
     folder, result = finished
-    monkeypatch.setattr(build, "build_model", None)
+    monkeypatch.setattr(run, "build_model", None)
     again = train(experiment(folder, {"training.seeds": (0, 1)}))
     said = capsys.readouterr().out
     assert said == f"{folder}: the run is finished at step 12; nothing was changed\n"
@@ -114,7 +120,7 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
         reports=(),
     )
     graphdef: Any = None
-    members = build.Members(graphdef=graphdef, trainable={}, frozen={}, mask={}, number=1)
+    members = Members(graphdef=graphdef, trainable={}, frozen={}, mask={}, number=1)
     *_, steps, note = run._introduction(experiment(tmp_path), members, data)
     assert steps == "12 steps of 4 examples: 16.0 epochs"
     assert note.startswith("note: a batch of 4 is larger than the 3 training examples")
@@ -139,7 +145,7 @@ def test_results_prompts_and_metrics_agree(finished: tuple[Path, RunResult]) -> 
         prompt_PD, metadata = load_prompt_with_metadata(folder / f"prompts/{name}.safetensors")
         np.testing.assert_array_equal(prompt_PD, result.best_tuned[PROMPT][member])
         np.testing.assert_array_equal(prompt_PD, load_prompt(folder / f"prompts/{name}.npy"))
-        assert metadata.model_fingerprint == build.model_fingerprint(model)
+        assert metadata.model_fingerprint == model_fingerprint(model)
         assert metadata.model_name == str(tiny_run.model_folder())
         assert metadata.task == str(tiny_run.train_file())
         assert (metadata.init, metadata.combine) == ("class_labels", "prefix")
@@ -158,7 +164,7 @@ def test_each_member_keeps_a_best_of_its_own(
         seen.append(np.array(trainable[PROMPT]))
         return [{"accuracy": value} for value in next(scripted)], {}
 
-    monkeypatch.setattr(build, "evaluate_members", evaluate)
+    monkeypatch.setattr(run, "evaluate_members", evaluate)
     result = train(experiment(tmp_path, {"training.seeds": (0, 1)}), quiet=True)
     assert [(own.step, own.metrics["accuracy"]) for own in result.best if own] == [(8, 30), (4, 30)]
     expected = np.stack([seen[1][0], seen[0][1]])
@@ -185,7 +191,7 @@ def test_checkpoints_hold_no_frozen_weight(finished: tuple[Path, RunResult]) -> 
 
 def _frozen() -> dict[str, Any]:
     model = load_model(str(tiny_run.model_folder()))
-    members = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS)
+    members = attach_members(experiment("w"), model, labels=tiny_run.LABELS)
     return dict(members.frozen)
 
 
@@ -200,7 +206,7 @@ def test_training_moves_the_prompt_and_lowers_the_loss(tmp_path: Path) -> None:
     losses = [r["loss"][0] for r in measurements(tmp_path) if r["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.1
     model = load_model(str(tiny_run.model_folder()))
-    start = build.attach_members(experiment("w"), model, labels=tiny_run.LABELS).trainable[PROMPT]
+    start = attach_members(experiment("w"), model, labels=tiny_run.LABELS).trainable[PROMPT]
     assert np.abs(result.best_tuned[PROMPT] - start).min() > 0
 
 

@@ -16,12 +16,19 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches
 from prompt_tuning_jax.inference.api import score
 from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    attach_members,
+    build_model,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import PROMPT, DescribedPrompts
-from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
@@ -61,7 +68,7 @@ def experiment(workdir: Path | str, changes: dict[str, Any] | None = None) -> Ex
 
 
 def data_of(of: Experiment) -> task_data.TaskData:
-    words = build.vocabulary_of(build.build_model(of))
+    words = vocabulary_of(build_model(of))
     data = task_data.build_data(of, words)
     assert isinstance(data, task_data.TaskData)
     return data
@@ -81,7 +88,7 @@ def test_interrupted_and_continued_it_is_the_same_run(
     build_step, made = build.build_step, []
     calls = 0
 
-    def watched(of: Experiment, members: build.Members) -> Any:
+    def watched(of: Experiment, members: Members) -> Any:
         state, step, rates = build_step(of, members)
         made.append(step)
 
@@ -135,7 +142,7 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
     of = experiment("w")
     batches = batches_of(of)
     model = load_model(str(tiny_run.model_folder()))
-    members = build.attach_members(of, model, labels=tiny_run.LABELS)
+    members = attach_members(of, model, labels=tiny_run.LABELS)
     own = {name: array[0] for name, array in members.trainable.items()}
     attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints import run_folder, train_state
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT
-from prompt_tuning_jax.training import run_folder
 
 
 def test_a_best_checkpoint_says_its_frozen_model(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from prompt_tuning_jax.distributed.sharding import (
     with_rules,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.training import build
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+    build_model,
+)
 from tests import tiny_run
 from tests.devices import with_devices
 
@@ -144,9 +147,9 @@ def test_rules_that_make_no_sense(rule, message):
 
 def test_a_rule_for_an_axis_that_nothing_has_is_a_mistake(tmp_path):
     experiment = tiny_run.experiment(tmp_path, {"mesh.rules": ("embd=fsdp",)})
-    model = build.build_model(experiment)
+    model = build_model(experiment)
     with pytest.raises(UserError, match="no array has the axis 'embd': did you mean 'embed'"):
-        build.attach_members(experiment, model, labels=("red",))
+        attach_members(experiment, model, labels=("red",))
 
 
 def test_the_mesh_as_an_option():

@@ -14,7 +14,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.convert_model import convert_to_hf, convert_to_t5x
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
-from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
 from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
@@ -25,7 +25,7 @@ from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.pretraining.text_data import open_text_data
+from prompt_tuning_jax.pretraining.text_data import build_text_data
 from tests.micro import ONE_LAYER, D, V, make_t5, normal, token_rows
 
 SOURCE = token_rows([5, 3, 6], 7)
@@ -221,4 +221,4 @@ def test_objectives_are_of_t5s_ids() -> None:
     words = ByteVocabulary(token_ids=TokenIds(eos=2))
     data = Data(train="texts", objectives=("prefix_lm",))
     with pytest.raises(UserError, match=r"data\.objectives .* this model has others"):
-        open_text_data(data, words, batch_size=1, seeds=(0,))
+        build_text_data(Experiment(data=data), words)

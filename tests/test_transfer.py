@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.studies import runs as command
 from prompt_tuning_jax.studies import suite as suites
 from prompt_tuning_jax.studies import transfer
 from prompt_tuning_jax.studies.runs import try_transfer
-from prompt_tuning_jax.training import task_data
 from tests import tiny_run
 from tests.tiny_run import experiment, write_rows
 from tests.watched_runs import watched_runs
@@ -139,7 +141,7 @@ def test_labels_are_translated(
         return SimpleNamespace(finished=True, stopped_by=0)
 
     def evaluate(of: Experiment, *, prompts: Any) -> Any:
-        task = task_data.build_mixture(of.data).evaluated_on("validation")[0]
+        task = build_mixture(of.data).evaluated_on("validation")[0]
         assert task.labels == ("not_duplicate", "duplicate")
         examples = list(task.load("validation", of.data.data_dir))
         scores = task.score(examples, ["duplicate"] * len(examples))

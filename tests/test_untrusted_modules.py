@@ -16,12 +16,15 @@ from prompt_tuning_jax.config.config_file import load_config, run_config, saved_
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.config.overrides import to_json
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+    trained_tasks,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import tfds_rows
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import attach
 from prompt_tuning_jax.methods import Method, MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
-from prompt_tuning_jax.training import task_data
 from tests import tiny_run
 
 MODULE = """
@@ -129,7 +132,7 @@ def test_python_and_the_server_do_not_import_it_either(module: str) -> None:
     assert saved is not None
     for of in (saved, dataclasses.replace(saved, method=MultitaskPrompts())):
         with pytest.raises(UserError, match=f"data.module={module}"):
-            task_data.trained_tasks(of.data)
+            trained_tasks(of.data)
     assert not imported(module)
     # What is compared on resuming is as it was written.
     assert saved_config(str(folder)).data.module == module  # type: ignore[union-attr]
@@ -145,19 +148,19 @@ def test_a_config_of_the_user_names_one_beside_it(module: str, tmp_path: Path) -
         "def get_config():\n"
         f"    return Experiment(data=Data(module={module!r}, task='task_of_{module}'))\n"
     )
-    mixture = task_data.build_mixture(load_config(str(config)).data)
+    mixture = build_mixture(load_config(str(config)).data)
     assert mixture.name == f"task_of_{module}"
 
 
 @pytest.mark.parametrize("name", ["my-tasks", "my_tasks.py ", ".tasks", "a..b", "tasks/mine", " "])
 def test_names_that_are_none_of_modules(name: str) -> None:
     with pytest.raises(UserError, match="as in an import statement"):
-        task_data.build_mixture(Data(module=name))
+        build_mixture(Data(module=name))
 
 
 def test_a_module_that_is_not_there_says_where_it_was_looked_for() -> None:
     with pytest.raises(UserError, match=r"cannot import 'no_such_module'.*current folder"):
-        task_data.build_mixture(Data(module="no_such_module"))
+        build_mixture(Data(module="no_such_module"))
 
 
 def test_gin_takes_a_module_from_the_command_line_alone(tmp_path: Path) -> None:

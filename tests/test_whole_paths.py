@@ -11,7 +11,7 @@ from prompt_tuning_jax.config.overrides import to_dict, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS, PromptTuning
-from prompt_tuning_jax.training.run_folder import claim
+from prompt_tuning_jax.training.resume import claim
 
 
 @pytest.fixture

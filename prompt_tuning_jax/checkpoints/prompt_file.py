@@ -25,7 +25,7 @@ from prompt_tuning_jax.checkpoints.prompt_array import (
 )
 from prompt_tuning_jax.checkpoints.t5x import reader
 from prompt_tuning_jax.checkpoints.tuned_format import tuned_by
-from prompt_tuning_jax.data.tasks.task import tasks_known_as
+from prompt_tuning_jax.data.tasks.task import TrainedTask, tasks_known_as
 from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
@@ -39,18 +39,6 @@ _KEY = "prompt"
 _NPY_MAGIC = b"\x93NUMPY"
 # What T5X's own export of a prompt to a file calls it.
 _T5X_FILE = "encoder.prompt.prompt.prompt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedTask:
-    """One of the tasks of a mixture: its labels, and the template of its inputs."""
-
-    name: str
-    labels: tuple[str, ...] = ()
-    inputs_template: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join(self.labels)})" if self.labels else self.name
 
 
 @dataclass(frozen=True, kw_only=True)

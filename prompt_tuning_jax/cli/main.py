@@ -112,8 +112,10 @@ def _processes(args: argparse.Namespace) -> AbstractContextManager[None]:
 def _train(args: argparse.Namespace) -> None:
     experiment = _experiment(args)
     _require_typed_files(args, experiment)
-    from prompt_tuning_jax.training.run import train
+    from prompt_tuning_jax.training.run import needs_pretraining, train
 
+    if needs_pretraining(experiment):
+        from prompt_tuning_jax.pretraining.run import pretrain as train
     result = train(experiment)
     if not result.finished:
         sys.exit(128 + result.stopped_by)  # as a shell reports a program that a signal has ended
@@ -362,7 +364,7 @@ def _metrics(args: argparse.Namespace) -> None:
 def _import_module(name: str | None) -> None:
     """Imports the module that the command line names, if it names one."""
     if name:
-        from prompt_tuning_jax.training.task_data import import_module
+        from prompt_tuning_jax.data.tasks.selection import import_module
 
         import_module(name)
 

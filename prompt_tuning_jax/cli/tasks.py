@@ -144,7 +144,7 @@ def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
     if vocabulary:
         return load_vocabulary(vocabulary)
     from prompt_tuning_jax.checkpoints.load import load_model
-    from prompt_tuning_jax.training.build import vocabulary_of
+    from prompt_tuning_jax.inference.setup import vocabulary_of
 
     return vocabulary_of(load_model(model))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import convert as converter
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.convert import Converted, Format, format_of, require_options_of
 from prompt_tuning_jax.checkpoints.convert_model import StoredAs, written
@@ -40,7 +41,6 @@ from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import method_of, peft_adapter
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, Method
 from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.training import run_folder
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> converter.Converted:

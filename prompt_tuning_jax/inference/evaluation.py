@@ -11,19 +11,29 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.prompt_file import shared_labels, tasks_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.files import FILE_TASK
 from prompt_tuning_jax.data.tasks.metrics import best_of
+from prompt_tuning_jax.data.tasks.selection import (
+    inputs_template_of,
+)
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import LoadedPrompts, prompt_list
 from prompt_tuning_jax.inference.prediction import Prompts, mean_log_probs, open_for
+from prompt_tuning_jax.inference.predictor import (
+    Predictions,
+    evaluate_members,
+)
 from prompt_tuning_jax.inference.prompt_sources import as_texts
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    partitioner_of,
+    vocabulary_of,
+)
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.pretraining.text_data import TextData
-from prompt_tuning_jax.training import build, task_data
-from prompt_tuning_jax.training.evaluate import Predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +77,11 @@ def evaluate(
     if labels:
         own = dataclasses.replace(experiment.data, labels=labels)
         experiment = validate(dataclasses.replace(experiment, data=own))
-    model = build.build_model(experiment)
+    if experiment.data.objectives:
+        raise UserError(
+            "data.objectives: eval scores tasks; the loss on text is in the run's metrics.jsonl"
+        )
+    model = build_model(experiment)
     loaded = open_for(experiment, model, prompt_list(prompts))
     if not labels:
         experiment = _with_labels(experiment, loaded)
@@ -83,9 +97,7 @@ def evaluate(
         data = _examples(own_draw, model, split=split) if number else data
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
-            theirs, found = build.evaluate_members(
-                own_draw, members, members.trainable, data, model
-            )
+            theirs, found = evaluate_members(own_draw, members, members.trainable, data, model)
             scores += theirs
             for task, part in found.items():
                 predictions.setdefault(task, []).append(part)
@@ -151,7 +163,7 @@ def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[s
     data = experiment.data
     if not (data.train or data.eval) or data.objectives:
         return
-    ours = Wording(template=task_data.inputs_template_of(data))
+    ours = Wording(template=inputs_template_of(data))
     for name, one in loaded.by_name().items():
         theirs = wording_of(one.task, one.inputs_template)
         if AS_IT_IS not in (ours, theirs) and theirs.key != ours.key:
@@ -199,13 +211,11 @@ def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_d
     """What is evaluated on; the same for all processes."""
     data = task_data.build_data(
         experiment,
-        build.vocabulary_of(model),
+        vocabulary_of(model),
         split=split,
         training=False,
-        partitioner=build.partitioner_of(experiment),
+        partitioner=partitioner_of(experiment),
     )
-    if isinstance(data, TextData):
-        raise UserError("eval scores tasks; a text objective's loss is in the run's metrics")
     # Other examples there would be other batches, or one too many to wait for.
     processes.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     return data

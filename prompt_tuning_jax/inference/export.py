@@ -20,14 +20,20 @@ from prompt_tuning_jax.checkpoints.convert_model import (
 from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free, require_outside
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import open_model
+from prompt_tuning_jax.checkpoints.run_folder import (
+    member_names,
+)
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import members_of_run
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    partitioner_of,
+)
 from prompt_tuning_jax.methods import merging, method_name
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build
 
 StoredAs = Literal["float32", "bfloat16", "stored"]
 
@@ -80,14 +86,14 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
             f"{workdir} is a run of {method_name(experiment.method)}, which cannot be merged into "
             f"a model's weights; methods that can are {merging.MERGEABLE}"
         )
-    number = _member(workdir, build.member_names(experiment), member)
+    number = _member(workdir, member_names(experiment), member)
     if experiment.model.quantization != "none":
         raise UserError(
             f"{workdir} was trained beside weights in {experiment.model.quantization}, and what is "
             "merged into those is lost in rounding; train with model.quantization=none to merge"
         )
-    model = build.build_model(experiment)
-    members, _ = members_of_run(experiment, model, workdir, build.partitioner_of(experiment))
+    model = build_model(experiment)
+    members, _ = members_of_run(experiment, model, workdir, partitioner_of(experiment))
     own = {name: jnp.asarray(array[number]) for name, array in members.trainable.items()}
     return experiment, merging.merge(param_tree.merge(members.graphdef, {**members.frozen, **own}))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.hf import config as hf_config
@@ -29,7 +30,6 @@ from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import tuned_files
 from prompt_tuning_jax.inference.loading_methods import method_of
-from prompt_tuning_jax.training import run_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
@@ -21,6 +22,9 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     is_prompt_file,
     load_prompt_with_metadata,
     tasks_of,
+)
+from prompt_tuning_jax.checkpoints.run_folder import (
+    member_names,
 )
 from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
@@ -37,6 +41,11 @@ from prompt_tuning_jax.inference.loading_methods import (
     members_of_stored,
     stored_methods,
 )
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    model_fingerprint,
+    partitioner_of,
+)
 from prompt_tuning_jax.methods import (
     PROMPT,
     Context,
@@ -48,7 +57,6 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
 from prompt_tuning_jax.methods.prompt_combine import Placement
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build, run_folder
 from prompt_tuning_jax.typing import HostArray
 
 
@@ -59,7 +67,7 @@ class LoadedPrompts:
     ``names`` has one for each, and so has ``known``: what its file or its run says about it.
     """
 
-    groups: list[build.Members]
+    groups: list[Members]
     names: tuple[str, ...]
     known: tuple[PromptMetadata, ...]
 
@@ -146,17 +154,17 @@ def load_prompts(
     else as in ``experiment.method``.  Arrays are laid out over the experiment's mesh, or as
     ``partitioner`` says.
     """
-    partitioner = partitioner or build.partitioner_of(experiment)
+    partitioner = partitioner or partitioner_of(experiment)
     if not prompts:
         attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
         bare = PromptMetadata()
         return LoadedPrompts(
             groups=[_sharded(attached, partitioner)], names=("no prompt",), known=(bare,)
         )
-    fingerprint = build.model_fingerprint(model)
+    fingerprint = model_fingerprint(model)
     default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
     arrays: list[tuple[str, HostArray, PromptTuning, PromptMetadata]] = []
-    groups: list[build.Members] = []
+    groups: list[Members] = []
     names: list[str] = []
     known: list[PromptMetadata] = []
     stored: list[tuple[str, TunedCheckpoint]] = []
@@ -180,14 +188,14 @@ def load_prompts(
             continue
         if run is not None and isinstance(run.method, PromptTuning):
             if run_folder.is_run(place):
-                files = run_folder.prompt_files(place, build.member_names(run))
+                files = run_folder.prompt_files(place, member_names(run))
             elif place.is_dir():
                 files = prompt_files(str(place)) or files
         elif run is not None and run_folder.is_run(place):
             members, theirs = members_of_run(run, model, place, partitioner)
             groups.append(members)
             known += theirs
-            names += [f"{prompt}/{name}" for name in build.member_names(run)]
+            names += [f"{prompt}/{name}" for name in member_names(run)]
             continue
         elif place.is_dir() and (inside := prompt_files(str(place))):
             files = inside
@@ -271,7 +279,7 @@ def _member_name(name: str) -> str:
 
 
 def _of_task(
-    prompts: TaskPrompts, model: T5, members: build.Members, task: str, path: str | Path
+    prompts: TaskPrompts, model: T5, members: Members, task: str, path: str | Path
 ) -> tuple[TunedModel, str]:
     """The plain prompt of one of several tasks, and the task's name."""
     names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
@@ -320,13 +328,13 @@ def _joining(method: PromptTuning) -> PromptTuning:
     )
 
 
-def members_of(attached: TunedModel) -> build.Members:
+def members_of(attached: TunedModel) -> Members:
     """One member, all of whose arrays are there once, where they are."""
     graphdef, params = param_tree.split(attached)
-    return build.Members(
+    return Members(
         graphdef=graphdef, trainable={}, frozen=params, mask=dict.fromkeys(params, False), number=1
     )
 
 
-def _sharded(attached: TunedModel, partitioner: Partitioner) -> build.Members:
+def _sharded(attached: TunedModel, partitioner: Partitioner) -> Members:
     return members_of(attached).sharded(partitioner, param_tree.logical_axes(attached))

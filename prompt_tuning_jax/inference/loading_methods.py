@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
+from prompt_tuning_jax.checkpoints.run_folder import (
+    member_names,
+)
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     TunedCheckpoint,
     is_tuned_file,
@@ -21,8 +25,20 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
 )
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+    inputs_template_of,
+    labels_of,
+    mixture_of,
+    trained_tasks,
+)
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    model_fingerprint,
+    require_trainable,
+)
 from prompt_tuning_jax.methods import (
     Context,
     FullTuning,
@@ -33,7 +49,6 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build, run_folder, task_data
 from prompt_tuning_jax.typing import HostArray
 
 _OVER: Mapping[str, Any] = {
@@ -136,7 +151,7 @@ def members_of_stored(
     model: T5,
     partitioner: Partitioner,
     fingerprint: str,
-) -> Iterator[build.Members]:
+) -> Iterator[Members]:
     """Members for those of one method side by side."""
 
     def kind(stored: TunedCheckpoint) -> tuple[Any, ...]:
@@ -167,7 +182,7 @@ def members_of_stored(
 
 def members_of_run(
     run: Experiment, model: T5, folder: Path, partitioner: Partitioner
-) -> tuple[build.Members, list[PromptMetadata]]:
+) -> tuple[Members, list[PromptMetadata]]:
     """The best members of a run of any method, and what is known about each.
 
     UserError where its frozen model is another.
@@ -177,15 +192,15 @@ def members_of_run(
         trained_on = PromptMetadata(
             model_name=run.model.name_or_path, model_fingerprint=trained_on_model
         )
-        check_model(trained_on, fingerprint=build.model_fingerprint(model), path=folder)
-    known = [_known_of_run(run, model, folder, name) for name in build.member_names(run)]
+        check_model(trained_on, fingerprint=model_fingerprint(model), path=folder)
+    known = [_known_of_run(run, model, folder, name) for name in member_names(run)]
     members = _members(
         run.method,
         trainable,
         model,
         partitioner,
         labels=known[0].labels if run.method.scores_labels else (),
-        tasks=task_data.trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
+        tasks=trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
         of=f"the best checkpoint in {folder}",
     )
     return members, known
@@ -197,7 +212,7 @@ def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> Prompt
     if is_tuned_file(file):
         return known_with(run, read_tuned(file, model.config).metadata)
     try:
-        labels = task_data.labels_of(task_data.build_mixture(run.data))
+        labels = labels_of(build_mixture(run.data))
     except UserError:  # the files that would say them are gone
         if run.method.scores_labels:
             raise
@@ -212,8 +227,8 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
     return dataclasses.replace(
         metadata,
         task=metadata.task or run.data.train or run.data.task,
-        inputs_template=metadata.inputs_template or task_data.inputs_template_of(run.data),
-        mixture=metadata.mixture or task_data.mixture_of(run.data),
+        inputs_template=metadata.inputs_template or inputs_template_of(run.data),
+        mixture=metadata.mixture or mixture_of(run.data),
     )
 
 
@@ -253,7 +268,7 @@ def attach_stored(
         _require_sizes(method, shapes)
         abstract = jax.eval_shape(lambda: param_tree.split(attach())[1])
         own = {name: p for name, p in abstract.items() if method.trains(name)}
-        build.require_trainable(own)
+        require_trainable(own)
     except UserError as error:
         raise UserError(f"{of}: {error}") from None
     # Of the stored arrays the shapes alone.
@@ -271,14 +286,14 @@ def _members(
     labels: tuple[str, ...],
     tasks: tuple[str, ...],
     of: str,
-) -> build.Members:
+) -> Members:
     """The method attached to the model with these arrays, which have a leading axis E."""
     # What is tuned has a leading axis E.
     shapes = {name: tuple(array.shape[1:]) for name, array in trainable.items()}
     attached = attach_stored(method, model, shapes, labels=labels, tasks=len(tasks), of=of)
     graphdef, params = param_tree.split(attached)
     frozen = {name: p for name, p in params.items() if not method.trains(name)}
-    members = build.Members(
+    members = Members(
         graphdef=graphdef,
         trainable={name: jnp.asarray(array) for name, array in trainable.items()},
         frozen=frozen,

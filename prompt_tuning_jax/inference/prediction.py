@@ -11,7 +11,6 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
-    TrainedTask,
     for_task,
     listed,
     shared_labels,
@@ -20,10 +19,14 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import few_lengths
 from prompt_tuning_jax.data.batching.tokenize import tokenize
 from prompt_tuning_jax.data.tasks.row_files import RowFile
-from prompt_tuning_jax.data.tasks.task import Source, Task, get_task, tasks_known_as
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+)
+from prompt_tuning_jax.data.tasks.task import Source, Task, TrainedTask, get_task, tasks_known_as
 from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
     Given,
@@ -46,11 +49,18 @@ from prompt_tuning_jax.inference.loading import (
     prompt_list,
     where,
 )
+from prompt_tuning_jax.inference.predictor import (
+    Predictions,
+    build_predictor,
+)
 from prompt_tuning_jax.inference.prompt_sources import as_texts
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    partitioner_of,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import PromptDesign, TunedModel
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build, task_data
-from prompt_tuning_jax.training.evaluate import Predictions
 from prompt_tuning_jax.typing import HostArray
 
 # What is predicted with where no config and no run says otherwise; texts are as they are.
@@ -155,8 +165,8 @@ def _opened(
             checked = validate(dataclasses.replace(model, data=data))
             data = dataclasses.replace(checked.data, task="")
             experiment = dataclasses.replace(checked, data=data)
-        partitioner = build.partitioner_of(experiment)
-        frozen = build.build_model(experiment, partitioner=partitioner)
+        partitioner = partitioner_of(experiment)
+        frozen = build_model(experiment, partitioner=partitioner)
         return experiment, open_for(experiment, frozen, prompts), frozen, partitioner
     require_model(model)
     if isinstance(model, TunedModel):
@@ -303,7 +313,7 @@ def _labels_of(data: Data) -> tuple[str, ...]:
     if not (data.task or data.train or data.eval) or (data.eval and not data.train):
         return data.labels
     try:
-        mixture = task_data.build_mixture(data)
+        mixture = build_mixture(data)
     except UserError as error:
         raise UserError(
             f"nothing says which labels to choose between: give them with labels "
@@ -403,11 +413,11 @@ def _predictions(
     rows: Sequence[Mapping[str, Any] | None],
 ) -> list[Prediction]:
     experiment, labels = asked.experiment, asked.labels
-    words = build.vocabulary_of(model)
+    words = vocabulary_of(model)
     _check_labels(labels, words)
     source = None
     if isinstance(experiment.method, PromptDesign):
-        source = task_data.build_mixture(experiment.data).tasks[0]
+        source = build_mixture(experiment.data).tasks[0]
     parts = []
     for own_draw in task_data.draws_of(experiment):
         examples = tokenize(
@@ -419,7 +429,7 @@ def _predictions(
             use_cache=False,
         )
         for members in asked.loaded.groups:
-            predictor = build.build_predictor(
+            predictor = build_predictor(
                 experiment,
                 members.graphdef,
                 words,

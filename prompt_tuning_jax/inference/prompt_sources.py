@@ -6,12 +6,12 @@ What callers give where several may be given: one alone is a list of one.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, read_prompt
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning, PTuning
-from prompt_tuning_jax.training import run_folder
 
 
 def prompt_paths(source: str | Path) -> list[str]:

@@ -15,6 +15,10 @@ from flax import nnx
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    attach_unplaced,
+)
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
@@ -30,7 +34,7 @@ _EXCEEDED = re.compile(r"(?:\(|[Uu]sed )(\d+(?:\.\d+)?)([KMGT])\)? (?:exceeds|of
 class Abstract:
     """An experiment of shapes alone: what a step takes, each laid out over the mesh."""
 
-    members: build.Members
+    members: Members
     state: TrainState
     step: TrainStep
     partitioner: Partitioner
@@ -82,7 +86,7 @@ def abstract_experiment(
             dropout_rate=experiment.model.dropout_rate,
         )
         quantize_modules(model, experiment.model.quantization)
-        members, kept["axes"] = build.attach_unplaced(experiment, model, labels=())
+        members, kept["axes"] = attach_unplaced(experiment, model, labels=())
         kept["members"] = members
         return members.trainable, members.frozen
 

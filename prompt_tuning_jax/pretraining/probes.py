@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
+from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.inference.predictor import (
+    evaluate_members,
+)
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build, task_data
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.typing import FlatParams
 
 PROMPT_LENGTH = 20
@@ -48,24 +56,23 @@ class Probe:
             training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
         )
         self._model = model
-        self._layout = partitioner = build.train_partitioner(self._experiment)
-        words = build.vocabulary_of(model)
+        self._partitioner = partitioner = build.train_partitioner(self._experiment)
+        words = vocabulary_of(model)
         self._data = task_data.build_data(self._experiment, words, partitioner=partitioner)
-        self._members = build.attach_members(self._experiment, model, labels=self._data.labels)
+        self._members = attach_members(self._experiment, model, labels=self._data.labels)
         # Compiled once: the weights are an argument.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
 
     def score(self, weights: FlatParams) -> float:
         """The task's first metric after tuning a prompt on ``weights``, named as by FullTuning."""
         data = self._data
-        assert isinstance(data, task_data.TaskData)
         frozen = {name: weights[name] for name in self._members.frozen}
         # A step takes its state for itself, and the start is needed again.
         state = jax.tree.map(jnp.copy, self._start)
-        for batch in task_data.sharded_batches(data, self._layout, 0, STEPS):
+        for batch in data.batches(0, STEPS, self._partitioner):
             state, _ = self._step(state, frozen, batch)
         members = dataclasses.replace(self._members, frozen=frozen)
-        (scores,), _ = build.evaluate_members(
+        (scores,), _ = evaluate_members(
             self._experiment, members, state.trainable, data, self._model
         )
         return scores[data.best_by]

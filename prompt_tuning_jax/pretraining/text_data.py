@@ -1,7 +1,8 @@
 """Text objectives as training data: pre-training from random weights, and LM adaptation."""
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.data.tasks.metrics import Direction
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import loss_sums
-from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.methods import DescribedPrompts, TunedModel
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
@@ -43,8 +44,7 @@ from prompt_tuning_jax.pretraining.text_objectives import (
     SpanCorruption,
 )
 from prompt_tuning_jax.pretraining.word_table import make_word_table
-from prompt_tuning_jax.training.step import Batch
-from prompt_tuning_jax.typing import FlatParams
+from prompt_tuning_jax.typing import Batch, FlatParams
 
 HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
 EVAL_BATCHES = 16
@@ -66,9 +66,31 @@ class TextData:
     direction: Direction = "min"
     labels: tuple[str, ...] = ()
 
+    # A text has no epochs and no padding, and a run's curves show whatever is evaluated.
+    examples_per_epoch: None = None
+    charted: tuple[str, ...] = ()
+
     def require_direction(self) -> Direction:
-        """Less of a loss is better."""
+        """A smaller loss is better."""
         return self.direction
+
+    def baselines(self) -> dict[str, float]:
+        return {}
+
+    def digests(self) -> dict[str, str]:
+        """A digest of the training text and of the evaluation text."""
+        corpora = {"training data": self.train, "evaluation data": self.evaluation}
+        return {
+            name: hashlib.sha256(np.ascontiguousarray(corpus.tokens).data).hexdigest()
+            for name, corpus in corpora.items()
+        }
+
+    def empty_batches(self, steps: int) -> list[Batch]:
+        """None: there is one shape, which the first step compiles."""
+        return []
+
+    def padding(self, start: int, stop: int) -> None:
+        return None
 
     @property
     def reports(self) -> tuple[str, ...]:
@@ -77,13 +99,17 @@ class TextData:
             f"{len(self.evaluation.tokens):,} to evaluate on",
         )
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Those of steps ``start`` to ``stop - 1``, with a leading axis E, prepared in threads."""
+    def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
+        """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, prepared in threads.
+
+        Every process makes whole batches; their rows are divided over the mesh.
+        """
         import grain
 
         steps = grain.MapDataset.range(start, max(start, stop))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        yield from steps.map(self._batch).to_iter_dataset(options)
+        for batch in steps.map(self._batch).to_iter_dataset(options):
+            yield partitioner.shard_batch(batch, ("ensemble", "batch", "length"))
 
     def eval_batches(self) -> Iterator[Batch]:
         """The same few batches every time, without the axis E."""
@@ -100,18 +126,15 @@ class TextData:
         )
 
 
-def open_text_data(
-    data: Data,
-    vocabulary: AnyVocabulary,
-    *,
-    batch_size: int,
-    seeds: Sequence[int],
-    block: PromptBlock = NO_BLOCK,
-) -> TextData:
+def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextData:
     """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``.
 
-    ``block`` is room for prompts before every input, for ``methods.DescribedPrompts``.
+    Inputs begin with room for the prompts of ``DescribedPrompts``, where that is the method.
     """
+    data, method = experiment.data, experiment.method
+    block = NO_BLOCK
+    if isinstance(method, DescribedPrompts):
+        block = PromptBlock(positions=method.positions, words=method.words)
     if not data.train:
         raise UserError("data.objectives need text; name a folder of text files in data.train")
     if vocabulary.token_ids != TokenIds():
@@ -135,8 +158,8 @@ def open_text_data(
         vocabulary=vocabulary,
         train=train,
         evaluation=evaluation,
-        batch_size=batch_size,
-        seeds=tuple(seeds),
+        batch_size=experiment.training.batch_size,
+        seeds=experiment.training.seeds,
     )
 
 

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING
 
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.tasks.selection import (
+    inputs_template_of,
+)
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    model_fingerprint,
+    partitioner_of,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training import build, task_data
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -167,12 +175,12 @@ def open_service(
     if not folder.is_dir():
         what = "is a file; name the folder that it is in" if folder.exists() else "no such folder"
         raise UserError(f"--prompts {prompts}: {what}")
-    partitioner = build.partitioner_of(experiment)
-    model = build.build_model(experiment, partitioner=partitioner)
-    words = build.vocabulary_of(model)
+    partitioner = partitioner_of(experiment)
+    model = build_model(experiment, partitioner=partitioner)
+    words = vocabulary_of(model)
     validator = PromptValidator(
         embed_dim=model.config.embed_dim,
-        fingerprint=build.model_fingerprint(model),
+        fingerprint=model_fingerprint(model),
         dtype=model.dtype,
         vocabulary=words,
         longest=serving.max_prompt_length or None,
@@ -235,7 +243,7 @@ def _tasks_in(folder: Path, validator: "PromptValidator", model: T5) -> "dict[st
     for found in find_tasks(folder):
         run = run_config(str(found.files[0])) if found.files[0].is_file() else None
         if run is not None:
-            found = replace(found, inputs_template=task_data.inputs_template_of(run.data))
+            found = replace(found, inputs_template=inputs_template_of(run.data))
         if run is not None and isinstance(run.method, PromptTuning):
             require_sees_all(run.method, found.files[0])
             found = replace(found, placement=run.method.placement)

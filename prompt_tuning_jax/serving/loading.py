@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -16,10 +17,19 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     for_task,
     tasks_of,
 )
+from prompt_tuning_jax.checkpoints.run_folder import (
+    member_names,
+)
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+    inputs_template_of,
+    labels_of,
+    mixture_of,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
     as_trained,
@@ -41,7 +51,6 @@ from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod, Structures
 from prompt_tuning_jax.serving.task_store import LoadedMember, task_name
 from prompt_tuning_jax.serving.tasks import PromptValidator, Served
-from prompt_tuning_jax.training import build, run_folder, task_data
 from prompt_tuning_jax.typing import HostArray
 
 _log = logging.getLogger(__name__)
@@ -166,11 +175,11 @@ class MethodsIn:
             model_name=run.model.name_or_path,
             task=run.data.train or run.data.task,
             labels=_labels_of(run.data, folder),
-            inputs_template=task_data.inputs_template_of(run.data),
-            mixture=task_data.mixture_of(run.data),
+            inputs_template=inputs_template_of(run.data),
+            mixture=mixture_of(run.data),
         )
         found = []
-        for number, name in enumerate(build.member_names(run)):
+        for number, name in enumerate(member_names(run)):
             about = dataclasses.replace(metadata, seed=run.training.seeds[number])
             trainable = {path: array[number] for path, array in best.items()}
             member = self._method(name, run.method, trainable, about, folder)
@@ -197,7 +206,7 @@ def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
 def _labels_of(data: Data, place: Path) -> tuple[str, ...]:
     """Nothing, and a note, where the files or the module that would say them are not there."""
     try:
-        return task_data.labels_of(task_data.build_mixture(data))
+        return labels_of(build_mixture(data))
     except UserError as error:
         _log.warning("%s: its labels are unknown: %s", place, error)
         return ()

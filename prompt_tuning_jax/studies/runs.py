@@ -10,10 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints.run_folder import (
+    workdir_of,
+)
 from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import check_labels
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import name_in_form
 from prompt_tuning_jax.data.tasks.task import Task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
@@ -21,10 +29,19 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prompt_sources import as_texts
 from prompt_tuning_jax.inference.score_table import print_scores, scores_as_dict
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    model_fingerprint,
+    vocabulary_of,
+)
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies import suite as suites
 from prompt_tuning_jax.studies import transfer
-from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.training.resume import (
+    claim,
+    require_place,
+    require_run,
+)
 from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -54,7 +71,7 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        return build.workdir_of(self.experiment)
+        return workdir_of(self.experiment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +101,8 @@ def suite(
     """
     validate(experiment)
     tasks, split_validation = as_texts(tasks, "tasks"), as_texts(split_validation, "halve")
-    root = build.workdir_of(experiment)
-    run_folder.require_place(root)
+    root = workdir_of(experiment)
+    require_place(root)
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
@@ -155,8 +172,8 @@ def try_transfer(
     """
     validate(experiment)
     targets, methods = as_texts(targets, "targets"), as_texts(methods, "methods")
-    root = build.workdir_of(experiment)
-    run_folder.require_place(root)
+    root = workdir_of(experiment)
+    require_place(root)
     known_form = suites.require_form(form)
     full = transfer.source_task(source, form=known_form)
     to = transfer.target_tasks(targets, source=full, form=known_form)
@@ -222,9 +239,9 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     for run in runs:
         if (run.folder / RUN_CONFIG).is_file():
             # With more steps its scores would not be those that are kept.
-            run_folder.require_run(run.folder, run.experiment, exactly=True)
-    model = build.build_model(runs[0].experiment)
-    words = build.vocabulary_of(model)
+            require_run(run.folder, run.experiment, exactly=True)
+    model = build_model(runs[0].experiment)
+    words = vocabulary_of(model)
     for run in runs:
         for of in run.evaluations.values():
             for task in _evaluated(of):
@@ -233,7 +250,7 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
                 except UserError as error:
                     complain(error, run.title)
     _refuse(missing, "nothing was trained")
-    prepared = _Prepared(model=build.model_fingerprint(model), vocabulary=words, data=data)
+    prepared = _Prepared(model=model_fingerprint(model), vocabulary=words, data=data)
     for number, run in enumerate(runs):
         _kept(run, prepared, number)  # raises for what was made of something else
     return prepared
@@ -246,7 +263,7 @@ def _refuse(config_errors: Mapping[str, Sequence[str]], what_now: str) -> None:
 
 
 def _evaluated(of: Experiment) -> tuple[Task, ...]:
-    return task_data.build_mixture(of.data).evaluated_on(of.data.eval_split)
+    return build_mixture(of.data).evaluated_on(of.data.eval_split)
 
 
 def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
@@ -295,7 +312,7 @@ def _scored(
         }
         run_folder.write_json(run.folder / SCORES, value)
 
-    run_folder.claim(run.folder, run.experiment)
+    claim(run.folder, run.experiment)
     keep()  # before anything is trained on it
     result = train(run.experiment, quiet=quiet)
     if result.stopped_by or not result.finished:
@@ -316,7 +333,6 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
     """What always answering the most frequent training target scores, and reports on the data."""
     data = task_data.build_data(trained, words)
     tried = data if of == trained else task_data.build_data(of, words, training=False)
-    assert isinstance(data, task_data.TaskData) and isinstance(tried, task_data.TaskData)
     sets = list(tried.evaluation.values())
     majority: dict[str, float] = {}
     for name, examples in tried.evaluation.items():

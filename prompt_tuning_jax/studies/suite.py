@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.tasks.selection import (
+    build_mixture,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form
 from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
@@ -24,7 +27,6 @@ from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example, get_mixture, get_task
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.training import task_data
 
 SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = ("majority", "mean", "best", "ensemble")
@@ -216,7 +218,7 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
     UserError where one is missing, and for a test split without labels.
     """
     data = experiment.data
-    mixture = task_data.build_mixture(data)
+    mixture = build_mixture(data)
     if data.eval_split == _TEST:
         for task in mixture.evaluated_on(_TEST):
             if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):

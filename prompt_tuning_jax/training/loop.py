@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,32 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import train_state
+from prompt_tuning_jax.checkpoints.run_folder import Best, bests_from_json, bests_to_json
 from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
 from prompt_tuning_jax.data.tasks.metrics import Direction, is_better
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import RunLog
-from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching
 from prompt_tuning_jax.training.step import (
-    Batch,
+    NO_MICROBATCHING,
+    Microbatching,
     StepCost,
     StepMetrics,
     TrainState,
     TrainStep,
     step_cost,
 )
-from prompt_tuning_jax.typing import FlatParams, HostArray
+from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 Extra = TypeVar("Extra")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """A member's best evaluation so far: its step, and all its metrics."""
-
-    step: int
-    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +82,7 @@ class Loop:
     batch_size: int
     patience: int = 0
     microbatching: Microbatching = NO_MICROBATCHING
-    padding: Callable[[int, int], float] | None = None
+    padding: Callable[[int, int], float | None] = lambda start, stop: None
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
 
@@ -128,7 +121,7 @@ class Loop:
                         state,
                         self.frozen,
                         batch,
-                        rounds=self.microbatching.rounds(*shape),
+                        iterations=self.microbatching.iterations(*shape),
                     )
                     since += time.monotonic() - began
                 done.append(costs[shape])
@@ -301,7 +294,6 @@ class Loop:
     ) -> None:
         """``pending`` since the last line, of which this process has ``done`` some itself."""
         recent = [metrics for _, metrics in pending]
-        padding = self.padding(step - len(pending), step) if self.padding else None
         log.log_train(
             step,
             np.mean([np.asarray(m.loss_E) for m in recent], axis=0),
@@ -310,7 +302,7 @@ class Loop:
             examples_per_second=len(done) / seconds * self.batch_size * len(self.names),
             tokens_per_second=sum(cost.tokens for cost in done) / seconds,
             flops_per_second=sum(cost.flops for cost in done) / seconds or None,
-            padding=padding,
+            padding=self.padding(step - len(pending), step),
         )
 
     def _keep_best(
@@ -398,24 +390,6 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def bests_to_json(bests: Sequence[Best | None]) -> list[Any]:
-    """The bests as values of JSON, in which nan is null."""
-    return [own and {"step": own.step, "metrics": dict(own.metrics)} for own in bests]
-
-
-def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
-    """What ``bests_to_json`` made; a null among the metrics is nan."""
-    return [
-        Best(
-            step=own["step"],
-            metrics={name: math.nan if x is None else x for name, x in own["metrics"].items()},
-        )
-        if own
-        else None
-        for own in listed
-    ]
 
 
 def _read_extra(read: Callable[[], Extra], *, of: Path) -> Extra:

@@ -1,25 +1,49 @@
-"""One training run from its Experiment: what ``prompt-tuning train`` does."""
+"""One training run from its experiment to its prompt files: ``prompt-tuning train``."""
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.run_folder import (
+    Best,
+    member_names,
+    workdir_of,
+)
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.config.validation import validate
-from prompt_tuning_jax.data.tasks.metrics import LOSS
+from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.data.batching.task_data import TaskData
+from prompt_tuning_jax.data.tasks.metrics import LOSS, Direction
+from prompt_tuning_jax.data.tasks.selection import (
+    check_files,
+    inputs_template_of,
+    mixture_of,
+)
 from prompt_tuning_jax.distributed import processes
+from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, printable
+from prompt_tuning_jax.inference.predictor import (
+    evaluate_members,
+)
+from prompt_tuning_jax.inference.setup import (
+    Members,
+    attach_members,
+    build_model,
+    model_fingerprint,
+    vocabulary_of,
+)
 from prompt_tuning_jax.methods import (
     PROMPT,
     Method,
@@ -29,24 +53,60 @@ from prompt_tuning_jax.methods import (
     method_name,
 )
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
-from prompt_tuning_jax.pretraining.mimetic_init import start_attention
-from prompt_tuning_jax.pretraining.probes import Probe
-from prompt_tuning_jax.pretraining.text_data import TextData, start_from_cooccurrence, text_losses
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.storage import remove_leftovers
-from prompt_tuning_jax.training import build, run_folder, task_data
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
-from prompt_tuning_jax.training.loop import Best, Loop
-from prompt_tuning_jax.typing import FlatParams, HostArray
-from prompt_tuning_jax.untrusted_input import json_text
+from prompt_tuning_jax.training.loop import Loop
+from prompt_tuning_jax.training.resume import (
+    claim,
+    require_place,
+    require_run,
+)
+from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
+
+
+class TrainingData(Protocol):
+    """What ``run`` trains on: ``TaskData``, or the text of ``pretraining``."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def best_by(self) -> str: ...
+    @property
+    def reports(self) -> tuple[str, ...]: ...
+    @property
+    def examples_per_epoch(self) -> int | None: ...
+    @property
+    def charted(self) -> tuple[str, ...]: ...
+    def require_direction(self) -> Direction: ...
+    def baselines(self) -> dict[str, float]: ...
+    def digests(self) -> dict[str, str]: ...
+    def empty_batches(self, steps: int) -> list[Batch]: ...
+    def padding(self, start: int, stop: int) -> float | None: ...
+    def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]: ...
+
+
+# The members and their trainable arrays -> each member's metrics.
+Evaluate: TypeAlias = Callable[[Members, FlatParams], list[dict[str, float]]]
+# Opens the data for a model, and may change how the model's random weights start.
+Prepare: TypeAlias = Callable[[Experiment, T5, Partitioner], tuple[TrainingData, Evaluate]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """A run's members by name: best evaluation, and the tuned arrays then (leading axis E).
+    """The best evaluation of each of a run's members, and their trainable arrays at that step.
 
-    ``stopped_by`` is the number of the signal that stopped it before its end, or 0;
-    ``stopped_early``: it is finished for ``training.patience``, before its last step.
+    Attributes:
+      workdir: the run's working directory.
+      names: of the members.
+      step: the last step done.
+      finished: whether the run is finished; otherwise the same command resumes it.
+      stopped_by: the number of the signal that stopped it, or 0.
+      stopped_early: whether ``training.patience`` finished it before its last step.
+      best: None for a member without an evaluation.
+      best_tuned: by path, with a leading axis E.
     """
 
     workdir: Path
@@ -60,19 +120,52 @@ class RunResult:
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
-    """Trains what the experiment says in its working directory, or goes on where it stopped.
+    """Trains on the experiment's tasks in its working directory, or resumes the run there.
 
-    Raises UserError for wrong input, before anything is written where that can be known.  Of
-    several processes all must call; the first one writes and speaks.
+    Raises UserError for wrong input, before anything is written where that can be known.  With
+    several processes, all of them must call it; process 0 alone writes and prints.
     """
+    if needs_pretraining(experiment):
+        raise UserError(
+            "data.objectives, model.embeddings and model.attention are for pre-training: call "
+            "pretrain (the command prompt-tuning train does)"
+        )
+    return run(experiment, _prepare_tasks, quiet=quiet)
+
+
+def needs_pretraining(experiment: Experiment) -> bool:
+    """Whether ``pretrain`` trains this experiment, and ``train`` does not."""
+    model = experiment.model
+    initialized = (model.embeddings, model.attention) != ("normal", "normal")
+    return bool(experiment.data.objectives) or (model.random_weights and initialized)
+
+
+def _prepare_tasks(
+    experiment: Experiment, model: T5, partitioner: Partitioner
+) -> tuple[TrainingData, Evaluate]:
+    data = task_data.build_data(experiment, vocabulary_of(model), partitioner=partitioner)
+    return data, task_evaluation(experiment, model, data)
+
+
+def task_evaluation(experiment: Experiment, model: T5, data: TaskData) -> Evaluate:
+    """The evaluation of a run on tasks."""
+
+    def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
+        return evaluate_members(experiment, members, trainable, data, model, scores_alone=True)[0]
+
+    return evaluate
+
+
+def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> RunResult:
+    """Runs the training loop on the data that ``prepare`` opens; see ``train``."""
     experiment = with_whole_paths(validate(experiment))
     require_trains(experiment.method)
-    folder = build.workdir_of(experiment)
+    folder = workdir_of(experiment)
     processes.require_same("the experiment", to_json(experiment))
     quiet = quiet or not processes.is_primary()
-    run_folder.require_place(folder)
+    require_place(folder)
     if folder.is_dir():
-        present = run_folder.require_run(folder, experiment)
+        present = require_run(folder, experiment)
         results = run_folder.read_results(folder)
         if present is not None and results is not None:
             same_patience = present.training.patience == experiment.training.patience
@@ -80,51 +173,28 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
                 results.stopped_early and same_patience
             ):
                 return _finished(folder, experiment, results, quiet=quiet)
-    task_data.check_files(experiment)
+    check_files(experiment)
     partitioner = build.train_partitioner(experiment)
-    model = build.build_model(experiment, partitioner=partitioner)
-    data = task_data.build_data(experiment, build.vocabulary_of(model), partitioner=partitioner)
-    if experiment.model.random_weights and experiment.model.embeddings == "cooccurrence":
-        if not isinstance(data, TextData):
-            raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
-        start_from_cooccurrence(model, data.train)
-    if experiment.model.random_weights and experiment.model.attention != "normal":
-        matching = experiment.model.attention == "matching"
-        start_attention(model, matching=matching, seed=experiment.training.seeds[0])
-    fingerprint = build.model_fingerprint(model)
-    digests = _digests(data)
+    model = build_model(experiment, partitioner=partitioner)
+    data, evaluate = prepare(experiment, model, partitioner)
+    fingerprint = model_fingerprint(model)
+    digests = data.digests()
     processes.require_same("the frozen model", fingerprint)
     processes.require_same("the data", " ".join(digests.values()))
-    members = build.attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
+    members = attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
     state, step, learning_rates = build.build_step(experiment, members)
-    names = build.member_names(experiment)
+    names = member_names(experiment)
     _claim(folder, experiment)
-    # A step that is no jitted function has nothing to compile.
-    if (
-        isinstance(data, task_data.TaskData)
-        and partitioner.is_single_device
-        and hasattr(step, "lower")
-    ):
-        step = CompiledAhead(step, data.one_of_each_shape(experiment.training.steps))
+    shapes = data.empty_batches(experiment.training.steps)
+    # Only a jitted function can be compiled ahead.
+    if shapes and partitioner.is_single_device and hasattr(step, "lower"):
+        step = CompiledAhead(step, shapes)
     if not quiet:
         for line in _introduction(experiment, members, data):
             print(printable(line), flush=True)
 
-    probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
-
-    def evaluate(trainable: FlatParams) -> list[dict[str, float]]:
-        if isinstance(data, TextData):
-            scores = text_losses(members.graphdef, trainable, members.frozen, data, partitioner)
-            for member, own in enumerate(scores):
-                weights = {**members.frozen, **{name: x[member] for name, x in trainable.items()}}
-                own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
-            return scores
-        return build.evaluate_members(
-            experiment, members, trainable, data, model, scores_alone=True
-        )[0]
-
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:
-        # Where all trains, a file of it would be a checkpoint again.
+        # Without frozen parameters the file would only repeat the checkpoint.
         if not members.frozen or not processes.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
@@ -154,8 +224,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     result = Loop(
         train_step=step,
         frozen=members.frozen,
-        batches=lambda start, stop: task_data.sharded_batches(data, partitioner, start, stop),
-        evaluate=evaluate,
+        batches=lambda start, stop: data.batches(start, stop, partitioner),
+        evaluate=lambda trainable: evaluate(members, trainable),
         on_best=on_best,
         workdir=folder,
         fingerprint=fingerprint,
@@ -171,10 +241,10 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         batch_size=training.batch_size,
         patience=training.patience,
         microbatching=build.microbatching_of(experiment, members, partitioner),
-        padding=data.train.padding if isinstance(data, task_data.TaskData) and data.train else None,
+        padding=data.padding,
         quiet=quiet,
     ).run(state)
-    run = RunResult(
+    done = RunResult(
         workdir=folder,
         names=names,
         step=result.step,
@@ -185,8 +255,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
         best_tuned=result.best_tuned,
     )
     if processes.is_primary():
-        _finish(run, data, quiet=quiet)
-    return run
+        _finish(done, data, quiet=quiet)
+    return done
 
 
 def require_trains(method: Method) -> None:
@@ -203,46 +273,16 @@ def _claim(folder: Path, experiment: Experiment) -> None:
 
     The first process writes: the others would find what is not there yet, and write as well.
     """
-    processes.primary_first(lambda: run_folder.claim(folder, experiment), "claim of the folder")
+    processes.primary_first(lambda: claim(folder, experiment), "claim of the folder")
     if not run_folder.is_run(folder):
         raise UserError(
             f"{folder} was made by process 0 and is not there for this one: all processes need "
             "the same training.workdir, on a file system that all hosts see"
         )
-    run_folder.claim(folder, experiment)
+    claim(folder, experiment)
 
 
-def _digests(data: task_data.TaskData | TextData) -> dict[str, str]:
-    """What is trained and evaluated on -> a digest of all that decides its examples' scores.
-
-    Of contents: files may move, and be written anew, as long as they say the same.
-    """
-    parts: dict[str, list[bytes | memoryview]] = {"training data": [], "evaluation data": []}
-    if isinstance(data, TextData):
-        for name, corpus in zip(parts, (data.train, data.evaluation), strict=True):
-            parts[name] = [np.ascontiguousarray(corpus.tokens).data]
-    else:
-        if data.train is not None:
-            parts["training data"] = [data.train.digest().encode(), repr(data.labels).encode()]
-        for examples in data.evaluation.values():
-            # Metrics compare texts, of which several may have the same tokens.
-            parts["evaluation data"] += [
-                examples.digest().encode(),
-                repr(examples.task.labels).encode(),
-                json_text(examples.texts).encode(),
-            ]
-    found = {}
-    for name, each in parts.items():
-        digest = hashlib.sha256()
-        for part in each:
-            digest.update(part)
-        found[name] = digest.hexdigest()
-    return found
-
-
-def _introduction(
-    experiment: Experiment, members: build.Members, data: task_data.TaskData | TextData
-) -> Iterator[str]:
+def _introduction(experiment: Experiment, members: Members, data: TrainingData) -> Iterator[str]:
     """What trains, on what."""
     trained = param_tree.count(members.trainable) // members.number
     frozen = param_tree.count(
@@ -261,8 +301,7 @@ def _introduction(
         f"{', '.join(f'{rate:g}' for rate in rates)}{schedule}"
     )
     yield from data.reports
-    if isinstance(data, task_data.TaskData) and data.train is not None:
-        examples = data.train.examples_per_epoch
+    if (examples := data.examples_per_epoch) is not None:
         epochs = training.steps * training.batch_size / examples
         yield (
             f"{training.steps:,} step{'s' * (training.steps != 1)} of {training.batch_size} "
@@ -290,7 +329,7 @@ def _finished(
         print(f"{folder}: the run is finished at step {results.step}; nothing was changed")
     return RunResult(
         workdir=folder,
-        names=build.member_names(experiment),
+        names=member_names(experiment),
         step=results.step,
         finished=True,
         stopped_by=0,
@@ -310,7 +349,7 @@ def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
 
 
 def _folded(
-    experiment: Experiment, members: build.Members, own: FlatParams
+    experiment: Experiment, members: Members, own: FlatParams
 ) -> tuple[Method, dict[str, HostArray]]:
     """What of one member's tuned arrays is kept, and the method that it then is."""
     method = experiment.method
@@ -343,13 +382,13 @@ def _metadata(
         metric=best_by,
         score=best.metrics[best_by] if math.isfinite(best.metrics[best_by]) else None,
         labels=labels,
-        inputs_template=task_data.inputs_template_of(experiment.data),
-        mixture=task_data.mixture_of(experiment.data),
+        inputs_template=inputs_template_of(experiment.data),
+        mixture=mixture_of(experiment.data),
         combine=placement,
     )
 
 
-def _finish(run: RunResult, data: task_data.TaskData | TextData, *, quiet: bool) -> None:
+def _finish(run: RunResult, data: TrainingData, *, quiet: bool) -> None:
     """Writes results and curves, and says how it went."""
     if not run.finished:
         if not quiet:
@@ -362,19 +401,12 @@ def _finish(run: RunResult, data: task_data.TaskData | TextData, *, quiet: bool)
         for name, best in zip(run.names, run.best, strict=True)
         if best is not None
     }
-    baselines = {}
-    if isinstance(data, task_data.TaskData) and len(data.evaluation) == 1 and data.labels:
-        (examples,) = data.evaluation.values()
-        scores = examples.task.majority_scores(examples.texts, data.train_targets)
-        if data.best_by in scores:
-            baselines["majority class"] = scores[data.best_by]
     plot_curves(
         run.workdir / METRICS_FILE,
         run.workdir / run_folder.CURVES,
-        # Of a text the loss and the probes, whatever there is.
-        metrics=() if isinstance(data, TextData) else (data.best_by,),
+        metrics=data.charted,
         directions={data.best_by: data.require_direction()},
-        baselines=baselines,
+        baselines=data.baselines(),
         names=run.names,
     )
     # Last: they say that the run is finished.

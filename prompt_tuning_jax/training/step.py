@@ -1,4 +1,4 @@
-"""One training step of E prompts at once: a pure function of state, frozen weights and batch."""
+"""The training step of E ensemble members: a pure function of state, frozen weights and batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,21 +13,20 @@ from flax import nnx
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.ensemble import map_members, members_per_chunk, rows_in_cache
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.blocks import Remat
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.training.losses import TokenSums
-from prompt_tuning_jax.training.microbatching import NO_MICROBATCHING, Microbatching, map_members
-from prompt_tuning_jax.typing import Array, FlatParams, HostArray
-
-Batch = Mapping[str, Array | HostArray]
+from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that changes: the step, and for every member the tuned arrays and optimizer state.
+    """The step, and the trainable arrays and optimizer state of every member.
 
-    Arrays carry a leading axis E.  No array of the frozen model is here.
+    Arrays carry a leading axis E.  The frozen arrays are not part of the state.
     """
 
     step: Array
@@ -38,7 +37,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Per member: mean loss per target token, share of examples wholly right, norms."""
+    """Per member: mean loss per target token, share of exact matches, and norms."""
 
     loss_E: Array
     accuracy_E: Array
@@ -48,7 +47,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What one step is of all members: token positions, and floating point operations (0: unknown).
+    """Token positions and FLOPs of one step of all members; 0 FLOPs are unknown.
 
     Positions are those of inputs and targets, padding included.
     """
@@ -56,6 +55,44 @@ class StepCost:
     tokens: int
     flops: float
 
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatching:
+    """Splits a step into microbatches and chunks of members that run one after another.
+
+    The result is that of the whole step.  ``num_microbatches`` is asked for by number.  With a
+    ``config`` it follows from the size of a CPU's cache, which should hold the largest activation;
+    a method adds ``prompt_positions`` positions to each row.  With neither, nothing is split.
+    """
+
+    num_microbatches: int = 1
+    config: T5Config | None = None
+    prompt_positions: int = 0
+
+    def microbatches(self, rows: int, length: int) -> int:
+        """The number of equal microbatches of a member's batch ``[rows, length]``.
+
+        It depends on the member's own batch alone: each microbatch has its own dropout.
+        """
+        if self.config is None:
+            return self.num_microbatches
+        most = rows_in_cache(self.config, length + self.prompt_positions)
+        fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
+        return next(fitting, rows)
+
+    def chunk_size(self, members: int, rows: int, length: int) -> int:
+        """The number of members that are vectorised together; it divides ``members``."""
+        if self.config is None:
+            return members
+        return members_per_chunk(self.config, members, rows, length + self.prompt_positions)
+
+    def iterations(self, members: int, rows: int, length: int) -> int:
+        """How often a step runs the body of its loops over chunks and microbatches."""
+        chunks = members // self.chunk_size(members, rows, length)
+        return chunks * self.microbatches(rows, length)
+
+
+NO_MICROBATCHING = Microbatching()
 
 TrainStep = Callable[[TrainState, FlatParams, Batch], tuple[TrainState, StepMetrics]]
 
@@ -66,18 +103,18 @@ def step_cost(
     frozen: FlatParams,
     batch: Batch,
     *,
-    rounds: int = 1,
+    iterations: int = 1,
 ) -> StepCost:
     """The cost of a step of this shape, by the compiler's count before it optimises.
 
-    ``rounds`` is how often its loops are gone through.
+    ``iterations`` is the trip count of its loops (``Microbatching.iterations``).
     """
     tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
-    # A step that is no jitted function has no count.
+    # Only a jitted function has a count.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
-    # The compiler counts the body of a loop once, whose rounds are all of a step but its update.
-    flops = rounds * float((analysis or {}).get("flops", 0.0))
+    # The compiler counts the body of a loop once, and only the update is outside of the loops.
+    flops = iterations * float((analysis or {}).get("flops", 0.0))
     return StepCost(tokens=int(tokens), flops=flops)
 
 
@@ -89,7 +126,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; ``trainable`` has the leading axis E.
 
-    On a mesh what the optimizer keeps for an array lies as the array does.
+    On a mesh, the optimizer's slots are sharded as the arrays that they belong to.
     """
 
     def start(trainable: FlatParams) -> TrainState:
@@ -106,7 +143,7 @@ def init_state(
 def state_shardings(
     state: TrainState, trainable: FlatParams, partitioner: Partitioner
 ) -> TrainState:
-    """How a state, which may be of shapes alone, lies for tuned arrays that lie as these do."""
+    """The shardings of a state, abstract or not, whose trainable arrays are sharded as these."""
 
     def sharding_of(path: Any, leaf: Any) -> Any:
         array = trainable.get(getattr(path[-1], "key", ""))
@@ -133,18 +170,28 @@ def make_train_step(
     remat: Remat = "none",
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """The jitted step; its state is donated, the frozen weights are an argument and only read.
+    """The jitted step ``(state, frozen, batch) -> (state, metrics)``, which donates the state.
 
-    ``learning_rates`` and ``seeds`` have one entry per member.  A batch holds
-    ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and ``decoder_target_tokens
-    [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and ``example_weights [E,
-    B]`` where some count more than others: the loss and the tokens of an example are multiplied by
-    its weight, before one is divided by the other.  A member's step depends on its own seed, step
-    and batch alone, whoever trains beside it.  ``microbatching`` says what is computed one after
-    another, for the same gradient; UserError where it cannot split B.
-    ``remat`` computes parts of the forward again in the backward in place of keeping them, and
-    changes nothing else.  On a mesh (``partitioner``) ``state_shardings`` shard the new state, the
-    old one's, and metrics are replicated.
+    Args:
+      graphdef: the structure of one member.
+      optimizer: its ``update`` takes the learning rate.
+      schedule: step -> factor on the learning rates.
+      learning_rates: one per member.
+      seeds: one per member; a member's step depends on its own seed, step and batch alone.
+      microbatching: what runs one after another, for the same gradient.
+      loss_normalization: divides the summed loss by the target tokens, or not at all.
+      z_loss: the factor of ``log(Z)**2``.
+      dropout: whether the step draws random numbers.
+      partitioner: the mesh; None is one device.
+      state_shardings: on a mesh, the shardings of the new state, which must be the old one's.
+      remat: which activations are computed again in the backward pass.
+      compiler_options: passed to ``jax.jit``.
+
+    A batch holds ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and
+    ``decoder_target_tokens [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and
+    ``example_weights [E, B]`` where examples are weighted: the weight multiplies an example's loss
+    and its number of tokens.  Metrics are replicated.  Raises UserError where ``microbatching``
+    cannot split B.
     """
 
     def summed_loss(
@@ -163,37 +210,35 @@ def make_train_step(
         )
         return sums.loss, sums
 
-    def in_parts(x: Array | HostArray, parts: int) -> Array:
-        """``[B, ...]`` as ``[parts, B / parts, ...]``."""
-        if x.shape[0] % parts:
+    def split(x: Array | HostArray, number: int) -> Array:
+        """``[B, ...]`` -> ``[number, B / number, ...]``."""
+        if x.shape[0] % number:
             raise UserError(
-                f"a batch of {x.shape[0]} examples cannot be divided into "
-                f"training.gradient_accumulation {parts} equal parts"
+                f"training.gradient_accumulation: a batch of {x.shape[0]} examples cannot be "
+                f"divided into {number} equal microbatches"
             )
-        # By turns: of rows that are spread over devices, each part then has some on each.
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+        # In turns, so that each microbatch of a sharded batch has rows on every device.
+        return jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1)
 
     def gradient(
         trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
-        number = microbatching.num_microbatches(*batch["encoder_input_tokens"].shape)
+        number = microbatching.microbatches(*batch["encoder_input_tokens"].shape)
         if number == 1:
             return differentiate(trainable, frozen, batch, key if dropout else None)
-        parts = {name: in_parts(x, number) for name, x in batch.items()}
+        microbatches = {name: split(x, number) for name, x in batch.items()}
 
-        def add_part(total: Any, part_and_index: Any) -> tuple[Any, None]:
-            part, index = part_and_index
-            part_key = jax.random.fold_in(key, index) if dropout else None
-            return jax.tree.map(
-                jnp.add, total, differentiate(trainable, frozen, part, part_key)
-            ), None
+        def accumulate(total: Any, microbatch_and_index: Any) -> tuple[Any, None]:
+            microbatch, index = microbatch_and_index
+            own_key = jax.random.fold_in(key, index) if dropout else None
+            added = differentiate(trainable, frozen, microbatch, own_key)
+            return jax.tree.map(jnp.add, total, added), None
 
-        shapes = jax.eval_shape(
-            differentiate, trainable, frozen, jax.tree.map(lambda x: x[0], parts), None
-        )
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        shapes = jax.eval_shape(differentiate, trainable, frozen, first, None)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(number)))
+        total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(number)))
         return total
 
     def member_step(
@@ -205,7 +250,7 @@ def make_train_step(
         frozen: FlatParams,
     ) -> tuple[FlatParams, Any, StepMetrics]:
         gradients, sums = gradient(trainable, frozen, batch, key)
-        # Weighted tokens may be fewer than one.
+        # Weighted tokens may sum to less than one.
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
             gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
@@ -228,18 +273,17 @@ def make_train_step(
         keys_E = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(
             seeds_E
         )
-        shape = batch["encoder_input_tokens"].shape
         trainable, opt_state, metrics = map_members(
             partial(member_step, frozen=frozen),
-            microbatching.members_at_once(*shape),
             *(state.trainable, state.opt_state, dict(batch), rates_E, keys_E),
             members=len(seeds),
+            chunk_size=microbatching.chunk_size(*batch["encoder_input_tokens"].shape),
         )
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     results = None
     if partitioner is not None and not partitioner.is_single_device and state_shardings is not None:
-        # Named exactly: a state that lies elsewhere would make the next step compile again.
+        # Exact: a state that is sharded in another way would make the next step compile again.
         results = (state_shardings, partitioner.replicated)
 
     options = dict(compiler_options or {})

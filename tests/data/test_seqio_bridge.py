@@ -7,11 +7,11 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.data.tasks.seqio_bridge import from_seqio, register_in_seqio, seqio_names
 from prompt_tuning_jax.data.tasks.task import get_mixture, get_task, task_names
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.training.task_data import build_mixture
 
 LENGTHS = {"inputs": 12, "targets": 4}
 ROWS = [

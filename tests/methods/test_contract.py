@@ -16,6 +16,9 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.config.overrides import from_json, to_json
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+)
 from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.training import build
@@ -108,7 +111,7 @@ def test_at_its_start_the_model_computes_what_it_did(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_as_many_parameters_as_it_says(name: str) -> None:
-    members = build.attach_members(experiment(CASES[name].method), model(), labels=LABELS)
+    members = attach_members(experiment(CASES[name].method), model(), labels=LABELS)
     assert sum(array[0].size for array in members.trainable.values()) == CASES[name].count
     assert param_tree.count(members.trainable) == members.number * CASES[name].count
 

@@ -29,7 +29,7 @@ from prompt_tuning_jax.methods.linear_adapter import linear_maps
 from prompt_tuning_jax.methods.merging import merge, unmerge
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.training.microbatching import Microbatching
+from prompt_tuning_jax.training.step import Microbatching
 from tests.micro import (
     ONE_LAYER,
     T5_1_0,
@@ -143,7 +143,7 @@ def test_what_is_dropped_depends_on_member_and_step() -> None:
             seeds=(0, 1),
             dropout=True,
             remat=remat,
-            microbatching=Microbatching(parts=2),
+            microbatching=Microbatching(num_microbatches=2),
         )
         trainable = {
             name: jnp.concatenate([p + normal(*p.shape[1:], seed=i, scale=0.3)] * 2)

@@ -12,6 +12,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.checkpoints.run_folder import read_best
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prediction import predict
@@ -26,7 +27,6 @@ from prompt_tuning_jax.methods.multitask import (
     target_start,
 )
 from prompt_tuning_jax.training.run import train
-from prompt_tuning_jax.training.run_folder import read_best
 from tests import tiny_run
 from tests.micro import D, Words, call, make_t5, shifted, token_rows
 

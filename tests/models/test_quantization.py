@@ -22,6 +22,10 @@ from prompt_tuning_jax.checkpoints.load import abstract_model, load_model, rando
 from prompt_tuning_jax.config import validation
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import (
+    model_fingerprint,
+    require_trainable,
+)
 from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning
 from prompt_tuning_jax.models.quantization import (
     SCALE,
@@ -30,7 +34,6 @@ from prompt_tuning_jax.models.quantization import (
     quantize_modules,
     quantized_dot,
 )
-from prompt_tuning_jax.training import build
 from tests import tiny_run
 from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_0, D, Trainer, make_batch, make_t5, normal, token_rows
@@ -189,8 +192,8 @@ def test_loading_quantises_what_is_stored(kind, param_dtype):
         assert params[name].dtype == jnp.int8
     # The same model by another measure: prompts go from one to the other.
     original = load_model(folder())
-    assert build.model_fingerprint(loaded) == build.model_fingerprint(original)
-    assert fingerprint(loaded.config, params) != build.model_fingerprint(original)
+    assert model_fingerprint(loaded) == model_fingerprint(original)
+    assert fingerprint(loaded.config, params) != model_fingerprint(original)
     abstract = abstract_model(
         loaded.config, dtype="float32", param_dtype=param_dtype, quantization=kind
     )
@@ -209,7 +212,7 @@ def test_bytes_count_two_int4_as_one():
         param_tree.count(param_tree.split(random_model("tiny"))[1]),
     )
     assert 1 < held / count < 1.05
-    assert build.model_fingerprint(model) == build.model_fingerprint(random_model("tiny"))
+    assert model_fingerprint(model) == model_fingerprint(random_model("tiny"))
 
 
 def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
@@ -225,7 +228,7 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
     model = load_model(folder(), quantization="int8")
     attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
     with pytest.raises(UserError, match=r"they are quantised; set model.quantization=none"):
-        build.require_trainable(param_tree.split(attached)[1])
+        require_trainable(param_tree.split(attached)[1])
     with pytest.raises(UserError, match="are quantised"):
         write_hf(tmp_path / "m", model.config, param_tree.split(model)[1])
     assert not (tmp_path / "m").exists()

@@ -12,6 +12,9 @@ import pytest
 from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.inference.setup import (
+    attach_members,
+)
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
 from prompt_tuning_jax.training import build
@@ -31,7 +34,7 @@ EXPERIMENT = Experiment(
 def test_shapes_are_those_of_the_real_experiment(method):
     experiment = dataclasses.replace(EXPERIMENT, method=method)
     abstract = abstract_experiment(experiment, T5_1_1, Partitioner(mesh=make_mesh()))
-    members = build.attach_members(experiment, make_t5(), labels=())
+    members = attach_members(experiment, make_t5(), labels=())
     state, _, _ = build.build_step(experiment, members)
 
     def shapes(arrays):

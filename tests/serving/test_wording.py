@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
+from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.task_store import find_tasks, load_found
 from tests.serving.browser import CHROMIUM, Browser

@@ -12,8 +12,8 @@ from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids
+from prompt_tuning_jax.inference.predictor import Predictions, Predictor, score_members
 from prompt_tuning_jax.methods import PROMPT, NoTuning, PromptTuning
-from prompt_tuning_jax.training.evaluate import Predictions, Predictor, score_members
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal
 
 WORDS = Words()

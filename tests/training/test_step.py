@@ -13,8 +13,7 @@ from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training.losses import token_sums
-from prompt_tuning_jax.training.microbatching import Microbatching
-from prompt_tuning_jax.training.step import step_cost
+from prompt_tuning_jax.training.step import Microbatching, step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 
 METHOD = PromptTuning(length=3)
@@ -27,7 +26,7 @@ def trainer(optimizer=SGD, starts=STARTS[:1], **kwargs):
     kwargs.setdefault("model", make_t5(ONE_LAYER))
     kwargs.setdefault("seeds", tuple(range(len(starts))))
     parts = kwargs.pop("parts", 1)
-    kwargs["microbatching"] = Microbatching(parts=parts)
+    kwargs["microbatching"] = Microbatching(num_microbatches=parts)
     return Trainer(METHOD, optimizer, starts, **kwargs)
 
 
@@ -107,7 +106,7 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
     for parts in (1, 8):
         trained = trainer(parts=parts, dropout=False)
         arguments = (trained.step, trained.state, trained.frozen, batch)
-        cost = step_cost(*arguments, rounds=parts)
+        cost = step_cost(*arguments, iterations=parts)
         compiled = trained.step.lower(*arguments[1:]).compile()
         found[parts] = cost.flops, compiled.memory_analysis().temp_size_in_bytes
     assert found[8][0] == pytest.approx(found[1][0], rel=0.02)
@@ -116,7 +115,7 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
 
 def test_a_batch_that_cannot_be_divided_is_refused():
     trained = trainer(parts=4)
-    with pytest.raises(UserError, match=r"batch of 6 examples .*gradient_accumulation 4 equal"):
+    with pytest.raises(UserError, match=r"gradient_accumulation.*batch of 6 examples.* 4 "):
         trained.run([make_batch(rows=6)])
 
 

@@ -305,3 +305,15 @@ def _seqio_names() -> tuple[str, ...]:
     from prompt_tuning_jax.data.tasks.seqio_bridge import seqio_names
 
     return seqio_names()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTask:
+    """One of the tasks of a mixture: its labels, and the template of its inputs."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+    inputs_template: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.labels)})" if self.labels else self.name

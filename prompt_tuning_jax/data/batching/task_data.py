@@ -1,33 +1,30 @@
 """What an experiment trains and evaluates on: its tasks, tokenised, as batches."""
 
 import dataclasses
-import importlib
-import sys
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.prompt_file import TrainedTask
-from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Data, Experiment
+from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.tasks import demonstrations
-from prompt_tuning_jax.data.tasks.files import are_labels, check_file_columns, file_task
+from prompt_tuning_jax.data.tasks.files import are_labels
 from prompt_tuning_jax.data.tasks.metrics import (
     EVALUATION_LOSS,
     LOSS,
     Direction,
     direction_by_name,
-    get_metric,
     metric_names,
 )
+from prompt_tuning_jax.data.tasks.selection import NO_EVAL, build_mixture, labels_of
 from prompt_tuning_jax.data.tasks.target_checks import (
     is_rewritten,
     label_line,
@@ -35,9 +32,10 @@ from prompt_tuning_jax.data.tasks.target_checks import (
     listed_counts,
     require_labels_known,
 )
-from prompt_tuning_jax.data.tasks.task import Mixture, Task, as_mixture, get_mixture, tasks_known_as
+from prompt_tuning_jax.data.tasks.task import (
+    Task,
+)
 from prompt_tuning_jax.data.tasks.text_template import parse_template
-from prompt_tuning_jax.data.tasks.wording import template_of, template_of_column
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
@@ -45,20 +43,11 @@ from prompt_tuning_jax.methods import (
     DescribedPrompts,
     PromptDesign,
 )
-from prompt_tuning_jax.pretraining.label_objective import NO_BLOCK, PromptBlock
-from prompt_tuning_jax.pretraining.text_data import TextData, open_text_data
-from prompt_tuning_jax.training.evaluate import (
-    chosen_strategy,
-    eval_batch_size,
-    require_labels,
-)
-from prompt_tuning_jax.training.step import (
-    Batch,
-)
+from prompt_tuning_jax.typing import Batch
+from prompt_tuning_jax.untrusted_input import json_text
 
 # Whose padding is counted for the report, or one epoch; whose shapes are compiled beforehand.
 _REPORTED_STEPS = 200
-_NO_EVAL = "data.eval is empty; name a file of examples to evaluate on (--eval_data)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,97 +78,74 @@ class TaskData:
         chosen = metric == LOSS and (not slash or name == task.name)
         return EVALUATION_LOSS in task.metrics or chosen
 
-    def one_of_each_shape(self, steps: int) -> list[Batch]:
-        """An empty batch of each shape that the first steps of training have."""
+    @property
+    def examples_per_epoch(self) -> int | None:
+        return None if self.train is None else self.train.examples_per_epoch
+
+    @property
+    def charted(self) -> tuple[str, ...]:
+        """The metrics that a run's curves show besides the loss."""
+        return (self.best_by,)
+
+    def baselines(self) -> dict[str, float]:
+        """Scores of ``best_by`` that need no model, by name: of the majority class."""
+        if len(self.evaluation) != 1 or not self.labels:
+            return {}
+        (examples,) = self.evaluation.values()
+        scores = examples.task.majority_scores(examples.texts, self.train_targets)
+        return {"majority class": scores[self.best_by]} if self.best_by in scores else {}
+
+    def digests(self) -> dict[str, str]:
+        """A digest of everything in the training and evaluation data that decides scores.
+
+        It covers contents only: files may move, or be written again with the same examples.
+        """
+        train = [] if self.train is None else [self.train.digest(), repr(self.labels)]
+        # Metrics compare texts, and several texts may have the same tokens.
+        evaluation = [
+            part
+            for examples in self.evaluation.values()
+            for part in (
+                examples.digest(),
+                repr(examples.task.labels),
+                json_text(examples.texts),
+            )
+        ]
+        return {
+            name: hashlib.sha256("".join(parts).encode()).hexdigest()
+            for name, parts in (("training data", train), ("evaluation data", evaluation))
+        }
+
+    def empty_batches(self, steps: int) -> list[Batch]:
+        """An empty batch of each shape in the first steps of training, to compile for."""
         if self.train is None:
             return []
         return [*self.train.empty_batches(0, min(steps, _REPORTED_STEPS))]
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def padding(self, start: int, stop: int) -> float:
+        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``."""
+        return self._training_batches().padding(start, stop)
+
+    def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
+        """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, sharded by B."""
+        train = self._training_batches()
+        axes, size = ("ensemble", "batch", "length"), train.batch_size
+        rows = partitioner.rows(size)
+        for batch in train.iterate(start, stop):
+            if partitioner.is_single_device:
+                yield batch
+                continue
+            yield {
+                name: partitioner.shard_rows(
+                    np.asarray(local), axes[: local.ndim], rows=rows, batch_size=size
+                )
+                for name, local in batch.items()
+            }
+
+    def _training_batches(self) -> TrainBatches:
         if self.train is None:
             raise UserError("there is no training data; give data.task or data.train")
-        return self.train.iterate(start, stop)
-
-
-def build_mixture(data: Data) -> Mixture:
-    """The task or mixture that the data fields name, or the one that a user's own files make."""
-    if data.train or data.eval:
-        return as_mixture(
-            file_task(
-                **_file_fields(data),
-                targets=data.targets,
-                allow_empty_targets=data.allow_empty_targets,
-                labels=data.labels,
-                metrics=data.metrics,
-            )
-        )
-    if data.module:
-        import_module(data.module, task=data.task)
-    if data.data_dir and "seqio" in sys.modules:
-        from prompt_tuning_jax.data.tasks.seqio_bridge import set_data_dir
-
-        set_data_dir(data.data_dir)
-    mixture = get_mixture(data.task)
-    if not data.labels and not data.metrics:
-        return mixture
-
-    def changed(task: Task) -> Task:
-        if data.labels and task.labels and not set(data.labels) & set(task.labels):
-            raise UserError(
-                f"data.labels is {', '.join(data.labels)} and the labels of {task.name} are "
-                f"{', '.join(task.labels)}; leave data.labels empty for the task's own"
-            )
-        labels = data.labels or task.labels
-        metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
-        return dataclasses.replace(task, labels=labels, metrics=metrics)
-
-    return dataclasses.replace(
-        mixture,
-        tasks=tuple(map(changed, mixture.tasks)),
-        evaluated=tuple(map(changed, mixture.evaluated)),
-    )
-
-
-def labels_of(mixture: Mixture) -> tuple[str, ...]:
-    """The labels of all its tasks."""
-    members = (*mixture.tasks, *mixture.evaluated)
-    return tuple(dict.fromkeys(label for task in members for label in task.labels))
-
-
-def trained_tasks(data: Data) -> tuple[str, ...]:
-    """The names of the tasks that are trained on together; none where it is one alone."""
-    if data.train or data.eval or data.objectives or not data.task:
-        return ()
-    names = tuple(task.name for task in build_mixture(data).tasks)
-    return names if len(names) > 1 else ()
-
-
-def inputs_template_of(data: Data) -> str:
-    """The template that words the inputs of these data; empty where a task's own code does.
-
-    Of a mixture the one that all its tasks have.
-    """
-    if data.train or data.eval:
-        return data.inputs_template or template_of_column(data.inputs_column)
-    templates = {_template_of(task) for task in tasks_known_as(data.task)}
-    return templates.pop() if len(templates) == 1 else ""
-
-
-def mixture_of(data: Data) -> tuple[TrainedTask, ...]:
-    """The tasks trained on together, for the metadata of a prompt; none where it is one alone."""
-    tasks = () if data.train or data.eval or data.objectives else tasks_known_as(data.task)
-    if len(tasks) < 2:
-        return ()
-    return tuple(
-        TrainedTask(
-            name=task.name, labels=data.labels or task.labels, inputs_template=_template_of(task)
-        )
-        for task in tasks
-    )
-
-
-def _template_of(task: Task) -> str:
-    return "" if task.from_text is None else template_of(task.from_text)
+        return self.train
 
 
 def build_data(
@@ -189,26 +155,14 @@ def build_data(
     split: str | None = None,
     training: bool = True,
     partitioner: Partitioner | None = None,
-) -> TaskData | TextData:
+) -> TaskData:
     """The examples of the experiment; ``split`` replaces ``data.eval_split``.
 
     With a ``partitioner`` over several processes training batches have the rows of this one alone.
     """
     data = experiment.data
-    if data.objectives:
-        method = experiment.method
-        block = NO_BLOCK
-        if isinstance(method, DescribedPrompts):
-            block = PromptBlock(positions=method.positions, words=method.words)
-        return open_text_data(
-            data,
-            vocabulary,
-            batch_size=experiment.training.batch_size,
-            seeds=experiment.training.seeds,
-            block=block,
-        )
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
-        raise UserError(_NO_EVAL)
+        raise UserError(NO_EVAL)
     mixture = build_mixture(data)
 
     def examples(tasks: Sequence[Task], split: str) -> list[TokenizedExamples]:
@@ -326,86 +280,6 @@ def buckets_of(experiment: Experiment) -> Buckets:
     if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
         return FIXED
     return Buckets.from_text(experiment.data.buckets, beside=method.prompt_positions())
-
-
-def sharded_batches(
-    data: TaskData | TextData, partitioner: Partitioner, start: int, stop: int
-) -> Iterator[Batch]:
-    """The batches ``[E, B, ...]`` of steps start to stop - 1, with B divided over the mesh."""
-    axes = ("ensemble", "batch", "length")
-    for batch in data.batches(start, stop):
-        if partitioner.is_single_device:
-            yield batch
-        elif isinstance(data, TextData):
-            yield partitioner.shard_batch(batch, axes)
-        else:
-            assert data.train is not None
-            size = data.train.batch_size
-            rows = partitioner.rows(size)
-            yield {
-                name: partitioner.shard_rows(
-                    np.asarray(local), axes[: local.ndim], rows=rows, batch_size=size
-                )
-                for name, local in batch.items()
-            }
-
-
-def import_module(name: str, *, task: str = "") -> None:
-    """Imports a module that registers tasks: from the current folder too, if it is nowhere else.
-
-    A module that a run's folder names (``NOT_IMPORTED``) is left alone where ``task`` is known
-    without it.  Raises UserError for one that is needed, and for one that cannot be imported.
-    """
-    if name.startswith(NOT_IMPORTED):
-        if not tasks_known_as(task):
-            name = name.removeprefix(NOT_IMPORTED)
-            raise UserError(
-                f"task {task!r} comes from the module {name!r}, which only the run's folder names: "
-                f"name it to import it, with --set data.module={name} (from Python: import {name})"
-            )
-        return
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(
-            f"data.module is {name!r}; name a module as in an import statement: my_tasks for "
-            "my_tasks.py"
-        )
-    # The installed command does not look in the current folder, unlike python -m.  Last, so that
-    # no file there hides a library.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"data.module: cannot import {name!r}: {error}; modules are looked for in the current "
-            "folder, beside the config file and where packages are installed"
-        ) from None
-
-
-def check_files(experiment: Experiment) -> None:
-    """UserError unless the files that the experiment names are there and hold what is asked for.
-
-    Looks at the first row of data files; cheap, so that it comes before whatever takes long.
-    """
-    data, method = experiment.data, experiment.method
-    inits = experiment.training.inits or (getattr(method, "init", ""),)
-    path = getattr(method, "init_path", "")
-    if path and {"file", "source"} & set(inits) and not Path(path).expanduser().exists():
-        raise UserError(f"method.init_path: cannot read the prompt: {path}: there is no such file")
-    if data.objectives:
-        return
-    if data.train and not data.eval and data.eval_split != data.train_split:
-        raise UserError(_NO_EVAL)
-    if data.train or data.eval:
-        check_file_columns(**_file_fields(data))
-
-
-def _file_fields(data: Data) -> dict[str, Any]:
-    """The fields that say where rows are and how they become text."""
-    names = ("train", "eval", "train_split", "eval_split", "header", "columns", "separator")
-    sides = ("inputs_column", "targets_column", "inputs_template", "targets_template")
-    return {name: getattr(data, name) for name in (*names, *sides)}
 
 
 def _check_targets(
@@ -555,3 +429,26 @@ def _direction(
             f"evaluation.best_mode is {mode}, and {less} of {best_by!r} is better; leave it at auto"
         )
     return mode
+
+
+def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
+    """The rows of an evaluation batch: as asked, or all, and as many in each part of the mesh."""
+    return -(-min(asked, examples) // parts) * parts
+
+
+def chosen_strategy(
+    asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
+) -> Literal["rank", "greedy", "beam"]:
+    """How predictions are made: ``auto`` ranks labels where there are some, and else writes."""
+    if asked == "auto":
+        return "rank" if labels else "greedy"
+    return asked
+
+
+def require_labels(labels: Sequence[str]) -> None:
+    """Raises UserError where there is nothing to rank."""
+    if not labels:
+        raise UserError(
+            "evaluation.strategy=rank needs labels, and neither the prompts nor the task say them; "
+            "give data.labels=a,b, or use evaluation.strategy=greedy"
+        )

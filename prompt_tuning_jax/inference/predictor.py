@@ -9,13 +9,24 @@ import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, padded_size
 from prompt_tuning_jax.data.batching.loader import eval_batches
+from prompt_tuning_jax.data.batching.task_data import (
+    chosen_strategy,
+    eval_batch_size,
+    require_labels,
+)
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
+from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.inference.decoding.logits_processors import (
+    LogitsProcessors,
+    logits_processors,
+)
 from prompt_tuning_jax.inference.ensemble import (
     DecodeConfig,
     Vote,
@@ -24,9 +35,10 @@ from prompt_tuning_jax.inference.ensemble import (
     majority_vote,
     write,
 )
+from prompt_tuning_jax.inference.setup import Members, partitioner_of, vocabulary_of
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.training.step import Batch
-from prompt_tuning_jax.typing import FlatParams, HostArray
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,29 +279,80 @@ class Predictor:
         return labels_CS
 
 
-def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
-    """The rows of an evaluation batch: as asked, or all, and as many in each part of the mesh."""
-    return -(-min(asked, examples) // parts) * parts
-
-
-def chosen_strategy(
-    asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
-) -> Literal["rank", "greedy", "beam"]:
-    """How predictions are made: ``auto`` ranks labels where there are some, and else writes."""
-    if asked == "auto":
-        return "rank" if labels else "greedy"
-    return asked
-
-
-def require_labels(labels: Sequence[str]) -> None:
-    """Raises UserError where there is nothing to rank."""
-    if not labels:
-        raise UserError(
-            "evaluation.strategy=rank needs labels, and neither the prompts nor the task say them; "
-            "give data.labels=a,b, or use evaluation.strategy=greedy"
-        )
-
-
 def score_members(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
     """The task's metrics for each member, in percent."""
     return [examples.score(texts) for texts in predictions.texts_EN]
+
+
+def build_predictor(
+    experiment: Experiment,
+    graphdef: nnx.GraphDef[TunedModel],
+    vocabulary: AnyVocabulary,
+    *,
+    labels: tuple[str, ...],
+    partitioner: Partitioner | None = None,
+    buckets: Buckets | None = None,
+) -> Predictor:
+    """What turns inputs into predictions, the way the experiment's evaluation asks for.
+
+    ``partitioner`` and ``buckets`` are the experiment's unless given; with buckets of its own its
+    programs are of few shapes whatever the number of inputs.
+    """
+    config = experiment.evaluation
+    return Predictor(
+        graphdef=graphdef,
+        vocabulary=vocabulary,
+        strategy=chosen_strategy(config.strategy, labels),
+        batch_size=config.batch_size,
+        max_length=experiment.data.targets_length,
+        num_beams=config.num_beams,
+        normalize_length=config.normalize_length,
+        processors=logits_processors(
+            min_length=config.min_length,
+            repetition_penalty=config.repetition_penalty,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+            max_length=experiment.data.targets_length,
+            prefix="evaluation.",
+        ),
+        labels=labels,
+        buckets=task_data.buckets_of(experiment) if buckets is None else buckets,
+        few_sizes=buckets is not None,
+        partitioner=partitioner_of(experiment) if partitioner is None else partitioner,
+    )
+
+
+def evaluate_members(
+    experiment: Experiment,
+    members: Members,
+    trainable: FlatParams,
+    data: task_data.TaskData,
+    model: T5,
+    *,
+    scores_alone: bool = False,
+) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
+    """Each member's metrics (``task/metric`` where there are several tasks), and predictions.
+
+    With ``scores_alone`` nothing is predicted for a task whose only metric is the loss.
+    """
+    scores: list[dict[str, float]] = [{} for _ in range(members.number)]
+    predictions = {}
+    for name, examples in data.evaluation.items():
+        labels = examples.task.labels
+        predictor = build_predictor(
+            experiment, members.graphdef, vocabulary_of(model), labels=labels
+        )
+        prefix = f"{name}/" if len(data.evaluation) > 1 else ""
+        arguments: dict[str, Any] = {
+            "members": members.number,
+            "task": members.task_number(name),
+        }
+        if not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
+            predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
+            scored = score_members(examples, predictions[name])
+            for own, values in zip(scores, scored, strict=True):
+                own.update({f"{prefix}{metric}": value for metric, value in values.items()})
+        if data.wants_loss(examples.task) and f"{prefix}{LOSS}" not in scores[0]:
+            losses = predictor.losses(trainable, members.frozen, examples, **arguments)
+            for own, loss in zip(scores, losses, strict=True):
+                own[f"{prefix}{LOSS}"] = loss
+    return scores, predictions

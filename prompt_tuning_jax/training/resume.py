@@ -1,32 +1,23 @@
-"""A run's working directory: its config, its prompts, its best members."""
+"""Which runs may be resumed in a working directory, and with which changes."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.checkpoints.train_state import BEST, LAST
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
+from prompt_tuning_jax.checkpoints.run_folder import RESULTS
+from prompt_tuning_jax.checkpoints.train_state import LAST
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, saved_config
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
-from prompt_tuning_jax.training.loop import Best, bests_from_json
 from prompt_tuning_jax.training.optim import make_schedule
-from prompt_tuning_jax.typing import HostArray
-from prompt_tuning_jax.untrusted_input import json_text, read_json_file
-
-PROMPTS, TUNED = "prompts", "tuned"
-RESULTS, CURVES = "results.json", "curves.png"
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
@@ -103,86 +94,6 @@ def _require_same_rates(
     )
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder has been claimed by some run."""
-    return (folder / RUN_CONFIG).is_file()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON aside and renames it; nan is null."""
-    with atomic_write(path) as aside:
-        aside.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
-
-
-def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: PromptMetadata) -> None:
-    """Writes a run's prompt as ``prompts/NAME.safetensors`` (with metadata) and ``.npy``."""
-    for suffix in ("npy", "safetensors"):
-        save_prompt(folder / PROMPTS / f"{name}.{suffix}", prompt_PD, metadata=metadata)
-
-
-def export_tuned(folder: Path, name: str, stored: TunedCheckpoint) -> None:
-    """Writes what a run of another method than prompts keeps as ``tuned/NAME.safetensors``."""
-    save_tuned(folder / TUNED / f"{name}.safetensors", stored)
-
-
-def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The best prompts of a run, in the order of its members; UserError where one is missing."""
-    files = [folder / PROMPTS / f"{name}.safetensors" for name in names]
-    for file in files:
-        if not file.is_file():
-            raise UserError(
-                f"{folder} has no {file.relative_to(folder)} yet: the run has not been evaluated; "
-                "train on, or name a prompt file"
-            )
-    return files
-
-
-def read_best(folder: Path) -> dict[str, HostArray]:
-    """The best tuned arrays of a run's members, with their leading axis E, for any method."""
-    return read_best_and_model(folder)[0]
-
-
-def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
-    """The same, and the fingerprint of the frozen model that they were trained on."""
-    leaves, extra = _best_checkpoint(folder)
-    trainable = {name for name in leaves if name.startswith("trainable/")}
-    best = {name.removeprefix("trainable/"): np.asarray(leaves[name]) for name in trainable}
-    fingerprint = extra.get("fingerprint")
-    if not isinstance(fingerprint, str):
-        raise UserError(
-            f"{folder / BEST} does not say which frozen model it was trained on (fingerprint); "
-            "it was not written by a run"
-        )
-    return best, fingerprint
-
-
-def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
-    """The best evaluation of each member of a run."""
-    _, extra = _best_checkpoint(folder)
-    return tuple(bests_from_json(extra["best"]))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Results:
-    """What ``results.json`` says beside the scores: how far the run came, and why no farther."""
-
-    step: int
-    stopped_early: bool
-
-
-def read_results(folder: Path) -> Results | None:
-    """How a run ended, or None where it has not; UserError for a file that is not a run's."""
-    path = folder / RESULTS
-    if not path.is_file():
-        return None
-    value = read_json_file(path)
-    step = value.get("step") if isinstance(value, dict) else None
-    early = value.get("stopped_early") if isinstance(value, dict) else None
-    if not isinstance(step, int) or not isinstance(early, bool):
-        raise UserError(f"{path} is not the results of a run; remove it to have it written again")
-    return Results(step=step, stopped_early=early)
-
-
 def require_place(folder: Path) -> None:
     """Raises UserError where a run's folder cannot be, before anything long is begun."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -190,27 +101,6 @@ def require_place(folder: Path) -> None:
         raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
-
-
-def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = train_state.read_latest(
-        folder / BEST,
-        advice=(
-            f"use the files in {folder / PROMPTS} or {folder / TUNED}, or remove "
-            f"{(folder / BEST).parent} and {folder / RESULTS} and train again"
-        ),
-    )
-    if found is None:
-        kept = next((folder / name for name in (PROMPTS, TUNED) if (folder / name).is_dir()), None)
-        if kept is None and not (folder / RESULTS).is_file():
-            raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
-        instead = f"use the files in {kept}, or " if kept else ""
-        raise UserError(
-            f"{folder / BEST} is gone, and the run has been evaluated: put it back, or {instead}"
-            f"remove {(folder / BEST).parent} and {folder / RESULTS} and train again"
-        )
-    _, leaves, extra = found
-    return leaves, extra
 
 
 _WHY_NOT = {

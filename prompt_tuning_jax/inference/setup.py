@@ -1,0 +1,186 @@
+"""From an experiment to what runs: the mesh, the frozen model, and the methods attached to it.
+
+Training, evaluation, prediction, serving and planning all start here.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.field_syntax import parse_rules
+from prompt_tuning_jax.data.tasks.selection import (
+    trained_tasks,
+)
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, with_rules
+from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.methods import (
+    Context,
+    Method,
+    TunedModel,
+    trainable_mask,
+)
+from prompt_tuning_jax.models.quantization import is_quantized
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.typing import FlatParams, Mask
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """A method attached E times to one frozen model: one structure, E sets of tuned arrays.
+
+    ``tasks`` are the names of those trained on where they are several.
+    """
+
+    graphdef: nnx.GraphDef[TunedModel]
+    trainable: FlatParams  # each with a leading axis E
+    frozen: FlatParams
+    mask: Mask
+    number: int
+    tasks: tuple[str, ...] = ()
+
+    def task_number(self, name: str) -> int | None:
+        """Which of several tasks has this name; None where it is none of them."""
+        return self.tasks.index(name) if name in self.tasks else None
+
+    def sharded(self, partitioner: Partitioner, logical_axes: Mapping[str, Any]) -> "Members":
+        """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
+        axes_E = {name: ("ensemble", *axes) for name, axes in logical_axes.items()}
+        return dataclasses.replace(
+            self,
+            trainable=partitioner.shard(self.trainable, axes_E),
+            frozen=partitioner.shard(self.frozen, logical_axes),
+        )
+
+
+def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> T5:
+    """The model that the experiment names, with its vocabulary, its weights on the mesh."""
+    partitioner = partitioner_of(experiment) if partitioner is None else partitioner
+    config = experiment.model
+    kwargs: dict[str, Any] = {
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "dropout_rate": config.dropout_rate,
+        "vocabulary": config.vocabulary,
+        "quantization": config.quantization,
+    }
+    if config.random_weights:
+        return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
+    return load_model(config.name_or_path, mesh=partitioner.mesh, rules=partitioner.rules, **kwargs)
+
+
+def model_fingerprint(model: T5) -> str:
+    """Tells this frozen model from others."""
+    return model.original_fingerprint or fingerprint(model.config, param_tree.split(model)[1])
+
+
+def vocabulary_of(model: T5) -> AnyVocabulary:
+    """The model's vocabulary; UserError where it came without."""
+    if model.vocabulary is None:
+        raise UserError("this model came without a vocabulary; set model.vocabulary to its file")
+    words: AnyVocabulary = model.vocabulary
+    return words
+
+
+def attach_members(
+    experiment: Experiment,
+    model: T5,
+    *,
+    labels: tuple[str, ...],
+    partitioner: Partitioner | None = None,
+) -> Members:
+    """The method attached once per seed, each from its own seed (and init), on the mesh."""
+    partitioner = partitioner_of(experiment) if partitioner is None else partitioner
+    members, logical_axes = attach_unplaced(experiment, model, labels=labels)
+    return members.sharded(partitioner, logical_axes)
+
+
+def attach_unplaced(
+    experiment: Experiment, model: T5, *, labels: tuple[str, ...]
+) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
+    """The same before anything is laid out, and the logical axes of every parameter."""
+    seeds, inits = experiment.training.seeds, experiment.training.inits
+    tasks = trained_tasks(experiment.data)
+    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
+    trainable: list[dict[str, Any]] = []
+    for number, seed in enumerate(seeds):
+        method: Any = experiment.method
+        if inits:
+            method = dataclasses.replace(method, init=inits[number])
+        if not labels and (experiment.data.train or experiment.data.eval):
+            method = _without_label_init(method)
+        # Not the key of dropout: that one is folded with steps from 0.
+        key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
+        attached: TunedModel = method.attach(model, key=key, context=context)
+        # Members may differ in how they start, not in what they are.
+        graphdef, params = param_tree.split(with_config(attached, experiment.method))
+        mask = trainable_mask(experiment.method, list(params))
+        own, frozen = param_tree.partition(params, mask)
+        require_trainable(own)
+        trainable.append(own)
+    members = Members(
+        graphdef=graphdef,
+        trainable={name: jnp.stack([own[name] for own in trainable]) for name in trainable[0]},
+        frozen=frozen,
+        mask=mask,
+        number=len(seeds),
+        tasks=tasks,
+    )
+    axes = param_tree.logical_axes(attached)
+    used = {axis for own in axes.values() for axis in own if axis is not None}
+    for axis in parse_rules(experiment.mesh.rules):
+        if axis not in RULES and axis not in used:
+            raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
+    return members, axes
+
+
+def _without_label_init(method: Any) -> Any:
+    """For text of a user's own: what labels leave over is sampled, here all of the prompt."""
+    if getattr(method, "init", "") != "class_labels" or getattr(method, "init_labels", ()):
+        return method
+    _log.warning(
+        "method.init=class_labels: the targets are text and there are no labels, so the prompt "
+        "starts from sampled vocabulary"
+    )
+    return dataclasses.replace(method, init="sampled_vocabulary")
+
+
+def require_trainable(trainable: Mapping[str, Any]) -> None:
+    """Raises UserError where a method would train weights that are quantised."""
+    if is_quantized(trainable):
+        raise UserError(
+            "this method trains the model's weights, and they are quantised; "
+            "set model.quantization=none"
+        )
+
+
+def partitioner_of(
+    experiment: Experiment, *, devices: Sequence[jax.Device] | None = None
+) -> Partitioner:
+    """The mesh over these devices or all, of all processes, and the rules.
+
+    UserError where it does not fit.  One device needs no mesh, whatever the experiment says.
+    """
+    config = dataclasses.asdict(experiment.mesh)
+    rules = with_rules(config.pop("rules"))
+    return Partitioner(mesh=make_mesh(**config, devices=devices), rules=rules)
+
+
+def with_config(attached: TunedModel, method: Method) -> TunedModel:
+    """The same module described by ``method``, so that members have one structure."""
+    if hasattr(attached.method, "config"):
+        attached.method.config = method
+    return attached

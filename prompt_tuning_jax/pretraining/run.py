@@ -1,0 +1,66 @@
+"""Makes a model: trains on text, or from initialisations of random weights other than T5's."""
+
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.batching.task_data import build_data
+from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import Members, vocabulary_of
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.mimetic_init import start_attention
+from prompt_tuning_jax.pretraining.probes import Probe
+from prompt_tuning_jax.pretraining.text_data import (
+    TextData,
+    build_text_data,
+    start_from_cooccurrence,
+    text_losses,
+)
+from prompt_tuning_jax.training.run import (
+    Evaluate,
+    RunResult,
+    TrainingData,
+    run,
+    task_evaluation,
+)
+from prompt_tuning_jax.typing import FlatParams
+
+
+def pretrain(experiment: Experiment, *, quiet: bool = False) -> RunResult:
+    """Trains on ``data.objectives``, and starts random weights as the ``model`` fields say.
+
+    Otherwise as ``train``: the run has the same working directory, and resumes in the same way.
+    """
+    return run(experiment, _prepare, quiet=quiet)
+
+
+def _prepare(
+    experiment: Experiment, model: T5, partitioner: Partitioner
+) -> tuple[TrainingData, Evaluate]:
+    if not experiment.data.objectives:
+        if experiment.model.embeddings == "cooccurrence":
+            raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
+        _initialize(experiment, model, None)
+        tasks = build_data(experiment, vocabulary_of(model), partitioner=partitioner)
+        return tasks, task_evaluation(experiment, model, tasks)
+    data = build_text_data(experiment, vocabulary_of(model))
+    _initialize(experiment, model, data)
+    probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
+
+    def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
+        scores = text_losses(members.graphdef, trainable, members.frozen, data, partitioner)
+        for member, own in enumerate(scores):
+            weights = {**members.frozen, **{name: x[member] for name, x in trainable.items()}}
+            own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
+        return scores
+
+    return data, evaluate
+
+
+def _initialize(experiment: Experiment, model: T5, data: TextData | None) -> None:
+    config = experiment.model
+    if not config.random_weights:
+        return
+    if data is not None and config.embeddings == "cooccurrence":
+        start_from_cooccurrence(model, data.train)
+    if config.attention != "normal":
+        matching = config.attention == "matching"
+        start_attention(model, matching=matching, seed=experiment.training.seeds[0])

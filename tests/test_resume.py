@@ -18,7 +18,7 @@ from prompt_tuning_jax.config.config_file import saved_config
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.loader import eval_batches
 from prompt_tuning_jax.data.tasks.metrics import Metric
-from prompt_tuning_jax.data.tasks.task import Source, Task
+from prompt_tuning_jax.data.tasks.task import Source, Task, as_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import evaluation
 from prompt_tuning_jax.inference.evaluation import evaluate
@@ -192,7 +192,6 @@ def test_the_evaluation_loss_is_that_of_training(
     # By hand, a batch of another size.
     model = load_model(str(tiny_run.model_folder()))
     data = task_data.build_data(of, vocabulary_of(model), training=False)
-    assert isinstance(data, task_data.TaskData)
     members = attach_members(of, model, labels=data.labels)
     (examples,) = data.evaluation.values()
     for member, best in enumerate(result.best):
@@ -271,7 +270,7 @@ def odd_task(metric: Metric) -> Task:
 def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
     monkeypatch: pytest.MonkeyPatch, metric: Metric, changes: dict[str, Any], expected: str | None
 ) -> None:
-    mixture = task_data.as_mixture(odd_task(metric))
+    mixture = as_mixture(odd_task(metric))
     monkeypatch.setattr(task_data, "build_mixture", lambda data: mixture)
     of = experiment("", changes)
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, cache=False))
@@ -280,7 +279,6 @@ def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
         with pytest.raises(UserError, match=r"'oddity' is better .*evaluation\.best_mode"):
             task_data.build_data(of, words)
         data = task_data.build_data(of, words, training=False)  # one prompt needs no best
-        assert isinstance(data, task_data.TaskData)
         with pytest.raises(UserError, match="best_mode"):
             data.require_direction()
         return

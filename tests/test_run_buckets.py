@@ -70,7 +70,6 @@ def experiment(workdir: Path | str, changes: dict[str, Any] | None = None) -> Ex
 def data_of(of: Experiment) -> task_data.TaskData:
     words = vocabulary_of(build_model(of))
     data = task_data.build_data(of, words)
-    assert isinstance(data, task_data.TaskData)
     return data
 
 

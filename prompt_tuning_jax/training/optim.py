@@ -1,66 +1,28 @@
-"""Optimizers for what the mask says trains, with the learning rate given at every step.
+"""Optimizers for the trainable arrays, and learning rate schedules.
 
-The learning rate is an argument of ``update`` and not part of the transformation, so that prompts
-trained at once may have one each.
+The learning rate is an argument of ``update`` instead of a part of the transformation, so that
+members trained together may each have one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.config.field_syntax import parse_rates
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, Mask
 
 
-class OptimizerConfig(Protocol):
-    """The fields that are read here; see ``experiment.Optimizer`` for their meaning."""
+def make_optimizer(config: Optimizer, mask: Mask) -> optax.GradientTransformationExtraArgs:
+    """The optimizer: ``update(gradients, state, params, learning_rate=...)``.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def decay_steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def end_learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def decay_rate(self) -> float: ...
-    @property
-    def clipping_threshold(self) -> float: ...
-    @property
-    def multiply_by_parameter_scale(self) -> bool: ...
-    @property
-    def min_dim_size_to_factor(self) -> int: ...
-    @property
-    def initial_step(self) -> int: ...
-    @property
-    def beta1(self) -> float: ...
-    @property
-    def beta2(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def gradient_clip_norm(self) -> float: ...
-    @property
-    def rates(self) -> tuple[str, ...]: ...
-
-
-def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """The optimizer; ``update(gradients, state, params, learning_rate=...)``.
-
-    It acts on any dictionary path -> array whose names the mask knows.  What the mask freezes has
-    no slot and gets an update of exactly zero, even when its gradient is handed in.  Raises
-    UserError for an entry of ``rates`` that no trained array follows.
+    It takes any dictionary path -> array whose paths are in the mask.  Frozen arrays have no slots,
+    and their updates are exactly zero even where they have gradients.  Raises UserError for an
+    entry of ``rates`` that matches no trainable array.
     """
     factors = rate_factors(config.rates, [name for name, trains in mask.items() if trains])
     at_rate = _scale_by_given_learning_rate(factors)
@@ -74,7 +36,7 @@ def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransfo
     def frozen(params: dict[str, Any]) -> dict[str, bool]:
         return {name: not mask[name] for name in params}
 
-    # masked() lets the updates of what it leaves out pass through: they must be zeroed as well.
+    # masked() passes the updates of other arrays through, so that they must be set to zero as well.
     return optax.chain(
         optax.masked(optax.chain(*steps, optax.scale(-1.0)), trains),
         optax.masked(optax.set_to_zero(), frozen),
@@ -82,12 +44,12 @@ def make_optimizer(config: OptimizerConfig, mask: Mask) -> optax.GradientTransfo
 
 
 def _adafactor(
-    config: OptimizerConfig, at_rate: optax.GradientTransformation
+    config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
     """Shazeer & Stern 2018 as t5x/adafactor.py has it; weight decay is not scaled by the rate.
 
     ``initial_step`` shifts the step in the second moment's decay, ``1 - (step + 1)**-0.8``: T5X
-    goes on counting from the restored checkpoint's step, and at 1,100,000 the decay is 0.999985.
+    counts on from the restored checkpoint's step, and at 1,100,000 the decay is 0.999985.
     """
     steps = [
         optax.scale_by_factored_rms(
@@ -106,7 +68,7 @@ def _adafactor(
 
 
 def _adamw(
-    config: OptimizerConfig, at_rate: optax.GradientTransformation
+    config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
     """Loshchilov & Hutter 2019: the decay is scaled by the learning rate."""
     return [
@@ -117,7 +79,7 @@ def _adamw(
 
 
 def _sgd(
-    config: OptimizerConfig, at_rate: optax.GradientTransformation
+    config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
     momentum = [optax.trace(config.momentum)] if config.momentum > 0 else []
     return [
@@ -130,7 +92,7 @@ def _sgd(
 def _scale_by_given_learning_rate(
     factors: Mapping[str, float],
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies with the rate of this update, and that with an array's own factor."""
+    """Multiplies by the learning rate of this update and by the array's factor."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Array, **_: Any
@@ -145,49 +107,47 @@ def _scale_by_given_learning_rate(
 
 
 def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """The factor on the learning rate of each of these arrays; the first match of a path decides.
+    """The factor on the learning rate of each array, by the first pattern that matches its path.
 
-    UserError for a pattern that matches none of the paths, or none that is left to it.
+    Raises UserError for a pattern that matches no path, or only those of earlier patterns.
     """
     rates = parse_rates(texts)
-    followed: dict[str, int] = {}
+    matched: dict[str, int] = {}
     for name in names:
         first = (i for i, (pattern, _) in enumerate(rates) if pattern.fullmatch(name))
         if (number := next(first, None)) is not None:
-            followed[name] = number
+            matched[name] = number
     for number, text in enumerate(texts):
-        if number not in followed.values():
+        if number not in matched.values():
+            shown = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
             raise UserError(
-                f"optimizer.rates: {text!r} is the whole path of nothing that trains, or of what "
-                f"an entry before it has; for instance {min(names, default='nothing')} trains"
+                f"optimizer.rates: {text!r} matches the whole path of no trainable parameter that "
+                f"earlier entries leave; trainable: {shown or 'none'}"
             )
-    return {name: rates[number][1] for name, number in followed.items()}
+    return {name: rates[number][1] for name, number in matched.items()}
 
 
-def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Callable[[Array], Array]:
-    """Step (from 0) -> factor on the learning rate: 1 at its height.
+def make_schedule(config: Optimizer, *, total_steps: int) -> optax.Schedule:
+    """A schedule of factors on the learning rate by step, from 0; its maximum is 1.
 
-    All warm up linearly over ``warmup_steps``, then: ``constant``; ``linear`` and ``cosine`` fall
-    to ``end_learning_rate`` at ``decay_steps`` (or the run's end); ``rsqrt`` falls with the inverse
-    square root of the step, from its height at the end of the warm-up.
+    It rises linearly over ``warmup_steps`` from ``1 / warmup_steps``.  Then ``constant`` stays;
+    ``linear`` and ``cosine`` fall to ``end_learning_rate`` at ``decay_steps``, or at the run's last
+    step; ``rsqrt`` falls with the inverse square root of the step.
     """
     warmup = config.warmup_steps
-    decay = (config.decay_steps or total_steps) - warmup
+    decay_steps = max((config.decay_steps or total_steps) - warmup, 1)
     end = config.end_learning_rate / config.learning_rate if config.learning_rate else 0.0
 
-    def factor(step: Array) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else jnp.float32(1.0)
-        share = jnp.clip((step - warmup) / max(decay, 1), 0.0, 1.0)
-        if config.schedule == "linear":
-            fall = 1 + (end - 1) * share
-        elif config.schedule == "cosine":
-            fall = end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
-        elif config.schedule == "rsqrt":
-            height = max(warmup, 1)
-            fall = jnp.sqrt(height / jnp.maximum(step + 1, height))
-        else:
-            fall = jnp.float32(1.0)
-        return rise * fall
+    def rsqrt(step: Any) -> Array:
+        return jnp.sqrt(max(warmup, 1) / (step + warmup + 1))
 
-    return factor
+    schedule: optax.Schedule = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, end, decay_steps),
+        "cosine": optax.cosine_decay_schedule(1.0, decay_steps, alpha=end),
+        "rsqrt": rsqrt,
+    }[config.schedule]
+    if not warmup:
+        return schedule
+    rise = optax.linear_schedule(1 / warmup, 1.0, max(warmup - 1, 1))
+    return optax.join_schedules([rise, schedule], [warmup])

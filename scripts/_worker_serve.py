@@ -10,8 +10,9 @@ from fastapi import FastAPI
 
 from prompt_tuning_jax.compilation import keep_compiled_programs
 from prompt_tuning_jax.config.experiment import Experiment, Model
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.serving.app import make_app
-from prompt_tuning_jax.serving.launch import Serving, open_service
+from prompt_tuning_jax.serving.launch import open_service
 from prompt_tuning_jax.serving.malloc_trim import keep_freed_memory
 from prompt_tuning_jax.serving.server import address_of, bound, serve
 

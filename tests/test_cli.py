@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import prompt_tuning_jax
-from prompt_tuning_jax.cli import tasks
+from prompt_tuning_jax.cli import task_listing
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
@@ -119,7 +119,7 @@ _HOMES = {
     run: ("train",),
     evaluation: ("evaluate",),
     prediction: ("predict",),
-    tasks: ("tasks", "examples"),
+    task_listing: ("tasks", "examples"),
     inspection: ("inspect", "describe"),
     conversion: ("convert",),
     export: ("merge",),
@@ -487,7 +487,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert any(line.startswith(f"    {name} ") for line in lines)
     if command in ("eval", "predict"):
         words = " ".join(" ".join(lines).split())
-        assert "what another method tuned, a PEFT adapter" in words and "run of any method" in words
+        assert "Prompt file, PEFT adapter" in words and "run of any method" in words
 
 
 def test_as_a_program() -> None:

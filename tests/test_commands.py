@@ -15,7 +15,7 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
-from prompt_tuning_jax.cli.tasks import examples, tasks
+from prompt_tuning_jax.cli.task_listing import examples, tasks
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
+from prompt_tuning_jax.cli.experiment import ConfigOptions
+from prompt_tuning_jax.cli.main import parse
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
@@ -60,14 +61,15 @@ def test_its_docstring_is_a_command_that_runs_it(path: str) -> None:
         assert "scripts/" in (ROOT / path).read_text(), "no command in the docstring"
         return
     for command in commands:
-        args = build_parser().parse_args(rewrite_gin_flags(shlex.split(command)[1:]))
-        if args.config:
-            assert args.config == path
-            experiment = load_config(args.config)
+        args = parse(shlex.split(command)[1:])
+        assert isinstance(args, ConfigOptions)
+        if config := getattr(args, "config", None):
+            assert config == path
+            experiment = load_config(config)
         else:
             assert args.gin_file == [path]
             experiment = experiment_from_gin(args.gin_file, args.gin_bindings)
-        validate(apply_overrides(experiment, args.set))
+        validate(apply_overrides(experiment, args.overrides))
 
 
 @pytest.mark.parametrize("name", GIN)

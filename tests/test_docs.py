@@ -18,7 +18,8 @@ import pytest
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.run_folder import export_prompt
-from prompt_tuning_jax.cli.arguments import build_parser, rewrite_gin_flags
+from prompt_tuning_jax.cli.experiment import ConfigOptions, OverrideOptions
+from prompt_tuning_jax.cli.main import build_parser, parse
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
@@ -123,20 +124,18 @@ def test_the_contents_of_a_page_are_its_sections(page: str) -> None:
     [pytest.param(*one, id=f"{one[0]}: {shlex.join(one[1])}") for one in prompt_tuning_commands()],
 )
 def test_commands_parse(page: str, arguments: list[str]) -> None:
-    args = build_parser().parse_args(rewrite_gin_flags(arguments))
-    if not hasattr(args, "set"):
+    command = parse(arguments)
+    if not isinstance(command, OverrideOptions):
         return
     start = Experiment()
-    if getattr(args, "config", None):
-        given = ROOT / args.config
+    if config := getattr(command, "config", None):
+        given = ROOT / config
         # lora.py is in the reader's folder: `init` has written it.
-        start = load_config(str(given if given.is_file() else ROOT / "configs" / args.config))
-    if getattr(args, "gin_file", None):
-        start = experiment_from_gin([str(ROOT / f) for f in args.gin_file], args.gin_bindings)
-    options = {"training.seeds": "seeds", "data.train": "data"}
-    told = {field: getattr(args, option, None) for field, option in options.items()}
-    overrides = [f"{field}={value}" for field, value in told.items() if value]
-    validate(apply_overrides(start, [*overrides, *args.set]))
+        start = load_config(str(given if given.is_file() else ROOT / "configs" / config))
+    if isinstance(command, ConfigOptions) and command.gin_file:
+        files = [str(ROOT / file) for file in command.gin_file]
+        start = experiment_from_gin(files, command.gin_bindings)
+    validate(apply_overrides(start, command.all_overrides()))
 
 
 @pytest.mark.parametrize("page", PAGES)

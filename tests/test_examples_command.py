@@ -30,7 +30,7 @@ def test_a_wheel_holds_them_where_they_are_looked_for() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert settings["targets"]["wheel"]["force-include"] == {"configs": "prompt_tuning_jax/configs"}
     package = Path(init.__file__).parents[1]
-    assert (package / "configs", package.parent / "configs") == init._PLACES
+    assert (package / "configs", package.parent / "configs") == init._FOLDERS
 
 
 def test_all_are_listed_with_what_they_say_of_themselves(

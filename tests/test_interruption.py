@@ -15,6 +15,7 @@ import pytest
 
 from prompt_tuning_jax.cli import main
 from prompt_tuning_jax.cli.interruption import Interruption, interruptible
+from prompt_tuning_jax.cli.train import Train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,13 +112,13 @@ def test_pressed_twice_interrupts_at_once() -> None:
 def test_an_error_that_an_interruption_became_is_one_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(args: object) -> None:
+    def run(command: Train) -> None:
         try:
             press()
         except KeyboardInterrupt:
             raise ImportError("cannot import name 'datetime'") from None
 
-    monkeypatch.setitem(main._COMMANDS, "train", train)
+    monkeypatch.setattr(Train, "run", run)
     assert main.main(["train"]) == 130
     assert capsys.readouterr().err == ""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from prompt_tuning_jax.cli.arguments import mesh_overrides
+from prompt_tuning_jax.cli.experiment import mesh_overrides
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.config.field_syntax import MESH_AXES, parse_rules
 from prompt_tuning_jax.config.overrides import apply_overrides

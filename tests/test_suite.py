@@ -302,7 +302,7 @@ def test_wrong_names(
 ) -> None:
     with pytest.raises(UserError, match=message):
         suite(base(tmp_path, tmp_path), name, tasks=tasks, form=form, quiet=True)
-    with pytest.raises(UserError, match=r"^--halve: super_glue has no 'rt'"):
+    with pytest.raises(UserError, match=r"^--split_validation: super_glue has no 'rt'"):
         suite(base(tmp_path, tmp_path), "super_glue", split_validation=["rt"], quiet=True)
 
 

@@ -16,6 +16,7 @@ from prompt_tuning_jax.config.config_file import load_config, run_config, saved_
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.config.overrides import to_json
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
     trained_tasks,
@@ -24,7 +25,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import tfds_rows
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import attach
 from prompt_tuning_jax.methods import Method, MultitaskPrompts, PromptTuning
-from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
+from prompt_tuning_jax.serving.launch import default_experiment, open_service
 from tests import tiny_run
 
 MODULE = """

@@ -1,20 +1,24 @@
-"""What the package logs as warnings, shown on the command line as notes."""
+"""What commands print and write."""
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from prompt_tuning_jax.errors import printable
+from prompt_tuning_jax.errors import UserError, printable, printable_json
+from prompt_tuning_jax.untrusted_input import json_text
+
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 @contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """Within, each warning is one line ``note: ...`` on stderr, and the same one comes once."""
+    """Print each warning that the package logs as a line ``note: ...`` on stderr, once."""
     logger = logging.getLogger("prompt_tuning_jax")
     handler, propagates = _Notes(logging.WARNING), logger.propagate
     logger.addHandler(handler)
-    logger.propagate = False  # others' handlers would say it again, with a prefix
+    logger.propagate = False  # the root's handlers would print it again, with a prefix
     try:
         yield
     finally:
@@ -25,10 +29,60 @@ def notes_on_stderr() -> Iterator[None]:
 class _Notes(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(record.getMessage())
-        if text not in self._said:
-            self._said.add(text)
-            print(f"note: {text}", file=sys.stderr)
+        if text not in self._printed:
+            self._printed.add(text)
+            print_notes([text])
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes on stderr."""
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names, and beside each its text, in two columns."""
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, text in pairs:
+        print(f"{name:{width}}  {text}".rstrip())
+
+
+def print_json(value: object) -> None:
+    """Print indented JSON."""
+    print(printable_json(json_text(value, indent=2)))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 prediction``, ``2,000 predictions``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes as ``1.5 GB``."""
+    unit, name = next(((u, n) for u, n in _UNITS if size >= u), (1, "bytes"))
+    return f"{size} bytes" if unit == 1 else f"{size / unit:.3g} {name}"
+
+
+def require_folders(**paths: str | None) -> None:
+    """UserError for a file to write whose folder does not exist; called before the work is done."""
+    for name, path in paths.items():
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}")
+
+
+def write_text(name: str, text: str, what: str) -> None:
+    """Write a file, atomically unless it is a device such as /dev/stdout, and say so on stderr."""
+    from prompt_tuning_jax.storage import atomic_write
+
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {what} to {name}", file=sys.stderr)

@@ -1,22 +1,46 @@
-"""The example configs that come with the package."""
+"""``prompt-tuning init``: the example configs that come with the package."""
 
 import ast
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
-from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free
+from prompt_tuning_jax.cli.arguments import Command, option, positional
+from prompt_tuning_jax.cli.console import print_rows
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.errors import UserError, printable, suggest
 
-# Beside the package in a clone, and inside it where it is installed.
-_PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+# Inside the package where it is installed, and beside it in a clone.
+_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 OWN_DATA = "own_data.py"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Init(Command):
+    """List the example configs, or write one to start from."""
+
+    name: ClassVar[str] = "init"
+    example: ClassVar[str] = "init own_data.py"
+
+    config: str | None = positional("EXAMPLE", default=None)  # example to write (default: list all)
+    # File to write (default: the example's name, in the current folder).
+    output: str | None = option("FILE", default=None)
+    overwrite: bool = False  # replace an existing FILE
+
+    def run(self) -> None:
+        if self.config is None:
+            if self.output or self.overwrite:
+                raise UserError("name an example; prompt-tuning init lists them")
+            print_rows(examples_with_titles())
+            return
+        path = init(self.config, self.output or "", overwrite=self.overwrite)
+        print(printable(f"wrote {path}"))
+
+
 def example_file(name: str) -> Path:
-    """The file of an example, such as ``lora.py`` or ``gin/lora.gin``; UserError for no example."""
+    """The file of an example, such as ``lora.py`` or ``gin/paper.gin``; UserError otherwise."""
     folder = _folder()
     names = [str(path.relative_to(folder)) for path in _files(folder)]
     asked = name.removeprefix("configs/")
@@ -27,23 +51,25 @@ def example_file(name: str) -> Path:
 
 
 def examples_with_titles() -> Iterator[tuple[str, str]]:
-    """The name of each example, and its first line about itself."""
+    """The name of each example, and the first line of its description."""
     folder = _folder()
     for path in _files(folder):
         yield str(path.relative_to(folder)), _title(path)
 
 
 def own_data_experiment() -> Experiment:
-    """What is done with files of a user's own where no config says it; they are not named yet."""
+    """The experiment for a user's files without a config; it does not name the files yet."""
     experiment = load_config(str(example_file(OWN_DATA)))
     return replace(experiment, data=replace(experiment.data, train="", eval=""))
 
 
 def init(name: str, destination: str | Path = "", *, overwrite: bool = False) -> Path:
-    """Writes an example config, to the current folder unless told where, and returns the file.
+    """Write an example config to ``destination``, or to the current folder; returns the file.
 
-    The commands in it name the written file.  Raises UserError for no example, and for a file that
-    exists, unless ``overwrite``.
+    The commands in its description name the written file.
+
+    Raises:
+      UserError: for an unknown example, and for a file that exists, without ``overwrite``.
     """
     source = example_file(name)
     path = Path(destination or source.name).expanduser()
@@ -51,17 +77,19 @@ def init(name: str, destination: str | Path = "", *, overwrite: bool = False) ->
         path = path / source.name
     relative = source.relative_to(_folder())
     text = source.read_text(encoding="utf-8").replace(f"configs/{relative}", str(path))
+    from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free
+
     require_free(path.absolute(), overwrite=overwrite, folder=False)
-    with atomic_write_to(path.absolute(), overwrite=overwrite, folder=False) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write_to(path.absolute(), overwrite=overwrite, folder=False) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def _folder() -> Path:
-    found = next((place for place in _PLACES if (place / OWN_DATA).is_file()), None)
-    if found is None:
-        raise UserError(f"the example configs are missing: there is no folder {_PLACES[0]}")
-    return found
+    for folder in _FOLDERS:
+        if (folder / OWN_DATA).is_file():
+            return folder
+    raise UserError(f"the example configs are missing: there is no folder {_FOLDERS[0]}")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ and within the import of a C extension it can end in a crash.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,8 +18,8 @@ from types import FrameType
 
 _AGAIN_SECONDS = 0.05  # between two looks at whether an interruption has been heeded
 _IMPORT_SECONDS = 3.0  # an import that takes longer is interrupted after all
-# As long as only these have called each other, a command has not begun its work.
-_BEGINNING = ("importlib", *(f"prompt_tuning_jax{name}" for name in ("", ".cli", ".commands")))
+# While only these modules are on the stack, a command has not begun its work.
+_BEGINNING = re.compile(r"importlib|prompt_tuning_jax(\.cli(\..*)?)?")
 _IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
 
 
@@ -48,7 +49,7 @@ class Interruption:
         imported_from = self._imported_from(frame)
         if imported_from is None or time.monotonic() - self._began > _IMPORT_SECONDS:
             raise KeyboardInterrupt
-        if all(name in _BEGINNING for name in imported_from):
+        if all(_BEGINNING.fullmatch(name) for name in imported_from):
             sys.stdout.flush()
             os._exit(128 + number)  # nothing has been begun that would have to be cleaned up
 

@@ -1,194 +1,64 @@
-"""Lists tasks, shows their examples as the model sees them, and writes them to a file."""
+"""``prompt-tuning tasks``."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import with_task_index
-from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import ALIASES, FORMS, form_of, forms_of
-from prompt_tuning_jax.data.tasks.t5_tasks.sources import number_of_rows
-from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
-from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import Example, Task, get_mixture, get_task, task_names
-from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import atomic_write
-
-_TITLES = {
-    "super_glue": "SuperGLUE",
-    "glue": "GLUE",
-    "dpr": "Pronouns, beside WSC",
-    "squad": "Question answering",
-    "mrqa": "Question answering out of SQuAD's domain, and in MRQA's",
-    "summarization": "Summaries",
-}
-_TEXTS_AT_ONCE = 1024
+from prompt_tuning_jax.cli.arguments import Command, option, positional
+from prompt_tuning_jax.cli.console import require_folders
+from prompt_tuning_jax.cli.experiment import import_module
+from prompt_tuning_jax.errors import UserError, printable
 
 
-def tasks(*, data_dir: str = "", every: bool = False) -> Iterator[tuple[str, str | None]]:
-    """What can be named: (name, description), and (heading, None) before each group.
+@dataclass(frozen=True, kw_only=True)
+class Tasks(Command):
+    """List the tasks, or show examples of one as the model sees them."""
 
-    The forms and versions of a task are one row, and the heading says which there are; ``every``
-    gives each name its own, aliases too.  With ``data_dir`` the descriptions begin with the number
-    of rows of each split, where it holds them.
-    """
-    if every:
-        for name in task_names():
-            yield name, get_mixture(name).description
-        for alias, name in sorted(ALIASES.items()):
-            yield alias, f"the same as {name}"
-        return
-    base = T5_TASKS
-    in_forms = {form_of(name)[1] for name in task_names()}
-    for benchmark, title in _TITLES.items():
-        group = [t for t in base.values() if t.benchmark == benchmark and not _is_later(t, base)]
-        yield _heading(title, group, base), None
-        for task in group:
-            yield task.name, _with_sizes(task, data_dir) + task.description
-    mixtures = {}
-    others = []
-    for name in task_names():
-        mixture = get_mixture(name)
-        alone = mixture.tasks[0].name == name and not mixture.evaluated
-        form, own = form_of(name)
-        if own in base or (form != "ordinary" and own in in_forms and own in task_names()):
-            continue
-        if alone:
-            others.append((name, mixture.description))
-        elif "_v200" not in name:
-            mixtures[name] = mixture.description
-    if mixtures:
-        yield f"Mixtures (those of forms also with {_prefixes(FORMS[1:])})", None
-        yield from mixtures.items()
-    if others:
-        yield "Others", None
-        yield from others
-    yield (
-        "--all lists every name; NAME shows examples; --data_dir FOLDER adds numbers of rows",
-        None,
-    )
+    name: ClassVar[str] = "tasks"
+    example: ClassVar[str] = "tasks word_valence --split test"
 
+    task: str | None = positional("NAME", default=None)  # show examples of this task
+    all: bool = False  # list every name, with each form and version of a task
+    split: str | None = option("SPLIT", default=None)  # split of the task (default: train)
+    limit: int | None = option("N", default=None)  # number of examples (default: 5)
+    # Folder of the tasks' data: official files, or prepared by TFDS (also gs://...).
+    data_dir: str | None = option("FOLDER", default=None)
+    # Python module to import first, for the tasks that it registers.
+    module: str | None = option("MODULE", default=None)
+    # Model whose vocabulary splits the texts (default: tiny).
+    model: str | None = option("NAME", default=None)
+    # Vocabulary, instead of a model's; bytes for ByT5's.
+    vocabulary: str | None = option("FILE", default=None)
+    # Write all examples to this file, with the token ids of untrimmed texts and EOS.
+    dump: str | None = option("FILE.jsonl", default=None)
 
-def examples(
-    name: str,
-    *,
-    split: str = "train",
-    limit: int = 5,
-    model: str = "tiny",
-    vocabulary: str = "",
-    data_dir: str = "",
-) -> Iterator[dict[str, Any]]:
-    """The first examples of a task as the model sees them: texts, ids with EOS, lengths.
+    def run(self) -> None:
+        require_folders(dump=self.dump)
+        import_module(self.module)
+        if self.task is None:
+            for name in self.given("model", "vocabulary", "split", "limit", "dump"):
+                raise UserError(f"--{name} needs the NAME of a task")
+            self._list()
+            return
+        from prompt_tuning_jax.cli.task_listing import dump, examples
 
-    Of a mixture those of its tasks that have the split, fewer of each, with ``task``.
-    ``vocabulary`` is a file (or ``bytes``); without it that of ``model``.
-    """
-    words = _vocabulary(model, vocabulary)
-    mixture = get_mixture(name)
-    tasks = mixture.evaluated_on(split)
-    alone = mixture.tasks[0].name == mixture.name
-    for task in tasks:
-        each = limit if alone else max(1, limit // len(tasks))
-        for example in islice(task.load(split, data_dir), each):
-            shown: dict[str, Any] = {} if alone else {"task": task.name}
-            shown |= example
-            sides = zip(("inputs", "targets"), _ids(task, [example], words)[0], strict=True)
-            for side, ids in sides:
-                if side == "targets" and not has_label(example):
-                    shown["targets"] = "(none: this split has no labels)"
-                    continue
-                shown[f"{side}_ids"] = ids
-                shown[f"{side}_length"] = len(ids)
-            yield shown
+        options = self.given("model", "vocabulary", "data_dir", "split")
+        if self.dump:
+            number = dump(self.task, self.dump, **options)
+            print(f"wrote {number:,} examples to {self.dump}")
+            return
+        for example in examples(self.task, **options, **self.given("limit")):
+            for name, value in example.items():
+                print(f"{name}: {printable(str(value))}")
+            print()
 
+    def _list(self) -> None:
+        from prompt_tuning_jax.cli.task_listing import tasks
 
-def dump(
-    name: str,
-    path: str,
-    *,
-    split: str = "train",
-    model: str = "tiny",
-    vocabulary: str = "",
-    data_dir: str = "",
-) -> int:
-    """Writes all examples of a split as JSON lines, in the order of the data; -> how many.
-
-    Each line has ``inputs``, ``targets``, and their ids untrimmed with EOS: ``inputs_ids``,
-    ``targets_ids``.
-    """
-    words = _vocabulary(model, vocabulary)
-    task = get_task(name)
-    number = 0
-    with atomic_write(Path(path)) as aside, open(aside, "w", encoding="utf-8") as file:
-        rows = task.load(split, data_dir)
-        while some := list(islice(rows, _TEXTS_AT_ONCE)):
-            for example, (inputs_ids, targets_ids) in zip(
-                some, _ids(task, some, words), strict=True
-            ):
-                line = {
-                    "inputs": example["inputs"],
-                    "targets": example["targets"],
-                    "inputs_ids": inputs_ids,
-                    "targets_ids": targets_ids,
-                }
-                # In ASCII, so that no reader takes U+2028 and its like for the end of a line.
-                file.write(json.dumps(line) + "\n")
-            number += len(some)
-    return number
-
-
-def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
-    if vocabulary:
-        return load_vocabulary(vocabulary)
-    from prompt_tuning_jax.checkpoints.load import load_model
-    from prompt_tuning_jax.inference.setup import vocabulary_of
-
-    return vocabulary_of(load_model(model))
-
-
-def _ids(
-    task: Task, batch: Sequence[Example], words: AnyVocabulary
-) -> list[tuple[list[int], list[int]]]:
-    inputs = words.encode_batch([example["inputs"] for example in batch])
-    targets = words.encode_batch([example["targets"] for example in batch])
-    if task.index is not None:
-        inputs = [
-            with_task_index(ids, vocabulary_size=words.size, index=task.index) for ids in inputs
-        ]
-    ends = words.eos_id, words.token_ids.eos
-    return [([*i, ends[0]], [*t, ends[1]]) for i, t in zip(inputs, targets, strict=True)]
-
-
-def _is_later(task: T5Task, base: Mapping[str, T5Task]) -> bool:
-    """Whether an earlier version of the same task stands for it."""
-    return task.name.endswith("_v200") and task.name.replace("_v200", "_v002") in base
-
-
-def _heading(title: str, group: Sequence[T5Task], base: Mapping[str, T5Task]) -> str:
-    forms = [form for form in FORMS[1:] if any(form in forms_of(task) for task in group)]
-    also = [f"also with {_prefixes(forms)}"]
-    if any(task.name.replace("_v002", "_v200") in base for task in group if "_v002" in task.name):
-        also.append("_v200 for TFDS 2.0.0")
-    return f"{title} ({', '.join(also)})"
-
-
-def _prefixes(forms: Sequence[str]) -> str:
-    return " or ".join(f"{form}_" for form in forms)
-
-
-def _with_sizes(task: T5Task, data_dir: str) -> str:
-    if not data_dir:
-        return ""
-    sizes = []
-    for split in task.splits:
-        try:
-            number = number_of_rows(task, split, data_dir)
-        except UserError as error:
-            sizes.append(f"{split}: {error}")
-            continue
-        if number is not None:
-            sizes.append(f"{split} {number:,}")
-    return f"{', '.join(sizes) or 'not there'}: "
+        options = self.given("data_dir") | ({"every": True} if self.all else {})
+        rows = list(tasks(**options))
+        width = max((len(name) for name, text in rows if text is not None), default=0)
+        for number, (name, text) in enumerate(rows):
+            if text is None:  # a heading
+                print(f"\n{name}" if number else name)
+            else:
+                print(f"{name:{width}}  {text}".rstrip())

@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import os
-import textwrap
+import sys
+from types import ModuleType
 from typing import Any, Self
 
 from prompt_tuning_jax.errors import UserError, suggest
@@ -50,22 +52,43 @@ def field_docs(cls: type) -> dict[str, str]:
     """The documentation of each field of a dataclass, by name.
 
     A field's documentation is the comment above it and the comment beside it in the source:
-    ``--help`` and docs/configuration.md show it.  Fields without a comment have an empty text.
+    ``--help`` and docs/configuration.md show it.  It begins with a capital letter, and a single
+    sentence has no period.  Fields without a comment have an empty text.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
-        (definition,) = ast.parse("\n".join(lines)).body
-        assert isinstance(definition, ast.ClassDef)
-        for node in definition.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                first = node.lineno - 1
-                while lines[first - 1].strip().startswith("#"):
-                    first -= 1
-                comments = [line.strip() for line in lines[first : node.lineno - 1]]
-                _, hash_sign, beside = lines[(node.end_lineno or node.lineno) - 1].partition("  #")
-                comments += [hash_sign + beside]
-                docs[node.target.id] = " ".join(c.strip().lstrip("#").strip() for c in comments)
-    return {f.name: docs.get(f.name, "").strip() for f in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(base):
+            docs |= _docs_in(sys.modules[base.__module__]).get(base.__qualname__, {})
+    return {f.name: docs.get(f.name, "") for f in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _docs_in(module: ModuleType) -> dict[str, dict[str, str]]:
+    """The comments of the annotated names in each class of a module, by the class's qualname."""
+    source = inspect.getsource(module)
+    lines = source.splitlines()
+    classes: dict[str, dict[str, str]] = {}
+
+    def comment(node: ast.AnnAssign) -> str:
+        first = node.lineno - 1
+        while lines[first - 1].strip().startswith("#"):
+            first -= 1
+        beside = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")[2]
+        above = (line.strip().lstrip("#") for line in lines[first : node.lineno - 1])
+        text = " ".join(" ".join([*above, beside]).split())
+        return text[:1].upper() + (text[1:] if ". " in text else text[1:].removesuffix("."))
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                classes[prefix + child.name] = {
+                    field.target.id: comment(field)
+                    for field in child.body
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                }
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.FunctionDef):
+                visit(child, f"{prefix}{child.name}.<locals>.")
+
+    visit(ast.parse(source), "")
+    return classes

@@ -165,13 +165,13 @@ class Evaluation(Config):
     # with labels and greedy for others.
     strategy: Literal["auto", "rank", "greedy", "beam"] = "auto"
     batch_size: int = 128  # examples per batch
-    num_beams: int = 4  # beam: number of beams
-    # rank: score a label by the mean log-probability of its tokens instead of their sum, which
+    num_beams: int = 4  # with beam: number of beams
+    # With rank: score a label by the mean log-probability of its tokens instead of their sum, which
     # favours short labels.
     normalize_length: bool = False
-    min_length: int = 0  # greedy, beam: fewest tokens to generate, end of sequence included
-    repetition_penalty: float = 1.0  # greedy, beam: as in transformers; 1: none
-    no_repeat_ngram_size: int = 0  # greedy, beam: no n-gram of this size occurs twice; 0: allowed
+    min_length: int = 0  # fewest tokens to generate, end of sequence included
+    repetition_penalty: float = 1.0  # as in transformers; 1: none
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice; 0: no limit
     best_by: str = ""  # metric of the best checkpoint; empty: the task's first.  ``loss`` is valid
     # Whether the largest or the smallest value is the best; auto: as the metric defines.
     best_mode: Literal["auto", "max", "min"] = "auto"

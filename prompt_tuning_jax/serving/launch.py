@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.data.tasks.selection import (
     inputs_template_of,
 )
@@ -37,27 +38,6 @@ if TYPE_CHECKING:
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
 _LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 _LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """What ``prompt-tuning serve`` is told; ``max_prompt_length`` 0: as long as the longest."""
-
-    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
-    batch_sizes: tuple[int, ...] = (1, 4, 16)
-    modes: tuple[str, ...] = ("label", "generate", "score")
-    max_new_tokens: int = 64
-    slots: int = 16
-    max_prompt_length: int = 0
-    cache_rows: int = 256
-    max_inputs: int = 128
-    max_queue: int = 1024
-    max_wait_ms: float = 2.0
-    deadline_seconds: float = 30.0
-    keep_alive: float = 5.0  # seconds
-    max_connections: int = 1000
-    max_client_connections: int = 500
-    cors_origins: tuple[str, ...] = ()
 
 
 def default_experiment(prompts: str) -> Experiment:

@@ -100,19 +100,20 @@ def suite(
     data of any task before anything is trained.
     """
     validate(experiment)
-    tasks, split_validation = as_texts(tasks, "tasks"), as_texts(split_validation, "halve")
+    tasks = as_texts(tasks, "tasks")
+    split_validation = as_texts(split_validation, "split_validation")
     root = workdir_of(experiment)
     require_place(root)
     of = suites.get_suite(name)
     prefix = suites.require_form(form)
     chosen = suites.chosen_tasks(of, tasks, form=prefix)
     halved = (
-        suites.chosen_tasks(of, split_validation, form=prefix, option="--halve")
+        suites.chosen_tasks(of, split_validation, form=prefix, option="--split_validation")
         if split_validation
         else {}
     )
     if strange := [short for short in halved if short not in chosen]:
-        raise UserError(f"--halve: {strange[0]} is not among the tasks that are run")
+        raise UserError(f"--split_validation: {strange[0]} is not among the tasks that are run")
     runs: dict[str, _Run] = {}
     missing: dict[str, list[str]] = {}
     for short, full in chosen.items():

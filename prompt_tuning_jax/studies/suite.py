@@ -182,8 +182,8 @@ def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
     task = get_task(name)
     if not task.labels or task.index is not None or [m.name for m in task.metrics] != ["accuracy"]:
         raise UserError(
-            f"--halve: {name} cannot be halved; only ordinary and taskless tasks with labels and "
-            "accuracy alone can"
+            f"--split_validation: {name} cannot be halved; only ordinary and taskless tasks with "
+            "labels and accuracy as their only metric can"
         )
     found: dict[str, list[Example]] = {"train": [], "eval": []}
     for row in task.source.rows("validation", data_dir):
@@ -193,7 +193,9 @@ def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
             found["train" if odd else "eval"].append(example)
     for half, examples in found.items():
         if not examples:
-            raise UserError(f"--halve: {name}: too few examples, the half to {half} on is empty")
+            raise UserError(
+                f"--split_validation: {name} has too few examples: the half to {half} on is empty"
+            )
     return found
 
 

@@ -22,8 +22,8 @@ def test_every_field_is_documented(group: str) -> None:
 def test_comments_above_and_beside() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Base(Config):
-        # Of two lines,
-        # ending here.
+        # Of two lines.
+        # Ending here.
         above: int = 1
         beside: str = "a # b"  # beside # it
 
@@ -37,8 +37,8 @@ def test_comments_above_and_beside() -> None:
         both: tuple[int, ...] = ()  # and beside.
 
     assert field_docs(Derived) == {
-        "above": "Of two lines, ending here.",
-        "beside": "beside # it",
+        "above": "Of two lines. Ending here.",
+        "beside": "Beside # it",
         "none": "",
-        "both": "Above, and beside.",
+        "both": "Above, and beside",
     }

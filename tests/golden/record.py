@@ -40,8 +40,7 @@ from safetensors.numpy import save_file
 
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.cli.arguments import build_parser
-from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.cli.main import build_parser, main
 from prompt_tuning_jax.methods import METHODS
 from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.engine import Engine

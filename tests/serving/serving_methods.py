@@ -16,12 +16,13 @@ from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
 )
 from prompt_tuning_jax.methods import Context, LoRA, Method, TunedModel, trainable_mask
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod
-from prompt_tuning_jax.serving.launch import Serving, open_service
+from prompt_tuning_jax.serving.launch import open_service
 from prompt_tuning_jax.serving.service import Service
 from tests import tiny_run
 from tests.serving.serving_app import running

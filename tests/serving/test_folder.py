@@ -6,9 +6,10 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.config.overrides import to_json
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.serving.launch import Serving, default_experiment, open_service
+from prompt_tuning_jax.serving.launch import default_experiment, open_service
 from prompt_tuning_jax.serving.task_store import find_tasks, load_found, task_name
 from prompt_tuning_jax.serving.tasks import check_name, natural
 from tests.serving.serving_app import validator

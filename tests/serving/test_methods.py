@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.config.experiment import Evaluation, Experiment
+from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.inference import ensemble
 from prompt_tuning_jax.inference.api import token_ids
 from prompt_tuning_jax.inference.loading import load_prompts
@@ -26,7 +27,6 @@ from prompt_tuning_jax.methods import (
     PTuning,
 )
 from prompt_tuning_jax.serving import methods
-from prompt_tuning_jax.serving.launch import Serving
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.shapes import Program

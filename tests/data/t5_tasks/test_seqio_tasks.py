@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prompt_tuning_jax.cli.tasks import dump
+from prompt_tuning_jax.cli.task_listing import dump
 
 CODE = """
 import json, sys

@@ -240,7 +240,7 @@ def test_the_package_says_that_it_has_types() -> None:
 def test_the_configuration_reference_is_up_to_date() -> None:
     made = load_script("config_reference").reference()
     assert (DOCS / "configuration.md").read_text() == made, "run python scripts/config_reference"
-    assert "| `training.steps` | `int` | `30000` | optimizer steps" in made
+    assert "| `training.steps` | `int` | `30000` | Optimizer steps" in made
 
 
 def test_the_task_of_the_guide_is_a_task(monkeypatch: pytest.MonkeyPatch) -> None:

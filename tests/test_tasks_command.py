@@ -93,7 +93,7 @@ def test_sizes_where_the_data_are(capsys, shared, tmp_path):
     lines = {line.split(" ")[0]: line for line in out.splitlines() if line}
     assert "validation 277: does the premise" in lines[RTE]
     assert "val.jsonl:1: not JSON" in lines["super_glue_cb_v102"]
-    assert "not there: " in lines["super_glue_copa_v102"]
+    assert "no data: " in lines["super_glue_copa_v102"]
 
 
 def test_examples_as_the_model_sees_them(capsys, data, t5, tasks_recorded):

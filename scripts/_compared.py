@@ -11,7 +11,7 @@ from prompt_tuning_jax.methods import (
     DeepPrompts,
     FullTuning,
     LoRA,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     NoTuning,
     PatternTuning,
@@ -30,7 +30,7 @@ ADAMW = Optimizer(name="adamw", schedule="linear", weight_decay=0.0)
 class Compared:
     """A method, how it is trained, and the learning rates (of prompt design the shots) to try."""
 
-    method: Method
+    method: MethodConfig
     optimizer: Optimizer = field(default_factory=Optimizer)
     rates: tuple[float, ...] = ()
     shots: tuple[int, ...] = ()
@@ -43,10 +43,10 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
     prompts = (0.1, 0.3, 1.0)
     around = (3e-3, 1e-2, 3e-2)
 
-    def prompt(method: Method, rates: tuple[float, ...] = prompts) -> Compared:
+    def prompt(method: MethodConfig, rates: tuple[float, ...] = prompts) -> Compared:
         return Compared(method=method, optimizer=ADAFACTOR, rates=rates)
 
-    def weights(method: Method, rates: tuple[float, ...] = around) -> Compared:
+    def weights(method: MethodConfig, rates: tuple[float, ...] = around) -> Compared:
         return Compared(method=method, optimizer=ADAMW, rates=rates)
 
     return {

@@ -24,7 +24,7 @@ from prompt_tuning_jax.methods import (
     DeepPrompts,
     FullTuning,
     LoRA,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     PatternTuning,
     PrefixTuning,
@@ -58,7 +58,7 @@ WHOLE = (
 class Case:
     """A method's config, and how many parameters it trains on the micro model."""
 
-    method: Method
+    method: MethodConfig
     count: int
 
 
@@ -147,7 +147,7 @@ def model() -> T5:
 
 
 def experiment(
-    method: Method, *, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None
+    method: MethodConfig, *, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None
 ) -> Experiment:
     return Experiment(
         model=Model(dropout_rate=0.1),

@@ -12,7 +12,8 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import Context, Method, trainable_mask
+from prompt_tuning_jax.methods import Context, MethodConfig, attach_method, trainable_mask
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
 from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
 from prompt_tuning_jax.models.t5.model import T5, Encoded
@@ -144,7 +145,7 @@ class Trainer:
 
     def __init__(
         self,
-        method: Method,
+        method: MethodConfig,
         optimizer: Optimizer,
         prompts: Iterable[np.ndarray] | None = None,
         *,
@@ -157,9 +158,9 @@ class Trainer:
         """``prompts`` are the members' initial values; without them the method draws one."""
         model = model or make_t5()
         if prompts is None:
-            attached = [method.attach(model, key=jax.random.key(0), context=Context())]
+            attached = [attach_method(model, method, key=jax.random.key(0), context=Context())]
         else:
-            attached = [method.with_prompt(model, prompt) for prompt in prompts]
+            attached = [with_prompt(model, prompt, method) for prompt in prompts]
         self.graphdef, params = param_tree.split(attached[0])
         self.mask = trainable_mask(method, list(params))
         _, self.frozen = param_tree.partition(params, self.mask)

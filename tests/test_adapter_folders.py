@@ -13,7 +13,7 @@ from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.loading import load_prompts
-from prompt_tuning_jax.methods import LoRA, PrefixTuning, PromptTuning
+from prompt_tuning_jax.methods import LoRA, PrefixTuning, PromptTuning, attach_method
 from tests import tiny_run
 from tests.convert_cases import Program
 from tests.test_convert_tuned import METHODS, stored
@@ -102,7 +102,7 @@ def test_models_show_themselves_in_short(method: LoRA | PrefixTuning) -> None:
     model = pt.load_model(str(tiny_run.model_folder()))
     assert repr(model).startswith("T5(1 + 1 layers, embed_dim=16, ")
     assert "float32" in repr(model) and len(repr(model)) < 200
-    attached = method.attach(model, key=jax.random.key(0), context=Context())
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context())
     assert type(attached.method).__name__ in repr(attached) and "parameters" in repr(attached)
     assert len(repr(attached)) < 600 and repr(model) in repr(attached)
 

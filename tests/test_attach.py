@@ -18,13 +18,13 @@ from prompt_tuning_jax.methods import (
     WARP,
     FullTuning,
     LoRA,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     PrefixTuning,
     PTuning,
 )
 from prompt_tuning_jax.methods.multitask import SHARED, TASK
-from prompt_tuning_jax.methods.prompt import PromptTuning
+from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.serving.serving_methods import moved, stored, write_json, write_method
 from tests.serving.serving_micro import micro_model, write_prompt
 from tests.tiny_run import LABELS, model_folder
@@ -34,7 +34,7 @@ PREFIX = PrefixTuning(length=2, hidden=4)
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), IA3(), PREFIX, PTuning(length=2), WARP(length=2)])
-def test_a_file_does_what_was_trained(tmp_path: Path, method: Method) -> None:
+def test_a_file_does_what_was_trained(tmp_path: Path, method: MethodConfig) -> None:
     """The file is of the folded method; the expected is of the one that trains."""
     trained = moved(method)
     attached = pt.attach(micro_model(), write_method(tmp_path / "one.safetensors", method))
@@ -99,7 +99,7 @@ def test_a_task_of_a_mixture_is_a_plain_prompt(tmp_path: Path) -> None:
 
 
 def test_a_prompt_has_no_place_where_something_is_attached(tmp_path: Path) -> None:
-    attached = PromptTuning().with_prompt(micro_model(), jnp.ones((3, 16)))
+    attached = with_prompt(micro_model(), jnp.ones((3, 16)))
     calls: Sequence[object] = (
         lambda prompt: pt.generate(attached, TEXTS, prompt),
         lambda prompt: pt.score(attached, TEXTS, TEXTS, prompt),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Context, DescribedPrompts
+from prompt_tuning_jax.methods import Context, DescribedPrompts, attach_method
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.mimetic_init import start_attention
@@ -44,8 +44,8 @@ def share_right(*, matching: bool) -> float:
     rows = np.arange(EXAMPLES)
     texts[:, 3] = words[rows, right, random.integers(0, 2, EXAMPLES)]
     block = np.concatenate([labels[..., None], words], axis=2).reshape(EXAMPLES, -1)
-    attached = DescribedPrompts(positions=2, words=3).attach(
-        model, key=jax.random.key(0), context=Context()
+    attached = attach_method(
+        model, DescribedPrompts(positions=2, words=3), key=jax.random.key(0), context=Context()
     )
     tokens = np.concatenate([block, texts], axis=1).astype(np.int32)
     logits = np.asarray(attached(tokens, np.zeros((EXAMPLES, 1), np.int32)))[:, 0]

@@ -23,9 +23,10 @@ from prompt_tuning_jax.methods import (
     Adapters,
     Context,
     LoRA,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     PrefixTuning,
+    attach_method,
     trainable_mask,
 )
 from prompt_tuning_jax.training.resume import (
@@ -36,7 +37,7 @@ from tests.convert_cases import Program
 from tests.micro import normal
 
 LORA = LoRA(rank=2, alpha=3.0, dropout=0.25, targets=(".*/query", ".*/wi_0"))
-METHODS: dict[str, Method] = {
+METHODS: dict[str, MethodConfig] = {
     "LoRA": LORA,
     "IA3": IA3(),
     "PrefixTuning": PrefixTuning(
@@ -59,10 +60,10 @@ def program(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Program:
     return Program(capsys, tmp_path)
 
 
-def stored(method: Method, *, seed: int = 0, **known: Any) -> TunedCheckpoint:
+def stored(method: MethodConfig, *, seed: int = 0, **known: Any) -> TunedCheckpoint:
     """Random arrays where the method has its own on the micro model."""
     model = load_model(str(tiny_run.model_folder()))
-    attached = method.attach(model, key=jax.random.key(0), context=Context(tasks=2))
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context(num_tasks=2))
     params = param_tree.split(attached)[1]
     names = [name for name, trains in trainable_mask(method, list(params)).items() if trains]
     trainable = {n: normal(*params[n].shape, seed=100 * seed + i) for i, n in enumerate(names)}

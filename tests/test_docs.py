@@ -23,10 +23,10 @@ from prompt_tuning_jax.cli.main import build_parser, parse
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
-from prompt_tuning_jax.config.overrides import apply_overrides, to_json
+from prompt_tuning_jax.config.overrides import apply_override, apply_overrides, to_json
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.tasks.task import get_task
-from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel
+from prompt_tuning_jax.methods import METHODS, Context, MethodConfig, attach_method
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
 from prompt_tuning_jax.typing import Array
@@ -171,7 +171,7 @@ def test_fields_in_sentences_exist(page: str) -> None:
     fields = {
         f"{group}.{field.name}"
         for group, annotation in hints.items()
-        for cls in (METHODS.values() if annotation is Method else [annotation])
+        for cls in (METHODS.values() if annotation is MethodConfig else [annotation])
         for field in dataclasses.fields(cls)
     }
     for code in inline_code(page):
@@ -254,16 +254,19 @@ def test_the_task_of_the_guide_is_a_task(monkeypatch: pytest.MonkeyPatch) -> Non
     assert task.score([first], ["odd"])["accuracy"] == 0
 
 
-def test_the_method_of_the_guide_is_a_method() -> None:
-    (code,) = [block for _, block in python_blocks() if "(Method)" in block]
-    definition = code[code.index("@dataclass") :]
-    assert len(definition.strip().splitlines()) <= 20
+def test_the_method_of_the_guide_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for _, block in python_blocks() if "(MethodConfig)" in block]
+    definition = code[code.index("class Factors") :]
+    assert len(definition.strip().splitlines()) <= 25
+    monkeypatch.setitem(METHODS, "input_scale", METHODS["none"])  # taken back after the test
     # Dataclasses look their module up.
     space: dict[str, Any] = {"__name__": __name__}
     exec(compile(code, "development.md", "exec"), space)
     model: T5 = make_t5(ONE_LAYER)
     context, key = Context(), jax.random.key(0)
-    attached: TunedModel = space["InputScale"]().attach(model, key=key, context=context)
+    config = apply_override(Experiment(), "method=input_scale").method
+    assert type(config) is space["InputScale"] and validate(Experiment(method=config))
+    attached = attach_method(model, config, key=key, context=context)
     same = call(model, TOKENS, TARGETS)
     np.testing.assert_allclose(attached(TOKENS, TARGETS), same, atol=1e-5)
     factors: Array = attached.method.factor_D.get_value()

@@ -29,6 +29,7 @@ from prompt_tuning_jax.inference.ensemble import (
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.methods.base import TunedModel, TuningModule
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.injections import Injections
 from tests.micro import (
     EOS,
@@ -63,7 +64,7 @@ def log_probs(model, source, target, prompt=None):
 
 def members(prompts_EPD, method=None):
     method = method or PromptTuning(length=prompts_EPD.shape[1])
-    graphdef, params = param_tree.split(method.with_prompt(MODEL, prompts_EPD[0]))
+    graphdef, params = param_tree.split(with_prompt(MODEL, prompts_EPD[0], method))
     trainable, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
     assert trainable.keys() == {PROMPT}
     return graphdef, {PROMPT: jnp.asarray(prompts_EPD)}, frozen
@@ -352,7 +353,7 @@ def test_padding_changes_no_number_and_no_shape(placement):
     """Against each row by itself, without any padding."""
     source, target = token_rows([6, 20, 3, 9, 1], 20), token_rows([4, 2, 3, 5, 1], 5, seed=1)
     source[[0, 3, 4], [6, 9, 1]] = EOS  # others end by a cut
-    attached = PromptTuning(placement=placement).with_prompt(MODEL, jnp.asarray(PROMPT_PD))
+    attached = with_prompt(MODEL, jnp.asarray(PROMPT_PD), PromptTuning(placement=placement))
     hidden = encode(attached, source)
     found = logits(attached, source, target)
     assert hidden.shape == (5, 3 + 20, D) and found.shape == (5, 5, V)
@@ -377,7 +378,7 @@ def test_a_prompt_per_example_is_padded_with_its_rows():
     rows = token_rows([5, 3, 6, 4, 2], 7)
     prompts_BPD = normal(5, 3, D, seed=9)
     together = score(MODEL, rows, rows, prompts_BPD)
-    attached = PromptTuning().with_prompt(MODEL, jnp.asarray(prompts_BPD))
+    attached = with_prompt(MODEL, jnp.asarray(prompts_BPD))
     np.testing.assert_allclose(score(attached, rows, rows), together, atol=1e-5)
     for row, prompt_PD in enumerate(prompts_BPD):
         alone = score(MODEL, rows[row : row + 1], rows[row : row + 1], prompt_PD)

@@ -16,6 +16,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.training.step import Microbatching
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training.optim import make_schedule
 from prompt_tuning_jax.distributed.sharding import make_mesh, with_rules
@@ -32,7 +33,7 @@ def trainer(partitioner, optimizer, *, dropout=False, **kwargs):
     made = Trainer(method, optimizer, prompts, model=model, **kwargs)
     if partitioner is None:
         return made
-    axes = param_tree.logical_axes(method.with_prompt(model, prompts[0]))
+    axes = param_tree.logical_axes(with_prompt(model, prompts[0], method))
     made.frozen = partitioner.shard(made.frozen, axes)
     axes_E = {name: ("ensemble", *axes[name]) for name in made.state.trainable}
     trainable = partitioner.shard(made.state.trainable, axes_E)

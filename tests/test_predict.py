@@ -23,7 +23,8 @@ from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate, predict
 from prompt_tuning_jax.inference.loading import prompt_list
 from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.inference.prompt_sources import as_paths, as_texts
-from prompt_tuning_jax.methods import WARP, PromptTuning
+from prompt_tuning_jax.methods import WARP
+from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.serving.serving_app import ask, make_service, running
 from tests.serving.serving_methods import write_method
 from tests.serving.serving_micro import D, micro_model, write_prompt
@@ -500,6 +501,6 @@ def test_what_is_attached_has_no_further_prompts(tmp_path: Path) -> None:
         predict(pt.attach(micro_model(), prompt), "bon", prompt)
     with pytest.raises(UserError, match="load_model"):
         predict("tiny", "bon")  # type: ignore[arg-type]
-    by_hand = PromptTuning().with_prompt(micro_model(), jnp.ones((3, D)))
+    by_hand = with_prompt(micro_model(), jnp.ones((3, D)))
     (one,) = predict(by_hand, "bon", labels=LABELS)
     assert one.log_probs is not None and math.isfinite(sum(one.log_probs.values()))

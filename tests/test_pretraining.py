@@ -18,7 +18,7 @@ from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.export import export_model
-from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning
+from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning, attach_method
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.pretraining import probes
 from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
@@ -116,7 +116,7 @@ def test_the_loss_falls_and_the_model_comes_back(tmp_path: Path) -> None:
 
 
 def _losses(model: Any, data: TextData) -> list[float]:
-    attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
+    attached = attach_method(model, FullTuning(), key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(attached)
     trainable = {name: p[None] for name, p in params.items()}
     return [own["loss"] for own in text_losses(graphdef, trainable, {}, data)]
@@ -352,7 +352,7 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
     model = load_model(str(tiny_run.model_folder()))
     probe = probes.Probe(files, experiment, model)
     weights = param_tree.split(
-        FullTuning().attach(model, key=jax.random.key(0), context=Context())
+        attach_method(model, FullTuning(), key=jax.random.key(0), context=Context())
     )[1]
     trained = probe.score(weights)
     assert trained == probe.score(weights)

@@ -206,7 +206,7 @@ def test_similar_lists_nearest_first(program: Program, tmp_path: Path) -> None:
         key=None,  # type: ignore[arg-type]
         embedding_VD=np.zeros((2, cases.WIDTH), np.float32),  # type: ignore[arg-type]
         length=5,
-        path=str(start),
+        file_PD=load_prompt_with_metadata(start)[0],
     )
     np.testing.assert_array_equal(np.asarray(started), found)
 

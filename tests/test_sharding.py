@@ -176,6 +176,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.distributed.sharding import make_mesh, shard
 from tests.micro import D, ONE_LAYER, Trainer, make_batch, make_t5, normal
@@ -183,7 +184,7 @@ from tests.micro import D, ONE_LAYER, Trainer, make_batch, make_t5, normal
 def run(mesh):
     method, prompt, model = PromptTuning(length=3), normal(3, D), make_t5(ONE_LAYER)
     trainer = Trainer(method, Optimizer(name="sgd"), [prompt], model=model, dropout=False)
-    axes = param_tree.logical_axes(method.with_prompt(model, prompt))
+    axes = param_tree.logical_axes(with_prompt(model, prompt, method))
     before = trainer.frozen
     if mesh is not None:
         trainer.frozen = shard(before, axes, mesh)

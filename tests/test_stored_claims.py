@@ -24,7 +24,7 @@ from prompt_tuning_jax.inference.loading_methods import (
     members_of_stored,
     stored_methods,
 )
-from prompt_tuning_jax.methods import Context, Method
+from prompt_tuning_jax.methods import Context, MethodConfig, attach_method
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.untrusted_input import compile_pattern
 from tests.method_cases import CASES, LABELS
@@ -77,11 +77,13 @@ def partitioner() -> Partitioner:
 
 
 @functools.cache
-def shapes_of(method: Method) -> dict[str, tuple[int, ...]]:
-    context = Context(labels=LABELS, vocabulary=Words(), tasks=1)
+def shapes_of(method: MethodConfig) -> dict[str, tuple[int, ...]]:
+    context = Context(labels=LABELS, vocabulary=Words(), num_tasks=1)
     model = micro()
     params = jax.eval_shape(
-        lambda: param_tree.split(method.attach(model, key=jax.random.key(0), context=context))[1]
+        lambda: param_tree.split(
+            attach_method(model, method, key=jax.random.key(0), context=context)
+        )[1]
     )
     return {name: p.shape for name, p in params.items() if method.trains(name)}
 

@@ -23,6 +23,7 @@ from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.text_data import build_text_data
@@ -71,7 +72,7 @@ def test_scores_are_the_same(other: Renumbered, placement: Any) -> None:
     method = PromptTuning(length=3, placement=placement)
 
     def of(model: T5, source: Any, target: Any) -> Any:
-        return score(method.with_prompt(model, PROMPT_PD), source, target)
+        return score(with_prompt(model, PROMPT_PD, method), source, target)
 
     want = of(MODEL, SOURCE, TARGET)
     got = of(other.model(), other.of(SOURCE), other.of(TARGET))
@@ -119,7 +120,7 @@ def test_batches_and_the_loss_are_the_same(other: Renumbered, batches: str) -> N
             batch = TrainBatches(own, batch_size=2, seeds=0)[0]
         else:
             batch = next(eval_batches(own, batch_size=4))  # with a row to spare
-        attached = PromptTuning(length=3).with_prompt(model, PROMPT_PD)
+        attached = with_prompt(model, PROMPT_PD, PromptTuning(length=3))
         found = attached.token_sums(
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],
@@ -137,7 +138,7 @@ def test_ranking_is_the_same(other: Renumbered) -> None:
     labels_CS = token_rows([2, 4, 3], 4, seed=5)
 
     def of(model: T5, source: Any, labels: Any) -> Any:
-        attached = PromptTuning(length=3).with_prompt(model, PROMPT_PD)
+        attached = with_prompt(model, PROMPT_PD, PromptTuning(length=3))
         ids = model.token_ids
         mark = [np.where(np.asarray(x) == ids.pad, ids.fill, x) for x in (source, labels)]
         return attached.label_scores(jnp.asarray(mark[0]), jnp.asarray(mark[1]))

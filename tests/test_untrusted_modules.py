@@ -24,7 +24,7 @@ from prompt_tuning_jax.data.tasks.selection import (
 from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import tfds_rows
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import attach
-from prompt_tuning_jax.methods import Method, MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.methods import MethodConfig, MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
 from tests import tiny_run
 
@@ -56,7 +56,7 @@ def imported(name: str) -> bool:
     return Path(f"{name}.imported").exists()
 
 
-def run_folder(module: str, *, method: Method | None = None) -> Path:
+def run_folder(module: str, *, method: MethodConfig | None = None) -> Path:
     """What somebody may send: a run whose config names a module, and a prompt."""
     folder = Path("sent")
     experiment = tiny_run.experiment(folder, {"method": method or PromptTuning(length=5)})

@@ -6,7 +6,8 @@ The comment above or beside a field is its documentation; see ``field_docs``.
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from prompt_tuning_jax.methods import Config, Method, PromptTuning
+from prompt_tuning_jax.config.base import Config
+from prompt_tuning_jax.config.methods import MethodConfig, PromptTuning
 
 # Prefix of a module name that only a run's folder names: such a module is never imported.
 NOT_IMPORTED = "not imported: "
@@ -201,7 +202,7 @@ class Experiment(Config):
     """Everything that a run depends on; equal experiments give equal runs."""
 
     model: Model = field(default_factory=Model)
-    method: Method = field(default_factory=PromptTuning)
+    method: MethodConfig = field(default_factory=PromptTuning)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)

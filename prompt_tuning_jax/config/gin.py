@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 from gin import config_parser
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.config.overrides import CLASS, from_dict, group_classes
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.methods import METHODS
 
 _LARGEST = 2**20  # bytes of a file
 _REQUIRED = "gin.REQUIRED"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import PromptDesign, PromptTuning
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import PromptDesign, PromptTuning
 
 _OF_TASKS = ("data.task", "data.module", "data.data_dir")
 _OF_FILES = (

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import METHODS, MethodConfig
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.methods import METHODS, Method
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experim
     return experiment
 
 
-def _with_usual_optimizer(experiment: Experiment, before: Method) -> Experiment:
+def _with_usual_optimizer(experiment: Experiment, before: MethodConfig) -> Experiment:
     """Of the optimizer what the method before was trained with is as for a prompt again."""
     optimizer = experiment.optimizer
     default, usual = type(optimizer)(), experiment.method.default_optimizer
@@ -131,15 +131,15 @@ def from_json(text: str | bytes) -> Experiment:
     return from_dict(values)
 
 
-def method_to_json(method: Method) -> str:
+def method_to_json(method: MethodConfig) -> str:
     """One method's config, with its class; ``method_from_json`` gives an equal one."""
     return json.dumps({CLASS: type(method).__name__} | to_dict(method), allow_nan=False)
 
 
-def method_from_json(text: str, *, of: str = "a method's config") -> Method:
+def method_from_json(text: str, *, of: str = "a method's config") -> MethodConfig:
     """The method that ``method_to_json`` wrote; UserError, in a line that begins with ``of``."""
     value = read_json(text, of=of, max_bytes=MAX_BYTES)
-    method: Method = checked(value, Method, "method")
+    method: MethodConfig = checked(value, MethodConfig, "method")
     return method
 
 
@@ -186,7 +186,7 @@ def checked(value: Any, annotation: Any, path: str = "") -> Any:
 
 def group_classes(annotation: Any) -> tuple[type, ...]:
     """The dataclasses that a field with this annotation may hold; none if it is a plain value."""
-    if annotation is Method:
+    if annotation is MethodConfig:
         return tuple(METHODS.values())
     is_group = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
     return (annotation,) if is_group else ()
@@ -217,7 +217,7 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
 
 def _read(text: str, annotation: Any, path: str) -> Any:
     """What the text stands for where an annotation stands; the text itself if that cannot be."""
-    if annotation is Method:
+    if annotation is MethodConfig:
         if (name := text.strip().lower()) in METHODS:
             return METHODS[name]()
         raise UserError(f"{path} cannot be {_show(text)}: {_method_like(text)}")

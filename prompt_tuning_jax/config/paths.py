@@ -63,7 +63,7 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
         probes=tuple(probes),
     )
     if init_path := getattr(method, "init_path", ""):
-        method = dataclasses.replace(method, init_path=change(init_path))  # type: ignore[type-var]
+        method = dataclasses.replace(method, init_path=change(init_path))  # type: ignore[call-arg]
     return dataclasses.replace(experiment, model=model, data=data, method=method)
 
 

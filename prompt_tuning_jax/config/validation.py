@@ -55,10 +55,6 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
                     f"model.{name} is for weights that train; set it to normal, "
                     "or model.quantization=none"
                 )
-    if hasattr(experiment.method, "length"):
-        yield from _outside("method", experiment.method, "length", low=1)
-    if hasattr(experiment.method, "init_population"):
-        yield from _outside("method", experiment.method, "init_population", low=0)
     yield from experiment.method.config_errors()
     if experiment.method.scores_labels and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (

@@ -27,7 +27,8 @@ from prompt_tuning_jax.inference.ensemble import (
     target_scores,
     write,
 )
-from prompt_tuning_jax.methods import Context, NoTuning, PromptTuning, TunedModel
+from prompt_tuning_jax.methods import Context, NoTuning, TunedModel, attach_method
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
@@ -361,12 +362,12 @@ def _ready(
     array = as_prompt(model, prompt, batch=rows)
     tokens_BT = _padded(tokens_BT, model.token_ids.fill)
     if array is None:
-        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        attached = attach_method(model, NoTuning(), key=jax.random.key(0), context=Context())
         return attached, tokens_BT, rows, length
     if array.ndim == 3:
         spare = ((0, len(tokens_BT) - rows), (0, 0), (0, 0))
         array = jnp.pad(array, spare, mode="edge")
-    return PromptTuning().with_prompt(model, array), tokens_BT, rows, length
+    return with_prompt(model, array), tokens_BT, rows, length
 
 
 def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:

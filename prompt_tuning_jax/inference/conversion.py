@@ -39,7 +39,7 @@ from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.paths import BUNDLED
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import method_of, peft_adapter
-from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, Method
+from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig
 from prompt_tuning_jax.models.t5.config import T5Config
 
 
@@ -207,7 +207,13 @@ def _read(file: Path, opened: OpenedModel) -> TunedCheckpoint:
 
 
 def _write_adapter(
-    place: Path, stored: TunedCheckpoint, method: Method, config: T5Config, *, name: str, of: str
+    place: Path,
+    stored: TunedCheckpoint,
+    method: MethodConfig,
+    config: T5Config,
+    *,
+    name: str,
+    of: str,
 ) -> None:
     """Writes it and reads it again; UserError where PEFT has no such adapter, or shapes differ."""
     try:

@@ -30,6 +30,7 @@ from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import Placement
 from prompt_tuning_jax.config.overrides import checked
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import make_mesh
@@ -53,9 +54,10 @@ from prompt_tuning_jax.methods import (
     NoTuning,
     PromptTuning,
     TunedModel,
+    attach_method,
 )
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
-from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import HostArray
 
@@ -156,7 +158,7 @@ def load_prompts(
     """
     partitioner = partitioner or partitioner_of(experiment)
     if not prompts:
-        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        attached = attach_method(model, NoTuning(), key=jax.random.key(0), context=Context())
         bare = PromptMetadata()
         return LoadedPrompts(
             groups=[_sharded(attached, partitioner)], names=("no prompt",), known=(bare,)
@@ -222,7 +224,7 @@ def load_prompts(
     for name, array, method, about in arrays:
         alike.setdefault((method, array.shape), []).append((name, array, about))
     for (method, _), group in alike.items():
-        attached = method.with_prompt(model, jnp.asarray(group[0][1]))
+        attached = with_prompt(model, group[0][1], method)
         members = _sharded(attached, partitioner)
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array, _ in group])
         frozen = {name: p for name, p in members.frozen.items() if name != PROMPT}
@@ -282,10 +284,10 @@ def _of_task(
     prompts: TaskPrompts, model: T5, members: Members, task: str, path: str | Path
 ) -> tuple[TunedModel, str]:
     """The plain prompt of one of several tasks, and the task's name."""
-    names = members.tasks or tuple(str(number) for number in range(prompts.tasks))
+    names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
-    return PromptTuning().with_prompt(model, prompt_PD), names[number]
+    return with_prompt(model, prompt_PD), names[number]
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:

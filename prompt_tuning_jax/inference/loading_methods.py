@@ -42,25 +42,16 @@ from prompt_tuning_jax.inference.setup import (
 from prompt_tuning_jax.methods import (
     Context,
     FullTuning,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     TunedModel,
+    attach_method,
     trainable_mask,
 )
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import HostArray
 
-_OVER: Mapping[str, Any] = {
-    "init": "uniform",
-    "init_labels": (),
-    "init_text": "",
-    "init_path": "",
-    "init_population": 0,
-    "source_task": -1,
-    "source_member": 0,
-    "dropout": 0.0,
-}
 # A size up to this costs nothing, whatever a file's arrays are; a field that nothing uses may be
 # larger than any of their axes.
 _SMALL = 1024
@@ -109,7 +100,7 @@ def peft_adapter(
     )
 
 
-def method_of(stored: TunedCheckpoint, path: str | Path) -> Method:
+def method_of(stored: TunedCheckpoint, path: str | Path) -> MethodConfig:
     """The method that a file's arrays belong to.
 
     Raises UserError that names the file for what is no method, and for fields that make no sense or
@@ -118,28 +109,25 @@ def method_of(stored: TunedCheckpoint, path: str | Path) -> Method:
     try:
         method = method_from_json(stored.method, of="the method in its metadata")
         shapes = {name: tuple(array.shape) for name, array in stored.trainable.items()}
-        _require_sizes(as_trained(method), shapes)
+        _require_sizes(method.as_trained(), shapes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return method
 
 
-def _require_sizes(method: Method, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """UserError for fields that make no sense, or are larger than any axis of the arrays."""
     for complaint in method.config_errors():
         raise UserError(complaint)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
-    fields: Any = method
-    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(fields)]
+    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(method)]
     for name, value in [*claimed, ("template", method.prompt_positions())]:
         sizes = value if isinstance(value, tuple) else (value,)
         if len(sizes) > max(largest, _SMALL):
             raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
         for size in sizes:
-            if type(size) is not int or _OVER.get(name) == size:
+            if type(size) is not int or method.training_only.get(name) == size:
                 continue
-            if size < 0 or (name == "length" and size == 0):
-                raise UserError(f"method.{name} is {size}; must be at least 1")
             if size > max(largest, _SMALL):
                 raise UserError(
                     f"method.{name} is {size}, and the largest axis of its arrays is {largest}"
@@ -232,20 +220,8 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
     )
 
 
-def as_trained(method: Method) -> Method:
-    """The method without how it began and what only training needs; once trained, these are over.
-
-    What it began from may be gone, and equal structures would differ in it.
-    """
-    fields: Any = method
-    own = {field.name for field in dataclasses.fields(fields)}
-    over = {name: value for name, value in _OVER.items() if name in own}
-    found: Method = dataclasses.replace(fields, **over)
-    return found
-
-
 def attach_stored(
-    method: Method,
+    method: MethodConfig,
     model: T5,
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -258,11 +234,11 @@ def attach_stored(
     Raises UserError where it cannot be, or ``of`` has other arrays than the method tunes; until
     that is known nothing is allocated.
     """
-    method = as_trained(method)
-    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(tasks, 1))
+    method = method.as_trained()
+    context = Context(labels=labels, vocabulary=model.vocabulary, num_tasks=max(tasks, 1))
 
     def attach() -> TunedModel:
-        return method.attach(model, key=jax.random.key(0), context=context)
+        return attach_method(model, method, key=jax.random.key(0), context=context)
 
     try:
         _require_sizes(method, shapes)
@@ -278,7 +254,7 @@ def attach_stored(
 
 
 def _members(
-    method: Method,
+    method: MethodConfig,
     trainable: Mapping[str, HostArray],
     model: T5,
     partitioner: Partitioner,

@@ -7,15 +7,19 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.field_syntax import parse_rules
 from prompt_tuning_jax.data.tasks.selection import (
@@ -26,14 +30,18 @@ from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import (
+    PROMPT,
     Context,
-    Method,
+    MethodConfig,
+    MultitaskPrompts,
     TunedModel,
+    attach_method,
     trainable_mask,
 )
+from prompt_tuning_jax.methods.multitask import PER_TASK, SHARED
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.typing import FlatParams, Mask
+from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
 
@@ -114,19 +122,25 @@ def attach_unplaced(
     """The same before anything is laid out, and the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
     tasks = trained_tasks(experiment.data)
-    context = Context(labels=labels, vocabulary=model.vocabulary, tasks=max(len(tasks), 1))
     trainable: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds):
-        method: Any = experiment.method
+        method = experiment.method
         if inits:
-            method = dataclasses.replace(method, init=inits[number])
+            method = dataclasses.replace(method, init=inits[number])  # type: ignore[call-arg]
         if not labels and (experiment.data.train or experiment.data.eval):
             method = _without_label_init(method)
         # Not the key of dropout: that one is folded with steps from 0.
         key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
-        attached: TunedModel = method.attach(model, key=key, context=context)
-        # Members may differ in how they start, not in what they are.
-        graphdef, params = param_tree.split(with_config(attached, experiment.method))
+        context = Context(
+            labels=labels,
+            vocabulary=model.vocabulary,
+            num_tasks=max(len(tasks), 1),
+            init_arrays=read_init_arrays(method),
+        )
+        attached = attach_method(model, method, key=key, context=context)
+        # Members may have different initializations, but they have one structure.
+        attached.method.config = experiment.method
+        graphdef, params = param_tree.split(attached)
         mask = trainable_mask(experiment.method, list(params))
         own, frozen = param_tree.partition(params, mask)
         require_trainable(own)
@@ -145,6 +159,40 @@ def attach_unplaced(
         if axis not in RULES and axis not in used:
             raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
     return members, axes
+
+
+def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
+    """The arrays that the method starts from, by path, from the file or run at its ``init_path``.
+
+    Empty for initializations that read nothing; UserError if ``init_path`` lacks what is needed.
+    """
+    init, init_path = getattr(method, "init", ""), getattr(method, "init_path", "")
+    if init not in ("file", "source"):
+        return {}
+    if not init_path:
+        what = "a prompt file" if init == "file" else "the folder of a run of multitask_prompts"
+        raise UserError(f"method.init={init} needs method.init_path, {what}")
+    if init == "file":
+        return {PROMPT: load_prompt(init_path)}
+    assert isinstance(method, MultitaskPrompts)
+    best = train_state.read_latest(Path(init_path).expanduser() / train_state.BEST)
+    if best is None:
+        raise UserError(
+            f"method.init_path: {init_path} has no best checkpoint; give the folder of a run of "
+            "multitask_prompts that has been evaluated"
+        )
+    arrays = {name.removeprefix("trainable/"): np.asarray(leaf) for name, leaf in best[1].items()}
+    if not {SHARED, *PER_TASK} & arrays.keys() > {SHARED}:
+        raise UserError(f"method.init_path: {init_path} is not a run of multitask_prompts")
+    members = len(arrays[SHARED])
+    if method.source_member >= members:
+        raise UserError(
+            f"method.source_member is {method.source_member} and {init_path} has {members} "
+            "members, counted from 0"
+        )
+    return {
+        name: arrays[name][method.source_member] for name in (SHARED, *PER_TASK) if name in arrays
+    }
 
 
 def _without_label_init(method: Any) -> Any:
@@ -177,10 +225,3 @@ def partitioner_of(
     config = dataclasses.asdict(experiment.mesh)
     rules = with_rules(config.pop("rules"))
     return Partitioner(mesh=make_mesh(**config, devices=devices), rules=rules)
-
-
-def with_config(attached: TunedModel, method: Method) -> TunedModel:
-    """The same module described by ``method``, so that members have one structure."""
-    if hasattr(attached.method, "config"):
-        attached.method.config = method
-    return attached

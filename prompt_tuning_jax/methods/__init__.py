@@ -1,43 +1,59 @@
-"""Tuning methods: siblings, each a frozen config that attaches itself to a T5."""
+"""Tuning methods.
 
-from prompt_tuning_jax.config.base import Config
-from prompt_tuning_jax.methods.adapters import Adapters
-from prompt_tuning_jax.methods.base import Context, Known, Method, TunedModel, trainable_mask
-from prompt_tuning_jax.methods.deep import DeepPrompts
-from prompt_tuning_jax.methods.described_prompts import DescribedPrompts
-from prompt_tuning_jax.methods.full import FullTuning, NoTuning
-from prompt_tuning_jax.methods.ia3 import IA3
-from prompt_tuning_jax.methods.lora import LoRA
-from prompt_tuning_jax.methods.multitask import MultitaskPrompts
-from prompt_tuning_jax.methods.p_tuning import PTuning
-from prompt_tuning_jax.methods.pattern import PatternTuning
-from prompt_tuning_jax.methods.prefix import PrefixTuning
-from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
-from prompt_tuning_jax.methods.prompt_design import PromptDesign
-from prompt_tuning_jax.methods.warp import WARP
+A method is a config (``config/methods.py``: hyper-parameters) and a ``TuningModule`` (its file in
+this folder: parameters, and what they add to a model).  ``attach_method`` finds the module of a
+config by its name.
+"""
 
-# The name that a config or the command line types.
-METHODS: dict[str, type[Method]] = {
-    "prompt_tuning": PromptTuning,
-    "prefix_tuning": PrefixTuning,
-    "p_tuning": PTuning,
-    "deep_prompts": DeepPrompts,
-    "warp": WARP,
-    "multitask_prompts": MultitaskPrompts,
-    "full": FullTuning,
-    "described_prompts": DescribedPrompts,
-    "none": NoTuning,
-    "prompt_design": PromptDesign,
-    "lora": LoRA,
-    "ia3": IA3,
-    "adapters": Adapters,
-    "pattern": PatternTuning,
-}
+from importlib import import_module
+from typing import Any
+
+from prompt_tuning_jax.config.methods import (
+    IA3,
+    METHODS,
+    WARP,
+    Adapters,
+    DeepPrompts,
+    DescribedPrompts,
+    FullTuning,
+    LoRA,
+    MethodConfig,
+    MultitaskPrompts,
+    NoTuning,
+    PatternTuning,
+    PrefixTuning,
+    PromptDesign,
+    PromptTuning,
+    PTuning,
+    method_name,
+)
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.base import (
+    PROMPT,
+    Context,
+    Known,
+    TunedModel,
+    TuningModule,
+    trainable_mask,
+)
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.typing import Array
 
 
-def method_name(method: Method) -> str:
-    """What a config and the command line call it."""
-    return next(name for name, kind in METHODS.items() if kind is type(method))
+def attach_method(model: T5, config: MethodConfig, *, key: Array, context: Context) -> TunedModel:
+    """The model with new parameters of this method, which ``key`` initializes.
+
+    ``model`` is left as it is, and shares its arrays with the result.  Raises UserError for invalid
+    fields of the config, and if the method needs something that model or context lack.
+    """
+    for error in config.config_errors():
+        raise UserError(error)
+    implementation: Any = config.implementation
+    if isinstance(implementation, str):
+        module, _, name = implementation.partition(":")
+        implementation = getattr(import_module(module), name)
+    tuned: TunedModel = implementation.attach(config, model, key=key, context=context)
+    return tuned
 
 
 __all__ = [
@@ -46,14 +62,13 @@ __all__ = [
     "PROMPT",
     "WARP",
     "Adapters",
-    "Config",
     "Context",
     "DeepPrompts",
     "DescribedPrompts",
     "FullTuning",
     "Known",
     "LoRA",
-    "Method",
+    "MethodConfig",
     "MultitaskPrompts",
     "NoTuning",
     "PTuning",
@@ -62,6 +77,8 @@ __all__ = [
     "PromptDesign",
     "PromptTuning",
     "TunedModel",
+    "TuningModule",
+    "attach_method",
     "method_name",
     "trainable_mask",
 ]

@@ -1,56 +1,37 @@
 """Adapters: small bottlenecks behind the sublayers (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
-from prompt_tuning_jax.methods.linear_adapter import AnyLinear, chosen_maps, wrap_linears
+from prompt_tuning_jax.config.methods import Adapters
+from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
+from prompt_tuning_jax.methods.linear_adapter import AnyLinear, find_linears, wrap_linears
 from prompt_tuning_jax.models.layers import ACTIVATIONS
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
-# The maps behind which a bottleneck stands, before the residual is added.
-_BEHIND = {"houlsby": (".*/out", ".*/mlp/wo"), "pfeiffer": (".*/mlp/wo",)}
+# The linear maps whose outputs the adapters read, before these are added to the residual.
+_TARGETS = {"houlsby": (".*/out", ".*/mlp/wo"), "pfeiffer": (".*/mlp/wo",)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapters(Method):
-    """``2 * D * width`` parameters each, and ``width + D`` more with biases.
+class AdaptersModule(TuningModule[Adapters]):
+    """The adapters are in the model, behind the maps that ``kind`` chooses."""
 
-    ``houlsby`` has one behind every attention and every mlp: ``2 * encoder layers + 3 * decoder
-    layers`` of them; ``pfeiffer`` behind every mlp: ``encoder layers + decoder layers``.  They see
-    what the sublayer adds to the residual, and add to it; the last matrix is zero at the start.
-    Layer norms stay frozen.  Frozen weights may be quantised.
-    """
-
-    identity_at_init: ClassVar[bool] = True
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
-
-    kind: Literal["houlsby", "pfeiffer"] = "houlsby"
-    width: int = 32
-    activation: Literal["gelu", "relu", "silu"] = "relu"
-    biases: bool = True
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        chosen = chosen_maps(model, _BEHIND[self.kind], field="method.kind")
-        numbers = {name: number for number, name in enumerate(chosen)}
+    @classmethod
+    def attach(cls, config: Adapters, model: T5, *, key: Array, context: Context) -> TunedModel:
+        targets = find_linears(model, _TARGETS[config.kind], field="method.kind")
+        numbers = {name: number for number, name in enumerate(targets)}
 
         def bottleneck(name: str, linear: AnyLinear) -> Bottleneck | None:
             if name not in numbers:
                 return None
-            return Bottleneck(self, linear, key=jax.random.fold_in(key, numbers[name]))
+            return Bottleneck(config, linear, key=jax.random.fold_in(key, numbers[name]))
 
-        return TunedModel(wrap_linears(model, bottleneck), TuningModule())
-
-    def config_errors(self) -> Iterator[str]:
-        if self.width < 1:
-            yield f"method.width is {self.width}; must be at least 1"
+        return TunedModel(wrap_linears(model, bottleneck), cls(config))
 
 
 class Bottleneck(nnx.Module):

@@ -1,16 +1,15 @@
-"""The contract of a tuning method: how it attaches to a frozen T5, and what it trains."""
+"""The contract of a tuning method: a module attached to a frozen model."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.config.base import Config
+from prompt_tuning_jax.config.methods import MethodConfig, is_attached
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.inference.decoding.rank import rank
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
@@ -20,27 +19,50 @@ from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.training.losses import TokenSums, class_sums, token_sums
 from prompt_tuning_jax.typing import Array, HostArray, Mask
 
-# Of each label its tokens, the end of sequence included.
+C = TypeVar("C", bound=MethodConfig)
+PROMPT = "method/prompt_PD"  # the path of a plain prompt, as prompt tuning trains it
+# The tokens of each label, the end of sequence included.
 LabelTokens: TypeAlias = tuple[tuple[int, ...], ...]
-UNKNOWN_LABEL_LOG_PROB = (
-    -1e10
-)  # the log-probability of a label that is not known; finite, for means of it
+# The log-probability of a label that the method does not know; finite, so that means are.
+UNKNOWN_LABEL_LOG_PROB = -1e10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a method may depend on besides the model: the data's labels and tasks, the words."""
+    """What a method may depend on besides its config and the model."""
 
     labels: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
-    tasks: int = 1  # how many
+    num_tasks: int = 1
+    # The arrays that init=file and init=source start from, by path.
+    init_arrays: Mapping[str, HostArray] = field(default_factory=dict)
 
 
-class TuningModule(nnx.Module):
-    """What a method adds to a model: parameters, and the slots that they fill.
+class TuningModule(nnx.Module, Generic[C]):
+    """What a method adds to a model: its parameters, and the injections computed from them.
 
-    Fills none unless overridden.
+    This is the method of configs without parameters of their own: it attaches to a model by
+    changing nothing, and injects nothing.
     """
+
+    def __init__(self, config: C):
+        self.config = config
+
+    @classmethod
+    def attach(cls, config: C, model: T5, *, key: Array, context: Context) -> "TunedModel":
+        """The model with new parameters, which ``key`` initializes.
+
+        ``model`` is left as it is: a method that puts adapters into it takes a ``shallow_copy``.
+        """
+        return TunedModel(model, cls(config))
+
+    def for_inference(self, model: T5) -> "TunedModel":
+        """The model with the method in the form in which a run saves it.
+
+        Its config (``method.config``) attaches to a model with no more of a ``Context`` than the
+        labels.
+        """
+        return TunedModel(model, self)
 
     def injections(
         self,
@@ -50,33 +72,28 @@ class TuningModule(nnx.Module):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        """The slots for one batch of encoder tokens.
+        """The injections for one batch of encoder tokens.
 
-        ``task_B`` int32 is the number of each row's task in the mixture, where the data has
-        several; with a ``key``, dropout is on.
+        ``task_B`` int32 is the number of each row's task if the data is a mixture of several; with
+        a ``key``, dropout is on.
         """
         return NO_INJECTIONS
 
     @property
     def label_tokens(self) -> LabelTokens:
-        """The labels that the method scores itself, as tokens; none: by their text."""
+        """The tokens of the labels that the method scores itself; empty if it does not."""
         return ()
 
     def label_logits(self, hidden_BD: Array) -> Array:
-        """``[B, C]`` for ``label_tokens`` from what the head reads at the first position."""
+        """``[B, C]`` for ``label_tokens``, from the output head's input at the first position."""
         raise NotImplementedError
 
     def with_dropout(self, model: T5, *, key: Array) -> T5:
-        """The model to run where dropout is on: modules that a method has put into it get keys.
+        """The model with dropout on in the modules that the method has put into it.
 
-        ``model`` itself stays as it is: a copy that holds this call's keys cannot outlive it.
+        ``model`` is left as it is, and the copy with this call's keys is not kept.
         """
         return model
-
-
-def is_attached(name: str) -> bool:
-    """Whether a parameter of a ``TunedModel`` with this path is none of the bare model's."""
-    return name.startswith("method/") or "/adapter/" in name
 
 
 class Known:
@@ -98,7 +115,7 @@ class Known:
 class TunedModel(nnx.Module):
     """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
 
-    def __init__(self, model: T5, method: TuningModule):
+    def __init__(self, model: T5, method: TuningModule[Any]):
         self.model = model
         self.method = method
         self.known = Known()
@@ -113,6 +130,10 @@ class TunedModel(nnx.Module):
             f"{self.model!r} with {type(self.method).__name__}: "
             f"{sum(array.size for array in own.values()):,} parameters ({', '.join(shown)})"
         )
+
+    def for_inference(self) -> "TunedModel":
+        """The same function of the inputs, without what only training needs: what a run saves."""
+        return self.method.for_inference(self.model)
 
     def injections(
         self,
@@ -234,55 +255,6 @@ class TunedModel(nnx.Module):
         return self.model.encode(tokens_BT, injections=injections), injections
 
 
-class Method(Config, ABC):
-    """A frozen dataclass of hyper-parameters that knows how to attach itself.
-
-    Its docstring says how many parameters it trains.  ``identity_at_init`` promises that the model
-    computes with fresh parameters what it computes without.  ``scores_labels`` says that the method
-    scores labels itself and generates no text; ``mergeable`` that a plain T5's weights can hold
-    what it tunes.  ``default_optimizer`` holds the fields of ``Optimizer`` in which it differs from
-    prompt tuning.
-    """
-
-    identity_at_init: ClassVar[bool] = False
-    scores_labels: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = False
-    default_optimizer: ClassVar[Mapping[str, Any]] = {}
-
-    @abstractmethod
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        """The model with fresh parameters of this method; ``key`` decides their initial value.
-
-        ``model`` itself stays as it is: a method that fills its modules' slots takes a
-        ``shallow_copy`` of it.
-        """
-        ...
-
-    def trains(self, name: str) -> bool:
-        """Whether the parameter of a ``TunedModel`` with this path trains."""
-        return is_attached(name)
-
-    def prompt_positions(self) -> int:
-        """How many positions it adds to the encoder's input."""
-        return 0
-
-    def uses_rng(self) -> bool:
-        """Whether training draws random numbers for it (dropout of its own)."""
-        return False
-
-    def config_errors(self) -> Iterator[str]:
-        """A line for each field that makes no sense, the field as ``method.NAME``."""
-        yield from ()
-
-    def for_inference(self, attached: TunedModel) -> "tuple[Method, TunedModel]":
-        """The same function without what only training needs, and the method that it then is.
-
-        This is what is kept of a run.  The method that comes out attaches itself with no more of
-        a ``Context`` than the labels.
-        """
-        return self, attached
-
-
 def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int = 0) -> Array:
     """``[X, C]``: whether a row of tokens and padding is this label."""
     width = max(rows_XS.shape[1], *map(len, labels))
@@ -298,6 +270,6 @@ def shallow_copy(model: T5) -> T5:
     return copy
 
 
-def trainable_mask(method: Method, names: list[str]) -> Mask:
-    """The mask, the only truth about what trains: path -> trainable."""
+def trainable_mask(method: MethodConfig, names: list[str]) -> Mask:
+    """Path -> whether it is trainable: the only truth about which parameters train."""
     return {name: method.trains(name) for name in names}

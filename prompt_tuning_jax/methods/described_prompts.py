@@ -1,43 +1,16 @@
 """Pre-training in which part of the input comes as prompt vectors, so that prompts have a say."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import jax.numpy as jnp
 
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.config.methods import DescribedPrompts
+from prompt_tuning_jax.methods.base import TuningModule
 from prompt_tuning_jax.models.injections import EncoderInput, Injections
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
-@dataclass(frozen=True, kw_only=True)
-class DescribedPrompts(Method):
-    """All parameters train, and prompts made from words stand where tuned ones will stand.
-
-    The first ``positions * words`` tokens of every input are no text: each ``words`` of them make
-    one prompt vector, the embedding of the first (a class's label) plus the mean of the others (its
-    words) turned by half the model's width, so that the two can be told apart.  A position without
-    a label is none.  Adds no parameter: the model that comes out is a plain T5.
-    """
-
-    mergeable: ClassVar[bool] = True
-
-    positions: int = 8
-    words: int = 5
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        return TunedModel(model, PooledWords(self))
-
-    def trains(self, name: str) -> bool:
-        return True
-
-
-class PooledWords(TuningModule):
+class PooledWords(TuningModule[DescribedPrompts]):
     """Makes prompt vectors of the words at the start of the input."""
-
-    def __init__(self, config: DescribedPrompts):
-        self.config = config
 
     def injections(
         self,

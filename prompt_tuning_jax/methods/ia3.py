@@ -1,63 +1,37 @@
 """IA3: a trained scale on keys, values and what the mlp holds (Liu et al. 2022)."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax.config.methods import IA3
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
-from prompt_tuning_jax.methods.linear_adapter import (
-    AnyLinear,
-    chosen_maps,
-    complaints_of,
-    wrap_linears,
-)
+from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
+from prompt_tuning_jax.methods.linear_adapter import AnyLinear, find_linears, wrap_linears
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 
-@dataclass(frozen=True, kw_only=True)
-class IA3(Method):
-    """``out`` parameters for each map that is scaled behind, ``in`` for each that is before.
+class IA3Module(TuningModule[IA3]):
+    """The scales are in the model, around the maps that ``outputs`` and ``inputs`` choose."""
 
-    With the defaults ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and values, and
-    ``F * (encoder layers + decoder layers)`` on the input of the mlp's ``wo``, all ones at the
-    start: ``.../adapter/scale_F`` and ``.../adapter/scale_D``.
-
-    ``outputs`` and ``inputs`` are RE2 expressions on whole paths
-    (``encoder/layers_0/attention/key``).  Frozen weights may be quantised.
-    """
-
-    identity_at_init: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
-
-    outputs: tuple[str, ...] = (".*/(key|value)",)
-    inputs: tuple[str, ...] = (".*/mlp/wo",)
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        behind = chosen_maps(model, self.outputs, field="method.outputs")
-        before = chosen_maps(model, self.inputs, field="method.inputs")
-        for name in behind.keys() & before.keys():
+    @classmethod
+    def attach(cls, config: IA3, model: T5, *, key: Array, context: Context) -> TunedModel:
+        outputs = find_linears(model, config.outputs, field="method.outputs")
+        inputs = find_linears(model, config.inputs, field="method.inputs")
+        for name in outputs.keys() & inputs.keys():
             raise UserError(
-                f"method.outputs and method.inputs both choose {name}; take it from one"
+                f"method.outputs and method.inputs both match {name}; remove it from one of them"
             )
 
         def scale(name: str, linear: AnyLinear) -> Scale | None:
-            if name in behind:
+            if name in outputs:
                 return Scale(linear, of="output")
-            return Scale(linear, of="input") if name in before else None
+            return Scale(linear, of="input") if name in inputs else None
 
-        return TunedModel(wrap_linears(model, scale), TuningModule())
-
-    def config_errors(self) -> Iterator[str]:
-        if not (self.outputs or self.inputs):
-            yield "method.outputs and method.inputs are empty; give at least one regular expression"
-        yield from complaints_of(self.outputs, field="method.outputs")
-        yield from complaints_of(self.inputs, field="method.inputs")
+        return TunedModel(wrap_linears(model, scale), cls(config))
 
 
 class Scale(nnx.Module):

@@ -1,6 +1,6 @@
 """The linear maps of a model by their path, and modules put around those that patterns choose."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from flax import nnx
@@ -11,7 +11,7 @@ from prompt_tuning_jax.methods.base import shallow_copy
 from prompt_tuning_jax.models.layers import Linear, LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.untrusted_input import compile_pattern, shown
+from prompt_tuning_jax.untrusted_input import shown
 
 AnyLinear: TypeAlias = Linear | QuantizedLinear
 M = TypeVar("M", bound=nnx.Module)
@@ -27,7 +27,7 @@ def linear_maps(model: T5) -> dict[str, AnyLinear]:
     return dict(sorted(found.items()))
 
 
-def chosen_maps(
+def find_linears(
     model: T5, patterns: Sequence[str], *, field: str = "method.targets"
 ) -> dict[str, AnyLinear]:
     """Those whose whole path matches one of the regular expressions.
@@ -67,12 +67,3 @@ def linear_adapters(model: T5, kind: type[M]) -> dict[str, M]:
         for name, linear in linear_maps(model).items()
         if isinstance(linear.adapter, kind)
     }
-
-
-def complaints_of(patterns: Sequence[str], *, field: str) -> Iterator[str]:
-    """A line for each that is no regular expression."""
-    for pattern in patterns:
-        try:
-            compile_pattern(pattern, of=field)
-        except UserError as error:
-            yield str(error)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import METHODS
 from prompt_tuning_jax.methods.base import TunedModel, shallow_copy
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
 from prompt_tuning_jax.models.layers import LinearAdapter

@@ -1,25 +1,21 @@
 """P-tuning: a prompt made by an LSTM or an MLP, anywhere in the input (Liu et al. 2021)."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.config.methods import PromptTuning, PTuning
+from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
-from prompt_tuning_jax.methods.prompt import PromptTuning
-from prompt_tuning_jax.methods.prompt_combine import Placement
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.template import (
     Placed,
-    Template,
-    parse_template,
     place,
     put,
     vectors,
+    without_words,
 )
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.layers import dropout
@@ -29,87 +25,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 _GATES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class PTuning(Method):
-    """A prompt of P vectors of the model's width D, made in training by an encoder as PEFT has it.
-
-    ``template`` says where prompt, anchors and input stand (``methods/template.py``); P is the
-    number of its trained vectors, ``length`` for each ``{prompt}``.  With ``hidden`` M (0: D) the
-    parameters are
-
-    - ``mlp``: ``P*D + (D + 1)*M + (M + 1)*M + (M + 1)*D``,
-    - ``lstm``, two layers in both directions and an MLP: ``P*D + 10*M*D + 36*M**2 + 34*M + D``,
-    - ``none``: ``P*D``, the prompt itself.  This is what is kept of the others, anchors then being
-      part of it; where all stands before the input, or all behind it, it is ``PromptTuning``.
-
-    ``dropout`` is that between the LSTM's layers.  Source: peft 0.21, tuners/p_tuning/model.py.
-    """
-
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
-
-    length: int = 20
-    template: str = "{prompt} {input}"
-    encoder: Literal["lstm", "mlp", "none"] = "lstm"
-    hidden: int = 0
-    dropout: float = 0.0
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        template = self._template()
-        placed = place(template, context.vocabulary or model.vocabulary)
-        keys = jax.random.split(key)
-        shape = (template.prompt_length, model.config.embed_dim)
-        drawn_PD = jax.random.normal(keys[0], shape)
-        hidden = self.hidden or model.config.embed_dim
-        encoder: LstmEncoder | MlpEncoder | None = None
-        if self.encoder == "lstm":
-            encoder = LstmEncoder(shape[1], hidden, dropout_rate=self.dropout, key=keys[1])
-        elif self.encoder == "mlp":
-            encoder = MlpEncoder(shape[1], hidden, key=keys[1])
-        return TunedModel(model, EncodedPrompt(self, drawn_PD, encoder, placed=placed))
-
-    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
-        prompt = attached.method
-        assert isinstance(prompt, EncodedPrompt)
-        placed = prompt.placed
-        all_AD = vectors(placed, prompt.prompt(), attached.model)
-        model, length = attached.model, len(placed.anchors)
-        if not any(placed.behind) or all(n < 0 for n in placed.behind):
-            at_start = not any(placed.behind)
-            place_at: Placement = "prefix" if at_start else "before_eos"
-            plain = PromptTuning(length=length, init="uniform", placement=place_at)
-            return plain, plain.with_prompt(model, all_AD)
-        template = self._template().without_words(placed)
-        kept = replace(self, template=template, encoder="none", hidden=0, dropout=0.0)
-        bare = Placed(anchors=(-1,) * length, behind=placed.behind)
-        return kept, TunedModel(model, EncodedPrompt(kept, all_AD, None, placed=bare))
-
-    def prompt_positions(self) -> int:
-        """Without its anchors, whose number the vocabulary decides."""
-        return self._template().prompt_length
-
-    def uses_rng(self) -> bool:
-        return self.dropout > 0
-
-    def config_errors(self) -> Iterator[str]:
-        if self.hidden < 0:
-            yield f"method.hidden is {self.hidden}; must be at least 0"
-        if not 0 <= self.dropout < 1:
-            yield f"method.dropout is {self.dropout}; must be at least 0 and below 1"
-        if self.dropout and self.encoder != "lstm":
-            yield (
-                f"method.dropout is {self.dropout}; it is that between the layers of "
-                f"method.encoder=lstm, and method.encoder is {self.encoder}"
-            )
-        self._template()
-
-    def _template(self) -> Template:
-        template = parse_template(self.template, length=self.length)
-        if not template.prompt_length:
-            raise UserError(f"method.template: {self.template!r} has no {{prompt}}; add one")
-        return template
-
-
-class EncodedPrompt(TuningModule):
+class EncodedPrompt(TuningModule[PTuning]):
     """Makes the prompt and puts it, and the anchors, into the input."""
 
     def __init__(
@@ -120,11 +36,38 @@ class EncodedPrompt(TuningModule):
         *,
         placed: Placed,
     ):
-        self.config = config
+        super().__init__(config)
         self.placed = placed
         self.prompt_PD = small_param(prompt_PD, "prompt", "prompt_embed")
         if encoder is not None:
             self.encoder = encoder
+
+    @classmethod
+    def attach(cls, config: PTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+        template = config.parsed_template()
+        placed = place(template, context.vocabulary or model.vocabulary)
+        keys = jax.random.split(key)
+        width = model.config.embed_dim
+        prompt_PD = jax.random.normal(keys[0], (template.prompt_length, width))
+        hidden = config.hidden or width
+        encoder: LstmEncoder | MlpEncoder | None = None
+        if config.encoder == "lstm":
+            encoder = LstmEncoder(width, hidden, dropout_rate=config.dropout, key=keys[1])
+        elif config.encoder == "mlp":
+            encoder = MlpEncoder(width, hidden, key=keys[1])
+        return TunedModel(model, cls(config, prompt_PD, encoder, placed=placed))
+
+    def for_inference(self, model: T5) -> TunedModel:
+        placed = self.placed
+        vectors_AD, length = vectors(placed, self.prompt(), model), len(placed.anchors)
+        before, behind = not any(placed.behind), all(n < 0 for n in placed.behind)
+        if before or behind:
+            config = PromptTuning(length=length, placement="prefix" if before else "before_eos")
+            return with_prompt(model, vectors_AD, config.as_trained())
+        template = without_words(self.config.parsed_template(), placed)
+        kept = replace(self.config.as_trained(), template=template, encoder="none", hidden=0)
+        trained = Placed(anchors=(-1,) * length, behind=placed.behind)
+        return TunedModel(model, EncodedPrompt(kept, vectors_AD, None, placed=trained))
 
     def prompt(self, *, key: Array | None = None) -> Array:
         """The trained vectors ``[P, D]`` as the model gets them."""

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
+from prompt_tuning_jax.config.methods import PrefixTuning
+from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
 from prompt_tuning_jax.models.injections import Injections, KeyValues
 from prompt_tuning_jax.models.t5.attention import Attention
@@ -19,78 +19,6 @@ from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixTuning(Method):
-    """``2 * length * H * K * L`` parameters, L being the layers of the chosen attentions together.
-
-    Chosen are the encoder's self-attention (``encoder``), the decoder's (``decoder``) and
-    cross-attention (``cross``).  With ``hidden`` M above 0 each of these, of L layers, is made in
-    training by an MLP over vectors of the model's width D, which is folded away in what is kept
-    (section 4.3): ``length * D + (D + 1) * M + (M + 1) * 2 * L * H * K`` parameters.
-
-    Prefixes have no positions, or with ``before`` those before the sequence, as in PEFT.
-
-    ``init``: ``words`` starts from what the model computes for the task's labels and sampled common
-    pieces (section 7.4), ``uniform`` draws within 0.5; an MLP starts as torch's layers do.
-    """
-
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
-
-    length: int = 20
-    encoder: bool = True
-    decoder: bool = True
-    cross: bool = True
-    before: bool = False
-    hidden: int = 0
-    init: Literal["words", "uniform"] = "words"
-    init_population: int = 5000
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        if not any((self.encoder, self.decoder, self.cross)):
-            raise UserError(
-                "method.encoder, method.decoder and method.cross are all false; choose one at least"
-            )
-        words_key, *keys = jax.random.split(key, 4)
-        if self.hidden:
-            made = {
-                name: MlpPrefix(self, model, layers, key=own_key)
-                for (name, layers), own_key in zip(self._stacks(model), keys, strict=False)
-            }
-            return TunedModel(model, Prefixes(self, made))
-        if self.init == "words":
-            tokens_P = _words(self, model, context, key=words_key)
-            names = tuple(name for name, _ in self._stacks(model))
-            return self.with_prefixes(model, _computed(model, tokens_P, names))
-        heads = (model.config.num_heads, model.config.head_dim)
-        drawn = {
-            name: within(own_key, (2, layers, self.length, *heads), 0.5)
-            for (name, layers), own_key in zip(self._stacks(model), keys, strict=False)
-        }
-        return self.with_prefixes(model, {name: (own[0], own[1]) for name, own in drawn.items()})
-
-    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
-        method = replace(self, hidden=0, init="uniform")
-        prefixes = attached.method
-        assert isinstance(prefixes, Prefixes)
-        arrays = {name: stack.key_value() for name, stack in prefixes.stacks()}
-        return method, method.with_prefixes(attached.model, arrays)
-
-    def with_prefixes(self, model: T5, arrays: Mapping[str, tuple[Array, Array]]) -> TunedModel:
-        """The model with these keys and values ``[L, P, H, K]`` by attention."""
-        return TunedModel(model, Prefixes(self, {n: PlainPrefix(*a) for n, a in arrays.items()}))
-
-    def _stacks(self, model: T5) -> Iterator[tuple[str, int]]:
-        """The chosen attentions and the number of their layers."""
-        config = model.config
-        for name, layers in (
-            ("encoder", config.num_encoder_layers),
-            ("decoder", config.num_decoder_layers),
-            ("cross", config.num_decoder_layers),
-        ):
-            if getattr(self, name):
-                yield name, layers
 
 
 class PlainPrefix(nnx.Module):
@@ -125,13 +53,37 @@ class MlpPrefix(nnx.Module):
         return key_LPHK, value_LPHK
 
 
-class Prefixes(TuningModule):
+class Prefixes(TuningModule[PrefixTuning]):
     """Puts the prefixes of the chosen attentions into their slots."""
 
     def __init__(self, config: PrefixTuning, stacks: Mapping[str, PlainPrefix | MlpPrefix]):
-        self.config = config
+        super().__init__(config)
         for name, stack in stacks.items():
             setattr(self, name, stack)
+
+    @classmethod
+    def attach(cls, config: PrefixTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+        words_key, *keys = jax.random.split(key, 4)
+        layers_of = _layers_of_attentions(config, model)
+        if config.hidden:
+            stacks = {
+                name: MlpPrefix(config, model, layers, key=stack_key)
+                for (name, layers), stack_key in zip(layers_of.items(), keys, strict=False)
+            }
+            return TunedModel(model, cls(config, stacks))
+        if config.init == "words":
+            tokens_P = _words(config, model, context, key=words_key)
+            return with_prefixes(model, _computed(model, tokens_P, tuple(layers_of)), config)
+        heads = (model.config.num_heads, model.config.head_dim)
+        arrays = {}
+        for (name, layers), stack_key in zip(layers_of.items(), keys, strict=False):
+            key_LPHK, value_LPHK = within(stack_key, (2, layers, config.length, *heads), 0.5)
+            arrays[name] = (key_LPHK, value_LPHK)
+        return with_prefixes(model, arrays, config)
+
+    def for_inference(self, model: T5) -> TunedModel:
+        config = replace(self.config.as_trained(), hidden=0)
+        return with_prefixes(model, {n: stack.key_value() for n, stack in self.stacks()}, config)
 
     def stacks(self) -> Iterator[tuple[str, PlainPrefix | MlpPrefix]]:
         """The chosen attentions and their prefixes."""
@@ -162,22 +114,40 @@ class Prefixes(TuningModule):
         return Injections(**prefixes)
 
 
-def _words(method: PrefixTuning, model: T5, context: Context, *, key: Array) -> Array:
+def with_prefixes(
+    model: T5, arrays: Mapping[str, tuple[Array, Array]], config: PrefixTuning
+) -> TunedModel:
+    """The model with these keys and values ``[L, P, H, K]`` by attention."""
+    return TunedModel(model, Prefixes(config, {n: PlainPrefix(*a) for n, a in arrays.items()}))
+
+
+def _layers_of_attentions(config: PrefixTuning, model: T5) -> dict[str, int]:
+    """The chosen attentions, and the number of their layers."""
+    sizes = model.config
+    layers = {
+        "encoder": sizes.num_encoder_layers,
+        "decoder": sizes.num_decoder_layers,
+        "cross": sizes.num_decoder_layers,
+    }
+    return {name: number for name, number in layers.items() if getattr(config, name)}
+
+
+def _words(config: PrefixTuning, model: T5, context: Context, *, key: Array) -> Array:
     """Ids ``[P]``: the pieces of the labels, then sampled ones of the most common."""
     size = model.token_embedder.table().shape[0]
-    population = min(method.init_population or size, size)
-    repeats = method.length > population
-    sampled_P = jax.random.choice(key, population, (method.length,), replace=repeats)
+    population = min(config.init_population or size, size)
+    repeats = config.length > population
+    sampled_P = jax.random.choice(key, population, (config.length,), replace=repeats)
     if context.vocabulary is None:
         return sampled_P
     pieces = [piece for label in context.labels for piece in context.vocabulary.encode(label)]
-    if len(pieces) > method.length:
+    if len(pieces) > config.length:
         _log.warning(
             "method.length is %d, and the labels have %d pieces: the prefix starts from the first "
             "of them; raise method.length",
-            *(method.length, len(pieces)),
+            *(config.length, len(pieces)),
         )
-    first = jnp.asarray(pieces[: method.length], jnp.int32)
+    first = jnp.asarray(pieces[: config.length], jnp.int32)
     return sampled_P.at[: len(first)].set(first)
 
 

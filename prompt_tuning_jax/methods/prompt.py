@@ -1,77 +1,37 @@
 """Prompt tuning: a trained prompt at the encoder's input (Lester et al. 2021)."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.methods.base import Context, Method, TunedModel, TuningModule
-from prompt_tuning_jax.methods.prompt_combine import Placement, attention_mask, combine
-from prompt_tuning_jax.methods.prompt_init import Init, initial_prompt
+from prompt_tuning_jax.config.methods import PromptTuning
+from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
+from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
+from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
-PROMPT = "method/prompt_PD"
 
+class Prompt(TuningModule[PromptTuning]):
+    """Holds ``prompt_PD``, or one prompt per example ``[B, P, D]``, and puts it into the input."""
 
-@dataclass(frozen=True, kw_only=True)
-class PromptTuning(Method):
-    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only.
-
-    ``init_labels`` replaces the task's labels; ``init_population`` is how many of the most common
-    pieces are drawn from (0: all).  The attention fields take sight away: ``prompt_to_input`` and
-    ``input_to_prompt`` are query -> key.
-    """
-
-    length: int = 100
-    init: Init = "class_labels"
-    init_labels: tuple[str, ...] = ()
-    init_text: str = ""
-    init_path: str = ""
-    init_population: int = 5000
-    placement: Placement = "prefix"
-    prompt_to_input: bool = True
-    prompt_to_prompt: Literal["all", "causal", "none"] = "all"
-    input_to_prompt: bool = True
-
-    def attach(self, model: T5, *, key: Array, context: Context) -> TunedModel:
-        prompt_PD = initial_prompt(
-            self.init,
-            key=key,
-            embedding_VD=model.token_embedder.table(),
-            length=self.length,
-            vocabulary=context.vocabulary,
-            labels=self.init_labels or context.labels,
-            text=self.init_text,
-            path=self.init_path,
-            population=self.init_population,
-        )
-        return self.with_prompt(model, prompt_PD)
-
-    def with_prompt(self, model: T5, prompt: Array) -> TunedModel:
-        """The model with this prompt, ``[P, D]`` or one per example ``[B, P, D]``."""
-        return TunedModel(model, Prompt(prompt, config=self))
-
-    def trains(self, name: str) -> bool:
-        return name == PROMPT
-
-    def prompt_positions(self) -> int:
-        return self.length
-
-    def for_inference(self, attached: TunedModel) -> tuple[Method, TunedModel]:
-        # How it began no longer matters, and would ask for a vocabulary.
-        return replace(self, init="uniform", init_labels=(), init_text="", init_path=""), attached
-
-
-class Prompt(TuningModule):
-    """Holds ``prompt_PD`` and puts it into the encoder's input."""
-
-    def __init__(self, prompt: Array, *, config: PromptTuning):
-        value = jnp.asarray(prompt, jnp.float32)
+    def __init__(self, config: PromptTuning, prompt_PD: Array | HostArray):
+        super().__init__(config)
+        value = jnp.asarray(prompt_PD, jnp.float32)
         self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
-        self.config = config
+
+    @classmethod
+    def attach(cls, config: PromptTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+        prompt_PD = init_prompt(
+            config, model, key=key, length=config.length, context=context, labels=config.init_labels
+        )
+        return TunedModel(model, cls(config, prompt_PD))
+
+    def for_inference(self, model: T5) -> TunedModel:
+        # The initialization no longer matters, and would ask for a vocabulary.
+        return with_prompt(model, self.prompt_PD.get_value(), self.config.as_trained())
 
     def injections(
         self,
@@ -96,3 +56,10 @@ class Prompt(TuningModule):
             input_to_prompt=config.input_to_prompt,
         )
         return Injections(encoder_input=replace(source, attention_mask_BUU=seen_BUU))
+
+
+def with_prompt(
+    model: T5, prompt_PD: Array | HostArray, config: PromptTuning | None = None
+) -> TunedModel:
+    """The model with this prompt, ``[P, D]`` or one per example ``[B, P, D]``."""
+    return TunedModel(model, Prompt(config or PromptTuning(), prompt_PD))

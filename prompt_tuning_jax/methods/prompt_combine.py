@@ -1,15 +1,13 @@
 """Where the prompt goes in the embedded input, and which positions see it."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 
+from prompt_tuning_jax.config.methods import PLACEMENTS, Placement
 from prompt_tuning_jax.models.injections import EncoderInput
 from prompt_tuning_jax.models.t5.model import prepend
 from prompt_tuning_jax.typing import Array, HostArray
-
-Placement = Literal["prefix", "after_first", "before_eos"]
-PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 def combine(

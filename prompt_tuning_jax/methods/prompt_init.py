@@ -2,26 +2,18 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
+from prompt_tuning_jax.config.methods import MultitaskInit
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.base import PROMPT, Context
 from prompt_tuning_jax.models.layers import Table
-from prompt_tuning_jax.typing import Array
-
-Init = Literal[
-    "uniform",
-    "uniform_positive",
-    "sampled_vocabulary",
-    "class_labels",
-    "described",
-    "string",
-    "file",
-]
+from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.typing import Array, HostArray
 
 _MOST_LISTED = 12
 
@@ -89,8 +81,45 @@ def string(embedding_VD: Table, vocabulary: Vocabulary, text: str) -> Array:
     return embedding_VD[jnp.asarray(pieces)].astype(jnp.float32)
 
 
+class PromptInit(Protocol):
+    """The fields of a method that initializes a prompt."""
+
+    @property
+    def init(self) -> MultitaskInit: ...
+    @property
+    def init_text(self) -> str: ...
+    @property
+    def init_population(self) -> int: ...
+
+
+def init_prompt(
+    config: PromptInit,
+    model: T5,
+    *,
+    key: Array,
+    length: int,
+    context: Context,
+    labels: Sequence[str] = (),
+) -> Array:
+    """A prompt ``[length, D]`` as the fields of ``config`` say; ``labels`` replace the context's.
+
+    Raises UserError as ``initial_prompt`` does.
+    """
+    return initial_prompt(
+        config.init,
+        key=key,
+        embedding_VD=model.token_embedder.table(),
+        length=length,
+        vocabulary=context.vocabulary,
+        labels=labels or context.labels,
+        text=config.init_text,
+        file_PD=context.init_arrays.get(PROMPT),
+        population=config.init_population,
+    )
+
+
 def initial_prompt(
-    init: Init,
+    init: MultitaskInit,
     *,
     key: Array,
     embedding_VD: Table,
@@ -98,7 +127,7 @@ def initial_prompt(
     vocabulary: Vocabulary | None = None,
     labels: Sequence[str] = (),
     text: str = "",
-    path: str = "",
+    file_PD: HostArray | None = None,
     population: int = 5000,
 ) -> Array:
     """A prompt ``[P, D]`` in float32; what labels or a text leave over is sampled vocabulary.
@@ -111,15 +140,14 @@ def initial_prompt(
     if init == "uniform_positive":
         return uniform(key, length, width, low=0.0, high=0.5)
     if init == "file":
-        if not path:
-            raise UserError("method.init=file needs method.init_path, a prompt file")
-        loaded_PD = load_prompt(path)
-        if loaded_PD.shape != (length, width):
+        if file_PD is None:
+            raise UserError("method.init=file needs a prompt file; set method.init_path")
+        if file_PD.shape != (length, width):
             raise UserError(
-                f"method.init_path: {path} holds a prompt of shape {list(loaded_PD.shape)}; "
-                f"this run trains [{length}, {width}] (method.length, model width)"
+                f"method.init_path: the file holds a prompt of shape {list(file_PD.shape)}; this "
+                f"run trains [{length}, {width}] (method.length, model width)"
             )
-        return jnp.asarray(loaded_PD, jnp.float32)
+        return jnp.asarray(file_PD, jnp.float32)
     prompt_PD = sampled_vocabulary(key, embedding_VD, length, population=population)
     if init == "sampled_vocabulary":
         return prompt_PD

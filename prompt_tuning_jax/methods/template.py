@@ -1,59 +1,16 @@
 """Where prompt vectors and given words stand in the input, as a text says it."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
+from prompt_tuning_jax.config.prompt_template import PromptTemplate
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.injections import EncoderInput
 from prompt_tuning_jax.models.t5.model import T5, prepend
 from prompt_tuning_jax.typing import Array, HostArray
-
-_PIECE = re.compile(r"\{([^{}]*)\}")
-_NAMED = re.compile(r"(prompt|input)(?::(\d+))?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """``prompt``: so many vectors; ``input``: so many tokens, 0 for the rest; ``words``: a text."""
-
-    kind: str
-    number: int = 0
-    text: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """What stands in the encoder's input, from left to right.
-
-    Written ``{prompt:3} It is about {prompt:3} {input} {prompt:3}``: ``{prompt:N}`` is N trained
-    vectors, ``{prompt}`` as many as the method's ``length``, and words outside of braces are
-    anchors, which stay what the model's embeddings make of them.  ``{input}`` is the input;
-    ``{input:N}`` in front of it the next N tokens, so that something can stand within.  What is
-    behind the input comes before its end-of-sequence token.
-    """
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def prompt_length(self) -> int:
-        """Trained vectors."""
-        return sum(piece.number for piece in self.pieces if piece.kind == "prompt")
-
-    def without_words(self, placed: "Placed") -> str:
-        """The text of a template whose anchors are trained vectors, too, like any other."""
-        texts: list[str] = []
-        passed = 0
-        for piece in self.pieces:
-            if piece.kind != "input":
-                continue
-            texts += _vectors_behind(passed, placed.behind)
-            texts.append(f"{{input:{piece.number}}}" if piece.number else "{input}")
-            passed = passed + piece.number if piece.number else -1
-        return " ".join([*texts, *_vectors_behind(-1, placed.behind)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,32 +25,7 @@ class Placed:
     behind: tuple[int, ...]
 
 
-def parse_template(text: str, *, length: int, field: str = "method.template") -> Template:
-    """The template that a text says; UserError for what is none."""
-    pieces: list[Piece] = []
-    at = 0
-    for match in _PIECE.finditer(text):
-        pieces += _words(text[at : match.start()])
-        at = match.end()
-        named = _NAMED.fullmatch(match[1].strip())
-        number = int(named[2]) if named and named[2] else 0
-        if named is None or (named[2] and not number):
-            raise UserError(
-                f"{field}: {match[0]} is no piece; write {{prompt}}, {{prompt:N}}, {{input}} or "
-                "{input:N} with N from 1 on, and words"
-            )
-        number = number or (length if named[1] == "prompt" else 0)
-        pieces.append(Piece(kind=named[1], number=number))
-    pieces += _words(text[at:])
-    inputs = [piece.number for piece in pieces if piece.kind == "input"]
-    if inputs.count(0) != 1 or inputs[-1] != 0:
-        raise UserError(f"{field}: {text!r} must have {{input}} once, behind every {{input:N}}")
-    if "{" in _PIECE.sub("", text) or "}" in _PIECE.sub("", text):
-        raise UserError(f"{field}: {text!r} has a brace without its other half")
-    return Template(pieces=tuple(pieces))
-
-
-def place(template: Template, vocabulary: Vocabulary | None) -> Placed:
+def place(template: PromptTemplate, vocabulary: Vocabulary | None) -> Placed:
     """The template with its anchors as tokens; UserError where they cannot be had."""
     anchors: list[int] = []
     behind: list[int] = []
@@ -161,8 +93,17 @@ def put(
     )
 
 
-def _words(text: str) -> list[Piece]:
-    return [Piece(kind="words", text=text.strip())] if text.strip() else []
+def without_words(template: PromptTemplate, placed: Placed) -> str:
+    """The text of a template whose anchors are trained vectors, too."""
+    texts: list[str] = []
+    passed = 0
+    for piece in template.pieces:
+        if piece.kind != "input":
+            continue
+        texts += _vectors_behind(passed, placed.behind)
+        texts.append(f"{{input:{piece.number}}}" if piece.number else "{input}")
+        passed = passed + piece.number if piece.number else -1
+    return " ".join([*texts, *_vectors_behind(-1, placed.behind)])
 
 
 def _vectors_behind(passed: int, behind: Sequence[int]) -> list[str]:

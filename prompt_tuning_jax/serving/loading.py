@@ -32,7 +32,6 @@ from prompt_tuning_jax.data.tasks.selection import (
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
-    as_trained,
     attach_stored,
     method_of,
     stored_methods,
@@ -40,7 +39,7 @@ from prompt_tuning_jax.inference.loading_methods import (
 from prompt_tuning_jax.methods import (
     PROMPT,
     FullTuning,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     PromptTuning,
     TunedModel,
@@ -128,7 +127,7 @@ class MethodsIn:
     def _method(
         self,
         name: str,
-        method: Method,
+        method: MethodConfig,
         trainable: Mapping[str, HostArray],
         metadata: PromptMetadata,
         place: Path,
@@ -144,14 +143,14 @@ class MethodsIn:
 
     def _attach(
         self,
-        method: Method,
+        method: MethodConfig,
         trainable: Mapping[str, HostArray],
         labels: tuple[str, ...],
         tasks: int,
         place: Path,
     ) -> TunedModel:
         """The method attached to the model, once for all alike; UserError where it does not fit."""
-        alike = as_trained(method)
+        alike = method.as_trained()
         key = method_to_json(alike), labels if method.scores_labels else (), tasks
         if key not in self._attached:
             shapes = {name: tuple(array.shape) for name, array in trainable.items()}

@@ -14,10 +14,10 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     shared_labels,
 )
+from prompt_tuning_jax.config.methods import PLACEMENTS
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.prompt_combine import PLACEMENTS
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod, numbers
 from prompt_tuning_jax.typing import DType, HostArray
 

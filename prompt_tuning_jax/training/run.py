@@ -46,7 +46,7 @@ from prompt_tuning_jax.inference.setup import (
 )
 from prompt_tuning_jax.methods import (
     PROMPT,
-    Method,
+    MethodConfig,
     NoTuning,
     PromptDesign,
     PromptTuning,
@@ -259,7 +259,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     return done
 
 
-def require_trains(method: Method) -> None:
+def require_trains(method: MethodConfig) -> None:
     """UserError for a method of which nothing trains."""
     if isinstance(method, NoTuning | PromptDesign):
         raise UserError(
@@ -350,18 +350,17 @@ def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
 
 def _folded(
     experiment: Experiment, members: Members, own: FlatParams
-) -> tuple[Method, dict[str, HostArray]]:
+) -> tuple[MethodConfig, dict[str, HostArray]]:
     """What of one member's tuned arrays is kept, and the method that it then is."""
-    method = experiment.method
-    attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
-    method, attached = method.for_inference(attached)
-    params = param_tree.split(attached)[1]
+    tuned = param_tree.merge(members.graphdef, {**members.frozen, **own})
+    tuned = tuned.for_inference()
+    method, params = tuned.method.config, param_tree.split(tuned)[1]
     return method, {name: np.asarray(p) for name, p in params.items() if method.trains(name)}
 
 
 def _metadata(
     experiment: Experiment,
-    method: Method,
+    method: MethodConfig,
     member: int,
     best: Best,
     *,

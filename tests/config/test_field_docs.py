@@ -7,9 +7,11 @@ import pytest
 
 from prompt_tuning_jax.config.base import Config, field_docs
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.methods import Method
+from prompt_tuning_jax.methods import MethodConfig
 
-GROUPS = {name: kind for name, kind in get_type_hints(Experiment).items() if kind is not Method}
+GROUPS = {
+    name: kind for name, kind in get_type_hints(Experiment).items() if kind is not MethodConfig
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -19,7 +19,14 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import (
     attach_members,
 )
-from prompt_tuning_jax.methods import METHODS, Context, Method, TunedModel, trainable_mask
+from prompt_tuning_jax.methods import (
+    METHODS,
+    Context,
+    MethodConfig,
+    TunedModel,
+    attach_method,
+    trainable_mask,
+)
 from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.run import train
@@ -58,7 +65,7 @@ def member(name: str, number: int, *, after: bool = True) -> TunedModel:
     return attached
 
 
-def tuned_of(method: Method, attached: TunedModel) -> dict[str, HostArray]:
+def tuned_of(method: MethodConfig, attached: TunedModel) -> dict[str, HostArray]:
     params = param_tree.split(attached)[1]
     own, _ = param_tree.partition(params, trainable_mask(method, list(params)))
     return {name: np.asarray(array) for name, array in own.items()}
@@ -80,8 +87,11 @@ def test_its_config_is_kept_as_text_and_makes_sense(name: str) -> None:
 def test_attaching_leaves_the_model_as_it_was(name: str) -> None:
     given = model()
     graphdef, params = param_tree.split(given)
-    attached = CASES[name].method.attach(
-        given, key=jax.random.key(0), context=Context(labels=LABELS, vocabulary=given.vocabulary)
+    attached = attach_method(
+        given,
+        CASES[name].method,
+        key=jax.random.key(0),
+        context=Context(labels=LABELS, vocabulary=given.vocabulary),
     )
     again, same = param_tree.split(given)
     assert again == graphdef
@@ -95,7 +105,7 @@ def test_attaching_leaves_the_model_as_it_was(name: str) -> None:
 def test_it_is_merged_if_it_says_that_it_can_be(name: str) -> None:
     method, given = CASES[name].method, model()
     context = Context(labels=LABELS, vocabulary=given.vocabulary)
-    attached = method.attach(given, key=jax.random.key(0), context=context)
+    attached = attach_method(given, method, key=jax.random.key(0), context=context)
     if method.mergeable:
         assert param_tree.split(merge(attached))[1].keys() == param_tree.split(given)[1].keys()
         return
@@ -158,7 +168,8 @@ def test_members_at_once_train_as_each_alone(name: str) -> None:
 def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) -> None:
     """The tuned arrays alone, saved and read again, put into a newly attached method."""
     attached = member(name, 1)
-    method, for_inference = CASES[name].method.for_inference(attached)
+    for_inference = attached.for_inference()
+    method = for_inference.method.config
     kept = tuned_of(method, for_inference)
     train_state.save(tmp_path, 1, {"trainable": kept}, {})
     found = train_state.read_latest(tmp_path)
@@ -168,7 +179,7 @@ def test_what_is_folded_and_kept_computes_the_same(name: str, tmp_path: Path) ->
     for key, array in kept.items():
         np.testing.assert_array_equal(read[key], array, err_msg=key)
 
-    fresh = method.attach(model(), key=jax.random.key(5), context=Context(labels=LABELS))
+    fresh = attach_method(model(), method, key=jax.random.key(5), context=Context(labels=LABELS))
     graphdef, params = param_tree.split(fresh)
     param_tree.require_same_shapes(
         read, tuned_of(method, fresh), of="what is kept", and_of="a new one"

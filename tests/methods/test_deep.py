@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Context, DeepPrompts, TunedModel
+from prompt_tuning_jax.methods import Context, DeepPrompts, TunedModel, attach_method
 from prompt_tuning_jax.models.t5.attention import bias_of
 from tests.micro import D, call, encode, make_t5, shifted, token_rows
 
@@ -18,7 +18,7 @@ TARGET = shifted(token_rows([4, 6], 6, seed=1))
 
 
 def attach(method: DeepPrompts) -> TunedModel:
-    return method.attach(make_t5(), key=jax.random.key(0), context=Context())
+    return attach_method(make_t5(), method, key=jax.random.key(0), context=Context())
 
 
 def logits(attached: Any, **kwargs: Any) -> np.ndarray:
@@ -67,7 +67,8 @@ def test_without_more_than_the_first_it_is_prompt_tuning() -> None:
 def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
     method = DeepPrompts(length=3, lengths=lengths, hidden=4)
     attached = attach(method)
-    kept, for_inference = method.for_inference(attached)
+    for_inference = attached.for_inference()
+    kept = for_inference.method.config
     own = param_tree.select(param_tree.split(for_inference)[1], kept.trains)
     assert param_tree.count(own) == sum(lengths or (3, 3)) * D
     want = logits(attached)
@@ -81,7 +82,7 @@ def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "message"),
-    [((2, 3), "no layer has more"), ((0, 0), "at least 1"), ((2, -1), "at least 0")],
+    [((2, 3), "none may be larger"), ((0, 0), "at least 1"), ((2, -1), "at least 0")],
 )
 def test_wrong_lengths_are_refused(lengths: Any, message: str) -> None:
     (complaint,) = DeepPrompts(lengths=lengths).config_errors()

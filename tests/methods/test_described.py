@@ -4,7 +4,14 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.methods import Context, DescribedPrompts, PromptTuning, trainable_mask
+from prompt_tuning_jax.methods import (
+    Context,
+    DescribedPrompts,
+    PromptTuning,
+    attach_method,
+    trainable_mask,
+)
+from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.micro import ONE_LAYER, D, make_t5
 
 METHOD = DescribedPrompts(positions=3, words=4)
@@ -17,7 +24,7 @@ BLOCKS = [
 
 
 def attach(model):
-    return METHOD.attach(model, key=jax.random.key(0), context=Context())
+    return attach_method(model, METHOD, key=jax.random.key(0), context=Context())
 
 
 def inputs(*blocks):
@@ -34,7 +41,7 @@ def test_a_position_is_the_label_and_the_turned_mean_of_the_words():
             known = [table_VD[word] for word in words if word]
             mean = np.mean(known, axis=0) if known else np.zeros(D, np.float32)
             vectors.append(table_VD[label] + np.roll(mean, D // 2))
-        trainable = PromptTuning(length=3).with_prompt(model, np.stack(vectors))
+        trainable = with_prompt(model, np.stack(vectors), PromptTuning(length=3))
         np.testing.assert_allclose(
             logits_BSV[row], trainable(np.array([TEXT]), TARGETS)[0], atol=1e-5
         )

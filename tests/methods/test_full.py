@@ -6,7 +6,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, trainable_mask
+from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, attach_method, trainable_mask
 from prompt_tuning_jax.training.losses import token_sums
 from tests.micro import Trainer, call, make_batch, make_t5
 
@@ -14,7 +14,7 @@ SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
 
 
 def attached(method, model):
-    return method.attach(model, key=jax.random.key(0), context=Context())
+    return attach_method(model, method, key=jax.random.key(0), context=Context())
 
 
 def test_neither_adds_a_parameter_or_changes_the_model():

@@ -19,10 +19,11 @@ from prompt_tuning_jax.methods import (
     Context,
     FullTuning,
     LoRA,
-    Method,
+    MethodConfig,
     PatternTuning,
     PromptTuning,
     TunedModel,
+    attach_method,
     trainable_mask,
 )
 from prompt_tuning_jax.methods.linear_adapter import linear_maps
@@ -48,9 +49,9 @@ QUERY = "encoder/layers_0/attention/query"
 EVERYWHERE = LoRA(rank=3, alpha=6.0, targets=(".*",))
 
 
-def attach(model: T5, method: Method, *, drawn: bool = True, seed: int = 0) -> TunedModel:
+def attach(model: T5, method: MethodConfig, *, drawn: bool = True, seed: int = 0) -> TunedModel:
     """With tuned arrays that matter, or as at the start."""
-    attached = method.attach(model, key=jax.random.key(seed), context=Context())
+    attached = attach_method(model, method, key=jax.random.key(seed), context=Context())
     if drawn:
         # A copy: where weights of the model train, the given one's variables are in it.
         attached = nnx.clone(attached)
@@ -214,7 +215,7 @@ def test_patterns_choose_parameters_of_the_model_alone() -> None:
         (PatternTuning(patterns=(".*/bias",)), "method.patterns: '.*/bias' is the path of no"),
     ],
 )
-def test_patterns_that_choose_nothing_or_twice_are_refused(method: Method, said: str) -> None:
+def test_patterns_that_choose_nothing_or_twice_are_refused(method: MethodConfig, said: str) -> None:
     with pytest.raises(UserError) as caught:
         attach(make_t5(), method)
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -284,7 +285,9 @@ def test_weights_are_merged_in_the_dtype_that_they_have() -> None:
     [(LoRA(rank=4), "int4"), (IA3(), "int8"), (Adapters(width=4), "none")],
     ids=["lora beside int4", "ia3 beside int8", "adapters"],
 )
-def test_it_trains_in_bfloat16_and_beside_narrow_weights(method: Method, quantization: Any) -> None:
+def test_it_trains_in_bfloat16_and_beside_narrow_weights(
+    method: MethodConfig, quantization: Any
+) -> None:
     model = make_t5(ONE_LAYER, dtype=jnp.bfloat16)
     quantize_modules(model, quantization)
     adam = Optimizer(name="adamw", learning_rate=0.03, weight_decay=0.0)

@@ -16,10 +16,17 @@ from prompt_tuning_jax.checkpoints.run_folder import read_best
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prediction import predict
-from prompt_tuning_jax.methods import Context, MultitaskPrompts, PromptTuning, TunedModel
+from prompt_tuning_jax.inference.setup import read_init_arrays
+from prompt_tuning_jax.methods import (
+    Context,
+    MultitaskPrompts,
+    PromptTuning,
+    TunedModel,
+    attach_method,
+)
 from prompt_tuning_jax.methods.multitask import (
     COLS,
-    OWN,
+    PER_TASK,
     ROWS,
     SHARED,
     TASK,
@@ -44,8 +51,8 @@ METHODS = {
 
 
 def attach(method: MultitaskPrompts, *, tasks: int = 4) -> TunedModel:
-    context = Context(vocabulary=Words(), tasks=tasks)
-    return method.attach(make_t5(), key=jax.random.key(0), context=context)
+    context = Context(vocabulary=Words(), num_tasks=tasks)
+    return attach_method(make_t5(), method, key=jax.random.key(0), context=context)
 
 
 @pytest.mark.parametrize("combine", list(METHODS))
@@ -89,7 +96,7 @@ def test_new_tasks_start_from_the_sources(task: int) -> None:
         arrays = attach(method).method.arrays()
         start = target_start(arrays, tasks=2, task=task)
         np.testing.assert_array_equal(start[SHARED], arrays[SHARED])
-        for name in OWN:
+        for name in PER_TASK:
             if name in arrays:
                 want = np.mean(arrays[name], axis=0) if task < 0 else arrays[name][task]
                 np.testing.assert_allclose(start[name], np.stack([want, want]), atol=1e-6)
@@ -208,7 +215,8 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
     ):
         method = dataclasses.replace(second, **wrong)
         with pytest.raises(UserError, match=message):
-            method.attach(model, key=jax.random.key(0), context=Context())
+            context = Context(init_arrays=read_init_arrays(method))
+            attach_method(model, method, key=jax.random.key(0), context=context)
     with pytest.raises(UserError, match="nothing says which is meant"):
         evaluate(
             tiny_run.experiment(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.prompt_template import parse_prompt_template
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel
-from prompt_tuning_jax.methods.template import parse_template, place, put
+from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel, attach_method
+from prompt_tuning_jax.methods.template import place, put
 from prompt_tuning_jax.models.injections import EncoderInput
 from tests.micro import EOS, D, Words, make_t5, normal, shifted, token_rows
 
@@ -30,7 +31,7 @@ TARGET = shifted(token_rows([4, 6, 2, 3], 6, seed=1))
     ],
 )
 def test_vectors_stand_where_the_template_says(template: str) -> None:
-    parsed = parse_template(template, length=3)
+    parsed = parse_prompt_template(template, length=3)
     behind = place(parsed, None).behind
     assert len(behind) == parsed.prompt_length
     vectors, embedded = normal(len(behind), 2), normal(4, 7, 2, seed=1)
@@ -58,9 +59,9 @@ def test_vectors_stand_where_the_template_says(template: str) -> None:
         ("{prompt}", "must have {input} once"),
         ("{input} {input}", "must have {input} once"),
         ("{input} {input:2}", "behind every {input:N}"),
-        ("{promt} {input}", "{promt} is no piece"),
-        ("{prompt:0} {input}", "{prompt:0} is no piece"),
-        ("{prompt {input}", "a brace without its other half"),
+        ("{promt} {input}", "{promt} is not a valid piece"),
+        ("{prompt:0} {input}", "{prompt:0} is not a valid piece"),
+        ("{prompt {input}", "unmatched brace"),
         ("words {input}", "has no {prompt}"),
     ],
 )
@@ -75,8 +76,8 @@ def logits(attached: Any, *given: Any) -> np.ndarray:
 
 
 def attach(method: Any, vocabulary: Words | None = None) -> TunedModel:
-    attached: TunedModel = method.attach(
-        make_t5(), key=jax.random.key(1), context=Context(vocabulary=vocabulary)
+    attached: TunedModel = attach_method(
+        make_t5(), method, key=jax.random.key(1), context=Context(vocabulary=vocabulary)
     )
     return attached
 
@@ -114,7 +115,8 @@ def test_what_is_kept_is_plain_and_computes_the_same(
 ) -> None:
     method = PTuning(length=2, hidden=4, encoder=encoder, template=template, dropout=0.0)
     attached = attach(method, Words())
-    found, for_inference = method.for_inference(attached)
+    for_inference = attached.for_inference()
+    found = for_inference.method.config
     assert found == kept
     assert found.prompt_positions() == len(attached.method.placed.anchors)
     own = param_tree.select(param_tree.split(for_inference)[1], found.trains)

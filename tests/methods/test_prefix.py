@@ -8,7 +8,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Context, PrefixTuning, TunedModel
+from prompt_tuning_jax.methods import Context, PrefixTuning, TunedModel, attach_method
 from tests.micro import T5_1_1, D, Words, make_t5, shifted, token_rows
 
 WORDS = "ab cd ef"
@@ -19,7 +19,7 @@ TARGET = shifted(token_rows([4, 6], 6, seed=1))
 
 def attach(method: PrefixTuning, labels: tuple[str, ...] = (WORDS,)) -> TunedModel:
     context = Context(labels=labels, vocabulary=Words())
-    return method.attach(make_t5(), key=jax.random.key(0), context=context)
+    return attach_method(make_t5(), method, key=jax.random.key(0), context=context)
 
 
 def logits(attached: Any, source: Any, target: Any) -> np.ndarray:
@@ -68,7 +68,8 @@ def test_attentions_are_chosen_and_each_is_counted(chosen: tuple[str, ...], hidd
 
 def test_folding_two_layers_changes_nothing() -> None:
     attached = attach(PrefixTuning(length=3, hidden=5, before=True))
-    method, for_inference = attached.method.config.for_inference(attached)
+    for_inference = attached.for_inference()
+    method = for_inference.method.config
     assert method == PrefixTuning(length=3, before=True, init="uniform")
     want = logits(attached, SOURCE, TARGET)
     np.testing.assert_allclose(logits(for_inference, SOURCE, TARGET), want, atol=1e-5)

@@ -8,7 +8,8 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.distributed.sharding import RULES
-from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, trainable_mask
+from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, attach_method, trainable_mask
+from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.micro import (
     D,
     Trainer,
@@ -35,7 +36,7 @@ OPTIMIZERS = {
 def test_attached_it_is_the_models_own_prompt(shape):
     model = make_t5()
     prompt = normal(*shape)
-    attached = PromptTuning(length=3).with_prompt(model, prompt)
+    attached = with_prompt(model, prompt, PromptTuning(length=3))
     got = jax.jit(lambda: attached(SOURCE, TARGET))()
     np.testing.assert_allclose(got, call(model, SOURCE, TARGET, prompt), atol=1e-5)
     encoded, injections = jax.jit(lambda: attached.encode(SOURCE))()
@@ -48,7 +49,7 @@ def test_attached_it_is_the_models_own_prompt(shape):
 def test_it_adds_one_float32_array_that_alone_trains(dtype):
     model = make_t5(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     method = PromptTuning(length=5, init="sampled_vocabulary")
-    attached = method.attach(model, key=jax.random.key(0), context=Context())
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context())
     _, params = param_tree.split(attached)
     own = {f"model/{name}" for name in param_tree.split(model)[1]}
     assert params.keys() == own | {PROMPT}
@@ -68,7 +69,7 @@ def test_attach_takes_labels_from_the_task_unless_the_method_names_its_own():
 
     def rows(**kwargs):
         method = PromptTuning(length=2, init="class_labels", **kwargs)
-        return method.attach(model, key=jax.random.key(0), context=context).method.prompt_PD
+        return attach_method(model, method, key=jax.random.key(0), context=context).method.prompt_PD
 
     for labels, got in [(("aa", "bc"), rows()), (("xy", "q"), rows(init_labels=("xy", "q")))]:
         want = np.stack([table_VD[words.encode(label)].mean(axis=0) for label in labels])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.models.injections import EncoderInput, Injections
 from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
@@ -60,7 +61,7 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
     np.testing.assert_array_equal(moved.mask_BU, masks)
     np.testing.assert_array_equal(is_prompt_BU, wanted)
     if len(shape) == 2:  # and the model reads it so: positions follow the tokens that moved
-        method = PromptTuning(length=P, placement=placement).with_prompt(model, prompt).method
+        method = with_prompt(model, prompt, PromptTuning(length=P, placement=placement)).method
         given = EncoderInput(embeddings_BUD=jnp.asarray(rows), mask_BU=jnp.asarray(masks))
         np.testing.assert_allclose(
             encode(model, TOKENS, injections=method.injections(model, TOKENS)).hidden_BUD,
@@ -117,8 +118,8 @@ def test_gradients_show_who_sees_whom_in_every_variant(influence, placement):
     model = make_t5(ONE_LAYER)
     rows = TOKENS[:5]
     for variant in VARIANTS:
-        attached = PromptTuning(length=P, placement=placement, **variant).with_prompt(
-            model, normal(P, D, seed=3)
+        attached = with_prompt(
+            model, normal(P, D, seed=3), PromptTuning(length=P, placement=placement, **variant)
         )
         source = attached.injections(rows).encoder_input
         mask = source.attention_mask_BUU

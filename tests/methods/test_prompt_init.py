@@ -1,5 +1,7 @@
 """Initial prompts: their range, their rows, their repeatability, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.setup import read_init_arrays
+from prompt_tuning_jax.methods import PROMPT, MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.methods.prompt_init import initial_prompt
 from tests.micro import D, V, Words, normal
 
@@ -116,20 +120,20 @@ def test_what_a_short_prompt_leaves_out_is_said(caplog, name, kwargs, left_out):
 @pytest.mark.parametrize("ending", ["npy", "safetensors"])
 def test_a_file_comes_back_bit_for_bit(tmp_path, ending):
     prompt = normal(6, D, seed=4)
-    save_prompt(tmp_path / f"prompt.{ending}", prompt)
+    file = tmp_path / f"prompt.{ending}"
+    save_prompt(file, prompt)
+    arrays = read_init_arrays(PromptTuning(init="file", init_path=str(file)))
     for key in (KEY, jax.random.key(1)):
-        got = init("file", 6, key=key, path=str(tmp_path / f"prompt.{ending}"))
+        got = init("file", 6, key=key, file_PD=arrays[PROMPT])
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, prompt)
 
 
-def test_a_file_of_another_shape_is_refused(tmp_path):
+def test_a_file_of_another_shape_is_refused():
     for shape in [(5, D), (6, D + 1)]:
-        path = tmp_path / f"prompt{shape[1]}.npy"
-        save_prompt(path, normal(*shape))
         with pytest.raises(UserError, match=r"method\.init_path") as error:
-            init("file", 6, path=str(path))
-        for part in (str(path), str(list(shape)), f"[6, {D}]", "method.length"):
+            init("file", 6, file_PD=normal(*shape))
+        for part in (str(list(shape)), f"[6, {D}]", "method.length"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -148,10 +152,23 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
         ("class_labels", {"vocabulary": WORDS, "labels": ("a", " ")}, "label ' ' has no pieces"),
         ("string", {"vocabulary": WORDS}, r"method\.init_text has no pieces"),
         ("file", {}, r"needs method\.init_path"),
-        ("file", {"path": "/nowhere/prompt.npy"}, "/nowhere/prompt.npy"),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(name, kwargs, message):
     with pytest.raises(UserError, match=message) as error:
         init(name, **kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (PromptTuning(init="file"), r"init=file needs method\.init_path"),
+        (PromptTuning(init="file", init_path="/nowhere/prompt.npy"), "/nowhere/prompt.npy"),
+        (MultitaskPrompts(init="source"), r"init=source needs method\.init_path"),
+    ],
+)
+def test_an_init_that_cannot_be_read_is_named(method, message):
+    assert read_init_arrays(dataclasses.replace(method, init="uniform")) == {}
+    with pytest.raises(UserError, match=message):
+        read_init_arrays(method)

@@ -9,7 +9,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, write
-from prompt_tuning_jax.methods import WARP, Context, TunedModel
+from prompt_tuning_jax.methods import WARP, Context, TunedModel, attach_method
 from prompt_tuning_jax.models.quantization import quantize_modules
 from tests.micro import EOS, T5_1_0, T5_1_1, D, Words, call, make_t5, token_rows
 
@@ -29,7 +29,7 @@ def rows_of(*labels: str) -> np.ndarray:
 def attach(model: Any, template: str = "{prompt} {input}") -> TunedModel:
     method = WARP(length=2, template=template, init_population=0)
     context = Context(labels=LABELS, vocabulary=Words())
-    return method.attach(model, key=jax.random.key(0), context=context)
+    return attach_method(model, method, key=jax.random.key(0), context=context)
 
 
 def first_log_probs(model: Any, prompt: Any) -> np.ndarray:
@@ -87,4 +87,4 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(UserError, match="ranks labels and writes no text"):
         write(graphdef, DecodeConfig(), {}, params, SOURCE, jax.random.key(0))
     with pytest.raises(UserError, match=r"give data\.labels"):
-        WARP().attach(model, key=jax.random.key(0), context=Context(vocabulary=Words()))
+        attach_method(model, WARP(), key=jax.random.key(0), context=Context(vocabulary=Words()))

@@ -26,7 +26,7 @@ from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
     require_trainable,
 )
-from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning, attach_method
 from prompt_tuning_jax.models.quantization import (
     SCALE,
     bytes_of,
@@ -226,7 +226,7 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
         validation.validate(Experiment(model=start))
     validation.validate(dataclasses.replace(quantised, method=PromptTuning()))
     model = load_model(folder(), quantization="int8")
-    attached = FullTuning().attach(model, key=jax.random.key(0), context=Context())
+    attached = attach_method(model, FullTuning(), key=jax.random.key(0), context=Context())
     with pytest.raises(UserError, match=r"they are quantised; set model.quantization=none"):
         require_trainable(param_tree.split(attached)[1])
     with pytest.raises(UserError, match="are quantised"):

@@ -12,6 +12,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning, trainable_mask
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
@@ -95,7 +96,7 @@ def sgd(hf):
     """A step of prompt tuning by plain SGD at rate 1, to be scaled: its state and a runner."""
     model = load(hf / "b_t5_11")
     method = PromptTuning(length=8)
-    graphdef, params = param_tree.split(method.with_prompt(model, np.zeros((8, 48), np.float32)))
+    graphdef, params = param_tree.split(with_prompt(model, np.zeros((8, 48), np.float32), method))
     mask = trainable_mask(method, list(params))
     _, frozen = param_tree.partition(params, mask)
 

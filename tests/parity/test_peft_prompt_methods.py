@@ -19,11 +19,12 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     Context,
     DeepPrompts,
-    Method,
+    MethodConfig,
     MultitaskPrompts,
     PrefixTuning,
     PromptTuning,
     TunedModel,
+    attach_method,
 )
 from prompt_tuning_jax.methods.p_tuning import BothWays, LstmEncoder, MlpEncoder
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -65,8 +66,8 @@ def load(folder: Path) -> T5:
     return load_model(str(folder))
 
 
-def attached_with(model: T5, method: Method, trainable: Any) -> TunedModel:
-    fresh = method.attach(model, key=jax.random.key(0), context=Context())
+def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel:
+    fresh = attach_method(model, method, key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(fresh)
     own = {name: p for name, p in params.items() if method.trains(name)}
     param_tree.require_same_shapes(trainable, own, of="what is read", and_of="the method")
@@ -162,7 +163,7 @@ def random_multitask() -> dict[str, np.ndarray]:
     ids=["prefix", "p_tuning", "multitask"],
 )
 def test_what_is_written_gives_the_same_logits_in_peft(
-    libraries: Any, tmp_path: Path, method: Method, trainable: Any, tasks: Any
+    libraries: Any, tmp_path: Path, method: MethodConfig, trainable: Any, tasks: Any
 ) -> None:
     model = make_t5(SQUARE)
     write_hf(tmp_path / "m", SQUARE, param_tree.split(model)[1], dtype="float32")

@@ -20,7 +20,15 @@ from prompt_tuning_jax.checkpoints.peft.weights import (
     write_peft_weights,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import IA3, Context, LoRA, Method, TunedModel, trainable_mask
+from prompt_tuning_jax.methods import (
+    IA3,
+    Context,
+    LoRA,
+    MethodConfig,
+    TunedModel,
+    attach_method,
+    trainable_mask,
+)
 from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import T5_1_0, T5_1_1, make_t5, normal, shifted, token_rows
@@ -37,8 +45,8 @@ def hf(shared: Path) -> Path:
     return shared / "fixtures/hf"
 
 
-def attached_with(model: T5, method: Method, trainable: Any) -> TunedModel:
-    fresh = method.attach(model, key=jax.random.key(0), context=Context())
+def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel:
+    fresh = attach_method(model, method, key=jax.random.key(0), context=Context())
     graphdef, params = param_tree.split(fresh)
     own, frozen = param_tree.partition(params, trainable_mask(method, list(params)))
     param_tree.require_same_shapes(trainable, own, of="what is read", and_of="the method")
@@ -53,8 +61,8 @@ def logits(module: TunedModel | T5, source: Any, target: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target))(params))
 
 
-def random_tuned(model: T5, method: Method) -> dict[str, np.ndarray]:
-    fresh = method.attach(model, key=jax.random.key(0), context=Context())
+def random_tuned(model: T5, method: MethodConfig) -> dict[str, np.ndarray]:
+    fresh = attach_method(model, method, key=jax.random.key(0), context=Context())
     names = [
         n
         for n, trains in trainable_mask(method, list(param_tree.split(fresh)[1])).items()

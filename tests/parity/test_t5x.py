@@ -9,6 +9,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning, trainable_mask
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
@@ -99,7 +100,7 @@ def test_thirty_training_steps(model, t5x, length, start):
     of = f"p{length}_{start}_"
     config = original_optimizer(STARTS[start])
     method = PromptTuning(length=length)
-    graphdef, params = param_tree.split(method.with_prompt(model, want[of + "init_prompt"]))
+    graphdef, params = param_tree.split(with_prompt(model, want[of + "init_prompt"], method))
     mask = trainable_mask(method, list(params))
     trainable, frozen = param_tree.partition(params, mask)
     optimizer = make_optimizer(config, mask)

@@ -20,7 +20,14 @@ from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
 )
-from prompt_tuning_jax.methods import Context, LoRA, Method, TunedModel, trainable_mask
+from prompt_tuning_jax.methods import (
+    Context,
+    LoRA,
+    MethodConfig,
+    TunedModel,
+    attach_method,
+    trainable_mask,
+)
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.launch import open_service
 from prompt_tuning_jax.serving.service import Service
@@ -38,12 +45,12 @@ Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 
 
 def moved(
-    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: int = 1
+    method: MethodConfig, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: int = 1
 ) -> TunedModel:
     """Away from where training begins, so that every array matters."""
     model = micro_model()
-    context = Context(labels=tuple(labels), vocabulary=model.vocabulary, tasks=tasks)
-    attached = method.attach(model, key=jax.random.key(seed), context=context)
+    context = Context(labels=tuple(labels), vocabulary=model.vocabulary, num_tasks=tasks)
+    attached = attach_method(model, method, key=jax.random.key(seed), context=context)
     graphdef, params = param_tree.split(attached)
     draw = np.random.default_rng(seed)
     moved = {
@@ -55,11 +62,16 @@ def moved(
 
 
 def stored(
-    method: Method, *, seed: int = 0, labels: Sequence[str] = LABELS, tasks: Sequence[str] = ()
+    method: MethodConfig,
+    *,
+    seed: int = 0,
+    labels: Sequence[str] = LABELS,
+    tasks: Sequence[str] = (),
 ) -> TunedCheckpoint:
     """What is kept of it."""
     attached = moved(method, seed=seed, labels=labels, tasks=len(tasks) or 1)
-    kept, for_inference = method.for_inference(attached)
+    for_inference = attached.for_inference()
+    kept = for_inference.method.config
     params = param_tree.split(for_inference)[1]
     mask = trainable_mask(kept, list(params))
     metadata = PromptMetadata(
@@ -76,7 +88,7 @@ def stored(
     )
 
 
-def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> Path:
+def write_method(path: Path, method: MethodConfig, *, seed: int = 0, **about: str) -> Path:
     """A file as a run keeps it."""
     kept = stored(method, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +98,7 @@ def write_method(path: Path, method: Method, *, seed: int = 0, **about: str) -> 
     return path
 
 
-def write_json(folder: Path, method: Method, **training_fields: Any) -> None:
+def write_json(folder: Path, method: MethodConfig, **training_fields: Any) -> None:
     """The config of a run of this method."""
     experiment = dataclasses.replace(tiny_run.experiment(folder), method=method)
     training = dataclasses.replace(experiment.training, **{"seeds": (0,), **training_fields})

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.methods import PLACEMENTS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import LogitsProcessors
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
-from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning
-from prompt_tuning_jax.methods.prompt_combine import PLACEMENTS
+from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning, attach_method
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.rows import Row
 from prompt_tuning_jax.serving.shapes import Program, Shapes, Targets, targets_of
@@ -58,10 +59,10 @@ def drawn_rows(number: int, *, seed: int = 0, limit: int = 0) -> list[Row]:
 def _structure(placement: str | None) -> tuple[object, dict, dict]:  # type: ignore[type-arg]
     model = micro_model()
     if placement is None:
-        attached = NoTuning().attach(model, key=jax.random.key(0), context=Context())
+        attached = attach_method(model, NoTuning(), key=jax.random.key(0), context=Context())
     else:
         method = PromptTuning(placement=placement)  # type: ignore[arg-type]
-        attached = method.with_prompt(model, np.zeros((1, 16), np.float32))
+        attached = with_prompt(model, np.zeros((1, 16), np.float32), method)
     graphdef, params = param_tree.split(attached)
     return graphdef, *param_tree.partition(params, {name: name == PROMPT for name in params})
 

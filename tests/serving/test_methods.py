@@ -21,7 +21,7 @@ from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
     DeepPrompts,
-    Method,
+    MethodConfig,
     PatternTuning,
     PrefixTuning,
     PTuning,
@@ -44,7 +44,7 @@ from tests.tiny_run import LABELS
 
 # One of each structure: slots of the encoder's input and layers, of attention, around maps, in
 # place of the model's own arrays, labels of its own.
-METHODS: dict[str, Method] = {
+METHODS: dict[str, MethodConfig] = {
     "p_tuning": PTuning(length=2, encoder="none", template="{prompt} {input:2} {prompt} {input}"),
     "deep_prompts": DeepPrompts(length=3),
     "prefix_tuning": PrefixTuning(length=3),

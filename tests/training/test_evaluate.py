@@ -13,7 +13,8 @@ from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.inference.predictor import Predictions, Predictor, score_members
-from prompt_tuning_jax.methods import PROMPT, NoTuning, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, NoTuning, PromptTuning, attach_method
+from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal
 
 WORDS = Words()
@@ -50,7 +51,7 @@ def model():
 
 
 def predict(model, strategy, prompts_EPD=PROMPTS_EPD, *, batch_size=4, number=None, **kwargs):
-    attached = PromptTuning(length=2).with_prompt(model, prompts_EPD[0])
+    attached = with_prompt(model, prompts_EPD[0], PromptTuning(length=2))
     graphdef, params = param_tree.split(attached)
     _, frozen = param_tree.partition(params, {name: name == PROMPT for name in params})
     predictor = Predictor(
@@ -133,7 +134,7 @@ def test_a_member_predicts_the_same_alone_and_groups_join(model):
 
 
 def test_the_bare_model_is_one_member(model):
-    graphdef, frozen = param_tree.split(NoTuning().attach(model, key=None, context=None))
+    graphdef, frozen = param_tree.split(attach_method(model, NoTuning(), key=None, context=None))
     predictor = Predictor(
         graphdef=graphdef,
         vocabulary=WORDS,
@@ -164,7 +165,7 @@ def test_votes_and_scores_by_hand():
 
 
 def test_ranking_needs_labels(model):
-    graphdef, _ = param_tree.split(NoTuning().attach(model, key=None, context=None))
+    graphdef, _ = param_tree.split(attach_method(model, NoTuning(), key=None, context=None))
     with pytest.raises(UserError, match="strategy=rank needs labels") as error:
         Predictor(graphdef=graphdef, vocabulary=WORDS, strategy="rank", batch_size=4, max_length=5)
     assert "\n" not in str(error.value)

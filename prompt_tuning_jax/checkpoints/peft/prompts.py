@@ -19,12 +19,16 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     read_tensors,
     shown,
 )
+from prompt_tuning_jax.config.methods import (
+    MethodConfig,
+    MultitaskPrompts,
+    PrefixTuning,
+    PromptTuning,
+    method_name,
+)
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import method_name
-from prompt_tuning_jax.methods.base import Method
-from prompt_tuning_jax.methods.multitask import COLS, ROWS, SHARED, MultitaskPrompts
-from prompt_tuning_jax.methods.prefix import PrefixTuning
-from prompt_tuning_jax.methods.prompt import PROMPT, PromptTuning
+from prompt_tuning_jax.methods.base import PROMPT
+from prompt_tuning_jax.methods.multitask import COLS, ROWS, SHARED
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import require_same_names
 from prompt_tuning_jax.storage import folder_written_aside
@@ -84,13 +88,13 @@ def read_peft_prompts(folder: str | Path, config: T5Config) -> PeftPrompts:
 
 def write_peft_prompts(
     folder: str | Path,
-    method: Method,
+    method: MethodConfig,
     trainable: Mapping[str, Array | HostArray],
     *,
     config: T5Config,
     base_model_name_or_path: str,
 ) -> None:
-    """Writes what is kept of one member (``Method.folded``) as a folder that PEFT loads for a T5.
+    """Writes a member as a run saves it, as a folder that PEFT loads for a T5.
 
     A plain prompt becomes a P_TUNING adapter (``checkpoints.peft.write_peft`` makes the same one a
     PROMPT_TUNING adapter).  Written aside and renamed; in a folder that exists, other files stay.

@@ -31,9 +31,8 @@ from prompt_tuning_jax.checkpoints.peft.modules import (
     peft_name,
 )
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import require_plausible
+from prompt_tuning_jax.config.methods import IA3, LoRA
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods.ia3 import IA3
-from prompt_tuning_jax.methods.lora import LoRA
 from prompt_tuning_jax.models.quantization import Quantization, quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import require_same_names

@@ -11,6 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
@@ -35,7 +36,6 @@ from prompt_tuning_jax.data.tasks.target_checks import (
 from prompt_tuning_jax.data.tasks.task import (
     Task,
 )
-from prompt_tuning_jax.data.tasks.text_template import parse_template
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from prompt_tuning_jax.config.text_template import TextTemplate, column_template, parse_template
 from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.row_files import RowFile, value_text
 from prompt_tuning_jax.data.tasks.task import Row, Source, Task
-from prompt_tuning_jax.data.tasks.text_template import TextTemplate, column_template, parse_template
 from prompt_tuning_jax.errors import UserError, suggest
 
 # More distinct targets than this in the training file are text, not labels to choose between.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from prompt_tuning_jax.config.text_template import TextTemplate, parse_template
 from prompt_tuning_jax.data.tasks.task import tasks_known_as
-from prompt_tuning_jax.data.tasks.text_template import TextTemplate, parse_template
 from prompt_tuning_jax.errors import UserError, suggest
 
 # A bare text, or the values of a template's columns.

@@ -1,0 +1,588 @@
+"""The tuning methods as data: a dataclass of hyper-parameters for each, and their names.
+
+A method's implementation is the ``TuningModule`` that ``implementation`` names.  It is imported
+when the method is attached to a model (``methods.attach_method``).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from prompt_tuning_jax.config.base import Config
+from prompt_tuning_jax.config.prompt_template import PromptTemplate, parse_prompt_template
+from prompt_tuning_jax.config.text_template import parse_template
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.untrusted_input import compile_pattern
+
+Init = Literal[
+    "uniform",
+    "uniform_positive",
+    "sampled_vocabulary",
+    "class_labels",
+    "described",
+    "string",
+    "file",
+]
+MultitaskInit = Literal[Init, "source"]
+Combine = Literal["low_rank", "sum", "concatenation"]
+Placement = Literal["prefix", "after_first", "before_eos"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+_MODEL = "model/"
+_MAX_ALPHA = 1e30  # in float32 its product with anything stays finite
+# The initialization of a trained prompt is its arrays; see MethodConfig.training_only.
+_INIT_ONLY = {"init": "uniform", "init_text": "", "init_path": "", "init_population": 0}
+
+
+def is_attached(name: str) -> bool:
+    """Whether the parameter at this path of a ``TunedModel`` was added by its method."""
+    return name.startswith("method/") or "/adapter/" in name
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Config):
+    """Base of the methods' hyper-parameters.
+
+    The docstring of a method states how many parameters it trains.
+    """
+
+    # "module:Class" of its TuningModule, or the class itself.
+    implementation: ClassVar[str | type] = "prompt_tuning_jax.methods.base:TuningModule"
+    # The fields of ``Optimizer`` whose values differ from those for prompt tuning.
+    default_optimizer: ClassVar[Mapping[str, Any]] = {}
+    # With fresh parameters, the model computes what it computes without them.
+    identity_at_init: ClassVar[bool] = False
+    # The method scores labels itself and generates no text.
+    scores_labels: ClassVar[bool] = False
+    # The weights of a plain model can hold what the method trains.
+    mergeable: ClassVar[bool] = False
+    # The smallest valid values of fields.
+    lower_bounds: ClassVar[Mapping[str, int]] = {}
+    # Fields that matter only until the method is trained, and their values afterwards.
+    training_only: ClassVar[Mapping[str, Any]] = {}
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter at this path of a ``TunedModel`` is trainable."""
+        return is_attached(name)
+
+    def prompt_positions(self) -> int:
+        """The number of positions that the method adds to the encoder's input."""
+        return 0
+
+    def uses_rng(self) -> bool:
+        """Whether training draws random numbers for the method, as its dropout does."""
+        return False
+
+    def config_errors(self) -> Iterator[str]:
+        """One message for each invalid field, which is called ``method.NAME``."""
+        for name, low in self.lower_bounds.items():
+            if (value := getattr(self, name)) < low:
+                yield f"method.{name} is {value}; must be at least {low}"
+
+    def as_trained(self) -> Self:
+        """The config for the same arrays once they are trained.
+
+        What training started from may no longer exist, and methods that differ only in it share a
+        compiled program.
+        """
+        return replace(self, **self.training_only)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(MethodConfig):
+    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only.
+
+    ``init_labels`` replaces the task's labels; ``init_population`` is how many of the most common
+    pieces are drawn from (0: all).  ``prompt_to_input`` and ``input_to_prompt`` are query -> key;
+    with these and ``prompt_to_prompt`` positions cannot attend to some of the others.
+    """
+
+    implementation = "prompt_tuning_jax.methods.prompt:Prompt"
+    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": ()}
+
+    length: int = 100
+    init: Init = "class_labels"
+    init_labels: tuple[str, ...] = ()
+    init_text: str = ""
+    init_path: str = ""
+    init_population: int = 5000
+    placement: Placement = "prefix"
+    prompt_to_input: bool = True
+    prompt_to_prompt: Literal["all", "causal", "none"] = "all"
+    input_to_prompt: bool = True
+
+    def prompt_positions(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(MethodConfig):
+    """``2 * length * H * K * L`` parameters, where L counts the layers of all chosen attentions.
+
+    The attentions to choose from are the encoder's self-attention (``encoder``), the decoder's
+    (``decoder``) and cross-attention (``cross``).  With ``hidden`` M above 0, an MLP over vectors
+    of the model's width D computes the prefixes of each attention during training (section 4.3):
+    ``length * D + (D + 1) * M + (M + 1) * 2 * L * H * K`` parameters.  A run saves its output only.
+
+    Prefixes have no positions; with ``before`` they have those before the sequence, as in PEFT.
+
+    ``init=words`` starts from what the model computes for the task's labels and sampled common
+    pieces (section 7.4), ``uniform`` draws within 0.5.  An MLP starts as torch's layers do.
+    """
+
+    implementation = "prompt_tuning_jax.methods.prefix:Prefixes"
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
+    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = {"init": "uniform", "init_population": 0}
+
+    length: int = 20
+    encoder: bool = True
+    decoder: bool = True
+    cross: bool = True
+    before: bool = False
+    hidden: int = 0
+    init: Literal["words", "uniform"] = "words"
+    init_population: int = 5000
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        if not any((self.encoder, self.decoder, self.cross)):
+            yield (
+                "method.encoder, method.decoder and method.cross are all false; set at least one "
+                "of them to true"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning(MethodConfig):
+    """A prompt of P vectors of the model's width D, computed by an encoder during training.
+
+    ``template`` arranges prompt, anchor words and input, for instance ``{prompt:3} It is about
+    {prompt} {input}``.  P is the number of its trained vectors, ``length`` for each ``{prompt}``.
+    With ``hidden`` M (0: D) the parameters are
+
+    - ``mlp``: ``P*D + (D + 1)*M + (M + 1)*M + (M + 1)*D``,
+    - ``lstm``, two bidirectional layers and an MLP: ``P*D + 10*M*D + 36*M**2 + 34*M + D``,
+    - ``none``: ``P*D``, the prompt itself.  A run saves this form, in which the anchors are part of
+      the prompt; if all of it is before the input or all behind it, a run saves ``PromptTuning``.
+
+    ``dropout`` is applied between the layers of the LSTM.  The encoders are those of peft 0.21,
+    tuners/p_tuning/model.py.
+    """
+
+    implementation = "prompt_tuning_jax.methods.p_tuning:EncodedPrompt"
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
+    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0}
+    training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
+
+    length: int = 20
+    template: str = "{prompt} {input}"
+    encoder: Literal["lstm", "mlp", "none"] = "lstm"
+    hidden: int = 0
+    dropout: float = 0.0
+
+    def parsed_template(self) -> PromptTemplate:
+        """The parsed ``template``; UserError if it is invalid."""
+        template = parse_prompt_template(self.template, length=self.length)
+        if not template.prompt_length:
+            raise UserError(f"method.template: {self.template!r} has no {{prompt}}; add one")
+        return template
+
+    def prompt_positions(self) -> int:
+        """Without the anchors, whose number depends on the vocabulary."""
+        return self.parsed_template().prompt_length
+
+    def uses_rng(self) -> bool:
+        return self.dropout > 0
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        yield from _dropout_errors(self.dropout)
+        if self.dropout and self.encoder != "lstm":
+            yield (
+                f"method.dropout is {self.dropout} and method.encoder is {self.encoder}; only "
+                "method.encoder=lstm has dropout"
+            )
+        self.parsed_template()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepPrompts(MethodConfig):
+    """``(P_0 + P_1 + ...) * D`` parameters: P_i vectors for layer i of the encoder.
+
+    The vectors of the first layer are put before the input, as in prompt tuning.  Those of a later
+    layer replace the first positions of its input (``replace``), or are added to them (``add``,
+    from zeros).  Positions behind them are left as they are, so that no layer has more vectors than
+    the first; a layer with 0 adds none.  ``lengths`` has an entry per layer; if it is empty, each
+    of the L layers has ``length``.
+
+    With ``hidden`` M above 0, one MLP over P_0 vectors computes all of them during training:
+    ``P_0*D + (D + 1)*M + (M + 1)*L*D`` parameters.  A run saves its output only.
+    """
+
+    implementation = "prompt_tuning_jax.methods.deep:LayerPrompts"
+    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
+
+    length: int = 20
+    lengths: tuple[int, ...] = ()
+    mode: Literal["replace", "add"] = "replace"
+    hidden: int = 0
+    init: Init = "sampled_vocabulary"
+    init_text: str = ""
+    init_path: str = ""
+    init_population: int = 5000
+
+    def prompt_positions(self) -> int:
+        return self.lengths[0] if self.lengths else self.length
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        if self.lengths and not 0 < max(self.lengths) == self.lengths[0]:
+            yield (
+                f"method.lengths is {','.join(map(str, self.lengths))}; the first must be at least "
+                "1, and none may be larger than the first"
+            )
+        if self.lengths and min(self.lengths) < 0:
+            yield f"method.lengths has {min(self.lengths)}; must be at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WARP(MethodConfig):
+    """``(P + C) * D`` parameters: P prompt vectors, and a vector for each of the C labels.
+
+    ``template`` arranges prompt, anchor words and input, for instance ``{prompt:3} It is about
+    {prompt} {input}``.  P is the number of its trained vectors, ``length`` for each ``{prompt}``,
+    and may be 0.  A label's score is the product of its vector with the input of the output head at
+    the decoder's first position.  The vector starts as the head's vector for the label's first
+    piece, so that scores start as the logits of these pieces.  The method ranks labels and
+    generates no text.
+    """
+
+    implementation = "prompt_tuning_jax.methods.warp:ClassVectors"
+    scores_labels = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
+    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
+
+    length: int = 8
+    template: str = "{prompt} {input}"
+    init: Init = "sampled_vocabulary"
+    init_text: str = ""
+    init_path: str = ""
+    init_population: int = 5000
+
+    def parsed_template(self) -> PromptTemplate:
+        """The parsed ``template``; UserError if it is invalid."""
+        return parse_prompt_template(self.template, length=self.length)
+
+    def prompt_positions(self) -> int:
+        """Without the anchors, whose number depends on the vocabulary."""
+        return self.parsed_template().prompt_length
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        self.parsed_template()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskPrompts(MethodConfig):
+    """A prompt shared by N tasks, combined with parameters of each task, before the input.
+
+    With P = ``length``, D the model's width, R = ``rank`` and Q = ``task_length``, ``combine`` is
+
+    - ``low_rank``: shared * (cols[task] @ rows[task]), as in MPT; ``P*D + N*R*(P + D)`` parameters,
+    - ``sum``: shared + task's; ``P*D + N*P*D``,
+    - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``.
+
+    The prompts of all tasks start close to the shared prompt; in a concatenation the task's vectors
+    start as ``init`` says.  ``tasks`` is their number; 0 is that of the data.
+
+    ``init=source`` starts from a run with the same ``combine`` and sizes, whose folder is
+    ``init_path`` (the target stage of MPT).  Each task starts from the source's task number
+    ``source_task``, or from the mean over its tasks (-1), of its member ``source_member``.
+    """
+
+    implementation = "prompt_tuning_jax.methods.multitask:TaskPrompts"
+    lower_bounds: ClassVar[Mapping[str, int]] = {
+        "length": 1,
+        "init_population": 0,
+        "rank": 1,
+        "task_length": 1,
+        "tasks": 0,
+        "source_member": 0,
+        "source_task": -1,
+    }
+    training_only: ClassVar[Mapping[str, Any]] = {
+        **_INIT_ONLY,
+        "source_task": -1,
+        "source_member": 0,
+    }
+
+    length: int = 100
+    combine: Combine = "low_rank"
+    rank: int = 1
+    task_length: int = 20
+    tasks: int = 0
+    init: MultitaskInit = "sampled_vocabulary"
+    init_text: str = ""
+    init_path: str = ""
+    init_population: int = 5000
+    source_task: int = -1
+    source_member: int = 0
+
+    def prompt_positions(self) -> int:
+        return self.length + (self.task_length if self.combine == "concatenation" else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullTuning(MethodConfig):
+    """All parameters of the model ("model tuning" in Lester et al. 2021).
+
+    Pre-training is this method, starting from random weights.
+    """
+
+    identity_at_init = True
+    mergeable = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 0.001,
+        "multiply_by_parameter_scale": True,
+        "min_dim_size_to_factor": 128,
+        "weight_decay": 0.0,
+    }
+
+    def trains(self, name: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribedPrompts(MethodConfig):
+    """All parameters of the model, which learns to use prompts that describe classes.
+
+    The first ``positions * words`` tokens of every input are not read as text.  Each group of
+    ``words`` of them makes one prompt vector: the embedding of the first, a class's label, plus the
+    mean of the others, words of the class, rotated by half the model's width so that the two can be
+    told apart.  A position without a label is masked.  Adds no parameter: training yields a plain
+    T5.
+    """
+
+    implementation = "prompt_tuning_jax.methods.described_prompts:PooledWords"
+    mergeable = True
+
+    positions: int = 8
+    words: int = 5
+
+    def trains(self, name: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTuning(MethodConfig):
+    """0 parameters: the frozen model alone, as a baseline."""
+
+    identity_at_init = True
+
+    def trains(self, name: str) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDesign(MethodConfig):
+    """0 parameters: the frozen model reads an instruction and ``shots`` examples with answers.
+
+    Each of ``training.seeds`` draws examples from the training split, and is a member in
+    evaluation; with ``balance=balanced`` every label occurs equally often (tasks without labels: as
+    drawn).  If an input is longer than ``data.inputs_length``, the examples drawn last are left out
+    of it.
+
+    ``instruction``, ``demonstration`` (of ``{inputs}`` and ``{targets}``) for each example, and
+    ``query`` (of ``{inputs}``) are joined by ``separator``.  SentencePiece reads line breaks as
+    spaces.  ``evaluation.strategy`` decides whether labels are ranked or text is generated.
+    """
+
+    identity_at_init = True
+    lower_bounds: ClassVar[Mapping[str, int]] = {"shots": 0}
+
+    instruction: str = ""
+    shots: int = 8
+    balance: Literal["balanced", "as_drawn"] = "balanced"
+    demonstration: str = "{inputs}\n{targets}"
+    query: str = "{inputs}"
+    separator: str = "\n\n"
+
+    def trains(self, name: str) -> bool:
+        return False
+
+    def compose(self, demonstrations: Sequence[Mapping[str, str]], inputs: str) -> str:
+        """The text that the model reads for ``inputs``."""
+        demonstration = parse_template(self.demonstration, field="method.demonstration")
+        query = parse_template(self.query, field="method.query")
+        parts = [self.instruction] if self.instruction else []
+        parts += [demonstration.render(example) for example in demonstrations]
+        return self.separator.join([*parts, query.render({"inputs": inputs})])
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        for name, expected in (("demonstration", ["inputs", "targets"]), ("query", ["inputs"])):
+            columns = parse_template(getattr(self, name), field=f"method.{name}").columns
+            if sorted(columns) != expected:
+                listed = " and ".join(f"{{{column}}}" for column in expected)
+                yield f"method.{name} is {getattr(self, name)!r}; it must name {listed}, once each"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(MethodConfig):
+    """``rank * (in + out)`` parameters per target: ``.../adapter/lora_a_DR`` and ``lora_b_RF``.
+
+    With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
+
+    ``targets`` are RE2 expressions for whole paths (``encoder/layers_0/attention/query``).
+    The product is scaled by ``alpha / rank``, with ``rank_stabilized`` by ``alpha / sqrt(rank)``
+    (Kalajdzievski 2023).  ``dropout`` is applied to the input of the product.  Frozen weights may
+    be quantized.
+    """
+
+    implementation = "prompt_tuning_jax.methods.lora:LoRAModule"
+    identity_at_init = True
+    mergeable = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
+    lower_bounds: ClassVar[Mapping[str, int]] = {"rank": 1}
+    training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
+
+    rank: int = 8
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (".*/(query|value)",)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def uses_rng(self) -> bool:
+        return self.dropout > 0
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        if not abs(self.alpha) < _MAX_ALPHA:
+            yield f"method.alpha is {self.alpha}; must be below {_MAX_ALPHA:g}"
+        yield from _dropout_errors(self.dropout)
+        if not self.targets:
+            yield "method.targets is empty; give at least one regular expression"
+        yield from _pattern_errors(self.targets, field="method.targets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(MethodConfig):
+    """One parameter for each output of ``outputs`` and for each input of ``inputs``.
+
+    With the defaults ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and values, and
+    ``F * (encoder layers + decoder layers)`` on the input of the MLP's ``wo``.  They are called
+    ``.../adapter/scale_F`` and ``.../adapter/scale_D``, and start as ones.
+
+    ``outputs`` and ``inputs`` are RE2 expressions for whole paths of linear maps
+    (``encoder/layers_0/attention/key``).  Frozen weights may be quantized.
+    """
+
+    implementation = "prompt_tuning_jax.methods.ia3:IA3Module"
+    identity_at_init = True
+    mergeable = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
+
+    outputs: tuple[str, ...] = (".*/(key|value)",)
+    inputs: tuple[str, ...] = (".*/mlp/wo",)
+
+    def config_errors(self) -> Iterator[str]:
+        if not (self.outputs or self.inputs):
+            yield "method.outputs and method.inputs are empty; give at least one regular expression"
+        yield from _pattern_errors(self.outputs, field="method.outputs")
+        yield from _pattern_errors(self.inputs, field="method.inputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters(MethodConfig):
+    """``2 * D * width`` parameters per adapter, and ``width + D`` more with biases.
+
+    ``houlsby`` has an adapter behind every attention and every MLP: ``2 * encoder layers + 3 *
+    decoder layers`` of them.  ``pfeiffer`` has one behind every MLP: ``encoder layers + decoder
+    layers``.  An adapter reads what the sublayer adds to the residual, and adds to it.  Its last
+    matrix starts as zeros.  Layer norms stay frozen.  Frozen weights may be quantized.
+    """
+
+    implementation = "prompt_tuning_jax.methods.adapters:AdaptersModule"
+    identity_at_init = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
+    lower_bounds: ClassVar[Mapping[str, int]] = {"width": 1}
+
+    kind: Literal["houlsby", "pfeiffer"] = "houlsby"
+    width: int = 32
+    activation: Literal["gelu", "relu", "silu"] = "relu"
+    biases: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternTuning(MethodConfig):
+    """The parameters of the model whose paths match; by default norms and position biases.
+
+    These are ``D * (2 * encoder layers + 3 * decoder layers + 2)`` scales and ``2 * H * buckets``
+    biases (of models with biases per layer ``H * buckets * (encoder layers + decoder layers)``).
+    BitFit trains biases; T5 has none, and these are its only parameters that are not matrices.
+
+    ``patterns`` are RE2 expressions for whole paths (``encoder/layers_0/mlp/wo/kernel``).
+    """
+
+    implementation = "prompt_tuning_jax.methods.pattern:PatternModule"
+    identity_at_init = True
+    mergeable = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
+
+    patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
+
+    def trains(self, name: str) -> bool:
+        path = name.removeprefix(_MODEL)
+        patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
+        return path != name and any(pattern.fullmatch(path) for pattern in patterns)
+
+    def config_errors(self) -> Iterator[str]:
+        if not self.patterns:
+            yield "method.patterns is empty; give at least one regular expression"
+        yield from _pattern_errors(self.patterns, field="method.patterns")
+
+
+# The name that a config file, ``--set method=NAME`` and gin use.
+METHODS: dict[str, type[MethodConfig]] = {
+    "prompt_tuning": PromptTuning,
+    "prefix_tuning": PrefixTuning,
+    "p_tuning": PTuning,
+    "deep_prompts": DeepPrompts,
+    "warp": WARP,
+    "multitask_prompts": MultitaskPrompts,
+    "full": FullTuning,
+    "described_prompts": DescribedPrompts,
+    "none": NoTuning,
+    "prompt_design": PromptDesign,
+    "lora": LoRA,
+    "ia3": IA3,
+    "adapters": Adapters,
+    "pattern": PatternTuning,
+}
+
+
+def method_name(method: MethodConfig) -> str:
+    """The name of a method in ``METHODS``."""
+    return next(name for name, cls in METHODS.items() if cls is type(method))
+
+
+def _dropout_errors(dropout: float) -> Iterator[str]:
+    if not 0 <= dropout < 1:
+        yield f"method.dropout is {dropout}; must be at least 0 and below 1"
+
+
+def _pattern_errors(patterns: Sequence[str], *, field: str) -> Iterator[str]:
+    for pattern in patterns:
+        try:
+            compile_pattern(pattern, of=field)
+        except UserError as error:
+            yield str(error)

@@ -141,7 +141,7 @@ def initial_prompt(
         return uniform(key, length, width, low=0.0, high=0.5)
     if init == "file":
         if file_PD is None:
-            raise UserError("method.init=file needs a prompt file; set method.init_path")
+            raise UserError("method.init=file needs method.init_path, a prompt file")
         if file_PD.shape != (length, width):
             raise UserError(
                 f"method.init_path: the file holds a prompt of shape {list(file_PD.shape)}; this "

@@ -211,8 +211,8 @@ def test_patterns_choose_parameters_of_the_model_alone() -> None:
     [
         (LoRA(targets=("query",)), "method.targets: 'query' is the path of no linear map"),
         (IA3(outputs=(".*/keys",)), "method.outputs: '.*/keys' is the path of no linear map"),
-        (IA3(inputs=(".*/value", ".*/wo")), "both choose"),
-        (PatternTuning(patterns=(".*/bias",)), "method.patterns: '.*/bias' is the path of no"),
+        (IA3(inputs=(".*/value", ".*/wo")), "both match"),
+        (PatternTuning(patterns=(".*/bias",)), "method.patterns: '.*/bias' matches the path of no"),
     ],
 )
 def test_patterns_that_choose_nothing_or_twice_are_refused(method: MethodConfig, said: str) -> None:

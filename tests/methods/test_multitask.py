@@ -71,7 +71,7 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     run = jax.jit(lambda p, tasks: param_tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
     want = call(make_t5(), SOURCE, TARGET, prompts)
     np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
-    with pytest.raises(UserError, match="prompts of 4 tasks, and nothing says which"):
+    with pytest.raises(UserError, match="prompts for 4 tasks, and the task of"):
         attached(SOURCE, TARGET)
 
 
@@ -217,7 +217,7 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             context = Context(init_arrays=read_init_arrays(method))
             attach_method(model, method, key=jax.random.key(0), context=context)
-    with pytest.raises(UserError, match="nothing says which is meant"):
+    with pytest.raises(UserError, match="the task of these inputs is unknown"):
         evaluate(
             tiny_run.experiment(
                 tmp_path,

@@ -117,7 +117,7 @@ def test_what_is_kept_is_plain_and_computes_the_same(
     attached = attach(method, Words())
     for_inference = attached.for_inference()
     found = for_inference.method.config
-    assert found == kept
+    assert found == kept.as_trained()
     assert found.prompt_positions() == len(attached.method.placed.anchors)
     own = param_tree.select(param_tree.split(for_inference)[1], found.trains)
     assert param_tree.count(own) == found.prompt_positions() * D

@@ -70,7 +70,7 @@ def test_folding_two_layers_changes_nothing() -> None:
     attached = attach(PrefixTuning(length=3, hidden=5, before=True))
     for_inference = attached.for_inference()
     method = for_inference.method.config
-    assert method == PrefixTuning(length=3, before=True, init="uniform")
+    assert method == PrefixTuning(length=3, before=True).as_trained()
     want = logits(attached, SOURCE, TARGET)
     np.testing.assert_allclose(logits(for_inference, SOURCE, TARGET), want, atol=1e-5)
     assert np.abs(logits(make_t5(), SOURCE, TARGET) - want).max() > 1e-2

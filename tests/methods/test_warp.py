@@ -86,5 +86,5 @@ def test_what_it_cannot_do_is_said() -> None:
     graphdef, params = param_tree.split(attach(model))
     with pytest.raises(UserError, match="ranks labels and writes no text"):
         write(graphdef, DecodeConfig(), {}, params, SOURCE, jax.random.key(0))
-    with pytest.raises(UserError, match=r"give data\.labels"):
+    with pytest.raises(UserError, match=r"set data\.labels"):
         attach_method(model, WARP(), key=jax.random.key(0), context=Context(vocabulary=Words()))

@@ -10,6 +10,10 @@ from typing import Literal
 import numpy as np
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.methods import (
+    DescribedPrompts,
+    PromptDesign,
+)
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
@@ -39,10 +43,6 @@ from prompt_tuning_jax.data.tasks.task import (
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.methods import (
-    DescribedPrompts,
-    PromptDesign,
-)
 from prompt_tuning_jax.typing import Batch
 from prompt_tuning_jax.untrusted_input import json_text
 

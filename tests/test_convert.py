@@ -72,7 +72,7 @@ def test_hf_to_t5x_and_back(program: Program, tmp_path: Path, dtype: Any) -> Non
     assert done.startswith(f"wrote a model as a T5X checkpoint of step 12: {checkpoint} (")
     assert "files)\n" in done and done.count("\n") == 1
     opened = open_t5x(checkpoint)
-    assert (opened.step, opened.version, opened.partitioner) == (12, 3, "t5x")
+    assert (opened.step, opened.version, opened.layout) == (12, 3, "t5x")
     require_same(read_t5x(checkpoint), cases.params(dtype=dtype))
     program("convert", checkpoint, tmp_path / "back", "--to", "hf")
     assert tree_bytes(tmp_path / "back") == tree_bytes(model)  # the vocabulary, too
@@ -147,7 +147,7 @@ def test_t5x_fixtures_in_every_layout(program: Program, tmp_path: Path, shared: 
             out = tmp_path / kind / str(number)
             program("convert", source, out, "--to", "t5x", "--unscan")
             written = open_t5x(out / f"checkpoint_{step}")
-            assert (written.step, written.partitioner, written.scanned) == (step, "t5x", False)
+            assert (written.step, written.layout, written.scanned) == (step, "t5x", False)
             require_same(read_t5x(out / f"checkpoint_{step}"), read_t5x(native))
             assert bool(written.state_names) == (kind != "scan_t5x")
     kept = tmp_path / "scanned"
@@ -375,7 +375,7 @@ def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
         ("hf out --to hf --step 3", "--step only goes with --to t5x"),
         ("hf out --to t5x --model x", "--model only goes with --to npy"),
         ("hf out --to t5x --step x", "whole number"),
-        ("hf out --to hf --max_shard_size big", "no size"),
+        ("hf out --to hf --max_shard_size big", "is not a size"),
         ("hf out --to hf --max_shard_size 5", "'5' is less than 1MB"),
         ("p.npy out.npy --max_shard_size 5MB", "--max_shard_size only goes with --to hf"),
         ("nothing out --to hf", "nothing"),

@@ -64,7 +64,7 @@ def test_a_command_does_it_before_jax_is_imported(tmp_path: Path) -> None:
     environment.pop("JAX_PLATFORMS", None)
     code = (
         "import sys\n"
-        "from prompt_tuning_jax import platforms\n"
+        "from prompt_tuning_jax.distributed import platforms\n"
         "platforms._has_tpu = lambda: False; platforms._GPU_DEVICES = ()\n"
         "platforms.importlib.metadata.entry_points = lambda **_: ()\n"
         "from prompt_tuning_jax.cli.main import main\n"

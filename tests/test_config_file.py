@@ -62,9 +62,9 @@ def test_wrong_configs_get_one_line(config: Path, body: str, parts: list[str]) -
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("get_confg = dict", "has no function get_config()"),
-        ("get_config = 3", "has no function get_config()"),
-        ("def get_config(arg): return arg", "must need no arguments"),
+        ("get_confg = dict", "has no get_config() function"),
+        ("get_config = 3", "has no get_config() function"),
+        ("def get_config(arg): return arg", "must not require arguments"),
         ("x = 'a\x00'", "config.py"),
         ("# -*- coding: nonsense -*-", "config.py"),
     ],

@@ -362,7 +362,7 @@ def test_probes_tune_a_prompt_on_the_weights_of_the_moment(
 
 
 def test_probes_and_the_dictionary_need_what_they_are_made_of(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.probes is given without data\.objectives"):
+    with pytest.raises(UserError, match=r"data\.probes needs data\.objectives"):
         pretrain(
             pretraining_run(tmp_path, {"data.probes": ("word_valence",), "data.objectives": ()})
         )

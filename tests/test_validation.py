@@ -39,7 +39,7 @@ def test_unusual_values_that_make_sense(overrides: str) -> None:
         ("training.batch_size=0", ["training.batch_size is 0", "at least 1"]),
         (
             "training.batch_size=32 training.gradient_accumulation=5",
-            ["training.batch_size 32", "training.gradient_accumulation 5"],
+            ["training.batch_size is 32", "training.gradient_accumulation, which is 5"],
         ),
         ("training.gradient_accumulation=-4", ["training.gradient_accumulation is -4"]),
         ("training.eval_every=0", ["training.eval_every is 0", "at least 1"]),
@@ -128,5 +128,5 @@ def test_types_are_looked_at_first() -> None:
 
 def test_a_method_that_scores_labels_itself_has_no_tokens_to_average() -> None:
     experiment = Experiment(method=WARP(), evaluation=Evaluation(normalize_length=True))
-    with pytest.raises(UserError, match=r"evaluation\.normalize_length is true and WARP"):
+    with pytest.raises(UserError, match=r"evaluation\.normalize_length is true, but WARP"):
         validate(experiment)

@@ -1,8 +1,8 @@
-"""Ctrl-C that is never lost, and never comes in the middle of an import.
+"""Ctrl-C that is never lost, and never interrupts an import.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be.  In a weak reference's
-callback, a destructor or the C code of some import it is swallowed or turned into another error,
-and within the import of a C extension it can end in a crash.
+Python raises KeyboardInterrupt wherever the main thread is.  The callback of a weak reference, a
+destructor or the C code of an import swallows it or turns it into another error, and in the import
+of a C extension it can crash the process.
 """
 
 import os
@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-_AGAIN_SECONDS = 0.05  # between two looks at whether an interruption has been heeded
-_IMPORT_SECONDS = 3.0  # an import that takes longer is interrupted after all
+_AGAIN_SECONDS = 0.05  # until the signal is sent again, unless the command is exiting
+_IMPORT_SECONDS = 3.0  # a longer import is interrupted
 # While only these modules are on the stack, a command has not begun its work.
 _BEGINNING = re.compile(r"importlib|prompt_tuning_jax(\.cli(\..*)?)?")
 _IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
@@ -25,7 +25,7 @@ _IMPORTING = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_ext
 
 @dataclass
 class Interruption:
-    """Whether Ctrl-C has come."""
+    """Whether Ctrl-C was pressed."""
 
     came: bool = False
     _began: float = 0.0
@@ -41,20 +41,20 @@ class Interruption:
             self._insists = False
             if _is_heeded(sys.exc_info()[1]):
                 return
-        elif self.came:  # pressed again, by somebody who has waited long enough
+        elif self.came:  # pressed a second time
             raise KeyboardInterrupt
         else:
             self.came, self._began = True, time.monotonic()
             threading.Thread(target=self._insist, daemon=True).start()
-        imported_from = self._imported_from(frame)
-        if imported_from is None or time.monotonic() - self._began > _IMPORT_SECONDS:
+        importers = self._importers(frame)
+        if importers is None or time.monotonic() - self._began > _IMPORT_SECONDS:
             raise KeyboardInterrupt
-        if all(_BEGINNING.fullmatch(name) for name in imported_from):
+        if all(_BEGINNING.fullmatch(name) for name in importers):
             sys.stdout.flush()
-            os._exit(128 + number)  # nothing has been begun that would have to be cleaned up
+            os._exit(128 + number)  # there is nothing to clean up yet
 
     def heeded(self) -> None:
-        """The command is on its way out: from here on Ctrl-C changes nothing."""
+        """The command is exiting: from now on Ctrl-C has no effect."""
         self._over.set()
 
     def _insist(self) -> None:
@@ -64,8 +64,8 @@ class Interruption:
             self._insists = True
             signal.pthread_kill(main, signal.SIGINT)
 
-    def _imported_from(self, frame: FrameType | None) -> list[str] | None:
-        """The modules whose functions led to the import that is going on; None where none is."""
+    def _importers(self, frame: FrameType | None) -> list[str] | None:
+        """The modules on the stack above the current import; None without an import."""
         importing, outside = False, list[str]()
         while frame is not None and frame is not self._outside:
             if frame.f_code.co_filename in _IMPORTING:
@@ -78,10 +78,10 @@ class Interruption:
 
 @contextmanager
 def interruptible(outside: FrameType) -> Iterator[Interruption]:
-    """Within, Ctrl-C interrupts for certain; outside of the main thread nothing changes.
+    """Within the context, Ctrl-C interrupts reliably; has no effect outside the main thread.
 
-    ``outside`` is the frame that the command is run from, whose own import is no matter.  A handler
-    of somebody else's, or a Ctrl-C that is ignored, stays.
+    ``outside`` is the frame that runs the command; imports below it on the stack do not count.
+    Another handler of SIGINT, or a SIGINT that is ignored, stays.
     """
     interruption = Interruption(_outside=outside)
     before = signal.getsignal(signal.SIGINT)
@@ -92,7 +92,7 @@ def interruptible(outside: FrameType) -> Iterator[Interruption]:
     unraisable = sys.unraisablehook
 
     def report(what: "sys.UnraisableHookArgs") -> None:
-        if what.exc_type is not KeyboardInterrupt:  # which is raised again
+        if what.exc_type is not KeyboardInterrupt:  # it is raised again
             unraisable(what)
 
     signal.signal(signal.SIGINT, interruption)
@@ -106,12 +106,12 @@ def interruptible(outside: FrameType) -> Iterator[Interruption]:
 
 
 def _is_early(handler: object) -> bool:
-    """Whether it is the one of ``__main__``, which ends the process on the spot."""
+    """Whether it is the handler of ``__main__``, which ends the process at once."""
     return getattr(handler, "__module__", None) in ("__main__", "prompt_tuning_jax.__main__")
 
 
 def _is_heeded(error: BaseException | None) -> bool:
-    """Whether what is being handled comes of an interruption: then it is on its way out."""
+    """Whether the error that is being handled, or a cause of it, is an interruption."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -1,1 +1,1 @@
-"""What an experiment is: dataclasses, overrides, validation, config files and gin."""
+"""The config of an experiment: dataclasses, overrides, validation, config files and gin."""

@@ -1,4 +1,4 @@
-"""Configs as files: a Python file with ``get_config()``, and the JSON file of a run."""
+"""Config files: Python files with ``get_config()``, and the JSON file of a run."""
 
 import dataclasses
 import inspect
@@ -13,36 +13,37 @@ from prompt_tuning_jax.config.overrides import MAX_BYTES, checked_experiment, fr
 from prompt_tuning_jax.config.paths import moved_to
 from prompt_tuning_jax.errors import UserError, suggest
 
-# Not config.json: that is what says that a folder holds a model of Hugging Face's.
+# Not config.json, which marks the folder of a Hugging Face model.
 RUN_CONFIG = "experiment.json"
 
 
 def load_config(path: str) -> Experiment:
     """Run a Python file and return what its ``get_config()`` returns.
 
-    UserError for a file that is missing or is not Python, no ``get_config``, a result that is not
-    an Experiment, a misspelt field and a value of another type.  Other errors of the file are
-    passed on with their traceback, which is what its author needs.
+    Raises:
+      UserError: for a file that is missing or not Python, without ``get_config``, with a result
+        that is not an Experiment, with an unknown field or a value of another type.  Other errors
+        of the file keep their traceback for its author.
     """
     file = Path(path)
     if file.suffix == ".gin":
-        raise UserError(f"{path} is a gin file; give it as --gin_file={path}")
+        raise UserError(f"{path} is a gin file; pass it as --gin_file={path}")
     try:
         source = file.read_bytes()
     except FileNotFoundError:
         near = suggest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
         raise UserError(
-            f"no config file {path}; in {file.parent}: {near}; prompt-tuning init lists the "
-            "examples, and writes one"
+            f"no config file {path}; in {file.parent}: {near}; prompt-tuning init lists and writes "
+            "example configs"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
 
-    # What the config, or its data.module, imports may be beside it.
+    # The config, or its data.module, may import modules from the same folder.
     beside = str(file.resolve().parent)
     if beside not in sys.path and not Path(beside).is_relative_to(Path(__file__).resolve().parent):
         sys.path.append(beside)
-    # Not imported: a config is found by its path, and leaves no compiled file beside it.
+    # Not an import: a config has a path, not a module name, and leaves no compiled file.
     module = ModuleType(file.stem)
     module.__file__ = path
     try:
@@ -71,11 +72,11 @@ def load_config(path: str) -> Experiment:
 def run_config(prompt: str) -> Experiment | None:
     """The experiment of the run that a prompt belongs to, from the run's ``experiment.json``.
 
-    ``prompt`` is the run's working directory, or a folder in it, or a file in either.  None where
-    there is no such file; UserError for one that cannot be read as an experiment.
+    ``prompt`` is the run's working directory, a folder in it, or a file in either.  None without
+    such a file; UserError for a file that is not an experiment.
 
-    A run's folder may come from anyone, so ``data.module`` is marked as ``NOT_IMPORTED``: a module
-    is imported only where the user names it.
+    A run's folder may come from anyone, so ``data.module`` is marked as ``NOT_IMPORTED``: only a
+    module that the user names is imported.
     """
     saved = saved_config(prompt)
     if saved is None or not saved.data.module:
@@ -85,7 +86,7 @@ def run_config(prompt: str) -> Experiment | None:
 
 
 def saved_config(prompt: str) -> Experiment | None:
-    """As ``run_config``, with ``data.module`` as it was saved: to be compared, never imported."""
+    """As ``run_config``, with ``data.module`` as saved: to compare with, never to import."""
     path = Path(prompt)
     for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
         file = folder / RUN_CONFIG
@@ -102,13 +103,12 @@ def saved_config(prompt: str) -> Experiment | None:
 def _get_config(module: ModuleType, path: str) -> Callable[[], object]:
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"{path} has no function get_config() that returns an Experiment")
+        raise UserError(f"{path} has no get_config() function, which returns an Experiment")
     try:
         inspect.signature(get_config).bind()
     except TypeError:
-        raise UserError(f"{path}: get_config() must need no arguments") from None
-    found: Callable[[], object] = get_config
-    return found
+        raise UserError(f"{path}: get_config() must not require arguments") from None
+    return get_config
 
 
 def _line_in(path: str, trace: TracebackType | None) -> int | None:

@@ -1,9 +1,12 @@
-"""Gin files and bindings, as T5X users write them, fill the dataclasses of an Experiment.
+"""Experiments from gin files and bindings, as T5X users write them.
 
-Read by gin's own parser and resolved here, without gin's registry: nothing is imported or called
-but the config dataclasses, so that a gin file needs no trust, and nothing outlives the call, so
-that experiments never see each other's bindings.  The configurables are ``Experiment``, its groups
-(``Model``, ``Data``, ``Optimizer``, ...) and the methods, each by its class name.
+The configurables are ``Experiment``, its groups (``Model``, ``Data``, ``Optimizer``, ...) and the
+methods, each by its class name.
+
+gin's parser reads the files, and this module resolves the bindings.  gin's ``parse_config`` would
+execute the ``import`` statements of a file, open any file that it includes, and change the global
+config of the program.  Here a gin file needs no trust, errors name the file and the line, and an
+experiment never sees the bindings of another.
 """
 
 import tokenize
@@ -19,7 +22,7 @@ from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.config.overrides import CLASS, from_dict, group_classes
 from prompt_tuning_jax.errors import UserError, suggest
 
-_LARGEST = 2**20  # bytes of a file
+_MAX_BYTES = 2**20  # of a gin file
 _REQUIRED = "gin.REQUIRED"
 _MODULES = ("", "prompt_tuning_jax", Experiment.__module__)
 
@@ -29,16 +32,17 @@ def experiment_from_gin(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> Experiment:
-    """The experiment that the gin files, then the bindings, describe; later ones win.
+    """The experiment that gin files, then bindings, describe; later bindings win.
 
     Args:
       gin_files: paths relative to the current folder or to a search path.
-      bindings: ``NAME=VALUE`` each, as behind ``--gin.``: a macro, or ``Optimizer.learning_rate``.
-      search_paths: folders in which gin files, included ones too, are looked for.
+      bindings: ``NAME=VALUE`` of a macro or a parameter, for example
+        ``Optimizer.learning_rate=0.1``.
+      search_paths: folders to search for gin files and the files that they include.
 
     Raises:
-      UserError: for what cannot be read, an import, an unknown name, a value of another type, a
-        macro that is missing or never used, and a binding that has no effect.
+      UserError: for a syntax error, an import, an unknown name, a value of another type, a macro
+        that is missing or unused, and a binding without effect.
     """
     folders = [Path.cwd(), *(Path(path) for path in search_paths if path)]
     reader = _Reader(folders=folders)
@@ -67,7 +71,7 @@ class _Macro:
 
 @dataclass(frozen=True)
 class _Reference:
-    """``@scopes/name()``, or without the parentheses the class itself."""
+    """``@scopes/name()``; without the parentheses, the class itself."""
 
     scopes: tuple[str, ...]
     name: str
@@ -116,7 +120,7 @@ def _method_names() -> set[str]:
 
 
 def _configurable(selector: str, where: str) -> str:
-    """The class name that a selector means, with or without this package in front."""
+    """The class name of a selector, which may begin with this package or the class's module."""
     module, _, name = selector.rpartition(".")
     known = _configurables()
     if name not in known or module not in (*_MODULES, known[name].__module__):
@@ -130,10 +134,10 @@ def _find(name: str, folders: Sequence[Path]) -> Path | None:
 
 @dataclass(kw_only=True)
 class _Reader:
-    """Reads statements into bindings; the last of each name stays.
+    """Reads statements into bindings; the last binding of a name wins.
 
-    ``mentioned`` has the macros of values that were replaced since, too: a macro that was used
-    until something else took its place is no mistake.
+    ``mentioned`` holds every macro that a value refers to, even if a later binding replaced the
+    value: such a macro is not an error.
     """
 
     folders: list[Path]
@@ -148,14 +152,12 @@ class _Reader:
             raise UserError(f"gin file {shown} includes itself")
         try:
             with path.open("rb") as file:
-                data = file.read(_LARGEST + 1)
+                data = file.read(_MAX_BYTES + 1)
             text = data.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the gin file {shown}: {error}") from None
-        if len(data) > _LARGEST:
-            raise UserError(
-                f"the gin file {shown} has more than the {_LARGEST} bytes that are read"
-            )
+        if len(data) > _MAX_BYTES:
+            raise UserError(f"the gin file {shown} is larger than {_MAX_BYTES} bytes")
         self._open.append(resolved)
         self._read(text, shown=shown)
         self._open.pop()
@@ -167,7 +169,7 @@ class _Reader:
         self._read(binding, shown=f"--gin.{name.strip()}", is_flag=True)
 
     def check_macros_used(self) -> None:
-        """UserError for a macro that nothing uses: it is misspelt, or has no effect."""
+        """UserError for a macro that no value refers to, which may be a typo."""
         for name, bound in self.macros.items():
             if name not in self.mentioned:
                 known = sorted(self.mentioned - {_REQUIRED})
@@ -178,8 +180,8 @@ class _Reader:
     def _read(self, text: str, *, shown: str, is_flag: bool = False) -> None:
         line = 0
         try:
-            # Not iterated over: a parser that runs out of tokens within a statement raises
-            # StopIteration, which would look like the end of the file.
+            # Not a for loop: a parser that runs out of tokens inside a statement raises
+            # StopIteration, which a loop takes for the end of the file.
             parser = config_parser.ConfigParser(text, _Delegate())
             while statement := parser.parse_statement():
                 line = statement.location.line_num
@@ -205,7 +207,7 @@ class _Reader:
         if isinstance(statement, config_parser.ImportStatement):
             raise UserError(
                 f"{where}: gin files may not import anything ({statement.format()!r}); remove the "
-                f"line, these can be set without one: {', '.join(_configurables())}"
+                f"line, because these need no import: {', '.join(_configurables())}"
             )
         if isinstance(statement, config_parser.IncludeStatement):
             self._include(statement.filename, where)
@@ -219,7 +221,7 @@ class _Reader:
         self.mentioned |= _macro_names(bound.value)
         if not parameter:
             if selector in _configurables():
-                raise UserError(f"{bound.where}: set a parameter of it, {selector}.NAME")
+                raise UserError(f"{bound.where}: set a parameter, as in {selector}.NAME")
             self.macros[f"{scope}/{selector}".removeprefix("/")] = bound
             return
         name = _configurable(selector, bound.where)
@@ -242,17 +244,17 @@ class _Reader:
                 f"{where}: no file {name!r} to include in {', '.join(map(str, folders))}; "
                 "see --gin_search_paths"
             )
-        # What a file from elsewhere may read is for the user to say.
+        # A file may come from anyone, so only the user decides what else it reads.
         if not any(path.resolve().is_relative_to(folder.resolve()) for folder in folders):
             raise UserError(
-                f"{where}: {name!r} lies outside of the current folder and of the search paths; "
+                f"{where}: {name!r} is outside the current folder and the search paths; "
                 "add its folder to --gin_search_paths"
             )
         self.read_file(path, shown=name)
 
 
 class _Resolver:
-    """Follows macros and references from ``Experiment`` down, and remembers what it passed."""
+    """Follows macros and references, from ``Experiment`` down."""
 
     def __init__(self, bindings: Mapping[_Key, _Bound], macros: Mapping[str, _Bound]):
         self._bindings = bindings
@@ -260,7 +262,7 @@ class _Resolver:
         self._used: set[_Key] = set()
 
     def experiment(self) -> dict[str, Any]:
-        """The fields of an Experiment, for ``from_dict``; a group not bound is filled as well."""
+        """The fields of an Experiment, for ``from_dict``, with groups that have no binding."""
         values = self._parameters(_Reference((), Experiment.__name__, True))
         defaults = Experiment()
         for section in fields(Experiment):
@@ -278,13 +280,13 @@ class _Resolver:
         return values
 
     def check_flags_used(self) -> None:
-        """UserError for a flag that changes nothing."""
+        """UserError for a ``--gin.NAME=VALUE`` that has no effect."""
         for key, bound in self._bindings.items():
             if bound.is_flag and key not in self._used:
                 used = str(key).rpartition(".")[0]
                 group = "method" if key.name in _method_names() else key.name.lower()
                 raise UserError(
-                    f"{bound.where}: {key} has no effect, because nothing uses @{used}(); add "
+                    f"{bound.where}: {key} has no effect, because nothing refers to @{used}(); add "
                     f"--gin.Experiment.{group}='@{used}()' to use it"
                 )
 
@@ -293,7 +295,7 @@ class _Resolver:
         return bound.where if bound else section
 
     def _parameters(self, reference: _Reference) -> dict[str, Any]:
-        """The values bound to a configurable; those of an inner scope win over an outer one's."""
+        """The values bound to a configurable; an inner scope wins over an outer one."""
         keys: dict[str, _Key] = {}
         for depth in range(len(reference.scopes) + 1):
             scope = "/".join(reference.scopes[:depth])
@@ -307,7 +309,7 @@ class _Resolver:
         }
 
     def _value(self, value: Any, name: str, where: str, within: tuple[str, ...] = ()) -> Any:
-        """The value with its macros replaced; ``name`` is what it is bound to."""
+        """The value, bound to ``name``, with its macros replaced."""
         if isinstance(value, list | tuple):
             return [self._value(item, name, where, within) for item in value]
         if not isinstance(value, _Macro):

@@ -1,4 +1,4 @@
-"""Fields that a command would not look at: what sets one without effect is refused."""
+"""Refuses options of the command line that set a field without any effect."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ _OF_OPTIMIZERS = {
     "adamw": ("beta1", "beta2"),
     "sgd": ("momentum",),
 }
-# How a prompt is joined to the input, of which a bare prompt file says nothing.
+# How a prompt is combined with the input; the file of a prompt does not store it.
 _JOINING = tuple(
     f"method.{name}"
     for name in ("placement", "prompt_to_input", "prompt_to_prompt", "input_to_prompt")
@@ -41,45 +41,49 @@ def require_effect(
     prompts: int = 0,
     bare_prompts: bool = False,
 ) -> None:
-    """UserError for a field that the user gave and that changes nothing of what the command does.
+    """UserError for a field that the user sets and that has no effect on the command.
 
-    ``given`` is field -> how it was given; ``experiment`` has it all applied.  ``prompts`` is how
-    many are used, and ``bare_prompts`` whether one of them is of no run.
+    Args:
+      given: the option that sets each field, for example ``--steps`` for ``training.steps``.
+      experiment: the experiment, with all options applied.
+      command: the command's name.
+      prompts: how many prompts the command uses.
+      bare_prompts: whether one of the prompts does not belong to a run.
     """
-    for field, shown in given.items():
-        why = _why_not(field, experiment, command=command)
+    for field, option in given.items():
+        why = _reason(field, experiment, command=command)
         if command in ("eval", "predict"):
-            why = why or _why_not_trained(
+            why = why or _reason_without_training(
                 field, experiment, command=command, prompts=prompts, bare_prompts=bare_prompts
             )
         if why:
-            raise UserError(f"{shown} would change nothing: {why}")
+            raise UserError(f"{option} has no effect: {why}")
 
 
-def _why_not(field: str, experiment: Experiment, *, command: str) -> str:
-    """Because of other fields."""
+def _reason(field: str, experiment: Experiment, *, command: str) -> str:
+    """Why other fields make this one irrelevant; empty if they do not."""
     data, optimizer, training = experiment.data, experiment.optimizer, experiment.training
     if command == "serve":
         if not field.startswith(("model.", "mesh.")) and field != "data.module":
-            return "serve takes the fields of model and mesh, and data.module"
+            return "serve takes only the fields of model and mesh, and data.module"
     elif command in ("suite", "transfer") and field in _OF_TASKS:
-        return ""  # each task takes the place of what the config names
+        return ""  # the command replaces it for each task, without harm
     elif field in _OF_TASKS and (data.train or data.eval) and not data.objectives:
         if field == "data.task" and not data.task:
-            return ""  # it says the same
+            return ""  # as the files imply
         file = next(name for name in ("train", "eval") if getattr(data, name))
         return (
-            f"the examples are those of data.{file}={getattr(data, file)}; for a task empty what "
-            "names files, --set data.train= --set data.eval="
+            f"the examples come from data.{file}={getattr(data, file)}; to use a task, clear the "
+            "files with --set data.train= --set data.eval="
         )
     elif field in _OF_FILES and not (data.train or data.eval) and command != "predict":
-        return "it is of files, and neither data.train nor data.eval names one"
+        return "it applies to files, and neither data.train nor data.eval names one"
     elif field in _OF_TEXT and not data.objectives:
-        return "it is of pre-training, and data.objectives is empty"
+        return "it applies to pre-training, and data.objectives is empty"
     elif field == "evaluation.num_beams" and experiment.evaluation.strategy != "beam":
         return f"evaluation.strategy is {experiment.evaluation.strategy}, not beam"
     elif field in ("model.embeddings", "model.attention") and not experiment.model.random_weights:
-        return "the weights are not random (model.random_weights)"
+        return "the weights are not random (model.random_weights is false)"
     elif field == "optimizer.learning_rate" and training.learning_rates:
         return "training.learning_rates has one for each seed"
     elif field == "method.init" and training.inits:
@@ -87,34 +91,34 @@ def _why_not(field: str, experiment: Experiment, *, command: str) -> str:
     group, _, name = field.partition(".")
     for of, names in _OF_OPTIMIZERS.items():
         if group == "optimizer" and name in names and of != optimizer.name:
-            return f"it is of {of}, and optimizer.name is {optimizer.name}"
+            return f"it applies to {of}, and optimizer.name is {optimizer.name}"
     return ""
 
 
-def _why_not_trained(
+def _reason_without_training(
     field: str, experiment: Experiment, *, command: str, prompts: int, bare_prompts: bool
 ) -> str:
-    """Because nothing is trained."""
+    """Why the field is irrelevant to a command that does not train; empty if it is relevant."""
     method = experiment.method
     group = field.partition(".")[0]
     if group == "method" and not isinstance(method, PromptDesign):
         if not prompts:
             return (
-                f"{command} without --prompt is of the bare model; a method trains first, but for "
-                "method=prompt_design"
+                f"{command} without --prompt uses the model without a method; only "
+                "method=prompt_design needs no training"
             )
         joins = field in _JOINING or (field == "method" and isinstance(method, PromptTuning))
         if not (joins and bare_prompts):
-            return f"{command} takes what --prompt holds, and its method, as it was trained"
-    elif field == "training.seeds" and _draws(experiment):
+            return f"{command} uses the method that --prompt was trained with"
+    elif field == "training.seeds" and _uses_seeds(experiment):
         return ""
     elif group in ("optimizer", "training") or field == "model.dropout_rate":
-        return f"{command} trains nothing"
+        return f"{command} does not train"
     elif command == "predict" and field in ("data.metrics", "evaluation.best_by"):
-        return "predict scores nothing"
+        return "predict computes no scores"
     return ""
 
 
-def _draws(experiment: Experiment) -> bool:
-    """Whether seeds decide what is evaluated."""
+def _uses_seeds(experiment: Experiment) -> bool:
+    """Whether the result of an evaluation depends on the seeds."""
     return isinstance(experiment.method, PromptDesign) or experiment.model.random_weights

@@ -1,25 +1,24 @@
-"""An Experiment as text: ``a.b=c`` overrides, JSON, and what differs between two of them."""
+"""Experiments as text: ``a.b=c`` overrides, JSON, and the differences between two of them."""
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import METHODS, MethodConfig
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
-T = TypeVar("T")
-
-MAX_BYTES = 2**24  # of an experiment; the longest fields are its labels
-# Says in JSON which of several dataclasses a group is; no field can have a keyword for its name.
+MAX_BYTES = 2**24  # of the JSON of an experiment, whose longest field is its labels
+# JSON key with the class of a method; no field has this name, because it is a keyword.
 CLASS = "class"
-# What people call some methods.
-_ALSO_CALLED = {
+# Other names of methods.
+_ALIASES = {
     "bitfit": "pattern",
     "model_tuning": "full",
     "fine_tuning": "full",
@@ -31,17 +30,24 @@ _ALSO_CALLED = {
 }
 
 
-def apply_override(experiment: Experiment, override: str) -> Experiment:
-    """The experiment with one field replaced, e.g. ``optimizer.learning_rate=0.1``.
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
 
-    A tuple is written ``0,1,2`` or as a JSON list, and a method as its name (``method=full``),
-    which gives the method with its default fields.  UserError for a field that does not exist,
-    a value of another type and a choice that is not offered.
+
+def apply_override(experiment: Experiment, override: str) -> Experiment:
+    """The experiment with one field replaced, for example ``optimizer.learning_rate=0.1``.
+
+    A tuple is written as ``0,1,2`` or as a JSON list.  A method is written as its name
+    (``method=full``) and has its default fields.
+
+    Raises:
+      UserError: for an unknown field, a value of another type and an invalid choice.
     """
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(
-            f"{override!r}: expected FIELD=VALUE, for instance optimizer.learning_rate=0.1"
+            f"{override!r}: expected FIELD=VALUE, for example optimizer.learning_rate=0.1"
         )
     path = path.strip()
     owners: list[Any] = [experiment]
@@ -54,7 +60,7 @@ def apply_override(experiment: Experiment, override: str) -> Experiment:
     if not _has_field(owners[-1], name):
         raise UserError(_no_such_field(path, experiment))
 
-    annotation = get_type_hints(type(owners[-1]))[name]
+    annotation = _type_hints(type(owners[-1]))[name]
     value = checked(_read(text, annotation, path), annotation, path)
     for owner, field in zip(reversed(owners), reversed([*groups, name]), strict=True):
         value = dataclasses.replace(owner, **{field: value})
@@ -62,26 +68,26 @@ def apply_override(experiment: Experiment, override: str) -> Experiment:
 
 
 def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
-    """The experiment with the overrides applied from left to right, the method before all others.
+    """The experiment with the overrides applied from left to right, but the method first.
 
-    Another method than the experiment's brings the optimizer's fields that it is usually trained
-    with.
+    A different method also sets the fields of the optimizer in its ``default_optimizer``.
     """
     overrides = sorted(overrides, key=lambda override: _path(override) != "method")
     for override in overrides:
         before = experiment.method
         experiment = apply_override(experiment, override)
         if type(experiment.method) is not type(before):
-            experiment = _with_usual_optimizer(experiment, before)
+            experiment = _with_default_optimizer(experiment, before)
     return experiment
 
 
-def _with_usual_optimizer(experiment: Experiment, before: MethodConfig) -> Experiment:
-    """Of the optimizer what the method before was trained with is as for a prompt again."""
+def _with_default_optimizer(experiment: Experiment, before: MethodConfig) -> Experiment:
+    """The experiment with the optimizer's fields that the new method, or the last one, changes."""
     optimizer = experiment.optimizer
-    default, usual = type(optimizer)(), experiment.method.default_optimizer
-    # Between two methods that want the same as a prompt, a config's own choice stays.
-    fields = {name: getattr(default, name) for name in before.default_optimizer} | {**usual}
+    defaults = type(optimizer)()
+    # Other fields keep the values that the config chose.
+    fields = {name: getattr(defaults, name) for name in before.default_optimizer}
+    fields |= experiment.method.default_optimizer
     return dataclasses.replace(experiment, optimizer=dataclasses.replace(optimizer, **fields))
 
 
@@ -91,7 +97,7 @@ def _path(override: str) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as nested dicts, lists, strings and numbers."""
-    hints = get_type_hints(type(config))
+    hints = _type_hints(type(config))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -103,15 +109,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:
-    """The experiment that ``to_dict`` took apart; fields left out have their defaults."""
+    """The inverse of ``to_dict``; missing fields have their defaults."""
     return checked_experiment(values)
 
 
 def checked_experiment(value: Any) -> Experiment:
-    """The experiment, or the dict of one, with each value in the exact type of its field.
+    """An experiment, or its dict, as an experiment with each value in the type of its field.
 
-    Lists become tuples and whole numbers floats where those are asked for; UserError with the
-    field's path, what is expected and what was given.
+    Lists become tuples, and whole numbers floats, where the field has that type.  UserError names
+    the field, the expected type and the value.
     """
     experiment = checked(value, Experiment)
     assert isinstance(experiment, Experiment)
@@ -119,12 +125,12 @@ def checked_experiment(value: Any) -> Experiment:
 
 
 def to_json(experiment: Experiment) -> str:
-    """The whole experiment, defaults included; ``from_json`` gives an equal one."""
+    """The whole experiment, with defaults; ``from_json`` returns an equal one."""
     return json.dumps(to_dict(experiment), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str | bytes) -> Experiment:
-    """The experiment that ``to_json`` wrote; UserError for what is not one, naming the field."""
+    """The inverse of ``to_json``; UserError names the field that is wrong."""
     values = read_json(text, of="not the JSON of an experiment", max_bytes=MAX_BYTES)
     if not isinstance(values, dict):
         raise UserError(f"not the JSON of an experiment: {_show(values)}")
@@ -132,35 +138,35 @@ def from_json(text: str | bytes) -> Experiment:
 
 
 def method_to_json(method: MethodConfig) -> str:
-    """One method's config, with its class; ``method_from_json`` gives an equal one."""
+    """The config of a method and its class; ``method_from_json`` returns an equal one."""
     return json.dumps({CLASS: type(method).__name__} | to_dict(method), allow_nan=False)
 
 
 def method_from_json(text: str, *, of: str = "a method's config") -> MethodConfig:
-    """The method that ``method_to_json`` wrote; UserError, in a line that begins with ``of``."""
+    """The inverse of ``method_to_json``; the message of a UserError begins with ``of``."""
     value = read_json(text, of=of, max_bytes=MAX_BYTES)
     method: MethodConfig = checked(value, MethodConfig, "method")
     return method
 
 
 def diff(a: Experiment, b: Experiment) -> list[str]:
-    """What differs, a line each: ``optimizer.learning_rate: 0.3 -> 0.1``; empty if they are equal.
+    """The fields that differ, one line each: ``optimizer.learning_rate: 0.3 -> 0.1``.
 
-    Of two methods, only the fields that both have are compared further.
+    Two different methods are compared by the fields that both have.
     """
     old, new = dict(_leaves(to_dict(a))), dict(_leaves(to_dict(b)))
     return [
-        f"{path.removesuffix('.' + CLASS)}: {_json(old[path])} -> {_json(new[path])}"
+        f"{path.removesuffix('.' + CLASS)}: {json_text(old[path])} -> {json_text(new[path])}"
         for path in old
         if path in new and old[path] != new[path]
     ]
 
 
 def checked(value: Any, annotation: Any, path: str = "") -> Any:
-    """The value in the type that the annotation asks for, groups built and all fields looked at.
+    """The value as the annotated type, with each field of a dataclass checked.
 
-    Takes dataclasses as well as dicts for a group, lists for tuples and whole numbers for floats.
-    UserError with the path, what is expected and what was given.
+    A dataclass may be given as a dict, a tuple as a list and a float as a whole number.  UserError
+    names the path, the expected type and the value.
     """
     if classes := group_classes(annotation):
         return _checked_group(value, classes, path)
@@ -185,7 +191,7 @@ def checked(value: Any, annotation: Any, path: str = "") -> Any:
 
 
 def group_classes(annotation: Any) -> tuple[type, ...]:
-    """The dataclasses that a field with this annotation may hold; none if it is a plain value."""
+    """The dataclasses that a field of this type may hold; empty for a plain value."""
     if annotation is MethodConfig:
         return tuple(METHODS.values())
     is_group = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
@@ -207,7 +213,7 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
     if not isinstance(name, str) or name not in by_name:
         raise UserError(f"{path}: expected {' or '.join(by_name)}, got {name or 'no class'}")
     cls = by_name[name]
-    hints = {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    hints = {f.name: _type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in hints:
@@ -216,13 +222,13 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
 
 
 def _read(text: str, annotation: Any, path: str) -> Any:
-    """What the text stands for where an annotation stands; the text itself if that cannot be."""
+    """The text as a value of the annotated type; the text itself if it is not one."""
     if annotation is MethodConfig:
         if (name := text.strip().lower()) in METHODS:
             return METHODS[name]()
-        raise UserError(f"{path} cannot be {_show(text)}: {_method_like(text)}")
+        raise UserError(f"{path} cannot be {_show(text)}: {_suggest_method(text)}")
     if group_classes(annotation):
-        names = ", ".join(f"{path}.{name}" for name in get_type_hints(annotation))
+        names = ", ".join(f"{path}.{name}" for name in _type_hints(annotation))
         raise UserError(f"{path} is a group of fields; set one of {names}")
     if get_origin(annotation) is tuple:
         return _read_tuple(text.strip(), get_args(annotation)[0], path)
@@ -236,20 +242,20 @@ def _read(text: str, annotation: Any, path: str) -> Any:
     return text
 
 
-def _method_like(text: str) -> str:
-    """The name that may have been meant, and all of them."""
+def _suggest_method(text: str) -> str:
+    """The method that was probably meant, and all methods."""
     name = text.strip().lower().replace("-", "_")
-    return suggest(_ALSO_CALLED.get(name, name), METHODS, most=len(METHODS))
+    return suggest(_ALIASES.get(name, name), METHODS, most=len(METHODS))
 
 
 def _read_tuple(text: str, item: Any, path: str) -> Any:
     if text.startswith("["):
         try:
             return read_json(text, of=path)
-        except UserError:  # [a,b]: words without quotes
+        except UserError:  # [a,b], without quotes
             text = text.removeprefix("[").removesuffix("]")
     parts = [part.strip() for part in text.split(",")]
-    if parts[-1] == "":  # nothing at all, or a comma behind the last one
+    if parts[-1] == "":  # an empty text, or a trailing comma
         parts.pop()
     return [_read(part, item, path) for part in parts]
 
@@ -267,7 +273,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _no_such_field(path: str, experiment: Experiment) -> str:
-    """A message that names the nearest paths, whether the group or the field is misspelt."""
+    """A message with the nearest paths, whether the group or the field is misspelt."""
     *groups, name = path.split(".")
     known = [p for p, _ in _leaves(to_dict(experiment)) if not p.endswith("." + CLASS)]
 
@@ -276,7 +282,7 @@ def _no_such_field(path: str, experiment: Experiment) -> str:
 
     scores = {p: (alike(path, p) + alike(name, p.rpartition(".")[2])) / 2 for p in known}
     best = max(scores.values())
-    # The same name in another group comes first, then what is spelled much the same.
+    # First the same name in another group, then similar names.
     elsewhere = [p for p in known if name and p.rpartition(".")[2] == name]
     group = ".".join(groups)
     near = [repr(p) for p in elsewhere]
@@ -299,8 +305,8 @@ def _no_such_field(path: str, experiment: Experiment) -> str:
 def _described(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
-        named = {int: "whole numbers, as 0,1,2", float: "numbers, as 0.1,0.3"}
-        return f"a list of {named.get(item, 'texts, as a,b or a JSON list')}"
+        named = {int: "whole numbers such as 0,1,2", float: "numbers such as 0.1,0.3"}
+        return f"a list of {named.get(item, 'texts such as a,b or a JSON list')}"
     return {
         bool: "true or false",
         int: "a whole number",
@@ -312,7 +318,7 @@ def _described(annotation: Any) -> str:
 def _is_finite(number: float) -> bool:
     try:
         return math.isfinite(number)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # a whole number too large for a float
         return False
 
 
@@ -327,7 +333,3 @@ def _is_utf8(text: str) -> bool:
 def _show(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _json(value: Any) -> str:
-    return json_text(value)

@@ -1,4 +1,4 @@
-"""The paths of an experiment: what a run keeps of them, so that it is found from anywhere."""
+"""The paths of an experiment, as a run saves them."""
 
 import dataclasses
 import os
@@ -19,19 +19,19 @@ T5X_MODELS = {
 
 
 def with_whole_paths(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths of the files and folders that it names.
+    """The experiment with absolute paths, so that any folder is a valid working directory.
 
-    Names of models, ``gs://`` and what is not there stay as they are.
+    Names of models, ``gs://`` addresses and paths that do not exist stay as they are.
     """
     workdir = experiment.training.workdir
     training = dataclasses.replace(
         experiment.training, workdir=os.path.abspath(Path(workdir).expanduser()) if workdir else ""
     )
-    return _with_paths(dataclasses.replace(experiment, training=training), _whole)
+    return _with_paths(dataclasses.replace(experiment, training=training), _absolute)
 
 
 def moved_to(experiment: Experiment, folder: str | Path) -> Experiment:
-    """A saved experiment for the folder that its run is in now: what was in it is there still."""
+    """The experiment of a run that was moved to ``folder``, with the paths inside it updated."""
     before, now = experiment.training.workdir, os.path.abspath(folder)
     if not os.path.isabs(before) or before == now:
         return experiment
@@ -40,14 +40,14 @@ def moved_to(experiment: Experiment, folder: str | Path) -> Experiment:
         inside = os.path.relpath(path, before) if os.path.isabs(path) else os.pardir
         if inside.split(os.sep)[0] == os.pardir or os.path.exists(path):
             return path
-        there = os.path.join(now, inside)
-        return there if os.path.exists(there) else path
+        updated = os.path.join(now, inside)
+        return updated if os.path.exists(updated) else path
 
     return _with_paths(experiment, moved)
 
 
 def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experiment:
-    """The experiment with ``change`` made to all that may be a path."""
+    """The experiment with ``change`` applied to each field that may hold a path."""
     model, data, method = experiment.model, experiment.data, experiment.method
     named = model.name_or_path
     if named not in (*BUNDLED, *T5X_MODELS) and not model.random_weights:
@@ -67,6 +67,6 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
     return dataclasses.replace(experiment, model=model, data=data, method=method)
 
 
-def _whole(path: str) -> str:
-    place = Path(path).expanduser() if path else Path()
-    return os.path.abspath(place) if path and place.exists() else path
+def _absolute(path: str) -> str:
+    expanded = Path(path).expanduser() if path else Path()
+    return os.path.abspath(expanded) if path and expanded.exists() else path

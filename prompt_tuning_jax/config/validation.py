@@ -1,4 +1,4 @@
-"""Values of an Experiment that have the right type and make no sense."""
+"""Refuses values of an Experiment that have the right type but are invalid."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -23,48 +23,48 @@ from prompt_tuning_jax.config.overrides import checked, checked_experiment
 from prompt_tuning_jax.errors import UserError
 
 _LOGITS = "model/decoder/logits_dense/kernel"  # path of a frozen weight
-# What the random number generators of numpy and JAX both take.
+# Seeds that the random number generators of both numpy and JAX accept.
 _MAX_SEED = 2**31
 
 
 def validate(experiment: Experiment) -> Experiment:
-    """The experiment with its values in their exact types; UserError for the first that is wrong.
+    """The experiment with its values in their exact types; UserError for the first invalid value.
 
-    Looks at the experiment alone: whether files, tasks and models exist is for those who open them.
+    Checks the experiment only: whoever opens files, tasks and models checks that they exist.
     """
     experiment = checked_experiment(experiment)
-    for complaint in _complaints(experiment):
-        raise UserError(complaint)
+    for error in _errors(experiment):
+        raise UserError(error)
     return experiment
 
 
-def _complaints(experiment: Experiment) -> Iterator[str]:
-    model = experiment.model
+def _errors(experiment: Experiment) -> Iterator[str]:
+    model, method = experiment.model, type(experiment.method).__name__
     if not model.name_or_path:
-        yield "model.name_or_path is empty; name a bundled model or a folder, for instance tiny"
+        yield "model.name_or_path is empty; name a model or a folder, for example tiny"
     yield from _outside("model", model, "dropout_rate", low=0, below=1)
     if model.quantization != "none":
         if experiment.method.trains(_LOGITS):
             yield (
-                f"model.quantization is {model.quantization} and {type(experiment.method).__name__}"
-                " trains the weights, which are whole numbers then; set model.quantization=none"
+                f"model.quantization is {model.quantization}, but {method} trains the weights; set "
+                "model.quantization=none"
             )
         for name in ("embeddings", "attention"):
             if model.random_weights and getattr(model, name) != "normal":
                 yield (
-                    f"model.{name} is for weights that train; set it to normal, "
+                    f"model.{name} needs weights that train; set it to normal, "
                     "or model.quantization=none"
                 )
     yield from experiment.method.config_errors()
     if experiment.method.scores_labels and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (
-            f"evaluation.strategy is {experiment.evaluation.strategy} and "
-            f"{type(experiment.method).__name__} ranks labels and writes no text; set it to rank"
+            f"evaluation.strategy is {experiment.evaluation.strategy}, but "
+            f"{method} scores labels and generates no text; set it to rank"
         )
     if experiment.method.scores_labels and experiment.evaluation.normalize_length:
         yield (
-            f"evaluation.normalize_length is true and {type(experiment.method).__name__} scores "
-            "labels itself, and not by their tokens; set it to false"
+            f"evaluation.normalize_length is true, but {method} does not score labels by their "
+            "tokens; set it to false"
         )
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
@@ -75,21 +75,21 @@ def _complaints(experiment: Experiment) -> Iterator[str]:
 
 def _data(data: Data) -> Iterator[str]:
     if not (data.task or data.train or data.eval):
-        yield "data.task is empty; name a task, or files of your own in data.train and data.eval"
+        yield "data.task is empty; name a task, or your files in data.train and data.eval"
     if (repeated := _repeated(data.labels)) is not None:
         yield f"data.labels has {repeated!r} twice"
     parse_class_weights(data.class_weights)
     if data.class_weights and data.objectives:
-        yield "data.class_weights are for labels, and data.objectives trains on text; leave one out"
+        yield "data.class_weights needs labels, but data.objectives trains on text; drop one"
     own_files = bool(data.train or data.eval) and not data.objectives
     for name in ("targets", "allow_empty_targets", "header", "columns", "separator"):
         if not own_files and getattr(data, name) != getattr(Data(), name):
             yield (
-                f"data.{name} is for files of your own, and data.train and data.eval name none; "
-                "leave it out"
+                f"data.{name} applies to files, and neither data.train nor data.eval names one; "
+                "drop it"
             )
     if data.targets == "text" and data.labels:
-        yield "data.targets is text and data.labels names labels; leave one of them out"
+        yield "data.targets is text, but data.labels names labels; drop one of them"
     if (repeated := _repeated(data.columns)) is not None:
         yield f"data.columns has {repeated!r} twice"
     if len(data.separator) > 1 and data.separator.lower() not in ("tab", "\\t"):
@@ -97,20 +97,20 @@ def _data(data: Data) -> Iterator[str]:
     yield from _outside("data", data, "inputs_length", "targets_length", low=1)
     longest = max(parse_buckets(data.buckets)[0], default=0)
     if longest > data.inputs_length:
-        yield f"data.buckets has {longest} and data.inputs_length is {data.inputs_length}; raise it"
+        yield f"data.buckets has {longest}; data.inputs_length is {data.inputs_length}, so raise it"
     yield from _outside("data", data, "max_eval_examples", low=0)
     if data.objectives and not data.train:
-        yield "data.objectives is given without data.train; name a folder of text files"
+        yield "data.objectives needs data.train, a folder of text files"
     if data.objective_weights and len(data.objective_weights) != len(data.objectives):
         yield (
-            f"data.objective_weights has {len(data.objective_weights)} entries and "
+            f"data.objective_weights has {len(data.objective_weights)} entries, but "
             f"data.objectives has {len(data.objectives)}; give one for each, or none"
         )
     if data.probes and not data.objectives:
-        yield "data.probes is given without data.objectives; probes are for pre-training"
+        yield "data.probes needs data.objectives: probes apply to pre-training"
     if "dictionary" in data.objectives and not data.dictionary:
         yield (
-            "data.objectives has dictionary, and data.dictionary is empty; give it the folder of "
+            "data.dictionary is empty, but data.objectives has dictionary; set it to the folder of "
             "WordNet's files (Debian: apt install wordnet-base, then /usr/share/wordnet)"
         )
     if data.objective_weights and min(data.objective_weights) <= 0:
@@ -141,7 +141,7 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
     end = optimizer.decay_steps or steps
     if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
         yield (
-            f"optimizer.warmup_steps is {optimizer.warmup_steps} and the {optimizer.schedule} "
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}, but the {optimizer.schedule} "
             f"schedule ends at step {end} (optimizer.decay_steps or training.steps)"
         )
 
@@ -160,20 +160,20 @@ def _training(training: Training, *, method: Any) -> Iterator[str]:
     )
     if training.gradient_accumulation >= 1 and training.batch_size % training.gradient_accumulation:
         yield (
-            f"training.batch_size {training.batch_size} cannot be divided into "
-            f"training.gradient_accumulation {training.gradient_accumulation} equal parts"
+            f"training.batch_size is {training.batch_size}; it must be divisible by "
+            f"training.gradient_accumulation, which is {training.gradient_accumulation}"
         )
     seeds = training.seeds
     if not seeds:
-        yield "training.seeds is empty; give one seed per prompt, for instance 0"
+        yield "training.seeds is empty; give one seed per prompt, for example 0"
     for seed in seeds:
         if not 0 <= seed < _MAX_SEED:
-            yield f"training.seeds has {seed}; seeds are from 0 to {_MAX_SEED - 1}"
+            yield f"training.seeds has {seed}; must be from 0 to {_MAX_SEED - 1}"
     for name in ("learning_rates", "inits"):
         entries = getattr(training, name)
         if entries and len(entries) != len(seeds):
             yield (
-                f"training.{name} has {len(entries)} entries and training.seeds has {len(seeds)}; "
+                f"training.{name} has {len(entries)} entries, but training.seeds has {len(seeds)}; "
                 "give one per seed, or none"
             )
     for rate in training.learning_rates:
@@ -181,16 +181,16 @@ def _training(training: Training, *, method: Any) -> Iterator[str]:
             yield f"training.learning_rates has {rate}; must be at least 0"
     if training.inits:
         if (init := get_type_hints(type(method)).get("init")) is None:
-            yield f"training.inits is given and {type(method).__name__} has no init"
+            yield f"training.inits has no effect: {type(method).__name__} has no init"
         for entry in training.inits:
             checked(entry, init, "training.inits")
-    # Two equal ones would train the same prompt twice.
+    # Equal entries would train the same prompt twice.
     each = zip(seeds, training.learning_rates or seeds, training.inits or seeds, strict=True)
     if (repeated := _repeated(tuple(each))) is not None:
         yield f"training.seeds has {repeated[0]} twice, with the same learning rate and init"
 
 
-_STRATEGIES_OF = {
+_NEEDED_STRATEGIES = {
     "num_beams": ("beam",),
     "normalize_length": ("rank",),
     "min_length": ("greedy", "beam"),
@@ -201,20 +201,19 @@ _STRATEGIES_OF = {
 
 def _evaluation(evaluation: Evaluation, *, targets_length: int) -> Iterator[str]:
     yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
-    found = logits_processor_errors(
+    for error in logits_processor_errors(
         min_length=evaluation.min_length,
         repetition_penalty=evaluation.repetition_penalty,
         no_repeat_ngram_size=evaluation.no_repeat_ngram_size,
         max_length=targets_length,
-    )
-    for complaint in found:
-        yield f"evaluation.{complaint}"
-    usual = Evaluation()
-    for name, strategies in _STRATEGIES_OF.items():
+    ):
+        yield f"evaluation.{error}"
+    defaults = Evaluation()
+    for name, strategies in _NEEDED_STRATEGIES.items():
         value = getattr(evaluation, name)
-        if value != getattr(usual, name) and evaluation.strategy not in strategies:
+        if value != getattr(defaults, name) and evaluation.strategy not in strategies:
             yield (
-                f"evaluation.{name} is {value} and is for evaluation.strategy="
+                f"evaluation.{name} is {value}, which needs evaluation.strategy="
                 f"{' or '.join(strategies)}; evaluation.strategy is {evaluation.strategy}"
             )
 
@@ -223,8 +222,8 @@ def _mesh(mesh: Mesh) -> Iterator[str]:
     sizes = (mesh.data, mesh.fsdp, mesh.model)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         yield (
-            f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each is at least 1, "
-            "or -1 on one of them for all devices that are left"
+            f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each must be at "
+            "least 1, or -1 on one of them for all remaining devices"
         )
     yield from _outside("mesh", mesh, "dcn_data", "dcn_fsdp", "dcn_model", low=1)
     parse_rules(mesh.rules)

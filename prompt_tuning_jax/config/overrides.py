@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prompt_tuning_jax.config.experiment import Experiment
@@ -15,6 +15,8 @@ from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 MAX_BYTES = 2**24  # of the JSON of an experiment, whose longest field is its labels
+_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+
 # JSON key with the class of a method; no field has this name, because it is a keyword.
 CLASS = "class"
 # Other names of methods.
@@ -28,11 +30,6 @@ _ALIASES = {
     "mpt": "multitask_prompts",
     "adapter": "adapters",
 }
-
-
-@functools.cache
-def _type_hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def apply_override(experiment: Experiment, override: str) -> Experiment:

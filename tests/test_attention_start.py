@@ -48,7 +48,7 @@ def share_right(*, matching: bool) -> float:
         model, DescribedPrompts(positions=2, words=3), key=jax.random.key(0), context=Context()
     )
     tokens = np.concatenate([block, texts], axis=1).astype(np.int32)
-    logits = np.asarray(attached(tokens, np.zeros((EXAMPLES, 1), np.int32)))[:, 0]
+    logits = np.asarray(jax.jit(attached)(tokens, np.zeros((EXAMPLES, 1), np.int32)))[:, 0]
     scores = np.take_along_axis(logits, labels, axis=1)
     return float(np.mean(scores.argmax(1) == right))
 

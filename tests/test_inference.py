@@ -45,7 +45,7 @@ from tests.micro import (
     token_rows,
 )
 
-MODEL = make_t5()
+MODEL = make_t5(ONE_LAYER)
 SOURCE = token_rows([5, 3, 6], 7)
 TARGET = token_rows([4, 2, 3], 5, seed=1)
 PROMPT_PD = normal(3, D, seed=2)

@@ -107,20 +107,31 @@ def test_one_text_gets_one_answer(
             assert one.log_probs is not None and [*one.log_probs] == [*LABELS]
             np.testing.assert_allclose([*one.log_probs.values()], scores, atol=1e-4)
     if isinstance(given[0], str):
-        found = by_command(capsys, prompt, *given)
-        assert [one["input"] for one in found] == given
+        answers = by_command(capsys, prompt, *given)
+        assert [one["input"] for one in answers] == given
     else:
         rows = write_rows(tmp_path / "rows.jsonl", given)
-        found = by_command(capsys, prompt, "--input", rows)
+        answers = by_command(capsys, prompt, "--input", rows)
         rows.unlink()
-        assert [one["input"] for one in found] == worded and found[0]["row"] == given[0]
-    for answers in (found, by_command(capsys, prompt, "--raw", *worded)):
-        scores_CN = [[*one["log_probs"].values()] for one in answers]
-        np.testing.assert_allclose(scores_CN, expected, atol=1e-4)
+        assert [one["input"] for one in answers] == worded and answers[0]["row"] == given[0]
+    scores_CN = [[*one["log_probs"].values()] for one in answers]
+    np.testing.assert_allclose(scores_CN, expected, atol=1e-4)
     shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
-    for answers in (by_server(tmp_path, given), by_server(tmp_path, worded, raw=True)):
-        served = [[one["probabilities"][label] for label in LABELS] for one in answers]
-        np.testing.assert_allclose(served, shares, atol=1e-3)
+    answers = by_server(tmp_path, given)
+    served = [[one["probabilities"][label] for label in LABELS] for one in answers]
+    np.testing.assert_allclose(served, shares, atol=1e-3)
+
+
+def test_raw_text_is_read_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command and the server, whatever wording the prompt was trained with."""
+    prompt = write_prompt(tmp_path / "mine.safetensors", inputs_template="say {x}")
+    model = micro_model()
+    expected = pt.score(model, ["bon"] * len(LABELS), [*LABELS], load_prompt(prompt))
+    (answer,) = by_command(capsys, prompt, "--raw", "bon")
+    np.testing.assert_allclose([*answer["log_probs"].values()], expected, atol=1e-4)
+    (answer,) = by_server(tmp_path, ["bon"], raw=True)
+    served = [answer["probabilities"][label] for label in LABELS]
+    np.testing.assert_allclose(served, np.exp(expected) / np.exp(expected).sum(), atol=1e-3)
 
 
 def test_a_text_for_several_columns_is_refused_everywhere(

@@ -198,9 +198,10 @@ def test_the_evaluation_loss_is_that_of_training(
         assert best is not None
         own = {name: jnp.asarray(x[member]) for name, x in result.best_tuned.items()}
         attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
+        logits_of = jax.jit(attached)
         total = tokens = 0.0
         for batch in eval_batches(examples, batch_size=5):
-            logits = attached(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
+            logits = logits_of(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
             targets = batch["decoder_target_tokens"]
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             each = np.take_along_axis(np.asarray(log_probs), targets[..., None], axis=-1)[..., 0]

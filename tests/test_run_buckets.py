@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def batches_of(of: Experiment) -> TrainBatches:
 def test_interrupted_and_continued_it_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"training.seeds": (0, 4)}
+    changes = {"training.seeds": (0, 4), "model.dropout_rate": 0.1}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     build_step, made = build.build_step, []
     calls = 0
@@ -120,7 +121,12 @@ def test_interrupted_and_continued_it_is_the_same_run(
 def test_prompts_trained_at_once_equal_prompts_trained_alone(tmp_path: Path) -> None:
     """With dropout, whose masks depend on the shape of a batch."""
     sgd = {"optimizer.name": "sgd", "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 0.05}
-    few = {"data.buckets": "24", "training.steps": 6, "training.eval_every": 6}
+    few = {
+        "model.dropout_rate": 0.1,
+        "data.buckets": "24",
+        "training.steps": 6,
+        "training.eval_every": 6,
+    }
     train(experiment(tmp_path / "both", {**sgd, **few, "training.seeds": (3, 7)}), quiet=True)
     train(experiment(tmp_path / "alone", {**sgd, **few, "training.seeds": (7,)}), quiet=True)
     batches = batches_of(experiment("w", {**few, "training.seeds": (7,)}))
@@ -145,9 +151,14 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
     own = {name: array[0] for name, array in members.trainable.items()}
     attached = param_tree.merge(members.graphdef, {**members.frozen, **own})
 
+    @jax.jit
+    def logits_of(inputs_BT: jax.Array, targets_BS: jax.Array) -> jax.Array:
+        logits_BSV: jax.Array = attached(inputs_BT, targets_BS)
+        return logits_BSV
+
     def losses(batch: dict[str, np.ndarray]) -> np.ndarray:
         rows = {name: jnp.asarray(array[0]) for name, array in batch.items()}
-        logits_BSV = attached(rows["encoder_input_tokens"], rows["decoder_input_tokens"])
+        logits_BSV = logits_of(rows["encoder_input_tokens"], rows["decoder_input_tokens"])
         targets_BS = rows["decoder_target_tokens"]
         return np.array(
             [

@@ -61,8 +61,8 @@ def test_a_batch_holds_padded_pairs_and_shifted_targets():
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 20, 33])
 def test_every_epoch_holds_every_example_once(number):
     batches = TrainBatches(make(number), batch_size=8, seeds=5)
-    stream = seen(batches, range(5 * number)) - 10
-    for epoch in range(8 * 5):
+    stream = seen(batches, range(number)) - 10
+    for epoch in range(8):
         part = stream[epoch * number : (epoch + 1) * number]
         assert sorted(part) == list(range(number))
 
@@ -107,8 +107,8 @@ ORDER_OF_SEED_0 = [1, 5, 10, 3, 7, 2, 0, 4, 11, 9, 8, 6, 2, 5, 11, 4, 6, 8]
 @pytest.mark.parametrize("seeds", [0, (0, 4)])
 def test_iterating_gives_what_indexing_gives(threads, seeds):
     batches = TrainBatches(make(50), batch_size=8, seeds=seeds)
-    found = list(batches.iterate(5, 30, num_threads=threads))
-    assert len(found) == 25
+    found = list(batches.iterate(5, 15, num_threads=threads))
+    assert len(found) == 10
     for step, batch in enumerate(found, start=5):
         assert_same(batch, batches[step])
     assert list(batches.iterate(5, 5)) == []
@@ -142,7 +142,7 @@ def test_mixtures_keep_their_rates_and_every_set_its_epochs():
     sets = [make(30, first=100), make(7, first=200)]
     batches = TrainBatches(sets, batch_size=8, seeds=0, rates=(3, 1))
     assert batches.examples_per_epoch == 37
-    stream = seen(batches, range(70))
+    stream = seen(batches, range(24))
     first, second = stream[stream < 200], stream[stream >= 200]
     assert len(first) == 3 * len(second)
     for part, number, start in ((first, 30, 100), (second, 7, 200)):
@@ -151,7 +151,7 @@ def test_mixtures_keep_their_rates_and_every_set_its_epochs():
                 range(start, start + number)
             )
     # Evenly interleaved: each batch has its share.
-    assert all(((seen(batches, [step]) < 200).sum() == 6) for step in range(70))
+    assert ((stream.reshape(24, 8) < 200).sum(axis=1) == 6).all()
     equal = seen(TrainBatches(sets, batch_size=8, seeds=0), range(10))
     assert (equal < 200).sum() == 40
 

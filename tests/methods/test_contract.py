@@ -33,7 +33,16 @@ from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.typing import HostArray
 from tests import tiny_run
 from tests.devices import with_devices
-from tests.method_cases import CASES, LABELS, ONE_OF_EACH, experiment, model, steps_from, trained
+from tests.method_cases import (
+    CASES,
+    LABELS,
+    ON_A_MESH,
+    ONE_OF_EACH,
+    experiment,
+    model,
+    steps_from,
+    trained,
+)
 from tests.micro import call, make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,11 +221,11 @@ EIGHT = """
 import sys
 import jax, numpy as np
 from prompt_tuning_jax.config.experiment import Mesh
-from tests.method_cases import ONE_OF_EACH, trained
+from tests.method_cases import ON_A_MESH, trained
 
 assert len(jax.devices()) == 8
 one = np.load(sys.argv[1])
-for name in ONE_OF_EACH:
+for name in ON_A_MESH:
     found = trained(name, mesh=Mesh(data=2, fsdp=2, model=2))
     for key, array in found.after.items():
         np.testing.assert_allclose(array, one[f"{name}:{key}"], atol=2e-5, err_msg=f"{name} {key}")
@@ -227,7 +236,7 @@ for name in ONE_OF_EACH:
 @pytest.mark.slow
 def test_eight_devices_train_as_one_does(tmp_path: Path) -> None:
     file = tmp_path / "one.npz"
-    arrays = {f"{n}:{key}": a for n in ONE_OF_EACH for key, a in trained(n).after.items()}
+    arrays = {f"{n}:{key}": a for n in ON_A_MESH for key, a in trained(n).after.items()}
     np.savez(file, **arrays)
     done = subprocess.run(
         [sys.executable, "-c", EIGHT, str(file)],
@@ -238,7 +247,7 @@ def test_eight_devices_train_as_one_does(tmp_path: Path) -> None:
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == list(ONE_OF_EACH)
+    assert done.stdout.split() == list(ON_A_MESH)
 
 
 class Killed(BaseException):

@@ -33,7 +33,7 @@ def inputs(*blocks):
 
 def test_a_position_is_the_label_and_the_turned_mean_of_the_words():
     model = make_t5(ONE_LAYER)
-    logits_BSV = attach(model)(inputs(*BLOCKS), TARGETS.repeat(2, axis=0))
+    logits_BSV = jax.jit(attach(model))(inputs(*BLOCKS), TARGETS.repeat(2, axis=0))
     table_VD = np.asarray(model.token_embedder.embedding.get_value())
     for row, block in enumerate(BLOCKS):
         vectors = []
@@ -43,12 +43,12 @@ def test_a_position_is_the_label_and_the_turned_mean_of_the_words():
             vectors.append(table_VD[label] + np.roll(mean, D // 2))
         trainable = with_prompt(model, np.stack(vectors), PromptTuning(length=3))
         np.testing.assert_allclose(
-            logits_BSV[row], trainable(np.array([TEXT]), TARGETS)[0], atol=1e-5
+            logits_BSV[row], jax.jit(trainable)(np.array([TEXT]), TARGETS)[0], atol=1e-5
         )
 
 
 def test_a_position_without_a_label_is_not_seen():
-    attached = attach(make_t5(ONE_LAYER))
+    attached = jax.jit(attach(make_t5(ONE_LAYER)))
     one, other, third = (
         attached(inputs([[5, 6, 7, 0], middle, [4, 5, 6, 7]]), TARGETS)
         for middle in ([0, 0, 0, 0], [0, 9, 8, 3], [9, 0, 0, 0])

@@ -35,7 +35,7 @@ from prompt_tuning_jax.methods.multitask import (
 )
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
-from tests.micro import D, Words, call, make_t5, shifted, token_rows
+from tests.micro import ONE_LAYER, D, Words, call, make_t5, shifted, token_rows
 
 SOURCE = token_rows([5, 3, 4], 7)
 TARGET = shifted(token_rows([4, 6, 2], 6, seed=1))
@@ -52,7 +52,7 @@ METHODS = {
 
 def attach(method: MultitaskPrompts, *, tasks: int = 4) -> TunedModel:
     context = Context(vocabulary=Words(), num_tasks=tasks)
-    return attach_method(make_t5(), method, key=jax.random.key(0), context=context)
+    return attach_method(make_t5(ONE_LAYER), method, key=jax.random.key(0), context=context)
 
 
 @pytest.mark.parametrize("combine", list(METHODS))
@@ -69,7 +69,7 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     # Tasks start apart from each other, near the shared prompt.
     np.testing.assert_allclose(prompts[0, :3], shared_PD, atol=0.5)
     run = jax.jit(lambda p, tasks: param_tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
-    want = call(make_t5(), SOURCE, TARGET, prompts)
+    want = call(make_t5(ONE_LAYER), SOURCE, TARGET, prompts)
     np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
     with pytest.raises(UserError, match="prompts for 4 tasks, and the task of"):
         attached(SOURCE, TARGET)
@@ -205,7 +205,7 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
     np.testing.assert_allclose(started.best_tuned[TASK][0], arrays[TASK][1:], rtol=1e-4)
 
     # What does not fit is said.
-    model = make_t5()  # of the same width
+    model = make_t5(ONE_LAYER)  # of the same width
     for wrong, message in (
         ({"length": 4}, r"shared_PD is \[3, 16\] in .*multi, and \[4, 16\] here"),
         ({"combine": "low_rank"}, "cols_NPR is missing"),

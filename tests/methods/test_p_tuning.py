@@ -13,7 +13,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.template import place, put
 from prompt_tuning_jax.models.injections import EncoderInput
-from tests.micro import EOS, D, Words, make_t5, normal, shifted, token_rows
+from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal, shifted, token_rows
 
 # With and without room, one that was cut (no end of sequence), one of nothing but its end.
 SOURCE = token_rows([7, 5, 3, 1], 7)
@@ -77,7 +77,7 @@ def logits(attached: Any, *given: Any) -> np.ndarray:
 
 def attach(method: Any, vocabulary: Words | None = None) -> TunedModel:
     attached: TunedModel = attach_method(
-        make_t5(), method, key=jax.random.key(1), context=Context(vocabulary=vocabulary)
+        make_t5(ONE_LAYER), method, key=jax.random.key(1), context=Context(vocabulary=vocabulary)
     )
     return attached
 
@@ -87,19 +87,24 @@ def test_anchors_are_words_before_the_input() -> None:
     attached = attach(method, Words())
     tokens = np.pad(SOURCE, ((0, 0), (2, 0)))
     tokens[:, :2] = Words().encode("xy zu")
-    want = logits(make_t5(), tokens, TARGET, attached.method.prompt_PD.get_value())
+    want = logits(make_t5(ONE_LAYER), tokens, TARGET, attached.method.prompt_PD.get_value())
     np.testing.assert_allclose(logits(attached, SOURCE, TARGET), want, atol=1e-5)
     with pytest.raises(UserError, match="'xy zu' and the model no vocabulary"):
         attach(method)
 
 
-@pytest.mark.parametrize("encoder", ["lstm", "mlp", "none"])
 @pytest.mark.parametrize(
-    ("template", "kept"),
+    ("encoder", "template", "kept"),
     [
-        ("{prompt} a {input}", PromptTuning(length=3, init="uniform")),
-        ("{input} {prompt:3}", PromptTuning(length=3, init="uniform", placement="before_eos")),
+        ("lstm", "{prompt} a {input}", PromptTuning(length=3, init="uniform")),
         (
+            "mlp",
+            "{input} {prompt:3}",
+            PromptTuning(length=3, init="uniform", placement="before_eos"),
+        ),
+        ("none", "{prompt} a {input}", PromptTuning(length=3, init="uniform")),
+        (
+            "lstm",
             "{prompt:1} a {input:1} b {input} {prompt:1}",
             PTuning(
                 length=2,
@@ -108,7 +113,7 @@ def test_anchors_are_words_before_the_input() -> None:
             ),
         ),
     ],
-    ids=["before", "behind", "adapter"],
+    ids=["lstm before", "mlp behind", "none before", "lstm adapter"],
 )
 def test_what_is_kept_is_plain_and_computes_the_same(
     encoder: Any, template: str, kept: Any

@@ -11,6 +11,7 @@ from prompt_tuning_jax.distributed.sharding import RULES
 from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, attach_method, trainable_mask
 from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.micro import (
+    ONE_LAYER,
     D,
     Trainer,
     Words,
@@ -34,7 +35,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("shape", [(3, D), (2, 3, D)], ids=["one", "each"])
 def test_attached_it_is_the_models_own_prompt(shape):
-    model = make_t5()
+    model = make_t5(ONE_LAYER)
     prompt = normal(*shape)
     attached = with_prompt(model, prompt, PromptTuning(length=3))
     got = jax.jit(lambda: attached(SOURCE, TARGET))()
@@ -47,7 +48,7 @@ def test_attached_it_is_the_models_own_prompt(shape):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_adds_one_float32_array_that_alone_trains(dtype):
-    model = make_t5(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    model = make_t5(ONE_LAYER, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     method = PromptTuning(length=5, init="sampled_vocabulary")
     attached = attach_method(model, method, key=jax.random.key(0), context=Context())
     _, params = param_tree.split(attached)
@@ -63,7 +64,7 @@ def test_it_adds_one_float32_array_that_alone_trains(dtype):
 
 
 def test_attach_takes_labels_from_the_task_unless_the_method_names_its_own():
-    model, words = make_t5(), Words()
+    model, words = make_t5(ONE_LAYER), Words()
     context = Context(labels=("aa", "bc"), vocabulary=words)
     table_VD = np.asarray(param_tree.split(model)[1]["token_embedder/embedding"])
 
@@ -110,7 +111,7 @@ def test_after_some_steps_what_is_frozen_is_bit_identical_and_has_no_optimizer_s
 
 
 def test_a_bfloat16_model_trains_a_float32_prompt_with_small_steps():
-    model = make_t5(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = make_t5(ONE_LAYER, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     small = Optimizer(name="sgd", learning_rate=1e-5)
     trainer, before, _, prompts = trained(small, model=model, steps=2)
     for path, array in trainer.frozen.items():

@@ -52,7 +52,7 @@ def by_hand(prompt_BPD, source, placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("shape", [(P, D), (len(TOKENS), P, D)], ids=["one", "each"])
 def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
-    model = make_t5()
+    model = make_t5(ONE_LAYER)
     prompt = normal(*shape, seed=3)
     source = model.embed(TOKENS)
     moved, is_prompt_BU = combine(jnp.asarray(prompt), source, TOKENS, placement=placement)
@@ -73,7 +73,7 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_padding_stays_last_and_keeps_no_one_waiting(placement):
     """The same rows in a wider batch give the same sequence with more padding behind."""
-    model = make_t5()
+    model = make_t5(ONE_LAYER)
     prompt, wide = jnp.asarray(normal(P, D)), np.pad(TOKENS, ((0, 0), (0, 4)))
     narrow_out, _ = combine(prompt, model.embed(TOKENS), TOKENS, placement=placement)
     wide_out, _ = combine(prompt, model.embed(wide), wide, placement=placement)

@@ -1,5 +1,6 @@
 """WARP: class vectors score the first position, and start as the model's own for the labels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, write
 from prompt_tuning_jax.methods import WARP, Context, TunedModel, attach_method
 from prompt_tuning_jax.models.quantization import quantize_modules
-from tests.micro import EOS, T5_1_0, T5_1_1, D, Words, call, make_t5, token_rows
+from tests.micro import EOS, ONE_LAYER, T5_1_0, D, Words, call, make_t5, token_rows
 
 LABELS = ("ab", "cd ef", "gh")
+TIED = dataclasses.replace(T5_1_0, num_encoder_layers=1, num_decoder_layers=1)
 SOURCE = token_rows([5, 3, 1], 7)
 FIRST = [Words().encode(label)[0] for label in LABELS]
 
@@ -40,7 +42,7 @@ def first_log_probs(model: Any, prompt: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "int8"])
 def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
-    model = make_t5(T5_1_0 if kind == "tied" else T5_1_1)
+    model = make_t5(TIED if kind == "tied" else ONE_LAYER)
     if kind == "int8":
         quantize_modules(model, "int8")
     attached = attach(model)
@@ -67,7 +69,7 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
     ("template", "count"), [("{prompt} {input}", 2 + 3), ("{input}", 3), ("a b {input}", 3)]
 )
 def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count: int) -> None:
-    attached = attach(make_t5(), template)
+    attached = attach(make_t5(ONE_LAYER), template)
     graphdef, params = param_tree.split(attached)
     trainable = param_tree.select(params, attached.method.config.trains)
     assert param_tree.count(trainable) == count * D
@@ -82,7 +84,7 @@ def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count
 
 
 def test_what_it_cannot_do_is_said() -> None:
-    model = make_t5()
+    model = make_t5(ONE_LAYER)
     graphdef, params = param_tree.split(attach(model))
     with pytest.raises(UserError, match="scores labels and generates no text"):
         write(graphdef, DecodeConfig(), {}, params, SOURCE, jax.random.key(0))

@@ -104,7 +104,7 @@ def test_every_logit_sees_the_whole_encoder_output_but_its_padding():
     np.testing.assert_array_equal(seen_BQK > 0, expected)
 
 
-@CONFIGS
+@pytest.mark.parametrize("config", [T5_1_1, PER_LAYER], ids=["1.1", "per layer"])
 def test_longer_padding_and_other_rows_change_nothing(config):
     model = make_t5(config)
     logits = call(model, SOURCE, TARGET, PROMPT)
@@ -253,7 +253,7 @@ def test_every_preset_but_the_bundled_one_is_published_and_a_misspelt_one_gets_t
         preset("smal")
 
 
-@CONFIGS
+@pytest.mark.parametrize("config", [T5_1_1, T5_1_0], ids=["1.1", "1.0"])
 def test_bfloat16_compute_is_close_to_float32(config):
     logits = call(make_t5(config), SOURCE, TARGET, PROMPT)
     model = make_t5(config, dtype=jnp.bfloat16)

@@ -40,13 +40,13 @@ def original_optimizer(initial_step, *, min_dim_size_to_factor=128):
 def test_logits_and_encoder_output_without_prompt(model, t5x):
     want = np.load(t5x / "logits_noprompt.npz")
     source, target = want["encoder_input_tokens"], want["decoder_target_tokens"]
-    logits = np.asarray(model(source, want["decoder_input_tokens"]))
+    logits = np.asarray(jax.jit(model)(source, want["decoder_input_tokens"]))
     real = target > 0
     np.testing.assert_allclose(logits[0][real[0]], want["logits_row0"][real[0]], atol=2e-4)
     np.testing.assert_allclose(
         logits[..., want["vocab_cols"]][real], want["logits_cols"][real], atol=2e-4
     )
-    hidden = np.asarray(model.encode(source).hidden_BUD)
+    hidden = np.asarray(jax.jit(lambda source: model.encode(source).hidden_BUD)(source))
     np.testing.assert_allclose(hidden[source > 0], want["encoder_output"][source > 0], atol=2e-4)
 
 
@@ -62,7 +62,8 @@ def test_logits_loss_and_gradient_with_prompt(model, t5x, length, z_loss):
         logits = model(source, want["decoder_input_tokens"], prompt_PD)
         return token_sums(logits, target, z_loss=z_loss).loss, logits
 
-    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(want[of + "prompt"])
+    derived = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, logits), gradient = derived(want[of + "prompt"])
     real = target > 0
     np.testing.assert_allclose(
         np.asarray(logits)[..., want["vocab_cols"]][real], want[of + "logits_cols"][real], atol=2e-4
@@ -74,7 +75,7 @@ def test_logits_loss_and_gradient_with_prompt(model, t5x, length, z_loss):
 
 def test_loss_per_real_token_is_the_mean(model, t5x):
     want = np.load(t5x / "logits_noprompt.npz")
-    logits = model(want["encoder_input_tokens"], want["decoder_input_tokens"])
+    logits = jax.jit(model)(want["encoder_input_tokens"], want["decoder_input_tokens"])
     sums = token_sums(logits, want["decoder_target_tokens"], z_loss=1e-4)
     np.testing.assert_allclose(sums.loss / sums.tokens, want["loss_z1e-4_lnf_real"], rtol=1e-5)
 

@@ -188,8 +188,19 @@ def failing(monkeypatch: pytest.MonkeyPatch, where: str, code: int) -> Iterator[
         yield
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-@pytest.mark.parametrize("where", FAILING)
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        ("the upload", errno.ENOSPC),
+        ("the upload", errno.EROFS),
+        ("the index", errno.EACCES),
+        ("the index", errno.EDQUOT),
+        ("syncing", errno.ENOSPC),
+        ("syncing", errno.EACCES),
+        ("renaming", errno.EROFS),
+        ("renaming", errno.EDQUOT),
+    ],
+)
 def test_a_folder_that_takes_no_changes_is_one_line_and_keeps_the_old_state(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, where: str, code: int
 ) -> None:

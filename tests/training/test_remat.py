@@ -8,7 +8,7 @@ import numpy as np
 
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from tests.micro import D, Trainer, make_batch, make_t5, normal
+from tests.micro import ONE_LAYER, D, Trainer, make_batch, make_t5, normal
 
 
 def trained(remat: str) -> tuple[np.ndarray, np.ndarray]:
@@ -17,7 +17,7 @@ def trained(remat: str) -> tuple[np.ndarray, np.ndarray]:
         PromptTuning(length=3),
         Optimizer(name="sgd"),
         [normal(3, D)],
-        model=make_t5(dropout_rate=0.1),
+        model=make_t5(ONE_LAYER, dropout_rate=0.1),
         remat=remat,
     )
     metrics = trainer.run([make_batch(seed=seed) for seed in range(3)])

@@ -80,7 +80,7 @@ def test_score_is_the_sum_of_log_probabilities(prompt):
 def test_encode_is_the_models():
     got = encode(MODEL, SOURCE, PROMPT_PD)
     assert got.shape == (3, 3 + 7, D)
-    want = MODEL.encode(SOURCE, jnp.asarray(PROMPT_PD)).hidden_BUD
+    want = jax.jit(lambda: MODEL.encode(SOURCE, PROMPT_PD).hidden_BUD)()
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -363,9 +363,9 @@ def test_padding_changes_no_number_and_no_shape(placement):
     scores = score(attached, source, target)
     for row in (1, 2):  # the longest, and one with much padding
         own, wanted = (ids[row][ids[row] != 0][None] for ids in (source, target))
-        alone = np.asarray(attached.encode(jnp.asarray(own))[0].hidden_BUD)[0]
+        alone = np.asarray(jax.jit(lambda ids: attached.encode(ids)[0].hidden_BUD)(own))[0]
         np.testing.assert_allclose(hidden[row, : len(alone)], alone, atol=1e-5)
-        exact = np.asarray(attached(jnp.asarray(own), jnp.asarray(shifted(wanted))))[0]
+        exact = np.asarray(jax.jit(attached)(own, shifted(wanted)))[0]
         np.testing.assert_allclose(found[row, : len(exact)], exact, atol=1e-4)
         log_p = jax.nn.log_softmax(exact)[np.arange(len(exact)), wanted[0]].sum()
         np.testing.assert_allclose(scores[row], log_p, atol=1e-4)

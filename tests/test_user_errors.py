@@ -82,7 +82,7 @@ ROW = json.dumps(GOOD[0])
         ),
         (lambda d: {"data.train": lines(d / "a.jsonl")}, "a.jsonl: holds no examples"),
         (lambda d: {"data.eval": lines(d / "a.jsonl", "", "")}, "a.jsonl: holds no examples"),
-        (lambda d: {"data.eval": str(d / "b.jsonl")}, "b.jsonl: there is no such file"),
+        (lambda d: {"data.eval": str(d / "b.jsonl")}, "b.jsonl does not exist"),
         (lambda d: {"data.eval": ""}, "data.eval is empty"),
         (lambda d: {"data.train": lines(d / "a.txt", ROW)}, "a.txt: unknown kind of file"),
         (

@@ -41,7 +41,7 @@ def test_attached_it_is_the_models_own_prompt(shape):
     got = jax.jit(lambda: attached(SOURCE, TARGET))()
     np.testing.assert_allclose(got, call(model, SOURCE, TARGET, prompt), atol=1e-5)
     encoded, injections = jax.jit(lambda: attached.encode(SOURCE))()
-    rest = model.decode(TARGET, encoded)
+    rest = jax.jit(lambda encoded: model.decode(TARGET, encoded))(encoded)
     np.testing.assert_allclose(rest, got, atol=1e-5)
     assert injections.encoder_input.embeddings_BUD.shape == (2, 10, D)
 

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.run_folder import export_prompt
 from prompt_tuning_jax.cli.experiment import ConfigOptions, OverrideOptions
 from prompt_tuning_jax.cli.main import build_parser, parse
+from prompt_tuning_jax.config.base import field_types
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
@@ -167,7 +168,7 @@ def test_options_in_sentences_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_fields_in_sentences_exist(page: str) -> None:
-    hints = get_type_hints(Experiment)
+    hints = field_types(Experiment)
     fields = {
         f"{group}.{field.name}"
         for group, annotation in hints.items()

@@ -14,9 +14,9 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 
-from prompt_tuning_jax.config.base import field_docs
+from prompt_tuning_jax.config.base import field_docs, field_types
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError, suggest
 
@@ -96,7 +96,7 @@ def add_command(commands: Any, command: type[Command]) -> None:
     )
     parser.set_defaults(command_class=command, options=parser._option_string_actions)
     fields = {field.name: field for field in dataclasses.fields(command)}
-    docs, hints = field_docs(command), get_type_hints(command)
+    docs, hints = field_docs(command), field_types(command)
     groups: dict[str, argparse._ActionsContainer] = {}
     # As dataclasses order fields, after those of the command: the last base comes first.
     for owner in (command, *reversed(command.__mro__[1:])):
@@ -123,8 +123,8 @@ def _add_argument(
     default = field.default if field.default_factory is MISSING else field.default_factory()
     if path := field.metadata.get("mirrors"):
         section, name = path.split(".")
-        owner = get_type_hints(Experiment)[section]
-        annotation, doc = get_type_hints(owner)[name], doc or field_docs(owner)[name]
+        owner = field_types(Experiment)[section]
+        annotation, doc = field_types(owner)[name], doc or field_docs(owner)[name]
         # The text is read where --set is read, which knows the types.
         kwargs = {"metavar": _METAVARS.get(annotation), **kwargs}
     else:

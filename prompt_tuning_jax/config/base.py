@@ -6,8 +6,9 @@ import functools
 import inspect
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 from prompt_tuning_jax.errors import UserError, suggest
 
@@ -17,6 +18,15 @@ class Config:
 
     An unknown field raises UserError with the nearest name, where a dataclass raises TypeError.
     """
+
+    # The smallest valid values of fields.
+    lower_bounds: ClassVar[Mapping[str, float]] = {}
+
+    def bound_errors(self, group: str) -> Iterator[str]:
+        """One message for each field below its bound, which is called ``GROUP.NAME``."""
+        for name, low in self.lower_bounds.items():
+            if (value := getattr(self, name)) < low:
+                yield f"{group}.{name} is {value}; must be at least {low}"
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         """Check the names of the fields before ``__init__`` receives them."""
@@ -46,6 +56,15 @@ class Config:
             elif isinstance(value, list | tuple) and any(isinstance(x, os.PathLike) for x in value):
                 plain = tuple(os.fspath(x) if isinstance(x, os.PathLike) else x for x in value)
                 object.__setattr__(self, field.name, plain)
+
+
+_type_hints = functools.cache(get_type_hints)
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """The type of each field of a dataclass, by name."""
+    hints = _type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def field_docs(cls: type) -> dict[str, str]:

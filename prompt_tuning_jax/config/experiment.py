@@ -3,8 +3,9 @@
 The comment above or beside a field is its documentation; see ``field_docs``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from prompt_tuning_jax.config.base import Config
 from prompt_tuning_jax.config.methods import MethodConfig, PromptTuning
@@ -16,6 +17,8 @@ NOT_IMPORTED = "not imported: "
 @dataclass(frozen=True, kw_only=True)
 class Model(Config):
     """The frozen model and the precision of its weights."""
+
+    lower_bounds: ClassVar[Mapping[str, float]] = {"dropout_rate": 0}
 
     # Bundled model (``tiny``), published name, Hugging Face name, or folder; with
     # ``random_weights`` also the name of a size.
@@ -58,6 +61,13 @@ class Data(Config):
     With ``objectives`` (pre-training, LM adaptation) ``train`` and ``eval`` are folders of text
     files; without ``eval``, the end of the training text is held out.
     """
+
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "inputs_length": 1,
+        "targets_length": 1,
+        "max_eval_examples": 0,
+        "mean_span_length": 1,
+    }
 
     task: str = "word_valence"  # task to train and evaluate on; prompt-tuning tasks lists them
     module: str = ""  # Python module to import first, for example one that registers SeqIO tasks
@@ -107,6 +117,15 @@ class Data(Config):
 class Optimizer(Config):
     """The optimizer; the defaults are the paper's (Lester et al. 2021, section 3, appendix A)."""
 
+    lower_bounds: ClassVar[Mapping[str, float]] = dict.fromkeys(
+        (
+            *("learning_rate", "warmup_steps", "decay_steps", "end_learning_rate"),
+            *("weight_decay", "clipping_threshold", "min_dim_size_to_factor", "initial_step"),
+            *("gradient_clip_norm", "decay_rate", "beta1", "beta2", "momentum"),
+        ),
+        0,
+    )
+
     name: Literal["adafactor", "adamw", "sgd"] = "adafactor"  # optimizer
     learning_rate: float = 0.3  # peak learning rate
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"  # after the warmup
@@ -138,6 +157,11 @@ class Training(Config):
     value, its order of examples and its dropout.
     """
 
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        **dict.fromkeys(("steps", "batch_size", "eval_every", "save_every", "log_every"), 1),
+        **dict.fromkeys(("z_loss", "gradient_accumulation", "patience"), 0),
+    }
+
     steps: int = 30_000  # optimizer steps; a larger number than a finished run's extends the run
     batch_size: int = 32  # examples per step
     # Microbatches per batch, computed one after another: the same gradient with less memory.  0:
@@ -162,6 +186,8 @@ class Training(Config):
 class Evaluation(Config):
     """How predictions are made and which checkpoint is the best."""
 
+    lower_bounds: ClassVar[Mapping[str, float]] = {"batch_size": 1, "num_beams": 1}
+
     # ``rank`` scores the labels, ``greedy`` and ``beam`` generate text; ``auto`` is rank for a task
     # with labels and greedy for others.
     strategy: Literal["auto", "rank", "greedy", "beam"] = "auto"
@@ -185,6 +211,8 @@ class Mesh(Config):
     A slice is a set of devices with a fast network: a TPU slice, or the GPUs of one host.  At most
     one of ``data``, ``fsdp`` and ``model`` is -1, which stands for all remaining devices.
     """
+
+    lower_bounds: ClassVar[Mapping[str, float]] = {"dcn_data": 1, "dcn_fsdp": 1, "dcn_model": 1}
 
     data: int = -1  # data parallelism within a slice
     fsdp: int = 1  # data parallelism with sharded parameters

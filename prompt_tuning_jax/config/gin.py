@@ -13,10 +13,11 @@ import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from gin import config_parser
 
+from prompt_tuning_jax.config.base import field_types
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.config.overrides import CLASS, from_dict, group_classes
@@ -110,7 +111,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _configurables() -> dict[str, type]:
-    hints = get_type_hints(Experiment)
+    hints = field_types(Experiment)
     classes = [cls for annotation in hints.values() for cls in group_classes(annotation)]
     return {cls.__name__: cls for cls in (Experiment, *classes)}
 

@@ -56,8 +56,6 @@ class MethodConfig(Config):
     scores_labels: ClassVar[bool] = False
     # The weights of a plain model can hold what the method trains.
     mergeable: ClassVar[bool] = False
-    # The smallest valid values of fields.
-    lower_bounds: ClassVar[Mapping[str, int]] = {}
     # Fields that matter only until the method is trained, and their values afterwards.
     training_only: ClassVar[Mapping[str, Any]] = {}
 
@@ -75,9 +73,7 @@ class MethodConfig(Config):
 
     def config_errors(self) -> Iterator[str]:
         """One message for each invalid field, which is called ``method.NAME``."""
-        for name, low in self.lower_bounds.items():
-            if (value := getattr(self, name)) < low:
-                yield f"method.{name} is {value}; must be at least {low}"
+        yield from self.bound_errors("method")
 
     def as_trained(self) -> Self:
         """The config for the same arrays once they are trained.
@@ -98,7 +94,7 @@ class PromptTuning(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
-    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": ()}
 
     length: int = 100
@@ -133,7 +129,7 @@ class PrefixTuning(MethodConfig):
 
     implementation = "prompt_tuning_jax.methods.prefix:Prefixes"
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
-    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"init": "uniform", "init_population": 0}
 
     length: int = 20
@@ -173,7 +169,7 @@ class PTuning(MethodConfig):
 
     implementation = "prompt_tuning_jax.methods.p_tuning:EncodedPrompt"
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
-    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
     length: int = 20
@@ -222,7 +218,7 @@ class DeepPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.deep:LayerPrompts"
-    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "hidden": 0, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 
     length: int = 20
@@ -263,7 +259,7 @@ class WARP(MethodConfig):
     implementation = "prompt_tuning_jax.methods.warp:ClassVectors"
     scores_labels = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
-    lower_bounds: ClassVar[Mapping[str, int]] = {"length": 1, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 
     length: int = 8
@@ -305,7 +301,7 @@ class MultitaskPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.multitask:TaskPrompts"
-    lower_bounds: ClassVar[Mapping[str, int]] = {
+    lower_bounds: ClassVar[Mapping[str, float]] = {
         "length": 1,
         "init_population": 0,
         "rank": 1,
@@ -402,7 +398,7 @@ class PromptDesign(MethodConfig):
     """
 
     identity_at_init = True
-    lower_bounds: ClassVar[Mapping[str, int]] = {"shots": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"shots": 0}
 
     instruction: str = ""
     shots: int = 8
@@ -447,7 +443,7 @@ class LoRA(MethodConfig):
     identity_at_init = True
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
-    lower_bounds: ClassVar[Mapping[str, int]] = {"rank": 1}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"rank": 1}
     training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
     rank: int = 8
@@ -514,7 +510,7 @@ class Adapters(MethodConfig):
     implementation = "prompt_tuning_jax.methods.adapters:AdaptersModule"
     identity_at_init = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
-    lower_bounds: ClassVar[Mapping[str, int]] = {"width": 1}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"width": 1}
 
     kind: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = 32

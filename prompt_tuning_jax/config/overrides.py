@@ -2,21 +2,19 @@
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
 
+from prompt_tuning_jax.config.base import field_types
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import METHODS, MethodConfig
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 MAX_BYTES = 2**24  # of the JSON of an experiment, whose longest field is its labels
-_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
-
 # JSON key with the class of a method; no field has this name, because it is a keyword.
 CLASS = "class"
 # Other names of methods.
@@ -57,7 +55,7 @@ def apply_override(experiment: Experiment, override: str) -> Experiment:
     if not _has_field(owners[-1], name):
         raise UserError(_no_such_field(path, experiment))
 
-    annotation = _type_hints(type(owners[-1]))[name]
+    annotation = field_types(type(owners[-1]))[name]
     value = checked(_read(text, annotation, path), annotation, path)
     for owner, field in zip(reversed(owners), reversed([*groups, name]), strict=True):
         value = dataclasses.replace(owner, **{field: value})
@@ -94,7 +92,7 @@ def _path(override: str) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as nested dicts, lists, strings and numbers."""
-    hints = _type_hints(type(config))
+    hints = field_types(type(config))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -210,7 +208,7 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
     if not isinstance(name, str) or name not in by_name:
         raise UserError(f"{path}: expected {' or '.join(by_name)}, got {name or 'no class'}")
     cls = by_name[name]
-    hints = {f.name: _type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    hints = field_types(cls)
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in hints:
@@ -225,7 +223,7 @@ def _read(text: str, annotation: Any, path: str) -> Any:
             return METHODS[name]()
         raise UserError(f"{path} cannot be {_show(text)}: {_suggest_method(text)}")
     if group_classes(annotation):
-        names = ", ".join(f"{path}.{name}" for name in _type_hints(annotation))
+        names = ", ".join(f"{path}.{name}" for name in field_types(annotation))
         raise UserError(f"{path} is a group of fields; set one of {names}")
     if get_origin(annotation) is tuple:
         return _read_tuple(text.strip(), get_args(annotation)[0], path)

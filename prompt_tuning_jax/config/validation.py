@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from dataclasses import fields
+from typing import Any
 
+from prompt_tuning_jax.config.base import Config, field_types
 from prompt_tuning_jax.config.experiment import (
     Data,
     Evaluation,
@@ -40,9 +42,11 @@ def validate(experiment: Experiment) -> Experiment:
 
 def _errors(experiment: Experiment) -> Iterator[str]:
     model, method = experiment.model, type(experiment.method).__name__
+    for field in fields(experiment):
+        yield from getattr(experiment, field.name).bound_errors(field.name)
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a model or a folder, for example tiny"
-    yield from _outside("model", model, "dropout_rate", low=0, below=1)
+    yield from _not_below_one("model", model, "dropout_rate")
     if model.quantization != "none":
         if experiment.method.trains(_LOGITS):
             yield (
@@ -94,11 +98,9 @@ def _data(data: Data) -> Iterator[str]:
         yield f"data.columns has {repeated!r} twice"
     if len(data.separator) > 1 and data.separator.lower() not in ("tab", "\\t"):
         yield f"data.separator is {data.separator!r}; must be one character, or tab"
-    yield from _outside("data", data, "inputs_length", "targets_length", low=1)
     longest = max(parse_buckets(data.buckets)[0], default=0)
     if longest > data.inputs_length:
         yield f"data.buckets has {longest}; data.inputs_length is {data.inputs_length}, so raise it"
-    yield from _outside("data", data, "max_eval_examples", low=0)
     if data.objectives and not data.train:
         yield "data.objectives needs data.train, a folder of text files"
     if data.objective_weights and len(data.objective_weights) != len(data.objectives):
@@ -117,26 +119,12 @@ def _data(data: Data) -> Iterator[str]:
         yield f"data.objective_weights has {min(data.objective_weights)}; must be above 0"
     if not 0 < data.noise_density < 1:
         yield f"data.noise_density is {data.noise_density}; must be above 0 and below 1"
-    yield from _outside("data", data, "mean_span_length", low=1)
 
 
 def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
-    yield from _outside(
-        "optimizer",
-        optimizer,
-        "learning_rate",
-        "warmup_steps",
-        "decay_steps",
-        "end_learning_rate",
-        "weight_decay",
-        "clipping_threshold",
-        "min_dim_size_to_factor",
-        "initial_step",
-        "gradient_clip_norm",
-        low=0,
-    )
-    yield from _outside("optimizer", optimizer, "decay_rate", low=0, high=1)
-    yield from _outside("optimizer", optimizer, "beta1", "beta2", "momentum", low=0, below=1)
+    if optimizer.decay_rate > 1:
+        yield f"optimizer.decay_rate is {optimizer.decay_rate}; must be from 0 to 1"
+    yield from _not_below_one("optimizer", optimizer, "beta1", "beta2", "momentum")
     parse_rates(optimizer.rates)
     end = optimizer.decay_steps or steps
     if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
@@ -147,17 +135,6 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
 
 
 def _training(training: Training, *, method: Any) -> Iterator[str]:
-    yield from _outside("training", training, "z_loss", "gradient_accumulation", "patience", low=0)
-    yield from _outside(
-        "training",
-        training,
-        "steps",
-        "batch_size",
-        "eval_every",
-        "save_every",
-        "log_every",
-        low=1,
-    )
     if training.gradient_accumulation >= 1 and training.batch_size % training.gradient_accumulation:
         yield (
             f"training.batch_size is {training.batch_size}; it must be divisible by "
@@ -180,7 +157,7 @@ def _training(training: Training, *, method: Any) -> Iterator[str]:
         if rate < 0:
             yield f"training.learning_rates has {rate}; must be at least 0"
     if training.inits:
-        if (init := get_type_hints(type(method)).get("init")) is None:
+        if (init := field_types(type(method)).get("init")) is None:
             yield f"training.inits has no effect: {type(method).__name__} has no init"
         for entry in training.inits:
             checked(entry, init, "training.inits")
@@ -200,7 +177,6 @@ _NEEDED_STRATEGIES = {
 
 
 def _evaluation(evaluation: Evaluation, *, targets_length: int) -> Iterator[str]:
-    yield from _outside("evaluation", evaluation, "batch_size", "num_beams", low=1)
     for error in logits_processor_errors(
         min_length=evaluation.min_length,
         repetition_penalty=evaluation.repetition_penalty,
@@ -225,27 +201,13 @@ def _mesh(mesh: Mesh) -> Iterator[str]:
             f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, model={mesh.model}; each must be at "
             "least 1, or -1 on one of them for all remaining devices"
         )
-    yield from _outside("mesh", mesh, "dcn_data", "dcn_fsdp", "dcn_model", low=1)
     parse_rules(mesh.rules)
 
 
-def _outside(
-    group: str,
-    config: Any,
-    *names: str,
-    low: float,
-    high: float | None = None,
-    below: float | None = None,
-) -> Iterator[str]:
+def _not_below_one(group: str, config: Config, *names: str) -> Iterator[str]:
     for name in names:
-        value = getattr(config, name)
-        if value < low or (high is not None and value > high):
-            limit = f"at least {low}" if high is None else f"from {low} to {high}"
-        elif below is not None and value >= below:
-            limit = f"at least {low} and below {below}"
-        else:
-            continue
-        yield f"{group}.{name} is {value}; must be {limit}"
+        if (value := getattr(config, name)) >= 1:
+            yield f"{group}.{name} is {value}; must be below 1"
 
 
 def _repeated(entries: tuple[Any, ...]) -> Any:

@@ -1,17 +1,14 @@
 """Each field of an experiment has a documentation, which ``--help`` and docs/ show."""
 
 from dataclasses import dataclass, fields
-from typing import get_type_hints
 
 import pytest
 
-from prompt_tuning_jax.config.base import Config, field_docs
+from prompt_tuning_jax.config.base import Config, field_docs, field_types
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.methods import MethodConfig
 
-GROUPS = {
-    name: kind for name, kind in get_type_hints(Experiment).items() if kind is not MethodConfig
-}
+GROUPS = {name: kind for name, kind in field_types(Experiment).items() if kind is not MethodConfig}
 
 
 @pytest.mark.parametrize("group", GROUPS)

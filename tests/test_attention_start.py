@@ -12,7 +12,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, DescribedPrompts, attach_method
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.pretraining.mimetic_init import start_attention
+from prompt_tuning_jax.pretraining.initializations import start_attention
 
 D = 128
 CONFIG = T5Config(

@@ -17,7 +17,7 @@ from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference import conversion, evaluation, export, inspection, prediction
+from prompt_tuning_jax.inference import conversion, evaluation, inspection, prediction
 from prompt_tuning_jax.inference.prediction import UNDESCRIBED, Prediction
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.training import run
@@ -121,8 +121,7 @@ _HOMES = {
     prediction: ("predict",),
     task_listing: ("tasks", "examples"),
     inspection: ("inspect", "describe"),
-    conversion: ("convert",),
-    export: ("merge",),
+    conversion: ("convert", "merge"),
 }
 
 

@@ -22,7 +22,7 @@ from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.inference.inspection import inspect
 from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.inference.prediction import predict
-from prompt_tuning_jax.inference.score_table import print_scores, short_names
+from prompt_tuning_jax.inference.results import print_scores, short_names
 from prompt_tuning_jax.methods import FullTuning, NoTuning
 from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run

@@ -15,7 +15,7 @@ import pytest
 
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.distributed import processes
-from prompt_tuning_jax.distributed.heartbeat import Watch
+from prompt_tuning_jax.distributed.heartbeat import Heartbeat
 from prompt_tuning_jax.distributed.processes import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
 from tests import tiny_run
@@ -70,8 +70,11 @@ def test_surroundings_say_whether_several_processes_are_meant(
     [
         ({"count": 2}, "go together"),
         ({"coordinator_address": "h:1", "index": 0}, "go together"),
-        ({"coordinator_address": "h:1", "count": 2, "index": 2}, "indices are from 0"),
-        ({"coordinator_address": "host", "count": 2, "index": 1}, "host:port"),
+        (
+            {"coordinator_address": "h:1", "count": 2, "index": 2},
+            "--process_index 2: must be from 0 to 1",
+        ),
+        ({"coordinator_address": "host", "count": 2, "index": 1}, "HOST:PORT"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: dict[str, object], message: str) -> None:
@@ -109,12 +112,14 @@ class Store:
             return self.values[key]
 
 
-def watches(count: int, *, silence_seconds: float = 5.0) -> tuple[list[Watch], list[list[int]]]:
+def heartbeats(
+    count: int, *, silence_seconds: float = 5.0
+) -> tuple[list[Heartbeat], list[list[int]]]:
     store = Store()
     left: list[list[int]] = [[] for _ in range(count)]
     found = []
     for index in range(count):
-        watch = Watch(
+        beat = Heartbeat(
             client=store,
             index=index,
             count=count,
@@ -122,7 +127,7 @@ def watches(count: int, *, silence_seconds: float = 5.0) -> tuple[list[Watch], l
             interval=0.01,
             leave=left[index].append,
         )
-        found.append(watch)
+        found.append(beat)
     return found, left
 
 
@@ -134,11 +139,11 @@ def until(condition: object, seconds: float = 10.0) -> None:
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step() -> None:
-    found, left = watches(3)
+    found, left = heartbeats(3)
     received: list[list[int]] = [[], [], []]
     reached = [w.agree_on(r, 0) for w, r in zip(found, received, strict=True)]
-    for watch in found:
-        watch.start()
+    for beat in found:
+        beat.start()
     stops: list[tuple[int, int]] = [(0, 0)] * 3
 
     def loop(index: int) -> None:
@@ -155,16 +160,16 @@ def test_a_signal_to_one_stops_all_after_the_same_step() -> None:
     received[1].append(signal.SIGTERM)
     for thread in threads:
         thread.join()
-    for watch in found:
-        watch.finish()
+    for beat in found:
+        beat.finish()
     assert len(set(stops)) == 1 and stops[0][1] == signal.SIGTERM and 0 < stops[0][0] < 2000
     assert left == [[], [], []]
 
 
 def test_a_failure_of_one_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
-    found, left = watches(2)
-    for watch in found:
-        watch.start()
+    found, left = heartbeats(2)
+    for beat in found:
+        beat.start()
     found[1].fail(UserError("no such file x.jsonl"))
     assert left[1] == [2]
     until(lambda: left[0])
@@ -172,21 +177,21 @@ def test_a_failure_of_one_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
     found[0].finish()
     said = capsys.readouterr().err
     assert "error: process 1: no such file x.jsonl\n" in said
-    assert "process 0 stops, because process 1 has stopped: no such file" in said
+    assert "process 0 stops because process 1 has stopped: no such file" in said
 
 
 def test_a_process_that_falls_silent_ends_all(capsys: pytest.CaptureFixture[str]) -> None:
-    found, left = watches(2, silence_seconds=0.2)
+    found, left = heartbeats(2, silence_seconds=0.2)
     found[0].start()
     until(lambda: left[0])
     found[0].finish()
-    assert "process 1 has given no sign of life for 0.2 s" in capsys.readouterr().err
+    assert "process 1 has not responded for 0.2 s" in capsys.readouterr().err
 
 
 def test_a_process_that_is_through_is_not_missed() -> None:
-    found, left = watches(2, silence_seconds=0.2)
-    for watch in found:
-        watch.start()
+    found, left = heartbeats(2, silence_seconds=0.2)
+    for beat in found:
+        beat.start()
     found[1].finish()
     time.sleep(0.5)
     found[0].finish()
@@ -323,9 +328,9 @@ def test_stopped_by_a_signal_and_gone_on_with_in_one_process(tmp_path: Path, sin
 @pytest.mark.parametrize(
     ("number", "victim", "message"),
     [
-        (signal.SIGKILL, 1, "another process has gone in the middle of a step"),
+        (signal.SIGKILL, 1, "another process ended in the middle of a step"),
         (signal.SIGKILL, 0, "UNAVAILABLE"),  # JAX's own words: its coordinator has gone
-        (signal.SIGSTOP, 1, "process 1 has given no sign of life for 4 s"),
+        (signal.SIGSTOP, 1, "process 1 has not responded for 4 s"),
     ],
 )
 def test_a_process_that_dies_ends_the_others(
@@ -352,5 +357,5 @@ def test_an_error_of_one_process_alone_ends_the_others(tmp_path: Path) -> None:
     processes = start(2, config, cwds=folders)
     assert finish(processes, config, 60) == [1, 2], said_by(config, 0)
     assert "error: process 1: " in said_by(config, 1) and "train.jsonl" in said_by(config, 1)
-    assert "process 0 stops, because process 1 has stopped: " in said_by(config, 0)
+    assert "process 0 stops because process 1 has stopped: " in said_by(config, 0)
     assert not (workdir / "metrics.jsonl").exists()

@@ -15,8 +15,8 @@ import jax, numpy as np
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.training.step import Microbatching
 from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.distributed.partitioner import Partitioner
 from prompt_tuning_jax.methods.prompt import with_prompt
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training.optim import make_schedule
 from prompt_tuning_jax.distributed.sharding import make_mesh, with_rules

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.distributed import platforms
+from prompt_tuning_jax.distributed import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """With libtpu, and with nothing for it."""
     spec = importlib.machinery.ModuleSpec("libtpu", None)
-    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(platforms.importlib.metadata, "entry_points", lambda **_: ())
-    monkeypatch.setattr(platforms, "_GPU_DEVICES", ())
-    monkeypatch.setattr(platforms, "_has_tpu", lambda: False)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(processes.importlib.metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(processes, "_GPU_DEVICES", ())
+    monkeypatch.setattr(processes, "_has_tpu", lambda: False)
     monkeypatch.setenv("JAX_PLATFORMS", "")  # so that it is put back
     monkeypatch.delenv("JAX_PLATFORMS")
 
 
 def test_the_cpu_alone() -> None:
-    platforms.leave_out_missing_tpu()
+    processes.leave_out_missing_tpu()
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
@@ -35,27 +35,27 @@ def test_everything_else_is_for_jax_to_choose(there: str, monkeypatch: pytest.Mo
     if there == "set":
         monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     elif there == "no libtpu":
-        monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     elif there == "a tpu":
-        monkeypatch.setattr(platforms, "_has_tpu", lambda: True)
+        monkeypatch.setattr(processes, "_has_tpu", lambda: True)
     elif there == "a gpu":
-        monkeypatch.setattr(platforms, "_GPU_DEVICES", (os.devnull,))
+        monkeypatch.setattr(processes, "_GPU_DEVICES", (os.devnull,))
     else:
-        monkeypatch.setattr(platforms.importlib.metadata, "entry_points", lambda **_: ("metal",))
+        monkeypatch.setattr(processes.importlib.metadata, "entry_points", lambda **_: ("metal",))
     before = os.environ.get("JAX_PLATFORMS")
-    platforms.leave_out_missing_tpu()
+    processes.leave_out_missing_tpu()
     assert os.environ.get("JAX_PLATFORMS") == before
 
 
-@pytest.mark.parametrize("name", platforms._TPU_VARIABLES)
+@pytest.mark.parametrize("name", processes._TPU_VARIABLES)
 def test_a_tpu_that_the_surroundings_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for each in platforms._TPU_VARIABLES:
+    for each in processes._TPU_VARIABLES:
         monkeypatch.delenv(each, raising=False)
-    if platforms._has_tpu():
+    if processes._has_tpu():
         pytest.skip("this machine has a TPU")
     monkeypatch.setenv(name, "1")
-    assert platforms._has_tpu()
+    assert processes._has_tpu()
 
 
 def test_a_command_does_it_before_jax_is_imported(tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_a_command_does_it_before_jax_is_imported(tmp_path: Path) -> None:
     environment.pop("JAX_PLATFORMS", None)
     code = (
         "import sys\n"
-        "from prompt_tuning_jax.distributed import platforms\n"
-        "platforms._has_tpu = lambda: False; platforms._GPU_DEVICES = ()\n"
-        "platforms.importlib.metadata.entry_points = lambda **_: ()\n"
+        "from prompt_tuning_jax.distributed import processes\n"
+        "processes._has_tpu = lambda: False; processes._GPU_DEVICES = ()\n"
+        "processes.importlib.metadata.entry_points = lambda **_: ()\n"
         "from prompt_tuning_jax.cli.main import main\n"
         "assert 'jax' not in sys.modules\n"
         "assert main(['inspect', 'no such']) == 2\n"

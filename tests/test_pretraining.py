@@ -14,14 +14,13 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.config.experiment import Data, Experiment, Training
 from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
-from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.export import export_model
+from prompt_tuning_jax.inference.conversion import export_model
 from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning, attach_method
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.pretraining import probes
-from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.run import pretrain
 from prompt_tuning_jax.pretraining.text_corpus import load_corpus
 from prompt_tuning_jax.pretraining.text_data import (

@@ -15,16 +15,14 @@ from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.config.field_syntax import MESH_AXES, parse_rules
 from prompt_tuning_jax.config.overrides import apply_overrides
 from prompt_tuning_jax.config.validation import validate
-from prompt_tuning_jax.distributed.partitioner import (
-    Partitioner,
-    activation_sharding,
-    with_logical_constraint,
-)
 from prompt_tuning_jax.distributed.sharding import (
     RULES,
+    Partitioner,
+    activation_sharding,
+    logical_to_mesh_axes,
     make_mesh,
     on_host,
-    spec_of,
+    with_logical_constraint,
     with_rules,
 )
 from prompt_tuning_jax.errors import UserError
@@ -58,12 +56,12 @@ def test_the_table_names_mesh_axes_only():
     ],
 )
 def test_spec_of(axes, spec):
-    assert spec_of(axes) == PartitionSpec(*spec)
+    assert logical_to_mesh_axes(axes) == PartitionSpec(*spec)
 
 
 def test_an_axis_that_the_table_does_not_know_is_a_mistake():
     with pytest.raises(KeyError, match="embd"):
-        spec_of(("vocab", "embd"))
+        logical_to_mesh_axes(("vocab", "embd"))
 
 
 def test_the_mesh_takes_all_devices():
@@ -118,9 +116,9 @@ def test_slices_follow_each_other_along_their_axis(monkeypatch):
 
 def test_rules_of_a_user_change_the_table():
     rules = with_rules(("vocab=", "prompt_embed=model", "batch=data+fsdp", "rank=fsdp"))
-    assert spec_of(("vocab", "embed"), rules) == PartitionSpec(None, "fsdp")
-    assert spec_of(("prompt", "prompt_embed"), rules) == PartitionSpec(None, "model")
-    assert spec_of(("batch", "rank"), rules) == PartitionSpec(("data", "fsdp"), None)
+    assert logical_to_mesh_axes(("vocab", "embed"), rules) == PartitionSpec(None, "fsdp")
+    assert logical_to_mesh_axes(("prompt", "prompt_embed"), rules) == PartitionSpec(None, "model")
+    assert logical_to_mesh_axes(("batch", "rank"), rules) == PartitionSpec(("data", "fsdp"), None)
     assert RULES["vocab"] == "model"
     assert Partitioner(mesh=make_mesh(), rules=rules) != Partitioner(mesh=make_mesh())
     assert hash(Partitioner(mesh=make_mesh())) == hash(
@@ -203,7 +201,7 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
 np.testing.assert_allclose(run(mesh), run(None), atol=1e-4)
 
 # Each process gives the rows that its devices hold, in whatever order these come.
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 partitioner = Partitioner(mesh=jax.sharding.Mesh(np.array(jax.devices())[::-1].reshape(2, 2, 2), (
     "data", "fsdp", "model")))
 rows = partitioner.rows(8)

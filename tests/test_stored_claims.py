@@ -16,8 +16,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
 from prompt_tuning_jax.checkpoints.tuned_format import METHOD
 from prompt_tuning_jax.config.overrides import method_to_json
-from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
     attach_stored,

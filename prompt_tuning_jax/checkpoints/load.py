@@ -137,7 +137,9 @@ def load_model(
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
-        shardings = sharding.shardings_of(shapes, param_tree.logical_axes(model), mesh, rules)
+        shardings = sharding.logical_to_mesh_sharding(
+            shapes, param_tree.logical_axes(model), mesh, rules
+        )
     samples: dict[str, Sample] = {}
 
     def finish(name: str, array: Array) -> dict[str, Array]:

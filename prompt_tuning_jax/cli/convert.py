@@ -72,7 +72,7 @@ class Merge(_FormatOptions):
     member: str | None = option("NAME", default=None)  # one of several, for example seed_0
 
     def run(self) -> None:
-        from prompt_tuning_jax.inference.export import merge
+        from prompt_tuning_jax.inference.conversion import merge
 
         options = self.given("member", "dtype", "max_shard_bytes", "overwrite")
         _print_written(merge(self.source, self.destination, **options))

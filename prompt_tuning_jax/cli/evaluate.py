@@ -41,8 +41,12 @@ class Eval(DeviceOptions, DataOptions, ConfigOptions, PromptOptions):
         experiment = self.experiment()
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.evaluation import evaluate, prediction_rows
-        from prompt_tuning_jax.inference.prediction_files import evaluated_text, form_of
-        from prompt_tuning_jax.inference.score_table import print_scores, scores_as_dict
+        from prompt_tuning_jax.inference.results import (
+            evaluated_text,
+            form_of,
+            print_scores,
+            scores_as_dict,
+        )
 
         labels = experiment.data.labels if self.sets("data.labels") else ()
         result = evaluate(experiment, prompts=self.prompt, split=self.split, labels=labels)

@@ -30,7 +30,7 @@ from prompt_tuning_jax.cli.similar import Similar
 from prompt_tuning_jax.cli.suite import Suite, Transfer
 from prompt_tuning_jax.cli.tasks import Tasks
 from prompt_tuning_jax.cli.train import Train
-from prompt_tuning_jax.distributed.platforms import leave_out_missing_tpu
+from prompt_tuning_jax.distributed.processes import leave_out_missing_tpu
 from prompt_tuning_jax.errors import UserError, printable, suggest
 
 COMMANDS: tuple[type[Command], ...] = (

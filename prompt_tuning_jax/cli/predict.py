@@ -45,7 +45,7 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
         inputs = self._inputs()
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.prediction import UNDESCRIBED, predict
-        from prompt_tuning_jax.inference.prediction_files import form_of, predictions_text
+        from prompt_tuning_jax.inference.results import form_of, predictions_text
 
         form = form_of(self.output) if self.output else None
         if self.json and form in ("csv", "tsv"):

@@ -34,8 +34,7 @@ class Recycle(Command):
     overwrite: bool = False  # replace an existing FILE
 
     def run(self) -> None:
-        from prompt_tuning_jax.analysis.recycle import recycle
-        from prompt_tuning_jax.analysis.recycling import Fit
+        from prompt_tuning_jax.analysis.recycling import Fit, recycle
 
         options = self.given(*_METHOD_OF)
         for name in options:

@@ -1,4 +1,4 @@
-"""What a process tells the others of itself, and how it learns of their failures and signals."""
+"""The heartbeat of a process: how processes learn of each other's failures and signals."""
 
 import os
 import sys
@@ -12,18 +12,26 @@ from typing import Any
 
 from prompt_tuning_jax.errors import UserError
 
-_STORE = "prompt_tuning_jax"
+_STORE = "prompt_tuning_jax"  # prefix of the keys
 
 
 @dataclass(kw_only=True)
-class Watch:
-    """A thread that tells the others of this process, and looks after them."""
+class Heartbeat:
+    """A thread that shows the others that this process is alive, and checks on them.
+
+    Attributes:
+      client: of the coordination service's key-value store.
+      index: of this process, of ``count``.
+      silence_seconds: without a beat after which a process counts as dead.
+      interval: seconds between two beats.
+      leave: ends this process with a status.
+    """
 
     client: Any
     index: int
     count: int
     silence_seconds: float
-    interval: float = 0.5  # between two looks at the store
+    interval: float = 0.5
     leave: Callable[[int], Any] = os._exit
     _received: list[int] = field(default_factory=list)
     _signal: int = 0
@@ -39,22 +47,22 @@ class Watch:
         self._thread.start()
 
     def finish(self) -> None:
-        """The process is through and gives no more signs of life."""
+        """Stops the thread: this process has ended in order and beats no more."""
         self._finished.set()
         self._thread.join()
         with suppress(Exception):
             self._set(f"alive/{self.index}", "done")
 
     def fail(self, error: BaseException) -> None:
-        """Says what happened, here and to the others, and leaves."""
+        """Prints the error, tells the others, and leaves the process."""
         self._finished.set()
         self._thread.join()
-        if failed := _failure(self._look()):  # what is seen here is only its consequence
+        if failed := _failure(self._read()):  # this error is only its consequence
             self._stop(failed)
         user = isinstance(error, UserError)
         text = str(error) if user else f"{type(error).__name__}: {first_line(error)}"
         if "Gloo" in text:
-            text = f"another process has gone in the middle of a step ({first_line(error)})"
+            text = f"another process ended in the middle of a step ({first_line(error)})"
         elif not user and not isinstance(error, KeyboardInterrupt):
             traceback.print_exception(error)
         print(f"error: process {self.index}: {text}", file=sys.stderr, flush=True)
@@ -81,40 +89,40 @@ class Watch:
             beat += 1
             try:
                 self._set(f"alive/{self.index}", str(beat))
-                others = self._look()
+                others = self._read()
             except Exception:
-                continue  # process 0 is gone or slow; JAX ends this process if it stays away
+                continue  # process 0 is gone or slow; JAX ends this process if that lasts
             if failed := _failure(others):
                 with suppress(Exception):
                     self._set(f"alive/{self.index}", "done")
                 self._stop(failed)
             if (silent := self._silent(others)) is not None:
-                text = f"process {silent} has given no sign of life for {self.silence_seconds:g} s"
+                text = f"process {silent} has not responded for {self.silence_seconds:g} s"
                 with suppress(Exception):
                     self._set(f"failed/{silent}", text)
                 self._stop(text)
-            with suppress(Exception):  # somebody is late: tried again
-                self._look_for_signals(others)
+            with suppress(Exception):  # a process is late: try again
+                self._agree(others)
 
     def _silent(self, others: dict[str, str]) -> int | None:
-        """The process that has not changed its sign for too long."""
+        """The process that has not beaten for too long."""
         now = time.monotonic()
         for index in set(range(self.count)) - {self.index}:
-            sign = others.get(f"alive/{index}", "")
-            if sign == "done" or self._seen.get(index, ("", 0.0))[0] != sign:
-                self._seen[index] = (sign, now)
+            beat = others.get(f"alive/{index}", "")
+            if beat == "done" or self._seen.get(index, ("", 0.0))[0] != beat:
+                self._seen[index] = (beat, now)
             elif index in self._seen and now - self._seen[index][1] > self.silence_seconds:
                 return index
             else:
-                self._seen.setdefault(index, (sign, now))
+                self._seen.setdefault(index, (beat, now))
         return None
 
-    def _look_for_signals(self, others: dict[str, str]) -> None:
-        """Agrees with the others on the step to stop at, once one of them was asked to stop.
+    def _agree(self, others: dict[str, str]) -> None:
+        """Agrees with the others on a step to stop at, once one of them has received a signal.
 
-        Every process tells how far it has come, and none goes further until all have: the lock
-        holds up this one's loop, but not the thread that tells.  A loop that waits for a device
-        needs no lock, so steps under way come to their end.
+        Every process publishes the step that it has reached, and none continues until all have: the
+        lock blocks this process's loop, but not this thread.  Steps that run on a device need no
+        lock, and end.
         """
         with self._lock:
             if self._step < 0 or self._stop_at is not None:
@@ -124,7 +132,7 @@ class Watch:
                 self._signal = int(others[key])
             elif self._received:
                 self._set(key, str(self._received[0]))
-                return  # what stands there at the next look is the same for all
+                return  # the next read gives all processes the same signal
             else:
                 return
             self._set(f"reached/{self._round}/{self.index}", str(self._step))
@@ -139,24 +147,24 @@ class Watch:
             self._stop_at = max(steps) + 1
 
     def _wait_for_others(self) -> None:
-        """Until the others have seen that this process failed, or some time has passed."""
+        """Waits until the others have seen that this process failed, for a limited time."""
         until = time.monotonic() + 10 * self.interval
         while time.monotonic() < until:
-            signs = self._look()
+            entries = self._read()
             others = set(range(self.count)) - {self.index}
-            if all(signs.get(f"alive/{index}") == "done" for index in others):
+            if all(entries.get(f"alive/{index}") == "done" for index in others):
                 return
             time.sleep(self.interval / 2)
 
     def _stop(self, text: str) -> None:
         print(
-            f"error: process {self.index} stops, because {text}; the same command goes on from "
-            "the last checkpoint",
+            f"error: process {self.index} stops because {text}; the same command resumes from the "
+            "last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         if self.index == 0:
-            with suppress(Exception):  # the store goes with this process
+            with suppress(Exception):  # the store ends with this process
                 self._wait_for_others()
         self._leave(1)
 
@@ -168,16 +176,16 @@ class Watch:
     def _set(self, key: str, value: str) -> None:
         self.client.key_value_set(f"{_STORE}/{key}", value, allow_overwrite=True)
 
-    def _look(self) -> dict[str, str]:
-        found = self.client.key_value_dir_get(f"{_STORE}/")
-        return {name.partition(f"{_STORE}/")[2]: value for name, value in found}
+    def _read(self) -> dict[str, str]:
+        entries = self.client.key_value_dir_get(f"{_STORE}/")
+        return {name.partition(f"{_STORE}/")[2]: value for name, value in entries}
 
 
 def _failure(others: dict[str, str]) -> str:
-    """What one of the processes says of its failure; empty where none has failed."""
+    """The message of a process that has failed, or an empty string."""
     return next((text for name, text in others.items() if name.startswith("failed/")), "")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line of bearable length."""
+    """The first line of an error's message, at most 300 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -1,12 +1,13 @@
 """Several processes as one program: how they find each other, and how they stop together.
 
-Each process runs the same code on its own devices.  What they say to each other besides JAX's
-collectives goes through the key-value store of JAX's coordination service, which process 0 runs:
-that they are alive, that one has failed, that one was asked to stop.
+Each process runs the same code on its local devices.  Besides JAX's collectives, processes
+communicate through the key-value store of JAX's coordination service, which process 0 runs: that
+they are alive, that one has failed, that one has received a signal.
 """
 
+import importlib.metadata
+import importlib.util
 import os
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.distributed.heartbeat import Watch, first_line
+from prompt_tuning_jax.distributed.heartbeat import Heartbeat, first_line
 from prompt_tuning_jax.errors import UserError
 
 SILENCE_SECONDS = 60.0  # without a sign of life before a process counts as dead
@@ -24,10 +25,10 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """How many processes there are meant to be, and how they find each other.
+    """The number of processes, and how they find each other.
 
-    None of it is needed on TPU pods, under SLURM and in indexed Kubernetes jobs; ``count`` 1 means
-    this process alone, whatever surrounds it.
+    TPU pods, SLURM and indexed Kubernetes jobs need none of these fields.  With ``count`` 1 this
+    process runs alone, whatever its environment says.
     """
 
     coordinator_address: str | None = None  # host:port of process 0
@@ -36,13 +37,11 @@ class Processes:
     silence_seconds: float = SILENCE_SECONDS
 
 
-_WATCH: "ContextVar[Watch | None]" = ContextVar(
-    "this process's watch over the others", default=None
-)
+_HEARTBEAT: ContextVar[Heartbeat | None] = ContextVar("heartbeat of this process", default=None)
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this is process 0, which writes files and prints."""
     import jax
 
     return bool(jax.process_index() == 0)
@@ -56,9 +55,9 @@ def process_count() -> int:
 
 
 def several_are_meant(processes: Processes) -> bool:
-    """Whether flags or surroundings say that this is one of several processes.
+    """Whether the flags or the environment say that this is one of several processes.
 
-    UserError for flags that do not go together.
+    Raises UserError for flags that contradict each other.
     """
     given = (processes.coordinator_address, processes.count, processes.index)
     if processes.count == 1 and processes.index in (None, 0):
@@ -66,22 +65,23 @@ def several_are_meant(processes: Processes) -> bool:
     if any(flag is not None for flag in given):
         if any(flag is None for flag in given):
             raise UserError(
-                "--coordinator_address, --process_count and --process_index go together: "
-                "host:port of process 0, how many there are, and which one this is"
+                "--coordinator_address, --process_count and --process_index go together: give the "
+                "host:port of process 0, the number of processes and the index of this one"
             )
         address, count, index = given
         if not 0 <= int(index or 0) < int(count or 0):
             raise UserError(
-                f"--process_index {index} of --process_count {count}: indices are from 0"
+                f"--process_index {index}: must be from 0 to {int(count or 0) - 1} with "
+                f"--process_count {count}"
             )
         host, _, port = str(address).rpartition(":")
         if not host or not port.isdecimal():
-            raise UserError(f"--coordinator_address {address} is not of the form host:port")
+            raise UserError(f"--coordinator_address {address}: must be HOST:PORT")
         return True
     environment = os.environ
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
-        # The step's own number, where it is told: a shell in an allocation has the job's.
+        # The step's where it is set: SLURM_NTASKS in a shell of an allocation is the job's.
         return int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]) > 1
     if _tpu_hosts() > 1:
         return True
@@ -90,7 +90,7 @@ def several_are_meant(processes: Processes) -> bool:
             import kubernetes  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
         except ImportError:
             raise UserError(
-                "this is a pod of an indexed Kubernetes job: pip install kubernetes, so that its "
+                "this pod belongs to an indexed Kubernetes job: pip install kubernetes so that its "
                 "processes find each other, or give --process_count 1 to run this one alone"
             ) from None
         return True
@@ -99,18 +99,18 @@ def several_are_meant(processes: Processes) -> bool:
 
 @contextmanager
 def started(processes: Processes) -> Iterator[None]:
-    """Within, this process is one of several where that is meant; else nothing happens.
+    """Joins the other processes for the duration of the context, where there are any.
 
-    Must come before anything that makes JAX look for devices.  An error inside, in any of the
-    processes, ends all of them: this context then prints it and leaves Python at once with status
-    1, 2 for a UserError, because an orderly end would wait for those that are gone.
+    Must be entered before anything makes JAX look for devices.  An error in any process ends all of
+    them: the context prints it and leaves Python with status 1, or 2 for a UserError.  It does not
+    shut down in order, because that would wait for processes that are gone.
     """
     if not several_are_meant(processes):
         yield
         return
     import jax
 
-    # It would swallow SIGTERM, in every phase of a run; the loop agrees on a step by itself.
+    # The service would swallow SIGTERM; the training loop agrees on a step to stop at by itself.
     jax.config.update("jax_enable_preemption_service", False)
     by_flags = processes.count is not None
     try:
@@ -120,7 +120,7 @@ def started(processes: Processes) -> Iterator[None]:
             processes.index,
             cluster_detection_method="deactivate" if by_flags else None,
             initialization_timeout=_START_SECONDS,
-            # Ours is the shorter one and says more; this one is for the case that Python hangs.
+            # Our heartbeat is faster and says more; JAX's is for the case that Python hangs.
             heartbeat_timeout_seconds=int(2 * processes.silence_seconds) + 10,
         )
     except Exception as error:
@@ -131,37 +131,37 @@ def started(processes: Processes) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = Watch(
+    heartbeat = Heartbeat(
         client=_client(),
         index=jax.process_index(),
         count=jax.process_count(),
         silence_seconds=processes.silence_seconds,
     )
-    token = _WATCH.set(watch)
-    watch.start()
+    token = _HEARTBEAT.set(heartbeat)
+    heartbeat.start()
     try:
         yield
     except SystemExit as leaving:
         if leaving.code:
-            raise  # all of them leave so: a run that was asked to stop
+            raise  # a run that a signal stopped: every process leaves in this way
     except BaseException as error:
-        watch.fail(error)
+        heartbeat.fail(error)
     finally:
-        _WATCH.reset(token)
-        watch.finish()
-    # Waits for the others: process 0 may still be writing.
+        _HEARTBEAT.reset(token)
+        heartbeat.finish()
+    # Waits for the others, because process 0 may still be writing.
     jax.distributed.shutdown()
 
 
 def primary_first(action: Callable[[], None], what: str) -> None:
-    """``action`` by process 0 while the others wait, for what only one may do."""
+    """Runs ``action`` in process 0 while the others wait."""
     if is_primary():
         action()
     barrier(what)
 
 
 def barrier(what: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this call."""
     if process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -169,7 +169,7 @@ def barrier(what: str) -> None:
 
 
 def require_same(what: str, text: str) -> None:
-    """UserError, in every process, unless all of them have the same text here."""
+    """Raises UserError in every process unless all of them pass the same text."""
     if process_count() == 1:
         return
     import hashlib
@@ -177,25 +177,26 @@ def require_same(what: str, text: str) -> None:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    all_ND = np.asarray(multihost_utils.process_allgather(own)).reshape(process_count(), -1)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    all_ND = np.asarray(multihost_utils.process_allgather(digest)).reshape(process_count(), -1)
     differing = [str(i) for i, other in enumerate(all_ND) if not np.array_equal(other, all_ND[0])]
     if differing:
         raise UserError(
-            f"{what} of process {', '.join(differing)} differs from that of process 0: give all "
-            "processes the same command, files and versions"
+            f"{what} of process {', '.join(differing)} differs from that of process 0: run the "
+            "same command with the same files and versions in all processes"
         )
 
 
 def stop_agreement(received: list[int], *, start: int) -> Callable[[int], int]:
-    """``step -> number of the signal to stop by after it``, or 0; the same for all processes.
+    """A function step -> the signal to stop for after that step, or 0; the same in all processes.
 
-    ``received`` is filled with the signals of this process; ``start`` is the step to go on from.
+    ``received`` is the list of signals that this process has received so far; the caller appends to
+    it.  ``start`` is the step that the loop resumes from.
     """
-    watch = _WATCH.get()
-    if watch is None:
+    heartbeat = _HEARTBEAT.get()
+    if heartbeat is None:
         return lambda step: received[0] if received else 0
-    return watch.agree_on(received, start)
+    return heartbeat.agree_on(received, start)
 
 
 def _client() -> Any:
@@ -205,7 +206,7 @@ def _client() -> Any:
 
 
 def _tpu_hosts() -> int:
-    """How many hosts the TPU of this machine belongs to; 0 where there is none."""
+    """The number of hosts of the TPU that this machine belongs to, or 0."""
     named = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
     if named is not None:
@@ -213,19 +214,48 @@ def _tpu_hosts() -> int:
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
         return 0
+    import urllib.request
+
     request = urllib.request.Request(
         f"{_METADATA}worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            hosts = len(answer.read().decode().split(","))
+        with urllib.request.urlopen(request, timeout=5) as response:
+            hosts = len(response.read().decode().split(","))
         if slices == 1:
             request.full_url = f"{_METADATA}tpu-env"
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                for line in answer.read().decode().splitlines():
+            with urllib.request.urlopen(request, timeout=5) as response:
+                for line in response.read().decode().splitlines():
                     name, _, value = line.partition(":")
                     if name.strip() == "MEGASCALE_NUM_SLICES":
                         slices = int(value.strip().strip("'"))
     except (OSError, ValueError):
         return 0  # a GPU that is passed through, for instance
     return hosts * slices
+
+
+# As in jax/_src/hardware_utils.py.
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_TPU_VARIABLES = ("JAX_FORCE_TPU_INIT", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+
+
+def leave_out_missing_tpu() -> None:
+    """Keeps JAX from trying a TPU where libtpu is installed, as for ``plan``, without a TPU.
+
+    libtpu would print errors.  Must be called before JAX is imported; ``JAX_PLATFORMS`` is kept
+    where the user has set it.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    others = importlib.metadata.entry_points(group="jax_plugins")
+    if not (_has_tpu() or others or any(map(os.path.exists, _GPU_DEVICES))):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _has_tpu() -> bool:
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if chips or any(name in os.environ for name in _TPU_VARIABLES):
+        return True
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)

@@ -1,6 +1,30 @@
-"""The table from logical axes to mesh axes, the mesh, and the layouts that follow from both."""
+"""How arrays are sharded: one table from logical axes to mesh axes, and a mesh.
 
-from collections.abc import Mapping, Sequence
+Models name the logical axes of their parameters and activations, for instance ``("embed", "mlp")``
+for a kernel ``[D, F]``, and know nothing of devices.  The mesh has three axes:
+
+=========  ====================================================================================
+``data``   copies of the weights; each takes a part of the batch (data parallelism)
+``fsdp``   also divides the batch, and shards the weights, which are gathered layer by layer
+``model``  shards heads, MLP and vocabulary; activations are summed over it (tensor parallelism)
+=========  ====================================================================================
+
+``RULES`` maps the one to the other.  With it and a mesh ``data=2, fsdp=2, model=2``, the kernel
+``("embed", "mlp")`` has the ``PartitionSpec("fsdp", "model")``: each device holds a quarter, twice
+in all.  A batch ``("batch", "length")`` is ``PartitionSpec(("data", "fsdp"), None)``: four parts.
+Two rules of thumb: a mesh axis is used once per array, by the first logical axis that wants it; a
+dimension that its mesh axes do not divide is replicated.  Prompts and other trainable arrays are
+small and replicated.  ``mesh.rules`` of the experiment changes entries of the table.
+
+The compiler derives everything else from the shardings of the inputs.  ``with_logical_constraint``
+pins an activation where it would choose badly; it applies the mesh of ``activation_sharding``,
+which the jitted function enters while it is traced.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -15,7 +39,7 @@ from prompt_tuning_jax.errors import UserError
 
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
-# THE table.  A logical axis that is not here is a mistake; None means replicated.
+# Logical axis -> mesh axes; None is replicated.  A logical axis that is not here is an error.
 RULES: Rules = MappingProxyType(
     {
         "batch": ("data", "fsdp"),
@@ -37,7 +61,7 @@ RULES: Rules = MappingProxyType(
 
 
 def with_rules(texts: Sequence[str]) -> Rules:
-    """The table with a user's rules in place of, or beside, its own."""
+    """``RULES`` with the entries of ``mesh.rules`` replaced or added."""
     return MappingProxyType({**RULES, **parse_rules(texts)})
 
 
@@ -51,12 +75,12 @@ def make_mesh(
     dcn_model: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-    """A mesh over all devices; one of the sizes may be -1 and takes what is left.
+    """A mesh over all devices; one size may be -1, and is then inferred.
 
-    ``data``, ``fsdp`` and ``model`` are sizes within a slice (or a host, where devices are in no
-    slices), and the ``dcn`` ones numbers of slices; an axis of the mesh is as long as both
-    together, its slices one after another.  With all of these 1, devices are taken as they come.
-    Raises UserError when the sizes do not multiply to the number of devices.
+    ``data``, ``fsdp`` and ``model`` are the sizes within a slice, or within a host where devices
+    have no slices; the ``dcn`` sizes are numbers of slices.  The size of a mesh axis is the product
+    of the two.  With all ``dcn`` sizes 1, devices keep their order.  Raises UserError where the
+    sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, dcn = [data, fsdp, model], [dcn_data, dcn_fsdp, dcn_model]
@@ -82,7 +106,7 @@ def make_mesh(
 
 
 def _hybrid(sizes: list[int], dcn: list[int], devices: Sequence[jax.Device]) -> Any:
-    """Devices of one slice next to each other; without slices a process takes the place of one."""
+    """The devices of a slice, or without slices of a process, next to each other."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     in_slices = len(slices) > 1 and None not in slices
     granules = slices if in_slices else {device.process_index for device in devices}
@@ -96,10 +120,10 @@ def _hybrid(sizes: list[int], dcn: list[int], devices: Sequence[jax.Device]) -> 
     )
 
 
-def spec_of(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes; each mesh axis is used at most once.
+def logical_to_mesh_axes(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; it uses each mesh axis at most once.
 
-    Raises KeyError for a logical axis that the table does not know.
+    Raises KeyError for a logical axis that has no rule.
     """
     used: set[str] = set()
     spec: list[str | tuple[str, ...] | None] = []
@@ -118,49 +142,51 @@ def shard(
     mesh: jax.sharding.Mesh,
     rules: Rules = RULES,
 ) -> dict[str, jax.Array]:
-    """Every array, by path, laid out over the mesh by the table; nothing moves that is in place.
+    """The arrays by path, sharded over the mesh; those that already are do not move.
 
-    With several processes each must hold the whole array, or all of them the same global one.
+    With several processes, each must hold the whole array, or all of them the same global array.
     """
     if mesh.size == 1:
         return dict(arrays)
     shapes = {name: array.shape for name, array in arrays.items()}
-    layouts = shardings_of(shapes, logical_axes, mesh, rules)
-    return {name: put(array, layouts[name]) for name, array in arrays.items()}
+    shardings = logical_to_mesh_sharding(shapes, logical_axes, mesh, rules)
+    return {name: device_put(array, shardings[name]) for name, array in arrays.items()}
 
 
-def shardings_of(
+def logical_to_mesh_sharding(
     shapes: Mapping[str, Sequence[int]],
     logical_axes: Mapping[str, Sequence[str | None]],
     mesh: jax.sharding.Mesh,
     rules: Rules = RULES,
 ) -> dict[str, NamedSharding]:
-    """How the table lays arrays of these shapes, by path, out over the mesh.
+    """The shardings of arrays of these shapes, by path.
 
-    A dimension that its mesh axes do not divide is kept whole.
+    A dimension that its mesh axes do not divide is replicated.
     """
     return {
-        name: NamedSharding(mesh, fitting(spec_of(logical_axes[name], rules), shape, mesh))
+        name: NamedSharding(
+            mesh, divisible_spec(logical_to_mesh_axes(logical_axes[name], rules), shape, mesh)
+        )
         for name, shape in shapes.items()
     }
 
 
-def put(array: Any, partitioner: NamedSharding) -> jax.Array:
-    """An array laid out anew, where some of the devices may belong to other processes."""
-    if partitioner.is_fully_addressable:
-        return jax.device_put(array, partitioner)
+def device_put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """``jax.device_put``, also where some of the devices belong to other processes."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        held = np.asarray(array)
-        return jax.make_array_from_callback(held.shape, partitioner, lambda index: held[index])
-    if array.sharding.is_equivalent_to(partitioner, array.ndim):
+        local = np.asarray(array)
+        return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
+    if array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
-    return _moved(partitioner)(array)
+    return _resharded(sharding)(array)
 
 
 def on_host(tree: Any) -> Any:
-    """The arrays of a tree in this process's memory, whole.
+    """The whole arrays of a tree, in the memory of this process.
 
-    With several processes all must call it: what none of them holds whole is gathered.
+    With several processes, all must call it: arrays that are spread over them are gathered.
     """
     return jax.tree.map(_to_host, tree)
 
@@ -168,18 +194,20 @@ def on_host(tree: Any) -> Any:
 def _to_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if not array.is_fully_replicated and isinstance(array.sharding, NamedSharding):
-            array = _moved(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+            array = _resharded(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
         return np.asarray(array.addressable_data(0))
     return np.asarray(array)
 
 
 @cache
-def _moved(partitioner: NamedSharding) -> Any:
-    return jax.jit(lambda array: array, out_shardings=partitioner)
+def _resharded(sharding: NamedSharding) -> Any:
+    return jax.jit(lambda array: array, out_shardings=sharding)
 
 
-def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """The spec with every dimension whole that its mesh axes do not divide."""
+def divisible_spec(
+    spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh
+) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide their dimension."""
     entries = [
         entry if shape[i] % size_of(entry, mesh) == 0 else None for i, entry in enumerate(spec)
     ]
@@ -187,6 +215,125 @@ def fitting(spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh) 
 
 
 def size_of(entry: Any, mesh: jax.sharding.Mesh) -> int:
-    """How many parts an entry of a PartitionSpec makes of its dimension."""
+    """The number of shards that an entry of a PartitionSpec makes of its dimension."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return int(np.prod([mesh.shape[name] for name in names]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Partitioner:
+    """A mesh and its rules; hashable, so that it can be a static argument of a jitted function."""
+
+    mesh: jax.sharding.Mesh
+    rules: Rules = dataclasses.field(default_factory=lambda: RULES)
+
+    def __hash__(self) -> int:
+        return hash((self.mesh, tuple(sorted(self.rules))))
+
+    @property
+    def is_single_device(self) -> bool:
+        """Whether there is one device, and nothing to shard."""
+        return bool(self.mesh.size == 1)
+
+    @property
+    def num_batch_shards(self) -> int:
+        """The number of shards of a batch."""
+        return size_of(logical_to_mesh_axes(("batch",), self.rules)[0], self.mesh)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """The sharding of an array with these logical axes and this shape."""
+        return NamedSharding(
+            self.mesh, divisible_spec(logical_to_mesh_axes(axes, self.rules), shape, self.mesh)
+        )
+
+    def shard(
+        self, arrays: Mapping[str, Any], logical_axes: Mapping[str, Sequence[str | None]]
+    ) -> dict[str, jax.Array]:
+        """The arrays by path, sharded by their logical axes."""
+        return shard(arrays, logical_axes, self.mesh, self.rules)
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that are on devices of this process, in ascending order."""
+        sharding = self.sharding(("batch",), (batch_size,))
+        mine = np.zeros(batch_size, bool)
+        for index in sharding.addressable_devices_indices_map((batch_size,)).values():
+            mine[index or slice(None)] = True
+        return np.flatnonzero(mine)
+
+    def shard_rows(
+        self, local: np.ndarray, axes: Sequence[str | None], *, rows: np.ndarray, batch_size: int
+    ) -> jax.Array:
+        """The global array, from this process's ``rows`` of the axis ``batch``."""
+        axis = list(axes).index("batch")
+        shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
+
+        def shard_at(index: Any) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[axis]]
+            local_index = list(index)
+            # The rows of a shard are consecutive, in the batch and in this process.
+            first = int(np.searchsorted(rows, wanted[0]))
+            local_index[axis] = slice(first, first + len(wanted))
+            return local[tuple(local_index)]
+
+        return jax.make_array_from_callback(shape, self.sharding(axes, shape), shard_at)
+
+    def shard_batch(self, batch: Mapping[str, Any], axes: Sequence[str | None]) -> dict[str, Any]:
+        """A batch that every process holds whole, sharded by its rows."""
+        if self.is_single_device:
+            return dict(batch)
+        return {
+            name: device_put(array, self.sharding(axes[: array.ndim], array.shape))
+            for name, array in batch.items()
+        }
+
+    def replicate_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Replicates the arrays that are on no mesh yet; the others keep their sharding."""
+        if self.is_single_device:
+            return dict(arrays)
+
+        def replicate_one(array: Any) -> Any:
+            on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
+            return array if on_mesh else device_put(array, self.replicated)
+
+        return {name: replicate_one(array) for name, array in arrays.items()}
+
+
+# Set by a jitted function while it is traced: models do not know the mesh.
+_TRACED: ContextVar[Partitioner | None] = ContextVar("partitioner of the function being traced")
+
+
+@contextmanager
+def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
+    """Makes ``with_logical_constraint`` use this mesh; the traced function enters it."""
+    token = _TRACED.set(
+        None if partitioner is None or partitioner.is_single_device else partitioner
+    )
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
+
+
+def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Constrains the sharding of an activation; returns x itself where there is no mesh."""
+    partitioner = _TRACED.get(None)
+    if partitioner is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes, x.shape))
+
+
+def on_a_mesh() -> bool:
+    """Whether the traced function is sharded, so that ``with_logical_constraint`` has an effect."""
+    return _TRACED.get(None) is not None
+
+
+def replicate(tree: Any) -> Any:
+    """Replicates results, which every process can then read, where the function is sharded."""
+    partitioner = _TRACED.get(None)
+    if partitioner is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, partitioner.replicated)

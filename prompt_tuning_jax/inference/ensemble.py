@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding, replicate
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, replicate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.inference.decoding.greedy import greedy

@@ -32,8 +32,7 @@ from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import Placement
 from prompt_tuning_jax.config.overrides import checked
-from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
 from prompt_tuning_jax.errors import UserError, nearest, suggest
 from prompt_tuning_jax.inference.api import require_model
 from prompt_tuning_jax.inference.loading_methods import (

@@ -32,7 +32,7 @@ from prompt_tuning_jax.data.tasks.selection import (
     mixture_of,
     trained_tasks,
 )
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import (
     Members,

@@ -39,7 +39,7 @@ from prompt_tuning_jax.data.tasks.wording import (
 )
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed import processes
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.api import require_model
 from prompt_tuning_jax.inference.loading import (

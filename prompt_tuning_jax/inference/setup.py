@@ -26,8 +26,7 @@ from prompt_tuning_jax.data.tasks.selection import (
     trained_tasks,
 )
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import RULES, make_mesh, with_rules
+from prompt_tuning_jax.distributed.sharding import RULES, Partitioner, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import (
     PROMPT,

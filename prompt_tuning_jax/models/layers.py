@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax.distributed.partitioner import with_logical_constraint
+from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray

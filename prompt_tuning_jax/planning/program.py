@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.inference.setup import (
     Members,

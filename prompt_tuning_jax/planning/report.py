@@ -5,10 +5,9 @@ from typing import Any
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.planning.chips import GIB
 from prompt_tuning_jax.planning.plan import MeshPlan, Plan, plan, planned_config
 from prompt_tuning_jax.planning.program import Program
-from prompt_tuning_jax.planning.topology import Topology, parse_topology, topology_of
+from prompt_tuning_jax.planning.topology import GIB, Topology, parse_topology, topology_of
 
 
 def plan_run(

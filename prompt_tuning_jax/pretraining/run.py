@@ -2,11 +2,11 @@
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching.task_data import build_data
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import Members, vocabulary_of
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.pretraining.mimetic_init import start_attention
+from prompt_tuning_jax.pretraining.initializations import start_attention
 from prompt_tuning_jax.pretraining.probes import Probe
 from prompt_tuning_jax.pretraining.text_data import (
     TextData,

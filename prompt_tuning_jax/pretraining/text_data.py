@@ -13,14 +13,14 @@ from flax import nnx
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.data.tasks.metrics import Direction
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import loss_sums
 from prompt_tuning_jax.methods import DescribedPrompts, TunedModel
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.dictionary import load_dictionary
+from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.label_objective import (
     NO_BLOCK,
     BehindEmptyBlock,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.t5.attention import SelfCache

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.adapter_spec import ServedMethod

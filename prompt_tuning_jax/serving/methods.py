@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding, replicate
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, replicate
 from prompt_tuning_jax.inference.decoding.greedy import Decoded, greedy
 from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
 from prompt_tuning_jax.serving.adapter_spec import AdapterSpec, ServedMethod

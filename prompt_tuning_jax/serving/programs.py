@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import (
+from prompt_tuning_jax.distributed.sharding import (
     Partitioner,
     activation_sharding,
     replicate,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array, HostArray

@@ -28,7 +28,7 @@ from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prompt_sources import as_texts
-from prompt_tuning_jax.inference.score_table import print_scores, scores_as_dict
+from prompt_tuning_jax.inference.results import print_scores, scores_as_dict
 from prompt_tuning_jax.inference.setup import (
     build_model,
     model_fingerprint,

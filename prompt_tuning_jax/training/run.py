@@ -32,7 +32,7 @@ from prompt_tuning_jax.data.tasks.selection import (
     mixture_of,
 )
 from prompt_tuning_jax.distributed import processes
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError, printable
 from prompt_tuning_jax.inference.predictor import (
     evaluate_members,

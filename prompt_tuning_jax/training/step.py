@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.partitioner import Partitioner, activation_sharding
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import map_members, members_per_chunk, rows_in_cache
 from prompt_tuning_jax.methods import TunedModel

@@ -145,7 +145,7 @@ for path in sys.argv[4:]:
     for mesh in (by_model, both, sharding.make_mesh(fsdp=2, model=4), sharding.make_mesh(fsdp=8)):
         model = load_model(path, mesh=mesh)
         params = param_tree.split(model)[1]
-        layouts = sharding.shardings_of(
+        layouts = sharding.logical_to_mesh_sharding(
             {name: p.shape for name, p in params.items()}, param_tree.logical_axes(model), mesh
         )
         # Eight do not divide the width of the smallest of them.

@@ -232,7 +232,9 @@ def test_biases_of_layers_are_laid_out_as_those_of_stacks() -> None:
     model = abstract_model(CONFIG, dtype="float32", param_dtype="float32")
     axes, shapes = param_tree.logical_axes(model), param_tree.split(model)[1]
     assert {name: array.shape for name, array in shapes.items()} == parameter_shapes(CONFIG)
-    own = {name: sharding.spec_of(axes[name]) for name in axes if name.endswith(RELPOS)}
+    own = {
+        name: sharding.logical_to_mesh_axes(axes[name]) for name in axes if name.endswith(RELPOS)
+    }
     assert len(own) == 5
     assert set(own.values()) == {jax.sharding.PartitionSpec("model", None)}
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.pretraining import cooccurrence_init
-from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining import initializations
+from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 
 CLASSES, MEMBERS = 12, 6  # the token t is a member of class t % 12; tokens 72 to 99 do not occur
 VOCAB_SIZE = 100
@@ -67,8 +67,8 @@ def test_counts_are_those_of_a_plain_loop(monkeypatch):
                 expected[tokens[i], tokens[i + distance]] += 1 / distance
                 expected[tokens[i + distance], tokens[i]] += 1 / distance
     for chunk in (1000, 50, 49, 7, 1):
-        monkeypatch.setattr(cooccurrence_init, "_PAIRS_PER_CHUNK", chunk)
-        counts = cooccurrence_init._count_pairs(tokens, vocab_size=9, window=3).toarray()
+        monkeypatch.setattr(initializations, "_PAIRS_PER_CHUNK", chunk)
+        counts = initializations._count_pairs(tokens, vocab_size=9, window=3).toarray()
         np.testing.assert_allclose(counts, expected, rtol=1e-5)
 
 
@@ -77,11 +77,11 @@ def test_information_is_positive_pmi():
 
     # p(0,1) = 2/6 against (2/6)(3/6) expected; p(1,2) = 1/6 against (3/6)(1/6), the same ratio.
     counts = csr_matrix(np.array([[0, 2, 0], [2, 0, 1], [0, 1, 0]], np.float32))
-    information = cooccurrence_init._positive_pmi(counts).toarray()
+    information = initializations._positive_pmi(counts).toarray()
     expected = np.log(2) * np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
     np.testing.assert_allclose(information, expected, rtol=1e-5)
     independent = csr_matrix(np.array([[4, 2], [2, 1]], np.float32))
-    assert np.abs(cooccurrence_init._positive_pmi(independent).toarray()).max() < 1e-6
+    assert np.abs(initializations._positive_pmi(independent).toarray()).max() < 1e-6
 
 
 def test_factors_are_those_of_the_exact_decomposition():
@@ -92,18 +92,18 @@ def test_factors_are_those_of_the_exact_decomposition():
     matrix = (matrix + matrix.T).astype(np.float32)
     left, singular, _ = np.linalg.svd(matrix)
     expected = left[:, :5] * np.sqrt(singular[:5])
-    rows = cooccurrence_init._factorize(csr_matrix(matrix), rank=5, rng=rng)
+    rows = initializations._factorize(csr_matrix(matrix), rank=5, seed=0)
     np.testing.assert_allclose(rows @ rows.T, expected @ expected.T, atol=1e-2)
 
 
 def test_a_sample_is_spread_over_the_corpus():
     tokens = np.repeat(np.arange(100, dtype=np.uint16), 1000)
-    sample = cooccurrence_init._sample(tokens, max_tokens=6400)
+    sample = initializations._sample(tokens, max_tokens=6400)
     assert len(sample) == 6400
     assert sample[0] == 0
     assert sample[-1] == 99
     assert len(np.unique(sample)) >= 60
-    assert cooccurrence_init._sample(tokens, max_tokens=len(tokens)) is not None
+    assert initializations._sample(tokens, max_tokens=len(tokens)) is not None
 
 
 def test_degenerate_corpora(tokens):

@@ -6,8 +6,8 @@ import pytest
 
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.pretraining.cooccurrence_init import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.dictionary import Dictionary, load_dictionary
+from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.label_objective import (
     BehindEmptyBlock,
     LabelObjective,

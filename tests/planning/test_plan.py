@@ -5,12 +5,10 @@ import dataclasses
 import pytest
 
 from prompt_tuning_jax.config.experiment import Experiment, Model, Training
-from prompt_tuning_jax.planning.chips import GIB
-from prompt_tuning_jax.planning.plan import MeshPlan, Plan, _advice
+from prompt_tuning_jax.planning.plan import MeshPlan, Plan, _advice, roofline
 from prompt_tuning_jax.planning.program import _EXCEEDED, Program
 from prompt_tuning_jax.planning.report import plan_as_dict, plan_lines
-from prompt_tuning_jax.planning.roofline import roofline
-from prompt_tuning_jax.planning.topology import parse_topology
+from prompt_tuning_jax.planning.topology import GIB, parse_topology
 
 V5E = parse_topology("v5e:4x4")
 

@@ -10,8 +10,7 @@ import jax
 import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
-from prompt_tuning_jax.distributed.partitioner import Partitioner
-from prompt_tuning_jax.distributed.sharding import make_mesh
+from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
 from prompt_tuning_jax.inference.setup import (
     attach_members,
 )
@@ -47,7 +46,7 @@ def test_shapes_are_those_of_the_real_experiment(method):
 
 EIGHT = """
 import dataclasses, json
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_train
 from prompt_tuning_jax.distributed.sharding import make_mesh
 from tests.micro import ONE_LAYER

@@ -8,11 +8,9 @@ from prompt_tuning_jax.config.experiment import Data, Experiment, Mesh, Model, T
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.config import preset
-from prompt_tuning_jax.planning.chips import CHIPS
-from prompt_tuning_jax.planning.plan import candidates, planned_config
+from prompt_tuning_jax.planning.plan import candidates, model_flops, planned_config
 from prompt_tuning_jax.planning.report import plan_lines, plan_run
-from prompt_tuning_jax.planning.roofline import model_flops
-from prompt_tuning_jax.planning.topology import parse_topology, topology_of
+from prompt_tuning_jax.planning.topology import CHIPS, parse_topology, topology_of
 
 has_compiler = importlib.util.find_spec("libtpu") is not None
 

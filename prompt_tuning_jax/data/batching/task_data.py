@@ -41,7 +41,7 @@ from prompt_tuning_jax.data.tasks.task import (
     Task,
 )
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.partitioner import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.typing import Batch
 from prompt_tuning_jax.untrusted_input import json_text

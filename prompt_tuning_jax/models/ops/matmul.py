@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from prompt_tuning_jax.distributed.partitioner import on_a_mesh
+from prompt_tuning_jax.distributed.sharding import on_a_mesh
 from prompt_tuning_jax.typing import Array, DType
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.distributed.partitioner import with_logical_constraint
+from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
 from prompt_tuning_jax.models.ops import matmul

@@ -1,10 +1,7 @@
-"""The one exception whose message a user is meant to read.
+"""``UserError``, the exception whose message is written for users, and helpers for such messages.
 
-The end of an error message about an unknown name: the nearest name, and what there is.
-
-Text from files, made safe to print: it may hold what steers a terminal.
-
-Wrong calls of the public functions, told in one line what was meant.
+Suggestions for misspelt names, text from files made safe to print on a terminal, and one-line
+errors for wrong calls of the public functions.
 """
 
 import difflib
@@ -18,12 +15,12 @@ _LONGEST = 2000  # characters
 
 
 class UserError(Exception):
-    """Wrong input from outside: one line that names the field, file, task or shape and what to do.
+    """Invalid input: one line that names the field, file, task or shape, and says what to do.
 
-    The command line prints the message without a traceback and exits with status 2.  Values of
-    damaged files are in messages: of thousands of characters the middle is left out, and those that
-    a terminal obeys are escaped.  ``details`` follow, one per line: what is wrong with each of
-    several tasks.
+    The command line prints the message without a traceback and exits with status 2.  Messages quote
+    values of damaged files: the middle of a very long message is left out, and terminal control
+    characters are escaped.  ``details`` follow, one per line, for instance one for each of several
+    tasks.
     """
 
     def __init__(self, message: str, *details: str) -> None:
@@ -41,7 +38,7 @@ _MAX_LISTED = 12
 
 
 def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
-    """Say which of the known names was probably meant, and list them, ``most`` at most.
+    """Suggest the known name that was probably meant, and list at most ``most`` of them.
 
     >>> suggest("acuracy", ["accuracy", "f1_macro"])
     "did you mean 'accuracy'? There are: accuracy, f1_macro"
@@ -57,31 +54,31 @@ def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant; None where none is like it."""
+    """The known name that was probably meant; None if no name is similar."""
     return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)), None)
 
 
-# Control characters but the tab, line separators, what turns the direction of text, and halves of
-# surrogate pairs, which cannot be printed at all.
-_STEERING = re.compile(
+# Control characters except the tab, line separators, characters that change the direction of text,
+# and lone surrogates, which cannot be printed at all.
+_CONTROL = re.compile(
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _SHORT = {"\n": "\\n", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    r"""The text in one line, with what steers a terminal written as in a program: ``\x1b``."""
-    return _STEERING.sub(lambda found: _SHORT.get(found[0]) or _escaped(found[0]), text)
+    r"""The text in one line, with terminal control characters escaped: ``\x1b``."""
+    return _CONTROL.sub(lambda found: _SHORT.get(found[0]) or _escaped(found[0]), text)
 
 
 def printable_lines(text: str) -> str:
-    """Each line of the text as ``printable`` has it."""
+    """``printable`` of each line of the text."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(text: str) -> str:
-    r"""JSON that means the same, with what steers a terminal written as ``\u001b``."""
-    return _STEERING.sub(
+    r"""Equivalent JSON, with terminal control characters escaped: ``\u001b``."""
+    return _CONTROL.sub(
         lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text
     )
 
@@ -95,7 +92,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def with_named_arguments(function: F) -> F:
-    """The function, with UserError where a wrong call would have a bare TypeError."""
+    """The function, raising UserError where a wrong call would raise a bare TypeError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -126,7 +123,7 @@ def _meant(
     if len(args) > len(by_position):
         others = ", ".join(f"{name}=" for name in names if name not in by_position)
         return (
-            f"{called} takes {', '.join(by_position)} by position and was given {len(args)} values"
+            f"{called} takes {', '.join(by_position)} by position and got {len(args)} values"
             f"{f'; name the others: {others}' if others else ''}"
         )
     return f"{called}: {error}; it takes {', '.join(names)}"

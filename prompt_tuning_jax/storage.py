@@ -1,6 +1,6 @@
-"""Files are written aside and renamed, so that a reader sees the old one or the new one.
+"""Atomic writes: a reader sees either the old file or the new one.
 
-Where this project keeps what it can make again.
+Also the folder of this package's caches.
 """
 
 import os
@@ -12,69 +12,69 @@ from pathlib import Path
 
 from prompt_tuning_jax.errors import UserError
 
-# The names that are written aside, and whose process number is in them.
-_ASIDE = re.compile(r"\..+\.([0-9]+)\.tmp")
+# Temporary names, which contain the process number of their writer.
+_TEMPORARY = re.compile(r"\..+\.([0-9]+)\.tmp")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end.
+    """Yields a temporary path beside ``path``, and renames it to ``path`` at the end.
 
-    Missing folders are made.  If the body fails, nothing is left and ``path`` is as it was; a
-    failure of the file system becomes a UserError that names ``path``.
+    Missing folders are created.  If the body fails, the temporary file is removed and ``path`` is
+    unchanged.  Errors of the file system become a UserError that names ``path``.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _flush(aside)
-        os.replace(aside, path)
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 @contextmanager
-def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder`` whose files go into ``folder`` at the end.
+def atomic_write_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder, and moves its files into ``folder`` at the end.
 
-    A new folder appears all at once.  In one that exists, files of the same name are replaced one
-    by one in the order of their names backwards, and the others stay.
+    A new folder appears all at once.  In an existing one, files of the same name are replaced one
+    by one, in reverse order of their names, and other files stay.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        # Backwards puts weights before the config that describes them: after a kill in between
-        # the shapes do not match, which a reader reports.
-        files = sorted(aside.iterdir(), reverse=True)
+        temporary.mkdir()
+        yield temporary
+        # The reverse order puts weights before the config that describes them: if the process is
+        # killed in between, their shapes do not match, which a reader reports.
+        files = sorted(temporary.iterdir(), reverse=True)
         for file in files:
-            _flush(file)
+            flush_to_disk(file)
         if folder.exists():
             for file in files:
                 os.replace(file, folder / file.name)
         else:
-            os.replace(aside, folder)
+            os.replace(temporary, folder)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Removes what processes that are no more had begun to write aside in these folders.
+    """Removes the temporary files that processes which no longer run left in these folders.
 
-    Also what is of this process's number: such a one had the number before it, so that this must
-    come before this one writes there itself.
+    Files with this process's own number are removed, too (an earlier process had the same number),
+    so call this before this process writes there.
     """
     for folder in folders:
         with suppress(OSError):
             for path in folder.iterdir():
-                found = _ASIDE.fullmatch(path.name)
-                if found is None or _is_another_alive(int(found[1])):
+                match = _TEMPORARY.fullmatch(path.name)
+                if match is None or _is_another_alive(int(match[1])):
                     continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
@@ -90,13 +90,13 @@ def _is_another_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         return True
     return True
 
 
-def _flush(path: Path) -> None:
-    """Puts the bytes on the disk before the name points to them, for the sake of power cuts."""
+def flush_to_disk(path: Path) -> None:
+    """Writes the bytes to the disk before the rename, so that a power cut loses neither file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -107,6 +107,6 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def user_cache(name: str) -> Path:
-    """``$XDG_CACHE_HOME/prompt_tuning_jax/NAME``, ``~/.cache`` where that is not set."""
+    """``$XDG_CACHE_HOME/prompt_tuning_jax/NAME``; ``~/.cache`` is used if that is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "prompt_tuning_jax" / name

@@ -1,13 +1,13 @@
-"""JSON from outside, refused in one line where Python would fail; JSON that is always valid.
+"""Input that may be damaged or hostile: JSON, files that claim more than they hold, patterns.
 
-Python's own reader fails with four kinds of exception, accepts ``NaN`` and half characters, and its
-writer produces both.
+JSON: Python's reader fails with four kinds of exception and accepts ``NaN`` and lone surrogates,
+and its writer produces both.  Here invalid input is a UserError of one line, and output is always
+valid.
 
-How much of a file or folder is really stored, against what it claims to hold.
+Files: the bytes that a file or folder claims to hold are compared with the bytes on the disk.
 
-Regular expressions on paths, matched in time that grows with the path alone.
-
-Patterns come in files, too, and Python's own ``re`` can take for ever on a short one.
+Patterns: RE2 matches regular expressions in time linear in the length of the text.  Python's
+``re`` can take exponential time for a short pattern.
 """
 
 import functools
@@ -28,12 +28,12 @@ MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
 _MAX_DIGITS = 300  # more do not fit a float64, and Python's own int stops at 4300
 _MAX_CONTAINERS = 2**21  # an empty list takes 2 characters in the file and 64 bytes in memory
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NumberText(str):
-    """A number of a JSON text as it is written there; ``json_text`` writes it as a number."""
+    """A number in the spelling of its JSON text; ``json_text`` writes it as a number."""
 
 
 def json_type(value: Any) -> str:
@@ -53,18 +53,19 @@ def read_json(
 ) -> Any:
     """The value of a JSON text.
 
-    With ``parse_numbers_as_text`` numbers come back as they are written, ``NaN`` among them.
-    Raises UserError, in one line that begins with ``of`` (a file or field), for a text that is not
-    UTF-8 or not JSON, is longer than ``max_bytes`` (characters, for a str), is nested deeper than
-    64 levels, has a number that is not finite or has too many digits, or half a surrogate pair.
+    With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelt,
+    ``NaN`` included.  Raises UserError, in one line that begins with ``of`` (a file or field), for
+    a text that is not UTF-8 or not JSON, is longer than ``max_bytes`` (characters, for a str), is
+    nested deeper than 64 levels, or has a number that is not finite or has too many digits, or a
+    lone surrogate.
     """
     if len(text) > max_bytes:
         raise UserError(
-            f"{of}: too large: {len(text)} bytes of JSON, and at most {max_bytes} are read"
+            f"{of}: {len(text)} bytes of JSON are too large; at most {max_bytes} are read"
         )
     decoded = _decode(text, of) if isinstance(text, bytes) else text
     if decoded.count("[") + decoded.count("{") > _MAX_CONTAINERS:
-        raise UserError(f"{of}: more than {_MAX_CONTAINERS} lists and objects")
+        raise UserError(f"{of}: more than {_MAX_CONTAINERS} arrays and objects")
     try:
         if parse_numbers_as_text:
             value = json.loads(
@@ -79,21 +80,23 @@ def read_json(
             )
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{of}: not JSON, or cut off: {error.msg} at line {error.lineno}, "
+            f"{of}: invalid or truncated JSON: {error.msg} at line {error.lineno}, "
             f"character {error.colno}"
         ) from None
     except RecursionError:
         raise UserError(_too_deep(of)) from None
     if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise UserError(_too_deep(of))
-    # Only an escape, or a str from elsewhere, can hold half a pair.
-    if (_ESCAPED_HALF.search(decoded) or _has_half(decoded)) and any(map(_has_half, _texts(value))):
-        raise UserError(f"{of}: a \\ud... escape that is half a character")
+    # Only an escape, or a str that was not decoded here, can contain a lone surrogate.
+    if (_ESCAPED_SURROGATE.search(decoded) or _has_surrogate(decoded)) and any(
+        map(_has_surrogate, _texts(value))
+    ):
+        raise UserError(f"{of}: a \\ud... escape is half of a surrogate pair")
     return value
 
 
 def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BYTES) -> Any:
-    """The value of a JSON file, of which no more than ``max_bytes`` are ever read.
+    """The value of a JSON file; at most ``max_bytes`` are read.
 
     Raises UserError as ``read_json`` does (``of`` defaults to the path), and for a file that cannot
     be read.
@@ -105,20 +108,20 @@ def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BY
     except OSError as error:
         raise UserError(f"{of}: {error.strerror or error}") from None
     if len(data) > max_bytes:
-        raise UserError(f"{of}: too large: more than the {max_bytes} bytes of JSON that are read")
+        raise UserError(f"{of}: too large; at most {max_bytes} bytes of JSON are read")
     return read_json(data, of=of, max_bytes=max_bytes)
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Valid JSON of a value: nan and infinities become null, and letters stay as they are.
+    """Valid JSON of a value: nan and infinities become null, and non-ASCII text is not escaped.
 
-    Numbers of NumPy are written as Python's.  Raises TypeError for a value that JSON cannot hold.
+    NumPy numbers are written like Python's.  Raises TypeError for a value that JSON has no form of.
     """
     text = json.dumps(
         _finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
     )
-    # Half a surrogate pair (a file name of a broken encoding) cannot be written as UTF-8.
-    return _HALF_CHARACTER.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+    # A lone surrogate (from a file name in a broken encoding) cannot be written as UTF-8.
+    return _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _decode(data: bytes, of: str) -> str:
@@ -132,13 +135,13 @@ def _decode(data: bytes, of: str) -> str:
 
 def _int(of: str, digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+        raise UserError(f"{of}: a number has {len(digits)} digits; at most 300 are read")
     return int(digits)
 
 
 def _float(of: str, digits: str) -> float:
     if len(digits) > _MAX_DIGITS:
-        raise UserError(f"{of}: a number of {len(digits)} digits, and at most 300 are read")
+        raise UserError(f"{of}: a number has {len(digits)} digits; at most 300 are read")
     number = float(digits)
     if not math.isfinite(number):
         raise UserError(f"{of}: the number {digits[:40]} is too large")
@@ -150,7 +153,7 @@ def _refuse_constant(of: str, name: str) -> NoReturn:
 
 
 def _too_deep(of: str) -> str:
-    return f"{of}: lists and objects nested deeper than {MAX_DEPTH} levels"
+    return f"{of}: arrays and objects are nested deeper than {MAX_DEPTH} levels"
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -179,8 +182,8 @@ def _texts(value: Any) -> list[str]:
     return found
 
 
-def _has_half(text: str) -> bool:
-    return not text.isascii() and _HALF_CHARACTER.search(text) is not None
+def _has_surrogate(text: str) -> bool:
+    return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
 def _finite(value: Any) -> Any:
@@ -201,18 +204,18 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# What trained numbers never are compressed by, and what may be claimed by anything.
-_MOST_RATIO = 100
-_ALWAYS = 2**28  # bytes
-# Those of zarr's formats, which TensorStore reads whole.
+# Trained weights never compress this well.
+_MAX_COMPRESSION = 100
+_ALWAYS_ALLOWED = 2**28  # bytes that any file may claim
+# Of zarr's formats; TensorStore reads them whole.
 _HEADERS = (".zarray", ".zattrs", ".zgroup", "zarr.json")
-_LONGEST_HEADER = 2**24
+_MAX_HEADER_BYTES = 2**24
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes on the disk of a file, or of all files below a folder; holes of a file count nothing.
+    """Bytes on the disk of a file, or of all files below a folder; holes in sparse files count 0.
 
-    Links are followed, for a cache may keep its files elsewhere.
+    Links are followed, because a cache may keep its files elsewhere.
     """
     files = path.rglob("*") if path.is_dir() else [path]
     total = 0
@@ -227,38 +230,38 @@ def stored_bytes(path: Path) -> int:
 
 
 def require_stored(claimed: int, stored: int, *, of: str) -> None:
-    """UserError where far more bytes are claimed than the compression of arrays can explain."""
-    if claimed > max(_ALWAYS, _MOST_RATIO * stored):
+    """UserError if far more bytes are claimed than compression can explain."""
+    if claimed > max(_ALWAYS_ALLOWED, _MAX_COMPRESSION * stored):
         raise UserError(
-            f"{of} claims {claimed} bytes, and {stored} are stored: the copy is incomplete or "
+            f"{of} claims {claimed} bytes, but only {stored} are stored: the copy is incomplete or "
             "damaged"
         )
 
 
 def require_whole(path: Path) -> None:
-    """UserError for a file that is nearly all holes, as a copy that has not arrived is.
+    """UserError for a file that is nearly all holes, like an unfinished copy.
 
-    Of a folder for any of its files, and for a header that is far too long for one.
+    Every file in a folder is checked.  A header that is far too long is an error, too.
     """
     for file in path.rglob("*") if path.is_dir() else [path]:
         try:
             size = file.stat().st_size
         except OSError:
-            continue  # whoever opens it says what is wrong
-        if size > _ALWAYS:
+            continue  # opening it reports the error
+        if size > _ALWAYS_ALLOWED:
             require_stored(size, stored_bytes(file), of=str(file))
-        if size > _LONGEST_HEADER and file.name in _HEADERS:
-            raise UserError(f"{file} has {size} bytes, and a header has at most {_LONGEST_HEADER}")
+        if size > _MAX_HEADER_BYTES and file.name in _HEADERS:
+            raise UserError(f"{file} has {size} bytes; a header has at most {_MAX_HEADER_BYTES}")
 
 
 _MAX_BYTES = 1 << 23  # of a compiled pattern
 
 
 def compile_pattern(pattern: str, *, of: str) -> Any:
-    """The expression in RE2's syntax, which is ``re``'s without lookaround and backreferences.
+    """A compiled expression in RE2's syntax: that of ``re`` without lookaround and backreferences.
 
-    Its ``fullmatch`` says whether a whole path matches.  Raises UserError that begins with ``of``
-    (a field) for what is no such expression, or is too large.
+    Its ``fullmatch`` tells whether a whole path matches.  Raises UserError, which begins with
+    ``of`` (a field), for an invalid or too large expression.
     """
     try:
         return _compiled(pattern)
@@ -267,12 +270,12 @@ def compile_pattern(pattern: str, *, of: str) -> Any:
         if error.args and isinstance(error.args[0], bytes):
             why = error.args[0].decode(errors="replace")
         raise UserError(
-            f"{of} has {shown(pattern)}, which is no regular expression (RE2's syntax): {why[:80]}"
+            f"{of}: {shown(pattern)} is not a valid regular expression (RE2 syntax): {why[:80]}"
         ) from None
 
 
 def shown(pattern: str) -> str:
-    """A pattern for a message."""
+    """A pattern as messages quote it."""
     return repr(pattern) if len(pattern) <= 80 else f"{pattern[:77]!r}..."
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 
 TASKS = ("rte", "cb", "wic", "copa", "wsc", "multirc", "boolq")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, parameter_shapes
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.models.t5.config import T5Config

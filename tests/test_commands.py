@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.checkpoints.lazy import in_memory
+from prompt_tuning_jax.checkpoints.lazy_arrays import in_memory
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt

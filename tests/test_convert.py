@@ -16,6 +16,7 @@ import pytest
 import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints import convert_model
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
 from prompt_tuning_jax.checkpoints.peft.adapter_file import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -23,7 +24,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     read_prompt,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
 from prompt_tuning_jax.errors import UserError
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model, tree_bytes
@@ -203,9 +204,9 @@ def test_a_prompt_of_another_model(program: Program, tmp_path: Path) -> None:
         program("convert", *words, "--allow_other_model", "--overwrite")
     save_prompt(tmp_path / "wide.npy", prompt(width=24))
     words = (tmp_path / "wide.npy", tmp_path / "w.safetensors", "--model", model)
-    assert f"width 24, and the model has width {cases.WIDTH}" in program.refused("convert", *words)
+    assert f"width 24, but the model has width {cases.WIDTH}" in program.refused("convert", *words)
     words = (model, tmp_path / "w", "--to", "t5x", "--prompt", tmp_path / "wide.npy")
-    assert f"width 24, and the model has width {cases.WIDTH}" in program.refused("convert", *words)
+    assert f"width 24, but the model has width {cases.WIDTH}" in program.refused("convert", *words)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, cases.BF16, np.float32, np.float64], ids=str)
@@ -344,9 +345,9 @@ def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
     other = tmp_path / "home"
     (other / "letters").mkdir(parents=True)
     message = program.refused("convert", model, other, "--to", "hf", "--overwrite")
-    assert "holds more than a model" in message
+    assert "more than a model" in message
     message = program.refused("convert", model, tmp_path, "--to", "hf", "--overwrite")
-    assert "holds more than a model" in message
+    assert "more than a model" in message
     message = program.refused("convert", tmp_path / "p.npy", old, "--to", "npy", "--overwrite")
     assert "is a folder" in message
     message = program.refused("convert", model, tmp_path / "p.npy", "--to", "hf", "--overwrite")
@@ -356,7 +357,7 @@ def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
     require_same(read_hf(model)[1], cases.params(dtype=cases.BF16))
     inner = hf_model(model / "inner")
     message = program.refused("convert", inner, model, "--to", "hf", "--overwrite")
-    assert "holds the source" in message
+    assert "contains the source" in message
 
 
 @pytest.mark.parametrize(
@@ -421,7 +422,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
         "import signal, sys, time\n"
         # Where this runs in the background of a shell, interrupts are ignored from the start.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from prompt_tuning_jax.checkpoints import lazy, convert_model\n"
+        "from prompt_tuning_jax.checkpoints import convert_model\n"
         "cast = convert_model._cast\n"
         "def slow(array, dtype):\n"
         "    read = array.read\n"

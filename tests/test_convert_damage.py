@@ -12,9 +12,9 @@ import pytest
 from flax import serialization
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model
 
@@ -82,15 +82,15 @@ T5X: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a chunk with a wrong byte", flip_chunk, "damaged or incomplete for token_embedder"),
     ("a chunk missing", lambda f: chunk_of(f).unlink(), "damaged or incomplete for token_embedder"),
     ("an array missing", lambda f: shutil.rmtree(f / EMBEDDING), "the copy is incomplete"),
-    ("an unfinished save", unfinished, "was not finished"),
-    ("an index missing", without_index, "was not finished or the copy is incomplete"),
-    ("an index cut", lambda f: cut(f / "checkpoint"), "is damaged or not a T5X index"),
-    ("another shape", other_shape, "and the index says [3, 3]"),
+    ("an unfinished save", unfinished, "unfinished"),
+    ("an index missing", without_index, "the copy is incomplete"),
+    ("an index cut", lambda f: cut(f / "checkpoint"), "is damaged, or not a T5X index"),
+    ("another shape", other_shape, "the index says [3, 3]"),
     ("a wrong shape", inline_of_other_shape, "encoder_norm/scale"),
     ("a driver", lambda f: edit_spec(f, lambda s: s["kvstore"].update(driver="http")), "'http'"),
     ("a format", lambda f: edit_spec(f, lambda s: s.update(driver="n5")), "'n5', not zarr"),
-    ("a path out", path_out, "outside of the folder"),
-    ("a link out", link_out, "outside of the folder"),
+    ("a path out", path_out, "outside the folder"),
+    ("a link out", link_out, "outside the folder"),
 ]
 
 
@@ -116,7 +116,7 @@ def test_damaged_orbax(program: Program, tmp_path: Path) -> None:
     commit = source / "state" / "commit_success.txt"
     mark = commit.read_bytes()
     commit.unlink()
-    assert "was not finished" in program.refused(*words)
+    assert "unfinished" in program.refused(*words)
     commit.write_bytes(mark)
     for file in (source / "state" / "ocdbt.process_0" / "d").iterdir():
         cut(file)
@@ -159,13 +159,13 @@ def one_more_layer(folder: Path) -> None:
 
 
 HF: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("a shard missing", missing_shard, "shards that are not there"),
-    ("a shard out of the folder", shard_elsewhere, "only the name of a file in this folder"),
-    ("a shard of another array", shard_of_another, "and it does not"),
+    ("a shard missing", missing_shard, "shards that are missing"),
+    ("a shard out of the folder", shard_elsewhere, "name a file in this folder"),
+    ("a shard of another array", shard_of_another, "does not contain it"),
     ("a shard cut", lambda f: cut(next(f.glob("model-00002-*"))), "is damaged"),
     ("an index cut", lambda f: cut(f / "model.safetensors.index.json"), "not an index of shards"),
-    ("a wrong shape", other_config, "and by config.json it is"),
-    ("a layer missing", one_more_layer, "has no arrays of encoder.block.1, and by config.json"),
+    ("a wrong shape", other_config, "by config.json it is"),
+    ("a layer missing", one_more_layer, "has no arrays of encoder.block.1, which config.json"),
     ("no config", lambda f: (f / "config.json").unlink(), "config.json"),
 ]
 
@@ -222,14 +222,14 @@ def other_adapter(path: Path) -> None:
 
 PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("an npy cut", cut_npy, "is a damaged .npy file"),
-    ("a pickle in an npy", npy(np.array([[{}]], object)), "holds Python objects"),
-    ("a pickle", lambda p: p.write_bytes(pickle.dumps([1])), "a pickle, which is never loaded"),
+    ("a pickle in an npy", npy(np.array([[{}]], object)), "contains Python objects"),
+    ("a pickle", lambda p: p.write_bytes(pickle.dumps([1])), "pickles are never loaded"),
     ("a safetensors cut", cut_safetensors, "is a damaged .safetensors file"),
-    ("a model's file", of_a_model, "a prompt's file holds one array 'prompt'"),
+    ("a model's file", of_a_model, "a prompt's file has one array 'prompt'"),
     ("an empty file", lambda p: p.touch(), "it is empty"),
     ("a text", lambda p: p.write_text("hello, hello"), "is neither an .npy nor a .safetensors"),
-    ("a vector", npy(np.ones(3, np.float32)), "a prompt has two axes"),
-    ("several in one", npy(np.ones((2, 3, 4), np.float32)), "a prompt has two axes"),
+    ("a vector", npy(np.ones(3, np.float32)), "a prompt has two dimensions"),
+    ("several in one", npy(np.ones((2, 3, 4), np.float32)), "a prompt has two dimensions"),
     ("whole numbers", npy(np.ones((3, 4), np.int32)), "floating-point numbers"),
     ("infinity", npy(np.full((3, 4), np.inf, np.float32)), "not finite"),
     ("an adapter cut", cut_peft, "damaged"),

@@ -26,7 +26,7 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.config.overrides import apply_override, apply_overrides, to_json
 from prompt_tuning_jax.config.validation import validate
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.methods import METHODS, Context, MethodConfig, attach_method
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
@@ -245,7 +245,7 @@ def test_the_configuration_reference_is_up_to_date() -> None:
 
 
 def test_the_task_of_the_guide_is_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prompt_tuning_jax.data.tasks.task._registered", {})
+    monkeypatch.setattr("prompt_tuning_jax.data.tasks.registry._registered", {})
     (code,) = [block for _, block in python_blocks() if "register(" in block]
     exec(compile(code, "development.md", "exec"), {})
     task = get_task("parity")

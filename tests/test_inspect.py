@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
-from prompt_tuning_jax.checkpoints.inspect_model import describe_model
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.inspect import describe_model
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
 from prompt_tuning_jax.models.t5.config import T5Config, preset
 from tests import convert_cases as cases
@@ -89,7 +89,7 @@ T5_1_0 = {"mlp_activations": ("relu",), "tie_embeddings": True}
     [
         ({}, "T5 1.1 (LM-adapted and Flan-T5 are alike)"),
         (T5_1_0, "T5 1.0"),
-        ({"mlp_activations": ("relu",)}, "T5 1.0, with an output layer of its own"),
+        ({"mlp_activations": ("relu",)}, "T5 1.0, with a separate output layer"),
         ({"vocab_size": 384}, "ByT5"),
         ({"vocab_size": 250_112, "embed_dim": 2}, "mT5"),
     ],

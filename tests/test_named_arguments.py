@@ -34,7 +34,7 @@ def test_every_public_function_names_the_argument_that_there_is_not(name: str) -
         (lambda: pt.generate("m", ["x"], promt=3), "'promt': did you mean 'prompt'"),
         (lambda: pt.convert("a", "b", overwritten=True), "did you mean 'overwrite'"),
         (lambda: pt.generate("m"), "'inputs'"),
-        (lambda: pt.score("m", ["a"], ["b"], None, 5), "was given 5 values"),
+        (lambda: pt.score("m", ["a"], ["b"], None, 5), "5 values"),
         (lambda: Data(trian="x"), "Data has no field 'trian': did you mean 'train'"),
         (lambda: Training(learning_rate=1), "it is a field of Optimizer"),
         (lambda: PromptTuning(lenght=3), "PromptTuning has no field 'lenght': did you mean 'len"),

@@ -28,7 +28,7 @@ def test_labels_and_what_is_odd_are_said(tmp_path: Path) -> None:
     rows[0]["inputs"] = " "
     reports = data_of(tmp_path, rows).reports
     assert "labels: red 5, be  du 4, Red 2" in reports
-    assert any("'Red' (2) and 'red' (5) look like one label" in line for line in reports)
+    assert any("'Red' (2) and 'red' (5) look like the same label" in line for line in reports)
     assert any("'be  du' reads back as 'be du'" in line for line in reports)
     assert any("1 of 11 inputs are empty" in line for line in reports)
     assert "evaluation ranks the 3 labels of each example" in reports
@@ -51,7 +51,7 @@ def test_text_is_written_and_compared_as_the_vocabulary_writes(
     run = train(experiment(tmp_path / "run", changes))
     out = capsys.readouterr().out
     assert "20 distinct in 20 rows: text to generate" in out
-    assert "evaluation writes text (greedy)" in out
+    assert "evaluation generates text (greedy)" in out
     assert "starts from sampled vocabulary" in caplog.text
     assert run.best[0] is not None and "invalid" not in run.best[0].metrics
 

@@ -325,7 +325,7 @@ def test_labels_never_come_from_the_evaluation_file(tmp_path: Path) -> None:
     own = replace(BARE, data=Data(task="", eval=str(dev), train=str(tmp_path / "gone.jsonl")))
     assert evaluate(own, prompts=prompt).per_prompt[0]["accuracy"] == 0
     for bare in (tmp_path / "mine.npy", array):
-        with pytest.raises(UserError, match=r"which labels there are.*data.labels"):
+        with pytest.raises(UserError, match=r"the set of labels is unknown.*data.labels"):
             evaluate(own, prompts=bare)
         assert evaluate(own, prompts=bare, labels=LABELS).per_prompt[0]["accuracy"] == 0
     named = replace(own, data=replace(own.data, labels=LABELS))

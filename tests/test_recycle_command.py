@@ -11,7 +11,7 @@ import pytest
 
 from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
-from prompt_tuning_jax.checkpoints.names import EMBEDDING
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     load_prompt_with_metadata,

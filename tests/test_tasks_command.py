@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from prompt_tuning_jax.cli.main import main
-from prompt_tuning_jax.data.tasks.task import alias_names, task_names
+from prompt_tuning_jax.data.tasks.registry import alias_names, task_names
 from prompt_tuning_jax.inference.evaluation import read_predictions
 
 RTE = "super_glue_rte_v102"
@@ -92,7 +92,7 @@ def test_sizes_where_the_data_are(capsys, shared, tmp_path):
     assert status == 0
     lines = {line.split(" ")[0]: line for line in out.splitlines() if line}
     assert "validation 277: does the premise" in lines[RTE]
-    assert "val.jsonl:1: not JSON" in lines["super_glue_cb_v102"]
+    assert "val.jsonl:1: invalid or truncated JSON" in lines["super_glue_cb_v102"]
     assert "no data: " in lines["super_glue_copa_v102"]
 
 
@@ -166,7 +166,9 @@ def test_a_failed_dump_leaves_nothing(capsys, tmp_path, t5):
     (folder / "train.jsonl").write_text(json.dumps(good) + '\n{"premise')
     line = ("tasks", RTE, "--data_dir", tmp_path, "--vocabulary", t5)
     status, _, err = run(capsys, *line, "--dump", tmp_path / "out.jsonl")
-    assert status == 2 and "train.jsonl:2: not JSON" in err and err.count("\n") == 1
+    assert (
+        status == 2 and "train.jsonl:2: invalid or truncated JSON" in err and err.count("\n") == 1
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["RTE"]
 
 
@@ -231,7 +233,7 @@ def test_predictions_that_do_not_fit(capsys, tmp_path, data):
     assert "has 2 predictions" in count and "has 277 examples" in count
     assert "p.jsonl:2: 1 is not in double quotes" in error(b'"a"\n1\n')
     assert "all as bare text" in error(b'entailment\n"a"\n')
-    assert "p.jsonl:1: not JSON" in error(b'"a\n')
+    assert "p.jsonl:1: invalid or truncated JSON" in error(b'"a\n')
     assert "p.jsonl:1: an object without a text" in error(b'{"text": "a"}\n')
     assert "p.jsonl:2: a blank line" in error(b'"a"\n\n"b"\n')
     assert "did you mean 'validation'" in error(b'"a"\n', "--split", "validaton")
@@ -318,7 +320,7 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
             ["tasks", "squad_to_mrqa", "--dump", tmp_path / "x"],
             "is a mixture; name one of its tasks",
         ),
-        (["tasks", RTE, "--data_dir", tmp_path / "no"], "there is no such folder"),
+        (["tasks", RTE, "--data_dir", tmp_path / "no"], "no such folder"),
         (["tasks", RTE, "--data_dir", data, "--vocabulary", "no.model"], "no such vocabulary"),
         (["metrics", RTE, "--data_dir", data, "--predictions", tmp_path / "no"], "cannot be read"),
     ]:

@@ -16,10 +16,12 @@ from prompt_tuning_jax.checkpoints.convert_model import convert_to_hf, convert_t
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
-from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.registry import (
+    get_task,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids
@@ -188,12 +190,16 @@ def test_the_ids_are_written_and_read_back(tmp_path: Path) -> None:
     ("file", "ids", "message"),
     [
         ("config.json", {"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]; only one"),
-        ("config.json", {"pad_token_id": -1}, "pad_token_id is '-1'; an id from 0 to 63"),
+        (
+            "config.json",
+            {"pad_token_id": -1},
+            "pad_token_id is '-1'; it must be an id from 0 to 63",
+        ),
         ("config.json", {"decoder_start_token_id": 64}, "decoder_start_token_id is '64'"),
         ("config.json", {"eos_token_id": True}, "eos_token_id is 'True'"),
         ("config.json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ("generation_config.json", {"eos_token_id": 99}, "generation_config.json: eos_token_id"),
-        ("generation_config.json", {"decoder_start_token_id": 5}, "make them the same"),
+        ("generation_config.json", {"decoder_start_token_id": 5}, "make them equal"),
     ],
 )
 def test_ids_that_cannot_be_are_refused_by_name(

@@ -21,7 +21,7 @@ from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
     trained_tasks,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import tfds_rows
+from prompt_tuning_jax.data.tasks.t5_tasks.sources import tfds_rows
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import attach
 from prompt_tuning_jax.methods import MethodConfig, MultitaskPrompts, PromptTuning
@@ -32,7 +32,7 @@ MODULE = """
 import dataclasses, pathlib
 pathlib.Path(__file__).with_suffix(".imported").touch()
 from prompt_tuning_jax.data.tasks.files import file_task
-from prompt_tuning_jax.data.tasks.task import register
+from prompt_tuning_jax.data.tasks.registry import (register,)
 register(
     dataclasses.replace(file_task(train={train!r}, eval={eval!r}), name="task_of_{name}"),
     replace=True,

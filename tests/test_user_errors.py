@@ -60,7 +60,7 @@ ROW = json.dumps(GOOD[0])
     [
         (
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, "{'inputs': 1}")},
-            "a.jsonl:2: not JSON, or cut",
+            "a.jsonl:2: invalid or truncated JSON",
         ),
         (
             lambda d: {"data.train": lines(d / "a.jsonl", ROW, '["red"]')},
@@ -80,14 +80,14 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.inputs_template": "{inputs} {premise}"},
             "train.jsonl:1: no column 'premise'",
         ),
-        (lambda d: {"data.train": lines(d / "a.jsonl")}, "a.jsonl: holds no examples"),
-        (lambda d: {"data.eval": lines(d / "a.jsonl", "", "")}, "a.jsonl: holds no examples"),
+        (lambda d: {"data.train": lines(d / "a.jsonl")}, "a.jsonl: no examples"),
+        (lambda d: {"data.eval": lines(d / "a.jsonl", "", "")}, "a.jsonl: no examples"),
         (lambda d: {"data.eval": str(d / "b.jsonl")}, "b.jsonl does not exist"),
         (lambda d: {"data.eval": ""}, "data.eval is empty"),
-        (lambda d: {"data.train": lines(d / "a.txt", ROW)}, "a.txt: unknown kind of file"),
+        (lambda d: {"data.train": lines(d / "a.txt", ROW)}, "a.txt: unknown format"),
         (
             lambda d: {"data.labels": ("blue", "green", "read")},
-            "the target 'red' is none of the labels: did you mean 'read'",
+            "the target 'red' is not one of the labels: did you mean 'read'",
         ),
         (
             lambda d: {"data.targets_length": 1},
@@ -100,7 +100,7 @@ ROW = json.dumps(GOOD[0])
                 "data.task": "word_valence",
                 "data.labels": ("False", "True"),
             },
-            "data.labels is False, True and the labels of word_valence are",
+            "data.labels is False, True, but the labels of word_valence are",
         ),
         (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
         (
@@ -111,8 +111,8 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.train": "", "data.eval": "", "data.task": "word_valense"},
             "unknown task 'word_valense': did you mean 'word_valence'",
         ),
-        (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a bundled"),
-        (lambda d: {"model.name_or_path": "tyni"}, "a bundled model; there are: tiny"),
+        (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a known name"),
+        (lambda d: {"model.name_or_path": "tyni"}, "there are: tiny"),
         (
             lambda d: {"model.name_or_path": "models/tiny"},
             "there is no folder models/tiny; did you mean tiny",
@@ -259,13 +259,13 @@ def test_a_model_that_has_changed_under_a_run(tmp_path: Path, refused: Refused) 
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("p.npy", lambda p: _prompt(p, (5, 8)), "has width 8, and the model has width 16"),
+        ("p.npy", lambda p: _prompt(p, (5, 8)), "has width 8, but the model has width 16"),
         ("p.npy", lambda p: _prompt(p, (5, 16), np.nan), "not finite"),
         ("p.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr"), "damaged"),
         (
             "p.npy",
             lambda p: (np.save(p, np.ones((5, 16))), p.write_bytes(p.read_bytes()[:200])),
-            "it is cut off",
+            "it is truncated",
         ),
         ("p.npy", lambda p: p.write_bytes(b""), "is neither an .npy nor a .safetensors file"),
         ("p.npy", lambda p: np.save(p, np.array([{}], object), allow_pickle=True), "objects"),
@@ -389,13 +389,13 @@ def test_through_a_process(tmp_path: Path, run: Path) -> None:
 @pytest.mark.parametrize(
     ("train_targets", "eval_targets", "message"),
     [
-        (("red", "du"), ("red", "Du"), "'Du' is none of the labels that the training data has: du"),
+        (("red", "du"), ("red", "Du"), "'Du' is not one of the labels of the training data: du"),
         (("be", "du"), ("Be", "Du"), "did you mean 'be'?"),
         (("yes", "no"), ("yes", "perhaps"), "(6 of 12 targets: perhaps 6)"),
         (
             ("yes", "yes"),
             ("yes", "no"),
-            "'no' is none of the labels that the training data has: yes",
+            "'no' is not one of the labels of the training data: yes",
         ),
     ],
 )
@@ -421,7 +421,7 @@ def test_files_are_looked_for_before_anything_is_read(tmp_path: Path, refused: R
     damaged = lines(tmp_path / "a.jsonl", "{oops")
     changes = {"data.train": damaged, "data.eval": "no.jsonl", "model.name_or_path": "no_model"}
     config = write_config(tmp_path / "c.py", experiment(tmp_path / "run", changes))
-    assert "no.jsonl: there is no such file" in refused("train", config, "--eval_data", "no.jsonl")
+    assert "no.jsonl: no such file" in refused("train", config, "--eval_data", "no.jsonl")
     # A name that is the config's own example is asked for by its option.
     assert "--eval_data is missing" in refused("train", config)
     changes = {

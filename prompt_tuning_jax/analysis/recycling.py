@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES, atomic_write_to, require_free
-from prompt_tuning_jax.checkpoints.load import OpenedModel
-from prompt_tuning_jax.checkpoints.names import EMBEDDING
+from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, save_prompt
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
@@ -326,13 +326,13 @@ def recycle(
     )
 
 
-def embeddings(opened: OpenedModel) -> HostArray:
+def embeddings(opened: ModelCheckpoint) -> HostArray:
     """The token embeddings ``[V, D]`` of a model, alone read of it, as float64."""
     return opened.params[EMBEDDING].whole().astype(np.float64)
 
 
 def _shared_pieces(
-    source: tuple[str, OpenedModel], target: tuple[str, OpenedModel]
+    source: tuple[str, ModelCheckpoint], target: tuple[str, ModelCheckpoint]
 ) -> tuple[int, list[str]]:
     """How many ids, from 0 on, are words of both, and what to know about that."""
     (name, here), (other, there) = source, target

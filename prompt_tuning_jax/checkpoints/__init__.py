@@ -1,1 +1,1 @@
-"""What is read from disk and written to it; each format is a module that knows no other."""
+"""Models, prompts and training states on disk, in one module per format."""

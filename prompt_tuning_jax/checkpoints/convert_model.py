@@ -12,17 +12,19 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free, require_outside
-from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
-from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, write_hf
-from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
-from prompt_tuning_jax.checkpoints.load import OpenedModel
-from prompt_tuning_jax.checkpoints.progress import progress
+from prompt_tuning_jax.checkpoints.hf.config import model_type_of, tokenizer_files
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
+from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray, progress
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, read_prompt
-from prompt_tuning_jax.checkpoints.t5x import reader
+from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
 from prompt_tuning_jax.typing import HostArray
@@ -103,7 +105,7 @@ def convert_to_t5x(
 ) -> Converted:
     """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
     opened, words = _open(source, vocabulary, None)
-    checkpoint = opened.source if isinstance(opened.source, reader.T5XCheckpoint) else None
+    checkpoint = opened.source if isinstance(opened.source, T5XCheckpoint) else None
     final, step = _checkpoint_folder(destination, step, checkpoint)
     require_free(final, overwrite=overwrite, folder=True)
     require_outside(opened.location, final)
@@ -124,7 +126,7 @@ def convert_to_t5x(
     if checkpoint is not None:
         as_it_was = not prompt and not (unscan and checkpoint.scanned)
         if not unscan:
-            params = {n: a for n, a in checkpoint.stored.items() if n != reader.PROMPT}
+            params = {n: a for n, a in checkpoint.stored.items() if n != PROMPT}
         if as_it_was:
             state = checkpoint.open_state()
         elif checkpoint.state_names:
@@ -172,7 +174,7 @@ def written(what: str, path: Path, *, notes: list[str]) -> Converted:
 
 def _open(
     source: str, vocabulary: str, relpos_max_distance: int | None
-) -> tuple[OpenedModel, str | Path | None]:
+) -> tuple[ModelCheckpoint, str | Path | None]:
     """The model, and the file of its vocabulary or of the one that is given instead."""
     opened = open_source(source, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary)
     words: str | Path | None = vocabulary or opened.vocabulary_file
@@ -183,21 +185,21 @@ def _open(
     return opened, words
 
 
-def hf_model_type(opened: OpenedModel) -> str:
+def hf_model_type(opened: ModelCheckpoint) -> str:
     """What Hugging Face calls the model; of a T5X checkpoint its embeddings tell an mT5."""
     if isinstance(opened.source, Path):
         return model_type_of(opened.source)
     return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
 
 
-def _own_prompt(opened: OpenedModel) -> LazyArray | None:
+def _own_prompt(opened: ModelCheckpoint) -> LazyArray | None:
     """The one in a T5X checkpoint."""
     if isinstance(opened.source, Path):
         return None
-    return opened.source.params.get(reader.PROMPT)
+    return opened.source.params.get(PROMPT)
 
 
-def _prompt_for(opened: OpenedModel, path: str, *, allow_other_model: bool) -> HostArray:
+def _prompt_for(opened: ModelCheckpoint, path: str, *, allow_other_model: bool) -> HostArray:
     stored = read_prompt(path)
     known = stored.metadata.model_fingerprint and not allow_other_model
     check_fits(
@@ -212,7 +214,7 @@ def _prompt_for(opened: OpenedModel, path: str, *, allow_other_model: bool) -> H
 
 
 def _checkpoint_folder(
-    destination: Path, step: int | None, checkpoint: reader.T5XCheckpoint | None
+    destination: Path, step: int | None, checkpoint: T5XCheckpoint | None
 ) -> tuple[Path, int]:
     """``checkpoint_<step>`` itself or the folder for it -> the former, and the step."""
     named = _CHECKPOINT.fullmatch(destination.name)
@@ -237,12 +239,10 @@ def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]
             (folder / name).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 
 
-def _lost_in_t5x(opened: OpenedModel) -> list[str]:
+def _lost_in_t5x(opened: ModelCheckpoint) -> list[str]:
     """What a T5X checkpoint of this model does not say, and shapes do not tell."""
     buckets = opened.config.relpos_num_buckets
-    guessed = reader.config_of(
-        opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets
-    )
+    guessed = config_of(opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets)
     differing = [
         f"{field.name} = {getattr(opened.config, field.name)!r}"
         for field in dataclasses.fields(T5Config)

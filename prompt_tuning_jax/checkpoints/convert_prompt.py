@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.convert_model import DTYPES, Converted, StoredAs, written
 from prompt_tuning_jax.checkpoints.destination import (
     PROMPT_SUFFIXES,
@@ -14,6 +13,7 @@ from prompt_tuning_jax.checkpoints.destination import (
     require_outside,
 )
 from prompt_tuning_jax.checkpoints.hub import ASSETS, is_hub_name
+from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,

@@ -1,4 +1,4 @@
-"""A file or folder takes its name when it is whole, and takes nothing else's without being told."""
+"""Output files and folders that appear complete, and replace others only on request."""
 
 import os
 import shutil
@@ -8,68 +8,73 @@ from pathlib import Path
 
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
+from prompt_tuning_jax.checkpoints.location import (
+    INDEX,
+    METADATA,
+)
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
-from prompt_tuning_jax.checkpoints.t5x.orbax import METADATA
-from prompt_tuning_jax.checkpoints.t5x.reader import INDEX
 from prompt_tuning_jax.errors import UserError
 
 PROMPT_SUFFIXES = (".npy", ".safetensors")
 
 
 def require_free(destination: Path, *, overwrite: bool, folder: bool) -> None:
-    """Raises UserError unless a file (or a ``folder``) can be put at ``destination``.
+    """Raises UserError unless a file (or a ``folder``) can be written to ``destination``.
 
-    An empty folder is free for a folder.  With ``overwrite`` a file makes place for a file, and a
-    folder for a folder if it holds a model or prompts and nothing but them.
+    A folder can be written to an empty folder.  With ``overwrite`` a file replaces a file, and a
+    folder replaces a folder that contains only a model or only prompts.
     """
     if not os.path.lexists(destination):
         return
     if folder and _is_real_folder(destination) and not _entries(destination):
         return
     if not overwrite:
-        raise UserError(f"{destination} exists already: name another, or say --overwrite")
+        raise UserError(f"{destination} exists already: choose another name, or use --overwrite")
     if folder != destination.is_dir():
         there, wanted = ("file", "folder") if folder else ("folder", "file")
         raise UserError(
-            f"{destination} is a {there}, and a {wanted} is to be written: name another"
+            f"{destination} is a {there}, but a {wanted} is to be written: choose another name"
         )
     if folder and not _holds_a_checkpoint(destination):
         raise UserError(
-            f"{destination} is a folder that holds more than a model or prompts, which "
-            "--overwrite does not replace: name another"
+            f"{destination} is a folder with more than a model or prompts, which --overwrite does "
+            "not replace: choose another name"
         )
 
 
 def require_outside(source: str | Path, destination: Path) -> None:
-    """Raises UserError if replacing the folder ``destination`` took the source with it."""
+    """Raises UserError if replacing the folder ``destination`` would delete the source."""
     if "://" in str(source) or not destination.is_dir():
         return
     if destination.resolve() in Path(source).resolve().parents:
-        raise UserError(f"{destination} holds the source {source}: name another place")
+        raise UserError(f"{destination} contains the source {source}: choose another name")
 
 
 @contextmanager
 def atomic_write_to(destination: Path, *, overwrite: bool, folder: bool) -> Iterator[Path]:
-    """A path to write to, of the same name, which becomes ``destination`` at the end, or nothing.
+    """Yields a temporary path of the same name, and moves it to ``destination`` at the end.
 
-    It lies in a hidden folder beside ``destination`` and does not exist yet.  What was at
-    ``destination`` goes only when all of the new is there.  After an error, folders that were made
-    on the way to it are gone again.  Raises UserError as ``require_free`` and for the file system.
+    The path is in a hidden folder beside ``destination`` and does not exist yet.  The old
+    ``destination`` is replaced only when the new one is complete.  After an error, the folders that
+    were created for it are removed.  Raises UserError as ``require_free`` does, and for errors of
+    the file system.
     """
     require_free(destination, overwrite=overwrite, folder=folder)
     parents = [p for p in (destination.parent, *destination.parent.parents) if not p.exists()]
-    aside = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside / destination.name
-        _swap(aside / destination.name, destination, old=aside / "replaced" / destination.name)
+        temporary.mkdir()
+        yield temporary / destination.name
+        _swap(
+            temporary / destination.name, destination, old=temporary / "replaced" / destination.name
+        )
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
-            with suppress(OSError):  # what has been written keeps them
+            with suppress(OSError):  # not empty, if the write succeeded
                 parent.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Tells frozen models apart, so that a prompt is used with the one it was trained for."""
+"""Fingerprints of frozen models, so that a prompt is used with the model it was trained for."""
 
 import dataclasses
 import hashlib
@@ -15,38 +15,37 @@ from jax.sharding import NamedSharding, PartitionSpec
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
 
-# Positions looked at along each axis of each parameter.
+# Sampled positions along each axis of each parameter.
 _POSITIONS = 8
 
 
 def fingerprint(config: T5Config, params: Mapping[str, Array | HostArray]) -> str:
-    """Sixteen hex digits that stand for a frozen model; ``params`` are its frozen parameters.
+    """Sixteen hex digits that identify a frozen model; ``params`` are its frozen parameters.
 
-    Hashes the configuration, every parameter's name and shape, and of every parameter an evenly
-    spread sample (at most 8 positions along each axis) rounded to bfloat16.  So it is the same
-    whether the model is held as float32 or bfloat16 and however it is sharded, costs a few hundred
-    small reads even for XXL, and does not notice a change that misses the sample.  Fields of the
-    configuration that equal their defaults are left out: a field added later, with a default that
-    changes nothing, leaves fingerprints as they are.
+    This is a hash of the configuration, of every parameter's name and shape, and of an evenly
+    spaced sample of every parameter (at most 8 positions along each axis), rounded to bfloat16.  It
+    does not depend on the dtype (float32 or bfloat16) or on the sharding, takes a few hundred small
+    reads even for XXL, and misses changes outside the sample.  Fields of the configuration with
+    their default value are left out, so that adding a field does not change fingerprints.
     """
     return fingerprint_of_samples(config, {name: sample(array) for name, array in params.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What the fingerprint looks at of one array: its shape, and spread entries as bfloat16."""
+    """The part of an array that the fingerprint depends on: its shape, and entries as bfloat16."""
 
     shape: tuple[int, ...]
     bits: bytes
 
 
 def sample(array: Array | HostArray) -> Sample:
-    """For arrays that are not kept, one by one; the fingerprint is that of them all."""
+    """The sample of one array, for models whose arrays are not all in memory at once."""
     return Sample(shape=tuple(array.shape), bits=_sample(array).tobytes())
 
 
 def fingerprint_of_samples(config: T5Config, samples: Mapping[str, Sample]) -> str:
-    """``fingerprint`` of the arrays that the samples, by name, are of."""
+    """``fingerprint`` from samples of all parameters, by name."""
     digest = hashlib.sha256(
         json.dumps(_described(config), sort_keys=True, default=dataclasses.asdict).encode()
     )
@@ -63,10 +62,10 @@ def _described(config: T5Config) -> dict[str, Any]:
 
 
 def _sample(array: Array | HostArray) -> HostArray:
-    """Evenly spread entries, rounded to bfloat16, as the 16 bits of each."""
+    """Evenly spaced entries as the bits of bfloat16."""
     import ml_dtypes
 
-    # From the middle of each stretch: rows of an embedding table at its start are special tokens.
+    # From the middle of each stretch: the first rows of an embedding table are special tokens.
     steps = tuple(max(1, n // _POSITIONS) for n in array.shape)
     starts = tuple(step // 2 for step in steps)
     if isinstance(array, jax.Array) and not _in_host_memory(array):
@@ -82,7 +81,7 @@ def _sample(array: Array | HostArray) -> HostArray:
 
 
 def _in_host_memory(array: jax.Array) -> bool:
-    """Whether numpy sees the array without a copy."""
+    """Whether numpy can read the array without a copy."""
     devices: set[jax.Device] = array.sharding.device_set
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
@@ -96,5 +95,5 @@ def _slices(starts: tuple[int, ...], steps: tuple[int, ...]) -> tuple[slice, ...
 def _sampler(
     starts: tuple[int, ...], steps: tuple[int, ...], replicated: NamedSharding | None
 ) -> Any:
-    """A jitted sampler; a model has about ten different shapes, and each is compiled once."""
+    """A jitted sampler, compiled once per shape; a model has about ten."""
     return jax.jit(lambda array: array[_slices(starts, steps)], out_shardings=replicated)

@@ -1,36 +1,47 @@
-"""Where a model is: bundled, published under a name, on this machine or in a bucket."""
+"""Finds models by name: bundled, published, on this machine, in a bucket or on the hub."""
 
+import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.bucket import fetch_folder, is_address, store_of
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
-from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
+from prompt_tuning_jax.checkpoints.lazy_arrays import progress
+from prompt_tuning_jax.checkpoints.location import (
+    Bucket,
+    is_address,
+    is_t5x,
+    store_of,
+)
 from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import TOKENIZER_FILES
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    TOKENIZER_FILES,
+)
 from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.storage import atomic_write, user_cache
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 _log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# The one that all of these were trained with: 32,000 pieces, and 100 sentinels.
+# Of all these models: 32,000 pieces and 100 sentinels.
 T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
+_GENERATIONS = ".generations.json"  # of what was copied from a bucket
 _DESCRIPTION = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def model_location(name: str) -> str:
-    """The folder, or the ``gs://`` or ``s3://`` address, of a model by its name.
+    """The folder, or the ``gs://`` or ``s3://`` address, of a model.
 
-    ``tiny`` is bundled; ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
-    bucket; a folder and an address are what they are, and of a folder of ``checkpoint_<step>`` the
-    last is; ``google/flan-t5-small`` or any other ``org/name`` is fetched from the Hugging Face
-    hub, or found in its cache.  Raises UserError.
+    ``tiny`` is bundled.  ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
+    bucket.  A folder or an address is returned as it is; of a folder of ``checkpoint_<step>``, the
+    last one is used.  ``google/flan-t5-small`` or any other ``org/name`` is fetched from the
+    Hugging Face hub or taken from its cache.  Raises UserError.
     """
     if name in BUNDLED:
         return str(ASSETS / name)
@@ -38,7 +49,9 @@ def model_location(name: str) -> str:
         return T5X_MODELS[name]
     if is_address(name):
         if store_of(name) is None:
-            raise UserError(f"{name}: models are read at gs:// and s3://BUCKET/PATH alone")
+            raise UserError(
+                f"{name}: models are read only from gs://BUCKET/PATH and s3://BUCKET/PATH"
+            )
         return name
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -46,35 +59,36 @@ def model_location(name: str) -> str:
     if is_hub_name(name):
         last = name.rpartition("/")[2]
         if last in (*BUNDLED, *T5X_MODELS):
-            raise UserError(f"there is no folder {name}; did you mean {last}, without the folder?")
+            raise UserError(f"there is no folder {name}; did you mean the model {last}?")
         return str(hub_folder(name))
     raise UserError(
-        f"model {name!r} is neither a folder nor a bundled model; "
+        f"model {name!r} is neither a folder nor a known name; "
         f"{suggest(name, [*BUNDLED, *T5X_MODELS])}, and org/name of the Hugging Face hub"
     )
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The latest of T5X's ``checkpoint_<step>`` in a folder that is no model itself."""
+    """The latest ``checkpoint_<step>`` in a folder; None if the folder is itself a model."""
     if (folder / CONFIG).exists() or is_t5x(folder):
         return None
     steps = {
-        int(found[1]): child
+        int(match[1]): child
         for child in folder.iterdir()
-        if (found := _CHECKPOINT.fullmatch(child.name)) and child.is_dir()
+        if (match := _CHECKPOINT.fullmatch(child.name)) and child.is_dir()
     }
     if not steps:
         return None
     if len(steps) > 1:
         listed = ", ".join(map(str, sorted(steps)))
-        _log.warning("%s holds checkpoints of steps %s: the last is used", folder, listed)
+        _log.warning("%s has checkpoints of steps %s: using the last", folder, listed)
     return steps[max(steps)]
 
 
 def hf_folder(location: str) -> Path:
-    """The folder on this machine of a Hugging Face model at a location of ``model_location``.
+    """The folder on this machine of the Hugging Face model at a ``model_location``.
 
-    One in a bucket is copied first, see ``bucket.fetch_folder``; only what a hub would send.
+    A model in a bucket is copied first (``fetch_folder``), but only the files that
+    ``hub_folder`` would fetch.
     """
     if not is_address(location):
         return Path(location)
@@ -84,11 +98,11 @@ def hf_folder(location: str) -> Path:
         for weights in (SAFETENSORS, FLAX, TORCH):
             chosen = _matching(files, [*_DESCRIPTION, *_patterns(weights)])
             if CONFIG in chosen and {weights, weights + INDEX_SUFFIX} & set(chosen):
-                # The shards of some other model may lie beside the one file.
+                # Shards of another model may be beside the single file.
                 single = weights in chosen
                 return [f for f in chosen if not (single and f in _shards(files, weights))]
         raise UserError(
-            f"{location} holds no model: neither a T5X checkpoint (checkpoint, or state/_METADATA) "
+            f"{location} has no model: neither a T5X checkpoint (checkpoint, or state/_METADATA) "
             f"nor a Hugging Face folder ({CONFIG} and weights)"
         )
 
@@ -105,13 +119,13 @@ def _matching(files: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def t5x_vocabulary(name: str) -> Path | None:
-    """The vocabulary of a published T5X checkpoint, None where ``name`` is none or another's."""
+    """The vocabulary of a published T5X checkpoint; None if ``name`` is not one."""
     if name not in T5X_MODELS and name.rstrip("/") not in T5X_MODELS.values():
         return None
     file = "sentencepiece.model"
     folder = fetch_folder(T5X_VOCABULARY, lambda there: [f for f in there if f == file])
     if not (folder / file).is_file():
-        raise UserError(f"{T5X_VOCABULARY} has no {file}: give the vocabulary (model.vocabulary)")
+        raise UserError(f"{T5X_VOCABULARY} has no {file}: set model.vocabulary to a file")
     return folder / file
 
 
@@ -121,11 +135,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_folder(name: str) -> Path:
-    """The local folder of a model on the Hugging Face hub, fetched unless its cache has it.
+    """The local folder of a model on the Hugging Face hub, fetched unless it is in the cache.
 
-    Only what is read here is fetched: the configuration, the vocabulary, and the weights in the
-    first format there is of safetensors, Flax and torch.  ``HF_HOME``, ``HF_HUB_OFFLINE`` and the
-    hub's token hold.  Raises UserError.
+    Only the files that are read are fetched: the configuration, the vocabulary, and the weights in
+    the first available format of safetensors, Flax and torch.  ``HF_HOME``, ``HF_HUB_OFFLINE`` and
+    the hub's token apply.  Raises UserError.
     """
     folder = Path(name)
     for weights in (SAFETENSORS, FLAX, TORCH):
@@ -156,27 +170,61 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         )
     except ImportError:
         raise UserError(
-            f"there is no folder {name}; as a model of the Hugging Face hub it needs "
+            f"there is no folder {name}; to fetch it from the Hugging Face hub, install "
             "huggingface_hub (pip install huggingface_hub)"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(
-            f"{name}: its licence must be accepted on huggingface.co first; then log in (hf auth "
-            "login)"
+            f"{name}: accept its licence on huggingface.co first, then log in (hf auth login)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{name}: neither a folder nor a model on huggingface.co, or a private one; "
-            "check the name, or log in (hf auth login)"
+            f"{name}: neither a folder nor a public model on huggingface.co; "
+            "check the name, or log in for a private model (hf auth login)"
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name}: not wholly in the hub's cache, and huggingface.co cannot be reached or "
-            "HF_HUB_OFFLINE is set; go online once, or give a folder"
+            f"{name}: not complete in the hub's cache, and huggingface.co cannot be reached or "
+            "HF_HUB_OFFLINE is set; go online once, or name a folder"
         ) from error
-    # Its errors of HTTP and of the file system are OSErrors; others are the network library's.
+    # HTTP and file system errors are OSErrors; the network library raises others.
     except Exception as error:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"{name}: fetching it from huggingface.co failed: {line}") from error
+
+
+def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
+    """A local copy of the files that ``choose`` selects from a folder in a bucket.
+
+    The copy is in ``$XDG_CACHE_HOME/prompt_tuning_jax/models`` (default ``~/.cache``), and only
+    files that have changed are fetched again.  Raises UserError.
+    """
+    bucket = Bucket(address)
+    key = hashlib.sha256(bucket.address.encode()).hexdigest()[:16]
+    folder = user_cache("models") / key
+    wanted = choose(bucket.names())
+    known = _generations(folder)
+    with progress(f"fetching {bucket.address}") as report:
+        for name in wanted:
+            generation = known.get(name)
+            there = generation and (folder / name).is_file()
+            if there and not bucket.has_changed(name, known[name]):
+                continue
+            known[name] = bucket.fetch(name, folder / name, report=report)
+            with atomic_write(folder / _GENERATIONS) as temporary:
+                temporary.write_text(json_text(known), encoding="utf-8")
+    # Files that the bucket no longer has must not be used.
+    for file in folder.glob("*"):
+        if file.name not in wanted and not file.name.startswith("."):
+            file.unlink(missing_ok=True)
+    return folder
+
+
+def _generations(folder: Path) -> dict[str, str]:
+    try:
+        known = read_json_file(folder / _GENERATIONS)
+        return {str(name): bytes.fromhex(value).hex() for name, value in known.items()}
+    except (UserError, ValueError, AttributeError, TypeError):
+        return {}

@@ -1,4 +1,4 @@
-"""Opens a model by its name or folder: weights, configuration and vocabulary together."""
+"""Opens and loads a model by its name or folder: configuration, weights and vocabulary."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.checkpoints.bucket import is_address
-from prompt_tuning_jax.checkpoints.device_put import place
 from prompt_tuning_jax.checkpoints.fingerprint import (
     Sample,
     fingerprint,
@@ -18,9 +16,13 @@ from prompt_tuning_jax.checkpoints.fingerprint import (
 )
 from prompt_tuning_jax.checkpoints.hf import pretrained
 from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location, t5x_vocabulary
-from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.t5x import reader
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, put_on_devices
+from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
@@ -36,16 +38,19 @@ from prompt_tuning_jax.typing import Array, DType
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedModel:
-    """A model of which nothing but headers has been read.
+class ModelCheckpoint:
+    """A model of which only the headers have been read.
 
-    ``location`` is where it is, a folder or an address; ``source`` the T5X checkpoint there, or the
-    folder of a Hugging Face model on this machine; ``params`` are by T5X name, without a prompt
-    that was trained with them; ``vocabulary_file`` is for ``load_vocabulary``.
+    Attributes:
+      location: its folder or address.
+      source: the T5X checkpoint there, or the folder of a Hugging Face model on this machine.
+      config: its configuration.
+      params: by T5X name, without a trained prompt.
+      vocabulary_file: for ``load_vocabulary``; None if there is none.
     """
 
     location: str
-    source: reader.T5XCheckpoint | Path
+    source: T5XCheckpoint | Path
     config: T5Config
     params: dict[str, LazyArray]
     vocabulary_file: Path | None
@@ -53,26 +58,28 @@ class OpenedModel:
 
 def open_model(
     name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
-) -> OpenedModel:
-    """Finds and opens a model: see ``load_model``.
+) -> ModelCheckpoint:
+    """Finds and opens a model; see ``load_model`` for the arguments.
 
-    With ``vocabulary=False`` none is looked for.  Every parameter has exactly one source and every
-    array of the checkpoint one use, or UserError lists what is left over on both sides.
+    ``vocabulary=False`` does not look for a vocabulary.  The arrays of the checkpoint must be
+    exactly the model's parameters; otherwise UserError lists what is missing and what is left over.
     """
-    given: object = name_or_path  # not everybody checks types
+    given: object = name_or_path  # callers may not check types
     if not isinstance(given, str | Path):
-        raise UserError(f"a model is opened by its name or path, not by {type(given).__name__}")
+        raise UserError(
+            f"a model is opened by its name or path, not by a value of type {type(given).__name__}"
+        )
     location = model_location(str(name_or_path))
-    if not reader.is_t5x(location):
+    if not is_t5x(location):
         folder = hf_folder(location)
         config, params, words = pretrained.open_hf(folder)
-        return OpenedModel(
+        return ModelCheckpoint(
             location=location, source=folder, config=config, params=params, vocabulary_file=words
         )
-    checkpoint = reader.open_t5x(location)
-    params = {name: p for name, p in checkpoint.params.items() if name != reader.PROMPT}
-    buckets = reader.config_of(params).relpos_num_buckets
-    config = reader.config_of(
+    checkpoint = open_t5x(location)
+    params = {name: p for name, p in checkpoint.params.items() if name != PROMPT}
+    buckets = config_of(params).relpos_num_buckets
+    config = config_of(
         params,
         relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
     )
@@ -81,7 +88,7 @@ def open_model(
         words = t5x_vocabulary(name_or_path)
         if words is None and not is_address(location):
             words = vocabulary_file(Path(location))
-    return OpenedModel(
+    return ModelCheckpoint(
         location=location,
         source=checkpoint,
         config=config,
@@ -102,20 +109,25 @@ def load_model(
     quantization: Quantization = "none",
     rules: sharding.Rules = sharding.RULES,
 ) -> T5:
-    """A frozen T5 with its weights; ``model.vocabulary`` is its vocabulary, or None.
+    """Load a frozen T5; ``model.vocabulary`` is its vocabulary, or None.
 
-    ``name_or_path`` is ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, a name
-    ``org/name`` of the Hugging Face hub, or the folder or ``gs://`` or ``s3://`` address of a model
-    of Hugging Face's or a T5X checkpoint.  Activations are computed in ``dtype`` and weights held
-    in ``param_dtype`` (``dtype`` unless given).  ``vocabulary`` is a file in place of the model's
-    own; ``relpos_max_distance`` is for T5X folders, which do not store it: unless given it is T5's
-    128 for 32 buckets, and twice the buckets for toy models with fewer.
+    Args:
+      name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``org/name`` of
+        the Hugging Face hub, or the folder or ``gs://`` or ``s3://`` address of a Hugging Face
+        model or a T5X checkpoint.
+      dtype: of activations.
+      param_dtype: of weights; default ``dtype``.
+      dropout_rate: of the model in training.
+      vocabulary: a file to use instead of the model's vocabulary.
+      relpos_max_distance: for T5X checkpoints, which do not store it; default T5's 128 for 32
+        buckets, and twice the number of buckets for toy models with fewer.
+      mesh: shards the weights by ``rules``.  Each device's part is read and converted separately:
+        the host never holds the whole model, nor a process the parts of other processes' devices.
+      quantization: ``int8`` or ``int4`` quantises each array as soon as it is on its devices,
+        before the next is read.  The model's fingerprint remains that of the stored weights.
+      rules: which mesh axis shards which logical axis.
 
-    On a ``mesh`` the weights are laid out by ``rules``: each device's part is read from
-    the checkpoint and converted by itself, so that the host never holds the model, nor a process
-    what the devices of others hold.  With ``quantization`` (``int8`` or ``int4``) each array is
-    quantised as soon as it is placed, before the next is read; such a model's fingerprint is that
-    of its weights as they are stored.  Raises UserError.
+    Raises UserError.
     """
     opened = open_model(
         name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
@@ -129,11 +141,12 @@ def load_model(
         dropout_rate=dropout_rate,
         vocabulary=words,
     )
-    # Before anything is read.
+    # Checked before any weights are read.
     _, wanted = param_tree.split(model)
     param_tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
-    quantize_modules(model, quantization)
-    _, wanted = param_tree.split(model)
+    if quantization != "none":
+        quantize_modules(model, quantization)
+        _, wanted = param_tree.split(model)
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
@@ -146,7 +159,7 @@ def load_model(
         samples[name] = sample(array)
         return quantized(name, array, quantization, shardings=shardings)
 
-    params = place(
+    params = put_on_devices(
         opened.params,
         dtype=param_dtype,
         shardings=shardings,
@@ -170,7 +183,7 @@ def random_model(
     vocabulary: str = "",
     quantization: Quantization = "none",
 ) -> T5:
-    """A T5 of a published size with freshly drawn weights, to pre-train."""
+    """A T5 of a published size with random weights, for pre-training."""
     config = preset(preset_name)
     bundled = ASSETS / preset_name / pretrained.VOCABULARY
     words = _vocabulary(
@@ -199,7 +212,7 @@ def abstract_model(
     vocabulary: AnyVocabulary | None = None,
     quantization: Quantization = "none",
 ) -> T5:
-    """A T5 whose parameters are shapes: the one description that loading fills in."""
+    """A T5 with abstract parameters (shapes and dtypes), which loading replaces."""
     model = nnx.eval_shape(
         lambda: T5(
             config,
@@ -210,7 +223,8 @@ def abstract_model(
             vocabulary=vocabulary,
         )
     )
-    quantize_modules(model, quantization)
+    if quantization != "none":
+        quantize_modules(model, quantization)
     return model
 
 
@@ -220,17 +234,17 @@ def _vocabulary(path: str | Path | None, config: T5Config, *, model: str) -> Any
     words = load_vocabulary(path, token_ids=config.token_ids)
     too_many = words.size > config.vocab_size >= words.size - words.extra_ids
     if too_many and isinstance(words, Vocabulary) and words.sentinels_are_assumed:
-        # No file says how many there are, and the model has no room for T5's 100.
+        # No file gives the number of sentinels, and the model has no room for T5's 100.
         words = load_vocabulary(path, extra_ids=0, token_ids=config.token_ids)
-    # The model may have more rows than pieces: tables are padded to whole lanes.
+    # The model may have more embeddings than pieces, because tables are padded.
     if words.size > config.vocab_size:
         raise UserError(
-            f"vocabulary {path} has {words.size} pieces and {model} has {config.vocab_size} "
-            "embeddings: it does not fit this model; give the one that it was trained with"
+            f"vocabulary {path} has {words.size} pieces, but {model} has only {config.vocab_size} "
+            "embeddings: use the vocabulary that the model was trained with"
         )
     if words.size + 1024 < config.vocab_size:
         raise UserError(
             f"vocabulary {path} has only {words.size} pieces for the {config.vocab_size} "
-            f"embeddings of {model}: it is another model's; give the one it was trained with"
+            f"embeddings of {model}: use the vocabulary that the model was trained with"
         )
     return words

@@ -1,7 +1,7 @@
-"""One trained prompt, in every form that there is.
+"""Reads and writes prompts.
 
-A file of its own (``.npy`` as the original code writes it, or ``.safetensors``), a PEFT adapter's
-folder, or an array in a T5X checkpoint.
+A prompt is an ``.npy`` file (as the original code writes), a ``.safetensors`` file with metadata,
+the folder of a PEFT adapter, or an array in a T5X checkpoint.
 """
 
 import dataclasses
@@ -15,17 +15,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.peft import adapter_file
-from prompt_tuning_jax.checkpoints.prompt_array import (
+from prompt_tuning_jax.checkpoints.array_files import (
     checked_prompt,
     npy_safe,
     read_npy,
     read_safetensors,
     safetensors_bytes,
+    tuned_by,
 )
-from prompt_tuning_jax.checkpoints.t5x import reader
-from prompt_tuning_jax.checkpoints.tuned_format import tuned_by
-from prompt_tuning_jax.data.tasks.task import TrainedTask, tasks_known_as
+from prompt_tuning_jax.checkpoints.location import INDEX, is_t5x
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt
+from prompt_tuning_jax.checkpoints.peft import adapter_file
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
+from prompt_tuning_jax.data.tasks.registry import (
+    tasks_known_as,
+)
+from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
@@ -33,24 +38,27 @@ from prompt_tuning_jax.typing import Array, DType, HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 Format = Literal["npy", "safetensors"]
-# What a prompt is read from.
+# Where a prompt was read from.
 Source = Literal["npy", "safetensors", "PEFT adapter", "T5X checkpoint"]
 _KEY = "prompt"
 _NPY_MAGIC = b"\x93NUMPY"
-# What T5X's own export of a prompt to a file calls it.
+# The name of the file to which T5X exports a prompt.
 _T5X_FILE = "encoder.prompt.prompt.prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMetadata:
-    """What a prompt was trained for and how; empty and None mean not known.
+    """How a prompt was trained, and for what; empty and None mean unknown.
 
-    ``inputs_template`` is the wording of its inputs, with columns in braces
-    (``data.wording``), and ``mixture`` the tasks where it was trained on several, whose labels
-    are all in ``labels``.  ``model_fingerprint`` is ``checkpoints.fingerprint.fingerprint`` of the
-    frozen model, ``score`` the value of ``metric`` on the task's evaluation split, ``combine`` how
-    the prompt is joined to the input, ``origin`` where it is from if it was not trained,
-    ``created_by`` the program that wrote the file.
+    Attributes:
+      model_fingerprint: ``checkpoints.fingerprint.fingerprint`` of the frozen model.
+      score: of ``metric`` on the task's evaluation split.
+      labels: of the task, or of all tasks of a mixture.
+      inputs_template: the wording of the inputs, with columns in braces (``data.tasks.wording``).
+      mixture: its tasks, if it was trained on several.
+      combine: how the prompt is joined to the input.
+      origin: where it comes from, if it was not trained.
+      created_by: the program that wrote the file.
     """
 
     model_fingerprint: str = ""
@@ -70,9 +78,9 @@ class PromptMetadata:
 
 
 def tasks_of(metadata: PromptMetadata) -> tuple[TrainedTask, ...]:
-    """The tasks of the mixture that a prompt was trained on; none where it was one alone.
+    """The tasks of the mixture that a prompt was trained on; empty for a single task.
 
-    Files of before the mixture was written into them have its name, which may be known here.
+    Old files have only the name of the mixture, which is looked up.
     """
     if metadata.mixture:
         return metadata.mixture
@@ -90,7 +98,7 @@ def tasks_of(metadata: PromptMetadata) -> tuple[TrainedTask, ...]:
 
 
 def for_task(metadata: PromptMetadata, task: TrainedTask) -> PromptMetadata:
-    """The same of one of its tasks alone."""
+    """The metadata for one of its tasks."""
     return dataclasses.replace(
         metadata,
         task=task.name,
@@ -101,34 +109,34 @@ def for_task(metadata: PromptMetadata, task: TrainedTask) -> PromptMetadata:
 
 
 def shared_labels(labels: Mapping[str, tuple[str, ...]], *, instead: str) -> tuple[str, ...]:
-    """What all prompts that vote together choose between, by their names; empty: not known.
+    """The labels that all members of an ensemble choose between, given by name; empty if unknown.
 
-    In the order that all have, else in alphabetical order, so that the order of the prompts
-    decides nothing.  UserError where two know other labels; ``instead`` says what to do.
+    In their common order, or else in alphabetical order, so that the order of the members does not
+    matter.  UserError if two have different labels; ``instead`` says what to do.
     """
-    known = {name: own for name, own in labels.items() if own}
+    known = {name: each for name, each in labels.items() if each}
     if not known:
         return ()
-    first, own = next(iter(known.items()))
+    first, common = next(iter(known.items()))
     for name, other in known.items():
-        if {*other} != {*own}:
+        if {*other} != {*common}:
             raise UserError(
-                f"{first} was trained on the labels {listed(own)} and {name} on {listed(other)}; "
-                f"{instead}"
+                f"{first} was trained on the labels {listed(common)} and {name} on "
+                f"{listed(other)}; {instead}"
             )
-    return own if all(other == own for other in known.values()) else tuple(sorted(own))
+    return common if all(other == common for other in known.values()) else tuple(sorted(common))
 
 
 def listed(labels: Sequence[str]) -> str:
-    """Labels in a message: the first of them."""
+    """The first labels, for a message."""
     return ", ".join(label[:40] for label in labels[:8]) + ", ..." * (len(labels) > 8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPrompt:
-    """A prompt ``[P,D]`` in the floating-point type that it is stored in, and where it was.
+    """A prompt ``[P,D]`` in its stored dtype, and where it was read from.
 
-    ``adapter`` is the PEFT adapter that it was in, if it was in one.
+    ``adapter`` is the PEFT adapter that contained it, if any.
     """
 
     prompt_PD: HostArray
@@ -145,19 +153,21 @@ def save_prompt(
     format: Format | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
-    """Writes a prompt as ``dtype``; ``format`` is by the name's ending unless given.
+    """Write a prompt as ``dtype``; ``format`` defaults to the suffix of the file.
 
-    ``dtype`` None keeps the prompt's own (in an ``.npy``, bfloat16 becomes float32).  Only
-    safetensors holds metadata: an ``.npy`` is the bare array.  An empty ``created_by`` is filled
-    in.  The same input gives the same bytes.  The file is written aside and renamed.  Raises
-    UserError for what is not a prompt.
+    ``dtype=None`` keeps the prompt's dtype (in an ``.npy``, bfloat16 becomes float32).  Only
+    safetensors files have metadata; an ``.npy`` is the bare array.  An empty ``created_by`` is
+    filled in.  The write is atomic, and the same input gives the same bytes.  Raises UserError if
+    the array is not a prompt.
     """
     path = Path(path)
     kind = format or path.suffix.removeprefix(".")
     if kind not in ("npy", "safetensors"):
-        raise UserError(f"{path}: a prompt is saved as .npy or .safetensors; name it so")
+        raise UserError(
+            f"{path}: a prompt is saved as .npy or .safetensors; use one of these suffixes"
+        )
     prompt = checked_prompt(np.asarray(prompt_PD), of="the prompt", dtype=dtype)
-    with atomic_write(path) as aside, aside.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         if kind == "npy":
             np.lib.format.write_array(file, npy_safe(prompt), allow_pickle=False)
         else:
@@ -170,20 +180,20 @@ def save_prompt(
 def load_prompt(
     path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
 ) -> HostArray:
-    """The prompt ``[P,D]`` in a file or folder; see ``load_prompt_with_metadata``."""
+    """The prompt ``[P,D]`` of a file or folder; see ``load_prompt_with_metadata``."""
     return load_prompt_with_metadata(path, width=width, dtype=dtype)[0]
 
 
 def load_prompt_with_metadata(
     path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
 ) -> tuple[HostArray, PromptMetadata]:
-    """The prompt ``[P,D]`` in a file or folder as ``dtype``, and what is known about it.
+    """The prompt ``[P,D]`` of a file or folder as ``dtype``, and its metadata.
 
-    What it is, is told by content: an ``.npy`` (also T5X's ``encoder.prompt.prompt.prompt``), this
-    project's ``.safetensors``, the folder of a PEFT adapter, or a T5X checkpoint with a prompt,
-    which may be at a ``gs://`` or ``s3://`` address.
-    ``dtype`` None keeps the floating-point type that is stored; ``width`` is the model's, if it is
-    known.  Raises UserError if it is missing, damaged, of another width or not a prompt.
+    The format is detected from the content: an ``.npy`` (also T5X's
+    ``encoder.prompt.prompt.prompt``), a ``.safetensors`` of this package, the folder of a PEFT
+    adapter, or a T5X checkpoint with a prompt, which may be at a ``gs://`` or ``s3://`` address.
+    ``dtype=None`` keeps the stored dtype; ``width`` is the model's, if it is known.  Raises
+    UserError if the prompt is missing, damaged, of another width or not a prompt.
     """
     stored = read_prompt(path)
     if width is not None:
@@ -193,10 +203,12 @@ def load_prompt_with_metadata(
 
 
 def read_prompt(path: str | Path) -> StoredPrompt:
-    """The prompt in a file or folder as it is stored; errors as ``load_prompt_with_metadata``."""
-    given: object = path  # not everybody checks types
+    """The prompt of a file or folder as stored; errors as in ``load_prompt_with_metadata``."""
+    given: object = path  # callers may not check types
     if not isinstance(given, str | Path):
-        raise UserError(f"a prompt is read from a path, not from {type(given).__name__}")
+        raise UserError(
+            f"a prompt is read from a path, not from a value of type {type(given).__name__}"
+        )
     if "://" in str(path):
         return _read_t5x(str(path))
     path = Path(path)
@@ -214,12 +226,12 @@ def read_prompt(path: str | Path) -> StoredPrompt:
     elif start[8:] == b"{":  # eight bytes of length, then JSON
         if (kind := tuned_by(path)) is not None:
             raise UserError(
-                f"{path} holds what {kind or 'another method'} tuned and no prompt; predict, eval "
-                "and serve take it with --prompt(s)"
+                f"{path} contains the arrays of {kind or 'another method'}, not a prompt; use it "
+                "with predict, eval and serve --prompt(s)"
             )
         hint = ""
         if (path.parent / adapter_file.CONFIG).is_file():
-            hint = f"; if it belongs to a PEFT adapter, name the folder {path.parent}"
+            hint = f"; if it belongs to a PEFT adapter, use its folder {path.parent}"
         array, strings = read_safetensors(path, key=_KEY, of="a prompt's file", hint=hint)
         metadata, source = metadata_from_strings(strings, path=path), "safetensors"
     else:
@@ -239,7 +251,7 @@ def check_fits(
 ) -> None:
     """Raises UserError unless a prompt is for the frozen model with this width and fingerprint.
 
-    A prompt that does not say which model it is for may be for any of its width.
+    A prompt without a fingerprint fits every model of its width.
     """
     _check_width(prompt, width=embed_dim, path=path)
     check_model(metadata, fingerprint=fingerprint, path=path, allow_other_model=allow_other_model)
@@ -252,23 +264,23 @@ def check_model(
     path: str | Path,
     allow_other_model: bool | None = None,
 ) -> None:
-    """Raises UserError where something says that it was trained for another model than this.
+    """Raises UserError if the metadata have the fingerprint of another model.
 
-    ``allow_other_model`` is None where the user is not offered that.
+    ``allow_other_model=None`` means that the user has no such option.
     """
     theirs = metadata.model_fingerprint
     if theirs and theirs != fingerprint and not allow_other_model:
         named = " ".join(["", *metadata.model_name.split()])[:100]
         raise UserError(
-            f"{path} was trained for another model{named} (fingerprint {theirs[:32]}, this one has "
-            f"{fingerprint}); use that one"
-            + (", or say allow_other_model to go on" if allow_other_model is not None else "")
+            f"{path} was trained for another model{named} (fingerprint {theirs[:32]}; this model "
+            f"has {fingerprint}); use that model"
+            + (", or set allow_other_model" if allow_other_model is not None else "")
         )
 
 
 def _check_width(prompt: Array | HostArray, *, width: int, path: str | Path) -> None:
     if prompt.shape[-1] != width:
-        raise UserError(f"{path} has width {prompt.shape[-1]}, and the model has width {width}")
+        raise UserError(f"{path} has width {prompt.shape[-1]}, but the model has width {width}")
 
 
 def _read_folder(folder: Path) -> StoredPrompt:
@@ -281,7 +293,7 @@ def _read_folder(folder: Path) -> StoredPrompt:
         return StoredPrompt(
             prompt_PD=adapter.prompt_PD, metadata=metadata, source="PEFT adapter", adapter=adapter
         )
-    if reader.is_t5x(folder):
+    if is_t5x(folder):
         return _read_t5x(folder)
     named = [p for p in (folder / _T5X_FILE, *sorted(folder.glob("checkpoint_*"))) if p.exists()]
     files = (p for p in sorted(folder.iterdir()) if p.is_file() and is_prompt_file(p))
@@ -289,27 +301,27 @@ def _read_folder(folder: Path) -> StoredPrompt:
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     raise UserError(
         f"{folder} is a folder without a prompt: "
-        f"it has neither a PEFT adapter's {adapter_file.CONFIG} "
-        f"nor a T5X checkpoint's {reader.INDEX!r}{hint}"
+        f"neither a PEFT adapter's {adapter_file.CONFIG} "
+        f"nor a T5X checkpoint's {INDEX!r}{hint}"
     )
 
 
 def _read_t5x(folder: str | Path) -> StoredPrompt:
-    params = reader.open_t5x(folder).params
-    if others := [name for name in params if reader.is_prompt(name) and name != reader.PROMPT]:
+    params = open_t5x(folder).params
+    if others := [name for name in params if is_prompt(name) and name != PROMPT]:
         raise UserError(
-            f"{folder} is a T5X checkpoint with {len(others)} prompts besides the encoder's input, "
-            f"{others[0]} first; only one prompt, at {reader.PROMPT}, is read"
+            f"{folder} is a T5X checkpoint with {len(others)} prompts outside the encoder's input, "
+            f"for instance {others[0]}; only a single prompt, at {PROMPT}, is read"
         )
-    stored = params.get(reader.PROMPT)
+    stored = params.get(PROMPT)
     if stored is None:
-        raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {reader.PROMPT})")
-    prompt_PD = checked_prompt(stored.whole(), of=f"{reader.PROMPT} in {folder}", dtype=None)
+        raise UserError(f"{folder} is a T5X checkpoint without a prompt (no {PROMPT})")
+    prompt_PD = checked_prompt(stored.whole(), of=f"{PROMPT} in {folder}", dtype=None)
     return StoredPrompt(prompt_PD=prompt_PD, metadata=PromptMetadata(), source="T5X checkpoint")
 
 
 def is_prompt_file(path: Path) -> bool:
-    """Whether a file begins as one that can hold a prompt, whatever its name; T5X's has none."""
+    """Whether a file begins like a prompt file, whatever its suffix (T5X's files have none)."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -319,18 +331,18 @@ def is_prompt_file(path: Path) -> bool:
 
 
 def _guess(start: bytes) -> str:
-    """What a file that is no prompt is, by its first bytes."""
+    """A hint at what a file is, by its first bytes."""
     if not start:
         return ": it is empty"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return ": it is a zip archive (an .npz or PyTorch's)"
     if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return ": it is a pickle, which is never loaded"
+        return ": it is a pickle, and pickles are never loaded"
     return ""
 
 
 def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
-    """Only what is known; text as it is and the rest as JSON, since values must be strings."""
+    """The known fields as strings, as the format requires: text as it is, the rest as JSON."""
     known = {
         key: value
         for key, value in dataclasses.asdict(metadata).items()
@@ -342,7 +354,7 @@ def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
 
 
 def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetadata:
-    """The inverse of ``metadata_to_strings``; keys of other programs are passed over."""
+    """The inverse of ``metadata_to_strings``; keys of other programs are ignored."""
     readers = {
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
@@ -393,7 +405,7 @@ def _mixture(value: Any) -> tuple[TrainedTask, ...]:
 
 
 def this_program() -> str:
-    """Its name and version, for what it writes."""
+    """The name and version of this package, for files that it writes."""
     try:
         return f"prompt_tuning_jax {distributions.version('prompt_tuning_jax')}"
     except distributions.PackageNotFoundError:

@@ -1,17 +1,21 @@
-"""The state of a training run on disk, by orbax: small, atomic, and safe against being killed.
+"""The state of a training run on disk, saved with Orbax: atomically, and safe against being killed.
 
-``folder`` holds one folder per saved step, the last two unless told otherwise.  A save is written
-aside and renamed when it is whole; a save that a kill left behind is never seen by a reader, and
-the next save removes it.  A digest over all arrays is saved with them and compared when they are
-read: where the newest step is damaged, the one before it is used, and a warning says so.
+``folder`` has one subfolder per saved step; the last two are kept unless told otherwise.  A save is
+written to a temporary folder and renamed when it is complete.  Readers never see a save that a kill
+interrupted, and the next save removes it.  Each save carries a digest of all its arrays, which is
+compared when they are read: if the newest step is damaged, the one before it is used, with a
+warning.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +24,14 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.orbax_noise import silence_orbax
 from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.untrusted_input import json_text, require_whole
 
-# Where in a run's folder its states are: the one to go on from, and the best of each member.
+# Folders of states in a run's folder: the one to resume from, and the best of each member.
 LAST, BEST = "checkpoints/last", "checkpoints/best"
 
-_STATE = "state"  # orbax's own name of what a step holds
+_STATE = "state"  # Orbax's name for the item of a step
 
 Tree = TypeVar("Tree")
 
@@ -45,14 +48,14 @@ def save(
 ) -> bool:
     """Writes a tree of arrays and a JSON-able dict, and returns when both are safely on disk.
 
-    The last ``keep`` steps stay, older ones are removed afterwards.  A step that is saved already
-    is left as it is, for a run's state is a pure function of its step; the result is then False.
-    What is not finite in ``extra`` becomes null.  Sharded arrays are fine; with several processes
-    all of them must call.  Raises UserError if the folder cannot be written or holds a later step.
+    The last ``keep`` steps are kept; older ones are removed afterwards.  A step that is saved
+    already is not written again, because a run's state is a pure function of its step; the result
+    is then False.  Numbers in ``extra`` that are not finite become null.  Arrays may be sharded;
+    all processes must call.  Raises UserError if the folder cannot be written or has a later step.
     """
     if keep < 1:
-        raise ValueError(f"keep is {keep}; at least the last step must stay")
-    # Also for a TypeError that is clearer than one from orbax's threads.
+        raise ValueError(f"keep is {keep}; at least one step must be kept")
+    # Also raises a clearer TypeError than Orbax's threads would.
     extra = json.loads(json_text(extra))
     leaves = {name: _savable(leaf) for name, leaf in _named_leaves(state).items()}
     with _checkpointer(folder, keep=keep) as checkpointer:
@@ -61,8 +64,8 @@ def save(
             if any(saved.step == step for saved in checkpointer.checkpoints):
                 return False
             raise UserError(
-                f"{folder} holds step {latest.step}, later than {step}: "
-                "go on from there, or use an empty folder"
+                f"{folder} has step {latest.step}, which is later than {step}: "
+                "resume from it, or use an empty folder"
             )
         metadata = {"extra": extra, "sha256": _digest(leaves, extra)}
         checkpointer.save(step, leaves, force=True, custom_metadata=metadata)
@@ -72,13 +75,13 @@ def save(
 def restore_latest(
     folder: str | Path, like: Tree, *, advice: str = ""
 ) -> tuple[int, Tree, dict[str, Any]] | None:
-    """The last whole save as (step, state, extra), or None if there is none.
+    """The last intact save as (step, state, extra); None if nothing was saved.
 
     ``like`` is a tree of arrays or ``jax.ShapeDtypeStruct``: the result has its structure and
-    shardings (jax arrays for jax leaves, numpy for the others), bit for bit as saved.  Where the
-    newest save is damaged the one before is used, with a warning.  Raises UserError where none is
-    whole, followed by ``advice``, and one that names the first leaf whose path, shape or dtype
-    differs from what was saved.  Only reads, so it may be called while another process trains.
+    shardings (jax arrays for jax leaves, numpy arrays for others), bit for bit as saved.  If the
+    newest save is damaged, the one before it is used, with a warning.  Raises UserError, which ends
+    with ``advice``, if all saves are damaged, and UserError that names the first leaf whose path,
+    shape or dtype differs from the save.  Only reads, so another process may be training.
     """
     wanted = _named_leaves(like)
 
@@ -97,7 +100,7 @@ def restore_latest(
 def read_latest(
     folder: str | Path, *, advice: str = ""
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-    """The last whole save as (step, host arrays by path, extra), or None; as ``restore_latest``."""
+    """The last intact save as (step, host arrays by path, extra); see ``restore_latest``."""
     return _load_latest(
         folder,
         lambda saved, _: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()},
@@ -106,15 +109,15 @@ def read_latest(
 
 
 def latest_step(folder: str | Path) -> int:
-    """The newest step that was saved, whole or not; 0 if there is none."""
+    """The newest saved step, intact or not; 0 if there is none."""
     return max(_steps(Path(folder)), default=0)
 
 
 def remove_damaged(folder: str | Path, *, restored: int) -> None:
-    """Removes the saves of later steps than what was restored, which are damaged then.
+    """Removes saves that are later than the restored one, which must be damaged.
 
-    Of earlier ones, those whose metadata cannot be read: nothing could be saved beside them.
-    Raises UserError where that cannot be done.
+    Also earlier ones whose metadata cannot be read, since Orbax cannot save beside them.  Raises
+    UserError if that fails.
     """
     for step in _steps(Path(folder)):
         if step > restored or (step < restored and not _has_metadata(folder, step)):
@@ -139,7 +142,7 @@ def _has_metadata(folder: str | Path, step: int) -> bool:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps that have a folder of their final name, the newest first."""
+    """Steps with a folder of the final name, newest first."""
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()]
     except OSError:
@@ -153,9 +156,9 @@ def _load_latest(
     *,
     advice: str,
 ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-    """The last whole save's (step, arrays by path, extra).
+    """(step, arrays by path, extra) of the last intact save.
 
-    ``abstract`` says from what was saved (and where) how each array is wanted.
+    ``abstract`` maps the metadata of a save, and its path, to the abstract arrays to restore.
     """
     reasons: dict[int, UserError] = {}
     for step in _steps(Path(folder)):
@@ -167,7 +170,7 @@ def _load_latest(
         if reasons:
             damaged = ", ".join(f"step {number} ({error})" for number, error in reasons.items())
             _log.warning(
-                "%s: damaged: %s; the one before is used, of step %d", folder, damaged, step
+                "%s: damaged: %s; using the save before, of step %d", folder, damaged, step
             )
         return step, leaves, extra
     if not reasons:
@@ -175,7 +178,7 @@ def _load_latest(
     newest = next(iter(reasons.values()))
     if isinstance(newest, _OtherRunError):
         raise newest
-    before = f", and so is what was saved before it ({min(reasons)})" if len(reasons) > 1 else ""
+    before = f", and so are earlier saves (back to step {min(reasons)})" if len(reasons) > 1 else ""
     raise UserError(
         f"the training state {Path(folder) / str(max(reasons))} is damaged ({newest}){before}"
         + (f": {advice}" if advice else "")
@@ -185,40 +188,40 @@ def _load_latest(
 def _load_step(
     folder: str | Path, step: int, abstract: Callable[[Mapping[str, Any], Path], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays by path and extra of one step; UserError, in a few words, where it is damaged."""
+    """Arrays by path, and extra, of one step; a short UserError if it is damaged."""
     from orbax.checkpoint import v1 as ocp
 
     where = Path(folder).absolute() / str(step)
     require_whole(where)
-    # Not by the folder's checkpointer, which reads all steps and fails for any that is damaged.
+    # Not with the folder's Checkpointer, which reads all steps and fails if any is damaged.
     with _reporting():
         saved = ocp.metadata(where, _STATE)
         custom = saved.custom_metadata
         if not isinstance(custom, Mapping) or not isinstance(custom.get("extra"), dict):
-            raise UserError("its metadata is missing or cut off")
+            raise UserError("its metadata is missing or truncated")
         if not isinstance(saved.metadata, Mapping):
             raise UserError("it has no description of its arrays")
         wanted = abstract(saved.metadata, Path(folder) / str(step))
         leaves = dict(ocp.load(where, wanted, checkpointable_name=_STATE))
         extra = custom["extra"]
         if custom.get("sha256") != _digest(leaves, extra):
-            raise UserError("its arrays are not those that were saved: the digest differs")
+            raise UserError("its arrays have changed since they were saved: the digest differs")
     return leaves, extra
 
 
 def _digest(leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    """Of all bits of the arrays, of their names, types and shapes, and of what is saved beside."""
-    found = hashlib.sha256(json_text(extra, sort_keys=True).encode())
+    """Of the arrays' bytes, names, dtypes and shapes, and of ``extra``."""
+    digest = hashlib.sha256(json_text(extra, sort_keys=True).encode())
     for name in sorted(leaves):
         array = np.asarray(on_host(leaves[name]))
-        found.update(f"\0{name} {array.dtype.name} {list(array.shape)}\0".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"\0{name} {array.dtype.name} {list(array.shape)}\0".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 @contextmanager
 def _checkpointer(folder: str | Path, *, keep: int) -> Iterator[Any]:
-    """Orbax's checkpointer to write with, silent, and with one-line errors."""
+    """Orbax's checkpointer for writing, without its log, and with one-line errors."""
     from orbax.checkpoint import v1 as ocp
 
     with (
@@ -234,25 +237,25 @@ def _checkpointer(folder: str | Path, *, keep: int) -> Iterator[Any]:
 
 @contextmanager
 def _reporting(beginning: str = "") -> Iterator[None]:
-    """Within, orbax is silent, and its errors become UserErrors of one line."""
+    """Silences Orbax's log, and turns its errors into UserErrors of one line."""
     from absl import logging as absl_logging
 
     verbosity = absl_logging.get_verbosity()
-    # Orbax logs from its threads what it also raises.
+    # Orbax's threads log errors that it also raises.
     absl_logging.set_verbosity(absl_logging.FATAL)
     silence_orbax()
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # orbax and TensorStore raise many kinds for broken files
+    except Exception as error:  # Orbax and TensorStore raise many types
         raise UserError(f"{beginning}{_line(error)}") from None
     finally:
         absl_logging.set_verbosity(verbosity)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the tree's order: what is stored does not depend on container types."""
+    """Leaves by path, in the tree's order, so that the stored form is independent of containers."""
     flat = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
     if len(named) != len(flat):
@@ -261,7 +264,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 class _OtherRunError(UserError):
-    """The arrays of a save are others than those that are wanted."""
+    """A save has other arrays than the ones to restore."""
 
 
 def _savable(leaf: Any) -> Any:
@@ -271,7 +274,7 @@ def _savable(leaf: Any) -> Any:
 def _abstract(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return np.asarray(leaf)
-    # Without a sharding orbax takes the stored one, which may name devices that are not here.
+    # Without a sharding Orbax uses the stored one, whose devices may not exist here.
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -281,7 +284,7 @@ def _require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, where:
         there, here = (_kind(tree[name]) if name in tree else None for tree in (saved, wanted))
         if there != here:
             raise _OtherRunError(
-                f"{where} holds the state of a different run: {name} is {there or 'absent'} there "
+                f"{where} is the state of a different run: {name} is {there or 'absent'} there "
                 f"and {here or 'absent'} here; use its config, or an empty folder"
             )
 
@@ -292,12 +295,49 @@ def _kind(leaf: Any) -> str:
 
 
 def _line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # orbax wraps what the file system says
+    while error.__cause__ is not None:  # Orbax wraps errors of the file system
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's own words are many
-        return os.strerror(int(found[1]))
+    if match := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's messages are long
+        return os.strerror(int(match[1]))
     if isinstance(error, KeyError):
         return f"{error} is missing"
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+_IN_LOGS = (
+    ("asyncio", "Task exception was never retrieved"),
+    ("asyncio", "Future exception was never retrieved"),
+    ("absl", "_SignalingThread.run() raised an exception"),
+    ("", "TensorStore data files not found in checkpoint path"),
+)
+
+
+@functools.cache
+def silence_orbax() -> None:
+    """Filters these reports, and no others, from now on: they may come after Orbax has returned."""
+    for name, beginning in _IN_LOGS:
+        logging.getLogger(name or None).addFilter(functools.partial(_passes, beginning=beginning))
+    warnings.filterwarnings(
+        "ignore", "coroutine '_read_array_index_and_device_put' was never awaited", RuntimeWarning
+    )
+    report = sys.unraisablehook
+
+    def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not _is_late_callback(unraisable):
+            report(unraisable)
+
+    sys.unraisablehook = unraisablehook
+
+
+def _passes(record: logging.LogRecord, *, beginning: str) -> bool:
+    return beginning not in record.getMessage()
+
+
+def _is_late_callback(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether TensorStore called into a closed event loop, or Orbax left a coroutine."""
+    code = getattr(unraisable.object, "cr_code", None)
+    if code is not None:
+        return "orbax" in Path(code.co_filename).parts
+    return unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"

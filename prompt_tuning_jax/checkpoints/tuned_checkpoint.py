@@ -1,6 +1,6 @@
-"""What a run of any method keeps: a ``.safetensors`` file of tuned arrays that says what made them.
+"""The trained arrays of any method, as a ``.safetensors`` file whose metadata describe the run.
 
-Prompts have a form of their own (``prompt_file``), which other programs know.
+Prompts have another format (``prompt_file``), which other programs read.
 """
 
 import dataclasses
@@ -11,20 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.mapped_safetensors import (
+from prompt_tuning_jax.checkpoints.array_files import (
+    METHOD,
     map_safetensors,
     require_at_most,
     require_finite,
+    safetensors_of,
+    tuned_by,
 )
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     metadata_from_strings,
     metadata_to_strings,
     this_program,
 )
-from prompt_tuning_jax.checkpoints.tuned_format import METHOD, tuned_by
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.storage import atomic_write
@@ -32,14 +33,15 @@ from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 _TASKS = "tasks"
-_ALWAYS_READ = 2**24  # numbers, whatever the model's size
+_ALWAYS_READ = 2**24  # numbers, for a model of any size
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedCheckpoint:
-    """Tuned arrays by their path in a ``TunedModel``, and the method that they belong to.
+    """Trained arrays by their path in a ``TunedModel``, and the method that they belong to.
 
-    ``method`` is its config as JSON; ``tasks`` are the names of those trained on together.
+    ``method`` is its config as JSON; ``tasks`` are the names of the tasks it was trained on
+    together.
     """
 
     trainable: Mapping[str, HostArray]
@@ -49,28 +51,28 @@ class TunedCheckpoint:
 
 
 def save_tuned(path: Path, stored: TunedCheckpoint) -> None:
-    """Writes the file aside and renames it; the same input gives the same bytes."""
+    """Writes the file atomically; the same input gives the same bytes."""
     metadata = stored.metadata
     if not metadata.created_by:
         metadata = dataclasses.replace(metadata, created_by=this_program())
     strings = metadata_to_strings(metadata) | {METHOD: stored.method}
     if stored.tasks:
         strings[_TASKS] = json_text(stored.tasks)
-    with atomic_write(path) as aside:
-        aside.write_bytes(safetensors_of(stored.trainable, metadata=strings))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(safetensors_of(stored.trainable, metadata=strings))
 
 
 def is_tuned_file(path: Path) -> bool:
-    """Whether this is such a file, by its content; False for what cannot be read."""
+    """Whether this is such a file, by its content; False if it cannot be read."""
     return tuned_by(path) is not None
 
 
 def open_tuned(path: Path) -> TunedCheckpoint:
-    """What ``save_tuned`` wrote, its arrays mapped and not read; UserError for a damaged file."""
+    """A file of ``save_tuned``, with memory-mapped arrays; UserError if it is damaged."""
     mapped = map_safetensors(path)
     tasks = read_json(mapped.metadata.get(_TASKS, "[]"), of=f"{path}: its metadata's {_TASKS}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise UserError(f"{path}: its metadata has tasks that are no list of names")
+        raise UserError(f"{path}: its metadata's tasks are not a list of names")
     return TunedCheckpoint(
         trainable=mapped.arrays,
         method=mapped.metadata.get(METHOD, ""),
@@ -80,9 +82,9 @@ def open_tuned(path: Path) -> TunedCheckpoint:
 
 
 def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
-    """What ``save_tuned`` wrote, for a model of this configuration.
+    """A file of ``save_tuned`` in memory, for a model of this configuration.
 
-    UserError for a file that is damaged or not finite, or far too large for the model.
+    UserError for a file that is damaged, has NaN or infinity, or is far too large for the model.
     """
     stored = open_tuned(path)
     require_plausible(stored.trainable, config, of=str(path))
@@ -92,7 +94,7 @@ def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
 
 
 def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:
-    """UserError where a method would have tuned more than twice what the whole model holds."""
+    """UserError if the arrays have more than twice as many numbers as the whole model."""
     whole = sum(map(prod, parameter_shapes(config).values()))
     most = 2 * whole + _ALWAYS_READ
-    require_at_most(arrays, most, of=of, why="and for a model of this size at most these are read:")
+    require_at_most(arrays, most, of=of, why="the most that are read for a model of this size is")

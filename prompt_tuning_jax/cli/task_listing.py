@@ -6,13 +6,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import with_task_index
-from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import ALIASES, FORMS, form_of, forms_of
+from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
+    ALIASES,
+    FORMS,
+    form_of,
+    forms_of,
+    with_task_index,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import number_of_rows
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import Example, Task, get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tasks.task import Example, Task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write

@@ -13,7 +13,6 @@ import numpy as np
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import convert as converter
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.architecture import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.convert import Format, format_of, require_options_of
 from prompt_tuning_jax.checkpoints.convert_model import (
     MAX_SHARD_BYTES,
@@ -30,7 +29,8 @@ from prompt_tuning_jax.checkpoints.destination import (
     require_outside,
 )
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
-from prompt_tuning_jax.checkpoints.load import OpenedModel, open_model
+from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
@@ -47,7 +47,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.paths import BUNDLED
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import members_of_run, method_of, peft_adapter
 from prompt_tuning_jax.inference.setup import (
@@ -106,7 +106,7 @@ def tuned_files(place: Path) -> list[Path]:
 def _is_tuned(place: Path) -> bool:
     if not place.is_dir():
         return is_tuned_file(place)
-    kinds = (*weights.KINDS, *prompts.KINDS)
+    kinds = (*weights.TYPES, *prompts.TYPES)
     return (place / CONFIG).is_file() and read_config(place / CONFIG).get("peft_type") in kinds
 
 
@@ -198,7 +198,7 @@ def convert_tuned(
     return written(what, destination, notes=notes)
 
 
-def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
+def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]:
     """The frozen model that ``--model`` names, or that they name, if it is on this machine."""
     if model:
         return model, open_source(model, vocabulary=False)
@@ -214,7 +214,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, OpenedModel]:
     raise AssertionError("there is at least one")
 
 
-def _read(file: Path, opened: OpenedModel) -> TunedCheckpoint:
+def _read(file: Path, opened: ModelCheckpoint) -> TunedCheckpoint:
     if not file.is_dir():
         return read_tuned(file, opened.config)
     adapter = peft_adapter(file, opened.config, own=opened.params)

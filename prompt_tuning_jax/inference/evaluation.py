@@ -15,13 +15,13 @@ from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.files import FILE_TASK
 from prompt_tuning_jax.data.tasks.metrics import best_of
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.selection import (
     inputs_template_of,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
 from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import parse_json, text_lines
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError

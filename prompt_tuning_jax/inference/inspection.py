@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints.array_files import require_finite
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.hf import config as hf_config
 from prompt_tuning_jax.checkpoints.hub import is_hub_name
-from prompt_tuning_jax.checkpoints.inspect_model import ModelDescription, describe_model
-from prompt_tuning_jax.checkpoints.inspect_prompt import PromptDescription, describe_prompt
-from prompt_tuning_jax.checkpoints.mapped_safetensors import require_finite
+from prompt_tuning_jax.checkpoints.inspect import (
+    ModelDescription,
+    PromptDescription,
+    describe_model,
+    describe_prompt,
+)
+from prompt_tuning_jax.checkpoints.location import (
+    INDEX,
+)
 from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, read_config, read_tensors
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.t5x.reader import INDEX
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment

@@ -14,6 +14,9 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.location import (
+    is_t5x,
+)
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -26,7 +29,6 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.checkpoints.run_folder import (
     member_names,
 )
-from prompt_tuning_jax.checkpoints.t5x.reader import is_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment

@@ -78,7 +78,7 @@ def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
 
 
 def peft_adapter(
-    folder: Path, config: T5Config, *, own: Mapping[str, weights.Own] | None = None
+    folder: Path, config: T5Config, *, own: Mapping[str, weights.Parameter] | None = None
 ) -> TunedCheckpoint | None:
     """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt.
 
@@ -86,9 +86,9 @@ def peft_adapter(
     """
     kind = weights.peft_kind(folder)
     found: weights.PeftWeights | prompts.PeftPrompts
-    if kind in weights.KINDS:
+    if kind in weights.TYPES:
         found = weights.read_peft_weights(folder, config, own)
-    elif kind in prompts.KINDS:
+    elif kind in prompts.TYPES:
         found = prompts.read_peft_prompts(folder, config)
     else:
         return None

@@ -22,11 +22,15 @@ from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import few_lengths
 from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.registry import (
+    get_task,
+    tasks_known_as,
+)
 from prompt_tuning_jax.data.tasks.row_files import RowFile
 from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
 )
-from prompt_tuning_jax.data.tasks.task import Source, Task, TrainedTask, get_task, tasks_known_as
+from prompt_tuning_jax.data.tasks.task import Source, Task, TrainedTask
 from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
     Given,

@@ -10,7 +10,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
+from prompt_tuning_jax.checkpoints.array_files import checked_prompt
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_model,

@@ -12,19 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task
 from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form
-from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,
     super_glue_task_score,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS, form_of, name_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS, Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import Example, get_mixture, get_task
+from prompt_tuning_jax.data.tasks.task import (
+    Example,
+)
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import PromptTuning
 

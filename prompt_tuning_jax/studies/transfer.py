@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import Experiment, Optimizer
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import form_of, name_in_form
+from prompt_tuning_jax.data.tasks.registry import (
+    get_mixture,
+)
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import get_mixture
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.studies.suite import SUITES, markdown_rows, on_task, score_names, without_nan

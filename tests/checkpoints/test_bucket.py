@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.checkpoints import bucket
+from prompt_tuning_jax.checkpoints import hub, location
 from prompt_tuning_jax.checkpoints.hub import T5X_VOCABULARY, hf_folder
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x
@@ -111,7 +111,7 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 1, "initial_delay": "1ms"})
+    monkeypatch.setattr(location, "_RETRIES", {"max_retries": 1, "initial_delay": "1ms"})
     server.objects.clear()
     server.sent.clear()
     server.status = 200
@@ -158,11 +158,11 @@ def test_hugging_face_folders_in_buckets(
 
 
 def test_files_come_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "_PART_BYTES", 100)
+    monkeypatch.setattr(location, "_PART_BYTES", 100)
     sizes = [0, 1, 99, 100, 101, 200, 250]
     for size in sizes:
         store.objects[f"some-bucket/m/{size}"] = bytes(i % 251 for i in range(size))
-    folder = bucket.fetch_folder("gs://some-bucket/m", list)
+    folder = hub.fetch_folder("gs://some-bucket/m", list)
     for size in sizes:
         assert (folder / str(size)).read_bytes() == store.objects[f"some-bucket/m/{size}"]
     assert max(size for _, size in store.sent) <= 100
@@ -193,7 +193,7 @@ def test_a_bucket_out_of_reach(store: Store) -> None:
 
 
 def test_nothing_in_the_bucket(store: Store) -> None:
-    with pytest.raises(UserError, match=r"^gs://some-bucket/m holds no model"):
+    with pytest.raises(UserError, match=r"^gs://some-bucket/m has no model"):
         load_model("gs://some-bucket/m")
 
 

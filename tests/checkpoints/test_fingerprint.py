@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.models.t5.config import T5Config, preset
 from tests.devices import with_devices
 

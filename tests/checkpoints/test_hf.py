@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -146,7 +146,7 @@ def test_both_generations_of_transformers_config_say_the_same(tmp_path: Path, ti
         edit_weights(tmp_path, **{"lm_head.weight": shared_table + 1})
     else:
         edit_config(tmp_path, scale_decoder_outputs=True)
-    with pytest.raises(UserError, match="contradicts itself"):
+    with pytest.raises(UserError, match="ties the logits to the embeddings, but"):
         read_hf(tmp_path)
 
 
@@ -172,17 +172,17 @@ def test_every_array_has_one_use_and_every_parameter_one_source(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "longt5"}, "model_type is 'longt5', whose attention is local"),
-        ({"model_type": "bart"}, "model_type is 'bart'; only t5, mt5, umt5 is read"),
+        ({"model_type": "longt5"}, "model_type is 'longt5', which has local attention"),
+        ({"model_type": "bart"}, "model_type is 'bart'; supported: t5, mt5, umt5"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
         ({"d_model": "6"}, "d_model is '6'"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon"),
         ({"tie_word_embeddings": "yes", "scale_decoder_outputs": "drop"}, "true or false"),
         ({"num_layers": 3}, "encoder.block.2"),
-        ({"num_layers": 10**7}, "holds 2 encoder layers, and by .* the model has 10000000"),
-        ({"num_decoder_layers": 10**9}, "holds 1 decoder layers, and by .* has 1000000000"),
-        ({"num_layers": 10**30}, "num_layers is 1000000000.*; a whole number"),
+        ({"num_layers": 10**7}, "has 2 encoder layers, but .* requires 10000000"),
+        ({"num_decoder_layers": 10**9}, "has 1 decoder layers, but .* requires 1000000000"),
+        ({"num_layers": 10**30}, "num_layers is 1000000000.*; it must be a positive integer"),
         ({"d_model": 2**31 - 1}, "shared.weight makes token_embedder/embedding"),
         ({"vocab_size": 2**31 - 1}, "shared.weight makes token_embedder/embedding"),
     ],
@@ -202,13 +202,13 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     write_hf(tmp_path, config, random_params(config))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(UserError, match="damaged or not a safetensors file"):
+    with pytest.raises(UserError, match="damaged, or not a safetensors file"):
         read_hf(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         read_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         read_hf(tmp_path)
 
 

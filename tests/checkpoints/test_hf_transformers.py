@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.models.t5.config import T5Config
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

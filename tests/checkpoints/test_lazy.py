@@ -1,6 +1,9 @@
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.t5x.arrays import joined
 
 ARRAY = np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
 
@@ -37,3 +40,28 @@ def test_a_view_reads_no_more_than_its_part():
     lazy = LazyArray(shape=ARRAY.shape, dtype=ARRAY.dtype, where="", read=read)
     lazy.layer(1, axis=1).transposed().read((slice(2, 4), slice(0, 1)))
     assert asked == [(slice(0, 1), slice(1, 2), slice(2, 4))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_any_views_of_views_read_what_numpy_reads(shape, data):
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    lazy = in_memory(whole, where="")
+    for _ in range(data.draw(st.integers(0, 3), label="views")):
+        kinds = ["transposed", *["layer", "joined"] * (whole.ndim > 1)]
+        kind = data.draw(st.sampled_from(kinds))
+        if kind == "transposed":
+            lazy, whole = lazy.transposed(), whole.T
+        elif kind == "layer":
+            axis = data.draw(st.integers(0, whole.ndim - 1), label="axis")
+            number = data.draw(st.integers(0, whole.shape[axis] - 1), label="number")
+            lazy, whole = lazy.layer(number, axis=axis), whole.take(number, axis)
+        else:
+            axis = data.draw(st.integers(0, whole.ndim - 2), label="axis")
+            lazy = joined(lazy, axis=axis)
+            whole = whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+    assert lazy.shape == whole.shape
+    np.testing.assert_array_equal(lazy.whole(), whole)
+    bounds = [data.draw(st.tuples(st.integers(0, n), st.integers(0, n + 2))) for n in whole.shape]
+    index = tuple(slice(start, stop) for start, stop in bounds)
+    np.testing.assert_array_equal(lazy.read(index), whole[index])

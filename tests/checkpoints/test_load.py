@@ -127,7 +127,7 @@ def test_t5x_in_the_hubs_cache(tiny_t5x: Path, tmp_path: Path) -> None:
     shutil.copy(chunk, tmp_path / "elsewhere")
     chunk.unlink()
     chunk.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="outside of the folder"):
+    with pytest.raises(UserError, match="outside the folder"):
         open_t5x(snapshot / tiny_t5x.name)
 
 
@@ -138,7 +138,7 @@ def test_links_of_any_other_folder_lead_nowhere_else(tiny_t5x: Path, tmp_path: P
         folder.parent.mkdir(parents=True)
         shutil.copytree(snapshot, folder, symlinks=True)
         shutil.copytree(snapshot.parent.parent / "blobs", folder.parent.parent / "blobs")
-        with pytest.raises(UserError, match="outside of the folder"):
+        with pytest.raises(UserError, match="outside the folder"):
             open_t5x(folder)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.models.t5.config import preset
 
 PUBLISHED = {

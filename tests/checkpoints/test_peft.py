@@ -101,11 +101,11 @@ def test_peft_to_ours_to_peft_is_bit_exact(adapter: Path, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_virtual_tokens": 4}, r"holds [5, 8], and by adapter_config.json it holds [4, 8]"),
-        ({"num_virtual_tokens": 10}, "it holds [10, 8]"),
-        ({"num_transformer_submodules": 2}, "it holds [10, 8]"),
-        ({"token_dim": 9}, "it holds [5, 9]"),
-        ({"num_virtual_tokens": 3, "num_transformer_submodules": None}, "it holds [3 or 6, 8]"),
+        ({"num_virtual_tokens": 4}, r"has shape [5, 8], but adapter_config.json requires [4, 8]"),
+        ({"num_virtual_tokens": 10}, "requires [10, 8]"),
+        ({"num_transformer_submodules": 2}, "requires [10, 8]"),
+        ({"token_dim": 9}, "requires [5, 9]"),
+        ({"num_virtual_tokens": 3, "num_transformer_submodules": None}, "requires [3 or 6, 8]"),
         ({"num_virtual_tokens": None}, "no num_virtual_tokens"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0"),
         ({"num_virtual_tokens": -5}, "num_virtual_tokens is -5"),
@@ -116,9 +116,9 @@ def test_peft_to_ours_to_peft_is_bit_exact(adapter: Path, dtype: Any) -> None:
         ({"num_transformer_submodules": 3}, "a T5 has two stacks"),
         (
             {"peft_type": "LORA"},
-            "a LORA adapter, which is no plain prompt; predict, eval",
+            "a LORA adapter is not a plain prompt; use its folder with predict, eval",
         ),
-        ({"peft_type": "ADALORA"}, "MULTITASK_PROMPT_TUNING, LORA, IA3 are read; one that can be"),
+        ({"peft_type": "ADALORA"}, "MULTITASK_PROMPT_TUNING, LORA, IA3; merge others"),
         ({"peft_type": "P_TUNING"}, "P_TUNING"),
         ({"peft_type": None}, "peft_type is null"),
         ({"peft_type": {"a\nb": 1}}, "peft_type is"),
@@ -130,8 +130,8 @@ def test_configs_that_contradict(adapter: Path, fields: dict[str, Any], message:
 
 
 ROWS = {
-    "1-D": (PROMPT[0], "two axes"),
-    "3-D": (PROMPT[None], "two axes"),
+    "1-D": (PROMPT[0], "two dimensions"),
+    "3-D": (PROMPT[None], "two dimensions"),
     "integers": (PROMPT.astype(np.int32), "int32"),
     "NaN": (np.where(PROMPT > 1, np.nan, PROMPT), "not finite"),
 }
@@ -169,7 +169,7 @@ def test_missing_and_damaged_files(adapter: Path) -> None:
         (adapter / WEIGHTS).write_bytes(weights[:length])
         assert "damaged" in refusal(adapter)
     (adapter / WEIGHTS).unlink()
-    assert "has a PEFT config and no adapter_model.safetensors" in refusal(adapter)
+    assert "has a PEFT config but no adapter_model.safetensors" in refusal(adapter)
     (adapter / WEIGHTS).mkdir()
     assert "adapter_model.safetensors" in refusal(adapter)
     (adapter / WEIGHTS).rmdir()
@@ -178,11 +178,11 @@ def test_missing_and_damaged_files(adapter: Path) -> None:
     assert "cannot read the PEFT config" in refusal(adapter)
     (adapter / CONFIG).write_bytes(config)
     save_file({KEY: PROMPT, "base_model.lm_head.weight": PROMPT}, adapter / WEIGHTS)
-    assert "holds base_model.lm_head.weight, prompt_embeddings" in refusal(adapter)
+    assert "contains base_model.lm_head.weight, prompt_embeddings" in refusal(adapter)
 
 
 def test_the_weights_alone_are_told_to_come_with_their_folder(adapter: Path) -> None:
-    with pytest.raises(UserError, match=f"name the folder {adapter}$"):
+    with pytest.raises(UserError, match=f"use its folder {adapter}$"):
         load_prompt(adapter / WEIGHTS)
 
 
@@ -286,4 +286,4 @@ OTHER_KINDS += ["ptuning_lstm_sub1", "ptuning_mlp_sub2"]
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_recorded_adapters_of_other_kinds(shared: Path, kind: str) -> None:
-    assert "which is no plain prompt" in refusal(shared / "fixtures/hf/peft/b_t5_11" / kind)
+    assert "is not a plain prompt" in refusal(shared / "fixtures/hf/peft/b_t5_11" / kind)

@@ -9,10 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints import progress as progress_module
-from prompt_tuning_jax.checkpoints.device_put import all_finite, place, read_as
+from prompt_tuning_jax.checkpoints import lazy_arrays as progress_module
 from prompt_tuning_jax.checkpoints.hf.flax_msgpack import FlaxArray
-from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.lazy_arrays import (
+    LazyArray,
+    all_finite,
+    in_memory,
+    put_on_devices,
+    read_as,
+)
 from prompt_tuning_jax.errors import UserError
 from tests.devices import with_devices
 
@@ -24,7 +29,7 @@ ARRAY = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 def test_whole_arrays_on_the_default_device(dtype: str) -> None:
     lazy = in_memory(ARRAY, where="here")
     scalar = in_memory(np.float32(3), where="there")
-    placed = place({"b": lazy, "a": lazy.transposed(), "c": scalar}, dtype=dtype)
+    placed = put_on_devices({"b": lazy, "a": lazy.transposed(), "c": scalar}, dtype=dtype)
     assert list(placed) == ["b", "a", "c"]
     for name, want in (("b", ARRAY), ("a", ARRAY.T), ("c", np.float32(3))):
         assert placed[name].dtype == dtype and not placed[name].committed
@@ -44,7 +49,7 @@ def test_what_is_placed_is_no_view_of_what_was_read() -> None:
     )
     part = read_as(lazy, (slice(0, 1 << 12),), source.dtype)
     assert not np.shares_memory(part, source)
-    placed = place({"a": lazy}, dtype="float32")["a"]
+    placed = put_on_devices({"a": lazy}, dtype="float32")["a"]
     source[:] = 1
     np.testing.assert_array_equal(placed, 0)
 
@@ -101,9 +106,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed import sharding
-from prompt_tuning_jax.checkpoints.lazy import LazyArray
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.device_put import place
+from prompt_tuning_jax.checkpoints.lazy_arrays import put_on_devices
 
 process, processes, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if processes > 1:
@@ -121,7 +126,7 @@ def recorded(reads):
 def check(mesh, spec, expected):
     reads = []
     layout = NamedSharding(mesh, PartitionSpec(*spec))
-    placed = place({"w": recorded(reads)}, dtype="bfloat16", shardings={"w": layout})["w"]
+    placed = put_on_devices({"w": recorded(reads)}, dtype="bfloat16", shardings={"w": layout})["w"]
     assert placed.sharding == layout and placed.dtype == jnp.bfloat16
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index].astype(jnp.bfloat16))
@@ -225,4 +230,4 @@ def test_numbers_that_are_none_are_refused_with_file_and_array(dtype: Any, bad: 
         wrong[row, column] = bad
         assert not all_finite(wrong) and not all_finite(wrong.T)
         with pytest.raises(UserError, match=r"^m\.safetensors: a holds NaN or infinity"):
-            place({"a": in_memory(wrong, where="m.safetensors: a")}, dtype=np.float32)
+            put_on_devices({"a": in_memory(wrong, where="m.safetensors: a")}, dtype=np.float32)

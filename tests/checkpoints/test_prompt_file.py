@@ -76,8 +76,8 @@ def test_other_floating_types_become_float32(tmp_path: Path, dtype: Any) -> None
 
 
 NOT_PROMPTS = {
-    "1-D": (PROMPT[0], "two axes"),
-    "3-D": (PROMPT[None], r"\[1, 5, 8\].*two axes"),
+    "1-D": (PROMPT[0], "two dimensions"),
+    "3-D": (PROMPT[None], r"\[1, 5, 8\].*two dimensions"),
     "integers": (np.ones((5, 8), np.int32), "int32"),
     "no rows": (PROMPT[:0], "empty"),
     "NaN": (np.where(PROMPT > 1, np.nan, PROMPT), "not finite"),
@@ -143,7 +143,7 @@ def test_damaged_files_give_one_line(tmp_path: Path, case: str) -> None:
         load_prompt(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    told = {"empty": "is empty", "pickle": "a pickle, which is never loaded", "zip": "zip archive"}
+    told = {"empty": "is empty", "pickle": "pickles are never loaded", "zip": "zip archive"}
     assert told.get(case, "") in str(caught.value)
 
 
@@ -164,15 +164,17 @@ def test_missing_files_folders_and_other_arrays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         load_prompt(tmp_path)
     save_file({"weight": PROMPT, "bias": PROMPT[0]}, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="holds bias, weight; a prompt's file holds one array"):
+    with pytest.raises(UserError, match="contains bias, weight; a prompt's file has one array"):
         load_prompt(tmp_path / "m.safetensors")
     save_file({}, tmp_path / "n.safetensors")
-    with pytest.raises(UserError, match="holds nothing; a prompt's file holds one array"):
+    with pytest.raises(UserError, match="contains nothing; a prompt's file has one array"):
         load_prompt(tmp_path / "n.safetensors")
     for method, name in (('{"class": "LoRA"}', "LoRA"), ("[]", "another method"), ("{", "another")):
         kept = TunedCheckpoint(trainable={"a": PROMPT}, method=method, metadata=PromptMetadata())
         save_tuned(tmp_path / "t.safetensors", kept)
-        with pytest.raises(UserError, match=rf"t.safetensors holds what {name}.* tuned and no"):
+        with pytest.raises(
+            UserError, match=rf"t.safetensors contains the arrays of {name}.* not a prompt"
+        ):
             load_prompt(tmp_path / "t.safetensors")
 
 
@@ -220,7 +222,7 @@ def test_fits() -> None:
     this = METADATA.model_fingerprint
     check_fits(PROMPT, METADATA, embed_dim=8, fingerprint=this, path="p.npy")
     check_fits(PROMPT, PromptMetadata(), embed_dim=8, fingerprint="other", path="p.npy")
-    with pytest.raises(UserError, match=r"p\.npy has width 8, and the model has width 16"):
+    with pytest.raises(UserError, match=r"p\.npy has width 8, but the model has width 16"):
         check_fits(PROMPT, METADATA, embed_dim=16, fingerprint=this, path="p.npy")
     other: dict[str, Any] = {"embed_dim": 8, "fingerprint": "fedc", "path": "p.npy"}
     with pytest.raises(UserError, match=r"p\.npy .* tiny .*0123456789abcdef.*fedc"):

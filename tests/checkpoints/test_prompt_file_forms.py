@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from prompt_tuning_jax.checkpoints.inspect_prompt import describe_prompt
+from prompt_tuning_jax.checkpoints.array_files import safetensors_bytes
+from prompt_tuning_jax.checkpoints.inspect import describe_prompt
+from prompt_tuning_jax.checkpoints.location import INDEX
+from prompt_tuning_jax.checkpoints.parameters import PROMPT as PROMPT_PATH
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
-from prompt_tuning_jax.checkpoints.prompt_array import safetensors_bytes
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_fits,
@@ -21,7 +23,6 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     save_prompt,
 )
-from prompt_tuning_jax.checkpoints.t5x import reader
 from prompt_tuning_jax.errors import UserError
 
 PROMPT = np.random.default_rng(0).standard_normal((5, 8), np.float32)
@@ -39,12 +40,12 @@ def write_t5x(folder: Path, leaves: dict[str, Any]) -> None:
         inner[last] = leaf
     state = {"target": nested, "state": {"step": np.int32(7)}}
     index = serialization.msgpack_serialize({"version": 3, "optimizer": state})
-    (folder / reader.INDEX).write_bytes(index)
+    (folder / INDEX).write_bytes(index)
 
 
 def test_the_prompt_in_a_t5x_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint_7"
-    write_t5x(folder, {reader.PROMPT: PROMPT, "encoder/encoder_norm/scale": PROMPT[0]})
+    write_t5x(folder, {PROMPT_PATH: PROMPT, "encoder/encoder_norm/scale": PROMPT[0]})
     np.testing.assert_array_equal(load_prompt(folder), PROMPT)
     with pytest.raises(UserError, match=r"without a prompt.*did you mean .*checkpoint_7"):
         load_prompt(tmp_path)
@@ -54,11 +55,11 @@ def test_t5x_checkpoints_without_a_prompt(tmp_path: Path) -> None:
     write_t5x(tmp_path / "none", {"encoder/encoder_norm/scale": PROMPT[0]})
     with pytest.raises(UserError, match=r"none is a T5X checkpoint without a prompt"):
         load_prompt(tmp_path / "none")
-    write_t5x(tmp_path / "nan", {reader.PROMPT: np.where(PROMPT > 1, np.inf, PROMPT)})
+    write_t5x(tmp_path / "nan", {PROMPT_PATH: np.where(PROMPT > 1, np.inf, PROMPT)})
     with pytest.raises(UserError, match=r"encoder/prompt/prompt/prompt in .*nan.* not finite"):
         load_prompt(tmp_path / "nan")
-    write_t5x(tmp_path / "damaged", {reader.PROMPT: PROMPT})
-    index = tmp_path / "damaged" / reader.INDEX
+    write_t5x(tmp_path / "damaged", {PROMPT_PATH: PROMPT})
+    index = tmp_path / "damaged" / INDEX
     index.write_bytes(index.read_bytes()[:-9])
     with pytest.raises(UserError, match="damaged"):
         load_prompt(tmp_path / "damaged")
@@ -160,7 +161,7 @@ def test_text_that_is_no_unicode_does_not_make_a_file_unreadable(tmp_path: Path)
 def test_the_width_that_is_asked_for(tmp_path: Path) -> None:
     save_prompt(tmp_path / "p.npy", PROMPT)
     assert load_prompt(tmp_path / "p.npy", width=8).shape == (5, 8)
-    with pytest.raises(UserError, match=r"p\.npy has width 8, and the model has width 16"):
+    with pytest.raises(UserError, match=r"p\.npy has width 8, but the model has width 16"):
         load_prompt(tmp_path / "p.npy", width=16)
 
 
@@ -224,7 +225,7 @@ def test_a_description(tmp_path: Path) -> None:
 
 def test_descriptions_of_adapters_and_checkpoints(tmp_path: Path) -> None:
     write_peft(tmp_path / "a", PROMPT, base_model_name_or_path="org/model")
-    write_t5x(tmp_path / "checkpoint_1", {reader.PROMPT: PROMPT})
+    write_t5x(tmp_path / "checkpoint_1", {PROMPT_PATH: PROMPT})
     adapter, checkpoint = (
         describe_prompt(tmp_path / "a"),
         describe_prompt(tmp_path / "checkpoint_1"),

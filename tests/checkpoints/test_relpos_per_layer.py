@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
-from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, open_hf, read_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf.config import model_type_of
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.load import abstract_model, load_model
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, config_of, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, parameter_shapes
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
@@ -174,7 +175,10 @@ def test_an_mt5_stays_an_mt5(shared: Path, tmp_path: Path) -> None:
     tied = dataclasses.replace(SHARED, tie_embeddings=True)
     write_hf(tmp_path / "tied", tied, random_params(tied), model_type="mt5")
     assert (model_type_of(tmp_path / "tied"), read_hf(tmp_path / "tied")[0]) == ("t5", tied)
-    for kind, message in (("umt5", "no bias in each"), ("bart", "'bart'; only t5, mt5, umt5")):
+    for kind, message in (
+        ("umt5", "no position bias in each"),
+        ("bart", "'bart'; supported: t5, mt5, umt5"),
+    ):
         with pytest.raises(UserError, match=message):
             write_hf(tmp_path / "no", SHARED, random_params(SHARED), model_type=kind)
     assert not (tmp_path / "no").exists()

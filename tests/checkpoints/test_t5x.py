@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, config_of, read_t5x, read_t5x_step
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x, read_t5x_step
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
 
@@ -70,7 +71,7 @@ def test_refuses_arrays_outside_of_the_folder(checkpoint: Path, where: str) -> N
     write_array(outside, LARGE)
     kvstore = {"driver": "file", "path": where.format(out=outside)}
     write_index(checkpoint, leaf={"driver": "zarr", "kvstore": kvstore})
-    with pytest.raises(UserError, match="outside of the folder"):
+    with pytest.raises(UserError, match="outside the folder"):
         read_t5x(checkpoint)
 
 
@@ -78,7 +79,7 @@ def test_refuses_a_link_out_of_the_folder(checkpoint: Path) -> None:
     outside = checkpoint.parent / "other"
     shutil.move(checkpoint / "target.mlp.wo.kernel", outside)
     (checkpoint / "target.mlp.wo.kernel").symlink_to(outside)
-    with pytest.raises(UserError, match="outside of the folder"):
+    with pytest.raises(UserError, match="outside the folder"):
         read_t5x(checkpoint)
 
 
@@ -120,7 +121,7 @@ def test_missing_and_damaged_index(checkpoint: Path) -> None:
         read_t5x(checkpoint.parent)
     index = checkpoint / "checkpoint"
     index.write_bytes(index.read_bytes()[:-20])
-    with pytest.raises(UserError, match="damaged or not a T5X index"):
+    with pytest.raises(UserError, match="damaged, or not a T5X index"):
         read_t5x(checkpoint)
     for version in (0, 1, 4, "3", None):
         with pytest.raises(UserError, match=f"version {version}; only versions 2 and 3"):
@@ -134,7 +135,7 @@ def test_missing_and_damaged_index(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_config_from_shapes(gated: bool) -> None:
-    from prompt_tuning_jax.checkpoints.names import parameter_shapes
+    from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 
     config = T5Config(
         vocab_size=11,

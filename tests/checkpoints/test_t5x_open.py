@@ -10,16 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.names import parameter_shapes
-from prompt_tuning_jax.checkpoints.t5x.location import Place
-from prompt_tuning_jax.checkpoints.t5x.reader import (
-    PROMPT,
-    T5XCheckpoint,
-    config_of,
+from prompt_tuning_jax.checkpoints.location import (
+    CheckpointFolder,
     is_t5x,
-    open_t5x,
-    read_t5x,
 )
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, parameter_shapes
+from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -257,10 +253,10 @@ def test_stacks_that_are_none(tmp_path: Path) -> None:
     scanned = stacked(random_params())
     name = "encoder/encoder/mlp/wo/kernel"
     with pytest.raises(
-        UserError, match=f"{name}.*2 layers, and other arrays of the encoder have 3"
+        UserError, match=f"{name}.*2 layers, but other arrays of the encoder have 3"
     ):
         open_t5x(write_t5x(tmp_path, scanned | {name: scanned[name][:, :2]}, step=1))
-    with pytest.raises(UserError, match=rf"{name}.*\[10\] is no stack of layers"):
+    with pytest.raises(UserError, match=rf"{name}.*\[10\] is not a stack of layers"):
         open_t5x(write_t5x(tmp_path, scanned | {name: scanned[name][:, 0, 0]}, step=2))
 
 
@@ -271,11 +267,11 @@ def test_unfinished_saves(tmp_path: Path, name: str) -> None:
     link = tmp_path / "checkpoint_9"
     link.symlink_to(unfinished)
     for folder in (unfinished, str(unfinished) + "/", link):
-        with pytest.raises(UserError, match="a save that was not finished"):
+        with pytest.raises(UserError, match="unfinished"):
             open_t5x(folder)
     link.unlink()
     (unfinished.rename(link) / "checkpoint").unlink()
-    with pytest.raises(UserError, match="written last: the save was not finished"):
+    with pytest.raises(UserError, match="written last: the save or the copy is incomplete"):
         open_t5x(link)
 
 
@@ -288,12 +284,12 @@ def test_marks_of_orbax_saves(tmp_path: Path) -> None:
     (folder / "dataset").mkdir()
     for mark in marks:
         mark.write_text("")
-        with pytest.raises(UserError, match="a save that was not finished"):
+        with pytest.raises(UserError, match="unfinished"):
             open_t5x(folder)
         mark.unlink()
     top = folder / "_CHECKPOINT_METADATA"
     top.write_text(json.dumps({"commit_timestamp_nsecs": None}))
-    with pytest.raises(UserError, match="a save that was not finished"):
+    with pytest.raises(UserError, match="unfinished"):
         open_t5x(folder)
     top.write_text("{")
     with pytest.raises(UserError, match="_CHECKPOINT_METADATA is damaged"):
@@ -333,18 +329,18 @@ def test_damaged_orbax_checkpoints(tmp_path: Path) -> None:
 
     cases = [
         (entry("target", "lost"), "incomplete for lost"),
-        (entry("target", "..", "lost"), "is no name of an array"),
-        (entry("target", "../../lost"), "is no name of an array"),
+        (entry("target", "..", "lost"), "is not a valid (array )?name"),
+        (entry("target", "../../lost"), "is not a valid (array )?name"),
         (entry("target", "token_embedder", "embedding", write_shape=[38, 6]), "says .38, 6"),
-        (entry("target"), "is no name of an array"),
-        ({"tree_metadata": {"x": 3}}, "damaged or not Orbax's"),
+        (entry("target"), "is not a valid (array )?name"),
+        ({"tree_metadata": {"x": 3}}, "damaged, or not an Orbax index"),
         ({"tree_metadata": {}}, "no parameters or no step"),
         ({}, "lists no arrays"),
         (truncate, "damaged or incomplete"),
         (lose("state/**/d/*"), "damaged or incomplete"),
         (lose("state/manifest.ocdbt"), "damaged or incomplete"),
         (lose("state/_METADATA"), "no state/_METADATA"),
-        (link_away, "outside of the folder"),
+        (link_away, "outside the folder"),
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message) as caught:
@@ -373,29 +369,29 @@ def test_unknown_drivers_and_links_within_arrays(tmp_path: Path) -> None:
     for store in ({"driver": "http", "path": path}, {"path": path}):
         with pytest.raises(UserError, match="a/b is in a store of unknown driver"):
             open_t5x(rewritten(kvstore=store))
-    with pytest.raises(UserError, match="holds float32 for a/b, and the index says bfloat16"):
+    with pytest.raises(UserError, match="holds float32 for a/b, but the index says bfloat16"):
         open_t5x(rewritten(dtype="bfloat16"))
     chunk = written / "target.a.b" / "0.0"
     chunk.rename(tmp_path / "away")
     chunk.symlink_to(tmp_path / "away")
-    with pytest.raises(UserError, match="outside of the folder"):
+    with pytest.raises(UserError, match="outside the folder"):
         open_t5x(rewritten())
 
 
 def test_version_3_has_no_bits_in_place_of_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a.* holds uint16, which are no parameters"):
+    with pytest.raises(UserError, match=r"a.* holds uint16, which is not a type"):
         open_t5x(write_t5x(tmp_path, {"a": np.ones(3, np.uint16)}, step=1))
 
 
 def test_places_in_buckets() -> None:
     for address, driver in (("gs://there/a/b/", "gcs"), ("s3://there/a/b", "s3")):
-        place = Place.of(address)
+        place = CheckpointFolder.of(address)
         store = {"driver": driver, "bucket": "there", "path": "a/b/"}
         assert place.root is None and place.store == store
         assert place.below("target.x/", of="x") == store | {"path": "a/b/target.x/"}
         for path in ("../c", "/c", "x/../../c", ".", "", None, "a\0b"):
-            with pytest.raises(UserError, match=r"outside of the folder|not readable"):
+            with pytest.raises(UserError, match=r"outside the folder|not a text"):
                 place.below(path, of="x")
-    assert Place.of("gs://there").store["path"] == ""
-    with pytest.raises(UserError, match="not finished"):
-        Place.of("gs://there/checkpoint_7.tmp-123/")
+    assert CheckpointFolder.of("gs://there").store["path"] == ""
+    with pytest.raises(UserError, match="unfinished"):
+        CheckpointFolder.of("gs://there/checkpoint_7.tmp-123/")

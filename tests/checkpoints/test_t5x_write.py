@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import _CHUNK_BYTES, _chunk_shape, write_t5x
 from prompt_tuning_jax.errors import UserError
 
@@ -196,19 +197,19 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "more", "message"),
     [
-        ({"../a": TABLE}, {}, "is no name of an array"),
-        ({"a//b": TABLE}, {}, "is no name of an array"),
-        ({"a.b": TABLE}, {}, "is no name of an array"),
-        ({"a": TABLE, "a/b": TABLE}, {}, "a cannot be an array and hold a/b"),
-        ({"a": np.array(["x"])}, {}, "T5X has no arrays of <U1"),
+        ({"../a": TABLE}, {}, "is not a valid (array )?name"),
+        ({"a//b": TABLE}, {}, "is not a valid (array )?name"),
+        ({"a.b": TABLE}, {}, "is not a valid (array )?name"),
+        ({"a": TABLE, "a/b": TABLE}, {}, "a cannot be an array and contain a/b"),
+        ({"a": np.array(["x"])}, {}, "T5X does not store arrays of <U1"),
         ({"a": np.zeros((0, 3))}, {}, r"an array of shape \[0, 3\] holds nothing"),
         ({"a": TABLE}, {"step": -1}, "step of a T5X checkpoint"),
         ({"a": TABLE}, {"step": 1.5}, "step of a T5X checkpoint"),
         ({"a": TABLE}, {"step": True}, "step of a T5X checkpoint"),
         (PARAMS, {"prompt": np.zeros((3, 5), np.float32)}, r"\[3, 5\]; .* \[length, 4\]"),
         (PARAMS, {"prompt": np.zeros(4, np.float32)}, r"has shape \[4\]"),
-        (PARAMS, {"state": {"step": TABLE}}, "give it as step"),
-        (PARAMS, {"state": {"param_states/../a": TABLE}}, "is no name of an array"),
+        (PARAMS, {"state": {"step": TABLE}}, "as the argument step"),
+        (PARAMS, {"state": {"param_states/../a": TABLE}}, "is not a valid (array )?name"),
     ],
 )
 def test_what_cannot_be_written(
@@ -223,7 +224,7 @@ def test_what_cannot_be_written(
 def test_a_checkpoint_appears_whole_by_one_renaming(tmp_path: Path, monkeypatch: Any) -> None:
     def killed(aside: Path, final: Path) -> None:
         assert (aside / "checkpoint").is_file() and not final.exists()
-        with pytest.raises(UserError, match="not finished"):
+        with pytest.raises(UserError, match="unfinished"):
             open_t5x(aside)
         raise KeyboardInterrupt
 

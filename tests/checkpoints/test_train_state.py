@@ -85,7 +85,7 @@ def test_keeps_the_last_steps(tmp_path: Path) -> None:
 def test_a_saved_step_is_not_written_again_and_steps_do_not_go_back(tmp_path: Path) -> None:
     save(tmp_path, 5, state_at(5), {"first": True})
     assert not save(tmp_path, 5, state_at(6), {"first": False})
-    with pytest.raises(UserError, match="holds step 5, later than 4"):
+    with pytest.raises(UserError, match="has step 5, which is later than 4"):
         save(tmp_path, 4, state_at(4), {})
     restored = restore_latest(tmp_path, state_at(0))
     assert restored is not None

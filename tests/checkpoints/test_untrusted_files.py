@@ -14,19 +14,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.architecture import open_source
+from prompt_tuning_jax.checkpoints.array_files import map_safetensors, safetensors_of
 from prompt_tuning_jax.checkpoints.hf.pretrained import hf_name, open_hf
-from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
-from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS
-from prompt_tuning_jax.checkpoints.prompt_array import safetensors_of
+from prompt_tuning_jax.checkpoints.inspect import open_source
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, LOGITS, PROMPT
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, read_prompt
-from prompt_tuning_jax.checkpoints.t5x.reader import PROMPT, open_t5x
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.data.tasks.row_files import RowFile
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer, vocabulary_file
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
+    HfTokenizer,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model
@@ -161,7 +165,7 @@ def test_a_shard_is_the_name_of_a_file_here(model: Path, shard: object) -> None:
     index = {"weight_map": {hf_name(EMBEDDING): shard}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     (model / "model.safetensors").unlink()
-    assert "only the name of a file in this folder" in refusal(lambda: open_hf(model))
+    assert "name a file in this folder" in refusal(lambda: open_hf(model))
 
 
 def sparse(path: Path, head: bytes, size: int = HUGE) -> Path:
@@ -235,7 +239,7 @@ def test_a_prompt_of_more_numbers_than_any_is_refused_by_its_shape(tmp_path: Pat
     array = np.lib.stride_tricks.as_strided(
         np.zeros(1, np.float32), shape=(2**20, 1024), strides=(0, 0)
     )
-    from prompt_tuning_jax.checkpoints.prompt_array import checked_prompt
+    from prompt_tuning_jax.checkpoints.array_files import checked_prompt
 
     assert "at most" in refusal(lambda: checked_prompt(array, of="the prompt"))
 

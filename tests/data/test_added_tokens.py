@@ -117,15 +117,18 @@ def test_they_are_written_as_they_were(tmp_path: Path, tiny_model_dir: Path) -> 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"added_tokens": {"[X]": "6000"}}, r"added_tokens.json: '6000' is no id"),
-        ({"added_tokens": {"[X]": -1}}, "'-1' is no id"),
-        ({"added_tokens": {"[X]": 10**9}}, "'1000000000' is no id"),
+        ({"added_tokens": {"[X]": "6000"}}, r"added_tokens.json: '6000' is not a valid token id"),
+        ({"added_tokens": {"[X]": -1}}, "'-1' is not a valid token id"),
+        ({"added_tokens": {"[X]": 10**9}}, "'1000000000' is not a valid token id"),
         ({"added_tokens": {"": 6000}}, "has no text"),
-        ({"added_tokens": []}, "holds an array"),
+        ({"added_tokens": []}, "is an array, not a JSON"),
         ({"tokenizer_config": {"extra_ids": -1}}, "extra_ids is '-1'"),
         ({"tokenizer_config": {"extra_ids": 10**9}}, "extra_ids is '1000000000'"),
-        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is no object"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": "y"}}}, "'x' is no id"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": []}},
+            "added_tokens_decoder is not an object",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": "y"}}}, "'x' is not a valid token id"),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"6000": "y", "6001": "y"}}},
             "token 'y' has two ids",
@@ -134,7 +137,7 @@ def test_they_are_written_as_they_were(tmp_path: Path, tiny_model_dir: Path) -> 
             {"tokenizer_config": {"added_tokens_decoder": {"6000": {"content": "y", "lstrip": 1}}}},
             "a flag of the token 'y'",
         ),
-        ({"special_tokens_map": {"additional_special_tokens": "x"}}, "is no list"),
+        ({"special_tokens_map": {"additional_special_tokens": "x"}}, "is not a list"),
     ],
 )
 def test_nonsense_is_refused_by_file(

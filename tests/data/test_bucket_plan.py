@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from prompt_tuning_jax.data.batching.bucket_plan import WINDOW, BucketPlan
-from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.buckets import WINDOW, BucketPlan, Buckets
+from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.loader import (
     TrainBatches,
     eval_batches,
     eval_padding,
     eval_plan,
 )
-from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.task import Source, Task
 
@@ -48,6 +49,55 @@ def make(number, seed=0, first=1000):
         targets_length=3,
         load_texts=list,
     )
+
+
+LENGTHS = st.lists(st.integers(1, 2 * LIMIT), min_size=1, max_size=60)
+CHOICES = st.one_of(
+    st.builds(Buckets, most=st.integers(0, 9), beside=st.integers(0, 20)),
+    st.lists(st.integers(1, LIMIT), min_size=1, max_size=5, unique=True).map(
+        lambda lengths: Buckets(lengths=tuple(sorted(lengths)))
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 20), buckets=CHOICES, seed=st.integers(0, 99))
+def test_steps_of_a_set_are_its_epochs_and_fit_their_length(lengths, batch_size, buckets, seed):
+    size, plan = (
+        len(lengths),
+        BucketPlan([np.asarray(lengths)], limit=LIMIT, batch_size=batch_size, buckets=buckets),
+    )
+    steps = range(-(-3 * size // batch_size))
+    stream = np.concatenate([plan.indices_for(step, seed) for step in steps])
+    for start in range(0, 3 * size, size):
+        assert sorted(stream[start : start + size]) == list(range(size))
+    for step in reversed(steps):  # in any order
+        chosen = plan.indices_for(step, seed)
+        np.testing.assert_array_equal(chosen, stream[step * batch_size :][:batch_size])
+        longest = max(min(lengths[i], LIMIT) for i in chosen)
+        assert longest <= plan.length_for(step) <= LIMIT
+
+
+@settings(max_examples=10, deadline=None)
+@given(sets=st.lists(LENGTHS, min_size=2, max_size=4), batch_size=st.integers(1, 8), data=st.data())
+def test_mixtures_draw_by_rate_and_each_set_in_epochs(sets, batch_size, data):
+    rate = st.floats(0.1, 10)
+    rates = data.draw(st.lists(rate, min_size=len(sets), max_size=len(sets)), label="rates")
+    plan = BucketPlan(
+        [np.asarray(each) for each in sets],
+        limit=LIMIT,
+        batch_size=batch_size,
+        buckets=AUTO,
+        rates=rates,
+    )
+    stream = np.concatenate([plan.indices_for(step, 0) for step in range(WINDOW)])
+    first = np.cumsum([0, *map(len, sets)])
+    of_set = np.searchsorted(first, stream, side="right") - 1
+    for number, size in enumerate(map(len, sets)):
+        drawn = np.bincount(stream[of_set == number] - first[number], minlength=size)
+        share = len(stream) * rates[number] / sum(rates)
+        assert abs(drawn.sum() - share) < len(sets)
+        assert drawn.max() - drawn.min() <= 1  # all examples of a set equally often
 
 
 def plan_of(number, batch_size, buckets=AUTO):

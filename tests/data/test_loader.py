@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
-from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.errors import UserError

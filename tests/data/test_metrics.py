@@ -77,7 +77,9 @@ def test_majority_baseline_learns_from_the_training_targets():
 
 def test_a_majority_is_scored_after_postprocessing():
     """Metrics of T5's tasks are over class ids, not over label strings."""
-    from prompt_tuning_jax.data.tasks.task import get_task
+    from prompt_tuning_jax.data.tasks.registry import (
+        get_task,
+    )
 
     task = get_task("super_glue_cb_v102")
     examples = [

@@ -189,9 +189,9 @@ def test_every_place_where_a_parquet_file_may_be_cut(tmp_path):
         ("a.json", "[1, 2]", "record 1: a number where an object"),
         ("a.json", '["a"]', "record 1: a string where an object"),
         ("a.jsonl", "[1]", "a.jsonl:1: an array where an object"),
-        ("a.json", '[{"a": 1}', "a.json: not JSON, or cut off"),
-        ("a.json", '{\n"a": 1\n}\n{\n"a": \n', r"a.json:4: not JSON, or cut off"),
-        ("a.jsonl", json.dumps(ROWS, indent=1), "one array of all of them is for a .json file"),
+        ("a.json", '[{"a": 1}', "a.json: .*JSON"),
+        ("a.json", '{\n"a": 1\n}\n{\n"a": \n', r"a.json:4: .*JSON"),
+        ("a.jsonl", json.dumps(ROWS, indent=1), "use .json for an array of objects"),
         ("a.csv", 'inputs,targets\n"a" ,"b"\n', "a.csv:2: "),
         ("a.csv", 'inputs,targets\na, "b"\n"c" d, "e"\n', "a.csv:"),
         ("a.csv", ",,\na,b,c\n", "the header names no column"),
@@ -236,7 +236,7 @@ def test_columns_without_a_name_are_left_out(tmp_path):
     path = write(tmp_path, "a.csv", "v1,v2,,,\nham,hello,,,\nspam,win\nham,so, and,on,\n")
     assert [*rows_of(path)[0]] == ["v1", "v2"]
     assert rows_of(path)[1] == {"v1": "spam", "v2": "win"}
-    assert any("1 row hold" in note for note in RowFile(path=path).notes())
+    assert any("1 row with text" in note for note in RowFile(path=path).notes())
     numbered = write(tmp_path, "b.csv", ",v1,v2\n0,a,b\n1,c,d\n")  # as pandas writes
     assert rows_of(numbered)[0] == {"v1": "a", "v2": "b"}
     assert not [*RowFile(path=numbered).notes()]
@@ -247,7 +247,7 @@ def test_tables_without_a_header(tmp_path):
     path = write(tmp_path, "a.csv", text)
     assert rows_of(path, columns=("inputs", "targets")) == ROWS
     assert rows_of(path, header=False)[0] == {"0": "good, really", "1": "yes"}
-    with pytest.raises(UserError, match=r"leave data\.columns out"):
+    with pytest.raises(UserError, match=r"remove data\.columns"):
         rows_of(write(tmp_path, "b.csv", CSV), columns=("inputs", "targets"))
     with pytest.raises(UserError, match=r"2 fields where data\.columns names 3"):
         rows_of(path, columns=("a", "b", "c"))

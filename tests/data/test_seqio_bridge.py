@@ -7,9 +7,10 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.from_seqio import from_seqio
+from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, seqio_names, task_names
 from prompt_tuning_jax.data.tasks.selection import build_mixture
-from prompt_tuning_jax.data.tasks.seqio_bridge import from_seqio, register_in_seqio, seqio_names
-from prompt_tuning_jax.data.tasks.task import get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tasks.to_seqio import register_in_seqio
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
 

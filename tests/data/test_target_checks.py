@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.config.field_syntax import parse_class_weights
-from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.tokenize import tokenize
 from prompt_tuning_jax.data.tasks.files import file_task
-from prompt_tuning_jax.data.tasks.metrics import get_metric
-from prompt_tuning_jax.data.tasks.target_checks import (
+from prompt_tuning_jax.data.tasks.labels import (
+    example_weights,
     label_line,
     label_notes,
     listed_counts,
     near_label,
     require_labels_known,
 )
+from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
@@ -66,14 +66,14 @@ def test_labels_are_listed_by_how_many_there_are():
 )
 def test_labels_that_look_alike_are_worth_a_note(labels, alike):
     notes = [*label_notes(Counter(labels), labels)]
-    assert any("look like one label" in note for note in notes) is alike
+    assert any("look like the same label" in note for note in notes) is alike
 
 
 def test_one_class_and_quoted_labels_are_worth_a_note():
     assert any("one class" in note for note in label_notes({"a": 9}, ("a",)))
     assert any("one class" in note for note in label_notes({"a": 9}, ("a", "b")))
     assert not [*label_notes({"a": 9, "b": 1}, ("a", "b"))]
-    assert any("quote marks" in note for note in label_notes({'"a"': 9, '"b"': 1}, ('"a"', '"b"')))
+    assert any("quoted" in note for note in label_notes({'"a"': 9, '"b"': 1}, ('"a"', '"b"')))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_one_class_and_quoted_labels_are_worth_a_note():
 def test_targets_that_no_prediction_equals_are_refused(target, labels, near):
     assert near_label(target, labels) == near
     task = task_of([labels[0], target, target], labels=labels)
-    with pytest.raises(UserError, match="none of the labels") as caught:
+    with pytest.raises(UserError, match="not one of the labels") as caught:
         require_labels_known(task, "dev.csv", [*task.load("train")], of_training=True)
     message = str(caught.value)
     assert message.startswith("dev.csv: ") and f"{target} 2" in message and "\n" not in message
@@ -139,7 +139,7 @@ def test_what_the_vocabulary_makes_of_a_target_is_that_target(target, labelled):
 def test_letters_that_are_lost_are_said_and_never_right():
     examples = examples_of(task_of(["be Ω", "du 猫", "du"]))
     notes = [*examples.rewritten_notes()]
-    assert any("2 targets cannot be written" in note for note in notes)
+    assert any("2 targets cannot be represented" in note for note in notes)
     # Other letters would read back the same.
     written = examples.read_back(["be Ω", "du 猫", "du"])
     assert examples.score(written)["accuracy"] == pytest.approx(100 / 3)

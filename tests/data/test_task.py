@@ -4,17 +4,19 @@ import sys
 
 import pytest
 
-from prompt_tuning_jax.data.tasks import task as task_module
+from prompt_tuning_jax.data.tasks import registry as registry_module
 from prompt_tuning_jax.data.tasks.metrics import get_metric
+from prompt_tuning_jax.data.tasks.registry import (
+    get_mixture,
+    get_task,
+    register,
+    task_names,
+)
 from prompt_tuning_jax.data.tasks.task import (
     Mixture,
     Source,
     Task,
     as_mixture,
-    get_mixture,
-    get_task,
-    register,
-    task_names,
 )
 from prompt_tuning_jax.errors import UserError
 
@@ -31,7 +33,7 @@ def twice(row):
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(task_module, "_registered", {})
+    monkeypatch.setattr(registry_module, "_registered", {})
 
 
 def make(name="mine", **fields):
@@ -51,7 +53,7 @@ def test_an_unknown_split_is_named_with_those_there_are():
 
 def test_examples_must_be_text():
     bad = make(preprocess=lambda row: [{"inputs": "a", "targets": row["a"]}])
-    with pytest.raises(UserError, match="example 0: 'targets' must be text and is int"):
+    with pytest.raises(UserError, match="example 0: 'targets' must be text, not int"):
         list(bad.load("train"))
 
 
@@ -91,9 +93,18 @@ def test_the_fingerprint_changes_when_the_module_of_the_preprocessor_is_edited(t
     assert fingerprint(code) != fingerprint(code.replace("return x", "return x * 2"))
 
 
+def test_a_version_takes_the_place_of_the_digest_of_the_code():
+    def versioned(version, word="a"):
+        return make(preprocess=lambda row: [{"inputs": word}], version=version).fingerprint("train")
+
+    assert versioned("1", "a") == versioned("1", "b")
+    assert len({versioned("1"), versioned("2"), versioned("")}) == 3
+    assert versioned("", "a") != versioned("", "b")
+
+
 def test_the_fingerprint_is_the_same_in_another_process():
     code = (
-        "from prompt_tuning_jax.data.tasks.task import get_task;"
+        "from prompt_tuning_jax.data.tasks.registry import get_task;"
         "print(get_task('word_valence').fingerprint('test'))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -147,8 +158,8 @@ def test_tasks_need_neither_tensorflow_nor_jax():
     code = """
 import sys
 from prompt_tuning_jax.data.batching import loader, tokenize
-from prompt_tuning_jax.data.tasks import files, seqio_bridge
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks import files, from_seqio
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.errors import UserError
 list(get_task("word_valence").load("test"))
 try:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 
@@ -140,7 +142,7 @@ def test_load_vocabulary_takes_files_folders_and_bytes(tiny):
 def test_bad_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no such vocabulary file"):
         load_vocabulary(tmp_path / "absent.model")
-    with pytest.raises(UserError, match=r"holds no vocabulary \(spiece.model"):
+    with pytest.raises(UserError, match=r"has no vocabulary \(spiece.model"):
         load_vocabulary(tmp_path)
     raw = TINY.read_bytes()
     file = tmp_path / "damaged.model"
@@ -149,7 +151,7 @@ def test_bad_files_are_user_errors(tmp_path):
         file.write_bytes(raw[:size])
         with pytest.raises(UserError, match=r"damaged\.model: not a SentencePiece model"):
             load_vocabulary(file)
-    with pytest.raises(UserError, match="extra_ids must be 0 or more, not -1"):
+    with pytest.raises(UserError, match="extra_ids is -1; it must be at least 0"):
         load_vocabulary(TINY, extra_ids=-1)
 
 
@@ -182,7 +184,7 @@ def test_byte_folders(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "t5", "tokenizer_class": "T5Tokenizer"}))
     assert vocabulary_file(tmp_path) is None
-    with pytest.raises(UserError, match=r"config\.json: no vocabulary; give tokenizer\.json"):
+    with pytest.raises(UserError, match=r"config\.json: no vocabulary; use tokenizer\.json"):
         load_vocabulary(config)
     config.write_text(json.dumps({"model_type": "t5", "tokenizer_class": "ByT5Tokenizer"}))
     assert vocabulary_file(tmp_path) == config
@@ -194,7 +196,7 @@ def test_byte_folders(tmp_path):
     assert load_vocabulary(tmp_path) == ByteVocabulary(extra_ids=7)
     assert load_vocabulary(tokenizer, extra_ids=3) == ByteVocabulary(extra_ids=3)
     for wrong, message in (
-        ("{", "not JSON"),
+        ("{", "invalid or truncated JSON"),
         ("[]", "an array, not a JSON object"),
         ('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": "x"}', "extra_ids is 'x'"),
     ):

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer, vocabulary_file
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
+    HfTokenizer,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 
 from prompt_tuning_jax.data.tasks import word_valence
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.registry import (
+    get_task,
+)
 from prompt_tuning_jax.data.tasks.word_valence import crude_stem, from_text, read_lexicon, split_of
 from prompt_tuning_jax.errors import UserError
 
@@ -93,7 +95,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_the_package_is_not_imported():
     code = (
-        "import sys; from prompt_tuning_jax.data.tasks.task import get_task;"
+        "import sys; from prompt_tuning_jax.data.tasks.registry import get_task;"
         "list(get_task('word_valence').load('test')); print('vaderSentiment' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

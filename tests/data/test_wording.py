@@ -2,7 +2,13 @@
 
 import pytest
 
-from prompt_tuning_jax.data.tasks.task import Source, Task, register
+from prompt_tuning_jax.data.tasks.registry import (
+    register,
+)
+from prompt_tuning_jax.data.tasks.task import (
+    Source,
+    Task,
+)
 from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
     Wording,
@@ -50,8 +56,8 @@ def test_a_text_is_worded(wording: Wording, given: object, expected: str) -> Non
     [
         (Wording(template=TWO), "a text", 'premise, hypothesis: give {"premise": .*raw'),
         (Wording(template=TWO), {"premise": "a", "hypotesis": "b"}, "'hypothesis'.*'hypotesis'"),
-        (Wording(template=TWO), {"premise": "a", "hypothesis": ["b"]}, "'hypothesis' holds a list"),
-        (AS_IT_IS, {"x": "a"}, "give it as a text"),
+        (Wording(template=TWO), {"premise": "a", "hypothesis": ["b"]}, "'hypothesis' is a list"),
+        (AS_IT_IS, {"x": "a"}, "the input must be a text"),
     ],
 )
 def test_what_cannot_be_worded_is_said(wording: Wording, given: object, message: str) -> None:

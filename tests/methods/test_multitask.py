@@ -112,7 +112,8 @@ def test_new_tasks_start_from_the_sources(task: int) -> None:
 MODULE = """
 import dataclasses
 from prompt_tuning_jax.data.tasks.files import file_task
-from prompt_tuning_jax.data.tasks.task import Mixture, register
+from prompt_tuning_jax.data.tasks.registry import (register,)
+from prompt_tuning_jax.data.tasks.task import (Mixture,)
 
 def named(name, train, eval):
     return dataclasses.replace(file_task(train=train, eval=eval), name=name)

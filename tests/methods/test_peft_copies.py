@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.array_files import map_safetensors
 from prompt_tuning_jax.checkpoints.destination import require_free
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
-from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, LOGITS
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.peft.modules import linear_shapes
 from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_peft_weights
@@ -86,7 +86,7 @@ def test_a_module_that_was_saved_whole_may_be_the_models_own(tmp_path: Path) -> 
         ({"shared.weight": TABLE[:-4]}, "another number of embeddings"),
         ({"encoder.final_layer_norm.weight": np.ones(16, np.float32)}, "is not the encoder/"),
         ({"shared.weight": np.full_like(TABLE, np.nan)}, "is not the token_embedder"),
-        ({"something.weight": TABLE}, "of no linear map"),
+        ({"something.weight": TABLE}, "belongs to no linear layer"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

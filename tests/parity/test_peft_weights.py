@@ -165,18 +165,22 @@ FIRST = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
 @pytest.mark.parametrize(
     ("arrays", "fields", "said"),
     [
-        (None, {"peft_type": "LOHA"}, 'peft_type is "LOHA"; only LORA and IA3'),
+        (None, {"peft_type": "LOHA"}, 'peft_type is "LOHA"; supported: LORA and IA3'),
         (None, {"task_type": "CAUSAL_LM"}, "task_type is"),
         (None, {"use_dora": True}, "use_dora is true"),
         (None, {"rank_pattern": {"q": 8}}, "rank_pattern is"),
         (None, {"bias": "all"}, "bias is"),
         (None, {"some_day": [1]}, "some_day is [1]"),
-        (None, {"init_lora_weights": "pissa"}, "changes the model's own weights"),
-        (None, {"r": 8}, "and for this model and config it is [8, 16]"),
+        (None, {"init_lora_weights": "pissa"}, "changes the model's weights"),
+        (None, {"r": 8}, "this model and config require [8, 16]"),
         (None, {"r": "4"}, "r is"),
         (None, {"lora_dropout": 1.5}, "method.dropout is 1.5"),
         (lambda held: {n: a for n, a in held.items() if n != FIRST}, {}, f"has no {FIRST}"),
-        (lambda held: {**held, "x": held[FIRST]}, {}, "holds x, which is of no linear map"),
+        (
+            lambda held: {**held, "x": held[FIRST]},
+            {},
+            "contains x, which belongs to no linear layer",
+        ),
         (lambda held: {**held, FIRST: held[FIRST] * np.nan}, {}, "not finite"),
     ],
 )

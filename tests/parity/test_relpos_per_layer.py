@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.checkpoints.hf.pretrained import model_type_of, open_hf, write_hf
+from prompt_tuning_jax.checkpoints.hf.config import model_type_of
+from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.inference.api import generate
 from prompt_tuning_jax.models.t5.model import T5

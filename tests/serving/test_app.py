@@ -219,7 +219,10 @@ def test_a_body_that_is_too_large_or_no_json(folder: Path) -> None:
             assert answer.json()["error"]["field"] == "body"
         typed = {"content-type": "application/json; charset=utf-8"}
         form = {"content-type": "application/x-www-form-urlencoded"}
-        for headers, said in ((typed, "the body: not JSON"), (form, "application/json")):
+        for headers, said in (
+            (typed, "the body: invalid or truncated JSON"),
+            (form, "application/json"),
+        ):
             answer = await client.post("/v1/predict", content=b"{", headers=headers)
             error = answer.json()["error"]
             assert (answer.status_code, error["field"]) == (422, "body")
@@ -432,11 +435,11 @@ def test_every_answer_says_what_a_browser_may_do_with_it(folder: Path, path: str
         (b'{"inputs": ["a"], "options": {"max_length": ' + b"1" * 5000 + b"}}", "5000 digits"),
         (b'{"inputs": ["a"], "options": {"deadline_ms": 1e999}}', "too large"),
         (b'{"inputs": ["a"], "options": {"deadline_ms": NaN}}', "NaN"),
-        (b'{"task": "\\ud800", "inputs": ["a"]}', "half a character"),
-        (b'{"inputs": ["\\udc00"]}', "half a character"),
-        (b'{"inputs": ["a"], "options": {"labels": ["a", "\\ud800"]}}', "half a character"),
+        (b'{"task": "\\ud800", "inputs": ["a"]}', "half of a surrogate pair"),
+        (b'{"inputs": ["\\udc00"]}', "half of a surrogate pair"),
+        (b'{"inputs": ["a"], "options": {"labels": ["a", "\\ud800"]}}', "half of a surrogate pair"),
         (b'{"inputs": ["\xff"]}', "UTF-8"),
-        (b'{"inputs": ["a"]', "cut off"),
+        (b'{"inputs": ["a"]', "truncated"),
         (b"[1]", "not an object"),
         (b"", "required"),
     ],

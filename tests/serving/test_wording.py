@@ -57,8 +57,8 @@ def test_what_cannot_be_worded_is_refused_by_its_columns(tmp_path: Path) -> None
     wrong: list[tuple[str, Any, str]] = [
         ("pair", "a text", "first, second"),
         ("pair", {"first": "a"}, "no column 'second'"),
-        ("plain", {"first": "a"}, "give it as a text"),
-        ("", {"first": "a"}, "give it as a text"),
+        ("plain", {"first": "a"}, "the input must be a text"),
+        ("", {"first": "a"}, "the input must be a text"),
     ]
     bodies: list[Any] = [
         {"task": ["plain", task], "inputs": ["", one], "options": labels} for task, one, _ in wrong

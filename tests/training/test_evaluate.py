@@ -5,8 +5,8 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.data.batching.buckets import Buckets
+from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.loader import eval_plan
-from prompt_tuning_jax.data.batching.ragged import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.task import Source, Task

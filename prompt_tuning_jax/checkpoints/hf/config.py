@@ -4,8 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.data.vocabularies.added_tokens import FILES, SPECIAL_TOKENS, TOKENIZER_CONFIG
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import TOKENIZER, HfTokenizer
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
+    HfTokenizer,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    FILES,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import UNK_ID, ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
@@ -14,9 +21,9 @@ from prompt_tuning_jax.untrusted_input import read_json_file
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 VOCABULARY = "spiece.model"
-_LARGEST = 2**20  # bytes; transformers' own have a thousand
+_LARGEST = 2**20  # bytes; transformers' files have a thousand
 
-# transformers' defaults: folders of its version 4 leave out what equals them.
+# transformers' defaults, which folders of version 4 leave out.
 _T5_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -34,21 +41,21 @@ _MT5_DEFAULTS = (
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
     | {"feed_forward_proj": "gated-gelu"}
 )
-# A UMT5 is an mT5 with a relative position bias in every self-attention.
-# What T5Config calls the ids, and transformers' defaults.
+# By T5Config's name: transformers' name, and its default.
 _TOKEN_IDS = {
     "pad": ("pad_token_id", 0),
     "eos": ("eos_token_id", 1),
     "start": ("decoder_start_token_id", 0),
 }
 _CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+# A UMT5 is an mT5 with a relative position bias in every self-attention.
 _DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _MT5_DEFAULTS, "umt5": _MT5_DEFAULTS}
-# Kinds of T5 that transformers knows and this model cannot be.
-_OTHERS = {
-    "switch_transformers": "whose mlp is a mixture of experts",
-    "longt5": "whose attention is local",
+# Architectures of transformers that are not supported.
+_UNSUPPORTED = {
+    "switch_transformers": "which has a mixture of experts",
+    "longt5": "which has local attention",
 }
-# transformers reads "gated-gelu" as the tanh form, which is T5 1.1's.
+# transformers' "gated-gelu" is the tanh approximation, as in T5 1.1.
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
 
 
@@ -56,41 +63,43 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json with transformers' defaults filled in."""
     if not path.exists():
         raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model")
-    raw = read_json_file(path, of=f"{path} is not readable as JSON", max_bytes=_LARGEST)
+    raw = read_json_file(path, of=f"{path} is not valid JSON", max_bytes=_LARGEST)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if isinstance(kind, str) and kind in _OTHERS:
-        raise UserError(f"{path}: model_type is {kind!r}, {_OTHERS[kind]}")
+    if isinstance(kind, str) and kind in _UNSUPPORTED:
+        raise UserError(
+            f"{path}: model_type is {kind!r}, {_UNSUPPORTED[kind]} and is not supported"
+        )
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
-        raise UserError(f"{path}: model_type is {kind!r}; only {known} is read")
+        raise UserError(f"{path}: model_type is {kind!r}; supported: {known}")
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
 
 
 def model_type_of(folder: str | Path) -> str:
-    """What a folder calls its model: t5, mt5 or umt5.  The first two differ by nothing else."""
+    """The model_type of a folder: t5, mt5 or umt5.  T5 1.1 and mT5 differ in nothing else."""
     kind: str = read_config(Path(folder) / CONFIG)["model_type"]
     return kind
 
 
-def scales_outputs(raw: Mapping[str, Any], *, own_head: bool, path: Path) -> bool:
-    """Whether the decoder output is scaled before the logits, and these use the embedding table.
+def scales_outputs(raw: Mapping[str, Any], *, has_head: bool, path: Path) -> bool:
+    """Whether the logits are the scaled decoder output times the embedding table.
 
-    transformers 5 writes ``tie_word_embeddings: true`` for every T5 and says with
-    ``scale_decoder_outputs`` what 4.x said with that flag.  An mT5 says it with the flag alone:
-    4.x scales it, 5 never does.  So does a UMT5, which both scale where it is tied; that 5 scales
-    it before a head of its own, too, is a mistake: published ones were not trained so.
+    transformers 5 writes ``tie_word_embeddings: true`` for every T5, and ``scale_decoder_outputs``
+    has the meaning that this flag had in 4.x.  An mT5 has only the flag: 4.x scales, 5 never does.
+    A UMT5 has only the flag, too, and both scale if it is tied.  (transformers 5 also scales before
+    a separate head; that is a bug, since published models were not trained so.)
     """
     if raw["model_type"] == "umt5":
-        return _flag(raw, "tie_word_embeddings", True, path=path) and not own_head
+        return _flag(raw, "tie_word_embeddings", True, path=path) and not has_head
     if raw["model_type"] == "mt5":
         old = str(raw.get("transformers_version", "")).startswith("4.")
-        return _flag(raw, "tie_word_embeddings", False, path=path) and old and not own_head
+        return _flag(raw, "tie_word_embeddings", False, path=path) and old and not has_head
     tied = _flag(raw, "tie_word_embeddings", True, path=path)
     return _flag(raw, "scale_decoder_outputs", tied, path=path)
 
 
 def ties_unscaled(raw: Mapping[str, Any], *, path: Path) -> bool:
-    """Whether a model that does not scale takes the table for a head that its file lacks."""
+    """Whether a model without scaling and without a head uses the embedding table as its head."""
     default = raw["model_type"] != "mt5"
     return _flag(raw, "tie_word_embeddings", default, path=path)
 
@@ -103,21 +112,21 @@ def _flag(raw: Mapping[str, Any], key: str, default: bool, *, path: Path) -> boo
 
 
 def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
-    """The model that ``raw`` describes; whether its logits are tied takes the weights to tell."""
+    """The configuration of ``raw``; ``tied`` depends on the weights, too."""
 
     def positive(key: str) -> int:
         value = raw[key]
         if type(value) is not int or not 0 < value < 2**31:
             shown = str(value)[:80] if type(value) is int else repr(value)[:80]
-            raise UserError(f"{path}: {key} is {shown}; a whole number above 0 expected")
+            raise UserError(f"{path}: {key} is {shown}; it must be a positive integer")
         return value
 
     projection, eps = raw["feed_forward_proj"], raw["layer_norm_epsilon"]
     if not isinstance(projection, str) or projection not in _ACTIVATIONS:
         known = " or ".join(sorted(_ACTIVATIONS))
-        raise UserError(f"{path}: feed_forward_proj is {projection!r}; only {known} is read")
+        raise UserError(f"{path}: feed_forward_proj is {projection!r}; supported: {known}")
     if not isinstance(eps, float) or not eps > 0:
-        raise UserError(f"{path}: layer_norm_epsilon is {eps!r}; a number above 0 expected")
+        raise UserError(f"{path}: layer_norm_epsilon is {eps!r}; it must be a positive number")
     return T5Config(
         vocab_size=positive("vocab_size"),
         embed_dim=positive("d_model"),
@@ -139,9 +148,9 @@ def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
 
 
 def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
-    """The ids of padding, end and start by config.json and generation_config.json beside it.
+    """The ids of padding, end and start from config.json and generation_config.json.
 
-    The second decides where it says something, as for transformers' ``generate``.
+    The latter takes precedence, as in transformers' ``generate``.
     """
     ids = {
         name: _token_id(raw, key, default, vocab_size=raw["vocab_size"], path=path)
@@ -151,15 +160,15 @@ def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
     if beside.is_file():
         generation = read_json_file(beside)
         if not isinstance(generation, dict):
-            raise UserError(f"{beside} holds a {type(generation).__name__} and no JSON object")
+            raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
         for name, (key, _) in _TOKEN_IDS.items():
             chosen = _token_id(
                 generation, key, ids[name], vocab_size=raw["vocab_size"], path=beside
             )
             if name == "start" and key in raw and chosen != ids[name]:
                 raise UserError(
-                    f"{beside}: {key} is {chosen}, and {path.name} says {ids[name]}: transformers "
-                    "trains with one and generates with the other; make them the same"
+                    f"{beside}: {key} is {chosen}, but {ids[name]} in {path.name}: transformers "
+                    "would train with one and generate with the other; make them equal"
                 )
             ids[name] = chosen
     return TokenIds(**ids)
@@ -177,28 +186,28 @@ def _token_id(
         raise UserError(f"{path}: {key} is {str(value)[:80]}; only one id is supported")
     if type(value) is not int or not 0 <= value < vocab_size:
         raise UserError(
-            f"{path}: {key} is {str(value)[:80]!r}; an id from 0 to {vocab_size - 1} expected"
+            f"{path}: {key} is {str(value)[:80]!r}; it must be an id from 0 to {vocab_size - 1}"
         )
     return value
 
 
 def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[str, Any]:
-    """config.json for transformers 4 (tie_word_embeddings, torch_dtype) and 5 (the others).
+    """config.json for transformers 4 (tie_word_embeddings, torch_dtype) and 5 (the other fields).
 
-    ``model_type`` chooses between t5 and mt5; a bias per layer is a UMT5's whatever it says.
+    ``model_type`` is t5 or mt5; models with a bias per layer are always umt5.
     """
     if model_type not in _DEFAULTS:
-        raise UserError(f"model_type is {model_type!r}; only {', '.join(_DEFAULTS)} is written")
+        raise UserError(f"model_type is {model_type!r}; supported: {', '.join(_DEFAULTS)}")
     if model_type == "umt5" and not config.relpos_per_layer:
-        raise UserError("model_type is 'umt5', and this model has no bias in each of its layers")
+        raise UserError("model_type is 'umt5', but this model has no position bias in each layer")
     if config.relpos_per_layer:
         model_type = "umt5"
     elif config.tie_embeddings:
-        model_type = "t5"  # transformers 5 scales the output of no mT5
+        model_type = "t5"  # transformers 5 never scales the output of an mT5
     projections = {activations: name for name, activations in _ACTIVATIONS.items()}
     if config.mlp_activations not in projections:
         raise UserError(f"transformers has no T5 with mlp_activations {config.mlp_activations}")
-    # transformers 5 looks for this in a T5 alone, and 4 at tie_word_embeddings.
+    # Used by transformers 5, and only for a T5; version 4 uses tie_word_embeddings.
     scaled = {"scale_decoder_outputs": config.tie_embeddings} if model_type == "t5" else {}
     return {
         "architectures": [f"{_CLASSES[model_type]}ForConditionalGeneration"],
@@ -228,10 +237,10 @@ def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[s
 def tokenizer_files(
     vocabulary_file: str | Path, config: T5Config
 ) -> dict[str, Path | dict[str, Any]]:
-    """The files that give a folder its tokenizer: what to copy, or the JSON to write.
+    """The tokenizer's files for a folder: files to copy, or JSON to write.
 
-    ``vocabulary_file`` is anything that ``data.vocab.load_vocabulary`` takes but a folder; it must
-    fit the model.
+    ``vocabulary_file`` is anything that ``load_vocabulary`` accepts except a folder; it must fit
+    the model.
     """
     path = Path(vocabulary_file)
     words = load_vocabulary(vocabulary_file)
@@ -264,5 +273,5 @@ def tokenizer_files(
 def _require_room(size: int, config: T5Config, *, path: Path, what: str) -> None:
     if size > config.vocab_size:
         raise UserError(
-            f"{path} has {size} {what}, and the model has embeddings for {config.vocab_size}"
+            f"{path} has {size} {what}, but the model has only {config.vocab_size} embeddings"
         )

@@ -1,7 +1,7 @@
-"""Finds the arrays in a file of ``flax.serialization`` without reading them.
+"""Locates the arrays in a file of ``flax.serialization`` without reading them.
 
-Flax's own ``msgpack_restore`` copies the whole file into memory; here an array is a view of the
-mapped file.  Format: https://github.com/msgpack/msgpack/blob/master/spec.md and, for the arrays,
+Flax's ``msgpack_restore`` copies the whole file into memory; here an array is a view of the mapped
+file.  Format: https://github.com/msgpack/msgpack/blob/master/spec.md and, for the arrays,
 flax/serialization.py (extension type 1 holds shape, dtype name and bytes; arrays above 1 GiB are
 maps of flat chunks).
 """
@@ -13,32 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.lazy import Index
+from prompt_tuning_jax.checkpoints.lazy_arrays import Index
 from prompt_tuning_jax.typing import HostArray
 
 _NDARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _DEEPEST = 64
-_MOST_VALUES = 2**21  # each takes up to 64 bytes of memory and may take one of the file
+_MOST_VALUES = 2**21  # each may take 64 bytes in memory for one in the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlaxArray:
-    """An array as the pieces of the file that hold its bytes, in C order."""
+    """An array as the pieces of the file with its bytes, in C order."""
 
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[memoryview, ...]
 
     def check(self, dtype: np.dtype) -> None:
-        """Raises ValueError unless the pieces are as long as the shape says."""
+        """Raises ValueError unless the pieces have the length of the shape."""
         size = prod(self.shape) * dtype.itemsize
         stored = sum(map(len, self.pieces))
         if stored != size or any(len(piece) % dtype.itemsize for piece in self.pieces):
             raise ValueError(f"{stored} bytes for {list(self.shape)} of {dtype}")
 
     def read(self, bounds: Index, dtype: np.dtype) -> HostArray:
-        """A part of it; ``bounds`` have their ends written out.  Several pieces are copied."""
+        """A part of it; ``bounds`` are slices with explicit ends.  Several pieces are copied."""
         if not self.shape:
             return np.frombuffer(self.pieces[0], dtype).reshape(())
         row = prod(self.shape[1:])
@@ -57,28 +57,28 @@ class FlaxArray:
 def scan_msgpack(buffer: memoryview) -> dict[str, FlaxArray]:
     """The arrays of a nested map by their path, ``encoder/final_layer_norm/weight``.
 
-    Raises ValueError for a file that is cut, or is not such a map.
+    Raises ValueError for a truncated file, or anything but such a map.
     """
     return dict(_leaves(scan_tree(buffer), ""))
 
 
 def scan_tree(buffer: memoryview) -> dict[str, Any]:
-    """A map of maps, lists, texts, numbers and ``FlaxArray``s; large ones are maps of chunks.
+    """A map of maps, lists, texts, numbers and ``FlaxArray``s; large arrays are maps of chunks.
 
-    Takes memory for what is in the file, not for what a length in it claims.  Raises ValueError as
-    ``scan_msgpack`` does.
+    Allocates memory for the file's actual content, not for the lengths that it claims.  Raises
+    ValueError as ``scan_msgpack`` does.
     """
     scanner = _Scanner(buffer)
     tree = scanner.value()
     if scanner.position != len(buffer):
-        raise ValueError(f"{len(buffer) - scanner.position} bytes too many")
+        raise ValueError(f"{len(buffer) - scanner.position} bytes follow the end")
     if not isinstance(tree, dict):
-        raise ValueError("no map of arrays")
+        raise ValueError("not a map of arrays")
     return tree
 
 
 def whole_arrays(tree: Any, dtype_of: Callable[[str], np.dtype]) -> Any:
-    """The tree with an array for each ``FlaxArray``; ValueError for one of another length."""
+    """The tree with each ``FlaxArray`` read; ValueError if one has a wrong length."""
     if isinstance(tree, dict) and _CHUNKED in tree:
         tree = _joined(tree)
     if isinstance(tree, dict):
@@ -100,7 +100,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, FlaxArray]
         elif isinstance(value, FlaxArray):
             yield path, value
         else:
-            raise ValueError(f"{path} is no array")
+            raise ValueError(f"{path} is not an array")
 
 
 def _joined(parts: dict[str, Any]) -> FlaxArray:
@@ -110,7 +110,7 @@ def _joined(parts: dict[str, Any]) -> FlaxArray:
         (dtype,) = {chunk.dtype for chunk in chunks}
         pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("an array in chunks that lacks some") from error
+        raise ValueError("an array with missing chunks") from error
     return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=pieces)
 
 
@@ -129,7 +129,7 @@ class _Scanner:
     def take(self, size: int) -> memoryview:
         part = self.buffer[self.position : self.position + size]
         if len(part) != size:
-            raise ValueError("it ends too early")
+            raise ValueError("it is truncated")
         self.position += size
         return part
 
@@ -139,7 +139,7 @@ class _Scanner:
     def value(self, depth: int = 0) -> Any:
         """The next object; arrays as FlaxArray, other binary data as views."""
         if depth > _DEEPEST:
-            raise ValueError("maps too deep in each other")
+            raise ValueError("maps are nested too deeply")
         self.values += 1
         if self.values > _MOST_VALUES:
             raise ValueError(f"more than {_MOST_VALUES} values")
@@ -192,4 +192,4 @@ class _Scanner:
         match parts:
             case [list(shape), str(dtype), memoryview() as data]:
                 return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=(data,))
-        raise ValueError("an object that is no array")
+        raise ValueError("an object that is not an array")

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder: configuration, safetensors in one file or in shards, tokenizer."""
+"""Writes a Hugging Face folder: configuration, weights in one file or in shards, tokenizer."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, SAFETENSORS
-from prompt_tuning_jax.checkpoints.lazy import LazyArray
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import folder_written_aside
+from prompt_tuning_jax.storage import atomic_write_folder
 
-_KINDS: dict[str, np.dtype] = {
+_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -32,10 +32,10 @@ def write_folder(
     dtype: str,
     max_shard_bytes: int,
 ) -> None:
-    """Writes arrays under torch's names and in its layout.
+    """Writes arrays, which have torch's names and layout.
 
-    ``describe`` makes config.json from the name of the dtype that most of the numbers have;
-    ``tokenizer`` names further files and says what to copy or which JSON to write.
+    ``describe`` returns config.json for the most common dtype; ``tokenizer`` maps names of further
+    files to a file to copy or JSON to write.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -45,45 +45,45 @@ def write_folder(
         raise UserError(f"max_shard_bytes is {max_shard_bytes} and must be above 0")
     shards = _shards(arrays, dtypes, most=max_shard_bytes)
     described = describe(_most_common(arrays, dtypes))
-    with folder_written_aside(folder) as aside:
-        _write_json(aside / CONFIG, described)
+    with atomic_write_folder(folder) as temporary:
+        _write_json(temporary / CONFIG, described)
         for file, names in shards.items():
-            # safetensors writes the memory as it lies, whatever the strides say.
+            # safetensors writes the memory in order and ignores strides.
             held = {n: np.ascontiguousarray(arrays[n].whole(), dtypes[n]) for n in names}
             try:
-                save_file(held, aside / file, metadata={"format": "pt"})
+                save_file(held, temporary / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            # safetensors lets the owner alone read what it writes.
-            shutil.copymode(aside / CONFIG, aside / file)
+            # safetensors writes files that only their owner can read.
+            shutil.copymode(temporary / CONFIG, temporary / file)
         if len(shards) > 1:
             size = sum(_size(array, dtypes[name]) for name, array in arrays.items())
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            _write_json(aside / (SAFETENSORS + INDEX_SUFFIX), index)
+            _write_json(temporary / (SAFETENSORS + INDEX_SUFFIX), index)
         for name, source in tokenizer.items():
             if isinstance(source, Path):
-                shutil.copyfile(source, aside / name)
+                shutil.copyfile(source, temporary / name)
             else:
-                _write_json(aside / name, source)
-        # Last, so that what fails above leaves the old model; a kill from here on leaves an index
-        # without its shards, which a reader reports, and no mixture of two models.
+                _write_json(temporary / name, source)
+        # Last, so that failures above leave the old model intact.  A kill from here on leaves an
+        # index without its shards, which readers report, and never a mixture of two models.
         _remove_weights(folder, keep={SAFETENSORS} & shards.keys())
 
 
 def _dtypes(arrays: Mapping[str, LazyArray], dtype: str) -> dict[str, np.dtype]:
-    if dtype != "stored" and dtype not in _KINDS:
-        known = ", ".join(_KINDS)
-        raise UserError(f"weights are written as stored, {known}, not as {dtype!r}")
-    found = {name: _KINDS.get(dtype, array.dtype) for name, array in arrays.items()}
-    for name, kind in found.items():
-        if kind not in _KINDS.values():
-            raise UserError(f"{name} is {kind}; only {', '.join(_KINDS)} are written")
-    return found
+    if dtype != "stored" and dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise UserError(f"dtype is {dtype!r}; weights are written as stored, {known}")
+    dtypes = {name: _DTYPES.get(dtype, array.dtype) for name, array in arrays.items()}
+    for name, each in dtypes.items():
+        if each not in _DTYPES.values():
+            raise UserError(f"{name} is {each}; only {', '.join(_DTYPES)} are written")
+    return dtypes
 
 
 def _most_common(arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype]) -> str:
-    numbers = dict.fromkeys(_KINDS, 0)
+    numbers = dict.fromkeys(_DTYPES, 0)
     for name, array in arrays.items():
         numbers[dtypes[name].name] += int(np.prod(array.shape))
     return max(numbers, key=lambda kind: numbers[kind])
@@ -92,7 +92,7 @@ def _most_common(arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype]
 def _shards(
     arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype], *, most: int
 ) -> dict[str, list[str]]:
-    """Which arrays go into which file; one that is too large alone has a file of its own."""
+    """The arrays of each file; an array larger than ``most`` has a separate file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, array in arrays.items():

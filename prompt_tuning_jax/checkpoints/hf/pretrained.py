@@ -1,8 +1,7 @@
 """Reads and writes T5 1.0 and 1.1, mT5 and UMT5 as Hugging Face folders.
 
-A folder holds ``config.json``, weights (``hf_weights`` says in which files) and a vocabulary.  The
-names and layouts are those of transformers' modeling_t5.py; torch keeps kernels as [out, in], and
-they are [in, out] here.
+A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  Names and layouts are
+those of transformers' modeling_t5.py; torch's kernels are [out, in], and here they are [in, out].
 """
 
 import re
@@ -25,10 +24,19 @@ from prompt_tuning_jax.checkpoints.hf.config import (
 )
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
-from prompt_tuning_jax.checkpoints.lazy import LazyArray
-from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS, RELPOS, parameter_shapes
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import vocabulary_file as find_vocabulary
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
+from prompt_tuning_jax.checkpoints.parameters import (
+    EMBEDDING,
+    LOGITS,
+    RELPOS,
+    parameter_shapes,
+    require_parameters,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    vocabulary_file as find_vocabulary,
+)
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -37,8 +45,8 @@ __all__ = ["VOCABULARY", "hf_name", "model_type_of", "open_hf", "read_hf", "writ
 _SHARED = "shared.weight"
 _LM_HEAD = "lm_head.weight"
 COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Files of T5 1.0 carry a bias that cross attention never uses.
-_DEAD = re.compile(
+# Files of T5 1.0 have a bias that cross attention never uses.
+_UNUSED = re.compile(
     r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 _SUBLAYERS = {
@@ -56,7 +64,7 @@ _SUBLAYERS = {
     "decoder/mlp": "layer.2.DenseReluDense",
 }
 TRANSPOSED = ("/kernel", "/rel_embedding")
-_COMPARED_BYTES = 1 << 26
+_COMPARE_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
@@ -66,16 +74,16 @@ _LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
 def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | None]:
     """A model as (configuration, parameters by T5X name in the stored dtype, vocabulary file).
 
-    Headers alone are read, and where there are copies of the embedding table, these.  Every array
-    of the folder has one use and every parameter one source, or UserError lists what is left over
-    on both sides; copies must be copies.  The vocabulary file is for ``load_vocabulary``.
+    Only headers are read, and copies of the embedding table, which must be identical.  The arrays
+    of the folder must be exactly the model's parameters; otherwise UserError lists what is missing
+    and what is left over.  The vocabulary file is for ``load_vocabulary``.
     """
     from prompt_tuning_jax.param_tree import require_same_names
 
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
     path, arrays = open_weights(folder)
-    arrays = {name: array for name, array in arrays.items() if not _DEAD.fullmatch(name)}
+    arrays = {name: array for name, array in arrays.items() if not _UNUSED.fullmatch(name)}
     arrays = _without_copies(arrays, path=path)
     tied, arrays = _with_head(raw, arrays, folder=folder)
     config = config_from(raw, tied=tied, path=folder / CONFIG)
@@ -87,8 +95,8 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
     missing = sorted({m[0] for name in wanted if (m := _LAYER.match(name))} - layers)
     if missing and not arrays.keys() - wanted.keys():
         raise UserError(
-            f"{path} has no arrays of {', '.join(missing)}, and by {CONFIG} (num_layers, "
-            "num_decoder_layers) the model has them: the copy is incomplete or the config another's"
+            f"{path} has no arrays of {', '.join(missing)}, which {CONFIG} (num_layers, "
+            "num_decoder_layers) requires: the copy is incomplete, or the config is another model's"
         )
     require_same_names(arrays, wanted, of=str(path), and_of=CONFIG)
     params = {
@@ -99,7 +107,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
         if array.shape != shapes[name]:
             raise UserError(
                 f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
-                f"and by {CONFIG} it is {list(shapes[name])}"
+                f"but by {CONFIG} it is {list(shapes[name])}"
             )
     return config, params, find_vocabulary(folder)
 
@@ -107,7 +115,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
 def _require_possible_layers(
     config: T5Config, layers: Set[str], *, arrays: int, path: Path
 ) -> None:
-    """UserError for more layers than the file has arrays, before any of them is described."""
+    """UserError for more layers than the file has arrays, before all layers are listed."""
     for stack, number in (
         ("encoder", config.num_encoder_layers),
         ("decoder", config.num_decoder_layers),
@@ -115,13 +123,13 @@ def _require_possible_layers(
         if number > arrays:
             held = sum(layer.startswith(stack) for layer in layers)
             raise UserError(
-                f"{path} holds {held} {stack} layers, and by {CONFIG} (num_layers, "
-                f"num_decoder_layers) the model has {number}: the config is another's or damaged"
+                f"{path} has {held} {stack} layers, but {CONFIG} (num_layers, num_decoder_layers) "
+                f"requires {number}: the config is damaged or another model's"
             )
 
 
 def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:
-    """``open_hf`` with the arrays read, each one contiguous."""
+    """``open_hf`` with all arrays in memory, contiguous."""
     config, params, vocabulary = open_hf(folder)
     read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
     return config, read, vocabulary
@@ -137,20 +145,27 @@ def write_hf(
     max_shard_bytes: int = 5_000_000_000,
     model_type: str = "t5",
 ) -> None:
-    """Writes a model as a folder that transformers loads, with its tokenizer if there is one.
+    """Write a model as a folder that transformers loads.
 
-    ``params`` are by T5X name and must be exactly those of ``config``; they are read and written
-    shard by shard.  What is written reads back bit for bit, as ``stored`` in each array's own
-    dtype.  Weights of more than ``max_shard_bytes`` go into several files with an index.  The
-    folder is written aside and renamed; in an existing one, safetensors files of an earlier model
-    go and other files stay.  ``model_type`` "mt5" (``model_type_of`` the folder that was read)
-    writes an mT5 as one, which else is written as the T5 1.1 that it is; biases per layer make a
-    UMT5 whatever it says.
+    Args:
+      folder: written atomically; in an existing one, the safetensors files of an earlier model are
+        removed, and other files stay.
+      config: of the model.
+      params: by T5X name, exactly those of ``config``; read and written shard by shard.
+      vocabulary_file: written as the tokenizer, if there is one.
+      dtype: of the weights; ``stored`` keeps each array's dtype, and then they read back bit for
+        bit.
+      max_shard_bytes: larger weights are split into several files with an index.
+      model_type: ``mt5`` (``model_type_of`` the folder that was read) for an mT5, which is
+        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5.
     """
-    from prompt_tuning_jax.checkpoints.names import require_parameters
-
+    if is_quantized(params):
+        raise UserError(
+            "the parameters are quantised, and only full weights are written: load the model "
+            "without quantization"
+        )
     require_parameters(params, config, of="the parameters")
-    arrays = {hf_name(name): _as_torch_lays_it(name, array) for name, array in params.items()}
+    arrays = {hf_name(name): _in_torch_layout(name, array) for name, array in params.items()}
     write_folder(
         Path(folder),
         arrays,
@@ -183,7 +198,7 @@ def _is_transposed(name: str) -> bool:
     return name.endswith(TRANSPOSED)
 
 
-def _as_torch_lays_it(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
+def _in_torch_layout(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
     if not isinstance(array, LazyArray):
         held = array
         array = LazyArray(
@@ -196,7 +211,7 @@ def _as_torch_lays_it(name: str, array: Array | HostArray | LazyArray) -> LazyAr
 
 
 def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:
-    """The arrays with the embedding table once, by its own name."""
+    """The arrays with the embedding table once, under its name ``shared.weight``."""
     tables = [name for name in (_SHARED, *COPIES_OF_SHARED) if name in arrays]
     if not tables:
         return dict(arrays)
@@ -212,17 +227,18 @@ def _with_head(
 ) -> tuple[bool, dict[str, LazyArray]]:
     """Whether the logits are the scaled decoder output times the table (T5 1.0), and the arrays.
 
-    Tied models lose a head that is a copy; those that use the table unscaled get it as their head.
+    A copy of the table as head is dropped from tied models; models that use the table unscaled get
+    it as their head.
     """
     head, table = arrays.get(_LM_HEAD), arrays.get(_SHARED)
     config = folder / CONFIG
-    own_head = head is not None and (table is None or not _equal(head, table))
-    scaled = scales_outputs(raw, own_head=own_head, path=config)
-    if scaled and own_head:
+    has_head = head is not None and (table is None or not _equal(head, table))
+    scaled = scales_outputs(raw, has_head=has_head, path=config)
+    if scaled and has_head:
         raise UserError(
-            f"{folder} contradicts itself: {CONFIG} ties the logits to the embeddings, and "
-            f"there is an {_LM_HEAD} of its own; set tie_word_embeddings and "
-            "scale_decoder_outputs to false if this is a T5 1.1"
+            f"{folder}: {CONFIG} ties the logits to the embeddings, but there is a different "
+            f"{_LM_HEAD}; set tie_word_embeddings and scale_decoder_outputs to false if this is a "
+            "T5 1.1"
         )
     kept = {name: array for name, array in arrays.items() if not (scaled and name == _LM_HEAD)}
     if not scaled and head is None and table is not None and ties_unscaled(raw, path=config):
@@ -231,11 +247,11 @@ def _with_head(
 
 
 def _equal(left: LazyArray, right: LazyArray) -> bool:
-    """Bit for bit, some rows at a time."""
+    """Bit for bit, comparing some rows at a time."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     row_bytes = max(1, left.dtype.itemsize * int(np.prod(left.shape[1:])))
-    rows = max(1, _COMPARED_BYTES // row_bytes)
+    rows = max(1, _COMPARE_BYTES // row_bytes)
     rest = (slice(None),) * (len(left.shape) - 1)
     return all(
         left.read((slice(start, start + rows), *rest)).tobytes()

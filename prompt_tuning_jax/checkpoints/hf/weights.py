@@ -1,7 +1,7 @@
-"""Where the tensors of a Hugging Face folder lie, each readable part by part.
+"""The tensors of a Hugging Face folder, read part by part.
 
-Safetensors, Flax msgpack and torch files, single or sharded with an index; all come out under
-torch's names and in torch's layout (kernels [out, in]).
+Safetensors, Flax msgpack and torch files, single or sharded with an index.  Tensors have torch's
+names and layout (kernels [out, in]).
 """
 
 import mmap
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.flax_msgpack import FlaxArray, scan_msgpack
-from prompt_tuning_jax.checkpoints.lazy import Index, LazyArray
+from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file, require_whole
@@ -36,10 +36,10 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
-    """The file or index that says where the tensors are, and the tensors by torch's names.
+    """The file or index of the weights, and its tensors by torch's names.
 
-    Where there are several formats, the first of safetensors, Flax and torch is taken.  Nothing but
-    headers is read until an array is.  Raises UserError for what is missing or damaged.
+    Of several formats, the first of safetensors, Flax and torch is used.  Only headers are read
+    before an array is.  Raises UserError for missing or damaged files.
     """
     for kind in _FORMATS:
         single, index = folder / kind.file, folder / (kind.file + INDEX_SUFFIX)
@@ -48,14 +48,14 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
         if index.is_file():
             return index, _open_sharded(index, kind)
     raise UserError(
-        f"{folder} has no {SAFETENSORS}, {FLAX} or {TORCH}, and no {SAFETENSORS}{INDEX_SUFFIX} "
-        "of shards: it holds no weights that can be read"
+        f"{folder} has no weights: no {SAFETENSORS}, {FLAX} or {TORCH}, and no "
+        f"{SAFETENSORS}{INDEX_SUFFIX} of shards"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
-    """``open`` gives a file's arrays by torch's names, ``torch_name`` translates an index's."""
+    """``open`` reads a file's arrays by torch's names; ``torch_name`` translates an index."""
 
     file: str
     open: Callable[[Path], dict[str, LazyArray]]
@@ -68,17 +68,17 @@ def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise UserError(
-            f"{index} lists {len(missing)} of {len(shards)} shards that are not there, "
-            f"{missing[0]} first; fetch them or the folder again"
+            f"{index} lists {len(missing)} of {len(shards)} shards that are missing, "
+            f"for instance {missing[0]}; fetch them again"
         )
     arrays = {shard: kind.open(index.parent / shard) for shard in shards}
     for name, shard in shard_of.items():
         if name not in arrays[shard]:
-            raise UserError(f"{index} says that {shard} holds {name}, and it does not")
+            raise UserError(f"{index} lists {name} in {shard}, which does not contain it")
     for shard in shards:
         unlisted = sorted(name for name in arrays[shard] if shard_of.get(name) != shard)
         if unlisted:
-            raise UserError(f"{index} does not say that {shard} holds {unlisted[0]}, and it does")
+            raise UserError(f"{index} does not list {unlisted[0]}, which {shard} contains")
     return {name: arrays[shard][name] for name, shard in shard_of.items()}
 
 
@@ -86,13 +86,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     read = read_json_file(index, of=f"{index} is not an index of shards", max_bytes=_LARGEST_INDEX)
     weight_map = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} is not an index of shards: its weight_map is empty or no map")
+        raise UserError(
+            f"{index} is not an index of shards: its weight_map is empty or not an object"
+        )
     for name, shard in weight_map.items():
-        # By the text alone: in the hub's cache the files are links out of the folder.
+        # Only the text is checked: in the hub's cache the files are links out of the folder.
         if not _is_file_name(shard):
             raise UserError(
-                f"{index}: {name[:200]} is in {repr(shard)[:200]}; only the name of a file in this "
-                "folder is read"
+                f"{index}: {name[:200]} is in {repr(shard)[:200]}; it must name a file in "
+                "this folder"
             )
     return weight_map
 
@@ -108,7 +110,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyArray]:
     from safetensors import SafetensorError, safe_open
 
     def damaged(error: Exception) -> UserError:
-        return UserError(f"{path} is damaged or not a safetensors file: {_line(error)}")
+        return UserError(f"{path} is damaged, or not a safetensors file: {_line(error)}")
 
     try:
         file = safe_open(path, framework="numpy")
@@ -121,7 +123,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyArray]:
 
         def read(index: Index) -> HostArray:
             bounds = _bounds(index, shape)
-            if any(part.start >= part.stop for part in bounds):  # safetensors gives an error
+            if any(part.start >= part.stop for part in bounds):  # safetensors raises an error
                 return np.empty([max(0, part.stop - part.start) for part in bounds], dtype)
             try:
                 return np.asarray(file.get_slice(name)[bounds])
@@ -139,11 +141,11 @@ def _open_flax(path: Path) -> dict[str, LazyArray]:
     require_whole(path)
     try:
         with path.open("rb") as file:
-            # The arrays are views of the mapped file, which lives as long as they do.
+            # The arrays are views of the mapped file, and keep it open.
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         leaves = scan_msgpack(mapped)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a Flax file: {_line(error)}") from error
+        raise UserError(f"{path} is damaged, or not a Flax file: {_line(error)}") from error
 
     def lazy(name: str, leaf: FlaxArray) -> LazyArray:
         where = f"{path}: {name}"
@@ -179,28 +181,28 @@ def _open_torch(path: Path) -> dict[str, LazyArray]:
             f"or convert the model to {SAFETENSORS}"
         ) from None
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    # Whatever is wrong with the file: torch lets through many kinds of error.
+    # torch raises many types for damaged files.
     except Exception as error:
         raise UserError(
-            f"{path} is damaged, or holds more than tensors, which is not read: {_line(error)}"
+            f"{path} is damaged, or contains more than tensors, which is refused: {_line(error)}"
         ) from error
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no tensors by name but a {type(state).__name__}")
+        raise UserError(f"{path} contains a {type(state).__name__} and not tensors by name")
 
     def lazy(name: str, tensor: Any) -> LazyArray:
         where = f"{path}: {name}"
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise UserError(f"{where} is a {type(tensor).__name__} and no plain tensor")
+            raise UserError(f"{where} is a {type(tensor).__name__} and not a plain tensor")
         dtype = _dtype(str(tensor.dtype).removeprefix("torch."), where=where)
         shape = tuple(tensor.shape)
 
         def read(index: Index) -> HostArray:
             part = tensor.detach()[_bounds(index, shape)].contiguous()
-            if part.dtype == torch.bfloat16:  # numpy has none of its own
+            if part.dtype == torch.bfloat16:  # numpy has no bfloat16
                 return np.asarray(part.view(torch.int16).numpy()).view(dtype)
             return np.asarray(part.numpy())
 
@@ -218,12 +220,12 @@ _FORMATS = (
 
 def _dtype(name: str, *, where: str) -> np.dtype:
     if name not in _DTYPES:
-        raise UserError(f"{where} is stored as {name[:40]}; only {', '.join(_DTYPES)} are read")
+        raise UserError(f"{where} is stored as {name[:40]}; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> Index:
-    """The same slices with their ends written out: libraries differ in what they accept."""
+    """The same slices with explicit ends: libraries differ in what they accept."""
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Prompts as PEFT keeps them: a folder with ``adapter_config.json`` and the prompt's rows.
+"""PEFT's prompt tuning adapters: a folder with ``adapter_config.json`` and the prompt.
 
 The format is that of peft 0.21, tuners/prompt_tuning and utils/save_and_load.py.
 """
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.mapped_safetensors import map_safetensors
-from prompt_tuning_jax.checkpoints.prompt_array import (
+from prompt_tuning_jax.checkpoints.array_files import (
     checked_prompt,
+    map_safetensors,
     read_safetensors,
     safetensors_bytes,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import folder_written_aside
+from prompt_tuning_jax.storage import atomic_write_folder
 from prompt_tuning_jax.typing import Array, DType, HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
@@ -27,21 +27,21 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 KEY = "prompt_embeddings"
 _PEFT_TYPE = "PROMPT_TUNING"
-# Those that are no plain prompt; ``methods/peft_prompts.py`` and ``peft_weights.py`` read them.
-OTHER_KINDS = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3")
+# Other adapters than plain prompts, which ``peft.prompts`` and ``peft.weights`` read.
+OTHER_TYPES = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3")
 _TASK_TYPE = "SEQ_2_SEQ_LM"
-# Of an adapter's config: how its prompt began, and what goes with the model that it names.
-_OF_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
+# Fields of an adapter's config about the prompt's initialisation, and about its model.
+_OF_INIT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
 _OF_MODEL = ("num_attention_heads", "num_layers", "revision")
-_LARGEST_CONFIG = 1_000_000  # bytes; PEFT's own have a few hundred
+_LARGEST_CONFIG = 1_000_000  # bytes; PEFT's files have a few hundred
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftPrompt:
     """A PEFT adapter's prompt ``[P,D]`` as stored, and what its config says of its origin.
 
-    ``left_out`` rows follow those of the prompt in the file: the copy for the decoder, which PEFT
-    does not use with a T5.  ``kept`` are the fields of the config that hold for a copy, too.
+    ``left_out`` is the number of further rows in the file: the copy for the decoder, which PEFT
+    does not use with a T5.  ``kept`` are fields of the config to write into a converted adapter.
     """
 
     prompt_PD: HostArray
@@ -59,10 +59,10 @@ def is_peft(folder: Path) -> bool:
 def read_peft(folder: str | Path) -> PeftPrompt:
     """The prompt in a PEFT adapter's folder.
 
-    PEFT gives a T5 one copy of the prompt per stack, ``[2P,D]``, unless told otherwise, and uses
-    the first ``P`` rows, in the encoder.  Nothing that the config names is opened.  Raises
-    UserError for another kind of adapter, for rows that are not as many or as wide as the config
-    says, and for missing or damaged files.
+    By default PEFT stores one copy of the prompt per stack of a T5, ``[2P,D]``, and uses the first
+    ``P`` rows, in the encoder.  Files that the config names are not opened.  Raises UserError for
+    another type of adapter, for an array whose shape contradicts the config, and for missing or
+    damaged files.
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG)
@@ -86,7 +86,7 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     if len(prompt) not in rows or width not in (None, prompt.shape[1]):
         asked = [" or ".join(map(str, rows)), "any width" if width is None else width]
         raise UserError(
-            f"{file} holds {list(prompt.shape)}, and by {CONFIG} it holds [{asked[0]}, {asked[1]}]"
+            f"{file} has shape {list(prompt.shape)}, but {CONFIG} requires [{asked[0]}, {asked[1]}]"
             " (num_virtual_tokens × num_transformer_submodules, token_dim)"
         )
     return PeftPrompt(
@@ -96,7 +96,7 @@ def read_peft(folder: str | Path) -> PeftPrompt:
         left_out=len(prompt) - length,
         kept={
             name: config[name]
-            for name in (*_OF_START, *_OF_MODEL)
+            for name in (*_OF_INIT, *_OF_MODEL)
             if isinstance(config.get(name), str | int)
         },
     )
@@ -112,13 +112,18 @@ def write_peft(
     like: PeftPrompt | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
-    """Writes a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads for a T5.
+    """Write a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads for a T5.
 
-    ``base_model_name_or_path`` is the frozen model's Hugging Face name or folder; PEFT fills in
-    ``num_layers`` and ``num_attention_heads`` from that model where they are None.  ``like`` is
-    the adapter that the prompt comes from, whose config says more.  ``dtype`` None keeps the
-    prompt's own.  Written aside and renamed; in a folder that exists, other files stay.
-    Raises UserError for what is not a prompt.
+    Args:
+      folder: written atomically; in an existing one, other files stay.
+      prompt_PD: the prompt.
+      base_model_name_or_path: the frozen model's Hugging Face name or folder.
+      num_layers: of that model; None lets PEFT look it up.
+      num_attention_heads: likewise.
+      like: the adapter that the prompt comes from, whose config has further fields.
+      dtype: None keeps the prompt's.
+
+    Raises UserError if the array is not a prompt.
     """
     prompt = checked_prompt(np.asarray(prompt_PD), of="the prompt", dtype=dtype)
     config = {
@@ -128,11 +133,11 @@ def write_peft(
         "modules_to_save": None,
         "num_attention_heads": num_attention_heads,
         "num_layers": num_layers,
-        # One copy of the rows: the second would be for the decoder, which has no prompt.
+        # One copy: a second would be for the decoder, which has no prompt.
         "num_transformer_submodules": 1,
         "num_virtual_tokens": len(prompt),
         "peft_type": _PEFT_TYPE,
-        "prompt_tuning_init": "RANDOM",  # the one that needs no tokenizer to be named
+        "prompt_tuning_init": "RANDOM",  # needs no tokenizer
         "prompt_tuning_init_text": None,
         "revision": None,
         "task_type": _TASK_TYPE,
@@ -141,47 +146,47 @@ def write_peft(
         "tokenizer_name_or_path": None,
     }
     if like is not None:
-        config |= {name: like.kept[name] for name in _OF_START if name in like.kept}
+        config |= {name: like.kept[name] for name in _OF_INIT if name in like.kept}
         if like.base_model_name_or_path == base_model_name_or_path:
             config |= {name: config[name] or like.kept.get(name) for name in _OF_MODEL}
-    with folder_written_aside(Path(folder)) as aside:
-        (aside / CONFIG).write_text(json_text(config, indent=2, sort_keys=True) + "\n")
+    with atomic_write_folder(Path(folder)) as temporary:
+        (temporary / CONFIG).write_text(json_text(config, indent=2, sort_keys=True) + "\n")
         rows = safetensors_bytes(prompt, key=KEY, metadata={"format": "pt"})
-        (aside / WEIGHTS).write_bytes(rows)
+        (temporary / WEIGHTS).write_bytes(rows)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An adapter's config; UserError where it is missing, damaged or no JSON object."""
+    """An adapter's config; UserError if it is missing, damaged or not a JSON object."""
     config = read_json_file(
         path, of=f"cannot read the PEFT config {path}", max_bytes=_LARGEST_CONFIG
     )
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object, so it is not a PEFT config")
+        raise UserError(f"{path} is not a JSON object, so it is not a PEFT config")
     return config
 
 
 def _not_a_prompt(kind: Any) -> str:
-    if kind in OTHER_KINDS:
+    if kind in OTHER_TYPES:
         return (
-            f"a {kind} adapter, which is no plain prompt; predict, eval and serve take its folder "
-            "with --prompt(s), and pt.attach puts it on the model"
+            f"a {kind} adapter is not a plain prompt; use its folder with predict, eval and serve "
+            "--prompt(s), or attach it to a model with pt.attach"
         )
     return f"peft_type is {shown(kind)}; {what_is_read()}"
 
 
 def what_is_read() -> str:
-    """Which of PEFT's adapters can be used, for a message about another."""
+    """The supported types of adapters, for messages about others."""
     return (
-        f"of PEFT's adapters {', '.join((_PEFT_TYPE, *OTHER_KINDS))} are read; one that can be "
-        "merged is used as the model that merge_and_unload gives"
+        f"supported adapters: {', '.join((_PEFT_TYPE, *OTHER_TYPES))}; merge others into the model "
+        "with PEFT (merge_and_unload)"
     )
 
 
 def _count(config: dict[str, Any], field: str, where: Path) -> int | None:
-    """A field that is a positive whole number, or None where it is null or missing."""
+    """A field with a positive integer; None if it is null or missing."""
     value = config.get(field)
     if value is not None and (type(value) is not int or value < 1):
-        raise UserError(f"{where}: {field} is {shown(value)}; it is a whole number from 1 on")
+        raise UserError(f"{where}: {field} is {shown(value)}; it must be a positive integer")
     return value
 
 
@@ -191,26 +196,26 @@ def _text(config: dict[str, Any], field: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a config, for a message."""
+    """A value of a config as messages quote it."""
     return json_text(value)[:80]
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
-    """All arrays of an adapter by their names, and the file that they are in.
+    """All arrays of an adapter by name, and their file.
 
-    PEFT, too, prefers safetensors.  UserError for missing and damaged files.
+    Like PEFT, prefers safetensors.  UserError for missing and damaged files.
     """
     path = folder / WEIGHTS
     if path.exists():
         return map_safetensors(path).arrays, path
     path = folder / TORCH_WEIGHTS
     if not path.exists():
-        raise UserError(f"{folder} has a PEFT config and no {WEIGHTS}: the copy is incomplete")
+        raise UserError(f"{folder} has a PEFT config but no {WEIGHTS}: the copy is incomplete")
     return _read_torch(path), path
 
 
 def _read_rows(folder: Path) -> tuple[HostArray, Path]:
-    """All rows, and the file that they are in."""
+    """The array of the prompt, and its file."""
     of = "a prompt's adapter"
     path = folder / WEIGHTS
     if path.exists():
@@ -218,30 +223,30 @@ def _read_rows(folder: Path) -> tuple[HostArray, Path]:
     tensors, path = read_tensors(folder)
     if list(tensors) != [KEY]:
         listed = ", ".join(sorted(map(str, tensors))[:5]) or "nothing"
-        raise UserError(f"{path} holds {listed}; {of} holds one array {KEY!r}")
+        raise UserError(f"{path} contains {listed}; {of} has one array {KEY!r}")
     return tensors[KEY], path
 
 
 def _read_torch(path: Path) -> dict[Any, HostArray]:
-    """The tensors in a PyTorch file, by PyTorch's loader that runs no code from it."""
+    """The tensors in a PyTorch file, by PyTorch's loader for weights, which runs no code."""
     try:
-        # By its name, since the package neither needs nor installs it.
+        # An optional dependency.
         import torch
     except ImportError as error:
         raise UserError(
             f"{path} is a PyTorch file, and PyTorch is not installed; save the adapter as {WEIGHTS}"
         ) from error
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # torch raises many kinds, some with pages of advice
+    except Exception as error:  # torch raises many types, some with pages of advice
         raise UserError(
-            f"{path} is damaged or holds more than tensors: {type(error).__name__}"
+            f"{path} is damaged, or contains more than tensors: {type(error).__name__}"
         ) from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path} holds something else than tensors by their names")
+        raise UserError(f"{path} contains something else than tensors by name")
     return {name: _from_torch(tensor, torch) for name, tensor in tensors.items()}
 
 
@@ -249,7 +254,7 @@ def _from_torch(tensor: Any, torch: Any) -> HostArray:
     import ml_dtypes
 
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16
         bits: HostArray = tensor.view(torch.int16).numpy()
         return bits.view(ml_dtypes.bfloat16)
     array: HostArray = tensor.numpy()

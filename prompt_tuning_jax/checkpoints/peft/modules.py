@@ -1,20 +1,20 @@
-"""What PEFT calls a T5's linear maps and the arrays that it keeps for them."""
+"""PEFT's names for a T5's linear layers and their arrays."""
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.hf.pretrained import COPIES_OF_SHARED, hf_name
-from prompt_tuning_jax.checkpoints.names import EMBEDDING, LOGITS, parameter_shapes
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, LOGITS, parameter_shapes
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import matching
 
-_FRONT = "base_model.model."  # of every array's name
+_PREFIX = "base_model.model."  # begins the name of every array
 KERNEL = "/kernel"
 
 
 def linear_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of every linear map, by path."""
+    """Input and output size of every linear layer, by path."""
     return {
         name.removesuffix(KERNEL): (shape[0], shape[1])
         for name, shape in parameter_shapes(config).items()
@@ -23,30 +23,30 @@ def linear_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
 
 
 def peft_name(name: str, end: str) -> str:
-    """The name of an array whose own name ends so, of the map of this path."""
-    return f"{_FRONT}{hf_name(name + KERNEL).removesuffix('weight')}{end}"
+    """The name of the array with this last part, of the linear layer of this path."""
+    return f"{_PREFIX}{hf_name(name + KERNEL).removesuffix('weight')}{end}"
 
 
-def own_names(config: T5Config) -> dict[str, str]:
-    """What PEFT calls the model's own parameters, where it saves them: their paths by its names."""
+def model_names(config: T5Config) -> dict[str, str]:
+    """Paths of the model's parameters by the names under which PEFT saves them."""
     theirs = {hf_name(name): name for name in parameter_shapes(config)}
     theirs |= dict.fromkeys(COPIES_OF_SHARED, EMBEDDING)
     if config.tie_embeddings:
         theirs[hf_name(LOGITS)] = EMBEDDING
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name, path in theirs.items():
         stem = name.removesuffix("weight")
-        found |= {f"{_FRONT}{name}": path, f"{_FRONT}{stem}base_layer.weight": path}
-    return found
+        paths |= {f"{_PREFIX}{name}": path, f"{_PREFIX}{stem}base_layer.weight": path}
+    return paths
 
 
 def adapter_path(name: str, part: str) -> str:
-    """The path of what is around a map, in a ``TunedModel``."""
+    """The path of an adapter's array in a ``TunedModel``."""
     return f"model/{name}/adapter/{part}"
 
 
-def maps_chosen_by(patterns: Collection[str], shapes: Mapping[str, Any]) -> list[str]:
-    """The maps whose whole path matches one of the patterns."""
+def matching_layers(patterns: Collection[str], shapes: Mapping[str, Any]) -> list[str]:
+    """The linear layers whose whole path matches one of the patterns."""
     masks = [matching(shapes, pattern) for pattern in patterns]
     return [name for name in shapes if any(mask[name] for mask in masks)]
 
@@ -54,18 +54,18 @@ def maps_chosen_by(patterns: Collection[str], shapes: Mapping[str, Any]) -> list
 def patterns_for(
     names: Collection[str], shapes: Mapping[str, Any], *, usual: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Regular expressions that choose these maps of the model and no others, if they can short."""
+    """Regular expressions that match exactly these layers, preferably short ones."""
     if not names:
         return ()
     kinds = sorted({name.rpartition("/")[2] for name in names})
     for short in (usual, (f".*/({'|'.join(kinds)})",)):
-        if set(maps_chosen_by(short, shapes)) == set(names):
+        if set(matching_layers(short, shapes)) == set(names):
             return short
     return tuple(re.escape(name) for name in sorted(names))
 
 
 def module_names(names: Collection[str], shapes: Mapping[str, Any]) -> list[str]:
-    """What PEFT calls these maps: by the ends of their names where that says all, or in full."""
+    """PEFT's names for these layers: the last parts if they suffice, otherwise full names."""
 
     def end_of(name: str) -> str:
         return hf_name(name + KERNEL).removesuffix(".weight").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The layout that T5X writes today: an Orbax item ``state`` (OCDBT or one folder per array).
+"""The format of current T5X: an Orbax item ``state`` (OCDBT, or one folder per array).
 
 Source: ``OrbaxCheckpointManagerInterface`` in t5x/checkpoints.py at cc342d4.  ``state/_METADATA``
 lists the arrays; TensorStore reads them, by part.
@@ -8,49 +8,49 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prompt_tuning_jax.checkpoints.t5x.location import Place
-from prompt_tuning_jax.checkpoints.t5x.native import whole_number
-from prompt_tuning_jax.checkpoints.t5x.stored import (
-    ArrayPlace,
+from prompt_tuning_jax.checkpoints.location import ITEM, METADATA, CheckpointFolder
+from prompt_tuning_jax.checkpoints.t5x.arrays import (
+    ArrayLocation,
     OptimizerState,
     Stored,
     as_parameter,
     open_arrays,
+    whole_number,
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.untrusted_input import read_json
 
-ITEM = "state"
-METADATA = f"{ITEM}/_METADATA"
 _COMMIT = "commit_success.txt"
 _TOP_METADATA = "_CHECKPOINT_METADATA"
-# What T5X calls the format inside of Orbax: its version 3.
+# T5X's own version number of this format.
 _VERSION = 3
 
 
-def read_orbax(place: Place, metadata: bytes) -> Stored:
-    """Opens a checkpoint whose ``state/_METADATA`` is given; arrays are read later, by part."""
+def read_orbax(place: CheckpointFolder, metadata: bytes) -> Stored:
+    """Opens a checkpoint with the given ``state/_METADATA``; arrays are read later, by part."""
     _require_finished(place)
     listed = _parse(place, metadata)
     leaves = dict(_leaves(place, listed))
     item = place.below(ITEM, of="its state")
     driver = "zarr3" if listed.get("use_zarr3") else "zarr"
 
-    def where(path: tuple[str, ...]) -> ArrayPlace:
+    def where(path: tuple[str, ...]) -> ArrayLocation:
         name = ".".join(path)
         if listed.get("use_ocdbt", True):
             store: dict[str, Any] = {"driver": "ocdbt", "base": item, "path": f"{name}/"}
         else:
             store = place.below(f"{ITEM}/{name}", of="/".join(path))
         called = "/".join(path[1:] if path[0] == "target" else path)
-        return ArrayPlace(
+        return ArrayLocation(
             path=f"{place.name}/{ITEM}", name=called, spec={"driver": driver, "kvstore": store}
         )
 
     step_path = ("state", "step")
     wanted = {p: where(p) for p, leaf in leaves.items() if p[0] == "target" and not leaf.empty}
     if not wanted or step_path not in leaves:
-        raise UserError(f"{place.name}/{METADATA} lists no parameters or no step: not T5X's")
+        raise UserError(
+            f"{place.name}/{METADATA} lists no parameters or no step: it is not a T5X checkpoint"
+        )
     opened = open_arrays(
         {"/".join(path): spot for path, spot in {**wanted, step_path: where(step_path)}.items()},
         stored_bytes=place.stored_bytes(),
@@ -62,7 +62,7 @@ def read_orbax(place: Place, metadata: bytes) -> Stored:
             or any(n > size for n, size in zip(part, array.shape, strict=True))
         ):
             raise UserError(
-                f"{array.where}: the array is {list(array.shape)}, and the index says {list(part)}"
+                f"{array.where}: the array is {list(array.shape)}, but the index says {list(part)}"
             )
     state_paths = [path for path in leaves if path[0] == "state" and path != step_path]
 
@@ -85,13 +85,13 @@ def read_orbax(place: Place, metadata: bytes) -> Stored:
     )
 
 
-def _require_finished(place: Place) -> None:
-    """UserError where Orbax's marks say that the save did not come to its end.
+def _require_finished(place: CheckpointFolder) -> None:
+    """UserError if Orbax's commit marks show that the save was not finished.
 
-    Where there are marks at all, the checkpoint and its item each have one; Orbax writes none
-    where renaming a folder is atomic.
+    Either the checkpoint and its item each have a mark, or neither has: Orbax writes none on file
+    systems where renaming a folder is atomic.
     """
-    unfinished = UserError(f"{place.name} is a save that was not finished: use an earlier one")
+    unfinished = UserError(f"{place.name} is an unfinished save: use an earlier checkpoint")
     marks = [place.read(f"{folder}{_COMMIT}") is not None for folder in ("", f"{ITEM}/")]
     if any(marks) != all(marks):
         raise unfinished
@@ -104,22 +104,24 @@ def _require_finished(place: Place) -> None:
             raise unfinished
 
 
-def _parse(place: Place, metadata: bytes) -> dict[str, Any]:
-    listed = read_json(metadata, of=f"{place.name}/{METADATA} is damaged or not Orbax's")
+def _parse(place: CheckpointFolder, metadata: bytes) -> dict[str, Any]:
+    listed = read_json(metadata, of=f"{place.name}/{METADATA} is damaged, or not an Orbax index")
     if not isinstance(listed, dict) or not isinstance(listed.get("tree_metadata"), dict):
-        raise UserError(f"{place.name}/{METADATA} lists no arrays: it is not T5X's")
+        raise UserError(f"{place.name}/{METADATA} lists no arrays: it is not a T5X checkpoint")
     return listed
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Leaf:
-    """``written`` is the shape that one process wrote, the array's or a shard's, where listed."""
+    """``written``: the shape that one process wrote (array or shard); None if not listed."""
 
     empty: bool
     written: tuple[int, ...] | None
 
 
-def _leaves(place: Place, listed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], _Leaf]]:
+def _leaves(
+    place: CheckpointFolder, listed: dict[str, Any]
+) -> Iterator[tuple[tuple[str, ...], _Leaf]]:
     for entry in listed["tree_metadata"].values():
         try:
             path = tuple(str(key["key"]) for key in entry["key_metadata"])
@@ -130,7 +132,9 @@ def _leaves(place: Place, listed: dict[str, Any]) -> Iterator[tuple[tuple[str, .
                 written=None if written is None else tuple(int(n) for n in written),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{place.name}/{METADATA} is damaged or not Orbax's") from error
+            raise UserError(f"{place.name}/{METADATA} is damaged, or not an Orbax index") from error
         if any(part in ("", ".", "..") or "/" in part for part in path) or len(path) < 2:
-            raise UserError(f"{place.name}/{METADATA}: {'/'.join(path)!r} is no name of an array")
+            raise UserError(
+                f"{place.name}/{METADATA}: {'/'.join(path)!r} is not a valid name of an array"
+            )
         yield path, leaf

@@ -11,12 +11,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.lazy import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.t5x.config import PROMPT
-from prompt_tuning_jax.checkpoints.t5x.location import one_line
-from prompt_tuning_jax.checkpoints.t5x.native import INDEX
-from prompt_tuning_jax.checkpoints.t5x.stored import BFLOAT16, OptimizerState
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.location import (
+    INDEX,
+    one_line,
+)
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.arrays import BFLOAT16, OptimizerState
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import flush_to_disk
 from prompt_tuning_jax.typing import Array, HostArray
 
 AnyArray: TypeAlias = LazyArray | HostArray | Array
@@ -38,17 +41,20 @@ def write_t5x(
     state: Mapping[str, AnyArray | None] | None = None,
     inline: Collection[str] = (),
 ) -> Path:
-    """Writes ``checkpoint_<step>`` in ``folder`` and gives its path; numbers keep their type.
+    """Writes ``checkpoint_<step>`` into ``folder``, keeping dtypes, and returns its path.
 
-    ``params`` are by name, a ``prompt`` [P,D] goes to ``PROMPT``.  ``state`` is the optimizer's, by
-    path (``param_states/...``).  Without one, a checkpoint with a ``prompt`` has the state with
-    which T5X's prompt tuning begins (zeros for the prompt, nothing for the rest), and one without
-    has none, as T5X saves models for inference.  Leaves named in ``inline`` (``target/...``,
-    ``state/...``) go into the index itself.  Everything is written aside and renamed: a checkpoint
-    is whole or not there.  Raises UserError, also if there is one of that step already.
+    ``params`` are by name; a ``prompt`` [P,D] is written at ``PROMPT``.  ``state`` is the
+    optimizer's, by path (``param_states/...``).  Without ``state``, a checkpoint with a ``prompt``
+    gets the initial state of T5X's prompt tuning (zeros for the prompt, nothing for the rest), and
+    one without a prompt gets none, like the models that T5X saves for inference.  Leaves named in
+    ``inline`` (``target/...``, ``state/...``) are stored inside the index.  The checkpoint is
+    written to a temporary folder and renamed, so it is complete or absent.  Raises UserError, also
+    if the step exists already.
     """
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**31:
-        raise UserError(f"step of a T5X checkpoint must be a whole number from 0, not {step!r}")
+        raise UserError(
+            f"the step of a T5X checkpoint is {step!r}; it must be an integer of at least 0"
+        )
     target = {name: _lazy(name, array) for name, array in params.items()}
     if prompt is not None:
         target[PROMPT] = _fitting_prompt(_lazy(PROMPT, prompt), target)
@@ -59,24 +65,24 @@ def write_t5x(
     _require_names(target)
     _require_names(optimizer)
     if "step" in optimizer:
-        raise UserError("the optimizer's state has an array 'step': give it as step")
+        raise UserError("the optimizer's state has an array 'step': pass it as the argument step")
     final = Path(folder) / f"checkpoint_{step}"
     if os.path.lexists(final):
         raise UserError(f"{final} exists already: remove it, or write to another folder")
-    # T5X's own mark of a save that is not finished: it and this project pass it over.
-    aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    # T5X's name for unfinished saves, which it and this package ignore.
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        _write(aside, target, optimizer, step=int(step), inline=inline)
-        for file in aside.rglob("*"):
+        temporary.mkdir()
+        _write(temporary, target, optimizer, step=int(step), inline=inline)
+        for file in temporary.rglob("*"):
             if file.is_file():
-                _flush(file)
-        os.rename(aside, final)
+                flush_to_disk(file)
+        os.rename(temporary, final)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -98,7 +104,7 @@ def _write(
         if slot is None:
             leaves[full] = None
         elif (of := target.get(_parameter_of(name))) is None or of.shape != slot.shape:
-            # T5X partitions only the slots that are like their parameter; others are small.
+            # T5X stores slots of other shapes than their parameter's in the index: they are small.
             leaves[full] = slot.whole()
         else:
             leaves[full] = _leaf(folder, full, slot, inline=inline)
@@ -112,7 +118,7 @@ def _parameter_of(name: str) -> str:
 
 
 def _leaf(folder: Path, name: str, array: LazyArray, *, inline: Collection[str]) -> Any:
-    """The array itself, or its place in the index after it has been written."""
+    """The array itself, or after writing it, the TensorStore spec for the index."""
     if name in inline:
         return array.whole()
     import tensorstore
@@ -144,7 +150,7 @@ def _leaf(folder: Path, name: str, array: LazyArray, *, inline: Collection[str])
 
 
 def _chunk_shape(array: LazyArray) -> tuple[int, ...]:
-    """Largest divisors with at most 64 MiB together, the longest axis split first (as T5X)."""
+    """The largest divisors of at most 64 MiB, splitting the longest axis first, as T5X does."""
     most = _CHUNK_BYTES // array.dtype.itemsize
     chunks = list(array.shape)
     while math.prod(chunks) > most:
@@ -163,9 +169,9 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[sli
 def _lazy(name: str, array: AnyArray) -> LazyArray:
     lazy = array if isinstance(array, LazyArray) else in_memory(np.asarray(array), where=name)
     if lazy.dtype.kind not in "fiu" and lazy.dtype != BFLOAT16:
-        raise UserError(f"{lazy.where}: T5X has no arrays of {lazy.dtype}")
+        raise UserError(f"{lazy.where}: T5X does not store arrays of {lazy.dtype}")
     if 0 in lazy.shape:
-        raise UserError(f"{lazy.where}: an array of shape {list(lazy.shape)} holds nothing")
+        raise UserError(f"{lazy.where}: an array of shape {list(lazy.shape)} is empty")
     return lazy
 
 
@@ -174,13 +180,14 @@ def _fitting_prompt(prompt: LazyArray, target: Mapping[str, LazyArray]) -> LazyA
     width = table.shape[-1] if table is not None and table.shape else None
     if len(prompt.shape) != 2 or (width is not None and prompt.shape[1] != width):
         raise UserError(
-            f"the prompt has shape {list(prompt.shape)}; this model takes [length, {width}]"
+            f"the prompt has shape {list(prompt.shape)}, but for this model it must be "
+            f"[length, {width}]"
         )
     return prompt
 
 
 def _first_state(target: Mapping[str, LazyArray]) -> dict[str, AnyArray | None]:
-    """Adafactor's slots before the first step, for the prompt alone (t5x/adafactor.py)."""
+    """Adafactor's initial state, for the prompt only (t5x/adafactor.py)."""
     length, width = target[PROMPT].shape
     factored = min(length, width) >= _FACTORED_FROM
     shorter, longer = sorted((length, width))
@@ -200,13 +207,15 @@ def _first_state(target: Mapping[str, LazyArray]) -> dict[str, AnyArray | None]:
 def _require_names(arrays: Mapping[str, object]) -> None:
     if not all(_NAME.fullmatch(name) for name in arrays):
         wrong = next(name for name in arrays if not _NAME.fullmatch(name))
-        raise UserError(f"{wrong!r} is no name of an array: letters, digits, _, - between slashes")
+        raise UserError(
+            f"{wrong!r} is not a valid array name: use letters, digits, _ and -, between slashes"
+        )
     for name in arrays:
         parts = name.split("/")
         if within := next(
             (p for p in itertools.accumulate(parts, _join) if p in arrays and p != name), None
         ):
-            raise UserError(f"{within} cannot be an array and hold {name} at once")
+            raise UserError(f"{within} cannot be an array and contain {name}")
 
 
 def _join(path: str, part: str) -> str:
@@ -214,7 +223,7 @@ def _join(path: str, part: str) -> str:
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of the paths, in the order of their names, which is T5X's."""
+    """The paths as a nested tree, sorted by name, as T5X does."""
     tree: dict[str, Any] = {}
     for path in sorted(leaves, key=lambda path: path.split("/")):
         *parents, name = path.split("/")
@@ -223,9 +232,3 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
             at = at.setdefault(parent, {})
         at[name] = leaves[path]
     return tree
-
-
-def _flush(path: Path) -> None:
-    """Puts the bytes on the disk before the name points to them, for the sake of power cuts."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

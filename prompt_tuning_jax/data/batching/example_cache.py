@@ -1,4 +1,7 @@
-"""Tokenised examples on disk: a folder an entry, written aside, renamed, checked when opened."""
+"""Tokenised examples in memory, as flat arrays, and on disk, in one folder per cache entry.
+
+An entry is written to a temporary folder, renamed, and checked when it is opened.
+"""
 
 import hashlib
 import json
@@ -6,20 +9,82 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.data.batching.ragged import Ragged
 from prompt_tuning_jax.data.tasks.task import Example
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import user_cache
 from prompt_tuning_jax.untrusted_input import read_json
 
-# Part of every key: raise it whenever the files below or the tokenisation change their meaning.
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Sequences of different lengths: ``flat[offsets[i]:offsets[i + 1]]``, each with a final EOS.
+
+    Attributes:
+      flat: [all tokens] int32; may be a memory-mapped file.
+      offsets: [sequences + 1] int64.
+    """
+
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """One untruncated sequence."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return np.asarray(self.flat[self.offsets[index] : self.offsets[index + 1]])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[sequences] int64, EOS included."""
+        return np.diff(self.offsets)
+
+    def num_longer_than(self, length: int) -> int:
+        """The number of sequences that ``padded`` truncates."""
+        return int((self.lengths > length).sum())
+
+    def padded(self, indices_B: np.ndarray, length: int, *, padding: int = 0) -> np.ndarray:
+        """Gather sequences -> [B, length] int32, padded.
+
+        Longer sequences are truncated and still end with their last token, as after SeqIO's
+        ``append_eos_after_trim``.
+        """
+        starts_B = self.offsets[indices_B]
+        lengths_B = self.offsets[np.asarray(indices_B) + 1] - starts_B
+        columns_T = np.arange(length)
+        inside_BT = columns_T < lengths_B[:, None]
+        # Positions beyond the last sequence are masked, but must be valid indices.
+        positions_BT = np.minimum(starts_B[:, None] + columns_T, len(self.flat) - 1)
+        tokens_BT = np.where(inside_BT, self.flat[positions_BT], padding).astype(np.int32)
+        ends_B = self.flat[np.asarray(self.offsets)[np.asarray(indices_B) + 1] - 1]
+        truncated_B = lengths_B > length
+        tokens_BT[truncated_B, length - 1] = ends_B[truncated_B]
+        return tokens_BT
+
+    def select(self, indices: np.ndarray) -> "Ragged":
+        """The sequences at ``indices``, in that order."""
+        return make_ragged([self[int(i)] for i in indices])
+
+
+def make_ragged(sequences: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
+    """Concatenate sequences, which must end with EOS."""
+    arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return Ragged(flat=flat, offsets=offsets)
+
+
+# Part of every key: increase it whenever the files or the tokenisation change.
 FORMAT_VERSION = 1
 
 _TEXTS = "examples.jsonl"
@@ -31,9 +96,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is cached: uncut token ids, and the texts in the same order.
+    """A cached split: untruncated token ids, and the texts in the same order.
 
-    ``load_texts`` reads them from the disk, or returns them where they are in memory.
+    ``load_texts`` reads the texts from the disk, or returns them from memory.
     """
 
     inputs: Ragged
@@ -42,17 +107,17 @@ class Entry:
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/prompt_tuning_jax/examples``, ``~/.cache`` where that is not set."""
+    """``$XDG_CACHE_HOME/prompt_tuning_jax/examples``; the default is below ``~/.cache``."""
     return user_cache("examples")
 
 
 def cache_key(parts: Sequence[str]) -> str:
-    """The name of an entry: SHA-256 of all that it depends on and of the format's version."""
+    """The name of an entry: SHA-256 of everything it depends on, and of the format's version."""
     return hashlib.sha256(json.dumps([FORMAT_VERSION, *parts]).encode()).hexdigest()
 
 
 def open_entry(folder: Path) -> Entry | None:
-    """Open an entry, memory-mapped; None where there is none or its files are damaged."""
+    """Open an entry, memory-mapped; None if there is none or its files are damaged."""
     try:
         meta = read_json((folder / _META).read_bytes(), of=str(folder / _META))
         for name in (_TEXTS, *(f"{array}.npy" for array in _ARRAYS)):
@@ -77,19 +142,19 @@ def open_entry(folder: Path) -> Entry | None:
 
 
 def write_entry(folder: Path, entry: Entry, *, about: dict[str, Any]) -> None:
-    """Write an entry beside ``folder`` and rename it; of several writers the first one stays.
+    """Write an entry atomically; of several concurrent writers, the first one wins.
 
-    ``about`` goes into ``meta.json`` for people to read.  Raises UserError if the folder cannot be
-    written.
+    ``about`` is written to ``meta.json`` for human readers.  Raises UserError if the folder cannot
+    be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name[:16]}.tmp-", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name[:16]}.tmp-", dir=folder.parent))
         try:
-            _write_files(aside, entry, about)
-            _put_in_place(aside, folder)
+            _write_files(temporary, entry, about)
+            _rename_to(temporary, folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{folder.parent}: cannot write the example cache ({error.strerror or error}); "
@@ -114,17 +179,17 @@ def _write_files(folder: Path, entry: Entry, about: dict[str, Any]) -> None:
     (folder / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
-    # A rename onto a folder that holds files fails, so that nobody sees half an entry.
+def _rename_to(temporary: Path, folder: Path) -> None:
+    # Renaming to a folder with files fails, so nobody sees a partial entry.
     for _ in range(10):
         try:
-            os.rename(aside, folder)
+            os.rename(temporary, folder)
             return
         except OSError:
             if not folder.exists():
                 raise
         if open_entry(folder) is not None:
-            return  # another process was faster, and its entry equals ours
+            return  # another process was faster, with an equal entry
         damaged = Path(tempfile.mkdtemp(prefix="damaged.tmp-", dir=folder.parent))
         try:
             os.rename(folder, damaged / folder.name)

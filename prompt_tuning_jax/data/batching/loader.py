@@ -1,4 +1,4 @@
-"""Batches in an order that is a pure function of (seed, step)."""
+"""Batches for training and evaluation; training batches are a pure function of (seed, step)."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from prompt_tuning_jax.data.batching.bucket_plan import BucketPlan
-from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, bucket_of
+from prompt_tuning_jax.data.batching.buckets import FIXED, BucketPlan, Buckets, bucket_of
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS
 from prompt_tuning_jax.errors import UserError
@@ -16,29 +15,27 @@ from prompt_tuning_jax.models.t5.config import TokenIds
 if TYPE_CHECKING:
     import grain
 
-_REMEMBERED = 10_000  # steps, of which a number is kept
+_REMEMBERED = 10_000  # steps
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
 
 class TrainBatches:
-    """Endless shuffled epochs, cut into batches that can be asked for in any order.
+    """Endless shuffled epochs, split into batches that can be requested in any order.
 
     ``batches[step]`` is a dict of int32 arrays: ``encoder_input_tokens`` [B, T],
     ``decoder_target_tokens`` [B, S] and ``decoder_input_tokens`` [B, S]; with several seeds each
-    has a leading axis E.  Of several sets there is ``task_index`` [B], too: the number of the set
-    that an example comes from; and with ``weights``, ``example_weights`` [B] float32.  Every epoch
-    holds every example once, in an order of its own; a batch may reach across the end of an epoch,
-    so that sets smaller than a batch work.
+    has a leading axis E.  With several sets there is also ``task_index`` [B], the number of each
+    example's set, and with ``weights``, ``example_weights`` [B] float32.  Every epoch has every
+    example once, in a new order; a batch may extend over the end of an epoch, so sets smaller than
+    a batch work.
 
-    What a batch holds depends on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and
-    the step, and on nothing else: not on the seeds beside it, nor on the steps asked for before,
-    nor on which process asks.
+    A batch depends only on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and the
+    step: not on other seeds, on earlier requests, or on the process.
 
-    ``lengths_for`` and ``indices_for`` are the whole plan of a step, and all that ``__getitem__``
-    asks for.  With ``buckets`` the examples of a batch are about equally long and T is the length
-    of their bucket (``data.bucket_plan``); without, or where one length does, T is the same for all
-    and examples come as they are drawn.
+    ``lengths_for`` and ``indices_for`` are the complete plan of a step.  With ``buckets``, the
+    examples of a batch have similar lengths, and T is the length of their bucket (``BucketPlan``);
+    otherwise, or if one length suffices, T is constant and examples are in the order of the draw.
     """
 
     def __init__(
@@ -58,13 +55,13 @@ class TrainBatches:
           examples: one set, or several to be mixed; of equal lengths.
           batch_size: B, for each seed.
           seeds: an int gives batches without the axis E; a sequence gives one slice to each seed.
-          rates: how often an example of each set is drawn, relative to the others (default: all
-            the same).  The sets interleave evenly, in the same pattern for all seeds; with
-            ``buckets`` each window of batches has their share, and not each batch.
-          buckets: how T is chosen; no more than the sets' ``inputs_length``.
-          rows: which of a batch's B rows to gather (a slice, or their numbers): one process's of
-            several that share a plan.
-          weights: [N], of all examples of all sets in order: how much each counts in the loss.
+          rates: of drawing an example of each set, relative to the others (default: equal).  The
+            sets interleave evenly, in the same pattern for all seeds; with ``buckets``, each
+            window of batches has their shares, and not each batch.
+          buckets: how T is chosen; at most the sets' ``inputs_length``.
+          rows: the rows of a batch to gather (a slice, or indices), for one process of several
+            that share a plan.
+          weights: [N], of all examples of all sets in order: their weights in the loss.
         """
         self._sets = (examples,) if isinstance(examples, TokenizedExamples) else tuple(examples)
         if batch_size < 1:
@@ -85,7 +82,7 @@ class TrainBatches:
         if weights is not None and len(weights) != self._first[-1]:
             raise ValueError(f"{self._first[-1]} examples and {len(weights)} weights")
         self._weights_N = None if weights is None else np.asarray(weights, np.float32)
-        # [examples] of all sets, as far as they are not cut.
+        # [examples] of all sets: tokens after truncation.
         self._real_N = np.minimum(
             np.concatenate([s.inputs.lengths for s in self._sets]), inputs_length
         )
@@ -122,7 +119,7 @@ class TrainBatches:
         return np.asarray(self._orders[seed][step], np.int64)
 
     def digest(self) -> str:
-        """Stands for the examples, in their order."""
+        """A digest of the examples, in their order."""
         return " ".join(examples.digest() for examples in self._sets)
 
     def padding(self, start_step: int, stop_step: int) -> float:
@@ -181,10 +178,7 @@ class TrainBatches:
         yield from steps.map(self.__getitem__).to_iter_dataset(options)
 
     def _with_tasks(self, batch: Batch, task_index: np.ndarray, number: np.ndarray) -> Batch:
-        """The batch that says of each example which set it comes from, where there are several.
-
-        And what weight the example of each number has, where they have some.
-        """
+        """The batch with ``task_index`` of several sets, and with weights if there are any."""
         batch = {**batch, "task_index": task_index} if len(self._sets) > 1 else batch
         if self._weights_N is None:
             return batch
@@ -194,7 +188,7 @@ class TrainBatches:
         return np.stack([self.indices_for(step, seed) for seed in self._seeds])
 
     def _count_real(self, step: int, indices_EB: np.ndarray | None = None) -> int:
-        """Tokens of inputs at ``step``; remembered for a while, for ``padding`` asks again."""
+        """Tokens of inputs at ``step``; cached for ``padding``."""
         chosen_EB = self._indices(step) if indices_EB is None else indices_EB
         self._real_of[step] = real = int(self._real_N[chosen_EB].sum())
         self._real_of.pop(step - _REMEMBERED, None)
@@ -237,7 +231,7 @@ class TrainBatches:
 
 
 def make_batch(inputs: np.ndarray, targets: np.ndarray, token_ids: TokenIds = T5_IDS) -> Batch:
-    """[..., T] and [..., S] -> the dict that a training step takes."""
+    """[..., T] and [..., S] -> the dict for a training step."""
     decoder_inputs = np.full_like(targets, token_ids.start)
     decoder_inputs[..., 1:] = targets[..., :-1]
     return {
@@ -252,11 +246,11 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield all examples once, in batches of one size and of the lengths that ``buckets`` chooses.
 
-    Beside the arrays of a training batch: ``example_index`` [B] int32, into ``examples.texts``, and
-    ``row_mask`` [B] bool.  Examples come in order where all batches have one length, else the
-    shortest first.  One batch may have rows to spare, the last one or that of the shortest inputs:
-    these come behind the others, repeat an input with no targets, their index is -1 and their mask
-    False.
+    In addition to the arrays of a training batch: ``example_index`` [B] int32, into
+    ``examples.texts``, and ``row_mask`` [B] bool.  Examples are in order if all batches have the
+    same length, and otherwise sorted by length.  One batch (the last, or that of the shortest
+    inputs) may have spare rows at its end: they repeat an input without targets, with index -1 and
+    mask False.
     """
     for index_B, inputs_length in eval_plan(examples, batch_size=batch_size, buckets=buckets):
         mask_B = index_B >= 0

@@ -1,4 +1,4 @@
-"""What an experiment trains and evaluates on: its tasks, tokenised, as batches."""
+"""The training and evaluation data of an experiment: its tasks, tokenised, as batches."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,18 @@ from prompt_tuning_jax.config.methods import (
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
-from prompt_tuning_jax.data.batching.class_weights import example_weights
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.tasks import demonstrations
 from prompt_tuning_jax.data.tasks.files import are_labels
+from prompt_tuning_jax.data.tasks.labels import (
+    example_weights,
+    is_rewritten,
+    label_line,
+    label_notes,
+    listed_counts,
+    require_labels_known,
+)
 from prompt_tuning_jax.data.tasks.metrics import (
     EVALUATION_LOSS,
     LOSS,
@@ -30,13 +37,6 @@ from prompt_tuning_jax.data.tasks.metrics import (
     metric_names,
 )
 from prompt_tuning_jax.data.tasks.selection import NO_EVAL, build_mixture, labels_of
-from prompt_tuning_jax.data.tasks.target_checks import (
-    is_rewritten,
-    label_line,
-    label_notes,
-    listed_counts,
-    require_labels_known,
-)
 from prompt_tuning_jax.data.tasks.task import (
     Task,
 )
@@ -52,28 +52,28 @@ _REPORTED_STEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """Examples to train on (None where only evaluation is wanted) and to evaluate on, by task."""
+    """Training examples (None for an evaluation only), and evaluation examples by task."""
 
     train: TrainBatches | None
     train_targets: tuple[str, ...]
     evaluation: Mapping[str, TokenizedExamples]
     labels: tuple[str, ...]
     best_by: str
-    # Whether the largest or the smallest of it is best; None where that is not known.
+    # Of ``best_by``; None if it is not known.
     direction: Direction | None
     reports: tuple[str, ...]
 
     def require_direction(self) -> Direction:
-        """What is better of ``best_by``; UserError that asks for it where it is not known."""
+        """The direction of ``best_by``; UserError if it is not known."""
         if self.direction is None:
             raise UserError(
-                f"evaluation.best_by: whether more or less of {self.best_by!r} is better is not "
-                "known; set evaluation.best_mode to max or min"
+                f"evaluation.best_by: the direction of {self.best_by!r} is not known; set "
+                "evaluation.best_mode to max or min"
             )
         return self.direction
 
     def wants_loss(self, task: Task) -> bool:
-        """Whether the evaluation of this task includes the loss, which takes another forward."""
+        """Whether the evaluation of this task includes the loss, which takes a forward pass."""
         name, slash, metric = self.best_by.rpartition("/")
         chosen = metric == LOSS and (not slash or name == task.name)
         return EVALUATION_LOSS in task.metrics or chosen
@@ -88,7 +88,7 @@ class TaskData:
         return (self.best_by,)
 
     def baselines(self) -> dict[str, float]:
-        """Scores of ``best_by`` that need no model, by name: of the majority class."""
+        """Scores by ``best_by`` without a model, by name: that of the majority class."""
         if len(self.evaluation) != 1 or not self.labels:
             return {}
         (examples,) = self.evaluation.values()
@@ -96,9 +96,9 @@ class TaskData:
         return {"majority class": scores[self.best_by]} if self.best_by in scores else {}
 
     def digests(self) -> dict[str, str]:
-        """A digest of everything in the training and evaluation data that decides scores.
+        """Digests of the training and evaluation data that determine scores.
 
-        It covers contents only: files may move, or be written again with the same examples.
+        They cover only contents: files may move, or be rewritten with the same examples.
         """
         train = [] if self.train is None else [self.train.digest(), repr(self.labels)]
         # Metrics compare texts, and several texts may have the same tokens.
@@ -144,7 +144,7 @@ class TaskData:
 
     def _training_batches(self) -> TrainBatches:
         if self.train is None:
-            raise UserError("there is no training data; give data.task or data.train")
+            raise UserError("there is no training data; set data.task or data.train")
         return self.train
 
 
@@ -195,8 +195,8 @@ def build_data(
     if experiment.method.scores_labels:
         for target in set(train_targets) - set(labels):
             raise UserError(
-                f"{type(experiment.method).__name__} chooses among the labels, and the target "
-                f"{target[:40]!r} is none of them; name all in data.labels"
+                f"{type(experiment.method).__name__} chooses among the labels, but the target "
+                f"{target[:40]!r} is not one of them; list all labels in data.labels"
             )
     train = None
     if train_sets:
@@ -212,7 +212,7 @@ def build_data(
             else partitioner.rows(experiment.training.batch_size),
         )
     best_by = _best_by(experiment.evaluation.best_by, eval_sets)
-    found = TaskData(
+    task_data = TaskData(
         train=train,
         train_targets=train_targets,
         evaluation=evaluation,
@@ -222,17 +222,17 @@ def build_data(
         reports=tuple(_reports(experiment, train_sets, train, eval_sets, partitioner)),
     )
     if training:
-        found.require_direction()
-    return found
+        task_data.require_direction()
+    return task_data
 
 
 def designed(
     experiment: Experiment, task: Task, vocabulary: AnyVocabulary, *, source: Task | None = None
 ) -> Task:
-    """The task as the method words its inputs, which most methods leave as they are.
+    """The task with the inputs that the method composes; most methods do not change them.
 
-    Demonstrations are drawn from the training split of ``source``, the task's own unless given, by
-    the first seed.
+    Demonstrations are drawn by the first seed from the training split of ``source``, which defaults
+    to the task.
     """
     method, data = experiment.method, experiment.data
     if not isinstance(method, PromptDesign):
@@ -243,7 +243,7 @@ def designed(
         if data.train_split not in source.splits:
             raise UserError(
                 f"method=prompt_design takes demonstrations from the split {data.train_split!r}, "
-                f"and task {source.name!r} has none; name a file in data.train, or set "
+                f"which task {source.name!r} does not have; set data.train to a file, or "
                 "method.shots=0"
             )
         drawn = demonstrations.draw(
@@ -264,7 +264,7 @@ def designed(
 
 
 def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
-    """The experiment once for each of its seeds where these decide the inputs, else alone."""
+    """The experiment once per seed if seeds determine the inputs; otherwise only itself."""
     if not isinstance(experiment.method, PromptDesign) or not experiment.method.shots:
         return (experiment,)
     training = experiment.training
@@ -275,9 +275,9 @@ def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
 
 
 def buckets_of(experiment: Experiment) -> Buckets:
-    """How the lengths of batches are chosen; fixed for the methods that ask for it."""
+    """How the lengths of batches are chosen; some methods need a fixed length."""
     method = experiment.method
-    if isinstance(method, DescribedPrompts):  # descriptions stand in the inputs, at their places
+    if isinstance(method, DescribedPrompts):  # descriptions have positions in the inputs
         return FIXED
     return Buckets.from_text(experiment.data.buckets, beside=method.prompt_positions())
 
@@ -287,34 +287,36 @@ def _check_targets(
     train_sets: Sequence[TokenizedExamples],
     eval_sets: Sequence[TokenizedExamples],
 ) -> None:
-    """UserError for targets that no prediction can equal, and for labels that nobody has named."""
+    """UserError for targets that no prediction can equal, and for unknown label sets."""
     data, asked = experiment.data, experiment.evaluation.strategy
-    own_files = bool(data.train or data.eval)
+    uses_files = bool(data.train or data.eval)
     for number, one in enumerate((*train_sets, *eval_sets)):
         labels, evaluated = one.task.labels, number >= len(train_sets)
-        if own_files and not labels and not data.train and data.targets == "auto":
+        if uses_files and not labels and not data.train and data.targets == "auto":
             counts = Counter(example["targets"] for example in one.texts)
             if asked in ("auto", "rank") and are_labels(counts):
                 raise UserError(
-                    f"{one.title}: nothing says which labels there are to choose between (the file "
-                    f"has {listed_counts(counts)}, and need not have all); name all in "
-                    "data.labels, name the training file in data.train, or use a prompt that knows "
-                    "its labels; data.targets=text generates text"
+                    f"{one.title}: the set of labels is unknown (the file has "
+                    f"{listed_counts(counts)}, but may lack some); list all in data.labels, set "
+                    "data.train to the training file, or use a prompt that stores its labels; "
+                    "data.targets=text generates text"
                 )
         scores_labels = chosen_strategy(asked, labels) == "rank"
-        if labels and (own_files or (scores_labels and evaluated)):
+        if labels and (uses_files or (scores_labels and evaluated)):
             require_labels_known(
-                one.task, one.title, one.texts, of_training=own_files and not data.labels
+                one.task, one.title, one.texts, of_training=uses_files and not data.labels
             )
         if not labels and one.rewritten:
             lost = {t for t, back in one.rewritten.items() if not is_rewritten(t, back)}
             if all(example["targets"] in lost for example in one.texts):
                 *_, note = one.rewritten_notes()
-                raise UserError(f"{note}, and so are all; take a model of another vocabulary")
+                raise UserError(
+                    f"{note}, and so are all others; use a model with another vocabulary"
+                )
 
 
 def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray | None:
-    """The weight of every example, of each set by its own labels; None where all count alike."""
+    """The weights of all examples, by the labels of their sets; None if all are equal."""
     if not data.class_weights:
         return None
     parts = [
@@ -329,16 +331,16 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:
-    """How predictions come about, beside which the log's training accuracy is another thing."""
+    """How predictions are made (training accuracy in the log is teacher-forced)."""
     number = len(task.labels)
     strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
     if strategy == "rank":
         return f"evaluation ranks the {number} label{'s' * (number != 1)} of each example"
-    return f"evaluation writes text ({strategy}) and compares it with the target"
+    return f"evaluation generates text ({strategy}) and compares it with the target"
 
 
 def _target_notes(data: Data, one: TokenizedExamples, *, trains: bool) -> Iterator[str]:
-    """What a user should know about the targets and inputs of a set, a line each."""
+    """Remarks on the targets and inputs of a set, one line each."""
     counts = Counter(example["targets"] for example in one.texts)
     if trains and one.task.labels:
         yield label_line(counts, one.task.labels)
@@ -360,7 +362,7 @@ def _reports(
     eval_sets: list[TokenizedExamples],
     partitioner: Partitioner | None,
 ) -> Iterator[str]:
-    """A line for each set, and what of the batches is padding."""
+    """A line per set, and the share of padding in batches."""
     yield from dict.fromkeys(note for one in (*train_sets, *eval_sets) for note in one.task.notes)
     for one in train_sets:
         yield one.report()
@@ -390,15 +392,15 @@ def _padding_report(what: str, lengths: Sequence[int], percent: float) -> str:
 
 
 def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
-    """The metric asked for, or the first; UserError for one that evaluations will not have."""
+    """The requested metric, or the first one; UserError for one that is not computed."""
     first = eval_sets[0].task
     if not first.metrics:
-        raise UserError(f"task {first.name!r} has no metric; name one in data.metrics")
+        raise UserError(f"task {first.name!r} has no metric; set data.metrics")
     names: list[str] = []
     usual = ""
     for one in eval_sets:
         prefix = f"{one.task.name}/" if len(eval_sets) > 1 else ""
-        # A metric may give several numbers, of names that only its result tells.
+        # A metric may return several numbers, whose names only its result tells.
         scores = one.task.score(one.texts, [example["targets"] for example in one.texts])
         first_name = one.task.metrics[0].name if one.task.metrics else ""
         if first_name not in (*scores, LOSS):
@@ -407,7 +409,7 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
         names += [prefix + name for name in dict.fromkeys([*scores, LOSS])]
     if asked and asked not in names:
         known = asked in metric_names()
-        also = f"; add {asked} to data.metrics to have it computed" if known else ""
+        also = f"; add {asked} to data.metrics" if known else ""
         raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}{also}")
     return asked or usual
 
@@ -415,7 +417,7 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
 def _direction(
     mode: Literal["auto", "max", "min"], best_by: str, eval_sets: list[TokenizedExamples]
 ) -> Direction | None:
-    """What is better of ``best_by``; None where it is not known, UserError for a contradiction."""
+    """The direction of ``best_by``; None if it is not known, UserError for a contradiction."""
     task_name, slash, metric = best_by.rpartition("/") if len(eval_sets) > 1 else ("", "", best_by)
     declared: Direction | None = None
     for one in eval_sets:
@@ -426,29 +428,29 @@ def _direction(
     if declared not in (None, mode):
         less = "less" if declared == "min" else "more"
         raise UserError(
-            f"evaluation.best_mode is {mode}, and {less} of {best_by!r} is better; leave it at auto"
+            f"evaluation.best_mode is {mode}, but {less} of {best_by!r} is better; set it to auto"
         )
     return mode
 
 
 def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
-    """The rows of an evaluation batch: as asked, or all, and as many in each part of the mesh."""
+    """The rows of an evaluation batch: at most all examples, and divisible by ``parts``."""
     return -(-min(asked, examples) // parts) * parts
 
 
 def chosen_strategy(
     asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
 ) -> Literal["rank", "greedy", "beam"]:
-    """How predictions are made: ``auto`` ranks labels where there are some, and else writes."""
+    """How predictions are made: ``auto`` ranks labels if there are any, and otherwise generates."""
     if asked == "auto":
         return "rank" if labels else "greedy"
     return asked
 
 
 def require_labels(labels: Sequence[str]) -> None:
-    """Raises UserError where there is nothing to rank."""
+    """UserError if there are no labels to rank."""
     if not labels:
         raise UserError(
-            "evaluation.strategy=rank needs labels, and neither the prompts nor the task say them; "
-            "give data.labels=a,b, or use evaluation.strategy=greedy"
+            "evaluation.strategy=rank needs labels, but neither the prompts nor the task have any; "
+            "set data.labels=a,b, or evaluation.strategy=greedy"
         )

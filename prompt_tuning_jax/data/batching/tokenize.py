@@ -1,4 +1,4 @@
-"""Examples tokenised once, cached, and held uncut."""
+"""Tokenises the examples of a task once, and caches them untruncated."""
 
 import functools
 import hashlib
@@ -13,15 +13,19 @@ import numpy as np
 
 from prompt_tuning_jax.data.batching.example_cache import (
     Entry,
+    Ragged,
     cache_key,
     default_cache_dir,
+    make_ragged,
     open_entry,
     write_entry,
 )
-from prompt_tuning_jax.data.batching.ragged import Ragged, make_ragged
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import task_index_id
-from prompt_tuning_jax.data.tasks.target_checks import is_rewritten, same_value
-from prompt_tuning_jax.data.tasks.task import Example, Task
+from prompt_tuning_jax.data.tasks.labels import is_rewritten, same_value
+from prompt_tuning_jax.data.tasks.task import (
+    Example,
+    Task,
+    task_index_id,
+)
 from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import TokenIds
@@ -36,12 +40,13 @@ class TokenizedExamples:
     """A split of a task as token ids, and the lengths to which batches of it are cut and padded.
 
     Attributes:
-      task, split: where it comes from.
-      inputs, targets: uncut token ids, EOS included.
+      task, split: the source.
+      inputs, targets: untruncated token ids, EOS included.
       inputs_length, targets_length: in tokens, EOS included.
-      token_ids: the model's, for padding and for what starts the decoder.
-      remark: what readers of scores on these examples must know (``data.task.Source``).
-      read_back: texts as the vocabulary writes them; None: as they are.
+      load_texts: reads the examples as text.
+      note: what readers of scores on these examples must know (``Source.note``).
+      token_ids: the model's, for padding and the decoder's start.
+      read_back: texts -> texts after encoding and decoding; None if they do not change.
     """
 
     task: Task
@@ -60,7 +65,7 @@ class TokenizedExamples:
 
     @functools.cached_property
     def texts(self) -> list[Example]:
-        """The examples as text, in the same order; read when first asked for."""
+        """The examples as text, in the same order; read on first use."""
         return self.load_texts()
 
     @property
@@ -75,20 +80,20 @@ class TokenizedExamples:
 
     @property
     def title(self) -> str:
-        """What messages call the set: the user's file, or TASK/SPLIT."""
+        """The name of the set in messages: the user's file, or TASK/SPLIT."""
         return self.task.source.display_names.get(self.split, f"{self.task.name}/{self.split}")
 
     @functools.cached_property
     def rewritten(self) -> dict[str, str]:
-        """Targets and labels that the vocabulary does not give back as they are -> what it gives.
+        """Targets and labels that change in encoding and decoding -> what they become.
 
-        Those that the task's metrics take for the same all the same are left out.
+        Those that the task's metrics treat as equal are left out.
         """
         if self.read_back is None:
             return {}
         first = {example["targets"]: example for example in reversed(self.texts)}
         texts = [*dict.fromkeys([*first, *self.task.labels])]
-        found = {}
+        changed = {}
         for text, back in zip(texts, self.read_back(texts), strict=True):
             if back == text:
                 continue
@@ -97,18 +102,18 @@ class TokenizedExamples:
             if same and compare is not None:
                 same = same_value(compare(text, example, True), compare(back, example, False))
             if not same:
-                found[text] = back
-        return found
+                changed[text] = back
+        return changed
 
     def score(self, predictions: Sequence[str]) -> dict[str, float]:
         """The task's metrics of predicted texts, one per example in the same order."""
         return self.task.score(self.texts, self.as_written(predictions))
 
     def as_written(self, predictions: Sequence[str]) -> list[str]:
-        """Predicted texts, one per example, as the targets and labels are written.
+        """Predicted texts, one per example, in the spelling of targets and labels.
 
-        What the vocabulary makes of a label counts as that label, and of a target as that target,
-        where no letters are lost.
+        The decoded form of a label counts as that label, and that of a target as that target, if no
+        letters are lost.
         """
         back = self.rewritten
         if not back:
@@ -130,7 +135,7 @@ class TokenizedExamples:
         return [original(prediction, example["targets"]) for prediction, example in pairs]
 
     def rewritten_notes(self) -> Iterator[str]:
-        """What the vocabulary makes of targets, a line each kind."""
+        """Notes on targets that change in encoding and decoding, one line per kind."""
         counts = Counter(example["targets"] for example in self.texts)
         for lost in (False, True):
             texts = [t for t, b in self.rewritten.items() if is_rewritten(t, b) is not lost]
@@ -143,11 +148,11 @@ class TokenizedExamples:
             else:
                 many = f"{number:,} target{'s' * (number != 1)}"
             if lost:
-                yield f"{self.title}: {many} cannot be written in this vocabulary: {example}"
+                yield f"{self.title}: {many} cannot be represented in this vocabulary: {example}"
             else:
                 yield (
-                    f"{self.title}: the vocabulary writes {many} otherwise: {example}; predictions "
-                    "are compared with that"
+                    f"{self.title}: the vocabulary changes {many}: {example}; predictions are "
+                    "compared with that"
                 )
 
     def report(self) -> str:
@@ -167,16 +172,16 @@ class TokenizedExamples:
         return f"{line}; {self.note}" if self.note else line
 
     def digest(self) -> str:
-        """Stands for the examples' ids, in their order."""
-        found = hashlib.sha256()
+        """A digest of the examples' ids, in their order."""
+        digest = hashlib.sha256()
         for array in (
             self.inputs.offsets,
             self.inputs.flat,
             self.targets.offsets,
             self.targets.flat,
         ):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def select(self, indices: np.ndarray) -> "TokenizedExamples":
         """The examples at ``indices``, in that order."""
@@ -188,7 +193,7 @@ class TokenizedExamples:
         )
 
     def at_most(self, number: int) -> "TokenizedExamples":
-        """Evenly spaced examples, ``number`` of them (files are often sorted by label); 0: all."""
+        """At most ``number`` evenly spaced examples (files may be sorted by label); 0: all."""
         if not 0 < number < len(self):
             return self
         return self.select(np.arange(number) * len(self) // number)
@@ -205,26 +210,25 @@ def tokenize(
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
 ) -> TokenizedExamples:
-    """Tokenise a split of a task, or open what an earlier call has cached.
+    """Tokenise a split of a task, or open the cache of an earlier call.
 
     Args:
-      task: whose examples.
-      split: which of the task's splits.
-      vocabulary: makes the ids.
-      inputs_length: in tokens, EOS included.  The cache holds uncut ids, so that other lengths use
+      task: the task.
+      split: one of its splits.
+      vocabulary: for the ids.
+      inputs_length: in tokens, EOS included.  The cache has untruncated ids, so other lengths use
         the same entry.
       targets_length: likewise.
-      data_dir: handed to the task's source.
-      cache_dir: default ``default_cache_dir()``; where that cannot be written the examples are
-        kept in memory, with a warning.
-      use_cache: False neither reads nor writes the disk.
+      data_dir: passed to the task's source.
+      cache_dir: default ``default_cache_dir()``; if that cannot be written, the examples stay in
+        memory, with a warning.
+      use_cache: False neither reads nor writes the cache.
 
     Raises UserError for an unknown split, an empty one, a label longer than ``targets_length``, two
     labels of the same tokens, and a ``cache_dir`` that cannot be written.
     """
     _check_lengths(inputs_length, targets_length)
     check_labels(task, vocabulary, targets_length=targets_length)
-    # Both make no difference to the entry: built afresh, or found on the disk.
     build = functools.partial(_build, task, split, vocabulary, data_dir)
     if use_cache:
         parts = [split, task.fingerprint(split, data_dir), vocabulary.fingerprint]
@@ -248,14 +252,14 @@ def tokenize(
 
 
 def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
-    """Raise UserError if a label is longer than ``targets_length`` or looks like another one."""
+    """Raise UserError if a label exceeds ``targets_length``, or two labels have the same tokens."""
     seen: dict[tuple[int, ...], str] = {}
     for label in task.labels:
         ids = tuple(vocabulary.encode(label))
         if len(ids) + 1 > targets_length:
             raise UserError(
                 f"task {task.name!r}: the label {label!r} has {len(ids) + 1} tokens, the end of "
-                f"sequence included, and data.targets_length is {targets_length}; raise it"
+                f"sequence included, and data.targets_length is {targets_length}; increase it"
             )
         if ids in seen:
             raise UserError(
@@ -285,7 +289,7 @@ def _open_or_build(
             raise
         _log.warning("%s; the examples stay in memory", error)
         return built
-    # Memory-mapped from now on; the examples in memory can go.
+    # The memory-mapped entry replaces the examples in memory.
     return open_entry(folder) or built
 
 
@@ -304,11 +308,11 @@ def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> 
 
 
 def _read_back(vocabulary: AnyVocabulary, texts: Sequence[str]) -> list[str]:
-    found = []
+    decoded = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         for ids in vocabulary.encode_batch(texts[start : start + _TEXTS_AT_ONCE]):
-            found.append(vocabulary.decode(ids))
-    return found
+            decoded.append(vocabulary.decode(ids))
+    return decoded
 
 
 def _short(text: str) -> str:

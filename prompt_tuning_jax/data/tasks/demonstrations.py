@@ -1,4 +1,4 @@
-"""Demonstrations: examples of the training split, with their answers, in the text of the input."""
+"""Demonstrations: examples of the training split, with their targets, in the input text."""
 
 import bisect
 import dataclasses
@@ -14,19 +14,20 @@ from prompt_tuning_jax.data.tasks.task import Example, Row, Source, Task, row_is
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 
 Demonstrations: TypeAlias = tuple[Mapping[str, str], ...]
-# What the model reads for an input behind demonstrations.
+# (demonstrations, input) -> the text that the model reads.
 Compose: TypeAlias = Callable[[Demonstrations, str], str]
-# How many there are in an example's inputs, in the example.
+# The example's field with the number of demonstrations in its inputs.
 NUMBER = "number_of_demonstrations"
 
 
 def draw(
     examples: Sequence[Example], *, labels: Sequence[str], shots: int, balanced: bool, seed: int
 ) -> Demonstrations:
-    """``shots`` examples by seed, or all where there are fewer; no two have the same inputs.
+    """``shots`` random examples (or all, if there are fewer) with different inputs.
 
-    Balanced: in rounds with one of each label, shuffled within a round, so that the first few are
-    balanced as well; a label whose examples have run out is left out.  Without ``labels`` as drawn.
+    ``balanced`` draws in rounds of one example per label, shuffled within a round, so that the
+    first few are balanced as well; labels without further examples are skipped.  It has no effect
+    without ``labels``.
     """
     random = np.random.default_rng(seed)
     shuffled: dict[str, str] = {}
@@ -41,11 +42,11 @@ def draw(
                 by_label[targets].append(inputs)
         order = []
         for number in range(shots):
-            having = [label for label, own in by_label.items() if len(own) > number]
+            having = [label for label, inputs in by_label.items() if len(inputs) > number]
             if not having or len(order) >= shots:
                 break
-            for place in random.permutation(len(having)):
-                label = having[int(place)]
+            for index in random.permutation(len(having)):
+                label = having[int(index)]
                 order.append((by_label[label][number], label))
     return tuple({"inputs": inputs, "targets": targets} for inputs, targets in order[:shots])
 
@@ -61,11 +62,10 @@ def demonstrated(
 ) -> Task:
     """The task with as many of the drawn examples in each input as fit ``inputs_length`` tokens.
 
-    The first ones stay; the input itself is cut only where it is too long without any.  An example
-    that is itself among the drawn is not told its own answer.  ``identity`` stands for ``compose``
-    in the key of what is cached.
+    The first ones are kept; the input itself is truncated only if it is too long without any.  An
+    example is never a demonstration for itself.  ``identity`` represents ``compose`` in cache keys.
     """
-    beside = 1 + (task.index is not None)  # the end of the sequence, and the task's token
+    beside = 1 + (task.index is not None)  # EOS, and the task's token
 
     def with_those_that_fit(inputs: str) -> tuple[str, int]:
         others = tuple(each for each in drawn if each["inputs"] != inputs)
@@ -98,7 +98,7 @@ def demonstrated(
 
 
 def report(examples: TokenizedExamples, *, shots: int, seed: int) -> str:
-    """One line: how many demonstrations there are in the inputs."""
+    """One line about the number of demonstrations in the inputs."""
     numbers = np.asarray([example[NUMBER] for example in examples.texts])
     line = f"demonstrations of seed {seed}: "
     if numbers.min() == numbers.max():

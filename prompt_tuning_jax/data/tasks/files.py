@@ -1,4 +1,4 @@
-"""A task made of a user's own files."""
+"""Tasks of a user's files."""
 
 import hashlib
 from collections import Counter
@@ -13,14 +13,17 @@ from prompt_tuning_jax.data.tasks.row_files import RowFile, value_text
 from prompt_tuning_jax.data.tasks.task import Row, Source, Task
 from prompt_tuning_jax.errors import UserError, suggest
 
-# More distinct targets than this in the training file are text, not labels to choose between.
+# With more distinct targets in the training file, targets are text and not labels.
 MAX_LABELS = 50
-# Among this few rows labels may all differ; longer targets than this many words are text.
+# In so few rows all labels may differ; longer targets (in words) are text.
 _FEW_ROWS = 4
 _SHORT_WORDS = 3
 
-# What the name of a task of files begins with.
+# The prefix of the names of these tasks.
 FILE_TASK = "file:"
+
+# The version of all tasks of files: change it when the same rows become other examples.
+_VERSION = "1"
 
 TargetKind: TypeAlias = Literal["auto", "labels", "text"]
 
@@ -45,39 +48,47 @@ def file_task(
 ) -> Task:
     """Make a task of one or two files; the arguments are the fields of ``experiment.Data``.
 
-    ``data.row_files`` tells which files there are and how they are read.  Numbers and booleans
-    become text: JSON numbers as they are written, booleans ``True`` and ``False``, null an empty
-    string.  Blanks around a target are passed over.  Every column of a row stays with its example,
-    of whatever type it is; those that a template names must be text, numbers or booleans.
+    ``RowFile`` reads the files.  Values become text: JSON numbers as they are spelt, booleans
+    ``True`` and ``False``, null an empty string.  White space around a target is stripped.  Each
+    example keeps all columns of its row, of any type; columns that a template names must be text,
+    numbers or booleans.
 
-    With ``labels`` every target must be one of them.  Without, the targets of the training file
-    are labels, in alphabetical order, or text (``targets``); ``auto`` decides by how many there are
-    and how often they repeat (``are_labels``), and the task's ``notes`` say what was decided.
-    Without a training file there are no labels: those of an evaluation file need not be all.
-    Without ``metrics`` it is accuracy.
+    With ``labels``, every target must be one of them.  Otherwise ``targets`` decides whether the
+    targets of the training file are labels, in alphabetical order, or text; ``auto`` decides by
+    their number and repetition (``are_labels``), and the task's ``notes`` report the decision.
+    Without a training file there are no labels, since an evaluation file may lack some.  The
+    default of ``metrics`` is accuracy.
 
-    Raises UserError, now or when the rows are read, naming file and line: a file that is missing,
-    empty, of an unknown format, not text or malformed, a missing column, an empty target.
+    Raises UserError that names file and line, now or when rows are read, for a file that is
+    missing, empty, malformed, of an unknown format or not text, for a missing column, and for an
+    empty target.
     """
     files = _row_files(
         train, eval, train_split, eval_split, header=header, columns=columns, separator=separator
     )
     sides = _sides(inputs_column, targets_column, inputs_template, targets_template)
+    required = tuple(labels)
     read = partial(
         _examples,
         inputs=sides[0],
         targets=sides[1],
-        labels=tuple(labels),
+        labels=required,
         allow_empty=allow_empty_targets,
     )
+
+    def fingerprint(split: str, data_dir: str) -> str:
+        # Includes what is refused, because cached examples are not checked again.
+        parts = (sides, required, allow_empty_targets, files[split].fingerprint())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     notes: tuple[str, ...] = ()
     if not labels and train and targets != "text":
         evaluation = files.get(eval_split)
-        # At prediction the file may be gone.
-        seen = evaluation is not None and evaluation.path.exists()
+        # For predictions the file need not exist.
+        exists = evaluation is not None and evaluation.path.exists()
         labels, notes = _labels_of(
             read(files[train_split]),
-            (lambda: read(files[eval_split])) if seen else None,
+            (lambda: read(files[eval_split])) if exists else None,
             targets,
         )
     return Task(
@@ -85,7 +96,7 @@ def file_task(
         source=Source(
             splits=tuple(files),
             rows=lambda split, data_dir: read(files[split]),
-            fingerprint=lambda split, data_dir: _fingerprint(files[split], sides),
+            fingerprint=fingerprint,
             display_names={split: file.title for split, file in files.items()},
         ),
         labels=tuple(labels),
@@ -93,6 +104,7 @@ def file_task(
         description=", ".join(f"{split}: {file.path}" for split, file in files.items()),
         notes=notes
         + tuple(n for file in files.values() if file.path.exists() for n in file.notes()),
+        version=_VERSION,
     )
 
 
@@ -110,18 +122,18 @@ def check_file_columns(
     columns: Sequence[str],
     separator: str,
 ) -> None:
-    """UserError unless the files are there, hold a row, and that has the columns asked for."""
+    """UserError unless each file exists and has a row with the required columns."""
     files = _row_files(
         train, eval, train_split, eval_split, header=header, columns=columns, separator=separator
     )
     inputs, targets = _sides(inputs_column, targets_column, inputs_template, targets_template)
     for file in files.values():  # all of them, before any is read
         if not file.path.exists():
-            raise UserError(f"{file.path}: there is no such file")
+            raise UserError(f"{file.path}: no such file")
     for file in files.values():
         where, row = next(file.rows(), ("", None))
         if row is None:
-            raise UserError(f"{file.path}: holds no examples")
+            raise UserError(f"{file.path}: no examples")
         _require_columns(file, row, where, inputs=inputs, targets=targets)
 
 
@@ -137,7 +149,9 @@ def _row_files(
 ) -> dict[str, RowFile]:
     """The files by split."""
     if train and eval and train_split == eval_split:
-        raise UserError(f"data.train_split and data.eval_split are both {train_split!r}")
+        raise UserError(
+            f"data.train_split and data.eval_split are both {train_split!r}; rename one"
+        )
     files = {
         split: RowFile(
             path=Path(path),
@@ -150,11 +164,11 @@ def _row_files(
         if path
     }
     if not files:
-        raise UserError("neither data.train nor data.eval names a file")
+        raise UserError("no files: set data.train or data.eval")
     if (not header or columns or separator) and not any(f.is_table for f in files.values()):
         raise UserError(
-            "data.header, data.columns and data.separator are for .csv and .tsv files, and "
-            f"{next(iter(files.values())).title} is none"
+            "data.header, data.columns and data.separator are for .csv and .tsv files, not for "
+            f"{next(iter(files.values())).title}"
         )
     return files
 
@@ -169,12 +183,12 @@ def _sides(
 
 
 def are_labels(train: Mapping[str, int], evaluation: Mapping[str, int] | None = None) -> bool:
-    """Whether targets are labels to choose between, by how often each occurs.
+    """Whether targets are labels (rather than text), by how often each occurs.
 
-    They are text where there are more than ``MAX_LABELS``; where most rows have a target that no
-    other row has; where there are more than ten and they are long; and where most rows to evaluate
-    on have a target of their own that the training file lacks.  Of a few rows, targets of a word or
-    three are labels, and so are those that the rows to evaluate on repeat.
+    They are text if there are more than ``MAX_LABELS``; if most rows have a unique target; if there
+    are more than ten and they are long; and if most rows of the evaluation file have a unique
+    target that the training file lacks.  In a file of few rows, targets of up to three words are
+    labels, and so are targets that the evaluation file repeats.
     """
     if len(train) > MAX_LABELS:
         return False
@@ -200,28 +214,28 @@ def _mostly_once(counts: Mapping[str, int]) -> bool:
 def _labels_of(
     train: Iterator[Row], evaluation: Callable[[], Iterator[Row]] | None, kind: TargetKind
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The labels, or none where the targets are text, and what to say about that."""
+    """The labels (empty if the targets are text), and notes about the decision."""
     counts = _count_targets(train)
     if kind == "auto":
         seen = _count_targets(evaluation()) if evaluation else None
-        # Who allows empty targets has text: a label needs a name.
+        # Empty targets mean text, since a label needs a name.
         kind = "labels" if "" not in counts and are_labels(counts, seen) else "text"
         if kind == "text":
             rows = sum(counts.values())
             return (), (
                 f"targets: {len(counts):,} distinct in {rows:,} rows: text to generate; "
-                "data.targets=labels would rank them as labels",
+                "set data.targets=labels to rank them as labels",
             )
     if "" in counts:
         raise UserError(
-            f"{counts['']} targets are empty, and a label needs a name; fill them in, for instance "
-            "with none, or set data.targets=text"
+            f"{counts['']} targets are empty, but a label needs a name; fill them in (for instance "
+            "with none), or set data.targets=text"
         )
     return tuple(sorted(counts)), ()
 
 
 def _count_targets(rows: Iterator[Row]) -> Counter[str]:
-    return Counter(row["targets"] for row in rows)  # reads on to the end: every line is checked
+    return Counter(row["targets"] for row in rows)  # reads, and so checks, every line
 
 
 def _template(template: str, column: str, field: str) -> TextTemplate:
@@ -250,12 +264,13 @@ def _examples(
         target = targets.render(texts).strip()
         if not target and not allow_empty:
             raise UserError(
-                f"{where}: the target is empty; fill it in or remove the line (where nothing is an "
-                "answer, set data.allow_empty_targets=True)"
+                f"{where}: the target is empty; fill it in or remove the line (if empty answers "
+                "are valid, set data.allow_empty_targets=True)"
             )
         if labels and target not in labels:
             raise UserError(
-                f"{where}: the target {target!r} is none of the labels: {suggest(target, labels)}"
+                f"{where}: the target {target!r} is not one of the labels: "
+                f"{suggest(target, labels)}"
             )
         others = {
             column: value if isinstance(value, list | dict) else value_text(value, column, where)
@@ -263,13 +278,13 @@ def _examples(
         }
         yield {**others, "inputs": inputs.render(texts), "targets": target}
     if empty:
-        raise UserError(f"{file.path}: holds no examples")
+        raise UserError(f"{file.path}: no examples")
 
 
 def _require_columns(
     file: RowFile, row: Row, where: str, *, inputs: TextTemplate, targets: TextTemplate
 ) -> None:
-    # A table's columns are named in its first line.
+    # The first line of a table names its columns.
     where = f"{file.path}:1" if file.is_table else where
     for side, template in (("inputs", inputs), ("targets", targets)):
         for column in template.columns:
@@ -287,23 +302,17 @@ def _naming(row: Row, inputs: TextTemplate, targets: TextTemplate) -> str:
     if len(asked) == len(row) == 2:
         return (
             f"set data.columns={','.join(asked)} or data.columns={','.join(reversed(asked))}, "
-            "as they stand in the file"
+            "in the order of the file"
         )
     return (
-        f"name the {len(row)} columns as they stand in the file with data.columns, "
-        f"{', '.join(asked)} among them"
+        f"name all {len(row)} columns in the order of the file with data.columns, including "
+        f"{', '.join(asked)}"
     )
 
 
 def _no_column(column: str, values: Row, side: str) -> str:
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in values]
     return (
-        f"no column {column!r}: {suggest(column, names)}; say which one with "
+        f"no column {column!r}: {suggest(column, names)}; choose one with "
         f"--set data.{side}_column=NAME, or several with data.{side}_template"
     )
-
-
-def _fingerprint(file: RowFile, sides: tuple[TextTemplate, TextTemplate]) -> str:
-    digest = hashlib.sha256(repr(sides).encode())
-    digest.update(file.fingerprint().encode())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Scores of predictions against targets, in percent, and which of two scores is better.
+"""Metrics of predictions, in percent, and their directions.
 
 A prediction outside the label set is wrong, never dropped.
 """
@@ -10,17 +10,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from prompt_tuning_jax.data.tasks.metric_functions import (
+    normalized,
+    pearson,
+    rouge_f1,
+    spearman,
+    word_f1,
+)
 from prompt_tuning_jax.errors import UserError, suggest
 
-# (targets, predictions) -> percent, or several numbers with a name each.
+# (targets, predictions) -> percent, or several numbers by name.
 MetricFn: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], float | Mapping[str, float]]
 # Whether the largest score is the best, or the smallest.
 Direction: TypeAlias = Literal["max", "min"]
 
-# The mean cross entropy per target token on the evaluation set, which is not a metric of
-# predictions: whoever evaluates computes it with the model.
+# The mean cross entropy per target token on the evaluation set.  It is not a metric of predictions:
+# evaluation computes it with the model.
 LOSS = "loss"
-# The percent of predictions that are none of the labels, which every task with labels has.
+# The percent of predictions that are not labels; every task with labels has it.
 INVALID = "invalid"
 
 
@@ -28,10 +35,9 @@ INVALID = "invalid"
 class Metric:
     """A named score; ``fn`` gets all targets and all predictions of a split, in the same order.
 
-    Where ``fn`` returns several numbers they carry their own names and ``name`` is not used.
-    ``direction`` says whether more is better (``max``) or less (``min``): of the number called
-    ``name``, or a mapping for several numbers.  Without one it follows from the number's name where
-    that is a usual one (``direction_by_name``), and is asked for otherwise.
+    If ``fn`` returns several numbers by name, ``name`` is not used.  ``direction`` is ``max`` if
+    more is better and ``min`` if less is better; a mapping for several numbers.  Without one, it
+    follows from common names (``direction_by_name``); for other names it must be given.
     """
 
     name: str
@@ -39,7 +45,7 @@ class Metric:
     direction: Direction | Mapping[str, Direction] | None = None
 
     def declared_direction(self, name: str) -> Direction | None:
-        """What the metric itself says of its number of that name; None where it says nothing."""
+        """The direction of the metric's number of that name, if it declares one."""
         if isinstance(self.direction, Mapping):
             return self.direction.get(name)
         return self.direction if name == self.name else None
@@ -62,9 +68,9 @@ def score(
 
 
 def is_better(score: float, than: float, direction: Direction) -> bool:
-    """Whether a score is better than another one: strictly, and never where it is nan.
+    """Whether a score is strictly better than another one.
 
-    What is not finite is worse than any number.
+    Scores that are not finite are worse than any number.
     """
     if not math.isfinite(score):
         return False
@@ -74,7 +80,7 @@ def is_better(score: float, than: float, direction: Direction) -> bool:
 
 
 def best_of(scores: Iterable[float], direction: Direction) -> int:
-    """The index of the best score, of equals the first; 0 where none is a number."""
+    """The index of the best score (the first of equal ones); 0 if none is finite."""
     best, best_score = 0, math.nan
     for index, score in enumerate(scores):
         if is_better(score, best_score, direction):
@@ -83,9 +89,9 @@ def best_of(scores: Iterable[float], direction: Direction) -> int:
 
 
 def direction_by_name(name: str) -> Direction | None:
-    """What is better of a metric with a usual name, ``task/`` before it or not; None for others.
+    """The direction of a metric with a common name, with or without ``task/``; None for others.
 
-    A name whose words speak for both, for instance ``loss_accuracy``, is not a usual one.
+    Names with words for both directions, for instance ``loss_accuracy``, give None.
     """
     last = name.rsplit("/", maxsplit=1)[-1]
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", last).lower()
@@ -97,12 +103,12 @@ def direction_by_name(name: str) -> Direction | None:
 
 
 def _stems(word: str) -> tuple[str, ...]:
-    """The word, without the number of ``rouge2``, and without a plural's s."""
+    """The word, the word without trailing digits (``rouge2``), and without a plural's s."""
     bare = word.rstrip("0123456789")
     return word, bare, word.removesuffix("s")
 
 
-# The words in metrics' names, as T5, SeqIO, scikit-learn and the papers use them.
+# Words in metrics' names, as in T5, SeqIO, scikit-learn and the papers.
 _LOWER_IS_BETTER = frozenset(
     {
         *("loss", "losses", "nll", "xent", "entropy", "perplexity", "perplexities", "ppl"),
@@ -133,9 +139,9 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
     Args:
       name: one of ``metric_names()``; UserError with the nearest name otherwise.
-      labels: the label set, which ``f1_macro`` averages over (default: the targets seen),
-        ``f1_binary`` (exactly two: the second is the positive class) and ``invalid`` need;
-        UserError where it does not fit.
+      labels: the label set, which ``f1_macro`` averages over (default: the targets),
+        and which ``f1_binary`` (exactly two; the second is the positive class) and ``invalid``
+        require; UserError if it does not fit.
     """
     if name not in _FACTORIES:
         raise UserError(f"unknown metric {name!r}: {suggest(name, _FACTORIES)}")
@@ -148,24 +154,24 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    """Percent of predictions equal to their target, blanks and case included."""
+    """Percent of predictions that equal their target exactly."""
     hits = sum(bool(t == p) for t, p in zip(targets, predictions, strict=True))
     return 100 * hits / len(targets)
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """Percent of predictions equal to their target after the blanks around both are removed."""
+    """Percent of predictions that equal their target after stripping white space."""
     return accuracy([t.strip() for t in targets], [p.strip() for p in predictions])
 
 
 def invalid_share(labels: Sequence[str], predictions: Sequence[str]) -> float:
-    """Percent of predictions that are none of the labels."""
+    """Percent of predictions that are not labels."""
     known = set(labels)
     return 100 * sum(p not in known for p in predictions) / len(predictions)
 
 
 def majority_class(targets: Sequence[str]) -> str:
-    """The most frequent target; of several equally frequent ones the first in the alphabet."""
+    """The most frequent target; of equally frequent ones the alphabetically first."""
     counts = Counter(targets)
     return min(counts, key=lambda target: (-counts[target], target))
 
@@ -177,7 +183,7 @@ def _f1_macro(labels: tuple[str, ...]) -> MetricFn:
         from sklearn.metrics import f1_score
 
         classes = {label: i for i, label in enumerate(labels or sorted(set(targets)))}
-        # An invalid prediction is a class of its own: a miss for its target, nobody's false alarm.
+        # Invalid predictions are a separate class: misses, and no false positives.
         return 100 * float(
             f1_score(
                 [classes.get(t, len(classes)) for t in targets],
@@ -195,7 +201,7 @@ def _f1_binary(labels: tuple[str, ...]) -> MetricFn:
     """F1 of the second label; an invalid prediction counts as the opposite of its target (T5)."""
     if len(labels) != 2:
         raise UserError(
-            f"metric 'f1_binary' needs exactly two labels (the second is the positive class) and "
+            f"metric 'f1_binary' needs exactly two labels (the second is the positive class), but "
             f"there are {len(labels)}: set data.labels, or use f1_macro"
         )
     positive = labels[1]
@@ -220,23 +226,19 @@ def _invalid(labels: tuple[str, ...]) -> MetricFn:
 
 def _word_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
     """The mean F1 of the words of target and prediction, normalised as for SQuAD."""
-    from prompt_tuning_jax.data.tasks.t5_tasks.answers import normalized, word_f1
-
     _require_texts("f1", targets, predictions)
     pairs = [(normalized(t), normalized(p)) for t, p in zip(targets, predictions, strict=True)]
-    # Two texts of articles and punctuation alone have no words to share and yet are the same.
+    # Texts of only articles and punctuation are equal, but have no words.
     return 100 * math.fsum(1.0 if t == p else word_f1(t, p) for t, p in pairs) / len(pairs)
 
 
 def _correlation(name: str) -> MetricFn:
-    """Pearson's or Spearman's correlation of numbers written as text; nan for constant ones.
+    """Pearson's or Spearman's correlation of numbers as text; nan if one side is constant.
 
-    A prediction that is not a number counts as the target that is farthest from its own.
+    A prediction that is not a number counts as the target value farthest from its target.
     """
 
     def correlation(targets: Sequence[str], predictions: Sequence[str]) -> float:
-        from prompt_tuning_jax.data.tasks.t5_tasks import metrics as of_t5
-
         numbers = [_finite(target) for target in targets]
         for target, number in zip(targets, numbers, strict=True):
             if number is None:
@@ -247,23 +249,22 @@ def _correlation(name: str) -> MetricFn:
         truth = [number for number in numbers if number is not None]
         low, high = min(truth), max(truth)
         guesses = []
-        for own, prediction in zip(truth, predictions, strict=True):
+        for target_number, prediction in zip(truth, predictions, strict=True):
             guess = _finite(prediction)
-            guesses.append((low if own - low > high - own else high) if guess is None else guess)
-        return (
-            of_t5.pearson(truth, guesses) if name == "pearson" else of_t5.spearman(truth, guesses)
-        )
+            farthest = low if target_number - low > high - target_number else high
+            guesses.append(farthest if guess is None else guess)
+        return pearson(truth, guesses) if name == "pearson" else spearman(truth, guesses)
 
     return correlation
 
 
 def _require_texts(name: str, *compared: Sequence[Any]) -> None:
-    """UserError where a task's own postprocessing leaves something else than text to compare."""
+    """UserError if a task's postprocessing returns other values than text."""
     for value in (value for values in compared for value in values):
         if not isinstance(value, str):
             raise UserError(
-                f"metric {name!r} compares texts, and this task compares values of type "
-                f"{type(value).__name__}; leave data.metrics empty for the task's own"
+                f"metric {name!r} compares texts, but this task compares values of type "
+                f"{type(value).__name__}; leave data.metrics empty for the task's metrics"
             )
 
 
@@ -276,11 +277,9 @@ def _finite(text: Any) -> float | None:
 
 
 def _rouge(*kinds: str) -> MetricFn:
-    """The mean F1 of these kinds of ROUGE, as for T5's tasks; one number, or one by each name."""
+    """The mean F1 of kinds of ROUGE, as in T5's tasks; one number, or several by name."""
 
     def rouge(targets: Sequence[str], predictions: Sequence[str]) -> float | dict[str, float]:
-        from prompt_tuning_jax.data.tasks.t5_tasks.metrics import rouge_f1
-
         _require_texts(kinds[0], targets, predictions)
         scores = rouge_f1(targets, predictions, kinds=kinds)
         return scores if len(kinds) > 1 else scores[kinds[0]]
@@ -289,7 +288,7 @@ def _rouge(*kinds: str) -> MetricFn:
 
 
 def _no_predictions(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    raise TypeError("the loss is no metric of predictions")
+    raise TypeError("the loss is not a metric of predictions")
 
 
 EVALUATION_LOSS = Metric(name=LOSS, fn=_no_predictions, direction="min")

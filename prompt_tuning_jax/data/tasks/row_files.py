@@ -1,4 +1,4 @@
-"""Rows of a user's files: JSON, tables, parquet, and folders written by ``datasets``."""
+"""Rows of a user's files: JSON, tables, parquet, and folders of the ``datasets`` library."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,34 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prompt_tuning_jax.data.tasks import arrow_rows, json_rows, table_rows
-from prompt_tuning_jax.data.tasks.text_lines import chunks, open_bytes
+from prompt_tuning_jax.data.tasks import arrow_rows, table_rows, text_rows
+from prompt_tuning_jax.data.tasks.text_rows import chunks, open_bytes
 from prompt_tuning_jax.errors import UserError
 
-# Where a row stands, for messages (FILE:LINE or "FILE, row N"), and its values by column.
+# The location of a row for messages (FILE:LINE or "FILE, row N"), and its values by column.
 LocatedRow: TypeAlias = tuple[str, dict[str, Any]]
 
-# Part of every fingerprint: raise it whenever the same bytes are read as other rows.
+# Part of every fingerprint: change it whenever the same bytes are read as different rows.
 _VERSION = "rows 2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFile:
-    """A file of rows, read as its ending says; nothing is opened before it is asked for something.
+    """A file of rows, whose format follows from its suffix; opened only when it is read.
 
-    ``.jsonl`` (``.ndjson``; an object a line), ``.json`` (an array of objects, or objects one after
-    another), ``.csv`` and ``.tsv``, each also with ``.gz`` behind it; ``.parquet``; ``.arrow``; and
-    a folder that ``datasets`` has written with ``save_to_disk``.  Text is UTF-8, or UTF-16 with a
-    byte order mark; lines end with a line feed, with or without a carriage return before it, or
-    with carriage returns alone.
+    ``.jsonl`` (``.ndjson``; one object per line), ``.json`` (an array of objects, or objects one
+    after another), ``.csv`` and ``.tsv``, each also with ``.gz``; ``.parquet``; ``.arrow``; and a
+    folder that ``datasets`` wrote with ``save_to_disk``.  Text is UTF-8, or UTF-16 with a byte
+    order mark; lines end with a line feed, a carriage return, or both.
 
     Attributes:
       path: the file or folder.
-      header: whether the first line of a table names its columns; without, they are 0, 1, ...
+      header: whether the first line of a table names its columns; otherwise they are 0, 1, ...
       columns: the names of the columns of a table without such a line.
-      separator: what stands between the fields of a table; empty: a comma in .csv, a tab in .tsv,
-        or what evidently stands in the place of it.
-      split: which split of a folder of several.
+      separator: between the fields of a table; empty: a comma in .csv, a tab in .tsv, or another
+        separator that the first lines clearly use.
+      split: of a folder with several.
     """
 
     path: Path
@@ -43,16 +42,16 @@ class RowFile:
     split: str = ""
 
     def rows(self) -> Iterator[LocatedRow]:
-        """Yield where each row stands, and the row.
+        """Yield the location of each row, and the row.
 
-        Numbers in JSON come as they are written, as text; ``row_texts`` makes text of all values.
-        UserError, naming the file and the line, for what is missing, unknown or malformed.
+        JSON numbers are text, as they are spelt; ``value_text`` converts all values to text.
+        UserError, which names the file and the line, for missing, unknown or malformed files.
         """
         return self._reader()(self)
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The name of the file in messages."""
         return str(self.path)
 
     @property
@@ -61,7 +60,7 @@ class RowFile:
         return self._ending() in table_rows.SEPARATORS
 
     def fingerprint(self) -> str:
-        """Changes when the bytes do, or how they are read."""
+        """A string that changes with the bytes, and with how they are read."""
         options = (self._ending(), self.header, self.columns, self.separator, self.split)
         digest = hashlib.sha256(repr((_VERSION, options)).encode())
         for path in (
@@ -78,14 +77,14 @@ class RowFile:
         reader = _READERS.get(self._ending())
         if reader is None:
             raise UserError(
-                f"{self.path}: unknown kind of file; its name must end in "
-                f"{', '.join(_LISTED)} (text also with .gz), or it is a folder written by "
+                f"{self.path}: unknown format; use a file with the suffix "
+                f"{', '.join(_LISTED)} (text formats also with .gz), or a folder written by "
                 "datasets' save_to_disk"
             )
         return reader
 
     def notes(self) -> Iterator[str]:
-        """What readers of the file's rows should know, a line each."""
+        """Remarks about the file to report, one line each."""
         if not self.is_table:
             return
         named = self.header and not self.columns
@@ -94,8 +93,8 @@ class RowFile:
             yield f"{self.path}: {note}"
         if named and (number := table_rows.unnamed_text(self.path, **kind)):
             yield (
-                f"{self.path}: {number:,} row{'s' * (number != 1)} hold text in columns without a "
-                "name, which is not read"
+                f"{self.path}: {number:,} row{'s' * (number != 1)} with text in columns without a "
+                "name, which is ignored"
             )
 
     def _ending(self) -> str:
@@ -104,7 +103,7 @@ class RowFile:
 
 
 def is_row_file(path: Path) -> bool:
-    """Whether its name, or its being a folder, says that it holds rows and not lines of text."""
+    """Whether this is a file or folder of rows, by its suffix, rather than lines of text."""
     file = RowFile(path=path)
     return file._ending() in _READERS or path.is_dir()
 
@@ -117,7 +116,7 @@ def read_rows(
     separator: str = "",
     split: str = "",
 ) -> Iterator[LocatedRow]:
-    """Yield (where it stands, row) of a file; see ``RowFile``."""
+    """Yield (location, row) of a file; see ``RowFile``."""
     file = RowFile(
         path=Path(path), header=header, columns=tuple(columns), separator=separator, split=split
     )
@@ -125,19 +124,19 @@ def read_rows(
 
 
 def value_text(value: Any, column: str, where: str) -> str:
-    """A value of a row as text; UserError for a list or an object.
+    """A value of a row as text; UserError for an array or an object.
 
-    Booleans become ``True`` and ``False``, null an empty text.
+    Booleans become ``True`` and ``False``, and null an empty text.
     """
-    if isinstance(value, str):  # JSON numbers too: they are read as they are written
+    if isinstance(value, str):  # also JSON numbers, as they are spelt
         return value
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value)
     raise UserError(
-        f"{where}: column {column!r} holds a {type(value).__name__}; "
-        "a text, a number, true, false or null is needed"
+        f"{where}: column {column!r} is a {type(value).__name__}; "
+        "it must be a text, a number, true, false or null"
     )
 
 
@@ -156,9 +155,9 @@ def _read_folder(file: RowFile) -> Iterator[LocatedRow]:
 
 
 _READERS: Mapping[str, Callable[[RowFile], Iterator[LocatedRow]]] = {
-    ".jsonl": lambda file: json_rows.read_json_lines(file.path),
-    ".ndjson": lambda file: json_rows.read_json_lines(file.path),
-    ".json": lambda file: json_rows.read_json_records(file.path),
+    ".jsonl": lambda file: text_rows.read_json_lines(file.path),
+    ".ndjson": lambda file: text_rows.read_json_lines(file.path),
+    ".json": lambda file: text_rows.read_json_records(file.path),
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": lambda file: arrow_rows.read_parquet(file.path),

@@ -1,4 +1,4 @@
-"""The tasks that an experiment's ``data`` fields name: registered ones, or a user's own files."""
+"""The tasks that an experiment's ``data`` fields select: registered ones, or a user's files."""
 
 import dataclasses
 import importlib
@@ -11,22 +11,21 @@ from prompt_tuning_jax.data.tasks.files import check_file_columns, file_task
 from prompt_tuning_jax.data.tasks.metrics import (
     get_metric,
 )
+from prompt_tuning_jax.data.tasks.registry import get_mixture, tasks_known_as
 from prompt_tuning_jax.data.tasks.task import (
     Mixture,
     Task,
     TrainedTask,
     as_mixture,
-    get_mixture,
-    tasks_known_as,
 )
 from prompt_tuning_jax.data.tasks.wording import template_of, template_of_column
 from prompt_tuning_jax.errors import UserError
 
-NO_EVAL = "data.eval is empty; name a file of examples to evaluate on (--eval_data)"
+NO_EVAL = "data.eval is empty; set it to a file of evaluation examples (--eval_data)"
 
 
 def build_mixture(data: Data) -> Mixture:
-    """The task or mixture that the data fields name, or the one that a user's own files make."""
+    """The task or mixture of that name, or the task of a user's files."""
     if data.train or data.eval:
         return as_mixture(
             file_task(
@@ -40,7 +39,7 @@ def build_mixture(data: Data) -> Mixture:
     if data.module:
         import_module(data.module, task=data.task)
     if data.data_dir and "seqio" in sys.modules:
-        from prompt_tuning_jax.data.tasks.seqio_bridge import set_data_dir
+        from prompt_tuning_jax.data.tasks.from_seqio import set_data_dir
 
         set_data_dir(data.data_dir)
     mixture = get_mixture(data.task)
@@ -50,8 +49,8 @@ def build_mixture(data: Data) -> Mixture:
     def changed(task: Task) -> Task:
         if data.labels and task.labels and not set(data.labels) & set(task.labels):
             raise UserError(
-                f"data.labels is {', '.join(data.labels)} and the labels of {task.name} are "
-                f"{', '.join(task.labels)}; leave data.labels empty for the task's own"
+                f"data.labels is {', '.join(data.labels)}, but the labels of {task.name} are "
+                f"{', '.join(task.labels)}; leave data.labels empty for these"
             )
         labels = data.labels or task.labels
         metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
@@ -65,13 +64,13 @@ def build_mixture(data: Data) -> Mixture:
 
 
 def labels_of(mixture: Mixture) -> tuple[str, ...]:
-    """The labels of all its tasks."""
+    """The labels of all tasks of a mixture."""
     members = (*mixture.tasks, *mixture.evaluated)
     return tuple(dict.fromkeys(label for task in members for label in task.labels))
 
 
 def trained_tasks(data: Data) -> tuple[str, ...]:
-    """The names of the tasks that are trained on together; none where it is one alone."""
+    """The names of the tasks that are trained on together; empty for a single task."""
     if data.train or data.eval or data.objectives or not data.task:
         return ()
     names = tuple(task.name for task in build_mixture(data).tasks)
@@ -79,9 +78,9 @@ def trained_tasks(data: Data) -> tuple[str, ...]:
 
 
 def inputs_template_of(data: Data) -> str:
-    """The template that words the inputs of these data; empty where a task's own code does.
+    """The template of the inputs; empty if the code of a task words them.
 
-    Of a mixture the one that all its tasks have.
+    For a mixture, the template that all its tasks share.
     """
     if data.train or data.eval:
         return data.inputs_template or template_of_column(data.inputs_column)
@@ -90,7 +89,7 @@ def inputs_template_of(data: Data) -> str:
 
 
 def mixture_of(data: Data) -> tuple[TrainedTask, ...]:
-    """The tasks trained on together, for the metadata of a prompt; none where it is one alone."""
+    """The tasks that are trained on together, for a prompt's metadata; empty for a single task."""
     tasks = () if data.train or data.eval or data.objectives else tasks_known_as(data.task)
     if len(tasks) < 2:
         return ()
@@ -107,26 +106,26 @@ def _template_of(task: Task) -> str:
 
 
 def import_module(name: str, *, task: str = "") -> None:
-    """Imports a module that registers tasks: from the current folder too, if it is nowhere else.
+    """Imports a module that registers tasks, from the current folder if it is not installed.
 
-    A module that a run's folder names (``NOT_IMPORTED``) is left alone where ``task`` is known
-    without it.  Raises UserError for one that is needed, and for one that cannot be imported.
+    A module that a run's folder names (``NOT_IMPORTED``) is not imported: UserError asks for it if
+    ``task`` is not known without it.  Also raises UserError if the import fails.
     """
     if name.startswith(NOT_IMPORTED):
         if not tasks_known_as(task):
             name = name.removeprefix(NOT_IMPORTED)
             raise UserError(
-                f"task {task!r} comes from the module {name!r}, which only the run's folder names: "
-                f"name it to import it, with --set data.module={name} (from Python: import {name})"
+                f"task {task!r} is defined in the module {name!r}, which only the run's folder "
+                f"names; import it with --set data.module={name} (from Python: import {name})"
             )
         return
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(
-            f"data.module is {name!r}; name a module as in an import statement: my_tasks for "
+            f"data.module is {name!r}; write a module as in an import statement: my_tasks for "
             "my_tasks.py"
         )
-    # The installed command does not look in the current folder, unlike python -m.  Last, so that
-    # no file there hides a library.
+    # Unlike python -m, the installed command does not search the current folder.  It is searched
+    # last, so that no file there shadows a library.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -134,21 +133,21 @@ def import_module(name: str, *, task: str = "") -> None:
         importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"data.module: cannot import {name!r}: {error}; modules are looked for in the current "
-            "folder, beside the config file and where packages are installed"
+            f"data.module: cannot import {name!r}: {error}; modules are searched in the current "
+            "folder, beside the config file and among installed packages"
         ) from None
 
 
 def check_files(experiment: Experiment) -> None:
-    """UserError unless the files that the experiment names are there and hold what is asked for.
+    """UserError unless the files of the experiment exist and have the required columns.
 
-    Looks at the first row of data files; cheap, so that it comes before whatever takes long.
+    Only reads the first row of data files, so that it can run before slow steps.
     """
     data, method = experiment.data, experiment.method
     inits = experiment.training.inits or (getattr(method, "init", ""),)
     path = getattr(method, "init_path", "")
     if path and {"file", "source"} & set(inits) and not Path(path).expanduser().exists():
-        raise UserError(f"method.init_path: cannot read the prompt: {path}: there is no such file")
+        raise UserError(f"method.init_path: cannot read the prompt: {path}: no such file")
     if data.objectives:
         return
     if data.train and not data.eval and data.eval_split != data.train_split:
@@ -158,7 +157,7 @@ def check_files(experiment: Experiment) -> None:
 
 
 def _file_fields(data: Data) -> dict[str, Any]:
-    """The fields that say where rows are and how they become text."""
+    """The fields for the files of rows, and for their columns."""
     names = ("train", "eval", "train_split", "eval_split", "header", "columns", "separator")
     sides = ("inputs_column", "targets_column", "inputs_template", "targets_template")
     return {name: getattr(data, name) for name in (*names, *sides)}

@@ -1,4 +1,4 @@
-"""Rows of tables: fields with a separator between them, as spreadsheets and pandas write them."""
+"""Rows of .csv and .tsv files, as spreadsheets and pandas write them."""
 
 import csv
 import re
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prompt_tuning_jax.data.tasks.text_lines import MAX_LINE, text_lines
+from prompt_tuning_jax.data.tasks.text_rows import MAX_LINE, text_lines
 from prompt_tuning_jax.errors import UserError
 
-# What stands between fields, by the name's ending.
+# The separator of fields, by suffix.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-# What programs of some languages write in a .csv in the place of a comma.
+# Other separators, which programs write in some locales.
 _OTHERS = {".csv": (";", "\t", "|"), ".tsv": (",", ";", "|")}
 # A tab is hard to type in a shell.
-_SPELT = {"\\t": "\t", "tab": "\t"}
+_SPELLINGS = {"\\t": "\t", "tab": "\t"}
 
-# csv has one limit of a field for the whole process, which any reader may have changed.
+# The csv module has one limit per process, which other code may have changed.
 _MAX_FIELD = MAX_LINE
 
 _Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -27,7 +27,7 @@ _Rows = Iterator[tuple[str, dict[str, Any]]]
 class _Dialect:
     separator: str
     quoting: Literal[0, 3]
-    skip_blanks: bool = False  # those between a separator and the field behind it
+    skip_blanks: bool = False  # between a separator and the next field
 
 
 def read_table(
@@ -38,16 +38,16 @@ def read_table(
     header: bool = True,
     columns: Sequence[str] = (),
 ) -> _Rows:
-    """Yield (FILE:LINE, row) of a table; blank lines are passed over.
+    """Yield (FILE:LINE, row) of a table, without blank lines.
 
-    In a .csv file quotes are as in RFC 4180, also behind blanks where the whole file reads so; in a
-    .tsv file they are text unless all names of the header stand in them.  ``separator`` replaces
-    the one that goes with the ending; without, a header that has none of it and has another one
-    decides.  Columns without a name are left out.  With ``columns``, or without ``header``, there
-    is no header line.
+    In a .csv file quotes follow RFC 4180, also after blanks if the whole file is consistent with
+    that; in a .tsv file they are text, unless all names in the header are quoted.  ``separator``
+    overrides that of the suffix; otherwise another separator is used if the header contains it and
+    not the usual one.  Columns without a name are left out.  With ``columns``, or without
+    ``header``, there is no header line.
 
-    Raises UserError for a line of another number of fields than the header, a name that is there
-    twice, and quotes that do not fit.
+    Raises UserError for a line with another number of fields than the header, a repeated name, and
+    mismatched quotes.
     """
     dialect = _dialect(path, ending, separator, columns=len(columns))
     header = header and not columns
@@ -62,7 +62,7 @@ def read_table(
             names = [str(number) for number in range(len(fields))]
         elif fields == names and not header:
             raise UserError(
-                f"{where}: the line names the columns ({', '.join(names)}); leave data.columns out"
+                f"{where}: the line names the columns ({', '.join(names)}); remove data.columns"
             )
         needed = max((i + 1 for i, name in enumerate(names) if name), default=0)
         if not needed <= len(fields) <= len(names):
@@ -72,7 +72,7 @@ def read_table(
 
 
 def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
-    """How many rows hold text in columns that the header does not name, a row number apart."""
+    """The number of rows with text in unnamed columns; row numbers do not count."""
     dialect = _dialect(path, ending, separator)
     rows = (fields for _, fields in _fields(path, dialect))
     names = [name.strip() for name in next(rows, [])]
@@ -81,7 +81,7 @@ def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
         return 0
 
     def holds_text(fields: Sequence[str], i: int) -> bool:
-        # pandas writes the numbers of the rows as a first column without a name.
+        # pandas writes row numbers as a first column without a name.
         text = fields[i].strip() if i < len(fields) else ""
         return bool(text) and not (i == 0 and text.isdecimal())
 
@@ -89,7 +89,7 @@ def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
 
 
 def separator_note(path: Path, *, ending: str, separator: str = "") -> str:
-    """What stands between the fields where that is not what the name's ending says, or ""."""
+    """A note on the separator if it is not that of the suffix, or ""."""
     if separator or ending not in SEPARATORS:
         return ""
     found = _dialect(path, ending, separator).separator
@@ -117,8 +117,8 @@ def _other_number(
     else:
         named = f"the first line has {len(names)}"
     return (
-        f"{len(fields)} fields where {named} ({', '.join(names)}); a field that holds the "
-        "separator must stand in quotes"
+        f"{len(fields)} fields where {named} ({', '.join(names)}); quote fields that contain "
+        "the separator"
     )
 
 
@@ -130,15 +130,15 @@ def _check_quotes(fields: Sequence[str], dialect: _Dialect, where: str) -> None:
         if field[:1].isspace() and len(text) > 1 and text[0] == text[-1] == '"':
             raise UserError(
                 f"{where}: the field {field[:40]!r} has a blank before its quotes, which makes "
-                "them text, and not all of the file reads otherwise; remove the blanks between "
+                "them text, and the file is not consistent otherwise; remove the blanks between "
                 "separators and quotes"
             )
 
 
 def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _Dialect:
-    """How the file is written, by its name and its first lines."""
+    """The dialect, by the file's suffix and first lines."""
     usual = SEPARATORS[ending]
-    separator = _SPELT.get(separator.lower(), separator)
+    separator = _SPELLINGS.get(separator.lower(), separator)
     lines = (line for _, line in text_lines(path) if line.strip())
     first = next(lines, "")
     second = next(lines, "")
@@ -146,7 +146,7 @@ def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _D
         others = [s for s in _OTHERS[ending] if s in first and usual not in first]
         if columns:
             others = [s for s in others if len(first.split(s)) == columns]
-        # A name may hold a semicolon; then the second line has no field for the other half of it.
+        # A name may contain a semicolon; then the second line usually has none.
         separator = next((s for s in others if not second or s in second), usual)
     tabs = separator == "\t"
     parts = [part.strip() for part in first.rstrip("\r\n").split(separator)]
@@ -159,11 +159,11 @@ def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _D
     if not any(behind_blanks.search(line) for _, line in text_lines(path)):
         return plain
     skipping = _Dialect(separator=separator, quoting=quoting, skip_blanks=True)
-    return skipping if _reads_so(path, skipping) else plain
+    return skipping if _is_consistent(path, skipping) else plain
 
 
-def _reads_so(path: Path, dialect: _Dialect) -> bool:
-    """Whether all lines have as many fields as the first."""
+def _is_consistent(path: Path, dialect: _Dialect) -> bool:
+    """Whether all lines have the same number of fields."""
     try:
         numbers = (len(fields) for _, fields in _fields(path, dialect))
         return len(set(numbers)) <= 1
@@ -172,7 +172,7 @@ def _reads_so(path: Path, dialect: _Dialect) -> bool:
 
 
 def _fields(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of what is no blank line."""
+    """Yield (line, fields) of each line that is not blank."""
     lines = text_lines(path)
     if dialect.quoting == csv.QUOTE_NONE:
         for number, line in lines:

@@ -1,16 +1,12 @@
-"""A task: where its rows come from, how a row becomes text, and how predictions are scored."""
+"""Tasks: where rows come from, how a row becomes text, and how predictions are scored."""
 
-import difflib
-import functools
 import hashlib
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from prompt_tuning_jax.data.tasks.code_identity import code_identity
+from prompt_tuning_jax.data.tasks.code_digest import code_digest
 from prompt_tuning_jax.data.tasks.metrics import (
     INVALID,
     LOSS,
@@ -22,7 +18,7 @@ from prompt_tuning_jax.data.tasks.metrics import (
 )
 from prompt_tuning_jax.errors import UserError, suggest
 
-# A row as its source holds it; its columns are the source's own.
+# A row of a source, by column.
 Row: TypeAlias = Mapping[str, Any]
 # {"inputs": str, "targets": str} and any further fields (JSON values) that metrics need.
 Example: TypeAlias = dict[str, Any]
@@ -30,13 +26,6 @@ Example: TypeAlias = dict[str, Any]
 Preprocess: TypeAlias = Callable[[Row], Sequence[Example]]
 # (text, example, is_target) -> what the metrics compare; called on targets and on predictions.
 Postprocess: TypeAlias = Callable[[str, Example, bool], Any]
-
-# Each of these modules has a tuple TASKS, and may have ALIASES (name -> name); they are imported
-# when a task is first asked for.
-_BUILTIN_MODULES = (
-    "prompt_tuning_jax.data.tasks.word_valence",
-    "prompt_tuning_jax.data.tasks.t5_tasks.registry",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +36,8 @@ class Source:
       splits: the names of the splits.
       rows: ``(split, data_dir)`` -> rows, always in the same order.
       fingerprint: ``(split, data_dir)`` -> a string that changes when the rows do.
-      titles: what to call a split, by its name; TASK/SPLIT where it is not here.
-      remark: ``(split, data_dir)`` -> what readers of scores on these rows must know, or "".
+      note: ``(split, data_dir)`` -> what readers of scores on these rows must know, or "".
+      display_names: of splits in messages; the default is TASK/SPLIT.
     """
 
     splits: tuple[str, ...]
@@ -71,15 +60,17 @@ class Task:
       name: unique among the registered tasks.
       source: where the rows come from.
       preprocess: row -> examples, pure.
-      labels: the strings a classifier chooses between; empty for free text.  The second of two
-        is the positive class.
-      metrics: the first is the one that the best checkpoint is chosen by.
-      postprocess: applied to each target and each prediction before the metrics; None: as it is.
-      from_text: a bare text, as a user types it, -> inputs; None where they are the same.
-      index: where not None, one token for this number stands before the inputs' ids
-        (``t5_tasks.forms.task_index_id``).
+      labels: the strings that a classifier chooses between; empty for free text.  The second of
+        two is the positive class.
+      metrics: the first selects the best checkpoint.
+      postprocess: applied to each target and each prediction before the metrics; None for none.
+      from_text: a bare text, as a user types it, -> inputs; None if they are the same.
+      index: if not None, a token for this number precedes the inputs' ids (``task_index_id``).
       description: one line.
-      notes: what was decided about the data, a line each.
+      notes: decisions about the data to report, one line each.
+      version: change it when ``preprocess`` or the source's ``rows`` yield something else, so that
+        cached examples are rebuilt.  Empty: a digest of their code takes its place, which changes
+        when the modules that define them are edited (``code_digest``).
     """
 
     name: str
@@ -92,6 +83,7 @@ class Task:
     index: int | None = None
     description: str = ""
     notes: tuple[str, ...] = ()
+    version: str = ""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -99,7 +91,7 @@ class Task:
         return self.source.splits
 
     def load(self, split: str, data_dir: str = "") -> Iterator[Example]:
-        """Yield the examples of a split, always in the same order; UserError for a bad split."""
+        """Yield the examples of a split, always in the same order; UserError if there is none."""
         self._check_split(split)
         number = 0
         for row in self.source.rows(split, data_dir):
@@ -107,26 +99,23 @@ class Task:
                 for key in ("inputs", "targets"):
                     if not isinstance(example.get(key), str):
                         raise UserError(
-                            f"task {self.name!r}, split {split!r}, example {number}: {key!r} must "
-                            f"be text and is {type(example.get(key)).__name__}"
+                            f"task {self.name!r}, split {split!r}, example {number}: {key!r} "
+                            f"must be text, not {type(example.get(key)).__name__}"
                         )
                 yield example
                 number += 1
 
     def fingerprint(self, split: str, data_dir: str = "") -> str:
-        """A string that changes when the examples of the split do: rows or preprocessor."""
+        """A string that changes with the examples of the split: their rows, version or code."""
         self._check_split(split)
-        parts = [
-            self.source.fingerprint(split, data_dir),
-            code_identity(self.source.rows),
-            code_identity(self.preprocess),
-        ]
-        return hashlib.sha256(json.dumps([self.name, split, *parts]).encode()).hexdigest()
+        code = self.version or [code_digest(self.source.rows), code_digest(self.preprocess)]
+        parts = [self.name, split, self.source.fingerprint(split, data_dir), code]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def score(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
         """Score predicted texts, one per example in the same order -> {metric name: value}.
 
-        Where the task has labels, ``invalid`` is added: the percent of predictions that are none.
+        If the task has labels, adds ``invalid``: the percent of predictions that are not labels.
         """
         scores = score(
             self.metrics,
@@ -138,21 +127,21 @@ class Task:
         return scores
 
     def declared_direction(self, metric: str) -> Direction | None:
-        """Whether more or less of a number in its scores is better, where that was declared."""
+        """The direction of a score (max or min) if a metric declares it; otherwise None."""
         for one in self.metrics:
             if (direction := one.declared_direction(metric)) is not None:
                 return direction
         return "min" if metric in (INVALID, LOSS) else None
 
     def is_correct(self, example: Example, prediction: str) -> bool:
-        """Whether a prediction is what its target says, as the metrics compare them."""
+        """Whether a prediction equals its target, as the metrics compare them."""
         target = self._compared(example["targets"], example, True)
         return bool(target == self._compared(prediction, example, False))
 
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]
     ) -> dict[str, float]:
-        """What always answering the training split's most frequent target scores."""
+        """The scores of always predicting the training split's most frequent target."""
         return self.score(examples, [majority_class(train_targets)] * len(examples))
 
     def _compared(self, text: str, example: Example, is_target: bool) -> Any:
@@ -171,8 +160,8 @@ class Mixture:
 
     Attributes:
       tasks: its members.
-      rates: how often an example of each is drawn, relative to the others; positive.
-      evaluated: further tasks, which are evaluated and never trained on.
+      rates: of drawing an example of each, relative to the others; positive.
+      evaluated: further tasks, which are only evaluated.
     """
 
     name: str
@@ -189,91 +178,14 @@ class Mixture:
         for task, rate in zip(self.tasks, self.rates, strict=True):
             if not 0 < rate < float("inf"):
                 raise UserError(
-                    f"mixture {self.name!r}: the rate of {task.name!r} is {rate} and must be "
-                    "positive; leave the task out, or name it in `evaluated`"
+                    f"mixture {self.name!r}: the rate of {task.name!r} is {rate}; it must be "
+                    "positive (leave the task out, or list it in `evaluated`)"
                 )
 
     def evaluated_on(self, split: str) -> tuple[Task, ...]:
-        """The tasks that have that split; all trained ones where none has, for their message."""
+        """The tasks with that split; if none has it, the trained ones, which raise the error."""
         having = tuple(t for t in (*self.tasks, *self.evaluated) if split in t.splits)
         return having or self.tasks
-
-
-_registered: dict[str, Task | Mixture] = {}
-
-
-def register(task: Task | Mixture, *, replace: bool = False) -> None:
-    """Make a task or mixture known by its name; UserError if the name is taken."""
-    if not replace and task.name in _known():
-        raise UserError(f"task {task.name!r} is registered already; choose another name")
-    _registered[task.name] = task
-
-
-def task_names() -> tuple[str, ...]:
-    """The names of this library's tasks and of the registered ones, sorted, without aliases.
-
-    SeqIO's are among them once a module that registers some has been imported.
-    """
-    return tuple(sorted({*_known(), *_seqio_names()}))
-
-
-def alias_names() -> tuple[str, ...]:
-    """Further names of this library's tasks and mixtures, sorted."""
-    return tuple(sorted(_aliases()))
-
-
-def builtin_names() -> tuple[str, ...]:
-    """The names of this library's own tasks and mixtures, sorted."""
-    return tuple(sorted(_builtin()))
-
-
-def get_mixture(name: str) -> Mixture:
-    """Return the mixture of that name, or the task of that name as a mixture of one.
-
-    Looks at this library's tasks, then at the registered ones, then at SeqIO's.  UserError with
-    the nearest name for an unknown one.
-    """
-    known = _known()
-    found = known.get(name) or known.get(_aliases().get(name, ""))
-    if found is None and name in _seqio_names():
-        from prompt_tuning_jax.data.tasks.seqio_bridge import from_seqio
-
-        found = from_seqio(name)
-    if found is None:
-        names = task_names()
-        # The part of a name that people remember, such as rte, is not near any in spelling.
-        likely = [known_name for known_name in names if name and name in known_name]
-        likely = likely or difflib.get_close_matches(name, [*names, *_aliases()], n=4)
-        raise UserError(
-            f"unknown task {name!r}: {suggest(name, likely or names)} (`prompt-tuning tasks` lists "
-            "all; import the module that registers a task of your own or of SeqIO first)"
-        )
-    return found if isinstance(found, Mixture) else as_mixture(found)
-
-
-def tasks_known_as(name: str) -> tuple[Task, ...]:
-    """The task of this name or alias, or the trained members of the mixture; none if unknown.
-
-    Nothing is imported for it: not the module that would register a task, and not SeqIO.  SeqIO's
-    own are found where somebody has imported it.
-    """
-    known = _known()
-    found = known.get(name) or known.get(_aliases().get(name, ""))
-    if found is None and name in _seqio_names():
-        found = get_mixture(name)
-    if isinstance(found, Mixture):
-        return found.tasks
-    return () if found is None else (found,)
-
-
-def get_task(name: str) -> Task:
-    """Return the one task of that name; UserError for an unknown one and for a mixture."""
-    mixture = get_mixture(name)
-    members = (*mixture.tasks, *mixture.evaluated)
-    if len(members) > 1 or members[0].name != mixture.name:
-        listed = ", ".join(task.name for task in members)
-        raise UserError(f"{name!r} is a mixture; name one of its tasks: {listed}")
-    return mixture.tasks[0]
 
 
 def as_mixture(task: Task) -> Mixture:
@@ -281,35 +193,17 @@ def as_mixture(task: Task) -> Mixture:
     return Mixture(name=task.name, tasks=(task,), rates=(1.0,), description=task.description)
 
 
-@functools.cache
-def _builtin() -> Mapping[str, Task | Mixture]:
-    modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
-    return {task.name: task for module in modules for task in module.TASKS}
+def task_index_id(vocabulary_size: int, index: int) -> int:
+    """The token id that stands for task number ``index``: the last id for 0, then downwards.
 
-
-@functools.cache
-def _aliases() -> Mapping[str, str]:
-    modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
-    return {a: n for module in modules for a, n in getattr(module, "ALIASES", {}).items()}
-
-
-def _known() -> dict[str, Task | Mixture]:
-    return {**_builtin(), **_registered}
-
-
-def _seqio_names() -> tuple[str, ...]:
-    # Whoever registered a SeqIO task imported SeqIO for it, so that looking costs no import of
-    # TensorFlow where nobody did.
-    if "seqio" not in sys.modules:
-        return ()
-    from prompt_tuning_jax.data.tasks.seqio_bridge import seqio_names
-
-    return seqio_names()
+    With T5's vocabulary of 32,100 these are ``<extra_id_0>``, ``<extra_id_1>`` and so on.
+    """
+    return vocabulary_size - (index + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTask:
-    """One of the tasks of a mixture: its labels, and the template of its inputs."""
+    """One task of a mixture: its labels, and the template of its inputs."""
 
     name: str
     labels: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
 """How a user's text becomes a model's input: the wording that a prompt was trained with.
 
-A task words a bare text by its ``from_text``; a user's own files by ``data.inputs_template``, whose
-columns a user gives as one text, or where they are several as an object ``{column: value}``.
+A task words a bare text with its ``from_text``; a user's own files have ``data.inputs_template``:
+text with column names in braces.  The values of those columns are given as one text, or, if there
+are several, as an object ``{column: value}``.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,25 +11,25 @@ from functools import cached_property
 from typing import TypeAlias
 
 from prompt_tuning_jax.config.text_template import TextTemplate, parse_template
-from prompt_tuning_jax.data.tasks.task import tasks_known_as
+from prompt_tuning_jax.data.tasks.registry import tasks_known_as
 from prompt_tuning_jax.errors import UserError, suggest
 
 # A bare text, or the values of a template's columns.
 Given: TypeAlias = str | Mapping[str, object]
 
-LONGEST_TEMPLATE = 10_000  # characters; one in a file that nobody vouches for is bounded
+LONGEST_TEMPLATE = 10_000  # characters; files may come from untrusted sources
 _TEXT = "text"  # the column of a task that words a bare text
-# Of the private use area: no task looks for it.
+# In Unicode's private use area, so that no text contains it.
 _MARK = "\ue000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """What is put around a user's text; nothing where both fields are empty.
+    """The text around a user's text; none if both fields are empty.
 
     Attributes:
       template: column names in braces, as in ``"premise: {premise} hypothesis: {hypothesis}"``.
-      from_text: a task's own function of a bare text, which ``template`` then only describes.
+      from_text: a task's function of a bare text, which ``template`` then only describes.
     """
 
     template: str = ""
@@ -36,18 +37,18 @@ class Wording:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are asked for, each once; none where inputs are taken as they are."""
+        """The distinct columns of the template; empty if inputs are used unchanged."""
         return tuple(dict.fromkeys(self._parsed.columns)) if self._parsed else ()
 
     @property
     def shown(self) -> str:
-        """The template for people to read, not longer than a line."""
-        shown = self.template or "the task's own"
+        """The template for display, at most a line long."""
+        shown = self.template or "of the task"
         return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
     @property
     def key(self) -> object:
-        """Equal for two that word a text alike, whatever one column is called."""
+        """Equal for wordings with the same result, whatever a single column is called."""
         if self._parsed is None:
             return self.from_text
         columns = self._parsed.columns
@@ -56,8 +57,8 @@ class Wording:
     def apply(self, given: Given) -> str:
         """The model's input for a bare text or the values of columns.
 
-        UserError for a bare text where several columns are asked for, for a column that is not
-        given, and for a value that is no text.
+        UserError for a bare text if there are several columns, for a missing column, and for a
+        value that is not text.
         """
         if isinstance(given, str):
             if self.from_text is not None:
@@ -67,13 +68,13 @@ class Wording:
             if len(self.columns) > 1:
                 example = ", ".join(f'"{column}": "..."' for column in self.columns)
                 raise UserError(
-                    f"a bare text, and the input is made of the columns "
-                    f"{', '.join(self.columns)}: give {{{example}}}, or the whole input with raw "
+                    f"a bare text, but the input has the columns "
+                    f"{', '.join(self.columns)}: use {{{example}}}, or the whole input with raw "
                     "(--raw)"
                 )
             return self._parsed.render({self.columns[0]: given})
         if not self.columns:
-            raise UserError("an object, and the input is a text: give it as a text")
+            raise UserError("an object, but the input must be a text")
         values = {}
         for column in self.columns:
             if column not in given:
@@ -85,7 +86,7 @@ class Wording:
         return self._parsed.render(values)
 
     def length_with(self, given: Given) -> int:
-        """At least how many characters ``apply`` gives, told without making them."""
+        """A lower bound of the number of characters of ``apply``."""
         if self._parsed is None or self.from_text is not None:
             return 0
         each = {c: given if isinstance(given, str) else given.get(c, "") for c in self.columns}
@@ -101,10 +102,10 @@ AS_IT_IS = Wording()
 
 
 def wording_of(task: str, template: str) -> Wording:
-    """The wording by a task's name and a template, as the metadata of a prompt has them.
+    """The wording for a task's name and a template, from the metadata of a prompt.
 
-    A task that is known here words a text by itself; of others the template is what is known.
-    UserError for a template that is none.
+    A known task words texts itself; for others the template is used.  UserError for an invalid
+    template.
     """
     known = tasks_known_as(task)
     from_text = known[0].from_text if len(known) == 1 else None
@@ -115,9 +116,9 @@ def wording_of(task: str, template: str) -> Wording:
 
 
 def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
-    """What all prompts that vote together were trained with, by their names.
+    """The common wording of the members of an ensemble, given by name.
 
-    Those of which it is not known go with the others.  UserError where two differ: one text cannot
+    Members of unknown wording follow the others.  UserError if two differ, because one text cannot
     be worded for both.
     """
     known = {name: one for name, one in wordings.items() if one != AS_IT_IS}
@@ -134,11 +135,11 @@ def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
 
 
 def checked_template(template: str) -> str:
-    """The template itself; UserError where it is none, or too long."""
+    """The template itself; UserError if it is invalid or too long."""
     if len(template) > LONGEST_TEMPLATE:
         raise UserError(
             f"inputs_template has {len(template):,} characters; at most {LONGEST_TEMPLATE:,} are "
-            "taken"
+            "allowed"
         )
     if template:
         parse_template(template, field="inputs_template")
@@ -146,7 +147,7 @@ def checked_template(template: str) -> str:
 
 
 def template_of(from_text: Callable[[str], str]) -> str:
-    """``"valence: {text}"`` for a function that puts words around a text; empty for another."""
+    """``"valence: {text}"`` for a function that adds words around a text; otherwise empty."""
     before, mark, after = from_text(_MARK).partition(_MARK)
     if not mark or _MARK in after or from_text("a b") != f"{before}a b{after}":
         return ""
@@ -154,13 +155,13 @@ def template_of(from_text: Callable[[str], str]) -> str:
 
 
 def template_of_column(column: str) -> str:
-    """The template that is one column; empty for a name that none can hold."""
+    """The template with one column; empty for a name that templates cannot represent."""
     fits = column and column == column.strip() and not {*"{}"} & {*column}
     return f"{{{column}}}" if fits else ""
 
 
 def value_as_text(value: object, column: str) -> str:
-    """A column's value as data files are read: null is empty; UserError for what is no value."""
+    """A column's value as text, like in data files (null is empty); UserError for other types."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -168,8 +169,8 @@ def value_as_text(value: object, column: str) -> str:
     if isinstance(value, bool | int | float):
         return str(value)
     raise UserError(
-        f"column {column!r} holds a {type(value).__name__}; "
-        "a text, a number, true, false or null is needed"
+        f"column {column!r} is a {type(value).__name__}; "
+        "it must be a text, a number, true, false or null"
     )
 
 

@@ -1,4 +1,4 @@
-"""Vocabularies as Hugging Face folders hold them: which file it is, and tokenizer.json."""
+"""Hugging Face's fast tokenizers: ``tokenizer.json``."""
 
 import contextlib
 import hashlib
@@ -8,26 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.data.vocabularies.added_tokens import (
-    ADDED_TOKENS,
-    SPECIAL_TOKENS,
-    TOKENIZER_CONFIG,
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    ids_suffix,
+    up_to,
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import TokenIds
-from prompt_tuning_jax.untrusted_input import json_type, read_json_file
 
-SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
-TOKENIZER = "tokenizer.json"
-# What is fetched with a model.
-TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
-
-_MODEL_CONFIG = "config.json"
-_BYTE_TOKENIZER = "ByT5Tokenizer"
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
 _EOS_ID, _UNK_ID = 1, 2
-_LARGEST = 2**27  # bytes; the largest that are published have 35 million
-# Patterns in the file that take for ever are given up by the library, with a panic: better now.
+_LARGEST = 2**27  # bytes; the largest published ones have 35 million
+# The library panics on patterns in the file that take too long: these texts find that early.
 _PROBES = (
     "",
     *(f"{part * 40}{end}" for part in ("a", "1", " ", ".", "aB ") for end in ("!", "\0")),
@@ -37,9 +28,10 @@ _PROBES = (
 class HfTokenizer:
     """A ``tokenizer.json`` (Hugging Face's fast tokenizers), for folders without ``spiece.model``.
 
-    Behaves as ``vocab.Vocabulary``; unknown tokens decode as ``<unk>``.  Encoding adds no end of
-    sequence, whatever the file says.  Raises UserError for a file that is missing or damaged, that
-    numbers padding, end and unknown otherwise than 0, 1 and 2, and without the tokenizers library.
+    Behaves like ``vocab.Vocabulary``; unknown tokens decode as ``<unk>``.  Encoding never adds an
+    end of sequence, whatever the file specifies.  Raises UserError for a file that is missing or
+    damaged, or has other ids than 0, 1 and 2 for padding, end and unknown, and if the tokenizers
+    library is missing.
     """
 
     eos_id = _EOS_ID
@@ -52,7 +44,7 @@ class HfTokenizer:
     ) -> None:
         self.path = Path(path)
         self.token_ids = token_ids
-        self.extra_ids = 0  # the file holds its sentinels
+        self.extra_ids = 0  # the file defines its sentinels
         try:
             with self.path.open("rb") as file:
                 data = file.read(_LARGEST + 1)
@@ -60,7 +52,9 @@ class HfTokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: cannot read the vocabulary: {error}") from None
         if len(data) > _LARGEST:
-            raise UserError(f"{self.path}: more than the {_LARGEST} bytes that are read of one")
+            raise UserError(
+                f"{self.path}: more than {_LARGEST} bytes, which is too large for a vocabulary"
+            )
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.fingerprint += ids_suffix(token_ids)
         self._load(text)
@@ -70,8 +64,8 @@ class HfTokenizer:
         special = tuple(self._tokenizer.id_to_token(i) for i in range(len(_SPECIAL)))
         if special != _SPECIAL:
             raise UserError(
-                f"{self.path}: T5 needs {', '.join(_SPECIAL)} at ids 0, 1 and 2; this file has "
-                f"{', '.join(map(str, special))} there and is another model's"
+                f"{self.path}: T5 needs {', '.join(_SPECIAL)} at ids 0, 1 and 2, but this file has "
+                f"{', '.join(map(str, special))}: it is another model's"
             )
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
@@ -86,27 +80,27 @@ class HfTokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """The same as ``encode`` of each, faster; the library chooses the number of threads."""
+        """``encode`` of each text, but faster; the library chooses the number of threads."""
         del num_threads
         with _no_panic(self.path):
             encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [list(one.ids) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first end of sequence; ids outside the vocabulary read as unknown."""
+        """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
         kept = up_to(ids, self.token_ids.eos)
         known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i not in (0, _EOS_ID)]
         with _no_panic(self.path):
             return str(self._tokenizer.decode(known, skip_special_tokens=False))
 
     def pieces(self, token_id: int) -> str:
-        """The piece that an id stands for, with ``▁`` for a blank; ``<unk>`` beyond the size."""
+        """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
         token_id = int(token_id)
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
         return _SPECIAL[_UNK_ID] if piece is None else str(piece)
 
     def sentinel(self, index: int) -> int:
-        """The id of ``<extra_id_{index}>``; UserError where there is none."""
+        """The id of ``<extra_id_{index}>``; UserError if there is none."""
         for piece in (f"<extra_id_{index}>", f"▁<extra_id_{index}>"):
             token_id = self._tokenizer.token_to_id(piece)
             if token_id is not None:
@@ -130,58 +124,6 @@ class HfTokenizer:
         return f"HfTokenizer({str(self.path)!r})"
 
 
-def vocabulary_file(folder: Path) -> Path | None:
-    """The file in a model's folder that its vocabulary is made from, or None.
-
-    The first there is of a SentencePiece model and ``tokenizer.json``; before them, the
-    ``tokenizer_config.json`` of ByT5, which has none, and after them a ``config.json`` that names
-    ByT5's tokenizer.
-    """
-    if _is_of_bytes(folder / TOKENIZER_CONFIG):
-        return folder / TOKENIZER_CONFIG
-    for name in (*SENTENCEPIECE_FILES, TOKENIZER):
-        if (folder / name).is_file():
-            return folder / name
-    return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
-
-
-def up_to(ids: Iterable[int], eos_id: int) -> list[int]:
-    """The ids before the first end of sequence."""
-    kept = [int(i) for i in ids]
-    return kept[: kept.index(eos_id)] if eos_id in kept else kept
-
-
-def ids_suffix(token_ids: TokenIds) -> str:
-    """What a model's own ids add to the fingerprint of its vocabulary; nothing for T5's."""
-    if token_ids == TokenIds():
-        return ""
-    return f"-{token_ids.pad}-{token_ids.eos}-{token_ids.start}"
-
-
-def byte_extra_ids(path: Path) -> int | None:
-    """How many ids above the bytes a ByT5's configuration asks for, None where it says nothing."""
-    if not _is_of_bytes(path):
-        raise UserError(
-            f"{path}: no vocabulary; give {TOKENIZER}, a SentencePiece .model, or the "
-            f"configuration of a {_BYTE_TOKENIZER}"
-        )
-    extra_ids = _read_json(path).get("extra_ids")
-    if extra_ids is not None and (type(extra_ids) is not int or extra_ids < 0):
-        raise UserError(f"{path}: extra_ids is {extra_ids!r}; a whole number expected")
-    return extra_ids
-
-
-def _is_of_bytes(path: Path) -> bool:
-    return path.is_file() and _read_json(path).get("tokenizer_class") == _BYTE_TOKENIZER
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    value = read_json_file(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {json_type(value)}, not a JSON object")
-    return value
-
-
 def _parse(text: str, *, path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
@@ -201,7 +143,7 @@ def _parse(text: str, *, path: Path) -> Any:
 
 @contextlib.contextmanager
 def _no_panic(path: Path) -> Iterator[None]:
-    """What the library fails with as UserError: Exception itself, or a panic, which is none."""
+    """Turns the library's failures into UserError: Exception, or a panic, which is not one."""
     try:
         yield
     except BaseException as error:
@@ -213,11 +155,11 @@ def _no_panic(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_errors() -> Iterator[None]:
-    """Without the stack of a panic, which the library itself writes to the process's stderr."""
+    """Suppresses the stack trace of a panic, which the library writes to the process's stderr."""
     sys.stderr.flush()
     try:
         saved = os.dup(2)
-    except OSError:  # it has none
+    except OSError:  # there is no stderr
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,9 +1,9 @@
-"""Text to token ids and back: T5's SentencePiece vocabularies, ByT5's bytes, Hugging Face's files.
+"""Vocabularies: T5's SentencePiece files, ByT5's bytes, and Hugging Face's tokenizers.
 
-Ids 0, 1 and 2 are padding, end of sequence and unknown, in all.  Encoding adds no end of sequence.
-A model may use other ids than its vocabulary (``token_ids``): an input ends with the vocabulary's
-``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, where decoding ends
-too.
+In all of them, ids 0, 1 and 2 are padding, end of sequence and unknown, and encoding adds no end of
+sequence.  A model may use other ids than its vocabulary (``token_ids``): an input ends with the
+vocabulary's ``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, at
+which decoding stops.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from prompt_tuning_jax.data.vocabularies.added_tokens import (
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
+    HfTokenizer,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    SENTENCEPIECE_FILES,
     AddedTokens,
     Splitter,
-    read_added_tokens,
-)
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    SENTENCEPIECE_FILES,
-    HfTokenizer,
     byte_extra_ids,
     ids_suffix,
+    read_added_tokens,
     up_to,
     vocabulary_file,
 )
@@ -36,7 +36,7 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 T5_IDS = TokenIds()
-_LARGEST = 2**27  # bytes of a SentencePiece file; the largest that are published have 5 million
+_LARGEST = 2**27  # bytes of a SentencePiece file; the largest published ones have 5 million
 
 DEFAULT_SENTINELS = 100
 _BYTE_OFFSET = 3  # the byte b has the id b + 3
@@ -50,14 +50,14 @@ class Vocabulary:
     """A SentencePiece file and, above its pieces, the sentinels ``<extra_id_0>`` and so on.
 
     ``<extra_id_0>`` has the highest id, ``size - 1``, and the others follow downwards, as in T5.
-    Where ``extra_ids`` is None there are as many as the tokenizer's files beside ``spiece.model``
-    say, otherwise 100, or none are added to a file that holds them (mT5's).  In text, a sentinel is
-    recognised at the start of a word only, unless those files list it: what they list is a unit
-    wherever it stands (``data/added_tokens.py``).
+    ``extra_ids=None`` adds as many as the tokenizer's files beside ``spiece.model`` specify,
+    otherwise 100, or none if the file has them already (mT5's).  In text, a sentinel is recognised
+    only at the start of a word, unless the tokenizer's files list it: tokens that they list are
+    recognised everywhere (``tokenizer_files``).
 
-    Equal and of equal hash where model file and sentinels are.  Behaves as
-    ``seqio.SentencePieceVocabulary``.  Raises UserError for a file that is missing, is no
-    SentencePiece model, or numbers padding, end and unknown otherwise than 0, 1 and 2.
+    Vocabularies with the same model file and sentinels are equal, and have the same hash.  Behaves
+    like ``seqio.SentencePieceVocabulary``.  Raises UserError for a file that is missing, is not a
+    SentencePiece model, or has other ids than 0, 1 and 2 for padding, end and unknown.
     """
 
     eos_id = EOS_ID
@@ -72,7 +72,7 @@ class Vocabulary:
         self.path = Path(path)
         self.token_ids = token_ids
         if extra_ids is not None and extra_ids < 0:
-            raise UserError(f"extra_ids must be 0 or more, not {extra_ids}")
+            raise UserError(f"extra_ids is {extra_ids}; it must be at least 0")
         model = _read_model(self.path)
         processor = _load_processor(model, path=self.path)
         added = AddedTokens(by_id={})
@@ -84,7 +84,7 @@ class Vocabulary:
             holds_sentinels = processor.piece_to_id(_sentinel_piece(0)) != UNK_ID
             extra_ids = 0 if holds_sentinels else DEFAULT_SENTINELS
         if extra_ids and not added.lists_sentinels:
-            # Messages of protocol buffers that are concatenated merge, and repeated fields grow.
+            # Concatenated protocol buffers are merged: repeated fields are appended.
             sentinels = b"".join(
                 _serialize_piece(_sentinel_piece(i)) for i in reversed(range(extra_ids))
             )
@@ -127,11 +127,11 @@ class Vocabulary:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first end of sequence; ids outside the vocabulary read as unknown."""
+        """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
         kept = [i for i in up_to(ids, self.token_ids.eos) if i not in self._special]
         if not self._token_of:
             return self._decode_pieces(kept)
-        # As transformers has it: blanks between added tokens and what is beside them.
+        # Like transformers: blanks around added tokens.
         parts: list[str] = []
         for is_added, group in itertools.groupby(kept, key=self._token_of.__contains__):
             if is_added:
@@ -141,7 +141,7 @@ class Vocabulary:
         return " ".join(parts)
 
     def pieces(self, token_id: int) -> str:
-        """The piece that an id stands for, with ``▁`` for a blank; ``<unk>`` beyond the size."""
+        """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
         token_id = int(token_id)
         if token_id in self._token_of:
             return self._token_of[token_id]
@@ -149,7 +149,7 @@ class Vocabulary:
         return str(self._processor.id_to_piece(token_id if known else UNK_ID))
 
     def sentinel(self, index: int) -> int:
-        """The id of ``<extra_id_{index}>``; UserError where there is none."""
+        """The id of ``<extra_id_{index}>``; UserError if there is none."""
         listed = self._id_of.get(_sentinel_piece(index).removeprefix("▁"))
         if listed is not None:
             return listed
@@ -164,7 +164,7 @@ class Vocabulary:
         return bool(self._id_of)
 
     def _add(self, added: AddedTokens, model: bytes) -> None:
-        """Takes in the tokens that the files beside the SentencePiece model list."""
+        """Adds the tokens that the files beside the SentencePiece model list."""
         tokens = dict(added.by_id)
         self._size = max(self._size, 1 + max(tokens, default=0))
         for token in added.without_id:
@@ -199,17 +199,17 @@ class Vocabulary:
 class ByteVocabulary:
     """ByT5's vocabulary: the byte ``b`` of the text in UTF-8 has the id ``b + 3``.
 
-    Behaves as ``seqio.ByteVocabulary``: bytes that are not UTF-8, special ids and ids above the
-    bytes vanish in decoding.  The default ``extra_ids`` makes the size 384, that of ByT5's
-    embedding.  The ids above the bytes were never trained, though: ByT5's pre-training used the
-    last byte ids as sentinels, 258 downwards (Xue et al. 2022, section 3.1); so does ``sentinel``.
+    Behaves like ``seqio.ByteVocabulary``: decoding drops bytes that are not UTF-8, special ids and
+    ids above the bytes.  With the default ``extra_ids`` the size is 384, that of ByT5's embedding.
+    The ids above the bytes were never trained: ByT5's pre-training used the last byte ids as
+    sentinels, from 258 downwards (Xue et al. 2022, section 3.1), and so does ``sentinel``.
     """
 
     eos_id = EOS_ID
 
     def __init__(self, *, extra_ids: int = 125, token_ids: TokenIds = T5_IDS) -> None:
         if extra_ids < 0:
-            raise UserError(f"extra_ids must be 0 or more, not {extra_ids}")
+            raise UserError(f"extra_ids is {extra_ids}; it must be at least 0")
         self.extra_ids = extra_ids
         self.token_ids = token_ids
         self.fingerprint = f"bytes-{extra_ids}" + ids_suffix(token_ids)
@@ -243,7 +243,7 @@ class ByteVocabulary:
         return chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>"
 
     def sentinel(self, index: int) -> int:
-        """The id that stood for sentinel ``index`` (0 to 99) in ByT5's pre-training."""
+        """The id of sentinel ``index`` (0 to 99) in ByT5's pre-training."""
         if not 0 <= index < DEFAULT_SENTINELS:
             raise UserError(f"ByT5 has sentinels 0 to {DEFAULT_SENTINELS - 1}, not {index}")
         return _BYTE_OFFSET + 255 - index
@@ -266,25 +266,25 @@ def load_vocabulary(
 ) -> AnyVocabulary:
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
-    A file is a SentencePiece model, or by its suffix .json a ``tokenizer.json`` or the
-    ``tokenizer_config.json`` of ByT5; in a folder, ``vocabulary_file`` finds it.
+    A file with the suffix .json is a ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5;
+    any other is a SentencePiece model.  In a folder, ``vocabulary_file`` chooses the file.
     """
     if str(path) == "bytes":
         return _byte_vocabulary(extra_ids, token_ids)
     file = Path(path)
     if file.is_dir():
-        found = vocabulary_file(file)
-        if found is None:
+        inside = vocabulary_file(file)
+        if inside is None:
             names = (*SENTENCEPIECE_FILES, "tokenizer.json")
-            raise UserError(f"{file}: the folder holds no vocabulary ({' or '.join(names)})")
-        file = found
+            raise UserError(f"{file}: the folder has no vocabulary ({' or '.join(names)})")
+        file = inside
     if file.suffix != ".json":
         return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids)
     if file.name.endswith("config.json"):
         stored = byte_extra_ids(file)
         return _byte_vocabulary(stored if extra_ids is None else extra_ids, token_ids)
     if extra_ids is not None:
-        raise UserError(f"{file} has the sentinels that it has: leave out extra_ids")
+        raise UserError(f"{file} defines its sentinels: leave out extra_ids")
     return HfTokenizer(file, token_ids=token_ids)
 
 
@@ -299,11 +299,11 @@ def _read_model(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such vocabulary file; give a SentencePiece .model") from None
+        raise UserError(f"{path}: no such vocabulary file; use a SentencePiece .model") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the vocabulary: {error.strerror}") from None
     if len(data) > _LARGEST:
-        raise UserError(f"{path}: more than the {_LARGEST} bytes that are read of a vocabulary")
+        raise UserError(f"{path}: more than {_LARGEST} bytes, which is too large for a vocabulary")
     return data
 
 
@@ -314,15 +314,15 @@ def _load_processor(model: bytes, *, path: Path) -> "sentencepiece.SentencePiece
     try:
         processor.LoadFromSerializedProto(model)
         ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-        # A file cut between two pieces is a valid message, of fewer pieces that are not normalised.
+        # A file truncated between two pieces is a valid message without a normalizer.
         if _NORMALIZER_SPEC not in _fields(model):
             raise ValueError("no normalizer")
     except (RuntimeError, ValueError, IndexError):
         raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
     if ids != (PAD_ID, EOS_ID, UNK_ID):
         raise UserError(
-            f"{path}: T5 needs padding, end and unknown at ids 0, 1 and 2; this file is damaged "
-            f"or another model's, they are at {', '.join(map(str, ids))}"
+            f"{path}: T5 needs padding, end and unknown at ids 0, 1 and 2, but they are at "
+            f"{', '.join(map(str, ids))}: the file is damaged or another model's"
         )
     return processor
 
@@ -332,9 +332,9 @@ def _sentinel_piece(index: int) -> str:
 
 
 def _serialize_piece(piece: str) -> bytes:
-    """``ModelProto(pieces=[SentencePiece(piece=piece, type=USER_DEFINED)])`` on the wire.
+    """``ModelProto(pieces=[SentencePiece(piece=piece, type=USER_DEFINED)])`` in wire format.
 
-    By hand, because the generated module would tie us to a version of protobuf for two fields.
+    Written by hand, because the generated module would require a version of protobuf.
     """
     text = piece.encode("utf-8")
     # Fields: piece = 1 (bytes), score = 2 (fixed 32 bits, 0.0), type = 3 (varint); pieces = 1.
@@ -343,7 +343,7 @@ def _serialize_piece(piece: str) -> bytes:
 
 
 def _fields(message: bytes) -> set[int]:
-    """The field numbers in a serialised message all of whose fields are messages."""
+    """The field numbers of a serialised message whose fields are all messages."""
     fields = set()
     position = 0
     while position < len(message):

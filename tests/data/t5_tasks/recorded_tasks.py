@@ -3,7 +3,7 @@
 import functools
 import json
 
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import preprocess_in_form
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import preprocess_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 
 NAMES = {

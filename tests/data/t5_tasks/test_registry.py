@@ -5,8 +5,15 @@ from collections import Counter
 
 import pytest
 
+from prompt_tuning_jax.data.tasks.registry import (
+    get_mixture,
+    get_task,
+    task_names,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import ALIASES, TASKS, form_of
-from prompt_tuning_jax.data.tasks.task import Mixture, get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tasks.task import (
+    Mixture,
+)
 from prompt_tuning_jax.errors import UserError
 from tests.data.t5_tasks.recorded_tasks import recorded
 
@@ -125,8 +132,8 @@ def test_data_that_is_nowhere(tmp_path, monkeypatch):
     task = get_task("super_glue_rte_v102")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     for data_dir, message in [
-        ("", r"Set data\.data_dir \(--data_dir\)"),
-        (str(tmp_path / "no"), "there is no such folder"),
+        ("", r"set data\.data_dir \(--data_dir\)"),
+        (str(tmp_path / "no"), "no such folder"),
         (str(tmp_path), r"neither .*dataset_info\.json.* nor official files; looked for RTE/train"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -13,8 +13,7 @@ CODE = """
 import json, sys
 import seqio
 import prompt_tuning_jax.seqio_tasks
-from prompt_tuning_jax.data.tasks.seqio_bridge import seqio_names
-from prompt_tuning_jax.data.tasks.task import get_mixture
+from prompt_tuning_jax.data.tasks.registry import get_mixture, seqio_names
 
 out = {"tasks": sorted(seqio.TaskRegistry.names()), "seqio_names": list(seqio_names())}
 out["mixtures"] = sorted(seqio.MixtureRegistry.names())

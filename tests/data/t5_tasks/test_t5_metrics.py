@@ -7,9 +7,12 @@ import sys
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.data.tasks.metric_functions import (
+    normalized,
+    squad,
+)
 from prompt_tuning_jax.data.tasks.metrics import score
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
-from prompt_tuning_jax.data.tasks.t5_tasks.answers import normalized, squad
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,

@@ -6,15 +6,16 @@ import pickle
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.data.tasks.code_identity import code_identity
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import (
+from prompt_tuning_jax.data.tasks.code_digest import code_digest
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label, spaced
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
     preprocess_in_form,
-    task_index_id,
     without_task_word,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.glue import has_label
-from prompt_tuning_jax.data.tasks.t5_tasks.qa import spaced
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
+from prompt_tuning_jax.data.tasks.task import (
+    task_index_id,
+)
 from prompt_tuning_jax.errors import UserError
 
 ODD_TEXTS = (
@@ -253,7 +254,7 @@ def test_preprocessors_are_pure_and_have_an_identity():
     assert examples("super_glue_record_v102", row) == examples("super_glue_record_v102", row)
     assert json.dumps(row) == before
     identities = {
-        code_identity(
+        code_digest(
             preprocess_in_form(
                 task.preprocess, form, has_task_word=task.has_task_word, index=task.index
             )

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from prompt_tuning_jax.data.tasks.registry import (
+    get_task,
+)
 from prompt_tuning_jax.data.tasks.t5_tasks.official_files import official_rows, official_splits
-from prompt_tuning_jax.data.tasks.t5_tasks.sources import number_of_rows
-from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.t5_tasks.tfds_rows import (
+from prompt_tuning_jax.data.tasks.t5_tasks.sources import (
     is_prepared,
+    number_of_rows,
     tfds_fingerprint,
     tfds_rows,
     tfds_size,
 )
-from prompt_tuning_jax.data.tasks.task import get_task
+from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.errors import UserError
 from tests.data.t5_tasks.tfds_build import build
 
@@ -158,7 +160,7 @@ def test_without_the_package(tmp_path):
     prepared(tmp_path / "super_glue" / "rte" / "1.0.2", train=1)
     code = (
         "import sys; sys.modules['tensorflow_datasets'] = None\n"
-        "from prompt_tuning_jax.data.tasks.task import get_task\n"
+        "from prompt_tuning_jax.data.tasks.registry import get_task\n"
         "from prompt_tuning_jax.errors import UserError\n"
         "task = get_task('super_glue_rte_v102')\n"
         f"for folder in ({str(tmp_path)!r}, 'gs://bucket/data'):\n"

@@ -4,14 +4,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prompt_tuning_jax.data.tasks.t5_tasks import glue, metrics
-from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import class_id, number
-from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
-from prompt_tuning_jax.data.tasks.t5_tasks.transfer import (
+from prompt_tuning_jax.data.tasks.t5_tasks import metrics, preprocess
+from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     DUPLICATE_TO_EQUIVALENT,
     EQUIVALENT_TO_DUPLICATE,
+    class_id,
+    number,
     translated,
 )
+from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 
 _ACCURACY = (metrics.ACCURACY,)
 _F1_ACCURACY = (metrics.F1_WITH_INVALID, metrics.ACCURACY)
@@ -36,7 +37,9 @@ def labelled_task(
         benchmark=benchmark,
         short=short,
         tfds=f"{benchmark}/{short}:{of_tfds}",
-        preprocess=partial(glue.labelled_text, task_word=task_word, fields=fields, labels=labels),
+        preprocess=partial(
+            preprocess.labelled_text, task_word=task_word, fields=fields, labels=labels
+        ),
         postprocess=partial(class_id, labels=labels),
         labels=labels,
         metrics=_ACCURACY,
@@ -115,7 +118,7 @@ _GLUE_V002 = (
     ),
     _glue(
         "stsb",
-        preprocess=glue.stsb,
+        preprocess=preprocess.stsb,
         postprocess=number,
         metrics=(metrics.PEARSON, metrics.SPEARMAN),
         index=7,

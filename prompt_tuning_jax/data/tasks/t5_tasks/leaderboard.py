@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prompt_tuning_jax.data.tasks.t5_tasks.official_layout import SUPER_GLUE_FOLDERS
+from prompt_tuning_jax.data.tasks.t5_tasks.official_files import SUPER_GLUE_FOLDERS
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import form_of
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import SUPER_GLUE, T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example, Task

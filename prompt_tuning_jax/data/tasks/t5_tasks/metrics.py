@@ -11,8 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.data.tasks.metric_functions import (
+    pearson,
+    rouge_f1,
+    spearman,
+    squad,
+)
 from prompt_tuning_jax.data.tasks.metrics import Metric
-from prompt_tuning_jax.data.tasks.t5_tasks.answers import squad
 from prompt_tuning_jax.errors import UserError
 
 _ROUGE_KEYS = ("rouge1", "rouge2", "rougeLsum")
@@ -56,30 +61,6 @@ def matthews(targets: Sequence[int], predictions: Sequence[int]) -> float:
     return 100 * float(matthews_corrcoef(targets, predictions))
 
 
-def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's correlation; nan where all predictions are the same, as in the original.
-
-    A prediction that is no finite number counts as -1: see ``postprocess.number``.
-    """
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, targets, predictions)
-
-
-def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan and what is no number as in ``pearson``."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, targets, predictions)
-
-
-def _correlation(function: Any, targets: Sequence[float], predictions: Sequence[float]) -> float:
-    # A constant side would make SciPy warn before it returns nan; fewer than two it refuses.
-    if len(set(targets)) < 2 or len(set(predictions)) < 2:
-        return float("nan")
-    return 100 * float(function(targets, predictions)[0])
-
-
 def multirc_f1(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> float:
@@ -114,24 +95,6 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     that they differ between runs by some hundredths; the mean is what they scatter around.
     """
     return rouge_f1(targets, predictions, kinds=_ROUGE_KEYS)
-
-
-def rouge_f1(
-    targets: Sequence[str], predictions: Sequence[str], *, kinds: Sequence[str]
-) -> dict[str, float]:
-    """The mean F1 of these kinds of ROUGE, by the names of the reference implementation."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(list(kinds))
-    scores = [
-        scorer.score(target=_in_lines(target), prediction=_in_lines(prediction))
-        for target, prediction in zip(targets, predictions, strict=True)
-    ]
-    return {kind: 100 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in kinds}
-
-
-def _in_lines(summary: str) -> str:
-    return summary.replace(" . ", " .\n")
 
 
 ACCURACY = Metric(name="accuracy", fn=accuracy)

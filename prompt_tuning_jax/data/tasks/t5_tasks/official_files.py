@@ -23,24 +23,207 @@ its place, with a warning: scores on them are not those of the official split.
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from prompt_tuning_jax.data.tasks.code_identity import code_identity
-from prompt_tuning_jax.data.tasks.t5_tasks.official_layout import COLLECTIONS, Choice, layout
+from prompt_tuning_jax.data.tasks.code_digest import code_digest
+from prompt_tuning_jax.data.tasks.t5_tasks.official_glue import (
+    glue_rows,
+    mrpc_rows,
+    super_glue_rows,
+)
+from prompt_tuning_jax.data.tasks.t5_tasks.official_qa import (
+    dpr_rows,
+    mrqa_rows,
+    squad_rows,
+    summary_rows,
+)
 from prompt_tuning_jax.data.tasks.task import Row
 from prompt_tuning_jax.errors import UserError, suggest
+
+SUPER_GLUE_FOLDERS = {
+    "boolq": "BoolQ",
+    "cb": "CB",
+    "copa": "COPA",
+    "multirc": "MultiRC",
+    "record": "ReCoRD",
+    "rte": "RTE",
+    "wic": "WiC",
+    "wsc": "WSC",
+    "wsc.fixed": "WSC",
+    "axb": "AX-b",
+    "axg": "AX-g",
+}
+_GLUE = {
+    "cola": "CoLA",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "qqp": "QQP",
+    "stsb": "STS-B",
+    "qnli": "QNLI",
+    "rte": "RTE",
+    "wnli": "WNLI",
+}
+_MRQA_BOTH = {
+    "squad": "SQuAD",
+    "news_qa": "NewsQA",
+    "trivia_qa": "TriviaQA-web",
+    "search_qa": "SearchQA",
+    "hotpot_qa": "HotpotQA",
+    "natural_questions": "NaturalQuestionsShort",
+}
+_MRQA_TEST = {
+    "bio_asq": "BioASQ",
+    "drop": "DROP",
+    "duo_rc": "DuoRC.ParaphraseRC",
+    "race": "RACE",
+    "relation_extraction": "RelationExtraction",
+    "textbook_qa": "TextbookQA",
+}
+# The folders, beside data_dir itself, that a collection may be in.
+COLLECTIONS = {
+    "super_glue": ("super_glue", "SuperGLUE"),
+    "glue": ("glue", "glue_data"),
+    "squad": ("squad", "squad_v1.1"),
+    "mrqa": ("mrqa",),
+    "definite_pronoun_resolution": ("definite_pronoun_resolution", "dpr"),
+    "xsum": (),
+    "cnn_dailymail": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Files (relative to the collection's folder) that together hold a split, and their reader."""
+
+    files: tuple[str, ...]
+    read: Callable[[Sequence[Path]], Iterator[Row]]
+    partial: bool = False  # not all of the official split
+
+
+@functools.cache
+def layout() -> Mapping[str, Mapping[str, tuple[Choice, ...]]]:
+    """Data set -> split -> the files that may hold it, the best first."""
+    datasets: dict[str, dict[str, tuple[Choice, ...]]] = {}
+    for config, folder in SUPER_GLUE_FOLDERS.items():
+        datasets[f"super_glue/{config}"] = _super_glue(config, folder)
+    for config, folder in _GLUE.items():
+        datasets[f"glue/{config}"] = {
+            split: (_glue(config, split, f"{folder}/{name}.tsv"),)
+            for split, name in (("train", "train"), ("validation", "dev"), ("test", "test"))
+        }
+    datasets["glue/mrpc"] = _mrpc(datasets["glue/mrpc"])
+    datasets["glue/ax"] = {
+        "test": tuple(
+            _glue("ax", "test", file)
+            for file in ("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX/test.tsv", "AX.tsv")
+        )
+    }
+    datasets |= _mnli()
+    datasets["squad/v1.1"] = {
+        "train": (_one("train-v1.1.json", squad_rows),),
+        "validation": (_one("dev-v1.1.json", squad_rows),),
+    }
+    datasets |= _mrqa()
+    datasets["definite_pronoun_resolution"] = {
+        split: (_one(f"{split}.c.txt", dpr_rows),) for split in ("train", "test")
+    }
+    datasets["xsum"] = _summaries("xsum", {"document": True, "summary": True})
+    datasets["cnn_dailymail"] = _summaries(
+        "cnn_dailymail", {"article": True, "highlights": True, "id": False}
+    )
+    return datasets
+
+
+def _one(file: str, read: Callable[[Path], Iterator[Row]]) -> Choice:
+    return Choice(files=(file,), read=lambda paths: read(paths[0]))
+
+
+def _super_glue(config: str, folder: str) -> dict[str, tuple[Choice, ...]]:
+    if config in ("axb", "axg"):
+        read = functools.partial(super_glue_rows, config, labelled=False)
+        return {"test": (_one(f"{folder}/{folder}.jsonl", read),)}
+
+    def choices(split: str, name: str) -> tuple[Choice, ...]:
+        read = functools.partial(super_glue_rows, config, labelled=split != "test")
+        whole = _one(f"{folder}/{name}.jsonl", read)
+        part = _one(f"{folder}/{name}_part.jsonl", read)
+        return whole, Choice(files=part.files, read=part.read, partial=True)
+
+    return {
+        "train": choices("train", "train"),
+        "validation": choices("validation", "val"),
+        "test": choices("test", "test"),
+    }
+
+
+def _glue(config: str, split: str, file: str) -> Choice:
+    return _one(file, functools.partial(glue_rows, config, split=split))
+
+
+def _mrpc(tables: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, ...]]:
+    def from_microsoft(split: str) -> Choice:
+        files = ("MRPC/msr_paraphrase_train.txt", "MRPC/dev_ids.tsv")
+        return Choice(files=files, read=lambda paths: mrpc_rows(paths[0], paths[1], split=split))
+
+    return {
+        "train": (from_microsoft("train"), *tables["train"]),
+        "validation": (from_microsoft("validation"), *tables["validation"]),
+        "test": (_glue("mrpc", "test", "MRPC/msr_paraphrase_test.txt"), *tables["test"]),
+    }
+
+
+def _mnli() -> dict[str, dict[str, tuple[Choice, ...]]]:
+    found: dict[str, dict[str, tuple[Choice, ...]]] = {
+        "glue/mnli": {"train": (_glue("mnli", "train", "MNLI/train.tsv"),)}
+    }
+    for split, name in (("validation", "dev"), ("test", "test")):
+        for which in ("matched", "mismatched"):
+            choice = (_glue("mnli", split, f"MNLI/{name}_{which}.tsv"),)
+            found["glue/mnli"][f"{split}_{which}"] = choice
+            found.setdefault(f"glue/mnli_{which}", {})[split] = choice
+    return found
+
+
+def _mrqa() -> dict[str, dict[str, tuple[Choice, ...]]]:
+    def choices(folder: str, name: str) -> tuple[Choice, ...]:
+        # BioASQ is published elsewhere, and all of them may be in one folder.
+        files = [f"{folder}/{name}.jsonl", f"out_of_domain/{name}.jsonl"]
+        if name in _MRQA_TEST.values():
+            files.append(f"{name}.jsonl")
+        return tuple(_one(file, mrqa_rows) for file in files)
+
+    found: dict[str, dict[str, tuple[Choice, ...]]] = {}
+    for config, name in _MRQA_BOTH.items():
+        found[f"mrqa/{config}"] = {
+            "train": choices("train", name),
+            "validation": choices("dev", name),
+        }
+    for config, name in _MRQA_TEST.items():
+        found[f"mrqa/{config}"] = {"test": choices("dev", name)}
+    return found
+
+
+def _summaries(folder: str, fields: Mapping[str, bool]) -> dict[str, tuple[Choice, ...]]:
+    read = functools.partial(summary_rows, fields=fields)
+    names = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+    return {
+        split: tuple(_one(f"{folder}/{name}.jsonl", read) for name in options)
+        for split, options in names.items()
+    }
+
 
 _log = logging.getLogger(__name__)
 
 
 def known_datasets() -> tuple[str, ...]:
-    """The names of the data sets that can be read from files, as TFDS writes them."""
+    """TFDS's names of the data sets that can be read from files."""
     return tuple(layout())
 
 
 def official_splits(dataset: str) -> tuple[str, ...]:
-    """The splits that the files of a data set make, under TFDS's names."""
+    """The splits of a data set's files, under TFDS's names."""
     return tuple(layout().get(dataset, {}))
 
 
@@ -64,8 +247,8 @@ def official_rows(dataset: str, split: str, data_dir: str) -> Iterator[Row]:
 def official_fingerprint(dataset: str, split: str, data_dir: str) -> str:
     """A string that changes when the files of the split do."""
     choice, paths = _locate(dataset, split, data_dir)
-    # The readers' own code counts: what they make of a file is cached under this.
-    digest = hashlib.sha256(f"{dataset} {code_identity(choice.read)}".encode())
+    # Includes the code of the reader, because its output is cached under this fingerprint.
+    digest = hashlib.sha256(f"{dataset} {code_digest(choice.read)}".encode())
     for path in paths:
         try:
             with open(path, "rb") as file:
@@ -75,16 +258,16 @@ def official_fingerprint(dataset: str, split: str, data_dir: str) -> str:
     return digest.hexdigest()
 
 
-def official_remark(dataset: str, split: str, data_dir: str) -> str:
-    """That the files hold a part of the official split, where they do; else empty."""
+def official_note(dataset: str, split: str, data_dir: str) -> str:
+    """A note if the files have only a part of the official split; otherwise empty."""
     choice, paths = _locate(dataset, split, data_dir)
     if not choice.partial:
         return ""
-    return f"NOT the official split but what of it is in {paths[0].name}"
+    return f"NOT the official split but the part of it in {paths[0].name}"
 
 
 def has_official_files(dataset: str, split: str, data_dir: str) -> bool:
-    """Whether the files of a split are there."""
+    """Whether the files of a split exist."""
     return _find(dataset, split, data_dir) is not None
 
 
@@ -98,7 +281,7 @@ def _locate(dataset: str, split: str, data_dir: str) -> tuple[Choice, list[Path]
     found = _find(dataset, split, data_dir)
     if found is None:
         raise UserError(
-            f"{data_dir} holds no file of {dataset}, split {split!r}; looked for "
+            f"{data_dir} has no file of {dataset}, split {split!r}; looked for "
             f"{looked_for(dataset, split)}"
         )
     return found
@@ -106,7 +289,7 @@ def _locate(dataset: str, split: str, data_dir: str) -> tuple[Choice, list[Path]
 
 def _choices(dataset: str, split: str) -> tuple[Choice, ...]:
     if dataset not in layout():
-        raise UserError(f"no files are known for {dataset!r}: {suggest(dataset, layout())}")
+        raise UserError(f"unknown data set {dataset!r}: {suggest(dataset, layout())}")
     splits = layout()[dataset]
     if split not in splits:
         raise UserError(f"{dataset} has no split {split!r}: {suggest(split, splits)}")
@@ -115,17 +298,17 @@ def _choices(dataset: str, split: str) -> tuple[Choice, ...]:
 
 def _find(dataset: str, split: str, data_dir: str) -> tuple[Choice, list[Path]] | None:
     choices = _choices(dataset, split)
-    own = Path(data_dir)
-    inside = [_child(own, name) for name in COLLECTIONS[dataset.partition("/")[0]]]
+    base = Path(data_dir)
+    inside = [_child(base, name) for name in COLLECTIONS[dataset.partition("/")[0]]]
     for choice in choices:
-        for folder in (own, *(folder for folder in inside if folder)):
+        for folder in (base, *(folder for folder in inside if folder)):
             paths = [_resolve(folder, file) for file in choice.files]
             if all(paths):
                 return choice, [path for path in paths if path]
-        # data_dir may be the task's own folder.
+        # data_dir may be the folder of the task itself.
         parts = [file.split("/", 1) for file in choice.files]
-        if all(len(p) > 1 and _plain(p[0]) == _plain(own.absolute().name) for p in parts):
-            paths = [_resolve(own, p[1]) for p in parts]
+        if all(len(p) > 1 and _plain(p[0]) == _plain(base.absolute().name) for p in parts):
+            paths = [_resolve(base, p[1]) for p in parts]
             if all(paths):
                 return choice, [path for path in paths if path]
     return None

@@ -1,13 +1,14 @@
-"""Texts as what the metrics compare: (text, example, is_target) -> value.
+"""Texts as the values that the metrics compare: (text, example, is_target) -> value.
 
-A text that is no label becomes -1, which no metric counts as right.
+A text that is not a label becomes -1, which no metric counts as right.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from prompt_tuning_jax.data.tasks.task import Example
+from prompt_tuning_jax.data.tasks.task import Example, Postprocess
 
 INVALID = -1
 
@@ -88,3 +89,38 @@ def without_sentinel(text: str) -> str:
 def _bare(text: str) -> str:
     words = text.strip().lower().split(" ")
     return " ".join(word for word in words if word not in _DETERMINERS)
+
+
+# MRPC's labels in the words of QQP.
+EQUIVALENT_TO_DUPLICATE: Mapping[str, str] = {"equivalent": "duplicate"}
+DUPLICATE_TO_EQUIVALENT: Mapping[str, str] = {"duplicate": "equivalent"}
+
+
+def translate(text: str, words: Mapping[str, str]) -> str:
+    """Replace each word wherever it occurs, within others too, in the order of ``words``.
+
+    >>> translate("not_duplicate", DUPLICATE_TO_EQUIVALENT)
+    'not_equivalent'
+    """
+    for old, new in words.items():
+        text = text.replace(old, new)
+    return text
+
+
+def translated(postprocess: Postprocess, words: Mapping[str, str]) -> Postprocess:
+    """The same postprocessor behind a translation of targets and predictions.
+
+    A prediction in the words of the task that is scored passes as it is.
+    """
+    return partial(_translated, postprocess=postprocess, words=words)
+
+
+def _translated(
+    text: str,
+    example: Example,
+    is_target: bool,
+    *,
+    postprocess: Postprocess,
+    words: Mapping[str, str],
+) -> Any:
+    return postprocess(translate(text, words), example, is_target)

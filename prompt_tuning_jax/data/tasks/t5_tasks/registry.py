@@ -1,17 +1,70 @@
-"""Every name of the 2021 code: tasks in three forms, their aliases, and mixtures.
+"""Every task name of the 2021 code: tasks in three forms, their aliases, and mixtures.
 
-Names are ``[taskless_|task_index_]NAME``, with NAME one of ``tables.T5_TASKS``.  Names that end in
-``_examples`` stand for the same tasks (there the suffix chose what was logged).
+Names are ``[taskless_|task_index_]NAME``, where NAME is one of ``tables.T5_TASKS``: the ordinary
+form has no prefix, the taskless form drops the task word from the inputs, and the task index form
+puts a token for the task before them.  Names that end in ``_examples`` are aliases (in the 2021
+code the suffix chose what was logged).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import get_args
+from functools import partial
+from typing import Literal, TypeAlias, get_args
 
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import Form, preprocess_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import source_of
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import Mixture, Task
+from prompt_tuning_jax.data.tasks.task import Example, Mixture, Preprocess, Row, Task, task_index_id
+
+# Their names are the prefixes of the tasks' names; the ordinary form has none.
+Form: TypeAlias = Literal["ordinary", "taskless", "task_index"]
+
+
+def without_task_word(inputs: str) -> str:
+    """Drop everything up to the first blank, blank included; without a blank nothing.
+
+    >>> without_task_word("boolq passage: ...")
+    'passage: ...'
+    """
+    before, blank, rest = inputs.partition(" ")
+    return rest if blank else before
+
+
+def preprocess_in_form(
+    preprocess: Preprocess, form: Form, *, has_task_word: bool = True, index: int | None = None
+) -> Preprocess:
+    """A preprocessor of the ordinary form as one of ``form``.
+
+    Args:
+      preprocess: of the ordinary form.
+      form: "taskless" and "task_index" drop the task word; the examples of the latter have
+        ``task_index``, for the token before the inputs (``task_index_id``).
+      has_task_word: False leaves the inputs unchanged in every form.
+      index: the task's number, required for "task_index"; ValueError otherwise.
+    """
+    if form == "ordinary":
+        return preprocess
+    if form == "taskless":
+        return partial(_taskless, preprocess=preprocess) if has_task_word else preprocess
+    if index is None:
+        raise ValueError("a task in the task_index form needs an index")
+    taskless = preprocess_in_form(preprocess, "taskless", has_task_word=has_task_word)
+    return partial(_indexed, preprocess=taskless, index=index)
+
+
+def with_task_index(ids: Sequence[int], *, vocabulary_size: int, index: int) -> list[int]:
+    """The inputs' ids after the id of the task."""
+    return [task_index_id(vocabulary_size, index), *ids]
+
+
+def _taskless(row: Row, *, preprocess: Preprocess) -> list[Example]:
+    return [
+        {**example, "inputs": without_task_word(example["inputs"])} for example in preprocess(row)
+    ]
+
+
+def _indexed(row: Row, *, preprocess: Preprocess, index: int) -> list[Example]:
+    return [{**example, "task_index": index} for example in preprocess(row)]
+
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -83,7 +136,7 @@ def _mixture(
     form: Form = "ordinary",
     proportional: bool = False,
 ) -> Mixture:
-    """Members with a training split are drawn from, the others are evaluated only."""
+    """Members with a training split are trained on; the others are only evaluated."""
     trained = [m for m in members if "train" in T5_TASKS[m].splits and T5_TASKS[m].rate]
     if not proportional:
         trained = [m for m in members if "train" in T5_TASKS[m].splits]
@@ -170,6 +223,6 @@ def _aliases() -> Iterator[tuple[str, str]]:
             yield short, name
 
 
-# For data.task, which asks for them when a task is first named.
+# For data.tasks.registry, which imports this module on the first lookup of a task.
 TASKS: tuple[Task | Mixture, ...] = (*_TASKS.values(), *_MIXTURES.values())
 ALIASES: Mapping[str, str] = dict(_aliases())

@@ -18,8 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prompt_tuning_jax.data.tasks.t5_tasks import glue, metrics, super_glue, wsc
-from prompt_tuning_jax.data.tasks.t5_tasks.generation import summarize
+from prompt_tuning_jax.data.tasks.t5_tasks import metrics, preprocess
 from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE, TRANSFER, labelled_task
 from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     multirc_answer,
@@ -27,7 +26,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     record_answers,
     wsc_referent,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.qa import mrqa, squad
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import mrqa, squad, summarize
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import TRAIN_VALIDATION_TEST, T5Task
 
 __all__ = [
@@ -71,7 +70,7 @@ _WSC = T5Task(
     short="wsc",
     tfds="super_glue/wsc.fixed:1.0.2",
     splits=("train",),
-    preprocess=wsc.wsc_simple_positives,
+    preprocess=preprocess.wsc_simple_positives,
     postprocess=wsc_referent,
     metrics=_ACCURACY,
     index=7,
@@ -106,7 +105,7 @@ SUPER_GLUE = (
     ),
     _super_glue(
         "multirc",
-        preprocess=partial(super_glue.multirc, labels=_FALSE_TRUE),
+        preprocess=partial(preprocess.multirc, labels=_FALSE_TRUE),
         postprocess=partial(multirc_answer, labels=_FALSE_TRUE),
         metrics=(metrics.MULTIRC_F1, metrics.MULTIRC_EXACT_MATCH),
         index=3,
@@ -115,7 +114,7 @@ SUPER_GLUE = (
     ),
     _super_glue(
         "record",
-        preprocess=super_glue.record,
+        preprocess=preprocess.record,
         postprocess=record_answers,
         labels=(),
         metrics=(metrics.RECORD,),
@@ -143,20 +142,20 @@ SUPER_GLUE = (
         _WSC,
         name="super_glue_wsc_v102_simple_eval",
         splits=("validation", "test"),
-        preprocess=wsc.wsc_simple,
+        preprocess=preprocess.wsc_simple,
         rate=0,
         description="is the marked pronoun's referent produced where it is the right one?",
     ),
     _super_glue(
         "wsc",
-        preprocess=partial(wsc.wsc_marked, labels=_FALSE_TRUE),
+        preprocess=partial(preprocess.wsc_marked, labels=_FALSE_TRUE),
         index=7,
         description="do two marked spans mean the same? (Not in the original's mixtures)",
     ),
     _super_glue(
         "axb",
         splits=("test",),
-        preprocess=partial(super_glue.axb, labels=_ENTAILMENT),
+        preprocess=partial(preprocess.axb, labels=_ENTAILMENT),
         labels=_ENTAILMENT,
         metrics=(metrics.ACCURACY, metrics.MATTHEWS),
         index=5,
@@ -166,7 +165,7 @@ SUPER_GLUE = (
         "axg",
         splits=("test",),
         preprocess=partial(
-            glue.labelled_text,
+            preprocess.labelled_text,
             task_word="rte",
             fields=("hypothesis", "premise"),
             labels=_ENTAILMENT,
@@ -185,7 +184,7 @@ DPR = (
         short="dpr",
         tfds="definite_pronoun_resolution:1.1.0",
         splits=("train", "test"),
-        preprocess=wsc.dpr_simple,
+        preprocess=preprocess.dpr_simple,
         metrics=_ACCURACY,
         # The original numbers it as WSC, whose format it has.
         index=7,

@@ -1,7 +1,8 @@
-"""Tokens that a Hugging Face folder adds to a SentencePiece vocabulary, and their ids.
+"""The tokenizer's files in a model's folder: which is the vocabulary, and which tokens are added.
 
-They are units of their own in a text: split off before the SentencePiece model sees what is between
-them, as transformers' tokenizers of Python do (``PreTrainedTokenizer.tokenize``, version 4).
+Added tokens are separate units of a text: they are split off before the SentencePiece model sees
+what is between them, as in transformers' Python tokenizers (``PreTrainedTokenizer.tokenize``,
+version 4).
 """
 
 import re
@@ -11,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.untrusted_input import json_type, read_json_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
+TOKENIZER = "tokenizer.json"
+# Files that are fetched with a model.
+TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+_MODEL_CONFIG = "config.json"
+_BYTE_TOKENIZER = "ByT5Tokenizer"
 
-_T5S_OWN = ("<pad>", "</s>", "<unk>")  # no text writes these
+
+_SPECIAL = ("<pad>", "</s>", "<unk>")  # never recognised in text
 _SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 _LARGEST_ID = 2**24
 _FLAGS = ("lstrip", "rstrip", "single_word")
@@ -26,7 +35,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """``lstrip`` and ``rstrip``: it takes the blanks beside it; ``single_word``: not in a word."""
+    """``lstrip``, ``rstrip``: strip blanks beside it; ``single_word``: not within words."""
 
     content: str
     lstrip: bool = False
@@ -36,11 +45,11 @@ class AddedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class AddedTokens:
-    """What the files of a folder say about the tokens beside the SentencePiece model.
+    """The tokens that a folder's files add to the SentencePiece model.
 
-    ``by_id`` are those that have an id; ``without_id`` get the next free ones; ``extra_ids`` is the
-    number of sentinels, or None where no file says it.  With ``legacy`` what follows an added token
-    begins a word, blank or not.
+    ``by_id`` are tokens with an id; tokens ``without_id`` get the next free ids; ``extra_ids`` is
+    the number of sentinels, or None if no file specifies it.  With ``legacy``, text after an added
+    token begins a word even without a blank.
     """
 
     by_id: Mapping[int, AddedToken]
@@ -50,14 +59,14 @@ class AddedTokens:
 
     @property
     def lists_sentinels(self) -> bool:
-        """Whether the sentinels are among those with an id."""
+        """Whether the sentinels are among the tokens with an id."""
         return any(_SENTINEL.fullmatch(token.content) for token in self.by_id.values())
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
-    """What the tokenizer's files in ``folder``, as far as they exist, add; UserError for nonsense.
+    """The tokens that the tokenizer's files in ``folder`` add; UserError for invalid files.
 
-    As in transformers, ``added_tokens_decoder`` of tokenizer_config.json takes the place of
+    As in transformers, ``added_tokens_decoder`` of tokenizer_config.json replaces
     added_tokens.json, whose tokens have the flags of special_tokens_map.json.
     """
     config = _read_object(folder / TOKENIZER_CONFIG)
@@ -67,7 +76,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
         if not isinstance(decoder, dict):
-            raise UserError(f"{where}: added_tokens_decoder is no object of tokens by id")
+            raise UserError(f"{where}: added_tokens_decoder is not an object of tokens by id")
         for key, value in decoder.items():
             token_id = int(key) if re.fullmatch(r"\d{1,9}", key) else key
             by_id[_checked_id(token_id, where=where)] = _token(value, where=where)
@@ -76,7 +85,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         for content, token_id in _read_object(where).items():
             token = special.get(content) or _token(content, where=where)
             by_id[_checked_id(token_id, where=where)] = token
-    by_id = {token_id: token for token_id, token in by_id.items() if token.content not in _T5S_OWN}
+    by_id = {token_id: token for token_id, token in by_id.items() if token.content not in _SPECIAL}
     contents = [token.content for token in by_id.values()]
     if len(set(contents)) < len(contents):
         twice = next(content for content in contents if contents.count(content) > 1)
@@ -85,7 +94,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     rest = [
         token
         for content, token in special.items()
-        if content not in {*contents, *_T5S_OWN} and not _SENTINEL.fullmatch(content)
+        if content not in {*contents, *_SPECIAL} and not _SENTINEL.fullmatch(content)
     ]
     extra_ids = _extra_ids(config, where=folder / TOKENIZER_CONFIG)
     if extra_ids is None and sentinels:
@@ -103,16 +112,16 @@ class Splitter:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
-        # At each place the longest; alternatives of plain text cannot take long.
+        # The longest match first; alternatives of plain text cannot backtrack much.
         longest_first = sorted(self._tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
 
     def finds_any(self, text: str) -> bool:
-        """Whether the text has one of the tokens in it."""
+        """Whether the text contains one of the tokens."""
         return self._pattern.search(text) is not None
 
     def split(self, text: str) -> Iterator[tuple[str, bool]]:
-        """The parts of a text in their order, and whether each is an added token."""
+        """The parts of a text, in order, and whether each is an added token."""
         parts: list[str] = []
         at = 0
         for match in self._pattern.finditer(text):
@@ -140,39 +149,41 @@ class Splitter:
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    found: dict[str, AddedToken] = {}
+    tokens: dict[str, AddedToken] = {}
     files = ((SPECIAL_TOKENS, _read_object(folder / SPECIAL_TOKENS)), (TOKENIZER_CONFIG, config))
     for name, value in files:
         where = folder / name
         listed = value.get("additional_special_tokens") or []
         if not isinstance(listed, list):
-            raise UserError(f"{where}: additional_special_tokens is no list")
+            raise UserError(f"{where}: additional_special_tokens is not a list")
         for one in listed:
             token = _token(one, where=where)
-            found.setdefault(token.content, token)
-    return found
+            tokens.setdefault(token.content, token)
+    return tokens
 
 
 def _token(value: Any, *, where: Path) -> AddedToken:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content:
-        raise UserError(f"{where}: an added token is {str(value)[:80]!r} and has no text")
+        raise UserError(f"{where}: an added token is {str(value)[:80]!r}, which has no text")
     flags = {name: value.get(name, False) for name in _FLAGS} if isinstance(value, dict) else {}
     if not all(isinstance(flag, bool) for flag in flags.values()):
-        raise UserError(f"{where}: a flag of the token {content[:80]!r} is not true or false")
+        raise UserError(f"{where}: a flag of the token {content[:80]!r} must be true or false")
     return AddedToken(content=content, **flags)
 
 
 def _checked_id(value: Any, *, where: Path) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST_ID:
-        raise UserError(f"{where}: {str(value)[:80]!r} is no id of a token")
+        raise UserError(f"{where}: {str(value)[:80]!r} is not a valid token id")
     return value
 
 
 def _extra_ids(config: Mapping[str, Any], *, where: Path) -> int | None:
     value = config.get("extra_ids")
     if value is not None and (type(value) is not int or not 0 <= value <= 100_000):
-        raise UserError(f"{where}: extra_ids is {str(value)[:80]!r}; a whole number expected")
+        raise UserError(
+            f"{where}: extra_ids is {str(value)[:80]!r}; it must be an integer of at least 0"
+        )
     return value
 
 
@@ -181,5 +192,49 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     value = read_json_file(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {json_type(value)}, not a JSON object")
+        raise UserError(f"{path} is {json_type(value)}, not a JSON object")
     return value
+
+
+def vocabulary_file(folder: Path) -> Path | None:
+    """The file in a model's folder that defines its vocabulary, or None.
+
+    In this order: the ``tokenizer_config.json`` of a ByT5, which has no other file; a SentencePiece
+    model; ``tokenizer.json``; and a ``config.json`` that names ByT5's tokenizer.
+    """
+    if _is_of_bytes(folder / TOKENIZER_CONFIG):
+        return folder / TOKENIZER_CONFIG
+    for name in (*SENTENCEPIECE_FILES, TOKENIZER):
+        if (folder / name).is_file():
+            return folder / name
+    return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
+
+
+def up_to(ids: Iterable[int], eos_id: int) -> list[int]:
+    """The ids before the first end of sequence."""
+    kept = [int(i) for i in ids]
+    return kept[: kept.index(eos_id)] if eos_id in kept else kept
+
+
+def ids_suffix(token_ids: TokenIds) -> str:
+    """The part of a vocabulary's fingerprint for the model's token ids; empty for T5's."""
+    if token_ids == TokenIds():
+        return ""
+    return f"-{token_ids.pad}-{token_ids.eos}-{token_ids.start}"
+
+
+def byte_extra_ids(path: Path) -> int | None:
+    """The number of ids above the bytes in a ByT5's configuration; None if not specified."""
+    if not _is_of_bytes(path):
+        raise UserError(
+            f"{path}: no vocabulary; use {TOKENIZER}, a SentencePiece .model, or the "
+            f"configuration of a {_BYTE_TOKENIZER}"
+        )
+    extra_ids = _read_object(path).get("extra_ids")
+    if extra_ids is not None and (type(extra_ids) is not int or extra_ids < 0):
+        raise UserError(f"{path}: extra_ids is {extra_ids!r}; it must be an integer of at least 0")
+    return extra_ids
+
+
+def _is_of_bytes(path: Path) -> bool:
+    return _read_object(path).get("tokenizer_class") == _BYTE_TOKENIZER

@@ -1,6 +1,6 @@
-"""SeqIO's tasks and mixtures as ours, and ours as SeqIO's.
+"""Tasks and mixtures of SeqIO as this library's.
 
-TensorFlow and SeqIO are imported inside the functions: it takes seconds.
+TensorFlow and SeqIO are imported inside the functions: importing them takes seconds.
 """
 
 import hashlib
@@ -8,15 +8,13 @@ import importlib.metadata
 import json
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prompt_tuning_jax.data.tasks.code_identity import code_identity
+from prompt_tuning_jax.data.tasks.code_digest import code_digest
 from prompt_tuning_jax.data.tasks.metrics import Metric
-from prompt_tuning_jax.data.tasks.t5_tasks.forms import task_index_id
 from prompt_tuning_jax.data.tasks.task import (
     Example,
     Mixture,
@@ -24,27 +22,17 @@ from prompt_tuning_jax.data.tasks.task import (
     Row,
     Source,
     Task,
-    alias_names,
-    builtin_names,
-    get_mixture,
-)
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
-from prompt_tuning_jax.data.vocabularies.vocab import (
-    DEFAULT_SENTINELS,
-    AnyVocabulary,
-    ByteVocabulary,
 )
 from prompt_tuning_jax.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import seqio
-    import tensorflow as tf
 
 _PACKAGES = ("seqio", "tensorflow", "tensorflow-datasets")
 
 
-def seqio_names() -> tuple[str, ...]:
-    """The names of SeqIO's tasks and mixtures, but for those that ``register_in_seqio`` made."""
+def names_in_seqio() -> tuple[str, ...]:
+    """The names of SeqIO's tasks and mixtures, without the tasks that ``to_seqio`` registered."""
     import seqio
 
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
@@ -69,7 +57,9 @@ def from_seqio(name: str) -> Task | Mixture:
     if name in seqio.TaskRegistry.names():
         return _wrap_task(seqio.TaskRegistry.get(name))
     if name not in seqio.MixtureRegistry.names():
-        raise UserError(f"unknown SeqIO task or mixture {name!r}: {suggest(name, seqio_names())}")
+        raise UserError(
+            f"unknown SeqIO task or mixture {name!r}: {suggest(name, names_in_seqio())}"
+        )
     mixture = seqio.MixtureRegistry.get(name)
     rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     # A rate of 0 is how SeqIO's users say that a task is only evaluated.
@@ -79,98 +69,6 @@ def from_seqio(name: str) -> Task | Mixture:
         rates=tuple(rate for rate in rates.values() if rate),
         evaluated=tuple(_wrap_task(task) for task in mixture.tasks if not rates[task.name]),
         description="SeqIO mixture",
-    )
-
-
-def register_in_seqio(
-    vocabulary: AnyVocabulary, *, names: Sequence[str] = ("word_valence",), data_dir: str = ""
-) -> None:
-    """Register tasks and mixtures of this library in SeqIO under their names, for T5X users.
-
-    The ids are those of ``tokenize``: SeqIO's own vocabulary of the same file, then EOS behind what
-    is cut to length.  Beside the texts each example has the feature ``example_json``, all fields.
-    A mixture's members that are not named are registered with it.
-    """
-    register_with_seqio_vocabulary(_to_seqio_vocabulary(vocabulary), names=names, data_dir=data_dir)
-
-
-def register_with_seqio_vocabulary(
-    vocabulary: "seqio.Vocabulary",
-    *,
-    names: Sequence[str],
-    data_dir: str = "",
-    skip_known: bool = False,
-) -> None:
-    """The same with a vocabulary of SeqIO, which may be a file that is not read before it is used.
-
-    With ``skip_known`` names that SeqIO has already are left to whoever registered them.
-    """
-    import seqio
-
-    for name in names:
-        mixture = get_mixture(name)
-        members = (*mixture.tasks, *mixture.evaluated)
-        if len(members) == 1 and members[0].name == mixture.name:
-            if not (skip_known and _is_registered(name)):
-                _register_task(members[0], name, vocabulary, data_dir)
-            continue
-        for task in members:
-            if not _is_registered(task.name):
-                _register_task(task, task.name, vocabulary, data_dir)
-        rates = (*mixture.rates, *(0.0 for _ in mixture.evaluated))
-        if not (skip_known and _is_registered(name)):
-            seqio.MixtureRegistry.add(
-                name, [(task.name, rate) for task, rate in zip(members, rates, strict=True)]
-            )
-
-
-def seqio_vocabulary(path: str) -> "seqio.Vocabulary":
-    """T5's kind of vocabulary: a SentencePiece file and 100 sentinels, or ``bytes`` for ByT5's.
-
-    The file, which may be in a bucket, is read when it is first used.
-    """
-    import seqio
-
-    if path == "bytes":
-        return _to_seqio_vocabulary(ByteVocabulary())
-    return seqio.SentencePieceVocabulary(path, extra_ids=DEFAULT_SENTINELS)
-
-
-def _is_registered(name: str) -> bool:
-    import seqio
-
-    return name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
-
-
-def _register_task(task: Task, name: str, vocabulary: "seqio.Vocabulary", data_dir: str) -> None:
-    import seqio
-
-    index = () if task.index is None else (partial(_index_before_inputs, index=task.index),)
-    seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(_dataset_fn(task, data_dir), splits=task.splits),
-        preprocessors=[
-            seqio.preprocessors.tokenize,
-            *index,
-            seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features={
-            key: seqio.Feature(vocabulary=vocabulary, add_eos=True) for key in ("inputs", "targets")
-        },
-        postprocess_fn=_to_seqio_postprocess(task),
-        metric_fns=[_to_seqio_metric(metric) for metric in task.metrics],
-    )
-
-
-def _index_before_inputs(
-    dataset: "tf.data.Dataset", output_features: Mapping[str, Any], *, index: int
-) -> "tf.data.Dataset":
-    import tensorflow as tf
-
-    token = task_index_id(output_features["inputs"].vocabulary.vocab_size, index)
-    return dataset.map(
-        lambda example: {**example, "inputs": tf.concat([[token], example["inputs"]], axis=0)}
     )
 
 
@@ -247,10 +145,10 @@ def _text_of(task: "seqio.Task", key: str, features: Mapping[str, Any]) -> str:
 def _fingerprint(task: "seqio.Task", split: str) -> str:
     import seqio
 
-    parts = [task.name, split, str(task.source), code_identity(list(task.preprocessors))]
+    parts = [task.name, split, str(task.source), code_digest(list(task.preprocessors))]
     parts += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     if isinstance(task.source, seqio.FunctionDataSource):
-        parts.append(code_identity(task.source._dataset_fn))
+        parts.append(code_digest(task.source._dataset_fn))
     if isinstance(task.source, seqio.FileDataSource):
         for file in sorted(task.source.list_shards(split)):
             parts.append(file)
@@ -316,68 +214,5 @@ def _from_json(value: Any) -> Any:
 def _is_ours(name: str) -> bool:
     import seqio
 
-    if name in seqio.MixtureRegistry.names():
-        return name in builtin_names() or name in alias_names()
     source = name in seqio.TaskRegistry.names() and seqio.TaskRegistry.get(name).source
     return hasattr(getattr(source, "_dataset_fn", None), "from_prompt_tuning_jax")
-
-
-def _dataset_fn(task: Task, data_dir: str) -> Callable[..., "tf.data.Dataset"]:
-    def dataset_fn(
-        split: str, shuffle_files: bool = False, seed: int | None = None
-    ) -> "tf.data.Dataset":
-        del shuffle_files, seed
-        import tensorflow as tf
-
-        def generate() -> Iterator[dict[str, str]]:
-            for example in task.load(split, data_dir):
-                yield {
-                    "inputs": example["inputs"],
-                    "targets": example["targets"],
-                    "example_json": json.dumps(example),
-                }
-
-        text = tf.TensorSpec((), tf.string)
-        signature = {"inputs": text, "targets": text, "example_json": text}
-        return tf.data.Dataset.from_generator(generate, output_signature=signature)
-
-    dataset_fn.from_prompt_tuning_jax = True  # type: ignore[attr-defined]
-    return dataset_fn
-
-
-def _to_seqio_vocabulary(vocabulary: AnyVocabulary) -> "seqio.Vocabulary":
-    import seqio
-
-    if isinstance(vocabulary, ByteVocabulary):
-        return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
-    if isinstance(vocabulary, HfTokenizer):
-        raise UserError(
-            f"{vocabulary.path}: SeqIO reads SentencePiece files and bytes, not a tokenizer.json; "
-            "set model.vocabulary to the model's SentencePiece file"
-        )
-    if vocabulary.has_added_tokens:
-        raise UserError(
-            f"{vocabulary.path}: the files beside it add tokens, which SeqIO does not read; copy "
-            "the SentencePiece file to a folder of its own, and set model.vocabulary to it"
-        )
-    return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)
-
-
-def _to_seqio_postprocess(task: Task) -> Callable[..., Any]:
-    def postprocess(
-        text: str, *, example: Mapping[str, Any], is_target: bool = False, **_: Any
-    ) -> Any:
-        if task.postprocess is None:
-            return text
-        return task.postprocess(text, json.loads(example["example_json"]), is_target)
-
-    return postprocess
-
-
-def _to_seqio_metric(metric: Metric) -> Callable[..., dict[str, float]]:
-    def compute(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        value = metric.fn(targets, predictions)
-        return dict(value) if isinstance(value, Mapping) else {metric.name: value}
-
-    compute.__name__ = metric.name
-    return compute

@@ -1,4 +1,4 @@
-"""What a function computes, as a string: part of the key under which its results are cached."""
+"""A digest of a function's code: part of the key under which its results are cached."""
 
 import dataclasses
 import functools
@@ -11,21 +11,21 @@ from typing import Any
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-def code_identity(value: Any) -> str:
-    """Describe a function and what it closes over so that an edit changes the description.
+def code_digest(value: Any) -> str:
+    """SHA-256 of a function and of the values that it closes over; editing it changes the digest.
 
-    A function is described by its name and by the text of the whole module that defines it (its
-    helpers are there), partial arguments and closed-over values included.  Not seen: edits of
-    other modules that it calls, and the state of objects of unknown kinds.  Memory addresses
-    never enter, so the description is the same in every process.
+    A function is represented by its name and by the text of the whole module that defines it (its
+    helpers are there), including partial arguments and closed-over values.  Edits of other modules
+    that it calls do not change the digest, nor does the state of objects of unknown types.  Memory
+    addresses never enter, so the digest is the same in every process.
     """
-    return _describe(value, depth=0)
+    return hashlib.sha256(_describe(value, depth=0).encode(errors="replace")).hexdigest()
 
 
 def _describe(value: Any, depth: int) -> str:
     if isinstance(value, _PLAIN):
         return repr(value)
-    if depth > 8:  # a cycle, most likely
+    if depth > 8:  # probably a cycle
         return "..."
     if isinstance(value, functools.partial):
         parts = [value.func, *value.args, value.keywords]
@@ -40,7 +40,7 @@ def _describe(value: Any, depth: int) -> str:
     if dataclasses.is_dataclass(value) and not inspect.isclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return f"{_describe(type(value), depth)}{_describe(fields, depth)}"
-    if hasattr(value, "__wrapped__"):  # cached by functools, for instance
+    if hasattr(value, "__wrapped__"):  # for instance by functools.cache
         return f"wrapped({_describe(value.__wrapped__, depth + 1)})"
     if inspect.ismethod(value):
         return f"{_describe(value.__func__, depth)} of {type(value.__self__).__qualname__}"
@@ -62,7 +62,7 @@ def _describe_all(values: Any, depth: int) -> str:
 def _filled(cell: Any) -> bool:
     try:
         _ = cell.cell_contents
-    except ValueError:  # a name that its function has not assigned yet
+    except ValueError:  # not assigned yet
         return False
     return True
 
@@ -70,7 +70,7 @@ def _filled(cell: Any) -> bool:
 def _module_digest(code: Any) -> str:
     try:
         path = inspect.getsourcefile(code)
-    except TypeError:  # built in
+    except TypeError:  # built-in
         return ""
     if not path or not Path(path).is_file():
         return ""

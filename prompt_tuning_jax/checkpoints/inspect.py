@@ -1,0 +1,271 @@
+"""What a model or a prompt on disk is, read from headers alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG
+from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, open_weights
+from prompt_tuning_jax.checkpoints.hub import model_location
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
+from prompt_tuning_jax.checkpoints.location import INDEX
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, Source, read_prompt
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
+from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import read_json_file
+
+# The sizes of google-research/byt5.  mT5 and UMT5 have the sizes of T5 1.1.
+_BYTE_SIZES: dict[tuple[int, ...], str] = {
+    (1472, 6, 64, 3584, 12, 4): "byt5_small",
+    (1536, 12, 64, 3968, 18, 6): "byt5_base",
+    (1536, 16, 64, 3840, 36, 12): "byt5_large",
+    (2560, 32, 64, 6720, 36, 12): "byt5_xl",
+    (4672, 64, 64, 12352, 36, 12): "byt5_xxl",
+}
+_BYTE_ROWS = 384
+_MULTILINGUAL_ROWS = (250_100, 250_112)
+_UMT5_ROWS = (256_300, 256_384)
+_RELPOS_OF_LAYER = re.compile(r"(encoder|decoder)/layers_\d+/relpos_bias/rel_embedding")
+
+
+def open_source(
+    name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
+) -> ModelCheckpoint:
+    """``load.open_model``, with T5X's error for a folder with an incomplete T5X checkpoint."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        name_or_path = model_location(name_or_path)
+        folder = Path(name_or_path)
+    traces = (f"{INDEX}_*", "target.*", "state")
+    if (
+        folder.is_dir()
+        and not (folder / CONFIG).exists()
+        and any(path for trace in traces for path in folder.glob(trace))
+    ):
+        open_t5x(folder)
+    return open_model(name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=vocabulary)
+
+
+def architecture(opened: ModelCheckpoint) -> str:
+    """The published architecture, as far as shapes and files tell."""
+    config, kind = opened.config, _model_type(opened)
+    gated = len(config.mlp_activations) == 2
+    if kind == "umt5" or config.vocab_size in _UMT5_ROWS:
+        return "UMT5"
+    if any(_RELPOS_OF_LAYER.fullmatch(name) for name in opened.params):
+        return "T5 1.1 with a position bias in each layer (UMT5's, and scanned T5X's)"
+    if gated and (kind == "mt5" or config.vocab_size in _MULTILINGUAL_ROWS):
+        return "mT5"
+    if gated and (config.vocab_size == _BYTE_ROWS or _reads_bytes(opened.vocabulary_file)):
+        return "ByT5"
+    if gated:
+        tied = ", with tied embeddings" if config.tie_embeddings else ""
+        return f"T5 1.1 (LM-adapted and Flan-T5 are alike){tied}"
+    return "T5 1.0" + ("" if config.tie_embeddings else ", with a separate output layer")
+
+
+def size_name(config: T5Config) -> str:
+    """The preset with these sizes and any vocabulary; empty if there is none."""
+    for name, other in PRESETS.items():
+        if (_sizes(config), config.mlp_activations) == (_sizes(other), other.mlp_activations):
+            return name
+    return _BYTE_SIZES.get(_sizes(config), "")
+
+
+def layout(opened: ModelCheckpoint) -> str:
+    """The format in words, and the number of files if there are several."""
+    source = opened.source
+    if isinstance(source, Path):
+        file, _ = open_weights(source)
+        if file.suffix != ".json":
+            return file.name
+        shards = len(set(_json(file)["weight_map"].values()))
+        return f"{file.name.removesuffix(INDEX_SUFFIX)} in {shards} files"
+    kind = "T5X on Orbax" if source.layout == "t5x_orbax" else "T5X native"
+    scanned = ", scanned layers" if source.scanned else ""
+    return f"{kind}, version {source.version}{scanned}"
+
+
+def fingerprint_of(opened: ModelCheckpoint) -> str:
+    """The model's fingerprint; reads all of its weights, one array at a time."""
+    return fingerprint(opened.config, _ReadLater(opened.params))
+
+
+class _ReadLater(Mapping[str, HostArray]):
+    """Reads an array on each access, and keeps none in memory."""
+
+    def __init__(self, params: Mapping[str, LazyArray]) -> None:
+        self._params = params
+
+    def __getitem__(self, name: str) -> HostArray:
+        return self._params[name].whole()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _sizes(config: T5Config) -> tuple[int, ...]:
+    return (
+        config.embed_dim,
+        config.num_heads,
+        config.head_dim,
+        config.mlp_dim,
+        config.num_encoder_layers,
+        config.num_decoder_layers,
+    )
+
+
+def _model_type(opened: ModelCheckpoint) -> str:
+    if not isinstance(opened.source, Path):
+        return ""
+    return str(_json(opened.source / CONFIG).get("model_type", ""))
+
+
+def _reads_bytes(vocabulary_file: Path | None) -> bool:
+    """Whether it is a ByT5, whose vocabulary is its tokenizer configuration."""
+    return vocabulary_file is not None and vocabulary_file.name.endswith(CONFIG)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file that is known to hold an object."""
+    value: dict[str, Any] = read_json_file(path)
+    return value
+
+
+# The weights of larger models are read only on request.
+_FINGERPRINTED_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A stored model.
+
+    ``size`` is a preset's name or empty; ``dtypes`` counts the parameters stored in each dtype;
+    ``bytes`` is the size of all parameters; ``step``, ``prompt`` (its shape) and
+    ``optimizer_arrays`` are None except for T5X checkpoints; ``fingerprint`` is empty unless it was
+    computed.
+    """
+
+    location: str
+    is_t5x: bool
+    architecture: str
+    size: str
+    layout: str
+    config: T5Config
+    parameters: int
+    dtypes: dict[str, int]
+    bytes: int
+    step: int | None
+    prompt: tuple[int, ...] | None
+    optimizer_arrays: int | None
+    vocabulary: str
+    fingerprint: str
+
+
+def describe_model(
+    name_or_path: str,
+    *,
+    with_fingerprint: bool | None = None,
+    relpos_max_distance: int | None = None,
+) -> ModelDescription:
+    """Describes the model that ``load_model`` would load, with the same errors.
+
+    Only headers are read, except for the fingerprint, which needs all weights.
+    ``with_fingerprint=None`` computes it for models on this machine of up to 2 GB.
+    """
+    opened = open_source(name_or_path, relpos_max_distance=relpos_max_distance)
+    dtypes: Counter[str] = Counter()
+    for array in opened.params.values():
+        dtypes[array.dtype.name] += prod(array.shape)
+    size = sum(array.nbytes for array in opened.params.values())
+    if with_fingerprint is None:
+        with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in opened.location
+    checkpoint = None if isinstance(opened.source, Path) else opened.source
+    prompt = None if checkpoint is None else checkpoint.params.get(PROMPT)
+    return ModelDescription(
+        location=opened.location,
+        is_t5x=checkpoint is not None,
+        architecture=architecture(opened),
+        size=size_name(opened.config),
+        layout=layout(opened),
+        config=opened.config,
+        parameters=dtypes.total(),
+        dtypes=dict(dtypes.most_common()),
+        bytes=size,
+        step=None if checkpoint is None else checkpoint.step,
+        prompt=None if prompt is None else prompt.shape,
+        optimizer_arrays=None if checkpoint is None else len(checkpoint.state_names),
+        vocabulary=_vocabulary(opened.vocabulary_file),
+        fingerprint=fingerprint_of(opened) if with_fingerprint else "",
+    )
+
+
+def _vocabulary(file: Path | None) -> str:
+    """In words; empty for none, and the error for one that cannot be used."""
+    if file is None:
+        return ""
+    try:
+        words = load_vocabulary(file)
+    except UserError as error:
+        return f"cannot be used: {error}"
+    if isinstance(words, ByteVocabulary):
+        return f"bytes, {words.size} ids"
+    sentinels = (
+        f", {words.extra_ids} of them sentinels added to the file" if words.extra_ids else ""
+    )
+    return f"{file.name}, {words.size:,} ids{sentinels}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDescription:
+    """A stored prompt ``[length, width]``.
+
+    ``dtype`` is the stored one; the norms are Euclidean over the width, one per position; ``fits``
+    names the presets (``models.t5.config.PRESETS``) of this width; ``left_out`` counts the rows of
+    a PEFT adapter's second copy (``PeftPrompt``).
+    """
+
+    format: Source
+    length: int
+    width: int
+    dtype: str
+    norm_min: float
+    norm_mean: float
+    norm_max: float
+    metadata: PromptMetadata
+    fits: tuple[str, ...]
+    left_out: int
+
+
+def describe_prompt(path: str | Path) -> PromptDescription:
+    """Describes any prompt that ``load_prompt`` reads, with the same errors."""
+    stored = read_prompt(path)
+    length, width = stored.prompt_PD.shape
+    norms_P = np.linalg.norm(stored.prompt_PD.astype(np.float64), axis=1)
+    return PromptDescription(
+        format=stored.source,
+        length=length,
+        width=width,
+        dtype=stored.prompt_PD.dtype.name,
+        norm_min=float(norms_P.min()),
+        norm_mean=float(norms_P.mean()),
+        norm_max=float(norms_P.max()),
+        metadata=stored.metadata,
+        left_out=stored.adapter.left_out if stored.adapter else 0,
+        fits=tuple(name for name, config in PRESETS.items() if config.embed_dim == width),
+    )

@@ -1,0 +1,144 @@
+"""The parameters of a T5 under T5X's names: their shapes, and the configuration they imply."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import T5Config
+
+EMBEDDING = "token_embedder/embedding"
+LOGITS = "decoder/logits_dense/kernel"
+# In each stack, or with ``relpos_per_layer`` in each of its layers.
+RELPOS = "relpos_bias/rel_embedding"
+
+
+def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Every frozen parameter of the model and its shape (t5x/examples/t5/network.py)."""
+    d, f = config.embed_dim, config.mlp_dim
+    heads = config.num_heads * config.head_dim
+    attention = {"query": (d, heads), "key": (d, heads), "value": (d, heads), "out": (heads, d)}
+    wi = ("wi",) if len(config.mlp_activations) == 1 else ("wi_0", "wi_1")
+    mlp = {**{name: (d, f) for name in wi}, "wo": (f, d)}
+    relpos = (config.num_heads, config.relpos_num_buckets)
+
+    def kernels(path: str, of: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        return {f"{path}/{name}/kernel": shape for name, shape in of.items()}
+
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
+    if not config.relpos_per_layer:
+        shapes |= {f"{stack}/{RELPOS}": relpos for stack in ("encoder", "decoder")}
+    shapes |= {"encoder/encoder_norm/scale": (d,), "decoder/decoder_norm/scale": (d,)}
+    for i in range(config.num_encoder_layers):
+        layer = f"encoder/layers_{i}"
+        if config.relpos_per_layer:
+            shapes[f"{layer}/{RELPOS}"] = relpos
+        for norm in ("attention", "mlp"):
+            shapes[f"{layer}/pre_{norm}_layer_norm/scale"] = (d,)
+        shapes |= kernels(f"{layer}/attention", attention) | kernels(f"{layer}/mlp", mlp)
+    for i in range(config.num_decoder_layers):
+        layer = f"decoder/layers_{i}"
+        if config.relpos_per_layer:
+            shapes[f"{layer}/{RELPOS}"] = relpos
+        for norm in ("self_attention", "cross_attention", "mlp"):
+            shapes[f"{layer}/pre_{norm}_layer_norm/scale"] = (d,)
+        for block in ("self_attention", "encoder_decoder_attention"):
+            shapes |= kernels(f"{layer}/{block}", attention)
+        shapes |= kernels(f"{layer}/mlp", mlp)
+    if not config.tie_embeddings:
+        shapes[LOGITS] = (d, config.vocab_size)
+    return shapes
+
+
+def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) -> None:
+    """Raises UserError unless ``params`` are exactly the parameters of such a model.
+
+    ``of`` says where they come from; parameters may be any objects with a shape.
+    """
+    import jax
+
+    from prompt_tuning_jax.param_tree import require_same_shapes
+
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, "float32")
+        for name, shape in parameter_shapes(config).items()
+    }
+    require_same_shapes(params, wanted, of=of, and_of="a T5 of this configuration")
+
+
+# The path of the prompt [P,D] among the model's parameters in the original prompt tuning code.
+PROMPT = "encoder/prompt/prompt/prompt"
+# No other parameter has such a part in its path.
+_OF_PROMPTS = re.compile(r"(^|.*/)\w*prompt\w*(/.*|$)", re.DOTALL)
+_RELPOS_OF_STACK = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
+_RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
+
+
+def is_prompt(name: str) -> bool:
+    """Whether a parameter belongs to a prompt, in the encoder's input or elsewhere."""
+    return _OF_PROMPTS.fullmatch(name) is not None
+
+
+def config_of(
+    params: Mapping[str, Any],
+    *,
+    relpos_max_distance: int = 128,
+    mlp_activations: tuple[str, ...] | None = None,
+) -> T5Config:
+    """The configuration of the T5 with the parameters ``params`` (by name; only shapes matter).
+
+    The arguments are what shapes do not tell.  ``mlp_activations`` is by default T5 1.1's for a
+    gated mlp and T5 1.0's otherwise.  A prompt at ``PROMPT`` is allowed.  Raises UserError if these
+    are not exactly the parameters of one T5.
+    """
+    of = "the checkpoint"
+    of_layer = next((name for name in params if _RELPOS_OF_LAYER.fullmatch(name)), None)
+    of_stack = next((name for name in params if name in _RELPOS_OF_STACK), None)
+    if of_layer is not None and of_stack is not None:
+        raise UserError(
+            f"{of} has {of_layer} and {of_stack}: there is one relative position bias per layer or "
+            "one per stack, not both"
+        )
+    vocab_size, embed_dim = _shape(params, EMBEDDING)
+    for stack in ("decoder", "encoder"):
+        layer = "" if of_layer is None else "layers_0/"
+        num_heads, num_buckets = _shape(params, f"{stack}/{layer}{RELPOS}")
+    _, all_heads = _shape(params, "encoder/layers_0/attention/query/kernel")
+    if not num_heads or all_heads % num_heads:
+        raise UserError(f"{of} has query kernels of width {all_heads} for {num_heads} heads")
+    gated = "encoder/layers_0/mlp/wi_0/kernel" in params
+    if mlp_activations is None:
+        mlp_activations = ("gelu", "linear") if gated else ("relu",)
+    _, mlp_dim = _shape(params, f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel")
+    config = T5Config(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        head_dim=all_heads // num_heads,
+        mlp_dim=mlp_dim,
+        num_encoder_layers=_count_layers(params, "encoder"),
+        num_decoder_layers=_count_layers(params, "decoder"),
+        mlp_activations=mlp_activations,
+        tie_embeddings=LOGITS not in params,
+        relpos_num_buckets=num_buckets,
+        relpos_max_distance=relpos_max_distance,
+        relpos_per_layer=of_layer is not None,
+    )
+    require_parameters({k: v for k, v in params.items() if k != PROMPT}, config, of=of)
+    return config
+
+
+def _count_layers(params: Mapping[str, Any], stack: str) -> int:
+    matches = (re.match(rf"{stack}/layers_(\d+)/", name) for name in params)
+    return len({match[1] for match in matches if match})
+
+
+def _shape(params: Mapping[str, Any], name: str) -> tuple[int, int]:
+    if name not in params:
+        raise UserError(f"the checkpoint has no {name}: it is not a T5 with a layer per name")
+    shape = tuple(params[name].shape)
+    if len(shape) != 2:
+        raise UserError(
+            f"{name} has shape {list(shape)} in the checkpoint; a T5 has two dimensions there"
+        )
+    return shape[0], shape[1]

@@ -1,0 +1,146 @@
+"""Labels of a task: checks before training, and how much each counts in the loss."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prompt_tuning_jax.config.field_syntax import parse_class_weights
+from prompt_tuning_jax.data.tasks.task import Example, Task
+from prompt_tuning_jax.errors import UserError, nearest, suggest
+
+_MOST_LISTED = 20
+
+
+def label_line(counts: Mapping[str, int], labels: Sequence[str]) -> str:
+    """``labels: billing 73, shipping 70, ...``, the most frequent first."""
+    return f"labels: {listed_counts({label: counts.get(label, 0) for label in labels})}"
+
+
+def listed_counts(counts: Mapping[str, int]) -> str:
+    """``billing 73, shipping 70``: the 20 most frequent."""
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    text = ", ".join(f"{_shown(name)} {number:,}" for name, number in ordered[:_MOST_LISTED])
+    more = len(ordered) - _MOST_LISTED
+    return f"{text} and {more} more" if more > 0 else text
+
+
+def label_notes(counts: Mapping[str, int], labels: Sequence[str]) -> Iterator[str]:
+    """Remarks on suspicious labels of a training set, one line each."""
+    seen = [label for label in labels if counts.get(label)]
+    if len(seen) == 1:
+        yield (
+            f"all {counts[seen[0]]:,} training targets are {seen[0]!r}: with one class there is "
+            "nothing to learn; if targets are text to generate, set data.targets=text"
+        )
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(_normalized(label), []).append(label)
+    for names in alike.values():
+        if len(names) > 1:
+            listed = " and ".join(f"{name!r} ({counts.get(name, 0):,})" for name in names)
+            yield f"the labels {listed} look like the same label; if so, spell them alike"
+    if seen and all(len(x) > 2 and x[0] == x[-1] and x[0] in "\"'" for x in seen):
+        yield f"every label is quoted, as in {seen[0]}; the quotes are part of the label"
+
+
+def require_labels_known(
+    task: Task, title: str, examples: Sequence[Example], *, of_training: bool
+) -> None:
+    """UserError if no label equals a target in the task's comparison."""
+    counts = Counter(example["targets"] for example in examples)
+    strange = {
+        example["targets"]: example for example in examples if example["targets"] not in task.labels
+    }
+    unreachable = [t for t, e in strange.items() if not _is_reachable(task, t, e)]
+    if not unreachable:
+        return
+    target = min(unreachable, key=lambda t: (-counts[t], t))
+    number = sum(counts[t] for t in unreachable)
+    near = near_label(target, task.labels)
+    meant = f"; did you mean {near!r}?" if near else ""
+    whose = "of the training data" if of_training else "(data.labels)"
+    raise UserError(
+        f"{title}: the target {_shown(target)!r} is not one of the labels {whose}: "
+        f"{', '.join(map(_shown, task.labels[:_MOST_LISTED]))}{meant} ({number:,} of "
+        f"{len(examples):,} targets: {listed_counts({t: counts[t] for t in unreachable})}); "
+        "spell them alike, list all labels in data.labels, or set data.targets=text if targets are "
+        "text to generate"
+    )
+
+
+def near_label(target: str, labels: Sequence[str]) -> str | None:
+    """The label that was probably meant: the same letters or number, or a similar spelling."""
+    normalized = _normalized(target)
+    return next((x for x in labels if _normalized(x) == normalized), None) or nearest(
+        target, labels
+    )
+
+
+def is_rewritten(text: str, read_back: str) -> bool:
+    """Whether two texts differ only in blanks, case, and Unicode normalisation."""
+    return _letters(text) == _letters(read_back)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Equality of two results of a postprocessor, which may be arrays."""
+    equal = a == b
+    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
+
+
+def _is_reachable(task: Task, target: str, example: Example) -> bool:
+    if task.postprocess is None:
+        return False
+    wanted = task.postprocess(target, example, True)
+    return any(same_value(task.postprocess(x, example, False), wanted) for x in task.labels)
+
+
+def _letters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _normalized(label: str) -> str:
+    try:
+        return repr(float(label))
+    except ValueError:
+        letters = _letters(label)
+        return "".join(c for c in letters if c.isalnum()) or letters
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def example_weights(
+    entries: Sequence[str], *, labels: Sequence[str], targets: Sequence[str]
+) -> np.ndarray:
+    """``[N]`` float32: the weight of each example.
+
+    ``balanced`` gives an example of a label with n of N examples the weight N / (C * n), where C is
+    the number of labels that occur: all labels have the same total weight, and the mean is 1.
+    Otherwise labels that are not listed have weight 1.
+
+    Raises UserError for an unknown label, and if every weight is 0.
+    """
+    given, counts = parse_class_weights(entries), Counter(targets)
+    if not labels:
+        raise UserError(
+            "data.class_weights are for labels, but the targets are text; remove them, or set "
+            "data.labels"
+        )
+    for label in given:
+        if label not in labels:
+            raise UserError(f"data.class_weights: no label {label!r}: {suggest(label, labels)}")
+    if given:
+        by_label = {label: given.get(label, 1.0) for label in counts}
+    else:
+        by_label = {label: len(targets) / (len(counts) * n) for label, n in counts.items()}
+    weights_N = np.asarray([by_label[target] for target in targets], np.float32)
+    if not weights_N.any():
+        raise UserError(
+            "data.class_weights: all examples have weight 0; increase the weight of a label"
+        )
+    return weights_N

@@ -1,0 +1,84 @@
+"""The formulas of SQuAD, ROUGE and correlations, which general metrics and T5's have in common."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """{"em", "f1"}: percent, each the best over a question's answers, averaged over questions.
+
+    An empty answer that meets an empty one matches exactly and has an F1 of 0, as in ``t5``.
+    ValueError for a question without answers.
+    """
+    exact, overlap = [], []
+    for answers, prediction in zip(targets, predictions, strict=True):
+        given = normalized(prediction)
+        right = [normalized(answer) for answer in answers]
+        exact.append(given in right)
+        overlap.append(max(word_f1(answer, given) for answer in right))
+    return {"em": float(100 * np.mean(exact)), "f1": float(100 * np.mean(overlap))}
+
+
+def normalized(text: str) -> str:
+    """Lower case without ASCII punctuation, articles and superfluous white space."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def word_f1(target: str, prediction: str) -> float:
+    """F1 of the words that two texts share, counted as often as they occur; 0 to 1."""
+    target_words, predicted_words = target.split(), prediction.split()
+    shared = sum((Counter(target_words) & Counter(predicted_words)).values())
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted_words), shared / len(target_words)
+    return (2 * precision * recall) / (precision + recall)
+
+
+def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
+    """Pearson's correlation; nan where all predictions are the same, as in the original.
+
+    A prediction that is no finite number counts as -1: see ``postprocess.number``.
+    """
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, targets, predictions)
+
+
+def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
+    """Spearman's rank correlation; nan and what is no number as in ``pearson``."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, targets, predictions)
+
+
+def _correlation(function: Any, targets: Sequence[float], predictions: Sequence[float]) -> float:
+    # A constant side would make SciPy warn before it returns nan; fewer than two it refuses.
+    if len(set(targets)) < 2 or len(set(predictions)) < 2:
+        return float("nan")
+    return 100 * float(function(targets, predictions)[0])
+
+
+def rouge_f1(
+    targets: Sequence[str], predictions: Sequence[str], *, kinds: Sequence[str]
+) -> dict[str, float]:
+    """The mean F1 of these kinds of ROUGE, by the names of the reference implementation."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(kinds))
+    scores = [
+        scorer.score(target=_in_lines(target), prediction=_in_lines(prediction))
+        for target, prediction in zip(targets, predictions, strict=True)
+    ]
+    return {kind: 100 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in kinds}
+
+
+def _in_lines(summary: str) -> str:
+    return summary.replace(" . ", " .\n")

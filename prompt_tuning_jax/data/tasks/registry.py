@@ -1,0 +1,118 @@
+"""Tasks and mixtures by name: built-in ones, those that users register, and SeqIO's."""
+
+import difflib
+import functools
+import importlib
+import sys
+from collections.abc import Mapping
+
+from prompt_tuning_jax.data.tasks.task import Mixture, Task, as_mixture
+from prompt_tuning_jax.errors import UserError, suggest
+
+# Each of these modules has a tuple TASKS, and may have ALIASES (name -> name); they are imported
+# when a task is first asked for.
+_BUILTIN_MODULES = (
+    "prompt_tuning_jax.data.tasks.word_valence",
+    "prompt_tuning_jax.data.tasks.t5_tasks.registry",
+)
+_registered: dict[str, Task | Mixture] = {}
+
+
+def register(task: Task | Mixture, *, replace: bool = False) -> None:
+    """Register a task or mixture under its name; UserError if the name is taken."""
+    if not replace and task.name in _known():
+        raise UserError(f"task {task.name!r} is registered already; choose another name")
+    _registered[task.name] = task
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of built-in and registered tasks and mixtures, sorted, without aliases.
+
+    They include SeqIO's once a module that registers some has been imported.
+    """
+    return tuple(sorted({*_known(), *seqio_names()}))
+
+
+def alias_names() -> tuple[str, ...]:
+    """Aliases of built-in tasks and mixtures, sorted."""
+    return tuple(sorted(_aliases()))
+
+
+def builtin_names() -> tuple[str, ...]:
+    """The names of built-in tasks and mixtures, sorted."""
+    return tuple(sorted(_builtin()))
+
+
+def get_mixture(name: str) -> Mixture:
+    """Return the mixture of that name, or the task of that name as a mixture of one.
+
+    Looks among built-in tasks, registered tasks and SeqIO's, in this order.  UserError suggests the
+    nearest name for an unknown one.
+    """
+    known = _known()
+    task = known.get(name) or known.get(_aliases().get(name, ""))
+    if task is None and name in seqio_names():
+        from prompt_tuning_jax.data.tasks.from_seqio import from_seqio
+
+        task = from_seqio(name)
+    if task is None:
+        names = task_names()
+        # A remembered part of a name, such as rte, is not similar to the whole name.
+        likely = [known_name for known_name in names if name and name in known_name]
+        likely = likely or difflib.get_close_matches(name, [*names, *_aliases()], n=4)
+        raise UserError(
+            f"unknown task {name!r}: {suggest(name, likely or names)} (`prompt-tuning tasks` lists "
+            "all; import the module that registers a custom or SeqIO task first)"
+        )
+    return task if isinstance(task, Mixture) else as_mixture(task)
+
+
+def tasks_known_as(name: str) -> tuple[Task, ...]:
+    """The task of this name or alias, or the trained members of the mixture; empty if unknown.
+
+    Imports neither SeqIO nor modules that register tasks: SeqIO's tasks are found only if it is
+    imported already.
+    """
+    known = _known()
+    task = known.get(name) or known.get(_aliases().get(name, ""))
+    if task is None and name in seqio_names():
+        task = get_mixture(name)
+    if isinstance(task, Mixture):
+        return task.tasks
+    return () if task is None else (task,)
+
+
+def get_task(name: str) -> Task:
+    """Return the one task of that name; UserError for an unknown one and for a mixture."""
+    mixture = get_mixture(name)
+    members = (*mixture.tasks, *mixture.evaluated)
+    if len(members) > 1 or members[0].name != mixture.name:
+        listed = ", ".join(task.name for task in members)
+        raise UserError(f"{name!r} is a mixture; name one of its tasks: {listed}")
+    return mixture.tasks[0]
+
+
+@functools.cache
+def _builtin() -> Mapping[str, Task | Mixture]:
+    modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
+    return {task.name: task for module in modules for task in module.TASKS}
+
+
+@functools.cache
+def _aliases() -> Mapping[str, str]:
+    modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
+    return {a: n for module in modules for a, n in getattr(module, "ALIASES", {}).items()}
+
+
+def _known() -> dict[str, Task | Mixture]:
+    return {**_builtin(), **_registered}
+
+
+def seqio_names() -> tuple[str, ...]:
+    """The names of SeqIO's tasks and mixtures, without those that this package registered."""
+    # SeqIO tasks exist only if SeqIO has been imported, so this never imports TensorFlow itself.
+    if "seqio" not in sys.modules:
+        return ()
+    from prompt_tuning_jax.data.tasks.from_seqio import names_in_seqio
+
+    return tuple(name for name in names_in_seqio() if name not in {*_builtin(), *_aliases()})

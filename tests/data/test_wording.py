@@ -54,7 +54,7 @@ def test_a_text_is_worded(wording: Wording, given: object, expected: str) -> Non
 @pytest.mark.parametrize(
     ("wording", "given", "message"),
     [
-        (Wording(template=TWO), "a text", 'premise, hypothesis: give {"premise": .*raw'),
+        (Wording(template=TWO), "a text", 'premise, hypothesis: use {"premise": .*raw'),
         (Wording(template=TWO), {"premise": "a", "hypotesis": "b"}, "'hypothesis'.*'hypotesis'"),
         (Wording(template=TWO), {"premise": "a", "hypothesis": ["b"]}, "'hypothesis' is a list"),
         (AS_IT_IS, {"x": "a"}, "the input must be a text"),

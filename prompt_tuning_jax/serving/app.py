@@ -2,43 +2,43 @@
 
 import asyncio
 import json
+import pathlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving import schema
-from prompt_tuning_jax.serving.limits import RefusedError
-from prompt_tuning_jax.serving.middleware import Guard, bearer
-from prompt_tuning_jax.serving.responses import (
-    BoundedRoute,
-    as_json,
-    handle_errors,
-    info_of,
-    status_of,
-    without_folder,
-)
+from prompt_tuning_jax.serving.middleware import Middleware, bearer
+from prompt_tuning_jax.serving.schema import RefusedError
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.tasks import NAME
+from prompt_tuning_jax.serving.tasks import NAME, ServedTask
+from prompt_tuning_jax.untrusted_input import read_json
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    401: {"description": "the bearer token is missing or wrong"},
-    404: {"description": "no such task"},
-    408: {"description": "the body did not come in time"},
-    413: {"description": "the body or the batch is too large"},
-    422: {"description": "a field is wrong"},
-    429: {"description": "too many rows are waiting; Retry-After says when to come again"},
-    500: {"description": "the computation has failed"},
-    503: {"description": "not ready yet, or about to end"},
-    504: {"description": "the deadline has passed"},
-    507: {"description": "there is no room on the disk"},
+    401: {"description": "The bearer token is missing or wrong."},
+    404: {"description": "There is no such task."},
+    408: {"description": "The body was not received in time."},
+    413: {"description": "The body or the batch is too large."},
+    422: {"description": "A field is invalid."},
+    429: {"description": "Too many rows are waiting; Retry-After says when to try again."},
+    500: {"description": "The computation failed."},
+    503: {"description": "The server is starting or shutting down."},
+    504: {"description": "The deadline has passed."},
+    507: {"description": "The server's disk is full."},
 }
 for _about in _ERRORS.values():
     _about["model"] = schema.Error
@@ -48,7 +48,7 @@ _UPLOAD = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-# A path -> the file beside this one that answers it, and what that is.
+# A path -> the file beside this one that it returns, and its media type.
 _PAGE_FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -66,11 +66,12 @@ def make_app(
     report: Callable[[str], None] = lambda name: None,
     on_started: Callable[[BaseException | None], None] = lambda error: None,
 ) -> FastAPI:
-    """The application; ``report`` hears of each compiled program, ``on_started`` of the end of it.
+    """The application; starting it compiles the service's first programs.
 
-    ``token`` is asked of predictions, ``admin_token`` of changes; without the latter there are
-    no changes.  ``cors_origins`` are the origins (``https://host``, ``*`` for all) whose pages a
-    browser lets ask.
+    ``report`` is called with the name of each compiled program, and ``on_started`` once the start
+    has finished or failed.  Predictions require ``token`` and changes ``admin_token``; without an
+    ``admin_token`` tasks cannot be changed.  ``cors_origins`` (``https://host``, or ``*`` for all)
+    are those whose pages may send requests from a browser.
     """
 
     @asynccontextmanager
@@ -89,16 +90,16 @@ def make_app(
 
     app = FastAPI(
         title="prompt-tuning serve",
-        summary="One frozen T5, every task in one batch.",
+        summary="One frozen T5 serves every task in one batch.",
         version="1",
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # its page loads scripts from other sites
         redoc_url=None,
     )
     limits = service.limits
     upload_bytes = 16 * service.engine.shapes.prompt_lengths[-1] * service.engine.config.embed_dim
     app.add_middleware(
-        Guard,
+        Middleware,
         metrics=service.metrics,
         body_bytes=limits.body_bytes,
         upload_bytes=upload_bytes + 100_000,
@@ -114,8 +115,8 @@ def make_app(
         )
     handle_errors(app)
     app.router.route_class = BoundedRoute
-    reader = _asking_for(token, "token", "what PROMPT_TUNING_TOKEN is where the server runs")
-    admin = _asking_for(admin_token, "admin", "what PROMPT_TUNING_ADMIN_TOKEN is there")
+    reader = _requiring(token, "token", "The server's PROMPT_TUNING_TOKEN.")
+    admin = _requiring(admin_token, "admin", "The server's PROMPT_TUNING_ADMIN_TOKEN.")
 
     for path, (file, media_type) in _PAGE_FILES.items():
         answer = partial(_page_file, file, media_type)
@@ -123,19 +124,19 @@ def make_app(
 
     @app.get("/healthz", response_model=schema.Status)
     async def healthz() -> Response:
-        """Whether the server lives: also while it compiles, and until it has ended."""
+        """Whether the server is alive, also while it is starting or shutting down."""
         failed = app.state.starting.done() and app.state.starting.exception() is not None
-        working = service.state == "starting" or service.batcher.alive
+        working = service.state == "starting" or service.scheduler.alive
         return status_of(service, 200 if working and not failed else 500)
 
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
     async def readyz() -> Response:
-        """Whether it takes requests: once what can answer them is compiled, until it ends."""
+        """Whether the server accepts requests: once the programs it needs are compiled."""
         return status_of(service, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Counters for Prometheus."""
+        """Metrics in the format of Prometheus."""
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
     @app.post(
@@ -148,7 +149,7 @@ def make_app(
         },
     )
     async def predict(request: Request, body: schema.PredictRequest) -> Response:
-        """Labels, text or log-probabilities for texts, with the prompts of one task or several."""
+        """Predicts labels, text or log-probabilities, with the prompts of one or several tasks."""
         began = time.perf_counter()
         if body.options.stream:
             return await _streamed(service, body, began)
@@ -156,7 +157,7 @@ def make_app(
         gone = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():  # nobody is there to be answered
+            if not work.done():  # the client has gone
                 return Response(status_code=499)
             results = await work
         finally:
@@ -178,16 +179,16 @@ def make_app(
         after: Annotated[str, Query(max_length=100)] = "",
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
-        """The tasks that are served, by name."""
+        """Lists the served tasks in the order of their names."""
         names = service.tasks.names()
         start = names.index(after) + 1 if after in names else 0
         page = names[start : start + limit]
-        found = [task for name in page if (task := service.tasks.get(name)) is not None]
+        known = [task for name in page if (task := service.tasks.get(name)) is not None]
         more = start + limit < len(names)
         return as_json(
             schema.TaskList(
                 model=without_folder(service.model_name),
-                tasks=[info_of(task) for task in found],
+                tasks=[info_of(task) for task in known],
                 total=len(names),
                 next=page[-1] if more else None,
             )
@@ -200,7 +201,7 @@ def make_app(
         responses={code: _ERRORS[code] for code in (401, 404, 422, 503)},
     )
     async def words(name: Name) -> Response:
-        """The words whose embeddings are most like each position of a task's prompts."""
+        """Finds the words whose embeddings are most similar to each prompt position of a task."""
         prompts = [
             schema.PromptWords(
                 prompt=prompt,
@@ -228,13 +229,13 @@ def make_app(
             prompt: Annotated[str | None, Query(pattern=f"^{NAME}$")] = None,
             label: Annotated[list[str], Query(max_length=256)] = [],  # noqa: B006
         ) -> Response:
-            """Adds or replaces a task, whose prompt is the body: an .npy or .safetensors file.
+            """Adds or replaces a task; the body is its prompt, an .npy or .safetensors file.
 
-            With ``prompt`` it is one of the task's prompts, beside those that it has; ``label``,
-            repeated, are the task's labels in place of those that the file names.
+            With `prompt`, adds or replaces one prompt of the task and keeps the others.  `label`,
+            which may be repeated, replaces the labels that the file names.
             """
             content = await request.body()
-            task = await service.put_prompt(name, content, prompt=prompt, labels=label)
+            task = await service.changes.put_prompt(name, content, prompt=prompt, labels=label)
             return as_json(info_of(task))
 
         @app.delete(
@@ -244,8 +245,8 @@ def make_app(
             responses={code: _ERRORS[code] for code in (401, 404, 422, 500, 503, 507)},
         )
         async def delete_task(name: Name) -> Response:
-            """Serves the task no more; files that the server did not write itself stay."""
-            await service.remove_task(name)
+            """Stops serving a task; deletes only files that a server has written itself."""
+            await service.changes.remove_task(name)
             return Response(status_code=204)
 
     return app
@@ -256,17 +257,17 @@ def _page_file(file: str, media_type: str) -> Response:
     return Response(text, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
-def _asking_for(token: str, name: str, description: str) -> list[Any]:
-    """What a path that asks for a token depends on; OpenAPI has it by this name."""
+def _requiring(token: str, name: str, description: str) -> list[Any]:
+    """The dependencies of a path that requires a token, which OpenAPI shows by this name."""
     if not token:
         return []
-    said = HTTPBearer(scheme_name=name, description=description, auto_error=False)
-    return [Depends(said), Depends(bearer(token))]
+    scheme = HTTPBearer(scheme_name=name, description=description, auto_error=False)
+    return [Depends(scheme), Depends(bearer(token))]
 
 
 async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:
     events = service.stream(body)
-    first = await anext(events)  # raises what is wrong with the request before a status is sent
+    first = await anext(events)  # raises a RefusedError before a status is sent
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -285,3 +286,139 @@ async def _streamed(service: Service, body: schema.PredictRequest, began: float)
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Gives every error response the form of ``schema.Error``."""
+
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return error_of(error.status, error.message, field=error.field, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if first["loc"] == ("body",) and "json" not in kind and kind != "application/octet-stream":
+            message = (
+                f"the content type is {kind or 'missing'}; send content-type: application/json"
+            )
+            return error_of(422, message, field="body")
+        if first["loc"] == ("body",) and first["type"].startswith("model_"):
+            message = 'the body is not a JSON object; send {"task": "NAME", "inputs": ["TEXT"]}'
+            return error_of(422, message, field="body")
+        field = ""
+        for part in first["loc"][1:]:
+            if isinstance(part, int):
+                field += f"[{part}]"
+            elif part.isidentifier():  # other parts name a branch of a union
+                field += f".{part}" if field else part
+        for branch in (".str", ".constrained_str"):
+            field = field.removesuffix(branch)
+        return error_of(422, first["msg"], field=field or "body")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # how the framework reports a body that it cannot read
+            cause = error.__cause__
+            message = str(cause) if isinstance(cause, UserError) else "the body is not JSON"
+            return error_of(422, message, field="body")
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route only
+            headers["Allow"] = ", ".join(_methods_at(request))
+        return error_of(error.status_code, str(error.detail), headers=headers)
+
+
+class BoundedRoute(APIRoute):
+    """A route that parses the JSON body with limits on its depth and on its numbers."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handle(_BoundedRequest(request.scope, request.receive))
+
+        return bounded
+
+
+class _BoundedRequest(Request):
+    async def json(self) -> Any:
+        return read_json(await self.body(), of="the body")
+
+
+def _methods_at(request: Request) -> list[str]:
+    """The HTTP methods of this path."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted({*methods, "HEAD"} if "GET" in methods else methods)
+
+
+def status_of(service: Service, code: int) -> Response:
+    """The server's state, with this HTTP status."""
+    progress = service.engine.compiler.progress
+    status = schema.Status(
+        status=service.state,
+        rows_per_second=round(service.metrics.rows_per_second(), 2),
+        waiting=service.scheduler.waiting if service.state != "starting" else 0,
+        compiled=progress.made,
+        to_compile=progress.all,
+        required_compiled=progress.first_made,
+        required_to_compile=progress.first,
+    )
+    return JSONResponse(status.model_dump(), status_code=code)
+
+
+def info_of(task: ServedTask) -> schema.TaskInfo:
+    """A task as the list of tasks describes it."""
+    prompts = []
+    for prompt in task.prompts:
+        known = prompt.metadata
+        prompts.append(
+            schema.PromptInfo(
+                name=prompt.name,
+                method=prompt.method,
+                parameters=prompt.parameters,
+                length=prompt.length,
+                seed=known.seed,
+                steps=known.steps,
+                metric=known.metric or None,
+                score=known.score,
+                trained_on=without_folder(known.task) or None,
+            )
+        )
+    labels = list(task.labels)
+    wording = task.wording
+    return schema.TaskInfo(
+        name=task.name,
+        method=task.method,
+        labels=labels,
+        inputs_template=wording.template or None,
+        columns=[*wording.columns] if len(wording.columns) > 1 else None,
+        prompts=prompts,
+    )
+
+
+def without_folder(name: str) -> str:
+    """The name; only the last part if it is a path on this machine or in a bucket."""
+    windows = pathlib.PureWindowsPath(name)
+    if pathlib.Path(name).is_absolute() or windows.is_absolute() or "://" in name:
+        return pathlib.PureWindowsPath(name.rstrip("/")).name or name
+    return pathlib.Path(name).name if name.startswith(("~", "../")) else name
+
+
+def as_json(model: BaseModel) -> Response:
+    """The response without its empty fields."""
+    return Response(model.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def error_of(
+    status: int, message: str, *, field: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """An error response."""
+    body = schema.Error(error=schema.ErrorBody(message=message, field=field))
+    return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)

@@ -1,7 +1,7 @@
-"""Programs compiled in the order in which they are needed, in threads beside the device's own.
+"""Compiles programs in the order in which they are needed, in background threads.
 
-First come those that every request can be answered with; after them a server is ready.  The others
-only answer faster, and follow one by one: what has been asked for most often, then in their order.
+The first programs can answer every request; with them a server is ready.  The others only answer
+faster.  They follow one by one: those that were requested most often, then the rest in order.
 """
 
 import logging
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _log = logging.getLogger(__name__)
-_NICE = 10  # how far a thread stands back that compiles while requests are answered
+_NICE = 10  # niceness of a thread that compiles while requests are answered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A program to be made; ``first`` of those without which nothing can be answered."""
+    """A program to compile; ``first`` if requests cannot be answered without it."""
 
     key: Hashable
     name: str
@@ -30,9 +30,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How many programs there are, and how many of them are made; ``first`` those that come first.
+    """How many programs are compiled, of all and of the ``first``.
 
-    Those that could not be made count as made: nothing more is done about them.
+    A program whose compilation failed counts as compiled: it is not tried again.
     """
 
     made: int
@@ -42,13 +42,13 @@ class Progress:
 
 
 class CompilationStoppedError(Exception):
-    """The server is to end before what was waited for has been made."""
+    """The server is shutting down, and the program will not be compiled."""
 
 
 class Compiler:
-    """``made`` holds the programs by their keys; they are only ever added to it.
+    """Holds the compiled programs by key in ``made``, which only grows.
 
-    Its threads end with the process: nothing can interrupt what is being compiled.
+    The threads end with the process, because a compilation cannot be interrupted.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -75,11 +75,11 @@ class Compiler:
 
     @property
     def is_running(self) -> bool:
-        """Whether something is being compiled."""
+        """Whether a program is being compiled."""
         return any(thread.is_alive() for thread in self._threads)
 
     def start(self, *, later: int = 1) -> None:
-        """As many programs at a time as there are processors, then ``later`` at a time."""
+        """Compiles one program per processor at once, after the first ones ``later`` at once."""
         if self._threads:
             return
         number = os.cpu_count() or 1
@@ -91,13 +91,13 @@ class Compiler:
             thread.start()
 
     def want(self, key: Hashable) -> None:
-        """Makes it before others that are asked for less often."""
+        """Requests a program; those that are requested most often are compiled next."""
         with self._changed:
             if key in self._todo:
                 self._asked[key] += 1
 
     def wait_for_first(self, report: Callable[[str], None]) -> None:
-        """``report`` hears the name of each; errors as ``wait_for``."""
+        """Calls ``report`` with the name of each; errors as ``wait_for``."""
         self.wait_for(self._first, report)
 
     def wait_for_all(self, report: Callable[[str], None]) -> None:
@@ -106,7 +106,7 @@ class Compiler:
     def wait_for(
         self, keys: Collection[Hashable], report: Callable[[str], None] = lambda name: None
     ) -> None:
-        """Until these are made; raises what one of them has failed with, or that all is stopped."""
+        """Waits for these; raises the error of a failed one, or CompilationStoppedError."""
         waiting = {*keys}
         while waiting:
             with self._changed:
@@ -118,12 +118,12 @@ class Compiler:
                 report(self._steps[key].name)
 
     def is_made(self, key: Hashable) -> bool:
-        """Whether this one is; raises as ``wait_for``."""
+        """Whether this program is compiled; errors as ``wait_for``."""
         with self._changed:
             return self._is_made(key)
 
     def stop(self) -> None:
-        """Begins nothing more."""
+        """Starts no further compilation."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -159,7 +159,7 @@ class Compiler:
             return None
         key = next((key for key in self._todo if key in self._first), None)
         if key is None and later:
-            _stand_back()
+            _lower_priority()
             asked = [key for key, _ in self._asked.most_common() if key in self._todo]
             key = next(iter([*asked, *self._todo]), None)
         if key is None:
@@ -168,8 +168,8 @@ class Compiler:
         return self._steps[key]
 
 
-def _stand_back() -> None:
-    """Leaves the processors to threads that answer, where the system knows niceness by thread."""
+def _lower_priority() -> None:
+    """Leaves the processors to threads that answer, on systems with niceness per thread."""
     if sys.platform.startswith("linux"):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

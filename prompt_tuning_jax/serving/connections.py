@@ -1,9 +1,9 @@
-"""Connections in bounds: how many at once and from one address, and how long one may say nothing.
+"""Limits connections: how many at once, how many from one address, and how long one may be silent.
 
-uvicorn waits for ever for a client that connects and sends no request, or half of one, and refuses
-everybody once it has its number of connections.  Here the beginning of a request has a time and a
-size, a full server closes the connection that has been idle longest to make room, and where all are
-busy a few more are still asked whether the server is well.
+uvicorn waits forever for a client that connects and sends no request or half of one, and refuses
+every client once its number of connections is reached.  Here the header of a request has a time
+limit and a size limit, a full server closes the connection that has been idle longest, and a few
+extra connections can still ask for the server's health if all others are busy.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prompt_tuning_jax.errors import UserError
 
-# Paths that are answered where all connections are busy.
+# Paths that are answered even if all connections are busy.
 HEALTH = ("/healthz", "/readyz", "/metrics")
-_FOR_HEALTH = 16  # connections beside the others, for these alone
-_FOR_FILES = 64  # open files beside connections: prompts, compiled programs, the log
-_BACKLOG = 128  # connections that are accepted before the first of them is looked at
+_FOR_HEALTH = 16  # extra connections for these paths only
+_FOR_FILES = 64  # open files other than connections: prompts, compiled programs, the log
+_BACKLOG = 128  # connections that the system queues before they are accepted
 _FEWEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """``connections`` open at once, of them ``per_client`` from one address.
+    """At most ``connections`` are open at once, ``per_client`` of them from one address.
 
-    ``header_seconds`` for the beginning of a request, ``keep_alive_seconds`` between two of them,
-    ``write_seconds`` for a client to take what it is sent.
+    ``header_seconds`` limits the header of a request, ``keep_alive_seconds`` the time between two
+    requests, and ``write_seconds`` how long a client may stop reading its response.
     """
 
     connections: int = 1000
@@ -44,7 +44,7 @@ class ConnectionLimits:
 
 
 class Connections:
-    """Those that are open."""
+    """The open connections of one server."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
@@ -55,10 +55,10 @@ class Connections:
         return len(self._open)
 
     def enter(self, new: "Connection") -> bool:
-        """Whether a new connection may stay; ``for_health`` of it says: for the state alone.
+        """Whether a new connection is accepted; it may be restricted to ``for_health``.
 
-        To make room the one that has been idle longest is closed, of the same address if that has
-        too many.
+        To make room, closes the connection that has been idle longest (of the same address, if that
+        has too many).
         """
         client = _client_of(new)
         if self._of_client[client] >= self.limits.per_client and not self._make_room(client):
@@ -72,7 +72,7 @@ class Connections:
         return True
 
     def leave(self, one: "Connection") -> None:
-        """Also of one that was never let in, or has left already."""
+        """Forgets a connection, if it was accepted."""
         client = self._open.pop(one, None)
         if client is not None:
             self._of_client[client] -= 1
@@ -87,7 +87,7 @@ class Connections:
         ]
         if not idle:
             return False
-        # First who has never asked anything.
+        # Those that have never sent a request come first.
         longest = min(idle, key=lambda one: (one.asked, one.idle_since))
         self.leave(longest)
         longest.transport.abort()
@@ -95,19 +95,19 @@ class Connections:
 
 
 class Connection(HttpToolsProtocol):
-    """One of them; subclasses have the ``among`` that all of a server share."""
+    """One connection; a subclass per server has its shared ``among``."""
 
     among: Connections
     for_health = False
-    asked = False  # whether it has sent the beginning of a request
+    asked = False  # whether it has sent a request's header
     idle_since = 0.0
     _deadline: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
-    _header_bytes: int | None = 0  # of a beginning that is not there yet; None behind it
+    _header_bytes: int | None = 0  # received of an incomplete header; None after it
 
     @property
     def is_idle(self) -> bool:
-        """No request of it is being answered or read, but for its beginning."""
+        """Whether no request of it is being answered or received beyond its header."""
         answered = self.cycle is None or self.cycle.response_complete
         return answered and not self.pipeline
 
@@ -137,7 +137,7 @@ class Connection(HttpToolsProtocol):
         if self.parser is None or self.transport.is_closing():
             return
         if (self._header_bytes or 0) > self.among.limits.header_bytes:
-            self._refuse(431, "the beginning of the request is too long")
+            self._refuse(431, "the header of the request is too long")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -169,15 +169,15 @@ class Connection(HttpToolsProtocol):
         self._deadline = self.loop.call_later(self.among.limits.header_seconds, self._too_slow)
 
     def _too_slow(self) -> None:
-        if not self.is_idle:  # it has sent a piece of the next request while one is being answered
+        if not self.is_idle:  # part of the next request arrived while one is being answered
             self._limit_header()
         elif self._header_bytes:
-            self._refuse(408, "the request has not begun in time")
+            self._refuse(408, "the header of the request was not received in time")
         elif not self.transport.is_closing():
             self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers in place of the application, and closes; nobody has to be there to hear it."""
+        """Sends an error instead of the application's response, and closes the connection."""
         if self.transport.is_closing():
             return
         body = _error(message)
@@ -188,18 +188,18 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(1, self.transport.abort)
 
 
-Asgi: TypeAlias = Any  # uvicorn's own type of an application
+Asgi: TypeAlias = Any  # uvicorn's type of an application
 
 
 def limited(limits: ConnectionLimits) -> type[Connection]:
-    """The class of connections for uvicorn; those of one server know each other."""
+    """The class of one server's connections, for uvicorn."""
     return type("LimitedConnection", (Connection,), {"among": Connections(limits)})
 
 
 def within_open_files(limits: ConnectionLimits) -> ConnectionLimits:
-    """No more connections than this process may have files open, which is raised where it can be.
+    """Limits within the number of files that this process may open, which is raised if possible.
 
-    UserError where that is too few to serve anybody.
+    UserError if that is too few to serve any client.
     """
     try:
         import resource
@@ -242,7 +242,7 @@ def _open_files() -> int:
 
 
 def _client_of(one: Connection) -> str:
-    """An address; of IPv6 the part that a client cannot choose."""
+    """The client's address; of IPv6 only the network, since clients choose the rest."""
     host = one.client[0] if one.client else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

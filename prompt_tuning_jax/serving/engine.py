@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, product
 from typing import Any
@@ -16,30 +16,41 @@ from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.compiling import Compiler, Step
-from prompt_tuning_jax.serving.decode_state import Written, init_decode_state
-from prompt_tuning_jax.serving.device_cache import DeviceCache
-from prompt_tuning_jax.serving.methods import Methods
-from prompt_tuning_jax.serving.programs import Programs, Rows
-from prompt_tuning_jax.serving.prompt_position import device_put
-from prompt_tuning_jax.serving.rows import Row, target_array, token_array, write_options
-from prompt_tuning_jax.serving.shapes import Kind, Program, Shapes
-from prompt_tuning_jax.serving.tasks import ServedPrompt
+from prompt_tuning_jax.serving.decode_state import DecodeOutput, init_decode_state
+from prompt_tuning_jax.serving.programs import Batch, Programs
+from prompt_tuning_jax.serving.prompt_cache import (
+    Cache,
+    PromptCache,
+    abstract,
+    adapter_caches,
+    device_put,
+)
+from prompt_tuning_jax.serving.shapes import (
+    DecodeProgram,
+    Kind,
+    Program,
+    Row,
+    Shapes,
+    decode_options,
+    target_array,
+    token_array,
+)
+from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt
 from prompt_tuning_jax.typing import HostArray
 
 NEAREST = 5  # words of each prompt position
 _LONG_ENOUGH = 0.2  # seconds that need not be measured again
 _RUNS = 4  # by which a shorter time is measured
-_STEPS = 4  # tokens that are written before anybody may enter or leave
-_TIMED_STEPS = 16  # tokens of a text, where a whole batch is timed
+_STEPS = 4  # tokens that are decoded before any row may join or leave
 
 
 class Engine:
-    """Scores and writes for rows of any mix of prompts, lengths and targets, or of one structure.
+    """Scores and generates for rows of any mix of prompts, methods, lengths and targets.
 
-    ``compile`` or ``compile_first`` comes first.  All calls are for one thread at a time, but for
-    those that say what to compile.
+    One batch of ``score`` or ``prefill`` holds rows of equal ``batch_key``; rows of all keys are
+    decoded side by side.  ``compile`` or ``compile_first`` comes first.  All calls belong to one
+    thread at a time, except those that say what to compile.
     """
 
     def __init__(
@@ -51,17 +62,16 @@ class Engine:
         partitioner: Partitioner | None = None,
         methods: Sequence[ServedMethod] = (),
     ) -> None:
-        """``cache_rows`` prompts and as many methods are on the device at once."""
+        """``cache_rows`` prompts, and as many methods of each spec, are on the device at once."""
         if model.vocabulary is None:
-            raise UserError("this model came without a vocabulary, and a server takes texts")
+            raise UserError("this model has no vocabulary, which a server needs to read text")
         self.shapes = shapes
         self.vocabulary: AnyVocabulary = model.vocabulary
         self.config, self.dtype = model.config, jnp.dtype(model.dtype)
-        self._layout = partitioner
+        self._partitioner = partitioner
         graphdef, params = param_tree.split(model)
-        self._programs = Programs(graphdef, partitioner)
         self._params = params if partitioner is None else partitioner.replicate_arrays(params)
-        self.cache = DeviceCache(
+        self.cache = PromptCache(
             rows=cache_rows,
             length=shapes.prompt_lengths[-1],
             width=model.config.embed_dim,
@@ -69,21 +79,38 @@ class Engine:
             copy_sizes=shapes.batch_sizes,
             partitioner=partitioner,
         )
-        self.methods = Methods(methods, shapes=shapes, most=cache_rows, partitioner=partitioner)
+        adapters = adapter_caches(
+            methods, shapes=shapes, max_methods=cache_rows, partitioner=partitioner
+        )
+        # By spec, None being that of plain prompts.
+        self._caches: dict[AdapterSpec | None, Cache] = {None: self.cache}
+        self._caches.update(adapters)
+        self._examples = {method.adapter_spec: method for method in methods}  # to be timed with
+        self._programs = {
+            spec: Programs(
+                graphdef if spec is None else spec.graphdef,
+                token_ids=model.config.token_ids,
+                adapter_spec=spec,
+                gathered=cache.gathered,
+                partitioner=partitioner,
+            )
+            for spec, cache in self._caches.items()
+        }
         self.seconds: dict[Program, float] = {}  # of each program that can be used
         self._runs: dict[Program, list[float]] = {}  # by which that is measured
         self._rough: set[Program] = set()  # to be measured better than that
-        self.table: Any = self._empty_table()
-        self._table_like = self._like(self.table)
+        self._widths: dict[int, int] = {}  # encoder positions of the row in each slot
+        self.state: Any = self._init_state()
+        self._abstract_state = abstract(self.state, partitioner)
         self.compiler = Compiler(list(self._steps()))
         self._made = self.compiler.made
 
     def programs(self) -> Iterator[Program]:
-        """Everything that reads inputs."""
-        return chain(self.shapes.programs(), self.methods.programs())
+        """Every program that reads inputs."""
+        return chain.from_iterable(self.shapes.programs(spec) for spec in self._caches)
 
     def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Makes every program and measures it; ``report`` is called with the name of each."""
+        """Compiles and measures every program; ``report`` is called with the name of each."""
         self.compiler.start(later=os.cpu_count() or 1)
         self.compiler.wait_for_all(report)
         while self.measure():
@@ -91,9 +118,9 @@ class Engine:
         self.reset()
 
     def compile_first(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Makes what every request can be answered with.
+        """Compiles what every request can be answered with.
 
-        The rest is made in threads of its own, and used once ``measure`` has run it.
+        The rest is compiled in other threads, and used once ``measure`` has run it.
         """
         self.compiler.start()
         self.compiler.wait_for_first(report)
@@ -103,9 +130,9 @@ class Engine:
         self.reset()
 
     def measure(self) -> bool:
-        """Runs a program that is made once, if one is not measured yet, to know its time.
+        """Times one compiled program that is not measured yet; returns whether there was one.
 
-        Nothing of what is being written is touched.  From then on the program is used.
+        Slots that are being decoded are not touched.  From then on the program is used.
         """
         for program in self._unmeasured():
             runs = self._runs.setdefault(program, [])
@@ -117,10 +144,25 @@ class Engine:
             return True
         return False
 
-    def rows_at_once(self, program: Program, waiting: int) -> int:
-        """Of the batch sizes, the one that answers most rows a second when so many wait.
+    def batch_key(self, row: Row) -> Hashable:
+        """Equal for rows that one program can compute together, if they are of similar length."""
+        spec = row.adapter_spec
+        if row.prompt is None or self._caches[spec].gathered:
+            return spec
+        return spec, row.prompt.number
 
-        Of programs that are made; which one would be best is remembered by the compiler.
+    def can_decode(self, rows: Sequence[Row]) -> bool:
+        """Whether the device can hold at once all trained arrays that decoding these rows needs."""
+        wanted: dict[AdapterSpec, set[int]] = {}
+        for row in rows:
+            if row.prompt is not None and row.adapter_spec is not None:
+                wanted.setdefault(row.adapter_spec, set()).add(row.prompt.number)
+        return all(len(numbers) <= self._caches[spec].capacity for spec, numbers in wanted.items())
+
+    def rows_at_once(self, program: Program, waiting: int) -> int:
+        """The batch size that answers most rows per second if this many are waiting.
+
+        Only compiled programs count; the compiler remembers which one would be best.
         """
         sizes = self.shapes.batch_sizes
         ideal = next((size for size in sizes if size >= waiting), sizes[-1])
@@ -133,29 +175,33 @@ class Engine:
         return max(sizes, key=rate)
 
     def usable(self, kind: Kind, rows: Sequence[Row]) -> Program:
-        """The quickest for these rows that is made; no more of them than ``rows_at_once`` said."""
+        """The fastest compiled program for these rows, at most as many as ``rows_at_once`` said."""
         size = next(size for size in self.shapes.batch_sizes if size >= len(rows))
         program = self.program_for(kind, rows, size)
         usable = self._usable(program)
         if usable is None:
-            raise RuntimeError(f"no program is made for {size} rows of {program.length} tokens")
+            raise RuntimeError(f"no program is compiled for {size} x {program.length} tokens")
         return usable
 
     def _usable(self, program: Program) -> Program | None:
-        """The program itself, or while it is not made the quickest that does the same."""
+        """The program itself or, until it is compiled, the fastest that can replace it."""
         if program in self.seconds:
             return program
         self.compiler.want(program)
         # A copy: the thread that measures may add to it meanwhile.
-        others = [one for one in [*self.seconds] if one.does_work_of(program)]
+        others = [one for one in [*self.seconds] if one.can_replace(program)]
         return min(others, key=self.seconds.__getitem__, default=None)
 
     def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
-        """The smallest that holds these rows, with ``size`` rows."""
+        """The smallest program of ``size`` rows that holds these rows of equal ``batch_key``."""
+        spec = rows[0].adapter_spec
         length = self.shapes.length_for(max(len(row.ids) for row in rows))
-        lengths = [0 if row.prompt is None else len(row.prompt.prompt_PD) for row in rows]
-        adapter_spec = None if rows[0].method is None else rows[0].method.adapter_spec
-        prompt_length = 0 if adapter_spec else self.shapes.prompt_length_for(max(lengths))
+        prompt_length: int | None
+        if spec is not None:
+            prompt_length = spec.prompt_positions
+        else:
+            lengths = [row.prompt.length or 0 for row in rows if row.prompt is not None]
+            prompt_length = self.shapes.prompt_length_for(max(lengths, default=0))
         targets = None
         if kind == "score":
             longest = max(len(ids) for row in rows for ids in row.targets)
@@ -168,179 +214,172 @@ class Engine:
             rows=size,
             prompt_length=prompt_length,
             targets=targets,
-            adapter_spec=adapter_spec,
+            adapter_spec=spec,
         )
 
     def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
         """The summed log-probability of each target of each row."""
-        targets = self._placed_targets(rows, program)
-        if program.adapter_spec is None:
-            placed_rows = self._placed_rows(rows, program)  # copies prompts to the device
-            given: Any = self.cache.prompts_NPD, placed_rows
-        else:
-            given = self.methods.tuned_of(rows, program), self._placed_tokens(rows, program)
-        scores_BC = np.asarray(self._made[program](self._params, *given, targets))
+        arrays, batch = self._batch(rows, program)
+        made, targets = self._made[program], self._targets(rows, program)
+        scores_BC = np.asarray(made(self._params, arrays, batch, targets))
         return [
             scores_C[: len(row.targets)].tolist()
             for row, scores_C in zip(rows, scores_BC, strict=False)
         ]
 
-    def write_whole(self, rows: Sequence[Row], program: Program) -> list[tuple[list[int], float]]:
-        """The ids that each row writes to its end or limit, and their log-probability."""
-        given = self._placed_tokens(rows, program), self._placed_options(rows, program)
-        trainable = self.methods.tuned_of(rows, program)
-        made = self._made[program](self._params, trainable, *given)
-        ids_BS, scores_B, lengths_B = map(np.asarray, made)
-        return [
-            (ids_BS[row, : lengths_B[row]].tolist(), float(scores_B[row]))
-            for row in range(len(rows))
-        ]
-
     def prefill(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
-        """Reads rows into free slots, from where ``write`` goes on."""
+        """Encodes rows into free slots, from which ``decode`` continues."""
         slot_B = np.full(program.rows, self.shapes.slots, np.int32)
         slot_B[: len(slots)] = slots
-        read = self._placed_rows(rows, program)
-        where = (self._place(slot_B, ("batch",)), self._placed_options(rows, program))
+        arrays, batch = self._batch(rows, program)
+        where = (self._put(slot_B, ("batch",)), self._options(rows, program))
         made = self._made[program]
-        table, self.table = self.table, None  # given away, even where it fails
-        self.table = made(self._params, self.cache.prompts_NPD, table, read, *where)
+        state, self.state = self.state, None  # donated, even if the program fails
+        self.state = made(self._params, arrays, state, batch, *where)
+        self._widths.update(dict.fromkeys(slots, program.width))
 
-    def write(self, *, slots: int, width: int, given_up: Sequence[int] = ()) -> Written:
-        """A few tokens more in the first ``slots``; ``width`` is the widest of the rows in them.
+    def decode(self, rows: Mapping[int, Row]) -> DecodeOutput:
+        """Decodes a few more tokens of these rows, by slot; rows of other slots stay as they are.
 
-        Injections behind them must be done, or ``given_up``.
+        Rows of one ``batch_key`` share a program.
         """
-        given_up_M = np.zeros(self.shapes.slots, bool)
-        given_up_M[list(given_up)] = True
-        used = next(one for one in self._slots_used() if one >= slots)
-        width = next(one for one in self.shapes.widths() if one >= width)
-        made = self._made.get((used, width))
-        if made is None:
-            self.compiler.want((used, width))
-            made = self._larger_write(used, width)
-        table, self.table = self.table, None
-        self.table, seen = made(self._params, table, self._place(given_up_M, (None,)))
-        return jax.tree.map(np.asarray, seen)
+        groups: dict[Hashable, dict[int, Row]] = {}
+        for slot, row in sorted(rows.items()):
+            groups.setdefault(self.batch_key(row), {})[slot] = row
+        output: Any = None
+        for group in groups.values():
+            output = self._decode_group(group)
+        return jax.tree.map(np.asarray, output)
+
+    def _decode_group(self, rows: Mapping[int, Row]) -> DecodeOutput:
+        spec = next(iter(rows.values())).adapter_spec
+        first, last = min(rows), max(rows)
+        number = next(one for one in self._slot_numbers() if one > last - first)
+        width = max(self._widths[slot] for slot in rows)
+        width = next(one for one in self.shapes.widths(spec) if one >= width)
+        program = self._usable_decode(DecodeProgram(slots=number, width=width, adapter_spec=spec))
+        row_M = np.zeros(self.shapes.slots, np.int32)
+        active_M = np.zeros(self.shapes.slots, bool)
+        active_M[[*rows]] = True
+        arrays: Any = None
+        if spec is not None:
+            arrays, row_M[[*rows]] = self._caches[spec].take([row.prompt for row in rows.values()])
+        first = min(first, self.shapes.slots - program.slots)
+        where = self._where(row_M, active_M, first)
+        state, self.state = self.state, None
+        self.state, output = self._made[program](self._params, arrays, state, *where)
+        return output
 
     def nearest_words(self, prompt: ServedPrompt) -> tuple[HostArray, HostArray]:
-        """Ids and cosines ``[P, 5]`` of the embeddings most like each of its positions."""
+        """Ids and cosines ``[P, 5]`` of the embeddings most similar to each of its positions."""
         padded_PD = np.zeros((self.shapes.prompt_lengths[-1], self.config.embed_dim), self.dtype)
-        own = len(prompt.prompt_PD)
-        padded_PD[:own] = prompt.prompt_PD
-        ids, cosines = self._made["nearest"](self._params, self._place(padded_PD, (None, None)))
-        return np.asarray(ids)[:own], np.asarray(cosines)[:own]
+        length = len(prompt.prompt_PD)
+        padded_PD[:length] = prompt.prompt_PD
+        ids, cosines = self._made["nearest"](self._params, self._put(padded_PD, (None, None)))
+        return np.asarray(ids)[:length], np.asarray(cosines)[:length]
 
     def reset(self) -> None:
-        """Empties slots and cache: at the start, and where a program has failed half-way."""
-        self.table = self._empty_table()
-        self.cache.clear()
+        """Empties slots and caches: at the start, and after a program has failed half-way."""
+        self.state = self._init_state()
+        for cache in self._caches.values():
+            cache.clear()
 
     def _steps(self) -> Iterator[Step]:
-        """All programs, in the order in which they are made; the first answer everything."""
+        """All programs in the order in which they are compiled; the first answer everything."""
         shapes = self.shapes
-        every = [*self.programs()]
-        first = {program for program in every if self._is_first(program)}
         longest = shapes.prompt_lengths[-1]
         ordered: list[tuple[tuple[Any, ...], Step]] = []
-        for program in every:
-            order = (program not in first, program.length, program.rows)
+        for program in self.programs():
+            # The longest with the fewest rows: whatever comes fits into it, one by one.
+            is_first = (
+                program.rows == shapes.batch_sizes[0]
+                and program.width == (shapes.widths(program.adapter_spec)[-1])
+            )
             step = Step(
                 key=program,
-                name=self._name_of(program),
+                name=f"{program.kind} {program.rows} x {program.length} tokens"
+                + self._of_method(program.adapter_spec),
                 make=partial(self._compile, program),
-                first=program in first,
+                first=is_first,
             )
-            ordered.append((order, step))
-        if "generate" in shapes.kinds:
-            widest = self._slots_used()[-1], shapes.widths()[-1]
-            for slots, width in product(self._slots_used(), shapes.widths()):
-                is_first = (slots, width) == widest
+            ordered.append(((not is_first, program.length, program.rows), step))
+        for spec in filter(shapes.generates, self._caches):
+            widths, numbers = shapes.widths(spec), self._slot_numbers()
+            for number, width in product(numbers, widths):
+                is_first = (number, width) == (numbers[-1], widths[-1])
                 step = Step(
-                    key=(slots, width),
-                    name=f"write {slots} beside {width} positions",
-                    make=partial(self._compile_write, slots, width),
+                    key=DecodeProgram(slots=number, width=width, adapter_spec=spec),
+                    name=f"decode {number} x {width} positions" + self._of_method(spec),
+                    make=partial(
+                        self._compile_decode,
+                        DecodeProgram(slots=number, width=width, adapter_spec=spec),
+                    ),
                     first=is_first,
                 )
-                ordered.append(((not is_first, max(1, width - longest), slots), step))
+                ordered.append(((not is_first, max(1, width - longest), number), step))
         nearest = Step(key="nearest", name="nearest words", make=self._compile_nearest, first=False)
         ordered.append(((True, 0, 0), nearest))  # the page asks for it at once
         return (step for _, step in sorted(ordered, key=lambda one: one[0]))
 
-    def _is_first(self, program: Program) -> bool:
-        """The longest with the fewest rows: whatever comes fits into it, one by one."""
-        shapes = self.shapes
-        longest_prompt = program.adapter_spec is not None or (
-            program.prompt_length == shapes.prompt_lengths[-1]
-        )
-        alone = program.rows == shapes.batch_sizes[0]
-        return program.length == shapes.longest and alone and longest_prompt
-
-    def _name_of(self, program: Program) -> str:
-        if program.adapter_spec is not None:
-            return self.methods.name_of(program)
-        return f"{program.kind} {program.rows} x {program.length} tokens"
+    def _of_method(self, spec: AdapterSpec | None) -> str:
+        return "" if spec is None else f" of {self._examples[spec].method}"
 
     def _compile(self, program: Program) -> Any:
-        programs = self._programs
-        if program.targets is not None:
-            last = (self._placed_targets([], program),)
-        else:
-            last = (self._placed_options([], program),)
-        tokens = self._placed_tokens([], program)
-        if program.adapter_spec is not None:
-            function, trainable = self.methods.function(program), self.methods.like(program)
-            return _compiled(function, self._params, trainable, tokens, *last)
-        numbers = self._place(np.zeros(program.rows, np.int32), ("batch",))
-        rows = Rows(
-            tokens_BT=tokens, prompt_B=numbers, prompt_length_B=numbers, placement_B=numbers
-        )
-        prompts_NPD = self._like(self.cache.prompts_NPD)
+        programs, cache = self._programs[program.adapter_spec], self._caches[program.adapter_spec]
+        tokens = self._tokens([], program)
+        numbers = self._put(np.zeros(program.rows, np.int32), ("batch",))
+        batch = Batch(tokens_BT=tokens, row_B=numbers, prompt_length_B=numbers, placement_B=numbers)
+        arrays = cache.abstract()
         if program.targets is not None:
             function = jax.jit(partial(programs.score, prompt_length=program.prompt_length))
-            return _compiled(function, self._params, prompts_NPD, rows, *last)
+            targets = self._targets([], program)
+            return _compiled(function, self._params, arrays, batch, targets)
         prefill = partial(programs.prefill, prompt_length=program.prompt_length)
-        function = jax.jit(prefill, donate_argnums=2, **self._out_table())
+        function = jax.jit(prefill, donate_argnums=2, **self._state_shardings())
+        options = self._options([], program)
         return _compiled(
-            function, self._params, prompts_NPD, self._table_like, rows, numbers, *last
+            function, self._params, arrays, self._abstract_state, batch, numbers, options
         )
 
-    def _compile_write(self, slots: int, width: int) -> Any:
-        nobody = self._place(np.zeros(self.shapes.slots, bool), (None,))
-        written = partial(self._programs.write, slots=slots, width=width, steps=_STEPS)
-        out = self._out_table()
-        if self._layout is not None and out:
-            out = {"out_shardings": (out["out_shardings"], self._layout.replicated)}
-        function = jax.jit(written, donate_argnums=1, **out)
-        return _compiled(function, self._params, self._table_like, nobody)
+    def _compile_decode(self, program: DecodeProgram) -> Any:
+        spec = program.adapter_spec
+        arrays = None if spec is None else self._caches[spec].abstract()
+        slots = self.shapes.slots
+        where = self._where(np.zeros(slots, np.int32), np.zeros(slots, bool), 0)
+        decode = partial(
+            self._programs[spec].decode, slots=program.slots, width=program.width, steps=_STEPS
+        )
+        out = self._state_shardings()
+        if self._partitioner is not None and out:
+            out = {"out_shardings": (out["out_shardings"], self._partitioner.replicated)}
+        function = jax.jit(decode, donate_argnums=2, **out)
+        return _compiled(function, self._params, arrays, self._abstract_state, *where)
 
     def _compile_nearest(self) -> Any:
         positions = (self.shapes.prompt_lengths[-1], self.config.embed_dim)
-        prompt_PD = self._place(np.zeros(positions, self.dtype), (None, None))
-        function = jax.jit(partial(self._programs.nearest_words, number=NEAREST))
+        prompt_PD = self._put(np.zeros(positions, self.dtype), (None, None))
+        function = jax.jit(partial(self._programs[None].nearest_words, number=NEAREST))
         return _compiled(function, self._params, prompt_PD)
 
-    def _out_table(self) -> dict[str, Any]:
-        """A table comes out as it goes in, or it would not fit the next call."""
-        if self._layout is None or self._layout.is_single_device:
+    def _state_shardings(self) -> dict[str, Any]:
+        """The state comes out as it goes in, or it would not fit the next call."""
+        if self._partitioner is None or self._partitioner.is_single_device:
             return {}
-        return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._table_like)}
+        return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._abstract_state)}
 
-    def _like(self, arrays: Any) -> Any:
-        """What is compiled for, in place of arrays that a program may take meanwhile."""
-        on_mesh = self._layout is not None and not self._layout.is_single_device
-
-        def like(one: Any) -> Any:
-            sharding = one.sharding if on_mesh else None
-            return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding)
-
-        return jax.tree.map(like, arrays)
-
-    def _larger_write(self, slots: int, width: int) -> Any:
-        """Of the made ones the smallest that does the same; one does everything."""
-        pairs = product(self._slots_used(), self.shapes.widths())
-        validator = [(s, w) for s, w in pairs if s >= slots and w >= width and (s, w) in self._made]
-        return self._made[min(validator, key=lambda one: one[0] * one[1])]
+    def _usable_decode(self, program: DecodeProgram) -> DecodeProgram:
+        """The program itself or, until it is compiled, the smallest that can replace it."""
+        if program in self._made:
+            return program
+        self.compiler.want(program)
+        others = (
+            DecodeProgram(slots=slots, width=width, adapter_spec=program.adapter_spec)
+            for slots, width in product(
+                self._slot_numbers(), self.shapes.widths(program.adapter_spec)
+            )
+        )
+        larger = [one for one in others if one.can_replace(program) and one in self._made]
+        return min(larger, key=lambda one: one.slots * one.width)
 
     def _unmeasured(self) -> Iterator[Program]:
         return (
@@ -349,63 +388,66 @@ class Engine:
             if program in self._made and (program not in self.seconds or program in self._rough)
         )
 
-    def _slots_used(self) -> tuple[int, ...]:
-        """How many slots, from the first, can be written to: all on a mesh, which shares them."""
+    def _slot_numbers(self) -> tuple[int, ...]:
+        """How many adjacent slots can be decoded: on a mesh, which shards them, only all."""
         slots = self.shapes.slots
-        if self._layout is not None and not self._layout.is_single_device:
+        if self._partitioner is not None and not self._partitioner.is_single_device:
             return (slots,)
         return (*(size for size in self.shapes.batch_sizes if size < slots), slots)
 
     def _seconds_of(self, program: Program) -> float:
-        row = Row(
-            ids=(self.config.token_ids.eos,) * program.length,
-            method=self.methods.one_of(program.adapter_spec),
-            targets=((self.config.token_ids.eos,),),
-            limit=_TIMED_STEPS if program.kind == "write" else 1,
-        )
+        eos = self.config.token_ids.eos
+        prompt: Served | None = None
+        if program.adapter_spec is not None:
+            prompt = self._examples[program.adapter_spec]
+        row = Row(ids=(eos,) * program.length, prompt=prompt, targets=((eos,),), limit=1)
         began = time.perf_counter()
         if program.kind == "score":
             self.score([row], program)
-        elif program.kind == "write":
-            self.write_whole([row], program)
         else:
-            self.prefill([row], [self.shapes.slots], program)  # into no slot
-            jax.block_until_ready(self.table.done_M)
+            self.prefill([row], [], program)  # into no slot
+            jax.block_until_ready(self.state.done_M)
         return time.perf_counter() - began
 
-    def _placed_rows(self, rows: Sequence[Row], program: Program) -> Rows:
-        own = np.zeros((3, program.rows), np.int32)
-        prompts = [row.prompt for row in rows]
-        own[0, : len(rows)] = self.cache.rows_of(prompts)
-        for number, prompt in enumerate(prompts):
-            if prompt is not None:
-                own[1:, number] = len(prompt.prompt_PD), prompt.placement
-        return Rows(
-            tokens_BT=self._placed_tokens(rows, program),
-            prompt_B=self._place(own[0], ("batch",)),
-            prompt_length_B=self._place(own[1], ("batch",)),
-            placement_B=self._place(own[2], ("batch",)),
+    def _batch(self, rows: Sequence[Row], program: Program) -> tuple[Any, Batch]:
+        """The cache's arrays with all prompts of these rows, and the rows on the device."""
+        columns = np.zeros((3, program.rows), np.int32)
+        cache = self._caches[program.adapter_spec]
+        arrays, columns[0, : len(rows)] = cache.take([row.prompt for row in rows])
+        for number, row in enumerate(rows):
+            if isinstance(row.prompt, ServedPrompt):
+                columns[1:, number] = len(row.prompt.prompt_PD), row.prompt.placement
+        row_B, prompt_length_B, placement_B = (self._put(one, ("batch",)) for one in columns)
+        return arrays, Batch(
+            tokens_BT=self._tokens(rows, program),
+            row_B=row_B,
+            prompt_length_B=prompt_length_B,
+            placement_B=placement_B,
         )
 
-    def _placed_tokens(self, rows: Sequence[Row], program: Program) -> Any:
-        return self._place(token_array(rows, program, self.config.token_ids), ("batch", "length"))
+    def _tokens(self, rows: Sequence[Row], program: Program) -> Any:
+        return self._put(token_array(rows, program, self.config.token_ids), ("batch", "length"))
 
-    def _placed_targets(self, rows: Sequence[Row], program: Program) -> Any:
+    def _targets(self, rows: Sequence[Row], program: Program) -> Any:
         targets_BCS = target_array(rows, program, self.config.token_ids)
-        return self._place(targets_BCS, ("batch", None, None))
+        return self._put(targets_BCS, ("batch", None, None))
 
-    def _placed_options(self, rows: Sequence[Row], program: Program) -> Any:
-        most = self.shapes.max_new_tokens
-        options = write_options(rows, program, most=most)
-        return jax.tree.map(lambda array_B: self._place(array_B, ("batch",)), options)
+    def _options(self, rows: Sequence[Row], program: Program) -> Any:
+        options = decode_options(rows, program, max_new_tokens=self.shapes.max_new_tokens)
+        return jax.tree.map(lambda array_B: self._put(array_B, ("batch",)), options)
 
-    def _empty_table(self) -> Any:
+    def _where(self, row_M: HostArray, active_M: HostArray, first: int) -> tuple[Any, Any, Any]:
+        slots = self._put(row_M, (None,)), self._put(active_M, (None,))
+        return *slots, self._put(np.asarray(first, np.int32), ())
+
+    def _init_state(self) -> Any:
+        width = max(self.shapes.widths(spec)[-1] for spec in self._caches)
         return init_decode_state(
-            self.shapes, self.config, dtype=self.dtype, partitioner=self._layout
+            self.shapes, self.config, width=width, dtype=self.dtype, partitioner=self._partitioner
         )
 
-    def _place(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
-        return device_put(array, axes, self._layout)
+    def _put(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
+        return device_put(array, axes, self._partitioner)
 
 
 def with_rows(program: Program, rows: int) -> Program:

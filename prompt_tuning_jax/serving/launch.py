@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.serving import Serving
-from prompt_tuning_jax.data.tasks.selection import (
-    inputs_template_of,
-)
+from prompt_tuning_jax.data.tasks.selection import inputs_template_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import (
     build_model,
@@ -29,10 +27,10 @@ from prompt_tuning_jax.models.t5.model import T5
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from prompt_tuning_jax.serving.changes import TaskStore
-    from prompt_tuning_jax.serving.limits import Limits
+    from prompt_tuning_jax.serving.schema import Limits
     from prompt_tuning_jax.serving.service import Service
     from prompt_tuning_jax.serving.shapes import Shapes
+    from prompt_tuning_jax.serving.task_store import TaskStore
     from prompt_tuning_jax.serving.tasks import PromptValidator, ServedTask
 
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
@@ -41,7 +39,7 @@ _LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longe
 
 
 def default_experiment(prompts: str) -> Experiment:
-    """The model of the run that the folder is; otherwise the bundled one."""
+    """An experiment with the model of the run in this folder, or with the bundled model."""
     run = run_config(prompts) if Path(prompts).is_dir() else None
     model = Experiment().model if run is None else run.model
     return Experiment(model=model)
@@ -55,12 +53,12 @@ def serve(
     port: int = 8000,
     serving: Serving | None = None,
 ) -> bool:
-    """Serves until SIGTERM or SIGINT; UserError for what is wrong before it starts.
+    """Serves until SIGTERM or SIGINT; UserError if the server cannot start.
 
-    Gives back whether something is still being compiled, which nothing can interrupt: it goes on
-    until the process ends.
+    Returns whether a program is still being compiled, which cannot be interrupted before the
+    process ends.
 
-    Tokens come from the environment, PROMPT_TUNING_TOKEN for predictions and
+    Tokens come from the environment: PROMPT_TUNING_TOKEN for predictions and
     PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
     """
     _require_libraries()
@@ -73,11 +71,15 @@ def serve(
     )
     for origin in serving.cors_origins:
         checked_origin(origin, of="--cors_origins")
-    with server.bound(host, port) as own:  # before anything long is begun
+    with server.bound(host, port) as own:  # before anything that takes long
         print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
-        service = open_service(experiment, prompts, serving=serving, changes=bool(admin_token))
+        service = open_service(
+            experiment, prompts, serving=serving, allow_changes=bool(admin_token)
+        )
         if host not in ("127.0.0.1", "::1", "localhost") and not token:
-            print(f"note: {host} is open to others and {TOKEN} is not set", file=sys.stderr)
+            print(
+                f"note: {host} is open to other machines, and {TOKEN} is not set", file=sys.stderr
+            )
         _answer(service, own, serving, token=token, admin_token=admin_token)
     return service.engine.compiler.is_running
 
@@ -127,8 +129,8 @@ def _answer(
 
 def _drain(service: "Service") -> None:
     if service.state != "draining":
-        waiting = service.batcher.waiting if service.state == "ready" else 0
-        rows = f"; {waiting} rows that wait are answered first" if waiting else ""
+        waiting = service.scheduler.waiting if service.state == "ready" else 0
+        rows = f"; answering {waiting} waiting rows first" if waiting else ""
         print(f"shutting down{rows}", file=sys.stderr, flush=True)
     service.drain()
 
@@ -138,22 +140,23 @@ def open_service(
     prompts: str,
     *,
     serving: Serving,
-    changes: bool = False,
+    allow_changes: bool = False,
     apart: bool = False,
 ) -> "Service":
-    """The model and the prompts, opened; nothing is compiled yet.
+    """Loads the model and the prompts; nothing is compiled yet.
 
-    ``changes`` allows tasks to be put and removed; ``apart`` computes each task by itself.
+    ``allow_changes`` lets clients add and remove tasks; ``apart`` computes each task in separate
+    batches.
     """
-    from prompt_tuning_jax.serving.changes import TaskStore
     from prompt_tuning_jax.serving.engine import Engine
     from prompt_tuning_jax.serving.loading import methods_of
     from prompt_tuning_jax.serving.service import Service
+    from prompt_tuning_jax.serving.task_store import TaskStore
     from prompt_tuning_jax.serving.tasks import PromptValidator, Tasks
 
     folder = Path(prompts)
     if not folder.is_dir():
-        what = "is a file; name the folder that it is in" if folder.exists() else "no such folder"
+        what = "is a file; give its folder" if folder.exists() else "no such folder"
         raise UserError(f"--prompts {prompts}: {what}")
     partitioner = partitioner_of(experiment)
     model = build_model(experiment, partitioner=partitioner)
@@ -167,16 +170,16 @@ def open_service(
         longest_label=serving.max_new_tokens,
     )
     tasks = _tasks_in(folder, validator, model)
-    kept = TaskStore(folder)
-    tasks = kept.apply(tasks, validator)
-    if changes:
-        _clear_away(kept, folder)
-    if not tasks and not changes:
+    store = TaskStore(folder)
+    tasks = store.apply(tasks, validator)
+    if allow_changes:
+        _clear_away(store, folder)
+    if not tasks and not allow_changes:
         raise UserError(
-            f"--prompts {prompts}: there is no prompt; name a run's folder, a folder of prompts or "
-            f"runs, or set {ADMIN_TOKEN} to add some later"
+            f"--prompts {prompts}: there is no prompt; give a run's folder, a folder of prompts or "
+            f"runs, or set {ADMIN_TOKEN} to add prompts later"
         )
-    shapes = _shapes(serving, tasks, changes=changes)
+    shapes = _shapes(serving, tasks, allow_changes=allow_changes)
     on_mesh = None if partitioner.is_single_device else partitioner
     engine = Engine(
         model,
@@ -189,61 +192,64 @@ def open_service(
         engine,
         Tasks(tasks),
         validator=validator,
-        kept=kept,
-        changes=changes,
+        task_store=store,
+        allow_changes=allow_changes,
         limits=_limits(serving),
         model_name=experiment.model.name_or_path,
         apart=apart,
     )
 
 
-def _clear_away(kept: "TaskStore", folder: Path) -> None:
-    """What a killed server has left; a folder that takes no changes is said now, too."""
-    from prompt_tuning_jax.serving.changes import CHANGES, BusyError, StorageError
+def _clear_away(store: "TaskStore", folder: Path) -> None:
+    """Removes what a killed server has left; prints a note if the folder cannot be changed."""
+    from prompt_tuning_jax.serving.task_store import CHANGES, BusyError, StorageError
 
     if not (folder / CHANGES).exists():
         if not os.access(folder, os.W_OK):
-            print(f"note: {folder} takes no changes: it cannot be written", file=sys.stderr)
+            print(f"note: {folder} is not writable: tasks cannot be changed", file=sys.stderr)
         return
     try:
-        with kept.changing():
+        with store.changing():
             pass
     except StorageError as error:
-        print(f"note: {folder} takes no changes now: {error}", file=sys.stderr)
+        print(f"note: tasks in {folder} cannot be changed now: {error}", file=sys.stderr)
     except BusyError:
-        print(f"note: another server is changing {folder} just now", file=sys.stderr)
+        print(f"note: another server is changing {folder}", file=sys.stderr)
 
 
 def _tasks_in(folder: Path, validator: "PromptValidator", model: T5) -> "dict[str, ServedTask]":
-    from prompt_tuning_jax.serving.loading import MethodsIn, require_sees_all
-    from prompt_tuning_jax.serving.task_store import find_tasks, load_found
+    from prompt_tuning_jax.serving.loading import (
+        MethodLoader,
+        find_tasks,
+        load_tasks,
+        require_sees_all,
+    )
 
     tasks: dict[str, ServedTask] = {}
-    methods_in = MethodsIn(model, validator)
-    for found in find_tasks(folder):
-        run = run_config(str(found.files[0])) if found.files[0].is_file() else None
+    load_methods = MethodLoader(model, validator)
+    for source in find_tasks(folder):
+        run = run_config(str(source.files[0])) if source.files[0].is_file() else None
         if run is not None:
-            found = replace(found, inputs_template=inputs_template_of(run.data))
+            source = replace(source, inputs_template=inputs_template_of(run.data))
         if run is not None and isinstance(run.method, PromptTuning):
-            require_sees_all(run.method, found.files[0])
-            found = replace(found, placement=run.method.placement)
-        for task in load_found(found, validator, methods_in):
+            require_sees_all(run.method, source.files[0])
+            source = replace(source, placement=run.method.placement)
+        for task in load_tasks(source, validator, load_methods):
             if task.name in tasks:
                 raise UserError(
-                    f"{found.files[0]}: there is another task {task.name!r}; rename one"
+                    f"{source.files[0]}: there is another task {task.name!r}; rename one"
                 )
             tasks[task.name] = task
     return tasks
 
 
-def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, changes: bool) -> "Shapes":
+def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, allow_changes: bool) -> "Shapes":
     from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
-    from prompt_tuning_jax.serving.tasks import ServedPrompt
 
     every = [prompt for task in tasks.values() for prompt in task.prompts]
-    known = [len(prompt.prompt_PD) for prompt in every if isinstance(prompt, ServedPrompt)]
-    # The bare model is served too, and has a prompt of no position of one.
-    longest = serving.max_prompt_length or max([1, *known, *([_LONGEST_UPLOAD] * changes)])
+    known = [prompt.length for prompt in every if prompt.length is not None]
+    # At least 1: the bare model is served with a prompt whose one position is masked.
+    longest = serving.max_prompt_length or max([1, *known, *([_LONGEST_UPLOAD] * allow_changes)])
     kinds: list[Kind] = []
     if {"label", "score"} & {*serving.modes}:
         kinds.append("score")
@@ -263,7 +269,7 @@ def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, changes: bool) 
 
 
 def _limits(serving: Serving) -> "Limits":
-    from prompt_tuning_jax.serving.limits import Limits
+    from prompt_tuning_jax.serving.schema import Limits
 
     return Limits(
         inputs=serving.max_inputs,
@@ -277,16 +283,16 @@ def _require_libraries() -> None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"serve needs {', '.join(missing)}: pip install 'prompt_tuning_jax[serve]' brings them"
+            f"serve needs {', '.join(missing)}; run: pip install 'prompt_tuning_jax[serve]'"
         )
 
 
 @contextmanager
 def _compiling(number: int, *, beside: int) -> Iterator[Callable[[str], None]]:
-    """Calls with a program's name move the bar, where somebody looks on; an empty one ends it."""
+    """A function that advances a progress bar by one program; an empty name closes the bar."""
     print(
-        f"compiling the {number} programs that answer everything; then, beside requests, "
-        f"{beside} that answer faster",
+        f"compiling the {number} programs that answer all requests; {beside} faster ones follow "
+        "while requests are answered",
         file=sys.stderr,
         flush=True,
     )

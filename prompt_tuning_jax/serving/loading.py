@@ -1,25 +1,26 @@
-"""What a folder keeps of methods, opened to be served beside plain prompts."""
+"""Opens a folder of prompts, runs and adapters as the tasks to serve."""
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.array_files import checked_prompt
+from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_model,
     for_task,
+    listed,
     tasks_of,
 )
-from prompt_tuning_jax.checkpoints.run_folder import (
-    member_names,
-)
+from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
@@ -47,32 +48,190 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.methods.multitask import combined
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod, Structures
-from prompt_tuning_jax.serving.task_store import LoadedMember, task_name
-from prompt_tuning_jax.serving.tasks import PromptValidator, Served
+from prompt_tuning_jax.serving.tasks import (
+    AdapterSpecs,
+    PromptValidator,
+    Served,
+    ServedMethod,
+    ServedPrompt,
+    ServedTask,
+    check_name,
+    natural,
+)
 from prompt_tuning_jax.typing import HostArray
 
 _log = logging.getLogger(__name__)
+# Where a run keeps its prompts, what other methods tuned, and where it tuned all, that.
+_RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
 
-class MethodsIn:
-    """Opens files of tuned arrays, PEFT's adapters and runs that tuned all of their model.
+@dataclass(frozen=True, kw_only=True)
+class TaskSource:
+    """The files of a task; ``name`` is empty if the prompts' metadata names the task.
 
-    What comes down to a plain prompt is one; all else keeps its method, attached to this model.
+    ``placement`` and ``inputs_template`` are the run's, for files without these metadata.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    placement: str = ""
+    inputs_template: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedMember:
+    """One prompt or method to serve, and its ``task`` if it was trained on a mixture of tasks."""
+
+    served: Served
+    task: str = ""
+
+
+# A file or folder -> the trained methods in it; empty for a plain prompt.
+LoadMethods: TypeAlias = Callable[[Path], Sequence[LoadedMember]]
+
+
+def find_tasks(folder: Path) -> list[TaskSource]:
+    """The tasks in a run's folder, or in a folder of files, folders of files and runs.
+
+    A file holds a prompt or a method's trained arrays; a run without such files is one task.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--prompts {folder}: no such folder")
+    if run := _files_of_run(folder):
+        return [TaskSource(name="", files=run)]
+    found = []
+    for stem, path in sorted(_by_stem(folder).items()):
+        if path.is_file() or is_peft(path):
+            found.append(TaskSource(name=stem, files=(path,)))
+        elif inside := (_files_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())):
+            found.append(TaskSource(name=stem, files=inside))
+    return found
+
+
+def load_tasks(
+    source: TaskSource, validator: PromptValidator, load_methods: LoadMethods = lambda path: []
+) -> list[ServedTask]:
+    """The task with all its members, or for a mixture each of its tasks as NAME.TASK.
+
+    ``load_methods`` loads everything except plain prompts.  UserError for a file that does not fit
+    the model.
+    """
+    members: dict[str, list[Served]] = {}
+    for file in source.files:
+        opened = load_methods(file)
+        if not opened:
+            name = file.stem if file.is_file() else file.name
+            prompt = validator.prompt(file, name=name, placement=source.placement)
+            opened = [LoadedMember(served=prompt)]
+        for one in opened:
+            for own in _by_task(one, source.inputs_template):
+                members.setdefault(own.task, []).append(own.served)
+    tasks = []
+    for part, served in members.items():
+        known = (one.metadata.task for one in served if one.metadata.task)
+        whole = source.name or ("" if part else task_name(next(known, "")))
+        name = ".".join(filter(None, (whole, part)))
+        if not name:
+            raise UserError(
+                f"{source.files[0]} does not name its task; move the run into a folder of runs"
+            )
+        check_name(name, field=f"the task's name of {source.files[0]}")
+        tasks.append(validator.task(name, served))
+    return tasks
+
+
+def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
+    """A member for each task of the mixture that it was trained on, or the member itself.
+
+    ``inputs_template`` is the run's, for files without one in their metadata.
+    """
+    served = opened.served
+    about = served.metadata
+    if not opened.task and (tasks := tasks_of(about)):
+        return [
+            LoadedMember(
+                served=replace(served, metadata=for_task(about, one)), task=task_name(one.name)
+            )
+            for one in tasks
+        ]
+    if about.inputs_template or not inputs_template:
+        return [opened]
+    about = replace(about, inputs_template=inputs_template)
+    return [replace(opened, served=replace(served, metadata=about))]
+
+
+def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
+    """The prompt for a task of this name; of a mixture, for the task that NAME.TASK names.
+
+    UserError if it was trained on a mixture and neither the name nor ``labels`` select a task.
+    """
+    tasks = {task_name(one.name): one for one in tasks_of(prompt.metadata)}
+    if not tasks:
+        return prompt
+    for part, one in tasks.items():
+        if name == part or name.endswith(f".{part}"):
+            return replace(prompt, metadata=for_task(prompt.metadata, one))
+    if labels:
+        return prompt
+    raise UserError(
+        f"the prompt was trained on the tasks {listed([*tasks])}; name one of them, as in "
+        f"{name}.{next(iter(tasks))}, or give the labels"
+    )
+
+
+def task_name(trained_on: str) -> str:
+    """The task's name; of a data file its stem, or its folder's name if that is train, data etc."""
+    path = Path(trained_on)
+    if len(path.parts) < 2 and not path.suffix:
+        return trained_on
+    named = path.parent.name if path.stem in ("train", "data", "examples") else path.stem
+    return named or path.stem
+
+
+def _files_of_run(folder: Path) -> tuple[Path, ...]:
+    if not (folder / "experiment.json").is_file():
+        return ()
+    for inside in (folder / name for name in _RUN_FILES):
+        if inside.is_dir() and (files := _by_stem(inside, prompts_alone=True)):
+            return tuple(files.values())
+    return (folder,) if (folder / _RUN_BEST).is_dir() else ()
+
+
+def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
+    """Files and folders that may hold prompts; of files with equal stems the .safetensors file."""
+    found: dict[str, Path] = {}
+    for path in _entries(folder):
+        if path.is_file() and path.suffix in PROMPT_SUFFIXES:
+            found[path.stem] = path
+        elif path.is_dir() and (not prompts_alone or is_peft(path)):
+            found.setdefault(path.name, path)
+    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    entries: Sequence[Path] = sorted(folder.iterdir())
+    return (path for path in entries if not path.name.startswith("."))
+
+
+class MethodLoader:
+    """Loads trained arrays of methods, PEFT's adapters, and runs that tuned the whole model.
+
+    A method whose result is a plain prompt is served as one.  Every other method is attached to
+    this model.
     """
 
     def __init__(self, model: T5, validator: PromptValidator) -> None:
-        self._model, self._fits = model, validator
-        self._structures = Structures()
+        self._model, self._validator = model, validator
+        self._specs = AdapterSpecs()
         self._attached: dict[Any, TunedModel] = {}
 
     def __call__(self, place: Path) -> list[LoadedMember]:
-        """Nothing for a plain prompt; UserError for what does not fit, or cannot be served."""
+        """The members in this place; none for a plain prompt.  UserError if one does not fit."""
         if run_folder.is_run(place):
             return self._whole_models(place)
         found = []
         for path, stored in stored_methods(place, self._model):
-            check_model(stored.metadata, fingerprint=self._fits.fingerprint, path=path)
+            check_model(stored.metadata, fingerprint=self._validator.fingerprint, path=path)
             name = place.stem if place.is_file() else place.name
             found += self._opened(name, stored, place)
         return found
@@ -92,7 +251,7 @@ class MethodsIn:
             return [
                 LoadedMember(served=self._method(name, method, stored.trainable, metadata, place))
             ]
-        # A task's prompt is a plain one, and no row needs another's.
+        # Each task of a mixture has a plain prompt.
         tasks = method.tasks or max(len(stored.tasks), 1)
         self._attach(method, stored.trainable, metadata.labels, tasks, place)
         known = {one.name: one for one in tasks_of(metadata)}
@@ -104,8 +263,8 @@ class MethodsIn:
             if task in known:
                 about = for_task(metadata, known[task])
             elif stored.tasks:
-                about = dataclasses.replace(metadata, task=task)
-            prompt = self._fits.checked(array, about, name=name, of=place)
+                about = replace(metadata, task=task)
+            prompt = self._validator.checked(array, about, name=name, of=place)
             part = task_name(task) if tasks > 1 else ""
             found.append(LoadedMember(served=prompt, task=part))
         return found
@@ -120,7 +279,7 @@ class MethodsIn:
     ) -> Served:
         require_sees_all(method, place)
         prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
-        return self._fits.checked(
+        return self._validator.checked(
             prompt_PD, metadata, name=name, placement=method.placement, of=place
         )
 
@@ -137,7 +296,7 @@ class MethodsIn:
             name=name,
             method=method_name(method),
             trainable=trainable,
-            adapter_spec=self._structures.of(attached, trainable),
+            adapter_spec=self._specs.of(attached, trainable),
             metadata=metadata,
         )
 
@@ -149,7 +308,7 @@ class MethodsIn:
         tasks: int,
         place: Path,
     ) -> TunedModel:
-        """The method attached to the model, once for all alike; UserError where it does not fit."""
+        """Attaches equal methods to the model once; UserError if the arrays do not fit."""
         alike = method.as_trained()
         key = method_to_json(alike), labels if method.scores_labels else (), tasks
         if key not in self._attached:
@@ -164,11 +323,11 @@ class MethodsIn:
         return self._attached[key]
 
     def _whole_models(self, folder: Path) -> list[LoadedMember]:
-        """The members of a run that tuned all weights, which keeps no file of them."""
+        """The members of a run that tuned all weights, from its checkpoint."""
         run = run_config(str(folder))
         if run is None or not isinstance(run.method, FullTuning):
             name = "" if run is None else f" of {method_name(run.method)}"
-            raise UserError(f"{folder}: this run{name} keeps nothing that can be served")
+            raise UserError(f"{folder}: this run{name} has saved nothing that can be served")
         best = run_folder.read_best(folder)
         metadata = PromptMetadata(
             model_name=run.model.name_or_path,
@@ -179,7 +338,7 @@ class MethodsIn:
         )
         found = []
         for number, name in enumerate(member_names(run)):
-            about = dataclasses.replace(metadata, seed=run.training.seeds[number])
+            about = replace(metadata, seed=run.training.seeds[number])
             trainable = {path: array[number] for path, array in best.items()}
             member = self._method(name, run.method, trainable, about, folder)
             found.append(LoadedMember(served=member))
@@ -187,23 +346,23 @@ class MethodsIn:
 
 
 def require_sees_all(method: PromptTuning, place: Path) -> None:
-    """UserError for a prompt that not all may look at."""
+    """UserError for a prompt that some positions do not attend to."""
     sees_all = method.prompt_to_input and method.input_to_prompt
     if not sees_all or method.prompt_to_prompt != "all":
         raise UserError(
-            f"{place}: its run limits who sees the prompt (method.prompt_to_input and the like), "
-            "which is not served"
+            f"{place}: its run limits attention to or from the prompt (method.prompt_to_input and "
+            "similar fields), which the server does not support"
         )
 
 
 def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
-    """All in these tasks that are no plain prompts."""
+    """Everything in these tasks except plain prompts."""
     every = (one for task in tasks for one in task.prompts)
     return [one for one in every if isinstance(one, ServedMethod)]
 
 
 def _labels_of(data: Data, place: Path) -> tuple[str, ...]:
-    """Nothing, and a note, where the files or the module that would say them are not there."""
+    """The labels of a run's data; none, with a warning, if the data cannot be read."""
     try:
         return labels_of(build_mixture(data))
     except UserError as error:

@@ -1,9 +1,8 @@
-"""Memory that a program of the server has used, kept for the next one.
+"""Keeps freed memory in the process, for the next program of the server.
 
-XLA allocates what a program needs on the host with malloc, for each call.  Beyond some size glibc
-takes it fresh from the kernel and gives it back at the end, and touching it page by page takes
-longer than computing: of a batch of 16 x 512 tokens of the small size a third, of a step of
-writing three quarters.
+XLA allocates a program's memory on the host with malloc, in each call.  glibc takes large pieces
+from the kernel and returns them at the end.  Touching them page by page again takes a third of the
+time of a batch of 16 x 512 tokens (small model), and three quarters of a decoding step.
 """
 
 import ctypes
@@ -18,10 +17,10 @@ _MOST = 2**31 - 1  # bytes at its end that are kept free
 
 
 def keep_freed_memory() -> bool:
-    """Has this process keep what it frees, where JAX computes on the host; whether it does.
+    """Keeps the memory that this process frees, if JAX computes on the host; whether it does.
 
-    One heap for all threads, without pieces of their own: only such a heap is never given back.
-    It comes before JAX starts its threads, and it makes compiling slower by a third.
+    All threads share one heap, because glibc trims every other.  Call it before JAX starts its
+    threads.  Compiling becomes slower by a third.
     """
     if not _on_the_host() or not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus and for its own page."""
+"""The counters of a server, for Prometheus and for the server's own page."""
 
 import time
 from collections import deque
@@ -22,22 +22,26 @@ class Metrics:
             "requests", "Requests answered, by path and status", ("path", "status"), **kind
         )
         self.seconds = Histogram(
-            "request_seconds", "From a request to its answer", ("mode",), buckets=_SECONDS, **kind
+            "request_seconds",
+            "Time from a request to its response",
+            ("mode",),
+            buckets=_SECONDS,
+            **kind,
         )
         self.rows = Counter("rows", "Inputs times prompts computed", ("kind",), **kind)
         self.batch_rows = Histogram(
             "batch_rows", "Rows computed together", ("kind",), buckets=_ROWS, **kind
         )
         self.batch_seconds = Histogram(
-            "batch_seconds", "One program's time", ("kind",), buckets=_SECONDS, **kind
+            "batch_seconds", "Time of one program", ("kind",), buckets=_SECONDS, **kind
         )
         self.queue_seconds = Histogram(
-            "queue_seconds", "What rows waited for their batch", buckets=_SECONDS, **kind
+            "queue_seconds", "Time that rows waited for their batch", buckets=_SECONDS, **kind
         )
-        self.tokens = Counter("tokens_written", "Tokens of generated text", **kind)
+        self.tokens = Counter("tokens_written", "Tokens generated", **kind)
         self.failures = Counter("worker_failures", "Batches that failed on the device", **kind)
-        self.waiting = Gauge("queue_rows", "Rows that wait", **kind)
-        self.tasks = Gauge("tasks", "Tasks that are served", **kind)
+        self.waiting = Gauge("queue_rows", "Rows that are waiting", **kind)
+        self.tasks = Gauge("tasks", "Served tasks", **kind)
         self.cache_hits = Gauge("cache_hits", "Prompts found on the device", **kind)
         self.cache_misses = Gauge("cache_misses", "Prompts copied to the device", **kind)
         self._recent: deque[tuple[float, int]] = deque()
@@ -54,7 +58,7 @@ class Metrics:
             self.queue_seconds.observe(one)
 
     def rows_per_second(self) -> float:
-        """Over the last ten seconds."""
+        """The mean of the last ten seconds."""
         self._forget()
         return sum(rows for _, rows in self._recent) / _RECENT
 

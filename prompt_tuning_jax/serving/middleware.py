@@ -1,4 +1,4 @@
-"""What stands before every path: the size of bodies, the time they take, tokens, counting."""
+"""Runs before every path: limits a body's size and time, checks tokens, counts requests."""
 
 import asyncio
 import hmac
@@ -11,10 +11,10 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.limits import RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
+from prompt_tuning_jax.serving.schema import RefusedError
 
-# Of every answer.  The page loads its script and style from this server, and talks to nobody else.
+# Headers of every response.  The page loads its script and style from this server only.
 _SECURITY = [
     (
         b"content-security-policy",
@@ -27,43 +27,45 @@ _SECURITY = [
 
 
 def bearer(token: str) -> Callable[[Request], None]:
-    """A check of the Authorization header; nothing is asked where the token is empty.
+    """A check of the Authorization header; an empty token requires nothing.
 
-    A token with letters beyond ASCII may come as UTF-8 or, as some clients send it, as latin-1.
+    Clients may send a token with letters beyond ASCII as UTF-8 or as latin-1.
     """
     wanted = [token.encode(encoding, "surrogateescape") for encoding in _encodings(token)]
 
     def check(request: Request) -> None:
         given = dict(request.scope["headers"]).get(b"authorization", b"")
         scheme, _, value = given.partition(b" ")
-        # All are compared, so that the time says nothing.
+        # All are compared, so that the time reveals nothing.
         same = [hmac.compare_digest(value.strip(), one) for one in wanted]
         if token and not (scheme.lower() == b"bearer" and any(same)):
-            raise RefusedError(401, "give the token: Authorization: Bearer TOKEN")
+            raise RefusedError(401, "send the token: Authorization: Bearer TOKEN")
 
     return check
 
 
 def checked_token(token: str, *, of: str) -> str:
-    """A token as it is compared, without blanks around it.
+    """The token without surrounding blanks.
 
-    UserError that names ``of`` where it is blank or could be in no header.
+    UserError that names ``of`` if it is blank or cannot be sent in a header.
     """
     bare = token.strip()
     if token and not bare:
-        raise UserError(f"{of} is set and blank; give a token, or unset it")
+        raise UserError(f"{of} is set but blank; set it to a token or unset it")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in bare):
-        raise UserError(f"{of} holds a control character, which no header can; choose another")
+        raise UserError(
+            f"{of} contains a control character, which a header cannot hold; choose another token"
+        )
     return bare
 
 
 def checked_origin(origin: str, *, of: str) -> str:
-    """UserError that names ``of`` for what is no origin as a browser sends it."""
+    """The origin; UserError that names ``of`` unless it has the form that browsers send."""
     if origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/@?#*,A-Z]+", origin):
         return origin
     raise UserError(
-        f"{of}: {origin!r} is not an origin; give https://example.org, with the port where there "
-        "is one and nothing behind it, or * for all"
+        f"{of}: {origin!r} is not a valid origin; write https://example.org, if needed with "
+        "a port but without a path, or * for all"
     )
 
 
@@ -75,10 +77,10 @@ def _encodings(token: str) -> tuple[str, ...]:
     return ("utf-8", "latin-1")
 
 
-class Guard:
-    """Reads a request's body before anybody else does, and refuses it where it is too much.
+class Middleware:
+    """Reads the body of each request, and refuses it if it is too large.
 
-    A body that is not all there after ``seconds`` is given up.
+    A body that is not complete after ``seconds`` is refused, too.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         status = 0
-        # What GET answers, without its body.
+        # Answered as GET, without the body.
         head = scope["method"] == "HEAD"
         if head:
             scope = {**scope, "method": "GET"}
@@ -107,13 +109,13 @@ class Guard:
             await send(message)
 
         try:
-            await self._guarded(scope, receive, noting)
+            await self._limited(scope, receive, noting)
         finally:
-            route = scope.get("route")  # its pattern: names of tasks would be labels without end
+            route = scope.get("route")  # a label per pattern, not per task name
             path = getattr(route, "path", "other")
             self._metrics.requests.labels(path, status).inc()
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
         most = self._upload_bytes if scope["method"] == "PUT" else self._body_bytes
         headers = dict(scope["headers"])
         announced = headers.get(b"content-length", b"0")
@@ -124,7 +126,7 @@ class Guard:
             async with asyncio.timeout(self._seconds):
                 body = await _read(receive, most)
         except TimeoutError:
-            await _refuse(send, 408, f"the body was not there after {self._seconds:g} seconds")
+            await _refuse(send, 408, f"the body was not received within {self._seconds:g} seconds")
             return
         if body is None:  # the client has gone
             return

@@ -163,8 +163,8 @@ function showResults(inputs, results, milliseconds) {
   else showAll(inputs, results);
   if (milliseconds !== undefined) {
     const server = milliseconds.server === undefined
-      ? "" : `${milliseconds.server.toFixed(1)} ms in the server, `;
-    $("latency").textContent = `${server}${milliseconds.whole.toFixed(1)} ms in all`;
+      ? "" : `${milliseconds.server.toFixed(1)} ms on the server, `;
+    $("latency").textContent = `${server}${milliseconds.whole.toFixed(1)} ms in total`;
   }
 }
 
@@ -187,7 +187,7 @@ async function follow(answer, task, inputs) {
       showResults(inputs, results);
     }
   }
-  throw new Error("the answer has ended too early");
+  throw new Error("the response ended too early");
 }
 
 async function ask(event) {
@@ -226,7 +226,7 @@ function statusOf(now) {
       ? `compiling ${now.required_compiled} of ${now.required_to_compile}` : "starting";
   }
   const rest = now.status === "ready" && now.compiled < now.to_compile
-    ? ` · ${now.compiled} of ${now.to_compile} programs, faster with each` : "";
+    ? ` · ${now.compiled} of ${now.to_compile} programs compiled` : "";
   return `${now.status} · ${now.rows_per_second.toFixed(1)} rows/s · ${now.waiting} waiting${rest}`;
 }
 
@@ -238,7 +238,7 @@ async function watch() {
     if (!known.size && $("token_field").hidden) await loadTasks();
     await showWords();
   } catch (error) {
-    $("status").textContent = "the server does not answer";
+    $("status").textContent = "the server does not respond";
   }
   setTimeout(watch, 1000);
 }

@@ -1,15 +1,17 @@
-"""The compiled functions: a batch whose rows each have a prompt of their own.
+"""The compiled functions: batches whose rows each have a prompt or trained method.
 
-N rows of the cache of prompts, M slots that are written to at once, G steps of writing in one call.
-A prompt stands right before its input's tokens, and what pads it stands in front of both and is
-hidden: positions are relative in T5, so each row computes what it computes alone.
+There is one set of functions for plain prompts and one for each ``AdapterSpec``, all over the same
+decode state.  The frozen arrays are the engine's; prompts and trained arrays are arguments, so that
+any number of LoRAs of one shape share their programs and their batches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -21,212 +23,345 @@ from prompt_tuning_jax.distributed.sharding import (
     with_logical_constraint,
 )
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
+from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
 from prompt_tuning_jax.methods.prompt_combine import combine_rows
-from prompt_tuning_jax.models.injections import NO_INJECTIONS
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
+from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5, Encoded
-from prompt_tuning_jax.serving.decode_state import KEYS, DecodeState, Written
-from prompt_tuning_jax.serving.prompt_position import scored
-from prompt_tuning_jax.serving.rows import WriteOptions
+from prompt_tuning_jax.serving.decode_state import KEY_AXES, DecodeOutput, DecodeState
+from prompt_tuning_jax.serving.shapes import DecodeOptions
+from prompt_tuning_jax.serving.tasks import AdapterSpec
 from prompt_tuning_jax.typing import Array, FlatParams
 
-_WRITTEN = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")  # of a DecodeState
+_MAX_LOGITS = 2**26  # numbers that are held at once
+# The fields of a DecodeState that decoding changes.
+_DECODED = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Inputs, and for each the row of the cache that holds its prompt.
+class Batch:
+    """Inputs, and for each the row of the cache that holds its prompt or method.
 
-    ``prompt_length_B`` is 0 for the bare model; ``placement_B`` counts in ``PLACEMENTS``.
+    ``prompt_length_B`` is 0 for the bare model; ``placement_B`` indexes ``PLACEMENTS``.  Methods
+    need neither.
     """
 
     tokens_BT: Any
-    prompt_B: Any
+    row_B: Any
     prompt_length_B: Any
     placement_B: Any
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The functions for one model; each is pure, and compiled by the engine."""
+    """The functions for plain prompts, or for methods of one spec; each is pure.
 
-    graphdef: nnx.GraphDef[T5]
+    ``arrays`` are those of the cache: ``prompts_NPD``; the trained arrays ``[N, ...]`` of N methods
+    by path, from which rows are ``gathered``; or else those of the one method of all rows.
+    """
+
+    graphdef: nnx.GraphDef[Any]  # of the model, or of the model with its method
+    token_ids: TokenIds
+    adapter_spec: AdapterSpec | None = None
+    gathered: bool = True
     partitioner: Partitioner | None = None
 
     def score(
         self,
         params: FlatParams,
-        prompts_NPD: Array,
-        rows: Rows,
+        arrays: Any,
+        batch: Batch,
         targets_BCS: Array,
         *,
-        prompt_length: int,
+        prompt_length: int = 0,
     ) -> Array:
-        """``[B, C]``: summed log-probabilities; the encoder reads each row once."""
+        """``[B, C]``: summed log-probabilities of each row's targets, as in ranking.
+
+        A method that scores labels itself knows only its labels; any other target is impossible.
+        """
         with activation_sharding(self.partitioner):
-            model = param_tree.merge(self.graphdef, params)
-            encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
-            cross = model.decoder.cross_keys(encoded)
 
-            def logits_of(shifted_BS: Array) -> Array:
-                x_BSD, _ = model.decoder(
-                    model.embed_tokens(shifted_BS),
-                    cross,
-                    encoded.mask_BU,
-                    injections=NO_INJECTIONS,
-                    key=None,
+            def score(arrays: Any, batch: Batch, targets_BCS: Array) -> Array:
+                if self.adapter_spec is not None and self.adapter_spec.label_tokens:
+                    attached = self._attached(params, arrays)
+                    return _label_scores(attached, batch.tokens_BT, targets_BCS)
+                model, encoded, injections = self._encode(params, arrays, batch, prompt_length)
+                cross = model.decoder.cross_keys(encoded)
+
+                def logits_of(shifted_BS: Array) -> Array:
+                    x_BSD, _ = model.decoder(
+                        model.embed_tokens(shifted_BS),
+                        cross,
+                        encoded.mask_BU,
+                        injections=injections,
+                        key=None,
+                    )
+                    return model.logits(x_BSD)
+
+                vocabulary = model.config.vocab_size
+                return _scored(
+                    logits_of, targets_BCS, vocab_size=vocabulary, token_ids=self.token_ids
                 )
-                return model.logits(x_BSD)
 
-            vocabulary = model.config.vocab_size
-            made = scored(logits_of, targets_BCS, vocab_size=vocabulary, token_ids=model.token_ids)
-            return replicate(made)
+            return replicate(self._by_row(score)(arrays, batch, targets_BCS))
 
     def prefill(
         self,
         params: FlatParams,
-        prompts_NPD: Array,
-        table: DecodeState,
-        rows: Rows,
+        arrays: Any,
+        state: DecodeState,
+        batch: Batch,
         slot_B: Array,
-        options: WriteOptions,
+        options: DecodeOptions,
         *,
-        prompt_length: int,
+        prompt_length: int = 0,
     ) -> DecodeState:
-        """Reads rows into slots; a slot number of M or more is nowhere, and its row is lost."""
+        """Encodes rows into slots; a row with a slot number of M or more is dropped."""
         with activation_sharding(self.partitioner):
-            model = param_tree.merge(self.graphdef, params)
-            encoded = read(model, prompts_NPD, rows, prompt_length=prompt_length)
-            width = encoded.mask_BU.shape[1]
+
+            def encode(arrays: Any, batch: Batch) -> tuple[Array, Any]:
+                model, encoded, _ = self._encode(params, arrays, batch, prompt_length)
+                return encoded.mask_BU, model.decoder.cross_keys(encoded)
+
+            mask_BU, cross = self._by_row(encode)(arrays, batch)
+            ids = self.token_ids
+            width, length = mask_BU.shape[1], batch.tokens_BT.shape[1]
 
             def put(whole: Array, part: Array) -> Array:
                 put = whole.at[slot_B, :width].set(part.astype(whole.dtype), mode="drop")
-                return with_logical_constraint(put, KEYS)
+                return with_logical_constraint(put, KEY_AXES)
 
-            hidden_B = jnp.zeros(slot_B.shape, jnp.int32)
-            mask_MU = table.mask_MU.at[slot_B].set(False, mode="drop")
+            def put_all(whole: Array, part: Any) -> Array:
+                return whole.at[slot_B].set(part, mode="drop")
+
+            tokens_MT = put_all(state.tokens_MT, ids.fill)
+            mask_MU = put_all(state.mask_MU, False)
             return replace(
-                table,
-                cross=jax.tree.map(put, table.cross, model.decoder.cross_keys(encoded)),
-                mask_MU=mask_MU.at[slot_B, :width].set(encoded.mask_BU, mode="drop"),
-                token_M=table.token_M.at[slot_B].set(model.token_ids.start, mode="drop"),
-                position_M=table.position_M.at[slot_B].set(hidden_B, mode="drop"),
-                options=jax.tree.map(
-                    lambda whole, part: whole.at[slot_B].set(part, mode="drop"),
-                    table.options,
-                    options,
-                ),
-                score_M=table.score_M.at[slot_B].set(0.0, mode="drop"),
-                done_M=table.done_M.at[slot_B].set(False, mode="drop"),
-                ids_MS=table.ids_MS.at[slot_B].set(model.token_ids.pad, mode="drop"),
+                state,
+                tokens_MT=tokens_MT.at[slot_B, :length].set(batch.tokens_BT, mode="drop"),
+                cross=jax.tree.map(put, state.cross, cross),
+                mask_MU=mask_MU.at[slot_B, :width].set(mask_BU, mode="drop"),
+                token_M=put_all(state.token_M, ids.start),
+                position_M=put_all(state.position_M, 0),
+                options=jax.tree.map(put_all, state.options, options),
+                score_M=put_all(state.score_M, 0.0),
+                done_M=put_all(state.done_M, False),
+                ids_MS=put_all(state.ids_MS, ids.pad),
             )
 
-    def write(
+    def decode(
         self,
         params: FlatParams,
-        table: DecodeState,
-        given_up_M: Array,
+        arrays: Any,
+        state: DecodeState,
+        row_M: Array,
+        active_M: Array,
+        first: Array,
         *,
         slots: int,
         width: int,
         steps: int,
-    ) -> tuple[DecodeState, Written]:
-        """Writes the most probable token in every slot that is not done, ``steps`` times at most.
+    ) -> tuple[DecodeState, DecodeOutput]:
+        """Decodes the most probable token in every active slot, at most ``steps`` times.
 
-        Slots that are ``given_up`` are done.  The first ``slots`` must hold all that are not, and
-        the first ``width`` positions, at which the decoder looks, all that was read.
+        ``slots`` of them from ``first`` on must hold all active slots, and the first ``width``
+        encoder positions all that their rows have.  Plain prompts need no ``arrays`` any more.
         """
         with activation_sharding(self.partitioner):
-            model = param_tree.merge(self.graphdef, params)
-            table = replace(table, done_M=table.done_M | given_up_M)
-            used: DecodeState = jax.tree.map(lambda x: x[:slots], table)
+
+            def window(whole: Array) -> Array:
+                if slots == len(whole):
+                    return whole
+                return lax.dynamic_slice_in_dim(whole, first, slots)
+
+            used: DecodeState = jax.tree.map(window, state)
             cross = jax.tree.map(lambda x: x[:, :width], used.cross)
             used = replace(used, cross=cross, mask_MU=used.mask_MU[:, :width])
+            done_before_M = used.done_M
+            used = replace(used, done_M=used.done_M | ~window(active_M))
+            decoded = self._decode(params, arrays, used, window(row_M), steps)
+            # A slot that is not active is done for these steps only.
+            done_M = jnp.where(window(active_M), decoded.done_M, done_before_M)
+            decoded = replace(decoded, done_M=done_M)
 
-            def step_of_one(token: Any, position: Any, cache: Any, cross: Any, mask: Any) -> Any:
-                cache, cross = jax.tree.map(lambda x: x[None], (cache, cross))
-                logits, cache = model.decode_step(
-                    token[None], position, cache, cross, mask[None], injections=NO_INJECTIONS
-                )
-                return logits[0], jax.tree.map(lambda x: x[0], cache)
+            def put(whole: Array, part: Array) -> Array:
+                if slots == len(whole):
+                    return part
+                return lax.dynamic_update_slice_in_dim(whole, part, first, 0)
 
-            def unfinished(state: tuple[Array, DecodeState]) -> Array:
-                return (state[0] < steps) & ~jnp.all(state[1].done_M)
-
-            def step(state: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-                number, table = state
-                logits_MV, caches = jax.vmap(step_of_one)(
-                    table.token_M, table.position_M, table.caches, table.cross, table.mask_MU
-                )
-                logits_MV = logits_MV.astype(jnp.float32)
-                asked = table.options.processors
-                processors = LogitsProcessors(  # rows that are done ask for nothing
-                    min_length=jnp.where(table.done_M, 0, asked.min_length),
-                    repetition_penalty=jnp.where(table.done_M, 1, asked.repetition_penalty),
-                    no_repeat_ngram_size=jnp.where(table.done_M, 0, asked.no_repeat_ngram_size),
-                )
-                offered_MV = processors(
-                    logits_MV, table.ids_MS, table.position_M, token_ids=model.token_ids
-                )
-                chosen_M = jnp.argmax(offered_MV, axis=-1).astype(jnp.int32)
-                at_chosen_M = jnp.take_along_axis(logits_MV, chosen_M[:, None], axis=-1)[:, 0]
-                log_prob_M = at_chosen_M - jax.nn.logsumexp(logits_MV, axis=-1)
-                going_M = ~table.done_M
-                every = jnp.arange(len(chosen_M))
-                at_M = jnp.where(going_M, table.position_M, table.ids_MS.shape[1])
-                position_M = table.position_M + going_M
-                ended_M = chosen_M == model.token_ids.eos
-                return number + 1, replace(
-                    table,
-                    caches=caches,
-                    token_M=jnp.where(going_M, chosen_M, model.token_ids.pad),
-                    position_M=position_M,
-                    score_M=table.score_M + jnp.where(going_M, log_prob_M, 0.0),
-                    done_M=table.done_M | ended_M | (position_M >= table.options.limit_B),
-                    ids_MS=table.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
-                )
-
-            _, used = lax.while_loop(unfinished, step, (jnp.int32(0), used))
             changed = {
-                name: jax.tree.map(
-                    lambda whole, part: whole.at[:slots].set(part),
-                    getattr(table, name),
-                    getattr(used, name),
-                )
-                for name in _WRITTEN
+                name: jax.tree.map(put, getattr(state, name), getattr(decoded, name))
+                for name in _DECODED
             }
-            table = replace(table, **changed)
-            seen = Written(table.ids_MS, table.position_M, table.score_M, table.done_M)
-            # Its own copy: the table itself is given away to the next call.
-            return table, jax.tree.map(jnp.copy, replicate(seen))
+            state = replace(state, **changed)
+            output = DecodeOutput(state.ids_MS, state.position_M, state.score_M, state.done_M)
+            # A copy: the state itself is donated to the next call.
+            return state, jax.tree.map(jnp.copy, replicate(output))
+
+    def _decode(
+        self, params: FlatParams, arrays: Any, state: DecodeState, row_M: Array, steps: int
+    ) -> DecodeState:
+        """The state after these steps, or fewer if all its slots are done."""
+        by_row = 0 if self.gathered and self.adapter_spec is not None else None
+        if by_row is not None:
+            arrays = {name: array[row_M] for name, array in arrays.items()}
+        ids = self.token_ids
+
+        def injections_of(arrays: Any, tokens_T: Array) -> Injections:
+            if self.adapter_spec is None:
+                return NO_INJECTIONS
+            return self._attached(params, arrays).injections(tokens_T[None]).of_decoder()
+
+        # The same in every step.
+        injections_M = jax.vmap(injections_of, in_axes=(by_row, 0))(arrays, state.tokens_MT)
+
+        def step_of_row(
+            arrays: Any, injections: Any, token: Any, position: Any, *rest: Any
+        ) -> tuple[Array, Any]:
+            cache, cross, mask = jax.tree.map(lambda x: x[None], rest)
+            logits_1V, cache = self._model(params, arrays).decode_step(
+                token[None], position, cache, cross, mask, injections=injections
+            )
+            return logits_1V[0], jax.tree.map(lambda x: x[0], cache)
+
+        step_of_rows = jax.vmap(step_of_row, in_axes=(by_row, 0, 0, 0, 0, 0, 0))
+
+        def unfinished(loop: tuple[Array, DecodeState]) -> Array:
+            return (loop[0] < steps) & ~jnp.all(loop[1].done_M)
+
+        def step(loop: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+            number, now = loop
+            logits_MV, caches = step_of_rows(
+                arrays,
+                injections_M,
+                now.token_M,
+                now.position_M,
+                now.caches,
+                state.cross,
+                state.mask_MU,
+            )
+            logits_MV = logits_MV.astype(jnp.float32)
+            options = now.options.processors
+            processors = LogitsProcessors(  # rows that are done ask for nothing
+                min_length=jnp.where(now.done_M, 0, options.min_length),
+                repetition_penalty=jnp.where(now.done_M, 1, options.repetition_penalty),
+                no_repeat_ngram_size=jnp.where(now.done_M, 0, options.no_repeat_ngram_size),
+            )
+            offered_MV = processors(logits_MV, now.ids_MS, now.position_M, token_ids=ids)
+            chosen_M = jnp.argmax(offered_MV, axis=-1).astype(jnp.int32)
+            at_chosen_M = jnp.take_along_axis(logits_MV, chosen_M[:, None], axis=-1)[:, 0]
+            log_prob_M = at_chosen_M - jax.nn.logsumexp(logits_MV, axis=-1)
+            running_M = ~now.done_M
+            at_M = jnp.where(running_M, now.position_M, now.ids_MS.shape[1])
+            position_M = now.position_M + running_M
+            ended_M = (chosen_M == ids.eos) | (position_M >= now.options.limit_B)
+            every = jnp.arange(len(chosen_M))
+            return number + 1, replace(
+                now,
+                caches=caches,
+                token_M=jnp.where(running_M, chosen_M, now.token_M),
+                position_M=position_M,
+                score_M=now.score_M + jnp.where(running_M, log_prob_M, 0.0),
+                done_M=now.done_M | ended_M,
+                ids_MS=now.ids_MS.at[every, at_M].set(chosen_M, mode="drop"),
+            )
+
+        _, state = lax.while_loop(unfinished, step, (jnp.int32(0), state))
+        return state
 
     def nearest_words(
         self, params: FlatParams, prompt_PD: Array, *, number: int
     ) -> tuple[Array, Array]:
-        """Ids and cosines ``[P, number]`` of the token embeddings most like each position."""
+        """Ids and cosines ``[P, number]`` of the token embeddings most similar to each position."""
         with activation_sharding(self.partitioner):
-            model = param_tree.merge(self.graphdef, params)
-            everything = jnp.arange(model.config.vocab_size)
-            table_VD = model.token_embedder.table()[everything].astype(jnp.float32)
+            model = self._model(params, None)
+            every = jnp.arange(model.config.vocab_size)
+            table_VD = model.token_embedder.table()[every].astype(jnp.float32)
             cosine_PV = _unit(prompt_PD.astype(jnp.float32)) @ _unit(table_VD).T
             cosines, ids = lax.top_k(cosine_PV, number)
             return replicate((ids, cosines))
 
+    def _by_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function(arrays, batch, ...)`` for arrays of which each row gathers its own."""
+        if self.adapter_spec is None or not self.gathered:
+            return function
 
-def read(model: T5, prompts_NPD: Array, rows: Rows, *, prompt_length: int) -> Encoded:
-    """The encoder's output over each input with its prompt of at most ``prompt_length``."""
-    prompt_BPD = prompts_NPD[:, prompts_NPD.shape[1] - prompt_length :][rows.prompt_B]
-    joined = combine_rows(
-        prompt_BPD,
-        model.embed(rows.tokens_BT),
-        rows.tokens_BT,
-        length_B=rows.prompt_length_B,
-        placement_B=rows.placement_B,
-        eos_id=model.input_eos,
-    )
-    embeddings_BUD = with_logical_constraint(joined.embeddings_BUD, ("batch", None, None))
-    joined = replace(joined, embeddings_BUD=embeddings_BUD)
-    return model.encoder(joined, injections=NO_INJECTIONS, key=None)
+        def of_rows(arrays: FlatParams, batch: Batch, *others: Any) -> Any:
+            arrays_B = {name: array[batch.row_B] for name, array in arrays.items()}
+
+            def of_row(arrays: FlatParams, *row: Any) -> Any:
+                batched = jax.tree.map(lambda x: x[None], row)
+                return jax.tree.map(lambda x: x[0], function(arrays, *batched))
+
+            return jax.vmap(of_row)(arrays_B, batch, *others)
+
+        return of_rows
+
+    def _encode(
+        self, params: FlatParams, arrays: Any, batch: Batch, prompt_length: int
+    ) -> tuple[T5, Encoded, Injections]:
+        """The model, the encoder's output, and what is injected into the decoder."""
+        if self.adapter_spec is not None:
+            attached = self._attached(params, arrays)
+            encoded, injections = attached.encode(batch.tokens_BT)
+            return attached.model, encoded, injections.of_decoder()
+        model = self._model(params, arrays)
+        joined = combine_rows(
+            arrays[:, arrays.shape[1] - prompt_length :][batch.row_B],
+            model.embed(batch.tokens_BT),
+            batch.tokens_BT,
+            length_B=batch.prompt_length_B,
+            placement_B=batch.placement_B,
+            eos_id=model.input_eos,
+        )
+        embeddings_BUD = with_logical_constraint(joined.embeddings_BUD, ("batch", None, None))
+        source = replace(joined, embeddings_BUD=embeddings_BUD)
+        return model, model.encoder(source, injections=NO_INJECTIONS, key=None), NO_INJECTIONS
+
+    def _model(self, params: FlatParams, arrays: Any) -> T5:
+        if self.adapter_spec is None:
+            model: T5 = param_tree.merge(self.graphdef, params)
+            return model
+        return self._attached(params, arrays).model
+
+    def _attached(self, params: FlatParams, arrays: FlatParams) -> TunedModel:
+        frozen = {f"model/{name}": array for name, array in params.items()}
+        attached: TunedModel = param_tree.merge(self.graphdef, {**frozen, **arrays})
+        return attached
+
+
+def _label_scores(attached: TunedModel, tokens_BT: Array, targets_BCS: Array) -> Array:
+    """``[B, C]`` of a method that scores labels itself."""
+    labels = attached.method.label_tokens
+    fill = attached.model.token_ids.fill
+    labels_LS = np.full((len(labels), max(map(len, labels))), fill, np.int32)
+    for label_S, ids in zip(labels_LS, labels, strict=True):
+        label_S[: len(ids)] = ids
+    scores_BL = attached.label_scores(tokens_BT, jnp.asarray(labels_LS))
+    batch, number, length = targets_BCS.shape
+    same = same_tokens(targets_BCS.reshape(-1, length), labels, padding=fill)
+    same_BCL = same.reshape(batch, number, len(labels))
+    chosen_BC = jnp.take_along_axis(scores_BL, jnp.argmax(same_BCL, axis=-1), axis=1)
+    return jnp.where(same_BCL.any(axis=-1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
+
+
+def _scored(
+    logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int, token_ids: TokenIds
+) -> Array:
+    """``[B, C]``: summed log-probabilities; ``logits_of`` decodes one target ``[B, S]`` per row."""
+
+    def one(targets_BS: Array) -> Array:
+        shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=token_ids.start)[:, :-1]
+        return sequence_log_probs(logits_of(shifted_BS), targets_BS, padding=token_ids.fill)
+
+    batch, number, length = targets_BCS.shape
+    at_once = _MAX_LOGITS // (batch * length * vocab_size)
+    targets_CBS = targets_BCS.swapaxes(0, 1)
+    if at_once >= number:
+        return jax.vmap(one)(targets_CBS).T
+    return lax.map(one, targets_CBS, batch_size=max(1, at_once)).T
 
 
 def _unit(x: Array) -> Array:

@@ -1,19 +1,22 @@
-"""Checks a request and tokenises it."""
+"""Parses a request into the rows to compute: checks it, tokenises it, and makes jobs of it."""
 
+import asyncio
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeAlias
 
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
 from prompt_tuning_jax.errors import UserError, nearest, suggest
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.limits import Limits, RefusedError
-from prompt_tuning_jax.serving.schema import PredictRequest
+from prompt_tuning_jax.serving.scheduler import Job
+from prompt_tuning_jax.serving.schema import Limits, Mode, PredictRequest, RefusedError
+from prompt_tuning_jax.serving.shapes import Row, Shapes
 from prompt_tuning_jax.serving.tasks import PromptValidator, Served, ServedTask, Tasks
 
-_NEAR = 1000  # tasks among which the one that was meant is looked for
+_NEAR = 1000  # tasks that are compared with a misspelt name
 _LONGEST = 1_000_000  # characters of one input with its wording
 _MODES_OF = {
     "labels": ("label",),
@@ -28,8 +31,8 @@ BARE = ServedTask(name="", prompts=())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One input of a request, tokenised, with its task and the labels or target asked for."""
+class ParsedInput:
+    """One tokenised input of a request, with its task and the labels or target to score."""
 
     task: ServedTask
     ids: tuple[int, ...]
@@ -47,13 +50,13 @@ class Wanted:
 
 
 def too_many_rows(rows: int, limits: Limits) -> RefusedError:
-    """Of a request that no queue could ever take."""
+    """The error for a request that does not fit into the empty queue."""
     message = f"{rows} rows (inputs times prompts); this server queues {limits.waiting_rows}"
     return RefusedError(413, message, field="inputs")
 
 
-class Reader:
-    """Knows the tasks and what the engine can take."""
+class RequestParser:
+    """Parses requests for these tasks and this engine."""
 
     def __init__(
         self, engine: Engine, tasks: Tasks, *, validator: PromptValidator, limits: Limits
@@ -61,8 +64,8 @@ class Reader:
         self._engine, self._tasks, self._limits = engine, tasks, limits
         self._encoded_labels = lru_cache(1024)(validator.label_ids_of)
 
-    def read(self, request: PredictRequest) -> list[Wanted]:
-        """One for each input; RefusedError for the first field that is wrong."""
+    def parse(self, request: PredictRequest) -> list[ParsedInput]:
+        """One result per input; RefusedError for the first invalid field."""
         inputs, options = request.inputs, request.options
         if len(inputs) > self._limits.inputs:
             most = f"{len(inputs)} inputs; at most {self._limits.inputs} fit in one request"
@@ -73,7 +76,9 @@ class Reader:
             raise RefusedError(422, message, field="task")
         kind = "generate" if request.mode == "generate" else "score"
         if kind not in self._engine.shapes.kinds:
-            raise RefusedError(422, "this server was started without this mode", field="mode")
+            raise RefusedError(
+                422, f"this server was started without mode {request.mode}", field="mode"
+            )
         for field, modes in _MODES_OF.items():
             if getattr(options, field) is not None and request.mode not in modes:
                 message = f"is for mode {' or '.join(modes)}"
@@ -91,10 +96,10 @@ class Reader:
             for number, (task, given) in enumerate(zip(tasks, inputs, strict=True))
         ]
         longest = self._engine.shapes.longest
-        wanted = []
+        parsed = []
         for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
             truncated = len(own) > longest
-            one = Wanted(
+            one = ParsedInput(
                 task=task,
                 ids=own[:longest],
                 limit=limit,
@@ -116,18 +121,18 @@ class Reader:
                     raise RefusedError(422, message, field="options.labels")
             elif request.mode == "score":
                 one = replace(one, targets=(targets[number],))
-            _check_ranks(one, number, request)
-            wanted.append(one)
+            _check_scores_labels(one, number, request)
+            parsed.append(one)
         if request.mode == "label":
-            self._check_labels(wanted)
-        return wanted
+            self._check_labels(parsed)
+        return parsed
 
-    def _check_labels(self, wanted: list[Wanted]) -> None:
-        """Many labels take several rows of an input; that they are the reason is said."""
+    def _check_labels(self, parsed: list[ParsedInput]) -> None:
+        """RefusedError if so many labels need more rows than the server queues."""
         shapes, most = self._engine.shapes, self._limits.waiting_rows
-        pairs = sum(len(one.prompts) for one in wanted)
-        rows, largest, at_once = 0, wanted[0], 1
-        for one in wanted:
+        pairs = sum(len(one.prompts) for one in parsed)
+        rows, largest, at_once = 0, parsed[0], 1
+        for one in parsed:
             number = shapes.targets_at_once(max(map(len, one.targets)))
             rows += len(one.prompts) * math.ceil(len(one.targets) / number)
             if len(one.targets) >= len(largest.targets):
@@ -136,13 +141,13 @@ class Reader:
             fit = max(1, most // pairs) * at_once
             raise RefusedError(
                 413,
-                f"{len(largest.labels)} labels for each of {pairs} inputs times prompts; at most "
-                f"{fit} labels fit beside so many, or send fewer inputs",
+                f"{len(largest.labels)} labels for each of {pairs} inputs times prompts; send at "
+                f"most {fit} labels or fewer inputs",
                 field="options.labels",
             )
 
     def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
-        """The task of this name, or with one of its prompts alone: ``TASK/PROMPT``."""
+        """The task of this name; for ``TASK/PROMPT``, the task with this prompt only."""
         if name == "":
             return BARE
         field = "task" if isinstance(request.task, str) else f"task[{number}]"
@@ -188,16 +193,16 @@ class Reader:
         most = self._engine.shapes.max_new_tokens
         asked = request.options.max_length
         if asked is not None and asked > most:
-            message = f"{asked} tokens; this server writes at most {most}"
+            message = f"{asked} tokens; this server generates at most {most}"
             raise RefusedError(422, message, field="options.max_length")
         limit = asked or most
         if (request.options.min_length or 0) > limit:
-            message = f"{request.options.min_length} tokens; at most {limit} are written"
+            message = f"{request.options.min_length} tokens; at most {limit} are generated"
             raise RefusedError(422, message, field="options.min_length")
         return limit
 
     def _worded(self, task: ServedTask, given: Given, number: int, request: PredictRequest) -> str:
-        """The input as the task's prompts had it in training."""
+        """The input with the task's wording, as in training."""
         wording = AS_IT_IS if request.options.raw else task.wording
         field = f"inputs[{number}]"
         if (length := wording.length_with(given)) > _LONGEST:
@@ -218,19 +223,73 @@ class Reader:
         raise RefusedError(422, message, field=f"inputs[{number}]")
 
 
-def _check_ranks(one: Wanted, number: int, request: PredictRequest) -> None:
-    """Methods that score labels themselves know no other texts, and write none."""
+def _check_scores_labels(one: ParsedInput, number: int, request: PredictRequest) -> None:
+    """RefusedError for other texts than the labels of a method that scores labels itself."""
     for prompt in one.prompts:
-        if not isinstance(prompt, ServedMethod) or not prompt.adapter_spec.label_tokens:
+        if prompt is None or not prompt.label_tokens:
             continue
         about = f"task {one.task.name!r} ({prompt.method}) ranks labels"
         if request.options.normalize_length:
-            message = f"{about} itself, and not by their tokens"
+            message = f"{about} itself, not by their tokens"
             raise RefusedError(422, message, field="options.normalize_length")
         if request.mode == "generate":
-            raise RefusedError(422, f"{about}, and writes no text; use mode label", field="mode")
-        if not {*one.targets} <= {*prompt.adapter_spec.label_tokens}:
+            raise RefusedError(422, f"{about} and generates no text; use mode label", field="mode")
+        if not {*one.targets} <= {*prompt.label_tokens}:
             label = request.mode == "label"
             field = "options.labels" if label else f"options.targets[{number}]"
-            message = f"{about}, and was trained on {', '.join(one.task.labels)} alone"
+            message = f"{about} and was trained on these only: {', '.join(one.task.labels)}"
             raise RefusedError(422, message, field=field)
+
+
+# The index of an input and the name of a prompt -> what is called with the text's ids so far.
+OnIds: TypeAlias = Callable[[int, str], Callable[[list[int]], None]]
+
+
+def jobs_of(
+    mode: Mode,
+    parsed: Sequence[ParsedInput],
+    *,
+    shapes: Shapes,
+    apart: bool = False,
+    on_ids: OnIds | None = None,
+) -> list[list[Job]]:
+    """For each input a job for each prompt of its task, or several if there are many labels.
+
+    ``apart`` keeps tasks out of each other's batches.
+    """
+    owner = object()
+    loop = asyncio.get_running_loop()
+    jobs = []
+    for index, one in enumerate(parsed):
+        jobs_of_input = []
+        for prompt in one.prompts:
+            name = "" if prompt is None else prompt.name
+            for targets in [()] if mode == "generate" else _in_parts(one.targets, shapes):
+                row = Row(
+                    ids=one.ids,
+                    prompt=prompt,
+                    targets=targets,
+                    limit=one.limit,
+                    min_length=one.min_length,
+                    repetition_penalty=one.repetition_penalty,
+                    no_repeat_ngram_size=one.no_repeat_ngram_size,
+                )
+                job = Job(
+                    kind="generate" if mode == "generate" else "score",
+                    row=row,
+                    future=loop.create_future(),
+                    owner=owner,
+                    apart=one.task.name if apart else None,
+                    on_ids=None if on_ids is None else on_ids(index, name),
+                )
+                jobs_of_input.append(job)
+        jobs.append(jobs_of_input)
+    return jobs
+
+
+def _in_parts(
+    targets: tuple[tuple[int, ...], ...], shapes: Shapes
+) -> list[tuple[tuple[int, ...], ...]]:
+    """The targets in parts that fit the compiled shapes."""
+    number = shapes.targets_at_once(max(map(len, targets)))
+    return [targets[i : i + number] for i in range(0, len(targets), number)]

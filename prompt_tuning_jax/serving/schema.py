@@ -1,5 +1,6 @@
-"""What goes over the wire: requests as they are checked, answers, errors."""
+"""What goes over the wire, validated: requests, responses, errors; and the limits of a server."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,86 +16,91 @@ class _Checked(BaseModel):
 
 
 class Options(_Checked):
-    """What may be said beside the inputs."""
+    """Optional settings of a request."""
 
     labels: list[Text] | None = Field(
-        default=None, min_length=1, max_length=256, description="label: in place of the task's own"
+        default=None, min_length=1, max_length=256, description="label: replaces the task's labels"
     )
-    targets: list[Text] | None = Field(default=None, description="score: one for each input")
+    targets: list[Text] | None = Field(
+        default=None, description="score: the text to score for each input"
+    )
     max_length: int | None = Field(
         default=None,
         ge=1,
-        description="generate: most tokens, the end included; the server has a limit",
+        description="generate: most tokens, end of sequence included; at most the server's limit",
     )
     min_length: int | None = Field(
-        default=None, ge=0, le=1_000_000, description="generate: fewest tokens, the end included"
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="generate: fewest tokens, end of sequence included",
     )
     repetition_penalty: float | None = Field(
         default=None,
         gt=0,
         le=1000,
         allow_inf_nan=False,
-        description="generate: divides the scores of tokens that have been written; 1 is none",
+        description="generate: divides the scores of tokens that were generated before; 1: none",
     )
     no_repeat_ngram_size: int | None = Field(
         default=None,
         ge=0,
         le=1_000_000,
-        description="generate: no run of this many tokens is written twice; 0 allows repeats",
+        description="generate: no sequence of this many tokens is repeated; 0 allows repeats",
     )
     normalize_length: bool | None = Field(
         default=None,
-        description="label, score: the mean log-probability of a text's tokens, not their sum",
+        description="label, score: use the mean log-probability of the tokens instead of the sum",
     )
-    stream: bool = Field(default=False, description="generate: server-sent events as it is written")
+    stream: bool = Field(
+        default=False, description="generate: send server-sent events while the text is generated"
+    )
     truncate: bool = Field(
-        default=False, description="cut inputs that are too long, instead of an error"
+        default=False, description="cut inputs that are too long instead of returning an error"
     )
     raw: bool = Field(
         default=False,
-        description="send inputs to the model as they are, without the wording of the task",
+        description="pass inputs to the model unchanged, without the task's template",
     )
     deadline_ms: int | None = Field(
         default=None,
         ge=1,
         le=3_600_000,
-        description="give up after so long; the server has a limit",
+        description="give up after this many milliseconds; at most the server's limit",
     )
 
 
 class PredictRequest(_Checked):
-    """Inputs for one task, or for several."""
+    """Inputs for one or several tasks."""
 
     task: Text | list[Text] = Field(
         default="",
-        description="a task's name, or one for each input; TASK/PROMPT asks one prompt of an "
-        "ensemble alone; empty: the model without a prompt",
+        description="a task's name, or one for each input; TASK/PROMPT selects one prompt of an "
+        "ensemble; empty: the model without a prompt",
     )
     inputs: list[Text | Columns] = Field(
         min_length=1,
-        description="bare texts, around which the task's wording is put (inputs_template in "
-        "/v1/tasks); where that has several columns, objects {column: value}",
+        description="texts, which are put into the task's template (inputs_template in /v1/tasks); "
+        "objects {column: value} if that has several columns",
     )
     mode: Mode = "label"
-    options: Options = Field(default_factory=lambda: Options())
+    options: Options = Field(default_factory=Options)
 
 
 class PromptResult(BaseModel):
-    """What one prompt of a task answers."""
+    """The result of one prompt of a task."""
 
     prompt: str
     prediction: str | None = None
-    probabilities: dict[str, float] | None = Field(
-        default=None, description="over the labels given"
-    )
+    probabilities: dict[str, float] | None = Field(default=None, description="of each label")
     log_prob: float | None = Field(
-        default=None, description="of the target, or of what was written"
+        default=None, description="of the target or of the generated text"
     )
     tokens: int | None = None
 
 
 class Result(BaseModel):
-    """The answer for one input; with several prompts, their vote."""
+    """The result for one input; with several prompts, their majority vote."""
 
     task: str
     prediction: str | None = None
@@ -104,10 +110,10 @@ class Result(BaseModel):
     log_prob: float | None = Field(default=None, description="mean over the prompts")
     votes: dict[str, int] | None = None
     agreement: float | None = Field(
-        default=None, description="share of prompts that predict the same"
+        default=None, description="the share of prompts that agree with the prediction"
     )
     truncated: bool | None = Field(
-        default=None, description="true: the input was cut to the tokens that the server reads"
+        default=None, description="true: the input was cut to the longest that the server reads"
     )
     prompts: list[PromptResult]
 
@@ -116,16 +122,16 @@ class PredictResponse(BaseModel):
     """One result for each input, in order."""
 
     results: list[Result]
-    seconds: float = Field(description="from the request's arrival to this answer")
+    seconds: float = Field(description="from the request's arrival to this response")
 
 
 class PromptInfo(BaseModel):
-    """A prompt, or what another method tuned, and what is known about it."""
+    """A prompt, or the parameters of another method, and its metadata."""
 
     name: str
-    method: str = Field(description="as a config names it, prompt_tuning for every plain prompt")
+    method: str = Field(description="its name in a config; prompt_tuning for every plain prompt")
     parameters: int
-    length: int | None = Field(default=None, description="of a plain prompt, in positions")
+    length: int | None = Field(default=None, description="positions of a plain prompt")
     seed: int | None = None
     steps: int | None = None
     metric: str | None = None
@@ -134,23 +140,23 @@ class PromptInfo(BaseModel):
 
 
 class TaskInfo(BaseModel):
-    """A task that is served."""
+    """A served task."""
 
     name: str
-    method: str = Field(description="of its prompts, where they differ all, with commas between")
+    method: str = Field(description="the method of its prompts; several are separated by commas")
     labels: list[str]
     inputs_template: str | None = Field(
         default=None,
-        description="how a text becomes the model's input, columns in braces; none: as it is",
+        description="the template of the model's input, columns in braces; none: the text itself",
     )
     columns: list[str] | None = Field(
-        default=None, description="of inputs_template, where an input is an object of several"
+        default=None, description="of inputs_template, if an input is an object with several"
     )
     prompts: list[PromptInfo]
 
 
 class TaskList(BaseModel):
-    """Tasks in the order of their names; ``next`` is where the following page starts."""
+    """Tasks in the order of their names; pass `next` as `after` to get the following page."""
 
     model: str
     tasks: list[TaskInfo]
@@ -159,14 +165,14 @@ class TaskList(BaseModel):
 
 
 class Word(BaseModel):
-    """A piece of the vocabulary, and the cosine of its embedding with a prompt's position."""
+    """A piece of the vocabulary, and its embedding's cosine similarity to a prompt position."""
 
     word: str
     cosine: float
 
 
 class PromptWords(BaseModel):
-    """For each position of a prompt the words most like it."""
+    """The most similar words of each position of a prompt."""
 
     prompt: str
     positions: list[list[Word]]
@@ -180,25 +186,51 @@ class TaskWords(BaseModel):
 
 
 class Status(BaseModel):
-    """How the server is doing."""
+    """The state of the server."""
 
     status: str
     rows_per_second: float
     waiting: int
-    compiled: int = Field(description="programs, of to_compile; also while requests are answered")
+    compiled: int = Field(
+        description="compiled programs, of to_compile; grows while requests are answered"
+    )
     to_compile: int
-    required_compiled: int = Field(description="of the programs that it needs to be ready")
+    required_compiled: int = Field(
+        description="compiled programs, of those that the server needs to be ready"
+    )
     required_to_compile: int
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, and in which field of the request."""
+    """What is wrong, and the field of the request in which it is wrong."""
 
     message: str
     field: str | None = None
 
 
 class Error(BaseModel):
-    """Every answer that is none."""
+    """The body of every error response."""
 
     error: ErrorBody
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest requests that a server accepts, and how long they may take."""
+
+    body_bytes: int = 1_000_000
+    inputs: int = 128  # in one request
+    waiting_rows: int = 1024  # inputs times prompts, of all requests
+    wait_seconds: float = 0.002
+    deadline_seconds: float = 30.0
+
+
+class RefusedError(Exception):
+    """An error response: an HTTP status, what is wrong, and in which field of the request."""
+
+    def __init__(
+        self, status: int, message: str, *, field: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+        self.retry_after = retry_after

@@ -1,4 +1,4 @@
-"""Runs the application until a signal: what has been taken is answered, then the process ends."""
+"""Runs the application until a signal; requests accepted before it are still answered."""
 
 import asyncio
 import signal
@@ -13,7 +13,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.connections import ConnectionLimits, limited, within_open_files
 
 _LAST_PORT = 65_535
-_TWICE = 1.0  # seconds between two signals that are meant
+_TWICE = 1.0  # seconds from which on a second signal is not a duplicate of the first
 
 
 class _Server(uvicorn.Server):
@@ -25,35 +25,35 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, on which nothing is accepted yet; port 0 takes a free one.
+    """A socket bound to this address, not listening yet; port 0 takes a free port.
 
-    UserError where the address is taken, or none of this machine.
+    UserError if the address is in use or does not belong to this machine.
     """
     if not 0 <= port <= _LAST_PORT:
-        raise UserError(f"--port {port}: a port is a number from 0 to {_LAST_PORT}")
+        raise UserError(f"--port {port} is not a valid port; it must be from 0 to {_LAST_PORT}")
     named = host.removeprefix("[").removesuffix("]") if ":" in host else host
     own: socket.socket | None = None
     try:
         if not named.strip():
-            raise OSError("give a name or address, 0.0.0.0 for all of this machine's")
+            raise OSError("give a name or address; 0.0.0.0 is every address of this machine")
         found = socket.getaddrinfo(named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         own = socket.socket(family)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind(address)
-    except (OSError, ValueError) as error:  # ValueError: a name that could be none
+    except (OSError, ValueError) as error:  # ValueError: not a valid host name
         if own is not None:
             own.close()
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be listened on: {reason}; "
-            "--port 0 takes a free one"
+            f"--host {host} --port {port} cannot bind to this address: {reason}; "
+            "--port 0 takes a free port"
         ) from None
     return own
 
 
 def address_of(own: socket.socket) -> str:
-    """Where a browser finds it."""
+    """The URL of a bound socket."""
     host, port = own.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -66,10 +66,11 @@ def serve(
     limits: ConnectionLimits | None = None,
     on_drain: Callable[[], None] = lambda: None,
 ) -> None:
-    """Returns after SIGTERM or SIGINT, or raises what stopped the start; a second signal hurries.
+    """Serves until SIGTERM or SIGINT; a second signal skips waiting for open requests.
 
-    ``make`` is given what the application is to call once it has started.  ``own`` is a bound
-    socket, and closed at the end.  UserError where this process may open too few files.
+    ``make`` receives the function that the application calls once its start has finished or
+    failed; an error of the start is raised here.  ``own`` is a bound socket, which is closed at the
+    end.  UserError if this process may open too few files.
     """
     allowed = within_open_files(limits or ConnectionLimits())
     asyncio.run(_serve(make, own, drain_seconds, allowed, on_drain))
@@ -93,8 +94,8 @@ async def _serve(
         make(started),
         http=limited(limits),
         ws="none",
-        log_level="error",  # not each request that is none
-        access_log=False,  # texts and tokens are nobody's business
+        log_level="error",  # no line for each invalid request
+        access_log=False,  # texts and tokens stay private
         server_header=False,
         backlog=limits.backlog,
         timeout_keep_alive=limits.keep_alive_seconds,  # type: ignore[arg-type]  # fractions too
@@ -105,7 +106,7 @@ async def _serve(
     told: list[float] = []
 
     def stop() -> None:
-        # `timeout` and terminals send a signal twice at once: that is one.
+        # `timeout` and terminals send a signal twice at once, which counts as one.
         server.force_exit = bool(told) and loop.time() - told[0] > _TWICE
         told.append(loop.time())
         server.should_exit = True

@@ -1,42 +1,52 @@
-"""Requests to rows and back: the server without its network."""
+"""Answers requests: parses them, has their rows computed, and puts the results together."""
 
 import asyncio
-import logging
+import math
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from prompt_tuning_jax.data.tasks.wording import Given
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.batcher import Batcher, Job, QueueFullError, WorkerFailedError
-from prompt_tuning_jax.serving.changes import BusyError, StorageError, TaskStore
+from prompt_tuning_jax.inference.ensemble import majority_vote
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.jobs import Follow, jobs_of
-from prompt_tuning_jax.serving.limits import Limits, RefusedError
 from prompt_tuning_jax.serving.metrics import Metrics
-from prompt_tuning_jax.serving.postprocess import assembled
-from prompt_tuning_jax.serving.request_parser import Reader, Wanted, too_many_rows
-from prompt_tuning_jax.serving.schema import PredictRequest, Result
-from prompt_tuning_jax.serving.task_store import for_name
-from prompt_tuning_jax.serving.tasks import (
-    PromptValidator,
-    ServedPrompt,
-    ServedTask,
-    Tasks,
-    check_name,
+from prompt_tuning_jax.serving.request_parser import (
+    OnIds,
+    ParsedInput,
+    RequestParser,
+    jobs_of,
+    too_many_rows,
 )
+from prompt_tuning_jax.serving.scheduler import (
+    Job,
+    QueueFullError,
+    Scheduler,
+    WorkerFailedError,
+)
+from prompt_tuning_jax.serving.schema import (
+    Limits,
+    Mode,
+    PredictRequest,
+    PromptResult,
+    RefusedError,
+    Result,
+)
+from prompt_tuning_jax.serving.task_changes import TaskChanges
+from prompt_tuning_jax.serving.task_store import TaskStore
+from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, Tasks
 
-T = TypeVar("T")
-_log = logging.getLogger(__name__)
-_COMPILED = 0.1  # seconds between two looks for programs that have been compiled
-_PATIENCE = 2.0  # seconds that a new program waits for a moment when nothing else is to be done
-_FOLLOW = 1.0  # seconds between two looks at what other servers have changed
-_LONG = 20_000  # characters, from which on others need not wait for the tokeniser
+_COMPILED = 0.1  # seconds between two checks for newly compiled programs
+_PATIENCE = 2.0  # seconds that a new program waits for an idle moment
+_LONG = 20_000  # characters from which on a request is tokenised in a thread of its own
+_FAILED = "the computation failed; other requests are not affected"
+_DEADLINE = "the deadline has passed"
 
 
 class Service:
-    """Answers requests with one engine; ``state`` is starting, ready or draining."""
+    """Answers requests with one engine; ``state`` is starting, ready or draining.
+
+    ``changes`` adds, replaces and removes tasks at run time, if the server was started for that.
+    """
 
     def __init__(
         self,
@@ -44,15 +54,16 @@ class Service:
         tasks: Tasks,
         *,
         validator: PromptValidator,
-        kept: TaskStore | None = None,
-        changes: bool = False,
+        task_store: TaskStore | None = None,
+        allow_changes: bool = False,
         limits: Limits | None = None,
         model_name: str = "",
         apart: bool = False,
     ) -> None:
-        """``changes`` allows this server to change what is ``kept``, which others may as well.
+        """Serves ``tasks``, and what other servers put into the ``task_store``.
 
-        ``apart`` computes each task in batches of its own, to compare with.
+        ``allow_changes`` lets this server change the store, too.  ``apart`` computes each task in
+        separate batches, for comparison.
         """
         self.engine, self.tasks, self.validator = engine, tasks, validator
         self.limits = limits or Limits()
@@ -63,81 +74,86 @@ class Service:
         self.metrics.cache_misses.set_function(lambda: self.engine.cache.misses)
         self.on_compiled: Callable[[], None] = lambda: None  # once all programs are in use
         self.state = "starting"
-        self._kept, self._changes, self._apart = kept, changes, apart
-        self._beside: list[asyncio.Task[None]] = []  # what goes on beside requests
-        self._changing = asyncio.Lock()
-        self._reader = Reader(engine, tasks, validator=validator, limits=self.limits)
+        self.changes = TaskChanges(
+            tasks,
+            task_store,
+            validator=validator,
+            longest=engine.shapes.prompt_lengths[-1],
+            allowed=allow_changes,
+        )
+        self._apart = apart
+        self._background: list[asyncio.Task[None]] = []
+        self._parser = RequestParser(engine, tasks, validator=validator, limits=self.limits)
 
     async def start(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Compiles what every request can be answered with, then is ready; the rest follows."""
-        self.batcher = Batcher(
+        self.scheduler = Scheduler(
             self.engine,
             self.metrics,
             max_wait=self.limits.wait_seconds,
             max_queue=self.limits.waiting_rows,
         )
-        self.metrics.waiting.set_function(lambda: self.batcher.waiting)
-        if self.state != "draining":  # told to end before it has begun
-            await self.batcher.call(self.engine.compile_first, report)
-        self.batcher.start()
-        self._beside.append(asyncio.create_task(self._measure()))
-        if self._kept is not None:
-            self._beside.append(asyncio.create_task(self._follow_others(self._kept)))
+        self.metrics.waiting.set_function(lambda: self.scheduler.waiting)
+        if self.state != "draining":  # shut down before it has begun
+            await self.scheduler.call(self.engine.compile_first, report)
+        self.scheduler.start()
+        self._background = [
+            asyncio.create_task(self._measure()),
+            asyncio.create_task(self.changes.follow()),
+        ]
         if self.state == "starting":
             self.state = "ready"
 
     def drain(self) -> None:
-        """Takes no more; what has been taken is answered."""
+        """Accepts no new requests; those accepted before are still answered."""
         self.state = "draining"
         self.engine.compiler.stop()
 
     async def close(self) -> None:
-        """Answers what it has taken, and takes no more."""
+        """Drains, and returns once all accepted requests are answered."""
         self.drain()
-        for task in self._beside:
+        for task in self._background:
             task.cancel()
-        await self.batcher.close()
+        await self.scheduler.close()
 
     async def _measure(self) -> None:
-        """Makes use of programs that were compiled since, in moments when nobody waits."""
+        """Puts newly compiled programs to use, in idle moments."""
         while self.engine.compiler.is_running:
-            while await self.batcher.call_when_idle(self.engine.measure, patience=_PATIENCE):
+            while await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE):
                 pass
             await asyncio.sleep(_COMPILED)
-        while await self.batcher.call_when_idle(self.engine.measure, patience=_PATIENCE):
+        while await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE):
             pass
         self.on_compiled()
 
     async def predict(self, request: PredictRequest) -> list[Result]:
-        """One result for each input; RefusedError where there is none."""
-        wanted = await self._wanted(request)
-        jobs = self._jobs(request, wanted)
+        """One result for each input, or RefusedError."""
+        parsed = await self._parse(request)
+        jobs = self._jobs(request, parsed)
         try:
             async with asyncio.timeout(self._seconds(request)):
                 self._submit([job for own in jobs for job in own])
                 values = [[await job.future for job in own] for own in jobs]
         except TimeoutError:
-            raise RefusedError(
-                504, "the deadline has passed", field="options.deadline_ms"
-            ) from None
+            raise RefusedError(504, _DEADLINE, field="options.deadline_ms") from None
         except WorkerFailedError:
-            raise RefusedError(500, "the computation has failed; other requests go on") from None
+            raise RefusedError(500, _FAILED) from None
         finally:
             self._give_up(jobs)
-        return self._assembled(request, wanted, values)
+        return self._results(request, parsed, values)
 
     async def stream(self, request: PredictRequest) -> AsyncIterator[dict[str, Any]]:
-        """Pieces of text as they are written, then ``{"results": [...]}`` or ``{"error": ...}``.
+        """Pieces of text as they are generated, then ``{"results": [...]}`` or ``{"error": ...}``.
 
-        What refuses a request is raised before the first piece.
+        A RefusedError is raised before the first piece.
         """
-        wanted = await self._wanted(request)
+        parsed = await self._parse(request)
         pieces: asyncio.Queue[tuple[int, str, list[int]] | None] = asyncio.Queue()
 
-        def follow(index: int, prompt: str) -> Callable[[list[int]], None]:
+        def on_ids(index: int, prompt: str) -> Callable[[list[int]], None]:
             return lambda ids: pieces.put_nowait((index, prompt, ids))
 
-        jobs = self._jobs(request, wanted, follow)
+        jobs = self._jobs(request, parsed, on_ids)
         every = [job for own in jobs for job in own]
         self._submit(every)
 
@@ -146,134 +162,45 @@ class Service:
             pieces.put_nowait(None)
 
         ending = asyncio.create_task(finished())
-        said: dict[tuple[int, str], str] = {}
+        sent: dict[tuple[int, str], str] = {}
         try:
             while (piece := await pieces.get()) is not None:
                 index, prompt, ids = piece
-                before = said.get((index, prompt), "")
-                # The last character may be half of one.
+                before = sent.get((index, prompt), "")
+                # The last character may be incomplete.
                 text = self.engine.vocabulary.decode(ids).rstrip("\ufffd")
                 if text.startswith(before) and text != before:
-                    said[index, prompt] = text
+                    sent[index, prompt] = text
                     yield {"index": index, "prompt": prompt, "text": text[len(before) :]}
             if not all(job.future.done() for job in every):
-                yield {"error": {"message": "the deadline has passed"}}
+                yield {"error": {"message": _DEADLINE}}
                 return
             try:
                 values = [[job.future.result() for job in own] for own in jobs]
             except WorkerFailedError:
-                yield {"error": {"message": "the computation has failed; other requests go on"}}
+                yield {"error": {"message": _FAILED}}
                 return
-            results = self._assembled(request, wanted, values)
+            results = self._results(request, parsed, values)
             yield {"results": [one.model_dump(exclude_none=True) for one in results]}
         finally:
             ending.cancel()
             self._give_up(jobs)
 
-    async def put_prompt(
-        self, name: str, content: bytes, *, prompt: str | None, labels: Sequence[str]
-    ) -> ServedTask:
-        """Adds or replaces a task, or with ``prompt`` one of its prompts; kept on disk first."""
-        kept = self._require_kept()
-        _checked_name(name, "name")
-        _checked_name(prompt or name, "prompt")
-
-        def made() -> ServedTask:
-            new = kept.check_upload(content, self._uploads, name=prompt or name)
-            new = for_name(new, name, labels=labels)
-            old = self.tasks.get(name) if prompt else None
-            others = [] if old is None else [p for p in old.prompts if p.name != new.name]
-            if any(not isinstance(other, ServedPrompt) for other in others):
-                raise UserError(
-                    f"task {name!r} is {old.method if old else ''}, and only plain prompts "
-                    "are added beside others at run time; leave out prompt to replace the task"
-                )
-            given = tuple(labels) or (old.labels if old is not None else ())
-            task = self.validator.task(name, [*others, new], given)
-            kept.put(task, {new.name: content})
-            self.tasks.put(task)
-            return task
-
-        try:
-            return await self._changed(kept, made)
-        except UserError as error:
-            raise RefusedError(422, str(error), field="body") from None
-
-    async def remove_task(self, name: str) -> None:
-        """No longer serves a task; its file stays where it is the user's."""
-        kept = self._require_kept()
-
-        def removed() -> None:
-            if self.tasks.get(name) is None:
-                raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
-            kept.remove(name)
-            self.tasks.remove(name)
-
-        await self._changed(kept, removed)
-
-    async def _changed(self, kept: TaskStore, change: Callable[[], T]) -> T:
-        """What a change gives back, made to what all servers of the folder have left of it."""
-
-        def alone() -> T:
-            with kept.changing():
-                try:
-                    self._follow_now(kept)
-                except UserError as error:  # of no concern to who asks
-                    _log.error("%s", error)
-                    raise StorageError("the list of changes cannot be read; see the log") from None
-                return change()
-
-        async with self._changing:
-            try:
-                return await asyncio.to_thread(alone)
-            except BusyError:
-                message = "another server is changing the folder"
-                raise RefusedError(503, message, retry_after=1) from None
-            except StorageError as error:
-                _log.error("%s", error)
-                raise RefusedError(507 if error.full else 500, str(error)) from None
-
-    async def _follow_others(self, kept: TaskStore) -> None:
-        """Serves what other servers of the same folder are given, for ever."""
-        said = ""
-        while True:
-            await asyncio.sleep(_FOLLOW)
-            try:
-                async with self._changing:
-                    await asyncio.to_thread(self._follow_now, kept)
-            except (OSError, UserError) as error:
-                if str(error) != said:
-                    said = str(error)
-                    _log.error("changes of other servers cannot be read: %s", said)
-
-    def _follow_now(self, kept: TaskStore) -> None:
-        def complain(name: str, error: UserError) -> None:
-            _log.error("task %s, which another server was given, is not served: %s", name, error)
-
-        tasks = kept.refreshed(self._uploads, complain)
-        if tasks is not None:
-            self.tasks.replace(tasks)
-
-    @property
-    def _uploads(self) -> PromptValidator:
-        """What a prompt must be that comes while the server runs."""
-        return replace(self.validator, longest=self.engine.shapes.prompt_lengths[-1])
-
     async def nearest_words(self, name: str) -> list[tuple[str, list[list[tuple[str, float]]]]]:
-        """For each prompt of a task, for each position, words and their cosines."""
+        """For each prompt of a task and each of its positions, words and their cosines."""
         self._require_ready()
         task = self.tasks.get(name)
         if task is None:
             raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
         decode = self.engine.vocabulary.decode
-        found = []
+        nearest = []
         prompts = [prompt for prompt in task.prompts if isinstance(prompt, ServedPrompt)]
         if not prompts:
-            message = f"task {name!r} has no prompt, and so no positions; it is {task.method}"
+            message = f"task {name!r} is {task.method}: it has no prompt to show words of"
             raise RefusedError(422, message, field="name")
         await self._require_made("nearest")
         for prompt in prompts:
-            ids_PK, cosines_PK = await self.batcher.call(self.engine.nearest_words, prompt)
+            ids_PK, cosines_PK = await self.scheduler.call(self.engine.nearest_words, prompt)
             positions = [
                 [
                     (decode([int(i)]) or f"<{i}>", round(float(cosine), 4))
@@ -281,11 +208,11 @@ class Service:
                 ]
                 for ids_K, cosines_K in zip(ids_PK, cosines_PK, strict=True)
             ]
-            found.append((prompt.name, positions))
-        return found
+            nearest.append((prompt.name, positions))
+        return nearest
 
     async def _require_made(self, key: Hashable) -> None:
-        """Waits for what is compiled beside requests, before other such things."""
+        """Waits for a program that is compiled while requests are answered; asks for it first."""
         compiler = self.engine.compiler
         compiler.want(key)
         try:
@@ -293,53 +220,42 @@ class Service:
                 while not compiler.is_made(key):
                     await asyncio.sleep(_COMPILED)
         except (TimeoutError, CompilationStoppedError):
-            message = "what this needs is not compiled yet"
+            message = "the program for this is not compiled yet"
             raise RefusedError(503, message, retry_after=10) from None
 
     def _require_ready(self) -> None:
         if self.state != "ready":
             raise RefusedError(503, f"the server is {self.state}", retry_after=1)
 
-    def _require_kept(self) -> TaskStore:
-        if self._kept is None or not self._changes:
-            raise RefusedError(404, "this server's tasks are fixed: it has no admin token")
-        return self._kept
-
-    async def _wanted(self, request: PredictRequest) -> list[Wanted]:
+    async def _parse(self, request: PredictRequest) -> list[ParsedInput]:
         self._require_ready()
         if sum(map(_length, request.inputs)) < _LONG:
-            return self._reader.read(request)
-        return await asyncio.to_thread(self._reader.read, request)
+            return self._parser.parse(request)
+        return await asyncio.to_thread(self._parser.parse, request)
 
     def _jobs(
-        self, request: PredictRequest, wanted: Sequence[Wanted], follow: Follow | None = None
+        self, request: PredictRequest, parsed: Sequence[ParsedInput], on_ids: OnIds | None = None
     ) -> list[list[Job]]:
         shapes = self.engine.shapes
-        return jobs_of(
-            request.mode,
-            wanted,
-            shapes=shapes,
-            methods=self.engine.methods,
-            apart=self._apart,
-            follow=follow,
-        )
+        return jobs_of(request.mode, parsed, shapes=shapes, apart=self._apart, on_ids=on_ids)
 
     def _submit(self, jobs: Sequence[Job]) -> None:
         if len(jobs) > self.limits.waiting_rows:
             raise too_many_rows(len(jobs), self.limits)
         try:
-            self.batcher.submit(jobs)
+            self.scheduler.submit(jobs)
         except QueueFullError as error:
             seconds = max(1, round(error.seconds))
             raise RefusedError(
                 429, "too many rows are waiting", field="inputs", retry_after=seconds
             ) from None
 
-    def _assembled(
-        self, request: PredictRequest, wanted: Sequence[Wanted], values: list[list[Any]]
+    def _results(
+        self, request: PredictRequest, parsed: Sequence[ParsedInput], values: list[list[Any]]
     ) -> list[Result]:
         decode = self.engine.vocabulary.decode
-        found = [
+        mean = request.options.normalize_length
+        results = [
             assembled(
                 request.mode,
                 task=one.task.name,
@@ -347,25 +263,23 @@ class Service:
                 labels=one.labels,
                 values=own,
                 decode=decode,
-                divisors=[len(ids) for ids in one.targets]
-                if request.options.normalize_length
-                else (),
+                divisors=[len(ids) for ids in one.targets] if mean else (),
             )
-            for one, own in zip(wanted, values, strict=True)
+            for one, own in zip(parsed, values, strict=True)
         ]
-        for result, one in zip(found, wanted, strict=True):
+        for result, one in zip(results, parsed, strict=True):
             result.truncated = one.truncated or None
-        return found
+        return results
 
     def _give_up(self, jobs: Sequence[Sequence[Job]]) -> None:
-        """Whoever asked has gone: what is not computed yet need not be."""
+        """Cancels what is not computed yet: the client has gone."""
         every = [job for own in jobs for job in own]
         for job in every:
-            # One that is done is looked at, so that asyncio does not complain.
+            # Reading the exception of a finished job keeps asyncio from logging it.
             if not job.future.cancel() and not job.future.cancelled():
                 job.future.exception()
         if any(job.future.cancelled() for job in every):
-            self.batcher.drop_gone()
+            self.scheduler.drop_gone()
 
     def _seconds(self, request: PredictRequest) -> float:
         asked = request.options.deadline_ms
@@ -379,8 +293,86 @@ def _length(given: Given) -> int:
     return sum(len(value) for value in values if isinstance(value, str))
 
 
-def _checked_name(name: str, field: str) -> None:
-    try:
-        check_name(name, field=field)
-    except UserError as error:
-        raise RefusedError(422, str(error), field=field) from None
+def assembled(
+    mode: Mode,
+    *,
+    task: str,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    values: Sequence[Any],
+    decode: Callable[[list[int]], str],
+    divisors: Sequence[int] = (),
+) -> Result:
+    """The result for one input; ``values`` are those of the first prompt, then of the second etc.
+
+    Each is a list of log-probabilities (several lists may hold one prompt's labels) or a
+    ``GeneratedRow``.  ``divisors``, if given, divide the log-probabilities of the labels or target.
+    """
+    each = len(values) // len(prompts)
+    by_prompt = [values[i * each : (i + 1) * each] for i in range(len(prompts))]
+    if mode == "score":
+        scored = [
+            PromptResult(prompt=name, log_prob=_divided([own[0][0]], divisors)[0])
+            for name, own in zip(prompts, by_prompt, strict=True)
+        ]
+        mean = sum(one.log_prob or 0.0 for one in scored) / len(scored)
+        return Result(task=task, log_prob=mean, prompts=scored)
+    known: list[dict[str, float]] = []
+    found: list[PromptResult] = []
+    probabilities: dict[str, float] | None = None
+    if mode == "label":
+        for name, own in zip(prompts, by_prompt, strict=True):
+            log_probs = _divided([one for part in own for one in part], divisors)
+            known.append(dict(zip(labels, log_probs, strict=True)))
+            share = softmax(log_probs)
+            best = max(range(len(share)), key=log_probs.__getitem__)
+            found.append(
+                PromptResult(
+                    prompt=name,
+                    prediction=labels[best],
+                    probabilities=dict(zip(labels, share, strict=True)),
+                )
+            )
+        shares = [one.probabilities or {} for one in found]
+        probabilities = {
+            label: sum(share[label] for share in shares) / len(shares) for label in labels
+        }
+    else:
+        for name, (generated,) in zip(prompts, by_prompt, strict=True):
+            text = decode(generated.ids)
+            log_prob = _finite(generated.log_prob)
+            known.append({text: log_prob})
+            tokens = len(generated.ids)
+            found.append(
+                PromptResult(prompt=name, prediction=text, log_prob=log_prob, tokens=tokens)
+            )
+    vote = majority_vote([one.prediction or "" for one in found], known)
+    several = len(found) > 1
+    return Result(
+        task=task,
+        prediction=vote.prediction,
+        probabilities=probabilities,
+        votes=dict(vote.votes) if several else None,
+        agreement=vote.votes[vote.prediction] / len(found) if several else None,
+        prompts=found,
+    )
+
+
+def softmax(log_probs: Sequence[float]) -> list[float]:
+    """Shares that sum to one."""
+    most = max(log_probs)
+    weights = [math.exp(one - most) for one in log_probs]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _divided(log_probs: Sequence[float], divisors: Sequence[int]) -> list[float]:
+    found = map(_finite, log_probs)
+    if not divisors:
+        return list(found)
+    return [one / divisor for one, divisor in zip(found, divisors, strict=True)]
+
+
+def _finite(number: float) -> float:
+    """JSON has no infinity: log-probabilities of -inf become the lowest float32."""
+    return number if math.isfinite(number) else -3.4e38

@@ -1,8 +1,8 @@
-"""The few shapes that a server computes in.
+"""The few shapes that a server computes in, and batches of rows padded to them.
 
-A program is made for a length of input, a number of rows, a length of prompts and, where targets
-are scored, their number and length.  Whatever comes is padded into one that is compiled, or cut
-into several rows: no request waits for compilation.
+A program is compiled for a length of inputs, a number of rows, a length of prompts and, to score
+targets, their number and length.  Every request is padded into a compiled program or split into
+several rows, so no request waits for compilation.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,21 +10,27 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, Literal, TypeAlias
 
+import jax
+import numpy as np
+
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.adapter_spec import AdapterSpec
+from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
+from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.serving.tasks import AdapterSpec, Served
+from prompt_tuning_jax.typing import HostArray
 
-# Texts are written in slots that rows enter and leave (generate), or by a whole batch (write).
-Kind: TypeAlias = Literal["score", "generate", "write"]
+# Of "generate" a program prefills slots; the slots are then decoded continuously.
+Kind: TypeAlias = Literal["score", "generate"]
 KINDS: tuple[Kind, ...] = ("score", "generate")
-# Label sets beyond these are scored in several rows, long labels one by one.
-_MOST_LABELS, _LONGEST_LABEL = 16, 8
+# Larger label sets are scored in several rows, longer labels one by one.
+_MAX_LABELS, _MAX_LABEL_LENGTH = 16, 8
 _PROMPT_LENGTHS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """C target strings of S tokens each beside every input."""
+    """C target strings of S tokens each for every input."""
 
     number: int
     length: int
@@ -35,9 +41,10 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled function: T, B, P, and the targets that it scores (None: it scores none).
+    """One compiled function that reads inputs: T, B, P, and the targets that it scores, if any.
 
-    With a ``adapter_spec`` it is for a method that is no plain prompt.
+    Without an ``adapter_spec`` it is for plain prompts; with one, for the methods of that spec,
+    and P is the number of positions that they add to the encoder's input.
     """
 
     kind: Kind
@@ -47,8 +54,13 @@ class Program:
     targets: Targets | None = None
     adapter_spec: AdapterSpec | None = None
 
-    def does_work_of(self, other: "Program") -> bool:
-        """Whether all that ``other`` takes fits into this one, to the same result."""
+    @property
+    def width(self) -> int:
+        """The number of encoder positions U."""
+        return self.prompt_length + self.length
+
+    def can_replace(self, other: "Program") -> bool:
+        """Whether everything that fits ``other`` fits this program, with the same result."""
         same = (self.kind, self.targets, self.adapter_spec)
         return same == (other.kind, other.targets, other.adapter_spec) and (
             self.length >= other.length
@@ -58,11 +70,28 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """``lengths`` of inputs in tokens with their end, ``batch_sizes`` in rows, both rising.
+class DecodeProgram:
+    """One compiled function that decodes: a number of adjacent slots, and encoder positions U."""
 
-    ``prompt_lengths`` rise too, and 0 is none of them; ``targets`` are from the smallest on;
-    ``max_new_tokens`` is the most that is written, ``slots`` how many rows are written at once.
+    slots: int
+    width: int
+    adapter_spec: AdapterSpec | None = None
+
+    def can_replace(self, other: "DecodeProgram") -> bool:
+        """Whether it decodes what ``other`` does."""
+        return self.adapter_spec is other.adapter_spec and (
+            self.slots >= other.slots and self.width >= other.width
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The shapes of one server.
+
+    ``lengths`` of inputs in tokens, the end of sequence included, ``batch_sizes`` in rows and
+    ``prompt_lengths`` in positions (at least 1) are sorted; ``targets`` start with the smallest.
+    ``max_new_tokens`` limits each generated text, and ``slots`` is the number of rows that are
+    decoded at once.
     """
 
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -78,7 +107,10 @@ class Shapes:
             numbers = getattr(self, name)
             if not numbers or numbers[0] < 1 or any(a >= b for a, b in pairwise(numbers)):
                 given = ",".join(map(str, numbers)) or "empty"
-                raise UserError(f"{name} is {given}; give whole numbers from 1, rising: 32,64,128")
+                raise UserError(
+                    f"{name} is {given}; give whole numbers of at least 1 in rising order, for "
+                    "example 32,64,128"
+                )
         for name in ("max_new_tokens", "slots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -92,43 +124,48 @@ class Shapes:
         return max(one.length for one in self.targets)
 
     def length_for(self, tokens: int) -> int | None:
-        """The shortest length that holds so many tokens."""
+        """The shortest length that holds this many tokens."""
         return _first(self.lengths, tokens)
 
     def prompt_length_for(self, tokens: int) -> int | None:
         return _first(self.prompt_lengths, tokens)
 
     def targets_for(self, number: int, length: int) -> Targets | None:
-        """The smallest that holds so many targets of such a length."""
+        """The smallest that holds this many targets of this length."""
         return next((one for one in self.targets if one.holds(number, length)), None)
 
     def targets_at_once(self, longest: int) -> int:
         """How many targets of at most ``longest`` tokens one row can have."""
         return max(one.number for one in self.targets if one.length >= longest)
 
-    def programs(self) -> Iterator[Program]:
-        """Everything that reads inputs for plain prompts; the smallest first."""
-        for length, rows, prompt in product(self.lengths, self.batch_sizes, self.prompt_lengths):
-            shape: Any = {"length": length, "rows": rows, "prompt_length": prompt}
+    def programs(self, adapter_spec: AdapterSpec | None = None) -> Iterator[Program]:
+        """Every program that reads inputs for plain prompts or for one spec, smallest first."""
+        prompt_lengths = self._prompt_lengths(adapter_spec)
+        for length, rows, prompt in product(self.lengths, self.batch_sizes, prompt_lengths):
+            shape: Any = {
+                "length": length,
+                "rows": rows,
+                "prompt_length": prompt,
+                "adapter_spec": adapter_spec,
+            }
             if "score" in self.kinds:
                 for targets in self.targets:
                     yield Program(kind="score", targets=targets, **shape)
-            if "generate" in self.kinds:
+            if self.generates(adapter_spec):
                 yield Program(kind="generate", **shape)
 
-    def programs_of(self, adapter_spec: AdapterSpec) -> Iterator[Program]:
-        """The same for methods of this structure, which score and write in batches of their own."""
-        for length, rows in product(self.lengths, self.batch_sizes):
-            shape: Any = {"length": length, "rows": rows, "prompt_length": 0}
-            if "score" in self.kinds:
-                for targets in self.targets:
-                    yield Program(kind="score", targets=targets, adapter_spec=adapter_spec, **shape)
-            if "generate" in self.kinds and not adapter_spec.label_tokens:
-                yield Program(kind="write", adapter_spec=adapter_spec, **shape)
+    def generates(self, adapter_spec: AdapterSpec | None) -> bool:
+        """Whether there are programs that generate text for this spec."""
+        scores_labels = adapter_spec is not None and bool(adapter_spec.label_tokens)
+        return "generate" in self.kinds and not scores_labels
 
-    def widths(self) -> tuple[int, ...]:
-        """How many positions of the encoder's output the decoder may have to look at."""
-        return tuple(sorted({p + t for p in self.prompt_lengths for t in self.lengths}))
+    def widths(self, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
+        """The numbers of encoder positions that the decoder attends to."""
+        prompt_lengths = self._prompt_lengths(adapter_spec)
+        return tuple(sorted({p + t for p in prompt_lengths for t in self.lengths}))
+
+    def _prompt_lengths(self, adapter_spec: AdapterSpec | None) -> tuple[int, ...]:
+        return self.prompt_lengths if adapter_spec is None else (adapter_spec.prompt_positions,)
 
 
 def targets_of(
@@ -138,8 +175,8 @@ def targets_of(
     numbers, lengths = [2], [2]
     for labels in label_sets:
         numbers.append(len(labels))
-        lengths += [len(ids) for ids in labels if len(ids) <= _LONGEST_LABEL]
-    number = min(_MOST_LABELS, _power_of_two(max(numbers)))
+        lengths += [len(ids) for ids in labels if len(ids) <= _MAX_LABEL_LENGTH]
+    number = min(_MAX_LABELS, _power_of_two(max(numbers)))
     length = min(longest, _power_of_two(max(lengths)))
     one = Targets(number=1, length=longest)
     few = Targets(number=number, length=length)
@@ -147,14 +184,83 @@ def targets_of(
 
 
 def prompt_lengths_of(lengths: Iterable[int], *, longest: int) -> tuple[int, ...]:
-    """At most two lengths to pad prompts to, the last of them ``longest``."""
-    import numpy as np
-
+    """At most two lengths to pad prompts to; the last is ``longest``."""
     known = np.asarray([*lengths, longest])
     if known.min() == known.max():
         return (longest,)
     shorter = Buckets(most=_PROMPT_LENGTHS).choose(known, limit=longest)
     return tuple(sorted({*shorter, longest}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One input with one prompt or trained method (None: the bare model), and what to compute.
+
+    ``ids`` and ``targets`` include their end of sequence.  ``limit`` is in tokens; the other
+    options of generation are those of ``LogitsProcessors``.
+    """
+
+    ids: tuple[int, ...]
+    prompt: Served | None = None
+    targets: tuple[tuple[int, ...], ...] = ()
+    limit: int = 0
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    @property
+    def adapter_spec(self) -> AdapterSpec | None:
+        return None if self.prompt is None else self.prompt.adapter_spec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """For each row the most tokens to generate, and what changes their scores."""
+
+    limit_B: Any
+    processors: LogitsProcessors
+
+
+def token_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
+    """``[B, T]``, each input followed by padding."""
+    tokens_BT = np.full((program.rows, program.length), ids.fill, np.int32)
+    for tokens_T, row in zip(tokens_BT, rows, strict=False):
+        tokens_T[: len(row.ids)] = row.ids
+    return tokens_BT
+
+
+def target_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
+    """``[B, C, S]``, each target followed by padding."""
+    assert program.targets is not None
+    shape = (program.rows, program.targets.number, program.targets.length)
+    targets_BCS = np.full(shape, ids.fill, np.int32)
+    targets_BCS[:, :, 0] = ids.eos  # unused targets are an empty text
+    for targets_CS, row in zip(targets_BCS, rows, strict=False):
+        for target_S, tokens in zip(targets_CS, row.targets, strict=False):
+            target_S[: len(tokens)] = tokens
+    return targets_BCS
+
+
+def decode_options(rows: Sequence[Row], program: Program, *, max_new_tokens: int) -> DecodeOptions:
+    """Each field as ``[B]``; unused rows generate one token."""
+
+    def column(values: list[Any], *, unused: Any, dtype: Any) -> HostArray:
+        array_B = np.full(program.rows, unused, dtype)
+        array_B[: len(values)] = values
+        return array_B
+
+    limits = [min(row.limit, max_new_tokens) for row in rows]
+    penalties = [row.repetition_penalty for row in rows]
+    ngram_sizes = [row.no_repeat_ngram_size for row in rows]
+    return DecodeOptions(
+        limit_B=column(limits, unused=1, dtype=np.int32),
+        processors=LogitsProcessors(
+            min_length=column([row.min_length for row in rows], unused=0, dtype=np.int32),
+            repetition_penalty=column(penalties, unused=1, dtype=np.float32),
+            no_repeat_ngram_size=column(ngram_sizes, unused=0, dtype=np.int32),
+        ),
+    )
 
 
 def _first(rising: Sequence[int], needed: int) -> int | None:

@@ -1,170 +1,279 @@
-"""A folder of prompts and runs as tasks."""
+"""Stores the tasks that are added and removed while servers run.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+``DIR/.served`` holds the uploaded prompt files, and ``tasks.json``, which names them and the
+removed tasks.  That file is replaced atomically, so that a killed server leaves the old state or
+the new one.  The user's own files are never touched.
+
+Several servers may share a folder.  One changes it at a time, under a lock that ends with its
+process, after it has read the changes of the others.  All follow the file as it changes.
+"""
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import filelock
 
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
-from prompt_tuning_jax.checkpoints.prompt_file import for_task, listed, tasks_of
+from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import is_tuned_file
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.tasks import (
-    PromptValidator,
-    Served,
-    ServedPrompt,
-    ServedTask,
-    check_name,
-    natural,
-)
+from prompt_tuning_jax.serving.loading import for_name
+from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, ServedTask
+from prompt_tuning_jax.storage import atomic_write
+from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
-# Where a run keeps its prompts, what other methods tuned, and where it tuned all, that.
-_RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
+CHANGES = ".served"
+_INDEX, _LOCK = "tasks.json", ".lock"
+_UPLOAD = ".upload.tmp"
+_TRIES = 5  # at reading an index that another server keeps replacing
 
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSource:
-    """A task in a folder; ``name`` is empty where the prompts themselves say what they are for.
-
-    ``placement`` and ``inputs_template`` are the run's, for files that do not say it themselves.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    placement: str = ""
-    inputs_template: str = ""
+# A task in tasks.json: its labels, and its prompts' files by prompt name.
+Entry: TypeAlias = Mapping[str, Any]
+# Called with the name of a task and what is wrong with it.
+Complain: TypeAlias = Callable[[str, UserError], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedMember:
-    """Something to serve; of a mixture of tasks the ``task`` that it is for."""
+class StorageError(UserError):
+    """The folder cannot be written or read; ``full`` if its disk is full."""
 
-    served: Served
-    task: str = ""
-
-
-# A file or folder -> all that is kept of methods there; nothing for a plain prompt.
-MethodsIn: TypeAlias = Callable[[Path], Sequence[LoadedMember]]
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
-def find_tasks(folder: Path) -> list[TaskSource]:
-    """The tasks of a run's folder, or of a folder of files, folders of files and runs.
-
-    A file is a prompt's or of tuned arrays; a run that kept none stands for itself.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--prompts {folder}: no such folder")
-    if run := _files_of_run(folder):
-        return [TaskSource(name="", files=run)]
-    found = []
-    for stem, path in sorted(_by_stem(folder).items()):
-        if path.is_file() or is_peft(path):
-            found.append(TaskSource(name=stem, files=(path,)))
-        elif inside := (_files_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())):
-            found.append(TaskSource(name=stem, files=inside))
-    return found
+class BusyError(Exception):
+    """Another server holds the folder's lock for too long."""
 
 
-def load_found(
-    found: TaskSource, validator: PromptValidator, methods_in: MethodsIn = lambda place: []
-) -> list[ServedTask]:
-    """The task with all that votes in it, or for a mixture of tasks each of them as NAME.TASK.
+class TaskStore:
+    """The tasks that were added and removed at run time, in ``folder/.served``."""
 
-    ``methods_in`` opens what is no plain prompt.  UserError for the first that does not fit.
-    """
-    members: dict[str, list[Served]] = {}
-    for file in found.files:
-        opened = methods_in(file)
-        if not opened:
-            name = file.stem if file.is_file() else file.name
-            prompt = validator.prompt(file, name=name, placement=found.placement)
-            opened = [LoadedMember(served=prompt)]
-        for one in opened:
-            for own in _by_task(one, found.inputs_template):
-                members.setdefault(own.task, []).append(own.served)
-    tasks = []
-    for part, served in members.items():
-        known = (one.metadata.task for one in served if one.metadata.task)
-        whole = found.name or ("" if part else task_name(next(known, "")))
-        name = ".".join(filter(None, (whole, part)))
-        if not name:
-            raise UserError(
-                f"{found.files[0]} does not say its task; put the run into a folder of runs"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / CHANGES
+        self._folder_tasks: dict[str, ServedTask] = {}
+        self._loaded: dict[str, tuple[Entry, ServedTask]] = {}
+        self._index: dict[str, Any] = {"put": {}, "removed": []}
+        self._seen: Any = None  # the stamp of the file that the index was read from
+        self._read()
+
+    def apply(
+        self, tasks: Mapping[str, ServedTask], validator: PromptValidator
+    ) -> dict[str, ServedTask]:
+        """The folder's own tasks with all changes applied to them."""
+        self._folder_tasks = dict(tasks)
+        return self._load(validator)
+
+    def refreshed(
+        self, validator: PromptValidator, complain: Complain
+    ) -> dict[str, ServedTask] | None:
+        """All tasks if another server has changed something since, otherwise None.
+
+        A task that does not fit this server is left out, and ``complain`` is called with it.
+        """
+        if self._stamp() == self._seen:
+            return None
+        return self._load(validator, complain)
+
+    @contextmanager
+    def changing(self, *, wait_seconds: float = 10.0) -> Iterator[None]:
+        """Locks the folder; call ``refreshed`` before a change.
+
+        Removes incomplete files of killed servers at the end.  StorageError if the folder cannot be
+        written, BusyError after ``wait_seconds``.
+        """
+        with _storage():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._folder / _LOCK, timeout=wait_seconds)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise BusyError from None
+        try:
+            yield
+        finally:
+            self._clear()
+            lock.release()
+
+    def put(self, task: ServedTask, files: Mapping[str, bytes]) -> None:
+        """Stores a task; ``files`` holds the contents of its new prompts' files, by prompt name."""
+        kept = dict(self._index["put"].get(task.name, {"prompts": {}})["prompts"])
+        with _storage():
+            for prompt, content in files.items():
+                suffix = ".npy" if content.startswith(b"\x93NUMPY") else ".safetensors"
+                kept[prompt] = f"{task.name}.{prompt}.{_digest(content)}{suffix}"
+                with atomic_write(self._folder / kept[prompt]) as aside:
+                    aside.write_bytes(content)
+            for own in task.prompts:  # prompts of the user's folder beside a new one
+                if own.name not in kept and isinstance(own, ServedPrompt):
+                    digest = _digest(own.prompt_PD.tobytes())
+                    kept[own.name] = f"{task.name}.{own.name}.{digest}.safetensors"
+                    file = self._folder / kept[own.name]
+                    save_prompt(file, own.prompt_PD, metadata=own.metadata, dtype=None)
+        prompts = {own.name: kept[own.name] for own in task.prompts}
+        entry = {"prompts": prompts, "labels": list(task.labels)}
+        put = {**self._index["put"], task.name: entry}
+        removed = [name for name in self._index["removed"] if name != task.name]
+        self._write({"put": put, "removed": removed})
+        self._loaded[task.name] = entry, task
+
+    def remove(self, name: str) -> None:
+        put = {known: kept for known, kept in self._index["put"].items() if known != name}
+        self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
+
+    def check_upload(
+        self, content: bytes, validator: PromptValidator, *, name: str
+    ) -> ServedPrompt:
+        """The prompt in an upload, validated like a file; the temporary file is removed."""
+        if not content:
+            raise UserError("the body is empty; send a prompt as .npy or .safetensors")
+        aside = self._folder / _UPLOAD
+        with _storage():
+            aside.write_bytes(content)
+        try:
+            if is_tuned_file(aside):
+                raise UserError(
+                    f"{aside} holds the trained arrays of a method, and only plain prompts can be "
+                    "added at run time; copy it into the folder and restart the server"
+                )
+            return validator.prompt(aside, name=name)
+        except UserError as error:
+            raise UserError(str(error).replace(str(aside), "the upload")) from None
+        finally:
+            with suppress(OSError):
+                aside.unlink()
+
+    def _load(
+        self, validator: PromptValidator, complain: Complain | None = None
+    ) -> dict[str, ServedTask]:
+        """Without ``complain``, a task that does not fit is a UserError."""
+        for _ in range(_TRIES):
+            self._read()
+            try:
+                return self._tasks(validator, complain)
+            except _ReplacedError:
+                continue
+        raise StorageError(f"{self._folder / _INDEX} changes faster than it can be read")
+
+    def _tasks(
+        self, validator: PromptValidator, complain: Complain | None
+    ) -> dict[str, ServedTask]:
+        tasks = {
+            name: task
+            for name, task in self._folder_tasks.items()
+            if name not in self._index["removed"]
+        }
+        loaded = {}
+        for name, entry in self._index["put"].items():
+            known = self._loaded.get(name)
+            try:
+                task = (
+                    known[1] if known and known[0] == entry else self._task(name, entry, validator)
+                )
+            except UserError as error:
+                if self._stamp() != self._seen:  # its files may have been replaced meanwhile
+                    raise _ReplacedError from None
+                if complain is None:
+                    raise
+                complain(name, error)
+                tasks.pop(name, None)
+                continue
+            loaded[name] = entry, task
+            tasks[name] = task
+        self._loaded = loaded
+        return tasks
+
+    def _task(self, name: str, entry: Entry, validator: PromptValidator) -> ServedTask:
+        prompts = [
+            for_name(
+                validator.prompt(self._folder / file, name=prompt), name, labels=entry["labels"]
             )
-        check_name(name, field=f"the task's name of {found.files[0]}")
-        tasks.append(validator.task(name, served))
-    return tasks
-
-
-def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
-    """What was trained on a mixture once for each of its tasks; all else alone.
-
-    ``inputs_template`` is the run's, for files that do not say theirs.
-    """
-    served = opened.served
-    about = served.metadata
-    if not opened.task and (tasks := tasks_of(about)):
-        return [
-            LoadedMember(
-                served=replace(served, metadata=for_task(about, one)), task=task_name(one.name)
-            )
-            for one in tasks
+            for prompt, file in entry["prompts"].items()
         ]
-    if about.inputs_template or not inputs_template:
-        return [opened]
-    about = replace(about, inputs_template=inputs_template)
-    return [replace(opened, served=replace(served, metadata=about))]
+        return validator.task(name, prompts, entry["labels"])
+
+    def _stamp(self) -> Any:
+        try:
+            found = (self._folder / _INDEX).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read(self) -> None:
+        path = self._folder / _INDEX
+        seen = self._stamp()  # before reading: later changes are noticed next time
+        if seen is None:
+            self._index, self._seen = {"put": {}, "removed": []}, None
+            return
+        index = read_json_file(path)
+        if not _is_index(index):
+            raise UserError(f"{path} is damaged: it is not an index of tasks; remove it")
+        self._index, self._seen = {"put": index["put"], "removed": index["removed"]}, seen
+
+    def _write(self, index: dict[str, Any]) -> None:
+        with _storage(), atomic_write(self._folder / _INDEX) as aside:
+            aside.write_text(json_text(index, indent=1) + "\n", encoding="utf-8")
+        self._index, self._seen = index, self._stamp()
+
+    def _clear(self) -> None:
+        """Removes files that no task names any more, and incomplete files."""
+        if self._stamp() != self._seen:  # another server may have added files
+            return
+        named = {file for kept in self._index["put"].values() for file in kept["prompts"].values()}
+        with suppress(OSError):
+            for file in [*self._folder.iterdir()]:
+                unfinished = file.name.startswith(".") and file.suffix == ".tmp"
+                forgotten = file.suffix in PROMPT_SUFFIXES and file.name not in named
+                if unfinished or forgotten:
+                    with suppress(OSError):
+                        file.unlink()
 
 
-def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
-    """The prompt of a task of this name; of a mixture the part that NAME.TASK names.
-
-    UserError where it was trained on several tasks, none of which is named, and no labels say what
-    it is to choose between.
-    """
-    tasks = {task_name(one.name): one for one in tasks_of(prompt.metadata)}
-    if not tasks:
-        return prompt
-    for part, one in tasks.items():
-        if name == part or name.endswith(f".{part}"):
-            return replace(prompt, metadata=for_task(prompt.metadata, one))
-    if labels:
-        return prompt
-    raise UserError(
-        f"the prompt was trained on the tasks {listed([*tasks])}: name the one that is meant, as "
-        f"{name}.{next(iter(tasks))}, or give the labels"
-    )
+class _ReplacedError(Exception):
+    """The index has been replaced since it was read."""
 
 
-def task_name(trained_on: str) -> str:
-    """A task's name as it is; for a file its stem, or its folder's name where that is train."""
-    path = Path(trained_on)
-    if len(path.parts) < 2 and not path.suffix:
-        return trained_on
-    named = path.parent.name if path.stem in ("train", "data", "examples") else path.stem
-    return named or path.stem
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or not {"put", "removed"} <= index.keys():
+        return False
+    put, removed = index["put"], index["removed"]
+    if not isinstance(put, dict) or not _are_texts(removed):
+        return False
+    names = [*put, *removed]
+    for entry in put.values():
+        if not isinstance(entry, dict) or not {"prompts", "labels"} <= entry.keys():
+            return False
+        prompts = entry["prompts"]
+        if not isinstance(prompts, dict) or not prompts or not _are_texts([*prompts.values()]):
+            return False
+        if not _are_texts(entry["labels"]):
+            return False
+        names += [*prompts, *prompts.values()]
+    return all(name not in ("", "..") and Path(name).name == name for name in names)
 
 
-def _files_of_run(folder: Path) -> tuple[Path, ...]:
-    if not (folder / "experiment.json").is_file():
-        return ()
-    for inside in (folder / name for name in _RUN_FILES):
-        if inside.is_dir() and (files := _by_stem(inside, prompts_alone=True)):
-            return tuple(files.values())
-    return (folder,) if (folder / _RUN_BEST).is_dir() else ()
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
-    """What may be prompts: of files that differ in their suffix alone the safetensors."""
-    found: dict[str, Path] = {}
-    for path in _entries(folder):
-        if path.is_file() and path.suffix in PROMPT_SUFFIXES:
-            found[path.stem] = path
-        elif path.is_dir() and (not prompts_alone or is_peft(path)):
-            found.setdefault(path.name, path)
-    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    entries: Sequence[Path] = sorted(folder.iterdir())
-    return (path for path in entries if not path.name.startswith("."))
+@contextmanager
+def _storage() -> Iterator[None]:
+    """Turns errors of the file system into StorageErrors that do not name the path."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = cause.strerror or type(cause).__name__
+        raise StorageError(f"the change cannot be stored: {reason}", full=full) from cause

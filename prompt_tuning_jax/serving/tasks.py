@@ -1,13 +1,18 @@
-"""What is served: tasks by name, each with one prompt or an ensemble of them, and its labels."""
+"""What is served: tasks by name, each with its labels and one prompt, method or ensemble."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_fits,
@@ -18,27 +23,116 @@ from prompt_tuning_jax.config.methods import PLACEMENTS
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod, numbers
+from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.methods.base import LabelTokens
 from prompt_tuning_jax.typing import DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
+# Distinguishes everything that is served, so that a replacement is not taken for the old one.
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterSpec:
+    """Everything about an attached method except the numbers in its trained arrays.
+
+    ``shapes`` and logical ``axes`` are those of the trained arrays, by path; all other parameters
+    are the frozen model's.  ``prompt_positions`` is how many positions the method adds to the
+    encoder's input.  ``label_tokens`` are the labels that the method scores itself, if it does;
+    then it generates no text.  Methods of equal specs share one object.
+    """
+
+    graphdef: nnx.GraphDef[TunedModel]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    axes: Mapping[str, tuple[str | None, ...]]
+    prompt_positions: int
+    label_tokens: LabelTokens
+
+    @property
+    def bytes(self) -> int:
+        """Size of one method's trained arrays."""
+        return sum(one.size * one.dtype.itemsize for one in self.shapes.values())
+
+
+class AdapterSpecs:
+    """Makes each spec once, so that equal methods share their programs."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, AdapterSpec] = {}
+
+    def of(self, attached: TunedModel, trainable: Mapping[str, HostArray]) -> AdapterSpec:
+        """The spec of an attached method whose trained arrays have these paths and shapes."""
+        graphdef, _ = param_tree.split(attached)
+        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in trainable.items()}
+        key = graphdef, tuple((name, s.shape, s.dtype.name) for name, s in sorted(shapes.items()))
+        if key not in self._known:
+            axes = param_tree.logical_axes(attached)
+            self._known[key] = AdapterSpec(
+                graphdef=graphdef,
+                shapes=shapes,
+                axes={name: axes[name] for name in shapes},
+                prompt_positions=_prompt_positions(attached),
+                label_tokens=attached.method.label_tokens,
+            )
+        return self._known[key]
+
+
+def _prompt_positions(attached: TunedModel) -> int:
+    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    source = jax.eval_shape(attached.injections, tokens_BT).encoder_input
+    return 0 if source is None else source.mask_BU.shape[1] - tokens_BT.shape[1]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedPrompt:
-    """One prompt ``[P, D]`` on the host; no two have the same ``number``, replaced ones neither."""
+    """One plain prompt ``[P, D]`` on the host; no two have the same ``number``."""
 
     name: str
     prompt_PD: HostArray
     metadata: PromptMetadata
-    placement: int = 0
-    number: int = field(default_factory=lambda: next(numbers))
-    method: ClassVar[str] = "prompt_tuning"  # however it was made
+    placement: int = 0  # its index in PLACEMENTS
+    number: int = field(default_factory=lambda: next(_numbers))
+    method: ClassVar[str] = "prompt_tuning"  # however it was trained
+    adapter_spec: ClassVar[None] = None
+    label_tokens: ClassVar[LabelTokens] = ()
 
     @property
     def parameters(self) -> int:
         """How many numbers it holds."""
         return self.prompt_PD.size
+
+    @property
+    def length(self) -> int | None:
+        """Its positions P."""
+        return len(self.prompt_PD)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedMethod:
+    """The trained arrays of any other method on the host, by path.
+
+    ``method`` is its name in a config; no two have the same ``number``.
+    """
+
+    name: str
+    method: str
+    trainable: Mapping[str, HostArray]
+    adapter_spec: AdapterSpec
+    metadata: PromptMetadata
+    number: int = field(default_factory=lambda: next(_numbers))
+    length: ClassVar[int | None] = None  # not a plain prompt
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(array.size for array in self.trainable.values())
+
+    @property
+    def label_tokens(self) -> LabelTokens:
+        """The labels that it scores itself."""
+        return self.adapter_spec.label_tokens
 
 
 Served: TypeAlias = ServedPrompt | ServedMethod
@@ -46,10 +140,10 @@ Served: TypeAlias = ServedPrompt | ServedMethod
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedTask:
-    """A name with one prompt, or with several that vote; ``label_ids`` with their end.
+    """A name with one prompt or method, or with several that vote.
 
-    ``wording`` is what is put around a text, as in the prompts' training.  Among the prompts may
-    be methods of other kinds.
+    ``label_ids`` include the end of sequence.  ``wording`` makes the model's input of a text, as in
+    training.
     """
 
     name: str
@@ -60,13 +154,13 @@ class ServedTask:
 
     @property
     def method(self) -> str:
-        """What a config calls it; of several kinds all."""
+        """Its name in a config; several are separated by commas."""
         return ", ".join(dict.fromkeys(prompt.method for prompt in self.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptValidator:
-    """What a prompt must be for this server's model."""
+    """Checks that prompts and labels fit this server's model."""
 
     embed_dim: int
     fingerprint: str
@@ -76,9 +170,9 @@ class PromptValidator:
     longest_label: int = 64
 
     def prompt(self, file: Path, *, name: str, placement: str = "") -> ServedPrompt:
-        """The prompt in a file or PEFT folder; UserError where it is damaged or does not fit.
+        """The prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
 
-        ``placement`` is the run's, for files that do not say it themselves.
+        ``placement`` is the run's, for files without it in their metadata.
         """
         prompt_PD, metadata = load_prompt_with_metadata(file)
         return self.checked(prompt_PD, metadata, name=name, placement=placement, of=file)
@@ -92,14 +186,14 @@ class PromptValidator:
         placement: str = "",
         of: Path,
     ) -> ServedPrompt:
-        """A prompt that was in the file ``of``; UserError where it does not fit."""
+        """The prompt of the file ``of``; UserError if it does not fit."""
         check_fits(
             prompt_PD, metadata, embed_dim=self.embed_dim, fingerprint=self.fingerprint, path=of
         )
         if self.longest is not None and len(prompt_PD) > self.longest:
             raise UserError(
-                f"{of} has {len(prompt_PD)} positions, and this server takes {self.longest} at "
-                "most; start it with a larger --max_prompt_length"
+                f"{of} has {len(prompt_PD)} positions, more than this server's {self.longest}; "
+                "start it with a larger --max_prompt_length"
             )
         joining = metadata.combine or placement or PLACEMENTS[0]
         if joining not in PLACEMENTS:
@@ -112,9 +206,9 @@ class PromptValidator:
         )
 
     def task(self, name: str, prompts: Sequence[Served], labels: Sequence[str] = ()) -> ServedTask:
-        """A task of these prompts; its labels are what they were trained on unless given.
+        """A task of these prompts; without ``labels``, with those that they were trained on.
 
-        UserError where they were trained on different labels, or with different wordings.
+        UserError if they were trained on different labels or with different wordings.
         """
         prompts = sorted(prompts, key=lambda prompt: natural(prompt.name))
         known = {prompt.name: prompt.metadata for prompt in prompts}
@@ -124,7 +218,7 @@ class PromptValidator:
             )
             own = tuple(labels) or shared_labels(
                 {name: one.labels for name, one in known.items()},
-                instead="serve them as tasks of their own",
+                instead="serve them as separate tasks",
             )
         except UserError as error:
             raise UserError(f"task {name}: {error}") from None
@@ -137,20 +231,20 @@ class PromptValidator:
         )
 
     def label_ids_of(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """The same for labels of a request."""
+        """The same for labels in a request."""
         return self.label_ids(labels, field="labels")
 
     def label_ids(self, labels: Sequence[str], *, field: str) -> tuple[tuple[int, ...], ...]:
-        """Their tokens with the end of sequence; UserError for empty, equal and long ones."""
+        """Their tokens with the end of sequence; UserError for empty, equal or too long labels."""
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
             ids = (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos)
             if len(ids) == 1:
-                raise UserError(f"{field}: {label!r} has no tokens; give every label a text")
+                raise UserError(f"{field}: {label!r} has no tokens; labels must not be empty")
             if len(ids) > self.longest_label:
                 raise UserError(
-                    f"{field}: {label[:40]!r} has {len(ids)} tokens; at most {self.longest_label} "
-                    "are scored"
+                    f"{field}: {label[:40]!r} has {len(ids)} tokens; the server scores at most "
+                    f"{self.longest_label}"
                 )
             if ids in seen:
                 raise UserError(f"{field}: {seen[ids]!r} and {label!r} have the same tokens")
@@ -159,7 +253,7 @@ class PromptValidator:
 
 
 class Tasks:
-    """The tasks by name; replaced as a whole, so that a reader sees all of a change or none."""
+    """The tasks by name; replaced as a whole, so that readers see all of a change or nothing."""
 
     def __init__(self, tasks: Mapping[str, ServedTask] | None = None) -> None:
         self._tasks: Mapping[str, ServedTask] = dict(tasks or {})
@@ -187,11 +281,11 @@ class Tasks:
 
 
 def check_name(name: str, *, field: str) -> str:
-    """UserError for what could not be a file's name, or would leave its folder."""
+    """The name; UserError unless it can be the name of a file in a folder."""
     if not re.fullmatch(NAME, name):
         raise UserError(
-            f"{field} is {name[:100]!r}; a name is a letter or digit, then up to 99 letters, "
-            "digits, dots, dashes and underscores"
+            f"{field} is {name[:100]!r}; a name starts with a letter or digit, followed by up to "
+            "99 letters, digits, dots, dashes and underscores"
         )
     return name
 

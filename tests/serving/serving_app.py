@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 
 from prompt_tuning_jax.serving.app import make_app
-from prompt_tuning_jax.serving.changes import TaskStore
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.loading import find_tasks, load_tasks
+from prompt_tuning_jax.serving.schema import Limits
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.task_store import find_tasks, load_found
+from prompt_tuning_jax.serving.task_store import TaskStore
 from prompt_tuning_jax.serving.tasks import PromptValidator, Tasks
 from tests.serving.serving_micro import D, micro_engine, micro_model, write_prompt
 
@@ -71,17 +71,19 @@ def task_folder(folder: Path) -> Path:
     return folder
 
 
-def make_service(folder: Path, *, changes: bool = True, limits: Limits | None = None) -> Service:
-    tasks = [task for found in find_tasks(folder) for task in load_found(found, validator())]
-    kept = TaskStore(folder)
-    served = kept.apply({task.name: task for task in tasks}, validator())
+def make_service(
+    folder: Path, *, allow_changes: bool = True, limits: Limits | None = None
+) -> Service:
+    tasks = [task for found in find_tasks(folder) for task in load_tasks(found, validator())]
+    store = TaskStore(folder)
+    served = store.apply({task.name: task for task in tasks}, validator())
     engine: Any = Compiled(micro_engine())
     return Service(
         engine,
         Tasks(served),
         validator=validator(),
-        kept=kept,
-        changes=changes,
+        task_store=store,
+        allow_changes=allow_changes,
         limits=limits or Limits(inputs=20),
         model_name="micro",
     )

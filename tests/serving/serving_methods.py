@@ -28,7 +28,6 @@ from prompt_tuning_jax.methods import (
     attach_method,
     trainable_mask,
 )
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.launch import open_service
 from prompt_tuning_jax.serving.service import Service
 from tests import tiny_run
@@ -121,6 +120,6 @@ def with_service(service: Service, test: Test) -> None:
     asyncio.run(run())
 
 
-def opened_structures(service: Service) -> set[Any]:
+def opened_specs(service: Service) -> set[Any]:
     every = [one for task in service.tasks.everything().values() for one in task.prompts]
-    return {one.adapter_spec for one in every if isinstance(one, ServedMethod)}
+    return {one.adapter_spec for one in every if one.adapter_spec is not None}

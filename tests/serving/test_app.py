@@ -13,8 +13,8 @@ import pytest
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score
-from prompt_tuning_jax.serving.limits import Limits
 from prompt_tuning_jax.serving.middleware import checked_origin, checked_token
+from prompt_tuning_jax.serving.schema import Limits
 from prompt_tuning_jax.serving.service import Service
 from tests.serving.serving_app import ADMIN, ask, make_service, running, task_folder
 from tests.serving.serving_micro import D, micro_model, write_prompt
@@ -26,7 +26,9 @@ Test = Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, None]]
 def with_server(folder: Path, test: Test, **options: Any) -> None:
     async def run() -> None:
         limits = options.pop("limits", None)
-        service = make_service(folder, limits=limits, changes=options.pop("changes", True))
+        service = make_service(
+            folder, limits=limits, allow_changes=options.pop("allow_changes", True)
+        )
         async with asyncio.timeout(60), running(service, **options) as client:
             await test(client, service)
 
@@ -254,7 +256,7 @@ def test_without_an_admin_token_nothing_changes(folder: Path) -> None:
             assert answer.status_code in (404, 405)
         assert service.tasks.get("colour") is not None
 
-    with_server(folder, test, admin_token="", changes=False)
+    with_server(folder, test, admin_token="", allow_changes=False)
 
 
 def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> None:
@@ -370,7 +372,7 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused and len(refused) < 6
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
-        assert service.batcher.waiting == 0
+        assert service.scheduler.waiting == 0
         # What would never fit is not asked to come again.
         answer = await ask(client, task="voted", inputs=["ban"] * 5)
         assert (answer.status_code, answer.json()["error"]["field"]) == (413, "inputs")
@@ -383,7 +385,7 @@ def test_deadlines_and_readiness(folder: Path) -> None:
         options = {"deadline_ms": 1}
         answer = await ask(client, task="colour", inputs=["ban"], options=options)
         assert answer.status_code == 504
-        assert service.batcher.waiting == 0
+        assert service.scheduler.waiting == 0
         assert (await client.get("/readyz")).json()["status"] == "ready"
         service.state = "draining"
         assert (await client.get("/readyz")).status_code == 503
@@ -440,7 +442,7 @@ def test_every_answer_says_what_a_browser_may_do_with_it(folder: Path, path: str
         (b'{"inputs": ["a"], "options": {"labels": ["a", "\\ud800"]}}', "half of a surrogate pair"),
         (b'{"inputs": ["\xff"]}', "UTF-8"),
         (b'{"inputs": ["a"]', "truncated"),
-        (b"[1]", "not an object"),
+        (b"[1]", "not a JSON object"),
         (b"", "required"),
     ],
 )

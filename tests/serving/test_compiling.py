@@ -171,7 +171,7 @@ def test_text_is_the_same_with_few_programs_and_with_all() -> None:
             assert (program.length, program.prompt_length) == (16, 7)
             one.prefill([row], [slot], program)
         for _ in range(3):
-            seen = one.write(slots=3, width=23)
+            seen = one.decode(dict(enumerate(rows)))
         assert seen.done_M[:3].all()
         texts.append([seen.ids_MS[slot].tolist() for slot in range(3)])
     assert texts[0] == texts[1]
@@ -188,11 +188,11 @@ def test_measuring_touches_nothing_that_is_being_written() -> None:
         pass
     assert {*engine.seconds} == {*engine.programs()}
     for _ in range(3):
-        seen = engine.write(slots=1, width=23)
+        seen = engine.decode({0: row})
     whole.reset()
     whole.prefill([row], [0], whole.program_for("generate", [row], 1))
     for _ in range(3):
-        expected = whole.write(slots=1, width=23)
+        expected = whole.decode({0: row})
     np.testing.assert_array_equal(seen.ids_MS[0], expected.ids_MS[0])
     assert seen.score_M[0] == pytest.approx(float(expected.score_M[0]), abs=1e-5)
     whole.reset()
@@ -218,7 +218,7 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
     service: Service = make_service(task_folder(tmp_path))
     engine = Bare()
     service.engine = engine
-    service._reader._engine = engine
+    service._parser._engine = engine
 
     async def test(client: httpx.AsyncClient) -> None:
         status = (await client.get("/readyz")).json()

@@ -17,8 +17,7 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning, attach_method
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.rows import Row
-from prompt_tuning_jax.serving.shapes import Program, Shapes, Targets, targets_of
+from prompt_tuning_jax.serving.shapes import Program, Row, Shapes, Targets, targets_of
 from tests.serving.serving_micro import (
     SHAPES,
     made_prompt,
@@ -160,8 +159,7 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
             slots.update(zip(free, now, strict=False))
         if not slots:
             break
-        # As few slots as hold them all, or more.
-        seen = engine.write(slots=max(slots) + 1, width=23)
+        seen = engine.decode({slot: rows[number] for slot, number in slots.items()})
         for slot, number in list(slots.items()):
             if seen.done_M[slot]:
                 length = int(seen.position_M[slot])
@@ -182,9 +180,11 @@ def test_a_slot_that_is_given_up_is_free_at_once() -> None:
     engine.reset()
     rows = [Row(ids=(5, 1), limit=6), Row(ids=(6, 1), limit=6)]
     engine.prefill(rows, [0, 2], engine.program_for("generate", rows, 4))
-    seen = engine.write(slots=3, width=23, given_up=[0])
-    assert seen.done_M[0] and seen.position_M[0] == 0
-    assert seen.position_M[2] > 0
+    seen = engine.decode({2: rows[1]})
+    assert seen.position_M[0] == 0 and seen.position_M[2] > 0
+    engine.prefill(rows[:1], [0], engine.program_for("generate", rows[:1], 1))
+    seen = engine.decode({0: rows[0], 2: rows[1]})
+    assert 0 < seen.position_M[0] < seen.position_M[2]
 
 
 def test_nothing_is_compiled_after_the_start() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import jax, numpy as np
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.checkpoints.load import load_model
-from prompt_tuning_jax.serving.loading import MethodsIn
+from prompt_tuning_jax.serving.loading import MethodLoader
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model
 from prompt_tuning_jax.methods import LoRA, PrefixTuning
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.rows import Row
+from prompt_tuning_jax.serving.shapes import Row
 from prompt_tuning_jax.serving.shapes import Shapes, Targets
 from prompt_tuning_jax.serving.tasks import PromptValidator
 from tests.serving.serving_methods import write_method
@@ -46,20 +46,23 @@ def answers(model, partitioner, trainable):
     validator = PromptValidator(
         embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary
     )
-    opened = MethodsIn(model, validator)
+    opened = MethodLoader(model, validator)
     methods = [opened(file)[0].served for file in trainable]
     engine = Engine(model, shapes=shapes, cache_rows=4, partitioner=partitioner, methods=methods)
     engine.compile()
     others = []
     for method in methods:
-        own = [Row(ids=r.ids, method=method, targets=r.targets, limit=4) for r in rows]
+        own = [Row(ids=r.ids, prompt=method, targets=r.targets, limit=4) for r in rows]
         others += engine.score(own, engine.program_for("score", own, 4))
-        written = engine.write_whole(own, engine.program_for("write", own, 4))
-        others += [[*ids, log_prob] for ids, log_prob in written]
     scores = engine.score(rows, engine.program_for("score", rows, 4))
-    engine.prefill(rows, [2, 0, 3, 1], engine.program_for("generate", rows, 4))
-    written = [np.asarray(x) for x in engine.write(slots=4, width=13)]
-    return np.array(scores), [*written, *map(np.asarray, others)]
+    # Prompts and methods are decoded side by side.
+    beside = [Row(ids=rows[3].ids, prompt=method, limit=4) for method in methods]
+    decoding = dict(zip((2, 0, 3, 1), [*rows[: 4 - len(beside)], *beside]))
+    for slot, row in decoding.items():
+        engine.prefill([row], [slot], engine.program_for("generate", [row], 4))
+    output = engine.decode(decoding)
+    assert (output.position_M > 0).all()
+    return np.array(scores), [*output, *map(np.asarray, others)]
 
 
 for quantization in ("none", "int8"):

@@ -14,7 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
 
-from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.schema import Limits
 from prompt_tuning_jax.serving.service import Service
 from tests.serving.live_server import live
 from tests.serving.serving_app import ADMIN, ask, make_service, running, task_folder
@@ -114,7 +114,7 @@ def test_a_crowd_gets_the_same_answers_as_each_alone(tmp_path: Path) -> None:
             statuses = await _crowd(client, service, 150)
             assert set(statuses) <= {200, 429, 504}
             assert statuses[200] > 20
-            assert service.batcher.waiting == 0
+            assert service.scheduler.waiting == 0
 
     asyncio.run(test())
 
@@ -130,7 +130,7 @@ def test_a_soak_leaves_memory_flat(tmp_path: Path) -> None:
                 assert set(statuses) <= {200, 504}
                 gc.collect()
                 held.append(_resident())
-            assert service.batcher.waiting == 0
+            assert service.scheduler.waiting == 0
             # kB; the first rounds fill caches.
             assert held[-1] - held[2] < 8_000, held
             assert len(asyncio.all_tasks()) < 5

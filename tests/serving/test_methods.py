@@ -1,9 +1,10 @@
 """Methods that are no plain prompts answer as they are predicted with, whoever shares a batch."""
 
+import asyncio
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     PTuning,
 )
-from prompt_tuning_jax.serving import methods
-from prompt_tuning_jax.serving.rows import Row
+from prompt_tuning_jax.serving import prompt_cache
+from prompt_tuning_jax.serving.decode_state import DecodeOutput
+from prompt_tuning_jax.serving.schema import Options, PredictRequest
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.shapes import Program
+from prompt_tuning_jax.serving.shapes import Program, Row
 from tests import tiny_run
 from tests.serving.serving_app import ask
 from tests.serving.serving_methods import (
     LORA,
     opened,
-    opened_structures,
+    opened_specs,
     with_service,
     write_method,
 )
@@ -104,7 +106,7 @@ async def scores_of(client: httpx.AsyncClient, task: str) -> np.ndarray:
 def test_every_method_ranks_as_it_is_predicted_with() -> None:
     folder = folder_of_all()
     service = opened(folder)
-    alone = opened_structures(service)
+    alone = opened_specs(service)
     # Ten LoRAs and those that vote share theirs.
     assert len(alone) == len(METHODS)
     assert service.engine.compiler.progress.all == len(METHODS) + 2
@@ -145,7 +147,7 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
         other = {"mode": "score", "options": {"targets": [""]}}
         warp = await ask(client, task="warp", inputs=["ban"], **other)
         assert (warp.status_code, warp.json()["error"]["field"]) == (422, "options.targets[0]")
-        assert "trained on blue, green, red alone" in warp.json()["error"]["message"]
+        assert "blue, green, red" in warp.json()["error"]["message"]
         listed = (await client.get("/v1/tasks")).json()["tasks"]
         kinds = {task["name"]: task["method"] for task in listed}
         assert {name: kinds[name] for name in METHODS} == {name: name for name in METHODS}
@@ -164,14 +166,14 @@ def test_rows_of_one_structure_share_a_batch_where_their_arrays_are_small(
 ) -> None:
     """And answer as alone; the device has room for four of the twelve."""
     if not together:
-        monkeypatch.setattr(methods, "_MOST_BYTES", 0)
+        monkeypatch.setattr(prompt_cache, "MAX_GATHERED_BYTES", 0)
     folder = folder_of_all()
     service = opened(folder)
     batches: list[list[str]] = []
     score = service.engine.score
 
     def watched(rows: Sequence[Row], program: Program) -> list[list[float]]:
-        batches.append([row.method.name for row in rows if row.method is not None])
+        batches.append([row.prompt.name for row in rows if row.prompt is not None])
         return score(rows, program)
 
     async def test(client: httpx.AsyncClient, service: Service) -> None:
@@ -190,10 +192,11 @@ def test_rows_of_one_structure_share_a_batch_where_their_arrays_are_small(
     with_service(service, test)
 
 
-def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
+def test_text_is_generated_as_it_is_predicted(tmp_path: Path) -> None:
     write_method(tmp_path / "lora.safetensors", LORA)
     write_method(tmp_path / "other.safetensors", LORA, seed=5)
     write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
+    write_method(tmp_path / "p_tuning.safetensors", METHODS["p_tuning"], seed=2)
     write_method(tmp_path / "warp.safetensors", WARP(length=2))
     write_prompt(tmp_path / "plain.safetensors", seed=3)
     serving = Serving(
@@ -201,8 +204,8 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
     )
 
     async def test(client: httpx.AsyncClient, service: Service) -> None:
-        names = ["lora", "prefix", "plain", "lora", "other"]
-        body = {"task": names, "inputs": [*INPUTS, "ban red", "ban red"], "mode": "generate"}
+        names = ["lora", "prefix", "plain", "lora", "other", "p_tuning"]
+        body = {"task": names, "inputs": [*INPUTS, *["ban red"] * 3], "mode": "generate"}
         results = (await ask(client, **body)).json()["results"]
         for name, text, result in zip(names, body["inputs"], results, strict=True):
             (known,) = predict(
@@ -225,6 +228,68 @@ def test_text_is_written_as_it_is_predicted_with(tmp_path: Path) -> None:
         assert short["prompts"][0]["log_prob"] > results[3]["prompts"][0]["log_prob"]
         warp = await ask(client, **{**body, "task": "warp"})
         assert (warp.status_code, warp.json()["error"]["field"]) == (422, "mode")
-        assert "writes no text" in warp.json()["error"]["message"]
+        assert "generates no text" in warp.json()["error"]["message"]
+
+    with_service(opened(tmp_path, serving), test)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_methods_stream_beside_a_prompt_in_one_running_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: bool
+) -> None:
+    """Each text comes in pieces and is what it is alone; a client that leaves frees its slot.
+
+    Where arrays cannot be gathered by row and the device holds one method, two take turns.
+    """
+    if not gathered:
+        monkeypatch.setattr(prompt_cache, "MAX_GATHERED_BYTES", 0)
+        monkeypatch.setattr(prompt_cache, "_MAX_SPEC_BYTES", 0)
+    names = ["lora", "other", "prefix", "plain"]
+    write_method(tmp_path / "lora.safetensors", LORA)
+    write_method(tmp_path / "other.safetensors", LORA, seed=5)
+    write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
+    write_prompt(tmp_path / "plain.safetensors", seed=3)
+    serving = Serving(
+        lengths=(8,), batch_sizes=(1,), modes=("generate",), max_new_tokens=24, slots=4
+    )
+    together: list[set[str]] = []
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        decode = service.engine.decode
+
+        def watched(rows: Mapping[int, Row]) -> DecodeOutput:
+            together.append({row.prompt.name for row in rows.values() if row.prompt is not None})
+            return decode(rows)
+
+        monkeypatch.setattr(service.engine, "decode", watched)
+
+        async def read(task: str, *, leave: bool = False) -> tuple[list[str], Any]:
+            options = Options(stream=True, min_length=24)
+            request = PredictRequest(
+                task=task, inputs=["ban red"], mode="generate", options=options
+            )
+            pieces: list[str] = []
+            events = service.stream(request)
+            async for event in events:
+                if "results" in event:
+                    return pieces, event["results"][0]["prompts"][0]
+                pieces.append(event["text"])
+                if leave:
+                    await events.aclose()  # type: ignore[attr-defined]
+                    break
+            return pieces, None
+
+        alone = [await read(name) for name in names]
+        assert all(len({*names}) == 1 for names in together)
+        together.clear()
+        leaving = read("plain", leave=True)
+        *texts, (some, nothing) = await asyncio.gather(*map(read, names), leaving)
+        for (pieces, result), (_, expected) in zip(texts, alone, strict=True):
+            assert len(pieces) > 3 and result["tokens"] == 24
+            assert "".join(pieces) == result["prediction"] == expected["prediction"]
+            assert result["log_prob"] == pytest.approx(expected["log_prob"], abs=1e-5)
+        assert (len(some), nothing) == (1, None)
+        assert {"lora", "prefix", "plain"} in [names - {"other"} for names in together]
+        assert any({"lora", "other"} <= names for names in together) == gathered
 
     with_service(opened(tmp_path, serving), test)

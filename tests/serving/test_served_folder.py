@@ -17,14 +17,13 @@ from prompt_tuning_jax.methods import (
     FullTuning,
     MultitaskPrompts,
 )
-from prompt_tuning_jax.serving.adapter_spec import ServedMethod
 from prompt_tuning_jax.serving.service import Service
-from prompt_tuning_jax.serving.tasks import ServedPrompt
+from prompt_tuning_jax.serving.tasks import ServedMethod, ServedPrompt
 from tests.serving.serving_app import ADMIN
 from tests.serving.serving_methods import (
     LORA,
     opened,
-    opened_structures,
+    opened_specs,
     stored,
     with_service,
     write_json,
@@ -55,10 +54,10 @@ def test_tasks_of_methods_are_removed_and_replaced_by_prompts(tmp_path: Path) ->
         assert (await put("lora", plain)).status_code == 200
         assert (await client.delete("/v1/tasks/gone", headers=ADMIN)).status_code == 204
 
-    service = opened(folder, changes=True)
+    service = opened(folder, allow_changes=True)
     service.engine.compile_first = lambda report: None  # type: ignore[method-assign]
     with_service(service, change)
-    again = opened(folder, changes=True).tasks
+    again = opened(folder, allow_changes=True).tasks
     assert again.names() == ["lora", "voted"]
     assert [again.get(name).method for name in again.names()] == ["prompt_tuning", "lora"]  # type: ignore[union-attr]
 
@@ -101,7 +100,7 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
         "whole": "full",
     }
     # The adapter's is the run's own.
-    assert len(opened_structures(service)) == 2
+    assert len(opened_specs(service)) == 2
     for number, name in enumerate(("mixture.first", "mixture.second")):
         (prompt,) = tasks[name].prompts
         assert isinstance(prompt, ServedPrompt)

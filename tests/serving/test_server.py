@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from prompt_tuning_jax.serving.app import make_app
-from prompt_tuning_jax.serving.limits import Limits
+from prompt_tuning_jax.serving.schema import Limits
 from prompt_tuning_jax.serving.server import bound, serve
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
@@ -102,7 +102,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port} cannot be listened on"):
+        with pytest.raises(UserError, match=f"--port {port} cannot bind"):
             serve(Experiment(model=Model(name_or_path="nowhere")), "nowhere", port=port)
     assert "opening" not in capsys.readouterr().err
 
@@ -116,7 +116,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
         (["--prompts", "good", "--lengths", "8,4"], "lengths is 8,4"),
         (["--prompts", "good", "--batch_sizes", "4", "--cache_rows", "2"], "cache_rows is 2"),
         (["--prompts", "good", "--modes", "rank"], "modes are"),
-        (["--prompts", "good/one.safetensors"], "is a file; name the folder"),
+        (["--prompts", "good/one.safetensors"], "is a file; give its folder"),
     ],
 )
 def test_what_cannot_be_served_is_said_at_once(
@@ -170,7 +170,7 @@ def test_who_has_gone_is_not_computed_for(tmp_path: Path) -> None:
 
             await app(scope, receive, send)
             await asyncio.sleep(0.4)
-            assert service.batcher.waiting == 0
+            assert service.scheduler.waiting == 0
             assert not service.engine.batches  # type: ignore[attr-defined]
 
     asyncio.run(test())
@@ -205,7 +205,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert rows[0] == ["prompt", "blue", "green", "red"]
         assert [row[0] for row in rows[1:]] == ["ensemble", "seed_0", "seed_1", "seed_2"]
         assert all(cell.endswith(" %") for row in rows[1:] for cell in row[1:])
-        assert "ms in the server" in browser.run("$('latency').textContent")
+        assert "ms on the server" in browser.run("$('latency').textContent")
         assert "prompts agree" in browser.run("$('agreement').textContent")
         browser.wait_for("/rows\\/s/.test($('status').textContent)")
         browser.run(f"$('mode').value = 'generate'; {click}")

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.task_store import find_tasks, load_found
+from prompt_tuning_jax.serving.loading import find_tasks, load_tasks
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
 from tests.serving.serving_app import ADMIN, ask, make_service, running, validator
@@ -98,7 +98,7 @@ def test_each_task_of_a_mixture_has_its_labels_and_wording(tmp_path: Path) -> No
     about: Any = {"task": "both", "labels": LABELS, "mixture": MIXTURE}
     write_prompt(tmp_path / "run" / "seed_0.safetensors", **about)
     write_prompt(tmp_path / "run" / "seed_1.safetensors", seed=1, **about)
-    tasks = {t.name: t for found in find_tasks(tmp_path) for t in load_found(found, validator())}
+    tasks = {t.name: t for found in find_tasks(tmp_path) for t in load_tasks(found, validator())}
     assert {name: task.labels for name, task in tasks.items()} == {
         "run.warm": ("red",),
         "run.cold": ("blue", "green"),
@@ -156,7 +156,7 @@ def test_members_that_cannot_vote_together_are_refused_in_any_order(
     write_prompt(tmp_path / "voted" / "b.safetensors", seed=1, **second)
     (found,) = find_tasks(tmp_path)
     with pytest.raises(UserError, match=r"task voted: a was trained.*b (on|with)") as raised:
-        load_found(found, validator())
+        load_tasks(found, validator())
     assert turned or message in str(raised.value)
 
 
@@ -164,7 +164,7 @@ def test_the_same_labels_in_another_order_are_one_set(tmp_path: Path) -> None:
     for number, labels in enumerate((("red", "blue"), ("blue", "red"), ())):
         write_prompt(tmp_path / "voted" / f"{number}.safetensors", seed=number, labels=labels)
     (found,) = find_tasks(tmp_path)
-    (task,) = load_found(found, validator())
+    (task,) = load_tasks(found, validator())
     assert task.labels == ("blue", "red")
 
 

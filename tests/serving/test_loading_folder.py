@@ -10,7 +10,7 @@ from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
-from prompt_tuning_jax.serving.task_store import find_tasks, load_found, task_name
+from prompt_tuning_jax.serving.loading import find_tasks, load_tasks, task_name
 from prompt_tuning_jax.serving.tasks import check_name, natural
 from tests.serving.serving_app import validator
 from tests.serving.serving_micro import write_prompt
@@ -35,7 +35,7 @@ def make_run(folder: Path, *, task: str = "word_valence", **method: object) -> P
 def test_a_run_is_one_task_with_its_seeds(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (found,) = find_tasks(run)
-    (task,) = load_found(found, validator())
+    (task,) = load_tasks(found, validator())
     assert (task.name, task.labels) == ("word_valence", LABELS)
     assert [prompt.name for prompt in task.prompts] == ["seed_0", "seed_2", "seed_10"]
     assert default_experiment(str(run)).model.name_or_path == str(model_folder())
@@ -79,17 +79,17 @@ def test_the_name_of_what_a_run_was_trained_on(trained_on: str, name: str) -> No
     "name", ["", ".", "..", "a/b", "a\\b", ".a", "-a", "a" * 101, "a b", "é", "a\n"]
 )
 def test_names_that_leave_the_folder(name: str) -> None:
-    with pytest.raises(UserError, match="a name is"):
+    with pytest.raises(UserError, match="a name starts"):
         check_name(name, field="name")
 
 
 def test_runs_that_cannot_be_served(tmp_path: Path) -> None:
     experiment = Experiment(model=Model(name_or_path=str(model_folder())))
     run = make_run(tmp_path / "blind", input_to_prompt=False)
-    with pytest.raises(UserError, match="limits who sees"):
+    with pytest.raises(UserError, match="limits attention"):
         open_service(experiment, str(run), serving=SERVING)
     run = make_run(tmp_path / "nameless", task="")
-    with pytest.raises(UserError, match="does not say its task"):
+    with pytest.raises(UserError, match="does not name its task"):
         open_service(experiment, str(run), serving=SERVING)
 
 
@@ -112,11 +112,11 @@ def test_what_a_killed_server_left_is_gone_where_another_may_change_it(tmp_path:
     experiment = Experiment(model=Model(name_or_path=str(model_folder())))
     write_prompt(tmp_path / "one.npy")
     left = tmp_path / ".served" / ".tasks.json.4711.tmp"
-    open_service(experiment, str(tmp_path), serving=SERVING, changes=True)
+    open_service(experiment, str(tmp_path), serving=SERVING, allow_changes=True)
     assert not left.parent.exists()  # nothing is made before there is a change
     left.parent.mkdir()
     left.write_text("half of it")
     open_service(experiment, str(tmp_path), serving=SERVING)
     assert left.exists()  # a server that may change nothing changes nothing
-    open_service(experiment, str(tmp_path), serving=SERVING, changes=True)
+    open_service(experiment, str(tmp_path), serving=SERVING, allow_changes=True)
     assert not left.exists()

@@ -1,7 +1,7 @@
-"""Rows of all requests, put together in batches: who waits, who goes next, who has gone away.
+"""Batches the rows of all requests: which wait, which are next, which nobody wants any more.
 
-One task of the event loop decides and one thread computes.  While the device is busy rows gather;
-where it is idle the first of them waits a few milliseconds for others.
+One task of the event loop schedules and one thread computes.  Rows gather while the device is busy;
+if it is idle, the first row waits a few milliseconds for others.
 """
 
 import asyncio
@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from prompt_tuning_jax.serving.decode_state import DecodeOutput
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.metrics import Metrics
-from prompt_tuning_jax.serving.rows import Row
-from prompt_tuning_jax.serving.shapes import Kind
+from prompt_tuning_jax.serving.shapes import Kind, Row
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_IDLE = 0.01  # seconds between two looks at whether nothing is to be done
+_IDLE = 0.01  # seconds between two checks whether the device is idle
 
 
 class QueueFullError(Exception):
-    """So many rows wait that these are not taken; ``seconds`` until there may be room."""
+    """The queue has no room for these rows; ``seconds`` until it may have."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__("too many rows are waiting")
@@ -35,8 +35,8 @@ class WorkerFailedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenRow:
-    """What was written for a row, its end included."""
+class GeneratedRow:
+    """The tokens generated for a row, the end included."""
 
     ids: list[int]
     log_prob: float
@@ -44,9 +44,10 @@ class WrittenRow:
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """A row on its way; its ``future`` gets scores or a ``WrittenRow``, or was cancelled.
+    """A row to compute; its ``future`` gets scores or a ``GeneratedRow``, or is cancelled.
 
-    Jobs of one ``owner`` fail together; ``apart`` keeps those that differ in it out of one batch.
+    Jobs of one ``owner`` fail together.  Jobs that differ in ``apart`` are never computed together.
+    ``on_ids`` is called with the tokens of a text so far, every few tokens.
     """
 
     kind: Kind
@@ -55,14 +56,16 @@ class Job:
     owner: Hashable
     apart: Hashable = None
     on_ids: Callable[[list[int]], None] | None = None
-    alone: bool = False  # it was beside others when something failed
+    alone: bool = False  # it is retried alone after others beside it made a step fail
     since: float = 0.0
-    width: int = 0  # of what the decoder looks at, once it is in a slot
     group: Hashable = field(default=None, repr=False)
 
 
-class Batcher:
-    """Hands jobs to the engine in batches of one length of input each."""
+class Scheduler:
+    """Hands jobs to the engine in batches of one ``batch_key`` and one length of input each.
+
+    Texts are decoded continuously: rows of any key join and leave the slots between two steps.
+    """
 
     def __init__(
         self, engine: Engine, metrics: Metrics, *, max_wait: float = 0.002, max_queue: int = 1024
@@ -90,7 +93,7 @@ class Batcher:
         return sum(map(len, self._groups.values()))
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of them or, with QueueFullError, none."""
+        """Queues all of them or, with QueueFullError, none."""
         if self.waiting + len(jobs) > self._max_queue:
             self.drop_gone()
             if self.waiting + len(jobs) > self._max_queue:
@@ -103,13 +106,13 @@ class Batcher:
         self._wake.set()
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Runs something else in the engine's thread."""
+        """Runs a function in the engine's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def call_when_idle(
         self, function: Callable[..., T], *arguments: Any, patience: float
     ) -> T:
-        """The same once nothing waits or is written, but after ``patience`` seconds in any case."""
+        """Does so once nothing waits or is decoded, at the latest after ``patience`` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + patience
         while (self._groups or self._slots) and loop.time() < end:
@@ -117,7 +120,7 @@ class Batcher:
         return await self.call(function, *arguments)
 
     async def close(self) -> None:
-        """Finishes what has been taken, then ends."""
+        """Finishes all queued jobs, then stops."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -130,11 +133,12 @@ class Batcher:
             self._wake.clear()
             self.drop_gone()
             batch = self._due(loop.time())
-            if batch:
-                computing = {"score": self._score, "write": self._write_whole}
-                await computing.get(batch[0].kind, self._admit)(batch)
+            if batch and batch[0].kind == "score":
+                await self._score(batch)
+            elif batch:
+                await self._prefill(batch)
             if self._slots:
-                await self._write()
+                await self._decode()
             elif not batch:
                 if self._closing and not self._groups:
                     return
@@ -149,15 +153,15 @@ class Batcher:
             return
 
     def _due(self, now: float) -> list[Job]:
-        """The next batch, of the group whose first has waited longest; empty where none is due."""
-        entering = True
+        """The next batch, of the group whose first job has waited longest; empty if none is due."""
+        joining = True
         for key, group in sorted(self._groups.items(), key=lambda item: item[1][0].since):
             kind = group[0].kind
             most = self._engine.shapes.batch_sizes[-1]
             if kind == "generate":
-                # Who must not be beside those in the slots enters after them, and before others.
-                entering &= all(job.apart == group[0].apart for job in self._slots.values())
-                if not entering:
+                # A row that cannot join those in the slots waits for them, and later rows for it.
+                joining &= self._can_join(group[0])
+                if not joining:
                     continue
                 most = min(most, self._engine.shapes.slots - len(self._slots))
             full = len(group) >= most or (kind == "generate" and self._slots) or self._closing
@@ -180,63 +184,54 @@ class Batcher:
         rows = [job.row for job in jobs]
         return self._engine.score(rows, self._engine.usable("score", rows))
 
-    async def _write_whole(self, jobs: list[Job]) -> None:
-        for job, (ids, log_prob) in await self._computed(jobs, self._write_whole_now):
-            if job.on_ids is not None and not job.future.done():
-                job.on_ids(ids)
-            _answer(job, WrittenRow(ids=ids, log_prob=log_prob))
-            self._metrics.tokens.inc(len(ids))
-
-    def _write_whole_now(self, jobs: list[Job]) -> list[tuple[list[int], float]]:
-        rows = [job.row for job in jobs]
-        return self._engine.write_whole(rows, self._engine.usable("write", rows))
-
-    async def _admit(self, jobs: list[Job]) -> None:
-        for job, slot in await self._computed(jobs, self._admit_now):
+    async def _prefill(self, jobs: list[Job]) -> None:
+        for job, slot in await self._computed(jobs, self._prefill_now):
             self._slots[slot] = job
 
-    def _admit_now(self, jobs: list[Job]) -> list[int]:
+    def _prefill_now(self, jobs: list[Job]) -> list[int]:
         rows = [job.row for job in jobs]
         program = self._engine.usable("generate", rows)
         free = [slot for slot in range(self._engine.shapes.slots) if slot not in self._slots]
-        slots = free[: len(jobs)]
+        # Prompts fill slots from the first and methods from the last, so that each batch of slots
+        # that is decoded together has few others in between.
+        slots = (free if program.adapter_spec is None else free[::-1])[: len(jobs)]
         self._engine.prefill(rows, slots, program)
-        for job in jobs:
-            job.width = program.prompt_length + program.length
         return slots
 
-    async def _write(self) -> None:
-        given_up = [slot for slot, job in self._slots.items() if job.future.done()]
-        for slot in given_up:
-            del self._slots[slot]
-        width = max((job.width for job in self._slots.values()), default=0)
-        slots = max(self._slots, default=0) + 1
+    def _can_join(self, new: Job) -> bool:
+        """Whether this job may be decoded beside those in the slots."""
+        jobs = [*self._slots.values(), new]
+        same = all(job.apart == new.apart for job in jobs)
+        return same and self._engine.can_decode([job.row for job in jobs])
 
-        def write() -> Any:
-            return self._engine.write(slots=slots, width=width, given_up=given_up)
-
+    async def _decode(self) -> None:
+        """A few tokens more for every slot, after those that nobody waits for have been freed."""
+        self._slots = {slot: job for slot, job in self._slots.items() if not job.future.done()}
+        if not self._slots:
+            return
+        rows = {slot: job.row for slot, job in self._slots.items()}
         try:
-            seen = await self.call(write)
+            output: DecodeOutput = await self.call(self._engine.decode, rows)
         except Exception as error:
-            _log.exception("a step of writing has failed")
+            _log.exception("a decoding step has failed")
             await self._empty_slots(error)
             return
-        written = 0
+        generated = 0
         for slot, job in list(self._slots.items()):
-            number = int(seen.position_M[slot])
-            ids = seen.ids_MS[slot][:number].tolist()
+            number = int(output.position_M[slot])
+            ids = output.ids_MS[slot][:number].tolist()
             if job.on_ids is not None and not job.future.done():
                 job.on_ids(ids)
-            if seen.done_M[slot]:
-                _answer(job, WrittenRow(ids=ids, log_prob=float(seen.score_M[slot])))
-                written += number
+            if output.done_M[slot]:
+                _answer(job, GeneratedRow(ids=ids, log_prob=float(output.score_M[slot])))
+                generated += number
                 del self._slots[slot]
-        self._metrics.tokens.inc(written)
+        self._metrics.tokens.inc(generated)
 
     async def _computed(
         self, jobs: list[Job], compute: Callable[[list[Job]], list[T]]
     ) -> list[tuple[Job, T]]:
-        """Each job with its result; where a batch fails, each owner's jobs are tried alone."""
+        """Each job with its result; if a batch fails, each owner's jobs are retried alone."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -255,7 +250,7 @@ class Batcher:
                 own = [job for job in jobs if job.owner == owner and not job.future.done()]
                 if own:
                     part = await self._computed(own, compute)
-                    # A slot that is taken must be seen to be taken by the next owner's.
+                    # The next owner's rows must not get the same slots.
                     if own[0].kind == "generate":
                         self._slots.update({slot: job for job, slot in part})  # type: ignore[misc]
                     found += part
@@ -267,14 +262,14 @@ class Batcher:
         return list(zip(jobs, results, strict=True))
 
     async def _repair(self, error: Exception) -> None:
-        """What a failed program had been given may be gone."""
-        if self._engine.table is None:
+        """Replaces what may have been donated to a failed program."""
+        if self._engine.state is None:
             await self._empty_slots(error)
         else:
             await self.call(self._engine.cache.clear)
 
     async def _empty_slots(self, error: Exception) -> None:
-        """Each row that was being written begins again, by itself; one that was by itself fails."""
+        """Restarts every row that was being decoded, each alone; one that was alone fails."""
         lost, self._slots = self._slots, {}
         await self.call(self._engine.reset)
         for job in lost.values():
@@ -289,10 +284,11 @@ class Batcher:
 
     def _group_of(self, job: Job) -> Hashable:
         program = self._engine.program_for(job.kind, [job.row], 1)
-        return job.kind, program.length, program.targets, job.apart
+        key = self._engine.batch_key(job.row)
+        return job.kind, program.length, program.targets, key, job.apart
 
     def drop_gone(self) -> None:
-        """Takes out of the queue what nobody waits for any more."""
+        """Removes jobs from the queue that nobody waits for any more."""
         for key, group in list(self._groups.items()):
             if any(job.future.done() for job in group):
                 self._groups[key] = group = deque(job for job in group if not job.future.done())

@@ -20,8 +20,8 @@ import pytest
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.changes import BusyError, StorageError, TaskStore
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.task_store import BusyError, StorageError, TaskStore
 from tests.serving.serving_app import ADMIN, make_service, running, validator
 from tests.serving.serving_micro import made_prompt, write_prompt
 from tests.tiny_run import LABELS, ROOT
@@ -126,7 +126,7 @@ def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path: Path, content:
     script = """
 import sys, time
 from pathlib import Path
-from prompt_tuning_jax.serving.changes import TaskStore
+from prompt_tuning_jax.serving.task_store import TaskStore
 with TaskStore(Path(sys.argv[1])).changing():
     (Path(sys.argv[1]) / ".served" / ".tasks.json.123.tmp").write_text("half of it")
     print("inside", flush=True)
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     (tmp_path / ".served").write_text("a file where a folder should be")
-    with pytest.raises(StorageError, match="cannot be kept"), TaskStore(tmp_path).changing():
+    with pytest.raises(StorageError, match="cannot be stored"), TaskStore(tmp_path).changing():
         pass
 
 
@@ -270,7 +270,7 @@ def test_servers_of_one_folder_follow_each_other(tmp_path: Path, content: bytes)
     """One of them may change nothing itself."""
 
     async def run() -> None:
-        one, reader = make_service(tmp_path), make_service(tmp_path, changes=False)
+        one, reader = make_service(tmp_path), make_service(tmp_path, allow_changes=False)
         async with asyncio.timeout(30), running(one) as client, running(reader):
             await client.put("/v1/tasks/new", content=content, headers=ADMIN)
             while reader.tasks.names() != ["new"]:

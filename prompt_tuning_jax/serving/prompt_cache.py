@@ -1,0 +1,275 @@
+"""What the device holds of the prompts and methods that are served.
+
+There may be many more than fit on the device; the least recently used make room.  Programs take
+one large array of N rows (of prompts, or of the trained arrays of all methods with one
+``AdapterSpec``), and for each row of a batch the index of its own.  Arrays that are too large to be
+gathered by row, such as all weights of a model, are kept one method at a time instead.  All caches
+are used by one thread.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.serving.shapes import Shapes
+from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt
+from prompt_tuning_jax.typing import Array, DType, FlatParams, HostArray
+
+MAX_GATHERED_BYTES = 2**27  # of the arrays that the rows of one batch gather
+_MAX_SPEC_BYTES = 2**31  # of all arrays of one spec on the device
+
+
+class Cache(Protocol):
+    """What the engine asks of each of the three caches below."""
+
+    capacity: int  # how many prompts or methods are on the device at once
+    gathered: bool  # whether each row of a batch may have another one
+
+    def take(self, members: Sequence[Served | None]) -> tuple[Any, HostArray]:
+        """Arrays with all these members on the device, and the index ``[B]`` of each in them."""
+        ...
+
+    def abstract(self) -> Any:
+        """Shapes, dtypes and shardings of the arrays."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets everything: after a failure the arrays may be gone."""
+        ...
+
+
+class LruRows:
+    """Assigns N rows to more keys than N; the least recently used keys make room."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._row_of: OrderedDict[int, int] = OrderedDict()
+
+    def __getitem__(self, key: int) -> int:
+        return self._row_of[key]
+
+    def clear(self) -> None:
+        self._row_of.clear()
+
+    def take(self, wanted: Iterable[int]) -> list[int]:
+        """Gives each of at most N keys a row; returns the keys whose row is new."""
+        missing = []
+        for key in wanted:
+            if key in self._row_of:
+                self._row_of.move_to_end(key)
+            else:
+                missing.append(key)
+        for key in missing:
+            # The key that makes room is never a wanted one: those have been moved to the end.
+            full = len(self._row_of) == self._rows
+            row = self._row_of.popitem(last=False)[1] if full else len(self._row_of)
+            self._row_of[key] = row
+        return missing
+
+
+class PromptCache:
+    """``prompts_NPD`` on the device; each prompt is at the end of its row, after zeros.
+
+    Missing prompts of a batch are copied in one call, whose sizes are ``copy_sizes``, so that it
+    is compiled beforehand.
+    """
+
+    gathered = True
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        length: int,
+        width: int,
+        dtype: DType,
+        copy_sizes: Sequence[int],
+        partitioner: Partitioner | None = None,
+    ) -> None:
+        if rows < max(copy_sizes):
+            raise UserError(
+                f"cache_rows is {rows}; it must be at least {max(copy_sizes)}, the largest batch"
+            )
+        self.hits = self.misses = 0
+        self.capacity = rows
+        self._copy_sizes = tuple(copy_sizes)
+        self._lru = LruRows(rows)
+        self._length, self._width = length, width
+        self._dtype, self._partitioner = jnp.dtype(dtype), partitioner
+        self._copy = jax.jit(_copy_prompts, donate_argnums=0)
+        self.clear()
+
+    def clear(self) -> None:
+        shape = (self.capacity, self._length, self._width)
+        self._lru.clear()
+        self.prompts_NPD: Array = _replicated(np.zeros(shape, self._dtype), self._partitioner)
+        for size in self._copy_sizes:  # compiles
+            nowhere = np.full(size, self.capacity, np.int32)
+            self._put(nowhere, np.zeros((size, *shape[1:]), self._dtype))
+
+    def take(self, members: Sequence[Served | None]) -> tuple[Array, HostArray]:
+        """``prompts_NPD``, and the row of each prompt; 0 for None, the bare model."""
+        wanted = {one.number: one for one in members if isinstance(one, ServedPrompt)}
+        missing = [wanted[number] for number in self._lru.take(wanted)]
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        while missing:
+            size = next((s for s in self._copy_sizes if s >= len(missing)), self._copy_sizes[-1])
+            now, missing = missing[:size], missing[size:]
+            row_K = np.full(size, self.capacity, np.int32)  # nowhere
+            row_K[: len(now)] = [self._lru[prompt.number] for prompt in now]
+            new_KPD = np.zeros((size, self._length, self._width), self._dtype)
+            for new_PD, prompt in zip(new_KPD, now, strict=False):
+                new_PD[self._length - len(prompt.prompt_PD) :] = prompt.prompt_PD
+            self._put(row_K, new_KPD)
+        rows = [0 if one is None else self._lru[one.number] for one in members]
+        return self.prompts_NPD, np.array(rows, np.int32)
+
+    def abstract(self) -> Any:
+        return abstract(self.prompts_NPD, self._partitioner)
+
+    def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
+        new = _replicated(row_K, self._partitioner), _replicated(new_KPD, self._partitioner)
+        self.prompts_NPD = self._copy(self.prompts_NPD, *new)
+
+
+class AdapterStack:
+    """The trained arrays ``[N, ...]``, by path, of N methods with one spec."""
+
+    gathered = True
+
+    def __init__(
+        self, adapter_spec: AdapterSpec, capacity: int, partitioner: Partitioner | None
+    ) -> None:
+        self.capacity = capacity
+        self._spec, self._partitioner = adapter_spec, partitioner
+        self._lru = LruRows(capacity)
+        self._put = jax.jit(_put_row, donate_argnums=0)
+        self.clear()
+
+    def clear(self) -> None:
+        self._lru.clear()
+        self._arrays: FlatParams = {
+            name: _replicated(np.zeros((self.capacity, *one.shape), one.dtype), self._partitioner)
+            for name, one in self._spec.shapes.items()
+        }
+
+    def take(self, members: Sequence[Served | None]) -> tuple[FlatParams, HostArray]:
+        wanted = {one.number: one for one in members if isinstance(one, ServedMethod)}
+        for number in self._lru.take(wanted):
+            self._copy(wanted[number], self._lru[number])
+        return self._arrays, np.array([self._lru[number] for number in _numbers(members)], np.int32)
+
+    def abstract(self) -> Any:
+        return abstract(self._arrays, self._partitioner)
+
+    def _copy(self, method: ServedMethod, row: int) -> None:
+        new = {name: _replicated(a, self._partitioner) for name, a in method.trainable.items()}
+        try:
+            self._arrays = self._put(self._arrays, jnp.int32(row), new)
+        except Exception:
+            self.clear()
+            raise
+
+
+class SingleAdapters:
+    """The trained arrays of a few methods, each by itself; a batch is of one method."""
+
+    gathered = False
+
+    def __init__(
+        self, adapter_spec: AdapterSpec, capacity: int, partitioner: Partitioner | None
+    ) -> None:
+        self.capacity = capacity
+        self._spec, self._partitioner = adapter_spec, partitioner
+        self._arrays: OrderedDict[int, FlatParams] = OrderedDict()
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+    def take(self, members: Sequence[Served | None]) -> tuple[FlatParams, HostArray]:
+        (method,) = {one for one in members if isinstance(one, ServedMethod)}
+        if method.number not in self._arrays:
+            while len(self._arrays) >= self.capacity:
+                self._arrays.popitem(last=False)
+            self._arrays[method.number] = {
+                name: device_put(array, self._spec.axes[name], self._partitioner)
+                for name, array in method.trainable.items()
+            }
+        self._arrays.move_to_end(method.number)
+        return self._arrays[method.number], np.zeros(len(members), np.int32)
+
+    def abstract(self) -> Any:
+        partitioner = self._partitioner
+        if partitioner is None or partitioner.is_single_device:
+            return dict(self._spec.shapes)
+        return {
+            name: jax.ShapeDtypeStruct(
+                one.shape,
+                one.dtype,
+                sharding=partitioner.sharding(self._spec.axes[name], one.shape),
+            )
+            for name, one in self._spec.shapes.items()
+        }
+
+
+def adapter_caches(
+    methods: Sequence[ServedMethod],
+    *,
+    shapes: Shapes,
+    max_methods: int,
+    partitioner: Partitioner | None = None,
+) -> Mapping[AdapterSpec, AdapterStack | SingleAdapters]:
+    """A cache for each spec: of ``max_methods``, or fewer where they are large."""
+    rows = max(shapes.batch_sizes[-1], shapes.slots)
+    caches: dict[AdapterSpec, AdapterStack | SingleAdapters] = {}
+    for spec in dict.fromkeys(method.adapter_spec for method in methods):
+        number = sum(method.adapter_spec is spec for method in methods)
+        fitting = min(max_methods, _MAX_SPEC_BYTES // max(1, spec.bytes))
+        if spec.bytes * rows <= MAX_GATHERED_BYTES:
+            caches[spec] = AdapterStack(spec, min(number, max(fitting, rows)), partitioner)
+        else:
+            caches[spec] = SingleAdapters(spec, max(1, fitting), partitioner)
+    return caches
+
+
+def device_put(
+    array: HostArray, axes: tuple[str | None, ...], partitioner: Partitioner | None
+) -> Array:
+    """The array on the device; on a mesh, sharded by its logical axes."""
+    if partitioner is None or partitioner.is_single_device:
+        return jnp.asarray(array)
+    return jax.device_put(array, partitioner.sharding(axes, array.shape))
+
+
+def abstract(arrays: Any, partitioner: Partitioner | None) -> Any:
+    """Shapes, dtypes and, on a mesh, shardings, to compile for."""
+    on_mesh = partitioner is not None and not partitioner.is_single_device
+
+    def one(array: Any) -> Any:
+        sharding = array.sharding if on_mesh else None
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(one, arrays)
+
+
+def _replicated(array: HostArray, partitioner: Partitioner | None) -> Array:
+    return device_put(array, (None,) * np.ndim(array), partitioner)
+
+
+def _copy_prompts(prompts_NPD: Array, row_K: Array, new_KPD: Array) -> Array:
+    return prompts_NPD.at[row_K].set(new_KPD, mode="drop")
+
+
+def _put_row(stack: FlatParams, row: Array, new: FlatParams) -> FlatParams:
+    return {name: array.at[row].set(new[name]) for name, array in stack.items()}
+
+
+def _numbers(members: Sequence[Served | None]) -> list[int]:
+    return [one.number for one in members if one is not None]

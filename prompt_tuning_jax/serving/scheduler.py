@@ -16,6 +16,7 @@ from prompt_tuning_jax.serving.decode_state import DecodeOutput
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.metrics import Metrics
 from prompt_tuning_jax.serving.shapes import Kind, Row
+from prompt_tuning_jax.serving.tasks import AdapterSpec
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -154,17 +155,23 @@ class Scheduler:
 
     def _due(self, now: float) -> list[Job]:
         """The next batch, of the group whose first job has waited longest; empty if none is due."""
+        slots = [*self._slots.values()]
         joining = True
+        held_back: set[AdapterSpec | None] = set()
         for key, group in sorted(self._groups.items(), key=lambda item: item[1][0].since):
             kind = group[0].kind
             most = self._engine.shapes.batch_sizes[-1]
             if kind == "generate":
-                # A row that cannot join those in the slots waits for them, and later rows for it.
-                joining &= self._can_join(group[0])
-                if not joining:
+                # A row that must stay apart waits for all slots, and every later row waits for it.
+                joining &= all(job.apart == group[0].apart for job in slots)
+                # One whose method does not fit on the device waits for others of the same spec.
+                spec = group[0].row.adapter_spec
+                if not self._engine.can_decode([job.row for job in (*slots, group[0])]):
+                    held_back.add(spec)
+                if not joining or spec in held_back:
                     continue
-                most = min(most, self._engine.shapes.slots - len(self._slots))
-            full = len(group) >= most or (kind == "generate" and self._slots) or self._closing
+                most = min(most, self._engine.shapes.slots - len(slots))
+            full = len(group) >= most or (kind == "generate" and slots) or self._closing
             if not most or not (full or now - group[0].since >= self._max_wait):
                 continue
             rows = [job.row for job in list(group)[:most]]
@@ -197,12 +204,6 @@ class Scheduler:
         slots = (free if program.adapter_spec is None else free[::-1])[: len(jobs)]
         self._engine.prefill(rows, slots, program)
         return slots
-
-    def _can_join(self, new: Job) -> bool:
-        """Whether this job may be decoded beside those in the slots."""
-        jobs = [*self._slots.values(), new]
-        same = all(job.apart == new.apart for job in jobs)
-        return same and self._engine.can_decode([job.row for job in jobs])
 
     async def _decode(self) -> None:
         """A few tokens more for every slot, after those that nobody waits for have been freed."""

@@ -13,7 +13,7 @@ CODE = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from prompt_tuning_jax.training import build
+from prompt_tuning_jax.inference.setup import build_model, partitioner_of
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.serving.loading import MethodLoader
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model
@@ -69,8 +69,8 @@ for quantization in ("none", "int8"):
     options = {"quantization": quantization, "dtype": "float32"}
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
     experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
-    partitioner = build.partitioner_of(experiment)
-    model = build.build_model(experiment, partitioner=partitioner)
+    partitioner = partitioner_of(experiment)
+    model = build_model(experiment, partitioner=partitioner)
     scores, written = answers(model, partitioner, trainable)
     one, one_written = answers(load_model(sys.argv[1], **options), None, trainable)
     np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)

@@ -287,7 +287,7 @@ def test_methods_stream_beside_a_prompt_in_one_running_batch(
         for (pieces, result), (_, expected) in zip(texts, alone, strict=True):
             assert len(pieces) > 3 and result["tokens"] == 24
             assert "".join(pieces) == result["prediction"] == expected["prediction"]
-            assert result["log_prob"] == pytest.approx(expected["log_prob"], abs=1e-5)
+            assert result["log_prob"] == pytest.approx(expected["log_prob"], rel=1e-5)
         assert (len(some), nothing) == (1, None)
         assert {"lora", "prefix", "plain"} in [names - {"other"} for names in together]
         assert any({"lora", "other"} <= names for names in together) == gathered

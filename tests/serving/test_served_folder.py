@@ -46,7 +46,7 @@ def test_tasks_of_methods_are_removed_and_replaced_by_prompts(tmp_path: Path) ->
             return await client.put(f"/v1/tasks/{path}", content=content, headers=ADMIN)
 
         for path, content, said in (
-            ("new", lora.read_bytes(), "the upload is what a method tuned"),
+            ("new", lora.read_bytes(), "the upload holds the trained arrays"),
             ("voted?prompt=b", plain, "'voted' is lora, and only plain prompts"),
         ):
             answer = await put(path, content)

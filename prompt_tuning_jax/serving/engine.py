@@ -84,7 +84,8 @@ class Engine:
         )
         # By spec, None being that of plain prompts.
         self._caches: dict[AdapterSpec | None, Cache] = {None: self.cache}
-        self._caches.update(adapters)
+        for spec, adapter_cache in adapters.items():
+            self._caches[spec] = adapter_cache
         self._examples = {method.adapter_spec: method for method in methods}  # to be timed with
         self._programs = {
             spec: Programs(

@@ -363,7 +363,7 @@ def test_killed_again_and_again_it_is_the_same_run(
     for point in (1, 9, 12, 12, 13):
         _kill_at(monkeypatch, tmp_path, point)
     assert train(experiment(tmp_path, INTERRUPTED)).finished
-    assert "goes on from step " in capsys.readouterr().out
+    assert "resuming from step " in capsys.readouterr().out
     assert outcome(tmp_path) == uninterrupted
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
+"""The log of a run: a progress bar, metrics.jsonl and TensorBoard scalars."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ PLAIN_SECONDS = 10.0  # between two lines where there is no terminal to draw a b
 class RunLog:
     """Writes every measurement of a run to ``workdir`` and shows the latest on stdout.
 
-    ``start_step`` is the step that a resumed run goes on from.  Lines of later steps, left by a run
+    ``start_step`` is the step that a resumed run starts from.  Lines of later steps, left by a run
     that was killed, are dropped, and a step that is already in the file is not written again: the
     file ends up as an uninterrupted run's would, ``examples_per_second`` apart.
     ``names`` name the E members in TensorBoard (``seed_0``, ... unless given); ``metric`` is the
@@ -183,7 +183,7 @@ class RunLog:
         if not there:
             raise UserError(
                 f"the working directory {self._folder} has been removed or renamed while training: "
-                "nothing can be saved any more; put it back, and the same command goes on from its "
+                "nothing can be saved any more; put it back, and the same command resumes from its "
                 "last checkpoint"
             )
 
@@ -238,8 +238,8 @@ def _lock(folder: Path, opened: ExitStack) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
-            f"another process is training in {folder}: wait for its end, or choose another working "
-            "directory with --workdir"
+            f"another process is training in {folder}: wait until it ends, or choose another "
+            "working directory with --workdir"
         ) from error
     except OSError:
         pass  # a file system that knows no locks
@@ -272,7 +272,7 @@ def _read_lines(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
             if number == len(lines):
                 return
             raise UserError(
-                f"line {number} of {path} is no measurement: mend or remove it"
+                f"line {number} of {path} is not a measurement: repair or remove it"
             ) from error
         if record is not None:
             yield _replace_floats(record, _from_json), line
@@ -303,7 +303,7 @@ class _MetricsFile:
         except OSError as error:
             raise UserError(
                 f"cannot write the measurements to {self._path}: {error.strerror or error}; the "
-                "same command goes on from the last checkpoint"
+                "same command resumes from the last checkpoint"
             ) from None
         self._written.add(key)
         return True

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and going on after any interruption."""
+"""The training loop: steps, evaluations, checkpoints, and resuming after an interruption."""
 
 import math
 import signal
@@ -38,9 +38,10 @@ Extra = TypeVar("Extra")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
-    """How far the run came (stopped by the signal with that number, or 0), and the bests.
+    """The last step done, why the loop ended, and the best evaluations.
 
-    ``stopped_early``: ``patience`` was at its end before the last step.
+    ``stopped_by`` is the number of a signal, or 0; ``stopped_early`` says that ``patience`` ended
+    the run before its last step.
     """
 
     step: int
@@ -53,14 +54,19 @@ class LoopResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Everything that a run needs, put together; ``run`` does it.
+    """The training loop of one run; ``run`` runs it.
 
-    ``batches(start, stop)`` yields those of steps start to stop - 1; ``evaluate(tuned)`` gives one
-    mapping of metrics per member, of which ``best_by`` decides, by ``direction``; nan is worse than
-    any number.  ``padding(start, stop)`` is the percent of padding in the inputs of those steps.
-    ``on_best(members, tuned, bests)`` is told of members that have improved.  ``data`` holds a
-    digest for each set of examples, by what it is called.  After ``patience`` evaluations in which
-    no member has improved the run is finished; 0: never.
+    Attributes:
+      batches: ``(start, stop)`` -> the batches of steps ``start`` to ``stop - 1``.
+      evaluate: the trainable arrays -> one mapping of metrics per member.
+      on_best: called with the members that have improved, their arrays and their evaluations.
+      fingerprint: of the frozen model.
+      data: a digest of each set of examples, by its name in messages.
+      best_by: the metric that decides which evaluation is best; nan is worse than any number.
+      direction: whether the largest or the smallest value is best.
+      patience: the number of evaluations without an improvement of any member after which the run
+        is finished; 0 is no limit.
+      padding: ``(start, stop)`` -> the percent of padding in the inputs of those steps.
     """
 
     train_step: TrainStep
@@ -89,9 +95,9 @@ class Loop:
     def run(self, state: TrainState) -> LoopResult:
         """Trains from ``state``, or from the last checkpoint where there is one.
 
-        SIGTERM and SIGINT save and return.  Raises UserError when a loss is not finite, naming the
-        step; nothing of that step is saved.  Of several processes all must call: a signal to one
-        stops all after the same step, and the first one alone logs.
+        SIGTERM and SIGINT make it save and return.  Raises UserError with the step where a loss is
+        not finite; nothing of that step is saved.  With several processes, all must call it: a
+        signal to one stops all after the same step, and process 0 alone logs.
         """
         start, state, pending, stale, evaluated = self._restore_last(state)
         best_tree, best, improved_at, told = self._restore_best(state, evaluated=evaluated)
@@ -99,9 +105,9 @@ class Loop:
             return self._result(start, best, best_tree, state, stale=stale)
         step = start
         if start and not self.quiet:
-            print(f"goes on from step {start:,}", flush=True)
+            print(f"resuming from step {start:,}", flush=True)
         elif any(best) and not self.quiet:
-            print(f"no state to go on from in {self.workdir / LAST}: from the start again")
+            print(f"no state to resume from in {self.workdir / LAST}: starting again")
         log = self._open_log(start)
         signal_to_stop_by = processes.stop_agreement(self._signals_received, start=start)
         stopped_by = 0
@@ -166,7 +172,7 @@ class Loop:
         return self._result(step, best, best_tree, state, stale=stale, stopped_by=stopped_by)
 
     def _at_an_end(self, stale: int) -> bool:
-        """Whether so many evaluations without an improvement end the run."""
+        """Whether ``stale`` evaluations without an improvement end the run."""
         return 0 < self.patience <= stale
 
     def _open_log(self, start: int) -> RunLog | None:
@@ -228,8 +234,8 @@ class Loop:
         if found is None:
             if evaluated:
                 raise UserError(
-                    f"{folder} is gone, and the run has been evaluated: what was best is lost; put "
-                    f"it back, or {remedy}"
+                    f"{folder} is gone although the run has been evaluated, and with it the best "
+                    f"members; put it back, or {remedy}"
                 )
             return like, [None] * len(self.names), set(), False
         step, tree, extra = found
@@ -257,7 +263,7 @@ class Loop:
         if changed:
             raise UserError(
                 f"{self.workdir} holds a run on other {' and '.join(changed)}: it has changed "
-                "since; put it back as it was, or use another workdir"
+                "since; restore it, or use another workdir"
             )
 
     def _remove_damaged(self, folder: Path, step: int) -> None:

@@ -21,10 +21,10 @@ from prompt_tuning_jax.training.optim import make_schedule
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
-    """Makes the folder this run's: writes its config, or finds it there.
+    """Makes the folder this run's by writing its config.
 
-    Where the run there goes on differently (``require_run``), its config is replaced, and its
-    results, which are those of a shorter run, are removed before.  Raises UserError where the
+    Where the run there resumes with changes that ``require_run`` allows, its config is replaced,
+    and its results, which are of a shorter run, are removed first.  Raises UserError where the
     folder cannot be written, and as ``require_run``.
     """
     present = require_run(folder, experiment)
@@ -113,7 +113,7 @@ _WHY_NOT = {
 
 
 def _what_stays(experiment: Experiment) -> Experiment:
-    """The experiment without what may change while the run goes on."""
+    """The experiment without the fields that may change when the run resumes."""
     default = Training()
     training = dataclasses.replace(
         experiment.training,
@@ -127,6 +127,6 @@ def _what_stays(experiment: Experiment) -> Experiment:
 
 
 def _what_decides(experiment: Experiment) -> Experiment:
-    """All but the run's place and its devices: it may go on elsewhere."""
+    """The experiment without its folder and its mesh: a run may resume elsewhere."""
     training = dataclasses.replace(experiment.training, workdir="")
     return dataclasses.replace(experiment, training=training, mesh=Mesh())

@@ -391,7 +391,7 @@ def _finish(run: RunResult, data: TrainingData, *, quiet: bool) -> None:
     """Writes results and curves, and says how it went."""
     if not run.finished:
         if not quiet:
-            print(f"stopped and saved at step {run.step}; the same command goes on from there")
+            print(f"stopped and saved at step {run.step}; the same command resumes from there")
         return
     # Those of a kill while these very files were written.
     remove_leftovers(run.workdir)

@@ -30,6 +30,7 @@ class Counting(Engine):
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.begun = 0
         self.poison = -1
         self.poison_decoding: set[int] = set()
         self.decoded_together: list[list[int]] = []
@@ -65,6 +66,7 @@ class Counting(Engine):
         self.rows = {}
 
     def _begin(self, rows: Any) -> None:
+        self.begun += 1
         self.gate.wait(10)
         self.batches.append([row.ids[0] for row in rows])
         if any(self.poison in row.ids for row in rows):
@@ -75,6 +77,12 @@ def job(*ids: int, kind: Any = "score", owner: object = None, **options: Any) ->
     row = Row(ids=ids, targets=((1,),), limit=options.pop("limit", 2))
     future = asyncio.get_running_loop().create_future()
     return Job(kind=kind, row=row, future=future, owner=owner or object(), **options)
+
+
+async def until_begun(engine: Counting) -> None:
+    """Until the first batch is at the gate."""
+    while not engine.begun:
+        await asyncio.sleep(0.005)
 
 
 def with_scheduler(
@@ -156,7 +164,7 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing() -> None:
         engine.gate.clear()
         busy = job(2, 1)
         scheduler.submit([busy])
-        await asyncio.sleep(0.02)
+        await until_begun(engine)
         waiting = [job(n, 1) for n in range(3, 6)]
         scheduler.submit(waiting)
         with pytest.raises(QueueFullError) as refused:
@@ -174,7 +182,7 @@ def test_rows_nobody_waits_for_are_not_computed() -> None:
     async def test(scheduler: Scheduler, engine: Counting) -> None:
         engine.gate.clear()
         scheduler.submit([job(2, 1)])
-        await asyncio.sleep(0.02)
+        await until_begun(engine)
         jobs = [job(n, 1) for n in range(3, 7)]
         scheduler.submit(jobs)
         for one in jobs[1:]:

@@ -74,7 +74,7 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.targets_column": "target"},
             "train.jsonl:1: no column 'target': did you mean 'targets'? There are: inputs, "
             "targets; "
-            "say which one with --set data.targets_column=NAME",
+            "choose one with --set data.targets_column=NAME",
         ),
         (
             lambda d: {"data.inputs_template": "{inputs} {premise}"},
@@ -115,12 +115,12 @@ ROW = json.dumps(GOOD[0])
         (lambda d: {"model.name_or_path": "tyni"}, "there are: tiny"),
         (
             lambda d: {"model.name_or_path": "models/tiny"},
-            "there is no folder models/tiny; did you mean tiny",
+            "there is no folder models/tiny; did you mean the model tiny",
         ),
         (lambda d: {"model.name_or_path": str(d)}, "config.json"),
         (
             lambda d: {"model.vocabulary": str(tiny_run.vocabulary_file(220))},
-            "320 pieces and",
+            "320 pieces, but",
         ),
         (lambda d: {"model.vocabulary": str(d / "no.model")}, "no such vocabulary file"),
         (

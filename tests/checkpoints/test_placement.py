@@ -163,10 +163,10 @@ for path in sys.argv[4:]:
                 np.testing.assert_array_equal(array, want[name])
 if processes == 1:  # what training, evaluation and prediction do
     from prompt_tuning_jax.inference import api
-    from prompt_tuning_jax.training import build
+    from prompt_tuning_jax.inference import setup
     from prompt_tuning_jax.config.experiment import Experiment, Mesh
 
-    model = build.build_model(Experiment(mesh=Mesh(data=2, model=4)))
+    model = setup.build_model(Experiment(mesh=Mesh(data=2, model=4)))
     wi = model.encoder.layer(0).mlp.wi_0.kernel.get_value()
     assert wi.sharding == NamedSharding(both, PartitionSpec("fsdp", "model"))
     prompt = np.ones((2, model.config.embed_dim), np.float32)

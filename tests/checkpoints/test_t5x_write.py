@@ -202,7 +202,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
         ({"a.b": TABLE}, {}, "is not a valid (array )?name"),
         ({"a": TABLE, "a/b": TABLE}, {}, "a cannot be an array and contain a/b"),
         ({"a": np.array(["x"])}, {}, "T5X does not store arrays of <U1"),
-        ({"a": np.zeros((0, 3))}, {}, r"an array of shape \[0, 3\] holds nothing"),
+        ({"a": np.zeros((0, 3))}, {}, r"an array of shape \[0, 3\] is empty"),
         ({"a": TABLE}, {"step": -1}, "step of a T5X checkpoint"),
         ({"a": TABLE}, {"step": 1.5}, "step of a T5X checkpoint"),
         ({"a": TABLE}, {"step": True}, "step of a T5X checkpoint"),

@@ -139,14 +139,6 @@ def test_every_room_has_a_row() -> None:
     assert not unknown, f"give {unknown} a row in ROWS"
 
 
-# Edges between rooms that still point up.
-REMAINING = {
-    ("methods", "inference"),
-    ("methods", "training"),
-}
-OWN = [i for i in OWN if (room(i.module), room(i.target)) not in REMAINING]
-
-
 def test_imports_point_down() -> None:
     wrong = [i for i in OWN if row(i.target) > row(i.module)]
     assert not wrong, report(wrong)

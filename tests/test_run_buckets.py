@@ -29,8 +29,8 @@ from prompt_tuning_jax.inference.setup import (
     vocabulary_of,
 )
 from prompt_tuning_jax.methods import PROMPT, DescribedPrompts
+from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training import build
-from prompt_tuning_jax.training.losses import token_sums
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.tiny_run import measurements, outcome

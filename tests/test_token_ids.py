@@ -25,6 +25,7 @@ from prompt_tuning_jax.data.tasks.registry import (
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids
+from prompt_tuning_jax.inference.ensemble import score_labels
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.t5.config import TokenIds

@@ -54,6 +54,16 @@ class MethodConfig(Config):
     identity_at_init: ClassVar[bool] = False
     # The method scores labels itself and generates no text.
     scores_labels: ClassVar[bool] = False
+    # A run trains something; False for baselines.
+    is_trainable: ClassVar[bool] = True
+    # The weights of the model itself are trainable, all of them.
+    trains_model: ClassVar[bool] = False
+    # The parameters have an axis of tasks.
+    has_tasks: ClassVar[bool] = False
+    # The method words the inputs itself, with ``compose``.
+    composes_inputs: ClassVar[bool] = False
+    # A run may save plain prompts, as files of prompts/.
+    saves_prompts: ClassVar[bool] = False
     # The weights of a plain model can hold what the method trains.
     mergeable: ClassVar[bool] = False
     # Fields that matter only until the method is trained, and their values afterwards.
@@ -70,6 +80,32 @@ class MethodConfig(Config):
     def uses_rng(self) -> bool:
         """Whether training draws random numbers for the method, as its dropout does."""
         return False
+
+    def plain_prompt(self) -> "PromptTuning | None":
+        """How the model uses the prompts that a run saves; None if these are not plain prompts."""
+        return None
+
+    def description_shape(self) -> tuple[int, int]:
+        """The positions at the start of every input that are no text, and the tokens of each."""
+        return (0, 0)
+
+    def num_demonstrations(self) -> int:
+        """The number of examples in front of every input."""
+        return 0
+
+    def balances_labels(self) -> bool:
+        """Whether demonstrations have every label equally often."""
+        return False
+
+    def compose(self, demonstrations: Sequence[Mapping[str, str]], inputs: str) -> str:
+        """The text that the model reads for ``inputs``."""
+        return inputs
+
+    def without_label_init(self) -> Self:
+        """The config with an initialization that needs no labels of the data."""
+        if getattr(self, "init", "") != "class_labels" or getattr(self, "init_labels", ()):
+            return self
+        return replace(self, init="sampled_vocabulary")  # type: ignore[call-arg]
 
     def config_errors(self) -> Iterator[str]:
         """One message for each invalid field, which is called ``method.NAME``."""
@@ -94,6 +130,7 @@ class PromptTuning(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
+    saves_prompts = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": ()}
 
@@ -110,6 +147,14 @@ class PromptTuning(MethodConfig):
 
     def prompt_positions(self) -> int:
         return self.length
+
+    def plain_prompt(self) -> "PromptTuning":
+        return PromptTuning(
+            placement=self.placement,
+            prompt_to_input=self.prompt_to_input,
+            prompt_to_prompt=self.prompt_to_prompt,
+            input_to_prompt=self.input_to_prompt,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +213,7 @@ class PTuning(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.p_tuning:EncodedPrompt"
+    saves_prompts = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.003}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
@@ -301,6 +347,7 @@ class MultitaskPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.multitask:TaskPrompts"
+    has_tasks = True
     lower_bounds: ClassVar[Mapping[str, float]] = {
         "length": 1,
         "init_population": 0,
@@ -339,6 +386,7 @@ class FullTuning(MethodConfig):
     Pre-training is this method, starting from random weights.
     """
 
+    trains_model = True
     identity_at_init = True
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {
@@ -364,10 +412,14 @@ class DescribedPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.described_prompts:PooledWords"
+    trains_model = True
     mergeable = True
 
     positions: int = 8
     words: int = 5
+
+    def description_shape(self) -> tuple[int, int]:
+        return (self.positions, self.words)
 
     def trains(self, name: str) -> bool:
         return True
@@ -377,6 +429,7 @@ class DescribedPrompts(MethodConfig):
 class NoTuning(MethodConfig):
     """0 parameters: the frozen model alone, as a baseline."""
 
+    is_trainable = False
     identity_at_init = True
 
     def trains(self, name: str) -> bool:
@@ -397,6 +450,8 @@ class PromptDesign(MethodConfig):
     spaces.  ``evaluation.strategy`` decides whether labels are ranked or text is generated.
     """
 
+    is_trainable = False
+    composes_inputs = True
     identity_at_init = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"shots": 0}
 
@@ -410,8 +465,13 @@ class PromptDesign(MethodConfig):
     def trains(self, name: str) -> bool:
         return False
 
+    def num_demonstrations(self) -> int:
+        return self.shots
+
+    def balances_labels(self) -> bool:
+        return self.balance == "balanced"
+
     def compose(self, demonstrations: Sequence[Mapping[str, str]], inputs: str) -> str:
-        """The text that the model reads for ``inputs``."""
         demonstration = parse_template(self.demonstration, field="method.demonstration")
         query = parse_template(self.query, field="method.query")
         parts = [self.instruction] if self.instruction else []

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.config.methods import PromptDesign, PromptTuning
 from prompt_tuning_jax.errors import UserError
 
 _OF_TASKS = ("data.task", "data.module", "data.data_dir")
@@ -101,13 +100,13 @@ def _reason_without_training(
     """Why the field is irrelevant to a command that does not train; empty if it is relevant."""
     method = experiment.method
     group = field.partition(".")[0]
-    if group == "method" and not isinstance(method, PromptDesign):
+    if group == "method" and not method.composes_inputs:
         if not prompts:
             return (
                 f"{command} without --prompt uses the model without a method; only "
                 "method=prompt_design needs no training"
             )
-        joins = field in _JOINING or (field == "method" and isinstance(method, PromptTuning))
+        joins = field in _JOINING or (field == "method" and method.plain_prompt() is not None)
         if not (joins and bare_prompts):
             return f"{command} uses the method that --prompt was trained with"
     elif field == "training.seeds" and _uses_seeds(experiment):
@@ -121,4 +120,4 @@ def _reason_without_training(
 
 def _uses_seeds(experiment: Experiment) -> bool:
     """Whether the result of an evaluation depends on the seeds."""
-    return isinstance(experiment.method, PromptDesign) or experiment.model.random_weights
+    return experiment.method.composes_inputs or experiment.model.random_weights

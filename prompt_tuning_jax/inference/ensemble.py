@@ -21,9 +21,9 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.inference.decoding.greedy import greedy
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
+from prompt_tuning_jax.inference.decoding.rank import rank, sequence_log_probs
 from prompt_tuning_jax.inference.decoding.sampling import sample
-from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -104,6 +104,44 @@ class DecodeConfig:
     top_p: float = 1.0
 
 
+def score_labels(
+    tuned: TunedModel,
+    tokens_BT: Array,
+    labels_CS: Array,
+    *,
+    task_B: Array | HostArray | None = None,
+    max_logits: int = 2**26,
+    normalize_length: bool = False,
+) -> Array:
+    """``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
+
+    The encoder and the cross-attention keys are computed once per example.  ``normalize_length``
+    makes it the mean over the label's tokens, except where the method scores labels itself.
+    """
+    known = tuned.method.label_tokens
+    ids = tuned.model.token_ids
+    if known:
+        log_probs_BC = jax.nn.log_softmax(tuned.label_logits(tokens_BT, task_B=task_B))
+        same_CC = same_tokens(labels_CS, known, padding=ids.fill)
+        chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
+        return jnp.where(same_CC.any(axis=1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
+    encoded, injections = tuned.encode(tokens_BT, task_B=task_B)
+    decoder_injections = injections.of_decoder()
+
+    def decode_logits(decoder_input_S: Array) -> Array:
+        tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
+        return tuned.model.decode(tokens_BS, encoded, injections=decoder_injections)
+
+    return rank(
+        decode_logits,
+        labels_CS,
+        normalize_length=normalize_length,
+        start_id=ids.start,
+        padding=ids.fill,
+        max_logits=max_logits,
+    )
+
+
 @partial(jax.jit, static_argnums=(0, 5, 6, 8))
 def label_scores(
     graphdef: nnx.GraphDef[TunedModel],
@@ -126,7 +164,8 @@ def label_scores(
 
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        return attached.label_scores(
+        return score_labels(
+            attached,
             tokens_BT,
             labels_CS,
             task_B=task_B,
@@ -320,7 +359,7 @@ def target_scores(
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
         if attached.method.label_tokens:
-            return jnp.diagonal(attached.label_scores(tokens_BT, targets_BS))
+            return jnp.diagonal(score_labels(attached, tokens_BT, targets_BS))
         ids = attached.model.token_ids
         inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=ids.start)[:, :-1]
         return sequence_log_probs(

@@ -165,7 +165,7 @@ def load_prompts(
             groups=[_sharded(attached, partitioner)], names=("no prompt",), known=(bare,)
         )
     fingerprint = model_fingerprint(model)
-    default = experiment.method if isinstance(experiment.method, PromptTuning) else PromptTuning()
+    default = experiment.method.plain_prompt() or PromptTuning()
     arrays: list[tuple[str, HostArray, PromptTuning, PromptMetadata]] = []
     groups: list[Members] = []
     names: list[str] = []
@@ -180,7 +180,7 @@ def load_prompts(
                     f"prompts[{number}] has shape {list(array.shape)}; a prompt for this model is "
                     f"[length, {model.config.embed_dim}]"
                 )
-            arrays.append((f"prompt {number}", array, _joining(default), PromptMetadata()))
+            arrays.append((f"prompt {number}", array, default, PromptMetadata()))
             continue
         place = Path(prompt)
         run = run_config(str(prompt))
@@ -189,7 +189,8 @@ def load_prompts(
             stored += kept
             stored_known += [known_with(run, one.metadata) for _, one in kept]
             continue
-        if run is not None and isinstance(run.method, PromptTuning):
+        trained = None if run is None else run.method.plain_prompt()
+        if run is not None and trained is not None:
             if run_folder.is_run(place):
                 files = run_folder.prompt_files(place, member_names(run))
             elif place.is_dir():
@@ -216,11 +217,11 @@ def load_prompts(
                 fingerprint=fingerprint,
                 path=file,
             )
-            method = run.method if run and isinstance(run.method, PromptTuning) else default
+            method = trained or default
             if metadata.combine:
                 placement = checked(metadata.combine, Placement, f"{file}: combine")
                 method = dataclasses.replace(method, placement=placement)
-            arrays.append((str(file), array, _joining(method), known_with(run, metadata)))
+            arrays.append((str(file), array, method, known_with(run, metadata)))
     alike: dict[Any, list[tuple[str, HostArray, PromptMetadata]]] = {}
     for name, array, method, about in arrays:
         alike.setdefault((method, array.shape), []).append((name, array, about))
@@ -319,16 +320,6 @@ def _prompts_in(folder: Path) -> str:
     )
     listed = ", ".join(child.name for child in inside[:5]) + ", ..." * (len(inside) > 5)
     return f"; name one by one the prompts in it: {listed}" if inside else ""
-
-
-def _joining(method: PromptTuning) -> PromptTuning:
-    """Only what matters once the prompt is trained: how it is joined to the input."""
-    return PromptTuning(
-        placement=method.placement,
-        prompt_to_input=method.prompt_to_input,
-        prompt_to_prompt=method.prompt_to_prompt,
-        input_to_prompt=method.input_to_prompt,
-    )
 
 
 def members_of(attached: TunedModel) -> Members:

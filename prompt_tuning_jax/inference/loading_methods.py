@@ -41,9 +41,7 @@ from prompt_tuning_jax.inference.setup import (
 )
 from prompt_tuning_jax.methods import (
     Context,
-    FullTuning,
     MethodConfig,
-    MultitaskPrompts,
     TunedModel,
     attach_method,
     trainable_mask,
@@ -176,7 +174,7 @@ def members_of_run(
     UserError where its frozen model is another.
     """
     trainable, trained_on_model = run_folder.read_best_and_model(folder)
-    if not isinstance(run.method, FullTuning):
+    if not run.method.trains_model:
         trained_on = PromptMetadata(
             model_name=run.model.name_or_path, model_fingerprint=trained_on_model
         )
@@ -188,7 +186,7 @@ def members_of_run(
         model,
         partitioner,
         labels=known[0].labels if run.method.scores_labels else (),
-        tasks=trained_tasks(run.data) if isinstance(run.method, MultitaskPrompts) else (),
+        tasks=trained_tasks(run.data) if run.method.has_tasks else (),
         of=f"the best checkpoint in {folder}",
     )
     return members, known

@@ -63,7 +63,7 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
     vocabulary_of,
 )
-from prompt_tuning_jax.methods import PromptDesign, TunedModel
+from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import HostArray
 
@@ -195,7 +195,7 @@ def open_for(
     experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
 ) -> LoadedPrompts:
     """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
-    if not isinstance(experiment.method, PromptDesign):
+    if not experiment.method.composes_inputs:
         return load_prompts(experiment, model, prompts)
     if prompts:
         raise UserError(
@@ -203,7 +203,7 @@ def open_for(
             "--prompt, or the method"
         )
     bare = load_prompts(experiment, model, [])
-    if not experiment.method.shots:
+    if not experiment.method.num_demonstrations():
         return dataclasses.replace(bare, names=("no demonstrations",))
     seeds = experiment.training.seeds
     names = tuple(f"demonstrations of seed {seed}" for seed in seeds)
@@ -420,7 +420,7 @@ def _predictions(
     words = vocabulary_of(model)
     _check_labels(labels, words)
     source = None
-    if isinstance(experiment.method, PromptDesign):
+    if experiment.method.composes_inputs:
         source = build_mixture(experiment.data).tasks[0]
     parts = []
     for own_draw in task_data.draws_of(experiment):

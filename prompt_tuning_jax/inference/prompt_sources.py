@@ -11,7 +11,6 @@ from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, read_prompt
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import PromptTuning, PTuning
 
 
 def prompt_paths(source: str | Path) -> list[str]:
@@ -24,7 +23,7 @@ def prompt_paths(source: str | Path) -> list[str]:
         source = folder / run_folder.PROMPTS
         if not source.is_dir():
             run = run_config(str(folder))
-            if run is None or isinstance(run.method, PromptTuning | PTuning):
+            if run is None or run.method.saves_prompts:
                 raise UserError(
                     f"{folder} is a run that holds no prompts: it has no {source.name}/ yet"
                 )

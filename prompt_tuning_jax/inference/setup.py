@@ -32,7 +32,6 @@ from prompt_tuning_jax.methods import (
     PROMPT,
     Context,
     MethodConfig,
-    MultitaskPrompts,
     TunedModel,
     attach_method,
     trainable_mask,
@@ -173,7 +172,7 @@ def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
         raise UserError(f"method.init={init} needs method.init_path, {what}")
     if init == "file":
         return {PROMPT: load_prompt(init_path)}
-    assert isinstance(method, MultitaskPrompts)
+    member: int = getattr(method, "source_member", 0)
     best = train_state.read_latest(Path(init_path).expanduser() / train_state.BEST)
     if best is None:
         raise UserError(
@@ -184,25 +183,22 @@ def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
     if not {SHARED, *PER_TASK} & arrays.keys() > {SHARED}:
         raise UserError(f"method.init_path: {init_path} is not a run of multitask_prompts")
     members = len(arrays[SHARED])
-    if method.source_member >= members:
+    if member >= members:
         raise UserError(
-            f"method.source_member is {method.source_member} and {init_path} has {members} "
+            f"method.source_member is {member} and {init_path} has {members} "
             "members, counted from 0"
         )
-    return {
-        name: arrays[name][method.source_member] for name in (SHARED, *PER_TASK) if name in arrays
-    }
+    return {name: arrays[name][member] for name in (SHARED, *PER_TASK) if name in arrays}
 
 
-def _without_label_init(method: Any) -> Any:
-    """For text of a user's own: what labels leave over is sampled, here all of the prompt."""
-    if getattr(method, "init", "") != "class_labels" or getattr(method, "init_labels", ()):
-        return method
-    _log.warning(
-        "method.init=class_labels: the targets are text and there are no labels, so the prompt "
-        "starts from sampled vocabulary"
-    )
-    return dataclasses.replace(method, init="sampled_vocabulary")
+def _without_label_init(method: MethodConfig) -> MethodConfig:
+    sampled = method.without_label_init()
+    if sampled != method:
+        _log.warning(
+            "method.init=class_labels: the targets are text and there are no labels, so the prompt "
+            "starts from sampled vocabulary"
+        )
+    return sampled
 
 
 def require_trainable(trainable: Mapping[str, Any]) -> None:

@@ -4,19 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import MethodConfig, is_attached
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
-from prompt_tuning_jax.inference.decoding.rank import rank
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.layers import split_key
+from prompt_tuning_jax.models.losses import TokenSums, class_sums, token_sums
 from prompt_tuning_jax.models.t5.blocks import Remat
 from prompt_tuning_jax.models.t5.model import T5, Encoded
-from prompt_tuning_jax.training.losses import TokenSums, class_sums, token_sums
 from prompt_tuning_jax.typing import Array, HostArray, Mask
 
 C = TypeVar("C", bound=MethodConfig)
@@ -172,16 +170,13 @@ class TunedModel(nnx.Module):
         z_loss: float = 0.0,
         weights_B: Array | HostArray | None = None,
     ) -> TokenSums:
-        """What training makes smaller: the cross entropy of the targets' tokens.
+        """The loss: the summed cross entropy of the targets' tokens.
 
-        Of the targets as a choice among labels, where the method scores these itself.
+        If the method scores labels itself, that of the targets as a choice among its labels.
         """
         labels = self.method.label_tokens
         if labels:
-            injections = self.injections(encoder_input_tokens, task_B=task_B, key=key)
-            logits_BC = self._own_label_logits(
-                encoder_input_tokens, injections, key=key, remat=remat
-            )
+            logits_BC = self.label_logits(encoder_input_tokens, task_B=task_B, key=key, remat=remat)
             same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
             return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
@@ -191,54 +186,16 @@ class TunedModel(nnx.Module):
         fill = self.model.token_ids.fill
         return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
 
-    def label_scores(
-        self,
-        tokens_BT: Array,
-        labels_CS: Array,
-        *,
-        task_B: Array | HostArray | None = None,
-        max_logits: int = 2**26,
-        normalize_length: bool = False,
-    ) -> Array:
-        """``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
-
-        The encoder and the cross-attention keys are computed once per example.
-        ``normalize_length`` makes it the mean over the label's tokens; a method that scores
-        labels itself has no tokens to average over.
-        """
-        own = self.method.label_tokens
-        if own:
-            injections = self.injections(tokens_BT, task_B=task_B)
-            log_probs_BC = jax.nn.log_softmax(self._own_label_logits(tokens_BT, injections))
-            same_CC = same_tokens(labels_CS, own, padding=self.model.token_ids.fill)
-            chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
-            return jnp.where(same_CC.any(axis=1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
-        encoded, injections = self.encode(tokens_BT, task_B=task_B)
-        rest = injections.of_decoder()
-
-        def decode_logits(decoder_input_S: Array) -> Array:
-            tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
-            return self.model.decode(tokens_BS, encoded, injections=rest)
-
-        ids = self.model.token_ids
-        return rank(
-            decode_logits,
-            labels_CS,
-            normalize_length=normalize_length,
-            start_id=ids.start,
-            padding=ids.fill,
-            max_logits=max_logits,
-        )
-
-    def _own_label_logits(
+    def label_logits(
         self,
         tokens_BT: Array | HostArray,
-        injections: Injections,
         *,
+        task_B: Array | HostArray | None = None,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """The method's own scores of its labels, from the decoder's first position."""
+        """``[B, C]``: the method's scores of its ``label_tokens``."""
+        injections = self.injections(tokens_BT, task_B=task_B, key=key)
         keys = split_key(key, 2)
         encoded = self.model.encode(tokens_BT, injections=injections, key=keys[0], remat=remat)
         start_B1 = jnp.full((len(tokens_BT), 1), self.model.token_ids.start, jnp.int32)

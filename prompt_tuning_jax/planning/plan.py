@@ -12,7 +12,6 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import FullTuning
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config, preset
 from prompt_tuning_jax.planning.program import (
     Abstract,
@@ -221,7 +220,7 @@ def _tried(
         rows=examples,
         encoder_length=prompt + data.inputs_length,
         targets_length=data.targets_length,
-        weights_train=isinstance(experiment.method, FullTuning),
+        weights_train=experiment.method.trains_model,
     )
     walls = roofline(train, topology.chip, model_flops=flops, chips=topology.chips)
     tokens = examples * (data.inputs_length + data.targets_length)

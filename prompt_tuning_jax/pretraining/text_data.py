@@ -16,13 +16,12 @@ from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import loss_sums
-from prompt_tuning_jax.methods import DescribedPrompts, TunedModel
+from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.dictionary import load_dictionary
 from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.label_objective import (
-    NO_BLOCK,
     BehindEmptyBlock,
     LabelObjective,
     PromptBlock,
@@ -132,9 +131,8 @@ def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextDa
     Inputs begin with room for the prompts of ``DescribedPrompts``, where that is the method.
     """
     data, method = experiment.data, experiment.method
-    block = NO_BLOCK
-    if isinstance(method, DescribedPrompts):
-        block = PromptBlock(positions=method.positions, words=method.words)
+    positions, words = method.description_shape()
+    block = PromptBlock(positions=positions, words=words)
     if not data.train:
         raise UserError("data.objectives need text; name a folder of text files in data.train")
     if vocabulary.token_ids != TokenIds():

@@ -21,7 +21,6 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
     vocabulary_of,
 )
-from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.model import T5
 
 if TYPE_CHECKING:
@@ -231,9 +230,10 @@ def _tasks_in(folder: Path, validator: "PromptValidator", model: T5) -> "dict[st
         run = run_config(str(source.files[0])) if source.files[0].is_file() else None
         if run is not None:
             source = replace(source, inputs_template=inputs_template_of(run.data))
-        if run is not None and isinstance(run.method, PromptTuning):
-            require_sees_all(run.method, source.files[0])
-            source = replace(source, placement=run.method.placement)
+        prompt = None if run is None else run.method.plain_prompt()
+        if prompt is not None:
+            require_sees_all(prompt, source.files[0])
+            source = replace(source, placement=prompt.placement)
         for task in load_tasks(source, validator, load_methods):
             if task.name in tasks:
                 raise UserError(

@@ -39,7 +39,6 @@ from prompt_tuning_jax.inference.loading_methods import (
 )
 from prompt_tuning_jax.methods import (
     PROMPT,
-    FullTuning,
     MethodConfig,
     MultitaskPrompts,
     PromptTuning,
@@ -238,13 +237,13 @@ class MethodLoader:
 
     def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
-        if isinstance(method, PromptTuning):
+        if (plain := method.plain_prompt()) is not None:
             param_tree.require_same_names(
                 stored.trainable, {PROMPT: None}, of=str(place), and_of="a prompt"
             )
             return [
                 LoadedMember(
-                    served=self._prompt(name, stored.trainable[PROMPT], method, metadata, place)
+                    served=self._prompt(name, stored.trainable[PROMPT], plain, metadata, place)
                 )
             ]
         if not isinstance(method, MultitaskPrompts):
@@ -325,7 +324,7 @@ class MethodLoader:
     def _whole_models(self, folder: Path) -> list[LoadedMember]:
         """The members of a run that tuned all weights, from its checkpoint."""
         run = run_config(str(folder))
-        if run is None or not isinstance(run.method, FullTuning):
+        if run is None or not run.method.trains_model:
             name = "" if run is None else f" of {method_name(run.method)}"
             raise UserError(f"{folder}: this run{name} has saved nothing that can be served")
         best = run_folder.read_best(folder)

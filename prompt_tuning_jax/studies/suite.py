@@ -28,7 +28,6 @@ from prompt_tuning_jax.data.tasks.task import (
     Example,
 )
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.methods import PromptTuning
 
 SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = ("majority", "mean", "best", "ensemble")
@@ -163,15 +162,10 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
 
 
 def _without_label_init(experiment: Experiment) -> Experiment:
-    method, training = experiment.method, experiment.training
-    if not isinstance(method, PromptTuning) or method.init_labels:
-        return experiment
-
-    def instead(init: str) -> Any:
-        return "sampled_vocabulary" if init == "class_labels" else init
-
-    method = replace(method, init=instead(method.init))
-    training = replace(training, inits=tuple(map(instead, training.inits)))
+    method, training = experiment.method.without_label_init(), experiment.training
+    if not getattr(method, "init_labels", ()):
+        inits = ("sampled_vocabulary" if i == "class_labels" else i for i in training.inits)
+        training = replace(training, inits=tuple(inits))
     return replace(experiment, method=method, training=training)
 
 

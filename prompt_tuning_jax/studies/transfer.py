@@ -17,7 +17,7 @@ from prompt_tuning_jax.data.tasks.registry import (
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.methods import FullTuning, PromptTuning
+from prompt_tuning_jax.methods import FullTuning, method_name
 from prompt_tuning_jax.studies.suite import SUITES, markdown_rows, on_task, score_names, without_nan
 
 METHODS = ("prompt_tuning", "model_tuning")
@@ -86,7 +86,7 @@ def runs_of(
         if method not in METHODS:
             raise UserError(f"--methods: unknown {method!r}: {suggest(method, METHODS)}")
         if method == "prompt_tuning":
-            if not isinstance(base.method, PromptTuning):
+            if method_name(base.method) != method:
                 raise UserError(
                     f"prompt_tuning needs a config whose method is PromptTuning, and this one has "
                     f"{type(base.method).__name__}"

@@ -47,9 +47,6 @@ from prompt_tuning_jax.inference.setup import (
 from prompt_tuning_jax.methods import (
     PROMPT,
     MethodConfig,
-    NoTuning,
-    PromptDesign,
-    PromptTuning,
     method_name,
 )
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
@@ -261,7 +258,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
 
 def require_trains(method: MethodConfig) -> None:
     """UserError for a method of which nothing trains."""
-    if isinstance(method, NoTuning | PromptDesign):
+    if not method.is_trainable:
         raise UserError(
             f"method={method_name(method)} trains nothing; choose another method, or eval without "
             "prompts"
@@ -370,7 +367,7 @@ def _metadata(
 ) -> PromptMetadata:
     training = experiment.training
     init = getattr(experiment.method, "init", "")
-    placement = method.placement if isinstance(method, PromptTuning) else ""
+    prompt = method.plain_prompt()
     return PromptMetadata(
         model_fingerprint=fingerprint,
         model_name=experiment.model.name_or_path,
@@ -383,7 +380,7 @@ def _metadata(
         labels=labels,
         inputs_template=inputs_template_of(experiment.data),
         mixture=mixture_of(experiment.data),
-        combine=placement,
+        combine="" if prompt is None else prompt.placement,
     )
 
 

@@ -15,9 +15,9 @@ from prompt_tuning_jax.distributed.sharding import Partitioner, activation_shard
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import map_members, members_per_chunk, rows_in_cache
 from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.models.losses import TokenSums
 from prompt_tuning_jax.models.t5.blocks import Remat
 from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.training.losses import TokenSums
 from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, attach_method, trainable_mask
-from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.models.losses import token_sums
 from tests.micro import Trainer, call, make_batch, make_t5
 
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.ensemble import DecodeConfig, write
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, score_labels, write
 from prompt_tuning_jax.methods import WARP, Context, TunedModel, attach_method
 from prompt_tuning_jax.models.quantization import quantize_modules
 from tests.micro import EOS, ONE_LAYER, T5_1_0, D, Words, call, make_t5, token_rows
@@ -47,7 +47,7 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
         quantize_modules(model, "int8")
     attached = attach(model)
     graphdef, params = param_tree.split(attached)
-    scores = jax.jit(lambda p, rows: param_tree.merge(graphdef, p).label_scores(SOURCE, rows))
+    scores = jax.jit(lambda p, rows: score_labels(param_tree.merge(graphdef, p), SOURCE, rows))
     got = scores(params, rows_of("gh", "zz", "ab", "cd ef"))
     want = first_log_probs(model, attached.method.prompt_PD.get_value())
     np.testing.assert_allclose(got[:, [2, 3, 0]], want, atol=1e-4)

@@ -11,7 +11,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import read_peft, write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
-from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.models.losses import token_sums
 
 MODELS = ["a_t5_10", "b_t5_11", "c_flan", "d_mt5", "e_byt5"]
 

@@ -10,7 +10,7 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning, trainable_mask
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
 

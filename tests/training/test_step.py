@@ -12,7 +12,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training.step import Microbatching, step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
 

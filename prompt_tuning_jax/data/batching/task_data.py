@@ -10,10 +10,6 @@ from typing import Literal
 import numpy as np
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
-from prompt_tuning_jax.config.methods import (
-    DescribedPrompts,
-    PromptDesign,
-)
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
@@ -235,11 +231,11 @@ def designed(
     to the task.
     """
     method, data = experiment.method, experiment.data
-    if not isinstance(method, PromptDesign):
+    if not method.composes_inputs:
         return task
     source = source or task
     drawn: demonstrations.Demonstrations = ()
-    if method.shots:
+    if shots := method.num_demonstrations():
         if data.train_split not in source.splits:
             raise UserError(
                 f"method=prompt_design takes demonstrations from the split {data.train_split!r}, "
@@ -249,8 +245,8 @@ def designed(
         drawn = demonstrations.draw(
             list(source.load(data.train_split, data.data_dir)),
             labels=source.labels,
-            shots=method.shots,
-            balanced=method.balance == "balanced",
+            shots=shots,
+            balanced=method.balances_labels(),
             seed=experiment.training.seeds[0],
         )
     return demonstrations.demonstrated(
@@ -265,7 +261,7 @@ def designed(
 
 def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """The experiment once per seed if seeds determine the inputs; otherwise only itself."""
-    if not isinstance(experiment.method, PromptDesign) or not experiment.method.shots:
+    if not experiment.method.num_demonstrations():
         return (experiment,)
     training = experiment.training
     return tuple(
@@ -277,7 +273,7 @@ def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
 def buckets_of(experiment: Experiment) -> Buckets:
     """How the lengths of batches are chosen; some methods need a fixed length."""
     method = experiment.method
-    if isinstance(method, DescribedPrompts):  # descriptions have positions in the inputs
+    if any(method.description_shape()):  # descriptions have positions in the inputs
         return FIXED
     return Buckets.from_text(experiment.data.buckets, beside=method.prompt_positions())
 
@@ -375,9 +371,9 @@ def _reports(
     for one in eval_sets:
         yield one.report()
         yield from _target_notes(experiment.data, one, trains=False)
-        if isinstance(method, PromptDesign) and method.shots:
+        if shots := method.num_demonstrations():
             seed = experiment.training.seeds[0]
-            yield demonstrations.report(one, shots=method.shots, seed=seed)
+            yield demonstrations.report(one, shots=shots, seed=seed)
         parts = 1 if partitioner is None else partitioner.num_batch_shards
         batch_size = eval_batch_size(experiment.evaluation.batch_size, len(one), parts=parts)
         plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.training.losses import token_sums
+from prompt_tuning_jax.models.losses import token_sums
 from tests.micro import normal
 
 # Rows: full, padded, one token, nothing but padding.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def test_ranking_is_the_same(other: Renumbered) -> None:
         attached = with_prompt(model, PROMPT_PD, PromptTuning(length=3))
         ids = model.token_ids
         mark = [np.where(np.asarray(x) == ids.pad, ids.fill, x) for x in (source, labels)]
-        return jax.jit(attached.label_scores)(jnp.asarray(mark[0]), jnp.asarray(mark[1]))
+        score = jax.jit(partial(score_labels, attached))
+        return score(jnp.asarray(mark[0]), jnp.asarray(mark[1]))
 
     want = of(MODEL, SOURCE, labels_CS)
     got = of(other.model(), other.of(SOURCE), other.of(labels_CS))

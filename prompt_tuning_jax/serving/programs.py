@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -336,10 +335,7 @@ def _label_scores(attached: TunedModel, tokens_BT: Array, targets_BCS: Array) ->
     """``[B, C]`` of a method that scores labels itself."""
     labels = attached.method.label_tokens
     fill = attached.model.token_ids.fill
-    labels_LS = np.full((len(labels), max(map(len, labels))), fill, np.int32)
-    for label_S, ids in zip(labels_LS, labels, strict=True):
-        label_S[: len(ids)] = ids
-    scores_BL = attached.label_scores(tokens_BT, jnp.asarray(labels_LS))
+    scores_BL = jax.nn.log_softmax(attached.label_logits(tokens_BT))
     batch, number, length = targets_BCS.shape
     same = same_tokens(targets_BCS.reshape(-1, length), labels, padding=fill)
     same_BCL = same.reshape(batch, number, len(labels))

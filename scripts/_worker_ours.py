@@ -17,8 +17,7 @@ from prompt_tuning_jax.inference.setup import (
     build_model,
     partitioner_of,
 )
-from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.methods.prompt import PROMPT
+from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.step import step_cost
 

@@ -27,7 +27,7 @@ from prompt_tuning_jax.inference.ensemble import (
     target_scores,
     write,
 )
-from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, NoTuning, PromptTuning
 from prompt_tuning_jax.methods.base import TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.injections import Injections
@@ -211,7 +211,7 @@ class Prefixes(TuningModule):
 
 @pytest.mark.parametrize("writing", list(strategies()), ids=lambda w: w.strategy)
 def test_prefixes_per_example_follow_their_example_into_decoding(writing):
-    graphdef, frozen = param_tree.split(TunedModel(make_t5(ONE_LAYER), Prefixes()))
+    graphdef, frozen = param_tree.split(TunedModel(make_t5(ONE_LAYER), Prefixes(NoTuning())))
     ids, scores = write(
         graphdef, replace(writing, num_beams=2), {}, frozen, SOURCE, jax.random.key(0)
     )

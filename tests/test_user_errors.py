@@ -442,7 +442,7 @@ def test_labels_that_nobody_has_named_are_asked_for(
     changes = {"data.train": "", "data.eval": str(file)}
     config = write_config(tmp_path / "c.py", experiment("", changes))
     message = refused("eval", config, "--prompt", prompt)
-    assert "nothing says which labels" in message and "data.labels" in message
+    assert "set of labels is unknown" in message and "data.labels" in message
     for given in ("data.labels=blue,red", "data.targets=text"):
         assert main(["eval", str(config), "--prompt", prompt, "--set", given]) == 0
     assert "accuracy" in capsys.readouterr().out

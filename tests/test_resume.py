@@ -277,7 +277,7 @@ def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, cache=False))
     words = vocabulary_of(load_model(str(tiny_run.model_folder())))
     if expected is None:
-        with pytest.raises(UserError, match=r"'oddity' is better .*evaluation\.best_mode"):
+        with pytest.raises(UserError, match=r"direction of 'oddity'.*evaluation\.best_mode"):
             task_data.build_data(of, words)
         data = task_data.build_data(of, words, training=False)  # one prompt needs no best
         with pytest.raises(UserError, match="best_mode"):
@@ -291,5 +291,5 @@ def test_what_is_better_is_asked_for_before_training_where_it_is_not_known(
 def test_what_a_metric_declares_is_not_turned_round(best_by: str, mode: str) -> None:
     of = experiment("", {"evaluation.best_by": best_by, "evaluation.best_mode": mode})
     words = vocabulary_of(load_model(str(tiny_run.model_folder())))
-    with pytest.raises(UserError, match=rf"best_mode is {mode}, and .* of '{best_by}' is better"):
+    with pytest.raises(UserError, match=rf"best_mode is {mode}, but .* of '{best_by}' is better"):
         task_data.build_data(of, words)

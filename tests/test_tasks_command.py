@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.data.tasks.registry import alias_names, task_names
-from prompt_tuning_jax.inference.evaluation import read_predictions
+from prompt_tuning_jax.inference.scoring import read_predictions
 
 RTE = "super_glue_rte_v102"
 

@@ -30,7 +30,7 @@ class Metrics(Command):
 
     def run(self) -> None:
         require_folders(leaderboard=self.leaderboard)
-        from prompt_tuning_jax.inference.evaluation import metrics
+        from prompt_tuning_jax.inference.scoring import metrics
 
         import_module(self.module)
         given = self.given("data_dir", "leaderboard")

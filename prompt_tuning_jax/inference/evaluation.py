@@ -1,4 +1,4 @@
-"""Scores prompts one by one and together, and files of predictions from elsewhere."""
+"""Scores prompts on a task: one by one, and as an ensemble."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +15,9 @@ from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.files import FILE_TASK
 from prompt_tuning_jax.data.tasks.metrics import best_of
-from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.selection import (
     inputs_template_of,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
-from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import parse_json, text_lines
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError
@@ -38,7 +34,6 @@ from prompt_tuning_jax.inference.setup import (
     vocabulary_of,
 )
 from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.storage import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,88 +219,3 @@ def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_d
     # Other examples there would be other batches, or one too many to wait for.
     processes.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     return data
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """``scores`` by metric, in percent; None where the split has no labels.  ``notes``: lines."""
-
-    scores: dict[str, float] | None
-    notes: tuple[str, ...]
-
-
-def metrics(
-    name: str,
-    predictions: str,
-    *,
-    split: str = "validation",
-    data_dir: str = "",
-    leaderboard: str = "",
-) -> Scored:
-    """Scores a file of predictions, one a line in the order of the task's examples.
-
-    Examples without label do not count; a split without any has no scores.  ``leaderboard`` is a
-    file to write the predictions to as SuperGLUE's server takes them.  UserError where the number
-    of predictions is not that of the examples, and for a line that cannot be read.
-    """
-    task = get_task(name)
-    examples = list(task.load(split, data_dir))
-    texts = read_predictions(Path(predictions))
-    if len(texts) != len(examples):
-        raise UserError(
-            f"{predictions} has {len(texts):,} predictions and {name}, split {split!r}, has "
-            f"{len(examples):,} examples; one a line is needed, in the order of `tasks --dump`"
-        )
-    notes = []
-    if leaderboard:
-        written = submission(task, examples, texts)
-        with atomic_write(Path(leaderboard)) as aside:
-            aside.write_text("".join(f"{line}\n" for line in written.lines), encoding="utf-8")
-        named = Path(leaderboard).name == written.file
-        rename = "" if named else f"; the server wants it under the name {written.file}"
-        notes.append(f"wrote {leaderboard}{rename}")
-        if written.invalid:
-            notes.append(
-                f"{written.invalid:,} predictions are no labels and were written as "
-                f"{(*task.labels, 'False')[0]!r}"
-            )
-    labelled = [i for i, example in enumerate(examples) if has_label(example)]
-    if not labelled or not task.metrics:
-        notes.append(f"{name}, split {split!r}, has no labels: there is nothing to score")
-        return Scored(scores=None, notes=tuple(notes))
-    if len(labelled) < len(examples):
-        notes.append(f"{len(examples) - len(labelled):,} examples have no label and do not count")
-    scores = task.score([examples[i] for i in labelled], [texts[i] for i in labelled])
-    return Scored(scores=scores, notes=tuple(notes))
-
-
-def read_predictions(path: Path) -> Sequence[str]:
-    """The predictions of a file, one a line: bare texts, JSON strings, or ``predict --json``'s.
-
-    All lines are of one kind, which the first that is not blank tells; a blank line is an empty
-    text among bare ones.  UserError naming the line that does not fit.
-    """
-    lines = list(text_lines(path))
-    starts = {line.lstrip()[:1] for _, line in lines if line.strip()}
-    if starts != {"{"} and '"' not in starts:
-        return [line for _, line in lines]
-    texts: list[str] = []
-    blank = 0
-    for number, line in lines:
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise UserError(f'{path}:{blank}: a blank line; an empty prediction is written ""')
-        if starts != {"{"} and not line.lstrip().startswith('"'):
-            raise UserError(
-                f"{path}:{number}: {line[:40]} is not in double quotes, and other lines are; write "
-                'all as bare text, all as JSON strings ("True"), or all as `predict --json` does'
-            )
-        value = parse_json(line, f"{path}:{number}")
-        if isinstance(value, dict):
-            value = value.get("prediction")
-        if not isinstance(value, str):
-            raise UserError(f'{path}:{number}: an object without a text as its "prediction"')
-        texts.append(value)
-    return texts

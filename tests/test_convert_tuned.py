@@ -222,7 +222,7 @@ def test_what_is_refused(program: Program, tmp_path: Path) -> None:
     wide = dataclasses.replace(tiny_run.CONFIG, embed_dim=24)
     other = tiny_run.model_folder(config=wide)
     message = program.refused("convert", path, *to, "--model", other)
-    assert "kept.safetensors: its adapter" in message and "for this model" in message
+    assert "kept.safetensors: its adapter" in message and "[2, 16], but this model" in message
     foreign = tmp_path / "foreign.safetensors"
     save_tuned(foreign, stored(LORA, model_fingerprint="0" * 16))
     assert "another model" in program.refused("convert", foreign, *to, "--model", model)

@@ -126,7 +126,7 @@ def test_a_published_size_is_told_without_reading(
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
     # A real file of this size has no holes, and a hole is refused.
-    for module in ("hf.weights", "mapped_safetensors"):
+    for module in ("hf.weights", "array_files"):
         monkeypatch.setattr(
             f"prompt_tuning_jax.checkpoints.{module}.require_whole", lambda path: None
         )

@@ -198,7 +198,7 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
     two = T5Config(**{**vars(SQUARE), "num_encoder_layers": 2, "num_decoder_layers": 2})
     for method, trainable, config, message in [
         (PrefixTuning(length=4), random_prefix(3), SQUARE, "method.cross=false"),
-        (PREFIX, random_prefix(2), two, "layers 0 and 1 the same prefix"),
+        (PREFIX, random_prefix(2), two, "same prefix for decoder layers 0 and 1"),
         (MultitaskPrompts(combine="sum"), {}, SQUARE, "method.combine=sum"),
         (PromptTuning(placement="before_eos"), {}, SQUARE, "method.placement=before_eos"),
         (DeepPrompts(), {}, SQUARE, "no adapter for deep_prompts"),

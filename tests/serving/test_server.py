@@ -115,7 +115,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
         (["--prompts", "bad"], "width"),
         (["--prompts", "good", "--lengths", "8,4"], "lengths is 8,4"),
         (["--prompts", "good", "--batch_sizes", "4", "--cache_rows", "2"], "cache_rows is 2"),
-        (["--prompts", "good", "--modes", "rank"], "modes are"),
+        (["--prompts", "good", "--modes", "rank"], "--modes: 'rank' is invalid"),
         (["--prompts", "good/one.safetensors"], "is a file; give its folder"),
     ],
 )

@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_build(folders, tmp_path):
     with pytest.raises(UserError, match="tensorflow-datasets cannot open it"):
         list(tfds_rows("super_glue/rte", "test", data_dir))
     (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match=r"dataset_info\.json: not JSON"):
+    with pytest.raises(UserError, match=r"dataset_info\.json: invalid or truncated JSON"):
         tfds_size("super_glue/rte", "test", data_dir)
 
 

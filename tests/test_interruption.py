@@ -141,7 +141,7 @@ def test_other_threads_and_background_jobs_keep_their_handlers() -> None:
 
 
 # Modules that the command imports, in this order; -X importtime tells of each when it is done.
-@pytest.mark.parametrize("when", ["argparse", "numpy", "jax._src.lib", "optax"])
+@pytest.mark.parametrize("when", ["argparse", "numpy", "jax._src.lib", "flax"])
 def test_a_process_that_is_interrupted_while_it_starts(tmp_path: Path, when: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "prompt_tuning_jax", "train"]
     command += ["--model", "tiny", str(ROOT / "configs/own_data.py"), "--workdir", "w"]

@@ -45,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _main(sys.argv[1:] if argv is None else argv)
         except BaseException as error:
-            # An interrupted import may raise another error.
-            if not interruption.came and not isinstance(error, KeyboardInterrupt):
+            # An interrupted import may raise another error, and so may what comes after an import
+            # that Ctrl-C does not interrupt.
+            if interruption.came or isinstance(error, KeyboardInterrupt):
+                interruption.heeded()
+                return 130
+            if not isinstance(error, UserError):
                 raise
-            interruption.heeded()
-            return 130
+            print(printable(f"error: {error}"), file=sys.stderr)
+            return 2
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -66,9 +70,6 @@ def _main(argv: Sequence[str]) -> int:
         with _processes(command):
             command.run()
         sys.stdout.flush()
-    except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader, for example head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

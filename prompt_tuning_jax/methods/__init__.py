@@ -1,8 +1,8 @@
 """Tuning methods.
 
-A method is a config (``config/methods.py``: hyper-parameters) and a ``TuningModule`` (its file in
-this folder: parameters, and what they add to a model).  ``attach_method`` finds the module of a
-config by its name.
+Each method has a config and a ``TuningModule``.  The config (``config/methods.py``) holds the
+hyper-parameters.  The module (one file in this folder) holds the parameters and defines what they
+add to a model.  ``attach_method`` looks up the module by the name that the config gives.
 """
 
 from importlib import import_module
@@ -41,10 +41,10 @@ from prompt_tuning_jax.typing import Array
 
 
 def attach_method(model: T5, config: MethodConfig, *, key: Array, context: Context) -> TunedModel:
-    """The model with new parameters of this method, which ``key`` initializes.
+    """Attaches a method with new parameters to a model; ``key`` initializes the parameters.
 
-    ``model`` is left as it is, and shares its arrays with the result.  Raises UserError for invalid
-    fields of the config, and if the method needs something that model or context lack.
+    ``model`` is not modified, and the result shares its arrays.  Raises UserError if a field of
+    the config is invalid, or if the method needs something that the model and the context lack.
     """
     for error in config.config_errors():
         raise UserError(error)

@@ -1,4 +1,4 @@
-"""Adapters: small bottlenecks behind the sublayers (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
+"""Adapters: bottlenecks after the sublayers (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
 
 from collections.abc import Callable
 
@@ -14,12 +14,12 @@ from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
-# The linear maps whose outputs the adapters read, before these are added to the residual.
+# The linear maps whose outputs the adapters transform before the residual addition.
 _TARGETS = {"houlsby": (".*/out", ".*/mlp/wo"), "pfeiffer": (".*/mlp/wo",)}
 
 
 class AdaptersModule(TuningModule[Adapters]):
-    """The adapters are in the model, behind the maps that ``kind`` chooses."""
+    """Inserts adapters into the model, after the linear maps that ``kind`` selects."""
 
     @classmethod
     def attach(cls, config: Adapters, model: T5, *, key: Array, context: Context) -> TunedModel:
@@ -35,7 +35,7 @@ class AdaptersModule(TuningModule[Adapters]):
 
 
 class Bottleneck(nnx.Module):
-    """``y + up(activation(down(y)))`` of ``y = linear(x)``; R is the width."""
+    """Computes ``y + up(activation(down(y)))`` with ``y = linear(x)``; R is the width."""
 
     def __init__(self, config: Adapters, linear: AnyLinear, *, key: Array):
         features, width = linear.kernel.shape[1], config.width

@@ -21,26 +21,26 @@ C = TypeVar("C", bound=MethodConfig)
 PROMPT = "method/prompt_PD"  # the path of a plain prompt, as prompt tuning trains it
 # The tokens of each label, the end of sequence included.
 LabelTokens: TypeAlias = tuple[tuple[int, ...], ...]
-# The log-probability of a label that the method does not know; finite, so that means are.
+# The log-probability of a label unknown to the method.  It is finite so that means stay finite.
 UNKNOWN_LABEL_LOG_PROB = -1e10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a method may depend on besides its config and the model."""
+    """The inputs of a method other than its config and the model."""
 
     labels: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
     num_tasks: int = 1
-    # The arrays that init=file and init=source start from, by path.
+    # The initial arrays for init=file and init=source, by path.
     init_arrays: Mapping[str, HostArray] = field(default_factory=dict)
 
 
 class TuningModule(nnx.Module, Generic[C]):
-    """What a method adds to a model: its parameters, and the injections computed from them.
+    """The parameters that a method adds to a model, and the injections computed from them.
 
-    This is the method of configs without parameters of their own: it attaches to a model by
-    changing nothing, and injects nothing.
+    This base class implements methods that add no parameters: attaching it leaves the model
+    unchanged, and it injects nothing.
     """
 
     def __init__(self, config: C):
@@ -48,17 +48,18 @@ class TuningModule(nnx.Module, Generic[C]):
 
     @classmethod
     def attach(cls, config: C, model: T5, *, key: Array, context: Context) -> "TunedModel":
-        """The model with new parameters, which ``key`` initializes.
+        """Returns the model with new parameters, which ``key`` initializes.
 
-        ``model`` is left as it is: a method that puts adapters into it takes a ``shallow_copy``.
+        Implementations must not modify ``model``; a method that inserts adapters works on a
+        ``shallow_copy``.
         """
         return TunedModel(model, cls(config))
 
     def for_inference(self, model: T5) -> "TunedModel":
-        """The model with the method in the form in which a run saves it.
+        """Returns the model with the method in the form that a run saves.
 
-        Its config (``method.config``) attaches to a model with no more of a ``Context`` than the
-        labels.
+        The resulting config (``method.config``) can be attached with a ``Context`` that contains
+        only the labels.
         """
         return TunedModel(model, self)
 
@@ -70,34 +71,38 @@ class TuningModule(nnx.Module, Generic[C]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        """The injections for one batch of encoder tokens.
+        """Computes the injections for one batch of encoder tokens.
 
-        ``task_B`` int32 is the number of each row's task if the data is a mixture of several; with
-        a ``key``, dropout is on.
+        ``task_B`` (int32) is the task number of each row if the data mixes several tasks.  Passing
+        a ``key`` enables dropout.
         """
         return NO_INJECTIONS
 
     @property
     def label_tokens(self) -> LabelTokens:
-        """The tokens of the labels that the method scores itself; empty if it does not."""
+        """The tokens of the labels that the method scores itself; empty if it scores none."""
         return ()
 
     def label_logits(self, hidden_BD: Array) -> Array:
-        """``[B, C]`` for ``label_tokens``, from the output head's input at the first position."""
+        """Scores ``label_tokens`` from the output head's input at the first position.
+
+        Returns logits ``[B, C]``.
+        """
         raise NotImplementedError
 
     def with_dropout(self, model: T5, *, key: Array) -> T5:
-        """The model with dropout on in the modules that the method has put into it.
+        """Returns the model with dropout enabled in the modules that the method inserted.
 
-        ``model`` is left as it is, and the copy with this call's keys is not kept.
+        ``model`` is not modified.  The returned copy holds the keys of this call and is discarded
+        after it.
         """
         return model
 
 
 class Known:
-    """What is known about something that was attached, the metadata of its file; None: nothing.
+    """The file metadata of an attached method, or None if there is none.
 
-    Equal to every other, so that what differs in it alone shares its programs.
+    All instances compare equal, so models that differ only in this field share compiled programs.
     """
 
     def __init__(self, about: Any = None) -> None:
@@ -111,7 +116,7 @@ class Known:
 
 
 class TunedModel(nnx.Module):
-    """A model with a method attached; its parameters are ``model/...`` and ``method/...``."""
+    """A model with a method attached; parameter paths are ``model/...`` and ``method/...``."""
 
     def __init__(self, model: T5, method: TuningModule[Any]):
         self.model = model
@@ -119,7 +124,7 @@ class TunedModel(nnx.Module):
         self.known = Known()
 
     def __repr__(self) -> str:
-        """The model's, and what is attached to it: arrays with their shapes."""
+        """Describes the model and lists the attached arrays with their shapes."""
         params = param_tree.split(self)[1]
         own = {name: array for name, array in params.items() if is_attached(name)}
         shown = [f"{name} {list(array.shape)}" for name, array in [*own.items()][:3]]
@@ -130,7 +135,10 @@ class TunedModel(nnx.Module):
         )
 
     def for_inference(self) -> "TunedModel":
-        """The same function of the inputs, without what only training needs: what a run saves."""
+        """Returns an equivalent model without the parts that only training needs.
+
+        This is the form that a run saves.
+        """
         return self.method.for_inference(self.model)
 
     def injections(
@@ -151,7 +159,7 @@ class TunedModel(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
+        """Computes logits ``[B, S, V]`` in float32; passing a ``key`` enables dropout."""
         injections = self.injections(encoder_input_tokens, task_B=task_B, key=key)
         model = self.model if key is None else self.method.with_dropout(self.model, key=key)
         return model(
@@ -170,9 +178,10 @@ class TunedModel(nnx.Module):
         z_loss: float = 0.0,
         weights_B: Array | HostArray | None = None,
     ) -> TokenSums:
-        """The loss: the summed cross entropy of the targets' tokens.
+        """Computes the loss: the summed cross entropy of the target tokens.
 
-        If the method scores labels itself, that of the targets as a choice among its labels.
+        If the method scores labels itself, the loss is the cross entropy of choosing the target
+        among its labels.
         """
         labels = self.method.label_tokens
         if labels:
@@ -194,7 +203,7 @@ class TunedModel(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """``[B, C]``: the method's scores of its ``label_tokens``."""
+        """Computes the method's scores ``[B, C]`` of its ``label_tokens``."""
         injections = self.injections(tokens_BT, task_B=task_B, key=key)
         keys = split_key(key, 2)
         encoded = self.model.encode(tokens_BT, injections=injections, key=keys[0], remat=remat)
@@ -207,13 +216,13 @@ class TunedModel(nnx.Module):
     def encode(
         self, tokens_BT: Array | HostArray, *, task_B: Array | HostArray | None = None
     ) -> tuple[Encoded, Injections]:
-        """The encoder's output, and the slots that the decoder still needs."""
+        """Returns the encoder's output and the injections, which the decoder still needs."""
         injections = self.injections(tokens_BT, task_B=task_B)
         return self.model.encode(tokens_BT, injections=injections), injections
 
 
 def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int = 0) -> Array:
-    """``[X, C]``: whether a row of tokens and padding is this label."""
+    """Returns a boolean ``[X, C]``: whether each row of padded tokens equals each label."""
     width = max(rows_XS.shape[1], *map(len, labels))
     padded = [[*label, *[padding] * (width - len(label))] for label in labels]
     behind = ((0, 0), (0, width - rows_XS.shape[1]))
@@ -222,11 +231,11 @@ def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int
 
 
 def shallow_copy(model: T5) -> T5:
-    """A copy of the structure around the same arrays, whose modules may be changed."""
+    """Copies the module structure but shares the arrays; the copy's modules may be modified."""
     copy: T5 = nnx.merge(*nnx.split(model))
     return copy
 
 
 def trainable_mask(method: MethodConfig, names: list[str]) -> Mask:
-    """Path -> whether it is trainable: the only truth about which parameters train."""
+    """Maps each path to whether it is trainable; the only source of this information."""
     return {name: method.trains(name) for name in names}

@@ -1,4 +1,4 @@
-"""Deep prompts: one for each layer of the encoder (P-tuning v2, Liu et al. 2022; VPT-deep)."""
+"""Deep prompts: one prompt per encoder layer (P-tuning v2, Liu et al. 2022; VPT-deep)."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -18,7 +18,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class PlainVectors(nnx.Module):
-    """The vectors of all layers themselves, one layer's behind the other's."""
+    """Stores the vectors of all layers directly, concatenated in layer order."""
 
     def __init__(self, prompts_PD: Array):
         self.prompts_PD = small_param(prompts_PD, "prompt", "prompt_embed")
@@ -29,7 +29,7 @@ class PlainVectors(nnx.Module):
 
 
 class MlpVectors(nnx.Module):
-    """Makes them of one vector per position."""
+    """Computes the vectors of all layers with an MLP from one vector per position."""
 
     def __init__(self, config: DeepPrompts, model: T5, *, key: Array):
         keys = jax.random.split(key, 3)
@@ -48,7 +48,7 @@ class MlpVectors(nnx.Module):
 
 
 class LayerPrompts(TuningModule[DeepPrompts]):
-    """Puts the first layer's prompt before the input, and the others' into their slots."""
+    """Prepends the first layer's prompt to the input and injects the others into their layers."""
 
     def __init__(
         self, config: DeepPrompts, vectors: PlainVectors | MlpVectors, lengths: tuple[int, ...]
@@ -86,7 +86,7 @@ class LayerPrompts(TuningModule[DeepPrompts]):
         return TunedModel(model, LayerPrompts(config, vectors, self.lengths))
 
     def layers(self) -> list[Array]:
-        """Each layer's vectors ``[P_i, D]``."""
+        """Returns the vectors ``[P_i, D]`` of each layer."""
         return self.vectors.layers(self.lengths)
 
     def injections(

@@ -1,4 +1,4 @@
-"""Small maps that make a prompt while it trains; folded away when it is kept."""
+"""Small layers that compute a prompt during training; saved runs keep only their result."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,24 @@ from flax import nnx
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array
 
-# On every device whole: they are small, and their result is a prompt.
+# Replicated on every device: these arrays are small, and their result is a prompt.
 WHOLE = "prompt_embed"
 
 
 def small_param(value: Array, *axes: str | None) -> nnx.Param[Array]:
-    """A trained float32 array with its logical axes, replicated where none are given."""
+    """Makes a trainable float32 array with logical axes; it is replicated if none are given."""
     return nnx.Param(jnp.asarray(value, jnp.float32), logical_axes=axes or (WHOLE,) * value.ndim)
 
 
 def within(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-    """Drawn uniformly from [-bound, bound) in float32."""
+    """Draws float32 values uniformly from [-bound, bound)."""
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 class Dense(nnx.Module):
     """``x @ kernel_IO + bias_O`` in float32: ``(I + 1) * O`` parameters.
 
-    Starts as torch.nn.Linear does: both uniform within 1/sqrt(I).
+    Kernel and bias are initialized as in torch.nn.Linear: uniformly within 1/sqrt(I).
     """
 
     def __init__(self, inputs: int, outputs: int, *, key: Array):

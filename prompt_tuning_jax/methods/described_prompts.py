@@ -1,4 +1,4 @@
-"""Pre-training in which part of the input comes as prompt vectors, so that prompts have a say."""
+"""Pre-training with part of the input as prompt vectors, so that the model learns to use them."""
 
 import jax.numpy as jnp
 
@@ -10,7 +10,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class PooledWords(TuningModule[DescribedPrompts]):
-    """Makes prompt vectors of the words at the start of the input."""
+    """Turns the words at the start of the input into prompt vectors by pooling embeddings."""
 
     def injections(
         self,

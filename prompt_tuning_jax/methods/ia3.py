@@ -1,4 +1,4 @@
-"""IA3: a trained scale on keys, values and what the mlp holds (Liu et al. 2022)."""
+"""IA3: trained scales on keys, values and hidden mlp activations (Liu et al. 2022)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,7 +15,7 @@ from prompt_tuning_jax.typing import Array
 
 
 class IA3Module(TuningModule[IA3]):
-    """The scales are in the model, around the maps that ``outputs`` and ``inputs`` choose."""
+    """Wraps the linear maps that ``outputs`` and ``inputs`` select; the model holds the scales."""
 
     @classmethod
     def attach(cls, config: IA3, model: T5, *, key: Array, context: Context) -> TunedModel:
@@ -35,7 +35,7 @@ class IA3Module(TuningModule[IA3]):
 
 
 class Scale(nnx.Module):
-    """``scale_F * linear(x)``, or ``linear(scale_D * x)``; ones at the start."""
+    """Computes ``scale_F * linear(x)`` or ``linear(scale_D * x)``; scales start at one."""
 
     def __init__(self, linear: AnyLinear, *, of: Literal["output", "input"]):
         (inputs, outputs), axes = linear.kernel.shape, linear.kernel.get_metadata()["logical_axes"]
@@ -52,11 +52,11 @@ class Scale(nnx.Module):
         return (self.scale_F.get_value() * y).astype(y.dtype)
 
     def merged(self, kernel_DF: Array) -> Array:
-        """The kernel ``[D, F]`` in float32 that does the same alone."""
+        """Returns the equivalent kernel ``[D, F]`` in float32, with the scale folded in."""
         return kernel_DF * self._factor()
 
     def unmerged(self, kernel_DF: Array) -> Array:
-        """The inverse of ``merged``, up to rounding; UserError where a scale is zero."""
+        """Inverts ``merged`` up to rounding; raises UserError if a scale is zero."""
         factor = self._factor()
         if not bool(jnp.all(factor)):
             raise UserError(
@@ -66,7 +66,7 @@ class Scale(nnx.Module):
         return kernel_DF / factor
 
     def _factor(self) -> Array:
-        """What the kernel's rows or columns are multiplied with."""
+        """Returns the factors of the kernel's rows ``[D, 1]`` or columns ``[1, F]``."""
         if self.of == "input":
             return self.scale_D.get_value()[:, None]
         return self.scale_F.get_value()[None]

@@ -1,4 +1,4 @@
-"""The linear maps of a model by their path, and modules put around those that patterns choose."""
+"""Finding a model's linear maps by path, and wrapping them with adapters."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def linear_maps(model: T5) -> dict[str, AnyLinear]:
-    """Every linear map by its path, for instance ``encoder/layers_0/attention/query``, sorted."""
+    """Returns all linear maps by path (e.g. ``encoder/layers_0/attention/query``), sorted."""
     found = {
         param_tree.path_name(path): module
         for path, module in nnx.iter_modules(model)
@@ -30,9 +30,10 @@ def linear_maps(model: T5) -> dict[str, AnyLinear]:
 def find_linears(
     model: T5, patterns: Sequence[str], *, field: str = "method.targets"
 ) -> dict[str, AnyLinear]:
-    """Those whose whole path matches one of the regular expressions.
+    """Returns the linear maps whose whole path matches one of the regular expressions.
 
-    UserError for a pattern that matches none; ``field`` is where the patterns come from.
+    Raises UserError if a pattern matches no path; ``field`` names the source of the patterns in the
+    message.
     """
     maps = linear_maps(model)
     chosen: set[str] = set()
@@ -52,7 +53,10 @@ def find_linears(
 
 
 def wrap_linears(model: T5, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> T5:
-    """The model with what ``make`` gives for a path and its map around that map, where it does."""
+    """Returns a copy of the model with adapters around its linear maps.
+
+    ``make`` receives each path and map, and returns an adapter, or None to leave the map as is.
+    """
     copy = shallow_copy(model)
     for name, linear in linear_maps(copy).items():
         if (adapter := make(name, linear)) is not None:
@@ -61,7 +65,7 @@ def wrap_linears(model: T5, make: Callable[[str, AnyLinear], LinearAdapter | Non
 
 
 def linear_adapters(model: T5, kind: type[M]) -> dict[str, M]:
-    """What stands around linear maps and is of this kind, by the maps' paths."""
+    """Returns the adapters of type ``kind``, by the paths of their linear maps."""
     return {
         name: linear.adapter
         for name, linear in linear_maps(model).items()

@@ -1,4 +1,4 @@
-"""LoRA: a trained product of two thin matrices beside any linear map (Hu et al. 2022)."""
+"""LoRA: a trained product of two low-rank matrices added to linear maps (Hu et al. 2022)."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,10 @@ from prompt_tuning_jax.typing import Array
 
 
 class LowRankPair(nnx.Module):
-    """``linear(x) + scale * (dropout(x) @ a) @ b``; a is drawn as PEFT does, b is zero."""
+    """Computes ``linear(x) + scale * (dropout(x) @ a) @ b``.
+
+    ``a`` is initialized randomly as in PEFT, and ``b`` is initialized to zero.
+    """
 
     def __init__(self, config: LoRA, linear: AnyLinear, *, key: Array):
         inputs, outputs = linear.kernel.shape
@@ -44,11 +47,11 @@ class LowRankPair(nnx.Module):
         return (y + self.scale * added).astype(y.dtype)
 
     def merged(self, kernel_DF: Array) -> Array:
-        """The kernel ``[D, F]`` in float32 that does the same alone."""
+        """Returns the equivalent kernel ``[D, F]`` in float32, with the product added."""
         return kernel_DF + self._product_DF()
 
     def unmerged(self, kernel_DF: Array) -> Array:
-        """The inverse of ``merged``, up to rounding."""
+        """Inverts ``merged`` up to rounding."""
         return kernel_DF - self._product_DF()
 
     def _product_DF(self) -> Array:
@@ -57,7 +60,7 @@ class LowRankPair(nnx.Module):
 
 
 class LoRAModule(TuningModule[LoRA]):
-    """The pairs of matrices are in the model, beside the maps that ``targets`` chooses."""
+    """Wraps the linear maps that ``targets`` selects; the model holds the matrix pairs."""
 
     @classmethod
     def attach(cls, config: LoRA, model: T5, *, key: Array, context: Context) -> TunedModel:
@@ -75,7 +78,7 @@ class LoRAModule(TuningModule[LoRA]):
         if not any(pair.dropout_rate for pair in pairs.values()):
             return model
         copy = shallow_copy(model)
-        # Not a key of the model's own dropout: those are split from the same key.
+        # The fold keeps these keys distinct from the model's dropout keys, split from the same key.
         keys = jax.random.split(jax.random.fold_in(key, 0x10BA), len(pairs))
         for own, pair in zip(keys, linear_adapters(copy, LowRankPair).values(), strict=True):
             pair.key = own

@@ -1,4 +1,4 @@
-"""What stands around linear maps, merged into their weights and taken out again."""
+"""Merging adapters of linear maps into the weights, and undoing the merge."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -16,13 +16,13 @@ from prompt_tuning_jax.models.quantization import QuantizedLinear
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
-# For messages: what a config calls those that can be merged.
+# For messages: the config names of the methods that can be merged.
 MERGEABLE = ", ".join(sorted(name for name, method in METHODS.items() if method.mergeable))
 
 
 @runtime_checkable
 class Mergeable(Protocol):
-    """Something around a linear map that another kernel ``[D, F]`` could do alone."""
+    """An adapter whose effect on a linear map can be folded into its kernel ``[D, F]``."""
 
     def merged(self, kernel_DF: Array) -> Array: ...
 
@@ -30,10 +30,10 @@ class Mergeable(Protocol):
 
 
 def merge(attached: TunedModel) -> T5:
-    """A plain T5 that computes what the model with its method does.
+    """Returns a plain T5 that computes the same function as the model with its method.
 
-    Kernels are computed in float32 and rounded to the dtype that they have; ``attached`` stays as
-    it is.  Raises UserError for quantised weights, and for a method that weights cannot hold.
+    The kernels are computed in float32 and rounded to their dtype.  ``attached`` is not modified.
+    Raises UserError if a wrapped weight is quantised, or if the method cannot be merged.
     """
     if jax.tree.leaves(nnx.state(attached.method)):
         raise UserError(
@@ -49,10 +49,11 @@ def merge(attached: TunedModel) -> T5:
 
 
 def unmerge(model: T5, attached: TunedModel) -> T5:
-    """The plain T5 from before, of one that ``merge`` made of ``attached``.
+    """Undoes ``merge``: returns the original plain T5, given the merged one and ``attached``.
 
-    Within rounding of float32, or of the dtype of the kernels where that is narrower.  Raises
-    UserError as ``merge`` does, and where a scale is zero.
+    The result is exact up to rounding in float32, or in the dtype of the kernels if that is
+    narrower.  Raises UserError if a wrapped weight is quantised, if an adapter cannot be merged, or
+    if an IA3 scale is zero.
     """
     model = shallow_copy(model)
     adapter_of = {name: linear.adapter for name, linear in linear_maps(attached.model).items()}
@@ -79,5 +80,5 @@ def _replace_kernel(name: str, linear: AnyLinear, change: Callable[[Array], Arra
         )
     kernel_DF = linear.kernel.get_value()
     changed_DF = change(kernel_DF.astype(jnp.float32)).astype(kernel_DF.dtype)
-    # Another variable: this one's value may be that of the model that was given.
+    # Create a new variable, because the old one may be shared with the caller's model.
     linear.kernel = nnx.Param(changed_DF, **linear.kernel.get_metadata())

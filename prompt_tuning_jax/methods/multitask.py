@@ -1,4 +1,4 @@
-"""Multitask prompts: a shared prompt combined with each task's parameters (Wang et al. 2023)."""
+"""Multitask prompts: a shared prompt combined with per-task parameters (Wang et al. 2023)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,15 +19,14 @@ from prompt_tuning_jax.typing import Array, HostArray
 SHARED, TASK = "method/shared_PD", "method/task_NQD"
 COLS, ROWS = "method/cols_NPR", "method/rows_NRD"
 PER_TASK = (TASK, COLS, ROWS)
-# The standard deviation of initial values, as in peft 0.21,
-# tuners/multitask_prompt_tuning/model.py.
+# The standard deviation of initial values in peft 0.21, tuners/multitask_prompt_tuning/model.py.
 _STD = 0.02
 
 
 class TaskPrompts(TuningModule[MultitaskPrompts]):
-    """Puts the prompt of each row's task before its input.
+    """Prepends the prompt of each row's task to its input.
 
-    ``arrays`` are by path: ``SHARED``, and those of ``PER_TASK`` that ``combine`` uses.
+    ``arrays`` maps paths to arrays: ``SHARED``, and those of ``PER_TASK`` that ``combine`` uses.
     """
 
     def __init__(self, config: MultitaskPrompts, arrays: Mapping[str, Array | HostArray]):
@@ -65,7 +64,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
                 continue
             array = _STD * jax.random.normal(array_key, shapes[name])
             if config.combine == "low_rank":
-                # The first rank is close to one everywhere, so that the product is.
+                # The first rank starts near one, so every entry of the product does too.
                 first = (0, slice(None)) if name == ROWS else (slice(None), 0)
                 array = array.at[:, *first].add(1.0)
             initialized[name] = array
@@ -76,7 +75,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
         return TunedModel(model, TaskPrompts(config, self.arrays()))
 
     def arrays(self) -> dict[str, Array]:
-        """All arrays by path."""
+        """Returns all arrays by path."""
         names = (SHARED, *PER_TASK)
         params = {path: getattr(self, path.removeprefix("method/"), None) for path in names}
         return {path: param.get_value() for path, param in params.items() if param is not None}
@@ -104,14 +103,15 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             prompt = combined(self.config.combine, self.arrays(), 0)
         else:
             arrays = self.arrays()
-            # One per task and not per row: there are fewer, and the gradient sums over rows once.
+            # Combine per task, not per row: there are fewer tasks, and the gradient then sums over
+            # rows only once.
             each = [combined(self.config.combine, arrays, n) for n in range(self.num_tasks)]
             prompt = jnp.stack(each)[task_B]
         return Injections(encoder_input=model.embed(tokens_BT, prompt))
 
 
 def array_shapes(config: MultitaskPrompts, model: T5, *, tasks: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each array by path."""
+    """Returns the shape of each array by path."""
     width = model.config.embed_dim
     per_task = {
         "sum": {TASK: (tasks, config.length, width)},
@@ -125,10 +125,11 @@ def array_shapes(config: MultitaskPrompts, model: T5, *, tasks: int) -> dict[str
 
 
 def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: int) -> Array:
-    """The plain prompt ``[P, D]`` of one task (``[P + Q, D]`` of a concatenation).
+    """Computes the plain prompt ``[P, D]`` of one task (``[P + Q, D]`` for a concatenation).
 
-    ``arrays`` are those of one member by path.  The result is a prompt for ``PromptTuning``: saved
-    as a file, it initializes one (``init=file``) or is served by itself.
+    ``arrays`` maps paths to the arrays of a single member.  The result is a prompt for
+    ``PromptTuning``: saved to a file, it can initialize another run (``init=file``) or be served
+    directly.  Raises UserError if there is no task with this number.
     """
     tasks = next(len(array) for path, array in arrays.items() if path in PER_TASK)
     if not 0 <= task < tasks:
@@ -143,10 +144,11 @@ def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: in
 def target_start(
     arrays: Mapping[str, Array | HostArray], *, tasks: int, task: int = -1
 ) -> dict[str, HostArray]:
-    """The initial arrays of ``tasks`` new tasks: the source's shared prompt and a task's arrays.
+    """Builds the initial arrays of ``tasks`` new tasks from a source run.
 
-    The latter are those of the source's task number ``task``, or the mean over its tasks (-1),
-    repeated for each new task.
+    The shared prompt is copied from the source.  Each new task starts from the arrays of the
+    source's task ``task``, or from the mean over its tasks if ``task`` is -1.  Raises UserError if
+    ``arrays`` has no shared prompt, or the source has no such task.
     """
     if SHARED not in arrays:
         raise UserError(

@@ -1,4 +1,4 @@
-"""P-tuning: a prompt made by an LSTM or an MLP, anywhere in the input (Liu et al. 2021)."""
+"""P-tuning: a prompt encoded by an LSTM or an MLP, anywhere in the input (Liu et al. 2021)."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ _GATES = 4
 
 
 class EncodedPrompt(TuningModule[PTuning]):
-    """Makes the prompt and puts it, and the anchors, into the input."""
+    """Encodes the prompt and inserts it into the input together with the anchors."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class EncodedPrompt(TuningModule[PTuning]):
         return TunedModel(model, EncodedPrompt(kept, vectors_AD, None, placed=trained))
 
     def prompt(self, *, key: Array | None = None) -> Array:
-        """The trained vectors ``[P, D]`` as the model gets them."""
+        """Returns the trained vectors ``[P, D]`` after the encoder, if there is one."""
         prompt_PD: Array = self.prompt_PD.get_value()
         return prompt_PD if self.config.encoder == "none" else self.encoder(prompt_PD, key=key)
 
@@ -90,7 +90,7 @@ class EncodedPrompt(TuningModule[PTuning]):
 
 
 class MlpEncoder(nnx.Module):
-    """Three affine maps with relu between them, of each vector by itself."""
+    """Applies three affine maps with relu in between to each vector separately."""
 
     def __init__(self, width: int, hidden: int, *, key: Array):
         keys = jax.random.split(key, 3)
@@ -104,7 +104,7 @@ class MlpEncoder(nnx.Module):
 
 
 class LstmEncoder(nnx.Module):
-    """Two bidirectional LSTM layers along the prompt, then two affine maps with relu between."""
+    """Applies two bidirectional LSTM layers, then two affine maps with relu in between."""
 
     def __init__(self, width: int, hidden: int, *, dropout_rate: float, key: Array):
         keys = jax.random.split(key, 4)
@@ -120,7 +120,7 @@ class LstmEncoder(nnx.Module):
 
 
 class BothWays(nnx.Module):
-    """``[P, I] -> [P, 2 * M]``: an LSTM from the left beside one from the right."""
+    """A bidirectional LSTM, ``[P, I] -> [P, 2 * M]``."""
 
     def __init__(self, inputs: int, hidden: int, *, key: Array):
         keys = jax.random.split(key)
@@ -132,9 +132,10 @@ class BothWays(nnx.Module):
 
 
 class Lstm(nnx.Module):
-    """``[P, I] -> [P, M]``; ``4*M*(I + M + 2)`` parameters, as torch.nn.LSTM has and starts them.
+    """An LSTM, ``[P, I] -> [P, M]``, with ``4 * M * (I + M + 2)`` parameters.
 
-    The gates are input, forget, cell and output, side by side.
+    Parameters and their initialization follow torch.nn.LSTM.  The gates are concatenated in the
+    order input, forget, cell, output.
     """
 
     def __init__(self, inputs: int, hidden: int, *, key: Array):

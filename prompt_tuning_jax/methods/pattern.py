@@ -1,4 +1,4 @@
-"""Parameters of the model itself, chosen by regular expressions (BitFit, Ben Zaken et al. 2022)."""
+"""Tuning of model parameters selected by regex (BitFit, Ben Zaken et al. 2022)."""
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import PatternTuning
@@ -10,7 +10,7 @@ from prompt_tuning_jax.untrusted_input import shown
 
 
 class PatternModule(TuningModule[PatternTuning]):
-    """Adds nothing: the parameters are the model's."""
+    """Adds no parameters; the trained parameters belong to the model."""
 
     @classmethod
     def attach(

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values in front of every layer's own (Li and Liang 2021)."""
+"""Prefix tuning: trained keys and values prepended in every layer (Li and Liang 2021)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class PlainPrefix(nnx.Module):
-    """The keys and values of a stack's layers themselves."""
+    """Stores the keys and values of all layers of a stack directly."""
 
     def __init__(self, key_LPHK: Array, value_LPHK: Array):
         axes = (None, "prompt", "heads", "kv")
@@ -34,7 +34,10 @@ class PlainPrefix(nnx.Module):
 
 
 class MlpPrefix(nnx.Module):
-    """Makes them of one vector per position; laid out as in PEFT: keys and values by turns."""
+    """Computes the keys and values with an MLP from one vector per position.
+
+    The MLP's output alternates keys and values, as in PEFT.
+    """
 
     def __init__(self, config: PrefixTuning, model: T5, layers: int, *, key: Array):
         keys = jax.random.split(key, 3)
@@ -54,7 +57,7 @@ class MlpPrefix(nnx.Module):
 
 
 class Prefixes(TuningModule[PrefixTuning]):
-    """Puts the prefixes of the chosen attentions into their slots."""
+    """Injects the prefixes of the selected attentions."""
 
     def __init__(self, config: PrefixTuning, stacks: Mapping[str, PlainPrefix | MlpPrefix]):
         super().__init__(config)
@@ -86,13 +89,13 @@ class Prefixes(TuningModule[PrefixTuning]):
         return with_prefixes(model, {n: stack.key_value() for n, stack in self.stacks()}, config)
 
     def stacks(self) -> Iterator[tuple[str, PlainPrefix | MlpPrefix]]:
-        """The chosen attentions and their prefixes."""
+        """Yields the name and prefix of each selected attention."""
         for name in ("encoder", "decoder", "cross"):
             if getattr(self.config, name):
                 yield name, getattr(self, name)
 
     def _before(self, name: str) -> bool:
-        return self.config.before and name != "cross"  # cross-attention knows no positions
+        return self.config.before and name != "cross"  # cross-attention has no positions
 
     def injections(
         self,
@@ -117,12 +120,12 @@ class Prefixes(TuningModule[PrefixTuning]):
 def with_prefixes(
     model: T5, arrays: Mapping[str, tuple[Array, Array]], config: PrefixTuning
 ) -> TunedModel:
-    """The model with these keys and values ``[L, P, H, K]`` by attention."""
+    """Attaches keys and values ``[L, P, H, K]``, given by attention name, to the model."""
     return TunedModel(model, Prefixes(config, {n: PlainPrefix(*a) for n, a in arrays.items()}))
 
 
 def _layers_of_attentions(config: PrefixTuning, model: T5) -> dict[str, int]:
-    """The chosen attentions, and the number of their layers."""
+    """Maps each selected attention to its number of layers."""
     sizes = model.config
     layers = {
         "encoder": sizes.num_encoder_layers,
@@ -133,7 +136,7 @@ def _layers_of_attentions(config: PrefixTuning, model: T5) -> dict[str, int]:
 
 
 def _words(config: PrefixTuning, model: T5, context: Context, *, key: Array) -> Array:
-    """Ids ``[P]``: the pieces of the labels, then sampled ones of the most common."""
+    """Returns ids ``[P]``: the labels' pieces, then pieces sampled from the most common ones."""
     size = model.token_embedder.table().shape[0]
     population = min(config.init_population or size, size)
     repeats = config.length > population
@@ -152,7 +155,7 @@ def _words(config: PrefixTuning, model: T5, context: Context, *, key: Array) -> 
 
 
 def _computed(model: T5, tokens_P: Array, names: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
-    """The keys and values ``[L, P, H, K]`` that these attentions compute for a text."""
+    """Records the keys and values ``[L, P, H, K]`` that each attention computes for a text."""
     graphdef, params = param_tree.split(model)
     shape = (len(tokens_P), model.config.num_heads, model.config.head_dim)
 

@@ -15,7 +15,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class Prompt(TuningModule[PromptTuning]):
-    """Holds ``prompt_PD``, or one prompt per example ``[B, P, D]``, and puts it into the input."""
+    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input."""
 
     def __init__(self, config: PromptTuning, prompt_PD: Array | HostArray):
         super().__init__(config)
@@ -30,7 +30,7 @@ class Prompt(TuningModule[PromptTuning]):
         return TunedModel(model, cls(config, prompt_PD))
 
     def for_inference(self, model: T5) -> TunedModel:
-        # The initialization no longer matters, and would ask for a vocabulary.
+        # The initialization no longer matters, and it would require a vocabulary.
         return with_prompt(model, self.prompt_PD.get_value(), self.config.as_trained())
 
     def injections(
@@ -61,5 +61,5 @@ class Prompt(TuningModule[PromptTuning]):
 def with_prompt(
     model: T5, prompt_PD: Array | HostArray, config: PromptTuning | None = None
 ) -> TunedModel:
-    """The model with this prompt, ``[P, D]`` or one per example ``[B, P, D]``."""
+    """Attaches a prompt ``[P, D]``, or one per example ``[B, P, D]``, to the model."""
     return TunedModel(model, Prompt(config or PromptTuning(), prompt_PD))

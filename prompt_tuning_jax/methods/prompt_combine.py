@@ -1,4 +1,4 @@
-"""Where the prompt goes in the embedded input, and which positions see it."""
+"""Placement of the prompt in the embedded input, and its attention mask."""
 
 from typing import Literal
 
@@ -18,11 +18,13 @@ def combine(
     placement: Placement,
     eos_id: int = 1,
 ) -> tuple[EncoderInput, Array]:
-    """Puts the prompt ``[P, D]`` or ``[B, P, D]`` into the input; also returns where it is.
+    """Inserts a prompt ``[P, D]`` or ``[B, P, D]`` into the input.
 
-    ``prefix`` puts it before everything, ``after_first`` after the first token, ``before_eos``
-    after the last real token but before the end-of-sequence token (if truncation has removed that
-    token, after the last).  Padding stays at the end.  The second result is boolean, ``[B, U]``.
+    ``prefix`` places it before everything, ``after_first`` after the first token, and
+    ``before_eos`` before the end-of-sequence token, or after the last real token if truncation has
+    removed that token.  Padding stays at the end.
+
+    Returns the combined input and a boolean ``[B, U]`` that is true at prompt positions.
     """
     batch, length = tokens_BT.shape
     joined = prepend(prompt, source)
@@ -44,11 +46,12 @@ def combine_rows(
     placement_B: Array,
     eos_id: int = 1,
 ) -> EncoderInput:
-    """Does what ``combine`` does, for rows that each have a prompt length and placement.
+    """Inserts prompts like ``combine``, with a separate prompt length and placement per row.
 
-    Each prompt is at the end of its P positions (``length_B`` of them, 0: none), and
-    ``placement_B`` indexes ``PLACEMENTS``.  The unused ``P - length`` positions come first and are
-    masked.  T5's positions are relative, so each row computes what it computes alone.
+    Each prompt occupies the last ``length_B`` of its P positions (0: no prompt), and
+    ``placement_B`` indexes ``PLACEMENTS``.  The unused ``P - length`` positions come first in the
+    result and are masked.  T5's positions are relative, so each row gives the same result as it
+    would alone.
     """
     starts = prompt_starts(source, tokens_BT, eos_id=eos_id)
     start_B = jnp.select(
@@ -62,7 +65,7 @@ def combine_rows(
 def prompt_starts(
     source: EncoderInput, tokens_BT: Array | HostArray, *, eos_id: int
 ) -> dict[Placement, Array]:
-    """The position ``[B]`` of each row's first prompt vector, by placement."""
+    """Returns the position ``[B]`` of each row's first prompt vector, by placement."""
     real_B = jnp.sum(source.mask_BU, axis=1)
     at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
     last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
@@ -76,8 +79,11 @@ def prompt_starts(
 def _moved(
     joined: EncoderInput, start_B: Array, length_B: Array, *, max_length: int
 ) -> tuple[EncoderInput, Array]:
-    """Moves the prompts, which ``joined`` has in front, to their start; and where they are."""
-    # A row's own positions begin behind the unused ones of its prompt.
+    """Moves the prompts from the front of ``joined`` to ``start_B``.
+
+    Returns the result and a boolean ``[B, U]`` that is true at prompt positions.
+    """
+    # Position 0 of a row comes after the unused positions of its prompt.
     unused_B1 = (max_length - length_B)[:, None]
     start_B1, length_B1 = start_B[:, None], length_B[:, None]
     position_BU = jnp.arange(joined.mask_BU.shape[1])[None, :] - unused_B1
@@ -100,7 +106,7 @@ def attention_mask(
     prompt_to_prompt: Literal["all", "causal", "none"],
     input_to_prompt: bool,
 ) -> Array | None:
-    """Who may look at whom, ``[B, U, U]`` (query, key); None where all may.
+    """Builds the attention mask ``[B, U, U]`` (query, key), or None if nothing is masked.
 
     A prompt position always sees itself.
     """

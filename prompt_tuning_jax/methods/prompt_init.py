@@ -21,15 +21,19 @@ _log = logging.getLogger(__name__)
 
 
 def uniform(key: Array, length: int, width: int, *, low: float, high: float) -> Array:
-    """``[P, D]`` drawn from [low, high): the paper's [-0.5, 0.5), the released code's [0, 0.5)."""
+    """Draws a prompt ``[P, D]`` uniformly from [low, high).
+
+    The paper uses [-0.5, 0.5), and the released code uses [0, 0.5).
+    """
     return jax.random.uniform(key, (length, width), jnp.float32, low, high)
 
 
 def sampled_vocabulary(key: Array, embedding_VD: Table, length: int, *, population: int) -> Array:
-    """``[P, D]``: embeddings of pieces drawn from the first ``population``, the most common ones.
+    """Samples embeddings ``[P, D]`` from the first (most common) ``population`` pieces.
 
-    Pieces repeat only where the prompt is longer than the population; 0 takes the vocabulary whole.
-    Draws the pieces that prompt_tuning/prompts.py, ``from_sample_of_embeddings`` draws.
+    A ``population`` of 0 means the whole vocabulary.  Pieces repeat only if the prompt is longer
+    than the population.  The draw matches ``from_sample_of_embeddings`` in
+    prompt_tuning/prompts.py.
     """
     population = min(population or embedding_VD.shape[0], embedding_VD.shape[0])
     chosen_P = jax.random.choice(key, population, (length,), replace=length > population)
@@ -37,7 +41,10 @@ def sampled_vocabulary(key: Array, embedding_VD: Table, length: int, *, populati
 
 
 def class_labels(embedding_VD: Table, vocabulary: Vocabulary, labels: Sequence[str]) -> Array:
-    """``[number of labels, D]``: each label as the mean of the embeddings of its pieces."""
+    """Returns one vector per label, ``[C, D]``: the mean embedding of the label's pieces.
+
+    Raises UserError if a label has no pieces.
+    """
     rows = []
     for label in labels:
         pieces = vocabulary.encode(label)
@@ -51,17 +58,18 @@ def class_labels(embedding_VD: Table, vocabulary: Vocabulary, labels: Sequence[s
 
 
 def described(content_PD: Array, labels_CD: Array) -> Array:
-    """``[P, D]``: the labels in turn, and contents in the way of ``methods.DescribedPrompts``.
+    """Builds a prompt ``[P, D]`` that cycles through the labels and adds content to each position.
 
-    For models that were pre-trained with such prompts, the bundled one for instance: every position
-    is a vote for its label wherever the input resembles its content.
+    The content is rotated by half the width, as in ``methods.DescribedPrompts``.  Use this for
+    models that were pre-trained with such prompts, such as the bundled one: each position votes for
+    its label when the input resembles its content.
     """
     turned_PD = jnp.roll(content_PD, content_PD.shape[1] // 2, axis=-1)
     return turned_PD + labels_CD[jnp.arange(content_PD.shape[0]) % labels_CD.shape[0]]
 
 
 def say_what_is_left_out(init: str, labels: Sequence[str], length: int) -> None:
-    """A note where a prompt has fewer positions than there are labels."""
+    """Logs a warning if the prompt has fewer positions than there are labels."""
     if len(labels) <= length:
         return
     listed = ", ".join(repr(label) for label in labels[length:][:_MOST_LISTED])
@@ -74,7 +82,10 @@ def say_what_is_left_out(init: str, labels: Sequence[str], length: int) -> None:
 
 
 def string(embedding_VD: Table, vocabulary: Vocabulary, text: str) -> Array:
-    """``[number of pieces, D]``: the embeddings of the pieces of a text."""
+    """Returns the embeddings of a text's pieces, ``[number of pieces, D]``.
+
+    Raises UserError if the text has no pieces.
+    """
     pieces = vocabulary.encode(text)
     if not pieces:
         raise UserError("method.init=string: method.init_text has no pieces; give it some text")
@@ -101,9 +112,10 @@ def init_prompt(
     context: Context,
     labels: Sequence[str] = (),
 ) -> Array:
-    """A prompt ``[length, D]`` as the fields of ``config`` say; ``labels`` replace the context's.
+    """Initializes a prompt ``[length, D]`` as the fields of ``config`` specify.
 
-    Raises UserError as ``initial_prompt`` does.
+    ``labels``, if not empty, override the labels of the context.  Raises UserError under the same
+    conditions as ``initial_prompt``.
     """
     return initial_prompt(
         config.init,
@@ -130,9 +142,10 @@ def initial_prompt(
     file_PD: HostArray | None = None,
     population: int = 5000,
 ) -> Array:
-    """A prompt ``[P, D]`` in float32; what labels or a text leave over is sampled vocabulary.
+    """Initializes a prompt ``[P, D]`` in float32.
 
-    Raises UserError where the initialisation lacks what it needs, or the file has another shape.
+    Positions that labels or a text do not fill start from sampled vocabulary.  Raises UserError if
+    an input that ``init`` requires is missing, or if the file's prompt has a different shape.
     """
     width = embedding_VD.shape[1]
     if init == "uniform":

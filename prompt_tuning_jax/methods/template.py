@@ -1,4 +1,4 @@
-"""Where prompt vectors and given words stand in the input, as a text says it."""
+"""Prompt templates: the placement of trained vectors and fixed words in the input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +15,11 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A template in a vocabulary: one entry per vector that is added to the input.
+    """A tokenized template, with one entry per vector that is added to the input.
 
-    ``anchors`` holds an anchor's token id or -1 for a trained vector; ``behind`` after how many of
-    the input's tokens the vector stands, rising, -1 being behind all of them.
+    ``anchors`` holds the token id of an anchor (a fixed word), or -1 for a trained vector.
+    ``behind`` holds the number of input tokens before the vector, in ascending order; -1 means all
+    of them and comes last.
     """
 
     anchors: tuple[int, ...]
@@ -26,7 +27,10 @@ class Placed:
 
 
 def place(template: PromptTemplate, vocabulary: Vocabulary | None) -> Placed:
-    """The template with its anchors as tokens; UserError where they cannot be had."""
+    """Tokenizes the anchors of a template.
+
+    Raises UserError if the template has anchors and ``vocabulary`` is None.
+    """
     anchors: list[int] = []
     behind: list[int] = []
     passed = 0
@@ -49,7 +53,7 @@ def place(template: PromptTemplate, vocabulary: Vocabulary | None) -> Placed:
 
 
 def vectors(placed: Placed, prompt_PD: Array, model: T5) -> Array:
-    """All vectors ``[A, D]`` that are added: the trained ones, and the anchors' embeddings."""
+    """Returns all added vectors ``[A, D]``: the trained vectors and the anchors' embeddings."""
     trained_A = [anchor < 0 for anchor in placed.anchors]
     if all(trained_A):
         return prompt_PD
@@ -68,10 +72,10 @@ def put(
     *,
     eos_id: int = 1,
 ) -> EncoderInput:
-    """The vectors put into the embedded input, each behind so many of its tokens (-1: all).
+    """Inserts each vector into the embedded input after ``behind`` of its tokens (-1: all).
 
-    Tokens are those before the end-of-sequence token and the padding; where an input has fewer than
-    a vector asks for, the vector stands behind its last.
+    Only tokens before the end-of-sequence token and the padding count.  If an input has fewer
+    tokens than requested, the vector follows its last token.
     """
     joined = prepend(vectors_AD, source)
     if not any(behind):
@@ -80,7 +84,7 @@ def put(
     words_B = jnp.sum(source.mask_BU & (tokens_BT != eos_id), axis=1)
     asked_A = jnp.asarray([tokens_BT.shape[1] if n < 0 else n for n in behind], jnp.int32)
     behind_BA = jnp.minimum(asked_A[None, :], words_B[:, None])
-    # joined holds the vectors first: say for each of its positions where it goes.
+    # joined starts with the vectors; compute the target of each of its positions.
     vector_to_BA = behind_BA + jnp.arange(len(behind))[None, :]
     positions_T = jnp.arange(tokens_BT.shape[1])
     before_BT = jnp.sum(behind_BA[:, None, :] <= positions_T[None, :, None], axis=2)
@@ -94,7 +98,7 @@ def put(
 
 
 def without_words(template: PromptTemplate, placed: Placed) -> str:
-    """The text of a template whose anchors are trained vectors, too."""
+    """Returns the template's text with every anchor replaced by a trained vector."""
     texts: list[str] = []
     passed = 0
     for piece in template.pieces:

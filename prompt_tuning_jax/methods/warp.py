@@ -1,4 +1,4 @@
-"""WARP: prompt tokens in the input, class vectors at the output (Hambardzumyan et al. 2021)."""
+"""WARP: prompt vectors in the input, class vectors at the output (Hambardzumyan et al. 2021)."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class ClassVectors(TuningModule[WARP]):
-    """Puts the prompt into the input, and scores the labels."""
+    """Inserts the prompt into the input and scores the labels with class vectors."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where a tuning method may put something into one forward pass of the frozen model."""
+"""Inputs that a tuning method injects into a forward pass of the frozen model."""
 
 from dataclasses import dataclass, field, replace
 
@@ -10,11 +10,11 @@ from prompt_tuning_jax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class EncoderInput:
-    """What the encoder reads in place of token ids.
+    """The embedded input of the encoder, which replaces token ids.
 
-    ``embeddings_BUD``; ``mask_BU`` is true at real positions, those that others may look at;
-    ``attention_mask_BUU`` (query, key), when given, takes away more: a query sees a key only where
-    both allow it.  Its batch dimension may be 1.
+    ``mask_BU`` is true at real positions, which other positions may attend to.  The optional
+    ``attention_mask_BUU`` (query, key) restricts attention further: a query sees a key only if both
+    masks allow it.  The batch dimension of ``attention_mask_BUU`` may be 1.
     """
 
     embeddings_BUD: Array
@@ -25,9 +25,10 @@ class EncoderInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """Keys and values ``[B or 1, P, H, K]`` in front of a layer's own; every query sees them.
+    """Keys and values ``[B or 1, P, H, K]`` prepended to those of a layer; every query sees them.
 
-    They have no positions, or in self-attention the P ``before`` the sequence.
+    They have no positions by default.  In self-attention, ``before`` assigns them the P positions
+    before the sequence.
     """
 
     key_BPHK: Array
@@ -38,9 +39,9 @@ class KeyValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerPrompt:
-    """Vectors ``[B or 1, P, D]`` for the first positions of what a layer reads.
+    """Vectors ``[B or 1, P, D]`` for the first P positions of a layer's input.
 
-    They stand there in place of what the layer below made, or are added to it.
+    They replace the output of the layer below, or are added to it if ``add`` is true.
     """
 
     vectors_BPD: Array
@@ -57,11 +58,11 @@ class LayerPrompt:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Injections:
-    """All slots of one forward pass; None leaves the model as it is.
+    """All injections of one forward pass; a field that is None changes nothing.
 
-    The prefixes have one entry per layer of their stack, and so have the prompts of the encoder's
-    layers (None: none).  The remaining slot is in the modules:
-    every ``Linear`` has an ``adapter`` (models/layers.py), ``decoder.logits_dense`` included.
+    Prefixes have one entry per layer of their stack.  ``layer_prompts`` has one entry per encoder
+    layer, where None means no prompt.  Adapters are not part of this class: every ``Linear``,
+    including ``decoder.logits_dense``, has an ``adapter`` attribute (models/layers.py).
     """
 
     encoder_input: EncoderInput | None = None
@@ -71,7 +72,7 @@ class Injections:
     cross_prefixes: tuple[KeyValues, ...] | None = None
 
     def of_decoder(self) -> "Injections":
-        """Those that are still needed when the encoder has run."""
+        """Returns the injections that are still needed after the encoder has run."""
         return replace(self, encoder_input=None, layer_prompts=None, encoder_prefixes=None)
 
 

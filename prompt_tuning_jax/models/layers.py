@@ -1,4 +1,4 @@
-"""Layers without a view of the sequence: linear map, embedding, RMS norm, mlp, dropout."""
+"""Position-wise layers: linear map, embedding, RMS norm, mlp, dropout."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
-LINEAR = "linear"  # the name of linear maps' results, for what is kept for the backward
+LINEAR = "linear"  # the checkpoint name of linear outputs, used by the remat policy
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -33,27 +33,27 @@ def normal_param(
     std: float,
     dtype: DType,
 ) -> nnx.Param[Array]:
-    """A parameter drawn from a normal distribution, with its logical axes.
+    """Creates a parameter with logical axes, drawn from a normal distribution.
 
-    The axes are kept under a metadata key of our own: flax acts on the keys it knows, and the
-    model must also be built where there is no mesh.
+    The axes are stored under a custom metadata key: flax acts on the keys it knows, and the model
+    must also be buildable without a mesh.
     """
     value = (jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype)
     return nnx.Param(value, logical_axes=axes)
 
 
 class LinearAdapter(Protocol):
-    """What a method puts around a linear map: it sees the input, and calls the map or not.
+    """A wrapper that a method puts around a linear map.
 
-    ``linear`` is the map itself.  Instances are modules, whose parameters then stand under
-    ``.../adapter/`` beside the map's own.
+    It receives the input and the map, ``linear``, and may call the map or not.  Instances are
+    modules, and their parameters are stored under ``.../adapter/`` next to those of the map.
     """
 
     def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array: ...
 
 
 class Linear(nnx.Module):
-    """``[..., in] -> [..., out]`` without bias; ``adapter`` is a slot for methods."""
+    """A linear map ``[..., in] -> [..., out]`` without bias; methods may set ``adapter``."""
 
     def __init__(
         self,
@@ -77,18 +77,18 @@ class Linear(nnx.Module):
         return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
 
     def plain(self, x: Array) -> Array:
-        """The map itself, whatever is around it."""
+        """Applies the map without its adapter."""
         kernel_DF = self.kernel.get_value()
         y = matmul.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
         return checkpoint_name(y, LINEAR)
 
     def columns(self, outputs_N: Array | HostArray) -> Array:
-        """The weights ``[in, N]`` of some of the outputs, in float32."""
+        """Returns the weights ``[in, N]`` of the selected outputs in float32."""
         return self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
 
 
 class Table(Protocol):
-    """Rows ``[V, D]`` to take some of, however they are held."""
+    """A table of rows ``[V, D]`` that can be indexed, regardless of how they are stored."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -97,7 +97,7 @@ class Table(Protocol):
 
 
 class Embed(nnx.Module):
-    """Token ids ``[...] -> [..., D]``; std 1 as T5 has it."""
+    """Embeds token ids, ``[...] -> [..., D]``; initialized with std 1 as in T5."""
 
     def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.embed_dim)
@@ -106,23 +106,23 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
-        # Its own layout would divide the width of x, where the batch should be divided.
+        # The table's own sharding would split x along its width, but x must be split by batch.
         table_VD = with_logical_constraint(self.embedding.get_value(), ("vocab", None))
         x = jnp.take(table_VD, tokens, axis=0).astype(self.dtype)
         return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
     def table(self) -> Table:
-        """The rows themselves."""
+        """Returns the embedding rows ``[V, D]``."""
         return self.embedding.get_value()
 
     def attend(self, x: Array) -> Array:
-        """Logits ``[..., V]`` in float32: the product with the table itself."""
+        """Computes logits ``[..., V]`` in float32 with the embedding table as output head."""
         table_DV = self.embedding.get_value().T
         return matmul.dot(x, table_DV, dtype=self.dtype, out_dtype=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
-    """Scale by the root mean square, computed in float32; no mean, no bias."""
+    """Normalizes by the root mean square, computed in float32, without mean or bias."""
 
     def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType):
         ones = jnp.ones((config.embed_dim,), param_dtype)
@@ -154,7 +154,7 @@ def _rms_norm_backward(
 ) -> tuple[Array, Array]:
     x, scale_D = saved
     normed, inverse_rms = _normed(x, eps)
-    # Sums of products as products of matrices: as sums, a CPU takes thirty times as long.
+    # Compute sums of products as matrix products: plain sums are thirty times slower on CPU.
     scaled = cotangent * scale_D.astype(jnp.float32)
     share = matmul.inner(scaled, normed)[..., None] / x.shape[-1]
     dx = inverse_rms * (scaled - normed * share)
@@ -166,7 +166,7 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class Mlp(nnx.Module):
-    """``wo(act_0(wi_0 x) * act_1(wi_1 x))``, or ``wo(act(wi x))`` where there is one activation."""
+    """Computes ``wo(act_0(wi_0 x) * act_1(wi_1 x))``, or ``wo(act(wi x))`` for one activation."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: Array, *, key: Array | None = None) -> Array:
         branches_BTF = []
         for name, activation in zip(self.names, self.activations, strict=True):
-            # In float32: a narrow gelu costs a CPU five times as much, and a TPU fuses the cast.
+            # Use float32: a narrow gelu is five times slower on CPU, and TPUs fuse the cast.
             x_BTF = getattr(self, name)(x_BTD).astype(jnp.float32)
             branches_BTF.append(ACTIVATIONS[activation](x_BTF))
         hidden_BTF = math.prod(branches_BTF[1:], start=branches_BTF[0])
@@ -215,10 +215,11 @@ class Mlp(nnx.Module):
 
 
 def dropout(x: Array, rate: float, *, key: Array | None, shared_axis: int | None = None) -> Array:
-    """Zeroes a share of x and scales the rest up; the identity where ``key`` is None.
+    """Zeroes a fraction ``rate`` of x and scales up the rest; the identity if ``key`` is None.
 
-    ``shared_axis`` gets one decision for all its positions, as T5X does along the length
-    (t5x/examples/t5/network.py, ``broadcast_dims=(-2,)``): it regularises as well and costs less.
+    All positions along ``shared_axis`` share one mask, as T5X does along the length
+    (t5x/examples/t5/network.py, ``broadcast_dims=(-2,)``).  This regularises equally well and is
+    cheaper.
     """
     if key is None or rate == 0.0:
         return x
@@ -230,5 +231,5 @@ def dropout(x: Array, rate: float, *, key: Array | None, shared_axis: int | None
 
 
 def split_key(key: Array | None, count: int) -> list[Array | None]:
-    """``count`` independent keys, or as many Nones where there is no dropout."""
+    """Splits a key into ``count`` independent keys; returns ``count`` Nones if it is None."""
     return [None] * count if key is None else list(jax.random.split(key, count))

@@ -11,7 +11,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TokenSums:
-    """Sums over a batch: loss, real target tokens, examples, and examples wholly right."""
+    """Sums over a batch: loss, real target tokens, examples, and fully correct examples."""
 
     loss: Array
     tokens: Array
@@ -27,11 +27,11 @@ def token_sums(
     padding: int = 0,
     weights_B: Array | HostArray | None = None,
 ) -> TokenSums:
-    """Summed cross entropy over tokens that are not padding, plus ``z_loss * log(Z)**2`` each.
+    """Sums the cross entropy plus ``z_loss * log(Z)**2`` over all tokens that are not padding.
 
-    The sum is what T5X trains on (t5x/losses.py); divided by ``tokens`` it is the mean.  Rows that
-    are all padding count for nothing.  With ``weights_B`` each example's loss and tokens count so
-    many times; ``examples`` and ``correct`` are numbers of examples all the same.
+    T5X trains on the same sum (t5x/losses.py); divide by ``tokens`` to get the mean.  Rows that
+    contain only padding are ignored.  ``weights_B`` scales each example's loss and token count, but
+    not ``examples`` and ``correct``, which always count examples.
     """
     logits_BSV, targets_BS = logits_BSV.astype(jnp.float32), jnp.asarray(targets_BS)
     real_BS = targets_BS != padding
@@ -59,8 +59,8 @@ def class_sums(
     z_loss: float = 0.0,
     weights_B: Array | HostArray | None = None,
 ) -> TokenSums:
-    """The same for one choice among classes in place of tokens; class -1 counts for nothing."""
+    """Computes the sums of ``token_sums`` for a choice among classes; class -1 is ignored."""
     none_B1 = jnp.full((len(logits_BC), 1), jnp.finfo(jnp.float32).min / 2)
-    # Class 0 of a sequence of one would be padding.
+    # Shift classes by one, because class 0 would count as padding.
     logits_B1C = jnp.concatenate([none_B1, logits_BC.astype(jnp.float32)], axis=1)[:, None]
     return token_sums(logits_B1C, class_B[:, None] + 1, z_loss=z_loss, weights_B=weights_B)

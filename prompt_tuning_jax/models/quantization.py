@@ -1,9 +1,10 @@
-"""Frozen weights in 8 or 4 bits, made full again inside the product that uses them.
+"""Frozen weights in 8 or 4 bits, dequantised inside the product that uses them.
 
-Symmetric and by the largest weight: an int8 kernel has one scale per output channel, an int4 kernel
-one in bfloat16 for every 32 inputs of an output channel.  Only weights are narrow; activations,
-their derivatives and all sums are as without.  The embedding table (one scale per row) and the
-kernel of the logits are int8 in both.  Norms and position biases stay as they are.
+Quantisation is symmetric, and the largest weight determines the scale.  An int8 kernel has one
+scale per output channel; an int4 kernel has one bfloat16 scale per 32 inputs of an output channel.
+Only weights are quantised; activations, their derivatives and all sums keep their precision.  The
+embedding table (one scale per row) and the logits kernel are int8 in both modes.  Norms and
+position biases are not quantised.
 """
 
 import math
@@ -35,10 +36,10 @@ def quantized(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Array]:
-    """What a quantised T5 has in place of the parameter of this name, by name.
+    """Quantises one parameter and returns the parameters that replace it, by name.
 
-    Whole numbers under the same name with their scales beside them (``..._scale``), or the array
-    itself where it is none that is quantised.  An abstract array gives abstract ones.
+    A quantised parameter becomes integers under the same name and scales under ``..._scale``; any
+    other parameter is returned unchanged.  An abstract array gives abstract results.
     """
     *path, last = name.split("/")
     if quantization == "none" or last not in (KERNEL, TABLE):
@@ -54,7 +55,7 @@ def quantized(
 
 @cache
 def _maker(kind: Quantization, *, of_rows: bool, layouts: Any) -> Any:
-    """A jitted quantiser; a model has about six different shapes, and each is compiled once."""
+    """Returns a jitted quantiser, which compiles once per shape (about six in a model)."""
 
     def make(array: Array) -> tuple[Array, Array]:
         values, scale = quantize(array.T if of_rows else array, kind)
@@ -64,9 +65,9 @@ def _maker(kind: Quantization, *, of_rows: bool, layouts: Any) -> Any:
 
 
 def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: str = "") -> None:
-    """Puts quantised layers in the place of a model's linear maps and table, one after another.
+    """Replaces a model's linear maps and embedding table by quantised layers, one at a time.
 
-    Of a model whose parameters are shapes, the result's are, too.
+    If the model's parameters are abstract, so are those of the quantised layers.
     """
     if quantization == "none":
         return
@@ -83,17 +84,17 @@ def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: st
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:
-    """Whether these are the parameters of a model with quantised weights, by their names."""
+    """Returns whether the parameter names are those of a model with quantised weights."""
     return any(name.endswith((KERNEL + SCALE, TABLE + SCALE)) for name in params)
 
 
 def bytes_of(params: Mapping[str, Any]) -> int:
-    """What the parameters take where they lie; two int4 share a byte."""
+    """Returns the size of the parameters in bytes; two int4 values share a byte."""
     return sum(p.size * jax.dtypes.itemsize_bits(p.dtype) // 8 for p in params.values())
 
 
 def quantize(kernel_DF: Array, quantization: Quantization) -> tuple[Array, Array]:
-    """Whole numbers ``[D, F]`` and their scales ``[groups, F]``; one group in int8."""
+    """Returns integers ``[D, F]`` and their scales ``[groups, F]``; int8 has one group."""
     inputs, outputs = kernel_DF.shape
     group, top, dtype = inputs, 127, jnp.float32
     if quantization == "int4":
@@ -101,17 +102,17 @@ def quantize(kernel_DF: Array, quantization: Quantization) -> tuple[Array, Array
     weights_GIF = kernel_DF.astype(jnp.float32).reshape(-1, group, outputs)
     largest_GF = jnp.max(jnp.abs(weights_GIF), axis=1)
     scale_GF = jnp.where(largest_GF > 0, largest_GF / top, 1.0).astype(dtype)
-    # Clipped, because a scale that was rounded down has the largest weight beyond it.
+    # Clip, because the largest weight is out of range if its scale was rounded down.
     whole_GIF = jnp.clip(jnp.round(weights_GIF / scale_GF[:, None]), -top, top)
     return whole_GIF.reshape(inputs, outputs).astype(quantization), scale_GF
 
 
 def quantized_dot(x: Array, kernel_DF: Array, scale_GF: Array, *, dtype: DType) -> Array:
-    """``[..., D] @ [D, F]`` in float32, operands in ``dtype``; as ``precision.dot`` otherwise.
+    """Computes ``[..., D] @ [D, F]`` with operands in ``dtype`` and a float32 result.
 
-    The kernel is made full for this product alone, and once more for the derivative with respect to
-    x: kept in between, the full kernels of all layers would stand in memory together.  There is no
-    derivative with respect to the kernel.
+    Otherwise it works like ``matmul.dot``.  The kernel is dequantised for this product and again
+    for the derivative with respect to x; keeping it would hold the full kernels of all layers in
+    memory at once.  There is no derivative with respect to the kernel.
     """
     flat_ND = x.reshape(-1, x.shape[-1]).astype(dtype)
     out_NF = _dot(flat_ND, kernel_DF, scale_GF)
@@ -119,9 +120,10 @@ def quantized_dot(x: Array, kernel_DF: Array, scale_GF: Array, *, dtype: DType) 
 
 
 def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
-    """The kernel in the dtype of what it is multiplied with.
+    """Dequantises the kernel in the dtype of ``beside``, the operand it is multiplied with.
 
-    But for the scale of whole channels: that is for the product, and so exact in bfloat16.
+    Per-channel scales (int8) are not applied here but to the product, so that the kernel's integers
+    are exact in bfloat16.
     """
     dtype = beside.dtype
     groups, outputs = scale_GF.shape
@@ -152,7 +154,8 @@ def _dot_backward(
     kernel_DF, scale_GF, empty_0 = saved
     if scale_GF.shape[0] == 1:
         cotangent_NF = cotangent_NF * scale_GF
-    # Fused into the product, the cast would put the CPU backend on its slow kernel.
+    # The barrier prevents fusion of the cast into the product, which would make the CPU backend use
+    # its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(empty_0.dtype))
     full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
     return matmul.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
@@ -163,11 +166,13 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 @jax.custom_batching.custom_vmap
 def _not_before(kernel_DF: Array, x_ND: Array) -> Array:
-    """The kernel, to be made full when x is there, and not for all layers at the start of a step.
+    """Returns the kernel with a dependency on x, so that it is dequantised only after x exists.
 
-    Nor for the backward product what the forward one had, nor once for all rounds of a loop.  A
-    barrier keeps compilers from it, but for the CPU's, which takes barriers away before it looks
-    for what is computed twice: there the kernel depends on x in its numbers, if x is not finite.
+    Without the dependency, a compiler may dequantise the kernels of all layers at the start of a
+    step, reuse the full kernel of the forward product in the backward product, or hoist it out of a
+    loop.  An optimization barrier prevents this, except on CPU, where the compiler removes barriers
+    before it eliminates common subexpressions.  On CPU the values depend on x instead: the result
+    is zero if the first element of x is infinite.
     """
 
     def by_numbers(kernel_DF: Array, x_ND: Array) -> Array:
@@ -185,17 +190,17 @@ def _not_before(kernel_DF: Array, x_ND: Array) -> Array:
 def _not_before_any(
     axis_size: int, in_batched: list[bool], kernel_DF: Array, x_ND: Array
 ) -> tuple[Array, bool]:
-    # One x of a batch is enough; with each the kernel would be another.
+    # One x of the batch is enough; a dependency on each would give the kernel a batch dimension.
     return _not_before(kernel_DF, x_ND[0] if in_batched[1] else x_ND), in_batched[0]
 
 
 class QuantizedLinear(nnx.Module):
-    """``[..., in] -> [..., out]``, in the place of a ``Linear``."""
+    """A quantised replacement of ``Linear``: ``[..., in] -> [..., out]``."""
 
     def __init__(self, linear: Linear, kernel_DF: Array, scale_GF: Array):
         axes = linear.kernel.get_metadata()["logical_axes"]
         self.kernel = nnx.Param(kernel_DF, logical_axes=axes)
-        # Groups are cut along the inputs; where there is one it is whole on every device.
+        # Groups are sharded along the inputs; a single group is replicated on every device.
         self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
         self.dtype = linear.dtype
         self.out_dtype = linear.out_dtype
@@ -205,21 +210,21 @@ class QuantizedLinear(nnx.Module):
         return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
 
     def plain(self, x: Array) -> Array:
-        """The map itself, whatever is around it."""
+        """Applies the map without its adapter."""
         kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
         out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
         out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
         return checkpoint_name(out, LINEAR)
 
     def columns(self, outputs_N: Array | HostArray) -> Array:
-        """The weights ``[in, N]`` of some of the outputs, in float32."""
+        """Returns the weights ``[in, N]`` of the selected outputs in float32."""
         whole_DN = self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
         scale_GN = self.kernel_scale.get_value()[:, outputs_N].astype(jnp.float32)
         return whole_DN * jnp.repeat(scale_GN, len(whole_DN) // len(scale_GN), axis=0)
 
 
 class QuantizedEmbed(nnx.Module):
-    """Token ids ``[...] -> [..., D]``, in the place of an ``Embed``."""
+    """A quantised replacement of ``Embed``: token ids ``[...] -> [..., D]``."""
 
     def __init__(self, embed: Embed, rows_VD: Array, scale_V1: Array):
         axes = embed.embedding.get_metadata()["logical_axes"]
@@ -231,19 +236,19 @@ class QuantizedEmbed(nnx.Module):
         return self.table()[tokens].astype(self.dtype)
 
     def table(self) -> Table:
-        """The rows, each made full when it is asked for."""
+        """Returns the table, whose rows are dequantised on access."""
         rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
         return QuantizedTable(rows_VD=rows_VD, scale_V1=scale_V1)
 
     def attend(self, x: Array) -> Array:
-        """Logits ``[..., V]`` in float32: the product with the table itself."""
+        """Computes logits ``[..., V]`` in float32 with the embedding table as output head."""
         rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
         return quantized_dot(x, rows_VD.T, scale_V1.T, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTable:
-    """Rows ``[V, D]`` in float32 that are never there all at once."""
+    """A table of rows ``[V, D]`` that are dequantised to float32 only when indexed."""
 
     rows_VD: Array
     scale_V1: Array

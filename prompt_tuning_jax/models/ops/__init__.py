@@ -1,1 +1,1 @@
-"""Numerical operations, one implementation per platform where it pays."""
+"""Numerical operations, with platform-specific implementations where they are faster."""

@@ -1,9 +1,9 @@
 """Matrix products with low-precision operands and float32 accumulation, forward and backward.
 
-``jax.lax.dot_general`` with bfloat16 operands and ``preferred_element_type=float32`` is the fast
-kernel of CPUs and TPUs alike, but its derivative multiplies a float32 cotangent with a bfloat16
-operand and falls off it.  Here the cotangent is cast down first, so all three products are the
-same kind.
+``jax.lax.dot_general`` with bfloat16 operands and ``preferred_element_type=float32`` uses the fast
+kernel on both CPU and TPU.  Its derivative does not, because it multiplies a float32 cotangent by a
+bfloat16 operand.  This module casts the cotangent down first, so that all three products use the
+fast kernel.
 """
 
 import math
@@ -17,10 +17,11 @@ from prompt_tuning_jax.typing import Array, DType
 
 
 def dot(x: Array, kernel_DF: Array, *, dtype: DType, out_dtype: DType | None = None) -> Array:
-    """``x @ kernel`` over x's last axis: ``[..., D], [D, F] -> [..., F]`` in ``out_dtype``.
+    """Computes ``x @ kernel``: ``[..., D], [D, F] -> [..., F]`` in ``out_dtype``.
 
-    In float32 this is the plain product.  In a narrower dtype operands are cast to it and products
-    are summed in float32, in the derivatives too.  ``out_dtype`` is ``dtype`` unless given.
+    In float32 this is the plain product.  In a narrower dtype the operands are cast to it, and
+    products are summed in float32; the same holds for the derivatives.  ``out_dtype`` defaults to
+    ``dtype``.
     """
     out_dtype = dtype if out_dtype is None else out_dtype
     if jnp.dtype(dtype) == jnp.float32:
@@ -31,9 +32,10 @@ def dot(x: Array, kernel_DF: Array, *, dtype: DType, out_dtype: DType | None = N
 
 
 def einsum(equation: str, left: Array, right: Array, *, dtype: DType) -> Array:
-    """A two-operand einsum (every letter of an operand in the other or in the result), in float32.
+    """Computes an einsum of two operands, cast to ``dtype``, with a float32 result.
 
-    The result stays in float32: it is a sum or goes into a softmax.
+    Every letter of an operand must occur in the other operand or in the result.  The result stays
+    in float32 because it is a sum or the input of a softmax.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return jnp.einsum(equation, left.astype(dtype), right.astype(dtype))
@@ -41,12 +43,12 @@ def einsum(equation: str, left: Array, right: Array, *, dtype: DType) -> Array:
 
 
 def inner(left: Array, right: Array) -> Array:
-    """The sum of products over the last axis, in float32: ``[..., D], [..., D] -> [...]``."""
+    """Sums products over the last axis, in float32: ``[..., D], [..., D] -> [...]``."""
     return jnp.einsum("...d,...d->...", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def softmax(x: Array) -> Array:
-    """Over the last axis, in float32, with a backward pass that a CPU does not stumble over."""
+    """Computes the softmax over the last axis in float32, with a backward pass fast on CPU."""
     return _softmax(x.astype(jnp.float32))
 
 
@@ -61,7 +63,8 @@ def _softmax_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _softmax_backward(weights: Array, cotangent: Array) -> tuple[Array]:
-    # Fused into the product that made it, the sum would take five times as long as both.
+    # The barrier prevents fusion of the sum into the product that computed the cotangent; fused,
+    # they would take five times as long as both separately.
     cotangent = jax.lax.optimization_barrier(cotangent)
     return (weights * (cotangent - inner(weights, cotangent)[..., None]),)
 
@@ -70,7 +73,10 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    """Two matrices, summed over this dimension of each, in float32; no derivative of its own."""
+    """Multiplies two matrices in float32, contracting dimension ``contract[i]`` of operand i.
+
+    This function has no custom derivative.
+    """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
@@ -86,7 +92,8 @@ def _dot_forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Arr
 
 def _dot_backward(saved: tuple[Array, Array], cotangent_NF: Array) -> tuple[Array, Array]:
     x_ND, kernel_DF = saved
-    # Fused into the products, the cast would put the CPU backend back on its slow kernel.
+    # The barrier prevents fusion of the cast into the products, which would make the CPU backend
+    # use its slow kernel.
     cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(x_ND.dtype))
     dx_ND = product(cotangent_NF, kernel_DF, (1, 1))
     dkernel_DF = product(_transposed_copy(x_ND), cotangent_NF, (1, 0))
@@ -97,10 +104,10 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 def _transposed_copy(x_ND: Array) -> Array:
-    """``x_ND.T`` laid out as [D, N], which the narrow kernel of the CPU backend needs.
+    """Copies ``x_ND.T`` into layout [D, N], which the CPU backend's narrow kernel requires.
 
-    A plain transpose only changes the layout of the operand, whatever barrier is put behind it, and
-    the product is then made in float32.  Of two halves transposed apart that cannot be said.
+    A plain transpose only changes the operand's layout, even with a barrier after it, and the
+    product then runs in float32.  Transposing two halves separately forces a copy.
     """
     rows, width = x_ND.shape
     if rows % 2:
@@ -135,12 +142,13 @@ def _einsum_backward(
 def _ordered_einsum(
     left_axes: str, right_axes: str, out_axes: str, left: Array, right: Array
 ) -> Array:
-    """An einsum whose operands are first laid out as [batch, rows, sum] and [batch, sum, columns].
+    """Computes an einsum with operands laid out as [batch, rows, sum] and [batch, sum, columns].
 
-    The CPU backend has a kernel for narrow operands in that order alone, with few batch dimensions:
-    in another it stops at run time ("BF16 x BF16 = F32 unsupported"), and with more it makes the
-    product in float32.  On a mesh they stay apart all the same: examples and heads are divided over
-    different axes of it, and joined they would have to be gathered first.
+    The CPU backend's kernel for narrow operands supports only this order and few batch dimensions.
+    With another order it fails at run time ("BF16 x BF16 = F32 unsupported"), and with more batch
+    dimensions it computes the product in float32.  The batch dimensions are therefore merged,
+    except on a mesh: examples and heads are sharded over different mesh axes, and merging them
+    would require gathering them first.
     """
     shared = [a for a in left_axes if a in right_axes]
     batch = "".join(a for a in shared if a in out_axes)
@@ -154,7 +162,7 @@ def _ordered_einsum(
         return x.reshape([math.prod(size[a] for a in group) for group in groups])
 
     batches = tuple(batch) if on_a_mesh() else (batch,)
-    # The barrier keeps the transposes where they are.
+    # The barrier keeps the compiler from moving the transposes.
     left, right = jax.lax.optimization_barrier(
         (
             lay_out(left, left_axes, *batches, rows, summed),

@@ -1,4 +1,4 @@
-"""Multi-head attention as T5 has it: no 1/sqrt(K), no bias, positions only as additive scores."""
+"""T5's multi-head attention: no 1/sqrt(K) scaling, no biases, positions as additive scores."""
 
 import math
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from prompt_tuning_jax.typing import Array, DType
 
 MASK_VALUE = (
     -1e10
-)  # added to the score of what must not be seen; finite, so a fully hidden row is no NaN
+)  # added to the scores of masked keys; finite, so that a fully masked row does not give NaN
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SelfCache:
-    """Keys and values ``[B, S, H, K]`` that one decoder layer has computed so far."""
+    """The keys and values ``[B, S, H, K]`` that one decoder layer has computed so far."""
 
     key_BSHK: Array
     value_BSHK: Array
 
 
 class RelativePositionBias(nnx.Module):
-    """A learned score per head and bucketed distance, of a whole stack or of one layer."""
+    """A learned score per head and distance bucket, for a whole stack or a single layer."""
 
     def __init__(
         self, config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs
@@ -43,7 +43,7 @@ class RelativePositionBias(nnx.Module):
         self.max_distance = config.relpos_max_distance
 
     def __call__(self, query_positions_Q: Array, key_positions_K: Array) -> Array:
-        """Scores ``[1, H, Q, K]`` in float32."""
+        """Returns scores ``[1, H, Q, K]`` in float32."""
         distance_QK = key_positions_K[None, :] - query_positions_Q[:, None]
         bucket_QK = relative_position_bucket(
             distance_QK,
@@ -58,9 +58,10 @@ class RelativePositionBias(nnx.Module):
 def relative_position_bucket(
     distance: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
-    """The bucket of ``key position - query position``: exact when near, logarithmic when far.
+    """Returns the bucket of ``distance``, the key position minus the query position.
 
-    Raffel et al. 2020, section 2.1; t5x/examples/t5/layers.py, RelativePositionBiases.
+    Small distances have exact buckets, and large distances have logarithmic ones.  See Raffel et
+    al. 2020, section 2.1, and RelativePositionBiases in t5x/examples/t5/layers.py.
     """
     bucket = jnp.zeros_like(distance)
     behind = -distance
@@ -71,7 +72,7 @@ def relative_position_bucket(
     else:
         behind = jnp.maximum(behind, 0)
     exact = num_buckets // 2
-    # The epsilon is the reference's: it decides the bucket where the logarithm is a whole number.
+    # The epsilon matches the reference; it determines the bucket if the logarithm is an integer.
     ratio = behind.astype(jnp.float32) / exact + jnp.finfo(jnp.float32).eps
     far = exact + (jnp.log(ratio) / math.log(max_distance / exact) * (num_buckets - exact)).astype(
         jnp.int32
@@ -80,7 +81,7 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Attention of queries from one sequence over keys and values from the same or another."""
+    """Attends from the queries of one sequence to keys and values of the same or another one."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
                 rngs=rngs,
             )
 
-        # T5 leaves 1/sqrt(K) out of attention and folds it into the queries' initial value.
+        # T5 omits 1/sqrt(K) in attention and folds it into the initialization of the queries.
         joined = heads * kv
         self.query = linear(embed, joined, ("embed", "joined_kv"), (embed * kv) ** -0.5)
         self.key = linear(embed, joined, ("embed", "joined_kv"), embed**-0.5)
@@ -125,7 +126,10 @@ class Attention(nnx.Module):
         prefix: KeyValues | None = None,
         key: Array | None = None,
     ) -> Array:
-        """Reads ``keys`` from the positions of ``x_BTD``; ``bias`` carries positions and masks."""
+        """Attends from the positions of ``x_BTD`` to ``keys``.
+
+        ``bias_BHTU`` combines the position scores and the masks.
+        """
         query_BTHK = self._heads(self.query(x_BTD))
         key_BUHK, value_BUHK = keys.key_BPHK, keys.value_BPHK
         if prefix is not None:
@@ -139,19 +143,19 @@ class Attention(nnx.Module):
         return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], -1))
 
     def keys_values(self, x_BUD: Array) -> KeyValues:
-        """Keys and values of the sequence that is read."""
+        """Computes the keys and values of the sequence to attend to."""
         return KeyValues(
             key_BPHK=self._heads(self.key(x_BUD)), value_BPHK=self._heads(self.value(x_BUD))
         )
 
     def _heads(self, x_BTJ: Array) -> Array:
         x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
-        # Whole heads: halves of them would make every score a sum over devices.
+        # Keep heads whole: a split head would turn every score into a sum across devices.
         return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))
 
 
 def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> Array:
-    """Attention dropout with one mask for all examples and heads, as T5X broadcasts it."""
+    """Applies attention dropout with one mask shared by all examples and heads, as in T5X."""
     if key is None or rate == 0.0:
         return weights_BHTU
     ones_TU = jnp.ones(weights_BHTU.shape[-2:], weights_BHTU.dtype)
@@ -159,12 +163,12 @@ def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> A
 
 
 def bias_of(mask_BQK: Array) -> Array:
-    """A boolean (query, key) mask as scores ``[B, 1, Q, K]`` to add."""
+    """Converts a boolean (query, key) mask to additive scores ``[B, 1, Q, K]``."""
     return jnp.where(mask_BQK[:, None], 0.0, MASK_VALUE).astype(jnp.float32)
 
 
 def pad_in_front(bias_BHTU: Array, *, to: int) -> Array:
-    """Nothing to add for the keys that a bias does not know, which stand in front of the others."""
+    """Pads a bias with zeros at the front to ``to`` keys, for prefix keys that it lacks."""
     ahead = to - bias_BHTU.shape[-1]
     return jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0))) if ahead else bias_BHTU
 

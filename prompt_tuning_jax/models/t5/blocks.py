@@ -1,4 +1,4 @@
-"""One layer of the encoder and one of the decoder, and what of them is kept for the backward."""
+"""Encoder and decoder layers, and rematerialisation for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -17,13 +17,13 @@ from prompt_tuning_jax.models.t5.attention import (
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
-# What of a layer the backward finds in memory: everything, the results of its linear maps (the
-# rest, attention scores above all, is computed again), or nothing but its input.
+# What each layer stores for the backward pass.  "none" stores everything; "dots" stores the outputs
+# of linear maps and recomputes the rest, mainly attention scores; "full" stores only the input.
 Remat: TypeAlias = Literal["none", "dots", "full"]
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The layer as a function that keeps for its backward what ``remat`` says, and no more."""
+    """Wraps a layer so that it stores for its backward pass only what ``remat`` specifies."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -33,7 +33,7 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention and mlp, each behind a norm and added to the residual."""
+    """Self-attention and mlp, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
@@ -56,7 +56,7 @@ class EncoderLayer(nnx.Module):
         keys = split_key(key, 4)
         y_BUD = self.pre_attention_layer_norm(x_BUD)
         kv = self.attention.keys_values(y_BUD)
-        # Added here: the sum is as large as the scores, and need not be kept between layers.
+        # Add here: the sum is as large as the scores and need not be stored between layers.
         length = position_bias_1HUU.shape[-1]
         bias_BHUU = position_bias_1HUU + pad_in_front(mask_bias_B1UU, to=length)
         y_BUD = self.attention(y_BUD, kv, bias_BHUU, prefix=prefix, key=keys[0])
@@ -66,7 +66,7 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Causal self-attention, cross-attention and mlp."""
+    """Causal self-attention, cross-attention and mlp, each with a pre-norm and a residual."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
         norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
@@ -93,7 +93,11 @@ class DecoderLayer(nnx.Module):
         cache: SelfCache | None = None,
         position: Array | int = 0,
     ) -> tuple[Array, SelfCache | None]:
-        """With a cache, x is the one position ``position`` and joins those decoded before."""
+        """Applies the layer and returns its output and the updated cache.
+
+        With a cache, ``x_BSD`` holds only the token at ``position``.  Its keys and values are added
+        to those of the positions decoded before.
+        """
         keys = split_key(key, 6)
         y_BSD = self.pre_self_attention_layer_norm(x_BSD)
         kv = self.self_attention.keys_values(y_BSD)
@@ -119,7 +123,7 @@ class DecoderLayer(nnx.Module):
 def relpos_bias(
     config: T5Config, *, bidirectional: bool, param_dtype: DType, rngs: nnx.Rngs, **_: Any
 ) -> RelativePositionBias:
-    """The scores of distances of a stack or of one layer."""
+    """Creates the relative position bias of a stack or of a single layer."""
     return RelativePositionBias(
         config, bidirectional=bidirectional, param_dtype=param_dtype, rngs=rngs
     )

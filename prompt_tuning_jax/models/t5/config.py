@@ -1,4 +1,4 @@
-"""Sizes of T5 encoder-decoders, and the published ones by name."""
+"""Configuration of T5 encoder-decoders, and presets of the published sizes."""
 
 import difflib
 from dataclasses import dataclass, replace
@@ -8,10 +8,10 @@ from prompt_tuning_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds:
-    """The ids with a meaning of their own: padding, the end of a sequence, the decoder's start.
+    """The special token ids: padding, end of sequence, and decoder start.
 
-    They are the model's, as its files say; those of its vocabulary may differ (there, the end is
-    what goes behind an input).
+    They come from the model's files.  The ids of its vocabulary may differ; the vocabulary's
+    end-of-sequence id is the one appended to inputs.
     """
 
     pad: int = 0
@@ -20,23 +20,23 @@ class TokenIds:
 
     @property
     def fill(self) -> int:
-        """What marks the places of an array of tokens that hold no token.
+        """The value that marks empty positions in token arrays.
 
-        That is ``pad`` where it is 0, which no text contains.  Any other id may be that of a real
-        token, in which case padding is -1.
+        This is 0 if ``pad`` is 0 and ``eos`` is not, because then no text contains it.  Otherwise
+        the padding id may also be a real token, and this is -1.
         """
         return 0 if self.pad == 0 and self.eos != 0 else -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The shape of a T5 (Raffel et al. 2020; t5x/examples/t5/network.py, class T5Config).
+    """The architecture of a T5 (Raffel et al. 2020; t5x/examples/t5/network.py, class T5Config).
 
-    ``mlp_activations`` has one entry per input projection of the mlp: two make it gated (T5 1.1),
-    one is T5 1.0's.  With ``tie_embeddings`` the logits are the scaled decoder output times the
+    ``mlp_activations`` has one entry per input projection of the mlp: two for a gated mlp (T5 1.1),
+    one for T5 1.0.  With ``tie_embeddings`` the logits are the scaled decoder output times the
     embedding table, and there is no ``decoder/logits_dense``.  With ``relpos_per_layer`` every
-    self-attention has a relative position bias of its own (UMT5, T5X's scanned models) in place of
-    one per stack.
+    self-attention has a separate relative position bias (UMT5, T5X's scanned models) instead of
+    one shared by the stack.
     """
 
     vocab_size: int
@@ -77,8 +77,8 @@ def _t5_1_0(embed_dim: int, num_heads: int, head_dim: int, mlp_dim: int, layers:
 
 
 PRESETS: dict[str, T5Config] = {
-    # Encoder-heavy: what a prompt draws on is the encoder, and ranking labels runs the decoder
-    # once per label.  6,000 pieces, padded to whole lanes.
+    # Encoder-heavy: prompts act through the encoder, and ranking labels runs the decoder once per
+    # label.  The vocabulary has 6,000 pieces, padded to a multiple of the lane width.
     "tiny": T5Config(
         vocab_size=6_016,
         embed_dim=256,
@@ -102,7 +102,7 @@ PRESETS: dict[str, T5Config] = {
 
 
 def preset(name: str) -> T5Config:
-    """The published size called ``name``; raises UserError with the nearest names otherwise."""
+    """Returns the preset called ``name``; raises UserError with similar names if none exists."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
         raise UserError(f"no T5 preset is called {name!r}; did you mean {', '.join(near)}?")

@@ -1,4 +1,4 @@
-"""T5: the forward pass on one page (Raffel et al. 2020; t5x/examples/t5/network.py)."""
+"""The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from prompt_tuning_jax.typing import Array, DType, HostArray
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The encoder's output ``[B, U, D]`` and which of its positions are real ``[B, U]``."""
+    """The encoder's output ``[B, U, D]`` and the mask ``[B, U]`` of its real positions."""
 
     hidden_BUD: Array
     mask_BU: Array
 
 
 class Encoder(nnx.Module):
-    """The stack that reads the prompt and the input."""
+    """The encoder stack, which reads the prompt and the input."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
         self.relpos_per_layer = config.relpos_per_layer
@@ -80,7 +80,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The stack that writes, from the encoder's output alone; it knows no prompt."""
+    """The decoder stack, which sees the prompt only through the encoder's output."""
 
     def __init__(self, config: T5Config, **kwargs: Any):
         dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
         return getattr(self, f"layers_{i}")
 
     def cross_keys(self, encoded: Encoded) -> tuple[KeyValues, ...]:
-        """What each layer's cross attention reads; computed once per encoded batch."""
+        """Computes the cross-attention keys and values of each layer, once per encoded batch."""
         return tuple(
             self.layer(i).encoder_decoder_attention.keys_values(encoded.hidden_BUD)
             for i in range(self.num_layers)
@@ -160,10 +160,10 @@ class Decoder(nnx.Module):
 class T5(nnx.Module):
     """A T5 1.0 or 1.1 encoder-decoder that accepts a prompt per example.
 
-    Parameters are named and laid out as in T5X.  ``dtype`` is that of activations and matrix
-    operands, ``param_dtype`` that of the weights; norms, softmaxes and logits are float32.
-    Padding in arrays of tokens is ``token_ids.fill`` (0 unless the model has a padding id of its
-    own), and the decoder starts from ``token_ids.start``.
+    Parameters have the same names and layout as in T5X.  ``dtype`` is the dtype of activations and
+    matrix operands, and ``param_dtype`` is the dtype of the weights.  Norms, softmaxes and logits
+    are computed in float32.  Token arrays are padded with ``token_ids.fill`` (0 unless the model
+    has a different padding id), and the decoder starts from ``token_ids.start``.
     """
 
     def __init__(
@@ -183,10 +183,10 @@ class T5(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.vocabulary = vocabulary
-        self.original_fingerprint = ""  # of the weights before they were quantised
+        self.original_fingerprint = ""  # fingerprint of the weights before quantisation
 
     def __repr__(self) -> str:
-        """Its sizes, without what is attached; ``nnx.display`` shows every array."""
+        """Describes the model's sizes without adapters; ``nnx.display`` shows every array."""
         config = self.config
         params = param_tree.split(self)[1]
         arrays = [array for name, array in params.items() if "/adapter/" not in name]
@@ -209,7 +209,7 @@ class T5(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Logits ``[B, S, V]`` in float32; with a ``key``, dropout is on."""
+        """Computes logits ``[B, S, V]`` in float32; passing a ``key`` enables dropout."""
         keys = split_key(key, 2)
         encoded = self.encode(
             encoder_input_tokens, prompt, injections=injections, key=keys[0], remat=remat
@@ -220,22 +220,22 @@ class T5(nnx.Module):
 
     @property
     def token_ids(self) -> TokenIds:
-        """The model's ids of padding, end and start."""
+        """The model's padding, end-of-sequence and start ids."""
         return self.config.token_ids
 
     @property
     def input_eos(self) -> int:
-        """The id that ends an input: the vocabulary's own, or the model's where it has none."""
+        """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary."""
         return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:
-        """``[..., D]``; what stands at padding is of no meaning."""
+        """Embeds token ids, ``[...] -> [..., D]``; values at padding are meaningless."""
         if self.token_ids.fill < 0:
             tokens = jnp.maximum(jnp.asarray(tokens), 0)
         return self.token_embedder(tokens)
 
     def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> EncoderInput:
-        """Token embeddings behind the prompt ``[P, D]`` or ``[B, P, D]``, and their mask."""
+        """Embeds tokens, prepends a prompt ``[P, D]`` or ``[B, P, D]``, and adds the mask."""
         source = EncoderInput(
             embeddings_BUD=self.embed_tokens(tokens_BT), mask_BU=tokens_BT != self.token_ids.fill
         )
@@ -250,7 +250,7 @@ class T5(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Encoded:
-        """The encoder over the prompt and the tokens, or over ``slots.encoder_input``."""
+        """Encodes the prompt and the tokens, or ``injections.encoder_input`` if it is given."""
         source = injections.encoder_input
         if source is None:
             source = self.embed(tokens_BT, prompt)
@@ -265,7 +265,7 @@ class T5(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
+        """Computes logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
         hidden_BSD = self.decode_hidden(
             tokens_BS, encoded, injections=injections, key=key, remat=remat
         )
@@ -280,7 +280,7 @@ class T5(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """What the output head reads, ``[B, S, D]``."""
+        """Computes the input of the output head, ``[B, S, D]``."""
         cross = self.decoder.cross_keys(encoded)
         embedded_BSD = self.embed_tokens(tokens_BS)
         x_BSD, _ = self.decoder(
@@ -291,7 +291,11 @@ class T5(nnx.Module):
     def start_decoding(
         self, encoded: Encoded, max_length: int
     ) -> tuple[tuple[KeyValues, ...], tuple[SelfCache, ...]]:
-        """Cross-attention keys, and empty self-attention caches for ``max_length`` positions."""
+        """Prepares step-by-step decoding.
+
+        Returns the cross-attention keys and values, and empty self-attention caches for
+        ``max_length`` positions.
+        """
         batch = encoded.hidden_BUD.shape[0]
         shape = (batch, max_length, self.config.num_heads, self.config.head_dim)
         empty = SelfCache(
@@ -309,7 +313,10 @@ class T5(nnx.Module):
         *,
         injections: Injections = NO_INJECTIONS,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
-        """Logits ``[B, V]`` after the token at ``position``, and the caches that hold it."""
+        """Decodes the token at ``position``; returns logits ``[B, V]`` and the updated caches.
+
+        The logits predict the next token, and the caches include ``position``.
+        """
         embedded_B1D = self.embed_tokens(tokens_B[:, None])
         x_B1D, new = self.decoder(
             embedded_B1D,
@@ -324,13 +331,13 @@ class T5(nnx.Module):
         return self.logits(x_B1D)[:, 0], new
 
     def logits(self, x_BSD: Array) -> Array:
-        """The output head, in float32."""
+        """Applies the output head; returns logits in float32."""
         if self.config.tie_embeddings:
             return self.token_embedder.attend(x_BSD * self.config.embed_dim**-0.5)
         return self.decoder.logits_dense(x_BSD)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
-        """``[N, D]`` in float32: what the head multiplies its input with for these tokens."""
+        """Returns the output head's weight vectors ``[N, D]`` of these tokens, in float32."""
         if self.config.tie_embeddings:
             rows_ND = self.token_embedder.table()[tokens_N].astype(jnp.float32)
             return rows_ND * self.config.embed_dim**-0.5
@@ -338,9 +345,10 @@ class T5(nnx.Module):
 
 
 def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
-    """A prompt ``[P, D]``, or one per example ``[B, P, D]``, in front of the embedded input.
+    """Prepends a prompt ``[P, D]``, or one per example ``[B, P, D]``, to the embedded input.
 
-    All positions see the prompt and the prompt sees all (Lester et al. 2021, section 2).
+    All positions see the prompt, and the prompt sees all positions (Lester et al. 2021, section 2).
+    Raises UserError if the prompt has another number of dimensions or another width.
     """
     batch, _, width = source.embeddings_BUD.shape
     if prompt.ndim not in (2, 3) or prompt.shape[-1] != width:
@@ -363,7 +371,7 @@ def _position_biases(
     key_positions: Array,
     prefixes: Sequence[KeyValues | None],
 ) -> Iterator[Array]:
-    """What each layer adds to the scores of its self-attention for their distance."""
+    """Yields the relative position bias of each layer's self-attention."""
     shared = None
     for i, prefix in enumerate(prefixes):
         ahead = prefix.key_BPHK.shape[1] if prefix and prefix.before else 0
@@ -372,7 +380,7 @@ def _position_biases(
             or shared is None
             or shared.shape[-1] != ahead + len(key_positions)
         ):
-            # One at a time: where each layer has its own, only that layer needs it.
+            # Yield one at a time: with a bias per layer, only that layer needs it.
             of = stack.layer(i) if stack.relpos_per_layer else stack
             before = jnp.arange(-ahead, 0)
             positions = jnp.concatenate([before, key_positions]) if ahead else key_positions

@@ -56,7 +56,7 @@ class Objective(ABC):
     ) -> Batch:
         """Returns the T5 batch of step ``step``: ``batch_size`` consecutive examples.
 
-        Their indices start at ``step * batch_size``.  Returns ``encoder_input_tokens`` [B, T],
+        Their indices start at ``step * batch_size``.  The keys are ``encoder_input_tokens`` [B, T],
         ``decoder_input_tokens`` [B, S] and ``decoder_target_tokens`` [B, S].
         """
         indices_B = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)

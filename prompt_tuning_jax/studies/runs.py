@@ -227,7 +227,7 @@ def try_transfer(
 def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     """Checks all runs before any training.
 
-    Raises UserError, which lists the problems of all runs' data together.
+    One UserError lists the problems with the data of all runs.
     ``missing`` maps the error messages already known to the tasks that they concern.
     """
     data: dict[int, dict[str, dict[str, str]]] = {}
@@ -342,7 +342,7 @@ def _scored(
 
 
 def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict[str, Any]:
-    """Scores always predicting the most frequent training target, and adds reports on the data."""
+    """Scores a constant prediction of the most frequent training target, and adds data reports."""
     data = task_data.build_data(trained, words)
     tried = data if of == trained else task_data.build_data(of, words, training=False)
     sets = list(tried.evaluation.values())

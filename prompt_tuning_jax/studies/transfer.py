@@ -100,7 +100,7 @@ def runs_of(
             of = [(base, root / method)]
         else:
             trainable = model_tuning or as_model_tuning(base)
-            # E models with their optimizer states may not fit in memory where one does.
+            # Memory for one model and its optimizer state may not suffice for E of them.
             of = [
                 (replace(trainable, training=replace(trainable.training, seeds=(seed,))), folder)
                 for seed in base.training.seeds

@@ -1,1 +1,1 @@
-"""Making models: text objectives, corpora, initialisation and probes."""
+"""Pre-training: text objectives, corpora, initialisations and probes."""

@@ -1,7 +1,7 @@
-"""WordNet's database files as groups of words with glosses, tokenised for pre-training.
+"""Reads WordNet's database into tokenised groups of words with glosses, for pre-training.
 
-Reads the folder of ``data.noun``, ``data.verb``, ``data.adj`` and ``data.adv`` (man page wndb(5)),
-which Debian has as ``wordnet-base`` in /usr/share/wordnet.
+The folder must contain ``data.noun``, ``data.verb``, ``data.adj`` and ``data.adv`` (man page
+wndb(5)).  Debian's package ``wordnet-base`` installs them in /usr/share/wordnet.
 """
 
 import os
@@ -17,7 +17,7 @@ _PARTS = ("noun", "verb", "adj", "adv")
 _LONGEST_WORD = 4  # tokens
 _LONGEST_GLOSS = 20
 _FEWEST_IN_GROUP = 6
-# Number of the lexicographer file (lexnames(5)) -> a word for what is in it.
+# Number of the lexicographer file (lexnames(5)) -> a word that names its contents.
 _CATEGORIES = {
     4: "act", 5: "animal", 6: "thing", 7: "quality", 8: "body", 9: "thought", 10: "speech",
     11: "event", 12: "feeling", 13: "food", 14: "group", 15: "place", 17: "nature", 18: "person",
@@ -28,7 +28,7 @@ _CATEGORIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sense:
-    """The words of one meaning, each a list of token ids, and the tokens of its gloss."""
+    """The words that share one meaning and its gloss, as token ids."""
 
     words: tuple[list[int], ...]
     gloss: list[int]
@@ -36,14 +36,15 @@ class Sense:
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """Senses, and groups of senses that are of one kind.
+    """Senses, and groups of related senses.
 
-    ``categories`` have a name (tokens): person, place, food ...; ``kinds`` are the direct hyponyms
-    of one noun or verb; ``opposites`` two groups of similar adjectives whose heads are antonyms.
+    Each of ``categories`` is a group with its name in tokens, such as person, place or food.  Each
+    of ``kinds`` holds the direct hyponyms of one noun or verb.  Each of ``opposites`` is a pair of
+    groups of similar adjectives whose heads are antonyms.
     """
 
     senses: tuple[Sense, ...]
-    short_senses: tuple[Sense, ...]  # those with a word of one token
+    short_senses: tuple[Sense, ...]  # senses with at least one single-token word
     categories: tuple[tuple[list[int], list[Sense]], ...]
     kinds: tuple[list[Sense], ...]
     opposites: tuple[tuple[list[Sense], list[Sense]], ...]
@@ -59,7 +60,10 @@ class _Synset:
 
 
 def load_dictionary(folder: str | os.PathLike[str], vocabulary: AnyVocabulary) -> Dictionary:
-    """Tokenises the dictionary in ``folder``; UserError where a file is missing or no database."""
+    """Reads and tokenises the dictionary in ``folder``.
+
+    Raises UserError if a file is missing, unreadable or not a WordNet database.
+    """
     synsets: dict[str, _Synset] = {}
     for part in _PARTS:
         file = Path(folder) / f"data.{part}"
@@ -129,7 +133,7 @@ def _parse(text: str, part: str) -> Iterator[_Synset]:
         yield _Synset(
             key=part + fields[0],
             category=int(fields[1]),
-            # "galore(ip)" is an adjective that stands in one position alone.
+            # A suffix as in "galore(ip)" marks an adjective that is limited to one position.
             words=[word.split("(")[0].replace("_", " ") for word in words],
             gloss=gloss.split('; "')[0].strip(),
             pointers=pointers,

@@ -1,4 +1,4 @@
-"""Initialisations of random weights: mimetic attention, and embeddings from co-occurrence."""
+"""Weight initialisations: mimetic attention, and embeddings from co-occurrence counts."""
 
 from collections.abc import Mapping
 
@@ -10,31 +10,31 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.attention import Attention
 from prompt_tuning_jax.models.t5.model import T5
 
-# Of mimetic attention: its scores, and how much of a value it adds.
+# Mimetic attention: the scale of its scores, and how much of each value it adds.
 SHARPNESS = 0.25
 CARRIED = 0.3
 CARRIED_ACROSS = 1.0
-# Of matching attention: the score of a position that is all alike, and how much of a value it adds.
+# Matching attention: the score of a perfect match, and how much of each value it adds.
 MATCHED = 16.0
 CARRIED_BY_MATCH = 4.0
 
 
 def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
-    """Sets every attention to look at what is similar, and to pass on what it sees.
+    """Initialises every attention layer to attend to similar positions and copy their values.
 
-    After Trockman & Kolter 2023, who found products of trained query and key maps, and of value and
-    output maps, to be near multiples of the identity: here both are, with one random rotation per
-    layer.  Cross attention so carries words from the encoder to the output layer from the first
-    step on, where otherwise thousands of steps pass before it does.
+    Trockman & Kolter 2023 observed that in trained models the product of the query and key maps,
+    and that of the value and output maps, are close to multiples of the identity.  Here both
+    products are exact multiples, with one random rotation per layer.  Cross attention therefore
+    carries words from the encoder to the output layer from the first step; with the usual
+    initialisation this takes thousands of steps.
 
-    With ``matching``, the first half of the encoder's layers do not look for what is like a
-    position but for what is like it when turned by half the model's width, where
-    ``methods.DescribedPrompts`` has the words of a class: each position of a text then takes on the
-    labels of the classes that it is like.  Untrained, that already finds the right one of two
-    classes by a word in the text in three of four cases, where mimetic attention alone is at
-    chance.
+    With ``matching``, the first half of the encoder's layers compare each position with the other
+    positions shifted circularly by half the model's width, because ``methods.DescribedPrompts``
+    shifts the words of a class in that way.  Each position of a text then takes on the labels of
+    the classes that it resembles.  Without training, this picks the right one of two classes from a
+    word in the text in three of four cases; mimetic attention alone is at chance.
 
-    Needs heads * width of a head = model width; raises UserError otherwise.
+    Raises UserError unless num_heads * head_dim = embed_dim.
     """
     config = model.config
     if config.num_heads * config.head_dim != config.embed_dim:
@@ -60,7 +60,7 @@ def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
                 "out": label_DJ.T * carried,
             }
         else:
-            # A normed position scores 64 * sharpness**2 with itself in each head of width 64.
+            # A normalised position scores 64 * sharpness**2 with itself in each head of width 64.
             sharpness = SHARPNESS * (64 / config.head_dim) ** 0.5
             carried = (CARRIED_ACROSS if attention in cross else CARRIED) ** 0.5
             kernels = {
@@ -83,7 +83,7 @@ def _set(attention: Attention, kernels: Mapping[str, np.ndarray]) -> None:
 
 
 _PAIRS_PER_CHUNK = 2_000_000
-_SAMPLES = 64  # stretches of text, spread over the corpus
+_SAMPLES = 64  # stretches of text, evenly spaced over the corpus
 
 
 def cooccurrence_embeddings(
@@ -95,13 +95,16 @@ def cooccurrence_embeddings(
     max_tokens: int = 20_000_000,
     seed: int = 0,
 ) -> np.ndarray:
-    """Token embeddings [V, D], float32: factors of positive pointwise mutual information.
+    """Returns token embeddings [V, D], float32, by factoring positive pointwise mutual information.
 
-    Two tokens at a distance d of at most ``window`` count 1/d; the rows are U * sqrt(S) of the
+    Two tokens at a distance d of at most ``window`` count 1/d.  The rows are U * sqrt(S) of the
     truncated singular value decomposition (Levy, Goldberg and Dagan 2015), centred and scaled to
-    unit variance overall, as T5's embeddings start.  Tokens that ``tokens`` does not hold get
-    normal random rows.  ``tokens`` is flat; of more than ``max_tokens`` a sample spread over them
-    is taken.  UserError for a token beyond the vocabulary or more dimensions than it has tokens.
+    unit overall variance, like T5's initial embeddings.  Tokens that do not occur in ``tokens`` get
+    normally distributed random rows.
+
+    ``tokens`` is a flat array.  If it is longer than ``max_tokens``, an evenly spaced sample is
+    used.  Raises UserError if a token is outside the vocabulary, ``embed_dim`` exceeds
+    ``vocab_size``, or ``window`` is less than 1.
     """
     if not 0 < embed_dim <= vocab_size:
         raise UserError(f"embed_dim must be 1 to vocab_size {vocab_size}, not {embed_dim}")
@@ -121,7 +124,7 @@ def cooccurrence_embeddings(
         return embeddings_VD
     information = _positive_pmi(counts[seen][:, seen])
     rows = _factorize(information, rank=min(embed_dim, len(seen)), seed=seed)
-    # The mean points at frequency; in a model it would be one bias that all tokens share.
+    # The mean encodes frequency; a model would see it as one bias shared by all tokens.
     rows -= rows.mean(axis=0)
     embeddings_VD[seen, : rows.shape[1]] = rows / rows.std()
     return embeddings_VD
@@ -136,7 +139,7 @@ def _sample(tokens: np.ndarray, *, max_tokens: int) -> np.ndarray:
 
 
 def _count_pairs(tokens: np.ndarray, *, vocab_size: int, window: int) -> scipy.sparse.csr_matrix:
-    """Symmetric counts [V, V]; pairs over the ends of documents are too few to matter."""
+    """Returns symmetric counts [V, V], including the few pairs that cross document boundaries."""
     counts = scipy.sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float32)
     for start in range(0, len(tokens), _PAIRS_PER_CHUNK):
         chunk = tokens[start : start + _PAIRS_PER_CHUNK + window].astype(np.int32)
@@ -150,7 +153,7 @@ def _count_pairs(tokens: np.ndarray, *, vocab_size: int, window: int) -> scipy.s
 
 
 def _positive_pmi(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-    """max(0, log(p(a, b) / (p(a) p(b)))) where a and b were seen together."""
+    """Returns max(0, log(p(a, b) / (p(a) p(b)))) for the pairs that occur together."""
     total = np.asarray(counts.sum(axis=1), np.float64).ravel()
     pairs = counts.tocoo()
     expected = total[pairs.row] * total[pairs.col] / total.sum()
@@ -161,10 +164,10 @@ def _positive_pmi(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
 
 
 def _factorize(matrix: scipy.sparse.csr_matrix, *, rank: int, seed: int) -> np.ndarray:
-    """U * sqrt(S) [rows, rank] of a randomised SVD (Halko, Martinsson and Tropp 2011)."""
+    """Returns U * sqrt(S) [rows, rank] by randomised SVD (Halko, Martinsson and Tropp 2011)."""
     from sklearn.utils.extmath import randomized_svd
 
-    # A small matrix has so few zeros that dense products, on all cores, are faster.
+    # Small matrices have few zeros, so dense products on all cores are faster.
     factor = matrix.toarray() if matrix.shape[0] <= 16_000 else matrix
     left, singular, _ = randomized_svd(
         factor,

@@ -1,10 +1,10 @@
-"""Questions about a text whose answer is the label of one of several classes: their form.
+"""The format of classification questions, whose answer is the label of one of several classes.
 
     <2> river water boat <2> bread meat dish <0> he rowed to the bank   ->   river
 
-The input describes classes, each by a label and words like it, and then gives a text; the target is
-the label of the class that the text belongs to.  The classes stand in the text, or in a block of
-prompt positions before it (``methods.DescribedPrompts``).
+The input describes each class by a label and related words, followed by a text.  The target is the
+label of the class that the text belongs to.  The class descriptions are either part of the text or
+in a block of prompt positions before it (``methods.DescribedPrompts``).
 """
 
 from abc import abstractmethod
@@ -20,8 +20,9 @@ from prompt_tuning_jax.pretraining.text_corpus import Corpus
 from prompt_tuning_jax.pretraining.text_objectives import Objective
 from prompt_tuning_jax.pretraining.word_table import WordTable
 
-_PURPOSE = 100  # draws of this file, away from those of text_objectives
-# Shares of the text's length: classes at most, tokens of theirs besides labels, tokens of a text.
+_PURPOSE = 100  # separates the random draws of this module from those of text_objectives
+# Limits as shares of ``text_length``: number of classes, class tokens besides the labels, and
+# tokens of the text.
 _CLASSES = 1 / 8
 _CLASS_TOKENS = 0.3
 _TEXT_TOKENS = 0.5
@@ -29,10 +30,10 @@ _TEXT_TOKENS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBlock:
-    """Room for ``positions`` prompt positions of ``words`` tokens each before every input.
+    """Reserves ``positions`` prompt positions of ``words`` tokens each before every input.
 
-    The first token of a position is a label, the others are words, and 0 is none: what
-    ``methods.described`` makes one vector of.
+    The first token of a position is a label, the others are words, and 0 is padding.
+    ``methods.described_prompts`` pools each position into one vector.
     """
 
     positions: int
@@ -48,9 +49,10 @@ NO_BLOCK = PromptBlock(positions=0, words=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Classes and a text in tokens, and the answer; the text is cut where the input is too long.
+    """Classes, a text and the answer, as token ids.
 
-    Of each class the label, and the words that describe it, which may be the label itself.
+    Each class has a label and the words that describe it, which may include the label.  The text is
+    truncated if the input is too long.
     """
 
     labels: list[list[int]]
@@ -61,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelObjective(Objective):
-    """Inputs ``<2> class <2> class ... <0> text``, targets the answer, and the ends of sequence."""
+    """Inputs are ``<2> class <2> class ... <0> text </s>``; targets are ``answer </s>``."""
 
     inputs_length: int
     targets_length: int
@@ -77,7 +79,7 @@ class LabelObjective(Objective):
 
     @property
     def text_length(self) -> int:
-        """How many tokens of the inputs are text."""
+        """The number of input tokens after the prompt block."""
         return self.inputs_length - self.block.size
 
     @property
@@ -91,20 +93,23 @@ class LabelObjective(Objective):
         return max(in_text, in_prompts)
 
     def names_itself(self, random: Random) -> bool:
-        """Whether a class's label is one of its words, or any word.
+        """Draws whether a class's label is one of its words (True) or any word (False).
 
-        In prompts mostly the second: the match must then be found in the words, and not in the
-        label, or a tuned prompt could not have the one without the other.
+        With a prompt block it is mostly any word, so that the model must match the text with the
+        words and not with the label.  Otherwise a tuned prompt could not set the two independently.
         """
         return random.random() < (0.05 if self.block.size else 0.6)
 
     @property
     def text_tokens(self) -> int:
-        """Of a text at most; classes in a block leave it all the room but for the two ends."""
+        """The maximum number of tokens of a text.
+
+        With a prompt block, the text can use everything but the separator and the end of sequence.
+        """
         return self.text_length - 2 if self.block.size else int(self.text_length * _TEXT_TOKENS)
 
     def sizes(self, random: Random) -> tuple[int, int, int]:
-        """How many classes, tokens in each, and tokens of the text."""
+        """Draws the number of classes, of tokens in each class, and of tokens in the text."""
         few = random.random() < 0.4 or self.most_classes < 3
         classes = 2 if few else random.randint(3, self.most_classes)
         size = random.randint(1, self.class_tokens // classes)
@@ -113,7 +118,7 @@ class LabelObjective(Objective):
 
     @abstractmethod
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
-        """One example, all chance from ``random``."""
+        """Returns one example; all randomness comes from ``random``."""
 
     def rows(
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
@@ -144,7 +149,7 @@ class LabelObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class BehindEmptyBlock(Objective):
-    """Another objective, with room for prompts before its inputs that stays empty."""
+    """Wraps another objective and puts an empty prompt block before its inputs."""
 
     objective: Objective
     block: PromptBlock
@@ -173,7 +178,7 @@ def _fits(question: Question, block: PromptBlock) -> bool:
 
 
 def _as_prompts(question: Question, block: PromptBlock, random: Random) -> np.ndarray:
-    """The classes as prompt positions [P, W] in any order; a class may take several of them."""
+    """Returns the classes as prompt positions [P, W] in random order, one or more per class."""
     positions_PW = np.zeros((block.positions, block.words), np.int32)
     places = list(range(block.positions))
     random.shuffle(places)

@@ -1,8 +1,8 @@
-"""Pre-training objectives that need their input: which of the classes that it names fits a text.
+"""Pre-training objectives that ask which of the classes described in the input fits a text.
 
-A model can only answer by comparing the text with what stands before it, which is what a soft
-prompt needs it to do: a prompt then stands where the class descriptions stood.  All answers come
-from the text itself or from a dictionary.
+The model can only answer by comparing the text with the class descriptions before it.  Prompt
+tuning relies on the same ability: a soft prompt later takes the place of the descriptions.  All
+answers come from the text itself or from a dictionary.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from prompt_tuning_jax.pretraining.word_table import WordTable
 T = TypeVar("T")
 
 _LONGEST_WORD = 6  # tokens
-_CANDIDATES = 4  # texts of which the clearest is taken
-_UNLIKE_GROUPS = 0.3  # of the groups to compare with: any words, as a class of a task may be
-_REGION = 40  # tokens after a text, whose words tell its topic
+_CANDIDATES = 4  # texts to choose the clearest from
+_UNLIKE_GROUPS = 0.3  # probability of groups of unrelated words, as in the classes of some tasks
+_REGION = 40  # number of tokens after a text that give its topic
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelBySimilarity(LabelObjective):
-    """Which of K groups of like words is the text most like, by the words that meet in the corpus.
+    """Asks which of K groups of words is most similar to the text, by corpus co-occurrence.
 
-    A class is a word and some of its nearest neighbours, or any few words; its label is one of them
-    or any other.  The text is one of them, or other neighbours, or a stretch of the corpus: then
-    what is right is the class whose mean vector is nearest to the text's (``WordTable``), a linear
-    function of the text's words.  What a classifier on word vectors can learn, a prompt can then
-    ask for.
+    A class is a word and some of its nearest neighbours, or a few unrelated words.  Its label is
+    one of its words or any other word.  The text is a word of the class, some of the neighbours
+    left out of it, or a window of the corpus.  For a window, the right class is the one whose mean
+    vector is nearest to the text's (``WordTable``), which is a linear function of the text's words.
+    A prompt can then ask for anything that a classifier on word vectors can learn.
     """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
@@ -62,9 +62,9 @@ class LabelBySimilarity(LabelObjective):
     def _window_like(
         self, groups: list[list[int]], right: int, corpus: Corpus, length: int, random: Random
     ) -> tuple[list[int], int]:
-        """Of a few windows of the corpus the one most clearly like group ``right``, and its group.
+        """Returns the clearest of a few corpus windows for group ``right``, and its nearest group.
 
-        Which may be another, where none of the windows is like that one.
+        The nearest group differs from ``right`` if none of the windows is closest to ``right``.
         """
         texts = [_window(corpus, self.words, length, random) for _ in range(_CANDIDATES)]
         width = max(map(len, texts))
@@ -76,10 +76,10 @@ class LabelBySimilarity(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelByKeyword(LabelObjective):
-    """Which of K groups of words has one that stands in the text; any words, the common too.
+    """Asks which of K groups contains a word that occurs in the text.
 
-    Where similarity is that of the whole text, this is about one word in it, such as the *who* or
-    *where* of a question.
+    The words may be of any kind, including very common ones.  ``LabelBySimilarity`` looks at the
+    whole text; here one word decides, such as the *who* or *where* of a question.
     """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
@@ -105,7 +105,10 @@ class LabelByKeyword(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelByTopic(LabelObjective):
-    """Which of K bunches of words stood near the text in its book; half of the others are of it."""
+    """Asks which of K groups of words comes from the passage right after the text.
+
+    Half of the wrong groups come from the text's neighbourhood, mostly the same book.
+    """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         classes, size, length = self.sizes(random)
@@ -129,7 +132,7 @@ class LabelByTopic(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class MissingWord(LabelObjective):
-    """Which of K words is missing from the text, where ``<1>`` stands in its place."""
+    """Asks which of K words is missing from the text, where ``<1>`` replaces it."""
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         table = self.words
@@ -137,7 +140,7 @@ class MissingWord(LabelObjective):
         while True:
             start = random.randrange(len(corpus.tokens) - self.text_tokens)
             text = corpus.tokens[start : start + random.randint(6, self.text_tokens)].tolist()
-            # Whole words in one piece: the next piece begins a word, too.
+            # Take only words of a single piece: the next piece must begin another word.
             places = [
                 i
                 for i in range(len(text) - 1)
@@ -158,7 +161,7 @@ class MissingWord(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryLabels(LabelObjective):
-    """Headwords for glosses, and which group of words a word or a gloss belongs to (WordNet)."""
+    """Asks for the headword of a WordNet gloss, or for the group of a word or gloss."""
 
     dictionary: Dictionary
 
@@ -197,8 +200,8 @@ class DictionaryLabels(LabelObjective):
         return random.sample(groups, random.randint(2, min(self.most_classes, len(groups))))
 
     def _headword(self, random: Random) -> Question:
-        """A gloss, and which of some words it explains."""
-        # A position of a prompt has room for labels of one token.
+        """Asks which of several words a gloss explains."""
+        # A prompt position has room for a one-token label only.
         senses = self.dictionary.short_senses if self.block.size else self.dictionary.senses
         chosen = self._some(senses, random)
         words = [min(sense.words, key=len) for sense in chosen]
@@ -211,7 +214,10 @@ class DictionaryLabels(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class NextPart(LabelObjective):
-    """Whether a text goes on like this: ``first <0> second``, and true or false."""
+    """Asks whether the second of two passages follows the first in the corpus.
+
+    Inputs are ``<2> first <0> second``; targets are ``true`` or ``false``.
+    """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         length = random.randint(6, self.text_length // 2 - 2)
@@ -231,7 +237,7 @@ class NextPart(LabelObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreOrder(LabelObjective):
-    """A few tokens of text out of order, to be put right."""
+    """Asks for the original order of a few shuffled tokens of text."""
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:
         text = _window(corpus, self.words, self.targets_length - 1, random)
@@ -240,7 +246,7 @@ class RestoreOrder(LabelObjective):
 
 
 def _distinct(table: WordTable, count: int, random: Random) -> list[int]:
-    """``count`` different content words, as positions in C."""
+    """Draws ``count`` different content words, as positions in C."""
     drawn: dict[int, None] = {}
     while len(drawn) < count:
         drawn[int(table.draw_content(np.array(random.random())))] = None
@@ -252,13 +258,16 @@ def _labels(table: WordTable, count: int, random: Random) -> list[int]:
 
 
 def _scattered(corpus: Corpus, table: WordTable, count: int, random: Random) -> list[int]:
-    """Up to ``count`` first pieces of words from all over the corpus, as common as they are."""
+    """Draws up to ``count`` word-initial pieces, in proportion to their corpus frequency."""
     drawn = (int(corpus.tokens[random.randrange(len(corpus.tokens))]) for _ in range(count))
     return [word for word in drawn if table.starts_word_V[word]]
 
 
 def _window(corpus: Corpus, table: WordTable, length: int, random: Random) -> list[int]:
-    """``length`` tokens from the start of a word on; a length of 1 is one whole word."""
+    """Draws ``length`` tokens of the corpus, starting at a word where possible.
+
+    A length of 1 means one whole word.
+    """
     start = random.randrange(len(corpus.tokens) - length - 2 * _LONGEST_WORD)
     tokens = corpus.tokens[start : start + length + 2 * _LONGEST_WORD]
     starts = np.flatnonzero(table.starts_word_V[tokens])
@@ -283,7 +292,7 @@ def _asked(
 
 
 def _described(sense: Sense, random: Random) -> list[int]:
-    """A sense as a word, as its gloss, or as both."""
+    """Returns one word of a sense, its gloss, or both."""
     draw = random.random()
     word = random.choice(sense.words)
     return word if draw < 0.4 else sense.gloss if draw < 0.7 else word + sense.gloss

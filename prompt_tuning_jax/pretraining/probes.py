@@ -1,4 +1,4 @@
-"""Short prompt tunings of a model in pre-training, to see whether it answers to prompts yet."""
+"""Short prompt-tuning runs that test whether a model in pre-training responds to prompts yet."""
 
 import dataclasses
 from pathlib import Path
@@ -28,11 +28,11 @@ EVAL_EXAMPLES = 400
 
 
 class Probe:
-    """One task and its prompt, tuned from the same start each time it is asked.
+    """One task and a prompt for it, tuned from the same initial prompt for every score.
 
-    ``spec`` names a task, or two files of examples as ``TRAIN:EVAL``.  The setting is one for all
-    (100 steps of 32 examples, 20 positions, Adafactor at 0.3 falling to 0): it compares models,
-    and says nothing of what a prompt can reach.
+    ``spec`` names a task, or two files of examples as ``TRAIN:EVAL``.  The settings are fixed: 100
+    steps of 32 examples, 20 prompt positions, and Adafactor with a learning rate that falls from
+    0.3 to 0.  Scores compare models; they do not show the best that prompt tuning can reach.
     """
 
     def __init__(self, spec: str, experiment: Experiment, model: T5) -> None:
@@ -60,14 +60,17 @@ class Probe:
         words = vocabulary_of(model)
         self._data = task_data.build_data(self._experiment, words, partitioner=partitioner)
         self._members = attach_members(self._experiment, model, labels=self._data.labels)
-        # Compiled once: the weights are an argument.
+        # The weights are an argument, so the step compiles only once.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
 
     def score(self, weights: FlatParams) -> float:
-        """The task's first metric after tuning a prompt on ``weights``, named as by FullTuning."""
+        """Tunes a prompt on ``weights`` and returns the task's first metric.
+
+        The names of ``weights`` are those that FullTuning uses.
+        """
         data = self._data
         frozen = {name: weights[name] for name in self._members.frozen}
-        # A step takes its state for itself, and the start is needed again.
+        # A step donates its state, so it gets a copy of the initial state.
         state = jax.tree.map(jnp.copy, self._start)
         for batch in data.batches(0, STEPS, self._partitioner):
             state, _ = self._step(state, frozen, batch)

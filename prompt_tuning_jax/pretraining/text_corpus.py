@@ -1,6 +1,7 @@
-"""A folder of plain text, tokenised once with a vocabulary and then read through mmap.
+"""A corpus of plain text files, tokenised once, cached, and then memory-mapped.
 
-One paragraph a line, blank lines between documents, UTF-8, plain or compressed with xz or gzip.
+Files are UTF-8, plain or compressed with xz or gzip.  Each line is a paragraph; blank lines
+separate documents.
 """
 
 import gzip
@@ -26,21 +27,21 @@ from prompt_tuning_jax.errors import UserError
 SUFFIXES = (".txt", ".xz", ".gz")
 
 PathLike: TypeAlias = str | os.PathLike[str]
-# Called with the fraction that is done, 0 to 1, and the number of tokens so far.
+# Called with the completed fraction, 0 to 1, and the number of tokens so far.
 Progress: TypeAlias = Callable[[float, int], None]
 
 _DECOMPRESSORS: dict[str, Callable[[IO[bytes]], object]] = {".xz": lzma.open, ".gz": gzip.open}
-_FORMAT = 1  # of the cache; part of its key
+_FORMAT = 1  # cache format version, part of the cache key
 _CHARACTERS_PER_BATCH = 4_000_000
 _THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Tokens of all documents end to end, and where each document starts.
+    """The concatenated tokens of all documents, and the index where each document starts.
 
-    ``tokens`` is flat, uint16 or int32, without ends of sequence; ``document_starts`` is int64 and
-    rises from 0.
+    ``tokens`` is a flat uint16 or int32 array without end-of-sequence tokens.
+    ``document_starts`` is an int64 array that increases from 0.
     """
 
     tokens: np.ndarray
@@ -55,12 +56,14 @@ def load_corpus(
     max_files: int | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """The tokens of a folder, a file or a list of files, from the cache where they are there.
+    """Returns the tokens of a folder, a file or a list of files, cached after the first call.
 
-    The cache is ``cache_dir``, or ``prompt_tuning_jax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; its
-    key covers names, sizes and times of the files and the vocabulary.  ``max_files`` takes the
-    first ones alone, for quick experiments.  UserError where there is no file, no text, or no
-    valid text.
+    The cache is ``cache_dir``, or by default ``prompt_tuning_jax`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``.  The cache key covers the vocabulary and the names, sizes and modification times
+    of the files.  ``max_files`` limits the corpus to the first files, for quick experiments.
+
+    Raises UserError if there are no files, the files are empty or not valid text, ``max_files`` is
+    less than 1, or the cache cannot be written.
     """
     if max_files is not None and max_files < 1:
         raise UserError(f"max_files must be 1 or more, not {max_files}")
@@ -80,9 +83,10 @@ def load_corpus(
 
 
 def text_files(path: PathLike | Sequence[PathLike]) -> list[Path]:
-    """The text files of a folder by name, or the given ones; absolute.
+    """Returns the absolute paths of the text files in a folder, sorted by name, or of given files.
 
-    In a folder, files in capitals (README.txt, BOOKS.txt) are about the text and left out.
+    In a folder, files with uppercase names (README.txt, BOOKS.txt) describe the text and are
+    skipped.  Raises UserError if there is no text file or a given file does not exist.
     """
     if isinstance(path, str | os.PathLike) and Path(path).is_dir():
         found = sorted(f for f in Path(path).iterdir() if f.is_file() and f.suffix in SUFFIXES)
@@ -101,9 +105,10 @@ def text_files(path: PathLike | Sequence[PathLike]) -> list[Path]:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[tuple[TextIO, IO[bytes]]]:
-    """A file's text, decompressed by its suffix, and the raw stream below (to tell the progress).
+    """Opens a text file, decompressed according to its suffix.
 
-    Raises UserError where the text is no UTF-8 or the compressed stream is damaged.
+    Yields the text and the raw stream beneath it, whose position shows the progress.  Raises
+    UserError if the file cannot be read, is not UTF-8, or is damaged.
     """
     try:
         with open(file, "rb") as raw:
@@ -119,7 +124,7 @@ def open_text(file: Path) -> Iterator[tuple[TextIO, IO[bytes]]]:
 
 
 def _default_cache() -> Path:
-    # A relative $XDG_CACHE_HOME is to be ignored, says the XDG specification.
+    # The XDG specification says to ignore a relative $XDG_CACHE_HOME.
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "prompt_tuning_jax"
 
@@ -133,13 +138,13 @@ def _key(files: Sequence[Path], vocabulary: AnyVocabulary) -> str:
 
 
 def _open(folder: Path) -> Corpus | None:
-    """The corpus in a cache folder; None where there is none, or a damaged one."""
+    """Returns the corpus in a cache folder, or None if it is missing or damaged."""
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
         starts = np.load(folder / "document_starts.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    # A plain view: np.memmap's own indexing is slower.
+    # Return a plain array view, because indexing an np.memmap is slower.
     return Corpus(tokens=tokens.view(np.ndarray), document_starts=starts)
 
 
@@ -154,7 +159,7 @@ def _build(
                 encoded = vocabulary.encode_batch(paragraphs, num_threads=_THREADS)
                 offset = out.count
                 for text, ids in zip(paragraphs, encoded, strict=True):
-                    # An empty text marks the end of a document; those of no token do not count.
+                    # An empty text starts a new document; documents without tokens are skipped.
                     if not text and (not starts or offset > starts[-1]):
                         starts.append(offset)
                     offset += len(ids)
@@ -170,7 +175,7 @@ def _build(
         try:
             aside.rename(folder)
         except OSError:
-            if _open(folder) is None:  # otherwise another process was first, with the same content
+            if _open(folder) is None:  # otherwise another process wrote the same content first
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -181,7 +186,7 @@ def _token_dtype(vocabulary: AnyVocabulary) -> np.dtype:
 
 
 def _paragraph_batches(files: Sequence[Path]) -> Iterator[tuple[list[str], float]]:
-    """Batches of paragraphs, an empty one before each document, and the fraction read so far."""
+    """Yields batches of paragraphs, with '' before each document, and the fraction read."""
     total = sum(file.stat().st_size for file in files) or 1
     done = 0
     for file in files:
@@ -198,7 +203,7 @@ def _paragraph_batches(files: Sequence[Path]) -> Iterator[tuple[list[str], float
 
 
 class _TokenFile:
-    """A flat .npy file written piece by piece: its header, of a fixed width, is written last."""
+    """Writes a flat .npy file piece by piece, and rewrites its fixed-width header at the end."""
 
     def __init__(self, path: Path, *, dtype: np.dtype) -> None:
         self.count = 0
@@ -222,6 +227,6 @@ class _TokenFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # NumPy pads the header for a first axis of up to 21 digits, so that it can be rewritten.
+        # NumPy pads the header for a first axis of up to 21 digits, so it can be rewritten.
         assert self._write_header() == self._header_size
         self._file.close()

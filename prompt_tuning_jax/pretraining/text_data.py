@@ -1,4 +1,4 @@
-"""Text objectives as training data: pre-training from random weights, and LM adaptation."""
+"""Training data from text objectives, for pre-training and LM adaptation."""
 
 import hashlib
 import math
@@ -45,15 +45,18 @@ from prompt_tuning_jax.pretraining.text_objectives import (
 from prompt_tuning_jax.pretraining.word_table import make_word_table
 from prompt_tuning_jax.typing import Batch, FlatParams
 
-HELD_OUT = 0.005  # of the training text, where there is no other to evaluate on
+HELD_OUT = 0.005  # fraction of the training text to evaluate on if there is no evaluation text
 EVAL_BATCHES = 16
 EVAL_SEED = 2**31 - 1
-_TABLE_DIMS = 96  # of the word vectors that label objectives compare with
+_TABLE_DIMS = 96  # width of the word vectors that label objectives compare
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Windows of a corpus under an objective; ``best_by`` is the loss per target token."""
+    """Windows of a corpus that an objective turns into batches.
+
+    The ``best_by`` metric is the mean loss per target token.
+    """
 
     objective: Objective
     vocabulary: AnyVocabulary
@@ -65,19 +68,19 @@ class TextData:
     direction: Direction = "min"
     labels: tuple[str, ...] = ()
 
-    # A text has no epochs and no padding, and a run's curves show whatever is evaluated.
+    # Text has no epochs and no padding, and a run's curves show every evaluated score.
     examples_per_epoch: None = None
     charted: tuple[str, ...] = ()
 
     def require_direction(self) -> Direction:
-        """A smaller loss is better."""
+        """Returns "min": a smaller loss is better."""
         return self.direction
 
     def baselines(self) -> dict[str, float]:
         return {}
 
     def digests(self) -> dict[str, str]:
-        """A digest of the training text and of the evaluation text."""
+        """Returns SHA-256 digests of the training tokens and of the evaluation tokens."""
         corpora = {"training data": self.train, "evaluation data": self.evaluation}
         return {
             name: hashlib.sha256(np.ascontiguousarray(corpus.tokens).data).hexdigest()
@@ -85,7 +88,7 @@ class TextData:
         }
 
     def empty_batches(self, steps: int) -> list[Batch]:
-        """None: there is one shape, which the first step compiles."""
+        """Returns an empty list: all batches have one shape, which the first step compiles."""
         return []
 
     def padding(self, start: int, stop: int) -> None:
@@ -99,9 +102,10 @@ class TextData:
         )
 
     def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
-        """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, prepared in threads.
+        """Yields the batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``.
 
-        Every process makes whole batches; their rows are divided over the mesh.
+        A background thread prepares them.  Every process makes whole batches, and the partitioner
+        shards them over the mesh.
         """
         import grain
 
@@ -111,7 +115,7 @@ class TextData:
             yield partitioner.shard_batch(batch, ("ensemble", "batch", "length"))
 
     def eval_batches(self) -> Iterator[Batch]:
-        """The same few batches every time, without the axis E."""
+        """Yields the same ``EVAL_BATCHES`` batches ``[B, ...]`` on every call."""
         for step in range(EVAL_BATCHES):
             yield self._one(self.evaluation, step=step, seed=EVAL_SEED)
 
@@ -126,9 +130,14 @@ class TextData:
 
 
 def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextData:
-    """The corpus in ``data.train``, tokenised or from the cache, under ``data.objectives``.
+    """Returns training data for ``data.objectives`` on the corpus ``data.train``.
 
-    Inputs begin with room for the prompts of ``DescribedPrompts``, where that is the method.
+    The corpus is tokenised, or read from the cache.  If ``data.eval`` is empty, the end of the
+    training text is held out for evaluation.  Inputs begin with a prompt block if the method is
+    ``DescribedPrompts``.
+
+    Raises UserError if ``data.train`` is empty, the vocabulary's special ids are not T5's, or the
+    text or the number of sentinels is too small.
     """
     data, method = experiment.data, experiment.method
     positions, words = method.description_shape()
@@ -148,7 +157,7 @@ def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextDa
         evaluation = replace(train, tokens=train.tokens[-held_out:])
         train = replace(train, tokens=train.tokens[:-held_out])
     objective = _objective(data, vocabulary, train, block)
-    for corpus in (train, evaluation):  # too little text, or too few sentinels: now, not later
+    for corpus in (train, evaluation):  # fail early on too little text or too few sentinels
         for each in objective.objectives:
             each.example(corpus, vocabulary, index=0, seed=0)
     return TextData(
@@ -164,7 +173,7 @@ def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextDa
 def _objective(
     data: Data, vocabulary: AnyVocabulary, corpus: Corpus, block: PromptBlock
 ) -> Mixture:
-    """The objectives that the data fields name, in their proportions."""
+    """Returns the mixture of ``data.objectives`` with ``data.objective_weights``."""
     lengths = {"inputs_length": data.inputs_length, "targets_length": data.targets_length}
     kinds: dict[str, Callable[[], Objective]] = {
         "span_corruption": lambda: SpanCorruption(
@@ -208,10 +217,10 @@ def _objective(
 
 
 def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
-    """Sets the token embeddings, and the output layer with them, from which words meet in the text.
+    """Initialises the token embeddings and the output layer from co-occurrence in the corpus.
 
-    The output layer gets the transposed table at its own initial size, so that a decoder position
-    that means a word already scores that word's companions.
+    An untied output layer gets the transposed embeddings at its usual initial scale.  A decoder
+    position that represents a word then gives high scores to the words that occur near it.
     """
     config = model.config
     table_VD = jnp.asarray(
@@ -233,7 +242,7 @@ def text_losses(
     data: TextData,
     partitioner: Partitioner | None = None,
 ) -> list[dict[str, float]]:
-    """Each member's mean loss per target token on the evaluation text."""
+    """Returns each member's mean loss per target token on the evaluation text."""
     batches = data.eval_batches()
     if partitioner is not None:
         batches = (partitioner.shard_batch(batch, ("batch", "length")) for batch in batches)

@@ -1,8 +1,8 @@
-"""What a T5 is pre-trained on: windows of a corpus turned into inputs and targets.
+"""T5's pre-training objectives, which turn windows of a corpus into inputs and targets.
 
-Example ``index`` of seed ``seed`` is a pure function of the two: any step of a run can be made
-again, on any host, without the steps before it (``random_draws``).
-Letters here: B examples, T input length, S target length, W tokens of a window, M spans.
+An example is a pure function of its index and the seed, so any host can recreate any step of a run
+without the steps before it (``random_draws``).
+Array suffixes: B examples, T input length, S target length, W tokens of a window, M spans.
 """
 
 from abc import ABC, abstractmethod
@@ -18,15 +18,16 @@ from prompt_tuning_jax.pretraining.text_corpus import Corpus
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
-# What random numbers are for; those of one purpose have nothing to do with another's.
+# Purposes of random draws; draws for different purposes are independent.
 _WINDOW, _NOISE_LENGTHS, _TEXT_LENGTHS, _PREFIX_LENGTH, _TARGETS_LENGTH, _MIXTURE = range(6)
 
 
 class Objective(ABC):
-    """Turns windows of text into inputs of at most ``inputs_length`` tokens and targets likewise.
+    """Turns windows of text into inputs and targets.
 
-    Lengths include the end of sequence that ends both.  The windows start anywhere in the corpus,
-    uniformly at random, and may run over the end of a document.
+    Inputs have at most ``inputs_length`` tokens and targets at most ``targets_length``, including
+    the end of sequence.  Windows start at uniformly random positions of the corpus and may cross
+    document boundaries.
     """
 
     inputs_length: int
@@ -36,15 +37,15 @@ class Objective(ABC):
     def rows(
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs [B, inputs_length] and targets [B, targets_length], int32, padded."""
+        """Returns padded int32 inputs [B, inputs_length] and targets [B, targets_length]."""
 
     def example(
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, index: int, seed: int
     ) -> dict[str, np.ndarray]:
-        """Example ``index``: ``inputs`` and ``targets``, int32, not padded."""
+        """Returns ``inputs`` and ``targets`` of example ``index``, int32, without padding."""
         indices_B = np.array([index], np.uint64)
         inputs_BT, targets_BS = self.rows(corpus, vocabulary, indices_B=indices_B, seed=seed)
-        # Padding is at the end alone: no text has its id.
+        # Padding occurs only at the end, because text never has its id.
         return {
             "inputs": inputs_BT[0, : np.count_nonzero(inputs_BT[0])],
             "targets": targets_BS[0, : np.count_nonzero(targets_BS[0])],
@@ -53,9 +54,10 @@ class Objective(ABC):
     def batch(
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, step: int, seed: int, batch_size: int
     ) -> Batch:
-        """The ``batch_size`` examples of step ``step``, from ``step * batch_size`` on, for a T5.
+        """Returns the T5 batch of step ``step``: ``batch_size`` consecutive examples.
 
-        ``encoder_input_tokens`` [B, T]; ``decoder_input_tokens``, ``decoder_target_tokens`` [B, S].
+        Their indices start at ``step * batch_size``.  The keys are ``encoder_input_tokens`` [B, T],
+        ``decoder_input_tokens`` [B, S] and ``decoder_target_tokens`` [B, S].
         """
         indices_B = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
         inputs_BT, targets_BS = self.rows(corpus, vocabulary, indices_B=indices_B, seed=seed)
@@ -70,11 +72,14 @@ class Objective(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption(Objective):
-    """T5's denoising: sentinels replace spans of the text, and the targets spell the spans out.
+    """T5's denoising objective: sentinels replace spans of the text, and targets list the spans.
 
-    Inputs ``text <0> text <1> ... </s>`` fill ``inputs_length``, targets ``<0> span <1> span ...
-    </s>`` need ``needed_targets_length``: UserError where ``targets_length`` is less.  Text and
-    spans alternate, text first, each of one token or more, all divisions equally likely.
+    Inputs are ``text <0> text <1> ... </s>`` and fill ``inputs_length``.  Targets are ``<0> span
+    <1> span ... </s>`` and have ``needed_targets_length`` tokens.  Text and spans alternate,
+    starting with text; each has at least one token, and all divisions are equally likely.
+
+    Raises UserError if ``targets_length`` is less than ``needed_targets_length``, or another field
+    is out of range.
     Source: t5.data.preprocessors ``random_spans_helper`` and ``random_spans_noise_mask``; Raffel et
     al. 2020, section 3.1.4.
     """
@@ -99,11 +104,11 @@ class SpanCorruption(Objective):
 
     @property
     def window_length(self) -> int:
-        """How many tokens of text make inputs of ``inputs_length``."""
+        """The number of text tokens that yield inputs of ``inputs_length``."""
         length = self.inputs_length - 1
         while self._inputs_length(length + 1) <= self.inputs_length:
             length += 1
-        # T5's own exception: at one half, inputs and targets are to be of the same length.
+        # T5 special-cases a density of 0.5, so that inputs and targets have the same length.
         noise, spans = self._noise_and_spans(length)
         if self.noise_density == 0.5 and noise + spans + 1 > self._inputs_length(length):
             length -= 1
@@ -127,7 +132,7 @@ class SpanCorruption(Objective):
         noise_lengths_BM = _random_segments(
             noise, spans, seed=seed, purpose=_NOISE_LENGTHS, indices_B=indices_B
         )
-        # Even segments are text that stays, odd ones noise.
+        # Even segments are text to keep; odd segments are noise.
         lengths_BMx2 = np.stack([text_lengths_BM, noise_lengths_BM], axis=2)
         starts_Bx2M = np.cumsum(lengths_BMx2.reshape(len(indices_B), 2 * spans), axis=1)[:, :-1]
         is_start_BW = np.zeros((len(indices_B), length), bool)
@@ -144,7 +149,7 @@ class SpanCorruption(Objective):
         )
 
     def _noise_and_spans(self, length: int) -> tuple[int, int]:
-        """How many tokens are noise, and in how many spans: at least one, and text as well."""
+        """Returns the number of noise tokens and of spans; both, and the text, are at least 1."""
         noise = min(max(round(length * self.noise_density), 1), length - 1)
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, length - noise)
@@ -156,13 +161,14 @@ class SpanCorruption(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLM(Objective):
-    """Language modelling for an encoder-decoder: inputs are a text so far, targets how it goes on.
+    """Prefix language modelling: inputs are a prefix of a text, targets its continuation.
 
-    The prefix has ``min_prefix`` to ``inputs_length - 1`` tokens, all equally likely; the
-    continuation fills ``targets_length``, or where ``min_continuation`` is not 0 has that many
-    tokens or more.  For LM adaptation (Lester et al. 2021, section 3.2).  Differs from T5's
-    ``random_prefix_noise_mask``, which splits a window of one length: there what the prefix takes
-    is missing from the targets, and half of the positions are padding.
+    The prefix has ``min_prefix`` to ``inputs_length - 1`` tokens, all equally likely.  The
+    continuation fills ``targets_length``; if ``min_continuation`` is not 0, it has at least that
+    many tokens instead.  Used for LM adaptation (Lester et al. 2021, section 3.2).
+
+    T5's ``random_prefix_noise_mask`` differs: it splits a window of fixed length, so a longer
+    prefix leaves a shorter target, and half of the positions are padding.
     """
 
     inputs_length: int
@@ -206,10 +212,10 @@ class PrefixLM(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Objective):
-    """Several objectives of the same lengths: each run of ``consecutive`` examples is of one.
+    """Mixes objectives of equal lengths; each run of ``consecutive`` examples uses one of them.
 
-    ``weights`` need not add up to 1.  ``consecutive=1`` mixes within a batch; the batch size makes
-    each step of one kind.
+    ``weights`` need not add up to 1.  ``consecutive=1`` mixes objectives within a batch; the batch
+    size as ``consecutive`` gives every step a single objective.
     """
 
     objectives: tuple[Objective, ...]
@@ -245,7 +251,7 @@ class Mixture(Objective):
         runs_B = indices_B // np.uint64(self.consecutive)
         draws_B = random_bits(1, seed=seed, purpose=_MIXTURE, indices_B=runs_B)[:, 0] / 2.0**64
         shares = np.cumsum(self.weights) / np.sum(self.weights)
-        # A draw may round to 1.0: the last objective of any weight takes it.
+        # A draw may round to 1.0, which selects the last objective with a nonzero weight.
         last = int(np.flatnonzero(self.weights)[-1])
         kind_B = np.minimum(np.searchsorted(shares, draws_B, side="right"), last)
         for kind in np.unique(kind_B):
@@ -257,7 +263,7 @@ class Mixture(Objective):
 
 
 def _windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -> np.ndarray:
-    """Text [B, W] of ``length`` tokens each, int32."""
+    """Returns random windows [B, W] of ``length`` tokens each, int32."""
     starts = len(corpus.tokens) - length + 1
     if starts < 1:
         raise UserError(
@@ -275,10 +281,10 @@ def _replace_spans(
     is_start_BW: np.ndarray,
     length: int,
 ) -> np.ndarray:
-    """The text with one sentinel for each hidden span, then the end and padding: [B, length]."""
+    """Replaces each hidden span by a sentinel, then adds the end and padding: [B, length]."""
     kept_BW = ~is_hidden_BW | is_start_BW
     written_BW = np.where(is_hidden_BW, sentinels_BW, text_BW)
-    rows = written_BW[kept_BW].reshape(len(text_BW), -1)  # as many in each row
+    rows = written_BW[kept_BW].reshape(len(text_BW), -1)  # every row keeps the same number
     out = np.full((len(text_BW), length), PAD_ID, np.int32)
     out[:, : rows.shape[1]] = rows
     out[:, rows.shape[1]] = EOS_ID
@@ -286,7 +292,7 @@ def _replace_spans(
 
 
 def _cut(text_BW: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """The first ``length`` tokens of each row, the end, and padding up to W + 1: [B, W + 1]."""
+    """Returns the first ``length_B`` tokens of each row, the end and padding: [B, W + 1]."""
     position = np.arange(text_BW.shape[1] + 1)
     padded = np.pad(text_BW, ((0, 0), (0, 1)))
     padded = np.where(position < length_B[:, None], padded, PAD_ID)
@@ -296,7 +302,7 @@ def _cut(text_BW: np.ndarray, length_B: np.ndarray) -> np.ndarray:
 def _random_segments(
     items: int, segments: int, *, seed: int, purpose: int, indices_B: np.ndarray
 ) -> np.ndarray:
-    """Lengths [B, M] of a random division of ``items`` into ``segments`` that are not empty."""
+    """Returns lengths [B, M] of a random division of ``items`` into nonempty ``segments``."""
     draws = random_bits(items - 1, seed=seed, purpose=purpose, indices_B=indices_B)
     cuts = np.argsort(draws, axis=1)[:, : segments - 1] + 1
     ends = np.full((len(indices_B), 1), items)

@@ -1,4 +1,4 @@
-"""What a corpus says about the pieces of a vocabulary: which are words, how common, how alike."""
+"""Corpus statistics of vocabulary pieces: which are words, how common and how similar they are."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 
-_RANKED_OUT = 120  # the most common pieces: articles, pronouns, punctuation
+_RANKED_OUT = 120  # number of most common pieces to exclude: articles, pronouns, punctuation
 _SMOOTHING = 1e-3
 _COMPARED_DIMS = 96
 _NEIGHBOURS = 16
@@ -15,30 +15,33 @@ _NEIGHBOURS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WordTable:
-    """Pieces of a vocabulary V; C of them are content words in one piece.
+    """Statistics of the V pieces of a vocabulary, C of which are single-piece content words.
 
-    ``vectors_VD`` are unit embeddings weighted down for common pieces (smooth inverse frequency,
-    Arora et al. 2017), so that a text's vector is the sum over its pieces, less ``mean_D`` for each
-    unit of ``weights_V``.
+    ``vectors_VD`` are unit embeddings times ``weights_V``, which are small for common pieces
+    (smooth inverse frequency, Arora et al. 2017).  The vector of a text is the sum over its pieces,
+    minus ``mean_D`` times the sum of their weights.
     """
 
     starts_word_V: np.ndarray  # bool
     is_content_V: np.ndarray  # bool
     content_C: np.ndarray  # ids
-    content_shares_C: np.ndarray  # cumulative; frequency to the power 3/4
-    neighbours_CM: np.ndarray  # ids of the most alike content words, itself first
+    content_shares_C: np.ndarray  # cumulative shares of frequency**0.75
+    neighbours_CM: np.ndarray  # ids of the most similar content words, itself first
     vectors_VD: np.ndarray
     weights_V: np.ndarray
     mean_D: np.ndarray
 
     def draw_content(self, uniform: np.ndarray) -> np.ndarray:
-        """Content words, the common ones more often: the shape of ``uniform``, positions in C."""
+        """Maps uniform draws in [0, 1) to content words, as positions in C, of the same shape.
+
+        Common words are more likely.
+        """
         return np.searchsorted(self.content_shares_C, uniform, side="right").clip(
             max=len(self.content_C) - 1
         )
 
     def vectors(self, tokens: np.ndarray) -> np.ndarray:
-        """Unit vectors of texts ``[..., L]`` of token ids, -1 where there is none: [..., D]."""
+        """Returns unit vectors [..., D] of texts ``[..., L]`` of token ids; -1 is padding."""
         known = tokens >= 0
         ids = np.where(known, tokens, 0)
         weights = np.where(known, self.weights_V[ids], 0)
@@ -50,10 +53,11 @@ class WordTable:
 def make_word_table(
     tokens: np.ndarray, vocabulary: AnyVocabulary, embeddings_VD: np.ndarray
 ) -> WordTable:
-    """The table of a corpus (``tokens``, flat) with embeddings made from it, e.g. co-occurrence.
+    """Returns the table of a corpus, given its flat ``tokens`` and embeddings made from them.
 
-    A content word is a piece of three letters or more that begins a word and is none of the most
-    common ones.  UserError where the vocabulary has too few of them (bytes have none).
+    The embeddings may be ``cooccurrence_embeddings``, for example.  A content word is a piece of
+    three or more lowercase letters that begins a word and is not among the most common pieces.
+    Raises UserError if the vocabulary has too few content words; a byte vocabulary has none.
     """
     size = len(embeddings_VD)
     counts_V = np.bincount(np.asarray(tokens).ravel(), minlength=size)[:size].astype(np.float64)

@@ -1,1 +1,1 @@
-"""Many runs in one command: suites of tasks and transfer between tasks."""
+"""Studies of several runs each: suites of tasks, and transfer between tasks."""

@@ -1,7 +1,7 @@
-"""Many runs in one command: a suite of tasks, and a task tried on others.
+"""Runs studies of several runs: a suite of tasks, or transfer from one task to others.
 
-Each run is in a folder of its own, and so is what its evaluations gave (``scores.json``, with what
-the data and the model were), so that a command goes on wherever it was stopped.
+Each run has its own folder.  The folder also keeps the run's scores in ``scores.json``, with
+fingerprints of the data and the model, so an interrupted study resumes where it stopped.
 """
 
 import json
@@ -50,9 +50,9 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """The table (Markdown lines), all scores as values of JSON, and the files that hold them.
+    """The table as Markdown lines, all scores as JSON values, and the files that contain them.
 
-    ``stopped_by`` is the number of the signal that stopped a run before the end, or 0.
+    ``stopped_by`` is the number of the signal that stopped a run early, or 0.
     """
 
     lines: tuple[str, ...]
@@ -63,7 +63,11 @@ class SuiteResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """``evaluations``: name -> the experiment on the task to be scored on; the run's own first."""
+    """One run and its evaluations.
+
+    ``evaluations`` maps the name of each task to evaluate on to the experiment on that task,
+    starting with the run's training task.
+    """
 
     title: str
     experiment: Experiment
@@ -76,11 +80,11 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """What all runs share: the frozen model's identity and vocabulary, and the data's."""
+    """The fingerprint and vocabulary of the frozen model, and the fingerprints of all data."""
 
     model: str
     vocabulary: AnyVocabulary
-    data: Mapping[int, Mapping[str, Mapping[str, str]]]  # by run and evaluation
+    data: Mapping[int, Mapping[str, Mapping[str, str]]]  # by run number and evaluation
 
 
 def suite(
@@ -92,12 +96,13 @@ def suite(
     split_validation: Sequence[str] = (),
     quiet: bool = False,
 ) -> SuiteResult:
-    """Trains and evaluates every task of a suite, or those in ``tasks``, and makes the table.
+    """Trains and evaluates every task of a suite, or those in ``tasks``, and returns the table.
 
-    ``experiment`` is what is done for each; runs are folders of ``training.workdir``, which
-    also gets the table as ``FORM_NAME.md`` and ``.json``.  ``split_validation`` tasks train on
-    one half of their validation split and evaluated on the other.  Raises UserError, for missing
-    data of any task before anything is trained.
+    ``experiment`` applies to every task.  Each run has a folder in ``training.workdir``, where the
+    table is also written as ``FORM_NAME.md`` and ``.json``.  The tasks in ``split_validation``
+    train on one half of their validation split and are evaluated on the other.
+
+    Raises UserError before any training if the options are invalid or a task's data is missing.
     """
     validate(experiment)
     tasks = as_texts(tasks, "tasks")
@@ -144,7 +149,7 @@ def suite(
         _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
         run_folder.write_json(files[1], suites.as_json(of, scores, form=form))
     if not stopped_by:
-        # What is known of the data has been said in training, and stands in the file.
+        # Training has already printed the reports on the data, and the file contains them.
         shown = [line for line in lines if not line.startswith("- ")]
         _say(quiet, "", *shown, "", *(f"written: {file}" for file in files))
     return SuiteResult(
@@ -165,11 +170,12 @@ def try_transfer(
     form: str = "taskless",
     quiet: bool = False,
 ) -> SuiteResult:
-    """Trains on one task by each method, evaluates it there and on the targets; the table of both.
+    """Trains on a source task with each method and evaluates on the source and target tasks.
 
-    ``experiment`` is that of prompt tuning; ``model_tuning`` changes the one that is made of it
-    for model tuning.  Runs are in ``training.workdir``/SOURCE/METHOD, and the table is
-    ``SOURCE_to_TARGETS.md`` and ``.json``.  Raises UserError as ``suite``.
+    Returns a table that compares the methods.  ``experiment`` describes prompt tuning;
+    ``model_tuning`` modifies the experiment derived from it for model tuning.  Runs are in
+    ``training.workdir``/SOURCE/METHOD, and the table is written as ``SOURCE_to_TARGETS.md`` and
+    ``.json``.  Raises UserError like ``suite``.
     """
     validate(experiment)
     targets, methods = as_texts(targets, "targets"), as_texts(methods, "methods")
@@ -219,9 +225,10 @@ def try_transfer(
 
 
 def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
-    """Looks at all that can be wrong before anything is trained; UserError with all of it.
+    """Checks all runs before any training.
 
-    ``missing``: complaint -> whose it is, as far as they are known already.
+    One UserError lists the problems with the data of all runs.
+    ``missing`` maps the error messages already known to the tasks that they concern.
     """
     data: dict[int, dict[str, dict[str, str]]] = {}
 
@@ -239,7 +246,7 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     _refuse(missing, "nothing was trained")
     for run in runs:
         if (run.folder / RUN_CONFIG).is_file():
-            # With more steps its scores would not be those that are kept.
+            # With more steps, the scores kept in the folder would no longer be valid.
             require_run(run.folder, run.experiment, exactly=True)
     model = build_model(runs[0].experiment)
     words = vocabulary_of(model)
@@ -253,7 +260,7 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
     _refuse(missing, "nothing was trained")
     prepared = _Prepared(model=model_fingerprint(model), vocabulary=words, data=data)
     for number, run in enumerate(runs):
-        _kept(run, prepared, number)  # raises for what was made of something else
+        _kept(run, prepared, number)  # raises if the folder's run used other data or another model
     return prepared
 
 
@@ -268,9 +275,10 @@ def _evaluated(of: Experiment) -> tuple[Task, ...]:
 
 
 def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
-    """The scores of the run's folder by evaluation, those of other data left out.
+    """Returns the scores in the run's folder by evaluation, except those on data that has changed.
 
-    UserError where the run itself is of other data, or of another model.
+    Raises UserError if the run used other training data or another model, or the file is
+    unreadable.
     """
     file = run.folder / SCORES
     if not file.is_file() or not (run.folder / RUN_CONFIG).is_file():
@@ -298,7 +306,10 @@ def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
 def _scored(
     run: _Run, prepared: _Prepared, number: int, *, quiet: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Trains and evaluates as far as that has not been done; the signal that stopped it, scores."""
+    """Completes the run's training and evaluations.
+
+    Returns the number of the signal that stopped it, or 0, and the scores by evaluation.
+    """
     present = prepared.data[number]
     kept = _kept(run, prepared, number)
     if all(name in kept for name in run.evaluations):
@@ -314,7 +325,7 @@ def _scored(
         run_folder.write_json(run.folder / SCORES, value)
 
     claim(run.folder, run.experiment)
-    keep()  # before anything is trained on it
+    keep()  # records data and model before training starts
     result = train(run.experiment, quiet=quiet)
     if result.stopped_by or not result.finished:
         return result.stopped_by, kept
@@ -331,7 +342,7 @@ def _scored(
 
 
 def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict[str, Any]:
-    """What always answering the most frequent training target scores, and reports on the data."""
+    """Scores a constant prediction of the most frequent training target, and adds data reports."""
     data = task_data.build_data(trained, words)
     tried = data if of == trained else task_data.build_data(of, words, training=False)
     sets = list(tried.evaluation.values())
@@ -350,7 +361,7 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
 
 
 def _on_halves(experiment: Experiment, name: str, folder: Path) -> Experiment:
-    """The experiment on two files that hold a half of the validation split each."""
+    """Writes the halves of the validation split to two files; returns the experiment on them."""
     files = {}
     for half, examples in suites.halves(name, experiment.data.data_dir).items():
         files[half] = folder / f"{half}.jsonl"
@@ -371,7 +382,7 @@ def _say(quiet: bool, *lines: str) -> None:
 
 
 def with_seeds(experiment: Experiment, seeds: Sequence[int] = suites.SEEDS) -> Experiment:
-    """The experiment with five prompts, where it has one."""
+    """Returns the experiment with ``seeds`` (by default five) if it has only one seed."""
     if len(experiment.training.seeds) > 1:
         return experiment
     return replace(experiment, training=replace(experiment.training, seeds=tuple(seeds)))

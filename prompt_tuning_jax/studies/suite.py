@@ -1,7 +1,7 @@
-"""Suites of tasks: an experiment for each task, and a table of what they score.
+"""Suites of tasks: an experiment for each task, and a table of the scores.
 
-The table has the shape of Lester et al. 2021, table 3: the mean of several prompts, the best one
-and their ensemble, for each task and for the suite.
+The table follows table 3 of Lester et al. 2021: for each task and for the suite, the mean score of
+several prompts, the best prompt's score and that of their ensemble.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from prompt_tuning_jax.errors import UserError, suggest
 
 SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = ("majority", "mean", "best", "ensemble")
-# Fields that the task decides, or the command's other options.
+# Fields set by the task or by other options of the command.
 OWN_FIELDS = (
     "data.task",
     "data.train",
@@ -43,7 +43,7 @@ OWN_FIELDS = (
     "data.objectives",
     "evaluation.best_by",
 )
-# Of answers that are no labels; half of it would cut names in SuperGLUE's.
+# Target length of free-text answers; half of it would truncate names in SuperGLUE's answers.
 _FREE_TEXT_LENGTH = 32
 _NOT_SCORES = ("invalid",)
 _TEST = "test"
@@ -51,7 +51,7 @@ _TEST = "test"
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """``tasks``: short name -> the task or mixture in its ordinary form."""
+    """A benchmark; ``tasks`` maps short names to tasks or mixtures in their ordinary form."""
 
     name: str
     title: str
@@ -63,7 +63,7 @@ def _glue_name(short: str) -> str:
 
 
 def _super_glue_name(short: str) -> str:
-    # As the original: referents are generated, and trained on where they are right.
+    # As in the original, the model generates the referent, and trains on correct referents only.
     wsc = "super_glue_wsc_and_dev_v102_simple"
     return wsc if short == "wsc" else f"super_glue_{short}_v102"
 
@@ -83,7 +83,7 @@ SUITES: Mapping[str, Suite] = {
 
 
 def get_suite(name: str) -> Suite:
-    """The suite of that name; UserError with the nearest for another."""
+    """Returns the suite with that name; UserError with the nearest name if it is unknown."""
     if name not in SUITES:
         raise UserError(f"unknown suite {name!r}: {suggest(name, SUITES)}")
     return SUITES[name]
@@ -92,10 +92,11 @@ def get_suite(name: str) -> Suite:
 def chosen_tasks(
     suite: Suite, names: Sequence[str], *, form: Form, option: str = "--tasks"
 ) -> dict[str, str]:
-    """Short name -> full name, of those chosen (short, or full in any form) in the suite's order.
+    """Returns {short name: full name} of the chosen tasks, in the suite's order.
 
-    None chosen: all.  ``option`` is where they were named.  UserError for a task of another suite,
-    and for one that is named twice.
+    ``names`` are short names, or full names in any form; an empty sequence chooses all tasks.
+    ``option`` is the command-line option that error messages mention.  Raises UserError if a task
+    is not in the suite or is named twice.
     """
     found: dict[str, str] = {}
     by_name = {name: short for short, name in suite.tasks.items()}
@@ -115,7 +116,7 @@ def chosen_tasks(
 
 
 def require_form(form: str) -> Form:
-    """The form of that name; UserError otherwise."""
+    """Returns the form with that name; UserError if it is unknown."""
     for known in FORMS:
         if form == known:
             return known
@@ -123,13 +124,13 @@ def require_form(form: str) -> Form:
 
 
 def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
-    """The same experiment on a task or mixture, by the task's own labels, metrics and splits.
+    """Returns ``base`` on a task or mixture, with the task's own labels, metrics and splits.
 
-    A task without a validation split is evaluated on its test split, see ``data_of``.
+    A task without a validation split is evaluated on its test split; see ``data_of``.
 
-    Predictions are made as ``base`` says; where the task has no labels to rank they are written
-    greedily, ``data.targets_length`` is at least 32, and a prompt that would start from labels
-    starts from sampled vocabulary.
+    Predictions use the strategy of ``base``.  If the task has no labels to rank, greedy decoding
+    replaces ranking, ``data.targets_length`` is at least 32, and a prompt that would be initialised
+    from labels is initialised from sampled vocabulary.
     """
     default = Data()
     data = replace(
@@ -170,10 +171,11 @@ def _without_label_init(experiment: Experiment) -> Experiment:
 
 
 def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
-    """A task's validation split in two, by a hash of the passage (or of the row): train and eval.
+    """Splits a task's validation split into ``train`` and ``eval`` halves.
 
-    For where there is no training file.  No passage is in both.  UserError for a task whose scores
-    are not those of labels alone, or which needs more than its text.
+    This helps if there is no training file.  A hash of the passage, or of the whole row, decides
+    the half, so no passage is in both.  Raises UserError if the task has no labels, has a metric
+    other than accuracy, needs more than its text, or has too few examples.
     """
     task = get_task(name)
     if not task.labels or task.index is not None or [m.name for m in task.metrics] != ["accuracy"]:
@@ -196,7 +198,7 @@ def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
 
 
 def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
-    """The experiment on files of the same task's examples."""
+    """Returns the experiment on files of examples of the same task."""
     labels = get_task(experiment.data.task).labels
     data = replace(experiment.data, task="", train=train, eval=eval, labels=labels)
     own = Data()
@@ -211,9 +213,10 @@ def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
 
 
 def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
-    """``task/split`` -> fingerprint, of what is evaluated on, and with ``training`` trained on.
+    """Returns {``task/split``: fingerprint} of the evaluation data.
 
-    UserError where one is missing, and for a test split without labels.
+    With ``training``, the training data is included.  Raises UserError if data is missing, or if a
+    test split has no labels.
     """
     data = experiment.data
     mixture = build_mixture(data)
@@ -229,7 +232,7 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
 
 
 def official_train_examples(name: str) -> int:
-    """How many training examples a task's official release makes; 0 where that is not known."""
+    """Returns the number of training examples in a task's official release, or 0 if unknown."""
     base = T5_TASKS.get(form_of(name)[1])
     mixture = get_mixture(name)
     if base is not None:
@@ -239,21 +242,22 @@ def official_train_examples(name: str) -> int:
 
 
 def metrics_of(suite: Suite, short: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """The metrics that count for a task of the suite."""
+    """Returns the names of the metrics that count for a task of the suite."""
     if suite.name == "super_glue":
         return SUPER_GLUE_METRICS[short]
     return score_names(scores["mean"])
 
 
 def score_names(scores: Iterable[str]) -> tuple[str, ...]:
-    """The metrics among the names of scores, which may have a task and a slash before them."""
+    """Returns the names of scores that are metrics; names may have a ``task/`` prefix."""
     return tuple(name for name in scores if name.split("/")[-1] not in _NOT_SCORES)
 
 
 def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Column -> the mean over the tasks in ``scores`` of each task's own mean of its metrics.
+    """Returns for each column the mean over tasks of each task's mean over its metrics.
 
-    Over all eight of SuperGLUE it is the leaderboard's number.  None where a task has none.
+    Over all eight tasks of SuperGLUE this is the leaderboard's score.  A column is None if a task
+    lacks a score in it.
     """
     found: dict[str, float | None] = {}
     for column in COLUMNS:
@@ -279,7 +283,7 @@ def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[
 
 
 def table(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The suite's table as Markdown: a row a task, and the suite's score below."""
+    """Returns the suite's table as Markdown, with a row per task and the suite's score below."""
     rows = [["task", "metric", *COLUMNS, "cut"]]
     for short, task in scores.items():
         metrics = metrics_of(suite, short, task)
@@ -293,7 +297,7 @@ def table(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def coverage(suite: Suite, scores: Mapping[str, Any]) -> str:
-    """Whether the last row is the suite's score, and if not, what is missing."""
+    """Says whether the last row is the suite's score, and if not, which tasks are missing."""
     missing = [short for short in suite.tasks if short not in scores]
     if not missing:
         return f"The last row is the {suite.title} score, over all {len(suite.tasks)} tasks."
@@ -306,7 +310,7 @@ def coverage(suite: Suite, scores: Mapping[str, Any]) -> str:
 def notes(
     suite: Suite, experiment: Experiment, scores: Mapping[str, Any], halved: Collection[str] = ()
 ) -> list[str]:
-    """What must be known to read the table, a line each; ``experiment`` is that of any task."""
+    """Returns notes that explain the table, one per line; ``experiment`` may be any task's."""
     prompts = len(experiment.training.seeds)
     found = [
         coverage(suite, scores),
@@ -337,7 +341,7 @@ def notes(
 
 
 def as_json(suite: Suite, scores: Mapping[str, Any], *, form: str) -> dict[str, Any]:
-    """The table and all behind it as values of JSON."""
+    """Returns the table and the scores behind it as JSON values."""
     return {
         "suite": suite.name,
         "form": form,
@@ -348,7 +352,7 @@ def as_json(suite: Suite, scores: Mapping[str, Any], *, form: str) -> dict[str, 
 
 
 def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, its columns as wide as they must be; the first row is the heading."""
+    """Returns the lines of a Markdown table with aligned columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
@@ -358,7 +362,7 @@ def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def without_nan(value: Any) -> Any:
-    """Values as JSON has them: a number that is none is null."""
+    """Returns the value with NaN and infinities replaced by None, as JSON requires."""
     if isinstance(value, Mapping):
         return {str(key): without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -375,7 +379,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short_metric(name: str) -> str:
-    """``taskless_glue_mnli_matched_v002/accuracy`` -> ``mnli_matched accuracy``."""
+    """Shortens ``taskless_glue_mnli_matched_v002/accuracy`` to ``mnli_matched accuracy``."""
     task, slash, metric = name.rpartition("/")
     base = T5_TASKS.get(form_of(task)[1])
     return f"{base.short if base else task} {metric}" if slash else metric

@@ -1,7 +1,7 @@
-"""A task learned and others tried with it: prompt tuning against model tuning.
+"""Zero-shot transfer from one task to others, with prompt tuning and with model tuning.
 
-The table has the shape of Lester et al. 2021, tables 1 and 2: scores in domain and out of it, with
-their standard deviation over seeds, and what prompt tuning is ahead.
+The table follows tables 1 and 2 of Lester et al. 2021: in-domain and out-of-domain scores with
+their standard deviation over seeds, and prompt tuning's lead over model tuning.
 """
 
 import statistics
@@ -36,7 +36,7 @@ _TITLES = {"prompt_tuning": "prompt tuning", "model_tuning": "model tuning"}
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRun:
-    """One run on the source, and the same experiment on each task to try it on, source first."""
+    """One run on the source task, and its experiment on each evaluated task, source first."""
 
     method: str
     experiment: Experiment
@@ -44,7 +44,10 @@ class TransferRun:
 
 
 def source_task(name: str, *, form: Form) -> str:
-    """A short or full name -> the full one of what is trained on; UserError otherwise."""
+    """Returns the full name of the source task from its short or full name.
+
+    Raises UserError if the name is unknown or ambiguous, or the task has no training split.
+    """
     found = _full_name(name, form=form, option="--from")
     if not any("train" in task.splits for task in get_mixture(found).tasks):
         raise UserError(f"--from {name}: {found} has no training split")
@@ -52,10 +55,11 @@ def source_task(name: str, *, form: Form) -> str:
 
 
 def target_tasks(names: Sequence[str], *, source: str, form: Form) -> tuple[str, ...]:
-    """Short or full names, or ``mrqa`` for its six out-of-domain sets -> full names.
+    """Returns the full names of target tasks from short or full names.
 
-    Where the labels of a target need translating from those of the source, the task that does it
-    is meant.  UserError where labels are not the source's, and for an unknown name.
+    ``mrqa`` expands to its six out-of-domain sets.  If a variant of a target translates the
+    source's labels into its own, that variant is chosen.  Raises UserError if a name is unknown or
+    repeated, a task's labels differ from the source's, or no task is named.
     """
     found: list[str] = []
     for name in names:
@@ -77,9 +81,11 @@ def runs_of(
     methods: Sequence[str] = METHODS,
     model_tuning: Experiment | None = None,
 ) -> Iterator[TransferRun]:
-    """The runs: all prompts at once, models one by one; each in a folder below ``base``'s.
+    """Yields one run for all prompts, and one run per seed for model tuning.
 
-    ``model_tuning`` replaces the experiment that ``as_model_tuning`` makes of ``base``.
+    Each run has a folder in the workdir of ``base``.  ``model_tuning`` replaces the experiment
+    that ``as_model_tuning`` derives from ``base``.  Raises UserError if a method is unknown, or if
+    prompt tuning is requested and the method of ``base`` is not PromptTuning.
     """
     root = Path(base.training.workdir) / source
     for method in methods:
@@ -94,7 +100,7 @@ def runs_of(
             of = [(base, root / method)]
         else:
             trainable = model_tuning or as_model_tuning(base)
-            # E models and their optimizer states at once would not fit where one does.
+            # Memory for one model and its optimizer state may not suffice for E of them.
             of = [
                 (replace(trainable, training=replace(trainable.training, seeds=(seed,))), folder)
                 for seed in base.training.seeds
@@ -106,10 +112,10 @@ def runs_of(
 
 
 def as_model_tuning(base: Experiment) -> Experiment:
-    """All weights instead of a prompt, by T5's own recipe for it (Raffel et al. 2020, 3.1.2).
+    """Returns ``base`` with all weights tuned, using T5's fine-tuning recipe.
 
-    Steps, batches and data are the same; weights are held in float32, in which small updates are
-    not lost.
+    The recipe is that of Raffel et al. 2020, section 3.1.2.  Steps, batches and data stay the
+    same.  Weights are float32, so that small updates are not lost to rounding.
     """
     return replace(
         base,
@@ -128,10 +134,10 @@ def as_model_tuning(base: Experiment) -> Experiment:
 def summary(
     scores: Mapping[str, Mapping[str, Sequence[Mapping[str, float | None]]]],
 ) -> dict[str, Any]:
-    """{method: {task: scores of each seed}} -> {task: {metric: {method: mean and std}, ...}}.
+    """Converts {method: {task: scores per seed}} to {task: {metric: {method: mean and std}}}.
 
-    The standard deviation is that of a sample, None of a single seed; ``difference`` is prompt
-    tuning less model tuning where there are both.
+    The standard deviation is the sample standard deviation, or None for a single seed.  Each metric
+    also has ``difference``, prompt tuning minus model tuning, or None if either is missing.
     """
     found: dict[str, Any] = {}
     for method, by_task in scores.items():
@@ -159,7 +165,7 @@ def table(
     methods: Sequence[str],
     majority: Mapping[str, Mapping[str, float | None]],
 ) -> list[str]:
-    """The table as Markdown: a row for each task and metric, the source first."""
+    """Returns the table as Markdown, with a row per task and metric, the source first."""
     shown = [method for method in reversed(METHODS) if method in methods]
     heading = ["trained on", "evaluated on", "metric"]
     heading += ["majority"] if majority else []
@@ -169,7 +175,7 @@ def table(
     for task, metrics in summarized.items():
         for metric, by_method in metrics.items():
             row = [short_of(source), short_of(task), metric.split("/")[-1]]
-            if "/" in metric:  # a task that is evaluated on several sets
+            if "/" in metric:  # the task is evaluated on several sets
                 row[1] = short_of(metric.rpartition("/")[0])
             row += [_number(majority.get(task, {}).get(metric))] if majority else []
             row += [_with_std(by_method.get(method)) for method in shown]
@@ -180,7 +186,7 @@ def table(
 
 @dataclass(kw_only=True)
 class Report:
-    """What the runs done so far give; ``data``: a line on each set of examples."""
+    """Collects the results of finished runs; the keys of ``data`` are reports on the examples."""
 
     source: str
     targets: Sequence[str]
@@ -191,7 +197,7 @@ class Report:
     splits: dict[str, str] = field(default_factory=dict)
 
     def add(self, method: str, by_task: Mapping[str, Mapping[str, Any]]) -> None:
-        """A run's evaluations, of one seed or of several."""
+        """Adds the evaluations of a run with one or more seeds."""
         for task, own in by_task.items():
             seeds = self.scores.setdefault(method, {}).setdefault(task, [])
             for scores in own["per_prompt"]:
@@ -202,7 +208,7 @@ class Report:
             self.splits[task] = own["split"]
 
     def lines(self) -> list[str]:
-        """The table as Markdown, and how to read it."""
+        """Returns the table as Markdown lines, with notes that explain it."""
         rows = table(
             summary(self.scores),
             source=self.source,
@@ -222,7 +228,7 @@ class Report:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """The same and all behind it as values of JSON."""
+        """Returns the table and the scores behind it as JSON values."""
         values = {
             "source": self.source,
             "targets": list(self.targets),
@@ -236,7 +242,7 @@ class Report:
 
 
 def short_of(name: str) -> str:
-    """What people call a task: ``taskless_glue_mrpc_from_qqp_v002`` is mrpc."""
+    """Returns the common name of a task: mrpc for ``taskless_glue_mrpc_from_qqp_v002``."""
     base = form_of(name)[1]
     for suite in SUITES.values():
         for short, full in suite.tasks.items():
@@ -247,11 +253,11 @@ def short_of(name: str) -> str:
 
 
 def _full_name(name: str, *, form: Form, option: str) -> str:
-    """UserError for a name that is unknown, or stands for tasks of several benchmarks."""
+    """Returns a task's full name; UserError if ``name`` is unknown or in several benchmarks."""
     found = [
         name_in_form(task.name, form)
         for task in T5_TASKS.values()
-        # Not the later versions, and not what is there for a certain source.
+        # Skip later versions, and variants made for one source task.
         if task.short == name and "_v200" not in task.name and "_from_" not in task.name
     ]
     of_suites = [s.tasks[name] for s in SUITES.values() if name in s.tasks]

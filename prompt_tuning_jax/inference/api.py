@@ -64,7 +64,7 @@ def encode(
     attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
     graphdef, params = param_tree.split(attached)
     hidden_BUD = encoded(graphdef, params, tokens_BT)
-    # Prompts are inserted before the padding, so the result is cut at the end.
+    # Positions added by a method precede the padding, so padding is cut from the end.
     return hidden_BUD[:rows, : hidden_BUD.shape[1] - tokens_BT.shape[1] + length]
 
 

@@ -278,9 +278,9 @@ def export_model(
     """Writes a run's best model as a Hugging Face folder, with the tuned parameters merged in.
 
     Supports methods that can be merged into the weights: LoRA, IA3, and training all or some of the
-    weights.  The dtype ``stored`` is the one that the run held its weights in.  ``member`` selects
-    one of several members.  Returns whether a vocabulary was written.  Raises UserError if the
-    folder holds no such run.
+    weights.  ``dtype="stored"`` keeps the dtype that the run held its weights in.  ``member``
+    selects one of several members.  Returns whether a vocabulary was written.  Raises UserError if
+    the folder holds no such run.
     """
     experiment, model = merged_model(workdir, member=member)
     named = experiment.model
@@ -349,7 +349,7 @@ def merge(
     """Writes the best model of a run's folder as a Hugging Face folder of a plain T5.
 
     Supports LoRA, IA3, and runs that trained the model's weights.  ``member`` selects one of
-    several members.  The dtype ``stored`` is the one that the run held its weights in; merged
+    several members.  ``dtype="stored"`` keeps the dtype that the run held its weights in; merged
     weights are rounded to the dtype written.  An existing destination is kept unless ``overwrite``
     is set, and an error leaves no partial output.  Raises UserError.
     """

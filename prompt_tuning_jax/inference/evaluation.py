@@ -92,7 +92,7 @@ def evaluate(
     draws = task_data.draws_of(experiment)
     several = len(draws) * sum(members.number for members in loaded.groups) > 1
     data = _examples(draws[0], model, split=split)
-    # Checked here so that an error does not come only after the last prompt.
+    # Checked here, so that an error does not wait until after the last prompt.
     direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
         data = _examples(own_draw, model, split=split) if number else data

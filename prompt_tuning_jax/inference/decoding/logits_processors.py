@@ -128,7 +128,7 @@ def _per_row(value: Any, rows: int, dtype: Any) -> Array:
 
 
 def _completes_ngram(history_NL: Array, position_N: Array, ngram_N: Array) -> Array:
-    """Returns ``[N, L]``: whether repeating the token at each place would repeat an n-gram.
+    """Returns ``[N, L]``: whether the token at each place, if next, would repeat an n-gram.
 
     It would if the n - 1 tokens before that place equal the last n - 1 tokens of the history.
     """

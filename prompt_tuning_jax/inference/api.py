@@ -1,7 +1,7 @@
-"""Uses a model with a prompt: encode, generate text, score text, logits.
+"""Runs a model with a prompt: encodes, generates and scores text, and computes logits.
 
-Inputs are padded to few lengths and numbers of rows, so that programs are compiled for these alone;
-what is returned has the shape of what was given.
+Inputs are padded to a few fixed batch sizes and lengths, which limits the number of compiled
+programs.  Results have the shape of the unpadded inputs.
 """
 
 from collections.abc import Sequence
@@ -33,21 +33,23 @@ from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
-# Token ids [B, T] with the model's padding (T5's is 0), or texts where it has its vocabulary.
+# Token ids [B, T] with the model's padding id (0 for T5), or texts if the model has a vocabulary.
 Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
 _SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
-# Beyond these a slip of a zero would end in an error of the device: beams times words fit an int32.
+# Larger values, such as a typo with an extra zero, would fail on the device.  With these limits,
+# beams times vocabulary size fits an int32.
 _LONGEST = 2**16
 _MOST_BEAMS = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What ``generate`` writes, best first where there are several.
+    """The output of ``generate``.
 
-    ``ids`` ``[B, S]``, or ``[B, K, S]`` for beams, padding behind the end; ``scores`` ``[B]`` or
-    ``[B, K]``: summed log-probability, for beams by their rule; ``texts`` where the model has a
-    vocabulary: the (best) text of each row.
+    Attributes:
+      ids: token ids ``[B, S]``, or ``[B, K, S]`` for beam search, best first; padded after the end.
+      scores: ``[B]`` or ``[B, K]``; the summed log-probability, or for beams the beam rule's score.
+      texts: the (best) text of each row; None if the model has no vocabulary.
     """
 
     ids: HostArray
@@ -58,11 +60,11 @@ class Generated:
 def encode(
     model: T5 | TunedModel, encoder_input_tokens: Inputs, prompt: Array | None = None
 ) -> Array:
-    """The encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
+    """Returns the encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
     attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
     graphdef, params = param_tree.split(attached)
     hidden_BUD = encoded(graphdef, params, tokens_BT)
-    # What is added to the input stands before its padding.
+    # Positions added by a method precede the padding, so padding is cut from the end.
     return hidden_BUD[:rows, : hidden_BUD.shape[1] - tokens_BT.shape[1] + length]
 
 
@@ -84,27 +86,27 @@ def generate(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> Generated:
-    """Writes at most ``max_length`` tokens for each input, the end-of-sequence token included.
+    """Generates at most ``max_length`` tokens for each input, including the end-of-sequence token.
 
     Args:
-      model: the bare model, or one that has something attached to it.
+      model: a bare model, or a model with a method attached.
       inputs: texts, or token ids ``[B, T]``.
       prompt: ``[P, D]``, one per example ``[B, P, D]``, or None.
       strategy: ``greedy``, ``beam`` or ``sample``.
-      max_length: in tokens.
-      num_beams: beam only; 4 unless given.
-      length_penalty: beam only; the exponent of the rule, unless given T5X's 0.6 or transformers'
-        1.0.
-      beam_rule: beam only; ``t5x`` (unless given) or ``hf``.
-      temperature: sample only; 1.0 unless given, 0 is greedy.
-      top_k: sample only; 0 (unless given) is no cut.
-      top_p: sample only; 1.0 (unless given) is no cut.
-      seed: of the draws of sample.
-      min_length: in tokens, the end included, as in transformers.
-      repetition_penalty: as in transformers; 1.0 is none.
-      no_repeat_ngram_size: no run of this many tokens is written twice; 0 allows repeats.
+      max_length: the maximum number of tokens to generate.
+      num_beams: beam only; defaults to 4.
+      length_penalty: beam only; the exponent in the beam rule.  Defaults to 0.6 for ``t5x`` and to
+        1.0 for ``hf``, as in T5X and transformers.
+      beam_rule: beam only; ``t5x`` (the default) or ``hf``.
+      temperature: sample only; defaults to 1.0.  0 decodes greedily.
+      top_k: sample only; the number of tokens to sample from.  0 (the default) keeps all.
+      top_p: sample only; the probability mass to sample from.  1.0 (the default) keeps all.
+      seed: the random seed for sampling.
+      min_length: the minimum number of tokens, including the end, as in transformers.
+      repetition_penalty: as in transformers; 1.0 applies no penalty.
+      no_repeat_ngram_size: no n-gram of this size is generated twice; 0 allows repeats.
 
-    Raises UserError for an option that is wrong or belongs to another strategy.
+    Raises UserError for an invalid option, or for an option of another strategy.
     """
     if strategy not in ("greedy", "beam", "sample"):
         raise UserError(f"strategy is {strategy!r}; choose greedy, beam or sample")
@@ -154,9 +156,9 @@ def score(
     *,
     normalize_length: bool = False,
 ) -> HostArray:
-    """The summed log-probability ``[B]`` of each target given its input, in float32.
+    """Returns the summed log-probability ``[B]`` of each target given its input, in float32.
 
-    With ``normalize_length`` the mean over the target's tokens, its end included.
+    ``normalize_length`` returns the mean over the target's tokens instead, including its end.
     """
     mean = true_or_false("normalize_length", normalize_length)
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
@@ -173,10 +175,10 @@ def score(
 def logits(
     model: T5 | TunedModel, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
 ) -> HostArray:
-    """The logits ``[B, S, V]`` in float32 that predict the targets: ``[:, s]`` is for token s.
+    """Returns the float32 logits ``[B, S, V]`` that predict the targets: ``[:, s]`` is for token s.
 
-    ``prompt`` is as in ``generate``.  Behind the end of a shorter target they mean nothing.
-    UserError for a method that scores labels itself.
+    ``prompt`` is as in ``generate``.  Logits after the end of a shorter target are meaningless.
+    Raises UserError for a method that scores labels itself.
     """
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
     if attached.method.label_tokens:
@@ -197,7 +199,7 @@ _OPTIONS_OF = {
 
 
 def require_own_options(strategy: str, **given: object) -> None:
-    """UserError for the first option given (not None) that is another strategy's."""
+    """Raises UserError for the first option that is not None and belongs to another strategy."""
     for name, value in given.items():
         if value is not None and _OPTIONS_OF[name] != strategy:
             raise UserError(
@@ -229,16 +231,17 @@ def _temperature(value: object) -> float:
 
 
 def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
-    """Token ids ``[B, T]`` int32, padded with the model's ``token_ids.fill``.
+    """Returns int32 token ids ``[B, T]``, padded with the model's ``token_ids.fill``.
 
-    Texts get an end-of-sequence token: inputs the vocabulary's, ``targets`` the model's.  Token ids
-    are padded with the model's ``token_ids.pad``; where that is its end of sequence, inputs have no
-    padding (as in transformers) and targets have it behind the first end.
+    An end-of-sequence token is appended to texts: the vocabulary's to inputs, the model's to
+    targets.  Token ids must be padded with the model's ``token_ids.pad``.  If that is also its
+    end-of-sequence id, inputs have no padding (as in transformers), and everything after the first
+    end of a target is padding.
     """
     if isinstance(inputs, str):
         inputs = [inputs]
     if not isinstance(inputs, jax.Array) and hasattr(inputs, "__array__"):
-        inputs = np.asarray(inputs)  # of pandas or torch, too
+        inputs = np.asarray(inputs)  # also converts pandas and torch
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
         if inputs.ndim != 1:
             raise UserError(f"an array of texts has shape [batch]; got {list(inputs.shape)}")
@@ -293,11 +296,11 @@ def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
 
 
 def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArray:
-    """The padding of token ids from outside as the model marks it."""
+    """Replaces the padding id of the caller's token ids with the model's ``fill``."""
     if ids.fill == ids.pad:
         return ids_BT
     if targets:
-        # At the end alone: in a text the id may be that of a real token.
+        # Only at the end of a row: elsewhere the id may be a real token.
         ended_BT = np.cumsum(ids_BT == ids.eos, axis=1) - (ids_BT == ids.eos) > 0
         rest_BT = np.cumprod((ids_BT == ids.pad)[:, ::-1], axis=1)[:, ::-1] > 0
         is_padding_BT = ended_BT if ids.pad == ids.eos else rest_BT
@@ -307,10 +310,13 @@ def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArr
 
 
 def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
-    """The prompt as float32, ``[P, D]`` or ``[B, P, D]``; UserError where it does not fit."""
+    """Returns the prompt in float32, ``[P, D]`` or ``[B, P, D]``.
+
+    Raises UserError if it does not fit the model or the batch.
+    """
     if prompt is None:
         return None
-    given: object = prompt  # not everybody checks types
+    given: object = prompt  # callers may not type-check
     if isinstance(given, str | Path):
         raise UserError(
             f"prompt is an array, and {str(given)!r} is a path: attach takes a run, a file or an "
@@ -336,7 +342,7 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
 
 
 def require_model(model: object) -> None:
-    """UserError for what is no model."""
+    """Raises UserError if the argument is not a model."""
     if not isinstance(model, T5 | TunedModel):
         opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
         raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
@@ -345,9 +351,9 @@ def require_model(model: object) -> None:
 def _ready(
     model: T5 | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
 ) -> tuple[TunedModel, HostArray, int, int]:
-    """The model with its prompt or whatever else is attached; the inputs' token ids, padded.
+    """Returns the model with its prompt or other method attached, and the padded token ids.
 
-    Then how many rows and positions were given.
+    The last two values are the numbers of rows and positions before padding.
     """
     require_model(model)
     if isinstance(model, TunedModel):
@@ -371,7 +377,7 @@ def _ready(
 
 
 def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:
-    """Padding at the right, and copies of the last row: all of it is cut off the results."""
+    """Pads on the right and repeats the last row; callers cut both off their results."""
     rows, length = tokens_BT.shape
     spare = padded_size(rows) - rows if more_rows else 0
     tokens_BT = np.pad(tokens_BT, ((0, spare), (0, 0)), mode="edge")
@@ -382,7 +388,7 @@ def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostA
 def _padded_targets(
     attached: TunedModel, targets: Inputs, *, rows: int, padded_rows: int
 ) -> tuple[HostArray, int]:
-    """The targets' token ids for the padded inputs, and how many positions were given."""
+    """Returns the targets' token ids, padded like the inputs, and their length before padding."""
     targets_BS = token_ids(attached.model, targets, targets=True)
     if len(targets_BS) != rows:
         raise UserError(f"inputs and targets must be as many: {rows} and {len(targets_BS)}")
@@ -394,7 +400,7 @@ def _padded_targets(
 
 
 def _has_rows_of_its_own(attached: TunedModel, rows: int) -> bool:
-    """Whether arrays of the method may be one for each row of the batch."""
+    """Returns whether the method may have arrays with one entry per row of the batch."""
     params = param_tree.split(attached)[1]
     return any(
         name.startswith("method/") and array.ndim > 2 and len(array) == rows

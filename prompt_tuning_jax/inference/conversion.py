@@ -1,4 +1,4 @@
-"""Writes models, prompts and trained methods in other formats, and merges runs into models."""
+"""Converts models, prompts and trained methods to other formats, and merges runs into models."""
 
 import dataclasses
 import inspect
@@ -60,10 +60,10 @@ from prompt_tuning_jax.models.t5.model import T5
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> Converted:
-    """Writes a model or prompt, or what a run has tuned, in another format.
+    """Converts a model, a prompt or the tuned parameters of a run to another format.
 
-    All that ``checkpoints.convert.convert`` says holds, options and errors; LoRA, IA3, prefixes and
-    multitask prompts go between a run's files (``tuned/*.safetensors``) and PEFT's adapters.
+    Options and errors are those of ``checkpoints.convert.convert``.  LoRA, IA3, prefixes and
+    multitask prompts convert between a run's files (``tuned/*.safetensors``) and PEFT adapters.
     """
     known = list(inspect.signature(converter.convert).parameters)[2:]
     for name in options:
@@ -91,9 +91,10 @@ _WORDS: dict[Format, str] = {
 
 
 def tuned_files(place: Path) -> list[Path]:
-    """What is kept of other methods than prompts: a file, an adapter, or all in a folder of them.
+    """Returns the files and PEFT adapters at ``place`` that hold tuned parameters.
 
-    Nothing where ``place`` is anything else.
+    ``place`` is one file, one adapter, or a folder that contains only these.  The list is empty for
+    anything else, plain prompts included.
     """
     if _is_tuned(place):
         return [place]
@@ -123,10 +124,11 @@ def convert_tuned(
 ) -> Converted:
     """Writes each of ``tuned_files(source)`` in another format, bit for bit.
 
-    ``peft``: folders that PEFT loads; ``safetensors``: what a run keeps, or a prompt's file of a
-    P-tuning adapter, which also goes to ``npy``.  ``model`` decides the shapes: the frozen model,
-    unless what is converted names one on this machine.  What is written for PEFT is read again
-    before it takes its name.  Options and errors else as of ``checkpoints.convert.convert``.
+    ``peft`` writes folders that PEFT loads.  ``safetensors`` writes a run's files, or a prompt file
+    for a P-tuning adapter, which can also be written as ``npy``.  ``model`` is the frozen model,
+    which determines the shapes; it may be left out if the source names a model on this machine.
+    PEFT adapters are read back and compared before they are renamed to ``destination``.  Other
+    options and errors are those of ``checkpoints.convert.convert``.
     """
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     to = format_of(destination, to)
@@ -199,7 +201,11 @@ def convert_tuned(
 
 
 def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]:
-    """The frozen model that ``--model`` names, or that they name, if it is on this machine."""
+    """Returns the frozen model's name and checkpoint.
+
+    The name is ``model``, or else the one in the first file.  Raises UserError if the file names no
+    model on this machine.
+    """
     if model:
         return model, open_source(model, vocabulary=False)
     for file in files:
@@ -218,7 +224,7 @@ def _read(file: Path, opened: ModelCheckpoint) -> TunedCheckpoint:
     if not file.is_dir():
         return read_tuned(file, opened.config)
     adapter = peft_adapter(file, opened.config, own=opened.params)
-    assert adapter is not None, file  # its kind was looked at
+    assert adapter is not None, file  # its kind is checked already
     return adapter
 
 
@@ -231,7 +237,10 @@ def _write_adapter(
     name: str,
     of: str,
 ) -> None:
-    """Writes it and reads it again; UserError where PEFT has no such adapter, or shapes differ."""
+    """Writes a PEFT adapter and reads it back.
+
+    Raises UserError if PEFT has no such adapter, or if the arrays read back differ.
+    """
     try:
         if isinstance(method, LoRA | IA3):
             weights.write_peft_weights(
@@ -266,11 +275,12 @@ def export_model(
     dtype: StoredAs = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
 ) -> bool:
-    """Writes a run's best model as a Hugging Face folder, what it tuned merged into the weights.
+    """Writes a run's best model as a Hugging Face folder, with the tuned parameters merged in.
 
-    For methods whose result weights can hold: all weights, some of them, LoRA, IA3.  ``stored`` is
-    the dtype that the run held its weights in.  Of several members ``member`` names one.  Says
-    whether there was a vocabulary to write.  Raises UserError for a folder that holds no such run.
+    Supports methods that can be merged into the weights: LoRA, IA3, and training all or some of the
+    weights.  ``dtype="stored"`` keeps the dtype that the run held its weights in.  ``member``
+    selects one of several members.  Returns whether a vocabulary was written.  Raises UserError if
+    the folder holds no such run.
     """
     experiment, model = merged_model(workdir, member=member)
     named = experiment.model
@@ -292,9 +302,9 @@ def export_model(
 
 
 def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, T5]:
-    """A run's experiment, and the plain T5 that its best member has become.
+    """Returns a run's experiment, and its best checkpoint merged into a plain T5.
 
-    Raises UserError for a folder that holds no run, for a member that it does not have, and as
+    Raises UserError for a folder without a run, for an unknown member, and as
     ``methods.merging.merge`` does.
     """
     workdir = Path(workdir)
@@ -338,10 +348,10 @@ def merge(
 ) -> Converted:
     """Writes the best model of a run's folder as a Hugging Face folder of a plain T5.
 
-    For LoRA, IA3, and runs that trained the model's own weights.  Of several members ``member``
-    names one.  ``stored`` is the dtype that the run held its weights in; merged weights are rounded
-    to what is written.  What exists stays unless ``overwrite``, and after an error nothing is left.
-    Raises UserError.
+    Supports LoRA, IA3, and runs that trained the model's weights.  ``member`` selects one of
+    several members.  ``dtype="stored"`` keeps the dtype that the run held its weights in; merged
+    weights are rounded to the dtype written.  An existing destination is kept unless ``overwrite``
+    is set, and an error leaves no partial output.  Raises UserError.
     """
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     require_free(destination, overwrite=overwrite, folder=True)

@@ -1,7 +1,7 @@
-"""The jitted programs of E ensemble members on one frozen model, and their majority vote.
+"""Jitted programs for E ensemble members on one frozen model, and their majority vote.
 
-The trainable arrays of a method carry a leading axis E, one entry per member; the frozen arrays are
-shared.  The vote is that of Lester et al. 2021, section 6.
+The trainable arrays of a method have a leading axis E, with one entry per member; the frozen arrays
+are shared.  The vote follows Lester et al. 2021, section 6.
 """
 
 import math
@@ -31,25 +31,25 @@ from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """The ensemble's prediction for one example, and how many members gave each text."""
+    """The ensemble's prediction for one example, and the number of members that gave each text."""
 
     prediction: str
     votes: Mapping[str, int]
 
 
 def majority_vote(predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[str, float]]) -> Vote:
-    """What most members predict.
+    """Returns the text that most members predict.
 
-    A tie goes to the candidate with the larger log-probability summed over the members:
-    ``log_probs_E`` holds, for each, what it knows about the texts (all labels when ranking, its own
-    prediction when writing, so that then only a candidate's voters count).  Equal sums go to the
-    text that is first in the alphabet, so that the order of the members decides nothing.
+    A tie goes to the candidate with the larger log-probability summed over the members.
+    ``log_probs_E`` holds each member's log-probability by text.  When ranking it covers all labels;
+    when generating it covers only the member's prediction, so only a candidate's voters count.
+    Equal sums go to the alphabetically first text, so the order of the members does not matter.
     """
     votes = Counter(predictions_E)
     most = max(votes.values())
 
     def summed(text: str) -> float:
-        # Exactly rounded, so that the order of the members cannot break a tie.
+        # fsum rounds exactly, so the order of the members cannot break a tie.
         return math.fsum(known[text] for known in log_probs_E if text in known)
 
     tied = [text for text, count in votes.items() if count == most]
@@ -57,21 +57,22 @@ def majority_vote(predictions_E: Sequence[str], log_probs_E: Sequence[Mapping[st
     return Vote(prediction=winner, votes=dict(votes))
 
 
-# Of the largest activation.  On two cores with 2 MB each and 32 MB shared a step of the small size
-# took 1.09 s with 20 MB, 1.03 with 10, 0.93 with 5 and 0.95 with 2.5 in bfloat16, and in float32
-# 1.60 with 20 and 1.35 with 5: beyond the cache, every operation goes through memory.
+# The limit for the largest activation; beyond the cache, every operation goes through memory.
+# Measured on two cores with 2 MB of cache each and 32 MB shared, a step of the small size took
+# 1.09 s with 20 MB, 1.03 s with 10, 0.93 s with 5 and 0.95 s with 2.5 in bfloat16.  In float32 it
+# took 1.60 s with 20 MB and 1.35 s with 5.
 _CACHE_BYTES = 6_000_000
 _FLOAT32_BYTES = 4
 
 
 def rows_in_cache(config: T5Config, length: int) -> int:
-    """The number of rows of ``length`` positions whose largest activation fits a CPU's cache."""
+    """Returns the number of ``length``-token rows whose largest activation fits a CPU's cache."""
     widest = max(config.mlp_dim, config.embed_dim, config.num_heads * length)
     return _CACHE_BYTES // (length * widest * _FLOAT32_BYTES)
 
 
 def members_per_chunk(config: T5Config, members: int, rows: int, length: int) -> int:
-    """The largest divisor of ``members`` whose batches of ``[rows, length]`` fit the cache."""
+    """Returns the largest divisor of ``members`` whose ``[rows, length]`` batches fit the cache."""
     most = rows_in_cache(config, length) // rows
     return max(n for n in range(1, members + 1) if members % n == 0 and (n == 1 or n <= most))
 
@@ -93,7 +94,7 @@ Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How text is written; static, so that each way is compiled once."""
+    """Settings for text generation; static, so each combination is compiled once."""
 
     strategy: Strategy = "greedy"
     max_length: int = 32
@@ -113,10 +114,10 @@ def score_labels(
     max_logits: int = 2**26,
     normalize_length: bool = False,
 ) -> Array:
-    """``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
+    """Returns ``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
 
     The encoder and the cross-attention keys are computed once per example.  ``normalize_length``
-    makes it the mean over the label's tokens, except where the method scores labels itself.
+    returns the mean over the label's tokens, except if the method scores labels itself.
     """
     known = tuned.method.label_tokens
     ids = tuned.model.token_ids
@@ -154,12 +155,12 @@ def label_scores(
     task_B: Array | HostArray | None = None,
     normalize_length: bool = False,
 ) -> Array:
-    """``[E, B, C]``: the summed log-probability of each label string, in one forward for all.
+    """Returns ``[E, B, C]``: the summed log-probability of each label string.
 
     The encoder and the cross-attention keys are computed once per example and member.  ``members``
-    is E, which a method without tuned arrays does not show; ``task_B`` is each row's task, where a
-    method asks for it.  ``normalize_length`` makes the score the mean over a label's tokens.  On a
-    mesh the result is replicated.
+    is E, which cannot be inferred for a method without tuned arrays.  ``task_B`` is each row's
+    task, for methods that need it.  ``normalize_length`` returns the mean over a label's tokens.
+    On a mesh the result is replicated.
     """
 
     def member(own: FlatParams) -> Array:
@@ -190,10 +191,11 @@ def write(
     task_B: Array | HostArray | None = None,
     processors: LogitsProcessors | None = None,
 ) -> tuple[Array, Array]:
-    """Ids ``[E, B, S]`` and scores ``[E, B]``, with a beam axis K behind B for beams.
+    """Generates text: returns ids ``[E, B, S]`` and scores ``[E, B]``.
 
-    All members are decoded together: the decoder sees E * B rows.  A method without tuned arrays
-    is one member.  On a mesh the result is replicated.
+    Beam search adds an axis K after B.  All members are decoded together, so the decoder gets
+    E * B rows.  A method without tuned arrays counts as one member.  On a mesh the results are
+    replicated.
     """
     members = len(next(iter(trainable.values()))) if trainable else 1
     chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
@@ -213,7 +215,7 @@ def _chunk_size(
     members: int,
     partitioner: Partitioner | None,
 ) -> int:
-    """The chunk size for ``map_members``: limited by the cache on a CPU, else all members."""
+    """Returns the chunk size for ``map_members``: limited by the cache on a CPU, else E."""
     on_mesh = partitioner is not None and not partitioner.is_single_device
     if members == 1 or on_mesh or jax.default_backend() != "cpu":
         return members
@@ -247,7 +249,7 @@ def _write(
         encoded, injections = attached.encode(tokens_BT, task_B=task_B)
         cross, caches = attached.model.start_decoding(encoded, writing.max_length)
         constant = (cross, encoded.mask_BU, injections.of_decoder())
-        if writing.strategy == "beam":  # the beams of one example stand side by side
+        if writing.strategy == "beam":  # the beams of one example are adjacent
             constant = jax.tree.map(
                 lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
                 constant,
@@ -321,9 +323,9 @@ def loss_sums(
     partitioner: Partitioner | None = None,
     task_B: Array | HostArray | None = None,
 ) -> tuple[Array, Array]:
-    """``[E]`` each: the summed cross entropy of a batch's targets, and how many tokens they are.
+    """Returns the summed cross entropy of a batch's targets and their token count, ``[E]`` each.
 
-    What training makes smaller, without dropout and z-loss.  On a mesh the results are replicated.
+    The loss is the training loss without dropout and z-loss.  On a mesh the results are replicated.
     """
     tokens_BT = jnp.asarray(batch["encoder_input_tokens"])
 
@@ -354,7 +356,10 @@ def target_scores(
     targets_BS: Array,
     normalize_length: bool = False,
 ) -> Array:
-    """``[E, B]``: the summed log-probability of each row's own target, or its mean."""
+    """Returns ``[E, B]``: the summed log-probability of each row's target.
+
+    ``normalize_length`` returns the mean over its tokens.
+    """
 
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
@@ -376,7 +381,7 @@ def target_scores(
 def target_logits(
     graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array, targets_BS: Array
 ) -> Array:
-    """``[B, S, V]`` in float32 that predict the targets, of one member."""
+    """Returns one member's float32 logits ``[B, S, V]`` that predict the targets."""
     attached = param_tree.merge(graphdef, params)
     start = attached.model.token_ids.start
     inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
@@ -386,6 +391,6 @@ def target_logits(
 
 @partial(jax.jit, static_argnums=0)
 def encoded(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
-    """The encoder's output ``[B, U, D]`` of one member."""
+    """Returns one member's encoder output ``[B, U, D]``."""
     hidden_BUD: Array = param_tree.merge(graphdef, params).encode(tokens_BT)[0].hidden_BUD
     return hidden_BUD

@@ -1,4 +1,4 @@
-"""Scores prompts on a task: one by one, and as an ensemble."""
+"""Scores prompts on a task, one by one and as an ensemble."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +38,10 @@ from prompt_tuning_jax.models.t5.model import T5
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Metrics in percent: of each prompt, their mean, the best one's, and the majority vote's.
+    """Metrics in percent for each prompt, their mean, the best prompt and the majority vote.
 
-    ``title`` says what was scored: the split, or the user's own file; ``predictions`` and
-    ``examples`` are by task.
+    ``title`` names what was scored: the split, or the user's file.  ``predictions`` and
+    ``examples`` are keyed by task.
     """
 
     names: tuple[str, ...]
@@ -65,12 +65,13 @@ def evaluate(
 ) -> EvalResult:
     """Scores prompts one by one and their majority vote, with one frozen model.
 
-    ``prompts`` are prompt files, runs' folders (their best members) or arrays ``[P, D]``, one or
-    several; none is the bare model.  ``split`` is ``data.eval_split`` unless given.  Prompt design
-    has a member for each of ``training.seeds``, which read other demonstrations, one after another.
+    ``prompts`` are one or several prompt files, run folders (for their best members) or arrays
+    ``[P, D]``.  Without prompts the bare model is scored.  ``split`` defaults to
+    ``data.eval_split``.  Prompt design has one member per seed in ``training.seeds``; the members
+    use different demonstrations and are evaluated one after another.
 
-    ``labels`` are what a user's own files are scored by, in place of those that the prompts were
-    trained on: the evaluation file never says them.  UserError where prompts know different ones.
+    ``labels`` replace the labels that the prompts were trained on when scoring a user's files; the
+    evaluation file never determines them.  Raises UserError if prompts have different labels.
     """
     labels = as_texts(labels, "labels")
     experiment = validate(experiment)
@@ -91,7 +92,7 @@ def evaluate(
     draws = task_data.draws_of(experiment)
     several = len(draws) * sum(members.number for members in loaded.groups) > 1
     data = _examples(draws[0], model, split=split)
-    # Now, and not after the last prompt.
+    # Checked here, so that an error does not wait until after the last prompt.
     direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
         data = _examples(own_draw, model, split=split) if number else data
@@ -128,9 +129,9 @@ def evaluate(
 
 
 def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
-    """The experiment on a user's own files with the labels that its prompts were trained on.
+    """Returns an experiment on a user's files with the labels that its prompts were trained on.
 
-    The training file that has them may be gone by now.
+    The training file with the labels may no longer exist.
     """
     data = experiment.data
     if not (data.train or data.eval) or data.objectives:
@@ -153,13 +154,13 @@ def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
     if labels:
         data = dataclasses.replace(data, labels=labels)
     elif data.train and data.eval and not Path(data.train).exists():
-        # Without it nothing says the labels, which is what is then asked for.
+        # Without the training file the labels are unknown, and a later error asks for them.
         data = dataclasses.replace(data, train="")
     return dataclasses.replace(experiment, data=data)
 
 
 def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[str]:
-    """A line for each prompt that was trained with another wording than the examples have."""
+    """Yields a note for each prompt whose training used a different wording than the examples."""
     data = experiment.data
     if not (data.train or data.eval) or data.objectives:
         return
@@ -174,10 +175,10 @@ def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[s
 
 
 def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
-    """What was predicted for each example that was evaluated, as values of JSON.
+    """Yields the prediction for each evaluated example as a JSON-compatible dictionary.
 
-    ``correct`` is as the task compares texts; of several prompts ``prediction`` is their vote.
-    ``row`` holds further columns of a user's own file.
+    ``correct`` follows the task's comparison of texts.  For several prompts ``prediction`` is their
+    vote.  ``row`` holds the other columns of a user's file.
     """
     several_tasks = len(result.examples) > 1
     for name, examples in result.examples.items():
@@ -208,7 +209,7 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
 
 
 def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_data.TaskData:
-    """What is evaluated on; the same for all processes."""
+    """Returns the evaluation data, which must be the same on all processes."""
     data = task_data.build_data(
         experiment,
         vocabulary_of(model),
@@ -216,6 +217,6 @@ def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_d
         training=False,
         partitioner=partitioner_of(experiment),
     )
-    # Other examples there would be other batches, or one too many to wait for.
+    # With different examples, processes would run different batches, or wait for one forever.
     processes.require_same("the data", " ".join(d.digest() for d in data.evaluation.values()))
     return data

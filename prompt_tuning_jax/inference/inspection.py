@@ -1,7 +1,4 @@
-"""Says what a model, a prompt or a run is.
-
-Says what is kept of other methods than prompts: a run's files, and PEFT's adapters.
-"""
+"""Describes models, prompts, runs, and files and PEFT adapters with tuned parameters."""
 
 import dataclasses
 from collections import Counter
@@ -40,10 +37,11 @@ from prompt_tuning_jax.inference.loading_methods import method_of
 
 @dataclass(frozen=True, kw_only=True)
 class TunedDescription:
-    """What a method tuned: ``parameters`` are all numbers, ``dtypes`` how many of each type.
+    """Describes the tuned parameters of a method.
 
-    ``method`` is the class of its config, of a PEFT adapter its ``peft_type``, and ``settings``
-    what it says.
+    ``parameters`` is their total number, and ``dtypes`` the number of each dtype.  ``method`` is
+    the class name of the method's config, or a PEFT adapter's ``peft_type``.  ``settings`` are the
+    config's values.
     """
 
     format: str
@@ -65,7 +63,7 @@ _Held: TypeAlias = PromptDescription | TunedDescription
 
 
 def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tuple[str, str]]:
-    """What something is, as (field, value) in words: ``describe`` for people to read."""
+    """Yields ``describe``'s description as human-readable (field, value) pairs."""
     found = _found(path, with_fingerprint=with_fingerprint)
     if isinstance(found, ModelDescription):
         yield from _model_rows(found)
@@ -83,10 +81,10 @@ def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tupl
 
 
 def describe(path: str, *, with_fingerprint: bool | None = None) -> dict[str, Any]:
-    """The same with numbers as numbers, to be written as JSON.
+    """Returns a description as a dictionary that can be written as JSON.
 
-    ``path`` is a model's folder or name, a prompt's file or folder, what another method tuned, a
-    folder of such files, or a run's folder.  Raises UserError.
+    ``path`` is a model's folder or name, a prompt's file or folder, a file or adapter of another
+    method, a folder of such files, or a run's folder.  Raises UserError.
     """
     found = _found(path, with_fingerprint=with_fingerprint)
     if isinstance(found, ModelDescription | PromptDescription | TunedDescription):
@@ -134,7 +132,7 @@ def _found(
 
 
 def _may_be_model(folder: Path) -> bool:
-    """Whether a folder has any trace of a model, which opening it then speaks of."""
+    """Returns whether a folder has any trace of a model, so that opening it gives the error."""
     patterns = (
         hf_config.CONFIG,
         f"{INDEX}*",
@@ -148,7 +146,7 @@ def _may_be_model(folder: Path) -> bool:
 
 
 def _candidates(folder: Path) -> str:
-    """What is known one level down, as the end of a message."""
+    """Returns a hint for the end of a message: recognized files and folders one level down."""
 
     def known(child: Path) -> bool:
         if not child.is_dir():
@@ -261,7 +259,7 @@ def _in_short(held: _Held) -> str:
     return f"{shape}{score}{step}"
 
 
-# What of an adapter's config says how it computes.
+# The fields of an adapter's config that determine its computation.
 _OF_ADAPTERS = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "feedforward_modules"),
     *("num_virtual_tokens", "num_layers", "num_tasks", "num_ranks", "token_dim"),
@@ -269,7 +267,7 @@ _OF_ADAPTERS = (
 
 
 def describe_tuned(path: Path) -> TunedDescription:
-    """Reads one of ``tuned_conversion.tuned_files``; UserError for a damaged one."""
+    """Describes one of ``conversion.tuned_files``; raises UserError if it is damaged."""
     tasks: tuple[str, ...] = ()
     if path.is_dir():
         described = read_config(path / adapter_file.CONFIG)

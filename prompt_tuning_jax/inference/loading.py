@@ -1,4 +1,4 @@
-"""Prompts and runs opened for use on one frozen model."""
+"""Opens prompts and runs for use on one frozen model."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,9 +65,10 @@ from prompt_tuning_jax.typing import HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedPrompts:
-    """Prompts in groups of one shape and joining, in the order given within.
+    """Opened prompts, grouped by shape and by how they are joined to the input.
 
-    ``names`` has one for each, and so has ``known``: what its file or its run says about it.
+    Within a group the prompts keep the order in which they were given.  ``names`` and ``known``
+    have one entry per prompt; ``known`` is the metadata from its file or run.
     """
 
     groups: list[Members]
@@ -75,19 +76,19 @@ class LoadedPrompts:
     known: tuple[PromptMetadata, ...]
 
     def by_name(self) -> dict[str, PromptMetadata]:
-        """What is known of each by its name, which a prompt given twice has in common."""
+        """Returns the metadata by name; a prompt that was given twice has one entry."""
         return dict(zip(self.names, self.known, strict=True))
 
 
 def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:
-    """The model with what was tuned for it: ``generate``, ``score`` and ``encode`` take it.
+    """Attaches tuned parameters to the model, for use in ``generate``, ``score`` and ``encode``.
 
-    ``path`` is a prompt, a file of ``tuned/``, a PEFT adapter's folder, or a run's folder, of any
-    method.  ``member`` names one where there are several (``seed_0``), ``task`` one of those that
-    a mixture was trained on.  The model itself stays as it is, and its arrays are shared.  Raises
-    UserError where the path holds nothing for this model, or more than was named.
+    ``path`` is a prompt, a file in ``tuned/``, a PEFT adapter's folder, or the folder of a run of
+    any method.  ``member`` selects one of several members (``seed_0``), and ``task`` one of the
+    tasks of a mixture.  The model is not modified, and its arrays are shared.  Raises UserError if
+    the path holds nothing for this model, or if ``member`` or ``task`` is needed to choose.
     """
-    given: object = model  # not everybody checks types
+    given: object = model  # callers may not type-check
     require_model(given)
     if isinstance(given, TunedModel):
         raise UserError("this model has something attached to it already; attach to it bare")
@@ -113,9 +114,10 @@ def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> 
 
 
 def prompt_list(prompts: object) -> list[str | HostArray]:
-    """One prompt or several as a list of paths and arrays ``[P, D]``; None and () are none.
+    """Returns one or several prompts as a list of paths and arrays ``[P, D]``.
 
-    A path is one prompt, and so is an array of two axes.  UserError for anything else.
+    A path or an array with two axes is one prompt; None and () give an empty list.  Raises
+    UserError for anything else.
     """
     if prompts is None:
         return []
@@ -151,11 +153,12 @@ def load_prompts(
     *,
     partitioner: Partitioner | None = None,
 ) -> LoadedPrompts:
-    """Opens files, runs' folders and arrays; UserError for one that does not fit the model.
+    """Opens files, run folders and arrays.
 
-    A prompt is joined to the input as it was in its training, where its run or its file says how;
-    else as in ``experiment.method``.  Arrays are laid out over the experiment's mesh, or as
-    ``partitioner`` says.
+    A prompt is joined to the input as in its training if its run or file records how, and otherwise
+    as in ``experiment.method``.  Arrays are sharded by ``partitioner``, which defaults to the
+    experiment's mesh.  Without prompts, returns the bare model.  Raises UserError for a prompt that
+    does not fit the model.
     """
     partitioner = partitioner or partitioner_of(experiment)
     if not prompts:
@@ -244,7 +247,7 @@ def load_prompts(
 
 
 def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostArray]:
-    """What is in a folder of PEFT adapters, of any kinds; else ``prompt`` itself."""
+    """Returns the entries of a folder of PEFT adapters of any kind; otherwise ``[prompt]``."""
     if not isinstance(prompt, str | Path) or not Path(prompt).is_dir() or is_peft(Path(prompt)):
         return [prompt]
     inside = sorted(p for p in Path(prompt).iterdir() if not p.name.startswith("."))
@@ -256,8 +259,8 @@ def _adapters_in(prompt: str | Path | HostArray) -> Sequence[str | Path | HostAr
 
 
 def _require_place(path: str | Path) -> None:
-    """UserError where nothing can be attached from there, whatever is in it."""
-    given: object = path  # not everybody checks types
+    """Raises UserError if ``path`` is not the path of anything that could be attached."""
+    given: object = path  # callers may not type-check
     if not isinstance(given, str | Path) or not str(given):
         named = "an empty path" if isinstance(given, str) else type(given).__name__
         raise UserError(
@@ -277,7 +280,10 @@ def _require_place(path: str | Path) -> None:
 
 
 def _member_name(name: str) -> str:
-    """A file's without its ending; a run's member may have a dot in its own, of a rate."""
+    """Returns a member's name: for a prompt file, its name without the suffix.
+
+    Other suffixes are kept, because a run's member name may contain a dot, as in a learning rate.
+    """
     place = Path(name)
     return place.stem if place.suffix in PROMPT_SUFFIXES else place.name
 
@@ -285,7 +291,7 @@ def _member_name(name: str) -> str:
 def _of_task(
     prompts: TaskPrompts, model: T5, members: Members, task: str, path: str | Path
 ) -> tuple[TunedModel, str]:
-    """The plain prompt of one of several tasks, and the task's name."""
+    """Returns the model with the plain prompt of one of several tasks, and the task's name."""
     names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
@@ -293,7 +299,10 @@ def _of_task(
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
-    """The number of the one that is named, or of the only one; UserError begins with ``holds``."""
+    """Returns the index of ``name``, or 0 if it is empty and there is only one name.
+
+    Otherwise raises UserError with a message that begins with ``holds``.
+    """
     if name in names:
         return names.index(name)
     if not name and len(names) == 1:
@@ -303,7 +312,7 @@ def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
 
 
 def where(model: T5) -> Partitioner:
-    """The mesh that the model's arrays lie on, or their device."""
+    """Returns a partitioner for the mesh of the model's arrays, or for their devices."""
     array = next(iter(param_tree.split(model)[1].values()))
     mesh = getattr(array.sharding, "mesh", None)
     if isinstance(mesh, jax.sharding.Mesh):
@@ -312,7 +321,7 @@ def where(model: T5) -> Partitioner:
 
 
 def _prompts_in(folder: Path) -> str:
-    """Prompts among other things, as the end of a message."""
+    """Returns a hint for the end of a message: the prompts in a folder with other files."""
     inside = sorted(
         child
         for child in folder.iterdir()
@@ -323,7 +332,7 @@ def _prompts_in(folder: Path) -> str:
 
 
 def members_of(attached: TunedModel) -> Members:
-    """One member, all of whose arrays are there once, where they are."""
+    """Returns one member whose arrays are all frozen; they are not copied or moved."""
     graphdef, params = param_tree.split(attached)
     return Members(
         graphdef=graphdef, trainable={}, frozen=params, mask=dict.fromkeys(params, False), number=1

@@ -1,4 +1,4 @@
-"""Methods of any kind opened for use on one frozen model: files, runs and PEFT's adapters."""
+"""Opens trained methods for use on one frozen model: files, runs and PEFT adapters."""
 
 import dataclasses
 import itertools
@@ -50,16 +50,17 @@ from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import HostArray
 
-# A size up to this costs nothing, whatever a file's arrays are; a field that nothing uses may be
-# larger than any of their axes.
+# Sizes up to this are accepted whatever a file's arrays are, because they cost nothing.  A field
+# that is not used may be larger than any axis of the arrays.
 _SMALL = 1024
 
 
 def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
-    """What is kept of a method in a file, in all files of a folder, or in a PEFT adapter's folder.
+    """Returns (path, checkpoint) for each method stored at ``place``.
 
-    Nothing for plain prompts, PEFT's own among them, and for what is none of these.  UserError for
-    damaged ones, and for an adapter that does not fit this model.
+    ``place`` is a file, a folder that contains only such files, or a PEFT adapter's folder.  The
+    list is empty for anything else and for plain prompts, including PEFT's.  Raises UserError for a
+    damaged file, and for an adapter that does not fit the model.
     """
     config = model.config
     if is_tuned_file(place):
@@ -78,9 +79,9 @@ def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
 def peft_adapter(
     folder: Path, config: T5Config, *, own: Mapping[str, weights.Parameter] | None = None
 ) -> TunedCheckpoint | None:
-    """A PEFT adapter of another kind than prompt tuning as what a run keeps; None for a prompt.
+    """Reads a PEFT adapter as a run's checkpoint; returns None for a prompt tuning adapter.
 
-    ``own`` are the model's parameters by path: what of them is in the adapter must equal them.
+    ``own`` are the model's parameters by path; any of them in the adapter must be equal.
     """
     kind = weights.peft_kind(folder)
     found: weights.PeftWeights | prompts.PeftPrompts
@@ -99,10 +100,10 @@ def peft_adapter(
 
 
 def method_of(stored: TunedCheckpoint, path: str | Path) -> MethodConfig:
-    """The method that a file's arrays belong to.
+    """Returns the method that a file's arrays belong to.
 
-    Raises UserError that names the file for what is no method, and for fields that make no sense or
-    claim sizes that the arrays do not have: metadata is compared before it is obeyed.
+    The metadata is checked against the arrays before it is used.  Raises UserError, naming the
+    file, for an unknown method, invalid fields, or sizes that the arrays do not have.
     """
     try:
         method = method_from_json(stored.method, of="the method in its metadata")
@@ -114,7 +115,7 @@ def method_of(stored: TunedCheckpoint, path: str | Path) -> MethodConfig:
 
 
 def _require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError for fields that make no sense, or are larger than any axis of the arrays."""
+    """Raises UserError for invalid fields and for sizes larger than any axis of the arrays."""
     for complaint in method.config_errors():
         raise UserError(complaint)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
@@ -138,7 +139,10 @@ def members_of_stored(
     partitioner: Partitioner,
     fingerprint: str,
 ) -> Iterator[Members]:
-    """Members for those of one method side by side."""
+    """Yields the members for each group of consecutive checkpoints of one method.
+
+    Tasks and labels must be the same within a group too.
+    """
 
     def kind(stored: TunedCheckpoint) -> tuple[Any, ...]:
         return stored.method, stored.tasks, stored.metadata.labels
@@ -169,9 +173,9 @@ def members_of_stored(
 def members_of_run(
     run: Experiment, model: T5, folder: Path, partitioner: Partitioner
 ) -> tuple[Members, list[PromptMetadata]]:
-    """The best members of a run of any method, and what is known about each.
+    """Returns the best members of a run of any method, and the metadata of each.
 
-    UserError where its frozen model is another.
+    Raises UserError if the run has a different frozen model.
     """
     trainable, trained_on_model = run_folder.read_best_and_model(folder)
     if not run.method.trains_model:
@@ -193,13 +197,13 @@ def members_of_run(
 
 
 def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> PromptMetadata:
-    """What a member's file says, or where a run keeps none, its config."""
+    """Returns the metadata of a member's file, or of the run's config if there is no file."""
     file = folder / run_folder.TUNED / f"{name}.safetensors"
     if is_tuned_file(file):
         return known_with(run, read_tuned(file, model.config).metadata)
     try:
         labels = labels_of(build_mixture(run.data))
-    except UserError:  # the files that would say them are gone
+    except UserError:  # the files with the labels are gone
         if run.method.scores_labels:
             raise
         labels = ()
@@ -207,7 +211,7 @@ def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> Prompt
 
 
 def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetadata:
-    """The metadata with what the run's config says where a file does not say it itself."""
+    """Fills empty fields of the metadata from the run's config."""
     if run is None:
         return metadata
     return dataclasses.replace(
@@ -227,10 +231,10 @@ def attach_stored(
     tasks: int,
     of: str,
 ) -> TunedModel:
-    """A trained method on the model, before its arrays, of these shapes, are put in.
+    """Attaches a trained method to the model, without its stored arrays, which have ``shapes``.
 
-    Raises UserError where it cannot be, or ``of`` has other arrays than the method tunes; until
-    that is known nothing is allocated.
+    Raises UserError if the method cannot be attached, or if the arrays of ``of`` are not the ones
+    that it tunes.  Nothing is allocated before these checks.
     """
     method = method.as_trained()
     context = Context(labels=labels, vocabulary=model.vocabulary, num_tasks=max(tasks, 1))
@@ -245,7 +249,7 @@ def attach_stored(
         require_trainable(own)
     except UserError as error:
         raise UserError(f"{of}: {error}") from None
-    # Of the stored arrays the shapes alone.
+    # Only the shapes of the stored arrays.
     stored = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     param_tree.require_same_shapes(stored, own, of=of, and_of="the model")
     return attach()
@@ -261,7 +265,7 @@ def _members(
     tasks: tuple[str, ...],
     of: str,
 ) -> Members:
-    """The method attached to the model with these arrays, which have a leading axis E."""
+    """Attaches the method to the model with these arrays, which have a leading axis E."""
     # What is tuned has a leading axis E.
     shapes = {name: tuple(array.shape[1:]) for name, array in trainable.items()}
     attached = attach_stored(method, model, shapes, labels=labels, tasks=len(tasks), of=of)

@@ -1,4 +1,4 @@
-"""Predicts for texts and for the rows of a data file, with prompts and whatever methods tuned."""
+"""Predicts for texts and for the rows of a data file, with prompts or other tuned methods."""
 
 import dataclasses
 import logging
@@ -67,7 +67,7 @@ from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import HostArray
 
-# What is predicted with where no config and no run says otherwise; texts are as they are.
+# The experiment for predictions without a config or run.  Texts are used unchanged.
 UNDESCRIBED = Experiment(data=Data(task="", inputs_length=512, targets_length=32))
 
 PredictStrategy: TypeAlias = Literal["rank", "greedy", "beam"]
@@ -78,16 +78,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What is predicted for one input.
+    """The prediction for one input.
 
     Attributes:
-      prediction: the text: a label, or what was written; of several prompts what most say.
-      log_probs: of each label (of what was written, where text is written), the mean over prompts.
-      votes: of several prompts, how many say what.
-      by_prompt: what each prompt says, in the order of their names.
-      input: the model's input, with the wording that the prompts were trained with.
-      row: the row of a data file that it was made of, all its columns.
-      truncated: whether the model read the beginning of the input alone.
+      prediction: a label or the generated text; the majority vote if there are several prompts.
+      log_probs: the log-probability of each label, or of the generated text, averaged over prompts.
+      votes: the number of prompts that predict each text; None for a single prompt.
+      by_prompt: the prediction of each prompt, in the order of their names.
+      input: the model's input, including the wording that the prompts were trained with.
+      row: the data file's row that the input was made from, with all its columns.
+      truncated: whether the model read only the beginning of the input.
     """
 
     prediction: str
@@ -101,14 +101,14 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """The experiment to predict by, the opened prompts, and what is asked of them."""
+    """The experiment, the opened prompts, and the resolved wording, labels and task."""
 
     experiment: Experiment
     loaded: LoadedPrompts
     partitioner: Partitioner
     wording: Wording
     labels: tuple[str, ...]
-    task: str  # of several that were trained on together
+    task: str  # which task of the mixture that the prompts were trained on
 
 
 def predict(
@@ -124,23 +124,23 @@ def predict(
     inputs_length: int = 0,
     max_length: int = 0,
 ) -> list[Prediction]:
-    """Predicts for each input: a label where labels are known, otherwise text.
+    """Predicts a label for each input if labels are known, and otherwise text.
 
-    ``model`` is a model with ``prompts`` (paths of prompts, runs or adapters, or arrays ``[P, D]``;
-    several vote), what ``attach`` returns, or an Experiment, whose model is loaded.  Without
-    prompts the bare model answers.
+    ``model`` is a bare model, the result of ``attach``, or an Experiment, whose model is loaded.
+    ``prompts`` are paths of prompts, runs or adapters, or arrays ``[P, D]``; several prompts vote.
+    Without prompts the bare model predicts.
 
-    Inputs are bare texts, around which the wording that the prompts were trained with is put
-    (``raw`` leaves it out); objects ``{column: value}`` where that has several columns; or the Path
-    of a data file, whose targets are not looked at.
+    ``inputs`` are bare texts, objects ``{column: value}``, or the Path of a data file, whose
+    targets are ignored.  Texts are put into the wording that the prompts were trained with, unless
+    ``raw`` is set; a wording with several columns needs objects.
 
-    ``labels`` are chosen among, in place of those that the prompts were trained on; ``task`` names
-    one of the tasks of a mixture.  ``strategy`` is ``rank`` where there are labels, else
-    ``greedy``.  Longer inputs than ``inputs_length`` tokens are cut, and at most ``max_length`` are
-    written; 0 is what the prompts' run says.  Raises UserError for what cannot be predicted.
+    ``labels`` replace the labels that the prompts were trained on, and ``task`` selects one of the
+    tasks of a mixture.  ``strategy`` defaults to ``rank`` if there are labels, and otherwise to
+    ``greedy``.  Inputs are cut to ``inputs_length`` tokens, and at most ``max_length`` tokens are
+    generated; 0 uses the values of the prompts' run.  Raises UserError for invalid arguments.
     """
     labels = as_texts(labels, "labels")
-    given_raw: object = raw  # not everybody checks types
+    given_raw: object = raw  # callers may not type-check
     if not isinstance(given_raw, bool):
         raise UserError(f"raw must be True or False, not {given_raw!r}")
     experiment, loaded, frozen, partitioner = _opened(model, prompt_list(prompts))
@@ -161,7 +161,7 @@ def _opened(
     model: T5 | TunedModel | Experiment, prompts: list[str | HostArray]
 ) -> tuple[Experiment, LoadedPrompts, T5, Partitioner]:
     if isinstance(model, Experiment):
-        # No task at all is right here: texts are then inputs as they are.
+        # An experiment without a task is valid here: texts are then the unchanged inputs.
         if model.data.task or model.data.train or model.data.eval:
             experiment = validate(model)
         else:
@@ -194,7 +194,10 @@ def _opened(
 def open_for(
     experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
 ) -> LoadedPrompts:
-    """The prompts, or the bare model; where demonstrations are drawn it has a name for each."""
+    """Opens the prompts, or the bare model.
+
+    With demonstrations the bare model has one name for each seed.
+    """
     if not experiment.method.composes_inputs:
         return load_prompts(experiment, model, prompts)
     if prompts:
@@ -218,7 +221,7 @@ def _with(
     inputs_length: int,
     max_length: int,
 ) -> Experiment:
-    """The experiment with what a call says; 0 and None leave it as it is."""
+    """Overrides values of the experiment; 0 and None keep them."""
     if strategy not in (None, "rank", "greedy", "beam"):
         raise UserError(f"strategy is {strategy!r}; choose rank, greedy or beam")
     for name, number in (
@@ -251,7 +254,7 @@ def _asked(
     task: str,
     raw: bool,
 ) -> _Asked:
-    """What is asked of the prompts, by what is known of them and what the caller says."""
+    """Resolves wording, labels and task from the prompts' metadata and the arguments."""
     data = experiment.data
     known = loaded.by_name()
     mixtures = {name: tasks for name, one in known.items() if (tasks := tasks_of(one))}
@@ -291,7 +294,11 @@ def _asked(
 def _one_of(
     tasks: Sequence[TrainedTask], named: str, prompt: str, *, must_exist: bool, indifferent: bool
 ) -> TrainedTask | None:
-    """The one of several tasks that is named; UserError where none is, and it matters."""
+    """Returns the task that ``named`` selects.
+
+    If there is none, returns None if ``indifferent`` is set and ``must_exist`` is not; otherwise
+    raises UserError.
+    """
     names = [one.name for one in tasks]
     also = [one.name for one in tasks_known_as(named)] if named else []
     for one in tasks:
@@ -313,7 +320,7 @@ def _trained_task(task: Task) -> TrainedTask:
 
 
 def _labels_of(data: Data) -> tuple[str, ...]:
-    """The labels of the data that the config names; UserError where they cannot be told."""
+    """Returns the labels of the config's data; raises UserError if they cannot be determined."""
     if not (data.task or data.train or data.eval) or (data.eval and not data.train):
         return data.labels
     try:
@@ -330,7 +337,11 @@ def _labels_of(data: Data) -> tuple[str, ...]:
 
 
 def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wording:
-    """What is put around a text: what the prompts were trained with, else what the config says."""
+    """Returns the wording of the inputs: the config's template, or else the prompts' wording.
+
+    Falls back to the wording of the config's data or of the named task.  Raises UserError if the
+    prompts were trained with different wordings.
+    """
     try:
         shared = shared_wording(
             {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
@@ -350,7 +361,7 @@ def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wor
 def _given(
     inputs: Given | Path | Iterable[Given], data: Data, wording: Wording, *, raw: bool
 ) -> tuple[list[str], list[Mapping[str, Any] | None]]:
-    """The model's inputs, and the rows that they were made of."""
+    """Returns the model's inputs, and the row that each was made from (None for a text)."""
     texts: list[str] = []
     rows: list[Mapping[str, Any] | None] = []
     for place, one in _placed(inputs, data):
@@ -370,7 +381,7 @@ def _given(
 
 
 def _placed(inputs: Given | Path | Iterable[Given], data: Data) -> Iterator[tuple[str, Given]]:
-    """Each input with where it stands, for messages."""
+    """Yields each input with its place, for messages."""
     if isinstance(inputs, Path):
         yield from RowFile(
             path=inputs,
@@ -385,7 +396,7 @@ def _placed(inputs: Given | Path | Iterable[Given], data: Data) -> Iterator[tupl
     if not isinstance(inputs, Iterable):
         raise UserError(f"inputs must be texts or objects, not {type(inputs).__name__}")
     for number, one in enumerate(inputs):
-        given: object = one  # not everybody checks types
+        given: object = one  # callers may not type-check
         if not isinstance(given, str | Mapping):
             shown = repr(given)[:40]
             raise UserError(f"inputs[{number}] must be a text or an object, not {shown}")
@@ -393,13 +404,13 @@ def _placed(inputs: Given | Path | Iterable[Given], data: Data) -> Iterator[tupl
 
 
 def _of_row(row: Mapping[str, Any], data: Data, wording: Wording, *, raw: bool) -> str:
-    """The input of a row: by the wording's columns, or its one text by ``data.inputs_column``."""
+    """Returns a row's input, from the wording's columns or from ``data.inputs_column``."""
     columns = wording.columns
     column = data.inputs_column
     if columns and wording.from_text is None and all(one in row for one in columns):
         return wording.apply(row)
     if len(columns) > 1:
-        return wording.apply(row)  # which says the column that is missing
+        return wording.apply(row)  # raises UserError that names the missing column
     if column in row:
         return wording.apply(value_as_text(row[column], column))
     wanted = columns[0] if columns and wording.from_text is None else column
@@ -479,7 +490,7 @@ def _predictions(
 
 
 def _check_labels(labels: Sequence[str], words: AnyVocabulary) -> None:
-    """UserError for a label without tokens, and for two of the same tokens."""
+    """Raises UserError for a label without tokens, and for two labels with the same tokens."""
     seen: dict[tuple[int, ...], str] = {}
     for label in labels:
         ids = tuple(words.encode(label))
@@ -501,7 +512,7 @@ def _as_task(inputs: Sequence[str]) -> Task:
 
 
 def mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each text's log-probability, averaged over the members that know it."""
+    """Averages each text's log-probability over the members that have one."""
     texts = dict.fromkeys(text for known in known_E for text in known)
     return {
         text: float(np.mean([known[text] for known in known_E if text in known])) for text in texts

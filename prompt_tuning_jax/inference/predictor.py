@@ -1,4 +1,4 @@
-"""Predictions and scores of E members on a task, with one frozen model in one forward per batch."""
+"""Predicts and scores with E members on one frozen model, with one forward pass per batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,17 +43,17 @@ from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What E members predict for N examples.
+    """The predictions of E members for N examples.
 
-    ``texts_EN`` and, for each prediction, what the member knows about the texts that it chose
-    among: log-probability by text (all labels when ranking, its own prediction when writing).
+    ``texts_EN`` holds the predicted texts.  ``log_probs_EN`` holds log-probabilities by text: of
+    all labels when ranking, and of the member's prediction when generating.
     """
 
     texts_EN: list[list[str]]
     log_probs_EN: list[list[dict[str, float]]]
 
     def votes(self) -> list[Vote]:
-        """The majority vote of the members for each example."""
+        """Returns the majority vote of the members for each example."""
         return [
             majority_vote(list(texts), list(log_probs))
             for texts, log_probs in zip(
@@ -63,7 +63,7 @@ class Predictions:
 
     @staticmethod
     def joined(parts: Sequence["Predictions"]) -> "Predictions":
-        """The members of several groups one after another, over the same examples."""
+        """Concatenates the members of several groups, over the same examples."""
         return Predictions(
             texts_EN=[texts for part in parts for texts in part.texts_EN],
             log_probs_EN=[known for part in parts for known in part.log_probs_EN],
@@ -74,7 +74,7 @@ class Predictions:
 class Predictor:
     """Predicts with any attached method; ``labels`` are the label strings that ``rank`` scores.
 
-    With ``few_sizes`` a batch of fewer examples than ``batch_size`` has one of few numbers of rows.
+    ``few_sizes`` pads batches with fewer than ``batch_size`` examples to one of a few sizes.
     """
 
     graphdef: nnx.GraphDef[TunedModel]
@@ -103,10 +103,10 @@ class Predictor:
         members: int,
         task: int | None = None,
     ) -> Predictions:
-        """All examples in order; ``trainable`` has a leading axis E = ``members``.
+        """Predicts for all examples in order; ``trainable`` has a leading axis E = ``members``.
 
-        ``task`` is the number of the examples' task in the mixture trained on, if it has several.
-        On a mesh the rows of each batch are divided over it, and every process gets all results.
+        ``task`` is the index of the examples' task if the method was trained on a mixture of tasks.
+        On a mesh the rows of each batch are sharded, and every process gets all results.
         """
         self._require_known_labels(trainable, frozen)
         parts = 1
@@ -121,7 +121,7 @@ class Predictor:
         pending: list[tuple[Any, HostArray]] = []
         number = padded_size(len(examples)) if self.few_sizes else len(examples)
         batch_size = eval_batch_size(self.batch_size, number, parts=parts)
-        # Dispatched ahead by one batch: the host reads one while the device computes the next.
+        # One batch is dispatched ahead: the host reads a batch while the device computes the next.
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["encoder_input_tokens"]
             index_R = batch["example_index"][batch["row_mask"]]
@@ -141,9 +141,10 @@ class Predictor:
         members: int,
         task: int | None = None,
     ) -> list[float]:
-        """Each member's mean cross entropy per target token, of targets cut as for training.
+        """Returns each member's mean cross entropy per target token.
 
-        Raises UserError for a method that scores labels itself and a target that is none of them.
+        Targets are truncated as for training.  Raises UserError if the method scores labels itself
+        and a target is not among them.
         """
         partitioner, parts = self.partitioner, 1
         if partitioner is not None:
@@ -165,7 +166,7 @@ class Predictor:
             sums.append(
                 loss_sums(self.graphdef, trainable, frozen, batch, members, partitioner, task_B)
             )
-        # In float64, so that the sum over batches does not depend on how many there are.
+        # float64, so that the sum does not depend on the number of batches.
         totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
         loss_E, tokens_E = totals_ME.sum(axis=0)
         label_tokens = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
@@ -209,7 +210,7 @@ class Predictor:
         )
         if not on_mesh or not trainable:
             return self._write(writing, trainable, frozen, tokens_BT, task_B)
-        # One after another: together, the rows of all members would have to change devices.
+        # One member at a time: decoding them together would move rows between devices.
         each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]
         found = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
         return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -241,7 +242,7 @@ class Predictor:
         texts: list[list[str]],
         known: list[list[dict[str, float]]],
     ) -> None:
-        """Puts the results of a batch where its examples are; rows to spare stand behind them."""
+        """Stores the results of a batch at its examples' indices; padding rows come last."""
         rows = len(index_R)
         if self.strategy == "rank":
             for member, scores_BC in enumerate(np.asarray(result)[:, :rows]):
@@ -259,7 +260,7 @@ class Predictor:
                 known[member][index] = {text: float(value)}
 
     def _require_known_labels(self, trainable: FlatParams, frozen: FlatParams) -> None:
-        """UserError where a method that scores labels itself was trained on others."""
+        """Raises UserError if a method that scores labels itself was trained on other labels."""
         if self.strategy != "rank":
             return
         known = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
@@ -280,7 +281,7 @@ class Predictor:
 
 
 def score_members(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
-    """The task's metrics for each member, in percent."""
+    """Returns the task's metrics for each member, in percent."""
     return [examples.score(texts) for texts in predictions.texts_EN]
 
 
@@ -293,10 +294,10 @@ def build_predictor(
     partitioner: Partitioner | None = None,
     buckets: Buckets | None = None,
 ) -> Predictor:
-    """What turns inputs into predictions, the way the experiment's evaluation asks for.
+    """Builds the predictor for the experiment's evaluation settings.
 
-    ``partitioner`` and ``buckets`` are the experiment's unless given; with buckets of its own its
-    programs are of few shapes whatever the number of inputs.
+    ``partitioner`` and ``buckets`` default to the experiment's.  If ``buckets`` is given, batches
+    have only a few shapes whatever the number of inputs.
     """
     config = experiment.evaluation
     return Predictor(
@@ -330,9 +331,10 @@ def evaluate_members(
     *,
     scores_alone: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
-    """Each member's metrics (``task/metric`` where there are several tasks), and predictions.
+    """Returns each member's metrics, and the predictions by task.
 
-    With ``scores_alone`` nothing is predicted for a task whose only metric is the loss.
+    With several tasks, metrics are named ``task/metric``.  ``scores_alone`` skips the predictions
+    for a task whose only metric is the loss.
     """
     scores: list[dict[str, float]] = [{} for _ in range(members.number)]
     predictions = {}

@@ -1,7 +1,4 @@
-"""Prompts that a command names: files, adapters, folders of them, runs.
-
-What callers give where several may be given: one alone is a list of one.
-"""
+"""Resolves arguments that name one or several prompts: files, adapters, folders and runs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +11,10 @@ from prompt_tuning_jax.errors import UserError
 
 
 def prompt_paths(source: str | Path) -> list[str]:
-    """Every prompt in a run or a folder of prompts, or ``source`` itself; UserError for no run's.
+    """Returns the paths of all prompts in a run or a folder of prompts, or else ``[source]``.
 
-    Whether each is one is for ``read_prompt`` to say.
+    The files are not opened; ``read_prompt`` checks them.  Raises UserError for a run without
+    prompts.
     """
     folder = Path(source)
     if folder.is_dir() and (folder / RUN_CONFIG).is_file():
@@ -35,12 +33,12 @@ def prompt_paths(source: str | Path) -> list[str]:
 
 
 def read_all(paths: list[str]) -> dict[str, StoredPrompt]:
-    """The prompts by path; raises UserError as ``read_prompt``."""
+    """Reads the prompts, keyed by path; raises UserError as ``read_prompt`` does."""
     return {path: read_prompt(path) for path in paths}
 
 
 def as_texts(values: object, name: str) -> tuple[str, ...]:
-    """One text or several; UserError for anything else, and for one that is there twice."""
+    """Returns one or several texts as a tuple; raises UserError for other types and duplicates."""
     found = (values,) if isinstance(values, str) else _several(values, name)
     texts = []
     for one in found:
@@ -53,7 +51,7 @@ def as_texts(values: object, name: str) -> tuple[str, ...]:
 
 
 def as_paths(values: object, name: str) -> list[str | Path]:
-    """One path or several; UserError for anything else."""
+    """Returns one or several paths as a list; raises UserError for other types."""
     found = [values] if isinstance(values, str | Path) else _several(values, name)
     paths = []
     for one in found:

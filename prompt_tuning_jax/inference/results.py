@@ -1,4 +1,4 @@
-"""Scores and predictions as output: tables for the terminal, JSON, CSV and TSV for files."""
+"""Formats scores and predictions: tables for the terminal; JSON, CSV and TSV for files."""
 
 import csv
 import io
@@ -11,11 +11,11 @@ from prompt_tuning_jax.errors import printable
 from prompt_tuning_jax.inference.prediction import Prediction
 from prompt_tuning_jax.untrusted_input import json_text
 
-_UNBOUNDED = 10_000  # columns; the table is as wide as it must be
+_UNBOUNDED = 10_000  # columns, so that a table is as wide as it needs to be
 
 
 class Scores(Protocol):
-    """What an evaluation returns: ``{metric: value}`` for each prompt and over all of them."""
+    """The result of an evaluation: ``{metric: value}`` for each prompt and over all prompts."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -34,7 +34,7 @@ class Scores(Protocol):
 
 
 def scores_as_dict(scores: Scores) -> dict[str, Any]:
-    """The scores as values of JSON."""
+    """Returns the scores as a JSON-compatible dictionary."""
     return {
         "split": scores.split,
         "data": scores.title,
@@ -49,7 +49,7 @@ def scores_as_dict(scores: Scores) -> dict[str, Any]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Paths without the leading folders that all of them have."""
+    """Returns the paths without the leading folders that all of them share."""
     parts = [name.split("/") for name in names]
     common = 0
     while all(len(own) > common + 1 and own[common] == parts[0][common] for own in parts):
@@ -58,16 +58,16 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def print_scores(scores: Scores) -> None:
-    """Print a table: one row per prompt, then the mean, the best and the ensemble's vote.
+    """Prints a table with one row per prompt, then the mean, the best and the ensemble's vote.
 
-    Nothing of it is cut off where stdout is no terminal.
+    If stdout is not a terminal, the table is not truncated.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     metrics = list(dict.fromkeys(name for each in scores.per_prompt for name in each))
-    # A name may well hold the brackets that rich takes for markup.
+    # A name may contain brackets, which rich would parse as markup.
     table = Table()
     table.add_column(Text(printable(scores.title)), overflow="fold")
     for metric in metrics:
@@ -98,14 +98,15 @@ _FORMS: Mapping[str, Form] = {
 
 
 def form_of(path: str) -> Form | None:
-    """What a file of this name is written as; None where its ending says nothing."""
+    """Returns the format for a file name's suffix, or None if the suffix is unknown."""
     return _FORMS.get(Path(path).suffix.lower())
 
 
 def predictions_text(given: Sequence[str], predictions: Sequence[Prediction], form: Form) -> str:
-    """What ``predict`` found, a record for each input; a table has the columns of a file's rows.
+    """Formats the results of ``predict``, with one record per input.
 
-    ``given`` are the texts as the user gave them, or none for a file's rows.
+    CSV and TSV keep the columns of a data file's rows.  ``given`` are the user's texts, and empty
+    for the rows of a file.
     """
     records = []
     for number, found in enumerate(predictions):
@@ -128,9 +129,10 @@ def predictions_text(given: Sequence[str], predictions: Sequence[Prediction], fo
 
 
 def evaluated_text(rows: Sequence[Mapping[str, Any]], form: Form) -> str:
-    """The rows of ``evaluation.prediction_rows``; a table has a column for each of several prompts.
+    """Formats the rows of ``evaluation.prediction_rows``.
 
-    Further columns of a user's own file come behind these in a table.
+    CSV and TSV have a column for each of several prompts, followed by the other columns of a user's
+    file.
     """
     if form in ("jsonl", "json"):
         return records_text(rows, form)
@@ -150,14 +152,14 @@ def evaluated_text(rows: Sequence[Mapping[str, Any]], form: Form) -> str:
 
 
 def records_text(records: Sequence[Mapping[str, Any]], form: Form) -> str:
-    """Records as the text of a file."""
+    """Returns the records as the text of a file."""
     if form == "jsonl":
         return "".join(f"{json_text(record)}\n" for record in records)
     if form == "json":
         return "[\n" + ",\n".join(map(json_text, records)) + "\n]\n"
     header = list(dict.fromkeys(name for record in records for name in record))
     table = [header, *([_cell(record.get(name)) for name in header] for record in records)]
-    if form == "tsv":  # where quotes are text, and nothing can stand for a tab
+    if form == "tsv":  # TSV has no quoting, so tabs and line breaks become spaces
         return "".join("\t".join(" ".join(cell.split()) for cell in line) + "\n" for line in table)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
@@ -171,7 +173,7 @@ def _cell(value: object) -> str:
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
-    """The name, or where a column has it, one with a number behind it."""
+    """Returns the name, with a number appended if a column already has it."""
     number, found = 2, name
     while found in taken:
         found, number = f"{name}_{number}", number + 1

@@ -1,4 +1,4 @@
-"""Scores predictions of any origin for a task, and writes them for a leaderboard, without JAX."""
+"""Scores predictions of any origin on a task and writes leaderboard files, without JAX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from prompt_tuning_jax.storage import atomic_write
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """``scores`` by metric, in percent; None where the split has no labels.  ``notes``: lines."""
+    """Scores by metric, in percent (None if the split has no labels), and notes for the user."""
 
     scores: dict[str, float] | None
     notes: tuple[str, ...]
@@ -28,11 +28,12 @@ def metrics(
     data_dir: str = "",
     leaderboard: str = "",
 ) -> Scored:
-    """Scores a file of predictions, one a line in the order of the task's examples.
+    """Scores a file with one prediction per line, in the order of the task's examples.
 
-    Examples without label do not count; a split without any has no scores.  ``leaderboard`` is a
-    file to write the predictions to as SuperGLUE's server takes them.  UserError where the number
-    of predictions is not that of the examples, and for a line that cannot be read.
+    Examples without a label are not counted; a split without labels has no scores.  If
+    ``leaderboard`` is given, the predictions are written to that file in the format of SuperGLUE's
+    server.  Raises UserError if the numbers of predictions and examples differ, and for a line that
+    cannot be read.
     """
     task = get_task(name)
     examples = list(task.load(split, data_dir))
@@ -66,10 +67,10 @@ def metrics(
 
 
 def read_predictions(path: Path) -> Sequence[str]:
-    """The predictions of a file, one a line: bare texts, JSON strings, or ``predict --json``'s.
+    """Reads one prediction per line: bare texts, JSON strings, or output of ``predict --json``.
 
-    All lines are of one kind, which the first that is not blank tells; a blank line is an empty
-    text among bare ones.  UserError naming the line that does not fit.
+    All lines must be of one kind.  Among bare texts, a blank line is an empty text.  Raises
+    UserError that names a line that does not fit.
     """
     lines = list(text_lines(path))
     starts = {line.lstrip()[:1] for _, line in lines if line.strip()}

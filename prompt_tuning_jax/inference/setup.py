@@ -1,6 +1,6 @@
-"""From an experiment to what runs: the mesh, the frozen model, and the methods attached to it.
+"""Builds the mesh, the frozen model and the attached methods of an experiment.
 
-Training, evaluation, prediction, serving and planning all start here.
+Training, evaluation, prediction, serving and planning all use this module.
 """
 
 import dataclasses
@@ -46,24 +46,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """A method attached E times to one frozen model: one structure, E sets of tuned arrays.
+    """A method attached E times to one frozen model, with one structure and E sets of arrays.
 
-    ``tasks`` are the names of those trained on where they are several.
+    ``tasks`` are the names of the training tasks if there are several.
     """
 
     graphdef: nnx.GraphDef[TunedModel]
-    trainable: FlatParams  # each with a leading axis E
+    trainable: FlatParams  # all arrays have a leading axis E
     frozen: FlatParams
     mask: Mask
     number: int
     tasks: tuple[str, ...] = ()
 
     def task_number(self, name: str) -> int | None:
-        """Which of several tasks has this name; None where it is none of them."""
+        """Returns the index of the task with this name, or None if there is no such task."""
         return self.tasks.index(name) if name in self.tasks else None
 
     def sharded(self, partitioner: Partitioner, logical_axes: Mapping[str, Any]) -> "Members":
-        """The same, laid out over the mesh; the tuned arrays' leading axis is ``ensemble``."""
+        """Returns the members sharded over the mesh.
+
+        The logical name of the tuned arrays' leading axis is ``ensemble``.
+        """
         axes_E = {name: ("ensemble", *axes) for name, axes in logical_axes.items()}
         return dataclasses.replace(
             self,
@@ -73,7 +76,7 @@ class Members:
 
 
 def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> T5:
-    """The model that the experiment names, with its vocabulary, its weights on the mesh."""
+    """Loads the experiment's model and vocabulary, with the weights placed on the mesh."""
     partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     config = experiment.model
     kwargs: dict[str, Any] = {
@@ -89,12 +92,12 @@ def build_model(experiment: Experiment, *, partitioner: Partitioner | None = Non
 
 
 def model_fingerprint(model: T5) -> str:
-    """Tells this frozen model from others."""
+    """Returns a fingerprint that identifies this frozen model."""
     return model.original_fingerprint or fingerprint(model.config, param_tree.split(model)[1])
 
 
 def vocabulary_of(model: T5) -> AnyVocabulary:
-    """The model's vocabulary; UserError where it came without."""
+    """Returns the model's vocabulary; raises UserError if it has none."""
     if model.vocabulary is None:
         raise UserError("this model came without a vocabulary; set model.vocabulary to its file")
     words: AnyVocabulary = model.vocabulary
@@ -108,7 +111,7 @@ def attach_members(
     labels: tuple[str, ...],
     partitioner: Partitioner | None = None,
 ) -> Members:
-    """The method attached once per seed, each from its own seed (and init), on the mesh."""
+    """Attaches the method once per seed, with the seed's init if set, and shards it on the mesh."""
     partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     members, logical_axes = attach_unplaced(experiment, model, labels=labels)
     return members.sharded(partitioner, logical_axes)
@@ -117,7 +120,7 @@ def attach_members(
 def attach_unplaced(
     experiment: Experiment, model: T5, *, labels: tuple[str, ...]
 ) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
-    """The same before anything is laid out, and the logical axes of every parameter."""
+    """Like ``attach_members``, but unsharded; also returns the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
     tasks = trained_tasks(experiment.data)
     trainable: list[dict[str, Any]] = []
@@ -127,7 +130,7 @@ def attach_unplaced(
             method = dataclasses.replace(method, init=inits[number])  # type: ignore[call-arg]
         if not labels and (experiment.data.train or experiment.data.eval):
             method = _without_label_init(method)
-        # Not the key of dropout: that one is folded with steps from 0.
+        # A different key from dropout, which folds in step numbers from 0.
         key = jax.random.fold_in(jax.random.key(seed), 0x9E3779B9)
         context = Context(
             labels=labels,
@@ -136,7 +139,7 @@ def attach_unplaced(
             init_arrays=read_init_arrays(method),
         )
         attached = attach_method(model, method, key=key, context=context)
-        # Members may have different initializations, but they have one structure.
+        # Members may have different initializations, but must share one structure.
         attached.method.config = experiment.method
         graphdef, params = param_tree.split(attached)
         mask = trainable_mask(experiment.method, list(params))
@@ -160,9 +163,10 @@ def attach_unplaced(
 
 
 def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
-    """The arrays that the method starts from, by path, from the file or run at its ``init_path``.
+    """Reads a method's initial arrays, by path, from the file or run at its ``init_path``.
 
-    Empty for initializations that read nothing; UserError if ``init_path`` lacks what is needed.
+    The dictionary is empty for initializations that read no file.  Raises UserError if
+    ``init_path`` lacks the needed arrays.
     """
     init, init_path = getattr(method, "init", ""), getattr(method, "init_path", "")
     if init not in ("file", "source"):
@@ -202,7 +206,7 @@ def _without_label_init(method: MethodConfig) -> MethodConfig:
 
 
 def require_trainable(trainable: Mapping[str, Any]) -> None:
-    """Raises UserError where a method would train weights that are quantised."""
+    """Raises UserError if a method would train quantized weights."""
     if is_quantized(trainable):
         raise UserError(
             "this method trains the model's weights, and they are quantised; "
@@ -213,9 +217,10 @@ def require_trainable(trainable: Mapping[str, Any]) -> None:
 def partitioner_of(
     experiment: Experiment, *, devices: Sequence[jax.Device] | None = None
 ) -> Partitioner:
-    """The mesh over these devices or all, of all processes, and the rules.
+    """Returns the mesh and sharding rules over ``devices``, by default those of all processes.
 
-    UserError where it does not fit.  One device needs no mesh, whatever the experiment says.
+    A single device needs no mesh, whatever the experiment's settings.  Raises UserError if the mesh
+    does not fit the devices.
     """
     config = dataclasses.asdict(experiment.mesh)
     rules = with_rules(config.pop("rules"))

@@ -1,4 +1,4 @@
-"""Decoders: each sees a function from tokens, position and cache to logits, never a model."""
+"""Decoders, which call a function from tokens, position and cache to logits instead of a model."""
 
 from prompt_tuning_jax.inference.decoding.beam import (
     BeamRule,

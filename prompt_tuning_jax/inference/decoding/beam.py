@@ -1,4 +1,4 @@
-"""Beam search by the rules of T5X or of Hugging Face: which hypotheses win, and when to stop."""
+"""Beam search, with the scoring and stopping rules of T5X or of Hugging Face."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcess
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
-# The score of a slot that holds no hypothesis (its ids are padding); the value is T5X's.
+# The score of a slot without a hypothesis, whose ids are padding.  The value is from T5X.
 UNUSED_SCORE = -1e7
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5XRule:
-    """Score: log-probability / ((5 + n) / 6) ** alpha over n tokens, the end included.
+    """Scores n tokens, including the end, by log-probability / ((5 + n) / 6) ** alpha.
 
-    Unfinished hypotheses are returned for a row only where none has finished, with their
-    log-probability as the score.  A row stops when no live hypothesis can still beat its worst
-    finished one.  Source: ``beam_search`` in t5x/decoding.py, which returns the worst first; the
-    penalty is that of Wu et al. 2016, section 7.
+    A row returns unfinished hypotheses only if none has finished; their score is then the
+    log-probability.  A row stops when no live hypothesis can still beat its worst finished one.
+    Source: ``beam_search`` in t5x/decoding.py, which returns the worst first.  The penalty is from
+    Wu et al. 2016, section 7.
     """
 
     alpha: float = 0.6
 
-    # Each step ranks 2K candidates; here any of them may finish, not the first K alone.
+    # Whether any of the 2K candidates of a step may finish, rather than only the first K.
     spares_finish: ClassVar[bool] = True
-    # Whether hypotheses cut off at the maximum length compete with those that ended.
+    # Whether hypotheses cut off at the maximum length compete with finished ones.
     cut_off_compete: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -44,17 +44,18 @@ class T5XRule:
         return log_probs / ((5.0 + length) / 6.0) ** self.alpha
 
     def hope(self, log_probs: Array, *, length: Array, max_length: int) -> Array:
-        """A bound on the score that live hypotheses of ``length`` tokens can still reach."""
+        """Bounds the score that live hypotheses of ``length`` tokens can still reach."""
         return self.score(log_probs, max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceRule:
-    """Score: log-probability / n ** length_penalty over n tokens, the end included.
+    """Scores n tokens, including the end, by log-probability / n ** length_penalty.
 
     Hypotheses cut off at the maximum length count as finished, and only the K best candidates of a
-    step may finish.  A row stops when it has K finished hypotheses and the best live one, at its
-    present length, scores no better than the worst of them (``early_stopping=False``: a heuristic).
+    step may finish.  A row stops when it has K finished hypotheses and the best live one, scored at
+    its current length, is no better than the worst of them.  This is the heuristic of
+    ``early_stopping=False``.
     Source: ``GenerationMixin._beam_search`` in transformers 4.57 and 5.
     """
 
@@ -68,7 +69,7 @@ class HuggingFaceRule:
         return log_probs / jnp.asarray(length, jnp.float32) ** self.length_penalty
 
     def hope(self, log_probs: Array, *, length: Array, max_length: int) -> Array:
-        """The score that live hypotheses are taken to reach: theirs as if they ended now."""
+        """Estimates the score that live hypotheses reach: their score if they ended now."""
         return self.score(log_probs, length)
 
 
@@ -76,7 +77,10 @@ BeamRule: TypeAlias = T5XRule | HuggingFaceRule
 
 
 class Beams(NamedTuple):
-    """The K hypotheses of each row, best first; unused slots hold padding and ``UNUSED_SCORE``."""
+    """The K best hypotheses of each row, best first.
+
+    Unused slots hold padding and ``UNUSED_SCORE``.
+    """
 
     ids_NKS: Array
     scores_NK: Array
@@ -84,8 +88,8 @@ class Beams(NamedTuple):
 
 class _Search(NamedTuple):
     position: Array
-    live: Beams  # scores are log-probabilities; -inf marks a slot without a hypothesis
-    finished: Beams  # scores are the rule's; -inf likewise
+    live: Beams  # scores are log-probabilities; -inf marks an empty slot
+    finished: Beams  # scores follow the rule; -inf marks an empty slot
     open_N: Array  # rows whose finished hypotheses may still change
     cache: Cache
 
@@ -101,14 +105,14 @@ def beam_search(
     token_ids: TokenIds = T5_IDS,
     processors: LogitsProcessors | None = None,
 ) -> Beams:
-    """Searches for the K best-scoring sequences of each row, K being ``num_beams``.
+    """Searches for the K = ``num_beams`` best-scoring sequences of each row.
 
-    ``cache`` has ``num_rows`` rows and is repeated inside: the step function gets N*K rows, those
-    of one example adjacent.  Every leaf with rows follows its hypothesis from step to step, so what
-    the hypotheses of a row share (cross-attention keys) belongs in the step function's closure.  At
-    most ``max_length`` tokens are written; a row's result does not depend on the others.  ``rule``
-    is T5X's unless given.  ``processors`` change log-probabilities before hypotheses are compared,
-    as in transformers.
+    ``cache`` has ``num_rows`` rows.  The search repeats it, so the step function gets N*K rows;
+    those of one example are adjacent.  Every leaf with rows is reordered in each step to follow its
+    hypothesis.  Arrays that the hypotheses of a row share, such as cross-attention keys, therefore
+    belong in the step function's closure.  At most ``max_length`` tokens are generated, and a row's
+    result does not depend on other rows.  ``rule`` defaults to T5X's.  ``processors`` change
+    log-probabilities before hypotheses are compared, as in transformers.
     """
     check_max_length(max_length)
     if num_beams < 1:
@@ -140,7 +144,7 @@ def beam_search(
             finishes_NC &= jnp.arange(finishes_NC.shape[1]) < K
         finishes_NC &= search.open_N[:, None]
         scores_NC = jnp.where(finishes_NC, rule.score(log_probs_NC, length), -jnp.inf)
-        # Earlier ones come first, so that they win among equals.
+        # Hypotheses that finished earlier come first, so they win ties.
         finished = _best(
             jnp.concatenate([search.finished.ids_NKS, ids_NCS], axis=1),
             jnp.concatenate([search.finished.scores_NK, scores_NC], axis=1),
@@ -189,11 +193,11 @@ def _best_extensions(
     token_ids: TokenIds,
     processors: LogitsProcessors | None,
 ) -> tuple[Array, Array, Array]:
-    """The 2K best one-token extensions of a row's hypotheses, best first.
+    """Returns the 2K best one-token extensions of each row's hypotheses, best first.
 
-    2K, because at most K of them end here, so that K are left to live on.  No hypothesis gives more
-    than 2K, so neither log_softmax nor a ranking of K*V numbers is needed.  Returns
-    log-probabilities, parent hypotheses and tokens, each [N, 2K].
+    At most K of the 2K extensions end in this step, so at least K stay live.  A hypothesis
+    contributes at most 2K of them, so neither log_softmax nor a ranking of K*V numbers is needed.
+    Returns log-probabilities, parent hypotheses and tokens, each [N, 2K].
     """
     N, K = live.scores_NK.shape
     logits_NKV = logits.astype(jnp.float32).reshape(N, K, -1)
@@ -215,7 +219,10 @@ def _best(ids_NCS: Array, scores_NC: Array, K: int) -> Beams:
 
 
 def _pick(values: Array, chosen_NK: Array) -> Array:
-    """Takes entries along axis 1 of each row; a batched gather stays local on a sharded axis 0."""
+    """Takes entries along axis 1 of each row.
+
+    The batched gather stays local if axis 0 is sharded.
+    """
 
     def of_row(row: Array, chosen_K: Array) -> Array:
         return row[chosen_K]
@@ -234,7 +241,7 @@ def _reorder(cache: Cache, parents_NK: Array) -> Cache:
 
 
 def _map_rows(change: Callable[[Array], Array], cache: Cache, *, num_rows: int) -> Cache:
-    """Applies ``change`` to the leaves that have rows; scalars are shared by all."""
+    """Applies ``change`` to the leaves that have rows, and leaves scalars unchanged."""
 
     def on_leaf(path: Any, leaf: Array) -> Array:
         if jnp.ndim(leaf) == 0:

@@ -1,15 +1,15 @@
-"""Checks of what a caller asks for: one line that names the argument and its value."""
+"""Argument checks, whose one-line errors name the argument and its value."""
 
 import math
 import numbers
 
 from prompt_tuning_jax.errors import UserError
 
-_MOST = 2**31 - 1  # what an int32 on a device holds
+_MOST = 2**31 - 1  # the largest int32, the integer type on devices
 
 
 def whole_number(name: str, value: object, *, at_least: int, at_most: int = _MOST) -> int:
-    """The value as an int; UserError where it is another kind of number or out of bounds."""
+    """Returns the value as an int; raises UserError if it is not an integer or out of bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UserError(f"{name} is {_shown(value)}; it must be a whole number")
     number = int(value)
@@ -23,7 +23,7 @@ def whole_number(name: str, value: object, *, at_least: int, at_most: int = _MOS
 def real_number(
     name: str, value: object, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """The value as a float; UserError where it is no finite number within the bounds."""
+    """Returns the value as a float; raises UserError unless it is finite and within bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise UserError(f"{name} is {_shown(value)}; it must be a number")
     number = float(value)
@@ -37,7 +37,7 @@ def real_number(
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """The value as a bool; UserError where it is none."""
+    """Returns the value; raises UserError if it is not a bool."""
     if not isinstance(value, bool):
         raise UserError(f"{name} is {_shown(value)}; it must be True or False")
     return value

@@ -1,4 +1,4 @@
-"""Greedy decoding, and the loop that it shares with sampling: one token a row and step."""
+"""Greedy decoding, and the decoding loop that it shares with sampling."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -12,10 +12,10 @@ from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcess
 from prompt_tuning_jax.models.t5.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
-# A pytree whose leaves have one row per decoded row on axis 0 (scalars are left alone).
+# A pytree whose leaves have one entry per decoded row on axis 0; scalars are not changed.
 Cache: TypeAlias = Any
-# (tokens_N int32, position int32 scalar, cache) -> (logits_NV, cache): the tokens stand at that
-# position (the start token at 0), the logits are for the next.
+# (tokens_N int32, position int32 scalar, cache) -> (logits_NV, cache).  The tokens are at
+# ``position`` (the start token is at 0), and the logits predict the next token.
 StepFn: TypeAlias = Callable[[Array, Array, Cache], tuple[Array, Cache]]
 # (logits_NV float32, position) -> tokens_N int32
 Choice: TypeAlias = Callable[[Array, Array], Array]
@@ -24,10 +24,10 @@ T5_IDS = TokenIds()
 
 
 class Decoded(NamedTuple):
-    """What was written: one sequence per row.
+    """Decoded sequences, one per row.
 
-    ``ids_NS`` int32 holds padding behind the end-of-sequence token, ``scores_N`` float32 the sum of
-    the model's log-probabilities over the ``lengths_N`` tokens written, the end included.
+    ``ids_NS`` (int32) is padded after the end-of-sequence token.  ``scores_N`` (float32) sums the
+    model's log-probabilities over the ``lengths_N`` generated tokens, including the end.
     """
 
     ids_NS: Array
@@ -45,10 +45,10 @@ def greedy(
     token_ids: TokenIds = T5_IDS,
     processors: LogitsProcessors | None = None,
 ) -> Decoded:
-    """Writes the most probable token at every step (the lowest id where several are equal).
+    """Generates the most probable token at every step; the lowest id wins ties.
 
-    Writes at most ``max_length`` tokens a row, of each row no more than its ``limit_N``, and stops
-    when every row has ended.
+    Generates at most ``max_length`` tokens per row, and at most ``limit_N`` tokens for each row if
+    given.  Stops when every row has ended.
     """
 
     def most_probable(logits_NV: Array, position: Array) -> Array:
@@ -85,9 +85,9 @@ def decode_loop(
     token_ids: TokenIds,
     processors: LogitsProcessors | None = None,
 ) -> Decoded:
-    """Runs the step function with the tokens that ``choose`` picks until every row has ended.
+    """Runs the step function on the tokens that ``choose`` picks until every row has ended.
 
-    ``processors`` change what it picks from; scores stay the model's own.
+    ``processors`` change the logits that ``choose`` sees.  Scores use the model's unchanged logits.
     """
     check_max_length(max_length)
 
@@ -131,6 +131,6 @@ def decode_loop(
 
 
 def check_max_length(max_length: int) -> None:
-    """Raises UserError unless at least one token may be written."""
+    """Raises UserError unless at least one token may be generated."""
     if max_length < 1:
         raise UserError(f"max_length is {max_length}: it must be 1 or more tokens")

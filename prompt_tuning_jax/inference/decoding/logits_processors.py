@@ -1,7 +1,7 @@
-"""Changes the next token's scores: minimum length, repetition penalty, no repeated n-grams.
+"""Logits processors: minimum length, repetition penalty, no repeated n-grams.
 
-As the logits processors of transformers of the same names; what has been written counts from the
-start token on, as there.
+They match the logits processors of the same names in transformers, where the start token also
+counts as generated.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,16 @@ from prompt_tuning_jax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LogitsProcessors:
-    """One number each for all rows, or one per row ``[N]``; traced, so that values share a program.
+    """Changes the scores of the next token.
 
-    ``min_length`` is in tokens, the end included; ``repetition_penalty`` divides the positive and
-    multiplies the negative scores of tokens that have been written (1: none; Keskar et al. 2019);
-    with ``no_repeat_ngram_size`` n > 0 no n tokens in a row are written twice.
+    Each field is one number for all rows, or one per row ``[N]``.  The fields are traced, so
+    different values share one compiled program.
+
+    Attributes:
+      min_length: the minimum number of tokens, including the end.
+      repetition_penalty: divides the positive scores and multiplies the negative scores of tokens
+        that have been generated (Keskar et al. 2019); 1 applies no penalty.
+      no_repeat_ngram_size: if n > 0, no sequence of n tokens is generated twice.
     """
 
     min_length: Any = 0
@@ -34,9 +39,9 @@ class LogitsProcessors:
     def __call__(
         self, scores_NV: Array, ids_NS: Array, position: Array, *, token_ids: TokenIds
     ) -> Array:
-        """The scores for the token that goes to ``position`` (a number, or ``[N]``) of ``ids``.
+        """Returns the scores for the token at ``position`` (a number, or ``[N]``) of ``ids_NS``.
 
-        Scores are logits or log-probabilities; what may not be written is at -inf.
+        Scores are logits or log-probabilities; tokens that are not allowed get -inf.
         """
         used = (
             jnp.any(jnp.asarray(self.repetition_penalty) != 1)
@@ -47,7 +52,7 @@ class LogitsProcessors:
         def processed(scores_NV: Array) -> Array:
             return self._processed(scores_NV, ids_NS, position, token_ids=token_ids)
 
-        # Rows that ask for nothing, as most of a server's, cost nothing.
+        # Skips the work if no row uses a processor, as in most batches of a server.
         changed_NV: Array = lax.cond(used, processed, lambda scores_NV: scores_NV, scores_NV)
         return changed_NV
 
@@ -59,12 +64,12 @@ class LogitsProcessors:
         penalty_N1 = _per_row(self.repetition_penalty, rows, jnp.float32)[:, None]
         ngram_N = _per_row(self.no_repeat_ngram_size, rows, jnp.int32)
         shortest_N = _per_row(self.min_length, rows, jnp.int32)
-        # The start token, then what has been written: the first ``position + 1`` of L = S + 1.
+        # The start token, then the generated tokens: the first ``position + 1`` of L = S + 1.
         history_NL = jnp.pad(ids_NS, ((0, 0), (1, 0)), constant_values=token_ids.start)
         written_NL = jnp.arange(history_NL.shape[1])[None, :] <= position_N[:, None]
 
         def marked(of_token_NL: Array) -> Array:
-            """``[N, V]``: which tokens of the history are marked."""
+            """Returns ``[N, V]``: whether each vocabulary token is marked in the history."""
             history = jnp.clip(history_NL, 0, vocabulary - 1)
             of_row = jnp.arange(rows)[:, None]
             return jnp.zeros((rows, vocabulary), bool).at[of_row, history].max(of_token_NL)
@@ -83,7 +88,7 @@ class LogitsProcessors:
         return scores_NV.at[:, token_ids.eos].set(at_end_N)
 
     def repeated(self, times: int) -> "LogitsProcessors":
-        """For so many times the rows, those of one standing side by side."""
+        """Repeats the fields for ``times`` as many rows, with the copies of a row adjacent."""
         return jax.tree.map(
             lambda x: jnp.repeat(jnp.asarray(x), times, axis=0) if jnp.ndim(x) else x, self
         )
@@ -97,7 +102,10 @@ def logits_processors(
     max_length: int,
     prefix: str = "",
 ) -> LogitsProcessors | None:
-    """The processors asked for, None where none is; ``prefix`` goes before names in UserErrors."""
+    """Returns the processors, or None if no option is set.
+
+    Raises UserError for an invalid option; ``prefix`` precedes option names in the message.
+    """
     for complaint in logits_processor_errors(
         min_length=min_length,
         repetition_penalty=repetition_penalty,
@@ -107,7 +115,7 @@ def logits_processors(
         raise UserError(prefix + complaint)
     if not min_length and repetition_penalty == 1 and not no_repeat_ngram_size:
         return None
-    # Arrays, or every new value would be compiled anew.
+    # Arrays, because each new Python number would trigger a compilation.
     return LogitsProcessors(
         min_length=jnp.int32(min_length),
         repetition_penalty=jnp.float32(repetition_penalty),
@@ -120,9 +128,9 @@ def _per_row(value: Any, rows: int, dtype: Any) -> Array:
 
 
 def _completes_ngram(history_NL: Array, position_N: Array, ngram_N: Array) -> Array:
-    """``[N, L]``: whether the token at this place would complete an n-gram a second time.
+    """Returns ``[N, L]``: whether the token at each place, if next, would repeat an n-gram.
 
-    It would where the n - 1 tokens before it are the last n - 1 of the history.
+    It would if the n - 1 tokens before that place equal the last n - 1 tokens of the history.
     """
     length = history_NL.shape[1]
 
@@ -130,12 +138,12 @@ def _completes_ngram(history_NL: Array, position_N: Array, ngram_N: Array) -> Ar
         places_L = jnp.arange(length)
 
         def longer(back: Array, equal_L: Array) -> Array:
-            """Equal so far, and so at one token further back."""
-            here_L = jnp.roll(history_L, back)  # at place i, what is ``back`` before it
+            """Extends the comparison by one token further back."""
+            here_L = jnp.roll(history_L, back)  # at place i, the token ``back`` places earlier
             same_L = (places_L >= back) & (here_L == history_L[last + 1 - back])
             return equal_L & same_L
 
-        # The history's end itself is no earlier occurrence, since nothing follows it.
+        # The end of the history is not an earlier occurrence, because no token follows it.
         return lax.fori_loop(1, ngram, longer, (ngram > 0) & (places_L <= last))
 
     return jax.vmap(of_row)(history_NL, position_N, ngram_N)

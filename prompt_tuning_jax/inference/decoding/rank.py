@@ -1,4 +1,4 @@
-"""Scores given label strings instead of writing text (rank classification)."""
+"""Rank classification: scores given label strings instead of generating text."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -11,8 +11,8 @@ from jax import lax
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, HostArray
 
-# decoder_input_S int32, one label for the whole batch -> logits_BSV.  Encoder output and
-# cross-attention keys belong in its closure, so that they are computed once for all labels.
+# decoder_input_S (int32, one label for the whole batch) -> logits_BSV.  The encoder output and the
+# cross-attention keys belong in the closure, so that they are computed once for all labels.
 DecodeLogits: TypeAlias = Callable[[Array], Array]
 
 
@@ -25,12 +25,13 @@ def rank(
     padding: int = 0,
     max_logits: int = 2**26,
 ) -> Array:
-    """Summed log-probability of each label for each example: scores_BC float32.
+    """Returns the summed log-probability of each label for each example: scores_BC float32.
 
-    ``labels_CS`` holds each label's tokens, its end-of-sequence token included, then ``padding``.
-    ``normalize_length`` divides by the number of tokens, which takes the handicap from long labels.
-    As many labels are decoded at once as keep [labels, B, S, V] within ``max_logits`` numbers, and
-    at least one: C times the logits of a batch need not fit in memory.
+    ``labels_CS`` holds each label's tokens, including its end-of-sequence token, then ``padding``.
+    ``normalize_length`` divides by the number of tokens, so that long labels are not at a
+    disadvantage.  To save memory, labels are decoded in groups, each as large as possible with
+    [labels, B, S, V] within ``max_logits`` numbers, and of at least one label.  Raises UserError
+    for a label without tokens if ``labels_CS`` is a NumPy array.
     """
     real_C = np.any(labels_CS != padding, axis=1) if isinstance(labels_CS, np.ndarray) else None
     if real_C is not None and not real_C.all():
@@ -61,12 +62,12 @@ def rank(
 def sequence_log_probs(
     logits_BSV: Array, targets_BS: Array, *, normalize_length: bool = False, padding: int = 0
 ) -> Array:
-    """Log-probability of each target sequence, summed in float32 over its non-padding tokens.
+    """Returns the log-probability [B] of each target, summed in float32 over non-padding tokens.
 
-    ``targets_BS`` is int32.  Returns [B]; ``normalize_length`` makes it the mean.
+    ``targets_BS`` is int32.  ``normalize_length`` returns the mean instead of the sum.
     """
     logits_BSV = logits_BSV.astype(jnp.float32)
-    # logsumexp and one gather: log_softmax would write another [B, S, V].
+    # logsumexp and a gather, because log_softmax would allocate another [B, S, V].
     at_target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
     log_probs_BS = at_target_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
     real_BS = targets_BS != padding

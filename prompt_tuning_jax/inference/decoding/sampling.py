@@ -1,4 +1,4 @@
-"""Sampling with temperature, the k most probable tokens, or the nucleus of probability p."""
+"""Sampling with temperature, top-k and top-p (nucleus) filtering."""
 
 import math
 
@@ -26,14 +26,14 @@ def sample(
     token_ids: TokenIds = T5_IDS,
     processors: LogitsProcessors | None = None,
 ) -> Decoded:
-    """Draws every token from the model's distribution, sharpened and cut as asked.
+    """Samples every token from the model's distribution, after temperature, top-k and top-p.
 
-    ``key`` is one key, of which row i gets the i-th fold, or an array of ``num_rows`` keys (typed,
-    or raw uint32 pairs): a row's text depends on its own key and logits alone, so that rows with
-    keys of their own may be batched in any way.  ``temperature`` is one number or one per row; rows
-    at 0 are greedy.  ``top_k`` (0: all) is applied before ``top_p`` (the smallest set of tokens
-    whose probabilities reach it; Holtzman et al. 2020), both after the temperature, both static.
-    Scores are the model's own log-probabilities, neither sharpened nor cut.
+    ``key`` is a single key, which is folded with each row number, or an array of ``num_rows`` keys
+    (typed, or raw uint32 pairs).  A row's text depends only on its key and logits, so rows with
+    separate keys may be batched in any way.  ``temperature`` is one number or one per row; rows at
+    0 are greedy.  ``top_k`` (0 keeps all tokens) is applied before ``top_p``, which keeps the
+    smallest set of tokens whose probabilities reach it (Holtzman et al. 2020).  Both are static and
+    are applied after the temperature.  Scores are the model's unchanged log-probabilities.
     """
     if isinstance(temperature, int | float) and not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more")
@@ -67,9 +67,9 @@ def sample(
 
 
 def row_keys(key: Array, num_rows: int) -> Array:
-    """One key per row: the keys given, or the folds of a single one by row number.
+    """Returns one key per row: the given keys, or a single key folded with each row number.
 
-    Folds, not splits: the first rows of a larger batch get the keys of a smaller one.
+    Folding rather than splitting gives row i the same key in batches of any size.
     """
     rank_of_one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     if key.ndim == rank_of_one_key:
@@ -80,14 +80,17 @@ def row_keys(key: Array, num_rows: int) -> Array:
 
 
 def _candidates(logits_V: Array, *, top_k: int, top_p: float) -> tuple[Array, Array]:
-    """The logits that may be drawn and their token ids; exactly ``top_k`` also among equals."""
+    """Returns the logits that may be sampled and their token ids.
+
+    Exactly ``top_k`` tokens are kept, even among ties.
+    """
     vocab_size = logits_V.shape[0]
     if not top_k and top_p == 1:
         return logits_V, jnp.arange(vocab_size)
     values, tokens = lax.top_k(logits_V, min(top_k or vocab_size, vocab_size))
     if top_p < 1:
         probs = jax.nn.softmax(values)
-        # A token stays while those before it have not reached top_p, so the first always does.
+        # A token is kept if those before it have not reached top_p, so the first is always kept.
         reached_before = jnp.cumsum(probs) - probs
         values = jnp.where(reached_before < top_p, values, -jnp.inf)
     return values, tokens

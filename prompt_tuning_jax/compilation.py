@@ -1,4 +1,4 @@
-"""Compiled programs: kept on disk from one command to the next, and made before they are needed."""
+"""Keeps compiled programs on disk between commands, and compiles them before they are needed."""
 
 import hashlib
 import platform
@@ -16,34 +16,36 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent cache on, unless the user has said where it is or that there is none.
+    """Turns on JAX's persistent compilation cache, unless the user has placed or disabled it.
 
-    ``$XDG_CACHE_HOME/prompt_tuning_jax/compiled``, at most 2 GiB, the least recently used go first.
-    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false is without.
+    The cache is in ``$XDG_CACHE_HOME/prompt_tuning_jax/compiled``.  It holds at most 2 GiB; the
+    least recently used programs are removed first.  JAX_COMPILATION_CACHE_DIR selects another
+    folder, and JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    # A home can be shared by machines whose processors differ, and programs are made for one.
+    # Machines with different processors can share a home, but a program fits only one processor.
     folder = user_cache("compiled") / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a read-only home: compile each time
+        return  # the home is read-only: compile each time
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
 
 
 class CompiledAhead:
-    """A jitted function that is compiled for all shapes of its last argument at once, in threads.
+    """A jitted function that threads compile for several shapes of its last argument at once.
 
-    It starts with the first call, for all its shapes.  Calls of a shape that was named run its
-    program, waiting for it if need be; others compile as they would have.
+    The first call with one of these shapes starts the compilation for all of them.  Such calls run
+    the compiled program, after waiting for it if necessary.  Calls with other shapes compile as
+    usual.
     """
 
     def __init__(self, function: Any, lasts: Sequence[Any]) -> None:
-        """``function`` is jitted; ``lasts`` is its last argument, once for each shape."""
+        """Wraps the jitted ``function``; ``lasts`` has one last argument per shape."""
         self._function = function
         self._waiting = {_shapes(last): last for last in lasts}
         self._made: dict[Any, Future[tuple[Any, Callable[..., Any]]]] = {}
@@ -53,14 +55,14 @@ class CompiledAhead:
         return self._function(*arguments) if made is None else made.result()[1](*arguments)
 
     def lower(self, *arguments: Any) -> Any:
-        """The function lowered for these arguments."""
+        """Returns the function lowered for these arguments."""
         made = self._program(arguments)
         return self._function.lower(*arguments) if made is None else made.result()[0]
 
     def _program(self, arguments: tuple[Any, ...]) -> Future[tuple[Any, Callable[..., Any]]] | None:
         shapes = _shapes(arguments[-1])
         if self._waiting and shapes in self._waiting:
-            # Shapes alone: the arrays may be donated before all have been looked at.
+            # Keep only shapes: a call may donate the arrays before all threads have used them.
             others = jax.tree.map(jax.typeof, arguments[:-1])
             threads = ThreadPoolExecutor(thread_name_prefix="compile")
             waiting, self._waiting = self._waiting, {}
@@ -80,11 +82,11 @@ def _shapes(argument: Any) -> Any:
 
 
 def _processor() -> str:
-    """Tells kinds of processors apart."""
+    """Returns a digest that identifies the kind of processor."""
     about = platform.machine()
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
         about += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
-        pass  # not Linux
+        pass  # not on Linux
     return hashlib.sha256(about.encode()).hexdigest()[:12]

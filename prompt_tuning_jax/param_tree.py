@@ -1,4 +1,4 @@
-"""Parameters by path: flattening, selecting, merging, and saying exactly what does not match."""
+"""Parameters by path: flattening, selecting, merging, and exact messages about mismatches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -14,19 +14,19 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
-    """A module as its static structure and its parameters by path."""
+    """Splits a module into its static structure and its parameters by path."""
     graphdef, state = nnx.split(module)
     return graphdef, {path_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
-    """The module that ``split`` took apart, around these parameters."""
+    """Rebuilds a module from its static structure and parameters; the inverse of ``split``."""
     flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in params.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
-    """Puts values into a module in place; names and shapes must match exactly, or UserError."""
+    """Sets a module's parameters in place; raises UserError unless names and shapes match."""
     leaves = {path_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(module))}
     values = {name: leaf.get_value() for name, leaf in leaves.items()}
     require_same_shapes(params, values, of="the checkpoint", and_of="the model")
@@ -37,23 +37,26 @@ def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """("encoder", "layers_0") -> "encoder/layers_0"."""
+    """Joins a path: ("encoder", "layers_0") -> "encoder/layers_0"."""
     return "/".join(map(str, path))
 
 
 def path_tuple(name: str) -> tuple[str | int, ...]:
-    """The inverse of ``path_name``; whole numbers are list positions."""
+    """Inverts ``path_name``; whole numbers are list positions."""
     return tuple(int(part) if part.isdigit() else part for part in name.split("/"))
 
 
 def logical_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
-    """The logical axes of every parameter, by path."""
+    """Returns the logical axes of every parameter, by path."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {path_name(path): leaf.get_metadata()["logical_axes"] for path, leaf in flat}
 
 
 def partition(params: Mapping[str, Any], mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters as (those that train, those that are frozen); the mask must cover them exactly."""
+    """Splits parameters into (trainable, frozen).
+
+    Raises UserError unless the mask has exactly their names.
+    """
     require_same_names(params, mask, of="the parameters", and_of="the mask")
     trainable = {name: p for name, p in params.items() if mask[name]}
     frozen = {name: p for name, p in params.items() if not mask[name]}
@@ -63,23 +66,23 @@ def partition(params: Mapping[str, Any], mask: Mask) -> tuple[dict[str, Any], di
 def matching(
     params: Mapping[str, Any], pattern: str, *, of: str = "the pattern"
 ) -> dict[str, bool]:
-    """A mask that is true where the whole path matches the regular expression.
+    """Returns a mask that is true where the whole path matches the regular expression.
 
-    UserError that begins with ``of`` for what is none.
+    Raises UserError, whose message begins with ``of``, if the expression is invalid or too large.
     """
     expression = compile_pattern(pattern, of=of)
     return {name: expression.fullmatch(name) is not None for name in params}
 
 
 def select(params: Mapping[str, Any], keep: Callable[[str], bool]) -> dict[str, Any]:
-    """The parameters whose path satisfies ``keep``."""
+    """Returns the parameters whose paths satisfy ``keep``."""
     return {name: p for name, p in params.items() if keep(name)}
 
 
 def require_same_names(
     left: Mapping[str, Any], right: Mapping[str, Any], *, of: str, and_of: str
 ) -> None:
-    """Raises UserError that lists, for both sides, the names that the other side lacks."""
+    """Raises UserError, which lists the names missing on each side, if the names differ."""
     only_left, only_right = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
     if only_left or only_right:
         raise UserError(
@@ -103,7 +106,7 @@ def require_same_shapes(
 
 
 def count(params: Mapping[str, Any]) -> int:
-    """How many numbers the parameters hold."""
+    """Returns the total number of elements in the parameters."""
     return sum(int(p.size) for p in jax.tree.leaves(dict(params)))
 
 

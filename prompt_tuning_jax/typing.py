@@ -7,7 +7,7 @@ B  batch                  D  model width            V  vocabulary
 T  encoder input length   H  attention heads        N  tasks (or rows)
 S  target length          K  width of one head      E  ensemble members
 P  prompt length          F  mlp width              L  layers
-U  P + T, what the encoder sees                     C  candidate labels
+U  P + T, encoder positions                         C  candidate labels
 =  =====================  =  =====================  =  ==================
 """
 
@@ -23,7 +23,7 @@ DType: TypeAlias = jax.typing.DTypeLike
 
 # Parameters by their path, e.g. "encoder/layers_0/mlp/wi_0/kernel"; the names are T5X's.
 FlatParams: TypeAlias = dict[str, Array]
-# Which of them train.  Made by a method, and the only truth about what trains.
+# Whether each parameter trains, by path.  A method makes it; nothing else decides what trains.
 Mask: TypeAlias = Mapping[str, bool]
 # Token ids and weights by name; arrays of a training batch have a leading axis E.
 Batch: TypeAlias = Mapping[str, Array | HostArray]

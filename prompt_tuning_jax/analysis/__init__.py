@@ -1,1 +1,1 @@
-"""What prompts have to do with each other and with models: similarity, recycling."""
+"""Compares prompts with each other, and carries them from one model to another."""

@@ -1,8 +1,8 @@
 """Carries prompts from one model to another with the same vocabulary (Lester et al. 2022).
 
-*Reducing Retraining by Recycling Parameter-Efficient Prompts*: a map from the token embeddings of
-the source model to those of the target model also maps its prompts.  It needs no task data and no
-training with the target model.
+*Reducing Retraining by Recycling Parameter-Efficient Prompts*: a map that is fitted from the token
+embeddings of the source model to those of the target model also maps the source model's prompts.
+It needs no task data and no training with the target model.
 """
 
 import dataclasses
@@ -30,16 +30,19 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 By = Literal["linear", "mlp", "combination"]
 BY: tuple[By, ...] = get_args(By)
-# From vectors [X, D] at the source model's input to [X, E] at the target model's, in float64.
+# Maps input vectors [X, D] of the source model to input vectors [X, E] of the target, in float64.
 Recycler: TypeAlias = Callable[[HostArray], HostArray]
 LEAST_PIECES = 20
-_HELD_OUT = 10  # one piece of so many
-_MOST_MEASURED = 20  # pieces, for an error that takes long to find
+_HELD_OUT = 10  # holds out every tenth piece
+_MOST_MEASURED = 20  # pieces, where the error is slow to compute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How recyclers are fitted: ``terms`` is of combinations, the rest of the MLP."""
+    """How to fit a recycler.
+
+    ``terms`` applies to combinations only; the fields after it apply to the MLP only.
+    """
 
     by: By = "linear"
     terms: int = 64
@@ -52,10 +55,11 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A recycler, and what is lost: lengths of differences over lengths, 0 where all is right.
+    """A fitted recycler and its relative errors (see ``relative_error``), which are 0 at best.
 
-    ``error`` is on the pieces that it was fitted on (of combinations, which hold each of them: 0),
-    ``held_out_error`` on every tenth piece by a recycler fitted on the others.
+    ``error`` is measured on the pieces used for fitting; it is 0 for combinations, which can use
+    each piece itself.  ``held_out_error`` is measured on every tenth piece, with a recycler fitted
+    on the others.
     """
 
     recycle: Recycler
@@ -67,9 +71,9 @@ class Fitted:
 def fit_recycler(
     source_VD: Array | HostArray, target_VE: Array | HostArray, fit: Fit | None = None
 ) -> Fitted:
-    """Fits a recycler on the embeddings of the same pieces in two models, row by row.
+    """Fits a recycler on two embedding tables whose rows belong to the same pieces.
 
-    Raises UserError for tables of unequal or too few rows.
+    Raises UserError if the tables differ in their number of rows, or have too few.
     """
     fit = fit or Fit()
     source, target = np.asarray(source_VD, np.float64), np.asarray(target_VE, np.float64)
@@ -90,7 +94,7 @@ def fit_recycler(
 
 
 def relative_error(found: HostArray, wanted: HostArray) -> float:
-    """The length of the difference over that of what is wanted."""
+    """Returns the norm of the difference, divided by the norm of ``wanted``."""
     length = float(np.linalg.norm(wanted))
     return float(np.linalg.norm(found - wanted)) / (length or 1.0)
 
@@ -104,19 +108,20 @@ def _fit(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:
 
 
 def _linear(source_ND: HostArray, target_NE: HostArray) -> Recycler:
-    """The map ``[D, E]`` with the least squared error on the pieces (v2v-lin)."""
-    # Rows are many: a small matrix is left to take apart.
+    """Fits the matrix ``[D, E]`` with the least squared error on the pieces (v2v-lin)."""
+    # There are many rows; QR leaves only a small matrix to invert.
     basis_NK, rest_KD = np.linalg.qr(source_ND)
     map_DE = np.linalg.pinv(rest_KD, rcond=1e-12) @ (basis_NK.T @ target_NE)
     return lambda vectors_XD: np.asarray(vectors_XD @ map_DE)
 
 
 def as_combinations(vectors_XD: HostArray, pieces_ND: HostArray, *, terms: int) -> HostArray:
-    """``[X, N]``: of each vector the weights of at most ``terms`` pieces whose sum comes near it.
+    """Approximates each vector by a weighted sum of at most ``terms`` pieces.
 
-    Orthogonal matching pursuit: the piece that points most along what is left is taken next, and
-    all weights are the best for those taken.  (With all pieces there are many exact sums where
-    these are more than the width; the one with the smallest weights is what ``linear`` gives.)
+    Returns the weights ``[X, N]``.  Uses orthogonal matching pursuit: it repeatedly adds the piece
+    best aligned with the residual, and the weights are the least-squares solution for the chosen
+    pieces.  (With all pieces, and more of them than the width, many sums are exact; ``linear``
+    corresponds to the one with the smallest weights.)
     """
     left_XD = np.array(vectors_XD, np.float64)
     enough_X = 1e-12 * np.linalg.norm(left_XD, axis=1)
@@ -139,10 +144,10 @@ def as_combinations(vectors_XD: HostArray, pieces_ND: HostArray, *, terms: int) 
             best = int(np.argmax(along_XN[x]))
             usable_XN[x, best] = False
             new_D, basis_TD = units_ND[best], basis_XTD[x]
-            for _ in range(2):  # once loses digits
+            for _ in range(2):  # a single pass loses digits
                 new_D = new_D - (basis_TD @ new_D) @ basis_TD
             size = np.linalg.norm(new_D)
-            if size > 1e-8:  # else nothing that those taken do not give
+            if size > 1e-8:  # otherwise it depends linearly on the chosen pieces
                 basis_TD[len(chosen[x])] = new_D / size
                 left_XD[x] -= (new_D @ left_XD[x]) / size**2 * new_D
                 chosen[x].append(best)
@@ -153,13 +158,14 @@ def as_combinations(vectors_XD: HostArray, pieces_ND: HostArray, *, terms: int) 
 
 
 def _mlp(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:
-    """One hidden layer of relus for what the linear map misses, trained by Adam (v2v-nn).
+    """Fits the linear map, and an MLP with one hidden ReLU layer to its residual (v2v-nn).
 
-    The paper's network has no linear path around it; by itself it missed several times as much.
+    Adam trains the MLP.  The paper's network has no linear path beside it; without that path, the
+    error was several times as large.
     """
     linear = _linear(source_ND, target_NE)
     missed_NE = target_NE - linear(source_ND)
-    # Numbers of about one on both sides, whatever the models' embeddings are like.
+    # Scale inputs and outputs to about one, whatever the scale of the models' embeddings.
     source_scale, missed_scale = _scale(source_ND), _scale(missed_NE)
     params = _train_mlp(
         np.asarray(source_ND / source_scale, np.float32),
@@ -188,7 +194,7 @@ def _train_mlp(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> dict[str
     params = {name: jnp.asarray(array, jnp.float32) for name, array in start.items()}
     init, step = _mlp_training(fit.learning_rate, fit.steps)
     state = init(params)
-    # No loop inside of the program: there a CPU computes products on one core.
+    # Loop in Python: inside a compiled loop, a CPU computes matrix products on one core.
     for _ in range(fit.steps):
         rows_B = random.integers(len(source_ND), size=fit.batch_size)
         params, state = step(params, state, source_ND[rows_B], target_NE[rows_B])
@@ -197,7 +203,7 @@ def _train_mlp(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> dict[str
 
 @functools.cache
 def _mlp_training(learning_rate: float, steps: int) -> tuple[Any, Any]:
-    """The optimizer's start, and a step on a batch; compiled once for all fits of one size."""
+    """Returns the optimizer's jitted ``init`` and a jitted step, compiled once per size of fit."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def loss(params: dict[str, Array], source_BD: Array, target_BE: Array) -> Array:
@@ -224,15 +230,15 @@ def _scale(vectors_XD: HostArray) -> float:
     return float(np.sqrt(np.mean(np.square(vectors_XD)))) or 1.0
 
 
-_FIRST = 3  # padding, end of sequence and unknown are no words
+_FIRST = 3  # skips padding, end of sequence and unknown, which are not words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recycled:
-    """What was written where, on how many pieces the recycler was fitted, and how well it fits.
+    """The paths of the recycled prompts, the number of pieces used, and how well the recycler fits.
 
-    Errors are relative (``analysis.recycling.Fitted``); ``prompt_error`` is what the combinations
-    of pieces miss of the prompts at the source, None for other recyclers.
+    Errors are relative (see ``Fitted``).  ``prompt_error`` is the error of the combinations of
+    pieces on the source prompts themselves; it is None for other recyclers.
     """
 
     paths: tuple[str, ...]
@@ -255,12 +261,13 @@ def recycle(
     allow_other_model: bool = False,
     overwrite: bool = False,
 ) -> Recycled:
-    """Writes a prompt of the model ``source`` as one for ``target``, fitted on their embeddings.
+    """Converts a prompt of the model ``source`` into one for ``target``, and writes it.
 
-    Of a run or a folder of prompts each one, into a folder.  ``pieces`` is how many of the most
-    common pieces of the vocabulary are used, 0 for all.  The target's name and fingerprint are
-    written with it; its score is not, which was that of another model.  Raises UserError for models
-    of other vocabularies, and for prompts that are not for ``source``.
+    The recycler is fitted on the embeddings of the two models.  If ``prompt`` is a run or a folder
+    of prompts, converts each of them and writes them to a folder.  ``pieces`` is the number of the
+    vocabulary's most common pieces to fit on; 0 uses all.  The metadata name the target model and
+    its fingerprint.  They omit the score, which belongs to the source model.  Raises UserError if
+    the models have different vocabularies, or if a prompt does not belong to ``source``.
     """
     fit = fit or Fit()
     place = Path(os.path.abspath(Path(output).expanduser()))
@@ -327,14 +334,17 @@ def recycle(
 
 
 def embeddings(opened: ModelCheckpoint) -> HostArray:
-    """The token embeddings ``[V, D]`` of a model, alone read of it, as float64."""
+    """Reads only the token embeddings ``[V, D]`` of a model, as float64."""
     return opened.params[EMBEDDING].whole().astype(np.float64)
 
 
 def _shared_pieces(
     source: tuple[str, ModelCheckpoint], target: tuple[str, ModelCheckpoint]
 ) -> tuple[int, list[str]]:
-    """How many ids, from 0 on, are words of both, and what to know about that."""
+    """Returns n, where ids 0 to n - 1 are the same words in both models, and notes for the user.
+
+    Raises UserError if the vocabularies differ.
+    """
     (name, here), (other, there) = source, target
     words = [o.vocabulary_file and load_vocabulary(o.vocabulary_file) for o in (here, there)]
     rows = min(here.config.vocab_size, there.config.vocab_size)
@@ -361,5 +371,5 @@ def _shared_pieces(
 
 
 def _words(vocabulary: AnyVocabulary) -> int:
-    """How many ids stand below the sentinels."""
+    """Returns the number of ids below the sentinels."""
     return vocabulary.size - vocabulary.extra_ids

@@ -1,6 +1,6 @@
-"""How alike prompts are, and with them tasks (SPoT: Vu et al. 2022, section 4).
+"""Measures how similar prompts, and hence their tasks, are (SPoT: Vu et al. 2022, section 4).
 
-Lists prompts by their similarity to one, and mixes the nearest of them.
+Ranks prompts by their similarity to a given one, and mixes the nearest of them.
 """
 
 import os
@@ -22,11 +22,12 @@ BY: tuple[By, ...] = get_args(By)
 
 
 def similarity(a_PD: Array | HostArray, b_QD: Array | HostArray, *, by: By = "mean") -> float:
-    """The similarity of two prompts of one width, from -1 to 1; their lengths may differ.
+    """Returns the similarity of two prompts of the same width, from -1 to 1.
 
-    ``mean``: the cosine of the means of their positions, 1 of a prompt with itself.  ``tokens``:
-    the mean of the cosines of all pairs of positions, which is 1 only where all point one way.  A
-    position of zeros is like nothing.  The paper's two metrics.
+    Their lengths may differ.  ``by`` selects one of the paper's two metrics.  ``mean`` is the
+    cosine between the mean vectors of the prompts; it is 1 for a prompt and itself.  ``tokens`` is
+    the mean cosine over all pairs of positions; it is 1 only if all positions have the same
+    direction.  Vectors of zeros have cosine 0 with any vector.
     """
     a, b = np.asarray(a_PD, np.float64), np.asarray(b_QD, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -37,10 +38,10 @@ def similarity(a_PD: Array | HostArray, b_QD: Array | HostArray, *, by: By = "me
 
 
 def mixture(prompts: Sequence[Array | HostArray], weights: Sequence[float]) -> HostArray:
-    """``[P, D]``: the mean of prompts of one shape, each counting by its weight.
+    """Returns the weighted mean ``[P, D]`` of prompts of the same shape.
 
-    Section 4's mixture of the nearest source prompts has their similarities as weights.  Raises
-    UserError for other shapes, and for weights that are not above zero.
+    The paper's section 4 mixes the nearest source prompts, weighted by their similarities.  Raises
+    UserError if the shapes differ, or if a weight is not positive.
     """
     arrays = [np.asarray(prompt, np.float64) for prompt in prompts]
     shapes = sorted({array.shape for array in arrays})
@@ -56,7 +57,7 @@ def mixture(prompts: Sequence[Array | HostArray], weights: Sequence[float]) -> H
 
 
 def _directions(vectors_XD: HostArray) -> HostArray:
-    """Unit vectors, and zeros where there is no direction."""
+    """Scales vectors to unit length; zero vectors stay zero."""
     norms = np.linalg.norm(vectors_XD, axis=-1, keepdims=True)
     directions: HostArray = vectors_XD / np.where(norms == 0, 1, norms)
     return directions
@@ -64,7 +65,7 @@ def _directions(vectors_XD: HostArray) -> HostArray:
 
 @dataclass(frozen=True, kw_only=True)
 class Similar:
-    """A source prompt, how alike it is, and what it was trained on."""
+    """A source prompt, its similarity, and the task that it was trained on."""
 
     path: str
     similarity: float
@@ -81,18 +82,19 @@ def similar(
     output: str | Path = "",
     overwrite: bool = False,
 ) -> list[Similar]:
-    """Source prompts by their similarity to ``prompt``, nearest first; ``top`` of them, or all.
+    """Ranks source prompts by their similarity to ``prompt``, the most similar first.
 
-    ``among`` are files, folders of prompts and runs; ``prompt`` itself is passed over there.  With
-    an ``output`` the mean of those listed, weighted by similarity (of the nearest one where ``top``
-    is 0), is written there as a prompt to start from: ``method.init=file``.  Raises UserError for
-    prompts of different models, and where nothing is left.
+    Returns the first ``top`` of them, or all if ``top`` is 0.  ``among`` names files, folders of
+    prompts and runs; ``prompt`` itself is skipped.  If ``output`` is given, writes the mean of the
+    returned prompts, weighted by similarity, to that file (if ``top`` is 0, only the nearest
+    prompt).  Training can start from it with ``method.init=file``.  Raises UserError for prompts of
+    different models, and if ``among`` holds no other prompt.
     """
     among = as_paths(among, "among")
     (path,) = _one(prompt)
     own = read_all([path])[path]
     sources = read_all([p for place in among for p in prompt_paths(place)])
-    # In another file, of another suffix for instance, it is the same prompt still.
+    # A copy in another file, for instance with another suffix, is still the same prompt.
     sources = {
         p: stored
         for p, stored in sources.items()
@@ -127,7 +129,7 @@ def _one(prompt: str | Path) -> list[str]:
 
 
 def _require_one_model(prompts: dict[str, StoredPrompt]) -> None:
-    """UserError unless all have one width, and all that say which model they are for say one."""
+    """Raises UserError unless all prompts have one width and all known fingerprints agree."""
     (first, own), *rest = prompts.items()
     width = own.prompt_PD.shape[1]
     known, by = own.metadata, first

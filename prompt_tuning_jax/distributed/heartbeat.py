@@ -17,14 +17,15 @@ _STORE = "prompt_tuning_jax"  # prefix of the keys
 
 @dataclass(kw_only=True)
 class Heartbeat:
-    """A thread that shows the others that this process is alive, and checks on them.
+    """A thread that shows the other processes that this one is alive, and checks on them.
 
     Attributes:
-      client: of the coordination service's key-value store.
-      index: of this process, of ``count``.
-      silence_seconds: without a beat after which a process counts as dead.
-      interval: seconds between two beats.
-      leave: ends this process with a status.
+      client: the client of the coordination service's key-value store.
+      index: the index of this process.
+      count: the number of processes.
+      silence_seconds: the seconds without a beat after which a process counts as dead.
+      interval: the seconds between two beats.
+      leave: a function that ends this process with a status.
     """
 
     client: Any
@@ -47,7 +48,7 @@ class Heartbeat:
         self._thread.start()
 
     def finish(self) -> None:
-        """Stops the thread: this process has ended in order and beats no more."""
+        """Stops the thread, after this process has ended normally."""
         self._finished.set()
         self._thread.join()
         with suppress(Exception):
@@ -57,7 +58,7 @@ class Heartbeat:
         """Prints the error, tells the others, and leaves the process."""
         self._finished.set()
         self._thread.join()
-        if failed := _failure(self._read()):  # this error is only its consequence
+        if failed := _failure(self._read()):  # this error only follows from that failure
             self._stop(failed)
         user = isinstance(error, UserError)
         text = str(error) if user else f"{type(error).__name__}: {first_line(error)}"
@@ -105,7 +106,7 @@ class Heartbeat:
                 self._agree(others)
 
     def _silent(self, others: dict[str, str]) -> int | None:
-        """The process that has not beaten for too long."""
+        """Returns a process whose last beat is too long ago, or None."""
         now = time.monotonic()
         for index in set(range(self.count)) - {self.index}:
             beat = others.get(f"alive/{index}", "")
@@ -120,9 +121,9 @@ class Heartbeat:
     def _agree(self, others: dict[str, str]) -> None:
         """Agrees with the others on a step to stop at, once one of them has received a signal.
 
-        Every process publishes the step that it has reached, and none continues until all have: the
-        lock blocks this process's loop, but not this thread.  Steps that run on a device need no
-        lock, and end.
+        Every process publishes the step that it has reached, and none continues until all have.
+        The lock blocks this process's loop, but not this thread.  Steps that already run on a
+        device do not need the lock, and complete.
         """
         with self._lock:
             if self._step < 0 or self._stop_at is not None:
@@ -132,7 +133,7 @@ class Heartbeat:
                 self._signal = int(others[key])
             elif self._received:
                 self._set(key, str(self._received[0]))
-                return  # the next read gives all processes the same signal
+                return  # at the next read, all processes see the same signal
             else:
                 return
             self._set(f"reached/{self._round}/{self.index}", str(self._step))
@@ -147,7 +148,7 @@ class Heartbeat:
             self._stop_at = max(steps) + 1
 
     def _wait_for_others(self) -> None:
-        """Waits until the others have seen that this process failed, for a limited time."""
+        """Waits until the others have seen this process's failure, at most ten intervals."""
         until = time.monotonic() + 10 * self.interval
         while time.monotonic() < until:
             entries = self._read()
@@ -182,10 +183,10 @@ class Heartbeat:
 
 
 def _failure(others: dict[str, str]) -> str:
-    """The message of a process that has failed, or an empty string."""
+    """Returns the message of a failed process, or an empty string."""
     return next((text for name, text in others.items() if name.startswith("failed/")), "")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
+    """Returns the first line of an error's message, at most 300 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]

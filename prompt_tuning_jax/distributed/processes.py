@@ -1,8 +1,8 @@
 """Several processes as one program: how they find each other, and how they stop together.
 
-Each process runs the same code on its local devices.  Besides JAX's collectives, processes
-communicate through the key-value store of JAX's coordination service, which process 0 runs: that
-they are alive, that one has failed, that one has received a signal.
+Each process runs the same code on its local devices.  Besides JAX's collectives, processes use the
+key-value store of JAX's coordination service, which process 0 runs.  Through it they report that
+they are alive, that they have failed, or that they have received a signal.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from typing import Any
 from prompt_tuning_jax.distributed.heartbeat import Heartbeat, first_line
 from prompt_tuning_jax.errors import UserError
 
-SILENCE_SECONDS = 60.0  # without a sign of life before a process counts as dead
+SILENCE_SECONDS = 60.0  # without a heartbeat, until a process counts as dead
 _START_SECONDS = 300
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
@@ -27,8 +27,8 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 class Processes:
     """The number of processes, and how they find each other.
 
-    TPU pods, SLURM and indexed Kubernetes jobs need none of these fields.  With ``count`` 1 this
-    process runs alone, whatever its environment says.
+    TPU pods, SLURM and indexed Kubernetes jobs need none of these fields.  With ``count`` 1, this
+    process runs alone, whatever its environment.
     """
 
     coordinator_address: str | None = None  # host:port of process 0
@@ -41,23 +41,24 @@ _HEARTBEAT: ContextVar[Heartbeat | None] = ContextVar("heartbeat of this process
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which writes files and prints."""
+    """Returns whether this is process 0, which writes files and prints."""
     import jax
 
     return bool(jax.process_index() == 0)
 
 
 def process_count() -> int:
-    """The number of processes of this program."""
+    """Returns the number of processes of this program."""
     import jax
 
     return int(jax.process_count())
 
 
 def several_are_meant(processes: Processes) -> bool:
-    """Whether the flags or the environment say that this is one of several processes.
+    """Returns whether the flags or the environment indicate several processes.
 
-    Raises UserError for flags that contradict each other.
+    Raises UserError if the flags are incomplete or invalid, or if an indexed Kubernetes job lacks
+    the package ``kubernetes``.
     """
     given = (processes.coordinator_address, processes.count, processes.index)
     if processes.count == 1 and processes.index in (None, 0):
@@ -81,7 +82,7 @@ def several_are_meant(processes: Processes) -> bool:
     environment = os.environ
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
-        # The step's where it is set: SLURM_NTASKS in a shell of an allocation is the job's.
+        # Prefer the step's count: in the shell of an allocation, SLURM_NTASKS is that of the job.
         return int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]) > 1
     if _tpu_hosts() > 1:
         return True
@@ -99,18 +100,19 @@ def several_are_meant(processes: Processes) -> bool:
 
 @contextmanager
 def started(processes: Processes) -> Iterator[None]:
-    """Joins the other processes for the duration of the context, where there are any.
+    """Joins the other processes, if there are any, for the duration of the context.
 
-    Must be entered before anything makes JAX look for devices.  An error in any process ends all of
-    them: the context prints it and leaves Python with status 1, or 2 for a UserError.  It does not
-    shut down in order, because that would wait for processes that are gone.
+    Enter it before anything makes JAX look for devices.  An error in any process ends all of them:
+    the context prints it and exits Python with status 1, or 2 for a UserError.  It skips the
+    orderly shutdown, which would wait for processes that no longer exist.  Raises UserError if this
+    process cannot join the others.
     """
     if not several_are_meant(processes):
         yield
         return
     import jax
 
-    # The service would swallow SIGTERM; the training loop agrees on a step to stop at by itself.
+    # The service would swallow SIGTERM; the training loop itself agrees on a step to stop at.
     jax.config.update("jax_enable_preemption_service", False)
     by_flags = processes.count is not None
     try:
@@ -120,7 +122,7 @@ def started(processes: Processes) -> Iterator[None]:
             processes.index,
             cluster_detection_method="deactivate" if by_flags else None,
             initialization_timeout=_START_SECONDS,
-            # Our heartbeat is faster and says more; JAX's is for the case that Python hangs.
+            # Our heartbeat is faster and more informative; JAX's covers the case that Python hangs.
             heartbeat_timeout_seconds=int(2 * processes.silence_seconds) + 10,
         )
     except Exception as error:
@@ -143,7 +145,7 @@ def started(processes: Processes) -> Iterator[None]:
         yield
     except SystemExit as leaving:
         if leaving.code:
-            raise  # a run that a signal stopped: every process leaves in this way
+            raise  # a signal stopped the run: every process exits this way
     except BaseException as error:
         heartbeat.fail(error)
     finally:
@@ -188,7 +190,7 @@ def require_same(what: str, text: str) -> None:
 
 
 def stop_agreement(received: list[int], *, start: int) -> Callable[[int], int]:
-    """A function step -> the signal to stop for after that step, or 0; the same in all processes.
+    """Returns a function step -> signal that ends all processes after that step, or 0 for none.
 
     ``received`` is the list of signals that this process has received so far; the caller appends to
     it.  ``start`` is the step that the loop resumes from.
@@ -206,7 +208,7 @@ def _client() -> Any:
 
 
 def _tpu_hosts() -> int:
-    """The number of hosts of the TPU that this machine belongs to, or 0."""
+    """Returns the number of hosts of this machine's TPU, or 0 without a TPU."""
     named = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
     if named is not None:
@@ -230,7 +232,7 @@ def _tpu_hosts() -> int:
                     if name.strip() == "MEGASCALE_NUM_SLICES":
                         slices = int(value.strip().strip("'"))
     except (OSError, ValueError):
-        return 0  # a GPU that is passed through, for instance
+        return 0  # for instance, a passed-through GPU in /dev/vfio
     return hosts * slices
 
 
@@ -241,10 +243,10 @@ _TPU_VARIABLES = ("JAX_FORCE_TPU_INIT", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOST
 
 
 def leave_out_missing_tpu() -> None:
-    """Keeps JAX from trying a TPU where libtpu is installed, as for ``plan``, without a TPU.
+    """Keeps JAX from trying libtpu, which ``plan`` needs, on a machine without a TPU.
 
-    libtpu would print errors.  Must be called before JAX is imported; ``JAX_PLATFORMS`` is kept
-    where the user has set it.
+    Without this call, libtpu prints errors there.  Call it before importing JAX.  It does not
+    change ``JAX_PLATFORMS`` if the user has set it.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return

@@ -1,7 +1,7 @@
 """How arrays are sharded: one table from logical axes to mesh axes, and a mesh.
 
 Models name the logical axes of their parameters and activations, for instance ``("embed", "mlp")``
-for a kernel ``[D, F]``, and know nothing of devices.  The mesh has three axes:
+for a kernel ``[D, F]``, and do not depend on devices.  The mesh has three axes:
 
 =========  ====================================================================================
 ``data``   copies of the weights; each takes a part of the batch (data parallelism)
@@ -9,16 +9,17 @@ for a kernel ``[D, F]``, and know nothing of devices.  The mesh has three axes:
 ``model``  shards heads, MLP and vocabulary; activations are summed over it (tensor parallelism)
 =========  ====================================================================================
 
-``RULES`` maps the one to the other.  With it and a mesh ``data=2, fsdp=2, model=2``, the kernel
-``("embed", "mlp")`` has the ``PartitionSpec("fsdp", "model")``: each device holds a quarter, twice
-in all.  A batch ``("batch", "length")`` is ``PartitionSpec(("data", "fsdp"), None)``: four parts.
-Two rules of thumb: a mesh axis is used once per array, by the first logical axis that wants it; a
-dimension that its mesh axes do not divide is replicated.  Prompts and other trainable arrays are
-small and replicated.  ``mesh.rules`` of the experiment changes entries of the table.
+``RULES`` maps logical axes to mesh axes.  With a mesh ``data=2, fsdp=2, model=2``, the kernel
+``("embed", "mlp")`` has the ``PartitionSpec("fsdp", "model")``: each device holds a quarter, and
+each quarter is on two devices.  A batch ``("batch", "length")`` has the
+``PartitionSpec(("data", "fsdp"), None)``, which splits it into four parts.  An array uses each mesh
+axis at most once, for the first logical axis that maps to it.  A dimension that its mesh axes do
+not divide is replicated.  Prompts and other trainable arrays are small and replicated.  The
+experiment's ``mesh.rules`` changes entries of the table.
 
 The compiler derives everything else from the shardings of the inputs.  ``with_logical_constraint``
-pins an activation where it would choose badly; it applies the mesh of ``activation_sharding``,
-which the jitted function enters while it is traced.
+pins an activation where the compiler would choose badly.  It uses the mesh of
+``activation_sharding``, which the jitted function enters while it is traced.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from prompt_tuning_jax.errors import UserError
 
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
-# Logical axis -> mesh axes; None is replicated.  A logical axis that is not here is an error.
+# Logical axis -> mesh axes; None means replicated.  A logical axis without an entry is an error.
 RULES: Rules = MappingProxyType(
     {
         "batch": ("data", "fsdp"),
@@ -47,7 +48,7 @@ RULES: Rules = MappingProxyType(
         "embed": "fsdp",
         "heads": "model",
         "kv": None,
-        "joined_kv": "model",  # heads x kv in one dimension, as T5X lays its kernels out
+        "joined_kv": "model",  # heads x kv in one dimension, as in T5X's kernels
         "mlp": "model",
         "vocab": "model",
         "relpos_buckets": None,
@@ -61,7 +62,7 @@ RULES: Rules = MappingProxyType(
 
 
 def with_rules(texts: Sequence[str]) -> Rules:
-    """``RULES`` with the entries of ``mesh.rules`` replaced or added."""
+    """Returns ``RULES`` with the entries of ``mesh.rules`` replaced or added."""
     return MappingProxyType({**RULES, **parse_rules(texts)})
 
 
@@ -75,12 +76,12 @@ def make_mesh(
     dcn_model: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-    """A mesh over all devices; one size may be -1, and is then inferred.
+    """Creates a mesh over all devices; one size may be -1, and is then inferred.
 
     ``data``, ``fsdp`` and ``model`` are the sizes within a slice, or within a host where devices
     have no slices; the ``dcn`` sizes are numbers of slices.  The size of a mesh axis is the product
-    of the two.  With all ``dcn`` sizes 1, devices keep their order.  Raises UserError where the
-    sizes do not multiply to the number of devices.
+    of the two.  If all ``dcn`` sizes are 1, devices keep their order.  Raises UserError unless the
+    product of the sizes is the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, dcn = [data, fsdp, model], [dcn_data, dcn_fsdp, dcn_model]
@@ -106,7 +107,7 @@ def make_mesh(
 
 
 def _hybrid(sizes: list[int], dcn: list[int], devices: Sequence[jax.Device]) -> Any:
-    """The devices of a slice, or without slices of a process, next to each other."""
+    """Arranges devices so that those of a slice (without slices, of a process) are adjacent."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     in_slices = len(slices) > 1 and None not in slices
     granules = slices if in_slices else {device.process_index for device in devices}
@@ -121,7 +122,7 @@ def _hybrid(sizes: list[int], dcn: list[int], devices: Sequence[jax.Device]) -> 
 
 
 def logical_to_mesh_axes(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes; it uses each mesh axis at most once.
+    """Returns the PartitionSpec for logical axes; it uses each mesh axis at most once.
 
     Raises KeyError for a logical axis that has no rule.
     """
@@ -142,7 +143,7 @@ def shard(
     mesh: jax.sharding.Mesh,
     rules: Rules = RULES,
 ) -> dict[str, jax.Array]:
-    """The arrays by path, sharded over the mesh; those that already are do not move.
+    """Shards arrays, given by path, over the mesh; arrays that already have the sharding stay.
 
     With several processes, each must hold the whole array, or all of them the same global array.
     """
@@ -159,7 +160,7 @@ def logical_to_mesh_sharding(
     mesh: jax.sharding.Mesh,
     rules: Rules = RULES,
 ) -> dict[str, NamedSharding]:
-    """The shardings of arrays of these shapes, by path.
+    """Returns the shardings of arrays with these shapes, by path.
 
     A dimension that its mesh axes do not divide is replicated.
     """
@@ -172,7 +173,7 @@ def logical_to_mesh_sharding(
 
 
 def device_put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """``jax.device_put``, also where some of the devices belong to other processes."""
+    """Does ``jax.device_put``, even if some of the devices belong to other processes."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
@@ -184,7 +185,7 @@ def device_put(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def on_host(tree: Any) -> Any:
-    """The whole arrays of a tree, in the memory of this process.
+    """Copies the whole arrays of a tree to the memory of this process.
 
     With several processes, all must call it: arrays that are spread over them are gathered.
     """
@@ -207,7 +208,7 @@ def _resharded(sharding: NamedSharding) -> Any:
 def divisible_spec(
     spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh
 ) -> PartitionSpec:
-    """The spec without the mesh axes that do not divide their dimension."""
+    """Returns the spec without the mesh axes that do not divide their dimension."""
     entries = [
         entry if shape[i] % size_of(entry, mesh) == 0 else None for i, entry in enumerate(spec)
     ]
@@ -215,7 +216,7 @@ def divisible_spec(
 
 
 def size_of(entry: Any, mesh: jax.sharding.Mesh) -> int:
-    """The number of shards that an entry of a PartitionSpec makes of its dimension."""
+    """Returns the number of shards into which an entry of a PartitionSpec splits a dimension."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return int(np.prod([mesh.shape[name] for name in names]))
 
@@ -232,7 +233,7 @@ class Partitioner:
 
     @property
     def is_single_device(self) -> bool:
-        """Whether there is one device, and nothing to shard."""
+        """Whether the mesh has a single device, so that nothing is sharded."""
         return bool(self.mesh.size == 1)
 
     @property
@@ -245,7 +246,7 @@ class Partitioner:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-        """The sharding of an array with these logical axes and this shape."""
+        """Returns the sharding of an array with these logical axes and this shape."""
         return NamedSharding(
             self.mesh, divisible_spec(logical_to_mesh_axes(axes, self.rules), shape, self.mesh)
         )
@@ -253,11 +254,11 @@ class Partitioner:
     def shard(
         self, arrays: Mapping[str, Any], logical_axes: Mapping[str, Sequence[str | None]]
     ) -> dict[str, jax.Array]:
-        """The arrays by path, sharded by their logical axes."""
+        """Shards arrays, given by path, by their logical axes."""
         return shard(arrays, logical_axes, self.mesh, self.rules)
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a batch that are on devices of this process, in ascending order."""
+        """Returns the rows of a batch that are on this process's devices, in ascending order."""
         sharding = self.sharding(("batch",), (batch_size,))
         mine = np.zeros(batch_size, bool)
         for index in sharding.addressable_devices_indices_map((batch_size,)).values():
@@ -267,7 +268,7 @@ class Partitioner:
     def shard_rows(
         self, local: np.ndarray, axes: Sequence[str | None], *, rows: np.ndarray, batch_size: int
     ) -> jax.Array:
-        """The global array, from this process's ``rows`` of the axis ``batch``."""
+        """Builds the global array; ``local`` has this process's ``rows`` of the axis ``batch``."""
         axis = list(axes).index("batch")
         shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
 
@@ -282,7 +283,7 @@ class Partitioner:
         return jax.make_array_from_callback(shape, self.sharding(axes, shape), shard_at)
 
     def shard_batch(self, batch: Mapping[str, Any], axes: Sequence[str | None]) -> dict[str, Any]:
-        """A batch that every process holds whole, sharded by its rows."""
+        """Shards by rows a batch that every process holds in full."""
         if self.is_single_device:
             return dict(batch)
         return {
@@ -291,7 +292,7 @@ class Partitioner:
         }
 
     def replicate_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Replicates the arrays that are on no mesh yet; the others keep their sharding."""
+        """Replicates the arrays that are not on a mesh yet; the others keep their sharding."""
         if self.is_single_device:
             return dict(arrays)
 
@@ -302,7 +303,7 @@ class Partitioner:
         return {name: replicate_one(array) for name, array in arrays.items()}
 
 
-# Set by a jitted function while it is traced: models do not know the mesh.
+# Set by a jitted function while it is traced, because models do not know the mesh.
 _TRACED: ContextVar[Partitioner | None] = ContextVar("partitioner of the function being traced")
 
 
@@ -319,7 +320,7 @@ def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
 
 
 def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Constrains the sharding of an activation; returns x itself where there is no mesh."""
+    """Constrains the sharding of an activation; returns ``x`` itself if there is no mesh."""
     partitioner = _TRACED.get(None)
     if partitioner is None:
         return x
@@ -327,12 +328,12 @@ def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Arr
 
 
 def on_a_mesh() -> bool:
-    """Whether the traced function is sharded, so that ``with_logical_constraint`` has an effect."""
+    """Returns whether the traced function runs on a mesh with more than one device."""
     return _TRACED.get(None) is not None
 
 
 def replicate(tree: Any) -> Any:
-    """Replicates results, which every process can then read, where the function is sharded."""
+    """Replicates the results of a sharded function, so that every process can read them."""
     partitioner = _TRACED.get(None)
     if partitioner is None:
         return tree

@@ -1,1 +1,1 @@
-"""What a step costs on chips that are not here: compiled for them, read from the program."""
+"""Estimates the cost of a step on absent chips, from the program compiled for them."""

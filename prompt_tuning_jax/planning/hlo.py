@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, read from its text."""
+"""Reads from the text of a compiled program what it sends between chips."""
 
 import math
 import re
@@ -23,11 +23,11 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Collectives of one kind over the same chips: how many a step, and what they carry.
+    """All collectives of one kind over the same mesh axes: their number and size per step.
 
-    ``axes`` are those of the mesh along which they go; ``bytes`` is the size of the whole results
-    (of the operands where a result is a part) on one chip, all of them together; ``sent`` is what
-    one chip sends when they go around a ring of ``group`` chips.
+    ``axes`` are the mesh axes along which they communicate.  ``bytes`` is the total size of their
+    results on one chip; for a reduce-scatter, whose result is only a part, it is that of the
+    operands.  ``sent`` is the number of bytes that one chip sends in a ring of ``group`` chips.
     """
 
     kind: str
@@ -45,10 +45,10 @@ class Collective:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective of a compiled program by kind and axes, the largest first.
+    """Returns the collectives of a compiled program by kind and mesh axes, the largest first.
 
-    ``mesh`` has the size of each axis, devices being numbered along the last one first.  What is in
-    a loop counts as often as the compiler knows it to run.
+    ``mesh`` maps each axis to its size; device numbers increase along the last axis first.
+    Collectives in a loop are multiplied by its trip count, where the compiler knows it.
     """
     times = dict(_times(text))
     counts: dict[tuple[str, tuple[str, ...], int], list[int]] = defaultdict(lambda: [0, 0])
@@ -57,7 +57,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         if not found:
             continue
         kind = found[2].removesuffix("-start")
-        if kind not in KINDS:  # an asynchronous one's "-done" neither
+        if kind not in KINDS:  # this also skips the "-done" of an asynchronous collective
             continue
         groups = _groups(line, math.prod(mesh.values()))
         group = max(map(len, groups), default=1)
@@ -78,7 +78,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """Each line of the program, with the computation that it stands in."""
+    """Yields the name of the computation and the text of each line of the program."""
     computation = ""
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -88,7 +88,7 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _times(text: str) -> Iterator[tuple[str, int]]:
-    """How often each computation runs for one run of the program."""
+    """Yields each computation that is called, and how often it runs in one run of the program."""
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for computation, line in _lines(text):
         trips = _TRIPS.search(line) if " while(" in line else None
@@ -104,7 +104,7 @@ def _times(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _bytes(shape: str, *, started: bool, kind: str) -> int:
-    """The size of a result; of an asynchronous start, which also holds its operands, the result."""
+    """Returns the bytes of a result, without the operands that an asynchronous start includes."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
         for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
@@ -122,7 +122,7 @@ def _bits(dtype: str) -> int:
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:
-    """The groups of devices that talk among themselves."""
+    """Returns the groups of devices that communicate with each other."""
     if found := (_LISTED.search(line) or _PAIRS.search(line)):
         return [
             [int(n) for n in one.split(",") if n.strip()]
@@ -148,7 +148,7 @@ def _groups(line: str, devices: int) -> list[list[int]]:
 
 
 def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh along which the members of a group differ."""
+    """Returns the mesh axes along which the members of a group differ."""
     varying: set[int] = set()
     for group in groups:
         places = np.stack(np.unravel_index(np.asarray(group), tuple(mesh.values())))

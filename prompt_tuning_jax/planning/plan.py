@@ -1,4 +1,4 @@
-"""The mesh that an experiment should use on a slice, what it needs there, and what would help."""
+"""Chooses a mesh for an experiment on a slice, and says what it needs and what would help."""
 
 import dataclasses
 import math
@@ -26,12 +26,12 @@ from prompt_tuning_jax.training import build
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds a step for each thing alone, at published peaks.
+    """The seconds per step that each resource needs by itself, at its published peak.
 
-    Collectives go around a ring along one axis of the torus (a small slice has no link that closes
-    it, and is slower).  ``step`` takes arithmetic and memory to overlap wholly, and collectives to
-    overlap with neither.
-    ``floor`` is the model's own matrix products at the chip's peak: what no program can beat.
+    Collectives use a ring along one axis of the torus; a small slice has no link to close the ring,
+    and is slower.  ``step`` assumes that arithmetic and memory overlap fully, and that collectives
+    overlap with neither.  ``floor`` is the time of the model's matrix products at the chip's peak,
+    a lower bound for any program.
     """
 
     compute: float
@@ -45,12 +45,12 @@ class Roofline:
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs utilisation: the floor's share of the step."""
+        """The model FLOPs utilisation: ``floor`` divided by ``step``."""
         return self.floor / self.step if self.step else 0.0
 
 
 def roofline(program: Program, chip: Chip, *, model_flops: float, chips: int) -> Roofline:
-    """The walls of a compiled program on so many chips."""
+    """Returns the roofline of a compiled program on the given number of chips."""
     return Roofline(
         compute=program.flops / chip.flops,
         memory=program.bytes_accessed / chip.hbm_bandwidth,
@@ -67,10 +67,11 @@ def model_flops(
     targets_length: int,
     weights_train: bool,
 ) -> float:
-    """FLOPs of one step's matrix products, nothing computed twice.
+    """Returns the FLOPs of one step's matrix products, without any recomputation.
 
-    ``rows`` are examples of all members, ``encoder_length`` counts prompt and input.  Forward and
-    the gradients of activations, for weights that train theirs too.
+    Counts the forward pass, the gradients of the activations and, if the weights train, those of
+    the weights.  ``rows`` is the number of examples of all members.  ``encoder_length`` includes
+    the prompt and the input.
     """
     joined, width = config.num_heads * config.head_dim, config.embed_dim
     mlp = (len(config.mlp_activations) + 1) * width * config.mlp_dim
@@ -78,7 +79,7 @@ def model_flops(
     read, written = rows * encoder_length, rows * targets_length
     encoder = config.num_encoder_layers * read * (attention + mlp + 2 * joined * encoder_length)
     decoder = config.num_decoder_layers * (
-        read * 2 * width * joined  # keys and values of cross attention
+        read * 2 * width * joined  # keys and values of the cross-attention
         + written * (attention + attention / 2 + mlp)
         + written * 2 * joined * (targets_length + encoder_length)
     )
@@ -91,12 +92,12 @@ REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 
 @dataclass(frozen=True, kw_only=True)
 class MeshPlan:
-    """One mesh: the train step's program and its roofline, and the eval step's."""
+    """A mesh, the training step's program and roofline, and the evaluation step's program."""
 
     mesh: Mapping[str, int]
     remat: str
-    weights_bytes: int  # on one chip, frozen ones
-    tuned_bytes: int  # on one chip, with the optimizer's state
+    weights_bytes: int  # frozen weights, on one chip
+    tuned_bytes: int  # trainable arrays and optimizer state, on one chip
     train: Program
     roofline: Roofline
     evaluation: Program | None
@@ -109,7 +110,7 @@ class MeshPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was tried on a slice, the best first, and lines that say what would fit."""
+    """The meshes that were tried on a slice, the best first, and advice if none of them fits."""
 
     topology: Topology
     parameters: int
@@ -118,12 +119,12 @@ class Plan:
 
     @property
     def best(self) -> MeshPlan | None:
-        """The fastest that fits."""
+        """The fastest mesh that fits, or None."""
         return next((each for each in self.tried if each.train.fits), None)
 
 
 def planned_config(experiment: Experiment) -> T5Config:
-    """The model's shape: of a published size by its name, or from the headers of its files."""
+    """Returns the model's config: the preset of a published size, or read from file headers."""
     name = experiment.model.name_or_path
     size = name.removeprefix("t5_1_1_lm100k_").removeprefix("t5_1_1_")
     if experiment.model.random_weights or size in PRESETS:
@@ -140,9 +141,9 @@ def plan(
     tries: int = 2,
     evaluate: bool = True,
 ) -> Plan:
-    """Compiles the experiment for the slice, on one mesh or on the most promising ``tries``.
+    """Compiles the experiment for the slice, on ``mesh`` or on the ``tries`` most promising meshes.
 
-    Raises UserError where the mesh does not fit the slice, or no mesh does.
+    Raises UserError if ``mesh`` does not fit the slice, or if no mesh does.
     """
     devices = topology.devices()
     names = [mesh] if mesh is not None else candidates(experiment, config, topology)[:tries]
@@ -159,9 +160,10 @@ def plan(
 
 
 def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> list[Mesh]:
-    """Meshes that divide heads and batch, by a rough guess of their time, those too large last.
+    """Returns the meshes that divide the heads and the batch, the most promising first.
 
-    Raises UserError where there is none.
+    A rough estimate of communication orders them.  Meshes estimated to exceed the memory come last.
+    Raises UserError if no mesh divides both.
     """
     training, chip = experiment.training, topology.chip
     rows = training.batch_size // max(training.gradient_accumulation, 1)
@@ -178,7 +180,7 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
                 continue
             share = weights / model / fsdp
             residual = rows / (data * fsdp) * positions * config.embed_dim * 2
-            # Two sums over the results of a layer forward and two backward; whole weights twice.
+            # Per layer, two sums over activations forward and two backward; all weights twice.
             sent = 2 * 4 * layers * residual * (model - 1) / model
             sent += 2 * weights / model * (fsdp - 1) / fsdp
             kept = layers * residual * {"none": 20, "dots": 6, "full": 1}[training.remat]
@@ -194,7 +196,7 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
 
 
 def mesh_name(mesh: Mapping[str, int]) -> str:
-    """``data=4,model=4``: the axes that have more than one device."""
+    """Formats the axes that have more than one device, as in ``data=4,model=4``."""
     return ",".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) or "one chip"
 
 
@@ -241,7 +243,7 @@ def _evaluation(experiment: Experiment, abstract: Abstract) -> Program | None:
 
 
 def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iterator[str]:
-    """What may make it fit, from the cheapest; by arithmetic, so try it."""
+    """Yields changes that may make the step fit, the cheapest first; these are only estimates."""
     limit, training = topology.chip.hbm_bytes, experiment.training
     if training.remat != "full":
         smaller = REMATS[REMATS.index(training.remat) + 1 :]

@@ -1,4 +1,4 @@
-"""The experiment's own train and eval step, compiled for devices that may not exist."""
+"""Compiles an experiment's training and evaluation steps for devices that may not be present."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ _EXCEEDED = re.compile(r"(?:\(|[Uu]sed )(\d+(?:\.\d+)?)([KMGT])\)? (?:exceeds|of
 
 @dataclass(frozen=True, kw_only=True)
 class Abstract:
-    """An experiment of shapes alone: what a step takes, each laid out over the mesh."""
+    """An experiment without data: the step, and its arguments as shapes sharded over the mesh."""
 
     members: Members
     state: TrainState
@@ -42,11 +42,11 @@ class Abstract:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled program's needs on one chip, in bytes, FLOPs and seconds.
+    """What a compiled program needs on one chip, in bytes, FLOPs and seconds.
 
-    ``temporary_bytes`` is at its highest, activations among it; ``fits`` is what the compiler says,
-    and where it says no the other numbers are 0 and ``needed_bytes`` is what it asked for.
-    ``compile_cpu_seconds`` is of all cores together.
+    ``temporary_bytes`` is the peak temporary memory, including activations.  ``fits`` is the
+    compiler's answer.  If it is false, ``needed_bytes`` is the amount in the compiler's message,
+    and all other numbers are 0.  ``compile_cpu_seconds`` is summed over all cores.
     """
 
     fits: bool
@@ -63,15 +63,15 @@ class Program:
 def abstract_experiment(
     experiment: Experiment, config: T5Config, partitioner: Partitioner
 ) -> Abstract:
-    """The experiment on a model of this shape; no array is made, and initial values do not matter.
+    """Builds the experiment on a model with this config, without creating any array.
 
-    The prompt is said to start uniform: what it starts from needs data and a vocabulary, and does
-    not change the step.
+    The prompt's initialization is replaced by ``uniform``: others need data and a vocabulary, and
+    initial values do not change the step.
     """
     method: Any = experiment.method
     if hasattr(method, "init"):
         method = dataclasses.replace(method, init="uniform")
-    # As many parts as are asked for: what suits this machine's cache says nothing of the chips.
+    # Use the requested number of microbatches: this machine's cache says nothing about the chips.
     parts = max(experiment.training.gradient_accumulation, 1)
     training = dataclasses.replace(experiment.training, inits=(), gradient_accumulation=parts)
     experiment = dataclasses.replace(experiment, method=method, training=training)
@@ -111,7 +111,7 @@ def abstract_experiment(
 
 
 def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
-    """The train step; accumulated parts are counted as often as they run."""
+    """Compiles the training step; costs count every microbatch of gradient accumulation."""
     training, data = experiment.training, experiment.data
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
@@ -132,10 +132,11 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
 
 
 def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
-    """One batch of the evaluation: ``rank`` scores the labels (and ``auto``), the others write.
+    """Compiles one batch of the evaluation.
 
-    The labels are taken to be as long as targets may be, and two where the config names none.  What
-    is written is a loop: its FLOPs and bytes are those of one position.
+    The strategies ``rank`` and ``auto`` score the labels; the others generate text.  Labels are
+    assumed to have the maximum target length; if the config names none, two are assumed.
+    Generation is a loop, whose FLOPs and bytes are those of one position.
     """
     evaluation, data = experiment.evaluation, experiment.data
     members, partitioner = abstract.members, abstract.partitioner

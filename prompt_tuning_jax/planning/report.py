@@ -1,4 +1,4 @@
-"""``plan``: what an experiment would need on TPUs that are not here."""
+"""The command ``plan``: reports what an experiment would need on absent TPUs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +20,10 @@ def plan_run(
     tries: int = 2,
     evaluate: bool = True,
 ) -> Plan:
-    """Compiles the experiment's steps for a slice named by ``topology``, or by ``chips``.
+    """Compiles the experiment's steps for a slice, and returns the plan.
 
-    On the experiment's ``own_mesh``, or on the most promising ``tries``.
+    The slice is ``topology``, or the one of ``kind`` with ``chips`` chips.  ``own_mesh`` uses the
+    experiment's mesh; otherwise the ``tries`` most promising meshes are compiled.
     """
     if bool(topology) == bool(chips):
         raise UserError("give either --topology KIND:SHAPE, or --chips N (and --kind)")
@@ -34,7 +35,7 @@ def plan_run(
 
 
 def plan_lines(made: Plan) -> Iterator[str]:
-    """The plan as people read it."""
+    """Yields the lines of a readable report of the plan."""
     chip, topology = made.topology.chip, made.topology
     yield (
         f"{topology.name}: {topology.chips} chips of {chip.hbm_bytes / GIB:.2f} GiB and "
@@ -64,7 +65,7 @@ def plan_lines(made: Plan) -> Iterator[str]:
 
 
 def plan_as_dict(made: Plan) -> dict[str, Any]:
-    """The plan as values of JSON; bytes, FLOPs and seconds of one chip and step."""
+    """Returns the plan as JSON values; bytes, FLOPs and seconds are per chip and step."""
     chip, best = made.topology.chip, made.best
     return {
         "topology": made.topology.name,

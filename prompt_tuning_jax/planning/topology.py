@@ -1,4 +1,4 @@
-"""TPU slices by name, without one attached: published peaks of their chips, and their devices."""
+"""TPU slices by name, without a TPU attached: their devices, and the chips' published peaks."""
 
 import importlib.util
 import math
@@ -17,10 +17,11 @@ GIB = 2**30
 class Chip:
     """One kind of chip.
 
-    ``flops`` is bfloat16 FLOP/s, ``hbm_bandwidth`` bytes/s, ``hbm_bytes`` what the compiler may use
-    (it names that in its message when a program is too large; less than is built in).
-    ``ici_bandwidth`` is bytes/s out of one chip over all of its links together; a ring along one
-    axis of the torus has the two links of that axis.  ``torus`` is the number of its axes.
+    ``flops`` is in bfloat16 FLOP/s, and ``hbm_bandwidth`` in bytes/s.  ``hbm_bytes`` is the memory
+    that the compiler may use, which is less than the chip has; the compiler names it in its message
+    when a program is too large.  ``ici_bandwidth`` is the bytes/s out of one chip over all of its
+    links; a ring along one axis of the torus uses the two links of that axis.  ``torus`` is the
+    number of axes of the torus.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class Chip:
 
     @property
     def ring_bandwidth(self) -> float:
-        """Bytes/s out of one chip along one axis of the torus, both directions in use."""
+        """The bytes/s out of one chip along one axis of the torus, in both directions together."""
         return self.ici_bandwidth / self.torus
 
 
@@ -82,17 +83,17 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip(kind: str) -> Chip:
-    """The chip called ``kind``; UserError with the known names otherwise."""
+    """Returns the chip named ``kind``; raises UserError with the known names if it is unknown."""
     if kind not in CHIPS:
         raise UserError(f"no TPU is called {kind!r}; known are {', '.join(CHIPS)}")
     return CHIPS[kind]
 
 
-# Slices that are offered (cloud.google.com/tpu/docs), by number of chips.
+# The slices that Google Cloud offers (cloud.google.com/tpu/docs), by number of chips.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# There is no TPU to ask about, nobody to share it with, and no reason to warn of it.
+# Keeps libtpu from querying a TPU's metadata, locking the library and printing warnings.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -115,9 +116,9 @@ class Topology:
         return math.prod(self.shape)
 
     def devices(self) -> Sequence[Any]:
-        """The slice's devices, one a chip, for the compiler alone.
+        """Returns the slice's devices, one per chip; they serve only to compile for.
 
-        Raises UserError where the TPU compiler is not installed or does not know the slice.
+        Raises UserError if the TPU compiler is not installed or does not know the slice.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
@@ -130,7 +131,7 @@ class Topology:
 
         options: dict[str, Any] = {}
         if self.chip.kind == "v4":
-            options["chip_config_name"] = "megacore"  # a chip's two cores as one device
+            options["chip_config_name"] = "megacore"  # the chip's two cores form one device
         if self.chips < 4:
             options["chips_per_host_bounds"] = (*self.shape, 1)[:3]
         try:
@@ -142,7 +143,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """``KIND:SHAPE`` as a Topology; UserError for what is none."""
+    """Parses ``KIND:SHAPE``; raises UserError if the text is not a topology."""
     kind, colon, rest = name.partition(":")
     known = chip(kind) if kind else None
     if known is None or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", rest):
@@ -157,7 +158,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def topology_of(kind: str, chips: int) -> Topology:
-    """The slice of a kind with so many chips; UserError with those that there are."""
+    """Returns the slice of this size; raises UserError with the offered sizes if there is none."""
     offered = [
         parse_topology(f"{kind}:{shape}") for shape in (_FLAT if chip(kind).torus == 2 else _CUBES)
     ]

@@ -1,1 +1,1 @@
-"""Training: a pure step, the loop around it, evaluation, and what a run writes down."""
+"""Training: a pure step, the loop around it, evaluation, and the files that a run writes."""

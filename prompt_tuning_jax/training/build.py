@@ -1,4 +1,4 @@
-"""From an experiment to its optimizer state and its compiled training step."""
+"""Builds the optimizer state and the jitted training step of an experiment."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,15 +21,16 @@ from prompt_tuning_jax.training.step import (
     make_train_step,
 )
 
-# Without this the CPU backend transposes all weights before the loop over microbatches, and the
-# logits' in float32: a twelfth of the time and two fifths of the memory of a step.
+# Without this option, the CPU backend transposes all weights before the loop over microbatches, and
+# those of the logits in float32.  That takes a twelfth of a step's time, and two fifths of its
+# memory.
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 def train_partitioner(
     experiment: Experiment, *, devices: Sequence[jax.Device] | None = None
 ) -> Partitioner:
-    """``partitioner_of``; UserError where the mesh does not divide the training batch."""
+    """Returns the partitioner; raises UserError if its mesh does not divide the training batch."""
     partitioner = partitioner_of(experiment, devices=devices)
     rows = experiment.training.batch_size // max(experiment.training.gradient_accumulation, 1)
     if rows % partitioner.num_batch_shards:
@@ -44,7 +45,11 @@ def train_partitioner(
 def microbatching_of(
     experiment: Experiment, members: Members, partitioner: Partitioner
 ) -> Microbatching:
-    """``training.gradient_accumulation`` as asked for; 0 fits the microbatches to a CPU's cache."""
+    """Returns the microbatching that ``training.gradient_accumulation`` asks for.
+
+    0 fits the microbatches to the cache on a single CPU device where most parameters are frozen,
+    and splits nothing elsewhere.
+    """
     asked = experiment.training.gradient_accumulation
     if asked:
         return Microbatching(num_microbatches=asked)
@@ -63,7 +68,7 @@ def _on_cpu(partitioner: Partitioner) -> bool:
 def build_step(
     experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
-    """The state before the first step, the jitted step, and step -> learning rates ``[E]``."""
+    """Returns the initial state, the jitted step, and a function step -> learning rates ``[E]``."""
     partitioner = partitioner_of(experiment)
     training, config = experiment.training, experiment.optimizer
     state = init_state(
@@ -80,7 +85,7 @@ def build_step(
 def step_from(
     experiment: Experiment, members: Members, state: TrainState, *, partitioner: Partitioner
 ) -> TrainStep:
-    """The jitted step for a state sharded as this one, which may be abstract."""
+    """Returns the jitted step for states sharded like ``state``, which may be abstract."""
     training, config = experiment.training, experiment.optimizer
     return make_train_step(
         members.graphdef,

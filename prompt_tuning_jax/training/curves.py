@@ -1,4 +1,4 @@
-"""The picture of a run: training loss, and the evaluation metrics with their best point."""
+"""Plots the curves of a run: the training loss, and the evaluation metrics with their best."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,14 @@ STYLE: Mapping[str, Any] = {
     "lines.solid_joinstyle": "round",
 }
 
-# A colour for each member, as far as eyes can tell them apart; then the paler ones too.
+# One colour per member: first those that are easy to tell apart, then paler and darker ones.
 MEMBER_COLORS = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#d4a017"),
     *("#a0cbe8", "#ffbe7d", "#8cd17d", "#d4a6c8", "#ff9d9a", "#1f5f5b", "#5b3a29", "#79706e"),
 )
-LOG_SCALE_FROM = 30.0  # largest over smallest loss
+LOG_SCALE_FROM = 30.0  # ratio of the largest loss to the smallest
 MAX_METRICS = 3
-LONGEST_NAME = 28  # that fits into a panel's legend
+LONGEST_NAME = 28  # characters that fit into a panel's legend
 
 
 def plot_curves(
@@ -61,14 +61,14 @@ def plot_curves(
     names: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """Draws what ``RunLog`` wrote: a panel for the loss and one per evaluation metric.
+    """Plots the measurements that ``RunLog`` wrote, with a panel for the loss and one per metric.
 
-    One light line per member and the mean of all in bold; a star marks the best member's best
-    evaluation.  Up to sixteen members have colours of their own and a legend with their ``names``
-    (``seed_0``, ... unless given).  ``metrics`` chooses and orders the metrics (the first three
-    unless given); ``directions`` says what is better of them, where their names do not.
-    ``baselines``, e.g. ``{"majority class": 50.9}``, are dashed lines in the first metric's panel.
-    Raises UserError where the measurements cannot be read or the picture not be written.
+    Each member has a light line, and the mean over members a bold one.  A star marks the best
+    evaluation of any member.  Up to sixteen members have separate colours, and a legend with their
+    ``names`` (default: ``seed_0``, ...).  ``metrics`` selects and orders the metrics (default: the
+    first three).  ``directions`` says whether higher or lower is better where a metric's name does
+    not.  ``baselines``, e.g. ``{"majority class": 50.9}``, are dashed lines in the first metric's
+    panel.  Raises UserError if the measurements cannot be read or the picture cannot be written.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ def plot_curves(
     members = list(names) or [f"seed_{i}" for i in range(number)]
 
     with matplotlib.rc_context(dict(STYLE)):
-        # Figure without pyplot: the Agg canvas, no display and no state that outlives this call.
+        # Without pyplot, Figure uses the Agg canvas, needs no display and leaves no global state.
         engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
         figure = Figure(figsize=(5.2 * (1 + len(shown)), 3.7), dpi=200, layout=engine)
         axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
@@ -107,7 +107,7 @@ def plot_curves(
             axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
             axis.tick_params(length=0)
             axis.margins(x=0.02)
-            if any(one.get_legend() for one in axes):  # a line for it, the same in all panels
+            if any(one.get_legend() for one in axes):  # the same room for it in all panels
                 axis.set_title(axis.get_title(loc="left"), pad=26)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
@@ -116,7 +116,7 @@ def plot_curves(
 
 
 def _series(points: Sequence[tuple[int, Sequence[float]]]) -> tuple[HostArray, HostArray]:
-    """Steps [R] and values [E, R] of R measurements."""
+    """Returns the steps [R] and values [E, R] of R measurements."""
     if not points:
         return np.zeros(0), np.zeros((0, 0))
     steps, values = zip(*points, strict=True)
@@ -157,7 +157,7 @@ def _draw_metric(
         _say_nothing_was_logged(axis)
         return
     _draw_members(axis, steps, values_ER, METRIC_COLOR, marker="o" if len(steps) < 40 else "")
-    if direction is not None:  # of one that nobody knows no point is the best
+    if direction is not None:  # without a known direction, no point is the best
         found = best_of(values_ER.ravel().tolist(), direction)
         member, best = divmod(found, values_ER.shape[1])
         value = values_ER[member, best]
@@ -203,7 +203,7 @@ def _draw_members(
             own = {"color": MEMBER_COLORS[member], "alpha": 0.75} if named else {"alpha": 0.3}
             label = "each" if not named and not member else None
             axis.plot(steps, values_R, **{"color": color, "linewidth": 1, "label": label, **own})
-    # Where a member diverged the mean ends too: the mean of the others would be another curve.
+    # The mean ends where a member diverges: the mean of the others would be a different curve.
     mean_R = values_ER.mean(axis=0)
     axis.plot(
         steps,
@@ -217,7 +217,7 @@ def _draw_members(
 
 
 def _draw_legend(axis: Any) -> None:
-    """Between the title and the curves, where it hides neither."""
+    """Draws the legend between the title and the curves, where it hides neither."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(
             loc="lower left",
@@ -228,15 +228,15 @@ def _draw_legend(axis: Any) -> None:
             handlelength=1.4,
             handletextpad=0.5,
             columnspacing=1.2,
-        ).set_in_layout(False)  # or a long one makes the panel narrower
+        ).set_in_layout(False)  # otherwise a long legend makes the panel narrower
 
 
 def _draw_members_legend(figure: Any, members: Sequence[str]) -> None:
-    """Below all panels: which colour is which member."""
+    """Draws a legend of the members' colours below all panels."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=color, linewidth=2) for color in MEMBER_COLORS[: len(members)]]
-    width = max(map(len, members)) + 6  # characters, the line before the name included
+    width = max(map(len, members)) + 6  # in characters, including the line before the name
     columns = max(1, int(figure.get_figwidth() * 14 / width))
     figure.legend(
         lines, members, loc="outside lower left", ncols=columns, handlelength=1.4, fontsize=9

@@ -20,19 +20,19 @@ from prompt_tuning_jax.untrusted_input import json_text, read_json, require_whol
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-LOOK_SECONDS = 1.0  # between two looks whether the working directory is still there
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal to draw a bar on
+LOOK_SECONDS = 1.0  # between two checks that the working directory still exists
+PLAIN_SECONDS = 10.0  # between two lines if stdout is not a terminal
 
 
 class RunLog:
     """Writes every measurement of a run to ``workdir`` and shows the latest on stdout.
 
-    ``start_step`` is the step that a resumed run starts from.  Lines of later steps, left by a run
-    that was killed, are dropped, and a step that is already in the file is not written again: the
-    file ends up as an uninterrupted run's would, ``examples_per_second`` apart.
-    ``names`` name the E members in TensorBoard (``seed_0``, ... unless given); ``metric`` is the
-    evaluation metric to show (the first unless given).  With ``quiet`` nothing is printed.
-    Raises UserError where ``workdir`` cannot be written or another process is training in it.
+    ``start_step`` is the step that a resumed run starts from.  Later lines, left by a run that was
+    killed, are removed, and a step that is already in the file is not written again.  The resulting
+    file equals that of an uninterrupted run, except for speeds such as ``examples_per_second``.
+    ``names`` are the names of the E members in TensorBoard (default: ``seed_0``, ...).
+    ``metric`` is the evaluation metric to show (default: the first).  ``quiet`` turns off printing.
+    Raises UserError if ``workdir`` cannot be written or another process is training in it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RunLog:
         self._metric_text = ""
         self._clock = clock
         self._total_steps = total_steps
-        # The pair that time left is measured from: the first log, so that compilation is left out.
+        # Step and time of the first log; the time left is measured from it, to exclude compilation.
         self._since: tuple[int, float] | None = None
         self._screen: _Bar | _Lines | None = None
         folder = Path(workdir)
@@ -64,7 +64,7 @@ class RunLog:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._descriptor = _lock(folder, opened)
-                # Nobody else trains here now: what is left over is of runs that were killed.
+                # No other process trains here now, so leftovers belong to runs that were killed.
                 remove_leftovers(folder, *(path for path in folder.iterdir() if path.is_dir()))
                 self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
             except OSError as error:
@@ -94,10 +94,11 @@ class RunLog:
         flops_per_second: float | None = None,
         padding: float | None = None,
     ) -> None:
-        """Records training at ``step``; ``learning_rate`` is one number or one per member.
+        """Records training metrics at ``step``.
 
-        Tokens are positions of inputs and targets, padding included; FLOPs the compiled step's;
-        ``padding`` is the percent of the inputs' positions that is padding.
+        ``learning_rate`` is one number, or one per member.  Tokens count the positions of inputs
+        and targets, including padding.  FLOPs are those of the compiled step.  ``padding`` is the
+        percentage of the inputs' positions that is padding.
         """
         losses = self._members(losses_E)
         accuracies = self._members(accuracies_E)
@@ -130,7 +131,7 @@ class RunLog:
             self._tensorboard.write(int(step), scalars)
         fields = {
             "loss": f"loss {np.mean(losses):.4f}",
-            # Of the target's text, each token given those before it: no accuracy of evaluations.
+            # Computed with teacher forcing, so it is not comparable to an evaluation's accuracy.
             "accuracy": f"train exact match {100 * np.mean(accuracies):.1f} %",
             "metric": self._metric_text,
             "speed": _speed_text(**known),
@@ -141,7 +142,7 @@ class RunLog:
             self._screen.show(step, fields)
 
     def log_eval(self, step: int, metrics: Sequence[Mapping[str, ArrayLike]]) -> None:
-        """Records an evaluation at ``step``: one mapping from metric to value per member."""
+        """Records an evaluation at ``step``; ``metrics`` has one mapping of values per member."""
         if len(metrics) != self._num_members:
             raise ValueError(f"{len(metrics)} evaluations for {self._num_members} members")
         values = [{name: _number(value) for name, value in one.items()} for one in metrics]
@@ -169,9 +170,9 @@ class RunLog:
                 )
 
     def require_folder(self, *, now: bool = False) -> None:
-        """Raises UserError where the working directory has been removed or renamed meanwhile.
+        """Raises UserError if the working directory has been removed or renamed.
 
-        Looks every second at most, unless ``now``.
+        Checks at most once per second, unless ``now`` is true.
         """
         if not now and self._clock() < self._looked_at + LOOK_SECONDS:
             return
@@ -188,7 +189,7 @@ class RunLog:
             )
 
     def close(self) -> None:
-        """Ends the bar and closes the files; may be called twice."""
+        """Ends the progress bar and closes the files; calling it twice is safe."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -228,9 +229,10 @@ def _speed_text(
 
 
 def _lock(folder: Path, opened: ExitStack) -> int:
-    """Keeps other processes from training in the folder; even a kill frees it again.
+    """Locks the folder against other training processes, and returns a descriptor of it.
 
-    Returns a descriptor of the folder.
+    The lock ends with the process, even if that is killed.  Raises UserError if another process
+    holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     opened.callback(os.close, descriptor)
@@ -242,17 +244,17 @@ def _lock(folder: Path, opened: ExitStack) -> int:
             "working directory with --workdir"
         ) from error
     except OSError:
-        pass  # a file system that knows no locks
+        pass  # the file system does not support locks
     return descriptor
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, oldest first.
+    """Reads the records of a metrics.jsonl, oldest first.
 
-    ``{"kind": "train", "step", "loss": [E], "accuracy": [E], "learning_rate",
+    A record is ``{"kind": "train", "step", "loss": [E], "accuracy": [E], "learning_rate",
     "examples_per_second", ...}`` or ``{"kind": "eval", "step", "metrics": [E mappings]}``.  A null
-    in the file is a NaN here.  A last line that a kill cut short is left out.
-    Raises UserError for a file that is missing or damaged.
+    in the file becomes NaN.  An incomplete last line, left by a kill, is skipped.
+    Raises UserError if the file is missing or damaged.
     """
     return [record for record, _ in _read_lines(Path(path))]
 
@@ -279,7 +281,7 @@ def _read_lines(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
 
 
 class _MetricsFile:
-    """Appends one JSON object a line; what came after ``last_step`` is gone."""
+    """Appends one JSON object per line, after removing the records later than ``last_step``."""
 
     def __init__(self, path: Path, *, last_step: int):
         kept = list(_read_lines(path)) if path.exists() else []
@@ -288,11 +290,11 @@ class _MetricsFile:
         with atomic_write(path) as aside:
             aside.write_bytes(b"".join(line + b"\n" for _, line in kept))
         self._path = path
-        # Without a buffer, whose rest would be tried again, and fail again, on closing.
+        # Unbuffered: after a failed write, closing would write the rest of a buffer and fail again.
         self._stream = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> bool:
-        """Writes the record, unless there is one of its kind and step."""
+        """Writes the record, and returns False if one of its kind and step already exists."""
         key = (record["kind"], record["step"])
         if key in self._written:
             return False
@@ -313,10 +315,11 @@ class _MetricsFile:
 
 
 class _TensorBoard:
-    """Scalars in an event file of their own, opened with the first of them.
+    """Writes scalars to a new event file, which the first ``write`` opens.
 
-    TensorBoard's EventFileWriter imports TensorFlow where it is installed (seconds, and its log on
-    the terminal); the record writer below it does not, and an event is one protocol buffer.
+    It uses TensorBoard's record writer directly, since an event is a single protocol buffer.
+    TensorBoard's EventFileWriter imports TensorFlow if it is installed, which takes seconds and
+    logs to the terminal.
     """
 
     def __init__(self, folder: Path, *, first_step: int):
@@ -332,7 +335,7 @@ class _TensorBoard:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.record_writer import RecordWriter
-        except Exception as error:  # a protobuf that does not fit raises no ImportError
+        except Exception as error:  # an incompatible protobuf does not raise ImportError
             self._broken = True
             print(f"no TensorBoard events: {error}", file=sys.stderr)
             return
@@ -342,7 +345,7 @@ class _TensorBoard:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 file = self._folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
                 self._records = RecordWriter(file.open("ab"))
-                # START makes TensorBoard forget what a killed run wrote for this and later steps.
+                # START makes TensorBoard discard a killed run's events of this and later steps.
                 start = SessionLog(status=SessionLog.START)
                 for event in (
                     Event(wall_time=now, file_version="brain.Event:2"),
@@ -353,7 +356,7 @@ class _TensorBoard:
             event = Event(wall_time=now, step=step, summary=Summary(value=values))
             self._records.write(event.SerializeToString())
             self._records.flush()
-        except OSError as error:  # what trains does not depend on it
+        except OSError as error:  # training does not depend on it
             self._broken = True
             self.close()
             print(f"no more TensorBoard events: {error.strerror or error}", file=sys.stderr)
@@ -365,7 +368,7 @@ class _TensorBoard:
 
 
 class _Lines:
-    """A line now and then, for files and pipes."""
+    """Prints a line every ``PLAIN_SECONDS``, for files and pipes."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]):
         self._total_steps = total_steps
@@ -384,7 +387,7 @@ class _Lines:
 
 
 class _Bar:
-    """A progress bar at the foot of the terminal; notes scroll by above it."""
+    """A progress bar at the bottom of the terminal; notes scroll above it."""
 
     def __init__(self, total_steps: int, start_step: int):
         from rich.progress import BarColumn, Progress, TextColumn
@@ -428,13 +431,13 @@ def _spread(metric: str, values: Sequence[Mapping[str, float]]) -> str:
 
 
 def _number(value: Any) -> float:
-    """A float that prints as short as its own precision allows: 0.3, not 0.30000001192092896."""
+    """Converts to the float with the shortest text, e.g. 0.3 and not 0.30000001192092896."""
     array = np.asarray(value)
     return float(str(array[()])) if array.dtype == np.float32 else float(array)
 
 
 def _replace_floats(value: Any, by: Callable[[float | None], float | None]) -> Any:
-    """The JSON value with ``by`` applied to every float and null in it."""
+    """Applies ``by`` to every float and null in a JSON value."""
     if isinstance(value, Mapping):
         return {key: _replace_floats(one, by) for key, one in value.items()}
     if isinstance(value, list):

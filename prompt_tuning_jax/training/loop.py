@@ -38,9 +38,9 @@ Extra = TypeVar("Extra")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
-    """The last step done, why the loop ended, and the best evaluations.
+    """The last completed step, the reason why the loop ended, and the best evaluations.
 
-    ``stopped_by`` is the number of a signal, or 0; ``stopped_early`` says that ``patience`` ended
+    ``stopped_by`` is the number of a signal, or 0.  ``stopped_early`` is true if ``patience`` ended
     the run before its last step.
     """
 
@@ -59,14 +59,15 @@ class Loop:
     Attributes:
       batches: ``(start, stop)`` -> the batches of steps ``start`` to ``stop - 1``.
       evaluate: the trainable arrays -> one mapping of metrics per member.
-      on_best: called with the members that have improved, their arrays and their evaluations.
-      fingerprint: of the frozen model.
-      data: a digest of each set of examples, by its name in messages.
-      best_by: the metric that decides which evaluation is best; nan is worse than any number.
+      on_best: a function called with the members that improved, the best arrays of all members,
+        and the evaluations of those that improved.
+      fingerprint: the fingerprint of the frozen model.
+      data: a digest of each set of examples, by the name that messages give it.
+      best_by: the metric that decides which evaluation is best; NaN is worse than any number.
       direction: whether the largest or the smallest value is best.
-      patience: the number of evaluations without an improvement of any member after which the run
-        is finished; 0 is no limit.
-      padding: ``(start, stop)`` -> the percent of padding in the inputs of those steps.
+      patience: the run ends after this many evaluations in a row without an improvement of any
+        member; 0 means no limit.
+      padding: ``(start, stop)`` -> the percentage of padding in the inputs of those steps.
     """
 
     train_step: TrainStep
@@ -93,11 +94,11 @@ class Loop:
     _signals_received: list[int] = field(default_factory=list)
 
     def run(self, state: TrainState) -> LoopResult:
-        """Trains from ``state``, or from the last checkpoint where there is one.
+        """Trains from the last checkpoint, or from ``state`` if there is none.
 
-        SIGTERM and SIGINT make it save and return.  Raises UserError with the step where a loss is
-        not finite; nothing of that step is saved.  With several processes, all must call it: a
-        signal to one stops all after the same step, and process 0 alone logs.
+        On SIGTERM or SIGINT, it saves and returns.  Raises UserError, which names the step, if a
+        loss is not finite; that step is not saved.  With several processes, all must call it: a
+        signal to one stops all after the same step, and only process 0 logs.
         """
         start, state, pending, stale, evaluated = self._restore_last(state)
         best_tree, best, improved_at, told = self._restore_best(state, evaluated=evaluated)
@@ -172,7 +173,7 @@ class Loop:
         return self._result(step, best, best_tree, state, stale=stale, stopped_by=stopped_by)
 
     def _at_an_end(self, stale: int) -> bool:
-        """Whether ``stale`` evaluations without an improvement end the run."""
+        """Returns whether ``stale`` evaluations without an improvement end the run."""
         return 0 < self.patience <= stale
 
     def _open_log(self, start: int) -> RunLog | None:
@@ -191,10 +192,10 @@ class Loop:
     def _restore_last(
         self, state: TrainState
     ) -> tuple[int, TrainState, list[tuple[int, StepMetrics]], int, bool]:
-        """Step and state, and the steps before it that no log line has averaged yet.
+        """Restores the last checkpoint: ``(step, state, pending, stale, evaluated)``.
 
-        Then how many evaluations up to there have improved no member since one last did, and
-        whether there has been any.
+        ``pending`` are the steps that no log line has averaged yet.  ``stale`` is the number of
+        evaluations since a member last improved.  ``evaluated`` is true after any evaluation.
         """
         folder = self.workdir / LAST
         found = train_state.restore_latest(
@@ -221,11 +222,12 @@ class Loop:
     def _restore_best(
         self, state: TrainState, *, evaluated: bool
     ) -> tuple[Any, list[Best | None], set[int], bool]:
-        """Each member's best state on the host, the scores, and the steps of improvements.
+        """Restores each member's best state: ``(state, best, improved_at, told)``.
 
-        Nothing yet: the present state.  Then whether ``on_best`` must not be told of them again: a
-        kill may have come between saving the best state and telling of it, but where the newest is
-        damaged, what was told of is better than what is left.
+        The state is on the host; without a checkpoint, it is the current one.  ``improved_at`` are
+        the steps of improvements.  ``told`` is false if ``on_best`` must be called again, since a
+        kill may have come between saving the best state and that call.  It is true if the newest
+        checkpoint is damaged: ``on_best`` then already received better members than the restored.
         """
         like = on_host(state)
         folder = self.workdir / BEST
@@ -251,7 +253,7 @@ class Loop:
         return tree, best, improved_at, told
 
     def _require_same(self, extra: Mapping[str, Any]) -> None:
-        """UserError unless the frozen model and the data are those that were trained on."""
+        """Raises UserError unless the frozen model and the data are those of the checkpoint."""
         if extra.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"{self.workdir} holds a run on another frozen model (fingerprint "
@@ -267,7 +269,7 @@ class Loop:
             )
 
     def _remove_damaged(self, folder: Path, step: int) -> None:
-        """What would keep the run from saving a step again."""
+        """Removes damaged checkpoints, which would keep the run from saving their steps again."""
         processes.primary_first(
             lambda: train_state.remove_damaged(folder, restored=step),
             f"removal of what is damaged in {folder}",
@@ -298,7 +300,7 @@ class Loop:
         done: list[StepCost],
         seconds: float,
     ) -> None:
-        """``pending`` since the last line, of which this process has ``done`` some itself."""
+        """Logs the steps since the last line; ``done`` has costs of those run since resuming."""
         recent = [metrics for _, metrics in pending]
         log.log_train(
             step,
@@ -320,9 +322,9 @@ class Loop:
         best_tree: Any,
         improved_at: set[int],
     ) -> Any:
-        """Replaces the best state of the members that have improved, and saves it."""
+        """Replaces the best state of the members that have improved, saves it and returns it."""
         if any(own is not None and own.step >= step for own in best):
-            return best_tree  # judged before an interruption, whatever the last digits are now
+            return best_tree  # evaluated before an interruption: rounding may differ
         improved = [e for e, own in enumerate(scores) if self._is_better(own, best[e])]
         if not improved:
             return best_tree
@@ -333,7 +335,7 @@ class Loop:
         chosen_E = np.isin(np.arange(len(scores)), improved)
 
         def choose(new: HostArray, old: HostArray) -> HostArray:
-            # All but the step has a leading axis E.
+            # Every array except the step has a leading axis E.
             return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
 
         best_tree = jax.tree.map(choose, on_host(state), best_tree)
@@ -351,7 +353,7 @@ class Loop:
         if best is None:
             return True
         new, old = scores[self.best_by], best.metrics[self.best_by]
-        # Of states without any score the last one is kept, which has learnt the most.
+        # If neither has a score, keep the newer state, which has trained longer.
         neither = not math.isfinite(new) and not math.isfinite(old)
         return neither or is_better(new, old, self.direction)
 
@@ -380,7 +382,7 @@ class Loop:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the loop to save and stop; a second SIGINT interrupts at once."""
+        """Makes SIGTERM and SIGINT save and stop the loop; a second SIGINT interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -399,7 +401,7 @@ class Loop:
 
 
 def _read_extra(read: Callable[[], Extra], *, of: Path) -> Extra:
-    """What ``read`` finds in a checkpoint's metadata; UserError where it is not as a run's."""
+    """Returns ``read()``; raises UserError if a checkpoint's metadata are not those of a run."""
     try:
         return read()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -416,7 +418,7 @@ def _as_json(pending: list[tuple[int, StepMetrics]]) -> list[Any]:
 
 
 def _from_json(listed: list[Any]) -> list[tuple[int, StepMetrics]]:
-    """What log lines need; the norms have been looked at already."""
+    """Restores the metrics for log lines; the norms are zero, since they were already checked."""
     pending = []
     for step, losses, accuracies in listed:
         loss_E, accuracy_E = (jnp.asarray(one, jnp.float32) for one in (losses, accuracies))

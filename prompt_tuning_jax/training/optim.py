@@ -1,7 +1,7 @@
 """Optimizers for the trainable arrays, and learning rate schedules.
 
 The learning rate is an argument of ``update`` instead of a part of the transformation, so that
-members trained together may each have one.
+members that train together can have different learning rates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from prompt_tuning_jax.typing import Array, Mask
 
 
 def make_optimizer(config: Optimizer, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """The optimizer: ``update(gradients, state, params, learning_rate=...)``.
+    """Returns the optimizer, used as ``update(gradients, state, params, learning_rate=...)``.
 
-    It takes any dictionary path -> array whose paths are in the mask.  Frozen arrays have no slots,
-    and their updates are exactly zero even where they have gradients.  Raises UserError for an
+    It accepts any dictionary path -> array whose paths are in the mask.  Frozen arrays have no
+    slots, and their updates are exactly zero even if they have gradients.  Raises UserError for an
     entry of ``rates`` that matches no trainable array.
     """
     factors = rate_factors(config.rates, [name for name, trains in mask.items() if trains])
@@ -36,7 +36,7 @@ def make_optimizer(config: Optimizer, mask: Mask) -> optax.GradientTransformatio
     def frozen(params: dict[str, Any]) -> dict[str, bool]:
         return {name: not mask[name] for name in params}
 
-    # masked() passes the updates of other arrays through, so that they must be set to zero as well.
+    # masked() passes the updates of the other arrays through, so they must be set to zero as well.
     return optax.chain(
         optax.masked(optax.chain(*steps, optax.scale(-1.0)), trains),
         optax.masked(optax.set_to_zero(), frozen),
@@ -46,10 +46,11 @@ def make_optimizer(config: Optimizer, mask: Mask) -> optax.GradientTransformatio
 def _adafactor(
     config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
-    """Shazeer & Stern 2018 as t5x/adafactor.py has it; weight decay is not scaled by the rate.
+    """Adafactor (Shazeer & Stern 2018), as in t5x/adafactor.py.
 
-    ``initial_step`` shifts the step in the second moment's decay, ``1 - (step + 1)**-0.8``: T5X
-    counts on from the restored checkpoint's step, and at 1,100,000 the decay is 0.999985.
+    The learning rate does not scale the weight decay.  ``initial_step`` shifts the step in the
+    second moment's decay, ``1 - (step + 1)**-0.8``: T5X continues to count from the step of the
+    restored checkpoint, and at step 1,100,000 the decay is 0.999985.
     """
     steps = [
         optax.scale_by_factored_rms(
@@ -70,7 +71,7 @@ def _adafactor(
 def _adamw(
     config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
-    """Loshchilov & Hutter 2019: the decay is scaled by the learning rate."""
+    """AdamW (Loshchilov & Hutter 2019); the learning rate scales the weight decay."""
     return [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
         optax.add_decayed_weights(config.weight_decay),
@@ -92,7 +93,7 @@ def _sgd(
 def _scale_by_given_learning_rate(
     factors: Mapping[str, float],
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by the learning rate of this update and by the array's factor."""
+    """Multiplies each update by the given learning rate and by the array's factor."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Array, **_: Any
@@ -107,9 +108,9 @@ def _scale_by_given_learning_rate(
 
 
 def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """The factor on the learning rate of each array, by the first pattern that matches its path.
+    """Returns each array's learning rate factor, from the first pattern that matches its path.
 
-    Raises UserError for a pattern that matches no path, or only those of earlier patterns.
+    Raises UserError for a pattern that matches no path, or only paths of earlier patterns.
     """
     rates = parse_rates(texts)
     matched: dict[str, int] = {}
@@ -128,11 +129,12 @@ def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]
 
 
 def make_schedule(config: Optimizer, *, total_steps: int) -> optax.Schedule:
-    """A schedule of factors on the learning rate by step, from 0; its maximum is 1.
+    """Returns a schedule that maps a step, from 0, to a learning rate factor of at most 1.
 
-    It rises linearly over ``warmup_steps`` from ``1 / warmup_steps``.  Then ``constant`` stays;
-    ``linear`` and ``cosine`` fall to ``end_learning_rate`` at ``decay_steps``, or at the run's last
-    step; ``rsqrt`` falls with the inverse square root of the step.
+    The factor rises linearly over ``warmup_steps``, starting at ``1 / warmup_steps``.  After that,
+    ``constant`` stays at 1.  ``linear`` and ``cosine`` fall to ``end_learning_rate`` at
+    ``decay_steps``, or at the run's last step.  ``rsqrt`` falls with the inverse square root of the
+    step.
     """
     warmup = config.warmup_steps
     decay_steps = max((config.decay_steps or total_steps) - warmup, 1)

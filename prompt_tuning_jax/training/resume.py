@@ -1,4 +1,4 @@
-"""Which runs may be resumed in a working directory, and with which changes."""
+"""Decides which runs may resume in a working directory, and with which changes."""
 
 import dataclasses
 import os
@@ -21,11 +21,11 @@ from prompt_tuning_jax.training.optim import make_schedule
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
-    """Makes the folder this run's by writing its config.
+    """Claims the folder for this run by writing the run's config to it.
 
-    Where the run there resumes with changes that ``require_run`` allows, its config is replaced,
-    and its results, which are of a shorter run, are removed first.  Raises UserError where the
-    folder cannot be written, and as ``require_run``.
+    If the folder's run resumes with changes that ``require_run`` allows, replaces its config, after
+    removing its results, which belong to a shorter run.  Raises UserError if the folder cannot be
+    written, and in the cases of ``require_run``.
     """
     present = require_run(folder, experiment)
     if present is not None:
@@ -40,16 +40,16 @@ def claim(folder: Path, experiment: Experiment) -> None:
 def require_run(
     folder: Path, experiment: Experiment, *, exactly: bool = False
 ) -> Experiment | None:
-    """What decides the run in the folder, None if there is none; UserError if it is another.
+    """Returns the config of the folder's run without workdir and mesh, or None without a run.
 
-    It may go on with another number of steps, where the learning rates of the steps already done
-    stay as they are, another patience, and another division of the same batches, unless
-    ``exactly``; the error says which fields differ.
+    Raises UserError, which names the differing fields, if the experiment cannot resume that run.
+    Unless ``exactly`` is true, the patience and the division of a batch into microbatches may
+    differ.  So may the number of steps, if the learning rates of completed steps do not change.
     """
     config = saved_config(str(folder)) if folder.is_dir() else None
     if config is None:
         return None
-    config = with_whole_paths(config)  # of a run from before they were kept whole
+    config = with_whole_paths(config)  # older runs did not store absolute paths
     present, wanted = _what_decides(config), _what_decides(experiment)
     differing = diff(present, wanted)
     if not exactly:
@@ -75,7 +75,7 @@ def require_run(
 def _require_same_rates(
     folder: Path, present: Experiment, wanted: Experiment, *, done: int
 ) -> None:
-    """UserError where other steps would have been trained at other learning rates so far."""
+    """Raises UserError if the learning rates of the completed steps would change."""
     if present == wanted or not done:
         return
     old, new = (
@@ -95,7 +95,7 @@ def _require_same_rates(
 
 
 def require_place(folder: Path) -> None:
-    """Raises UserError where a run's folder cannot be, before anything long is begun."""
+    """Raises UserError if the run's folder cannot be made or written; call it before slow work."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
@@ -113,7 +113,7 @@ _WHY_NOT = {
 
 
 def _what_stays(experiment: Experiment) -> Experiment:
-    """The experiment without the fields that may change when the run resumes."""
+    """Returns the experiment with defaults for the fields that may change on resuming."""
     default = Training()
     training = dataclasses.replace(
         experiment.training,
@@ -121,12 +121,12 @@ def _what_stays(experiment: Experiment) -> Experiment:
         patience=default.patience,
         gradient_accumulation=default.gradient_accumulation,
     )
-    # Where it matters, the learning rates are compared.
+    # ``_require_same_rates`` compares the learning rates themselves.
     optimizer = dataclasses.replace(experiment.optimizer, decay_steps=0)
     return dataclasses.replace(experiment, training=training, optimizer=optimizer)
 
 
 def _what_decides(experiment: Experiment) -> Experiment:
-    """The experiment without its folder and its mesh: a run may resume elsewhere."""
+    """Returns the experiment without workdir and mesh, since a run may resume elsewhere."""
     training = dataclasses.replace(experiment.training, workdir="")
     return dataclasses.replace(experiment, training=training, mesh=Mesh())

@@ -1,4 +1,4 @@
-"""One training run from its experiment to its prompt files: ``prompt-tuning train``."""
+"""Runs one training run, from its experiment to its prompt files: ``prompt-tuning train``."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +65,7 @@ from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 
 class TrainingData(Protocol):
-    """What ``run`` trains on: ``TaskData``, or the text of ``pretraining``."""
+    """The data that ``run`` trains on: ``TaskData``, or the text of ``pretraining``."""
 
     @property
     def labels(self) -> tuple[str, ...]: ...
@@ -85,25 +85,25 @@ class TrainingData(Protocol):
     def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]: ...
 
 
-# The members and their trainable arrays -> each member's metrics.
+# Maps the members and their trainable arrays to the metrics of each member.
 Evaluate: TypeAlias = Callable[[Members, FlatParams], list[dict[str, float]]]
-# Opens the data for a model, and may change how the model's random weights start.
+# Opens the data for a model, and may change the initial values of its random weights.
 Prepare: TypeAlias = Callable[[Experiment, T5, Partitioner], tuple[TrainingData, Evaluate]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """The best evaluation of each of a run's members, and their trainable arrays at that step.
+    """The best evaluation of each member of a run, and the trainable arrays at that step.
 
     Attributes:
       workdir: the run's working directory.
-      names: of the members.
-      step: the last step done.
+      names: the names of the members.
+      step: the last completed step.
       finished: whether the run is finished; otherwise the same command resumes it.
       stopped_by: the number of the signal that stopped it, or 0.
       stopped_early: whether ``training.patience`` finished it before its last step.
-      best: None for a member without an evaluation.
-      best_tuned: by path, with a leading axis E.
+      best: the best evaluation of each member, or None without any evaluation.
+      best_tuned: the trainable arrays by path, with a leading axis E.
     """
 
     workdir: Path
@@ -119,8 +119,8 @@ class RunResult:
 def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     """Trains on the experiment's tasks in its working directory, or resumes the run there.
 
-    Raises UserError for wrong input, before anything is written where that can be known.  With
-    several processes, all of them must call it; process 0 alone writes and prints.
+    Raises UserError for invalid input, if possible before anything is written.  With several
+    processes, all of them must call it; only process 0 writes and prints.
     """
     if needs_pretraining(experiment):
         raise UserError(
@@ -131,7 +131,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 
 
 def needs_pretraining(experiment: Experiment) -> bool:
-    """Whether ``pretrain`` trains this experiment, and ``train`` does not."""
+    """Returns whether this experiment needs ``pretrain`` instead of ``train``."""
     model = experiment.model
     initialized = (model.embeddings, model.attention) != ("normal", "normal")
     return bool(experiment.data.objectives) or (model.random_weights and initialized)
@@ -145,7 +145,7 @@ def _prepare_tasks(
 
 
 def task_evaluation(experiment: Experiment, model: T5, data: TaskData) -> Evaluate:
-    """The evaluation of a run on tasks."""
+    """Returns the function that evaluates the members on the tasks' data."""
 
     def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
         return evaluate_members(experiment, members, trainable, data, model, scores_alone=True)[0]
@@ -183,7 +183,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     names = member_names(experiment)
     _claim(folder, experiment)
     shapes = data.empty_batches(experiment.training.steps)
-    # Only a jitted function can be compiled ahead.
+    # Only a jitted function can be compiled ahead of time.
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
         step = CompiledAhead(step, shapes)
     if not quiet:
@@ -191,7 +191,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
             print(printable(line), flush=True)
 
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:
-        # Without frozen parameters the file would only repeat the checkpoint.
+        # Without frozen parameters, the file would only repeat the checkpoint.
         if not members.frozen or not processes.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
@@ -257,7 +257,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
 
 
 def require_trains(method: MethodConfig) -> None:
-    """UserError for a method of which nothing trains."""
+    """Raises UserError if the method has no trainable parameters."""
     if not method.is_trainable:
         raise UserError(
             f"method={method_name(method)} trains nothing; choose another method, or eval without "
@@ -266,9 +266,10 @@ def require_trains(method: MethodConfig) -> None:
 
 
 def _claim(folder: Path, experiment: Experiment) -> None:
-    """Makes the folder this run's; UserError where it is another's, or other hosts do not see it.
+    """Claims the folder for this run.
 
-    The first process writes: the others would find what is not there yet, and write as well.
+    Process 0 writes first.  Otherwise all processes would see an empty folder, and all would write.
+    Raises UserError if the folder belongs to another run, or if another host does not see it.
     """
     processes.primary_first(lambda: claim(folder, experiment), "claim of the folder")
     if not run_folder.is_run(folder):
@@ -280,7 +281,7 @@ def _claim(folder: Path, experiment: Experiment) -> None:
 
 
 def _introduction(experiment: Experiment, members: Members, data: TrainingData) -> Iterator[str]:
-    """What trains, on what."""
+    """Yields lines that describe the parameters, the optimizer and the data."""
     trained = param_tree.count(members.trainable) // members.number
     frozen = param_tree.count(
         param_tree.select(members.frozen, lambda name: not name.endswith(SCALE))
@@ -315,7 +316,7 @@ def _introduction(experiment: Experiment, members: Members, data: TrainingData) 
 def _finished(
     folder: Path, experiment: Experiment, results: run_folder.Results, *, quiet: bool
 ) -> RunResult:
-    """What a run that has come to its end left, without its model and its data."""
+    """Reads the result of a finished run from its folder, without loading model or data."""
     if not quiet and results.stopped_early:
         print(
             f"{folder}: the run stopped early at step {results.step}, by training.patience="
@@ -337,7 +338,7 @@ def _finished(
 
 
 def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
-    """What so many parameters take, scales included."""
+    """Formats the memory of ``number`` parameters, including the scales of quantization."""
     if not number:
         return ""
     size = bytes_of(params)
@@ -348,7 +349,7 @@ def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
 def _folded(
     experiment: Experiment, members: Members, own: FlatParams
 ) -> tuple[MethodConfig, dict[str, HostArray]]:
-    """What of one member's tuned arrays is kept, and the method that it then is."""
+    """Returns a member's method and arrays in the form for inference, which is the one to save."""
     tuned = param_tree.merge(members.graphdef, {**members.frozen, **own})
     tuned = tuned.for_inference()
     method, params = tuned.method.config, param_tree.split(tuned)[1]
@@ -385,12 +386,12 @@ def _metadata(
 
 
 def _finish(run: RunResult, data: TrainingData, *, quiet: bool) -> None:
-    """Writes results and curves, and says how it went."""
+    """Writes results and curves, and prints a summary."""
     if not run.finished:
         if not quiet:
             print(f"stopped and saved at step {run.step}; the same command resumes from there")
         return
-    # Those of a kill while these very files were written.
+    # Left behind if an earlier process was killed while it wrote the files below.
     remove_leftovers(run.workdir)
     by_name = {
         name: {"step": best.step, **best.metrics}
@@ -405,7 +406,7 @@ def _finish(run: RunResult, data: TrainingData, *, quiet: bool) -> None:
         baselines=data.baselines(),
         names=run.names,
     )
-    # Last: they say that the run is finished.
+    # Written last, because they mark the run as finished.
     ended = {"step": run.step, "stopped_early": run.stopped_early}
     run_folder.write_json(run.workdir / run_folder.RESULTS, {"best": by_name, **ended})
     if quiet:

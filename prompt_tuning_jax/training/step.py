@@ -26,7 +26,7 @@ from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
 class TrainState:
     """The step, and the trainable arrays and optimizer state of every member.
 
-    Arrays carry a leading axis E.  The frozen arrays are not part of the state.
+    Arrays have a leading axis E.  The frozen arrays are not part of the state.
     """
 
     step: Array
@@ -47,9 +47,9 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Token positions and FLOPs of one step of all members; 0 FLOPs are unknown.
+    """The token positions and FLOPs of one step of all members.
 
-    Positions are those of inputs and targets, padding included.
+    Positions include those of inputs, targets and padding.  FLOPs are 0 if unknown.
     """
 
     tokens: int
@@ -60,9 +60,9 @@ class StepCost:
 class Microbatching:
     """Splits a step into microbatches and chunks of members that run one after another.
 
-    The result is that of the whole step.  ``num_microbatches`` is asked for by number.  With a
-    ``config`` it follows from the size of a CPU's cache, which should hold the largest activation;
-    a method adds ``prompt_positions`` positions to each row.  With neither, nothing is split.
+    The result equals that of the whole step.  ``num_microbatches`` sets the number of microbatches.
+    If ``config`` is given, the split instead makes the largest activation fit into a CPU's cache;
+    the method adds ``prompt_positions`` positions to each row.  By default, nothing is split.
     """
 
     num_microbatches: int = 1
@@ -70,9 +70,9 @@ class Microbatching:
     prompt_positions: int = 0
 
     def microbatches(self, rows: int, length: int) -> int:
-        """The number of equal microbatches of a member's batch ``[rows, length]``.
+        """Returns the number of equal microbatches of a member's batch ``[rows, length]``.
 
-        It depends on the member's own batch alone: each microbatch has its own dropout.
+        It depends only on the member's batch, because each microbatch draws different dropout.
         """
         if self.config is None:
             return self.num_microbatches
@@ -81,13 +81,13 @@ class Microbatching:
         return next(fitting, rows)
 
     def chunk_size(self, members: int, rows: int, length: int) -> int:
-        """The number of members that are vectorised together; it divides ``members``."""
+        """Returns the number of members to vectorise together; it divides ``members``."""
         if self.config is None:
             return members
         return members_per_chunk(self.config, members, rows, length + self.prompt_positions)
 
     def iterations(self, members: int, rows: int, length: int) -> int:
-        """How often a step runs the body of its loops over chunks and microbatches."""
+        """Returns how often a step runs the body of its loops over chunks and microbatches."""
         chunks = members // self.chunk_size(members, rows, length)
         return chunks * self.microbatches(rows, length)
 
@@ -105,15 +105,15 @@ def step_cost(
     *,
     iterations: int = 1,
 ) -> StepCost:
-    """The cost of a step of this shape, by the compiler's count before it optimises.
+    """Returns the cost of a step of this shape, which the compiler counts before optimising.
 
-    ``iterations`` is the trip count of its loops (``Microbatching.iterations``).
+    ``iterations`` is the trip count of the step's loops (``Microbatching.iterations``).
     """
     tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
-    # Only a jitted function has a count.
+    # Only a jitted function has a cost analysis.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
-    # The compiler counts the body of a loop once, and only the update is outside of the loops.
+    # The compiler counts the body of a loop once, and only the update is outside the loops.
     flops = iterations * float((analysis or {}).get("flops", 0.0))
     return StepCost(tokens=int(tokens), flops=flops)
 
@@ -124,9 +124,9 @@ def init_state(
     *,
     partitioner: Partitioner | None = None,
 ) -> TrainState:
-    """The state before the first step; ``trainable`` has the leading axis E.
+    """Returns the state before the first step; ``trainable`` has the leading axis E.
 
-    On a mesh, the optimizer's slots are sharded as the arrays that they belong to.
+    On a mesh, the optimizer's slots are sharded like the arrays that they belong to.
     """
 
     def start(trainable: FlatParams) -> TrainState:
@@ -143,7 +143,7 @@ def init_state(
 def state_shardings(
     state: TrainState, trainable: FlatParams, partitioner: Partitioner
 ) -> TrainState:
-    """The shardings of a state, abstract or not, whose trainable arrays are sharded as these."""
+    """Returns the shardings of a state, which may be abstract, given those of its ``trainable``."""
 
     def sharding_of(path: Any, leaf: Any) -> Any:
         array = trainable.get(getattr(path[-1], "key", ""))
@@ -170,28 +170,28 @@ def make_train_step(
     remat: Remat = "none",
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
-    """The jitted step ``(state, frozen, batch) -> (state, metrics)``, which donates the state.
+    """Returns the jitted step ``(state, frozen, batch) -> (state, metrics)``; it donates the state.
 
     Args:
       graphdef: the structure of one member.
       optimizer: its ``update`` takes the learning rate.
-      schedule: step -> factor on the learning rates.
+      schedule: maps a step to a factor on the learning rates.
       learning_rates: one per member.
-      seeds: one per member; a member's step depends on its own seed, step and batch alone.
-      microbatching: what runs one after another, for the same gradient.
-      loss_normalization: divides the summed loss by the target tokens, or not at all.
+      seeds: one per member; a member's step depends only on its seed, step and batch.
+      microbatching: how to split the step into sequential parts, for the same gradient.
+      loss_normalization: whether to divide the summed loss by the number of target tokens.
       z_loss: the factor of ``log(Z)**2``.
       dropout: whether the step draws random numbers.
       partitioner: the mesh; None is one device.
       state_shardings: on a mesh, the shardings of the new state, which must be the old one's.
-      remat: which activations are computed again in the backward pass.
+      remat: which activations to recompute in the backward pass.
       compiler_options: passed to ``jax.jit``.
 
     A batch holds ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and
     ``decoder_target_tokens [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and
     ``example_weights [E, B]`` where examples are weighted: the weight multiplies an example's loss
-    and its number of tokens.  Metrics are replicated.  Raises UserError where ``microbatching``
-    cannot split B.
+    and its number of tokens.  Metrics are replicated.  Raises UserError if ``microbatching`` cannot
+    split B.
     """
 
     def summed_loss(
@@ -211,13 +211,13 @@ def make_train_step(
         return sums.loss, sums
 
     def split(x: Array | HostArray, number: int) -> Array:
-        """``[B, ...]`` -> ``[number, B / number, ...]``."""
+        """Splits ``[B, ...]`` into ``[number, B / number, ...]``."""
         if x.shape[0] % number:
             raise UserError(
                 f"training.gradient_accumulation: a batch of {x.shape[0]} examples cannot be "
                 f"divided into {number} equal microbatches"
             )
-        # In turns, so that each microbatch of a sharded batch has rows on every device.
+        # Deal rows out in turn: each microbatch of a sharded batch then has rows on every device.
         return jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1)
 
     def gradient(
@@ -250,7 +250,7 @@ def make_train_step(
         frozen: FlatParams,
     ) -> tuple[FlatParams, Any, StepMetrics]:
         gradients, sums = gradient(trainable, frozen, batch, key)
-        # Weighted tokens may sum to less than one.
+        # The sum of weighted tokens may be less than one.
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
             gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
@@ -283,7 +283,7 @@ def make_train_step(
 
     results = None
     if partitioner is not None and not partitioner.is_single_device and state_shardings is not None:
-        # Exact: a state that is sharded in another way would make the next step compile again.
+        # Fix the shardings: a differently sharded state would make the next step recompile.
         results = (state_shardings, partitioner.replicated)
 
     options = dict(compiler_options or {})

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
 _LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
-_LONGEST_UPLOAD = (
-    100  # positions to reserve for prompts that clients add, unless a prompt is longer
-)
+_LONGEST_UPLOAD = 100  # positions for prompts that clients add, unless a served one is longer
 
 
 def default_experiment(prompts: str) -> Experiment:

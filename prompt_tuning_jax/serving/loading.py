@@ -229,7 +229,7 @@ class MethodLoader:
         self._attached: dict[Any, TunedModel] = {}
 
     def __call__(self, place: Path) -> list[LoadedMember]:
-        """Loads the members at a path, or none for a plain prompt; UserError if one does not fit."""
+        """Loads the members at a path; none for a plain prompt.  UserError if one does not fit."""
         if run_folder.is_run(place):
             return self._whole_models(place)
         found = []

@@ -54,7 +54,7 @@ def crude_stem(word: str) -> str:
 
 
 def split_of(word: str) -> str:
-    """Returns a word's split by its stem's SHA-256: about 80 % train, 10 % validation, 10 % test."""
+    """Returns a word's split by its stem's hash: about 80 % train, 10 % validation, 10 % test."""
     tenth = int(hashlib.sha256(crude_stem(word).encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(tenth, "train")
 

@@ -283,5 +283,5 @@ def _collapsed(text: str) -> str:
 
 
 def summarize(row: Row, *, article: str, summary: str) -> list[Example]:
-    """Returns "summarize: ..." and the summary, from the row's fields ``article`` and ``summary``."""
+    """Returns "summarize: ..." and the summary, from the named fields of the row."""
     return [{"inputs": f"summarize: {row[article]}", "targets": row[summary]}]

@@ -18,7 +18,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.untrusted_input import stored_bytes
 
-# Of T5X checkpoints: the index of the native format; Orbax's item, and its index.
+# In T5X checkpoints: the index of the native format; Orbax's item, and its index.
 INDEX = "checkpoint"
 ITEM = "state"
 METADATA = f"{ITEM}/_METADATA"
@@ -37,7 +37,7 @@ _HINTS = {
     "s3": "set credentials if it is private (aws configure, or AWS_PROFILE), or copy the folder to "
     "this machine (aws s3 cp --recursive)",
 }
-# How TensorStore's messages begin when the bucket is at fault and not the files in it.
+# The beginnings of TensorStore's messages for errors of the bucket, not of its files.
 _UNREACHABLE = re.compile(
     r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED"
     r"|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN)\b.*|.*(CURL|[Cc]redential|http_response_code='40[13]').*",
@@ -86,7 +86,7 @@ def retries(*, cached_bytes: int = 0) -> Any:
 
 
 def unreachable(address: str, error: Exception) -> UserError | None:
-    """The error to raise if the bucket is at fault and not the file; otherwise None."""
+    """Returns the error to raise for errors of the bucket; None for errors of the file."""
     match = _ADDRESS.fullmatch(address)
     if match is None or not _UNREACHABLE.fullmatch(str(error)):
         return None
@@ -169,7 +169,7 @@ class Bucket:
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # each kind of store raises other types
+        except Exception as error:  # each kind of store raises different types
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:

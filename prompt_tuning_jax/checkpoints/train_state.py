@@ -100,7 +100,7 @@ def restore_latest(
 def read_latest(
     folder: str | Path, *, advice: str = ""
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-    """Returns the last intact save as (step, host arrays by path, extra); see ``restore_latest``."""
+    """Returns the last intact save as (step, host arrays by path, extra); None if there is none."""
     return _load_latest(
         folder,
         lambda saved, _: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()},
@@ -316,7 +316,7 @@ _IN_LOGS = (
 
 @functools.cache
 def silence_orbax() -> None:
-    """Filters these reports, and no others, from now on; they may appear after Orbax has returned."""
+    """Filters these reports, and no others, from now on; they may come after Orbax returns."""
     for name, beginning in _IN_LOGS:
         logging.getLogger(name or None).addFilter(functools.partial(_passes, beginning=beginning))
     warnings.filterwarnings(

@@ -67,7 +67,7 @@ def open_arrays(
     """
     import tensorstore
 
-    # All are awaited, one by one, so that the first error does not leave others running.
+    # Awaits all of them in turn, so that the first error does not leave others running.
     waiting = {
         name: tensorstore.open(
             {**place.spec, **_STRICT}, read=True, open=True, context=location.retries()
@@ -216,7 +216,7 @@ def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
         for number in range(count):
             flat[f"{stack}/layers_{number}/{rest}"] = array.layer(number, axis=_AXIS)
     flat = {name: _kernel(name, array) for name, array in flat.items()}
-    if layers:  # otherwise the names say already whether biases are per layer or per stack
+    if layers:  # otherwise the names already tell whether biases are per layer or per stack
         flat = _with_one_bias_per_stack(flat)
     return dict(sorted(flat.items()))
 

@@ -86,7 +86,7 @@ def read_orbax(place: CheckpointFolder, metadata: bytes) -> Stored:
 
 
 def _require_finished(place: CheckpointFolder) -> None:
-    """UserError if Orbax's commit marks show that the save was not finished.
+    """Raises UserError if Orbax's commit marks show that the save was not finished.
 
     Either the checkpoint and its item each have a mark, or neither has: Orbax writes none on file
     systems where renaming a folder is atomic.

@@ -132,7 +132,7 @@ def _open(
     stored: dict[str, ArrayLocation] = {}
     for part, found in leaves.items():
         for name, leaf in found.items():
-            # In messages a parameter has the name that it has everywhere else.
+            # Messages use the same parameter names as everything else.
             called = name if part == "target" else f"{part}/{name}"
             if isinstance(leaf, np.ndarray | int):
                 where = f"{place.name}/{INDEX}: {called}"

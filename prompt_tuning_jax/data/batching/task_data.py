@@ -328,7 +328,7 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:
-    """Returns a line on how predictions are made; the logged training accuracy is teacher-forced."""
+    """Describes how predictions are made; the logged training accuracy is teacher-forced."""
     number = len(task.labels)
     strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
     if strategy == "rank":
@@ -431,7 +431,7 @@ def _direction(
 
 
 def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
-    """Returns the evaluation batch size: at most all examples, and divisible by ``parts``."""
+    """Returns the batch size: at most all examples, rounded up to a multiple of ``parts``."""
     return -(-min(asked, examples) // parts) * parts
 
 
@@ -445,7 +445,7 @@ def chosen_strategy(
 
 
 def require_labels(labels: Sequence[str]) -> None:
-    """UserError if there are no labels to rank."""
+    """Raises UserError if there are no labels to rank."""
     if not labels:
         raise UserError(
             "evaluation.strategy=rank needs labels, but neither the prompts nor the task have any; "

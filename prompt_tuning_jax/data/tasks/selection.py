@@ -139,7 +139,7 @@ def import_module(name: str, *, task: str = "") -> None:
 
 
 def check_files(experiment: Experiment) -> None:
-    """UserError unless the files of the experiment exist and have the required columns.
+    """Raises UserError unless the files of the experiment exist and have the required columns.
 
     Only reads the first row of data files, so that it can run before slow steps.
     """

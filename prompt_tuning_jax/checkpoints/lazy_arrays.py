@@ -154,7 +154,7 @@ def put_on_devices(
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
-    """Reads a part of an array as ``dtype``, in new aligned memory that devices can use directly."""
+    """Reads a part of an array as ``dtype``, in new aligned memory that devices use directly."""
     part = array.read(index)
     if not all_finite(part):
         raise UserError(

@@ -343,7 +343,7 @@ def _guess(start: bytes) -> str:
 
 
 def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
-    """Converts the known fields to strings, as the format requires: text unchanged, others as JSON."""
+    """Converts the known fields to strings, as the format requires: text unchanged, others JSON."""
     known = {
         key: value
         for key, value in dataclasses.asdict(metadata).items()

@@ -100,7 +100,7 @@ def restore_latest(
 def read_latest(
     folder: str | Path, *, advice: str = ""
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-    """Returns the last intact save as (step, host arrays by path, extra); None if there is none."""
+    """Like ``restore_latest``, but returns (step, host arrays by path, extra)."""
     return _load_latest(
         folder,
         lambda saved, _: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()},

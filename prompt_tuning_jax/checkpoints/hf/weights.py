@@ -55,7 +55,7 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
-    """A format: ``open`` reads a file's arrays by torch's names; ``torch_name`` translates an index."""
+    """A format: ``open`` reads arrays by torch's names; ``torch_name`` translates an index."""
 
     file: str
     open: Callable[[Path], dict[str, LazyArray]]

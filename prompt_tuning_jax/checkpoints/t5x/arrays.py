@@ -119,7 +119,7 @@ def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
 
 
 def whole_number(array: LazyArray, of: str) -> int:
-    """The step; UserError if the array is not one integer."""
+    """Returns the step; UserError if the array is not one integer."""
     if array.shape or array.dtype.kind not in "iu":
         raise UserError(f"{of} has a step that is not an integer")
     return int(array.whole())

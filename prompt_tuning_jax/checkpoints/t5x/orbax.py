@@ -113,7 +113,7 @@ def _parse(place: CheckpointFolder, metadata: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Leaf:
-    """``written``: the shape that one process wrote (array or shard); None if not listed."""
+    """``written`` is the shape that one process wrote (array or shard); None if not listed."""
 
     empty: bool
     written: tuple[int, ...] | None

@@ -1,7 +1,7 @@
-"""Arrays in ``.npy`` and ``.safetensors`` files.
+"""Reads and writes arrays in ``.npy`` and ``.safetensors`` files.
 
-Files are mapped, so that a header's claims cost no memory, and checked before their numbers are
-used.  What is written is the same bytes for the same arrays.
+Files are memory-mapped, so that the sizes that a header claims cost no memory, and checked before
+their numbers are used.  The same arrays are always written as the same bytes.
 """
 
 import json
@@ -46,7 +46,7 @@ class MappedArrays:
 
 
 def map_safetensors(path: Path) -> MappedArrays:
-    """The memory-mapped arrays of a file; only the header is read.
+    """Returns the memory-mapped arrays of a file; only the header is read.
 
     Raises UserError for a damaged file, or a dtype that NumPy does not have.
     """
@@ -61,7 +61,7 @@ def map_safetensors(path: Path) -> MappedArrays:
             pass
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is a damaged .safetensors file: {_line(error)}") from error
-    # Repeated names are resolved differently here and there, so shapes and offsets are rechecked.
+    # JSON parsers resolve repeated names differently, so shapes and offsets are checked again.
     metadata = described.pop("__metadata__", None) or {}
     size, arrays = path.stat().st_size, {}
     for name, entry in sorted(described.items()):
@@ -76,7 +76,7 @@ def map_safetensors(path: Path) -> MappedArrays:
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """The length of the header, and its JSON object; UserError if it is damaged, or OSError."""
+    """Returns the length of the header, and its JSON object; UserError if damaged, or OSError."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
@@ -89,14 +89,14 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def require_at_most(arrays: Mapping[str, HostArray], most: int, *, of: str, why: str) -> None:
-    """UserError if there are more than ``most`` numbers; ``why`` ends the message before it."""
+    """Raises UserError for more than ``most`` numbers; ``why`` is part of the message."""
     numbers = sum(array.size for array in arrays.values())
     if numbers > most:
         raise UserError(f"{of} has {numbers} numbers, and {why} {most}")
 
 
 def require_finite(arrays: Mapping[str, HostArray], *, of: str) -> None:
-    """UserError that names the first array with NaN or infinity; blocks are checked in turn."""
+    """Raises UserError that names the first array with NaN or infinity; checks block by block."""
     for name, array in arrays.items():
         flat = array.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
@@ -118,12 +118,12 @@ def _line(error: Exception) -> str:
 
 # The safetensors names of the dtypes of prompts.
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-# Numbers in a prompt; the largest that are trained have a thousandth of it.
+# The maximum of numbers in a prompt; the largest trained prompts have a thousandth of it.
 _LARGEST = 2**28
 
 
 def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float32) -> HostArray:
-    """A contiguous copy of a prompt as ``dtype``; ``of`` begins the message of errors.
+    """Returns a contiguous copy of a prompt as ``dtype``; error messages begin with ``of``.
 
     ``dtype=None`` keeps float16, bfloat16, float32 and float64, and converts others to float32.
     Raises UserError unless the array is ``[P,D]``, not empty, and of floating-point numbers that
@@ -154,7 +154,7 @@ def checked_prompt(prompt: HostArray, *, of: str, dtype: DType | None = np.float
 
 
 def read_npy(path: Path) -> HostArray:
-    """The memory-mapped array of an ``.npy`` file; UserError if it is damaged or needs pickle.
+    """Returns the memory-mapped array of an ``.npy`` file; UserError if damaged or pickled.
 
     A void dtype of two bytes is read as bfloat16.
     """
@@ -178,10 +178,10 @@ def read_npy(path: Path) -> HostArray:
 def read_safetensors(
     path: Path, *, key: str, of: str, hint: str = ""
 ) -> tuple[HostArray, dict[str, str]]:
-    """The memory-mapped array ``key`` of a ``.safetensors`` file, and the file's metadata.
+    """Returns the memory-mapped array ``key`` of a ``.safetensors`` file, and the file's metadata.
 
-    Raises UserError if the file is damaged or has other arrays; its message says with ``of`` what
-    kind of file has only ``key``, and with ``hint`` what to do.
+    Raises UserError if the file is damaged or has other arrays.  Its message names the expected
+    kind of file (``of``) and the remedy (``hint``).
     """
     mapped = map_safetensors(path)
     names = list(mapped.arrays)
@@ -192,17 +192,17 @@ def read_safetensors(
 
 
 def npy_safe(prompt_PD: HostArray) -> HostArray:
-    """The same numbers in a dtype of ``.npy``: bfloat16 becomes float32, exactly."""
+    """Converts bfloat16, which ``.npy`` lacks, to float32, exactly; others are unchanged."""
     return prompt_PD.astype(np.float32) if prompt_PD.dtype.name == "bfloat16" else prompt_PD
 
 
 def safetensors_bytes(prompt_PD: HostArray, *, key: str, metadata: Mapping[str, str]) -> bytes:
-    """A ``.safetensors`` file of one array; see ``safetensors_of``."""
+    """Returns the bytes of a ``.safetensors`` file of one array; see ``safetensors_of``."""
     return safetensors_of({key: prompt_PD}, metadata=metadata)
 
 
 def safetensors_of(arrays: Mapping[str, HostArray], *, metadata: Mapping[str, str]) -> bytes:
-    """A ``.safetensors`` file of arrays by name; the same bytes for the same input.
+    """Returns the bytes of a ``.safetensors`` file; the same input gives the same bytes.
 
     The library's writer orders the metadata randomly.
     """
@@ -220,7 +220,7 @@ def safetensors_of(arrays: Mapping[str, HostArray], *, metadata: Mapping[str, st
 
 
 def one_line(error: Exception) -> str:
-    """The message of a library's exception, in one line of limited length."""
+    """Returns the message of an exception as one line of limited length."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -228,7 +228,7 @@ METHOD = "method"  # the metadata key of the method's config, as JSON
 
 
 def tuned_by(path: Path) -> str | None:
-    """The class of the method that the arrays of a ``.safetensors`` file belong to.
+    """Returns the class of the method whose arrays are in a ``.safetensors`` file.
 
     None for any other file and for unreadable ones; "" if the method has no name.
     """

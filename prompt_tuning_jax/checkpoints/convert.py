@@ -1,4 +1,4 @@
-"""Any model or prompt in any format, written in another one."""
+"""Converts models and prompts between formats."""
 
 import os
 import re
@@ -26,8 +26,8 @@ Format = Literal["hf", "t5x", "npy", "safetensors", "peft"]
 FORMATS: tuple[Format, ...] = ("hf", "t5x", "npy", "safetensors", "peft")
 _MODELS: tuple[Format, ...] = ("hf", "t5x")
 _CHECKPOINT = re.compile(r"checkpoint_\d+")
-_OPTIONS = {"max_shard_bytes": "max_shard_size"}  # where the command line has another name
-# What each option is for.
+_OPTIONS = {"max_shard_bytes": "max_shard_size"}  # names that differ on the command line
+# The formats that each option applies to.
 _FOR: dict[str, tuple[Format, ...]] = {
     "prompt": ("t5x",),
     "step": ("t5x",),
@@ -58,22 +58,23 @@ def convert(
 ) -> Converted:
     """Writes a model or prompt in another format, bit for bit unless ``dtype`` says otherwise.
 
-    ``source`` is a model (what ``load_model`` takes), a prompt (what ``load_prompt`` takes), or a
-    folder of prompt files.  ``to`` is told by a ``destination`` called ``*.npy``, ``*.safetensors``
-    or ``checkpoint_<step>``.
+    ``source`` is a model (as for ``load_model``), a prompt (as for ``load_prompt``), or a folder of
+    prompt files.  ``to`` may be omitted if ``destination`` is named ``*.npy``, ``*.safetensors`` or
+    ``checkpoint_<step>``.
 
-    Models go to ``hf``, in files of at most ``max_shard_bytes``, or to ``t5x``, as
-    ``checkpoint_<step>`` in ``destination``, with a ``prompt`` inside; with the source's vocabulary
-    or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step`` is the source's unless given, or 0.
-    A T5X source keeps its optimizer's state (unless there is a new prompt) and its scanned layers
-    (unless ``unscan``) in ``t5x``; for ``hf``, ``relpos_max_distance`` is what it does not say.
+    Models are written as ``hf``, in files of at most ``max_shard_bytes``, or as ``t5x``, in
+    ``destination/checkpoint_<step>``, optionally with a ``prompt``.  Both get the source's
+    vocabulary or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step`` defaults to the source's
+    step, or 0.  Written as ``t5x``, a T5X source keeps its optimizer's state (unless a new prompt
+    is given) and its scanned layers (unless ``unscan``).  Written as ``hf``, it may need
+    ``relpos_max_distance``, which T5X checkpoints do not store.
 
-    Prompts go to ``npy``, ``safetensors`` (with their metadata) or ``peft``; ``model`` is the
-    frozen model that they are for, which they must fit, and whose name PEFT wants to know.
+    Prompts are written as ``npy``, ``safetensors`` (with their metadata) or ``peft``.  ``model`` is
+    the frozen model of the prompts.  They must fit it, and a PEFT adapter stores its name.
 
-    Arrays are read one by one: the host holds one of them, or one file of an ``hf`` folder.
-    A terminal shows a bar.  What exists stays unless ``overwrite``, and after an error or an
-    interruption nothing is left.  Raises UserError.
+    Arrays are read one by one: the host holds one array, or one file of an ``hf`` folder.  A
+    terminal shows a progress bar.  Existing output is replaced only with ``overwrite``; an error or
+    interrupt leaves nothing behind.  Raises UserError.
     """
     source, destination = str(source), Path(os.path.abspath(Path(destination).expanduser()))
     to = format_of(destination, to)
@@ -89,7 +90,7 @@ def convert(
         "model": model,
         "allow_other_model": allow_other_model,
     }
-    # A step of 0 is given, and equals False.
+    # ``step=0`` counts as given, although 0 == False.
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != ""}
     require_options_of(to, given)
     used: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
@@ -103,7 +104,7 @@ def convert(
 
 
 def require_options_of(to: Format, given: Iterable[str]) -> None:
-    """Raises UserError for an option that has no meaning in what is written as ``to``."""
+    """Raises UserError for an option that does not apply to the format ``to``."""
     for name in given:
         if to not in _FOR[name]:
             option = _OPTIONS.get(name, name)
@@ -112,7 +113,7 @@ def require_options_of(to: Format, given: Iterable[str]) -> None:
 
 
 def format_of(destination: Path, to: Format | None) -> Format:
-    """What ``to`` or the name of what is to be written says; UserError where they do not agree."""
+    """Returns ``to``, or the format that the name implies; UserError if the two disagree."""
     suffix = destination.suffix.removeprefix(".")
     if to is not None and to not in FORMATS:
         raise UserError(f"to is {to!r}; it is one of {', '.join(FORMATS)}")
@@ -147,9 +148,10 @@ def _require_model(source: str, to: Format) -> None:
 
 
 def _prompt_source(source: str, destination: Path, to: Format) -> str:
-    """The prompt or folder to read: of a folder with one prompt that one, where a file is written.
+    """Returns the prompt or folder to read.
 
-    UserError for a model, and for several prompts that are to be one file.
+    A folder with a single prompt stands for that prompt if ``destination`` is a file.  Raises
+    UserError for a model, and for several prompts that would be written to one file.
     """
     path = Path(source)
     if not path.exists() and (source in BUNDLED or source in T5X_MODELS):

@@ -43,7 +43,7 @@ _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What has been written: in words, where, how many files and bytes, and what to know of it."""
+    """A finished conversion: a description, its path, counts of files and bytes, and notes."""
 
     what: str
     path: Path
@@ -119,7 +119,7 @@ def convert_to_t5x(
     trainable: LazyArray | HostArray | None = _own_prompt(opened)
     if prompt:
         trainable = _prompt_for(opened, prompt, allow_other_model=allow_other_model)
-    # What T5X has written is written as it was, unless something else is asked for.
+    # A T5X source keeps its stored layout unless the options ask for a change.
     params: Mapping[str, LazyArray] = opened.params
     state: Mapping[str, LazyArray | None] | None = None
     as_it_was = False
@@ -161,12 +161,12 @@ def convert_to_t5x(
 
 
 def describe(ids: TokenIds) -> str:
-    """In words."""
+    """Describes the token ids in words."""
     return f"padding {ids.pad}, end {ids.eos}, start {ids.start}"
 
 
 def written(what: str, path: Path, *, notes: list[str]) -> Converted:
-    """What lies at ``path``, measured."""
+    """Describes the output at ``path`` with its number of files and its size."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     size = sum(p.stat().st_size for p in files)
     return Converted(what=what, path=path, files=len(files), bytes=size, notes=tuple(notes))
@@ -175,7 +175,7 @@ def written(what: str, path: Path, *, notes: list[str]) -> Converted:
 def _open(
     source: str, vocabulary: str, relpos_max_distance: int | None
 ) -> tuple[ModelCheckpoint, str | Path | None]:
-    """The model, and the file of its vocabulary or of the one that is given instead."""
+    """Opens the model, and returns it with its vocabulary file or the given one."""
     opened = open_source(source, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary)
     words: str | Path | None = vocabulary or opened.vocabulary_file
     if vocabulary and Path(vocabulary).is_dir():
@@ -186,14 +186,14 @@ def _open(
 
 
 def hf_model_type(opened: ModelCheckpoint) -> str:
-    """What Hugging Face calls the model; of a T5X checkpoint its embeddings tell an mT5."""
+    """Returns the ``model_type``; T5X checkpoints with mT5's number of embeddings are ``mt5``."""
     if isinstance(opened.source, Path):
         return model_type_of(opened.source)
     return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
 
 
 def _own_prompt(opened: ModelCheckpoint) -> LazyArray | None:
-    """The one in a T5X checkpoint."""
+    """Returns the prompt in a T5X checkpoint, if any."""
     if isinstance(opened.source, Path):
         return None
     return opened.source.params.get(PROMPT)
@@ -216,7 +216,10 @@ def _prompt_for(opened: ModelCheckpoint, path: str, *, allow_other_model: bool) 
 def _checkpoint_folder(
     destination: Path, step: int | None, checkpoint: T5XCheckpoint | None
 ) -> tuple[Path, int]:
-    """``checkpoint_<step>`` itself or the folder for it -> the former, and the step."""
+    """Returns the path of ``checkpoint_<step>``, and the step.
+
+    ``destination`` is that path or its parent folder.
+    """
     named = _CHECKPOINT.fullmatch(destination.name)
     if step is None:
         step = checkpoint.step if checkpoint is not None else int(named[1]) if named else 0
@@ -231,7 +234,7 @@ def _checkpoint_folder(
 
 
 def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]]) -> None:
-    """Where ``open_model`` finds it; T5X passes over files that its index does not name."""
+    """Writes the vocabulary where ``open_model`` finds it; T5X ignores files not in its index."""
     for name, source in files.items():
         if isinstance(source, Path):
             shutil.copyfile(source, folder / name)
@@ -240,7 +243,7 @@ def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]
 
 
 def _lost_in_t5x(opened: ModelCheckpoint) -> list[str]:
-    """What a T5X checkpoint of this model does not say, and shapes do not tell."""
+    """Lists the settings that a T5X checkpoint does not store and its shapes do not imply."""
     buckets = opened.config.relpos_num_buckets
     guessed = config_of(opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets)
     differing = [
@@ -257,7 +260,7 @@ def _lost_in_t5x(opened: ModelCheckpoint) -> list[str]:
 def _shown(
     source: str, arrays: Iterable[LazyArray]
 ) -> Iterator[Callable[[str, LazyArray], LazyArray]]:
-    """Makes an array one that, as it is read, moves the bar of them all."""
+    """Shows a progress bar; yields a function that makes an array advance the bar when read."""
     with progress(f"converting {source}", total=sum(array.nbytes for array in arrays)) as report:
 
         def counted(name: str, array: LazyArray) -> LazyArray:

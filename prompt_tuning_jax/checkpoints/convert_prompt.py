@@ -28,7 +28,7 @@ from prompt_tuning_jax.models.t5.config import T5Config
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
-# The same models on Hugging Face's hub, where PEFT looks for them.
+# The names of these models on the Hugging Face hub, where PEFT looks for them.
 _PEFT_NAMES = {name: f"google/t5-{name.rpartition('_')[2]}-lm-adapt" for name in T5X_MODELS}
 
 
@@ -51,17 +51,17 @@ def convert_prompts(
     allow_other_model: bool = False,
     overwrite: bool = False,
 ) -> Converted:
-    """Writes the prompt ``source``, or every prompt of a folder; arguments as of ``convert``."""
+    """Writes the prompt ``source``, or every prompt of a folder; arguments as in ``convert``."""
     files = prompt_files(source)
     one_file = files is None and to != "peft"
     require_free(destination, overwrite=overwrite, folder=not one_file)
     names = [source] if files is None else [str(file) for file in files]
-    # All are read before anything is written: they are small, and one may be damaged.
+    # Read all prompts before writing any: they are small, and one may be damaged.
     prompts = [read_prompt(name) for name in names]
     base = _open_base(model, prompts, to=to, check=not allow_other_model)
     for name, stored in zip(names, prompts, strict=True):
         _require_fit(stored, base, path=name, allow_other_model=allow_other_model)
-    if files is None:  # the files of a folder have been read, and may be replaced
+    if files is None:  # the prompts of a folder are in memory, so it may be replaced
         require_outside(source, destination)
     if to == "npy" and dtype == "bfloat16":
         raise UserError("an .npy file has no bfloat16: leave out --dtype, or write .safetensors")
@@ -91,11 +91,10 @@ def convert_prompts(
 
 
 def prompt_files(source: str) -> list[Path] | None:
-    """The prompts in a folder of prompts, by name; None if ``source`` is anything else.
+    """Returns the prompts in a folder, sorted by name; None if ``source`` is anything else.
 
-    They are prompt files, or folders of PEFT adapters.
-
-    Of files that differ in their suffix alone the ``.safetensors`` is taken, which says more.
+    Every entry must be a prompt file or the folder of a PEFT adapter.  If files differ only in
+    their suffix, the ``.safetensors`` file is used, because it has metadata.
     """
     folder = Path(source)
     if not folder.is_dir() or is_peft(folder):
@@ -149,7 +148,7 @@ def _write(
 
 
 def notes_on_bundled(names: Iterable[str]) -> list[str]:
-    """What to say where adapters name a model that PEFT does not find."""
+    """Returns notes for adapters that name a bundled model, which PEFT cannot find."""
     return [
         f"PEFT does not know the model {name}, which is bundled here: load the adapter onto the "
         f"folder {ASSETS / 'tiny'}"
@@ -158,7 +157,7 @@ def notes_on_bundled(names: Iterable[str]) -> list[str]:
 
 
 def name_for_peft(name: str) -> str:
-    """A name on the hub, or the whole path of a folder: the adapter may be used from elsewhere."""
+    """Returns a name on the hub, or a folder's absolute path, which works from any folder."""
     if name in BUNDLED:
         return name
     folder = Path(name).expanduser()
@@ -168,14 +167,18 @@ def name_for_peft(name: str) -> str:
 def _open_base(
     model: str, prompts: Sequence[StoredPrompt], *, to: PromptFormat, check: bool
 ) -> _Base:
-    """What ``--model`` names; for PEFT, what the prompts name if it is on this machine."""
+    """Opens the frozen model that ``--model`` names.
+
+    For PEFT, the default is the model named in the prompts, which is opened if it is a local folder
+    or bundled.
+    """
     named = model or next((p.metadata.model_name for p in prompts if p.metadata.model_name), "")
     if to != "peft" and not model:
         return _Base()
     if to == "peft":
         if not named:
             return _Base()
-        # PEFT finds the sizes itself: they are not worth fetching a model.
+        # PEFT looks up the sizes itself, so the model is not fetched for them.
         if named in T5X_MODELS or (is_hub_name(named) and not Path(named).is_dir()):
             return _Base(name=named)
         if not model and named not in BUNDLED and not Path(named).is_dir():
@@ -207,6 +210,6 @@ def _require_fit(stored: StoredPrompt, base: _Base, *, path: str, allow_other_mo
 
 
 def _known(metadata: PromptMetadata) -> bool:
-    """Whether more is known than PEFT's folders and the source's name say."""
+    """Whether the metadata have more than the model's name and the writing program."""
     known = dataclasses.replace(metadata, model_name="", created_by="")
     return known != PromptMetadata()

@@ -81,7 +81,7 @@ def _sample(array: Array | HostArray) -> HostArray:
 
 
 def _in_host_memory(array: jax.Array) -> bool:
-    """Whether numpy can read the array without a copy."""
+    """Whether NumPy can read the array without a copy."""
     devices: set[jax.Device] = array.sharding.device_set
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 

@@ -27,11 +27,11 @@ from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 _log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# Of all these models: 32,000 pieces and 100 sentinels.
+# The vocabulary of all these models: 32,000 pieces and 100 sentinels.
 T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-_GENERATIONS = ".generations.json"  # of what was copied from a bucket
+_GENERATIONS = ".generations.json"  # the generations of files copied from a bucket
 _DESCRIPTION = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
 
 

@@ -1,4 +1,4 @@
-"""What a model or a prompt on disk is, read from headers alone."""
+"""Describes models and prompts on disk, from their headers alone."""
 
 import re
 from collections import Counter
@@ -59,7 +59,7 @@ def open_source(
 
 
 def architecture(opened: ModelCheckpoint) -> str:
-    """The published architecture, as far as shapes and files tell."""
+    """Returns the published architecture, as far as shapes and files determine it."""
     config, kind = opened.config, _model_type(opened)
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:
@@ -77,7 +77,7 @@ def architecture(opened: ModelCheckpoint) -> str:
 
 
 def size_name(config: T5Config) -> str:
-    """The preset with these sizes and any vocabulary; empty if there is none."""
+    """Returns the preset with these sizes and any vocabulary; "" if there is none."""
     for name, other in PRESETS.items():
         if (_sizes(config), config.mlp_activations) == (_sizes(other), other.mlp_activations):
             return name
@@ -85,7 +85,7 @@ def size_name(config: T5Config) -> str:
 
 
 def layout(opened: ModelCheckpoint) -> str:
-    """The format in words, and the number of files if there are several."""
+    """Returns the format in words, and the number of files if there are several."""
     source = opened.source
     if isinstance(source, Path):
         file, _ = open_weights(source)
@@ -99,7 +99,7 @@ def layout(opened: ModelCheckpoint) -> str:
 
 
 def fingerprint_of(opened: ModelCheckpoint) -> str:
-    """The model's fingerprint; reads all of its weights, one array at a time."""
+    """Returns the model's fingerprint; reads all weights, one array at a time."""
     return fingerprint(opened.config, _ReadLater(opened.params))
 
 
@@ -216,7 +216,7 @@ def describe_model(
 
 
 def _vocabulary(file: Path | None) -> str:
-    """In words; empty for none, and the error for one that cannot be used."""
+    """Describes the vocabulary in words; "" for none, and the error if it cannot be used."""
     if file is None:
         return ""
     try:

@@ -41,7 +41,7 @@ class LazyArray:
         return prod(self.shape) * self.dtype.itemsize
 
     def whole(self) -> HostArray:
-        """All of it."""
+        """Reads the whole array."""
         return self.read(tuple(slice(None) for _ in self.shape))
 
     def transposed(self) -> "LazyArray":
@@ -112,7 +112,7 @@ def progress(title: str, *, total: int | None = None) -> Iterator[Report]:
 
 # Bytes; XLA uses aligned host memory on CPU without a copy.
 _ALIGNMENT = 64
-# By dtype: the unsigned integer type of its width, and the bits of its exponent.
+# dtype -> the unsigned integer type of its width, and the bits of its exponent.
 _EXPONENTS: dict[np.dtype, tuple[np.dtype, np.unsignedinteger]] = {
     np.dtype(np.float32): (np.dtype(np.uint32), np.uint32(0x7F800000)),
     np.dtype(np.float16): (np.dtype(np.uint16), np.uint16(0x7C00)),
@@ -130,7 +130,7 @@ def put_on_devices(
     finish: Callable[[str, Array], Mapping[str, Array]] | None = None,
     as_stored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Array]:
-    """Every array, by name, as ``dtype``, sharded by ``shardings``.
+    """Puts every array on devices as ``dtype``, sharded by ``shardings``; returns them by name.
 
     Without ``shardings`` each array is whole on the default device.  A part that several devices
     hold is read once.  ``finish(name, array)`` replaces an array on devices by one or several, by
@@ -154,7 +154,7 @@ def put_on_devices(
 
 
 def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
-    """A part of an array as ``dtype``, in fresh aligned memory that devices can use directly."""
+    """Reads a part of an array as ``dtype``, in new aligned memory that devices use directly."""
     part = array.read(index)
     if not all_finite(part):
         raise UserError(

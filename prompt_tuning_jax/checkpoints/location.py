@@ -18,7 +18,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.untrusted_input import stored_bytes
 
-# Of T5X checkpoints: the index of the native format; Orbax's item, and its index.
+# In T5X checkpoints: the index of the native format; Orbax's item, and its index.
 INDEX = "checkpoint"
 ITEM = "state"
 METADATA = f"{ITEM}/_METADATA"
@@ -37,7 +37,7 @@ _HINTS = {
     "s3": "set credentials if it is private (aws configure, or AWS_PROFILE), or copy the folder to "
     "this machine (aws s3 cp --recursive)",
 }
-# How TensorStore's messages begin when the bucket is at fault and not the files in it.
+# The beginnings of TensorStore's messages for errors of the bucket, not of its files.
 _UNREACHABLE = re.compile(
     r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED"
     r"|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN)\b.*|.*(CURL|[Cc]redential|http_response_code='40[13]').*",
@@ -86,7 +86,7 @@ def retries(*, cached_bytes: int = 0) -> Any:
 
 
 def unreachable(address: str, error: Exception) -> UserError | None:
-    """The error to raise if the bucket is at fault and not the file; otherwise None."""
+    """Returns the error to raise for errors of the bucket; None for errors of the file."""
     match = _ADDRESS.fullmatch(address)
     if match is None or not _UNREACHABLE.fullmatch(str(error)):
         return None
@@ -96,7 +96,7 @@ def unreachable(address: str, error: Exception) -> UserError | None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of another library's error in one line."""
+    """Returns the message of another library's error as one line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = line.partition(" [tensorstore_spec=")[0]
     # TensorStore's messages begin with what it did and end with what went wrong.
@@ -115,12 +115,12 @@ class Bucket:
         )
 
     def names(self) -> list[str]:
-        """The files in the folder itself."""
+        """Returns the names of the files directly in the folder."""
         keys = self._call(lambda: self._store.list().result())
         return sorted(name for name in (key.decode() for key in keys) if "/" not in name)
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a small file; None if there is none."""
+        """Returns the bytes of a small file; None if it does not exist."""
         result = self._call(lambda: self._store.read(name).result())
         return bytes(result.value) if result.state == "value" else None
 
@@ -169,7 +169,7 @@ class Bucket:
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except Exception as error:  # each kind of store raises other types
+        except Exception as error:  # each kind of store raises different types
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
@@ -179,7 +179,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFolder:
-    """A checkpoint's folder: ``root`` on this machine, or ``store`` (TensorStore's) in a bucket."""
+    """A checkpoint's folder: ``root`` on this machine, or a TensorStore ``store`` in a bucket."""
 
     name: str
     root: Path | None
@@ -187,7 +187,7 @@ class CheckpointFolder:
 
     @classmethod
     def of(cls, folder: str | Path) -> "CheckpointFolder":
-        """A folder, or a ``gs://`` or ``s3://`` address; UserError for an unfinished save."""
+        """Opens a folder, or a ``gs://`` or ``s3://`` address; UserError for an unfinished save."""
         name = str(folder).rstrip("/") or str(folder)
         store = store_of(name)
         root = None if store else Path(folder).resolve()
@@ -197,7 +197,7 @@ class CheckpointFolder:
         return cls(name=name, root=root, store=store or {"driver": "file", "path": f"{root}/"})
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a file; None if there is none.  UserError for a link out of the folder."""
+        """Returns the bytes of a file, or None; UserError for a link out of the folder."""
         if self.root is not None:
             file = self._inside(path, "a file")
             try:
@@ -215,13 +215,13 @@ class CheckpointFolder:
         return Bucket(self.name).read(path)
 
     def has_file(self, path: str) -> bool:
-        """Whether there is such a file; UserError for a link out of the folder."""
+        """Whether the file exists; UserError for a link out of the folder."""
         if self.root is None:
             return self.read(path) is not None
         return self._inside(path, "a file").is_file()
 
     def stored_bytes(self) -> int | None:
-        """Bytes of all files of the folder on the disk; None for a bucket."""
+        """Returns the bytes of all files in the folder on disk; None for a bucket."""
         return None if self.root is None else stored_bytes(self.root)
 
     def below(self, path: object, *, of: str) -> dict[str, Any]:

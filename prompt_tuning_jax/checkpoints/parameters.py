@@ -68,7 +68,7 @@ def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) 
 
 # The path of the prompt [P,D] among the model's parameters in the original prompt tuning code.
 PROMPT = "encoder/prompt/prompt/prompt"
-# No other parameter has such a part in its path.
+# Parts of paths that only prompts have.
 _OF_PROMPTS = re.compile(r"(^|.*/)\w*prompt\w*(/.*|$)", re.DOTALL)
 _RELPOS_OF_STACK = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
 _RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")

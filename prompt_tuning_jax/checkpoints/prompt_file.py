@@ -78,7 +78,7 @@ class PromptMetadata:
 
 
 def tasks_of(metadata: PromptMetadata) -> tuple[TrainedTask, ...]:
-    """The tasks of the mixture that a prompt was trained on; empty for a single task.
+    """Returns the tasks of the mixture that a prompt was trained on; empty for a single task.
 
     Old files have only the name of the mixture, which is looked up.
     """
@@ -98,7 +98,7 @@ def tasks_of(metadata: PromptMetadata) -> tuple[TrainedTask, ...]:
 
 
 def for_task(metadata: PromptMetadata, task: TrainedTask) -> PromptMetadata:
-    """The metadata for one of its tasks."""
+    """Returns the metadata for one task of the mixture."""
     return dataclasses.replace(
         metadata,
         task=task.name,
@@ -109,10 +109,11 @@ def for_task(metadata: PromptMetadata, task: TrainedTask) -> PromptMetadata:
 
 
 def shared_labels(labels: Mapping[str, tuple[str, ...]], *, instead: str) -> tuple[str, ...]:
-    """The labels that all members of an ensemble choose between, given by name; empty if unknown.
+    """Returns the labels that all members of an ensemble share; empty if unknown.
 
-    In their common order, or else in alphabetical order, so that the order of the members does not
-    matter.  UserError if two have different labels; ``instead`` says what to do.
+    ``labels`` are by member.  Their common order is kept; otherwise they are sorted, so that the
+    order of the members does not matter.  Raises UserError if two members have different labels;
+    ``instead`` says what to do.
     """
     known = {name: each for name, each in labels.items() if each}
     if not known:
@@ -128,7 +129,7 @@ def shared_labels(labels: Mapping[str, tuple[str, ...]], *, instead: str) -> tup
 
 
 def listed(labels: Sequence[str]) -> str:
-    """The first labels, for a message."""
+    """Returns the first labels, for a message."""
     return ", ".join(label[:40] for label in labels[:8]) + ", ..." * (len(labels) > 8)
 
 
@@ -342,7 +343,7 @@ def _guess(start: bytes) -> str:
 
 
 def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
-    """The known fields as strings, as the format requires: text as it is, the rest as JSON."""
+    """Converts the known fields to strings, as the format requires: text unchanged, others JSON."""
     known = {
         key: value
         for key, value in dataclasses.asdict(metadata).items()

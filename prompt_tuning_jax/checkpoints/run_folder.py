@@ -1,4 +1,4 @@
-"""The files of a run's working directory: prompts, other methods' arrays, results, best members."""
+"""Reads and writes a run's files: prompts, other methods' arrays, results and best members."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,12 @@ class Best:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder has been claimed by some run."""
+    """Whether the folder belongs to a run."""
     return (folder / RUN_CONFIG).is_file()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON aside and renames it; nan is null."""
+    """Writes JSON atomically; nan becomes null."""
     with atomic_write(path) as aside:
         aside.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
@@ -49,12 +49,12 @@ def export_prompt(folder: Path, name: str, prompt_PD: HostArray, metadata: Promp
 
 
 def export_tuned(folder: Path, name: str, stored: TunedCheckpoint) -> None:
-    """Writes what a run of another method than prompts keeps as ``tuned/NAME.safetensors``."""
+    """Writes the trained arrays of a method other than prompts as ``tuned/NAME.safetensors``."""
     save_tuned(folder / TUNED / f"{name}.safetensors", stored)
 
 
 def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The best prompts of a run, in the order of its members; UserError where one is missing."""
+    """Returns the best prompt file of each member, in order; UserError if one is missing."""
     files = [folder / PROMPTS / f"{name}.safetensors" for name in names]
     for file in files:
         if not file.is_file():
@@ -66,12 +66,12 @@ def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read_best(folder: Path) -> dict[str, HostArray]:
-    """The best tuned arrays of a run's members, with their leading axis E, for any method."""
+    """Returns the best trained arrays of a run's members, with leading axis E, for any method."""
     return read_best_and_model(folder)[0]
 
 
 def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
-    """The same, and the fingerprint of the frozen model that they were trained on."""
+    """Returns ``read_best``, and the fingerprint of the frozen model that the run used."""
     leaves, extra = _best_checkpoint(folder)
     trainable = {name for name in leaves if name.startswith("trainable/")}
     best = {name.removeprefix("trainable/"): np.asarray(leaves[name]) for name in trainable}
@@ -85,21 +85,21 @@ def read_best_and_model(folder: Path) -> tuple[dict[str, HostArray], str]:
 
 
 def best_evaluations(folder: Path) -> tuple[Best | None, ...]:
-    """The best evaluation of each member of a run."""
+    """Returns the best evaluation of each member of a run."""
     _, extra = _best_checkpoint(folder)
     return tuple(bests_from_json(extra["best"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What ``results.json`` says beside the scores: how far the run came, and why no farther."""
+    """The part of ``results.json`` besides scores: the progress of the run, and why it stopped."""
 
     step: int
     stopped_early: bool
 
 
 def read_results(folder: Path) -> Results | None:
-    """How a run ended, or None where it has not; UserError for a file that is not a run's."""
+    """Returns how a run ended, or None if it has not; UserError if the file is not a run's."""
     path = folder / RESULTS
     if not path.is_file():
         return None
@@ -133,12 +133,12 @@ def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def bests_to_json(bests: Sequence[Best | None]) -> list[Any]:
-    """The bests as values of JSON, in which nan is null."""
+    """Converts the best evaluations to JSON values; nan becomes null."""
     return [own and {"step": own.step, "metrics": dict(own.metrics)} for own in bests]
 
 
 def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
-    """What ``bests_to_json`` made; a null among the metrics is nan."""
+    """The inverse of ``bests_to_json``; null among the metrics becomes nan."""
     return [
         Best(
             step=own["step"],
@@ -151,7 +151,7 @@ def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
 
 
 def member_names(experiment: Experiment) -> tuple[str, ...]:
-    """A name per member that says what sets it apart, fit for a file."""
+    """Returns a file name for each member, which distinguishes it from the others."""
     training = experiment.training
     names = []
     for number, seed in enumerate(training.seeds):
@@ -165,7 +165,7 @@ def member_names(experiment: Experiment) -> tuple[str, ...]:
 
 
 def workdir_of(experiment: Experiment) -> Path:
-    """The run's folder; UserError where none is named."""
+    """Returns the run's folder; UserError if none is named."""
     if not experiment.training.workdir:
         raise UserError("training.workdir is empty; say where to keep the run with --workdir")
     return Path(experiment.training.workdir).expanduser()

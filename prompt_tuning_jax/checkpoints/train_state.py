@@ -48,10 +48,10 @@ def save(
 ) -> bool:
     """Writes a tree of arrays and a JSON-able dict, and returns when both are safely on disk.
 
-    The last ``keep`` steps are kept; older ones are removed afterwards.  A step that is saved
-    already is not written again, because a run's state is a pure function of its step; the result
-    is then False.  Numbers in ``extra`` that are not finite become null.  Arrays may be sharded;
-    all processes must call.  Raises UserError if the folder cannot be written or has a later step.
+    Keeps the last ``keep`` steps and removes older ones afterwards.  Returns False without writing
+    if the step exists, because a run's state is a pure function of its step.  Numbers in ``extra``
+    that are not finite become null.  Arrays may be sharded; all processes must call.  Raises
+    UserError if the folder cannot be written or has a later step.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least one step must be kept")
@@ -75,12 +75,12 @@ def save(
 def restore_latest(
     folder: str | Path, like: Tree, *, advice: str = ""
 ) -> tuple[int, Tree, dict[str, Any]] | None:
-    """The last intact save as (step, state, extra); None if nothing was saved.
+    """Returns the last intact save as (step, state, extra); None if nothing was saved.
 
-    ``like`` is a tree of arrays or ``jax.ShapeDtypeStruct``: the result has its structure and
+    ``like`` is a tree of arrays or ``jax.ShapeDtypeStruct``.  The result has its structure and
     shardings (jax arrays for jax leaves, numpy arrays for others), bit for bit as saved.  If the
-    newest save is damaged, the one before it is used, with a warning.  Raises UserError, which ends
-    with ``advice``, if all saves are damaged, and UserError that names the first leaf whose path,
+    newest save is damaged, the one before it is used, with a warning.  Raises UserError that ends
+    with ``advice`` if all saves are damaged, and UserError that names the first leaf whose path,
     shape or dtype differs from the save.  Only reads, so another process may be training.
     """
     wanted = _named_leaves(like)
@@ -100,7 +100,7 @@ def restore_latest(
 def read_latest(
     folder: str | Path, *, advice: str = ""
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-    """The last intact save as (step, host arrays by path, extra); see ``restore_latest``."""
+    """Like ``restore_latest``, but returns (step, host arrays by path, extra)."""
     return _load_latest(
         folder,
         lambda saved, _: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()},
@@ -109,15 +109,15 @@ def read_latest(
 
 
 def latest_step(folder: str | Path) -> int:
-    """The newest saved step, intact or not; 0 if there is none."""
+    """Returns the newest saved step, intact or not; 0 if there is none."""
     return max(_steps(Path(folder)), default=0)
 
 
 def remove_damaged(folder: str | Path, *, restored: int) -> None:
     """Removes saves that are later than the restored one, which must be damaged.
 
-    Also earlier ones whose metadata cannot be read, since Orbax cannot save beside them.  Raises
-    UserError if that fails.
+    Also removes earlier ones with unreadable metadata, because Orbax cannot save beside them.
+    Raises UserError if that fails.
     """
     for step in _steps(Path(folder)):
         if step > restored or (step < restored and not _has_metadata(folder, step)):
@@ -142,7 +142,7 @@ def _has_metadata(folder: str | Path, step: int) -> bool:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps with a folder of the final name, newest first."""
+    """Returns the steps with a folder of the final name, newest first."""
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()]
     except OSError:
@@ -188,7 +188,7 @@ def _load_latest(
 def _load_step(
     folder: str | Path, step: int, abstract: Callable[[Mapping[str, Any], Path], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays by path, and extra, of one step; a short UserError if it is damaged."""
+    """Returns one step's arrays by path, and extra; a short UserError if it is damaged."""
     from orbax.checkpoint import v1 as ocp
 
     where = Path(folder).absolute() / str(step)
@@ -210,7 +210,7 @@ def _load_step(
 
 
 def _digest(leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    """Of the arrays' bytes, names, dtypes and shapes, and of ``extra``."""
+    """Returns a digest of the arrays' bytes, names, dtypes and shapes, and of ``extra``."""
     digest = hashlib.sha256(json_text(extra, sort_keys=True).encode())
     for name in sorted(leaves):
         array = np.asarray(on_host(leaves[name]))
@@ -316,7 +316,7 @@ _IN_LOGS = (
 
 @functools.cache
 def silence_orbax() -> None:
-    """Filters these reports, and no others, from now on: they may come after Orbax has returned."""
+    """Filters these reports, and no others, from now on; they may come after Orbax returns."""
     for name, beginning in _IN_LOGS:
         logging.getLogger(name or None).addFilter(functools.partial(_passes, beginning=beginning))
     warnings.filterwarnings(

@@ -94,7 +94,7 @@ def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
 
 
 def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:
-    """UserError if the arrays have more than twice as many numbers as the whole model."""
+    """Raises UserError if the arrays have more than twice as many numbers as the whole model."""
     whole = sum(map(prod, parameter_shapes(config).values()))
     most = 2 * whole + _ALWAYS_READ
     require_at_most(arrays, most, of=of, why="the most that are read for a model of this size is")

@@ -1,6 +1,6 @@
-"""Random numbers as a hash of (seed, purpose, example), so that any example can be made alone.
+"""Random numbers as a hash of (seed, purpose, example), so that each example is independent.
 
-A generator would have to be made for each example; a hash draws for a whole batch in a few numpy
+A generator would have to be created for each example; a hash draws for a whole batch in a few NumPy
 operations.  B examples.
 """
 
@@ -10,9 +10,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def random_bits(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -> np.ndarray:
-    """``count`` random uint64 for each example: [B, count]; SplitMix64 (Steele et al. 2014).
+    """Draws ``count`` uint64 for each example: [B, count]; SplitMix64 (Steele et al. 2014).
 
-    Draws of one ``purpose`` have nothing to do with another's.
+    Draws for different ``purpose`` values are independent.
     """
     run = _mix(np.array([seed % 2**64], np.uint64)) + np.uint64(purpose)
     stream_B = _mix(_mix(run) + indices_B * _GOLDEN)
@@ -22,7 +22,7 @@ def random_bits(count: int, *, seed: int, purpose: int, indices_B: np.ndarray) -
 def random_integers(
     low: int, high: int, *, seed: int, purpose: int, indices_B: np.ndarray
 ) -> np.ndarray:
-    """One integer from low to high, both included, for each example: [B], int64."""
+    """Draws one integer from low to high, both included, for each example: [B], int64."""
     draws_B = random_bits(1, seed=seed, purpose=purpose, indices_B=indices_B)[:, 0]
     return low + (draws_B % np.uint64(high - low + 1)).astype(np.int64)
 

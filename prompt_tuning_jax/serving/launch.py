@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 TOKEN, ADMIN_TOKEN = "PROMPT_TUNING_TOKEN", "PROMPT_TUNING_ADMIN_TOKEN"
 _LIBRARIES = ("fastapi", "httptools", "prometheus_client", "uvicorn")
-_LONGEST_UPLOAD = 100  # positions, where prompts may be added and none is longer
+_LONGEST_UPLOAD = 100  # positions for prompts that clients add, unless a served one is longer
 
 
 def default_experiment(prompts: str) -> Experiment:
-    """An experiment with the model of the run in this folder, or with the bundled model."""
+    """Returns an experiment with the model of the run in this folder, or with the bundled model."""
     run = run_config(prompts) if Path(prompts).is_dir() else None
     model = Experiment().model if run is None else run.model
     return Experiment(model=model)
@@ -70,7 +70,7 @@ def serve(
     )
     for origin in serving.cors_origins:
         checked_origin(origin, of="--cors_origins")
-    with server.bound(host, port) as own:  # before anything that takes long
+    with server.bound(host, port) as own:  # before any slow step
         print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
         service = open_service(
             experiment, prompts, serving=serving, allow_changes=bool(admin_token)
@@ -200,7 +200,7 @@ def open_service(
 
 
 def _clear_away(store: "TaskStore", folder: Path) -> None:
-    """Removes what a killed server has left; prints a note if the folder cannot be changed."""
+    """Removes leftovers of a killed server; prints a note if the folder cannot be changed."""
     from prompt_tuning_jax.serving.task_store import CHANGES, BusyError, StorageError
 
     if not (folder / CHANGES).exists():
@@ -289,7 +289,7 @@ def _require_libraries() -> None:
 
 @contextmanager
 def _compiling(number: int, *, beside: int) -> Iterator[Callable[[str], None]]:
-    """A function that advances a progress bar by one program; an empty name closes the bar."""
+    """Yields a function that advances a progress bar by one program; "" closes the bar."""
     print(
         f"compiling the {number} programs that answer all requests; {beside} faster ones follow "
         "while requests are answered",

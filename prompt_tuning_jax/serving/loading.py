@@ -60,15 +60,15 @@ from prompt_tuning_jax.serving.tasks import (
 from prompt_tuning_jax.typing import HostArray
 
 _log = logging.getLogger(__name__)
-# Where a run keeps its prompts, what other methods tuned, and where it tuned all, that.
+# A run's folders of prompts, of other methods' arrays, and of fully tuned models.
 _RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource:
-    """The files of a task; ``name`` is empty if the prompts' metadata names the task.
+    """The files of a task; ``name`` is empty if the prompts' metadata name the task.
 
-    ``placement`` and ``inputs_template`` are the run's, for files without these metadata.
+    ``placement`` and ``inputs_template`` are those of the run, for files without these metadata.
     """
 
     name: str
@@ -90,9 +90,9 @@ LoadMethods: TypeAlias = Callable[[Path], Sequence[LoadedMember]]
 
 
 def find_tasks(folder: Path) -> list[TaskSource]:
-    """The tasks in a run's folder, or in a folder of files, folders of files and runs.
+    """Finds the tasks in the folder of a run, or in a folder of files, folders and runs.
 
-    A file holds a prompt or a method's trained arrays; a run without such files is one task.
+    A file contains a prompt or a method's trained arrays; a run without such files is one task.
     """
     if not folder.is_dir():
         raise UserError(f"--prompts {folder}: no such folder")
@@ -110,10 +110,10 @@ def find_tasks(folder: Path) -> list[TaskSource]:
 def load_tasks(
     source: TaskSource, validator: PromptValidator, load_methods: LoadMethods = lambda path: []
 ) -> list[ServedTask]:
-    """The task with all its members, or for a mixture each of its tasks as NAME.TASK.
+    """Loads the task with all its members; a mixture becomes one task NAME.TASK per member task.
 
-    ``load_methods`` loads everything except plain prompts.  UserError for a file that does not fit
-    the model.
+    ``load_methods`` loads everything except plain prompts.  Raises UserError for a file that does
+    not fit the model.
     """
     members: dict[str, list[Served]] = {}
     for file in source.files:
@@ -140,9 +140,9 @@ def load_tasks(
 
 
 def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
-    """A member for each task of the mixture that it was trained on, or the member itself.
+    """Returns a member for each task of the mixture that it was trained on, or the member itself.
 
-    ``inputs_template`` is the run's, for files without one in their metadata.
+    ``inputs_template`` is that of the run, for files without one in their metadata.
     """
     served = opened.served
     about = served.metadata
@@ -160,9 +160,10 @@ def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
 
 
 def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
-    """The prompt for a task of this name; of a mixture, for the task that NAME.TASK names.
+    """Returns the prompt for the named task; NAME.TASK selects a task of a mixture.
 
-    UserError if it was trained on a mixture and neither the name nor ``labels`` select a task.
+    Raises UserError if the prompt was trained on a mixture and neither the name nor ``labels``
+    select a task.
     """
     tasks = {task_name(one.name): one for one in tasks_of(prompt.metadata)}
     if not tasks:
@@ -179,7 +180,10 @@ def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> Serve
 
 
 def task_name(trained_on: str) -> str:
-    """The task's name; of a data file its stem, or its folder's name if that is train, data etc."""
+    """Returns the task's name, or for a data file its stem.
+
+    If the stem is train, data or the like, the name is that of the folder.
+    """
     path = Path(trained_on)
     if len(path.parts) < 2 and not path.suffix:
         return trained_on
@@ -197,7 +201,7 @@ def _files_of_run(folder: Path) -> tuple[Path, ...]:
 
 
 def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
-    """Files and folders that may hold prompts; of files with equal stems the .safetensors file."""
+    """Returns possible prompts by stem; of files with equal stems, the .safetensors file."""
     found: dict[str, Path] = {}
     for path in _entries(folder):
         if path.is_file() and path.suffix in PROMPT_SUFFIXES:
@@ -225,7 +229,7 @@ class MethodLoader:
         self._attached: dict[Any, TunedModel] = {}
 
     def __call__(self, place: Path) -> list[LoadedMember]:
-        """The members in this place; none for a plain prompt.  UserError if one does not fit."""
+        """Loads the members at a path; none for a plain prompt.  UserError if one does not fit."""
         if run_folder.is_run(place):
             return self._whole_models(place)
         found = []
@@ -322,7 +326,7 @@ class MethodLoader:
         return self._attached[key]
 
     def _whole_models(self, folder: Path) -> list[LoadedMember]:
-        """The members of a run that tuned all weights, from its checkpoint."""
+        """Loads the members of a run that tuned all weights, from its checkpoint."""
         run = run_config(str(folder))
         if run is None or not run.method.trains_model:
             name = "" if run is None else f" of {method_name(run.method)}"
@@ -345,7 +349,7 @@ class MethodLoader:
 
 
 def require_sees_all(method: PromptTuning, place: Path) -> None:
-    """UserError for a prompt that some positions do not attend to."""
+    """Raises UserError for a prompt that some positions do not attend to."""
     sees_all = method.prompt_to_input and method.input_to_prompt
     if not sees_all or method.prompt_to_prompt != "all":
         raise UserError(
@@ -355,13 +359,13 @@ def require_sees_all(method: PromptTuning, place: Path) -> None:
 
 
 def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:
-    """Everything in these tasks except plain prompts."""
+    """Returns everything in these tasks except plain prompts."""
     every = (one for task in tasks for one in task.prompts)
     return [one for one in every if isinstance(one, ServedMethod)]
 
 
 def _labels_of(data: Data, place: Path) -> tuple[str, ...]:
-    """The labels of a run's data; none, with a warning, if the data cannot be read."""
+    """Returns the labels of a run's data; none, with a warning, if the data cannot be read."""
     try:
         return labels_of(build_mixture(data))
     except UserError as error:

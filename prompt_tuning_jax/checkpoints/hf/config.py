@@ -41,7 +41,7 @@ _MT5_DEFAULTS = (
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
     | {"feed_forward_proj": "gated-gelu"}
 )
-# By T5Config's name: transformers' name, and its default.
+# T5Config's name -> transformers' name, and its default.
 _TOKEN_IDS = {
     "pad": ("pad_token_id", 0),
     "eos": ("eos_token_id", 1),

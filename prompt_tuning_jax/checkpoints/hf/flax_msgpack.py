@@ -19,7 +19,7 @@ from prompt_tuning_jax.typing import HostArray
 _NDARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _DEEPEST = 64
-_MOST_VALUES = 2**21  # each may take 64 bytes in memory for one in the file
+_MOST_VALUES = 2**21  # a value of one byte in the file may take 64 bytes in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class FlaxArray:
             raise ValueError(f"{stored} bytes for {list(self.shape)} of {dtype}")
 
     def read(self, bounds: Index, dtype: np.dtype) -> HostArray:
-        """A part of it; ``bounds`` are slices with explicit ends.  Several pieces are copied."""
+        """Reads a part; ``bounds`` are slices with explicit ends.  Several pieces are copied."""
         if not self.shape:
             return np.frombuffer(self.pieces[0], dtype).reshape(())
         row = prod(self.shape[1:])
@@ -137,7 +137,7 @@ class _Scanner:
         return int.from_bytes(self.take(size), "big")
 
     def value(self, depth: int = 0) -> Any:
-        """The next object; arrays as FlaxArray, other binary data as views."""
+        """Returns the next object; arrays as FlaxArray, other binary data as views."""
         if depth > _DEEPEST:
             raise ValueError("maps are nested too deeply")
         self.values += 1

@@ -32,10 +32,10 @@ def write_folder(
     dtype: str,
     max_shard_bytes: int,
 ) -> None:
-    """Writes arrays, which have torch's names and layout.
+    """Writes arrays, which must have torch's names and layout.
 
-    ``describe`` returns config.json for the most common dtype; ``tokenizer`` maps names of further
-    files to a file to copy or JSON to write.
+    ``describe`` returns config.json for the most common dtype; ``tokenizer`` maps the names of
+    other files to a file to copy or JSON to write.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -66,8 +66,8 @@ def write_folder(
                 shutil.copyfile(source, temporary / name)
             else:
                 _write_json(temporary / name, source)
-        # Last, so that failures above leave the old model intact.  A kill from here on leaves an
-        # index without its shards, which readers report, and never a mixture of two models.
+        # Last, so that earlier failures leave the old model intact.  A kill after this point leaves
+        # an index without its shards, which readers report, and never a mixture of two models.
         _remove_weights(folder, keep={SAFETENSORS} & shards.keys())
 
 

@@ -115,7 +115,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
 def _require_possible_layers(
     config: T5Config, layers: Set[str], *, arrays: int, path: Path
 ) -> None:
-    """UserError for more layers than the file has arrays, before all layers are listed."""
+    """Raises UserError for more layers than the file has arrays, before all layers are listed."""
     for stack, number in (
         ("encoder", config.num_encoder_layers),
         ("decoder", config.num_decoder_layers),
@@ -177,7 +177,7 @@ def write_hf(
 
 
 def hf_name(name: str) -> str:
-    """What transformers calls a parameter.
+    """Returns transformers' name of a parameter.
 
     encoder/layers_3/mlp/wo/kernel -> encoder.block.3.layer.1.DenseReluDense.wo.weight.
     """
@@ -247,7 +247,7 @@ def _with_head(
 
 
 def _equal(left: LazyArray, right: LazyArray) -> bool:
-    """Bit for bit, comparing some rows at a time."""
+    """Whether two arrays are equal bit for bit, comparing some rows at a time."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     row_bytes = max(1, left.dtype.itemsize * int(np.prod(left.shape[1:])))

@@ -55,7 +55,7 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
-    """``open`` reads a file's arrays by torch's names; ``torch_name`` translates an index."""
+    """A format: ``open`` reads arrays by torch's names; ``torch_name`` translates an index."""
 
     file: str
     open: Callable[[Path], dict[str, LazyArray]]
@@ -225,7 +225,7 @@ def _dtype(name: str, *, where: str) -> np.dtype:
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> Index:
-    """The same slices with explicit ends: libraries differ in what they accept."""
+    """Returns the slices with explicit ends, because libraries differ in what they accept."""
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 

@@ -27,7 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 KEY = "prompt_embeddings"
 _PEFT_TYPE = "PROMPT_TUNING"
-# Other adapters than plain prompts, which ``peft.prompts`` and ``peft.weights`` read.
+# Types of adapters that ``peft.prompts`` and ``peft.weights`` read.
 OTHER_TYPES = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3")
 _TASK_TYPE = "SEQ_2_SEQ_LM"
 # Fields of an adapter's config about the prompt's initialisation, and about its model.

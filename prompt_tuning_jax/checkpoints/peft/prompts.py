@@ -94,11 +94,11 @@ def write_peft_prompts(
     config: T5Config,
     base_model_name_or_path: str,
 ) -> None:
-    """Writes a member as a run saves it, as a folder that PEFT loads for a T5.
+    """Writes a member, as a run saves it, to a folder that PEFT loads for a T5.
 
     A plain prompt becomes a P_TUNING adapter (``adapter_file.write_peft`` writes a PROMPT_TUNING
     adapter).  The folder is written atomically; in an existing one, other files stay.  Raises
-    UserError for anything that PEFT has no counterpart of.
+    UserError for anything without a counterpart in PEFT.
     """
     described: dict[str, Any] = {
         "auto_mapping": None,

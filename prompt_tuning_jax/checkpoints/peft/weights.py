@@ -248,7 +248,7 @@ def _ia3(
 
 
 def _require_plain(described: Mapping[str, Any], where: Path) -> None:
-    """UserError for a field that changes what the adapter computes."""
+    """Raises UserError for a field that changes what the adapter computes."""
     for field, value in described.items():
         if field not in _IGNORED and value and value != "none":
             raise UserError(

@@ -67,7 +67,7 @@ def open_arrays(
     """
     import tensorstore
 
-    # All are awaited, one by one, so that the first error does not leave others running.
+    # Awaits all of them in turn, so that the first error does not leave others running.
     waiting = {
         name: tensorstore.open(
             {**place.spec, **_STRICT}, read=True, open=True, context=location.retries()
@@ -119,7 +119,7 @@ def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
 
 
 def whole_number(array: LazyArray, of: str) -> int:
-    """The step; UserError if the array is not one integer."""
+    """Returns the step; UserError if the array is not one integer."""
     if array.shape or array.dtype.kind not in "iu":
         raise UserError(f"{of} has a step that is not an integer")
     return int(array.whole())
@@ -216,7 +216,7 @@ def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
         for number in range(count):
             flat[f"{stack}/layers_{number}/{rest}"] = array.layer(number, axis=_AXIS)
     flat = {name: _kernel(name, array) for name, array in flat.items()}
-    if layers:  # otherwise the names say already whether biases are per layer or per stack
+    if layers:  # otherwise the names already tell whether biases are per layer or per stack
         flat = _with_one_bias_per_stack(flat)
     return dict(sorted(flat.items()))
 

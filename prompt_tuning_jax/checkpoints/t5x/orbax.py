@@ -86,7 +86,7 @@ def read_orbax(place: CheckpointFolder, metadata: bytes) -> Stored:
 
 
 def _require_finished(place: CheckpointFolder) -> None:
-    """UserError if Orbax's commit marks show that the save was not finished.
+    """Raises UserError if Orbax's commit marks show that the save was not finished.
 
     Either the checkpoint and its item each have a mark, or neither has: Orbax writes none on file
     systems where renaming a folder is atomic.
@@ -113,7 +113,7 @@ def _parse(place: CheckpointFolder, metadata: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Leaf:
-    """``written``: the shape that one process wrote (array or shard); None if not listed."""
+    """``written`` is the shape that one process wrote (array or shard); None if not listed."""
 
     empty: bool
     written: tuple[int, ...] | None

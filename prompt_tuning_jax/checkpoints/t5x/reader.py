@@ -127,12 +127,12 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _open(
     place: CheckpointFolder, leaves: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, LazyArray]]:
-    """Leaves of ``target`` and ``state`` by part and name, all opened at once."""
+    """Opens all leaves of ``target`` and ``state`` at once; returns them by part and name."""
     inline: dict[str, LazyArray] = {}
     stored: dict[str, ArrayLocation] = {}
     for part, found in leaves.items():
         for name, leaf in found.items():
-            # In messages a parameter has the name that it has everywhere else.
+            # Messages use the same parameter names as everything else.
             called = name if part == "target" else f"{part}/{name}"
             if isinstance(leaf, np.ndarray | int):
                 where = f"{place.name}/{INDEX}: {called}"
@@ -150,7 +150,7 @@ def _open(
 
 
 def _array_place(place: CheckpointFolder, name: str, spec: Mapping[str, Any]) -> ArrayLocation:
-    """The location from a TensorStore spec; nothing else in the spec is trusted or passed on."""
+    """Returns the location from a TensorStore spec; nothing else in the spec is trusted."""
     at = f"{place.name}/{INDEX}"
     store, metadata = spec["kvstore"], spec.get("metadata", {})
     if not isinstance(store, Mapping) or not isinstance(metadata, Mapping):

@@ -104,7 +104,7 @@ def _write(
         if slot is None:
             leaves[full] = None
         elif (of := target.get(_parameter_of(name))) is None or of.shape != slot.shape:
-            # T5X stores slots of other shapes than their parameter's in the index: they are small.
+            # T5X stores small slots, whose shape differs from their parameter's, in the index.
             leaves[full] = slot.whole()
         else:
             leaves[full] = _leaf(folder, full, slot, inline=inline)
@@ -118,7 +118,7 @@ def _parameter_of(name: str) -> str:
 
 
 def _leaf(folder: Path, name: str, array: LazyArray, *, inline: Collection[str]) -> Any:
-    """The array itself, or after writing it, the TensorStore spec for the index."""
+    """Returns the array itself, or writes it and returns the TensorStore spec for the index."""
     if name in inline:
         return array.whole()
     import tensorstore

@@ -1,7 +1,7 @@
-"""Batches padded to a few input lengths, chosen so that little of them is padding.
+"""Batches padded to a few input lengths, chosen to minimise padding.
 
-``Buckets`` chooses the lengths, and ``BucketPlan`` decides which examples, and which length, each
-step has.  N inputs or batches, C lengths to choose from.
+``Buckets`` chooses the lengths, and ``BucketPlan`` assigns examples and a length to each step.  N
+inputs or batches, C lengths to choose from.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from prompt_tuning_jax.config.field_syntax import parse_buckets
 from prompt_tuning_jax.data.random_draws import random_bits
 
-# Fewer buckets (and so fewer shapes to compile) may compute this share of positions more.
+# The share of additional positions that fewer buckets (fewer shapes to compile) may cost.
 _TOLERATED = 0.03
-# Lengths that suit the hardware; below the shortest, batches cost as much.
+# Lengths that suit the hardware; shorter batches than the first are not faster.
 _MULTIPLE, _SHORTEST = 8, 16
 
 
@@ -71,7 +71,7 @@ def padded_size(number: int, *, least: int = 1) -> int:
     """
     size = least
     while size < number:
-        # From a power of two to one and a half of it, from there to the next.
+        # Each power of two is followed by one and a half times it.
         size = size * 4 // 3 if size % 3 == 0 else max(size * 3 // 2, size + 1)
     return size
 

@@ -1,6 +1,6 @@
-"""Tokenised examples in memory, as flat arrays, and on disk, in one folder per cache entry.
+"""Tokenised examples in memory, as flat arrays, and on disk, one folder per cache entry.
 
-An entry is written to a temporary folder, renamed, and checked when it is opened.
+An entry is written to a temporary folder and renamed, and checked when it is opened.
 """
 
 import hashlib

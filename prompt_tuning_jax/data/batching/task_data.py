@@ -48,14 +48,14 @@ _REPORTED_STEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """Training examples (None for an evaluation only), and evaluation examples by task."""
+    """The training examples (None for evaluation only), and evaluation examples by task."""
 
     train: TrainBatches | None
     train_targets: tuple[str, ...]
     evaluation: Mapping[str, TokenizedExamples]
     labels: tuple[str, ...]
     best_by: str
-    # Of ``best_by``; None if it is not known.
+    # The direction of ``best_by``; None if it is not known.
     direction: Direction | None
     reports: tuple[str, ...]
 
@@ -84,7 +84,7 @@ class TaskData:
         return (self.best_by,)
 
     def baselines(self) -> dict[str, float]:
-        """Scores by ``best_by`` without a model, by name: that of the majority class."""
+        """Returns scores of ``best_by`` without a model, by name: that of the majority class."""
         if len(self.evaluation) != 1 or not self.labels:
             return {}
         (examples,) = self.evaluation.values()
@@ -152,9 +152,10 @@ def build_data(
     training: bool = True,
     partitioner: Partitioner | None = None,
 ) -> TaskData:
-    """The examples of the experiment; ``split`` replaces ``data.eval_split``.
+    """Builds the data of the experiment; ``split`` replaces ``data.eval_split``.
 
-    With a ``partitioner`` over several processes training batches have the rows of this one alone.
+    With a ``partitioner`` over several processes, training batches contain only this process's
+    rows.
     """
     data = experiment.data
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
@@ -225,7 +226,7 @@ def build_data(
 def designed(
     experiment: Experiment, task: Task, vocabulary: AnyVocabulary, *, source: Task | None = None
 ) -> Task:
-    """The task with the inputs that the method composes; most methods do not change them.
+    """Returns the task with the inputs that the method composes; most methods do not change them.
 
     Demonstrations are drawn by the first seed from the training split of ``source``, which defaults
     to the task.
@@ -283,7 +284,7 @@ def _check_targets(
     train_sets: Sequence[TokenizedExamples],
     eval_sets: Sequence[TokenizedExamples],
 ) -> None:
-    """UserError for targets that no prediction can equal, and for unknown label sets."""
+    """Raises UserError for targets that no prediction can equal, and for unknown label sets."""
     data, asked = experiment.data, experiment.evaluation.strategy
     uses_files = bool(data.train or data.eval)
     for number, one in enumerate((*train_sets, *eval_sets)):
@@ -327,7 +328,7 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:
-    """How predictions are made (training accuracy in the log is teacher-forced)."""
+    """Describes how predictions are made; the logged training accuracy is teacher-forced."""
     number = len(task.labels)
     strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
     if strategy == "rank":
@@ -336,7 +337,7 @@ def _evaluation_line(experiment: Experiment, task: Task) -> str:
 
 
 def _target_notes(data: Data, one: TokenizedExamples, *, trains: bool) -> Iterator[str]:
-    """Remarks on the targets and inputs of a set, one line each."""
+    """Yields remarks on the targets and inputs of a set, one line each."""
     counts = Counter(example["targets"] for example in one.texts)
     if trains and one.task.labels:
         yield label_line(counts, one.task.labels)
@@ -358,7 +359,7 @@ def _reports(
     eval_sets: list[TokenizedExamples],
     partitioner: Partitioner | None,
 ) -> Iterator[str]:
-    """A line per set, and the share of padding in batches."""
+    """Yields a line per set, and the share of padding in batches."""
     yield from dict.fromkeys(note for one in (*train_sets, *eval_sets) for note in one.task.notes)
     for one in train_sets:
         yield one.report()
@@ -388,7 +389,7 @@ def _padding_report(what: str, lengths: Sequence[int], percent: float) -> str:
 
 
 def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
-    """The requested metric, or the first one; UserError for one that is not computed."""
+    """Returns the requested metric, or the first; UserError for one that is not computed."""
     first = eval_sets[0].task
     if not first.metrics:
         raise UserError(f"task {first.name!r} has no metric; set data.metrics")
@@ -396,7 +397,7 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
     usual = ""
     for one in eval_sets:
         prefix = f"{one.task.name}/" if len(eval_sets) > 1 else ""
-        # A metric may return several numbers, whose names only its result tells.
+        # The names of a metric with several numbers are known only from its result.
         scores = one.task.score(one.texts, [example["targets"] for example in one.texts])
         first_name = one.task.metrics[0].name if one.task.metrics else ""
         if first_name not in (*scores, LOSS):
@@ -430,21 +431,21 @@ def _direction(
 
 
 def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
-    """The rows of an evaluation batch: at most all examples, and divisible by ``parts``."""
+    """Returns the batch size: at most all examples, rounded up to a multiple of ``parts``."""
     return -(-min(asked, examples) // parts) * parts
 
 
 def chosen_strategy(
     asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
 ) -> Literal["rank", "greedy", "beam"]:
-    """How predictions are made: ``auto`` ranks labels if there are any, and otherwise generates."""
+    """Returns the strategy; ``auto`` ranks labels if there are any, and otherwise generates."""
     if asked == "auto":
         return "rank" if labels else "greedy"
     return asked
 
 
 def require_labels(labels: Sequence[str]) -> None:
-    """UserError if there are no labels to rank."""
+    """Raises UserError if there are no labels to rank."""
     if not labels:
         raise UserError(
             "evaluation.strategy=rank needs labels, but neither the prompts nor the task have any; "

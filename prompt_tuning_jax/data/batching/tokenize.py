@@ -1,4 +1,4 @@
-"""Tokenises the examples of a task once, and caches them untruncated."""
+"""Tokenises the examples of a task once, and caches them without truncation."""
 
 import functools
 import hashlib
@@ -70,12 +70,12 @@ class TokenizedExamples:
 
     @property
     def num_inputs_cut(self) -> int:
-        """How many inputs are longer than ``inputs_length``."""
+        """The number of inputs that are longer than ``inputs_length``."""
         return self.inputs.num_longer_than(self.inputs_length)
 
     @property
     def num_targets_cut(self) -> int:
-        """How many targets are longer than ``targets_length``."""
+        """The number of targets that are longer than ``targets_length``."""
         return self.targets.num_longer_than(self.targets_length)
 
     @property
@@ -156,7 +156,7 @@ class TokenizedExamples:
                 )
 
     def report(self) -> str:
-        """One line: how many examples, how long, how many cut."""
+        """Returns one line with the number of examples, their lengths, and the number truncated."""
         line = (
             f"{self.title}: {len(self):,} example{'s' * (len(self) != 1)}, inputs of "
             f"{self.inputs.lengths.mean():.0f} tokens on average and {self.inputs.lengths.max()} "

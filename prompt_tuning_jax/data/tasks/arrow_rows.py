@@ -1,4 +1,4 @@
-"""Rows of parquet and Arrow files, and of the folders that ``datasets`` writes."""
+"""Reads rows of parquet files, Arrow files, and folders written by ``datasets``."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ def read_parquet(path: Path) -> _Rows:
 
 
 def read_arrow(path: Path, *, first: int = 1) -> _Rows:
-    """Yield (where, row) of an Arrow file, or of a stream in one, as ``datasets`` writes."""
+    """Yield (where, row) of an Arrow file or stream, as ``datasets`` writes them."""
     import pyarrow as pa
 
     with _refusing(path), pa.OSFile(str(path)) as source:
@@ -48,14 +48,14 @@ def read_arrow(path: Path, *, first: int = 1) -> _Rows:
 
 
 def read_folder(folder: Path, split: str) -> _Rows:
-    """Yield (where, row) of a folder written by ``save_to_disk``; of several splits, of one."""
+    """Yield (where, row) of a ``save_to_disk`` folder; ``split`` selects one of several splits."""
     files = files_of(folder, split)
     for path in files[1:]:
         yield from read_arrow(path)
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """What decides the rows of such a folder: its description, then its Arrow files in order."""
+    """Returns the files that determine the rows: the description, then the Arrow files in order."""
     splits = folder / _SPLITS
     if splits.is_file():
         listed = _listed(read_json_file(splits), "splits", splits)
@@ -91,7 +91,7 @@ def _listed(value: Any, field: str, path: Path) -> list[str]:
 
 
 def _plain(name: str, path: Path) -> str:
-    """A name of a file within the folder, which a path to somewhere else is not."""
+    """Returns ``name``; UserError if it is not a plain file name within the folder."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UserError(f"{path}: {name[:60]!r} is not the name of a file in this folder")
     return name
@@ -114,7 +114,7 @@ def _rows(batches: Any, schema: "pa.Schema", path: Path, first: int) -> _Rows:
     import pyarrow as pa
 
     classes = _class_names(schema, path)
-    # As few digits as tell numbers of their own type apart.
+    # The shortest decimals that identify a float16 or float32 number.
     short = {
         field.name: pa.types.is_float16(field.type) or pa.types.is_float32(field.type)
         for field in schema
@@ -133,7 +133,7 @@ def _rows(batches: Any, schema: "pa.Schema", path: Path, first: int) -> _Rows:
 
 
 def _class_names(schema: "pa.Schema", path: Path) -> dict[str, list[str]]:
-    """The names of the classes of columns that ``datasets`` stores as their numbers."""
+    """Returns the class names of ``ClassLabel`` columns, which ``datasets`` stores as numbers."""
     stored = (schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return {}
@@ -150,7 +150,10 @@ def _class_names(schema: "pa.Schema", path: Path) -> dict[str, list[str]]:
 
 
 def _as_json(value: Any, names: list[str] | None = None) -> Any:
-    """A value as JSON has it, numbers as text; a class by its name, -1 (none) and nan as null."""
+    """Converts a value to JSON, with numbers as text.
+
+    A class number becomes the name of its class; -1 (no class) and nan become null.
+    """
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Demonstrations: examples of the training split, with their targets, in the input text."""
+"""Demonstrations: training examples with their targets in the input text."""
 
 import bisect
 import dataclasses

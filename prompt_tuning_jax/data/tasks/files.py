@@ -122,7 +122,7 @@ def check_file_columns(
     columns: Sequence[str],
     separator: str,
 ) -> None:
-    """UserError unless each file exists and has a row with the required columns."""
+    """Raises UserError unless each file exists and has a row with the required columns."""
     files = _row_files(
         train, eval, train_split, eval_split, header=header, columns=columns, separator=separator
     )

@@ -1,4 +1,4 @@
-"""Tasks and mixtures of SeqIO as this library's.
+"""Wraps SeqIO's tasks and mixtures as tasks and mixtures of this library.
 
 TensorFlow and SeqIO are imported inside the functions: importing them takes seconds.
 """
@@ -42,15 +42,15 @@ def names_in_seqio() -> tuple[str, ...]:
 def from_seqio(name: str) -> Task | Mixture:
     """Wrap a registered SeqIO task, or a mixture with its rates; UserError for an unknown name.
 
-    The texts are ``inputs_pretokenized`` and ``targets_pretokenized``; where a preprocessor makes
-    ids alone, the ids decoded by the task's own vocabulary.  Ids that a preprocessor adds or
-    changes after tokenisation are lost (task-index tokens).  All other features
-    stay with the example, bytes as text and arrays as lists.
+    The texts are ``inputs_pretokenized`` and ``targets_pretokenized``.  If a preprocessor produces
+    only ids, they are decoded with the task's vocabulary.  Ids that a preprocessor adds or changes
+    after tokenisation, such as task-index tokens, are lost.  The example keeps all other features:
+    bytes as text, and arrays as lists.
 
-    ``postprocess_fn`` and the metrics over predictions are the task's own and see what SeqIO's
-    evaluator shows them (but texts for ids); metrics over scores are left out.  Labels are the
-    ``label_classes`` of a postprocessor made by ``functools.partial`` (T5's classification tasks),
-    else none.
+    The task's ``postprocess_fn`` and its metrics over predictions get what SeqIO's evaluator passes
+    them, but texts instead of ids.  Metrics over scores are left out.  Labels are the
+    ``label_classes`` of a postprocessor made with ``functools.partial`` (as in T5's classification
+    tasks); otherwise there are none.
     """
     import seqio
 
@@ -62,7 +62,7 @@ def from_seqio(name: str) -> Task | Mixture:
         )
     mixture = seqio.MixtureRegistry.get(name)
     rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
-    # A rate of 0 is how SeqIO's users say that a task is only evaluated.
+    # In SeqIO, a rate of 0 marks a task that is only evaluated.
     return Mixture(
         name=name,
         tasks=tuple(_wrap_task(task) for task in mixture.tasks if rates[task.name]),
@@ -88,17 +88,17 @@ def _wrap_task(task: "seqio.Task") -> Task:
 
 
 def set_data_dir(data_dir: str) -> None:
-    """Where SeqIO's tasks over TensorFlow Datasets find their data from now on."""
+    """Sets the folder in which SeqIO's tasks look for TensorFlow Datasets data."""
     import seqio
 
     seqio.set_tfds_data_dir_override(data_dir)
 
 
 def _splits(task: "seqio.Task") -> tuple[str, ...]:
-    """Which there are; UserError where the data that would say it are not there."""
+    """Returns the splits of the task; UserError if the data that list them are missing."""
     try:
         return tuple(task.splits)
-    except Exception as error:  # of TFDS, of file systems, of the task's own code
+    except Exception as error:  # from TFDS, the file system or the task's code
         raise UserError(_no_data(task, error)) from None
 
 
@@ -120,7 +120,7 @@ def _no_data(task: "seqio.Task", error: Exception) -> str:
 def _rows(task: "seqio.Task", split: str) -> Iterator[Row]:
     try:
         dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
-    except (AssertionError, OSError) as error:  # TFDS asserts that the data are there
+    except (AssertionError, OSError) as error:  # TFDS asserts that the data exist
         raise UserError(_no_data(task, error)) from None
     for features in dataset.as_numpy_iterator():
         texts = {key: _text_of(task, key, features) for key in ("inputs", "targets")}
@@ -137,7 +137,7 @@ def _text_of(task: "seqio.Task", key: str, features: Mapping[str, Any]) -> str:
     value = features.get(key)
     if isinstance(value, bytes):
         return value.decode()
-    if value is None:  # a decoder-only task: all of it is targets
+    if value is None:  # a decoder-only task: the whole text is the target
         return ""
     return str(task.output_features[key].vocabulary.decode([int(token) for token in value]))
 
@@ -176,7 +176,7 @@ def _wrap_postprocess(task: "seqio.Task") -> Postprocess:
 def _wrap_metric(metric_fn: Callable[..., Mapping[str, Any]]) -> Metric:
     def compute(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         results = metric_fn(targets, predictions)
-        # Metrics may return texts and pictures beside numbers, and wrap numbers as Scalar.
+        # Metrics may also return texts and images, and may wrap numbers as Scalar.
         plain = {name: getattr(value, "value", value) for name, value in results.items()}
         return {name: float(v) for name, v in plain.items() if isinstance(v, numbers.Real)}
 
@@ -199,7 +199,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """Back to what SeqIO shows a postprocessor: bytes, numpy numbers and arrays."""
+    """Converts JSON values back to what SeqIO passes postprocessors: bytes, numpy values."""
     if isinstance(value, str):
         return value.encode(errors="surrogateescape")
     if isinstance(value, dict):

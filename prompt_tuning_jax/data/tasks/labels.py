@@ -1,4 +1,4 @@
-"""Labels of a task: checks before training, and how much each counts in the loss."""
+"""Checks the labels of a task before training, and weights their examples in the loss."""
 
 import unicodedata
 from collections import Counter
@@ -49,7 +49,7 @@ def label_notes(counts: Mapping[str, int], labels: Sequence[str]) -> Iterator[st
 def require_labels_known(
     task: Task, title: str, examples: Sequence[Example], *, of_training: bool
 ) -> None:
-    """UserError if no label equals a target in the task's comparison."""
+    """Raises UserError if no label equals a target in the task's comparison."""
     counts = Counter(example["targets"] for example in examples)
     strange = {
         example["targets"]: example for example in examples if example["targets"] not in task.labels

@@ -1,4 +1,4 @@
-"""The formulas of SQuAD, ROUGE and correlations, which general metrics and T5's have in common."""
+"""The formulas of SQuAD, ROUGE and correlations, which general and T5 metrics share."""
 
 import re
 import string
@@ -13,9 +13,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """{"em", "f1"}: percent, each the best over a question's answers, averaged over questions.
+    """{"em", "f1"} in percent: the best over a question's answers, averaged over questions.
 
-    An empty answer that meets an empty one matches exactly and has an F1 of 0, as in ``t5``.
+    An empty prediction for an empty answer is an exact match with an F1 of 0, as in ``t5``.  Raises
     ValueError for a question without answers.
     """
     exact, overlap = [], []
@@ -33,7 +33,7 @@ def normalized(text: str) -> str:
 
 
 def word_f1(target: str, prediction: str) -> float:
-    """F1 of the words that two texts share, counted as often as they occur; 0 to 1."""
+    """F1 of the words that two texts share, with multiplicity; from 0 to 1."""
     target_words, predicted_words = target.split(), prediction.split()
     shared = sum((Counter(target_words) & Counter(predicted_words)).values())
     if not shared:
@@ -43,9 +43,9 @@ def word_f1(target: str, prediction: str) -> float:
 
 
 def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's correlation; nan where all predictions are the same, as in the original.
+    """Pearson's correlation; nan if all predictions are equal, as in the original.
 
-    A prediction that is no finite number counts as -1: see ``postprocess.number``.
+    A prediction that is not a finite number counts as -1 (``postprocess.number``).
     """
     from scipy.stats import pearsonr
 
@@ -53,14 +53,14 @@ def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
 
 
 def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan and what is no number as in ``pearson``."""
+    """Spearman's rank correlation; nan and invalid numbers as in ``pearson``."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, targets, predictions)
 
 
 def _correlation(function: Any, targets: Sequence[float], predictions: Sequence[float]) -> float:
-    # A constant side would make SciPy warn before it returns nan; fewer than two it refuses.
+    # SciPy warns for constant values before it returns nan, and rejects fewer than two.
     if len(set(targets)) < 2 or len(set(predictions)) < 2:
         return float("nan")
     return 100 * float(function(targets, predictions)[0])
@@ -69,7 +69,7 @@ def _correlation(function: Any, targets: Sequence[float], predictions: Sequence[
 def rouge_f1(
     targets: Sequence[str], predictions: Sequence[str], *, kinds: Sequence[str]
 ) -> dict[str, float]:
-    """The mean F1 of these kinds of ROUGE, by the names of the reference implementation."""
+    """The mean F1 of these kinds of ROUGE, by their names in the reference implementation."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(kinds))

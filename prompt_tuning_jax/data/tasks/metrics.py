@@ -259,7 +259,7 @@ def _correlation(name: str) -> MetricFn:
 
 
 def _require_texts(name: str, *compared: Sequence[Any]) -> None:
-    """UserError if a task's postprocessing returns other values than text."""
+    """Raises UserError if a task's postprocessing returns other values than text."""
     for value in (value for values in compared for value in values):
         if not isinstance(value, str):
             raise UserError(

@@ -25,7 +25,7 @@ NO_EVAL = "data.eval is empty; set it to a file of evaluation examples (--eval_d
 
 
 def build_mixture(data: Data) -> Mixture:
-    """The task or mixture of that name, or the task of a user's files."""
+    """Returns the named task or mixture, or the task of a user's files."""
     if data.train or data.eval:
         return as_mixture(
             file_task(
@@ -64,7 +64,7 @@ def build_mixture(data: Data) -> Mixture:
 
 
 def labels_of(mixture: Mixture) -> tuple[str, ...]:
-    """The labels of all tasks of a mixture."""
+    """Returns the labels of all tasks of a mixture."""
     members = (*mixture.tasks, *mixture.evaluated)
     return tuple(dict.fromkeys(label for task in members for label in task.labels))
 
@@ -139,7 +139,7 @@ def import_module(name: str, *, task: str = "") -> None:
 
 
 def check_files(experiment: Experiment) -> None:
-    """UserError unless the files of the experiment exist and have the required columns.
+    """Raises UserError unless the files of the experiment exist and have the required columns.
 
     Only reads the first row of data files, so that it can run before slow steps.
     """
@@ -157,7 +157,7 @@ def check_files(experiment: Experiment) -> None:
 
 
 def _file_fields(data: Data) -> dict[str, Any]:
-    """The fields for the files of rows, and for their columns."""
+    """Returns the fields for the files of rows and their columns."""
     names = ("train", "eval", "train_split", "eval_split", "header", "columns", "separator")
     sides = ("inputs_column", "targets_column", "inputs_template", "targets_template")
     return {name: getattr(data, name) for name in (*names, *sides)}

@@ -22,7 +22,7 @@ from prompt_tuning_jax.errors import UserError, suggest
 Row: TypeAlias = Mapping[str, Any]
 # {"inputs": str, "targets": str} and any further fields (JSON values) that metrics need.
 Example: TypeAlias = dict[str, Any]
-# A pure function: one row gives no, one or several examples.
+# A pure function from a row to any number of examples.
 Preprocess: TypeAlias = Callable[[Row], Sequence[Example]]
 # (text, example, is_target) -> what the metrics compare; called on targets and on predictions.
 Postprocess: TypeAlias = Callable[[str, Example, bool], Any]

@@ -1,7 +1,7 @@
-"""Lines of text files, and rows of JSON files.
+"""Reads lines of text files, and rows of JSON files.
 
-Text may be in any of the encodings and with any of the line ends that people's programs write.
-JSON is an object per line, one array of objects, or objects one after another.
+Text may have any common encoding and line ends.  JSON is an object per line, one array of objects,
+or objects one after another.
 """
 
 import gzip

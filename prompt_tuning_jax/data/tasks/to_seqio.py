@@ -1,4 +1,4 @@
-"""Tasks and mixtures of this library as SeqIO's.
+"""Registers tasks and mixtures of this library in SeqIO.
 
 TensorFlow and SeqIO are imported inside the functions: importing them takes seconds.
 """
@@ -34,9 +34,9 @@ def register_in_seqio(
 ) -> None:
     """Register tasks and mixtures of this library in SeqIO under their names, for T5X users.
 
-    The ids are those of ``tokenize``: SeqIO's own vocabulary of the same file, then EOS behind what
-    is cut to length.  Beside the texts each example has the feature ``example_json``, all fields.
-    A mixture's members that are not named are registered with it.
+    The ids equal those of ``tokenize``: SeqIO's vocabulary encodes with the same file, and EOS is
+    appended after trimming.  Each example also has the feature ``example_json`` with all its
+    fields.  Members of a mixture are registered with it.
     """
     register_with_seqio_vocabulary(_to_seqio_vocabulary(vocabulary), names=names, data_dir=data_dir)
 
@@ -48,9 +48,9 @@ def register_with_seqio_vocabulary(
     data_dir: str = "",
     skip_known: bool = False,
 ) -> None:
-    """The same with a vocabulary of SeqIO, which may be a file that is not read before it is used.
+    """``register_in_seqio`` with a SeqIO vocabulary, whose file need not be read until it is used.
 
-    With ``skip_known`` names that SeqIO has already are left to whoever registered them.
+    With ``skip_known``, names that are already registered in SeqIO are left unchanged.
     """
     import seqio
 
@@ -72,9 +72,9 @@ def register_with_seqio_vocabulary(
 
 
 def seqio_vocabulary(path: str) -> "seqio.Vocabulary":
-    """T5's kind of vocabulary: a SentencePiece file and 100 sentinels, or ``bytes`` for ByT5's.
+    """Returns T5's vocabulary: a SentencePiece file and 100 sentinels, or ``bytes`` for ByT5's.
 
-    The file, which may be in a bucket, is read when it is first used.
+    The file, which may be in a bucket, is read on first use.
     """
     import seqio
 

@@ -1,9 +1,10 @@
-"""The bundled task: is a word positive or negative?  Human ratings from the package vaderSentiment.
+"""The bundled task: classify a word as positive or negative.
 
-The package's lexicon (Hutto & Gilbert 2014, MIT licence) gives each word's mean valence from -4 to
-4 over ten raters.  Kept are words of at least three letters, all lower case, with a vowel (that
-leaves out emoticons and most chat abbreviations), whose mean is at least 0.5 away from 0: nearer
-to it the raters disagree about the sign.  A word listed twice counts with the mean of its means.
+The human ratings come from the package vaderSentiment.  Its lexicon (Hutto & Gilbert 2014, MIT
+licence) gives each word's mean valence from -4 to 4 over ten raters.  The task uses lower-case
+words of at least three letters with a vowel, which excludes emoticons and most chat abbreviations.
+The absolute mean must be at least 0.5, because raters disagree about the sign of smaller ones.  A
+word that is listed twice has the average of its means.
 """
 
 import hashlib
@@ -16,14 +17,14 @@ from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.task import Example, Row, Source, Task
 from prompt_tuning_jax.errors import UserError
 
-# Praise and blame in books of any age: in those that the bundled model has read, "positive" means
-# certain.
+# Words of praise and blame that suit the old books on which the bundled model was trained; there,
+# "positive" means certain.
 LABELS = ("terrible", "beautiful")
 MIN_ABS_MEAN = 0.5
 
 _WORD = re.compile(r"(?=.*[aeiouy])[a-z]{3,}")
-# As they look once doubled letters are single; the longest that fits is taken off first, again and
-# again while three letters stay.
+# Suffixes as spelt after doubled letters are merged.  The longest match is removed repeatedly, as
+# long as three letters remain.
 _SUFFIXES_AS_TEXT = (
     "ability able ably age al aly ance ant ate ated ating ation ative atory cy dom e ed en ence er "
     "est et ful fuly hod ial ic ical ied ier ies iest ify ily ines ing ingly ion ious ish ism ist "
@@ -33,10 +34,10 @@ _SUFFIXES = sorted(_SUFFIXES_AS_TEXT.split(), key=lambda suffix: (-len(suffix), 
 
 
 def crude_stem(word: str) -> str:
-    """At most four letters, by which the split is drawn: a word's relatives share its split.
+    """Returns a stem of at most four letters, which determines the split of a word.
 
-    Unrelated words share stems too, which costs nothing here; related ones in different splits
-    would let a model win by spelling.
+    Related words share a stem and thus a split; otherwise a model could score well by spelling.
+    Unrelated words may share a stem too, which does no harm here.
 
     >>> {crude_stem(word) for word in ("love", "loved", "lovely", "lovingly", "lovers")}
     {'lov'}
@@ -48,12 +49,12 @@ def crude_stem(word: str) -> str:
         ends = next((e for e in _SUFFIXES if stem.endswith(e) and len(stem) - len(e) >= 3), None)
         stem = stem[: -len(ends)] if ends else stem
     stem = stem[:4]
-    # What was taken off may have ended in the middle of a vowel: admir(e) and adm(ire)d.
+    # The suffix may have included the vowel before it: admir(e) and adm(ire)d.
     return stem[:3] if stem[3:] in tuple("aeiouy") else stem
 
 
 def split_of(word: str) -> str:
-    """The split of a word: about 80 % train, 10 % validation, 10 % test, by its stem's SHA-256."""
+    """Returns a word's split by its stem's hash: about 80 % train, 10 % validation, 10 % test."""
     tenth = int(hashlib.sha256(crude_stem(word).encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(tenth, "train")
 
@@ -62,7 +63,7 @@ _BEFORE = "valence: "
 
 
 def read_lexicon(path: Path) -> dict[str, float]:
-    """Read ``token <tab> mean <tab> std <tab> ratings`` lines -> {word: mean}, kept words only."""
+    """Read ``token <tab> mean <tab> std <tab> ratings`` lines -> {word: mean} of the words used."""
     means: dict[str, list[float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split("\t")
@@ -77,7 +78,7 @@ def read_lexicon(path: Path) -> dict[str, float]:
 
 
 def _lexicon_path() -> Path:
-    # Found without importing the package, whose modules pull in an HTTP client.
+    # Located without importing the package, which would import an HTTP client.
     spec = importlib.util.find_spec("vaderSentiment")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "vader_lexicon.txt"
@@ -102,7 +103,7 @@ def word_valence(row: Row) -> list[Example]:
 
 
 def from_text(word: str) -> str:
-    """A word as the task's inputs; they stay as they are."""
+    """Returns the inputs for a word; inputs are returned unchanged."""
     return word if word.startswith(_BEFORE) else f"{_BEFORE}{word}"
 
 

@@ -1,8 +1,8 @@
-"""How a user's text becomes a model's input: the wording that a prompt was trained with.
+"""Turns a user's text into a model's input, with the wording that a prompt was trained with.
 
-A task words a bare text with its ``from_text``; a user's own files have ``data.inputs_template``:
-text with column names in braces.  The values of those columns are given as one text, or, if there
-are several, as an object ``{column: value}``.
+A task words a bare text with its ``from_text``; a user's files have ``data.inputs_template``, text
+with column names in braces.  The values of those columns are given as one text or, if there are
+several, as an object ``{column: value}``.
 """
 
 from collections.abc import Callable, Mapping

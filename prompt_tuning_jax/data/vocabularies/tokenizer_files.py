@@ -1,8 +1,8 @@
-"""The tokenizer's files in a model's folder: which is the vocabulary, and which tokens are added.
+"""The tokenizer's files in a model's folder, which define the vocabulary and the added tokens.
 
-Added tokens are separate units of a text: they are split off before the SentencePiece model sees
-what is between them, as in transformers' Python tokenizers (``PreTrainedTokenizer.tokenize``,
-version 4).
+Added tokens are separate units of a text.  They are split off before the SentencePiece model
+encodes the text between them, as in transformers' Python tokenizers
+(``PreTrainedTokenizer.tokenize``, version 4).
 """
 
 import re
@@ -35,7 +35,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """``lstrip``, ``rstrip``: strip blanks beside it; ``single_word``: not within words."""
+    """A token: ``lstrip`` and ``rstrip`` strip blanks beside it; ``single_word``: not in words."""
 
     content: str
     lstrip: bool = False

@@ -116,7 +116,7 @@ class Vocabulary:
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """The same as ``encode`` of each, faster."""
+        """``encode`` of each text, but faster."""
         splitter = self._splitter
         if splitter is None:
             return list(self._processor.encode(list(texts), num_threads=num_threads))
@@ -224,7 +224,7 @@ class ByteVocabulary:
         return [byte + _BYTE_OFFSET for byte in text.encode("utf-8")]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """The same as ``encode`` of each."""
+        """``encode`` of each text."""
         del num_threads
         return [self.encode(text) for text in texts]
 

@@ -1,4 +1,4 @@
-"""GLUE's tasks, and the transfer between its two paraphrase tasks; see ``tables``."""
+"""GLUE's tasks, and transfer between its two paraphrase tasks; see ``tables``."""
 
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,7 @@ def labelled_task(
     labels: tuple[str, ...],
     **changes: Any,
 ) -> T5Task:
-    """A task of named fields and labels; ``versions`` are that of its name and that of TFDS."""
+    """A task with named fields and labels; ``versions`` are those of its name and of TFDS."""
     of_name, of_tfds = versions
     task = T5Task(
         name=f"{benchmark}_{short}_{of_name}",
@@ -58,7 +58,7 @@ def _glue(
         "glue",
         short,
         versions=("v002", "1.0.0"),
-        # The matched, mismatched and diagnostic sets are MNLI to a model.
+        # The matched, mismatched and diagnostic sets all use the task word of MNLI.
         task_word="mnli" if short.startswith("mnli") or short == "ax" else short,
         fields=fields,
         labels=labels,
@@ -79,7 +79,7 @@ _MNLI_SPLITS = (
     "test_mismatched",
 )
 
-# Version 1.0.0 of TFDS can be read where it has been prepared, and not be built any more.
+# TFDS can still read prepared data of version 1.0.0, but can no longer build them.
 _GLUE_V002 = (
     _glue(
         "cola",
@@ -167,7 +167,7 @@ _GLUE_V002 = (
     _glue(
         "wnli",
         fields=_SENTENCES,
-        # The other way round than RTE and QNLI number theirs.
+        # The reverse of the class numbers of RTE and QNLI.
         labels=("not_entailment", "entailment"),
         index=8,
         description="does the sentence with its pronoun filled in follow?",
@@ -192,7 +192,7 @@ GLUE = (
     ),
 )
 
-# A prompt of one paraphrase task tried on the other: its labels are translated before scoring.
+# Evaluate a prompt of one paraphrase task on the other; labels are translated before scoring.
 TRANSFER = (
     replace(
         _BY_SHORT["mrpc"],

@@ -1,7 +1,7 @@
-"""Predictions as the files that the SuperGLUE leaderboard takes.
+"""Writes predictions in the format of the SuperGLUE leaderboard.
 
-One JSON object a line, {"idx": ..., "label": ...}; MultiRC's are nested as its data are.  The
-spelling of the labels is that of jiant 1.3 (``jiant/evaluate.py``), by the benchmark's authors.
+Each line is a JSON object {"idx": ..., "label": ...}; MultiRC's are nested like its data.  Labels
+are spelt as in jiant 1.3 (``jiant/evaluate.py``), by the benchmark's authors.
 """
 
 import json
@@ -16,7 +16,7 @@ from prompt_tuning_jax.data.tasks.task import Example, Task
 from prompt_tuning_jax.errors import UserError, suggest
 
 _LOWER_CASE = {"False": "false", "True": "true"}
-# The labels as the server wants them; those of the other tasks are as the task spells them.
+# The spelling that the server expects; other tasks use their labels unchanged.
 _SPELLING: Mapping[str, Mapping[str, Any]] = {
     "boolq": _LOWER_CASE,
     "wic": _LOWER_CASE,
@@ -27,9 +27,10 @@ _SPELLING: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """``lines`` of the file that the server wants under the name ``file``.
+    """The ``lines`` of the file that the server expects under the name ``file``.
 
-    ``invalid`` predictions were no labels; each was handed in as the task's first label.
+    ``invalid`` counts predictions that are not labels; they are submitted as the task's first
+    label.
     """
 
     file: str
@@ -38,10 +39,10 @@ class Submission:
 
 
 def submission(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> Submission:
-    """The predictions of one SuperGLUE task, in the order of the examples.
+    """Converts predictions of a SuperGLUE task, which are in the order of the examples.
 
-    UserError for a task that is none of SuperGLUE's.  Of several predictions for one gap of ReCoRD
-    the first counts.
+    If a gap of ReCoRD has several predictions, the first is used.  Raises UserError for tasks
+    outside SuperGLUE.
     """
     base = T5_TASKS.get(form_of(task.name)[1])
     if base is None or base.benchmark != "super_glue":
@@ -74,7 +75,7 @@ def _labels(
     if task.labels:
         invalid = sum(prediction not in task.labels for prediction in predictions)
         return [p if p in task.labels else task.labels[0] for p in predictions], invalid
-    # WSC: whether the text names the span that is asked about.
+    # WSC: the label is whether the text names the span in question.
     assert task.postprocess is not None
     values = [
         task.postprocess(prediction, example, False)

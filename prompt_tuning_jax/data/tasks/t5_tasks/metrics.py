@@ -1,7 +1,7 @@
-"""The metrics of the T5 paper's tasks, with the names and the numbers of ``t5`` 0.9.4.
+"""The metrics of the T5 paper's tasks, with the names and values of ``t5`` 0.9.4.
 
-All are in percent and compare what ``postprocess`` made of targets and predictions.  The order of
-the arithmetic is the original's, so that values agree to the last digit.
+All are in percent and compare the results of ``postprocess`` for targets and predictions.  The
+arithmetic has the original's order, so that values agree to the last digit.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ _ROUGE_KEYS = ("rouge1", "rouge2", "rougeLsum")
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    """Percent of predictions equal to their targets."""
+    """Percent of predictions that equal their targets."""
     hits = sum(bool(t == p) for t, p in zip(targets, predictions, strict=True))
     return 100 * (hits / len(targets))
 
@@ -38,7 +38,7 @@ def f1_with_invalid(targets: Sequence[int], predictions: Sequence[int]) -> float
 
 
 def mean_multiclass_f1(num_classes: int) -> Metric:
-    """The mean over the classes of their F1, 0 for a class that does not occur."""
+    """The mean F1 over the classes; 0 for a class that does not occur."""
     return Metric(
         name=f"mean_{num_classes}class_f1", fn=partial(_mean_f1, classes=range(num_classes))
     )
@@ -55,7 +55,7 @@ def _mean_f1(targets: Sequence[int], predictions: Sequence[int], *, classes: ran
 
 
 def matthews(targets: Sequence[int], predictions: Sequence[int]) -> float:
-    """Matthews' correlation; an invalid prediction is a class of its own."""
+    """Matthews' correlation; invalid predictions form a separate class."""
     from sklearn.metrics import matthews_corrcoef
 
     return 100 * float(matthews_corrcoef(targets, predictions))
@@ -71,7 +71,7 @@ def multirc_f1(
 def multirc_exact_match(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Percent of questions (groups of the targets) of which every answer is judged rightly."""
+    """Percent of questions (groups of the targets) whose answers are all judged correctly."""
     hits: dict[Any, list[bool]] = defaultdict(list)
     for target, prediction in zip(targets, predictions, strict=True):
         hits[target["group"]].append(target["value"] == prediction["value"])
@@ -81,7 +81,7 @@ def multirc_exact_match(
 def record(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """SQuAD's scores of the first prediction for each gap (group of the targets)."""
+    """SQuAD's scores, for the first prediction of each gap (group of the targets)."""
     first: dict[Any, tuple[Any, Any]] = {}
     for target, prediction in zip(targets, predictions, strict=True):
         first.setdefault(target["group"], (target["value"], prediction["value"]))
@@ -91,8 +91,8 @@ def record(
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """The mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum; " . " ends a sentence.
 
-    The original's numbers are medians of 1,000 random draws from the same values, with no seed, so
-    that they differ between runs by some hundredths; the mean is what they scatter around.
+    The original returns medians of 1,000 unseeded random draws from the same values, which differ
+    between runs by some hundredths around this mean.
     """
     return rouge_f1(targets, predictions, kinds=_ROUGE_KEYS)
 
@@ -104,12 +104,12 @@ PEARSON = Metric(name="pearson_corrcoef", fn=pearson)
 SPEARMAN = Metric(name="spearman_corrcoef", fn=spearman)
 MULTIRC_F1 = Metric(name="f1", fn=multirc_f1)
 MULTIRC_EXACT_MATCH = Metric(name="exact_match", fn=multirc_exact_match)
-# These give several numbers; the name is the one by which the best checkpoint is chosen.
+# These return several numbers; ``name`` is the one that selects the best checkpoint.
 SQUAD = Metric(name="f1", fn=squad)
 RECORD = Metric(name="f1", fn=record)
 ROUGE = Metric(name="rougeLsum", fn=rouge)
 
-# The metrics of each task that its share in the SuperGLUE score is the mean of.
+# The metrics whose mean is the task's contribution to the SuperGLUE score.
 SUPER_GLUE_METRICS: Mapping[str, tuple[str, ...]] = {
     "boolq": ("accuracy",),
     "cb": ("mean_3class_f1", "accuracy"),
@@ -123,11 +123,11 @@ SUPER_GLUE_METRICS: Mapping[str, tuple[str, ...]] = {
 
 
 def super_glue_task_score(task: str, scores: Mapping[str, float]) -> float:
-    """A task's share in the SuperGLUE score: the mean of its metrics.
+    """A task's contribution to the SuperGLUE score: the mean of its metrics.
 
     Args:
       task: one of ``SUPER_GLUE_METRICS``; UserError otherwise.
-      scores: by metric name; more than are needed do no harm, UserError where one is missing.
+      scores: by metric name; others are ignored, and UserError if one is missing.
     """
     if task not in SUPER_GLUE_METRICS:
         raise UserError(f"{task!r} does not count in the SuperGLUE score: {_listed()} do")
@@ -138,11 +138,10 @@ def super_glue_task_score(task: str, scores: Mapping[str, float]) -> float:
 
 
 def super_glue_score(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """The leaderboard's number: the mean of ``super_glue_task_score`` over the eight tasks.
+    """The leaderboard's score: the mean of ``super_glue_task_score`` over the eight tasks.
 
-    Args:
-      scores: {task: {metric: percent}}; the diagnostics axb and axg do not count.  UserError that
-        lists the tasks that are missing.
+    Args: scores: {task: {metric: percent}}; the diagnostics axb and axg are ignored.  UserError
+    lists the missing tasks.
     """
     if missing := [task for task in SUPER_GLUE_METRICS if task not in scores]:
         raise UserError(

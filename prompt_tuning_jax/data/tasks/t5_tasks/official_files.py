@@ -1,8 +1,8 @@
-"""Rows in the shape of TensorFlow Datasets from a folder of the data sets' official files.
+"""Reads the data sets' official files as rows of TensorFlow Datasets.
 
-A data set is looked for in ``data_dir`` itself, in a folder of the collection's name in it
-(``super_glue``, ``glue``, ``squad``, ``mrqa``, ...), and ``data_dir`` may be a task's own folder.
-Names of folders are compared without regard to case, ``-`` and ``_``:
+A data set is searched for in ``data_dir`` itself and in its subfolder named after the collection
+(``super_glue``, ``glue``, ``squad``, ``mrqa``, ...); ``data_dir`` may also be a task's folder.
+Folder names are compared without regard to case, ``-`` and ``_``:
 
   super_glue  BoolQ/{train,val,test}.jsonl, CB, COPA, MultiRC, RTE, ReCoRD, WSC, WiC,
               AX-b/AX-b.jsonl, AX-g/AX-g.jsonl
@@ -16,8 +16,8 @@ Names of folders are compared without regard to case, ``-`` and ``_``:
   xsum        xsum/{train,validation,test}.jsonl, objects with ``document`` and ``summary``
   cnn_dailymail  cnn_dailymail/{train,...}.jsonl with ``article`` and ``highlights``
 
-Any file may end in .gz.  Where a SuperGLUE file is missing, ``train_part.jsonl`` and the like take
-its place, with a warning: scores on them are not those of the official split.
+Any file may end in .gz.  If a SuperGLUE file is missing, ``train_part.jsonl`` and the like are used
+instead, with a warning, because scores on them are not those of the official split.
 """
 
 import functools
@@ -81,7 +81,7 @@ _MRQA_TEST = {
     "relation_extraction": "RelationExtraction",
     "textbook_qa": "TextbookQA",
 }
-# The folders, beside data_dir itself, that a collection may be in.
+# Folders in ``data_dir`` that may contain a collection.
 COLLECTIONS = {
     "super_glue": ("super_glue", "SuperGLUE"),
     "glue": ("glue", "glue_data"),
@@ -95,16 +95,16 @@ COLLECTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Files (relative to the collection's folder) that together hold a split, and their reader."""
+    """The files that form a split, relative to the collection's folder, and their reader."""
 
     files: tuple[str, ...]
     read: Callable[[Sequence[Path]], Iterator[Row]]
-    partial: bool = False  # not all of the official split
+    partial: bool = False  # contains only a part of the official split
 
 
 @functools.cache
 def layout() -> Mapping[str, Mapping[str, tuple[Choice, ...]]]:
-    """Data set -> split -> the files that may hold it, the best first."""
+    """Data set -> split -> the possible files, in order of preference."""
     datasets: dict[str, dict[str, tuple[Choice, ...]]] = {}
     for config, folder in SUPER_GLUE_FOLDERS.items():
         datasets[f"super_glue/{config}"] = _super_glue(config, folder)
@@ -188,7 +188,7 @@ def _mnli() -> dict[str, dict[str, tuple[Choice, ...]]]:
 
 def _mrqa() -> dict[str, dict[str, tuple[Choice, ...]]]:
     def choices(folder: str, name: str) -> tuple[Choice, ...]:
-        # BioASQ is published elsewhere, and all of them may be in one folder.
+        # BioASQ is published separately, and all sets may be in one folder.
         files = [f"{folder}/{name}.jsonl", f"out_of_domain/{name}.jsonl"]
         if name in _MRQA_TEST.values():
             files.append(f"{name}.jsonl")
@@ -218,12 +218,12 @@ _log = logging.getLogger(__name__)
 
 
 def known_datasets() -> tuple[str, ...]:
-    """TFDS's names of the data sets that can be read from files."""
+    """Returns TFDS's names of the data sets that can be read from files."""
     return tuple(layout())
 
 
 def official_splits(dataset: str) -> tuple[str, ...]:
-    """The splits of a data set's files, under TFDS's names."""
+    """Returns the splits of a data set's files, under TFDS's names."""
     return tuple(layout().get(dataset, {}))
 
 
@@ -233,10 +233,10 @@ def official_rows(dataset: str, split: str, data_dir: str) -> Iterator[Row]:
     Args:
       dataset: TFDS's name without version: ``super_glue/rte``, ``squad/v1.1``, ``xsum``.
       split: TFDS's name, for instance ``validation`` (``test`` for MRQA's out-of-domain sets).
-      data_dir: a folder, see above.
+      data_dir: a folder; see the module's description.
 
-    Raises UserError where there is no such file (naming what was looked for), and for a line that
-    is cut off, lacks a field or has an unknown label (naming file and line).
+    Raises UserError that lists the expected files if none exists, and UserError with file and line
+    for a line that is truncated, lacks a field or has an unknown label.
     """
     choice, paths = _locate(dataset, split, data_dir)
     if choice.partial:
@@ -245,9 +245,9 @@ def official_rows(dataset: str, split: str, data_dir: str) -> Iterator[Row]:
 
 
 def official_fingerprint(dataset: str, split: str, data_dir: str) -> str:
-    """A string that changes when the files of the split do."""
+    """Returns a string that changes when the files of the split change."""
     choice, paths = _locate(dataset, split, data_dir)
-    # Includes the code of the reader, because its output is cached under this fingerprint.
+    # Includes the reader's code, because its output is cached under this fingerprint.
     digest = hashlib.sha256(f"{dataset} {code_digest(choice.read)}".encode())
     for path in paths:
         try:
@@ -259,7 +259,7 @@ def official_fingerprint(dataset: str, split: str, data_dir: str) -> str:
 
 
 def official_note(dataset: str, split: str, data_dir: str) -> str:
-    """A note if the files have only a part of the official split; otherwise empty."""
+    """Returns a note if the files have only a part of the official split, otherwise ""."""
     choice, paths = _locate(dataset, split, data_dir)
     if not choice.partial:
         return ""
@@ -272,7 +272,7 @@ def has_official_files(dataset: str, split: str, data_dir: str) -> bool:
 
 
 def looked_for(dataset: str, split: str) -> str:
-    """The files that would do, for messages."""
+    """Returns the accepted files, for messages."""
     names = [" with ".join(choice.files) for choice in _choices(dataset, split)]
     return f"{' or '.join(names)} (each also with .gz)"
 
@@ -305,7 +305,7 @@ def _find(dataset: str, split: str, data_dir: str) -> tuple[Choice, list[Path]] 
             paths = [_resolve(folder, file) for file in choice.files]
             if all(paths):
                 return choice, [path for path in paths if path]
-        # data_dir may be the folder of the task itself.
+        # ``data_dir`` may be the task's folder.
         parts = [file.split("/", 1) for file in choice.files]
         if all(len(p) > 1 and _plain(p[0]) == _plain(base.absolute().name) for p in parts):
             paths = [_resolve(base, p[1]) for p in parts]

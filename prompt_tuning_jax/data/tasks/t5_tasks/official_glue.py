@@ -1,14 +1,13 @@
-"""GLUE's and SuperGLUE's official files as rows of TensorFlow Datasets.
+"""Reads GLUE's and SuperGLUE's official files as rows of TensorFlow Datasets.
 
 The conversions are those of ``tensorflow_datasets/text/glue.py`` (1.0.0 and 2.0.0 alike) and
 ``super_glue.py`` (1.0.2).
 
-GLUE's tsv files: ``idx`` is the position in the file, labels are class numbers (STS-B: a float32),
--1 where the file has none, and rows that lack a field are left out (QQP has some).  Quotes are
-text.
+GLUE's tsv files: ``idx`` is the position in the file.  Labels are class numbers (STS-B: a float32),
+or -1 if the file has none.  Rows that lack a field are left out (QQP has some).  Quotes are text.
 
-SuperGLUE's jsonl files: one row per answer of MultiRC and per query of ReCoRD, labels as class
-numbers (-1: none).  ``wsc.fixed`` mends spans.
+SuperGLUE's jsonl files: each answer of MultiRC and each query of ReCoRD is a row.  Labels are class
+numbers, or -1 for none.  ``wsc.fixed`` corrects spans.
 """
 
 import logging
@@ -31,9 +30,9 @@ _MRPC_COLUMNS = {"sentence1": "#1 String", "sentence2": "#2 String"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
-    columns: Mapping[str, str]  # feature: column
-    label: str  # its column
-    labels: tuple[str, ...]  # empty: a number
+    columns: Mapping[str, str]  # feature -> column
+    label: str  # the column of the label
+    labels: tuple[str, ...]  # empty if the label is a number
     # CoLA's training and development files have no header.
     headerless: tuple[str, ...] = ()
 
@@ -77,8 +76,7 @@ _TABLES: Mapping[str, _Table] = {
 def glue_rows(config: str, path: Path, *, split: str) -> Iterator[Row]:
     """Yield the rows of a tsv file in its order; UserError names file and line.
 
-    A row of fewer fields than the header has is left out where it lacks one that is needed, as in
-    TFDS, and the log says how many.
+    As in TFDS, rows that lack a required field are left out, and the log gives their number.
     """
     table = _TABLES[config]
     header = table.headerless if split != "test" else ()
@@ -95,10 +93,10 @@ def glue_rows(config: str, path: Path, *, split: str) -> Iterator[Row]:
         row: dict[str, object] = {
             feature: named[column] for feature, column in table.columns.items() if column in named
         }
-        # MRPC's test file comes with its labels; TFDS hides them.
+        # MRPC's test file has labels, but TFDS removes them.
         hidden = table.label not in header or (config == "mrpc" and split == "test")
         text = "-1" if hidden else named.get(table.label)
-        # An empty label of a class is none (TFDS leaves the row out); of STS-B it is an error.
+        # An empty class label counts as missing (TFDS leaves the row out); in STS-B it is an error.
         if len(row) < len(table.columns) or text is None or (table.labels and not text):
             left_out += 1
             continue
@@ -180,8 +178,8 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 def super_glue_rows(config: str, path: Path, *, labelled: bool) -> Iterator[Row]:
     """Yield the rows of a file in its order; ``config`` is TFDS's (``rte``, ``wsc.fixed``).
 
-    With ``labelled`` (training and validation files) a row without label is an error, as in TFDS;
-    otherwise its label is -1.  UserError names file and line.
+    With ``labelled`` (training and validation files), a row without a label is an error, as in
+    TFDS; otherwise its label is -1.  UserError names file and line.
     """
     for number, raw in json_lines(path):
         where = f"{path}:{number}"
@@ -213,7 +211,7 @@ def _class_number(value: Any, config: str, where: str) -> int:
         return NO_LABEL
     names = LABELS[config]
     known = {**{str(i): i for i in range(len(names))}, **{n: i for i, n in enumerate(names)}}
-    if config == "copa":  # TFDS's rule is whether the label is true
+    if config == "copa":  # in TFDS the class is the truth value of the label
         known |= {"False": 0, "True": 1}
     if isinstance(value, str | int) and str(value) in known:
         return known[str(value)]
@@ -279,12 +277,15 @@ def _wsc(raw: Mapping[str, Any], config: str, where: str) -> dict[str, Any]:
     return row
 
 
-# Their subjects have other words in between; nothing can be mended.
+# The text has other words within these spans, so they cannot be corrected.
 _SPLIT_SPANS = ("Kamenev and Zinoviev", "Kamenev, Zinoviev, and Stalin")
 
 
 def _mend_span(row: dict[str, Any], span: str, where: str) -> None:
-    """Make the span's text occur in the text: first letter's case, final full stops, newlines."""
+    """Edits the span's text so that it occurs in the text.
+
+    Adapts the case of the first letter, drops final full stops and replaces newlines.
+    """
     text: str = row[f"{span}_text"]
     if text in row["text"] or text in _SPLIT_SPANS:
         return

@@ -1,7 +1,7 @@
-"""Lines, JSON objects and table rows of a file, each with its line number for error messages.
+"""Reads lines, JSON objects and table rows of a file, with line numbers for error messages.
 
-Read as TensorFlow Datasets reads them (universal newlines, no quoting in tables), except that a
-byte order mark is passed over and that what is wrong with a line names the file and the line.
+Files are read as in TensorFlow Datasets (universal newlines, no quoting in tables), except that a
+byte order mark is skipped and that errors name the file and the line.
 """
 
 import csv
@@ -15,15 +15,15 @@ from typing import IO, Any
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.untrusted_input import json_text, json_type, read_json, require_whole
 
-# A passage is one field of a table; csv's own limit is 128 kB.
+# A passage is one field of a table, and may exceed csv's default limit of 128 kB.
 _FIELD_LIMIT = 1 << 24
 _LONGEST_LINE = 2**27  # bytes: SQuAD's training file is one line of 30 million
-_LONGEST_FILE = 2**28  # of a file that is one object
+_LONGEST_FILE = 2**28  # bytes of a file with a single object
 _INTEGER = re.compile(r"-?\d{1,18}")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line without its end); UserError where the file is not UTF-8."""
+    """Yield (line number, line without its end); UserError if the file is not UTF-8."""
     number = 0
     with _open(path) as file:
         while line := _readline(file, path):
@@ -39,7 +39,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object); blank lines are passed over."""
+    """Yield (line number, object); blank lines are skipped."""
     for number, line in text_lines(path):
         if not line.strip():
             continue
@@ -50,7 +50,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def json_file(path: Path) -> dict[str, Any]:
-    """The one JSON object that a file holds."""
+    """Returns the single JSON object in a file."""
     lines, size = [], 0
     for _, line in text_lines(path):
         lines.append(line)
@@ -64,20 +64,20 @@ def json_file(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON -> Python; UserError beginning with ``where``."""
+    """JSON -> Python; the message of UserError begins with ``where``."""
     return read_json(text, of=where, max_bytes=_LONGEST_FILE)
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of a tab-separated file, its header among them.
+    """Yield (line number, fields) of a tab-separated file, including its header.
 
-    A tab always separates and quotes are text.  Blank lines are passed over.
+    Every tab is a separator, and quotes are text.  Blank lines are skipped.
     """
     numbers: list[int] = [0]
 
     def lines() -> Iterator[str]:
         for number, line in text_lines(path):
-            for part in line.split("\r"):  # a lone one ends a line, too
+            for part in line.split("\r"):  # a lone carriage return also ends a line
                 numbers[0] = number
                 yield part
 
@@ -95,14 +95,14 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """A field of a JSON object; UserError where it is missing or of another kind."""
+    """Returns a field of a JSON object; UserError if it is missing or of another type."""
     if name not in row:
         known = ", ".join(row) or "none"
         raise UserError(f"{where}: no field {name!r}; there are: {known}")
     value = row[name]
     if kind is int and isinstance(value, str) and _INTEGER.fullmatch(value):
-        return int(value)  # AX-b's file numbers its rows with texts
-    # JSON's true is no number.
+        return int(value)  # AX-b's file has row numbers as text
+    # JSON's true is not a number, but Python's bool is an int.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(
             f"{where}: the field {name!r} is {json_text(value)[:40]}, and {_KINDS[kind]} is needed"

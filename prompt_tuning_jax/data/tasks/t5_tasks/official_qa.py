@@ -1,8 +1,8 @@
-"""SQuAD, MRQA, pronoun resolution and summaries from files, as rows of TensorFlow Datasets.
+"""Reads SQuAD, MRQA, pronoun resolution and summaries from files, as rows of TensorFlow Datasets.
 
-Conversions as in TFDS: SQuAD's questions of one id are one row with the answers of all
-(``question_answering/qa_utils.py``); MRQA's texts lose the blanks around them, answers do not
-(``text/mrqa/mrqa.py``; tokens, and where answers were found, are left out).
+The conversions are TFDS's.  SQuAD's questions with the same id become one row with all their
+answers (``question_answering/qa_utils.py``).  MRQA's texts are stripped, but not its answers;
+tokens and the positions of answers are left out (``text/mrqa/mrqa.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from prompt_tuning_jax.errors import UserError, suggest
 
 
 def squad_rows(path: Path) -> Iterator[Row]:
-    """Yield ``id, title, context, question, answers: {text, answer_start}`` of SQuAD 1.1's json."""
+    """Yield ``id, title, context, question, answers: {text, answer_start}`` of a SQuAD 1.1 file."""
     rows: dict[str, dict[str, Any]] = {}
     for a, article in enumerate(field(json_file(path), "data", list, str(path))):
         for p, paragraph in enumerate(field(article, "paragraphs", list, f"{path}: article {a}")):
@@ -28,7 +28,7 @@ def squad_rows(path: Path) -> Iterator[Row]:
             context = field(paragraph, "context", str, where)
             for question in field(paragraph, "qas", list, where):
                 name = field(question, "id", str, where)
-                # A test file may come without answers.
+                # Test files may lack answers.
                 answers = field(question, "answers", list, where) if "answers" in question else []
                 row = rows.setdefault(
                     name,
@@ -48,7 +48,7 @@ def squad_rows(path: Path) -> Iterator[Row]:
 
 
 def mrqa_rows(path: Path) -> Iterator[Row]:
-    """Yield ``subset, context, qid, question, answers`` of an MRQA file, behind its header line."""
+    """Yield ``subset, context, qid, question, answers`` of an MRQA file, after its header line."""
     subset = ""
     for number, raw in json_lines(path):
         where = f"{path}:{number}"
@@ -72,7 +72,7 @@ def mrqa_rows(path: Path) -> Iterator[Row]:
 
 
 def dpr_rows(path: Path) -> Iterator[Row]:
-    """Yield ``sentence, pronoun, candidates, label``: four lines and a blank one each."""
+    """Yield ``sentence, pronoun, candidates, label``; each row is four lines and a blank one."""
     lines = [(number, line.strip()) for number, line in text_lines(path)]
     for at in range(0, len(lines), 5):
         group = [text for _, text in lines[at : at + 4]]
@@ -93,9 +93,9 @@ def dpr_rows(path: Path) -> Iterator[Row]:
 
 
 def summary_rows(path: Path, fields: Mapping[str, bool]) -> Iterator[Row]:
-    """Yield the named texts of jsonl objects, as Hugging Face's datasets writes them.
+    """Yield the named texts of jsonl objects, as written by Hugging Face's datasets.
 
-    ``fields``: name -> whether it is needed; where one that is not is absent it is empty.
+    ``fields`` maps each name to whether it is required; optional ones default to empty.
     """
     for number, raw in json_lines(path):
         where = f"{path}:{number}"

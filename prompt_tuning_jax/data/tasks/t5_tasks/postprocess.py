@@ -1,6 +1,6 @@
-"""Texts as the values that the metrics compare: (text, example, is_target) -> value.
+"""Converts texts to the values that metrics compare: (text, example, is_target) -> value.
 
-A text that is not a label becomes -1, which no metric counts as right.
+A text that is not a label becomes -1, which no metric counts as correct.
 """
 
 import math
@@ -13,7 +13,7 @@ from prompt_tuning_jax.data.tasks.task import Example, Postprocess
 INVALID = -1
 
 _SENTINEL = "<extra_id_0>"
-# Words that do not tell two referents apart.
+# Words that do not distinguish referents.
 _ARTICLES = ("a", "an", "the")
 _POSSESSIVES = ("her", "his", "my", "our", "their", "whose", "your")
 _POINTERS = ("that", "these", "this", "those", "which")
@@ -22,26 +22,26 @@ _DETERMINERS = frozenset((*_ARTICLES, *_POSSESSIVES, *_POINTERS, *_QUANTIFIERS))
 
 
 def class_id(text: str, example: Example, is_target: bool, *, labels: Sequence[str]) -> int:
-    """The number of the label that the text is to the letter, blanks included; otherwise -1."""
+    """Returns the class id of the label that equals the text exactly, blanks included, or -1."""
     del example, is_target
     return labels.index(text) if text in labels else INVALID
 
 
 def number(text: str, example: Example, is_target: bool) -> float:
-    """The text as a number; -1 where it is none, or not a finite one."""
+    """Returns the text as a number; -1 if it is not a finite number."""
     del example, is_target
     try:
         value = float(text)
     except ValueError:
         return float(INVALID)
-    # The original keeps nan and inf, of which one makes the whole split's correlation nan.
+    # The original keeps nan and inf, and a single one makes the correlation of the split nan.
     return value if math.isfinite(value) else float(INVALID)
 
 
 def multirc_answer(
     text: str, example: Example, is_target: bool, *, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """{"value": class id}, for targets with "group": the question that is answered."""
+    """Returns {"value": class id}, and for targets also "group", the id of the question."""
     result: dict[str, Any] = {"value": class_id(text, example, is_target, labels=labels)}
     if is_target:
         result["group"] = example["idx/question"]
@@ -49,7 +49,7 @@ def multirc_answer(
 
 
 def record_answers(text: str, example: Example, is_target: bool) -> dict[str, Any]:
-    """{"value": text}, for targets {"value": all answers, "group": (passage, query)}."""
+    """Returns {"value": text}; for targets {"value": all answers, "group": (passage, query)}."""
     if not is_target:
         return {"value": text}
     group = (example["idx/passage"], example["idx/query"])
@@ -57,15 +57,15 @@ def record_answers(text: str, example: Example, is_target: bool) -> dict[str, An
 
 
 def question_answers(text: str, example: Example, is_target: bool) -> Any:
-    """All answers of the example for targets, the text as it is for predictions."""
+    """Returns all answers of the example for targets, and the unchanged text for predictions."""
     return example["answers"] if is_target else text
 
 
 def wsc_referent(text: str, example: Example, is_target: bool) -> int:
-    """Whether the prediction names the example's span (1 or 0); the label for targets.
+    """Returns 1 if the prediction names the example's span, otherwise 0; for targets, the label.
 
-    Case and determiners do not count, and the words of one may be some of the other's.  A
-    possessive names something else than its owner.  -1 where nothing but determiners is left.
+    Case and determiners are ignored, and the words of either may be a subset of the other's.  A
+    possessive never matches its owner.  The result is -1 if the prediction has only determiners.
     """
     if is_target:
         return int(example["label"])
@@ -79,9 +79,9 @@ def wsc_referent(text: str, example: Example, is_target: bool) -> int:
 
 
 def without_sentinel(text: str) -> str:
-    """Drop a leading ``<extra_id_0>`` and the blanks at the start.
+    """Remove a leading ``<extra_id_0>`` and the blanks at the start.
 
-    Models that were not adapted to language modelling open their answers with it.
+    Models without LM adaptation begin their answers with it.
     """
     return text.removeprefix(_SENTINEL).lstrip()
 
@@ -97,7 +97,7 @@ DUPLICATE_TO_EQUIVALENT: Mapping[str, str] = {"duplicate": "equivalent"}
 
 
 def translate(text: str, words: Mapping[str, str]) -> str:
-    """Replace each word wherever it occurs, within others too, in the order of ``words``.
+    """Replace each word wherever it occurs, also within other words, in the order of ``words``.
 
     >>> translate("not_duplicate", DUPLICATE_TO_EQUIVALENT)
     'not_equivalent'
@@ -108,9 +108,9 @@ def translate(text: str, words: Mapping[str, str]) -> str:
 
 
 def translated(postprocess: Postprocess, words: Mapping[str, str]) -> Postprocess:
-    """The same postprocessor behind a translation of targets and predictions.
+    """Returns the postprocessor preceded by a translation of targets and predictions.
 
-    A prediction in the words of the task that is scored passes as it is.
+    Predictions in the words of the evaluated task are unchanged.
     """
     return partial(_translated, postprocess=postprocess, words=words)
 

@@ -1,4 +1,4 @@
-"""Rows as text, as the T5 paper writes them (Raffel et al. 2020, appendix D).
+"""Converts rows to text as in the T5 paper (Raffel et al. 2020, appendix D).
 
 Numbers and names follow ``t5.data.preprocessors`` 0.9.4, which the 2021 code called.
 """
@@ -24,8 +24,8 @@ def labelled_text(
 
     Args:
       row: label is an index into ``labels``, or -1 (or absent) for "<unk>".
-      task_word: opens the inputs.
-      fields: in the order in which the text names them.
+      task_word: the first word of the inputs.
+      fields: in their order in the text.
       labels: by class id.
 
     Returns:
@@ -44,8 +44,8 @@ def labelled_text(
 def stsb(row: Row) -> list[Example]:
     """{sentence1, sentence2, label, idx} -> inputs and the similarity in steps of 0.2, "3.4".
 
-    The label is rounded in 32 bits with halves to the even step: 0.3 gives "0.4", 0.5 as well.
-    Rows without label have -1 and get "-1.0".
+    The label is rounded in float32, with halves to the even step: both 0.3 and 0.5 give "0.4".
+    Rows without a label have -1 and give "-1.0".
     """
     (example,) = labelled_text(
         {**row, "label": _NO_LABEL},
@@ -59,7 +59,7 @@ def stsb(row: Row) -> list[Example]:
 
 
 def label_name(row: Row, *, labels: Sequence[str]) -> str:
-    """The name of the row's label; "<unk>" where it has none."""
+    """Returns the name of the row's label; "<unk>" if it has none."""
     label = int(row.get("label", _NO_LABEL))
     if label == _NO_LABEL:
         return UNLABELLED
@@ -73,30 +73,30 @@ def label_name(row: Row, *, labels: Sequence[str]) -> str:
 
 def has_label(example: Example) -> bool:
     """Whether an example can be scored: test splits have no labels."""
-    if example.get("label") == _NO_LABEL:  # WSC, whose target is the referent all the same
+    if example.get("label") == _NO_LABEL:  # WSC, whose target is the referent even without a label
         return False
     return example["targets"] not in (UNLABELLED, f"{_NO_LABEL:.1f}")
 
 
 def plain(number: object) -> object:
-    """NumPy numbers as Python's, and anything else unchanged: examples are JSON values."""
+    """Converts NumPy numbers to Python's; other values are unchanged.  Examples are JSON values."""
     return number.item() if isinstance(number, np.generic) else number
 
 
 _BOLD = re.compile("</?b>")
-# ReCoRD's passages end in highlights, one after each such line.
+# ReCoRD's passages end in highlights, each preceded by this line.
 _HIGHLIGHT_AFTER_STOP = re.compile(r"""([.?!"'])\n@highlight\n""")
 _HIGHLIGHT = "\n@highlight\n"
 
 
 def axb(row: Row, *, labels: Sequence[str]) -> list[Example]:
-    """{sentence1, sentence2, label, idx} -> the text of RTE, sentence1 its premise."""
+    """{sentence1, sentence2, label, idx} -> the text of RTE, with sentence1 as premise."""
     renamed = {**row, "premise": row["sentence1"], "hypothesis": row["sentence2"]}
     return labelled_text(renamed, task_word="rte", fields=("hypothesis", "premise"), labels=labels)
 
 
 def multirc(row: Row, *, labels: Sequence[str]) -> list[Example]:
-    """One answer to one question -> one example, with the HTML of the paragraphs removed.
+    """Converts one answer to one question to one example, and removes the paragraph's HTML.
 
     Args:
       row: question, answer, paragraph, label, and idx: {paragraph, question, answer}.
@@ -122,13 +122,13 @@ def _index(row: Row) -> str:
 
 
 def record(row: Row) -> list[Example]:
-    """One gap in one passage -> one example for each answer, all with the list of answers.
+    """Converts one gap in a passage to one example per answer; each has the list of all answers.
 
     Args:
       row: query, passage, entities, answers (none in test splits), and idx: {passage, query}.
 
     Returns:
-      As many examples as answers; one with the target "<unk>" where there is none.
+      One example per answer; without answers, one example with the target "<unk>".
     """
     passage = _HIGHLIGHT_AFTER_STOP.sub(r"\1 ", row["passage"]).replace(_HIGHLIGHT, ". ")
     entities = ", ".join(row["entities"])
@@ -145,9 +145,9 @@ def record(row: Row) -> list[Example]:
 
 
 _WORD = "wsc:"
-_WHITE = r"\t\n\f\r "  # what ends a word for RE2, which the original uses
+_WHITE = r"\t\n\f\r "  # white space in RE2, which the original uses
 
-# Two texts whose span2_index points beside the pronoun, with the place of it.
+# Two texts whose span2_index misses the pronoun -> the same texts with X in its place.
 _MISNUMBERED = {
     (
         "The boy continued to whip the pony , and eventually the pony threw him over. "
@@ -169,16 +169,16 @@ _MISNUMBERED = {
 
 
 def wsc_simple(row: Row) -> list[Example]:
-    """Inputs with the pronoun in asterisks; the target is span1, right referent or not.
+    """Marks the pronoun with asterisks; the target is span1, even if it is not the referent.
 
     Args:
-      row: text, span1_text, span2_text (the pronoun), span2_index (its number among the words,
-        which single blanks separate), label (1: span1 is the referent) and idx.
+      row: text, span1_text, span2_text (the pronoun), span2_index (its index among the words, which
+        are separated by single blanks), label (1: span1 is the referent) and idx.
 
     Returns:
-      One example with ``label`` and ``idx``.  UserError where span2_index is not the pronoun's.
+      One example with ``label`` and ``idx``.  UserError if span2_index is not that of the pronoun.
     """
-    # As the original does it, which reads a lone X in the text as the pronoun, too.
+    # Like the original, this also replaces any other separate X in the text.
     text = _with_gap(row).replace(" X ", f" *{row['span2_text']}* ")
     return [
         {
@@ -191,18 +191,17 @@ def wsc_simple(row: Row) -> list[Example]:
 
 
 def wsc_simple_positives(row: Row) -> list[Example]:
-    """``wsc_simple`` of the rows whose span1 is the referent: what a model is trained on."""
+    """``wsc_simple`` for rows whose span1 is the referent, as in training; other rows give none."""
     return wsc_simple(row) if int(row.get("label", 0)) else []
 
 
 def wsc_marked(row: Row, *, labels: Sequence[str]) -> list[Example]:
     """WSC as a classification of two marked spans, "* span1 * ... # span2 #".
 
-    A span that is not at its index, counted in words with one white space after each, stays
-    unmarked.
+    A span that is not at its index, in words with one white space after each, stays unmarked.
     """
     text = _mark(row["text"], span=row["span1_text"], index=int(row["span1_index"]), mark="*")
-    # The first span's marks count as words.
+    # The marks of the first span count as words.
     moved = 2 * (row["span1_index"] < row["span2_index"])
     text = _mark(text, span=row["span2_text"], index=int(row["span2_index"]) + moved, mark="#")
     return labelled_text({**row, "text": text}, task_word="wsc", fields=("text",), labels=labels)
@@ -211,7 +210,7 @@ def wsc_marked(row: Row, *, labels: Sequence[str]) -> list[Example]:
 def dpr_simple(row: Row) -> list[Example]:
     """{sentence, pronoun, candidates, label} -> the text of ``wsc_simple``.
 
-    The first place of the pronoun, as a word before a blank, full stop or comma, is marked.
+    Marks the first occurrence of the pronoun as a word before a blank, full stop or comma.
     """
     pattern = rf" ({re.escape(row['pronoun'])})( |\.|,)"
     text = re.sub(pattern, r" *\1*\2", row["sentence"], count=1)
@@ -229,7 +228,7 @@ def _with_gap(row: Row) -> str:
             f"WSC row {row['idx']}: span2_index {index} is {found} and must be the place of "
             f"{row['span2_text']!r} among the words, counted from 0, and not the first"
         )
-    # Nothing after a pronoun at the end, but the blank stays.
+    # If the pronoun is the last word, the blank after it remains.
     return " ".join([*words[:index], "X", " ".join(words[index + 1 :])])
 
 
@@ -240,27 +239,26 @@ def _mark(text: str, *, span: str, index: int, mark: str) -> str:
 
 
 _PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
-# Those of RE2, which the original uses: no others of Unicode, and no vertical tab.
+# RE2's white space, as in the original: not Unicode's other characters, nor vertical tab.
 _WHITE_SPACE = re.compile("[\t\n\f\r ]+")
 
 
 def squad(row: Row) -> list[Example]:
     """{question, context, answers: {text: [...]}, id} -> "question: ... context: ...".
 
-    Returns:
-      One example whose target is the first answer ("<unk>" where there is none), with ``answers``,
-      ``id``, ``question`` and ``context``, all spaced out by ``spaced``.
+    Returns: One example whose target is the first answer ("<unk>" if there is none), with
+    ``answers``, ``id``, ``question`` and ``context``, all of them processed by ``spaced``.
     """
     return [{**_example(row, answers=row["answers"]["text"]), "id": row["id"]}]
 
 
 def mrqa(row: Row) -> list[Example]:
-    """{question, context, answers: [...], qid} -> as ``squad``, with ``idx`` for its ``id``."""
+    """{question, context, answers: [...], qid} -> as ``squad``, with ``idx`` instead of ``id``."""
     return [{**_example(row, answers=row["answers"]), "idx": row["qid"]}]
 
 
 def spaced(text: str) -> str:
-    """A blank on each side of every ASCII punctuation mark, and no two white spaces together.
+    """Puts blanks around ASCII punctuation, and merges white space.
 
     >>> spaced("It's  5.")
     "It ' s 5 . "
@@ -285,5 +283,5 @@ def _collapsed(text: str) -> str:
 
 
 def summarize(row: Row, *, article: str, summary: str) -> list[Example]:
-    """``article`` and ``summary`` name the row's fields -> "summarize: ..." and the summary."""
+    """Returns "summarize: ..." and the summary, from the named fields of the row."""
     return [{"inputs": f"summarize: {row[article]}", "targets": row[summary]}]

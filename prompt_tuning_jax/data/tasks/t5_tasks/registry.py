@@ -1,6 +1,6 @@
-"""Every task name of the 2021 code: tasks in three forms, their aliases, and mixtures.
+"""Registers every task name of the 2021 code: tasks in three forms, their aliases, and mixtures.
 
-Names are ``[taskless_|task_index_]NAME``, where NAME is one of ``tables.T5_TASKS``: the ordinary
+Names are ``[taskless_|task_index_]NAME``, where NAME is one of ``tables.T5_TASKS``.  The ordinary
 form has no prefix, the taskless form drops the task word from the inputs, and the task index form
 puts a token for the task before them.  Names that end in ``_examples`` are aliases (in the 2021
 code the suffix chose what was logged).
@@ -15,12 +15,12 @@ from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example, Mixture, Preprocess, Row, Task, task_index_id
 
-# Their names are the prefixes of the tasks' names; the ordinary form has none.
+# Forms are named after the prefix of the tasks' names; the ordinary form has no prefix.
 Form: TypeAlias = Literal["ordinary", "taskless", "task_index"]
 
 
 def without_task_word(inputs: str) -> str:
-    """Drop everything up to the first blank, blank included; without a blank nothing.
+    """Remove everything up to and including the first blank; without a blank, nothing.
 
     >>> without_task_word("boolq passage: ...")
     'passage: ...'
@@ -32,14 +32,12 @@ def without_task_word(inputs: str) -> str:
 def preprocess_in_form(
     preprocess: Preprocess, form: Form, *, has_task_word: bool = True, index: int | None = None
 ) -> Preprocess:
-    """A preprocessor of the ordinary form as one of ``form``.
+    """Converts a preprocessor of the ordinary form to ``form``.
 
-    Args:
-      preprocess: of the ordinary form.
-      form: "taskless" and "task_index" drop the task word; the examples of the latter have
-        ``task_index``, for the token before the inputs (``task_index_id``).
-      has_task_word: False leaves the inputs unchanged in every form.
-      index: the task's number, required for "task_index"; ValueError otherwise.
+    Args: preprocess: of the ordinary form.  form: "taskless" and "task_index" drop the task word;
+    examples of the latter have ``task_index``, for the token before the inputs (``task_index_id``).
+    has_task_word: False leaves the inputs unchanged in every form.  index: the task's number,
+    required for "task_index"; ValueError otherwise.
     """
     if form == "ordinary":
         return preprocess
@@ -52,7 +50,7 @@ def preprocess_in_form(
 
 
 def with_task_index(ids: Sequence[int], *, vocabulary_size: int, index: int) -> list[int]:
-    """The inputs' ids after the id of the task."""
+    """Returns the inputs' ids preceded by the id of the task."""
     return [task_index_id(vocabulary_size, index), *ids]
 
 
@@ -72,17 +70,17 @@ _SUFFIX = "_examples"
 
 
 def name_in_form(name: str, form: Form) -> str:
-    """The name of a base task or mixture in a form."""
+    """Returns the name of a base task or mixture in a form."""
     return name if form == "ordinary" else f"{form}_{name}"
 
 
 def forms_of(task: T5Task) -> tuple[Form, ...]:
-    """The forms that a base task has."""
+    """Returns the forms of a base task."""
     return FORMS if task.index is not None else tuple(f for f in FORMS if f != "task_index")
 
 
 def form_of(name: str) -> tuple[Form, str]:
-    """A task's name -> its form, and the name of its base task."""
+    """Splits a task's name into its form and the name of its base task."""
     for form in FORMS[1:]:
         if name.startswith(f"{form}_"):
             return form, name.removeprefix(f"{form}_")
@@ -90,7 +88,7 @@ def form_of(name: str) -> tuple[Form, str]:
 
 
 def make_task(task: T5Task, form: Form) -> Task:
-    """A base task in a form, under its full name."""
+    """Makes the task for a form of a base task, under its full name."""
     return Task(
         name=name_in_form(task.name, form),
         source=source_of(task),
@@ -136,7 +134,7 @@ def _mixture(
     form: Form = "ordinary",
     proportional: bool = False,
 ) -> Mixture:
-    """Members with a training split are trained on; the others are only evaluated."""
+    """Makes a mixture; members without a training split are only evaluated."""
     trained = [m for m in members if "train" in T5_TASKS[m].splits and T5_TASKS[m].rate]
     if not proportional:
         trained = [m for m in members if "train" in T5_TASKS[m].splits]

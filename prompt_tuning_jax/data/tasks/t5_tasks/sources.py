@@ -1,7 +1,7 @@
-"""Rows of a data set from ``data_dir``, which TensorFlow Datasets prepared or holds official files.
+"""Reads rows of a data set from ``data_dir``: prepared by TensorFlow Datasets, or official files.
 
-Prepared data are in ``data_dir/<name>/<config>/<version>/dataset_info.json`` and beside it.
-TensorFlow is imported when rows are read, not to find out which data sets and how many rows exist.
+Prepared data are in ``data_dir/<name>/<config>/<version>``, with a ``dataset_info.json``.
+TensorFlow is imported only to read rows, not to find data sets and their sizes.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from prompt_tuning_jax.untrusted_input import read_json_file
 
 _INFO = "dataset_info.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-# Columns that the tasks read of wide rows, if the version has them: tokens are larger than texts.
+# Columns that tasks read from wide rows, if the version has them; tokens are larger than texts.
 _COLUMNS = {
     "mrqa": ("subset", "context", "qid", "question", "answers"),
     "cnn_dailymail": ("article", "highlights", "id"),
 }
 
-# In features.json: names of Python classes, in protobuf's JSON and in older versions.
+# Keys of Python class names in features.json: in protobuf's JSON, and in older versions.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 _log = logging.getLogger(__name__)
 
 
 def is_prepared(dataset: str, data_dir: str) -> bool:
-    """Whether ``data_dir`` (a folder or gs://...) holds the data set in any version."""
+    """Whether ``data_dir`` (a folder or gs://...) has any version of the data set."""
     return _any_version(dataset, data_dir) is not None
 
 
 def tfds_rows(dataset: str, split: str, data_dir: str, *, version: str = "") -> Iterator[Row]:
-    """Yield the rows of a split in TFDS's order, as Python values: texts are str, arrays lists.
+    """Yield the rows of a split in TFDS's order, as Python values: text as str, arrays as lists.
 
     Args:
       dataset: TFDS's name without version: ``super_glue/rte``.
-      split: one of the data set's own.
-      data_dir: as TFDS has it; may be a bucket (gs://...).
-      version: read where it is there; else the newest one, which the log says.
+      split: one of the data set's splits.
+      data_dir: as in TFDS; may be a bucket (gs://...).
+      version: the version to read if it exists; otherwise the newest is read and logged.
 
-    Raises UserError where tensorflow-datasets is missing, the data set is not prepared there, has
-    no such split, or its files are damaged.  Nothing is downloaded.
+    Raises UserError if tensorflow-datasets is missing, if the data set is not prepared there or has
+    no such split, and for damaged files.  Nothing is downloaded.
     """
     folder = _folder(dataset, data_dir, version)
     _check_split(dataset, split, folder)
@@ -64,7 +64,7 @@ def tfds_rows(dataset: str, split: str, data_dir: str, *, version: str = "") -> 
         kept = {name for name in columns if name in builder.info.features}
         decoders = tfds.decode.PartialDecoding(kept)
     try:
-        # One file after the other: the order does not depend on the number of processors.
+        # One file at a time, so that the order does not depend on the number of processors.
         rows = builder.as_dataset(
             split=split,
             shuffle_files=False,
@@ -82,13 +82,13 @@ def tfds_rows(dataset: str, split: str, data_dir: str, *, version: str = "") -> 
 
 
 def tfds_size(dataset: str, split: str, data_dir: str, *, version: str = "") -> int:
-    """The number of rows of a split, from its dataset_info.json."""
+    """Returns the number of rows of a split, from its dataset_info.json."""
     folder = _folder(dataset, data_dir, version)
     return _check_split(dataset, split, folder)
 
 
 def tfds_fingerprint(dataset: str, split: str, data_dir: str, *, version: str = "") -> str:
-    """A string that changes when the prepared data do: its description, its files' sizes."""
+    """Returns a string that changes with the description and the file sizes of prepared data."""
     folder = _folder(dataset, data_dir, version)
     digest = hashlib.sha256(f"{dataset} {split}".encode())
     for path in sorted(folder.iterdir()):
@@ -97,7 +97,7 @@ def tfds_fingerprint(dataset: str, split: str, data_dir: str, *, version: str = 
             digest.update(path.read_bytes())
         else:
             stat = path.stat()
-            # etils calls it so for buckets.
+            # For buckets, etils calls the size ``length``.
             digest.update(f"{getattr(stat, 'st_size', getattr(stat, 'length', 0))}".encode())
     return digest.hexdigest()
 
@@ -124,13 +124,13 @@ def _say_once(dataset: str, version: str, found: str, data_dir: str) -> None:
 
 
 def _any_version(dataset: str, data_dir: str) -> Path | None:
-    """The folder of the data set's versions."""
+    """Returns the folder of the data set's versions; None if there is none."""
     if "://" not in data_dir:
         return _find_versions(dataset, Path(data_dir))
-    bucket: Path = _import_tfds().core.Path(data_dir)  # what buckets have instead of a Path
+    bucket: Path = _import_tfds().core.Path(data_dir)  # the equivalent of a Path for buckets
     try:
         return _find_versions(dataset, bucket)
-    except Exception as error:  # of the network, of credentials, of file systems that TF lacks
+    except Exception as error:  # network, credentials, unsupported file systems
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"data.data_dir (--data_dir) {data_dir} cannot be read: {first}") from None
 
@@ -143,7 +143,7 @@ def _find_versions(dataset: str, data_dir: Path) -> Path | None:
         return base
     if "/" in dataset:
         return None
-    # A config's folder in between: cnn_dailymail/plain_text/3.0.0 of older versions.
+    # Older versions have a folder for the config: cnn_dailymail/plain_text/3.0.0.
     return next((child for child in sorted(base.iterdir()) if _versions(child)), None)
 
 
@@ -166,9 +166,9 @@ def _check_split(dataset: str, split: str, folder: Path) -> int:
 
 
 def _require_own_features(folder: Path) -> None:
-    """UserError where features.json names a Python class that is none of TFDS's own.
+    """Raises UserError if features.json names a Python class from outside TFDS.
 
-    tensorflow-datasets imports the module of whatever class a feature names.
+    tensorflow-datasets imports the module of every class that a feature names.
     """
     try:
         features = read_json_file(folder / "features.json")
@@ -197,9 +197,9 @@ def _builder(tfds: Any, dataset: str, folder: Path, data_dir: str) -> Any:
     try:
         if (folder / "features.json").exists():
             return tfds.builder_from_directory(folder)
-        # Data prepared by an old TFDS: its features are those of the code.
+        # Data prepared by an old TFDS have no features.json; the code defines the features.
         return tfds.builder(f"{dataset}:{folder.name}", data_dir=data_dir)
-    except Exception as error:  # of many kinds: names, versions, checksums, protobufs
+    except Exception as error:  # many types: names, versions, checksums, protobufs
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"{folder}: tensorflow-datasets cannot open it ({first}); prepare it again with "
@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# MRQA's out-of-domain sets have one labelled split, which TFDS calls test and the paper validation.
+# The one labelled split of MRQA's out-of-domain sets: test in TFDS, validation in the paper.
 _OUT_OF_DOMAIN = ("bio_asq", "drop", "duo_rc", "race", "relation_extraction", "textbook_qa")
 _SPLITS: Mapping[str, Mapping[str, str]] = {
     f"mrqa/{short}": {"validation": "test"} for short in _OUT_OF_DOMAIN
@@ -238,10 +238,11 @@ _SPLITS: Mapping[str, Mapping[str, str]] = {
 
 
 def source_of(task: T5Task) -> Source:
-    """The rows of a task, with the names of its own splits.
+    """Returns the source of a task's rows, with the task's names of the splits.
 
-    ``data_dir`` holds data that TFDS prepared (it may be gs://...) or official files, see
-    ``official_files``; empty stands for TFDS's own, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    ``data_dir`` has data that TFDS prepared (it may be gs://...) or official files (see
+    ``official_files``).  If it is empty, TFDS's default is used: $TFDS_DATA_DIR or
+    ~/tensorflow_datasets.
     """
     dataset, _, version = task.tfds.partition(":")
     return Source(
@@ -253,7 +254,7 @@ def source_of(task: T5Task) -> Source:
 
 
 def number_of_rows(task: T5Task, split: str, data_dir: str) -> int | None:
-    """The number of rows of a split; None if ``data_dir`` does not have it.
+    """Returns the number of rows of a split; None if ``data_dir`` does not have it.
 
     Official files are read to count them, which may raise UserError.
     """

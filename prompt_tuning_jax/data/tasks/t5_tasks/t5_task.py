@@ -1,4 +1,4 @@
-"""What a task of the T5 and prompt tuning papers is made of, before it is given rows."""
+"""Defines the tasks of the T5 and prompt tuning papers, without their rows."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,17 @@ TRAIN_VALIDATION_TEST = ("train", "validation", "test")
 class T5Task:
     """A task in its ordinary form: what it reads, how a row becomes text, how it is scored.
 
-    Attributes:
-      name: in the 2021 code, without prefix and ``_examples``; unique.
-      benchmark: super_glue, glue, dpr, squad, mrqa or summarization.
-      short: its name within the benchmark (the last part of the TFDS name, as a rule).
-      tfds: data set, configuration and version of TensorFlow Datasets.  Rows have its fields,
-        with text as str.
-      splits: those that the original offers.
-      preprocess: row -> examples.
-      postprocess: as in ``data.task.Task``; None: texts are compared as they are.
-      labels: what a classifier chooses between, in the order of the class ids; of a transfer task
-        the labels of the task that the prompt was trained on.  Empty for free text.
-      metrics: by the names and with the numbers of the original.
-      index: the task's number in the task index form; None: there is no such form.
-      rate: its share in a proportional mixture, the number of its training examples; 0 for tasks
-        that are only evaluated.
-      has_task_word: whether the inputs start with a word for the task, which taskless drops.
-      description: one line.
+    Attributes: name: in the 2021 code, without prefix and ``_examples``; unique.  benchmark:
+    super_glue, glue, dpr, squad, mrqa or summarization.  short: its name within the benchmark
+    (usually the last part of the TFDS name).  tfds: data set, configuration and version of
+    TensorFlow Datasets.  Rows have its fields, with text as str.  splits: those of the original.
+    preprocess: row -> examples.  postprocess: as in ``data.tasks.task.Task``; None: texts are
+    compared unchanged.  labels: what a classifier chooses between, in the order of the class ids;
+    for a transfer task, the labels of the task that the prompt was trained on.  Empty for free
+    text.  metrics: with the names and values of the original.  index: the task's number in the task
+    index form; None: there is no such form.  rate: its weight in a proportional mixture, the number
+    of its training examples; 0 for tasks that are only evaluated.  has_task_word: whether the
+    inputs start with a word for the task, which taskless drops.  description: one line.
     """
 
     name: str

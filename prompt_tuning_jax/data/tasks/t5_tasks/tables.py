@@ -1,14 +1,14 @@
-"""What each task of the T5 and prompt tuning papers is made of, one entry a task.
+"""Tables of the tasks of the T5 and prompt tuning papers, one entry per task.
 
-``T5_TASKS`` lists the tasks in their ordinary form, under the names of the 2021 code.  The other
-names of that code are derived, by whoever registers them:
+``T5_TASKS`` lists the tasks in their ordinary form, under the names of the 2021 code.  ``registry``
+derives the other names of that code:
 
-- ``taskless_NAME``: ``forms.preprocess_in_form(task.preprocess, "taskless", ...)`` drops the
-  leading task word of the inputs.  Question answering has none, so that its two forms are equal.
+- ``taskless_NAME``: ``preprocess_in_form(task.preprocess, "taskless", ...)`` drops the leading task
+  word of the inputs.  Question answering has none, so its two forms are equal.
 - ``task_index_NAME``: the text of the taskless form, with one token id before the inputs' ids,
-  ``forms.task_index_id(vocabulary.size, task.index)``.  The examples carry ``task_index``.  Tasks
-  whose ``index`` is None have no such form.
-- ``..._examples``: the same task; the suffix chose what the original logged.
+  ``task_index_id(vocabulary.size, task.index)``.  The examples have ``task_index``.  Tasks whose
+  ``index`` is None have no such form.
+- ``..._examples``: the same task; in the original, the suffix chose what was logged.
 
 A mixture that the original calls proportional draws from each task at its ``rate``.
 """
@@ -186,7 +186,7 @@ DPR = (
         splits=("train", "test"),
         preprocess=preprocess.dpr_simple,
         metrics=_ACCURACY,
-        # The original numbers it as WSC, whose format it has.
+        # The original gives it the index of WSC, because it has the same format.
         index=7,
         rate=1_322,
         description="who is the marked pronoun? More training examples for WSC",

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -303,6 +303,11 @@ class Partitioner:
         return {name: replicate_one(array) for name, array in arrays.items()}
 
 
+def spans_devices(partitioner: Partitioner | None) -> TypeGuard[Partitioner]:
+    """Returns whether there is a mesh of more than one device."""
+    return partitioner is not None and not partitioner.is_single_device
+
+
 # Set by a jitted function while it is traced, because models do not know the mesh.
 _TRACED: ContextVar[Partitioner | None] = ContextVar("partitioner of the function being traced")
 
@@ -310,9 +315,7 @@ _TRACED: ContextVar[Partitioner | None] = ContextVar("partitioner of the functio
 @contextmanager
 def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
     """Makes ``with_logical_constraint`` use this mesh; the traced function enters it."""
-    token = _TRACED.set(
-        None if partitioner is None or partitioner.is_single_device else partitioner
-    )
+    token = _TRACED.set(partitioner if spans_devices(partitioner) else None)
     try:
         yield
     finally:

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, replicate
+from prompt_tuning_jax.distributed.sharding import (
+    Partitioner,
+    activation_sharding,
+    replicate,
+    spans_devices,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.inference.decoding.greedy import greedy
@@ -216,8 +221,7 @@ def _chunk_size(
     partitioner: Partitioner | None,
 ) -> int:
     """Returns the chunk size for ``map_members``: limited by the cache on a CPU, else E."""
-    on_mesh = partitioner is not None and not partitioner.is_single_device
-    if members == 1 or on_mesh or jax.default_backend() != "cpu":
+    if members == 1 or spans_devices(partitioner) or jax.default_backend() != "cpu":
         return members
     own = {name: array[0] for name, array in trainable.items()}
     config = param_tree.merge(graphdef, {**frozen, **own}).model.config

@@ -21,7 +21,7 @@ from prompt_tuning_jax.data.batching.task_data import (
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.logits_processors import (
     LogitsProcessors,
@@ -187,7 +187,6 @@ class Predictor:
     ) -> Any:
         partitioner = self.partitioner
         task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
-        on_mesh = partitioner is not None and not partitioner.is_single_device
         if partitioner is not None:
             tokens_BT = partitioner.shard_batch({"": tokens_BT}, ("batch", "length"))[""]
             if task_B is not None:
@@ -208,7 +207,7 @@ class Predictor:
         writing = DecodeConfig(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
-        if not on_mesh or not trainable:
+        if not spans_devices(partitioner) or not trainable:
             return self._write(writing, trainable, frozen, tokens_BT, task_B)
         # One member at a time: decoding them together would move rows between devices.
         each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
-from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.compiling import Compiler, Step
@@ -364,7 +364,7 @@ class Engine:
 
     def _state_shardings(self) -> dict[str, Any]:
         """The state comes out as it goes in, or it would not fit the next call."""
-        if self._partitioner is None or self._partitioner.is_single_device:
+        if not spans_devices(self._partitioner):
             return {}
         return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._abstract_state)}
 
@@ -392,7 +392,7 @@ class Engine:
     def _slot_numbers(self) -> tuple[int, ...]:
         """How many adjacent slots can be decoded: on a mesh, which shards them, only all."""
         slots = self.shapes.slots
-        if self._partitioner is not None and not self._partitioner.is_single_device:
+        if spans_devices(self._partitioner):
             return (slots,)
         return (*(size for size in self.shapes.batch_sizes if size < slots), slots)
 

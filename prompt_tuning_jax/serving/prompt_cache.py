@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.shapes import Shapes
 from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt
@@ -207,7 +207,7 @@ class SingleAdapters:
 
     def abstract(self) -> Any:
         partitioner = self._partitioner
-        if partitioner is None or partitioner.is_single_device:
+        if not spans_devices(partitioner):
             return dict(self._spec.shapes)
         return {
             name: jax.ShapeDtypeStruct(
@@ -243,14 +243,14 @@ def device_put(
     array: HostArray, axes: tuple[str | None, ...], partitioner: Partitioner | None
 ) -> Array:
     """The array on the device; on a mesh, sharded by its logical axes."""
-    if partitioner is None or partitioner.is_single_device:
+    if not spans_devices(partitioner):
         return jnp.asarray(array)
     return jax.device_put(array, partitioner.sharding(axes, array.shape))
 
 
 def abstract(arrays: Any, partitioner: Partitioner | None) -> Any:
     """Shapes, dtypes and, on a mesh, shardings, to compile for."""
-    on_mesh = partitioner is not None and not partitioner.is_single_device
+    on_mesh = spans_devices(partitioner)
 
     def one(array: Any) -> Any:
         sharding = array.sharding if on_mesh else None

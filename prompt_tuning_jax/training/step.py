@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import map_members, members_per_chunk, rows_in_cache
 from prompt_tuning_jax.methods import TunedModel
@@ -133,7 +133,7 @@ def init_state(
         opt_state = jax.vmap(optimizer.init)(trainable)
         return TrainState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=opt_state)
 
-    if partitioner is None or partitioner.is_single_device:
+    if not spans_devices(partitioner):
         return start(trainable)
     shardings = state_shardings(jax.eval_shape(start, trainable), trainable, partitioner)
     started: TrainState = jax.jit(start, out_shardings=shardings)(trainable)
@@ -282,7 +282,7 @@ def make_train_step(
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     results = None
-    if partitioner is not None and not partitioner.is_single_device and state_shardings is not None:
+    if spans_devices(partitioner) and state_shardings is not None:
         # Fix the shardings: a differently sharded state would make the next step recompile.
         results = (state_shardings, partitioner.replicated)
 

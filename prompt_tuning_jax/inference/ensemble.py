@@ -124,13 +124,10 @@ def score_labels(
     The encoder and the cross-attention keys are computed once per example.  ``normalize_length``
     returns the mean over the label's tokens, except if the method scores labels itself.
     """
-    known = tuned.method.label_tokens
+    if tuned.method.label_tokens:
+        targets_BCS = jnp.broadcast_to(labels_CS, (len(tokens_BT), *labels_CS.shape))
+        return score_known_labels(tuned, tokens_BT, targets_BCS, task_B=task_B)
     ids = tuned.model.token_ids
-    if known:
-        log_probs_BC = jax.nn.log_softmax(tuned.label_logits(tokens_BT, task_B=task_B))
-        same_CC = same_tokens(labels_CS, known, padding=ids.fill)
-        chosen_BC = log_probs_BC[:, jnp.argmax(same_CC, axis=1)]
-        return jnp.where(same_CC.any(axis=1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
     encoded, injections = tuned.encode(tokens_BT, task_B=task_B)
     decoder_injections = injections.of_decoder()
 
@@ -146,6 +143,27 @@ def score_labels(
         padding=ids.fill,
         max_logits=max_logits,
     )
+
+
+def score_known_labels(
+    tuned: TunedModel,
+    tokens_BT: Array,
+    targets_BCS: Array,
+    *,
+    task_B: Array | HostArray | None = None,
+) -> Array:
+    """Returns ``[B, C]``: the log-probabilities of a method that scores its labels itself.
+
+    Each row has its own targets; one that is not a label gets ``UNKNOWN_LABEL_LOG_PROB``.
+    """
+    known = tuned.method.label_tokens
+    log_probs_BL = jax.nn.log_softmax(tuned.label_logits(tokens_BT, task_B=task_B))
+    batch, number, length = targets_BCS.shape
+    targets_XS = targets_BCS.reshape(-1, length)
+    same_XL = same_tokens(targets_XS, known, padding=tuned.model.token_ids.fill)
+    same_BCL = same_XL.reshape(batch, number, len(known))
+    chosen_BC = jnp.take_along_axis(log_probs_BL, jnp.argmax(same_BCL, axis=-1), axis=1)
+    return jnp.where(same_BCL.any(axis=-1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 8))

@@ -23,7 +23,8 @@ from prompt_tuning_jax.distributed.sharding import (
 )
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
-from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
+from prompt_tuning_jax.inference.ensemble import score_known_labels
+from prompt_tuning_jax.methods.base import TunedModel
 from prompt_tuning_jax.methods.prompt_combine import combine_rows
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.t5.config import TokenIds
@@ -85,7 +86,7 @@ class Programs:
             def score(arrays: Any, batch: Batch, targets_BCS: Array) -> Array:
                 if self.adapter_spec is not None and self.adapter_spec.label_tokens:
                     attached = self._attached(params, arrays)
-                    return _label_scores(attached, batch.tokens_BT, targets_BCS)
+                    return score_known_labels(attached, batch.tokens_BT, targets_BCS)
                 model, encoded, injections = self._encode(params, arrays, batch, prompt_length)
                 cross = model.decoder.cross_keys(encoded)
 
@@ -329,18 +330,6 @@ class Programs:
         frozen = {f"model/{name}": array for name, array in params.items()}
         attached: TunedModel = param_tree.merge(self.graphdef, {**frozen, **arrays})
         return attached
-
-
-def _label_scores(attached: TunedModel, tokens_BT: Array, targets_BCS: Array) -> Array:
-    """``[B, C]`` of a method that scores labels itself."""
-    labels = attached.method.label_tokens
-    fill = attached.model.token_ids.fill
-    scores_BL = jax.nn.log_softmax(attached.label_logits(tokens_BT))
-    batch, number, length = targets_BCS.shape
-    same = same_tokens(targets_BCS.reshape(-1, length), labels, padding=fill)
-    same_BCL = same.reshape(batch, number, len(labels))
-    chosen_BC = jnp.take_along_axis(scores_BL, jnp.argmax(same_BCL, axis=-1), axis=1)
-    return jnp.where(same_BCL.any(axis=-1), chosen_BC, UNKNOWN_LABEL_LOG_PROB)
 
 
 def _scored(

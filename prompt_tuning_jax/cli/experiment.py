@@ -16,9 +16,10 @@ from prompt_tuning_jax.cli.arguments import (
     positive,
 )
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.field_syntax import MESH_AXES
 from prompt_tuning_jax.errors import UserError
 
-_MESH_FIELDS = ("data", "fsdp", "model", "dcn_data", "dcn_fsdp", "dcn_model")
+_MESH_FIELDS = (*MESH_AXES, *(f"dcn_{axis}" for axis in MESH_AXES))
 
 
 @dataclass(frozen=True, kw_only=True)

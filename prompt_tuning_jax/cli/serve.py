@@ -16,7 +16,8 @@ from prompt_tuning_jax.errors import UserError
 class Serve(Serving, OverrideOptions):
     """Serve prompts and what other methods trained over HTTP, on one frozen model.
 
-    Batches mix the tasks of prompts; the tasks of other methods have batches of their own.
+    Batches mix the tasks of prompts, and those of one method with equal hyper-parameters.  Texts of
+    all of them are generated side by side.
 
     DIR is the folder of a run, or a folder of tasks.  A run is one task with its seeds as an
     ensemble; its name is that of the task it was trained on (for a file of examples the file's, or

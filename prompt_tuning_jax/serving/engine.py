@@ -308,13 +308,11 @@ class Engine:
             widths, numbers = shapes.widths(spec), self._slot_numbers()
             for number, width in product(numbers, widths):
                 is_first = (number, width) == (numbers[-1], widths[-1])
+                decode = DecodeProgram(slots=number, width=width, adapter_spec=spec)
                 step = Step(
-                    key=DecodeProgram(slots=number, width=width, adapter_spec=spec),
+                    key=decode,
                     name=f"decode {number} x {width} positions" + self._of_method(spec),
-                    make=partial(
-                        self._compile_decode,
-                        DecodeProgram(slots=number, width=width, adapter_spec=spec),
-                    ),
+                    make=partial(self._compile_decode, decode),
                     first=is_first,
                 )
                 ordered.append(((not is_first, max(1, width - longest), number), step))

@@ -27,13 +27,12 @@ from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
-    inputs_template_of,
     labels_of,
-    mixture_of,
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
     attach_stored,
+    known_with,
     method_of,
     stored_methods,
 )
@@ -332,13 +331,8 @@ class MethodLoader:
             name = "" if run is None else f" of {method_name(run.method)}"
             raise UserError(f"{folder}: this run{name} has saved nothing that can be served")
         best = run_folder.read_best(folder)
-        metadata = PromptMetadata(
-            model_name=run.model.name_or_path,
-            task=run.data.train or run.data.task,
-            labels=_labels_of(run.data, folder),
-            inputs_template=inputs_template_of(run.data),
-            mixture=mixture_of(run.data),
-        )
+        labels = _labels_of(run.data, folder)
+        metadata = known_with(run, PromptMetadata(model_name=run.model.name_or_path, labels=labels))
         found = []
         for number, name in enumerate(member_names(run)):
             about = replace(metadata, seed=run.training.seeds[number])

@@ -204,8 +204,8 @@ class Programs:
         self, params: FlatParams, arrays: Any, state: DecodeState, row_M: Array, steps: int
     ) -> DecodeState:
         """The state after these steps, or fewer if all its slots are done."""
-        by_row = 0 if self.gathered and self.adapter_spec is not None else None
-        if by_row is not None:
+        by_row = 0 if self._gathers else None
+        if self._gathers:
             arrays = {name: array[row_M] for name, array in arrays.items()}
         ids = self.token_ids
 
@@ -283,9 +283,14 @@ class Programs:
             cosines, ids = lax.top_k(cosine_PV, number)
             return replicate((ids, cosines))
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether each row has its own trained arrays; prompts are gathered by ``combine_rows``."""
+        return self.gathered and self.adapter_spec is not None
+
     def _by_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function(arrays, batch, ...)`` for arrays of which each row gathers its own."""
-        if self.adapter_spec is None or not self.gathered:
+        if not self._gathers:
             return function
 
         def of_rows(arrays: FlatParams, batch: Batch, *others: Any) -> Any:

@@ -20,7 +20,7 @@ from prompt_tuning_jax.inference.conversion import export_model
 from prompt_tuning_jax.methods import Context, FullTuning, PromptTuning, attach_method
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.pretraining import probes
-from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
+from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings, start_attention
 from prompt_tuning_jax.pretraining.run import pretrain
 from prompt_tuning_jax.pretraining.text_corpus import load_corpus
 from prompt_tuning_jax.pretraining.text_data import (
@@ -277,6 +277,22 @@ def test_a_run_starts_from_cooccurrence(tmp_path: Path, monkeypatch: pytest.Monk
     table_VD = cooccurrence_embeddings(data.train.tokens, vocab_size=208, embed_dim=16)
     got_VD = result.best_tuned["model/token_embedder/embedding"][0]
     np.testing.assert_allclose(got_VD, table_VD, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["mimetic", "matching"])
+def test_a_run_starts_from_the_attention_of_its_config(tmp_path: Path, attention: str) -> None:
+    changes = {
+        "model.attention": attention,
+        "training.steps": 1,
+        "training.seeds": (3,),
+        "optimizer.learning_rate": 0.0,
+        "optimizer.weight_decay": 0.0,
+    }
+    result = pretrain(pretraining_run(tmp_path, changes), quiet=True)
+    model = random_model("micro", seed=3, vocabulary=str(tiny_run.vocabulary_file()))
+    start_attention(model, matching=attention == "matching", seed=3)
+    for name, array in param_tree.split(model)[1].items():
+        np.testing.assert_allclose(result.best_tuned[f"model/{name}"][0], array, atol=1e-6)
 
 
 def test_the_seed_decides_the_random_weights() -> None:

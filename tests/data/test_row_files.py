@@ -185,7 +185,7 @@ def test_every_place_where_a_parquet_file_may_be_cut(tmp_path):
         ("a.tsv", CSV.encode("utf-16-be"), "UTF-16BE without a byte order mark.*iconv"),
         ("a.csv", CSV.encode("utf-16")[:-1], "not valid utf-16"),
         ("a.csv", b"PK\x03\x04" + bytes(100), "zip archive.*save it as CSV UTF-8"),
-        ("a.jsonl", gzip.compress(b"{}"), "name it so that it ends in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "name it so that it ends in .gz"),
         ("a.json", "[1, 2]", "record 1: a number where an object"),
         ("a.json", '["a"]', "record 1: a string where an object"),
         ("a.jsonl", "[1]", "a.jsonl:1: an array where an object"),

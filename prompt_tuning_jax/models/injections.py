@@ -1,5 +1,6 @@
 """Inputs that a tuning method injects into a forward pass of the frozen model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -9,30 +10,33 @@ from prompt_tuning_jax.typing import Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class EncoderInput:
-    """The embedded input of the encoder, which replaces token ids.
+class ModelInput:
+    """An embedded input, which replaces token ids.
 
-    ``mask_BU`` is true at real positions, which other positions may attend to.  The optional
-    ``attention_mask_BUU`` (query, key) restricts attention further: a query sees a key only if both
-    masks allow it.  The batch dimension of ``attention_mask_BUU`` may be 1.
+    ``mask_BU`` is true at real positions, which other positions may attend to.  ``prompt_BPD``, with
+    a batch dimension of 1 or B, comes before every row.  The optional ``attention_mask_BUU`` (query,
+    key), over the prompt and the input, restricts attention further: a query sees a key only if
+    both masks allow it.  Its batch dimension may be 1.
     """
 
     embeddings_BUD: Array
     mask_BU: Array
+    prompt_BPD: Array | None = None
     attention_mask_BUU: Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """Keys and values ``[B or 1, P, H, K]`` prepended to those of a layer; every query sees them.
+    """Keys and values ``[B or 1, P, G, K]`` prepended to those of a layer; every query sees them.
 
-    They have no positions by default.  In self-attention, ``before`` assigns them the P positions
-    before the sequence.
+    In an encoder-decoder they have no positions by default; in self-attention, ``before`` assigns
+    them the P positions before the sequence.  In a decoder-only model they always have the first P
+    positions, as a cache has.
     """
 
-    key_BPHK: Array
-    value_BPHK: Array
+    key_BPGK: Array
+    value_BPGK: Array
     before: bool = field(default=False, metadata={"static": True})
 
 
@@ -60,20 +64,20 @@ class LayerPrompt:
 class Injections:
     """All injections of one forward pass; a field that is None changes nothing.
 
-    Prefixes have one entry per layer of their stack.  ``layer_prompts`` has one entry per encoder
-    layer, where None means no prompt.  Adapters are not part of this class: every ``Linear``,
-    including ``decoder.logits_dense``, has an ``adapter`` attribute (models/layers.py).
+    ``layer_prompts`` has one entry per layer of the reading stack, where None means no prompt.
+    ``prefixes`` has, by the name of a stack of attentions (``Model.stacks``), one entry per layer.
+    Adapters are not part of this class: every ``Linear`` has an ``adapter`` attribute
+    (models/layers.py).
     """
 
-    encoder_input: EncoderInput | None = None
+    model_input: ModelInput | None = None
     layer_prompts: tuple[LayerPrompt | None, ...] | None = None
-    encoder_prefixes: tuple[KeyValues, ...] | None = None
-    decoder_prefixes: tuple[KeyValues, ...] | None = None
-    cross_prefixes: tuple[KeyValues, ...] | None = None
+    prefixes: Mapping[str, tuple[KeyValues, ...]] = field(default_factory=dict)
 
-    def of_decoder(self) -> "Injections":
-        """Returns the injections that are still needed after the encoder has run."""
-        return replace(self, encoder_input=None, layer_prompts=None, encoder_prefixes=None)
+    def for_writing(self) -> "Injections":
+        """Returns the injections that are still needed after the input has been read."""
+        prefixes = {name: own for name, own in self.prefixes.items() if name != "encoder"}
+        return replace(self, model_input=None, layer_prompts=None, prefixes=prefixes)
 
 
 NO_INJECTIONS = Injections()

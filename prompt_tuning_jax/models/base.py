@@ -1,0 +1,284 @@
+"""The contract of a model: it reads an input, then writes a target.
+
+Everything above ``models/`` uses a model through ``Model``: training, ranking, decoding, tuning
+methods, planning and serving.  A new family is a folder here with a subclass of it, and a name
+table in ``checkpoints/``.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import ModelConfig, TokenIds
+from prompt_tuning_jax.models.injections import (
+    NO_INJECTIONS,
+    Injections,
+    KeyValues,
+    ModelInput,
+)
+from prompt_tuning_jax.models.layers import AnyEmbed, Remat, Table, split_key
+from prompt_tuning_jax.typing import Array, DType, HostArray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a model has read, and all that it needs to write.
+
+    Attributes:
+      hidden_BUD: the final hidden states of all positions.
+      mask_BU: the real positions among them.
+      keys_values: for each writing layer, the keys and values ``[B, U, G, K]`` of these positions.
+      prompt: for each writing layer, those of the positions before them, ``[1 or B, P, G, K]``,
+        which are all real.  A decoder-only model computes them once for all rows.  Empty if there
+        are none.
+    """
+
+    hidden_BUD: Array
+    mask_BU: Array
+    keys_values: tuple[KeyValues, ...]
+    prompt: tuple[KeyValues, ...] = ()
+
+    @property
+    def last_BD(self) -> Array:
+        """The hidden state of each row's last real position."""
+        last_B = jnp.maximum(jnp.sum(self.mask_BU, axis=1) - 1, 0)
+        return jnp.take_along_axis(self.hidden_BUD, last_B[:, None, None], axis=1)[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeContext:
+    """The part of a ``Context`` that step-by-step decoding needs.
+
+    The leaves have one entry per row on axis 0, so that rows can be repeated, reordered, or kept
+    in slots.  ``first_BD`` is the hidden state that predicts the first token, or None if the
+    decoder computes it from the start token.
+    """
+
+    mask_BU: Array
+    keys_values: tuple[KeyValues, ...]
+    first_BD: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SelfCache:
+    """The keys and values ``[B, S, G, K]`` that one writing layer has computed so far."""
+
+    key_BSGK: Array
+    value_BSGK: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionStack:
+    """The sizes of one kind of attention: ``num_layers`` of them, with G heads of width K each."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Model(nnx.Module):
+    """A frozen model that reads an input, with a prompt per example, and writes a target.
+
+    Token arrays are padded at the end with ``token_ids.fill``.  ``dtype`` is the dtype of
+    activations and matrix operands, and ``param_dtype`` is the dtype of the weights.  Norms,
+    softmaxes and logits are computed in float32.
+
+    Subclasses set ``token_embedder`` and implement the abstract methods.
+    """
+
+    # The stack that reads the input; deep prompts go into its layers.
+    reading_stack: ClassVar[str]
+    # Whether a text's end-of-sequence token is part of the input.
+    inputs_end: ClassVar[bool]
+
+    token_embedder: AnyEmbed
+
+    def __init__(self, config: ModelConfig, *, dtype: DType, vocabulary: Any = None):
+        self.config = config
+        self.dtype = dtype
+        self.vocabulary = vocabulary
+        self.original_fingerprint = ""  # fingerprint of the weights before quantisation
+
+    @property
+    @abstractmethod
+    def stacks(self) -> Mapping[str, AttentionStack]:
+        """The attentions by name (``Injections.prefixes`` has the same names)."""
+
+    @abstractmethod
+    def read(
+        self,
+        source: ModelInput,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Context:
+        """Reads an embedded input; passing a ``key`` enables dropout."""
+
+    @abstractmethod
+    def write_hidden(
+        self,
+        context: Context,
+        targets_BS: Array | HostArray,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """Computes the output head's inputs ``[B, S, D]``; ``[:, s]`` predicts target ``s``."""
+
+    @abstractmethod
+    def start_decoding(
+        self, context: Context, max_length: int
+    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
+        """Prepares step-by-step decoding of ``max_length`` tokens, with empty caches."""
+
+    @abstractmethod
+    def decode_step(
+        self,
+        tokens_B: Array,
+        position: Array | int,
+        caches: tuple[SelfCache, ...],
+        context: DecodeContext,
+        *,
+        injections: Injections = NO_INJECTIONS,
+    ) -> tuple[Array, tuple[SelfCache, ...]]:
+        """Decodes one token; returns logits ``[B, V]`` and the updated caches.
+
+        The logits predict token ``position``, and ``tokens_B`` are the tokens before it: at
+        position 0 the start token, which a decoder-only model ignores.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Array) -> Array:
+        """Applies the output head, ``[..., D] -> [..., V]``; returns logits in float32."""
+
+    @abstractmethod
+    def output_vectors(self, tokens_N: Array | HostArray) -> Array:
+        """Returns the output head's weight vectors ``[N, D]`` of these tokens, in float32."""
+
+    @abstractmethod
+    def keys_values_of(self, tokens_P: Array) -> dict[str, tuple[Array, Array]]:
+        """Computes the keys and values ``[L, P, G, K]`` of a text in each stack, in float32."""
+
+    def write(
+        self,
+        context: Context,
+        targets_BS: Array | HostArray,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """Computes the logits ``[B, S, V]`` of the targets; ``[:, s]`` predicts target ``s``."""
+        return self.logits(
+            self.write_hidden(context, targets_BS, injections=injections, key=key, remat=remat)
+        )
+
+    def embed_tokens(self, tokens: Array | HostArray) -> Array:
+        """Embeds token ids, ``[...] -> [..., D]``; values at padding are meaningless."""
+        if self.token_ids.fill < 0:
+            tokens = jnp.maximum(jnp.asarray(tokens), 0)
+        return self.token_embedder(tokens)
+
+    def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> ModelInput:
+        """Embeds tokens behind a prompt ``[P, D]`` or ``[B, P, D]``."""
+        source = ModelInput(
+            embeddings_BUD=self.embed_tokens(tokens_BT), mask_BU=tokens_BT != self.token_ids.fill
+        )
+        return source if prompt is None else with_prompt(source, prompt)
+
+    def embedding_table(self) -> Table:
+        """Returns the rows ``[V, D]`` of the vocabulary in the space of prompts."""
+        return self.token_embedder.table()
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The model's special token ids."""
+        return self.config.token_ids
+
+    @property
+    def input_eos(self) -> int:
+        """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary."""
+        return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
+
+    def run(
+        self,
+        inputs_BT: Array | HostArray,
+        targets_BS: Array | HostArray,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """Reads the inputs and computes the logits ``[B, S, V]`` of the targets.
+
+        ``injections.model_input`` replaces the embedded inputs if it is given.
+        """
+        keys = split_key(key, 2)
+        source = injections.model_input or self.embed(inputs_BT)
+        context = self.read(source, injections=injections, key=keys[0], remat=remat)
+        return self.write(
+            context, targets_BS, injections=injections.for_writing(), key=keys[1], remat=remat
+        )
+
+    def __repr__(self) -> str:
+        """Describes the model's sizes without adapters; ``nnx.display`` shows every array."""
+        config = self.config
+        params = param_tree.split(self)[1]
+        arrays = [array for name, array in params.items() if "/adapter/" not in name]
+        number, size = sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
+        kinds = ", ".join(sorted({a.dtype.name for a in arrays}))
+        layers = " + ".join(
+            str(stack.num_layers) for name, stack in self.stacks.items() if name != "cross"
+        )
+        return (
+            f"{type(self).__name__}({layers} layers, embed_dim={config.embed_dim}, "
+            f"num_heads={config.num_heads}, mlp_dim={config.mlp_dim}, "
+            f"vocab_size={config.vocab_size}: {number:,} parameters in {kinds}, "
+            f"{size / 1e6:,.1f} MB)"
+        )
+
+
+def with_prompt(source: ModelInput, prompt: Array) -> ModelInput:
+    """Puts a prompt ``[P, D]``, or one per example ``[B, P, D]``, before the input.
+
+    Raises UserError if the prompt has another number of dimensions or another width.
+    """
+    batch, _, width = source.embeddings_BUD.shape
+    if prompt.ndim not in (2, 3) or prompt.shape[-1] != width:
+        raise UserError(
+            f"a prompt for this model has shape [P, {width}] or [{batch}, P, {width}]; "
+            f"got {list(prompt.shape)}"
+        )
+    prompt_BPD = prompt if prompt.ndim == 3 else prompt[None]
+    return replace(source, prompt_BPD=prompt_BPD.astype(source.embeddings_BUD.dtype))
+
+
+def joined(source: ModelInput) -> ModelInput:
+    """Makes the prompt a part of the embeddings, ``[B, P + U, D]``, for each row.
+
+    All positions see the prompt, and the prompt sees all positions (Lester et al. 2021, section
+    2), unless ``attention_mask_BUU`` says otherwise.
+    """
+    if source.prompt_BPD is None:
+        return source
+    batch = source.embeddings_BUD.shape[0]
+    prompt_BPD = jnp.broadcast_to(source.prompt_BPD, (batch, *source.prompt_BPD.shape[1:]))
+    seen_BP = jnp.ones(prompt_BPD.shape[:2], bool)
+    return replace(
+        source,
+        prompt_BPD=None,
+        embeddings_BUD=jnp.concatenate([prompt_BPD, source.embeddings_BUD], axis=1),
+        mask_BU=jnp.concatenate([seen_BP, source.mask_BU], axis=1),
+    )

@@ -1,0 +1,64 @@
+"""What every model's configuration has, and its special token ids; without JAX."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """The special token ids: padding, end of sequence, and decoder start.
+
+    They come from the model's files.  The ids of its vocabulary may differ; the vocabulary's
+    end-of-sequence id is the one appended to inputs.
+
+    Attributes:
+      pad: fills generated sequences after their end.
+      eos: ends a target.
+      start: the first input of an encoder-decoder's decoder; -1 if the model has no such token.
+      more_eos: other ids that end a generated sequence.
+    """
+
+    pad: int = 0
+    eos: int = 1
+    start: int = 0
+    more_eos: tuple[int, ...] = ()
+
+    @property
+    def fill(self) -> int:
+        """The value that marks empty positions in token arrays.
+
+        This is 0 if ``pad`` is 0 and ``eos`` is not, because then no text contains it.  Otherwise
+        the padding id may also be a real token, and this is -1.
+        """
+        return 0 if self.pad == 0 and 0 not in self.all_eos else -1
+
+    @property
+    def all_eos(self) -> tuple[int, ...]:
+        """Every id that ends a generated sequence."""
+        return (self.eos, *self.more_eos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The sizes that every family has; a family's configuration adds its own fields.
+
+    Attributes:
+      vocab_size: the rows of the embedding table, padding included.
+      embed_dim: the width D of the hidden states, and so of a prompt.
+      num_heads: the heads H of an attention.
+      head_dim: the width K of a head.
+      mlp_dim: the width F inside an mlp.
+      token_ids: the special token ids.
+    """
+
+    # "module:class" of the model with such a configuration.
+    implementation: ClassVar[str]
+    # The longest sequence that the model reads and writes, prompt included; None has no limit.
+    max_positions: ClassVar[int | None] = None
+
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    token_ids: TokenIds = TokenIds()

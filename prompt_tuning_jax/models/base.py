@@ -23,7 +23,7 @@ from prompt_tuning_jax.models.injections import (
     KeyValues,
     ModelInput,
 )
-from prompt_tuning_jax.models.layers import AnyEmbed, Remat, Table, split_key
+from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
@@ -101,7 +101,7 @@ class Model(nnx.Module):
     # Whether a text's end-of-sequence token is part of the input.
     inputs_end: ClassVar[bool]
 
-    token_embedder: AnyEmbed
+    token_embedder: Embed  # or QuantizedEmbed
 
     def __init__(self, config: ModelConfig, *, dtype: DType, vocabulary: Any = None):
         self.config = config

@@ -1,9 +1,9 @@
-"""Position-wise layers: linear map, embedding, RMS norm, mlp, dropout."""
+"""Position-wise layers: linear map, embedding, norms, mlp, dropout, and rematerialisation."""
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 LINEAR = "linear"  # the checkpoint name of linear outputs, used by the remat policy
 
+# What each layer stores for the backward pass.  "none" stores everything; "dots" stores the outputs
+# of linear maps and recomputes the rest, mainly attention scores; "full" stores only the input.
+Remat: TypeAlias = Literal["none", "dots", "full"]
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "linear": lambda x: x,
@@ -53,7 +58,7 @@ class LinearAdapter(Protocol):
 
 
 class Linear(nnx.Module):
-    """A linear map ``[..., in] -> [..., out]`` without bias; methods may set ``adapter``."""
+    """A linear map ``[..., in] -> [..., out]``; methods may set ``adapter``."""
 
     def __init__(
         self,
@@ -66,9 +71,13 @@ class Linear(nnx.Module):
         param_dtype: DType,
         rngs: nnx.Rngs,
         out_dtype: DType | None = None,
+        use_bias: bool = False,
     ):
         shape = (in_features, out_features)
         self.kernel = normal_param(rngs, shape, axes, std=std, dtype=param_dtype)
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features, param_dtype), logical_axes=axes[1:])
         self.dtype = dtype
         self.out_dtype = out_dtype
         self.adapter: LinearAdapter | None = nnx.data(None)
@@ -80,6 +89,8 @@ class Linear(nnx.Module):
         """Applies the map without its adapter."""
         kernel_DF = self.kernel.get_value()
         y = matmul.dot(x, kernel_DF, dtype=self.dtype, out_dtype=self.out_dtype)
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(y.dtype)
         return checkpoint_name(y, LINEAR)
 
     def columns(self, outputs_N: Array | HostArray) -> Array:
@@ -99,7 +110,7 @@ class Table(Protocol):
 class Embed(nnx.Module):
     """Embeds token ids, ``[...] -> [..., D]``; initialized with std 1 as in T5."""
 
-    def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.embed_dim)
         axes = ("vocab", "embed")
         self.embedding = normal_param(rngs, shape, axes, std=1.0, dtype=param_dtype)
@@ -124,10 +135,10 @@ class Embed(nnx.Module):
 class RMSNorm(nnx.Module):
     """Normalizes by the root mean square, computed in float32, without mean or bias."""
 
-    def __init__(self, config: T5Config, *, dtype: DType, param_dtype: DType):
-        ones = jnp.ones((config.embed_dim,), param_dtype)
+    def __init__(self, features: int, *, eps: float, dtype: DType, param_dtype: DType):
+        ones = jnp.ones((features,), param_dtype)
         self.scale = nnx.Param(ones, logical_axes=("norm",))
-        self.eps = config.layer_norm_eps
+        self.eps = eps
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
@@ -165,22 +176,42 @@ def _rms_norm_backward(
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+class LayerNorm(nnx.Module):
+    """Normalizes by mean and variance, computed in float32, with weights and biases."""
+
+    def __init__(self, features: int, *, eps: float, dtype: DType, param_dtype: DType):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), logical_axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), logical_axes=("norm",))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        scale_D = self.scale.get_value().astype(jnp.float32)
+        return (normed * scale_D + self.bias.get_value().astype(jnp.float32)).astype(self.dtype)
+
+
 class Mlp(nnx.Module):
     """Computes ``wo(act_0(wi_0 x) * act_1(wi_1 x))``, or ``wo(act(wi x))`` for one activation."""
 
     def __init__(
         self,
-        config: T5Config,
+        config: ModelConfig,
+        activations: tuple[str, ...],
         *,
         dtype: DType,
         param_dtype: DType,
         dropout_rate: float,
         rngs: nnx.Rngs,
+        use_bias: bool = False,
     ):
         embed, mlp = config.embed_dim, config.mlp_dim
-        gated = len(config.mlp_activations) > 1
-        self.names = tuple(f"wi_{i}" if gated else "wi" for i in range(len(config.mlp_activations)))
-        self.activations = config.mlp_activations
+        gated = len(activations) > 1
+        self.names = tuple(f"wi_{i}" if gated else "wi" for i in range(len(activations)))
+        self.activations = activations
         self.dropout_rate = dropout_rate
         for name in self.names:
             wi = Linear(
@@ -191,6 +222,7 @@ class Mlp(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
+                use_bias=use_bias,
             )
             setattr(self, name, wi)
         self.wo = Linear(
@@ -201,6 +233,7 @@ class Mlp(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
+            use_bias=use_bias,
         )
 
     def __call__(self, x_BTD: Array, *, key: Array | None = None) -> Array:
@@ -212,6 +245,16 @@ class Mlp(nnx.Module):
         hidden_BTF = math.prod(branches_BTF[1:], start=branches_BTF[0])
         hidden_BTF = dropout(hidden_BTF, self.dropout_rate, key=key, shared_axis=-2)
         return self.wo(hidden_BTF)
+
+
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Wraps a layer so that it stores for its backward pass only what ``remat`` specifies."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    kept = policies.save_only_these_names(LINEAR) if remat == "dots" else policies.nothing_saveable
+    checkpointed: Callable[..., Any] = jax.checkpoint(layer, policy=kept)
+    return checkpointed
 
 
 def dropout(x: Array, rate: float, *, key: Array | None, shared_axis: int | None = None) -> Array:

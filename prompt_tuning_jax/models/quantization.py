@@ -202,6 +202,7 @@ class QuantizedLinear(nnx.Module):
         self.kernel = nnx.Param(kernel_DF, logical_axes=axes)
         # Groups are sharded along the inputs; a single group is replicated on every device.
         self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
+        self.bias = nnx.data(linear.bias)
         self.dtype = linear.dtype
         self.out_dtype = linear.out_dtype
         self.adapter: LinearAdapter | None = nnx.data(linear.adapter)
@@ -214,6 +215,8 @@ class QuantizedLinear(nnx.Module):
         kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
         out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
         out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
+        if self.bias is not None:
+            out = out + self.bias.get_value().astype(out.dtype)
         return checkpoint_name(out, LINEAR)
 
     def columns(self, outputs_N: Array | HostArray) -> Array:

@@ -27,10 +27,12 @@ class TokenIds:
     def fill(self) -> int:
         """The value that marks empty positions in token arrays.
 
-        This is 0 if ``pad`` is 0 and ``eos`` is not, because then no text contains it.  Otherwise
-        the padding id may also be a real token, and this is -1.
+        This is 0 if an encoder-decoder's ``pad`` is 0 and ``eos`` is not, because then no text
+        contains it.  Otherwise the padding id may also be a real token, and this is -1: the padding
+        id of a decoder-only model is often the one that begins a text or is unknown.
         """
-        return 0 if self.pad == 0 and 0 not in self.all_eos else -1
+        encoder_decoder = self.start >= 0
+        return 0 if encoder_decoder and self.pad == 0 and 0 not in self.all_eos else -1
 
     @property
     def all_eos(self) -> tuple[int, ...]:

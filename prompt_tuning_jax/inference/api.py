@@ -29,8 +29,8 @@ from prompt_tuning_jax.inference.ensemble import (
 )
 from prompt_tuning_jax.methods import Context, NoTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.models.t5.config import TokenIds
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array, HostArray
 
 # Token ids [B, T] with the model's padding id (0 for T5), or texts if the model has a vocabulary.
@@ -58,7 +58,7 @@ class Generated:
 
 
 def encode(
-    model: T5 | TunedModel, encoder_input_tokens: Inputs, prompt: Array | None = None
+    model: Model | TunedModel, encoder_input_tokens: Inputs, prompt: Array | None = None
 ) -> Array:
     """Returns the encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
     attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
@@ -69,7 +69,7 @@ def encode(
 
 
 def generate(
-    model: T5 | TunedModel,
+    model: Model | TunedModel,
     inputs: Inputs,
     prompt: Array | HostArray | None = None,
     strategy: Strategy = "greedy",
@@ -149,7 +149,7 @@ def generate(
 
 
 def score(
-    model: T5 | TunedModel,
+    model: Model | TunedModel,
     inputs: Inputs,
     targets: Inputs,
     prompt: Array | HostArray | None = None,
@@ -173,7 +173,10 @@ def score(
 
 
 def logits(
-    model: T5 | TunedModel, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+    model: Model | TunedModel,
+    inputs: Inputs,
+    targets: Inputs,
+    prompt: Array | HostArray | None = None,
 ) -> HostArray:
     """Returns the float32 logits ``[B, S, V]`` that predict the targets: ``[:, s]`` is for token s.
 
@@ -230,7 +233,7 @@ def _temperature(value: object) -> float:
     return number
 
 
-def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
+def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArray:
     """Returns int32 token ids ``[B, T]``, padded with the model's ``token_ids.fill``.
 
     An end-of-sequence token is appended to texts: the vocabulary's to inputs, the model's to
@@ -309,7 +312,7 @@ def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArr
     return np.where(is_padding_BT, np.int32(ids.fill), ids_BT)
 
 
-def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
+def as_prompt(model: Model, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
     """Returns the prompt in float32, ``[P, D]`` or ``[B, P, D]``.
 
     Raises UserError if it does not fit the model or the batch.
@@ -343,13 +346,13 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
 
 def require_model(model: object) -> None:
     """Raises UserError if the argument is not a model."""
-    if not isinstance(model, T5 | TunedModel):
+    if not isinstance(model, Model | TunedModel):
         opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
         raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
 
 
 def _ready(
-    model: T5 | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
+    model: Model | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
 ) -> tuple[TunedModel, HostArray, int, int]:
     """Returns the model with its prompt or other method attached, and the padded token ids.
 

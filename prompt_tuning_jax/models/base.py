@@ -8,6 +8,7 @@ table in ``checkpoints/``.
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, ClassVar
 
 import jax
@@ -248,6 +249,12 @@ class Model(nnx.Module):
             f"vocab_size={config.vocab_size}: {number:,} parameters in {kinds}, "
             f"{size / 1e6:,.1f} MB)"
         )
+
+
+def model_class(config: ModelConfig) -> Any:
+    """Returns the class of models with such a configuration."""
+    module, _, name = config.implementation.partition(":")
+    return getattr(import_module(module), name)
 
 
 def with_prompt(source: ModelInput, prompt: Array) -> ModelInput:

@@ -119,9 +119,8 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
         return _tokens(shape, ("ensemble", "batch", "length"), abstract.partitioner)
 
     batch = {
-        "encoder_input_tokens": tokens(data.inputs_length),
-        "decoder_input_tokens": tokens(data.targets_length),
-        "decoder_target_tokens": tokens(data.targets_length),
+        "inputs": tokens(data.inputs_length),
+        "targets": tokens(data.targets_length),
     }
     if abstract.members.tasks:
         shape = (len(training.seeds), training.batch_size)

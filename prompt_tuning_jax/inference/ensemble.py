@@ -400,6 +400,14 @@ def target_logits(
 
 
 @partial(jax.jit, static_argnums=0)
+def input_logits(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
+    """Returns one member's float32 logits ``[B, T, V]`` at each position of the input."""
+    attached = param_tree.merge(graphdef, params)
+    logits_BTV: Array = attached.model.logits(attached.read(tokens_BT)[0].hidden_BUD)
+    return logits_BTV.astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
 def encoded(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
     """Returns one member's final hidden states ``[B, U, D]`` of the input."""
     hidden_BUD: Array = param_tree.merge(graphdef, params).read(tokens_BT)[0].hidden_BUD

@@ -99,8 +99,9 @@ class Model(nnx.Module):
 
     # The stack that reads the input; deep prompts go into its layers.
     reading_stack: ClassVar[str]
-    # Whether a text's end-of-sequence token is part of the input.
-    inputs_end: ClassVar[bool]
+    # Whether each position of the input predicts the next token, as in a decoder-only model; the
+    # inputs of other models end with an end-of-sequence token.
+    causal: ClassVar[bool]
 
     token_embedder: Embed  # or QuantizedEmbed
 

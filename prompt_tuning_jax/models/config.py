@@ -27,10 +27,10 @@ class TokenIds:
     def fill(self) -> int:
         """The value that marks empty positions in token arrays.
 
-        This is 0 if ``pad`` is 0 and ``eos`` is not, because then no text contains it.  Otherwise
-        the padding id may also be a real token, and this is -1.
+        This is 0 in an encoder-decoder if ``pad`` is 0 and ``eos`` is not, because then no text
+        contains it.  Otherwise the padding id may also be a real token, and this is -1.
         """
-        return 0 if self.pad == 0 and 0 not in self.all_eos else -1
+        return 0 if self.pad == 0 and self.start >= 0 and 0 not in self.all_eos else -1
 
     @property
     def all_eos(self) -> tuple[int, ...]:

@@ -346,7 +346,7 @@ class T5(Model):
 
     config: T5Config
     reading_stack: ClassVar[str] = "encoder"
-    inputs_end: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
 
     def __init__(
         self,

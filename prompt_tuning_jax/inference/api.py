@@ -7,7 +7,7 @@ programs.  Results have the shape of the unpadded inputs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -283,13 +283,14 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
         found = str(inputs[number])[:40]
         raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
-    given_rows = not is_array and all(isinstance(row, Sequence) for row in inputs)
+    rows: list[Any] = [] if is_array else [*inputs]
+    given_rows = bool(rows) and all(isinstance(row, Sequence) for row in rows)
     if given_rows:
-        for number, row in enumerate(inputs):
+        for number, row in enumerate(rows):
             if not row:
                 raise UserError(f"row {number} has no token ids; give every row one at least")
         # A float or a string among the ids makes this an array that is refused below.
-        flat = np.asarray([id_ for row in inputs for id_ in row])
+        flat = np.asarray([id_ for row in rows for id_ in row])
         ids_BT = flat[None]
     else:
         ids_BT = np.asarray(inputs)
@@ -309,7 +310,7 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
             f"got {ids_BT.min()} to {ids_BT.max()}"
         )
     if given_rows:
-        return _filled(inputs, ids.fill)
+        return _filled(rows, ids.fill)
     return _with_padding(ids_BT.astype(np.int32), model, targets=targets)
 
 

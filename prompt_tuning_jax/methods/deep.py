@@ -17,11 +17,6 @@ from prompt_tuning_jax.models.injections import Injections, LayerPrompt
 from prompt_tuning_jax.typing import Array, HostArray
 
 
-def num_reading_layers(model: Model) -> int:
-    """Returns the number of layers that read the input."""
-    return model.stacks[model.reading_stack].num_layers
-
-
 class PlainVectors(nnx.Module):
     """Stores the vectors of all layers directly, concatenated in layer order."""
 
@@ -38,7 +33,7 @@ class MlpVectors(nnx.Module):
 
     def __init__(self, config: DeepPrompts, model: Model, *, key: Array):
         keys = jax.random.split(key, 3)
-        width, layers = model.config.embed_dim, num_reading_layers(model)
+        width, layers = model.config.embed_dim, model.config.num_reading_layers
         self.embedding_PD = small_param(
             jax.random.normal(keys[0], (config.prompt_positions(), width))
         )
@@ -66,7 +61,7 @@ class LayerPrompts(TuningModule[DeepPrompts]):
     def attach(
         cls, config: DeepPrompts, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
-        layers = num_reading_layers(model)
+        layers = model.config.num_reading_layers
         if config.lengths and len(config.lengths) != layers:
             raise UserError(
                 f"method.lengths has {len(config.lengths)} entries and the {model.reading_stack} "

@@ -62,3 +62,14 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     token_ids: TokenIds = TokenIds()
+
+    @property
+    def num_reading_layers(self) -> int:
+        """The layers that the input, and so a prompt, passes."""
+        raise NotImplementedError
+
+    def forward_flops(
+        self, *, rows: int, prompt_length: int, inputs_length: int, targets_length: int
+    ) -> float:
+        """Returns the FLOPs of the matrix products of one forward pass over ``rows`` examples."""
+        raise NotImplementedError

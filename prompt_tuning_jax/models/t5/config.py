@@ -30,6 +30,25 @@ class T5Config(ModelConfig):
     relpos_per_layer: bool = False
     layer_norm_eps: float = 1e-6
 
+    @property
+    def num_reading_layers(self) -> int:
+        return self.num_encoder_layers
+
+    def forward_flops(
+        self, *, rows: int, prompt_length: int, inputs_length: int, targets_length: int
+    ) -> float:
+        joined, width = self.num_heads * self.head_dim, self.embed_dim
+        mlp = (len(self.mlp_activations) + 1) * width * self.mlp_dim
+        attention, encoder_length = 4 * width * joined, prompt_length + inputs_length
+        read, written = rows * encoder_length, rows * targets_length
+        encoder = self.num_encoder_layers * read * (attention + mlp + 2 * joined * encoder_length)
+        decoder = self.num_decoder_layers * (
+            read * 2 * width * joined  # keys and values of the cross-attention
+            + written * (attention + attention / 2 + mlp)
+            + written * 2 * joined * (targets_length + encoder_length)
+        )
+        return 2.0 * (encoder + decoder + written * width * self.vocab_size)
+
 
 def _t5_1_1(embed_dim: int, num_heads: int, mlp_dim: int, num_layers: int) -> T5Config:
     return T5Config(

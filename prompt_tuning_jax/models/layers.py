@@ -108,12 +108,20 @@ class Table(Protocol):
 
 
 class Embed(nnx.Module):
-    """Embeds token ids, ``[...] -> [..., D]``; initialized with std 1 as in T5."""
+    """Embeds token ids, ``[...] -> [..., D]``; initialized with std 1 by default, as in T5."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+        std: float = 1.0,
+    ):
         shape = (config.vocab_size, config.embed_dim)
         axes = ("vocab", "embed")
-        self.embedding = normal_param(rngs, shape, axes, std=1.0, dtype=param_dtype)
+        self.embedding = normal_param(rngs, shape, axes, std=std, dtype=param_dtype)
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
@@ -133,16 +141,32 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Normalizes by the root mean square, computed in float32, without mean or bias."""
+    """Normalizes by the root mean square, computed in float32, without mean or bias.
 
-    def __init__(self, features: int, *, eps: float, dtype: DType, param_dtype: DType):
-        ones = jnp.ones((features,), param_dtype)
-        self.scale = nnx.Param(ones, logical_axes=("norm",))
+    With ``plus_one`` the factor is ``1 + scale``, as in Gemma.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float,
+        dtype: DType,
+        param_dtype: DType,
+        plus_one: bool = False,
+    ):
+        initial = jnp.full((features,), 0.0 if plus_one else 1.0, param_dtype)
+        self.scale = nnx.Param(initial, logical_axes=("norm",))
         self.eps = eps
         self.dtype = dtype
+        self.plus_one = plus_one
 
     def __call__(self, x: Array) -> Array:
-        return _rms_norm(x, self.scale.get_value(), self.eps).astype(self.dtype)
+        scale_D = self.scale.get_value()
+        if self.plus_one:
+            # Add in float32: a narrow dtype would round 1 + scale.
+            scale_D = 1.0 + scale_D.astype(jnp.float32)
+        return _rms_norm(x, scale_D, self.eps).astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -177,11 +201,21 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Normalizes by mean and variance, computed in float32, with weights and biases."""
+    """Normalizes by mean and variance, computed in float32, with weights and biases by default."""
 
-    def __init__(self, features: int, *, eps: float, dtype: DType, param_dtype: DType):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), logical_axes=("norm",))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), logical_axes=("norm",))
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float,
+        dtype: DType,
+        param_dtype: DType,
+        use_weights: bool = True,
+    ):
+        self.scale, self.bias = nnx.data(None), nnx.data(None)
+        if use_weights:
+            self.scale = nnx.Param(jnp.ones((features,), param_dtype), logical_axes=("norm",))
+            self.bias = nnx.Param(jnp.zeros((features,), param_dtype), logical_axes=("norm",))
         self.eps = eps
         self.dtype = dtype
 
@@ -190,8 +224,11 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.eps)
-        scale_D = self.scale.get_value().astype(jnp.float32)
-        return (normed * scale_D + self.bias.get_value().astype(jnp.float32)).astype(self.dtype)
+        if self.scale is not None:
+            normed = normed * self.scale.get_value().astype(jnp.float32)
+        if self.bias is not None:
+            normed = normed + self.bias.get_value().astype(jnp.float32)
+        return normed.astype(self.dtype)
 
 
 class Mlp(nnx.Module):

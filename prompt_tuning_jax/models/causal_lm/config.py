@@ -57,6 +57,8 @@ class CausalLMConfig(ModelConfig):
       qk_norm: a norm of each head's queries and keys (Qwen 3, Gemma 3), or of all heads together.
       attention_softcap: caps scores at ``c * tanh(scores / c)``; 0 does not.
       logits_softcap: caps logits likewise.
+      qkv_clip: queries, keys and values are clipped to between minus this and this (OLMo); 0 does
+        not clip.
       qkv_bias: biases of queries, keys and values.
       out_bias: a bias of the attention's output.
       mlp_bias: biases in the mlp.
@@ -92,6 +94,7 @@ class CausalLMConfig(ModelConfig):
     qk_norm: Literal["none", "head", "all"] = "none"
     attention_softcap: float = 0.0
     logits_softcap: float = 0.0
+    qkv_clip: float = 0.0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

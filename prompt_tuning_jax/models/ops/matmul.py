@@ -7,7 +7,7 @@ fast kernel.
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,43 @@ def _softmax_backward(weights: Array, cotangent: Array) -> tuple[Array]:
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def joint_softmax(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Computes one softmax over the last axes of several arrays ``[..., U_i]``, in float32.
+
+    The results are the parts of the softmax of their concatenation, which is never formed: arrays
+    of attention scores are large, and copying them takes longer than the softmax.
+    """
+    if len(parts) == 1:
+        return (softmax(parts[0]),)
+    return _joint_softmax(tuple(part.astype(jnp.float32) for part in parts))
+
+
+@jax.custom_vjp
+def _joint_softmax(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+    largest = reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in parts])
+    exponentials = [jnp.exp(part - largest) for part in parts]
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in exponentials)
+    return tuple(part / total for part in exponentials)
+
+
+def _joint_softmax_forward(
+    parts: tuple[Array, ...],
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    weights = _joint_softmax(parts)
+    return weights, weights
+
+
+def _joint_softmax_backward(
+    weights: tuple[Array, ...], cotangents: tuple[Array, ...]
+) -> tuple[tuple[Array, ...]]:
+    cotangents = jax.lax.optimization_barrier(cotangents)  # for the same reason as above
+    shares = sum(inner(w, c)[..., None] for w, c in zip(weights, cotangents, strict=True))
+    return (tuple(w * (c - shares) for w, c in zip(weights, cotangents, strict=True)),)
+
+
+_joint_softmax.defvjp(_joint_softmax_forward, _joint_softmax_backward)
 
 
 def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:

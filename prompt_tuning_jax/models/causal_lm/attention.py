@@ -1,0 +1,232 @@
+"""Causal self-attention with grouped keys and values, over several segments of keys."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prompt_tuning_jax.distributed.sharding import with_logical_constraint
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotate
+from prompt_tuning_jax.models.injections import KeyValues
+from prompt_tuning_jax.models.layers import Linear, RMSNorm, dropout, split_key
+from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.typing import Array, DType, HostArray
+
+# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN.
+MASK_VALUE = -1e10
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PastKeys:
+    """Keys and values, of all layers, of positions that come before those being computed.
+
+    Attributes:
+      layers: for each layer, keys and values ``[1 or B, U, G, K]``.
+      positions_BU: their positions, with a batch of 1 or B.
+      mask_BU: the real ones among them; None is all.
+    """
+
+    layers: tuple[KeyValues, ...]
+    positions_BU: Array
+    mask_BU: Array | None = None
+
+
+class Attention(nnx.Module):
+    """Attends from the queries of some positions to their own keys and to earlier ones.
+
+    G heads of keys and values serve H / G heads of queries each.  A segment of keys with a batch of
+    1 is shared by all rows, and multiplied with all their queries in one product.
+    """
+
+    def __init__(
+        self,
+        config: CausalLMConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.query_scale, self.softcap = config.query_scale, config.attention_softcap
+        self.qkv_clip = config.qkv_clip
+        self.dropout_rate = dropout_rate
+        self.dtype = dtype
+
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str], use_bias: bool
+        ) -> Linear:
+            return Linear(
+                in_features,
+                out_features,
+                axes=axes,
+                std=in_features**-0.5,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+                use_bias=use_bias,
+            )
+
+        embed = config.embed_dim
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = linear(embed, width, ("embed", "joined_kv"), config.qkv_bias)
+        self.key = linear(embed, kv_width, ("embed", "joined_kv"), config.qkv_bias)
+        self.value = linear(embed, kv_width, ("embed", "joined_kv"), config.qkv_bias)
+        self.out = linear(width, embed, ("joined_kv", "embed"), config.out_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm != "none":
+            for name, joined in (("query_norm", width), ("key_norm", kv_width)):
+                norm = RMSNorm(
+                    self.head_dim if self.qk_norm == "head" else joined,
+                    eps=config.norm_eps,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    plus_one=config.norm == "rms_plus_one",
+                )
+                setattr(self, name, norm)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        rotation: Rotation | None,
+        segments: Sequence[KeyValues],
+        biases: Sequence[Array | None],
+        *,
+        key: Array | None = None,
+    ) -> Array:
+        """Attends from the positions of ``x_BTD`` to the keys of all segments together.
+
+        ``biases`` has for each segment scores ``[1 or G, 1 or B, T, 1 or H / G, U]`` to add, which
+        hide keys or depend on their distance.
+        """
+        query_BTHK = self._queries_or_keys(self.query(x_BTD), "query_norm", rotation)
+        query_BTHK = query_BTHK.astype(jnp.float32) * self.query_scale
+        groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
+        query_BTGRK = query_BTHK.reshape(*query_BTHK.shape[:2], *groups, self.head_dim)
+        # Heads first: products with keys of all rows and with those of each row have this layout.
+        query_GBTRK = query_BTGRK.astype(self.dtype).transpose(2, 0, 1, 3, 4)
+        scores = [
+            self._scores(query_GBTRK, segment, bias)
+            for segment, bias in zip(segments, biases, strict=True)
+        ]
+        weights = matmul.joint_softmax(tuple(scores))
+        keys = split_key(key, len(segments))
+        mixed = [
+            self._mixed(dropout_weights(part, self.dropout_rate, key=dropout_key), segment)
+            for part, segment, dropout_key in zip(weights, segments, keys, strict=True)
+        ]
+        mixed_BTGRK = reduce(jnp.add, mixed).transpose(1, 2, 0, 3, 4)
+        return self.out(mixed_BTGRK.reshape(*mixed_BTGRK.shape[:2], -1))
+
+    def keys_values(self, x_BTD: Array, rotation: Rotation | None) -> KeyValues:
+        """Computes the keys, normed and rotated, and the values of the positions of ``x_BTD``."""
+        key_BTGK = self._queries_or_keys(self.key(x_BTD), "key_norm", rotation)
+        return KeyValues(
+            key_BPGK=key_BTGK.astype(self.dtype),
+            value_BPGK=self._heads(self._clipped(self.value(x_BTD))),
+        )
+
+    def _scores(self, query_GBTRK: Array, segment: KeyValues, bias: Array | None) -> Array:
+        key_BUGK = segment.key_BPGK
+        if key_BUGK.shape[0] == 1:
+            scores = matmul.einsum("GBTRK,UGK->GBTRU", query_GBTRK, key_BUGK[0], dtype=self.dtype)
+        else:
+            scores = matmul.einsum("GBTRK,BUGK->GBTRU", query_GBTRK, key_BUGK, dtype=self.dtype)
+        if self.softcap:
+            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        return scores if bias is None else scores + bias
+
+    def _mixed(self, weights_GBTRU: Array, segment: KeyValues) -> Array:
+        value_BUGK = segment.value_BPGK
+        if value_BUGK.shape[0] == 1:
+            return matmul.einsum("GBTRU,UGK->GBTRK", weights_GBTRU, value_BUGK[0], dtype=self.dtype)
+        return matmul.einsum("GBTRU,BUGK->GBTRK", weights_GBTRU, value_BUGK, dtype=self.dtype)
+
+    def _queries_or_keys(self, x_BTJ: Array, norm: str, rotation: Rotation | None) -> Array:
+        x_BTJ = self._clipped(x_BTJ)
+        x_BTJ = getattr(self, norm)(x_BTJ) if self.qk_norm == "all" else x_BTJ
+        x_BTHK = self._heads(x_BTJ)
+        x_BTHK = getattr(self, norm)(x_BTHK) if self.qk_norm == "head" else x_BTHK
+        return x_BTHK if rotation is None else rotate(x_BTHK, rotation)
+
+    def _clipped(self, x_BTJ: Array) -> Array:
+        return jnp.clip(x_BTJ, -self.qkv_clip, self.qkv_clip) if self.qkv_clip else x_BTJ
+
+    def _heads(self, x_BTJ: Array) -> Array:
+        x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], -1, self.head_dim)
+        # Keep heads whole: a split head would turn every score into a sum across devices.  Heads of
+        # keys and values that the mesh axis does not divide are replicated.
+        return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))
+
+
+def dropout_weights(weights_GBTRU: Array, rate: float, *, key: Array | None) -> Array:
+    """Applies attention dropout with one mask shared by all examples and heads, as in T5X."""
+    if key is None or rate == 0.0:
+        return weights_GBTRU
+    ones_T1U = jnp.ones((weights_GBTRU.shape[2], 1, weights_GBTRU.shape[4]), weights_GBTRU.dtype)
+    return weights_GBTRU * dropout(ones_T1U, rate, key=key)
+
+
+def attention_bias(
+    query_positions_BT: Array,
+    key_positions_BU: Array,
+    *,
+    window: int = 0,
+    causal: bool = True,
+    mask_BU: Array | None = None,
+    mask_BTU: Array | None = None,
+    slopes_GR: HostArray | None = None,
+) -> Array | None:
+    """Returns scores to add, ``[1 or G, 1 or B, T, 1 or R, U]``, or None if there is no effect.
+
+    Args:
+      query_positions_BT: positions of the queries, with a batch of 1 or B.
+      key_positions_BU: positions of the keys.
+      window: how many positions a query sees, itself included; 0 is all.
+      causal: hide keys behind the query; unnecessary if all keys are before it.
+      mask_BU: the keys that exist.
+      mask_BTU: further restricts which key a query sees.
+      slopes_GR: ALiBi's slope of each head, which multiplies the distance (Press et al. 2022).
+    """
+    distance_BTU = query_positions_BT[:, :, None] - key_positions_BU[:, None, :]
+    visible = []
+    if causal:
+        visible.append(distance_BTU >= 0)
+    if window:
+        visible.append(distance_BTU < window)
+    if mask_BU is not None:
+        visible.append(mask_BU[:, None, :])
+    if mask_BTU is not None:
+        visible.append(mask_BTU)
+    bias = None
+    if visible:
+        seen_BTU = reduce(jnp.logical_and, visible)
+        bias = jnp.where(seen_BTU, 0.0, MASK_VALUE).astype(jnp.float32)[None, :, :, None, :]
+    if slopes_GR is not None:
+        slopes_G11R1 = slopes_GR[:, None, None, :, None]
+        by_distance = -slopes_G11R1 * distance_BTU.astype(jnp.float32)[None, :, :, None, :]
+        bias = by_distance if bias is None else bias + by_distance
+    return bias
+
+
+def alibi_slopes(num_heads: int) -> HostArray:
+    """Returns ALiBi's slopes ``[H]``; see Press et al. 2022 and BLOOM's ``build_alibi_tensor``.
+
+    They are a geometric sequence.  If H is not a power of two, the rest is every other slope of
+    twice the power of two below it.
+    """
+
+    def geometric(heads: int) -> HostArray:
+        return 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
+
+    power = 2 ** int(math.log2(num_heads))
+    slopes_H = np.concatenate([geometric(power), geometric(2 * power)[::2][: num_heads - power]])
+    return slopes_H.astype(np.float32)

@@ -120,7 +120,7 @@ class Ours:
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
         partitioner = partitioner_of(self.experiment)
         microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
-        iterations = microbatching.iterations(*pair["encoder_input_tokens"].shape)
+        iterations = microbatching.iterations(*pair["inputs"].shape)
         cost = step_cost(self.step, self.state, self.members.frozen, pair, iterations=iterations)
         return {"flops": cost.flops}
 

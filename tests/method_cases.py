@@ -198,7 +198,7 @@ def steps_from(
             for key in batches[0]
         }
         if of.method.scores_labels:  # on targets that are labels
-            batch["decoder_target_tokens"] = label_targets(batch["decoder_target_tokens"])
+            batch["targets"] = label_targets(batch["targets"])
         if not partitioner.is_single_device:
             batch = dict(partitioner.shard_batch(batch, ("ensemble", "batch", "length")))
         state, metrics = done.step(state, members.frozen, batch)

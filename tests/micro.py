@@ -14,8 +14,9 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, MethodConfig, attach_method, trainable_mask
 from prompt_tuning_jax.methods.prompt import with_prompt
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
-from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
@@ -126,8 +127,8 @@ def make_batch(members: int = 1, rows: int = 4, *, seed: int = 0) -> dict[str, n
         token_rows(random.integers(1, 5, rows), 4, seed=seed * 50 + 25 + e) for e in range(members)
     ]
     return {
-        "encoder_input_tokens": np.stack(inputs),
-        "decoder_target_tokens": np.stack(targets),
+        "inputs": np.stack(inputs),
+        "targets": np.stack(targets),
         "decoder_input_tokens": shifted(np.stack(targets)),
     }
 
@@ -137,7 +138,7 @@ def make_prefixes(
 ) -> tuple[KeyValues, ...]:
     shape = (layers, 2, batch, length, config.num_heads, config.head_dim)
     drawn = jnp.asarray(normal(*shape, seed=seed))
-    return tuple(KeyValues(key_BPHK=key, value_BPHK=value) for key, value in drawn)
+    return tuple(KeyValues(key_BPGK=key, value_BPGK=value) for key, value in drawn)
 
 
 class Trainer:

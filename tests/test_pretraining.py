@@ -127,16 +127,16 @@ def test_the_evaluation_is_the_mean_over_tokens() -> None:
     model = load_model(str(tiny_run.model_folder()))
     loss = tokens = 0.0
     for batch in data.eval_batches():
-        logits = model(batch["encoder_input_tokens"], batch["decoder_input_tokens"])
+        logits = model(batch["inputs"], batch["decoder_input_tokens"])
         logs = np.asarray(jax.nn.log_softmax(logits))
-        targets = batch["decoder_target_tokens"]
+        targets = batch["targets"]
         own = np.take_along_axis(logs, targets[..., None], axis=2)[..., 0]
         loss -= float(own[targets > 0].sum())
         tokens += float((targets > 0).sum())
     assert _losses(model, data) == pytest.approx([loss / tokens], rel=1e-4)
-    again = [batch["encoder_input_tokens"] for batch in data.eval_batches()]
+    again = [batch["inputs"] for batch in data.eval_batches()]
     for one, other in zip(again, data.eval_batches(), strict=True):
-        np.testing.assert_array_equal(one, other["encoder_input_tokens"])
+        np.testing.assert_array_equal(one, other["inputs"])
 
 
 def test_held_out_text_is_not_trained_on() -> None:
@@ -165,7 +165,7 @@ def test_batches_come_from_their_own_text(monkeypatch: pytest.MonkeyPatch) -> No
     data = dataclasses.replace(data, **split)
     for batches, parity in ((data.batches(0, 5, ONE_DEVICE), 0), (data.eval_batches(), 1)):
         for batch in batches:
-            for name in ("encoder_input_tokens", "decoder_target_tokens"):
+            for name in ("inputs", "targets"):
                 tokens = np.asarray(batch[name])
                 tokens = tokens[tokens >= special]
                 assert tokens.size and np.all(tokens % 2 == parity)
@@ -183,9 +183,9 @@ def test_text_of_its_own_to_evaluate_on(tmp_path: Path) -> None:
 def test_each_member_sees_text_of_its_own_in_any_order() -> None:
     data = text_data()
     batches = list(data.batches(0, 4, ONE_DEVICE))
-    assert batches[0]["encoder_input_tokens"].shape == (2, 4, 16)
-    assert batches[0]["decoder_target_tokens"].shape == (2, 4, 8)
-    assert np.any(batches[0]["encoder_input_tokens"][0] != batches[0]["encoder_input_tokens"][1])
+    assert batches[0]["inputs"].shape == (2, 4, 16)
+    assert batches[0]["targets"].shape == (2, 4, 8)
+    assert np.any(batches[0]["inputs"][0] != batches[0]["inputs"][1])
     (later,) = data.batches(3, 4, ONE_DEVICE)
     for name, array in later.items():
         np.testing.assert_array_equal(array, batches[3][name])
@@ -198,7 +198,7 @@ def test_objectives_and_weights_are_as_asked() -> None:
         (batch,) = dataclasses.replace(text_data(**changes), batch_size=200).batches(
             0, 1, ONE_DEVICE
         )
-        return float((batch["decoder_target_tokens"][..., 0] == words.sentinel(0)).mean())
+        return float((batch["targets"][..., 0] == words.sentinel(0)).mean())
 
     assert share_with_sentinels(objectives=("span_corruption",)) == 1
     assert share_with_sentinels(objectives=("prefix_lm",)) == 0

@@ -158,8 +158,8 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
 
     def losses(batch: dict[str, np.ndarray]) -> np.ndarray:
         rows = {name: jnp.asarray(array[0]) for name, array in batch.items()}
-        logits_BSV = logits_of(rows["encoder_input_tokens"], rows["decoder_input_tokens"])
-        targets_BS = rows["decoder_target_tokens"]
+        logits_BSV = logits_of(rows["inputs"], rows["decoder_input_tokens"])
+        targets_BS = rows["targets"]
         return np.array(
             [
                 token_sums(logits_BSV[i : i + 1], targets_BS[i : i + 1], z_loss=0.0).loss
@@ -170,10 +170,10 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
     seen = set()
     for step in range(8):
         batch = batches[step]
-        inputs_EBT = batch["encoder_input_tokens"]
+        inputs_EBT = batch["inputs"]
         seen.add(inputs_EBT.shape[-1])
         longer = np.pad(inputs_EBT, ((0, 0), (0, 0), (0, 64 - inputs_EBT.shape[-1])))
-        full = {**batch, "encoder_input_tokens": longer}
+        full = {**batch, "inputs": longer}
         np.testing.assert_allclose(losses(batch), losses(full), atol=2e-5)
     assert len(seen) == 3
 

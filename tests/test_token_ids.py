@@ -29,7 +29,7 @@ from prompt_tuning_jax.inference.api import generate, score, token_ids
 from prompt_tuning_jax.inference.ensemble import score_labels
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.text_data import build_text_data
 from tests.micro import ONE_LAYER, D, V, make_t5, normal, token_rows
@@ -132,9 +132,9 @@ def test_batches_and_the_loss_are_the_same(other: Renumbered, batches: str) -> N
             batch = next(eval_batches(own, batch_size=4))  # with a row to spare
         attached = with_prompt(model, PROMPT_PD, PromptTuning(length=3))
         found = jax.jit(attached.token_sums)(
-            batch["encoder_input_tokens"],
+            batch["inputs"],
             batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
+            batch["targets"],
         )
         return tuple(map(float, (found.loss, found.tokens, found.examples, found.correct)))
 

@@ -26,7 +26,8 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
+from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import HostArray
 
 StoredAs = Literal["stored", "float32", "bfloat16"]

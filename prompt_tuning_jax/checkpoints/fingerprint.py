@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.typing import Array, HostArray
 
 # Sampled positions along each axis of each parameter.
 _POSITIONS = 8
 
 
-def fingerprint(config: T5Config, params: Mapping[str, Array | HostArray]) -> str:
+def fingerprint(config: ModelConfig, params: Mapping[str, Array | HostArray]) -> str:
     """Sixteen hex digits that identify a frozen model; ``params`` are its frozen parameters.
 
     This is a hash of the configuration, of every parameter's name and shape, and of an evenly
@@ -44,10 +44,10 @@ def sample(array: Array | HostArray) -> Sample:
     return Sample(shape=tuple(array.shape), bits=_sample(array).tobytes())
 
 
-def fingerprint_of_samples(config: T5Config, samples: Mapping[str, Sample]) -> str:
+def fingerprint_of_samples(config: ModelConfig, samples: Mapping[str, Sample]) -> str:
     """``fingerprint`` from samples of all parameters, by name."""
     digest = hashlib.sha256(
-        json.dumps(_described(config), sort_keys=True, default=dataclasses.asdict).encode()
+        json.dumps(_described(config), sort_keys=True, default=_described).encode()
     )
     for name in sorted(samples):
         digest.update(f"\n{name} {list(samples[name].shape)}\n".encode())
@@ -55,7 +55,7 @@ def fingerprint_of_samples(config: T5Config, samples: Mapping[str, Sample]) -> s
     return digest.hexdigest()[:16]
 
 
-def _described(config: T5Config) -> dict[str, Any]:
+def _described(config: Any) -> dict[str, Any]:
     fields = dataclasses.fields(config)
     values = {field.name: getattr(config, field.name) for field in fields}
     return {f.name: values[f.name] for f in fields if values[f.name] != f.default}

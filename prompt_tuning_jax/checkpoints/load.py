@@ -26,6 +26,8 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.base import Model, model_class
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import (
     SCALE,
     Quantization,
@@ -108,8 +110,8 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     quantization: Quantization = "none",
     rules: sharding.Rules = sharding.RULES,
-) -> T5:
-    """Load a frozen T5; ``model.vocabulary`` is its vocabulary, or None.
+) -> Model:
+    """Load a frozen model; ``model.vocabulary`` is its vocabulary, or None.
 
     Args:
       name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``org/name`` of
@@ -204,17 +206,17 @@ def random_model(
 
 
 def abstract_model(
-    config: T5Config,
+    config: ModelConfig,
     *,
     dtype: DType,
     param_dtype: DType,
     dropout_rate: float = 0.0,
     vocabulary: AnyVocabulary | None = None,
     quantization: Quantization = "none",
-) -> T5:
-    """A T5 with abstract parameters (shapes and dtypes), which loading replaces."""
-    model = nnx.eval_shape(
-        lambda: T5(
+) -> Model:
+    """A model with abstract parameters (shapes and dtypes), which loading replaces."""
+    model: Model = nnx.eval_shape(
+        lambda: model_class(config)(
             config,
             rngs=nnx.Rngs(0),
             dtype=jnp.dtype(dtype),
@@ -228,7 +230,9 @@ def abstract_model(
     return model
 
 
-def _vocabulary(path: str | Path | None, config: T5Config, *, model: str) -> AnyVocabulary | None:
+def _vocabulary(
+    path: str | Path | None, config: ModelConfig, *, model: str
+) -> AnyVocabulary | None:
     if path is None or path == "":
         return None
     words = load_vocabulary(path, token_ids=config.token_ids)

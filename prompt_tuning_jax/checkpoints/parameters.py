@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
 
 EMBEDDING = "token_embedder/embedding"
@@ -13,8 +14,21 @@ LOGITS = "decoder/logits_dense/kernel"
 RELPOS = "relpos_bias/rel_embedding"
 
 
-def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Every frozen parameter of the model and its shape (t5x/examples/t5/network.py)."""
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every frozen parameter of a model with this configuration, and its shape."""
+    if isinstance(config, T5Config):
+        return _t5_shapes(config)
+    from flax import nnx
+
+    from prompt_tuning_jax import param_tree
+    from prompt_tuning_jax.models.base import model_class
+
+    model = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
+    return {name: tuple(array.shape) for name, array in param_tree.split(model)[1].items()}
+
+
+def _t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """The parameters of a T5 (t5x/examples/t5/network.py), without building one."""
     d, f = config.embed_dim, config.mlp_dim
     heads = config.num_heads * config.head_dim
     attention = {"query": (d, heads), "key": (d, heads), "value": (d, heads), "out": (heads, d)}
@@ -48,6 +62,13 @@ def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes[LOGITS] = (d, config.vocab_size)
     return shapes
+
+
+def require_t5(config: ModelConfig, *, what: str) -> T5Config:
+    """Returns the configuration if it is a T5's; raises UserError, naming ``what``, if not."""
+    if not isinstance(config, T5Config):
+        raise UserError(f"{what} is supported for T5 alone, and this model is none")
+    return config
 
 
 def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) -> None:

@@ -27,7 +27,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     this_program,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json
@@ -81,7 +81,7 @@ def open_tuned(path: Path) -> TunedCheckpoint:
     )
 
 
-def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
+def read_tuned(path: Path, config: ModelConfig) -> TunedCheckpoint:
     """A file of ``save_tuned`` in memory, for a model of this configuration.
 
     UserError for a file that is damaged, has NaN or infinity, or is far too large for the model.
@@ -93,7 +93,7 @@ def read_tuned(path: Path, config: T5Config) -> TunedCheckpoint:
     return dataclasses.replace(stored, trainable=trainable)
 
 
-def require_plausible(arrays: Mapping[str, HostArray], config: T5Config, *, of: str) -> None:
+def require_plausible(arrays: Mapping[str, HostArray], config: ModelConfig, *, of: str) -> None:
     """Raises UserError if the arrays have more than twice as many numbers as the whole model."""
     whole = sum(map(prod, parameter_shapes(config).values()))
     most = 2 * whole + _ALWAYS_READ

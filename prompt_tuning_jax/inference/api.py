@@ -7,7 +7,7 @@ programs.  Results have the shape of the unpadded inputs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,19 @@ from prompt_tuning_jax.inference.ensemble import (
     DecodeConfig,
     Strategy,
     encoded,
+    input_logits,
     target_logits,
     target_scores,
     write,
 )
 from prompt_tuning_jax.methods import Context, NoTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.models.t5.config import TokenIds
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Array, HostArray
 
-# Token ids [B, T] with the model's padding id (0 for T5), or texts if the model has a vocabulary.
-Inputs: TypeAlias = Array | HostArray | Sequence[str] | str
+# Token ids [B, T] with the model's padding id (0 for T5) at the right, lists of token ids of any
+# lengths, or texts if the model has a vocabulary.
+Inputs: TypeAlias = Array | HostArray | Sequence[Sequence[int]] | Sequence[str] | str
 _SHORTEST_INPUT, _SHORTEST_TARGET = 16, 4
 # Larger values, such as a typo with an extra zero, would fail on the device.  With these limits,
 # beams times vocabulary size fits an int32.
@@ -57,11 +58,13 @@ class Generated:
     texts: list[str] | None
 
 
-def encode(
-    model: T5 | TunedModel, encoder_input_tokens: Inputs, prompt: Array | None = None
-) -> Array:
-    """Returns the encoder's output ``[B, P + T, D]``; ``prompt`` is ``[P, D]`` or ``[B, P, D]``."""
-    attached, tokens_BT, rows, length = _ready(model, encoder_input_tokens, prompt)
+def encode(model: Model | TunedModel, inputs: Inputs, prompt: Array | None = None) -> Array:
+    """Returns the final hidden states of the input; ``prompt`` is ``[P, D]`` or ``[B, P, D]``.
+
+    An encoder's output ``[B, P + T, D]`` includes the positions of the prompt; a decoder-only
+    model's, ``[B, T, D]``, does not.
+    """
+    attached, tokens_BT, rows, length = _ready(model, inputs, prompt)
     graphdef, params = param_tree.split(attached)
     hidden_BUD = encoded(graphdef, params, tokens_BT)
     # Positions added by a method precede the padding, so padding is cut from the end.
@@ -69,7 +72,7 @@ def encode(
 
 
 def generate(
-    model: T5 | TunedModel,
+    model: Model | TunedModel,
     inputs: Inputs,
     prompt: Array | HostArray | None = None,
     strategy: Strategy = "greedy",
@@ -149,7 +152,7 @@ def generate(
 
 
 def score(
-    model: T5 | TunedModel,
+    model: Model | TunedModel,
     inputs: Inputs,
     targets: Inputs,
     prompt: Array | HostArray | None = None,
@@ -173,16 +176,28 @@ def score(
 
 
 def logits(
-    model: T5 | TunedModel, inputs: Inputs, targets: Inputs, prompt: Array | HostArray | None = None
+    model: Model | TunedModel,
+    inputs: Inputs,
+    targets: Inputs | None = None,
+    prompt: Array | HostArray | None = None,
 ) -> HostArray:
     """Returns the float32 logits ``[B, S, V]`` that predict the targets: ``[:, s]`` is for token s.
 
-    ``prompt`` is as in ``generate``.  Logits after the end of a shorter target are meaningless.
-    Raises UserError for a method that scores labels itself.
+    A decoder-only model needs no targets: the result then has the logits ``[B, T, V]`` of every
+    input position, which predict the next token.  ``prompt`` is as in ``generate``.  Logits after
+    the end of a shorter row are meaningless.  Raises UserError for a method that scores labels
+    itself, and for an encoder-decoder without targets.
     """
-    attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    attached, tokens_BT, rows, length = _ready(model, inputs, prompt)
     if attached.method.label_tokens:
         raise UserError("this method ranks labels and has no logits of tokens; use score")
+    if targets is None:
+        if not attached.model.causal:
+            raise UserError("targets: an encoder-decoder has logits of targets alone; give them")
+        graphdef, params = param_tree.split(attached)
+        logits_BUV = input_logits(graphdef, params, tokens_BT)
+        cut = logits_BUV.shape[1] - tokens_BT.shape[1] + length
+        return np.asarray(logits_BUV[:rows, :cut])
     targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
     graphdef, params = param_tree.split(attached)
     return np.asarray(target_logits(graphdef, params, tokens_BT, targets_BS)[:rows, :length])
@@ -230,13 +245,14 @@ def _temperature(value: object) -> float:
     return number
 
 
-def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
+def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArray:
     """Returns int32 token ids ``[B, T]``, padded with the model's ``token_ids.fill``.
 
-    An end-of-sequence token is appended to texts: the vocabulary's to inputs, the model's to
-    targets.  Token ids must be padded with the model's ``token_ids.pad``.  If that is also its
-    end-of-sequence id, inputs have no padding (as in transformers), and everything after the first
-    end of a target is padding.
+    Texts are encoded as in training: the model's end-of-sequence token is appended to targets, and
+    an encoder-decoder's inputs end with its vocabulary's.  An array of token ids is padded at the
+    right with the model's ``token_ids.pad``.  If that is also its end-of-sequence id, everything
+    after the first end of a target is padding, and an encoder-decoder's inputs have none, as in
+    transformers.  In a list of lists every id is real, and the rows may have different lengths.
     """
     if isinstance(inputs, str):
         inputs = [inputs]
@@ -260,23 +276,24 @@ def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
     if not is_array and all(isinstance(x, str) for x in inputs):
         if model.vocabulary is None:
             raise UserError("this model came without a vocabulary: give token ids, not text")
-        end = ids.eos if targets else model.input_eos
-        rows = [[*model.vocabulary.encode(text), end] for text in inputs]
-        ids_BT = np.full((len(rows), max(map(len, rows), default=1)), ids.fill, np.int32)
-        for row, tokens in zip(ids_BT, rows, strict=True):
-            row[: len(tokens)] = tokens
-        return ids_BT
+        words = model.vocabulary
+        encode = words.encode_target if targets else words.encode_input
+        return _filled([encode(text) for text in inputs], ids.fill)
     if not is_array and any(isinstance(x, str) for x in inputs):
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
         found = str(inputs[number])[:40]
         raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
-    try:
+    rows: list[Any] = [] if is_array else [*inputs]
+    given_rows = bool(rows) and all(isinstance(row, Sequence) for row in rows)
+    if given_rows:
+        for number, row in enumerate(rows):
+            if not row:
+                raise UserError(f"row {number} has no token ids; give every row one at least")
+        # A float or a string among the ids makes this an array that is refused below.
+        flat = np.asarray([id_ for row in rows for id_ in row])
+        ids_BT = flat[None]
+    else:
         ids_BT = np.asarray(inputs)
-    except ValueError:
-        raise UserError(
-            "token ids have rows of different lengths and not the shape [batch, length]; "
-            f"pad them with {ids.pad}"
-        ) from None
     if ids_BT.ndim == 2 and not ids_BT.shape[1]:
         raise UserError(
             f"token ids have the shape {list(ids_BT.shape)}, and so no tokens; give every row one "
@@ -292,24 +309,33 @@ def token_ids(model: T5, inputs: Inputs, *, targets: bool = False) -> HostArray:
             f"token ids must be from 0 to {model.config.vocab_size - 1}; "
             f"got {ids_BT.min()} to {ids_BT.max()}"
         )
-    return _with_padding(ids_BT.astype(np.int32), ids, targets=targets)
+    if given_rows:
+        return _filled(rows, ids.fill)
+    return _with_padding(ids_BT.astype(np.int32), model, targets=targets)
 
 
-def _with_padding(ids_BT: HostArray, ids: TokenIds, *, targets: bool) -> HostArray:
+def _filled(rows: Sequence[Sequence[int]], fill: int) -> HostArray:
+    ids_BT = np.full((len(rows), max(map(len, rows))), fill, np.int32)
+    for row, tokens in zip(ids_BT, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return ids_BT
+
+
+def _with_padding(ids_BT: HostArray, model: Model, *, targets: bool) -> HostArray:
     """Replaces the padding id of the caller's token ids with the model's ``fill``."""
+    ids = model.token_ids
     if ids.fill == ids.pad:
         return ids_BT
-    if targets:
-        # Only at the end of a row: elsewhere the id may be a real token.
-        ended_BT = np.cumsum(ids_BT == ids.eos, axis=1) - (ids_BT == ids.eos) > 0
-        rest_BT = np.cumprod((ids_BT == ids.pad)[:, ::-1], axis=1)[:, ::-1] > 0
-        is_padding_BT = ended_BT if ids.pad == ids.eos else rest_BT
-    else:
-        is_padding_BT = (ids_BT == ids.pad) & (ids.pad != ids.eos)
+    # Only at the end of a row: elsewhere the id may be a real token.
+    is_padding_BT = np.cumprod((ids_BT == ids.pad)[:, ::-1], axis=1)[:, ::-1] > 0
+    if ids.pad == ids.eos and targets:
+        is_padding_BT = np.cumsum(ids_BT == ids.eos, axis=1) - (ids_BT == ids.eos) > 0
+    elif ids.pad == ids.eos and not model.causal:
+        return ids_BT
     return np.where(is_padding_BT, np.int32(ids.fill), ids_BT)
 
 
-def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
+def as_prompt(model: Model, prompt: Array | HostArray | None, *, batch: int) -> Array | None:
     """Returns the prompt in float32, ``[P, D]`` or ``[B, P, D]``.
 
     Raises UserError if it does not fit the model or the batch.
@@ -343,13 +369,13 @@ def as_prompt(model: T5, prompt: Array | HostArray | None, *, batch: int) -> Arr
 
 def require_model(model: object) -> None:
     """Raises UserError if the argument is not a model."""
-    if not isinstance(model, T5 | TunedModel):
+    if not isinstance(model, Model | TunedModel):
         opens = f"load_model({model!r})" if isinstance(model, str | Path) else "load_model"
         raise UserError(f"model must be a model, not {type(model).__name__}; {opens} opens one")
 
 
 def _ready(
-    model: T5 | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
+    model: Model | TunedModel, inputs: Inputs, prompt: Array | HostArray | None
 ) -> tuple[TunedModel, HostArray, int, int]:
     """Returns the model with its prompt or other method attached, and the padded token ids.
 

@@ -31,6 +31,7 @@ from prompt_tuning_jax.checkpoints.destination import (
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
+from prompt_tuning_jax.checkpoints.parameters import require_t5
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
@@ -55,8 +56,8 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
 )
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig, merging, method_name
-from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.config import ModelConfig
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> Converted:
@@ -232,7 +233,7 @@ def _write_adapter(
     place: Path,
     stored: TunedCheckpoint,
     method: MethodConfig,
-    config: T5Config,
+    config: ModelConfig,
     *,
     name: str,
     of: str,
@@ -242,12 +243,13 @@ def _write_adapter(
     Raises UserError if PEFT has no such adapter, or if the arrays read back differ.
     """
     try:
+        t5 = require_t5(config, what="writing this kind of PEFT adapter")
         if isinstance(method, LoRA | IA3):
             weights.write_peft_weights(
                 place,
                 method,
                 stored.trainable,
-                config=config,
+                config=t5,
                 base_model_name_or_path=name_for_peft(name),
             )
         else:
@@ -255,7 +257,7 @@ def _write_adapter(
                 place,
                 method,
                 stored.trainable,
-                config=config,
+                config=t5,
                 base_model_name_or_path=name_for_peft(name),
             )
         again = peft_adapter(place, config)
@@ -291,7 +293,7 @@ def export_model(
         vocabulary = vocabulary_file(Path(vocabulary))
     write_hf(
         folder,
-        model.config,
+        require_t5(model.config, what="writing a Hugging Face folder"),
         {name: np.asarray(array) for name, array in param_tree.split(model)[1].items()},
         vocabulary_file=vocabulary or None,
         dtype=dtype,
@@ -301,7 +303,7 @@ def export_model(
     return bool(vocabulary)
 
 
-def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, T5]:
+def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, Model]:
     """Returns a run's experiment, and its best checkpoint merged into a plain T5.
 
     Raises UserError for a folder without a run, for an unknown member, and as

@@ -29,8 +29,9 @@ from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcess
 from prompt_tuning_jax.inference.decoding.rank import rank, sequence_log_probs
 from prompt_tuning_jax.inference.decoding.sampling import sample
 from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
+from prompt_tuning_jax.models.base import DecodeContext
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import Injections
-from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 
@@ -70,13 +71,13 @@ _CACHE_BYTES = 6_000_000
 _FLOAT32_BYTES = 4
 
 
-def rows_in_cache(config: T5Config, length: int) -> int:
+def rows_in_cache(config: ModelConfig, length: int) -> int:
     """Returns the number of ``length``-token rows whose largest activation fits a CPU's cache."""
     widest = max(config.mlp_dim, config.embed_dim, config.num_heads * length)
     return _CACHE_BYTES // (length * widest * _FLOAT32_BYTES)
 
 
-def members_per_chunk(config: T5Config, members: int, rows: int, length: int) -> int:
+def members_per_chunk(config: ModelConfig, members: int, rows: int, length: int) -> int:
     """Returns the largest divisor of ``members`` whose ``[rows, length]`` batches fit the cache."""
     most = rows_in_cache(config, length) // rows
     return max(n for n in range(1, members + 1) if members % n == 0 and (n == 1 or n <= most))
@@ -121,25 +122,23 @@ def score_labels(
 ) -> Array:
     """Returns ``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
 
-    The encoder and the cross-attention keys are computed once per example.  ``normalize_length``
+    The model reads each example once for all labels.  ``normalize_length``
     returns the mean over the label's tokens, except if the method scores labels itself.
     """
     if tuned.method.label_tokens:
         targets_BCS = jnp.broadcast_to(labels_CS, (len(tokens_BT), *labels_CS.shape))
         return score_known_labels(tuned, tokens_BT, targets_BCS, task_B=task_B)
     ids = tuned.model.token_ids
-    encoded, injections = tuned.encode(tokens_BT, task_B=task_B)
-    decoder_injections = injections.of_decoder()
+    context, injections = tuned.read(tokens_BT, task_B=task_B)
 
-    def decode_logits(decoder_input_S: Array) -> Array:
-        tokens_BS = jnp.broadcast_to(decoder_input_S, (len(tokens_BT), *decoder_input_S.shape))
-        return tuned.model.decode(tokens_BS, encoded, injections=decoder_injections)
+    def label_logits(label_S: Array) -> Array:
+        targets_BS = jnp.broadcast_to(label_S, (len(tokens_BT), *label_S.shape))
+        return tuned.model.write(context, targets_BS, injections=injections)
 
     return rank(
-        decode_logits,
+        label_logits,
         labels_CS,
         normalize_length=normalize_length,
-        start_id=ids.start,
         padding=ids.fill,
         max_logits=max_logits,
     )
@@ -180,7 +179,7 @@ def label_scores(
 ) -> Array:
     """Returns ``[E, B, C]``: the summed log-probability of each label string.
 
-    The encoder and the cross-attention keys are computed once per example and member.  ``members``
+    The model reads each example once per member.  ``members``
     is E, which cannot be inferred for a method without tuned arrays.  ``task_B`` is each row's
     task, for methods that need it.  ``normalize_length`` returns the mean over a label's tokens.
     On a mesh the result is replicated.
@@ -261,16 +260,16 @@ def _write(
     batch = tokens_BT.shape[0]
     rows = members * batch
 
-    def start(own: FlatParams) -> tuple[Any, Array, Injections, Any]:
+    def start(own: FlatParams) -> tuple[DecodeContext, Injections, Any]:
         attached = param_tree.merge(graphdef, {**frozen, **own})
         if attached.method.label_tokens:
             raise UserError(
                 "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
                 "data.labels where the task has none"
             )
-        encoded, injections = attached.encode(tokens_BT, task_B=task_B)
-        cross, caches = attached.model.start_decoding(encoded, writing.max_length)
-        constant = (cross, encoded.mask_BU, injections.of_decoder())
+        context, injections = attached.read(tokens_BT, task_B=task_B)
+        kept, caches = attached.model.start_decoding(context, writing.max_length)
+        constant = (kept, injections)
         if writing.strategy == "beam":  # the beams of one example are adjacent
             constant = jax.tree.map(
                 lambda x: jnp.repeat(x, writing.num_beams, axis=0) if len(x) == batch else x,
@@ -278,7 +277,7 @@ def _write(
             )
         return *constant, caches
 
-    cross, mask_ENU, injections, caches = map_members(
+    context, injections, caches = map_members(
         start, trainable, members=members, chunk_size=chunk_size
     )
 
@@ -287,19 +286,18 @@ def _write(
             own: FlatParams,
             tokens: Array,
             cache: Any,
-            cross: Any,
-            mask: Array,
+            context: DecodeContext,
             injections: Injections,
         ) -> tuple[Array, Any]:
             attached = param_tree.merge(graphdef, {**frozen, **own})
             return attached.model.decode_step(
-                tokens, position, cache, cross, mask, injections=injections
+                tokens, position, cache, context, injections=injections
             )
 
         tokens, cache = jax.tree.map(
             lambda x: x.reshape(members, -1, *x.shape[1:]), (tokens_N, cache)
         )
-        logits, cache = jax.vmap(member)(trainable, tokens, cache, cross, mask_ENU, injections)
+        logits, cache = jax.vmap(member)(trainable, tokens, cache, context, injections)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
@@ -349,16 +347,11 @@ def loss_sums(
 
     The loss is the training loss without dropout and z-loss.  On a mesh the results are replicated.
     """
-    tokens_BT = jnp.asarray(batch["encoder_input_tokens"])
+    tokens_BT = jnp.asarray(batch["inputs"])
 
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        sums = attached.token_sums(
-            tokens_BT,
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            task_B=task_B,
-        )
+        sums = attached.token_sums(tokens_BT, batch["targets"], task_B=task_B)
         return sums.loss, sums.tokens
 
     chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
@@ -387,12 +380,10 @@ def target_scores(
         attached = param_tree.merge(graphdef, {**frozen, **own})
         if attached.method.label_tokens:
             return jnp.diagonal(score_labels(attached, tokens_BT, targets_BS))
-        ids = attached.model.token_ids
-        inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=ids.start)[:, :-1]
         return sequence_log_probs(
-            attached(tokens_BT, inputs_BS),
+            attached(tokens_BT, targets_BS),
             targets_BS,
-            padding=ids.fill,
+            padding=attached.model.token_ids.fill,
             normalize_length=normalize_length,
         )
 
@@ -404,15 +395,20 @@ def target_logits(
     graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array, targets_BS: Array
 ) -> Array:
     """Returns one member's float32 logits ``[B, S, V]`` that predict the targets."""
-    attached = param_tree.merge(graphdef, params)
-    start = attached.model.token_ids.start
-    inputs_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
-    logits_BSV: Array = attached(tokens_BT, inputs_BS)
+    logits_BSV: Array = param_tree.merge(graphdef, params)(tokens_BT, targets_BS)
     return logits_BSV.astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
+def input_logits(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
+    """Returns one member's float32 logits ``[B, T, V]`` at each position of the input."""
+    attached = param_tree.merge(graphdef, params)
+    logits_BTV: Array = attached.model.logits(attached.read(tokens_BT)[0].hidden_BUD)
+    return logits_BTV.astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
 def encoded(graphdef: nnx.GraphDef[TunedModel], params: FlatParams, tokens_BT: Array) -> Array:
-    """Returns one member's encoder output ``[B, U, D]``."""
-    hidden_BUD: Array = param_tree.merge(graphdef, params).encode(tokens_BT)[0].hidden_BUD
+    """Returns one member's final hidden states ``[B, U, D]`` of the input."""
+    hidden_BUD: Array = param_tree.merge(graphdef, params).read(tokens_BT)[0].hidden_BUD
     return hidden_BUD

@@ -33,7 +33,7 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
     vocabulary_of,
 )
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _examples(experiment: Experiment, model: T5, *, split: str | None) -> task_data.TaskData:
+def _examples(experiment: Experiment, model: Model, *, split: str | None) -> task_data.TaskData:
     """Returns the evaluation data, which must be the same on all processes."""
     data = task_data.build_data(
         experiment,

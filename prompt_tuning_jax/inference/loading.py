@@ -59,7 +59,7 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import HostArray
 
 
@@ -80,7 +80,7 @@ class LoadedPrompts:
         return dict(zip(self.names, self.known, strict=True))
 
 
-def attach(model: T5, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:
+def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:
     """Attaches tuned parameters to the model, for use in ``generate``, ``score`` and ``encode``.
 
     ``path`` is a prompt, a file in ``tuned/``, a PEFT adapter's folder, or the folder of a run of
@@ -148,7 +148,7 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
 
 def load_prompts(
     experiment: Experiment,
-    model: T5,
+    model: Model,
     prompts: Sequence[str | HostArray],
     *,
     partitioner: Partitioner | None = None,
@@ -289,7 +289,7 @@ def _member_name(name: str) -> str:
 
 
 def _of_task(
-    prompts: TaskPrompts, model: T5, members: Members, task: str, path: str | Path
+    prompts: TaskPrompts, model: Model, members: Members, task: str, path: str | Path
 ) -> tuple[TunedModel, str]:
     """Returns the model with the plain prompt of one of several tasks, and the task's name."""
     names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
@@ -311,7 +311,7 @@ def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:
     raise UserError(f"{holds}, and {wrong}; {suggest(name, names)}")
 
 
-def where(model: T5) -> Partitioner:
+def where(model: Model) -> Partitioner:
     """Returns a partitioner for the mesh of the model's arrays, or for their devices."""
     array = next(iter(param_tree.split(model)[1].values()))
     mesh = getattr(array.sharding, "mesh", None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints.parameters import require_t5
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
@@ -46,16 +47,17 @@ from prompt_tuning_jax.methods import (
     attach_method,
     trainable_mask,
 )
-from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.typing import HostArray
 
 # Sizes up to this are accepted whatever a file's arrays are, because they cost nothing.  A field
 # that is not used may be larger than any axis of the arrays.
 _SMALL = 1024
+_PEFT = "this kind of PEFT adapter"
 
 
-def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
+def stored_methods(place: Path, model: Model) -> list[tuple[str, TunedCheckpoint]]:
     """Returns (path, checkpoint) for each method stored at ``place``.
 
     ``place`` is a file, a folder that contains only such files, or a PEFT adapter's folder.  The
@@ -77,7 +79,7 @@ def stored_methods(place: Path, model: T5) -> list[tuple[str, TunedCheckpoint]]:
 
 
 def peft_adapter(
-    folder: Path, config: T5Config, *, own: Mapping[str, weights.Parameter] | None = None
+    folder: Path, config: ModelConfig, *, own: Mapping[str, weights.Parameter] | None = None
 ) -> TunedCheckpoint | None:
     """Reads a PEFT adapter as a run's checkpoint; returns None for a prompt tuning adapter.
 
@@ -86,9 +88,13 @@ def peft_adapter(
     kind = weights.peft_kind(folder)
     found: weights.PeftWeights | prompts.PeftPrompts
     if kind in weights.TYPES:
-        found = weights.read_peft_weights(folder, config, own)
+        found = weights.read_peft_weights(
+            folder, require_t5(config, what="this kind of PEFT adapter"), own
+        )
     elif kind in prompts.TYPES:
-        found = prompts.read_peft_prompts(folder, config)
+        found = prompts.read_peft_prompts(
+            folder, require_t5(config, what="this kind of PEFT adapter")
+        )
     else:
         return None
     metadata = PromptMetadata(
@@ -135,7 +141,7 @@ def _require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) 
 
 def members_of_stored(
     opened: Sequence[tuple[str, TunedCheckpoint]],
-    model: T5,
+    model: Model,
     partitioner: Partitioner,
     fingerprint: str,
 ) -> Iterator[Members]:
@@ -171,7 +177,7 @@ def members_of_stored(
 
 
 def members_of_run(
-    run: Experiment, model: T5, folder: Path, partitioner: Partitioner
+    run: Experiment, model: Model, folder: Path, partitioner: Partitioner
 ) -> tuple[Members, list[PromptMetadata]]:
     """Returns the best members of a run of any method, and the metadata of each.
 
@@ -196,7 +202,7 @@ def members_of_run(
     return members, known
 
 
-def _known_of_run(run: Experiment, model: T5, folder: Path, name: str) -> PromptMetadata:
+def _known_of_run(run: Experiment, model: Model, folder: Path, name: str) -> PromptMetadata:
     """Returns the metadata of a member's file, or of the run's config if there is no file."""
     file = folder / run_folder.TUNED / f"{name}.safetensors"
     if is_tuned_file(file):
@@ -224,7 +230,7 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
 
 def attach_stored(
     method: MethodConfig,
-    model: T5,
+    model: Model,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     labels: tuple[str, ...],
@@ -258,7 +264,7 @@ def attach_stored(
 def _members(
     method: MethodConfig,
     trainable: Mapping[str, HostArray],
-    model: T5,
+    model: Model,
     partitioner: Partitioner,
     *,
     labels: tuple[str, ...],

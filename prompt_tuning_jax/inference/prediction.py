@@ -64,7 +64,7 @@ from prompt_tuning_jax.inference.setup import (
     vocabulary_of,
 )
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import HostArray
 
 # The experiment for predictions without a config or run.  Texts are used unchanged.
@@ -112,7 +112,7 @@ class _Asked:
 
 
 def predict(
-    model: T5 | TunedModel | Experiment,
+    model: Model | TunedModel | Experiment,
     inputs: Given | Path | Iterable[Given],
     prompts: Prompts = (),
     *,
@@ -158,8 +158,8 @@ def predict(
 
 
 def _opened(
-    model: T5 | TunedModel | Experiment, prompts: list[str | HostArray]
-) -> tuple[Experiment, LoadedPrompts, T5, Partitioner]:
+    model: Model | TunedModel | Experiment, prompts: list[str | HostArray]
+) -> tuple[Experiment, LoadedPrompts, Model, Partitioner]:
     if isinstance(model, Experiment):
         # An experiment without a task is valid here: texts are then the unchanged inputs.
         if model.data.task or model.data.train or model.data.eval:
@@ -192,7 +192,7 @@ def _opened(
 
 
 def open_for(
-    experiment: Experiment, model: T5, prompts: Sequence[str | HostArray]
+    experiment: Experiment, model: Model, prompts: Sequence[str | HostArray]
 ) -> LoadedPrompts:
     """Opens the prompts, or the bare model.
 
@@ -423,7 +423,7 @@ def _of_row(row: Mapping[str, Any], data: Data, wording: Wording, *, raw: bool) 
 
 def _predictions(
     asked: _Asked,
-    model: T5,
+    model: Model,
     texts: Sequence[str],
     rows: Sequence[Mapping[str, Any] | None],
 ) -> list[Prediction]:

@@ -37,7 +37,7 @@ from prompt_tuning_jax.inference.ensemble import (
 )
 from prompt_tuning_jax.inference.setup import Members, partitioner_of, vocabulary_of
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 
@@ -123,7 +123,7 @@ class Predictor:
         batch_size = eval_batch_size(self.batch_size, number, parts=parts)
         # One batch is dispatched ahead: the host reads a batch while the device computes the next.
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
-            tokens_BT = batch["encoder_input_tokens"]
+            tokens_BT = batch["inputs"]
             index_R = batch["example_index"][batch["row_mask"]]
             pending.append((self._run(trainable, frozen, tokens_BT, members, task), index_R))
             if len(pending) > 1:
@@ -156,8 +156,7 @@ class Predictor:
         batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
         sums = []
         for whole in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
-            names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-            batch: Batch = {name: whole[name] for name in names}
+            batch: Batch = {name: whole[name] for name in ("inputs", "targets")}
             task_B = None if task is None else np.full(len(whole["row_mask"]), task, np.int32)
             if partitioner is not None:
                 batch = partitioner.shard_batch(batch, ("batch", "length"))
@@ -326,7 +325,7 @@ def evaluate_members(
     members: Members,
     trainable: FlatParams,
     data: task_data.TaskData,
-    model: T5,
+    model: Model,
     *,
     scores_alone: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Predictions]]:

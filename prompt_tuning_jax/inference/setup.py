@@ -37,8 +37,8 @@ from prompt_tuning_jax.methods import (
     trainable_mask,
 )
 from prompt_tuning_jax.methods.multitask import PER_TASK, SHARED
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.quantization import is_quantized
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Members:
         )
 
 
-def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> T5:
+def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> Model:
     """Loads the experiment's model and vocabulary, with the weights placed on the mesh."""
     partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     config = experiment.model
@@ -91,12 +91,12 @@ def build_model(experiment: Experiment, *, partitioner: Partitioner | None = Non
     return load_model(config.name_or_path, mesh=partitioner.mesh, rules=partitioner.rules, **kwargs)
 
 
-def model_fingerprint(model: T5) -> str:
+def model_fingerprint(model: Model) -> str:
     """Returns a fingerprint that identifies this frozen model."""
     return model.original_fingerprint or fingerprint(model.config, param_tree.split(model)[1])
 
 
-def vocabulary_of(model: T5) -> AnyVocabulary:
+def vocabulary_of(model: Model) -> AnyVocabulary:
     """Returns the model's vocabulary; raises UserError if it has none."""
     if model.vocabulary is None:
         raise UserError("this model came without a vocabulary; set model.vocabulary to its file")
@@ -106,7 +106,7 @@ def vocabulary_of(model: T5) -> AnyVocabulary:
 
 def attach_members(
     experiment: Experiment,
-    model: T5,
+    model: Model,
     *,
     labels: tuple[str, ...],
     partitioner: Partitioner | None = None,
@@ -118,7 +118,7 @@ def attach_members(
 
 
 def attach_unplaced(
-    experiment: Experiment, model: T5, *, labels: tuple[str, ...]
+    experiment: Experiment, model: Model, *, labels: tuple[str, ...]
 ) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
     """Like ``attach_members``, but unsharded; also returns the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits

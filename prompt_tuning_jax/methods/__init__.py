@@ -36,11 +36,13 @@ from prompt_tuning_jax.methods.base import (
     TuningModule,
     trainable_mask,
 )
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Array
 
 
-def attach_method(model: T5, config: MethodConfig, *, key: Array, context: Context) -> TunedModel:
+def attach_method(
+    model: Model, config: MethodConfig, *, key: Array, context: Context
+) -> TunedModel:
     """Attaches a method with new parameters to a model; ``key`` initializes the parameters.
 
     ``model`` is not modified, and the result shares its arrays.  Raises UserError if a field of

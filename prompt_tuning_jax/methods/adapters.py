@@ -9,9 +9,9 @@ from flax import nnx
 from prompt_tuning_jax.config.methods import Adapters
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, find_linears, wrap_linears
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import ACTIVATIONS
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 # The linear maps whose outputs the adapters transform before the residual addition.
@@ -22,7 +22,7 @@ class AdaptersModule(TuningModule[Adapters]):
     """Inserts adapters into the model, after the linear maps that ``kind`` selects."""
 
     @classmethod
-    def attach(cls, config: Adapters, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(cls, config: Adapters, model: Model, *, key: Array, context: Context) -> TunedModel:
         targets = find_linears(model, _TARGETS[config.kind], field="method.kind")
         numbers = {name: number for number, name in enumerate(targets)}
 

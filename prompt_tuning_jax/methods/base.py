@@ -10,11 +10,11 @@ from flax import nnx
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import MethodConfig, is_attached
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
+from prompt_tuning_jax.models.base import Context as ModelContext
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
-from prompt_tuning_jax.models.layers import split_key
+from prompt_tuning_jax.models.layers import Remat, split_key
 from prompt_tuning_jax.models.losses import TokenSums, class_sums, token_sums
-from prompt_tuning_jax.models.t5.blocks import Remat
-from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.typing import Array, HostArray, Mask
 
 C = TypeVar("C", bound=MethodConfig)
@@ -47,7 +47,7 @@ class TuningModule(nnx.Module, Generic[C]):
         self.config = config
 
     @classmethod
-    def attach(cls, config: C, model: T5, *, key: Array, context: Context) -> "TunedModel":
+    def attach(cls, config: C, model: Model, *, key: Array, context: Context) -> "TunedModel":
         """Returns the model with new parameters, which ``key`` initializes.
 
         Implementations must not modify ``model``; a method that inserts adapters works on a
@@ -55,7 +55,7 @@ class TuningModule(nnx.Module, Generic[C]):
         """
         return TunedModel(model, cls(config))
 
-    def for_inference(self, model: T5) -> "TunedModel":
+    def for_inference(self, model: Model) -> "TunedModel":
         """Returns the model with the method in the form that a run saves.
 
         The resulting config (``method.config``) can be attached with a ``Context`` that contains
@@ -65,13 +65,13 @@ class TuningModule(nnx.Module, Generic[C]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        """Computes the injections for one batch of encoder tokens.
+        """Computes the injections for one batch of input tokens.
 
         ``task_B`` (int32) is the task number of each row if the data mixes several tasks.  Passing
         a ``key`` enables dropout.
@@ -84,13 +84,13 @@ class TuningModule(nnx.Module, Generic[C]):
         return ()
 
     def label_logits(self, hidden_BD: Array) -> Array:
-        """Scores ``label_tokens`` from the output head's input at the first position.
+        """Scores ``label_tokens`` from the output head's input that predicts the first token.
 
         Returns logits ``[B, C]``.
         """
         raise NotImplementedError
 
-    def with_dropout(self, model: T5, *, key: Array) -> T5:
+    def with_dropout(self, model: Model, *, key: Array) -> Model:
         """Returns the model with dropout enabled in the modules that the method inserted.
 
         ``model`` is not modified.  The returned copy holds the keys of this call and is discarded
@@ -118,7 +118,7 @@ class Known:
 class TunedModel(nnx.Module):
     """A model with a method attached; parameter paths are ``model/...`` and ``method/...``."""
 
-    def __init__(self, model: T5, method: TuningModule[Any]):
+    def __init__(self, model: Model, method: TuningModule[Any]):
         self.model = model
         self.method = method
         self.known = Known()
@@ -152,24 +152,21 @@ class TunedModel(nnx.Module):
 
     def __call__(
         self,
-        encoder_input_tokens: Array | HostArray,
-        decoder_input_tokens: Array | HostArray,
+        inputs_BT: Array | HostArray,
+        targets_BS: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Computes logits ``[B, S, V]`` in float32; passing a ``key`` enables dropout."""
-        injections = self.injections(encoder_input_tokens, task_B=task_B, key=key)
+        """Computes float32 logits ``[B, S, V]`` of the targets; a ``key`` enables dropout."""
+        injections = self.injections(inputs_BT, task_B=task_B, key=key)
         model = self.model if key is None else self.method.with_dropout(self.model, key=key)
-        return model(
-            encoder_input_tokens, decoder_input_tokens, injections=injections, key=key, remat=remat
-        )
+        return model.run(inputs_BT, targets_BS, injections=injections, key=key, remat=remat)
 
     def token_sums(
         self,
-        encoder_input_tokens: Array | HostArray,
-        decoder_input_tokens: Array | HostArray,
+        inputs_BT: Array | HostArray,
         targets_BS: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -185,40 +182,48 @@ class TunedModel(nnx.Module):
         """
         labels = self.method.label_tokens
         if labels:
-            logits_BC = self.label_logits(encoder_input_tokens, task_B=task_B, key=key, remat=remat)
+            logits_BC = self.label_logits(inputs_BT, task_B=task_B, key=key, remat=remat)
             same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
             return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
-        logits_BSV = self(
-            encoder_input_tokens, decoder_input_tokens, task_B=task_B, key=key, remat=remat
-        )
+        logits_BSV = self(inputs_BT, targets_BS, task_B=task_B, key=key, remat=remat)
         fill = self.model.token_ids.fill
         return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
 
     def label_logits(
         self,
-        tokens_BT: Array | HostArray,
+        inputs_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
         """Computes the method's scores ``[B, C]`` of its ``label_tokens``."""
-        injections = self.injections(tokens_BT, task_B=task_B, key=key)
         keys = split_key(key, 2)
-        encoded = self.model.encode(tokens_BT, injections=injections, key=keys[0], remat=remat)
-        start_B1 = jnp.full((len(tokens_BT), 1), self.model.token_ids.start, jnp.int32)
-        hidden_B1D = self.model.decode_hidden(
-            start_B1, encoded, injections=injections.of_decoder(), key=keys[1], remat=remat
+        context, injections = self.read(
+            inputs_BT, task_B=task_B, key=keys[0], method_key=key, remat=remat
+        )
+        # What predicts the first target does not depend on the targets.
+        any_B1 = jnp.full((len(inputs_BT), 1), self.model.token_ids.fill, jnp.int32)
+        hidden_B1D = self.model.write_hidden(
+            context, any_B1, injections=injections, key=keys[1], remat=remat
         )
         return self.method.label_logits(hidden_B1D[:, 0].astype(jnp.float32))
 
-    def encode(
-        self, tokens_BT: Array | HostArray, *, task_B: Array | HostArray | None = None
-    ) -> tuple[Encoded, Injections]:
-        """Returns the encoder's output and the injections, which the decoder still needs."""
-        injections = self.injections(tokens_BT, task_B=task_B)
-        return self.model.encode(tokens_BT, injections=injections), injections
+    def read(
+        self,
+        inputs_BT: Array | HostArray,
+        *,
+        task_B: Array | HostArray | None = None,
+        key: Array | None = None,
+        method_key: Array | None = None,
+        remat: Remat = "none",
+    ) -> tuple[ModelContext, Injections]:
+        """Returns what the model has read, and the injections that writing still needs."""
+        injections = self.injections(inputs_BT, task_B=task_B, key=method_key)
+        source = injections.model_input or self.model.embed(inputs_BT)
+        context = self.model.read(source, injections=injections, key=key, remat=remat)
+        return context, injections.for_writing()
 
 
 def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int = 0) -> Array:
@@ -230,9 +235,9 @@ def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int
     return jnp.all(rows_XS[:, None] == jnp.asarray(padded)[None], axis=2)
 
 
-def shallow_copy(model: T5) -> T5:
+def shallow_copy(model: Model) -> Model:
     """Copies the module structure but shares the arrays; the copy's modules may be modified."""
-    copy: T5 = nnx.merge(*nnx.split(model))
+    copy: Model = nnx.merge(*nnx.split(model))
     return copy
 
 

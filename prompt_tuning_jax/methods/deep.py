@@ -1,4 +1,4 @@
-"""Deep prompts: one prompt per encoder layer (P-tuning v2, Liu et al. 2022; VPT-deep)."""
+"""Deep prompts: one prompt per layer that reads (P-tuning v2, Liu et al. 2022; VPT-deep)."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -12,8 +12,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param
 from prompt_tuning_jax.methods.prompt_init import init_prompt
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections, LayerPrompt
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -31,9 +31,9 @@ class PlainVectors(nnx.Module):
 class MlpVectors(nnx.Module):
     """Computes the vectors of all layers with an MLP from one vector per position."""
 
-    def __init__(self, config: DeepPrompts, model: T5, *, key: Array):
+    def __init__(self, config: DeepPrompts, model: Model, *, key: Array):
         keys = jax.random.split(key, 3)
-        width, layers = model.config.embed_dim, model.config.num_encoder_layers
+        width, layers = model.config.embed_dim, model.config.num_reading_layers
         self.embedding_PD = small_param(
             jax.random.normal(keys[0], (config.prompt_positions(), width))
         )
@@ -58,12 +58,14 @@ class LayerPrompts(TuningModule[DeepPrompts]):
         self.lengths = lengths
 
     @classmethod
-    def attach(cls, config: DeepPrompts, model: T5, *, key: Array, context: Context) -> TunedModel:
-        layers = model.config.num_encoder_layers
+    def attach(
+        cls, config: DeepPrompts, model: Model, *, key: Array, context: Context
+    ) -> TunedModel:
+        layers = model.config.num_reading_layers
         if config.lengths and len(config.lengths) != layers:
             raise UserError(
-                f"method.lengths has {len(config.lengths)} entries and the encoder {layers} "
-                "layers; give one entry per layer, or none"
+                f"method.lengths has {len(config.lengths)} entries and the {model.reading_stack} "
+                f"{layers} layers; give one entry per layer, or none"
             )
         lengths = config.lengths or (config.length,) * layers
         if config.hidden:
@@ -80,7 +82,7 @@ class LayerPrompts(TuningModule[DeepPrompts]):
             )
         return TunedModel(model, cls(config, PlainVectors(jnp.concatenate(prompts)), lengths))
 
-    def for_inference(self, model: T5) -> TunedModel:
+    def for_inference(self, model: Model) -> TunedModel:
         config = replace(self.config.as_trained(), hidden=0)
         vectors = PlainVectors(jnp.concatenate(self.layers()))
         return TunedModel(model, LayerPrompts(config, vectors, self.lengths))
@@ -91,7 +93,7 @@ class LayerPrompts(TuningModule[DeepPrompts]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -104,5 +106,5 @@ class LayerPrompts(TuningModule[DeepPrompts]):
             for prompt_PD in others
         ]
         return Injections(
-            encoder_input=model.embed(tokens_BT, first_PD), layer_prompts=(None, *later)
+            model_input=model.embed(tokens_BT, first_PD), layer_prompts=(None, *later)
         )

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.config.methods import DescribedPrompts
 from prompt_tuning_jax.methods.base import TuningModule
-from prompt_tuning_jax.models.injections import EncoderInput, Injections
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.injections import Injections, ModelInput
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -14,7 +14,7 @@ class PooledWords(TuningModule[DescribedPrompts]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -32,7 +32,7 @@ class PooledWords(TuningModule[DescribedPrompts]):
         content_BPD = (vectors_BPWD[:, :, 1:] * known_BPW1).sum(2) / number_BP1
         content_BPD = jnp.roll(content_BPD, model.config.embed_dim // 2, axis=-1)
         return Injections(
-            encoder_input=EncoderInput(
+            model_input=ModelInput(
                 embeddings_BUD=jnp.concatenate(
                     [label_BPD + content_BPD, source.embeddings_BUD], axis=1
                 ),

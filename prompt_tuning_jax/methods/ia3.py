@@ -10,7 +10,7 @@ from prompt_tuning_jax.config.methods import IA3
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, find_linears, wrap_linears
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Array
 
 
@@ -18,7 +18,7 @@ class IA3Module(TuningModule[IA3]):
     """Wraps the linear maps that ``outputs`` and ``inputs`` select; the model holds the scales."""
 
     @classmethod
-    def attach(cls, config: IA3, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(cls, config: IA3, model: Model, *, key: Array, context: Context) -> TunedModel:
         outputs = find_linears(model, config.outputs, field="method.outputs")
         inputs = find_linears(model, config.inputs, field="method.inputs")
         for name in outputs.keys() & inputs.keys():

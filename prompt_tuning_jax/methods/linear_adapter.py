@@ -8,16 +8,16 @@ from flax import nnx
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import shallow_copy
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import Linear, LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedLinear
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.untrusted_input import shown
 
 AnyLinear: TypeAlias = Linear | QuantizedLinear
 M = TypeVar("M", bound=nnx.Module)
 
 
-def linear_maps(model: T5) -> dict[str, AnyLinear]:
+def linear_maps(model: Model) -> dict[str, AnyLinear]:
     """Returns all linear maps by path (e.g. ``encoder/layers_0/attention/query``), sorted."""
     found = {
         param_tree.path_name(path): module
@@ -28,7 +28,7 @@ def linear_maps(model: T5) -> dict[str, AnyLinear]:
 
 
 def find_linears(
-    model: T5, patterns: Sequence[str], *, field: str = "method.targets"
+    model: Model, patterns: Sequence[str], *, field: str = "method.targets"
 ) -> dict[str, AnyLinear]:
     """Returns the linear maps whose whole path matches one of the regular expressions.
 
@@ -52,7 +52,7 @@ def find_linears(
     return {name: linear for name, linear in maps.items() if name in chosen}
 
 
-def wrap_linears(model: T5, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> T5:
+def wrap_linears(model: Model, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> Model:
     """Returns a copy of the model with adapters around its linear maps.
 
     ``make`` receives each path and map, and returns an adapter, or None to leave the map as is.
@@ -64,7 +64,7 @@ def wrap_linears(model: T5, make: Callable[[str, AnyLinear], LinearAdapter | Non
     return copy
 
 
-def linear_adapters(model: T5, kind: type[M]) -> dict[str, M]:
+def linear_adapters(model: Model, kind: type[M]) -> dict[str, M]:
     """Returns the adapters of type ``kind``, by the paths of their linear maps."""
     return {
         name: linear.adapter

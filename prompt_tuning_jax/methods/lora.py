@@ -14,9 +14,9 @@ from prompt_tuning_jax.methods.linear_adapter import (
     linear_adapters,
     wrap_linears,
 )
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 
@@ -63,7 +63,7 @@ class LoRAModule(TuningModule[LoRA]):
     """Wraps the linear maps that ``targets`` selects; the model holds the matrix pairs."""
 
     @classmethod
-    def attach(cls, config: LoRA, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(cls, config: LoRA, model: Model, *, key: Array, context: Context) -> TunedModel:
         numbers = {name: n for n, name in enumerate(find_linears(model, config.targets))}
 
         def pair(name: str, linear: AnyLinear) -> LowRankPair | None:
@@ -73,7 +73,7 @@ class LoRAModule(TuningModule[LoRA]):
 
         return TunedModel(wrap_linears(model, pair), cls(config))
 
-    def with_dropout(self, model: T5, *, key: Array) -> T5:
+    def with_dropout(self, model: Model, *, key: Array) -> Model:
         pairs = linear_adapters(model, LowRankPair)
         if not any(pair.dropout_rate for pair in pairs.values()):
             return model

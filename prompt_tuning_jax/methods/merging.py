@@ -11,9 +11,9 @@ from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import TunedModel, shallow_copy
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedLinear
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array
 
 # For messages: the config names of the methods that can be merged.
@@ -29,7 +29,7 @@ class Mergeable(Protocol):
     def unmerged(self, kernel_DF: Array) -> Array: ...
 
 
-def merge(attached: TunedModel) -> T5:
+def merge(attached: TunedModel) -> Model:
     """Returns a plain T5 that computes the same function as the model with its method.
 
     The kernels are computed in float32 and rounded to their dtype.  ``attached`` is not modified.
@@ -48,7 +48,7 @@ def merge(attached: TunedModel) -> T5:
     return model
 
 
-def unmerge(model: T5, attached: TunedModel) -> T5:
+def unmerge(model: Model, attached: TunedModel) -> Model:
     """Undoes ``merge``: returns the original plain T5, given the merged one and ``attached``.
 
     The result is exact up to rounding in float32, or in the dtype of the kernels if that is

@@ -12,8 +12,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import init_prompt
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 SHARED, TASK = "method/shared_PD", "method/task_NQD"
@@ -37,7 +37,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
 
     @classmethod
     def attach(
-        cls, config: MultitaskPrompts, model: T5, *, key: Array, context: Context
+        cls, config: MultitaskPrompts, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
         tasks = config.tasks or context.num_tasks
         if tasks < context.num_tasks:
@@ -70,7 +70,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             initialized[name] = array
         return TunedModel(model, cls(config, initialized))
 
-    def for_inference(self, model: T5) -> TunedModel:
+    def for_inference(self, model: Model) -> TunedModel:
         config = replace(self.config.as_trained(), tasks=self.num_tasks)
         return TunedModel(model, TaskPrompts(config, self.arrays()))
 
@@ -87,7 +87,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -107,10 +107,12 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             # rows only once.
             each = [combined(self.config.combine, arrays, n) for n in range(self.num_tasks)]
             prompt = jnp.stack(each)[task_B]
-        return Injections(encoder_input=model.embed(tokens_BT, prompt))
+        return Injections(model_input=model.embed(tokens_BT, prompt))
 
 
-def array_shapes(config: MultitaskPrompts, model: T5, *, tasks: int) -> dict[str, tuple[int, ...]]:
+def array_shapes(
+    config: MultitaskPrompts, model: Model, *, tasks: int
+) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array by path."""
     width = model.config.embed_dim
     per_task = {

@@ -17,9 +17,9 @@ from prompt_tuning_jax.methods.template import (
     vectors,
     without_words,
 )
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.layers import dropout
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 _GATES = 4
@@ -43,7 +43,7 @@ class EncodedPrompt(TuningModule[PTuning]):
             self.encoder = encoder
 
     @classmethod
-    def attach(cls, config: PTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(cls, config: PTuning, model: Model, *, key: Array, context: Context) -> TunedModel:
         template = config.parsed_template()
         placed = place(template, context.vocabulary or model.vocabulary)
         keys = jax.random.split(key)
@@ -57,7 +57,7 @@ class EncodedPrompt(TuningModule[PTuning]):
             encoder = MlpEncoder(width, hidden, key=keys[1])
         return TunedModel(model, cls(config, prompt_PD, encoder, placed=placed))
 
-    def for_inference(self, model: T5) -> TunedModel:
+    def for_inference(self, model: Model) -> TunedModel:
         placed = self.placed
         vectors_AD, length = vectors(placed, self.prompt(), model), len(placed.anchors)
         before, behind = not any(placed.behind), all(n < 0 for n in placed.behind)
@@ -76,7 +76,7 @@ class EncodedPrompt(TuningModule[PTuning]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -85,7 +85,7 @@ class EncodedPrompt(TuningModule[PTuning]):
         all_AD = vectors(self.placed, self.prompt(key=key), model)
         source = model.embed(tokens_BT)
         return Injections(
-            encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
+            model_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
         )
 
 

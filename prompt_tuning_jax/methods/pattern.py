@@ -4,7 +4,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import PatternTuning
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Array
 from prompt_tuning_jax.untrusted_input import shown
 
@@ -14,7 +14,7 @@ class PatternModule(TuningModule[PatternTuning]):
 
     @classmethod
     def attach(
-        cls, config: PatternTuning, model: T5, *, key: Array, context: Context
+        cls, config: PatternTuning, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
         params = param_tree.split(model)[1]
         for pattern in config.patterns:

@@ -1,22 +1,20 @@
 """Prefix tuning: trained keys and values prepended in every layer (Li and Liang 2021)."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import PrefixTuning
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
+from prompt_tuning_jax.models.base import AttentionStack, Model
 from prompt_tuning_jax.models.injections import Injections, KeyValues
-from prompt_tuning_jax.models.t5.attention import Attention
-from prompt_tuning_jax.models.t5.model import T5
-from prompt_tuning_jax.typing import Array, FlatParams, HostArray
+from prompt_tuning_jax.typing import Array, HostArray
 
 _log = logging.getLogger(__name__)
 
@@ -39,14 +37,13 @@ class MlpPrefix(nnx.Module):
     The MLP's output alternates keys and values, as in PEFT.
     """
 
-    def __init__(self, config: PrefixTuning, model: T5, layers: int, *, key: Array):
+    def __init__(self, config: PrefixTuning, stack: AttentionStack, width: int, *, key: Array):
         keys = jax.random.split(key, 3)
-        shape = model.config
-        width, self.heads = shape.embed_dim, (shape.num_heads, shape.head_dim)
-        self.layers = layers
+        self.heads = (stack.num_kv_heads, stack.head_dim)
+        self.layers = stack.num_layers
         self.embedding_PD = small_param(jax.random.normal(keys[0], (config.length, width)))
         self.inner = Dense(width, config.hidden, key=keys[1])
-        outputs = layers * 2 * shape.num_heads * shape.head_dim
+        outputs = stack.num_layers * 2 * stack.num_kv_heads * stack.head_dim
         self.outer = Dense(config.hidden, outputs, key=keys[2])
 
     def key_value(self) -> tuple[Array, Array]:
@@ -65,33 +62,36 @@ class Prefixes(TuningModule[PrefixTuning]):
             setattr(self, name, stack)
 
     @classmethod
-    def attach(cls, config: PrefixTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(
+        cls, config: PrefixTuning, model: Model, *, key: Array, context: Context
+    ) -> TunedModel:
         words_key, *keys = jax.random.split(key, 4)
-        layers_of = _layers_of_attentions(config, model)
+        stacks = _chosen(config, model)
         if config.hidden:
-            stacks = {
-                name: MlpPrefix(config, model, layers, key=stack_key)
-                for (name, layers), stack_key in zip(layers_of.items(), keys, strict=False)
+            width = model.config.embed_dim
+            made = {
+                name: MlpPrefix(config, stack, width, key=stack_key)
+                for (name, stack), stack_key in zip(stacks.items(), keys, strict=False)
             }
-            return TunedModel(model, cls(config, stacks))
+            return TunedModel(model, cls(config, made))
         if config.init == "words":
-            tokens_P = _words(config, model, context, key=words_key)
-            return with_prefixes(model, _computed(model, tokens_P, tuple(layers_of)), config)
-        heads = (model.config.num_heads, model.config.head_dim)
+            computed = model.keys_values_of(_words(config, model, context, key=words_key))
+            return with_prefixes(model, {name: computed[name] for name in stacks}, config)
         arrays = {}
-        for (name, layers), stack_key in zip(layers_of.items(), keys, strict=False):
-            key_LPHK, value_LPHK = within(stack_key, (2, layers, config.length, *heads), 0.5)
+        for (name, stack), stack_key in zip(stacks.items(), keys, strict=False):
+            shape = (stack.num_layers, config.length, stack.num_kv_heads, stack.head_dim)
+            key_LPHK, value_LPHK = within(stack_key, (2, *shape), 0.5)
             arrays[name] = (key_LPHK, value_LPHK)
         return with_prefixes(model, arrays, config)
 
-    def for_inference(self, model: T5) -> TunedModel:
+    def for_inference(self, model: Model) -> TunedModel:
         config = replace(self.config.as_trained(), hidden=0)
         return with_prefixes(model, {n: stack.key_value() for n, stack in self.stacks()}, config)
 
     def stacks(self) -> Iterator[tuple[str, PlainPrefix | MlpPrefix]]:
         """Yields the name and prefix of each selected attention."""
         for name in ("encoder", "decoder", "cross"):
-            if getattr(self.config, name):
+            if getattr(self.config, name) and hasattr(self, name):
                 yield name, getattr(self, name)
 
     def _before(self, name: str) -> bool:
@@ -99,45 +99,45 @@ class Prefixes(TuningModule[PrefixTuning]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        prefixes: dict[str, Any] = {}
+        prefixes: dict[str, tuple[KeyValues, ...]] = {}
         for name, stack in self.stacks():
             pairs = zip(*stack.key_value(), strict=True)
-            prefixes[f"{name}_prefixes"] = tuple(
+            prefixes[name] = tuple(
                 KeyValues(
-                    key_BPHK=key_PHK[None], value_BPHK=value_PHK[None], before=self._before(name)
+                    key_BPGK=key_PHK[None], value_BPGK=value_PHK[None], before=self._before(name)
                 )
                 for key_PHK, value_PHK in pairs
             )
-        return Injections(**prefixes)
+        return Injections(prefixes=prefixes)
 
 
 def with_prefixes(
-    model: T5, arrays: Mapping[str, tuple[Array, Array]], config: PrefixTuning
+    model: Model, arrays: Mapping[str, tuple[Array, Array]], config: PrefixTuning
 ) -> TunedModel:
     """Attaches keys and values ``[L, P, H, K]``, given by attention name, to the model."""
     return TunedModel(model, Prefixes(config, {n: PlainPrefix(*a) for n, a in arrays.items()}))
 
 
-def _layers_of_attentions(config: PrefixTuning, model: T5) -> dict[str, int]:
-    """Maps each selected attention to its number of layers."""
-    sizes = model.config
-    layers = {
-        "encoder": sizes.num_encoder_layers,
-        "decoder": sizes.num_decoder_layers,
-        "cross": sizes.num_decoder_layers,
-    }
-    return {name: number for name, number in layers.items() if getattr(config, name)}
+def _chosen(config: PrefixTuning, model: Model) -> dict[str, AttentionStack]:
+    """Returns the selected attentions of the model; raises UserError if it has none of them."""
+    chosen = {name: stack for name, stack in model.stacks.items() if getattr(config, name)}
+    if not chosen:
+        raise UserError(
+            f"method=prefix_tuning: none of the model's attentions ({', '.join(model.stacks)}) is "
+            f"chosen; set method.{next(iter(model.stacks))}=true"
+        )
+    return chosen
 
 
-def _words(config: PrefixTuning, model: T5, context: Context, *, key: Array) -> Array:
+def _words(config: PrefixTuning, model: Model, context: Context, *, key: Array) -> Array:
     """Returns ids ``[P]``: the labels' pieces, then pieces sampled from the most common ones."""
-    size = model.token_embedder.table().shape[0]
+    size = model.embedding_table().shape[0]
     population = min(config.init_population or size, size)
     repeats = config.length > population
     sampled_P = jax.random.choice(key, population, (config.length,), replace=repeats)
@@ -152,36 +152,3 @@ def _words(config: PrefixTuning, model: T5, context: Context, *, key: Array) -> 
         )
     first = jnp.asarray(pieces[: config.length], jnp.int32)
     return sampled_P.at[: len(first)].set(first)
-
-
-def _computed(model: T5, tokens_P: Array, names: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
-    """Records the keys and values ``[L, P, H, K]`` that each attention computes for a text."""
-    graphdef, params = param_tree.split(model)
-    shape = (len(tokens_P), model.config.num_heads, model.config.head_dim)
-
-    @jax.jit
-    def run(params: FlatParams, tokens_1P: Array) -> dict[str, tuple[Array, Array]]:
-        watched = param_tree.merge(graphdef, params)
-        seen: dict[tuple[str, str], list[Array]] = {}
-
-        def watch(attention: Attention, name: str) -> None:
-            for part in ("key", "value"):
-
-                def remember(x: Array, linear: Callable[[Array], Array], part: str = part) -> Array:
-                    y = linear(x)
-                    seen.setdefault((name, part), []).append(y.reshape(shape).astype(jnp.float32))
-                    return y
-
-                getattr(attention, part).adapter = nnx.data(remember)
-
-        for i in range(model.config.num_encoder_layers):
-            watch(watched.encoder.layer(i).attention, "encoder")
-        for i in range(model.config.num_decoder_layers):
-            watch(watched.decoder.layer(i).self_attention, "decoder")
-            watch(watched.decoder.layer(i).encoder_decoder_attention, "cross")
-        watched(tokens_1P, tokens_1P)
-        return {
-            name: (jnp.stack(seen[name, "key"]), jnp.stack(seen[name, "value"])) for name in names
-        }
-
-    return run(params, tokens_P[None])

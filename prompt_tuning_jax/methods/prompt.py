@@ -9,8 +9,8 @@ from prompt_tuning_jax.config.methods import PromptTuning
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -23,19 +23,21 @@ class Prompt(TuningModule[PromptTuning]):
         self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
 
     @classmethod
-    def attach(cls, config: PromptTuning, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(
+        cls, config: PromptTuning, model: Model, *, key: Array, context: Context
+    ) -> TunedModel:
         prompt_PD = init_prompt(
             config, model, key=key, length=config.length, context=context, labels=config.init_labels
         )
         return TunedModel(model, cls(config, prompt_PD))
 
-    def for_inference(self, model: T5) -> TunedModel:
+    def for_inference(self, model: Model) -> TunedModel:
         # The initialization no longer matters, and it would require a vocabulary.
         return with_prompt(model, self.prompt_PD.get_value(), self.config.as_trained())
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -55,11 +57,11 @@ class Prompt(TuningModule[PromptTuning]):
             prompt_to_prompt=config.prompt_to_prompt,
             input_to_prompt=config.input_to_prompt,
         )
-        return Injections(encoder_input=replace(source, attention_mask_BUU=seen_BUU))
+        return Injections(model_input=replace(source, attention_mask_BUU=seen_BUU))
 
 
 def with_prompt(
-    model: T5, prompt_PD: Array | HostArray, config: PromptTuning | None = None
+    model: Model, prompt_PD: Array | HostArray, config: PromptTuning | None = None
 ) -> TunedModel:
     """Attaches a prompt ``[P, D]``, or one per example ``[B, P, D]``, to the model."""
     return TunedModel(model, Prompt(config or PromptTuning(), prompt_PD))

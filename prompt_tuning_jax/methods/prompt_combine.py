@@ -5,19 +5,19 @@ from typing import Literal
 import jax.numpy as jnp
 
 from prompt_tuning_jax.config.methods import PLACEMENTS, Placement
-from prompt_tuning_jax.models.injections import EncoderInput
-from prompt_tuning_jax.models.t5.model import prepend
+from prompt_tuning_jax.models import base
+from prompt_tuning_jax.models.injections import ModelInput
 from prompt_tuning_jax.typing import Array, HostArray
 
 
 def combine(
     prompt: Array,
-    source: EncoderInput,
+    source: ModelInput,
     tokens_BT: Array | HostArray,
     *,
     placement: Placement,
     eos_id: int = 1,
-) -> tuple[EncoderInput, Array]:
+) -> tuple[ModelInput, Array]:
     """Inserts a prompt ``[P, D]`` or ``[B, P, D]`` into the input.
 
     ``prefix`` places it before everything, ``after_first`` after the first token, and
@@ -27,25 +27,26 @@ def combine(
     Returns the combined input and a boolean ``[B, U]`` that is true at prompt positions.
     """
     batch, length = tokens_BT.shape
-    joined = prepend(prompt, source)
-    prompt_length = joined.mask_BU.shape[1] - length
+    prompt_length = prompt.shape[-2]
+    before = base.with_prompt(source, prompt)
     if placement == "prefix":
-        return joined, jnp.broadcast_to(
+        return before, jnp.broadcast_to(
             jnp.arange(prompt_length + length) < prompt_length, (batch, prompt_length + length)
         )
+    joined = base.joined(before)
     start_B = prompt_starts(source, tokens_BT, eos_id=eos_id)[placement]
     return _moved(joined, start_B, jnp.full(batch, prompt_length), max_length=prompt_length)
 
 
 def combine_rows(
     prompt_BPD: Array,
-    source: EncoderInput,
+    source: ModelInput,
     tokens_BT: Array | HostArray,
     *,
     length_B: Array,
     placement_B: Array,
     eos_id: int = 1,
-) -> EncoderInput:
+) -> ModelInput:
     """Inserts prompts like ``combine``, with a separate prompt length and placement per row.
 
     Each prompt occupies the last ``length_B`` of its P positions (0: no prompt), and
@@ -58,12 +59,12 @@ def combine_rows(
         [placement_B == number for number in range(len(PLACEMENTS))],
         [starts[placement] for placement in PLACEMENTS],
     )
-    joined = prepend(prompt_BPD, source)
+    joined = base.joined(base.with_prompt(source, prompt_BPD))
     return _moved(joined, start_B, length_B, max_length=prompt_BPD.shape[1])[0]
 
 
 def prompt_starts(
-    source: EncoderInput, tokens_BT: Array | HostArray, *, eos_id: int
+    source: ModelInput, tokens_BT: Array | HostArray, *, eos_id: int
 ) -> dict[Placement, Array]:
     """Returns the position ``[B]`` of each row's first prompt vector, by placement."""
     real_B = jnp.sum(source.mask_BU, axis=1)
@@ -77,8 +78,8 @@ def prompt_starts(
 
 
 def _moved(
-    joined: EncoderInput, start_B: Array, length_B: Array, *, max_length: int
-) -> tuple[EncoderInput, Array]:
+    joined: ModelInput, start_B: Array, length_B: Array, *, max_length: int
+) -> tuple[ModelInput, Array]:
     """Moves the prompts from the front of ``joined`` to ``start_B``.
 
     Returns the result and a boolean ``[B, U]`` that is true at prompt positions.
@@ -92,7 +93,7 @@ def _moved(
     from_input_BU = max_length + position_BU - jnp.where(position_BU < start_B1, 0, length_B1)
     from_BU = jnp.where(is_prompt_BU, from_prompt_BU, from_input_BU)
     from_BU = jnp.clip(from_BU, 0, joined.mask_BU.shape[1] - 1)
-    moved = EncoderInput(
+    moved = ModelInput(
         embeddings_BUD=jnp.take_along_axis(joined.embeddings_BUD, from_BU[:, :, None], axis=1),
         mask_BU=jnp.take_along_axis(joined.mask_BU, from_BU, axis=1) & (position_BU >= 0),
     )

@@ -11,8 +11,8 @@ from prompt_tuning_jax.config.methods import MultitaskInit
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import PROMPT, Context
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import Table
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 _MOST_LISTED = 12
@@ -105,7 +105,7 @@ class PromptInit(Protocol):
 
 def init_prompt(
     config: PromptInit,
-    model: T5,
+    model: Model,
     *,
     key: Array,
     length: int,
@@ -120,7 +120,7 @@ def init_prompt(
     return initial_prompt(
         config.init,
         key=key,
-        embedding_VD=model.token_embedder.table(),
+        embedding_VD=model.embedding_table(),
         length=length,
         vocabulary=context.vocabulary,
         labels=labels or context.labels,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from prompt_tuning_jax.config.prompt_template import PromptTemplate
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.injections import EncoderInput
-from prompt_tuning_jax.models.t5.model import T5, prepend
+from prompt_tuning_jax.models.base import Model, joined, with_prompt
+from prompt_tuning_jax.models.injections import ModelInput
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -52,12 +52,12 @@ def place(template: PromptTemplate, vocabulary: Vocabulary | None) -> Placed:
     return Placed(anchors=tuple(anchors), behind=tuple(behind))
 
 
-def vectors(placed: Placed, prompt_PD: Array, model: T5) -> Array:
+def vectors(placed: Placed, prompt_PD: Array, model: Model) -> Array:
     """Returns all added vectors ``[A, D]``: the trained vectors and the anchors' embeddings."""
     trained_A = [anchor < 0 for anchor in placed.anchors]
     if all(trained_A):
         return prompt_PD
-    given_AD = model.token_embedder(
+    given_AD = model.embed_tokens(
         jnp.asarray([max(anchor, 0) for anchor in placed.anchors], jnp.int32)
     )
     at = jnp.asarray([i for i, trained in enumerate(trained_A) if trained], jnp.int32)
@@ -66,34 +66,35 @@ def vectors(placed: Placed, prompt_PD: Array, model: T5) -> Array:
 
 def put(
     vectors_AD: Array,
-    source: EncoderInput,
+    source: ModelInput,
     tokens_BT: Array | HostArray,
     behind: Sequence[int],
     *,
     eos_id: int = 1,
-) -> EncoderInput:
+) -> ModelInput:
     """Inserts each vector into the embedded input after ``behind`` of its tokens (-1: all).
 
     Only tokens before the end-of-sequence token and the padding count.  If an input has fewer
     tokens than requested, the vector follows its last token.
     """
-    joined = prepend(vectors_AD, source)
+    before = with_prompt(source, vectors_AD)
     if not any(behind):
-        return joined
+        return before
+    whole = joined(before)
     tokens_BT = jnp.asarray(tokens_BT)
     words_B = jnp.sum(source.mask_BU & (tokens_BT != eos_id), axis=1)
     asked_A = jnp.asarray([tokens_BT.shape[1] if n < 0 else n for n in behind], jnp.int32)
     behind_BA = jnp.minimum(asked_A[None, :], words_B[:, None])
-    # joined starts with the vectors; compute the target of each of its positions.
+    # ``whole`` starts with the vectors; compute the target of each of its positions.
     vector_to_BA = behind_BA + jnp.arange(len(behind))[None, :]
     positions_T = jnp.arange(tokens_BT.shape[1])
     before_BT = jnp.sum(behind_BA[:, None, :] <= positions_T[None, :, None], axis=2)
     to_BU = jnp.concatenate([vector_to_BA, before_BT + positions_T[None, :]], axis=1)
     from_BU = jnp.argsort(to_BU, axis=1)
     return replace(
-        joined,
-        embeddings_BUD=jnp.take_along_axis(joined.embeddings_BUD, from_BU[:, :, None], axis=1),
-        mask_BU=jnp.take_along_axis(joined.mask_BU, from_BU, axis=1),
+        whole,
+        embeddings_BUD=jnp.take_along_axis(whole.embeddings_BUD, from_BU[:, :, None], axis=1),
+        mask_BU=jnp.take_along_axis(whole.mask_BU, from_BU, axis=1),
     )
 
 

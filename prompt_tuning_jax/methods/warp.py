@@ -10,9 +10,9 @@ from prompt_tuning_jax.methods.base import Context, LabelTokens, TunedModel, Tun
 from prompt_tuning_jax.methods.dense import small_param
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.methods.template import Placed, place, put, vectors
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -36,7 +36,7 @@ class ClassVectors(TuningModule[WARP]):
         self.class_CD = small_param(class_CD, None, "prompt_embed")
 
     @classmethod
-    def attach(cls, config: WARP, model: T5, *, key: Array, context: Context) -> TunedModel:
+    def attach(cls, config: WARP, model: Model, *, key: Array, context: Context) -> TunedModel:
         vocabulary = context.vocabulary or model.vocabulary
         if not context.labels or vocabulary is None:
             raise UserError(
@@ -73,7 +73,7 @@ class ClassVectors(TuningModule[WARP]):
 
     def injections(
         self,
-        model: T5,
+        model: Model,
         tokens_BT: Array | HostArray,
         *,
         task_B: Array | HostArray | None = None,
@@ -87,5 +87,5 @@ class ClassVectors(TuningModule[WARP]):
         all_AD = vectors(self.placed, prompt_PD, model)
         source = model.embed(tokens_BT)
         return Injections(
-            encoder_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
+            model_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)
         )

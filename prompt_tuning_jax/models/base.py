@@ -8,6 +8,7 @@ table in ``checkpoints/``.
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, ClassVar
 
 import jax
@@ -98,8 +99,9 @@ class Model(nnx.Module):
 
     # The stack that reads the input; deep prompts go into its layers.
     reading_stack: ClassVar[str]
-    # Whether a text's end-of-sequence token is part of the input.
-    inputs_end: ClassVar[bool]
+    # Whether each position of the input predicts the next token, as in a decoder-only model; the
+    # inputs of other models end with an end-of-sequence token.
+    causal: ClassVar[bool]
 
     token_embedder: Embed  # or QuantizedEmbed
 
@@ -248,6 +250,12 @@ class Model(nnx.Module):
             f"vocab_size={config.vocab_size}: {number:,} parameters in {kinds}, "
             f"{size / 1e6:,.1f} MB)"
         )
+
+
+def model_class(config: ModelConfig) -> Any:
+    """Returns the class of models with such a configuration."""
+    module, _, name = config.implementation.partition(":")
+    return getattr(import_module(module), name)
 
 
 def with_prompt(source: ModelInput, prompt: Array) -> ModelInput:

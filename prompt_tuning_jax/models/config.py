@@ -27,12 +27,10 @@ class TokenIds:
     def fill(self) -> int:
         """The value that marks empty positions in token arrays.
 
-        This is 0 if an encoder-decoder's ``pad`` is 0 and ``eos`` is not, because then no text
-        contains it.  Otherwise the padding id may also be a real token, and this is -1: the padding
-        id of a decoder-only model is often the one that begins a text or is unknown.
+        This is 0 in an encoder-decoder if ``pad`` is 0 and ``eos`` is not, because then no text
+        contains it.  Otherwise the padding id may also be a real token, and this is -1.
         """
-        encoder_decoder = self.start >= 0
-        return 0 if encoder_decoder and self.pad == 0 and 0 not in self.all_eos else -1
+        return 0 if self.pad == 0 and self.start >= 0 and 0 not in self.all_eos else -1
 
     @property
     def all_eos(self) -> tuple[int, ...]:
@@ -64,3 +62,14 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     token_ids: TokenIds = TokenIds()
+
+    @property
+    def num_reading_layers(self) -> int:
+        """The layers that the input, and so a prompt, passes."""
+        raise NotImplementedError
+
+    def forward_flops(
+        self, *, rows: int, prompt_length: int, inputs_length: int, targets_length: int
+    ) -> float:
+        """Returns the FLOPs of the matrix products of one forward pass over ``rows`` examples."""
+        raise NotImplementedError

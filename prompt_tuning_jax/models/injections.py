@@ -13,10 +13,10 @@ from prompt_tuning_jax.typing import Array
 class ModelInput:
     """An embedded input, which replaces token ids.
 
-    ``mask_BU`` is true at real positions, which other positions may attend to.  ``prompt_BPD``, with
-    a batch dimension of 1 or B, comes before every row.  The optional ``attention_mask_BUU`` (query,
-    key), over the prompt and the input, restricts attention further: a query sees a key only if
-    both masks allow it.  Its batch dimension may be 1.
+    ``mask_BU`` is true at real positions, which other positions may attend to.  ``prompt_BPD``,
+    with a batch dimension of 1 or B, comes before every row.  The optional ``attention_mask_BUU``
+    (query, key), over the prompt and the input, restricts attention further: a query sees a key
+    only if both masks allow it.  Its batch dimension may be 1.
     """
 
     embeddings_BUD: Array

@@ -12,7 +12,8 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import PRESETS, T5Config, preset
+from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.models.t5.config import PRESETS, preset
 from prompt_tuning_jax.planning.program import (
     Abstract,
     Program,
@@ -59,34 +60,6 @@ def roofline(program: Program, chip: Chip, *, model_flops: float, chips: int) ->
     )
 
 
-def model_flops(
-    config: T5Config,
-    *,
-    rows: int,
-    encoder_length: int,
-    targets_length: int,
-    weights_train: bool,
-) -> float:
-    """Returns the FLOPs of one step's matrix products, without any recomputation.
-
-    Counts the forward pass, the gradients of the activations and, if the weights train, those of
-    the weights.  ``rows`` is the number of examples of all members.  ``encoder_length`` includes
-    the prompt and the input.
-    """
-    joined, width = config.num_heads * config.head_dim, config.embed_dim
-    mlp = (len(config.mlp_activations) + 1) * width * config.mlp_dim
-    attention = 4 * width * joined
-    read, written = rows * encoder_length, rows * targets_length
-    encoder = config.num_encoder_layers * read * (attention + mlp + 2 * joined * encoder_length)
-    decoder = config.num_decoder_layers * (
-        read * 2 * width * joined  # keys and values of the cross-attention
-        + written * (attention + attention / 2 + mlp)
-        + written * 2 * joined * (targets_length + encoder_length)
-    )
-    forward = 2.0 * (encoder + decoder + written * width * config.vocab_size)
-    return forward * (3 if weights_train else 2)
-
-
 REMATS = ("none", "dots", "full")  # from the fastest to the smallest
 
 
@@ -123,7 +96,7 @@ class Plan:
         return next((each for each in self.tried if each.train.fits), None)
 
 
-def planned_config(experiment: Experiment) -> T5Config:
+def planned_config(experiment: Experiment) -> ModelConfig:
     """Returns the model's config: the preset of a published size, or read from file headers."""
     name = experiment.model.name_or_path
     size = name.removeprefix("t5_1_1_lm100k_").removeprefix("t5_1_1_")
@@ -134,7 +107,7 @@ def planned_config(experiment: Experiment) -> T5Config:
 
 def plan(
     experiment: Experiment,
-    config: T5Config,
+    config: ModelConfig,
     topology: Topology,
     *,
     mesh: Mesh | None = None,
@@ -159,7 +132,7 @@ def plan(
     return Plan(topology=topology, parameters=parameters, tried=tuple(tried), advice=advice)
 
 
-def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> list[Mesh]:
+def candidates(experiment: Experiment, config: ModelConfig, topology: Topology) -> list[Mesh]:
     """Returns the meshes that divide the heads and the batch, the most promising first.
 
     A rough estimate of communication orders them.  Meshes estimated to exceed the memory come last.
@@ -171,7 +144,7 @@ def candidates(experiment: Experiment, config: T5Config, topology: Topology) -> 
     bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
     bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
     weights = _parameters(config) * bits / 8
-    layers = config.num_encoder_layers
+    layers = config.num_reading_layers
     guesses = []
     for model in _divisors(topology.chips):
         for fsdp in _divisors(topology.chips // model):
@@ -202,7 +175,7 @@ def mesh_name(mesh: Mapping[str, int]) -> str:
 
 def _tried(
     experiment: Experiment,
-    config: T5Config,
+    config: ModelConfig,
     topology: Topology,
     *,
     sizes: Mesh,
@@ -217,13 +190,14 @@ def _tried(
     train = compile_train(experiment, abstract)
     examples = training.batch_size * len(training.seeds)
     data, prompt = experiment.data, experiment.method.prompt_positions()
-    flops = model_flops(
-        config,
+    forward = config.forward_flops(
         rows=examples,
-        encoder_length=prompt + data.inputs_length,
+        prompt_length=prompt,
+        inputs_length=data.inputs_length,
         targets_length=data.targets_length,
-        weights_train=experiment.method.trains_model,
     )
+    # The forward pass, the gradients of the activations and, if they train, those of the weights.
+    flops = forward * (3 if experiment.method.trains_model else 2)
     walls = roofline(train, topology.chip, model_flops=flops, chips=topology.chips)
     tokens = examples * (data.inputs_length + data.targets_length)
     return MeshPlan(
@@ -271,7 +245,7 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
     yield f"more chips: about {topology.chips * factor} of {topology.chip.kind}"
 
 
-def _parameters(config: T5Config) -> int:
+def _parameters(config: ModelConfig) -> int:
     model = abstract_model(config, dtype="bfloat16", param_dtype="bfloat16")
     return sum(math.prod(p.shape) for p in param_tree.split(model)[1].values())
 

@@ -19,9 +19,9 @@ from prompt_tuning_jax.inference.setup import (
     Members,
     attach_unplaced,
 )
+from prompt_tuning_jax.models.base import model_class
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import quantize_modules
-from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.planning.hlo import Collective, collectives
 from prompt_tuning_jax.training import build, optim
 from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state, state_shardings
@@ -61,7 +61,7 @@ class Program:
 
 
 def abstract_experiment(
-    experiment: Experiment, config: T5Config, partitioner: Partitioner
+    experiment: Experiment, config: ModelConfig, partitioner: Partitioner
 ) -> Abstract:
     """Builds the experiment on a model with this config, without creating any array.
 
@@ -78,7 +78,7 @@ def abstract_experiment(
     kept: dict[str, Any] = {}
 
     def made() -> tuple[Any, Any]:
-        model = T5(
+        model = model_class(config)(
             config,
             rngs=nnx.Rngs(0),
             dtype=jnp.dtype(experiment.model.dtype),
@@ -119,9 +119,8 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
         return _tokens(shape, ("ensemble", "batch", "length"), abstract.partitioner)
 
     batch = {
-        "encoder_input_tokens": tokens(data.inputs_length),
-        "decoder_input_tokens": tokens(data.targets_length),
-        "decoder_target_tokens": tokens(data.targets_length),
+        "inputs": tokens(data.inputs_length),
+        "targets": tokens(data.targets_length),
     }
     if abstract.members.tasks:
         shape = (len(training.seeds), training.batch_size)

@@ -5,6 +5,7 @@ from prompt_tuning_jax.data.batching.task_data import build_data
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import Members, vocabulary_of
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.initializations import start_attention
 from prompt_tuning_jax.pretraining.probes import Probe
@@ -34,7 +35,7 @@ def pretrain(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 
 
 def _prepare(
-    experiment: Experiment, model: T5, partitioner: Partitioner
+    experiment: Experiment, model: Model, partitioner: Partitioner
 ) -> tuple[TrainingData, Evaluate]:
     if not experiment.data.objectives:
         if experiment.model.embeddings == "cooccurrence":
@@ -42,6 +43,7 @@ def _prepare(
         _initialize(experiment, model, None)
         tasks = build_data(experiment, vocabulary_of(model), partitioner=partitioner)
         return tasks, task_evaluation(experiment, model, tasks)
+    assert isinstance(model, T5)  # as all presets are
     data = build_text_data(experiment, vocabulary_of(model))
     _initialize(experiment, model, data)
     probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
@@ -56,10 +58,11 @@ def _prepare(
     return data, evaluate
 
 
-def _initialize(experiment: Experiment, model: T5, data: TextData | None) -> None:
+def _initialize(experiment: Experiment, model: Model, data: TextData | None) -> None:
     config = experiment.model
     if not config.random_weights:
         return
+    assert isinstance(model, T5)  # as all presets are
     if data is not None and config.embeddings == "cooccurrence":
         start_from_cooccurrence(model, data.train)
     if config.attention != "normal":

@@ -17,7 +17,7 @@ from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import loss_sums
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.dictionary import load_dictionary
 from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings

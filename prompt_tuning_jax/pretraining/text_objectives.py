@@ -56,18 +56,12 @@ class Objective(ABC):
     ) -> Batch:
         """Returns the T5 batch of step ``step``: ``batch_size`` consecutive examples.
 
-        Their indices start at ``step * batch_size``.  The keys are ``encoder_input_tokens`` [B, T],
-        ``decoder_input_tokens`` [B, S] and ``decoder_target_tokens`` [B, S].
+        Their indices start at ``step * batch_size``.  The keys are ``inputs`` [B, T] and
+        ``targets`` [B, S].
         """
         indices_B = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
         inputs_BT, targets_BS = self.rows(corpus, vocabulary, indices_B=indices_B, seed=seed)
-        decoder_inputs_BS = np.zeros_like(targets_BS)
-        decoder_inputs_BS[:, 1:] = targets_BS[:, :-1]
-        return {
-            "encoder_input_tokens": inputs_BT,
-            "decoder_input_tokens": decoder_inputs_BS,
-            "decoder_target_tokens": targets_BS,
-        }
+        return {"inputs": inputs_BT, "targets": targets_BS}
 
 
 @dataclass(frozen=True, kw_only=True)

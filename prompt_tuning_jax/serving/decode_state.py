@@ -8,12 +8,10 @@ import numpy as np
 
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.t5.attention import SelfCache
-from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.base import DecodeContext, Model, SelfCache
 from prompt_tuning_jax.serving.prompt_cache import device_put
 from prompt_tuning_jax.serving.shapes import DecodeOptions, Shapes
-from prompt_tuning_jax.typing import Array, DType
+from prompt_tuning_jax.typing import Array
 
 KEY_AXES = ("batch", "length", "heads", "kv")
 
@@ -23,14 +21,12 @@ KEY_AXES = ("batch", "length", "heads", "kv")
 class DecodeState:
     """M slots, each with everything that decoding its row needs; a slot that is done is free.
 
-    ``tokens_MT`` are the inputs, ``mask_MU`` the real positions of the encoder's output, and
-    ``cross`` the cross-attention keys and values of these positions.
+    ``tokens_MT`` are the inputs, and ``context`` is what the model has read of them.
     """
 
     tokens_MT: Array
-    cross: tuple[KeyValues, ...]
+    context: DecodeContext
     caches: tuple[SelfCache, ...]
-    mask_MU: Array
     token_M: Array
     position_M: Array
     options: DecodeOptions  # each ``[M]``
@@ -49,26 +45,27 @@ class DecodeOutput(NamedTuple):
 
 
 def init_decode_state(
-    shapes: Shapes, config: T5Config, *, width: int, dtype: DType, partitioner: Partitioner | None
+    shapes: Shapes, model: Model, *, width: int, partitioner: Partitioner | None
 ) -> DecodeState:
-    """All slots free, with room for ``width`` encoder positions each."""
-    slots, layers = shapes.slots, config.num_decoder_layers
-    heads = (config.num_heads, config.head_dim)
+    """All slots free, with room for ``width`` positions of prompt and input each."""
+    slots = shapes.slots
 
-    def keys(length: int) -> Array:
-        return device_put(np.zeros((slots, length, *heads), dtype), KEY_AXES, partitioner)
+    def zeros(like: Any) -> Array:
+        axes = KEY_AXES if len(like.shape) == len(KEY_AXES) else (None,) * len(like.shape)
+        return device_put(np.zeros(like.shape, like.dtype), axes, partitioner)
 
     def whole(*shape: int, dtype: Any = np.int32) -> Array:
         return device_put(np.zeros((slots, *shape), dtype), (None,) * (1 + len(shape)), partitioner)
 
-    generated = shapes.max_new_tokens
+    def start(tokens_MU: Array) -> Any:
+        return model.start_decoding(model.read(model.embed(tokens_MU)), shapes.max_new_tokens)
+
+    tokens_MU = jax.ShapeDtypeStruct((slots, width), np.int32)
+    context, caches = jax.tree.map(zeros, jax.eval_shape(start, tokens_MU))
     return DecodeState(
         tokens_MT=whole(shapes.longest),
-        cross=tuple(KeyValues(key_BPHK=keys(width), value_BPHK=keys(width)) for _ in range(layers)),
-        caches=tuple(
-            SelfCache(key_BSHK=keys(generated), value_BSHK=keys(generated)) for _ in range(layers)
-        ),
-        mask_MU=whole(width, dtype=bool),
+        context=context,
+        caches=caches,
         token_M=whole(),
         position_M=whole(),
         options=DecodeOptions(
@@ -81,5 +78,5 @@ def init_decode_state(
         ),
         score_M=whole(dtype=np.float32),
         done_M=device_put(np.ones(slots, bool), (None,), partitioner),
-        ids_MS=whole(generated),
+        ids_MS=whole(shapes.max_new_tokens),
     )

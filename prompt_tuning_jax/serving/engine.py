@@ -15,7 +15,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.serving.compiling import Compiler, Step
 from prompt_tuning_jax.serving.decode_state import DecodeOutput, init_decode_state
 from prompt_tuning_jax.serving.programs import Batch, Programs
@@ -55,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        model: T5,
+        model: Model,
         *,
         shapes: Shapes,
         cache_rows: int = 256,
@@ -70,6 +70,7 @@ class Engine:
         self.config, self.dtype = model.config, jnp.dtype(model.dtype)
         self._partitioner = partitioner
         graphdef, params = param_tree.split(model)
+        self._model = model  # for the shapes of what it reads
         self._params = params if partitioner is None else partitioner.replicate_arrays(params)
         self.cache = PromptCache(
             rows=cache_rows,
@@ -442,7 +443,7 @@ class Engine:
     def _init_state(self) -> Any:
         width = max(self.shapes.widths(spec)[-1] for spec in self._caches)
         return init_decode_state(
-            self.shapes, self.config, width=width, dtype=self.dtype, partitioner=self._partitioner
+            self.shapes, self._model, width=width, partitioner=self._partitioner
         )
 
     def _put(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:

@@ -21,7 +21,7 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
     vocabulary_of,
 )
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -216,7 +216,7 @@ def _clear_away(store: "TaskStore", folder: Path) -> None:
         print(f"note: another server is changing {folder}", file=sys.stderr)
 
 
-def _tasks_in(folder: Path, validator: "PromptValidator", model: T5) -> "dict[str, ServedTask]":
+def _tasks_in(folder: Path, validator: "PromptValidator", model: Model) -> "dict[str, ServedTask]":
     from prompt_tuning_jax.serving.loading import (
         MethodLoader,
         find_tasks,

@@ -45,7 +45,7 @@ from prompt_tuning_jax.methods import (
     method_name,
 )
 from prompt_tuning_jax.methods.multitask import combined
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.serving.tasks import (
     AdapterSpecs,
     PromptValidator,
@@ -222,7 +222,7 @@ class MethodLoader:
     this model.
     """
 
-    def __init__(self, model: T5, validator: PromptValidator) -> None:
+    def __init__(self, model: Model, validator: PromptValidator) -> None:
         self._model, self._validator = model, validator
         self._specs = AdapterSpecs()
         self._attached: dict[Any, TunedModel] = {}

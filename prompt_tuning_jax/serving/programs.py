@@ -26,9 +26,9 @@ from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.inference.ensemble import score_known_labels
 from prompt_tuning_jax.methods.base import TunedModel
 from prompt_tuning_jax.methods.prompt_combine import combine_rows
+from prompt_tuning_jax.models.base import Context, DecodeContext, Model
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
-from prompt_tuning_jax.models.t5.config import TokenIds
-from prompt_tuning_jax.models.t5.model import T5, Encoded
 from prompt_tuning_jax.serving.decode_state import KEY_AXES, DecodeOutput, DecodeState
 from prompt_tuning_jax.serving.shapes import DecodeOptions
 from prompt_tuning_jax.serving.tasks import AdapterSpec
@@ -87,22 +87,14 @@ class Programs:
                 if self.adapter_spec is not None and self.adapter_spec.label_tokens:
                     attached = self._attached(params, arrays)
                     return score_known_labels(attached, batch.tokens_BT, targets_BCS)
-                model, encoded, injections = self._encode(params, arrays, batch, prompt_length)
-                cross = model.decoder.cross_keys(encoded)
+                model, context, injections = self._read(params, arrays, batch, prompt_length)
 
-                def logits_of(shifted_BS: Array) -> Array:
-                    x_BSD, _ = model.decoder(
-                        model.embed_tokens(shifted_BS),
-                        cross,
-                        encoded.mask_BU,
-                        injections=injections,
-                        key=None,
-                    )
-                    return model.logits(x_BSD)
+                def logits_of(targets_BS: Array) -> Array:
+                    return model.write(context, targets_BS, injections=injections)
 
                 vocabulary = model.config.vocab_size
                 return _scored(
-                    logits_of, targets_BCS, vocab_size=vocabulary, token_ids=self.token_ids
+                    logits_of, targets_BCS, vocab_size=vocabulary, padding=self.token_ids.fill
                 )
 
             return replicate(self._by_row(score)(arrays, batch, targets_BCS))
@@ -118,16 +110,16 @@ class Programs:
         *,
         prompt_length: int = 0,
     ) -> DecodeState:
-        """Encodes rows into slots; a row with a slot number of M or more is dropped."""
+        """Reads rows into slots; a row with a slot number of M or more is dropped."""
         with activation_sharding(self.partitioner):
 
-            def encode(arrays: Any, batch: Batch) -> tuple[Array, Any]:
-                model, encoded, _ = self._encode(params, arrays, batch, prompt_length)
-                return encoded.mask_BU, model.decoder.cross_keys(encoded)
+            def read(arrays: Any, batch: Batch) -> DecodeContext:
+                model, context, _ = self._read(params, arrays, batch, prompt_length)
+                return model.start_decoding(context, 1)[0]
 
-            mask_BU, cross = self._by_row(encode)(arrays, batch)
+            context = self._by_row(read)(arrays, batch)
             ids = self.token_ids
-            width, length = mask_BU.shape[1], batch.tokens_BT.shape[1]
+            width, length = context.mask_BU.shape[1], batch.tokens_BT.shape[1]
 
             def put(whole: Array, part: Array) -> Array:
                 put = whole.at[slot_B, :width].set(part.astype(whole.dtype), mode="drop")
@@ -137,12 +129,18 @@ class Programs:
                 return whole.at[slot_B].set(part, mode="drop")
 
             tokens_MT = put_all(state.tokens_MT, ids.fill)
-            mask_MU = put_all(state.mask_MU, False)
+            mask_MU = put_all(state.context.mask_BU, False)
+            first_MD = state.context.first_BD
+            if first_MD is not None:
+                first_MD = first_MD.at[slot_B].set(context.first_BD, mode="drop")
             return replace(
                 state,
                 tokens_MT=tokens_MT.at[slot_B, :length].set(batch.tokens_BT, mode="drop"),
-                cross=jax.tree.map(put, state.cross, cross),
-                mask_MU=mask_MU.at[slot_B, :width].set(mask_BU, mode="drop"),
+                context=DecodeContext(
+                    mask_BU=mask_MU.at[slot_B, :width].set(context.mask_BU, mode="drop"),
+                    keys_values=jax.tree.map(put, state.context.keys_values, context.keys_values),
+                    first_BD=first_MD,
+                ),
                 token_M=put_all(state.token_M, ids.start),
                 position_M=put_all(state.position_M, 0),
                 options=jax.tree.map(put_all, state.options, options),
@@ -177,8 +175,11 @@ class Programs:
                 return lax.dynamic_slice_in_dim(whole, first, slots)
 
             used: DecodeState = jax.tree.map(window, state)
-            cross = jax.tree.map(lambda x: x[:, :width], used.cross)
-            used = replace(used, cross=cross, mask_MU=used.mask_MU[:, :width])
+            keys_values = jax.tree.map(lambda x: x[:, :width], used.context.keys_values)
+            mask_MU = used.context.mask_BU[:, :width]
+            used = replace(
+                used, context=replace(used.context, keys_values=keys_values, mask_BU=mask_MU)
+            )
             done_before_M = used.done_M
             used = replace(used, done_M=used.done_M | ~window(active_M))
             decoded = self._decode(params, arrays, used, window(row_M), steps)
@@ -212,7 +213,7 @@ class Programs:
         def injections_of(arrays: Any, tokens_T: Array) -> Injections:
             if self.adapter_spec is None:
                 return NO_INJECTIONS
-            return self._attached(params, arrays).injections(tokens_T[None]).of_decoder()
+            return self._attached(params, arrays).injections(tokens_T[None]).for_writing()
 
         # The same in every step.
         injections_M = jax.vmap(injections_of, in_axes=(by_row, 0))(arrays, state.tokens_MT)
@@ -220,13 +221,13 @@ class Programs:
         def step_of_row(
             arrays: Any, injections: Any, token: Any, position: Any, *rest: Any
         ) -> tuple[Array, Any]:
-            cache, cross, mask = jax.tree.map(lambda x: x[None], rest)
+            cache, context = jax.tree.map(lambda x: x[None], rest)
             logits_1V, cache = self._model(params, arrays).decode_step(
-                token[None], position, cache, cross, mask, injections=injections
+                token[None], position, cache, context, injections=injections
             )
             return logits_1V[0], jax.tree.map(lambda x: x[0], cache)
 
-        step_of_rows = jax.vmap(step_of_row, in_axes=(by_row, 0, 0, 0, 0, 0, 0))
+        step_of_rows = jax.vmap(step_of_row, in_axes=(by_row, 0, 0, 0, 0, 0))
 
         def unfinished(loop: tuple[Array, DecodeState]) -> Array:
             return (loop[0] < steps) & ~jnp.all(loop[1].done_M)
@@ -239,8 +240,7 @@ class Programs:
                 now.token_M,
                 now.position_M,
                 now.caches,
-                state.cross,
-                state.mask_MU,
+                state.context,
             )
             logits_MV = logits_MV.astype(jnp.float32)
             options = now.options.processors
@@ -256,7 +256,9 @@ class Programs:
             running_M = ~now.done_M
             at_M = jnp.where(running_M, now.position_M, now.ids_MS.shape[1])
             position_M = now.position_M + running_M
-            ended_M = (chosen_M == ids.eos) | (position_M >= now.options.limit_B)
+            ended_M = jnp.isin(chosen_M, jnp.asarray(ids.all_eos)) | (
+                position_M >= now.options.limit_B
+            )
             every = jnp.arange(len(chosen_M))
             return number + 1, replace(
                 now,
@@ -278,7 +280,7 @@ class Programs:
         with activation_sharding(self.partitioner):
             model = self._model(params, None)
             every = jnp.arange(model.config.vocab_size)
-            table_VD = model.token_embedder.table()[every].astype(jnp.float32)
+            table_VD = model.embedding_table()[every].astype(jnp.float32)
             cosine_PV = _unit(prompt_PD.astype(jnp.float32)) @ _unit(table_VD).T
             cosines, ids = lax.top_k(cosine_PV, number)
             return replicate((ids, cosines))
@@ -304,14 +306,13 @@ class Programs:
 
         return of_rows
 
-    def _encode(
+    def _read(
         self, params: FlatParams, arrays: Any, batch: Batch, prompt_length: int
-    ) -> tuple[T5, Encoded, Injections]:
-        """The model, the encoder's output, and what is injected into the decoder."""
+    ) -> tuple[Model, Context, Injections]:
+        """The model, what it has read, and what is injected when it writes."""
         if self.adapter_spec is not None:
             attached = self._attached(params, arrays)
-            encoded, injections = attached.encode(batch.tokens_BT)
-            return attached.model, encoded, injections.of_decoder()
+            return attached.model, *attached.read(batch.tokens_BT)
         model = self._model(params, arrays)
         joined = combine_rows(
             arrays[:, arrays.shape[1] - prompt_length :][batch.row_B],
@@ -323,11 +324,11 @@ class Programs:
         )
         embeddings_BUD = with_logical_constraint(joined.embeddings_BUD, ("batch", None, None))
         source = replace(joined, embeddings_BUD=embeddings_BUD)
-        return model, model.encoder(source, injections=NO_INJECTIONS, key=None), NO_INJECTIONS
+        return model, model.read(source), NO_INJECTIONS
 
-    def _model(self, params: FlatParams, arrays: Any) -> T5:
+    def _model(self, params: FlatParams, arrays: Any) -> Model:
         if self.adapter_spec is None:
-            model: T5 = param_tree.merge(self.graphdef, params)
+            model: Model = param_tree.merge(self.graphdef, params)
             return model
         return self._attached(params, arrays).model
 
@@ -338,13 +339,12 @@ class Programs:
 
 
 def _scored(
-    logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int, token_ids: TokenIds
+    logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int, padding: int
 ) -> Array:
-    """``[B, C]``: summed log-probabilities; ``logits_of`` decodes one target ``[B, S]`` per row."""
+    """``[B, C]``: summed log-probabilities; ``logits_of`` predicts one target ``[B, S]`` a row."""
 
     def one(targets_BS: Array) -> Array:
-        shifted_BS = jnp.pad(targets_BS, ((0, 0), (1, 0)), constant_values=token_ids.start)[:, :-1]
-        return sequence_log_probs(logits_of(shifted_BS), targets_BS, padding=token_ids.fill)
+        return sequence_log_probs(logits_of(targets_BS), targets_BS, padding=padding)
 
     batch, number, length = targets_BCS.shape
     at_once = _MAX_LOGITS // (batch * length * vocab_size)

@@ -16,7 +16,7 @@ import numpy as np
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.serving.tasks import AdapterSpec, Served
 from prompt_tuning_jax.typing import HostArray
 

@@ -81,7 +81,7 @@ class AdapterSpecs:
 
 def _prompt_positions(attached: TunedModel) -> int:
     tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    source = jax.eval_shape(attached.injections, tokens_BT).encoder_input
+    source = jax.eval_shape(attached.injections, tokens_BT).model_input
     return 0 if source is None else source.mask_BU.shape[1] - tokens_BT.shape[1]
 
 

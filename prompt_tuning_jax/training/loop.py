@@ -119,7 +119,7 @@ class Loop:
             costs: dict[tuple[int, ...], StepCost] = {}
             done: list[StepCost] = []
             for batch in self.batches(start, self.steps):
-                shape = batch["encoder_input_tokens"].shape
+                shape = batch["inputs"].shape
                 if shape not in costs:
                     began = time.monotonic()
                     since = since if costs else began

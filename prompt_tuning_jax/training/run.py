@@ -49,8 +49,8 @@ from prompt_tuning_jax.methods import (
     MethodConfig,
     method_name,
 )
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
-from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.storage import remove_leftovers
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.curves import plot_curves
@@ -88,7 +88,7 @@ class TrainingData(Protocol):
 # Maps the members and their trainable arrays to the metrics of each member.
 Evaluate: TypeAlias = Callable[[Members, FlatParams], list[dict[str, float]]]
 # Opens the data for a model, and may change the initial values of its random weights.
-Prepare: TypeAlias = Callable[[Experiment, T5, Partitioner], tuple[TrainingData, Evaluate]]
+Prepare: TypeAlias = Callable[[Experiment, Model, Partitioner], tuple[TrainingData, Evaluate]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,13 @@ def needs_pretraining(experiment: Experiment) -> bool:
 
 
 def _prepare_tasks(
-    experiment: Experiment, model: T5, partitioner: Partitioner
+    experiment: Experiment, model: Model, partitioner: Partitioner
 ) -> tuple[TrainingData, Evaluate]:
     data = task_data.build_data(experiment, vocabulary_of(model), partitioner=partitioner)
     return data, task_evaluation(experiment, model, data)
 
 
-def task_evaluation(experiment: Experiment, model: T5, data: TaskData) -> Evaluate:
+def task_evaluation(experiment: Experiment, model: Model, data: TaskData) -> Evaluate:
     """Returns the function that evaluates the members on the tasks' data."""
 
     def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:

@@ -15,9 +15,9 @@ from prompt_tuning_jax.distributed.sharding import Partitioner, activation_shard
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import map_members, members_per_chunk, rows_in_cache
 from prompt_tuning_jax.methods import TunedModel
+from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.losses import TokenSums
-from prompt_tuning_jax.models.t5.blocks import Remat
-from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
 
 
@@ -66,7 +66,7 @@ class Microbatching:
     """
 
     num_microbatches: int = 1
-    config: T5Config | None = None
+    config: ModelConfig | None = None
     prompt_positions: int = 0
 
     def microbatches(self, rows: int, length: int) -> int:
@@ -109,7 +109,7 @@ def step_cost(
 
     ``iterations`` is the trip count of the step's loops (``Microbatching.iterations``).
     """
-    tokens = batch["encoder_input_tokens"].size + batch["decoder_target_tokens"].size
+    tokens = batch["inputs"].size + batch["targets"].size
     # Only a jitted function has a cost analysis.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None
@@ -187,11 +187,10 @@ def make_train_step(
       remat: which activations to recompute in the backward pass.
       compiler_options: passed to ``jax.jit``.
 
-    A batch holds ``encoder_input_tokens [E, B, T]``, ``decoder_input_tokens`` and
-    ``decoder_target_tokens [E, B, S]``, ``task_index [E, B]`` where the data has several tasks, and
-    ``example_weights [E, B]`` where examples are weighted: the weight multiplies an example's loss
-    and its number of tokens.  Metrics are replicated.  Raises UserError if ``microbatching`` cannot
-    split B.
+    A batch holds ``inputs [E, B, T]``, ``targets [E, B, S]``, ``task_index [E, B]`` where the data
+    has several tasks, and ``example_weights [E, B]`` where examples are weighted: the weight
+    multiplies an example's loss and its number of tokens.  Metrics are replicated.  Raises
+    UserError if ``microbatching`` cannot split B.
     """
 
     def summed_loss(
@@ -199,9 +198,8 @@ def make_train_step(
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
         sums = attached.token_sums(
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
+            batch["inputs"],
+            batch["targets"],
             task_B=batch.get("task_index"),
             key=key,
             remat=remat,
@@ -224,7 +222,7 @@ def make_train_step(
         trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array
     ) -> tuple[FlatParams, TokenSums]:
         differentiate = jax.grad(summed_loss, has_aux=True)
-        number = microbatching.microbatches(*batch["encoder_input_tokens"].shape)
+        number = microbatching.microbatches(*batch["inputs"].shape)
         if number == 1:
             return differentiate(trainable, frozen, batch, key if dropout else None)
         microbatches = {name: split(x, number) for name, x in batch.items()}
@@ -277,7 +275,7 @@ def make_train_step(
             partial(member_step, frozen=frozen),
             *(state.trainable, state.opt_state, dict(batch), rates_E, keys_E),
             members=len(seeds),
-            chunk_size=microbatching.chunk_size(*batch["encoder_input_tokens"].shape),
+            chunk_size=microbatching.chunk_size(*batch["inputs"].shape),
         )
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 

@@ -146,7 +146,7 @@ def test_most_padding_is_gone(number, batch_size):
     assert fixed.padding(0, steps) > 55
     assert auto.padding(0, steps) < 27
     # It is what the arrays hold.
-    tokens = [auto[step]["encoder_input_tokens"] for step in range(steps)]
+    tokens = [auto[step]["inputs"] for step in range(steps)]
     padding = sum((t == 0).sum() for t in tokens) / sum(t.size for t in tokens)
     assert auto.padding(0, steps) == pytest.approx(100 * padding)
 
@@ -161,7 +161,7 @@ def test_lengths_do_not_depend_on_the_seed_nor_batches_on_neighbours():
         for member, seed in ((0, 7), (2, 0)):
             for name, array in alone[seed][step].items():
                 np.testing.assert_array_equal(array, batch[name][member])
-        shapes.add(batch["encoder_input_tokens"].shape)
+        shapes.add(batch["inputs"].shape)
     assert 1 < len(shapes) <= 4
     assert len({tuple(together.indices_for(0, seed)) for seed in (0, 3, 7)}) == 3
 
@@ -306,8 +306,8 @@ def test_evaluation_sees_every_example_once(number, buckets):
         mask, index_B = batch["row_mask"], batch["example_index"]
         rows = mask.sum()
         assert rows > 0 and mask[:rows].all() and (index_B[rows:] == -1).all()
-        assert not batch["decoder_target_tokens"][rows:].any()
-        inputs_BT = batch["encoder_input_tokens"]
+        assert not batch["targets"][rows:].any()
+        inputs_BT = batch["inputs"]
         assert (inputs_BT[:, 0] > 0).all()
         widths.append(inputs_BT.shape[1])
         for index, row in zip(index_B[mask].tolist(), inputs_BT, strict=False):

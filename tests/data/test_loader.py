@@ -33,7 +33,7 @@ def make(number, *, first=10, inputs_length=6, targets_length=3):
 
 def seen(batches, steps, **fields):
     """The first target token, which tells the example, of each row of the steps."""
-    return np.concatenate([batches[s]["decoder_target_tokens"][..., 0] for s in steps], axis=-1)
+    return np.concatenate([batches[s]["targets"][..., 0] for s in steps], axis=-1)
 
 
 def assert_same(a, b):
@@ -46,8 +46,8 @@ def assert_same(a, b):
 def test_a_batch_holds_padded_pairs_and_shifted_targets():
     batch = TrainBatches(make(20), batch_size=8, seeds=0)[3]
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
-        "encoder_input_tokens": ((8, 6), "int32"),
-        "decoder_target_tokens": ((8, 3), "int32"),
+        "inputs": ((8, 6), "int32"),
+        "targets": ((8, 3), "int32"),
         "decoder_input_tokens": ((8, 3), "int32"),
     }
     for inputs, targets, shifted in zip(*batch.values(), strict=True):
@@ -133,7 +133,7 @@ def test_the_order_of_a_seed_does_not_depend_on_its_neighbours():
     for seeds in ((7,), (7, 8), (1, 7, 2), (7, 7)):
         together = TrainBatches(make(50), batch_size=8, seeds=seeds)
         for step in (0, 9, 100):
-            assert together[step]["encoder_input_tokens"].shape == (len(seeds), 8, 6)
+            assert together[step]["inputs"].shape == (len(seeds), 8, 6)
             for member in (i for i, seed in enumerate(seeds) if seed == 7):
                 assert_same({k: v[member] for k, v in together[step].items()}, alone[step])
 
@@ -162,7 +162,7 @@ def test_a_mixture_says_which_set_an_example_is_of():
     for step in range(5):
         batch = batches[step]
         assert batch["task_index"].shape == (2, 8) and batch["task_index"].dtype == np.int32
-        of_second = batch["encoder_input_tokens"][..., 0] >= 200
+        of_second = batch["inputs"][..., 0] >= 200
         np.testing.assert_array_equal(batch["task_index"], of_second)
     some = TrainBatches(sets, batch_size=8, seeds=0, rows=np.asarray([1, 6]))
     one = TrainBatches(sets, batch_size=8, seeds=0)
@@ -175,15 +175,13 @@ def test_a_mixture_says_which_set_an_example_is_of():
 def test_the_inputs_of_a_mixture_belong_to_its_targets():
     batches = TrainBatches([make(30, first=100), make(7, first=200)], batch_size=8, seeds=(0, 1))
     batch = batches[4]
-    np.testing.assert_array_equal(
-        batch["encoder_input_tokens"][..., 0], batch["decoder_target_tokens"][..., 0]
-    )
+    np.testing.assert_array_equal(batch["inputs"][..., 0], batch["targets"][..., 0])
 
 
 def test_indices_tell_which_examples_a_step_holds():
     batches = TrainBatches(make(50), batch_size=8, seeds=(3, 9))
     for member, seed in enumerate((3, 9)):
-        targets = batches[6]["decoder_target_tokens"][member, :, 0]
+        targets = batches[6]["targets"][member, :, 0]
         np.testing.assert_array_equal(batches.indices_for(6, seed), targets - 10)
 
 
@@ -193,7 +191,7 @@ def test_a_plan_of_other_lengths_fits_the_seam():
             return (4, 2) if step % 2 else super().lengths_for(step)
 
     batches = Short(make(50), batch_size=8, seeds=(0, 1))
-    assert [b["encoder_input_tokens"].shape for b in batches.iterate(0, 2)] == [
+    assert [b["inputs"].shape for b in batches.iterate(0, 2)] == [
         (2, 8, 6),
         (2, 8, 4),
     ]
@@ -223,13 +221,11 @@ def test_evaluation_sees_every_example_once_and_in_order(number):
         assert {len(array) for array in batch.values()} == {8}
         mask = batch["row_mask"]
         rows += batch["example_index"][mask].tolist()
-        np.testing.assert_array_equal(
-            batch["decoder_target_tokens"][mask, 0], batch["example_index"][mask] + 10
-        )
+        np.testing.assert_array_equal(batch["targets"][mask, 0], batch["example_index"][mask] + 10)
         assert (batch["example_index"][~mask] == -1).all()
         # Spare rows count in no sum over target tokens, and have inputs to attend to.
-        assert not batch["decoder_target_tokens"][~mask].any()
-        assert (batch["encoder_input_tokens"][:, 0] > 0).all()
+        assert not batch["targets"][~mask].any()
+        assert (batch["inputs"][:, 0] > 0).all()
     assert rows == list(range(number))
 
 
@@ -261,9 +257,9 @@ def test_an_empty_batch_of_each_shape_that_comes():
     buckets = Buckets.from_text("2,4,6", beside=0)
     batches = TrainBatches(make(40), batch_size=4, seeds=(0, 1), buckets=buckets)
     steps = range(40)
-    shapes = {batches[step]["encoder_input_tokens"].shape for step in steps}
+    shapes = {batches[step]["inputs"].shape for step in steps}
     empty = batches.empty_batches(0, 40)
-    assert {batch["encoder_input_tokens"].shape for batch in empty} == shapes
+    assert {batch["inputs"].shape for batch in empty} == shapes
     assert len(empty) == len(shapes) and not any(x.any() for b in empty for x in b.values())
     first = batches.empty_batches(0, 1)
     assert [{k: v.shape for k, v in b.items()} for b in first] == [

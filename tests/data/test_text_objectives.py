@@ -188,23 +188,23 @@ def test_short_continuations_have_all_lengths(corpus, vocabulary):
 def test_batches_are_their_examples(objective, corpus, vocabulary):
     batch = objective.batch(corpus, vocabulary, step=3, seed=5, batch_size=8)
     assert {key: value.shape for key, value in batch.items()} == {
-        "encoder_input_tokens": (8, 64),
+        "inputs": (8, 64),
         "decoder_input_tokens": (8, 20),
-        "decoder_target_tokens": (8, 20),
+        "targets": (8, 20),
     }
     assert {value.dtype for value in batch.values()} == {np.dtype(np.int32)}
     for row in range(8):
         example = objective.example(corpus, vocabulary, index=3 * 8 + row, seed=5)
         for key, feature in [
-            ("encoder_input_tokens", "inputs"),
-            ("decoder_target_tokens", "targets"),
+            ("inputs", "inputs"),
+            ("targets", "targets"),
         ]:
             tokens = example[feature]
             assert tokens[-1] == 1
             assert np.count_nonzero(tokens == 1) == 1
             assert batch[key][row, : len(tokens)].tolist() == tokens.tolist()
             assert not batch[key][row, len(tokens) :].any()
-    shifted = batch["decoder_target_tokens"][:, :-1]
+    shifted = batch["targets"][:, :-1]
     np.testing.assert_array_equal(batch["decoder_input_tokens"][:, 1:], shifted)
     assert not batch["decoder_input_tokens"][:, 0].any()
 
@@ -213,7 +213,7 @@ def test_batches_are_their_examples(objective, corpus, vocabulary):
 def test_examples_depend_on_seed_and_index_alone(objective, corpus, vocabulary):
     def batch(*, step, seed, batch_size=8):
         made = objective.batch(corpus, vocabulary, step=step, seed=seed, batch_size=batch_size)
-        return made["encoder_input_tokens"]
+        return made["inputs"]
 
     np.testing.assert_array_equal(batch(step=2, seed=0), batch(step=2, seed=0))
     np.testing.assert_array_equal(batch(step=1, seed=0, batch_size=16)[:8], batch(step=2, seed=0))
@@ -265,7 +265,7 @@ def test_mixture_can_hold_one_kind_per_step(corpus, vocabulary):
     kinds = []
     for step in range(40):
         batch = mixture.batch(corpus, vocabulary, step=step, seed=0, batch_size=8)
-        of_spans = (batch["encoder_input_tokens"] == vocabulary.sentinel(0)).any(axis=1)
+        of_spans = (batch["inputs"] == vocabulary.sentinel(0)).any(axis=1)
         assert of_spans.all() or not of_spans.any()
         kinds.append(bool(of_spans[0]))
     assert 10 < sum(kinds) < 30

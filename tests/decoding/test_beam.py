@@ -8,7 +8,7 @@ import pytest
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import HuggingFaceRule, T5XRule, beam_search, greedy
 from prompt_tuning_jax.inference.decoding.beam import UNUSED_SCORE
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 EOS = 1
 EVERYTHING = 85  # all sequences of up to 3 tokens, of which 21 end

@@ -7,7 +7,7 @@ import pytest
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import greedy
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 EOS = 1
 

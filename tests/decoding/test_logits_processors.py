@@ -7,7 +7,7 @@ import pytest
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding import LogitsProcessors, logits_processors
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 V, S, IDS = 6, 9, TokenIds(eos=1, start=3)
 

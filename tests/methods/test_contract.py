@@ -52,7 +52,7 @@ NAMES = sorted(CASES)
 ALONE = ("lora", "prompt_tuning")
 KILLED = ("lora",)
 BATCH = {name: array[0] for name, array in make_batch(1, seed=99).items()}
-INPUTS = (BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"])
+INPUTS = (BATCH["inputs"], BATCH["decoder_input_tokens"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,7 @@ def attached(method, model):
 
 def test_neither_adds_a_parameter_or_changes_the_model():
     model, batch = make_t5(), {name: x[0] for name, x in make_batch().items()}
-    inputs = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    inputs = batch["inputs"], batch["decoder_input_tokens"]
     for method in (FullTuning(), NoTuning()):
         graphdef, params = param_tree.split(attached(method, model))
         assert params.keys() == {f"model/{name}" for name in param_tree.split(model)[1]}
@@ -43,9 +43,9 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
 
     def loss(params):
         logits = param_tree.merge(graphdef, params)(
-            batch["encoder_input_tokens"][0], batch["decoder_input_tokens"][0]
+            batch["inputs"][0], batch["decoder_input_tokens"][0]
         )
-        sums = token_sums(logits, batch["decoder_target_tokens"][0])
+        sums = token_sums(logits, batch["targets"][0])
         return sums.loss / sums.tokens
 
     gradients = jax.jit(jax.grad(loss))(params)

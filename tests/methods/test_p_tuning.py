@@ -12,7 +12,7 @@ from prompt_tuning_jax.config.prompt_template import parse_prompt_template
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.template import place, put
-from prompt_tuning_jax.models.injections import EncoderInput
+from prompt_tuning_jax.models.injections import ModelInput
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal, shifted, token_rows
 
 # With and without room, one that was cut (no end of sequence), one of nothing but its end.
@@ -35,7 +35,7 @@ def test_vectors_stand_where_the_template_says(template: str) -> None:
     behind = place(parsed, None).behind
     assert len(behind) == parsed.prompt_length
     vectors, embedded = normal(len(behind), 2), normal(4, 7, 2, seed=1)
-    source = EncoderInput(embeddings_BUD=jnp.asarray(embedded), mask_BU=jnp.asarray(SOURCE != 0))
+    source = ModelInput(embeddings_BUD=jnp.asarray(embedded), mask_BU=jnp.asarray(SOURCE != 0))
     got = put(jnp.asarray(vectors), source, SOURCE, behind)
     for row, tokens, found, mask in zip(
         embedded, SOURCE, got.embeddings_BUD, got.mask_BU, strict=True

@@ -43,7 +43,7 @@ def test_attached_it_is_the_models_own_prompt(shape):
     encoded, injections = jax.jit(lambda: attached.encode(SOURCE))()
     rest = jax.jit(lambda encoded: model.decode(TARGET, encoded))(encoded)
     np.testing.assert_allclose(rest, got, atol=1e-5)
-    assert injections.encoder_input.embeddings_BUD.shape == (2, 10, D)
+    assert injections.model_input.embeddings_BUD.shape == (2, 10, D)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

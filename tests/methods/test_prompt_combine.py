@@ -10,7 +10,7 @@ import pytest
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
-from prompt_tuning_jax.models.injections import EncoderInput, Injections
+from prompt_tuning_jax.models.injections import Injections, ModelInput
 from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
 
 P = 3
@@ -62,10 +62,10 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
     np.testing.assert_array_equal(is_prompt_BU, wanted)
     if len(shape) == 2:  # and the model reads it so: positions follow the tokens that moved
         method = with_prompt(model, prompt, PromptTuning(length=P, placement=placement)).method
-        given = EncoderInput(embeddings_BUD=jnp.asarray(rows), mask_BU=jnp.asarray(masks))
+        given = ModelInput(embeddings_BUD=jnp.asarray(rows), mask_BU=jnp.asarray(masks))
         np.testing.assert_allclose(
             encode(model, TOKENS, injections=method.injections(model, TOKENS)).hidden_BUD,
-            encode(model, TOKENS, injections=Injections(encoder_input=given)).hidden_BUD,
+            encode(model, TOKENS, injections=Injections(model_input=given)).hidden_BUD,
             atol=1e-5,
         )
 
@@ -101,10 +101,10 @@ def influence():
     model = make_t5(ONE_LAYER)
 
     def seen(x_1UD, mask_1U, attention_mask_1UU):
-        source = EncoderInput(
+        source = ModelInput(
             embeddings_BUD=x_1UD, mask_BU=mask_1U, attention_mask_BUU=attention_mask_1UU
         )
-        hidden = model.encode(None, injections=Injections(encoder_input=source)).hidden_BUD
+        hidden = model.encode(None, injections=Injections(model_input=source)).hidden_BUD
         return jnp.sum(hidden**3, axis=-1)
 
     def of_row(*args):
@@ -121,7 +121,7 @@ def test_gradients_show_who_sees_whom_in_every_variant(influence, placement):
         attached = with_prompt(
             model, normal(P, D, seed=3), PromptTuning(length=P, placement=placement, **variant)
         )
-        source = attached.injections(rows).encoder_input
+        source = attached.injections(rows).model_input
         mask = source.attention_mask_BUU
         if all(v in (True, "all") for v in variant.values()):
             assert mask is None

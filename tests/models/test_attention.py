@@ -75,9 +75,9 @@ def by_hand(attention, x_BTD, y_BUD, bias, prefix):
     for b, t, h in np.ndindex(*x_BTD.shape[:2], HEADS):
         keys, values, scores = key[b, :, h], value[b, :, h], bias[b, h, t]
         if prefix is not None:
-            row = b % len(prefix.key_BPHK)
-            keys = np.concatenate([np.asarray(prefix.key_BPHK)[row, :, h], keys])
-            values = np.concatenate([np.asarray(prefix.value_BPHK)[row, :, h], values])
+            row = b % len(prefix.key_BPGK)
+            keys = np.concatenate([np.asarray(prefix.key_BPGK)[row, :, h], keys])
+            values = np.concatenate([np.asarray(prefix.value_BPGK)[row, :, h], values])
             scores = np.concatenate([np.zeros(len(keys) - len(scores)), scores])
         scores = scores + keys @ query[b, t, h]  # no 1/sqrt(K)
         weights = np.exp(scores - scores.max())
@@ -110,7 +110,7 @@ def test_a_query_that_may_see_nothing_gives_numbers_and_one_behind_a_prefix_sees
     keys = attention.keys_values(x_BTD)
     assert np.isfinite(attention(x_BTD, keys, hidden)).all()
     (prefix,) = make_prefixes(T5_1_1, layers=1)
-    nothing = KeyValues(key_BPHK=keys.key_BPHK[:, :0], value_BPHK=keys.value_BPHK[:, :0])
+    nothing = KeyValues(key_BPGK=keys.key_BPGK[:, :0], value_BPGK=keys.value_BPGK[:, :0])
     np.testing.assert_allclose(
         attention(x_BTD, keys, hidden, prefix=prefix),
         attention(x_BTD, nothing, hidden[..., :0], prefix=prefix),

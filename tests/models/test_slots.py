@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput, Injections
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, ModelInput
 from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import (
@@ -138,7 +138,7 @@ def test_the_decoder_stays_causal_behind_a_prefix():
 def test_an_encoder_input_takes_the_place_of_tokens_and_prompt():
     model = make_t5()
     prompt = normal(3, D)
-    given = Injections(encoder_input=model.embed(SOURCE, jnp.asarray(prompt)))
+    given = Injections(model_input=model.embed(SOURCE, jnp.asarray(prompt)))
     want = call(model, SOURCE, TARGET, prompt)
     np.testing.assert_allclose(call(model, SOURCE * 0, TARGET, injections=given), want, atol=1e-5)
 
@@ -151,11 +151,11 @@ def test_an_attention_mask_takes_sight_away_and_gives_none_back(batch):
     allowed_BUU = random.random((batch, 7, 7)) < 0.5
 
     def hidden(x_BUD):
-        given = EncoderInput(
+        given = ModelInput(
             embeddings_BUD=x_BUD, mask_BU=source.mask_BU, attention_mask_BUU=allowed_BUU
         )
         return jnp.sum(
-            model.encode(SOURCE, injections=Injections(encoder_input=given)).hidden_BUD ** 3, -1
+            model.encode(SOURCE, injections=Injections(model_input=given)).hidden_BUD ** 3, -1
         )
 
     jacobian = np.abs(jax.jit(jax.jacrev(hidden))(source.embeddings_BUD)).sum(axis=-1)
@@ -191,5 +191,5 @@ def test_slots_are_empty_unless_filled_and_pass_through_jax():
     doubled = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s))(injections)
     assert isinstance(doubled, Injections) and len(doubled.cross_prefixes) == 2
     np.testing.assert_array_equal(
-        doubled.cross_prefixes[1].value_BPHK, 2 * injections.cross_prefixes[1].value_BPHK
+        doubled.cross_prefixes[1].value_BPGK, 2 * injections.cross_prefixes[1].value_BPGK
     )

@@ -11,7 +11,7 @@ from flax import nnx
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed.sharding import RULES
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput, Injections
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, ModelInput
 from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.t5.config import PRESETS, preset
 from prompt_tuning_jax.models.t5.model import T5, Encoded
@@ -82,7 +82,7 @@ def test_every_encoder_position_sees_the_prompt_and_all_tokens_but_no_padding(co
 
     def hidden(x_BUD):
         given = dataclasses.replace(source, embeddings_BUD=x_BUD)
-        return model.encode(SOURCE, injections=Injections(encoder_input=given)).hidden_BUD
+        return model.encode(SOURCE, injections=Injections(model_input=given)).hidden_BUD
 
     seen_BQK = only_within_a_row(influence(hidden, source.embeddings_BUD))
     real_BU = np.concatenate([np.ones((2, 3), bool), SOURCE != 0], axis=1)
@@ -122,8 +122,8 @@ def test_what_is_at_padded_positions_changes_nothing():
 
     @jax.jit
     def logits(x_BUD):
-        given = EncoderInput(embeddings_BUD=x_BUD, mask_BU=source.mask_BU)
-        encoded = model.encode(SOURCE, injections=Injections(encoder_input=given))
+        given = ModelInput(embeddings_BUD=x_BUD, mask_BU=source.mask_BU)
+        encoded = model.encode(SOURCE, injections=Injections(model_input=given))
         noisy = Encoded(hidden_BUD=encoded.hidden_BUD + noise, mask_BU=encoded.mask_BU)
         return encoded.hidden_BUD, model.decode(TARGET, encoded), model.decode(TARGET, noisy)
 

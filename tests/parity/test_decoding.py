@@ -55,7 +55,7 @@ def t5x(shared):
 def t5x_case(t5x, prompt_name, *, eos):
     (graphdef, params), recorded = t5x
     prompts = {"nop": None, "p5": recorded["prompt5"], "p20": recorded["prompt20"]}
-    encoded = encode(graphdef, params, recorded["encoder_input_tokens"], prompts[prompt_name])
+    encoded = encode(graphdef, params, recorded["inputs"], prompts[prompt_name])
     # Hidden positions up to a common width, so that all cases share what is compiled.
     missing = T5X_WIDTH - encoded.mask_BU.shape[1]
     encoded = Encoded(

@@ -117,9 +117,9 @@ def sgd(hf):
         for s in steps:
             targets = targets_of(recorded["labels"][s])
             batch = {
-                "encoder_input_tokens": recorded["input_ids"][s] * recorded["attention_mask"][s],
+                "inputs": recorded["input_ids"][s] * recorded["attention_mask"][s],
                 "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-                "decoder_target_tokens": targets,
+                "targets": targets,
             }
             batch = {name: array[None] for name, array in batch.items()}
             state, metrics = step(state, frozen, batch)

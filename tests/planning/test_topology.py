@@ -8,7 +8,7 @@ from prompt_tuning_jax.config.experiment import Data, Experiment, Mesh, Model, T
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.config import preset
-from prompt_tuning_jax.planning.plan import candidates, model_flops, planned_config
+from prompt_tuning_jax.planning.plan import candidates, planned_config
 from prompt_tuning_jax.planning.report import plan_lines, plan_run
 from prompt_tuning_jax.planning.topology import CHIPS, parse_topology, topology_of
 
@@ -70,10 +70,8 @@ def test_a_published_size_needs_no_files():
 
 
 def test_model_flops_by_hand():
-    config = preset("xxl")
-    forward = (
-        model_flops(config, rows=32, encoder_length=612, targets_length=16, weights_train=False) / 2
-    )
+    lengths = {"prompt_length": 100, "inputs_length": 512, "targets_length": 16}
+    forward = preset("xxl").forward_flops(rows=32, **lengths)
     weights = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
     assert forward == pytest.approx(2 * 32 * 612 * weights * (1 + 0.026 + 0.174), rel=0.03)
 

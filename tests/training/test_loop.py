@@ -64,8 +64,8 @@ def loop(folder: Path, scores: Scores, told: list[Any] | None = None, **changes:
     def batches(begin: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         for _ in range(begin, stop):
             yield {
-                "encoder_input_tokens": np.zeros((members, 1, 1), np.int32),
-                "decoder_target_tokens": np.zeros((members, 1, 1), np.int32),
+                "inputs": np.zeros((members, 1, 1), np.int32),
+                "targets": np.zeros((members, 1, 1), np.int32),
             }
 
     def evaluate(trainable: Mapping[str, Any]) -> list[dict[str, float]]:

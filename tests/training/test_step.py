@@ -94,7 +94,7 @@ def test_accumulation_changes_nothing(normalization, parts):
     # Rows of unequal length, and one that is all padding: means of means would differ.
     batches = [make_batch(2, rows=8, seed=s) for s in range(3)]
     for batch in batches:
-        batch["decoder_target_tokens"][:, 3] = 0
+        batch["targets"][:, 3] = 0
     kwargs = {"loss_normalization": normalization, "z_loss": 1e-2, "dropout": False}
     at_once = trainer(starts=STARTS[:2], **kwargs)
     in_parts = trainer(starts=STARTS[:2], parts=parts, **kwargs)
@@ -138,7 +138,7 @@ def test_each_part_drops_other_things():
 
 def test_sum_is_tokens_times_as_far_as_mean_and_the_metric_is_the_mean():
     batch = make_batch()
-    tokens = (batch["decoder_target_tokens"] > 0).sum()
+    tokens = (batch["targets"] > 0).sum()
     steps, losses = {}, {}
     for name in ("tokens", "sum"):
         trained = trainer(loss_normalization=name, z_loss=0.1, dropout=False)
@@ -147,10 +147,8 @@ def test_sum_is_tokens_times_as_far_as_mean_and_the_metric_is_the_mean():
     np.testing.assert_allclose(steps["sum"], tokens * steps["tokens"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(losses["sum"].loss_E, losses["tokens"].loss_E, rtol=1e-6)
     own = {name: array[0] for name, array in batch.items()}
-    logits = call(
-        make_t5(ONE_LAYER), own["encoder_input_tokens"], own["decoder_input_tokens"], STARTS[0]
-    )
-    sums = token_sums(logits, own["decoder_target_tokens"], z_loss=0.1)
+    logits = call(make_t5(ONE_LAYER), own["inputs"], own["decoder_input_tokens"], STARTS[0])
+    sums = token_sums(logits, own["targets"], z_loss=0.1)
     assert float(losses["sum"].loss_E[0]) == pytest.approx(float(sums.loss / tokens), rel=1e-5)
     assert float(losses["sum"].accuracy_E[0]) == float(sums.correct / sums.examples)
     distance = np.linalg.norm(steps["tokens"])
@@ -163,8 +161,8 @@ def test_the_gradient_is_that_of_the_prompt_alone():
     model = make_t5(ONE_LAYER)
 
     def loss(prompt):
-        logits = model(batch["encoder_input_tokens"], batch["decoder_input_tokens"], prompt)
-        sums = token_sums(logits, batch["decoder_target_tokens"])
+        logits = model(batch["inputs"], batch["decoder_input_tokens"], prompt)
+        sums = token_sums(logits, batch["targets"])
         return sums.loss / sums.tokens
 
     gradient = jax.jit(jax.grad(loss))(jnp.asarray(STARTS[0]))
@@ -176,7 +174,7 @@ def test_the_gradient_is_that_of_the_prompt_alone():
 def test_a_batch_of_nothing_changes_nothing():
     trained = trainer(dropout=False)
     empty = make_batch()
-    empty["decoder_target_tokens"][:] = 0
+    empty["targets"][:] = 0
     (metrics,) = trained.run([empty])
     np.testing.assert_array_equal(prompts(trained)[0], STARTS[0])
     assert float(metrics.loss_E[0]) == float(metrics.accuracy_E[0]) == 0
@@ -249,7 +247,7 @@ def test_the_cost_of_a_step_counts_all_positions_and_the_products():
     one, three = trainer(), trainer(starts=STARTS)
     batch = make_batch(3, seed=0)
     cost = step_cost(three.step, three.state, three.frozen, batch)
-    assert cost.tokens == batch["encoder_input_tokens"].size + batch["decoder_input_tokens"].size
+    assert cost.tokens == batch["inputs"].size + batch["decoder_input_tokens"].size
     alone = step_cost(one.step, one.state, one.frozen, member(batch, 0))
     assert 3 * alone.tokens == cost.tokens
     assert cost.flops == pytest.approx(3 * alone.flops, rel=0.05)

@@ -15,7 +15,8 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
 )
 from prompt_tuning_jax.data.vocabularies.vocab import UNK_ID, ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
+from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 CONFIG = "config.json"
@@ -171,7 +172,7 @@ def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
                     "would train with one and generate with the other; make them equal"
                 )
             ids[name] = chosen
-    return TokenIds(**ids)
+    return TokenIds(pad=ids["pad"], eos=ids["eos"], start=ids["start"])
 
 
 def _token_id(

@@ -8,9 +8,7 @@ import numpy as np
 
 from prompt_tuning_jax.data.batching.buckets import FIXED, BucketPlan, Buckets, bucket_of
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
 
 if TYPE_CHECKING:
     import grain
@@ -23,12 +21,11 @@ Batch: TypeAlias = dict[str, np.ndarray]
 class TrainBatches:
     """Endless shuffled epochs, split into batches that can be requested in any order.
 
-    ``batches[step]`` is a dict of int32 arrays: ``encoder_input_tokens`` [B, T],
-    ``decoder_target_tokens`` [B, S] and ``decoder_input_tokens`` [B, S]; with several seeds each
-    has a leading axis E.  With several sets there is also ``task_index`` [B], the number of each
-    example's set, and with ``weights``, ``example_weights`` [B] float32.  Every epoch has every
-    example once, in a new order; a batch may extend over the end of an epoch, so sets smaller than
-    a batch work.
+    ``batches[step]`` is a dict of int32 arrays: ``inputs`` [B, T] and ``targets`` [B, S]; with
+    several seeds each has a leading axis E.  With several sets there is also ``task_index`` [B],
+    the number of each example's set, and with ``weights``, ``example_weights`` [B] float32.  Every
+    epoch has every example once, in a new order; a batch may extend over the end of an epoch, so
+    sets smaller than a batch work.
 
     A batch depends only on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and the
     step: not on other seeds, on earlier requests, or on the process.
@@ -136,11 +133,10 @@ class TrainBatches:
         lengths = sorted({self.lengths_for(step) for step in range(start_step, stop_step)})
         return [
             self._with_tasks(
-                make_batch(
-                    np.full((*leading, inputs_length), self._token_ids.fill, np.int32),
-                    np.full((*leading, targets_length), self._token_ids.fill, np.int32),
-                    self._token_ids,
-                ),
+                {
+                    "inputs": np.full((*leading, inputs_length), self._token_ids.fill, np.int32),
+                    "targets": np.full((*leading, targets_length), self._token_ids.fill, np.int32),
+                },
                 np.zeros(leading, np.int32),
                 np.zeros(leading, np.int32),
             )
@@ -158,11 +154,10 @@ class TrainBatches:
             indices_EB.ravel(), sets_N, inputs_length, targets_length
         )
         leading = shape_EB[1:] if self._one_seed else shape_EB
-        batch = make_batch(
-            inputs_NT.reshape(*leading, inputs_length),
-            targets_NS.reshape(*leading, targets_length),
-            self._token_ids,
-        )
+        batch = {
+            "inputs": inputs_NT.reshape(*leading, inputs_length),
+            "targets": targets_NS.reshape(*leading, targets_length),
+        }
         return self._with_tasks(
             batch, sets_N.astype(np.int32).reshape(leading), indices_EB.reshape(leading)
         )
@@ -230,17 +225,6 @@ class TrainBatches:
         return inputs_NT, targets_NS
 
 
-def make_batch(inputs: np.ndarray, targets: np.ndarray, token_ids: TokenIds = T5_IDS) -> Batch:
-    """[..., T] and [..., S] -> the dict for a training step."""
-    decoder_inputs = np.full_like(targets, token_ids.start)
-    decoder_inputs[..., 1:] = targets[..., :-1]
-    return {
-        "encoder_input_tokens": inputs,
-        "decoder_target_tokens": targets,
-        "decoder_input_tokens": decoder_inputs,
-    }
-
-
 def eval_batches(
     examples: TokenizedExamples, *, batch_size: int, buckets: Buckets = FIXED
 ) -> Iterator[Batch]:
@@ -260,7 +244,8 @@ def eval_batches(
         targets_BS = examples.targets.padded(rows_B, examples.targets_length, padding=ids.fill)
         targets_BS[~mask_B] = ids.fill
         yield {
-            **make_batch(inputs_BT, targets_BS, ids),
+            "inputs": inputs_BT,
+            "targets": targets_BS,
             "example_index": index_B,
             "row_mask": mask_B,
         }

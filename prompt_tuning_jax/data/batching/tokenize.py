@@ -28,7 +28,7 @@ from prompt_tuning_jax.data.tasks.task import (
 )
 from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 _TEXTS_AT_ONCE = 4096
 

@@ -13,7 +13,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     up_to,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
 _EOS_ID, _UNK_ID = 1, 2

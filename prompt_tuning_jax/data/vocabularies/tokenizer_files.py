@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.untrusted_input import json_type, read_json_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

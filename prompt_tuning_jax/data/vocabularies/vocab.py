@@ -27,7 +27,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 
 if TYPE_CHECKING:
     import sentencepiece

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.greedy import T5_IDS, Cache, StepFn, check_max_length
+from prompt_tuning_jax.inference.decoding.greedy import (
+    T5_IDS,
+    Cache,
+    StepFn,
+    check_max_length,
+    ends,
+)
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
 # The score of a slot without a hypothesis, whose ids are padding.  The value is from T5X.
@@ -30,7 +36,7 @@ class T5XRule:
 
     alpha: float = 0.6
 
-    # Whether any of the 2K candidates of a step may finish, rather than only the first K.
+    # Whether any of the candidates of a step may finish, rather than only the first K.
     spares_finish: ClassVar[bool] = True
     # Whether hypotheses cut off at the maximum length compete with finished ones.
     cut_off_compete: ClassVar[bool] = False
@@ -137,7 +143,7 @@ def beam_search(
         ids_NCS = lax.dynamic_update_index_in_dim(
             _pick(live.ids_NKS, parents_NC), tokens_NC, position, axis=2
         )
-        ended_NC = tokens_NC == token_ids.eos
+        ended_NC = ends(tokens_NC, token_ids)
 
         finishes_NC = ended_NC | (length == max_length) if rule.cut_off_compete else ended_NC
         if not rule.spares_finish:
@@ -193,13 +199,15 @@ def _best_extensions(
     token_ids: TokenIds,
     processors: LogitsProcessors | None,
 ) -> tuple[Array, Array, Array]:
-    """Returns the 2K best one-token extensions of each row's hypotheses, best first.
+    """Returns the C best one-token extensions of each row's hypotheses, best first.
 
-    At most K of the 2K extensions end in this step, so at least K stay live.  A hypothesis
-    contributes at most 2K of them, so neither log_softmax nor a ranking of K*V numbers is needed.
-    Returns log-probabilities, parent hypotheses and tokens, each [N, 2K].
+    C is 2K for one end-of-sequence id, and K more for each other: at most K extensions end with
+    each id, so at least K stay live.  A hypothesis contributes at most C of them, so neither
+    log_softmax nor a ranking of K*V numbers is needed.  Returns log-probabilities, parent
+    hypotheses and tokens, each [N, C].
     """
     N, K = live.scores_NK.shape
+    number = (1 + len(token_ids.all_eos)) * K
     logits_NKV = logits.astype(jnp.float32).reshape(N, K, -1)
     offset_NK = live.scores_NK - jax.nn.logsumexp(logits_NKV, axis=-1)
     if processors is not None:
@@ -207,8 +215,8 @@ def _best_extensions(
         ids_MS = live.ids_NKS.reshape(N * K, -1)
         processed_MV = processors(log_probs_MV, ids_MS, position, token_ids=token_ids)
         logits_NKV, offset_NK = processed_MV.reshape(N, K, -1), live.scores_NK
-    top_NKJ, tokens_NKJ = lax.top_k(logits_NKV, min(2 * K, logits_NKV.shape[-1]))
-    log_probs_NC, flat_NC = lax.top_k((top_NKJ + offset_NK[..., None]).reshape(N, -1), 2 * K)
+    top_NKJ, tokens_NKJ = lax.top_k(logits_NKV, min(number, logits_NKV.shape[-1]))
+    log_probs_NC, flat_NC = lax.top_k((top_NKJ + offset_NK[..., None]).reshape(N, -1), number)
     tokens_NC = jnp.take_along_axis(tokens_NKJ.reshape(N, -1), flat_NC, axis=1)
     return log_probs_NC, flat_NC // top_NKJ.shape[-1], tokens_NC
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
 # A pytree whose leaves have one entry per decoded row on axis 0; scalars are not changed.
@@ -111,7 +111,7 @@ def decode_loop(
             scores_N=jnp.where(loop.done_N, scores_N, scores_N + log_probs_N),
             lengths_N=jnp.where(loop.done_N, lengths_N, lengths_N + 1),
         )
-        done_N = loop.done_N | (chosen_N == token_ids.eos)
+        done_N = loop.done_N | ends(chosen_N, token_ids)
         if limit_N is not None:
             done_N |= loop.position + 1 >= limit_N
         return _Loop(loop.position + 1, tokens_N, done_N, decoded, cache)
@@ -128,6 +128,11 @@ def decode_loop(
         cache=cache,
     )
     return lax.while_loop(unfinished, write_one, start).decoded
+
+
+def ends(tokens: Array, token_ids: TokenIds) -> Array:
+    """Returns whether each token ends a sequence."""
+    return jnp.isin(tokens, jnp.asarray(token_ids.all_eos))
 
 
 def check_max_length(max_length: int) -> None:

@@ -1,7 +1,7 @@
 """Logits processors: minimum length, repetition penalty, no repeated n-grams.
 
-They match the logits processors of the same names in transformers, where the start token also
-counts as generated.
+They match the logits processors of the same names in transformers, where an encoder-decoder's start
+token also counts as generated.  The input of a decoder-only model does not count here.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jax import lax
 
 from prompt_tuning_jax.config.field_syntax import logits_processor_errors
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
 
@@ -70,6 +70,8 @@ class LogitsProcessors:
 
         def marked(of_token_NL: Array) -> Array:
             """Returns ``[N, V]``: whether each vocabulary token is marked in the history."""
+            # A model without a start token has a -1 there.
+            of_token_NL &= history_NL >= 0
             history = jnp.clip(history_NL, 0, vocabulary - 1)
             of_row = jnp.arange(rows)[:, None]
             return jnp.zeros((rows, vocabulary), bool).at[of_row, history].max(of_token_NL)
@@ -84,8 +86,9 @@ class LogitsProcessors:
 
         scores_NV = without_repeats(penalised(scores_NV))
         too_short_N = position_N + 1 < shortest_N
-        at_end_N = jnp.where(too_short_N, -jnp.inf, scores_NV[:, token_ids.eos])
-        return scores_NV.at[:, token_ids.eos].set(at_end_N)
+        eos = jnp.asarray(token_ids.all_eos)
+        at_end_NE = jnp.where(too_short_N[:, None], -jnp.inf, scores_NV[:, eos])
+        return scores_NV.at[:, eos].set(at_end_NE)
 
     def repeated(self, times: int) -> "LogitsProcessors":
         """Repeats the fields for ``times`` as many rows, with the copies of a row adjacent."""

@@ -11,17 +11,16 @@ from jax import lax
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, HostArray
 
-# decoder_input_S (int32, one label for the whole batch) -> logits_BSV.  The encoder output and the
-# cross-attention keys belong in the closure, so that they are computed once for all labels.
-DecodeLogits: TypeAlias = Callable[[Array], Array]
+# label_S (int32, one target for the whole batch) -> logits_BSV that predict it.  What the model has
+# read belongs in the closure, so that it is computed once for all labels.
+LabelLogits: TypeAlias = Callable[[Array], Array]
 
 
 def rank(
-    decode_logits: DecodeLogits,
+    label_logits: LabelLogits,
     labels_CS: Array | HostArray,
     *,
     normalize_length: bool = False,
-    start_id: int = 0,
     padding: int = 0,
     max_logits: int = 2**26,
 ) -> Array:
@@ -40,8 +39,7 @@ def rank(
     labels_CS = jnp.asarray(labels_CS, jnp.int32)
 
     def score_label(label_S: Array) -> Array:
-        decoder_input_S = jnp.concatenate([jnp.full((1,), start_id, jnp.int32), label_S[:-1]])
-        logits_BSV = decode_logits(decoder_input_S)
+        logits_BSV = label_logits(label_S)
         return sequence_log_probs(
             logits_BSV,
             jnp.broadcast_to(label_S, logits_BSV.shape[:2]),
@@ -50,7 +48,7 @@ def rank(
         )
 
     num_labels = labels_CS.shape[0]
-    logits_per_label = jax.eval_shape(decode_logits, labels_CS[0]).size
+    logits_per_label = jax.eval_shape(label_logits, labels_CS[0]).size
     at_once = max(1, max_logits // logits_per_label)
     if at_once >= num_labels:
         scores_CB: Array = jax.vmap(score_label)(labels_CS)

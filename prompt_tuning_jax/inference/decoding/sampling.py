@@ -9,7 +9,7 @@ from jax import lax
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.greedy import T5_IDS, Cache, Decoded, StepFn, decode_loop
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.t5.config import TokenIds
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import Array
 
 

@@ -314,7 +314,7 @@ class CausalLM(Model):
     """
 
     reading_stack: ClassVar[str] = "decoder"
-    inputs_end: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
 
     config: CausalLMConfig
 

@@ -1,9 +1,7 @@
 """T5's multi-head attention: no 1/sqrt(K) scaling, no biases, positions as additive scores."""
 
 import math
-from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,18 +12,8 @@ from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
-MASK_VALUE = (
-    -1e10
-)  # added to the scores of masked keys; finite, so that a fully masked row does not give NaN
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SelfCache:
-    """The keys and values ``[B, S, H, K]`` that one decoder layer has computed so far."""
-
-    key_BSHK: Array
-    value_BSHK: Array
+# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN.
+MASK_VALUE = -1e10
 
 
 class RelativePositionBias(nnx.Module):
@@ -120,21 +108,21 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: Array,
-        keys: KeyValues,
+        key_values: KeyValues,
         bias_BHTU: Array,
         *,
         prefix: KeyValues | None = None,
         key: Array | None = None,
     ) -> Array:
-        """Attends from the positions of ``x_BTD`` to ``keys``.
+        """Attends from the positions of ``x_BTD`` to ``key_values``.
 
         ``bias_BHTU`` combines the position scores and the masks.
         """
         query_BTHK = self._heads(self.query(x_BTD))
-        key_BUHK, value_BUHK = keys.key_BPHK, keys.value_BPHK
+        key_BUHK, value_BUHK = key_values.key_BPGK, key_values.value_BPGK
         if prefix is not None:
-            key_BUHK = _put_in_front(prefix.key_BPHK, key_BUHK)
-            value_BUHK = _put_in_front(prefix.value_BPHK, value_BUHK)
+            key_BUHK = _put_in_front(prefix.key_BPGK, key_BUHK)
+            value_BUHK = _put_in_front(prefix.value_BPGK, value_BUHK)
             bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
         scores_BHTU = matmul.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
         weights_BHTU = matmul.softmax(scores_BHTU + bias_BHTU)
@@ -145,7 +133,7 @@ class Attention(nnx.Module):
     def keys_values(self, x_BUD: Array) -> KeyValues:
         """Computes the keys and values of the sequence to attend to."""
         return KeyValues(
-            key_BPHK=self._heads(self.key(x_BUD)), value_BPHK=self._heads(self.value(x_BUD))
+            key_BPGK=self._heads(self.key(x_BUD)), value_BPGK=self._heads(self.value(x_BUD))
         )
 
     def _heads(self, x_BTJ: Array) -> Array:

@@ -2,34 +2,14 @@
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenIds:
-    """The special token ids: padding, end of sequence, and decoder start.
-
-    They come from the model's files.  The ids of its vocabulary may differ; the vocabulary's
-    end-of-sequence id is the one appended to inputs.
-    """
-
-    pad: int = 0
-    eos: int = 1
-    start: int = 0
-
-    @property
-    def fill(self) -> int:
-        """The value that marks empty positions in token arrays.
-
-        This is 0 if ``pad`` is 0 and ``eos`` is not, because then no text contains it.  Otherwise
-        the padding id may also be a real token, and this is -1.
-        """
-        return 0 if self.pad == 0 and self.eos != 0 else -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Config:
+class T5Config(ModelConfig):
     """The architecture of a T5 (Raffel et al. 2020; t5x/examples/t5/network.py, class T5Config).
 
     ``mlp_activations`` has one entry per input projection of the mlp: two for a gated mlp (T5 1.1),
@@ -39,11 +19,8 @@ class T5Config:
     one shared by the stack.
     """
 
-    vocab_size: int
-    embed_dim: int
-    num_heads: int
-    head_dim: int
-    mlp_dim: int
+    implementation: ClassVar[str] = "prompt_tuning_jax.models.t5.model:T5"
+
     num_encoder_layers: int
     num_decoder_layers: int
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
@@ -52,7 +29,25 @@ class T5Config:
     relpos_max_distance: int = 128
     relpos_per_layer: bool = False
     layer_norm_eps: float = 1e-6
-    token_ids: TokenIds = TokenIds()
+
+    @property
+    def num_reading_layers(self) -> int:
+        return self.num_encoder_layers
+
+    def forward_flops(
+        self, *, rows: int, prompt_length: int, inputs_length: int, targets_length: int
+    ) -> float:
+        joined, width = self.num_heads * self.head_dim, self.embed_dim
+        mlp = (len(self.mlp_activations) + 1) * width * self.mlp_dim
+        attention, encoder_length = 4 * width * joined, prompt_length + inputs_length
+        read, written = rows * encoder_length, rows * targets_length
+        encoder = self.num_encoder_layers * read * (attention + mlp + 2 * joined * encoder_length)
+        decoder = self.num_decoder_layers * (
+            read * 2 * width * joined  # keys and values of the cross-attention
+            + written * (attention + attention / 2 + mlp)
+            + written * 2 * joined * (targets_length + encoder_length)
+        )
+        return 2.0 * (encoder + decoder + written * width * self.vocab_size)
 
 
 def _t5_1_1(embed_dim: int, num_heads: int, mlp_dim: int, num_layers: int) -> T5Config:

@@ -1,51 +1,211 @@
 """The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.injections import NO_INJECTIONS, EncoderInput, Injections, KeyValues
-from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, split_key
-from prompt_tuning_jax.models.t5.attention import SelfCache, bias_of
-from prompt_tuning_jax.models.t5.blocks import (
-    DecoderLayer,
-    EncoderLayer,
-    Remat,
-    relpos_bias,
-    rematerialised,
+from prompt_tuning_jax.models.base import (
+    AttentionStack,
+    Context,
+    DecodeContext,
+    Model,
+    SelfCache,
+    joined,
 )
-from prompt_tuning_jax.models.t5.config import T5Config, TokenIds
-from prompt_tuning_jax.typing import Array, DType, HostArray
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
+from prompt_tuning_jax.models.layers import (
+    Embed,
+    Linear,
+    Mlp,
+    Remat,
+    RMSNorm,
+    dropout,
+    rematerialised,
+    split_key,
+)
+from prompt_tuning_jax.models.t5.attention import (
+    Attention,
+    RelativePositionBias,
+    bias_of,
+    pad_in_front,
+)
+from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.typing import Array, DType, FlatParams, HostArray
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """The encoder's output ``[B, U, D]`` and the mask ``[B, U]`` of its real positions."""
+class EncoderLayer(nnx.Module):
+    """Self-attention and mlp, each with a pre-norm and a residual connection."""
 
-    hidden_BUD: Array
-    mask_BU: Array
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        if config.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(
+                config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
+            )
+        self.pre_attention_layer_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.attention = Attention(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        )
+        self.pre_mlp_layer_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = Mlp(
+            config,
+            config.mlp_activations,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+        self.dropout_rate = dropout_rate
+
+    def __call__(
+        self,
+        x_BUD: Array,
+        position_bias_1HUU: Array,
+        mask_bias_B1UU: Array,
+        prefix: KeyValues | None,
+        key: Array | None,
+    ) -> Array:
+        keys = split_key(key, 4)
+        y_BUD = self.pre_attention_layer_norm(x_BUD)
+        kv = self.attention.keys_values(y_BUD)
+        # Add here: the sum is as large as the scores and need not be stored between layers.
+        length = position_bias_1HUU.shape[-1]
+        bias_BHUU = position_bias_1HUU + pad_in_front(mask_bias_B1UU, to=length)
+        y_BUD = self.attention(y_BUD, kv, bias_BHUU, prefix=prefix, key=keys[0])
+        x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
+        y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
+        return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2)
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, cross-attention and mlp, each with a pre-norm and a residual."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        if config.relpos_per_layer:
+            self.relpos_bias = RelativePositionBias(
+                config, bidirectional=False, param_dtype=param_dtype, rngs=rngs
+            )
+        self.pre_self_attention_layer_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.self_attention = Attention(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        )
+        self.pre_cross_attention_layer_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.encoder_decoder_attention = Attention(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        )
+        self.pre_mlp_layer_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = Mlp(
+            config,
+            config.mlp_activations,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+        self.dropout_rate = dropout_rate
+
+    def __call__(
+        self,
+        x_BSD: Array,
+        cross: KeyValues,
+        position_bias_1HSS: Array,
+        mask_bias_11SS: Array,
+        cross_bias_B11U: Array,
+        prefix: KeyValues | None,
+        cross_prefix: KeyValues | None,
+        key: Array | None,
+        cache: SelfCache | None = None,
+        position: Array | int = 0,
+    ) -> tuple[Array, SelfCache | None]:
+        """Applies the layer and returns its output and the updated cache.
+
+        With a cache, ``x_BSD`` holds only the token at ``position``.  Its keys and values are added
+        to those of the positions decoded before.
+        """
+        keys = split_key(key, 6)
+        y_BSD = self.pre_self_attention_layer_norm(x_BSD)
+        kv = self.self_attention.keys_values(y_BSD)
+        if cache is not None:
+            cache = SelfCache(
+                key_BSGK=_write(cache.key_BSGK, kv.key_BPGK, position),
+                value_BSGK=_write(cache.value_BSGK, kv.value_BPGK, position),
+            )
+            kv = KeyValues(key_BPGK=cache.key_BSGK, value_BPGK=cache.value_BSGK)
+        length = position_bias_1HSS.shape[-1]
+        bias_1HSS = position_bias_1HSS + pad_in_front(mask_bias_11SS, to=length)
+        y_BSD = self.self_attention(y_BSD, kv, bias_1HSS, prefix=prefix, key=keys[0])
+        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[1], shared_axis=-2)
+        y_BSD = self.pre_cross_attention_layer_norm(x_BSD)
+        y_BSD = self.encoder_decoder_attention(
+            y_BSD, cross, cross_bias_B11U, prefix=cross_prefix, key=keys[2]
+        )
+        x_BSD = x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[3], shared_axis=-2)
+        y_BSD = self.mlp(self.pre_mlp_layer_norm(x_BSD), key=keys[4])
+        return x_BSD + dropout(y_BSD, self.dropout_rate, key=keys[5], shared_axis=-2), cache
+
+
+def _norm(config: T5Config, *, dtype: DType, param_dtype: DType) -> RMSNorm:
+    return RMSNorm(
+        config.embed_dim, eps=config.layer_norm_eps, dtype=dtype, param_dtype=param_dtype
+    )
+
+
+def _write(cache_BSHK: Array, new_B1HK: Array, position: Array | int) -> Array:
+    start = (0, position, 0, 0)
+    return jax.lax.dynamic_update_slice(cache_BSHK, new_B1HK.astype(cache_BSHK.dtype), start)
 
 
 class Encoder(nnx.Module):
     """The encoder stack, which reads the prompt and the input."""
 
-    def __init__(self, config: T5Config, **kwargs: Any):
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
         self.relpos_per_layer = config.relpos_per_layer
         if not self.relpos_per_layer:
-            self.relpos_bias = relpos_bias(config, bidirectional=True, **kwargs)
+            self.relpos_bias = RelativePositionBias(
+                config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
+            )
         self.num_layers = config.num_encoder_layers
         for i in range(self.num_layers):
-            setattr(self, f"layers_{i}", EncoderLayer(config, **kwargs))
-        norm = {"dtype": kwargs["dtype"], "param_dtype": kwargs["param_dtype"]}
-        self.encoder_norm = RMSNorm(config, **norm)
-        self.dropout_rate: float = kwargs["dropout_rate"]
+            setattr(
+                self,
+                f"layers_{i}",
+                EncoderLayer(
+                    config,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    dropout_rate=dropout_rate,
+                    rngs=rngs,
+                ),
+            )
+        self.encoder_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.dropout_rate = dropout_rate
 
     def layer(self, i: int) -> EncoderLayer:
         """Layer ``i``, from 0."""
@@ -53,12 +213,13 @@ class Encoder(nnx.Module):
 
     def __call__(
         self,
-        source: EncoderInput,
+        source: ModelInput,
         *,
         injections: Injections,
         key: Array | None,
         remat: Remat = "none",
-    ) -> Encoded:
+    ) -> Array:
+        """Encodes an input that its prompt is part of; returns ``[B, U, D]``."""
         keys = split_key(key, self.num_layers + 2)
         x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
         positions_U = jnp.arange(x_BUD.shape[1])
@@ -66,7 +227,7 @@ class Encoder(nnx.Module):
         if source.attention_mask_BUU is not None:
             visible_BUU = visible_BUU & source.attention_mask_BUU
         mask_B1UU = bias_of(visible_BUU)
-        prefixes = injections.encoder_prefixes or (None,) * self.num_layers
+        prefixes = injections.prefixes.get("encoder", (None,) * self.num_layers)
         biases = _position_biases(self, positions_U, positions_U, prefixes)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
         for i, bias in enumerate(biases):
@@ -75,23 +236,41 @@ class Encoder(nnx.Module):
             layer = rematerialised(self.layer(i), remat)
             x_BUD = layer(x_BUD, bias, mask_B1UU, prefixes[i], keys[i])
         x_BUD = self.encoder_norm(x_BUD)
-        x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
-        return Encoded(hidden_BUD=x_BUD, mask_BU=mask_BU)
+        return dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
 
 
 class Decoder(nnx.Module):
     """The decoder stack, which sees the prompt only through the encoder's output."""
 
-    def __init__(self, config: T5Config, **kwargs: Any):
-        dtype, param_dtype, rngs = kwargs["dtype"], kwargs["param_dtype"], kwargs["rngs"]
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
         self.relpos_per_layer = config.relpos_per_layer
         if not self.relpos_per_layer:
-            self.relpos_bias = relpos_bias(config, bidirectional=False, **kwargs)
+            self.relpos_bias = RelativePositionBias(
+                config, bidirectional=False, param_dtype=param_dtype, rngs=rngs
+            )
         self.num_layers = config.num_decoder_layers
         for i in range(self.num_layers):
-            setattr(self, f"layers_{i}", DecoderLayer(config, **kwargs))
-        self.decoder_norm = RMSNorm(config, dtype=dtype, param_dtype=param_dtype)
-        self.dropout_rate: float = kwargs["dropout_rate"]
+            setattr(
+                self,
+                f"layers_{i}",
+                DecoderLayer(
+                    config,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    dropout_rate=dropout_rate,
+                    rngs=rngs,
+                ),
+            )
+        self.decoder_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.dropout_rate = dropout_rate
         if not config.tie_embeddings:
             self.logits_dense = Linear(
                 config.embed_dim,
@@ -108,10 +287,10 @@ class Decoder(nnx.Module):
         """Layer ``i``, from 0."""
         return getattr(self, f"layers_{i}")
 
-    def cross_keys(self, encoded: Encoded) -> tuple[KeyValues, ...]:
+    def cross_keys_values(self, encoded_BUD: Array) -> tuple[KeyValues, ...]:
         """Computes the cross-attention keys and values of each layer, once per encoded batch."""
         return tuple(
-            self.layer(i).encoder_decoder_attention.keys_values(encoded.hidden_BUD)
+            self.layer(i).encoder_decoder_attention.keys_values(encoded_BUD)
             for i in range(self.num_layers)
         )
 
@@ -129,11 +308,12 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[SelfCache, ...] | None]:
         keys = split_key(key, self.num_layers + 2)
         query_positions = jnp.arange(x_BSD.shape[1]) + position
-        length = x_BSD.shape[1] if caches is None else caches[0].key_BSHK.shape[1]
+        length = x_BSD.shape[1] if caches is None else caches[0].key_BSGK.shape[1]
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
         mask_11SS = bias_of(causal_1SS)
-        prefixes = injections.decoder_prefixes or (None,) * self.num_layers
+        prefixes = injections.prefixes.get("decoder", (None,) * self.num_layers)
+        cross_prefixes = injections.prefixes.get("cross", (None,) * self.num_layers)
         biases = _position_biases(self, query_positions, key_positions, prefixes)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
@@ -146,7 +326,7 @@ class Decoder(nnx.Module):
                 mask_11SS,
                 cross_bias,
                 prefixes[i],
-                injections.cross_prefixes[i] if injections.cross_prefixes else None,
+                cross_prefixes[i],
                 keys[i],
                 None if caches is None else caches[i],
                 position,
@@ -157,14 +337,16 @@ class Decoder(nnx.Module):
         return x_BSD, None if caches is None else tuple(c for c in new_caches if c is not None)
 
 
-class T5(nnx.Module):
+class T5(Model):
     """A T5 1.0 or 1.1 encoder-decoder that accepts a prompt per example.
 
-    Parameters have the same names and layout as in T5X.  ``dtype`` is the dtype of activations and
-    matrix operands, and ``param_dtype`` is the dtype of the weights.  Norms, softmaxes and logits
-    are computed in float32.  Token arrays are padded with ``token_ids.fill`` (0 unless the model
-    has a different padding id), and the decoder starts from ``token_ids.start``.
+    Parameters have the same names and layout as in T5X.  The decoder starts from
+    ``token_ids.start`` and gets no prompt: it sees the prompt through the encoder's output.
     """
+
+    config: T5Config
+    reading_stack: ClassVar[str] = "encoder"
+    causal: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -176,28 +358,22 @@ class T5(nnx.Module):
         dropout_rate: float = 0.0,
         vocabulary: Any = None,
     ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.token_embedder = Embed(config, **kwargs)
-        self.encoder = Encoder(config, dropout_rate=dropout_rate, **kwargs)
-        self.decoder = Decoder(config, dropout_rate=dropout_rate, **kwargs)
-        self.config = config
-        self.dtype = dtype
-        self.vocabulary = vocabulary
-        self.original_fingerprint = ""  # fingerprint of the weights before quantisation
-
-    def __repr__(self) -> str:
-        """Describes the model's sizes without adapters; ``nnx.display`` shows every array."""
-        config = self.config
-        params = param_tree.split(self)[1]
-        arrays = [array for name, array in params.items() if "/adapter/" not in name]
-        number, size = sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
-        kinds = ", ".join(sorted({a.dtype.name for a in arrays}))
-        return (
-            f"{type(self).__name__}({config.num_encoder_layers} + {config.num_decoder_layers} "
-            f"layers, embed_dim={config.embed_dim}, num_heads={config.num_heads}, "
-            f"mlp_dim={config.mlp_dim}, vocab_size={config.vocab_size}: {number:,} parameters in "
-            f"{kinds}, {size / 1e6:,.1f} MB)"
+        super().__init__(config, dtype=dtype, vocabulary=vocabulary)
+        self.token_embedder = Embed(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = Encoder(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
         )
+        self.decoder = Decoder(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        )
+
+    @property
+    def stacks(self) -> dict[str, AttentionStack]:
+        config = self.config
+        heads = {"num_kv_heads": config.num_heads, "head_dim": config.head_dim}
+        encoder = AttentionStack(num_layers=config.num_encoder_layers, **heads)
+        decoder = AttentionStack(num_layers=config.num_decoder_layers, **heads)
+        return {"encoder": encoder, "decoder": decoder, "cross": decoder}
 
     def __call__(
         self,
@@ -209,37 +385,17 @@ class T5(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Computes logits ``[B, S, V]`` in float32; passing a ``key`` enables dropout."""
+        """Computes logits ``[B, S, V]`` in float32 from the decoder's inputs, as T5X does.
+
+        Passing a ``key`` enables dropout.
+        """
         keys = split_key(key, 2)
-        encoded = self.encode(
+        context = self.encode(
             encoder_input_tokens, prompt, injections=injections, key=keys[0], remat=remat
         )
         return self.decode(
-            decoder_input_tokens, encoded, injections=injections, key=keys[1], remat=remat
+            decoder_input_tokens, context, injections=injections, key=keys[1], remat=remat
         )
-
-    @property
-    def token_ids(self) -> TokenIds:
-        """The model's padding, end-of-sequence and start ids."""
-        return self.config.token_ids
-
-    @property
-    def input_eos(self) -> int:
-        """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary."""
-        return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
-
-    def embed_tokens(self, tokens: Array | HostArray) -> Array:
-        """Embeds token ids, ``[...] -> [..., D]``; values at padding are meaningless."""
-        if self.token_ids.fill < 0:
-            tokens = jnp.maximum(jnp.asarray(tokens), 0)
-        return self.token_embedder(tokens)
-
-    def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> EncoderInput:
-        """Embeds tokens, prepends a prompt ``[P, D]`` or ``[B, P, D]``, and adds the mask."""
-        source = EncoderInput(
-            embeddings_BUD=self.embed_tokens(tokens_BT), mask_BU=tokens_BT != self.token_ids.fill
-        )
-        return source if prompt is None else prepend(prompt, source)
 
     def encode(
         self,
@@ -249,79 +405,97 @@ class T5(nnx.Module):
         injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
-    ) -> Encoded:
-        """Encodes the prompt and the tokens, or ``injections.encoder_input`` if it is given."""
-        source = injections.encoder_input
-        if source is None:
-            source = self.embed(tokens_BT, prompt)
-        return self.encoder(source, injections=injections, key=key, remat=remat)
+    ) -> Context:
+        """Encodes the prompt and the tokens, or ``injections.model_input`` if it is given."""
+        source = injections.model_input or self.embed(tokens_BT, prompt)
+        return self.read(source, injections=injections, key=key, remat=remat)
 
     def decode(
         self,
         tokens_BS: Array | HostArray,
-        encoded: Encoded,
+        context: Context,
         *,
         injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Computes logits ``[B, S, V]`` for all positions at once (teacher forcing)."""
-        hidden_BSD = self.decode_hidden(
-            tokens_BS, encoded, injections=injections, key=key, remat=remat
-        )
+        """Computes the logits ``[B, S, V]`` of all positions from the decoder's inputs."""
+        hidden_BSD = self._decode(context, tokens_BS, injections=injections, key=key, remat=remat)
         return self.logits(hidden_BSD)
 
-    def decode_hidden(
+    def read(
         self,
-        tokens_BS: Array | HostArray,
-        encoded: Encoded,
+        source: ModelInput,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Context:
+        source = joined(source)
+        hidden_BUD = self.encoder(source, injections=injections, key=key, remat=remat)
+        return Context(
+            hidden_BUD=hidden_BUD,
+            mask_BU=source.mask_BU,
+            keys_values=self.decoder.cross_keys_values(hidden_BUD),
+        )
+
+    def write_hidden(
+        self,
+        context: Context,
+        targets_BS: Array | HostArray,
         *,
         injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Array:
-        """Computes the input of the output head, ``[B, S, D]``."""
-        cross = self.decoder.cross_keys(encoded)
-        embedded_BSD = self.embed_tokens(tokens_BS)
+        start = ((0, 0), (1, 0))
+        shifted_BS = jnp.pad(targets_BS, start, constant_values=self.token_ids.start)[:, :-1]
+        return self._decode(context, shifted_BS, injections=injections, key=key, remat=remat)
+
+    def _decode(
+        self,
+        context: Context,
+        tokens_BS: Array | HostArray,
+        *,
+        injections: Injections,
+        key: Array | None,
+        remat: Remat,
+    ) -> Array:
+        """Computes the decoder's output ``[B, S, D]`` for its inputs."""
         x_BSD, _ = self.decoder(
-            embedded_BSD, cross, encoded.mask_BU, injections=injections, key=key, remat=remat
+            self.embed_tokens(tokens_BS),
+            context.keys_values,
+            context.mask_BU,
+            injections=injections,
+            key=key,
+            remat=remat,
         )
         return x_BSD
 
     def start_decoding(
-        self, encoded: Encoded, max_length: int
-    ) -> tuple[tuple[KeyValues, ...], tuple[SelfCache, ...]]:
-        """Prepares step-by-step decoding.
-
-        Returns the cross-attention keys and values, and empty self-attention caches for
-        ``max_length`` positions.
-        """
-        batch = encoded.hidden_BUD.shape[0]
-        shape = (batch, max_length, self.config.num_heads, self.config.head_dim)
+        self, context: Context, max_length: int
+    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
+        shape = (len(context.mask_BU), max_length, self.config.num_heads, self.config.head_dim)
         empty = SelfCache(
-            key_BSHK=jnp.zeros(shape, self.dtype), value_BSHK=jnp.zeros(shape, self.dtype)
+            key_BSGK=jnp.zeros(shape, self.dtype), value_BSGK=jnp.zeros(shape, self.dtype)
         )
-        return self.decoder.cross_keys(encoded), (empty,) * self.config.num_decoder_layers
+        kept = DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
+        return kept, (empty,) * self.config.num_decoder_layers
 
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
         caches: tuple[SelfCache, ...],
-        cross: tuple[KeyValues, ...],
-        encoder_mask_BU: Array,
+        context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
-        """Decodes the token at ``position``; returns logits ``[B, V]`` and the updated caches.
-
-        The logits predict the next token, and the caches include ``position``.
-        """
         embedded_B1D = self.embed_tokens(tokens_B[:, None])
         x_B1D, new = self.decoder(
             embedded_B1D,
-            cross,
-            encoder_mask_BU,
+            context.keys_values,
+            context.mask_BU,
             injections=injections,
             key=None,
             caches=caches,
@@ -330,39 +504,51 @@ class T5(nnx.Module):
         assert new is not None
         return self.logits(x_B1D)[:, 0], new
 
-    def logits(self, x_BSD: Array) -> Array:
-        """Applies the output head; returns logits in float32."""
+    def logits(self, hidden: Array) -> Array:
         if self.config.tie_embeddings:
-            return self.token_embedder.attend(x_BSD * self.config.embed_dim**-0.5)
-        return self.decoder.logits_dense(x_BSD)
+            return self.token_embedder.attend(hidden * self.config.embed_dim**-0.5)
+        return self.decoder.logits_dense(hidden)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
-        """Returns the output head's weight vectors ``[N, D]`` of these tokens, in float32."""
         if self.config.tie_embeddings:
             rows_ND = self.token_embedder.table()[tokens_N].astype(jnp.float32)
             return rows_ND * self.config.embed_dim**-0.5
         return self.decoder.logits_dense.columns(tokens_N).T
 
+    def keys_values_of(self, tokens_P: Array) -> dict[str, tuple[Array, Array]]:
+        graphdef, params = param_tree.split(self)
+        shape = (len(tokens_P), self.config.num_heads, self.config.head_dim)
 
-def prepend(prompt: Array, source: EncoderInput) -> EncoderInput:
-    """Prepends a prompt ``[P, D]``, or one per example ``[B, P, D]``, to the embedded input.
+        @jax.jit
+        def run(params: FlatParams, tokens_1P: Array) -> dict[str, tuple[Array, Array]]:
+            watched: T5 = param_tree.merge(graphdef, params)
+            seen: dict[tuple[str, str], list[Array]] = {}
 
-    All positions see the prompt, and the prompt sees all positions (Lester et al. 2021, section 2).
-    Raises UserError if the prompt has another number of dimensions or another width.
-    """
-    batch, _, width = source.embeddings_BUD.shape
-    if prompt.ndim not in (2, 3) or prompt.shape[-1] != width:
-        raise UserError(
-            f"a prompt for this model has shape [P, {width}] or [{batch}, P, {width}]; "
-            f"got {list(prompt.shape)}"
-        )
-    prompt_BPD = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
-    prompt_BPD = prompt_BPD.astype(source.embeddings_BUD.dtype)
-    seen_BP = jnp.ones(prompt_BPD.shape[:2], bool)
-    return EncoderInput(
-        embeddings_BUD=jnp.concatenate([prompt_BPD, source.embeddings_BUD], axis=1),
-        mask_BU=jnp.concatenate([seen_BP, source.mask_BU], axis=1),
-    )
+            def watch(attention: Attention, name: str) -> None:
+                for part in ("key", "value"):
+
+                    def remember(
+                        x: Array, linear: Callable[[Array], Array], part: str = part
+                    ) -> Array:
+                        y = linear(x)
+                        of_heads = y.reshape(shape).astype(jnp.float32)
+                        seen.setdefault((name, part), []).append(of_heads)
+                        return y
+
+                    getattr(attention, part).adapter = nnx.data(remember)
+
+            for i in range(self.config.num_encoder_layers):
+                watch(watched.encoder.layer(i).attention, "encoder")
+            for i in range(self.config.num_decoder_layers):
+                watch(watched.decoder.layer(i).self_attention, "decoder")
+                watch(watched.decoder.layer(i).encoder_decoder_attention, "cross")
+            watched(tokens_1P, tokens_1P)
+            return {
+                name: (jnp.stack(seen[name, "key"]), jnp.stack(seen[name, "value"]))
+                for name in ("encoder", "decoder", "cross")
+            }
+
+        return run(params, tokens_P[None])
 
 
 def _position_biases(
@@ -374,7 +560,7 @@ def _position_biases(
     """Yields the relative position bias of each layer's self-attention."""
     shared = None
     for i, prefix in enumerate(prefixes):
-        ahead = prefix.key_BPHK.shape[1] if prefix and prefix.before else 0
+        ahead = prefix.key_BPGK.shape[1] if prefix and prefix.before else 0
         if (
             stack.relpos_per_layer
             or shared is None

@@ -66,6 +66,8 @@ class Injections:
 
     ``layer_prompts`` has one entry per layer of the reading stack, where None means no prompt.
     ``prefixes`` has, by the name of a stack of attentions (``Model.stacks``), one entry per layer.
+    ``prefix_lengths_B`` says how many positions of the prefixes each row has, the first ones, if not
+    all (decoder-only models); the positions of the row come directly behind them.
     Adapters are not part of this class: every ``Linear`` has an ``adapter`` attribute
     (models/layers.py).
     """
@@ -73,6 +75,7 @@ class Injections:
     model_input: ModelInput | None = None
     layer_prompts: tuple[LayerPrompt | None, ...] | None = None
     prefixes: Mapping[str, tuple[KeyValues, ...]] = field(default_factory=dict)
+    prefix_lengths_B: Array | None = None
 
     def for_writing(self) -> "Injections":
         """Returns the injections that are still needed after the input has been read."""

@@ -212,7 +212,8 @@ def attention_bias(
         bias = jnp.where(seen_BTU, 0.0, MASK_VALUE).astype(jnp.float32)[None, :, :, None, :]
     if slopes_GR is not None:
         slopes_G11R1 = slopes_GR[:, None, None, :, None]
-        by_distance = -slopes_G11R1 * distance_BTU.astype(jnp.float32)[None, :, :, None, :]
+        distance_1BT1U = distance_BTU.astype(jnp.float32)[None, :, :, None, :]
+        by_distance = jnp.asarray(-slopes_G11R1) * distance_1BT1U
         bias = by_distance if bias is None else bias + by_distance
     return bias
 

@@ -112,7 +112,7 @@ def _olmo(c: ConfigFields) -> None:
     c.activation("hidden_act", "silu", gated=True)
     c.flag("qkv_bias", "attention_bias", False)
     c.flag("out_bias", "attention_bias", False)
-    c.only("clip_qkv", None, otherwise="clipping queries, keys and values")
+    c.number("qkv_clip", "clip_qkv", 0.0, or_none=True)
     c.flag("tie_embeddings", "tie_word_embeddings", False)
     c.fixed(head_dim=head_width, query_scale=root_of_width)
     c.fixed(norm="layer_without_weights", norm_eps=1e-5)

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
 
@@ -18,6 +20,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every frozen parameter of a model with this configuration, and its shape."""
     if isinstance(config, T5Config):
         return _t5_shapes(config)
+    if isinstance(config, CausalLMConfig):
+        return causal_parameter_shapes(config)
     from flax import nnx
 
     from prompt_tuning_jax import param_tree

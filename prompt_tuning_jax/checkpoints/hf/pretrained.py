@@ -1,16 +1,18 @@
-"""Reads and writes T5 1.0 and 1.1, mT5 and UMT5 as Hugging Face folders.
+"""Reads and writes Hugging Face folders of all families.
 
-A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  Names and layouts are
-those of transformers' modeling_t5.py; torch's kernels are [out, in], and here they are [in, out].
+A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  T5 1.0 and 1.1, mT5 and
+UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torch's kernels are
+[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``.
 """
 
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.hf.causal import open_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     VOCABULARY,
@@ -22,9 +24,10 @@ from prompt_tuning_jax.checkpoints.hf.config import (
     ties_unscaled,
     tokenizer_files,
 )
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
-from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.checkpoints.parameters import (
     EMBEDDING,
     LOGITS,
@@ -36,6 +39,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file as find_vocabulary,
 )
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
@@ -64,24 +68,35 @@ _SUBLAYERS = {
     "decoder/mlp": "layer.2.DenseReluDense",
 }
 TRANSPOSED = ("/kernel", "/rel_embedding")
-_COMPARE_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 _LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
 
 
-def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | None]:
-    """A model as (configuration, parameters by T5X name in the stored dtype, vocabulary file).
+AnyConfig: TypeAlias = T5Config | CausalLMConfig
 
-    Only headers are read, and copies of the embedding table, which must be identical.  The arrays
-    of the folder must be exactly the model's parameters; otherwise UserError lists what is missing
-    and what is left over.  The vocabulary file is for ``load_vocabulary``.
+
+def open_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, LazyArray], Path | None]:
+    """A model as (configuration, parameters by our name in the stored dtype, vocabulary file).
+
+    Only headers are read, and copies of the embedding table, which must be identical in a T5.  The
+    arrays of the folder must be exactly the model's parameters; otherwise UserError lists what is
+    missing and what is left over.  The vocabulary file is for ``load_vocabulary``.
     """
-    from prompt_tuning_jax.param_tree import require_same_names
-
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
+    config: AnyConfig
+    if raw["model_type"] in FAMILIES:
+        config, params = open_causal(folder, raw)
+    else:
+        config, params = _open_t5(folder, raw)
+    return config, params, find_vocabulary(folder)
+
+
+def _open_t5(folder: Path, raw: Mapping[str, Any]) -> tuple[T5Config, dict[str, LazyArray]]:
+    from prompt_tuning_jax.param_tree import require_same_names
+
     path, arrays = open_weights(folder)
     arrays = {name: array for name, array in arrays.items() if not _UNUSED.fullmatch(name)}
     arrays = _without_copies(arrays, path=path)
@@ -109,7 +124,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
                 f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
                 f"but by {CONFIG} it is {list(shapes[name])}"
             )
-    return config, params, find_vocabulary(folder)
+    return config, params
 
 
 def _require_possible_layers(
@@ -128,7 +143,7 @@ def _require_possible_layers(
             )
 
 
-def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:
+def read_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, HostArray], Path | None]:
     """``open_hf`` with all arrays in memory, contiguous."""
     config, params, vocabulary = open_hf(folder)
     read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
@@ -216,7 +231,7 @@ def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str,
     if not tables:
         return dict(arrays)
     for name in tables[1:]:
-        if not _equal(arrays[name], arrays[tables[0]]):
+        if not equal_bits(arrays[name], arrays[tables[0]]):
             raise UserError(f"{path}: {name} is not a copy of {tables[0]}")
     rest = {name: array for name, array in arrays.items() if name not in tables}
     return {_SHARED: arrays[tables[0]], **rest}
@@ -232,7 +247,7 @@ def _with_head(
     """
     head, table = arrays.get(_LM_HEAD), arrays.get(_SHARED)
     config = folder / CONFIG
-    has_head = head is not None and (table is None or not _equal(head, table))
+    has_head = head is not None and (table is None or not equal_bits(head, table))
     scaled = scales_outputs(raw, has_head=has_head, path=config)
     if scaled and has_head:
         raise UserError(
@@ -244,17 +259,3 @@ def _with_head(
     if not scaled and head is None and table is not None and ties_unscaled(raw, path=config):
         kept[_LM_HEAD] = table
     return scaled, kept
-
-
-def _equal(left: LazyArray, right: LazyArray) -> bool:
-    """Whether two arrays are equal bit for bit, comparing some rows at a time."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    row_bytes = max(1, left.dtype.itemsize * int(np.prod(left.shape[1:])))
-    rows = max(1, _COMPARE_BYTES // row_bytes)
-    rest = (slice(None),) * (len(left.shape) - 1)
-    return all(
-        left.read((slice(start, start + rows), *rest)).tobytes()
-        == right.read((slice(start, start + rows), *rest)).tobytes()
-        for start in range(0, left.shape[0] if left.shape else 0, rows)
-    )

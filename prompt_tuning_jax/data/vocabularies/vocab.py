@@ -1,9 +1,8 @@
-"""Vocabularies: T5's SentencePiece files, ByT5's bytes, and Hugging Face's tokenizers.
+"""Vocabularies: T5's SentencePiece files, ByT5's bytes, Hugging Face's tokenizers, GGUF files.
 
-In all of them, ids 0, 1 and 2 are padding, end of sequence and unknown, and encoding adds no end of
-sequence.  A model may use other ids than its vocabulary (``token_ids``): an input ends with the
-vocabulary's ``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, at
-which decoding stops.
+In those of T5, ids 0, 1 and 2 are padding, end of sequence and unknown.  A model may use other ids
+than its vocabulary (``token_ids``): an input of T5 ends with the vocabulary's ``eos_id``, as in
+transformers, and a target with the model's ``token_ids.eos``, at which decoding stops.
 """
 
 import hashlib
@@ -13,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    HfTokenizer,
-)
+from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     SENTENCEPIECE_FILES,
     AddedTokens,
@@ -46,7 +45,7 @@ _NORMALIZER_SPEC = 3  # a field of ModelProto
 _NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 
 
-class Vocabulary:
+class Vocabulary(BaseVocabulary):
     """A SentencePiece file and, above its pieces, the sentinels ``<extra_id_0>`` and so on.
 
     ``<extra_id_0>`` has the highest id, ``size - 1``, and the others follow downwards, as in T5.
@@ -186,17 +185,11 @@ class Vocabulary:
         last = len(self._processor)
         return str(self._processor.decode([i if 0 <= i < last else UNK_ID for i in ids]))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
     def __repr__(self) -> str:
         return f"Vocabulary({str(self.path)!r}, extra_ids={self.extra_ids})"
 
 
-class ByteVocabulary:
+class ByteVocabulary(BaseVocabulary):
     """ByT5's vocabulary: the byte ``b`` of the text in UTF-8 has the id ``b + 3``.
 
     Behaves like ``seqio.ByteVocabulary``: decoding drops bytes that are not UTF-8, special ids and
@@ -247,12 +240,6 @@ class ByteVocabulary:
         if not 0 <= index < DEFAULT_SENTINELS:
             raise UserError(f"ByT5 has sentinels 0 to {DEFAULT_SENTINELS - 1}, not {index}")
         return _BYTE_OFFSET + 255 - index
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByteVocabulary) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
 
     def __repr__(self) -> str:
         return f"ByteVocabulary(extra_ids={self.extra_ids})"

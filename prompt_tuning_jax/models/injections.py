@@ -66,10 +66,9 @@ class Injections:
 
     ``layer_prompts`` has one entry per layer of the reading stack, where None means no prompt.
     ``prefixes`` has, by the name of a stack of attentions (``Model.stacks``), one entry per layer.
-    ``prefix_lengths_B`` says how many positions of the prefixes each row has, the first ones, if not
-    all (decoder-only models); the positions of the row come directly behind them.
-    Adapters are not part of this class: every ``Linear`` has an ``adapter`` attribute
-    (models/layers.py).
+    In a decoder-only model ``prefix_lengths_B`` may say how many positions of the prefixes each row
+    has, the first ones; the row's positions come directly behind them.  Adapters are not part of
+    this class: every ``Linear`` has an ``adapter`` attribute (models/layers.py).
     """
 
     model_input: ModelInput | None = None

@@ -58,8 +58,8 @@ class Batch:
 class Programs:
     """The functions for plain prompts, or for methods of one spec; each is pure.
 
-    ``arrays`` are those of the cache: of ``held_prompts``; the trained arrays ``[N, ...]`` of N methods
-    by path, from which rows are ``gathered``; or else those of the one method of all rows.
+    ``arrays`` are those of the cache: of ``held_prompts``; the trained arrays ``[N, ...]`` of N
+    methods by path, from which rows are ``gathered``; or else those of the one method of all rows.
     """
 
     graphdef: nnx.GraphDef[Any]  # of the model, or of the model with its method

@@ -211,9 +211,8 @@ def attention_bias(
         seen_BTU = reduce(jnp.logical_and, visible)
         bias = jnp.where(seen_BTU, 0.0, MASK_VALUE).astype(jnp.float32)[None, :, :, None, :]
     if slopes_GR is not None:
-        slopes_G11R1 = slopes_GR[:, None, None, :, None]
-        distance_1BT1U = distance_BTU.astype(jnp.float32)[None, :, :, None, :]
-        by_distance = jnp.asarray(-slopes_G11R1) * distance_1BT1U
+        slopes_G11R1 = jnp.asarray(slopes_GR)[:, None, None, :, None]
+        by_distance = -slopes_G11R1 * distance_BTU.astype(jnp.float32)[None, :, :, None, :]
         bias = by_distance if bias is None else bias + by_distance
     return bias
 

@@ -408,6 +408,15 @@ class CausalLM(Model):
             source = replace(source, prompt_BPD=None)
         whole = joined(source)
         length = whole.embeddings_BUD.shape[1]
+        if not length:  # nothing but a prompt is read, to keep its keys and values
+            batch, config = len(whole.mask_BU), self.config
+            nothing = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), self.dtype)
+            return Context(
+                hidden_BUD=whole.embeddings_BUD,
+                mask_BU=whole.mask_BU,
+                keys_values=(KeyValues(key_BPGK=nothing, value_BPGK=nothing),) * config.num_layers,
+                prompt=_concatenated(prefix, prompt),
+            )
         hidden_BUD, keys_values = self._run(
             whole.embeddings_BUD,
             _positions(start + _length(prompt), length),

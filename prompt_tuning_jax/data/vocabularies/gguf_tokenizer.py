@@ -2,7 +2,8 @@
 
 There are two kinds.  ``gpt2`` is byte-level BPE with merges, whose pre-tokenizer the file only
 names.  ``llama`` is SentencePiece's BPE, whose merges follow from the scores of the pieces.  The
-names and their patterns are those of llama.cpp (``src/llama-vocab.cpp``) and of the models' ``tokenizer.json``.
+names and their patterns are those of llama.cpp (``src/llama-vocab.cpp``), written as in the models'
+``tokenizer.json``.
 """
 
 import hashlib

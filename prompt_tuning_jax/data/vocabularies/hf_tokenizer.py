@@ -27,6 +27,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_spec import (
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
 _T5_EOS, _UNKNOWN = 1, 2
@@ -42,9 +43,9 @@ class HfTokenizer(BaseVocabulary):
     """A ``tokenizer.json`` (Hugging Face's fast tokenizers), or the tokenizer in a GGUF file.
 
     The files beside ``tokenizer.json`` say which tokens are special.  An input starts with the
-    beginning of sequence if the tokenizer adds one.  ``inputs_end`` defaults to True for T5's
-    vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and to False
-    for others, which are those of decoder-only models.
+    beginning of sequence if the tokenizer adds one.  ``token_ids`` defaults to T5's in T5's
+    vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
+    to those of a decoder-only model with the special tokens of the files.
 
     ``encode`` recognises special tokens in texts, as transformers does; ``encode_chat`` does not.
     ``decode`` leaves special tokens out; in T5's vocabularies, it keeps sentinels and ``<unk>``.
@@ -58,18 +59,17 @@ class HfTokenizer(BaseVocabulary):
         path: str | os.PathLike[str],
         *,
         token_ids: TokenIds | None = None,
-        inputs_end: bool | None = None,
+        max_size: int | None = None,
     ) -> None:
         self.path = Path(path)
         is_gguf = self.path.suffix == GGUF_SUFFIX
-        spec = gguf_spec(self.path) if is_gguf else _spec_of_json(self.path)
+        spec = gguf_spec(self.path) if is_gguf else _spec_of_json(self.path, max_size)
         self._tokenizer = spec.tokenizer
         self._special = dict(spec.special)
         self._chat_template = spec.chat_template
         self._measure()
         first = tuple(self._tokenizer.id_to_token(i) for i in range(len(T5_SPECIAL)))
         self.is_t5 = first == T5_SPECIAL
-        self.inputs_end = self.is_t5 if inputs_end is None else inputs_end
         self.token_ids, self.eos_id = self._ids(token_ids)
         self.input_start = self._input_start(spec.add_bos)
         self.fingerprint = spec.digest + ids_suffix(self.token_ids)
@@ -276,7 +276,7 @@ def parse_tokenizer(text: str, *, path: Path) -> Any:
     return tokenizer
 
 
-def _spec_of_json(path: Path) -> TokenizerSpec:
+def _spec_of_json(path: Path, max_size: int | None) -> TokenizerSpec:
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
@@ -286,13 +286,25 @@ def _spec_of_json(path: Path) -> TokenizerSpec:
     if len(data) > _LARGEST:
         raise UserError(f"{path}: more than {_LARGEST} bytes, which is too large for a vocabulary")
     config = read_tokenizer_config(path.parent)
+    tokenizer = parse_tokenizer(text, path=path)
+    added = tokenizer.get_added_tokens_decoder()
+    if max_size is not None and any(token_id >= max_size for token_id in added):
+        text = _without_added(text, max_size, path)
+        tokenizer = parse_tokenizer(text, path=path)
     return TokenizerSpec(
-        tokenizer=parse_tokenizer(text, path=path),
+        tokenizer=tokenizer,
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         special=config.special,
         add_bos=config.add_bos,
         chat_template=config.chat_template,
     )
+
+
+def _without_added(text: str, max_size: int, path: Path) -> str:
+    """The tokenizer.json without the added tokens whose ids are ``max_size`` or more."""
+    content = read_json(text, of=str(path), max_bytes=_LARGEST)
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < max_size]
+    return json_text(content)
 
 
 def _text_of_bytes(piece: str) -> str:

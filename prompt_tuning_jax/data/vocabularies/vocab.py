@@ -67,10 +67,9 @@ class Vocabulary(BaseVocabulary):
         *,
         extra_ids: int | None = None,
         token_ids: TokenIds = T5_IDS,
-        inputs_end: bool = True,
     ) -> None:
         self.path = Path(path)
-        self.token_ids, self.inputs_end = token_ids, inputs_end
+        self.token_ids = token_ids
         if extra_ids is not None and extra_ids < 0:
             raise UserError(f"extra_ids is {extra_ids}; it must be at least 0")
         model = _read_model(self.path)
@@ -201,13 +200,11 @@ class ByteVocabulary(BaseVocabulary):
 
     eos_id = EOS_ID
 
-    def __init__(
-        self, *, extra_ids: int = 125, token_ids: TokenIds = T5_IDS, inputs_end: bool = True
-    ) -> None:
+    def __init__(self, *, extra_ids: int = 125, token_ids: TokenIds = T5_IDS) -> None:
         if extra_ids < 0:
             raise UserError(f"extra_ids is {extra_ids}; it must be at least 0")
         self.extra_ids = extra_ids
-        self.token_ids, self.inputs_end = token_ids, inputs_end
+        self.token_ids = token_ids
         self.fingerprint = f"bytes-{extra_ids}" + ids_suffix(token_ids)
 
     @property
@@ -256,7 +253,7 @@ def load_vocabulary(
     *,
     extra_ids: int | None = None,
     token_ids: TokenIds | None = None,
-    inputs_end: bool | None = None,
+    max_size: int | None = None,
 ) -> AnyVocabulary:
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
@@ -267,12 +264,12 @@ def load_vocabulary(
     Args:
       path: see above.
       extra_ids: the number of sentinels, for SentencePiece models and ByT5.
-      token_ids: the model's special ids; without a model, those of the vocabulary.
-      inputs_end: the model's ``inputs_end``; without a model, True for T5's vocabularies.
+      token_ids: the model's special ids; None: those of the vocabulary.
+      max_size: the number of the model's embeddings.  Tokens that are added to a tokenizer.json
+        beyond them are left out: they are other models' (Gemma 3 has one for images).
     """
-    ends = inputs_end is not False
     if str(path) == "bytes":
-        return _byte_vocabulary(extra_ids, token_ids or T5_IDS, ends)
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     file = Path(path)
     if file.is_dir():
         inside = vocabulary_file(file)
@@ -281,14 +278,14 @@ def load_vocabulary(
             raise UserError(f"{file}: the folder has no vocabulary ({' or '.join(names)})")
         file = inside
     if file.suffix not in (".json", GGUF_SUFFIX):
-        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids or T5_IDS, inputs_end=ends)
+        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids or T5_IDS)
     if file.name.endswith("config.json"):
         stored = byte_extra_ids(file)
         extra_ids = stored if extra_ids is None else extra_ids
-        return _byte_vocabulary(extra_ids, token_ids or T5_IDS, ends)
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     if extra_ids is not None:
         raise UserError(f"{file} defines its sentinels: leave out extra_ids")
-    return HfTokenizer(file, token_ids=token_ids, inputs_end=inputs_end)
+    return HfTokenizer(file, token_ids=token_ids, max_size=max_size)
 
 
 def require_t5(vocabulary: AnyVocabulary) -> None:
@@ -301,12 +298,10 @@ def require_t5(vocabulary: AnyVocabulary) -> None:
         )
 
 
-def _byte_vocabulary(
-    extra_ids: int | None, token_ids: TokenIds, inputs_end: bool
-) -> ByteVocabulary:
+def _byte_vocabulary(extra_ids: int | None, token_ids: TokenIds) -> ByteVocabulary:
     if extra_ids is None:
-        return ByteVocabulary(token_ids=token_ids, inputs_end=inputs_end)
-    return ByteVocabulary(extra_ids=extra_ids, token_ids=token_ids, inputs_end=inputs_end)
+        return ByteVocabulary(token_ids=token_ids)
+    return ByteVocabulary(extra_ids=extra_ids, token_ids=token_ids)
 
 
 def _read_model(path: Path) -> bytes:

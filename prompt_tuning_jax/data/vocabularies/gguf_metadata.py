@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file: keys and values, which describe the model and its tokenizer.
+"""The header of a GGUF file: metadata on the model and its tokenizer, and a list of the tensors.
 
 Reads only the beginning of the file, and checks every length against the file's size.  The format
 is described in ggml's ``docs/gguf.md``.
@@ -7,7 +7,9 @@ is described in ggml's ``docs/gguf.md``.
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,6 +37,8 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 _MOST_KEYS = 2**14
+_MOST_TENSORS = 2**16
+_ALIGNMENTS = tuple(2**i for i in range(17))
 _LONGEST_KEY = 2**16  # bytes
 _LONGEST_STRING = 2**24  # bytes
 _MOST_ITEMS = 2**23  # of all arrays together; each string takes some 60 bytes of memory
@@ -48,12 +52,43 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     be read, is not GGUF, is truncated or claims more than it holds.
     """
     path = Path(path)
+    with _opened(path) as reader:
+        return reader.read()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor of a GGUF file.
+
+    Attributes:
+      shape: its sizes, rows first; the file lists them in the opposite order.
+      kind: the number of its type (``ggml_type``).
+      offset: the byte in the file at which it begins.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The metadata of a GGUF file as ``read_metadata`` returns it, and its tensors by name.
+
+    Whether the file is long enough for the tensors depends on their types and is not checked.
+    Raises UserError like ``read_metadata``.
+    """
+    with _opened(Path(path)) as reader:
+        return reader.read(), reader.read_tensors()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["_Reader"]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < len(_MAGIC):
                 raise UserError(f"{path}: not a GGUF file: it is shorter than the format's header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data, path).read()
+                yield _Reader(data, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
@@ -63,6 +98,8 @@ class _Reader:
         self._data, self._size, self._path = data, len(data), path
         self._at = 0
         self._items = 0
+        self._tensors = 0
+        self._alignment = 32
 
     def read(self) -> dict[str, Any]:
         if self._data[:4] != _MAGIC:
@@ -75,7 +112,7 @@ class _Reader:
                 f"{self._path}: GGUF version {version}, but only versions {known} in little-endian "
                 "order are read; convert the file again with llama.cpp"
             )
-        self._unsigned(8)  # the number of tensors
+        self._tensors = self._unsigned(8)
         number = self._unsigned(8)
         if number > _MOST_KEYS:
             raise self._damaged(f"{number} keys")
@@ -85,7 +122,28 @@ class _Reader:
             if key in values:
                 raise self._damaged(f"the key {key[:80]!r} occurs twice")
             values[key] = self._value(self._unsigned(4), key)
+        alignment = values.get("general.alignment", self._alignment)
+        if type(alignment) is not int or alignment not in _ALIGNMENTS:
+            raise self._damaged(f"general.alignment is {str(alignment)[:80]}")
+        self._alignment = alignment
         return values
+
+    def read_tensors(self) -> dict[str, TensorInfo]:
+        """The tensors, which are listed behind the metadata."""
+        if self._tensors > _MOST_TENSORS:
+            raise self._damaged(f"{self._tensors} tensors")
+        infos: dict[str, TensorInfo] = {}
+        for _ in range(self._tensors):
+            name = self._string(_LONGEST_KEY)
+            dimensions = self._unsigned(4)
+            if name in infos or not 0 < dimensions <= 4:
+                what = "occurs twice" if name in infos else f"has {dimensions} dimensions"
+                raise self._damaged(f"the tensor {name[:80]!r} {what}")
+            sizes = [self._unsigned(8) for _ in range(dimensions)]
+            kind, offset = self._unsigned(4), self._unsigned(8)
+            infos[name] = TensorInfo(shape=tuple(reversed(sizes)), kind=kind, offset=offset)
+        start = -(-self._at // self._alignment) * self._alignment
+        return {name: replace(info, offset=start + info.offset) for name, info in infos.items()}
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:

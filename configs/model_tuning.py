@@ -7,7 +7,7 @@ parameter scaling at a constant 0.001.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import FullTuning
+from prompt_tuning_jax.config.methods import FullTuning
 
 
 def get_config() -> Experiment:

@@ -14,7 +14,7 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.methods import MultitaskPrompts
+from prompt_tuning_jax.config.methods import MultitaskPrompts
 
 
 def get_config() -> Experiment:

@@ -7,7 +7,7 @@ Other columns: ``--set data.inputs_column=sentence``, or several of them in a te
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning
 
 
 def get_config() -> Experiment:

@@ -6,7 +6,7 @@ What trains are an encoder's weights, which want smaller steps than a prompt.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PTuning
+from prompt_tuning_jax.config.methods import PTuning
 
 
 def get_config() -> Experiment:

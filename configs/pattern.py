@@ -6,7 +6,7 @@ prompt-tuning train configs/pattern.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PatternTuning
+from prompt_tuning_jax.config.methods import PatternTuning
 
 
 def get_config() -> Experiment:

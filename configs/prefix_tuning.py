@@ -6,7 +6,7 @@ The prefixes start from what the model computes for words, and move three times 
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PrefixTuning
+from prompt_tuning_jax.config.methods import PrefixTuning
 
 
 def get_config() -> Experiment:

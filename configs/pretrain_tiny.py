@@ -4,7 +4,7 @@ scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import DescribedPrompts
+from prompt_tuning_jax.config.methods import DescribedPrompts
 
 
 def get_config() -> Experiment:

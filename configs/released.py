@@ -17,7 +17,7 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning
 
 
 def get_config() -> Experiment:

@@ -6,7 +6,7 @@ They start as the model's own for the labels, and move a hundred times slower th
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import WARP
+from prompt_tuning_jax.config.methods import WARP
 
 
 def get_config() -> Experiment:

@@ -1,4 +1,4 @@
-"""LM adaptation of the pre-trained tiny T5 (Lester et al. 2021, section 3.3): prefix-LM alone.
+"""LM adaptation of the pre-trained tiny T5 with prefix LM (Lester et al. 2021, section 3.3).
 
 scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """

@@ -1,8 +1,8 @@
-"""P-tuning of the bundled tiny T5 on the quickstart's task: an LSTM makes the prompt.
+"""P-tuning of the bundled tiny T5 on the quickstart's task: an LSTM computes the prompt.
 
 prompt-tuning train configs/p_tuning.py
 
-What trains are an encoder's weights, which want smaller steps than a prompt.
+The trainable parameters are an encoder's weights, which need a lower learning rate than a prompt.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training

@@ -1,6 +1,6 @@
-"""Norms and position biases alone, of the bundled tiny T5 on the quickstart's task.
+"""Trains only norms and position biases of the bundled tiny T5, on the quickstart's task.
 
-What BitFit comes to in a model that has no biases.
+This corresponds to BitFit for a model without biases.
 
 prompt-tuning train configs/pattern.py
 """

@@ -1,4 +1,4 @@
-"""Pre-trains the bundled tiny T5 from random weights: text, and questions that prompts describe.
+"""Pre-trains the bundled tiny T5 from random weights, on text and on classes that prompts describe.
 
 scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """

@@ -1,4 +1,4 @@
-"""Five prompts at once on the bundled tiny T5: is a word positive or negative?  Takes minutes.
+"""Trains five prompts at once on the bundled tiny T5 to tell positive from negative words.
 
 prompt-tuning train configs/quickstart.py
 """

@@ -248,7 +248,7 @@ class PromptValidator:
         """Their tokens with the end of sequence; UserError for empty, equal or too long labels."""
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
-            ids = (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos)
+            ids = tuple(self.vocabulary.encode_target(label))
             if len(ids) == 1:
                 raise UserError(f"{field}: {label!r} has no tokens; labels must not be empty")
             if len(ids) > self.longest_label:

@@ -1,4 +1,4 @@
-"""Answers jobs with this package (``_rivals.Worker``)."""
+"""A worker that runs jobs with this package (``_rivals.Worker``)."""
 
 import os
 import time
@@ -40,7 +40,7 @@ class Ours:
         members: int = 1,
         batch_size: int = 16,
     ) -> dict[str, Any]:
-        """Each member starts from the given prompt, an .npy of ``[P, D]``."""
+        """Initializes every member with the given prompt, an .npy of ``[P, D]``."""
         start_PD = np.load(prompt, allow_pickle=False)
         self.experiment = experiment = Experiment(
             model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=dropout),
@@ -60,7 +60,7 @@ class Ours:
         return {}
 
     def train(self, *, batches: str) -> dict[str, Any]:
-        """A step for each batch, the same for every member; seconds in all, and the losses."""
+        """Runs a step per batch, the same for all members; returns seconds and losses."""
         pairs = [make_batch(*pair) for pair in read_batches(batches)]
         number = self.members.number
         pairs = [
@@ -76,7 +76,7 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "losses": losses}
 
     def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
-        """Greedy decoding of every batch."""
+        """Decodes every batch greedily."""
         inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
         writing = DecodeConfig(strategy="greedy", max_length=max_length)
         written = []
@@ -96,7 +96,7 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "written": ids}
 
     def rank(self, *, batches: str, labels: list[list[int]]) -> dict[str, Any]:
-        """The likeliest of the label strings for every input."""
+        """Chooses the most probable label for every input."""
         inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
         labels_CS = np.asarray(labels, np.int32)
         began = time.perf_counter()
@@ -115,7 +115,7 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "chosen": chosen}
 
     def flops(self, *, batches: str) -> dict[str, Any]:
-        """Floating point operations of one step on the first batch, before optimisation."""
+        """Returns the FLOPs of one step on the first batch, before optimization."""
         pair = make_batch(*read_batches(batches)[0])
         pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
         partitioner = partitioner_of(self.experiment)
@@ -125,7 +125,7 @@ class Ours:
         return {"flops": cost.flops}
 
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:
-        """Operations a second of one large product, the best of several."""
+        """Returns the best FLOP/s of several runs of one large matrix product."""
         x = jnp.ones((size, size), dtype)
         product = jax.jit(
             lambda a, b: jax.lax.dot_general(

@@ -1,4 +1,4 @@
-"""Answers jobs with Hugging Face PEFT on torch (``_rivals.Worker``)."""
+"""A worker that runs jobs with Hugging Face PEFT on torch (``_rivals.Worker``)."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ class Rival:
     optimizer: Any
 
     def load(self, *, model: str, dtype: str, prompt: str, dropout: float = 0.0) -> dict[str, Any]:
-        """Starts from the given prompt, an .npy of ``[P, D]``."""
+        """Initializes the prompt from an .npy of ``[P, D]``."""
         start_PD = torch.from_numpy(np.load(prompt, allow_pickle=False))
         base = T5ForConditionalGeneration.from_pretrained(
             model, dtype=getattr(torch, dtype), dropout_rate=dropout
@@ -44,7 +44,7 @@ class Rival:
         return {}
 
     def train(self, *, batches: str) -> dict[str, Any]:
-        """A step for each batch; seconds in all, and the losses."""
+        """Runs a step per batch; returns seconds and losses."""
         pairs = [
             (torch.from_numpy(a).long(), torch.from_numpy(b).long())
             for a, b in read_batches(batches)
@@ -64,7 +64,7 @@ class Rival:
         return {"seconds": time.perf_counter() - began, "losses": losses}
 
     def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
-        """Greedy decoding of every batch."""
+        """Decodes every batch greedily."""
         pairs = [torch.from_numpy(a).long() for a, _ in read_batches(batches)]
         self.model.eval()
         written = []

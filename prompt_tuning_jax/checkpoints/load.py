@@ -30,7 +30,12 @@ from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
-from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import (
+    AnyVocabulary,
+    Vocabulary,
+    load_vocabulary,
+    require_t5,
+)
 from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import Model, model_class
@@ -254,7 +259,9 @@ def _vocabulary(
 ) -> AnyVocabulary | None:
     if path is None or path == "":
         return None
-    words = load_vocabulary(path, token_ids=config.token_ids)
+    words = load_vocabulary(path, token_ids=config.token_ids, max_size=config.vocab_size)
+    if isinstance(config, T5Config):
+        require_t5(words)
     too_many = words.size > config.vocab_size >= words.size - words.extra_ids
     if too_many and isinstance(words, Vocabulary) and words.sentinels_are_assumed:
         # No file gives the number of sentinels, and the model has no room for T5's 100.

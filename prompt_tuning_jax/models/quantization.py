@@ -3,8 +3,8 @@
 Quantisation is symmetric, and the largest weight determines the scale.  An int8 kernel has one
 scale per output channel; an int4 kernel has one bfloat16 scale per 32 inputs of an output channel.
 Only weights are quantised; activations, their derivatives and all sums keep their precision.  The
-embedding table (one scale per row) and the logits kernel are int8 in both modes.  Norms and
-position biases are not quantised.
+embedding table (one scale per row) and the logits kernel are int8 in both modes.  Norms,
+biases and the vectors of positions are not quantised.
 """
 
 import math
@@ -27,6 +27,7 @@ Quantization: TypeAlias = Literal["none", "int8", "int4"]
 GROUP = 32  # inputs that share one scale in int4
 KERNEL, TABLE, SCALE = "kernel", "embedding", "_scale"
 _LOGITS = "logits_dense"
+_POSITIONS = "position_embedder"
 
 
 def quantized(
@@ -42,7 +43,7 @@ def quantized(
     other parameter is returned unchanged.  An abstract array gives abstract results.
     """
     *path, last = name.split("/")
-    if quantization == "none" or last not in (KERNEL, TABLE):
+    if quantization == "none" or last not in (KERNEL, TABLE) or _POSITIONS in path:
         return {name: array}
     kind: Quantization = "int8" if last == TABLE or _LOGITS in path else quantization
     names = (name, name + SCALE)

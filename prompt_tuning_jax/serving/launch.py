@@ -167,6 +167,7 @@ def open_service(
         vocabulary=words,
         longest=serving.max_prompt_length or None,
         longest_label=serving.max_new_tokens,
+        causal=model.causal,
     )
     tasks = _tasks_in(folder, validator, model)
     store = TaskStore(folder)

@@ -181,7 +181,7 @@ class RequestParser:
             message = f"{len(texts)} targets for {len(request.inputs)} inputs; give one for each"
             raise RefusedError(422, message, field="options.targets")
         words = self._engine.vocabulary
-        found = [(*words.encode(text), words.token_ids.eos) for text in texts]
+        found = [tuple(ids) for ids in words.encode_targets(texts)]
         longest = self._engine.shapes.longest_target
         for number, ids in enumerate(found):
             if len(ids) > longest:
@@ -215,7 +215,7 @@ class RequestParser:
 
     def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
         words = self._engine.vocabulary
-        ids = (*words.encode(text), words.eos_id)
+        ids = tuple(words.encode_input(text))
         longest = self._engine.shapes.longest
         if len(ids) <= longest or request.options.truncate:
             return ids

@@ -16,9 +16,7 @@ class BaseVocabulary(ABC):
 
     Attributes:
       token_ids: the model's special ids; its ``eos`` ends a target.
-      eos_id: the vocabulary's end of sequence, which ends an input if ``inputs_end``.
-      inputs_end: whether inputs end with ``eos_id``.  They do in T5; a decoder-only model continues
-        its input, which therefore has no end.
+      eos_id: the vocabulary's end of sequence, which ends an input if ``token_ids.inputs_end``.
       input_start: the ids before an input's text, such as a beginning of sequence.
       extra_ids: the number of sentinels that are added to those of the file.
       fingerprint: equal for vocabularies that encode all texts equally.
@@ -26,7 +24,6 @@ class BaseVocabulary(ABC):
 
     token_ids: TokenIds
     eos_id: int
-    inputs_end: bool = True
     input_start: tuple[int, ...] = ()
     extra_ids: int = 0
     fingerprint: str
@@ -63,7 +60,7 @@ class BaseVocabulary(ABC):
     @property
     def input_end(self) -> tuple[int, ...]:
         """The ids behind an input's text."""
-        return (self.eos_id,) if self.inputs_end else ()
+        return (self.eos_id,) if self.token_ids.inputs_end else ()
 
     def encode_input(self, text: str, *, chat: bool = False) -> list[int]:
         """Token ids of an input; see ``encode_inputs``."""

@@ -23,7 +23,7 @@ Metadata: TypeAlias = Mapping[str, Any]
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 has 32-bit lengths
 _STRING, _ARRAY = 8, 9
-_SCALARS: dict[int, np.dtype] = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),
     1: np.dtype("i1"),
     2: np.dtype("<u2"),

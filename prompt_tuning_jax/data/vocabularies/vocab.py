@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import T5_SPECIAL, HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     SENTENCEPIECE_FILES,
     AddedTokens,
@@ -126,7 +127,7 @@ class Vocabulary(BaseVocabulary):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
-        kept = [i for i in up_to(ids, self.token_ids.eos) if i not in self._special]
+        kept = [i for i in up_to(ids, self.token_ids.all_eos) if i not in self._special]
         if not self._token_of:
             return self._decode_pieces(kept)
         # Like transformers: blanks around added tokens.
@@ -222,7 +223,7 @@ class ByteVocabulary(BaseVocabulary):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end of sequence."""
-        bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.eos))
+        bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.all_eos))
         return bytes(b for b in bytes_ if 0 <= b < 256).decode("utf-8", errors="ignore")
 
     def pieces(self, token_id: int) -> str:
@@ -248,15 +249,27 @@ AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
 
 
 def load_vocabulary(
-    path: str | os.PathLike[str], *, extra_ids: int | None = None, token_ids: TokenIds = T5_IDS
+    path: str | os.PathLike[str],
+    *,
+    extra_ids: int | None = None,
+    token_ids: TokenIds | None = None,
+    max_size: int | None = None,
 ) -> AnyVocabulary:
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
-    A file with the suffix .json is a ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5;
-    any other is a SentencePiece model.  In a folder, ``vocabulary_file`` chooses the file.
+    A file with the suffix .gguf is a model with its tokenizer.  A file with the suffix .json is a
+    ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5; any other is a SentencePiece
+    model.  In a folder, ``vocabulary_file`` chooses the file.
+
+    Args:
+      path: see above.
+      extra_ids: the number of sentinels, for SentencePiece models and ByT5.
+      token_ids: the model's special ids; None: those of the vocabulary.
+      max_size: the number of the model's embeddings.  Tokens that are added to a tokenizer.json
+        beyond them are left out: they are other models' (Gemma 3 has one for images).
     """
     if str(path) == "bytes":
-        return _byte_vocabulary(extra_ids, token_ids)
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     file = Path(path)
     if file.is_dir():
         inside = vocabulary_file(file)
@@ -264,14 +277,25 @@ def load_vocabulary(
             names = (*SENTENCEPIECE_FILES, "tokenizer.json")
             raise UserError(f"{file}: the folder has no vocabulary ({' or '.join(names)})")
         file = inside
-    if file.suffix != ".json":
-        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids)
+    if file.suffix not in (".json", GGUF_SUFFIX):
+        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids or T5_IDS)
     if file.name.endswith("config.json"):
         stored = byte_extra_ids(file)
-        return _byte_vocabulary(stored if extra_ids is None else extra_ids, token_ids)
+        extra_ids = stored if extra_ids is None else extra_ids
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     if extra_ids is not None:
         raise UserError(f"{file} defines its sentinels: leave out extra_ids")
-    return HfTokenizer(file, token_ids=token_ids)
+    return HfTokenizer(file, token_ids=token_ids, max_size=max_size)
+
+
+def require_t5(vocabulary: AnyVocabulary) -> None:
+    """UserError unless padding, end and unknown have the ids that T5 needs."""
+    if isinstance(vocabulary, HfTokenizer) and not vocabulary.is_t5:
+        first = [vocabulary.pieces(i) for i in range(len(T5_SPECIAL))]
+        raise UserError(
+            f"{vocabulary.path}: T5 needs {', '.join(T5_SPECIAL)} at ids 0, 1 and 2, but this file "
+            f"has {', '.join(first)} there: it is another model's"
+        )
 
 
 def _byte_vocabulary(extra_ids: int | None, token_ids: TokenIds) -> ByteVocabulary:

@@ -75,7 +75,7 @@ def require_t5(config: ModelConfig, *, what: str) -> T5Config:
     return config
 
 
-def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) -> None:
+def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: str) -> None:
     """Raises UserError unless ``params`` are exactly the parameters of such a model.
 
     ``of`` says where they come from; parameters may be any objects with a shape.
@@ -88,7 +88,8 @@ def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) 
         name: jax.ShapeDtypeStruct(shape, "float32")
         for name, shape in parameter_shapes(config).items()
     }
-    require_same_shapes(params, wanted, of=of, and_of="a T5 of this configuration")
+    kind = config.model_type if isinstance(config, CausalLMConfig) else "T5"
+    require_same_shapes(params, wanted, of=of, and_of=f"a {kind} of this configuration")
 
 
 # The path of the prompt [P,D] among the model's parameters in the original prompt tuning code.

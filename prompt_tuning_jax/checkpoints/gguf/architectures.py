@@ -74,7 +74,7 @@ class Metadata:
         value = self._of(key, default)
         if type(value) is not int or not 0 < value < 2**31:
             raise self.error(
-                f"{self.architecture}.{key} is {_shown(value)}; it must be a positive integer"
+                f"{self.architecture}.{key} is {repr(value)[:80]}; it must be a positive integer"
             )
         return value
 
@@ -83,7 +83,7 @@ class Metadata:
         value = self._of(key, default)
         if type(value) not in (int, float) or not np.isfinite(value) or value <= 0:
             raise self.error(
-                f"{self.architecture}.{key} is {_shown(value)}; it must be a positive number"
+                f"{self.architecture}.{key} is {repr(value)[:80]}; it must be a positive number"
             )
         return float(str(np.float32(value)))
 
@@ -94,7 +94,8 @@ class Metadata:
             return None
         if kind != "linear":
             raise self.error(
-                f"{self.architecture}.rope.scaling.type is {_shown(kind)}; supported: none, linear"
+                f"{self.architecture}.rope.scaling.type is {repr(kind)[:80]}; supported: none and "
+                "linear"
             )
         return RopeScaling(kind="linear", factor=self.number("rope.scaling.factor"))
 
@@ -104,7 +105,7 @@ class Metadata:
         if value is None:
             return None
         if type(value) is not int or not 0 <= value < 2**31:
-            raise self.error(f"tokenizer.ggml.{name}_token_id is {_shown(value)}")
+            raise self.error(f"tokenizer.ggml.{name}_token_id is {repr(value)[:80]}")
         return value
 
     def error(self, message: str) -> UserError:

@@ -63,10 +63,10 @@ def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
         if architecture.norms_plus_one and name.endswith("norm/scale"):
             tensor = _minus_one(tensor)
         width = shapes[name][-1]
-        if architecture.permuted and ("/query/" in name or "/key/" in name):
-            if tensor.shape[0] == width:  # otherwise, a message tells the shapes
-                order = permutation(width // config.head_dim, config.head_dim)
-                tensor = tensor.taken(order, axis=0)
+        turned = architecture.permuted and ("/query/" in name or "/key/" in name)
+        if turned and tensor.shape[0] == width:  # otherwise, a message tells the shapes
+            order = permutation(width // config.head_dim, config.head_dim)
+            tensor = tensor.taken(order, axis=0)
         params[name] = table.read(name, tensor, shapes, config.head_dim)
         if params[name].shape != shapes[name]:
             raise UserError(

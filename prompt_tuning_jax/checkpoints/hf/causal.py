@@ -1,4 +1,4 @@
-"""Reads decoder-only models from Hugging Face folders, by the tables in ``hf.families``."""
+"""Reads and writes decoder-only models as Hugging Face folders, by ``hf.families``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,9 @@ from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
 from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigReader
+from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
+from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
@@ -18,6 +20,18 @@ from prompt_tuning_jax.untrusted_input import read_json_file
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _LARGEST = 2**20  # bytes
+# Files of a tokenizer that transformers writes, in any of its versions.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
@@ -65,6 +79,67 @@ def open_causal(
                 f"but by {_CONFIG} it is {list(shapes[name])}"
             )
     return config, params
+
+
+def write_causal(
+    folder: Path,
+    config: CausalLMConfig,
+    params: Mapping[str, LazyArray],
+    *,
+    tokenizer: Mapping[str, Path | dict[str, Any]],
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
+    """Writes a model, whose parameters are checked already; see ``write_hf``.
+
+    Raises UserError, before anything is written, if ``config.json`` would describe another model.
+    """
+    described = described_config(config)
+    generation = {
+        key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    } | {"eos_token_id": _one_or_all(config.token_ids.all_eos)}
+    reader = ConfigReader(described, generation=generation, path=folder / _CONFIG)
+    FAMILIES[config.model_type].describe(reader)
+    again = reader.config()
+    if again != config:
+        differing = [
+            f"{field.name} ({getattr(config, field.name)!r})"
+            for field in dataclasses.fields(config)
+            if getattr(again, field.name) != getattr(config, field.name)
+        ]
+        raise UserError(
+            f"transformers' {config.model_type} cannot have this model's {', '.join(differing)}"
+        )
+    write_folder(
+        folder,
+        FAMILIES[config.model_type].names.write(params, config.head_dim),
+        describe=lambda stored: {**described, "torch_dtype": stored, "dtype": stored},
+        tokenizer={_GENERATION_CONFIG: generation, **tokenizer},
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def described_config(config: CausalLMConfig) -> dict[str, Any]:
+    """config.json for transformers 4 and 5, without the dtype of the weights."""
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model_type is {config.model_type!r}; written are: {known}")
+    family = FAMILIES[config.model_type]
+    writer = ConfigWriter(config)
+    family.describe(writer)
+    return {"architectures": [family.architecture], **writer.raw}
+
+
+def tokenizer_copies(vocabulary_file: str | Path) -> dict[str, Path | dict[str, Any]]:
+    """The tokenizer's files beside a vocabulary, to be copied, by name."""
+    path = Path(vocabulary_file)
+    beside = (path.with_name(name) for name in _TOKENIZER_FILES)
+    return {path.name: path, **{file.name: file for file in beside if file.is_file()}}
+
+
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _with_prefix(

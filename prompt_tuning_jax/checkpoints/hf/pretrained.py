@@ -8,11 +8,11 @@ UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torc
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.hf.causal import open_causal
+from prompt_tuning_jax.checkpoints.hf.causal import open_causal, tokenizer_copies, write_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     VOCABULARY,
@@ -34,12 +34,14 @@ from prompt_tuning_jax.checkpoints.parameters import (
     RELPOS,
     parameter_shapes,
     require_parameters,
+    require_t5,
 )
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file as find_vocabulary,
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
@@ -74,10 +76,7 @@ _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
 
 
-AnyConfig: TypeAlias = T5Config | CausalLMConfig
-
-
-def open_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, LazyArray], Path | None]:
+def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, LazyArray], Path | None]:
     """A model as (configuration, parameters by our name in the stored dtype, vocabulary file).
 
     Only headers are read, and copies of the embedding table, which must be identical in a T5.  The
@@ -86,7 +85,7 @@ def open_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, LazyArray], Path |
     """
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
-    config: AnyConfig
+    config: ModelConfig
     if raw["model_type"] in FAMILIES:
         config, params = open_causal(folder, raw)
     else:
@@ -143,7 +142,7 @@ def _require_possible_layers(
             )
 
 
-def read_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, HostArray], Path | None]:
+def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, HostArray], Path | None]:
     """``open_hf`` with all arrays in memory, contiguous."""
     config, params, vocabulary = open_hf(folder)
     read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
@@ -152,7 +151,7 @@ def read_hf(folder: str | Path) -> tuple[AnyConfig, dict[str, HostArray], Path |
 
 def write_hf(
     folder: str | Path,
-    config: T5Config,
+    config: ModelConfig,
     params: Mapping[str, Array | HostArray | LazyArray],
     *,
     vocabulary_file: str | Path | None = None,
@@ -166,13 +165,15 @@ def write_hf(
       folder: written atomically; in an existing one, the safetensors files of an earlier model are
         removed, and other files stay.
       config: of the model.
-      params: by T5X name, exactly those of ``config``; read and written shard by shard.
-      vocabulary_file: written as the tokenizer, if there is one.
+      params: by our name, exactly those of ``config``; read and written shard by shard.
+      vocabulary_file: written as the tokenizer, if there is one; for a decoder-only model, with the
+        tokenizer's other files beside it.
       dtype: of the weights; ``stored`` keeps each array's dtype, and then they read back bit for
         bit.
       max_shard_bytes: larger weights are split into several files with an index.
       model_type: ``mt5`` (``model_type_of`` the folder that was read) for an mT5, which is
-        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5.
+        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5, and a
+        decoder-only model has its type in ``config``.
     """
     if is_quantized(params):
         raise UserError(
@@ -180,12 +181,26 @@ def write_hf(
             "without quantization"
         )
     require_parameters(params, config, of="the parameters")
-    arrays = {hf_name(name): _in_torch_layout(name, array) for name, array in params.items()}
+    lazy = {name: _as_lazy(name, array) for name, array in params.items()}
+    if isinstance(config, CausalLMConfig):
+        write_causal(
+            Path(folder),
+            config,
+            lazy,
+            tokenizer=tokenizer_copies(vocabulary_file) if vocabulary_file else {},
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return
+    t5 = require_t5(config, what="writing a Hugging Face folder")
     write_folder(
         Path(folder),
-        arrays,
-        describe=lambda stored: config_to(config, stored, model_type=model_type),
-        tokenizer=tokenizer_files(vocabulary_file, config) if vocabulary_file else {},
+        {
+            hf_name(name): array.transposed() if _is_transposed(name) else array
+            for name, array in lazy.items()
+        },
+        describe=lambda stored: config_to(t5, stored, model_type=model_type),
+        tokenizer=tokenizer_files(vocabulary_file, t5) if vocabulary_file else {},
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -213,16 +228,15 @@ def _is_transposed(name: str) -> bool:
     return name.endswith(TRANSPOSED)
 
 
-def _in_torch_layout(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
-    if not isinstance(array, LazyArray):
-        held = array
-        array = LazyArray(
-            shape=held.shape,
-            dtype=np.dtype(held.dtype),
-            where=name,
-            read=lambda index: np.asarray(held)[index],
-        )
-    return array.transposed() if _is_transposed(name) else array
+def _as_lazy(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
+    if isinstance(array, LazyArray):
+        return array
+    return LazyArray(
+        shape=array.shape,
+        dtype=np.dtype(array.dtype),
+        where=name,
+        read=lambda index: np.asarray(array)[index],
+    )
 
 
 def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:

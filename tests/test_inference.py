@@ -367,7 +367,7 @@ def test_padding_changes_no_number_and_no_shape(placement):
         own, wanted = (ids[row][ids[row] != 0][None] for ids in (source, target))
         alone = np.asarray(jax.jit(lambda ids: attached.read(ids)[0].hidden_BUD)(own))[0]
         np.testing.assert_allclose(hidden[row, : len(alone)], alone, atol=1e-5)
-        exact = np.asarray(jax.jit(attached)(own, shifted(wanted)))[0]
+        exact = np.asarray(jax.jit(attached)(own, wanted))[0]
         np.testing.assert_allclose(found[row, : len(exact)], exact, atol=1e-4)
         log_p = jax.nn.log_softmax(exact)[np.arange(len(exact)), wanted[0]].sum()
         np.testing.assert_allclose(scores[row], log_p, atol=1e-4)

@@ -57,8 +57,14 @@ def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel
 
 
 def logits(module: TunedModel | T5, source: Any, target: Any) -> np.ndarray:
+    """The logits of these decoder inputs."""
     graphdef, params = param_tree.split(module)
-    return np.asarray(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target))(params))
+
+    def run(params: Any) -> jax.Array:
+        merged = param_tree.merge(graphdef, params)
+        return (merged.model if isinstance(merged, TunedModel) else merged)(source, target)
+
+    return np.asarray(jax.jit(run)(params))
 
 
 def random_tuned(model: T5, method: MethodConfig) -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ from prompt_tuning_jax.models.quantization import (
     quantize_modules,
     quantized,
 )
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import T5Config, preset
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.typing import Array, DType
 

@@ -10,7 +10,6 @@ import numpy as np
 from _rivals import answer_jobs, peak_memory, read_batches
 
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.data.batching.loader import make_batch
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.inference.setup import (
     attach_members,
@@ -23,7 +22,7 @@ from prompt_tuning_jax.training.step import step_cost
 
 
 class Ours:
-    """A frozen T5 and E prompts."""
+    """A frozen model and E prompts."""
 
     experiment: Experiment
     members: Any
@@ -61,12 +60,7 @@ class Ours:
 
     def train(self, *, batches: str) -> dict[str, Any]:
         """Runs a step per batch, the same for all members; returns seconds and losses."""
-        pairs = [make_batch(*pair) for pair in read_batches(batches)]
-        number = self.members.number
-        pairs = [
-            {name: np.repeat(array[None], number, axis=0) for name, array in pair.items()}
-            for pair in pairs
-        ]
+        pairs = [self._batch(*pair) for pair in read_batches(batches)]
         losses = []
         began = time.perf_counter()
         for pair in pairs:
@@ -116,13 +110,16 @@ class Ours:
 
     def flops(self, *, batches: str) -> dict[str, Any]:
         """Returns the FLOPs of one step on the first batch, before optimization."""
-        pair = make_batch(*read_batches(batches)[0])
-        pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
+        pair = self._batch(*read_batches(batches)[0])
         partitioner = partitioner_of(self.experiment)
         microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
         iterations = microbatching.iterations(*pair["inputs"].shape)
         cost = step_cost(self.step, self.state, self.members.frozen, pair, iterations=iterations)
         return {"flops": cost.flops}
+
+    def _batch(self, inputs_BT: np.ndarray, targets_BS: np.ndarray) -> dict[str, np.ndarray]:
+        pair = {"inputs": inputs_BT, "targets": targets_BS}
+        return {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
 
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:
         """Returns the best FLOP/s of several runs of one large matrix product."""

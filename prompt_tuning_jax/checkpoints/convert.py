@@ -64,11 +64,11 @@ def convert(
     ``checkpoint_<step>``.
 
     Models are written as ``hf``, in files of at most ``max_shard_bytes``, or as ``t5x``, in
-    ``destination/checkpoint_<step>``, optionally with a ``prompt``; T5X has T5s alone.  Both get the source's
-    vocabulary or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step`` defaults to the source's
-    step, or 0.  Written as ``t5x``, a T5X source keeps its optimizer's state (unless a new prompt
-    is given) and its scanned layers (unless ``unscan``).  Written as ``hf``, it may need
-    ``relpos_max_distance``, which T5X checkpoints do not store.
+    ``destination/checkpoint_<step>``, optionally with a ``prompt``; a ``t5x`` is always a T5.  Both
+    get the source's vocabulary or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step``
+    defaults to the source's step, or 0.  Written as ``t5x``, a T5X source keeps its optimizer's
+    state (unless a new prompt is given) and its scanned layers (unless ``unscan``).  Written as
+    ``hf``, it may need ``relpos_max_distance``, which T5X checkpoints do not store.
 
     Prompts are written as ``npy``, ``safetensors`` (with their metadata) or ``peft``.  ``model`` is
     the frozen model of the prompts.  They must fit it, and a PEFT adapter stores its name.

@@ -167,9 +167,9 @@ class ModelDescription:
     """A stored model.
 
     ``size`` is a preset's name or empty; ``dtypes`` counts the parameters stored in each dtype (in
-    a GGUF file, each type); ``bytes`` is the size of all parameters as stored; ``step``, ``prompt`` (its shape) and
-    ``optimizer_arrays`` are None except for T5X checkpoints; ``fingerprint`` is empty unless it was
-    computed.
+    a GGUF file, each type); ``bytes`` is the size of all parameters as stored; ``step``,
+    ``prompt`` (its shape) and ``optimizer_arrays`` are None except for T5X checkpoints;
+    ``fingerprint`` is empty unless it was computed.
     """
 
     location: str

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
+from prompt_tuning_jax.checkpoints.gguf.tokenizer import gguf_tokenizer_files
 from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
@@ -13,6 +14,7 @@ from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.untrusted_input import read_json_file
@@ -132,8 +134,10 @@ def described_config(config: CausalLMConfig) -> dict[str, Any]:
 
 
 def tokenizer_copies(vocabulary_file: str | Path) -> dict[str, Path | dict[str, Any]]:
-    """The tokenizer's files beside a vocabulary, to be copied, by name."""
+    """The tokenizer's files, by name: those beside a vocabulary, or those of a GGUF file."""
     path = Path(vocabulary_file)
+    if path.suffix == GGUF_SUFFIX:
+        return {**gguf_tokenizer_files(path)}
     beside = (path.with_name(name) for name in _TOKENIZER_FILES)
     return {path.name: path, **{file.name: file for file in beside if file.is_file()}}
 

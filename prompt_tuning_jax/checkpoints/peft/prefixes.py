@@ -32,6 +32,7 @@ def read_prefix(
     config = require_family(config)
     length, pairs = adapter.number("num_virtual_tokens"), adapter.number("num_layers")
     if isinstance(config, T5Config):
+        adapter.require("token_dim", config.embed_dim, "the width of this model")
         _require_peft_can(config)
         heads = config.num_heads
         if pairs < config.num_decoder_layers:

@@ -44,7 +44,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 from prompt_tuning_jax.untrusted_input import json_text
 
 P_TUNING, CPT, MULTITASK = "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING"
-TYPES = (PREFIX, CARTRIDGE, P_TUNING, CPT, MULTITASK)
+TYPES = (PREFIX, P_TUNING, MULTITASK, CPT, CARTRIDGE)
 _COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
 

@@ -407,7 +407,9 @@ class CausalLM(Model):
             past = [*past, _past(prompt, start=start)]
             source = replace(source, prompt_BPD=None)
         whole = joined(source)
-        if not whole.embeddings_BUD.shape[1]:  # nothing but a prompt is read, to keep its keys and values
+        if not whole.embeddings_BUD.shape[
+            1
+        ]:  # nothing but a prompt is read, to keep its keys and values
             batch, config = len(whole.mask_BU), self.config
             nothing = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), self.dtype)
             return Context(

@@ -1,7 +1,7 @@
 """A prompt for SmolLM2-135M-Instruct, a decoder-only language model, on your own data.
 
-scripts/fetch_model smollm2
-prompt-tuning train configs/smollm2.py --data train.jsonl --eval_data dev.jsonl --workdir runs/smollm2
+python scripts/fetch_model smollm2
+prompt-tuning train configs/smollm2.py --data train.jsonl --eval_data dev.jsonl
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training

@@ -57,19 +57,13 @@ def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel
 
 
 def logits(module: TunedModel | T5, source: Any, target: Any) -> np.ndarray:
-    """The logits of these decoder inputs."""
     graphdef, params = param_tree.split(module)
 
     def run(params: Any) -> jax.Array:
-<<<<<<< HEAD
-        merged = param_tree.merge(graphdef, params)
-        return (merged.model if isinstance(merged, TunedModel) else merged)(source, target)
-=======
         merged: Any = param_tree.merge(graphdef, params)
         call = merged if isinstance(merged, TunedModel) else merged.run
         computed: jax.Array = call(source, target)
         return computed
->>>>>>> peftcausal
 
     return np.asarray(jax.jit(run)(params))
 

@@ -4,7 +4,7 @@ prompt-tuning train configs/adapters.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import Adapters
+from prompt_tuning_jax.config.methods import Adapters
 
 
 def get_config() -> Experiment:

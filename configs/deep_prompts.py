@@ -6,7 +6,7 @@ The optimizer is that of the quickstart.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import DeepPrompts
+from prompt_tuning_jax.config.methods import DeepPrompts
 
 
 def get_config() -> Experiment:

@@ -4,7 +4,7 @@ prompt-tuning train configs/ia3.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import IA3
+from prompt_tuning_jax.config.methods import IA3
 
 
 def get_config() -> Experiment:

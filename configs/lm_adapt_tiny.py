@@ -1,10 +1,10 @@
-"""LM adaptation of the pre-trained tiny T5 (Lester et al. 2021, section 3.3): prefix-LM alone.
+"""LM adaptation of the pre-trained tiny T5 with prefix LM (Lester et al. 2021, section 3.3).
 
 scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import FullTuning
+from prompt_tuning_jax.config.methods import FullTuning
 
 
 def get_config() -> Experiment:

@@ -4,7 +4,7 @@ prompt-tuning train configs/lora.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import LoRA
+from prompt_tuning_jax.config.methods import LoRA
 
 
 def get_config() -> Experiment:

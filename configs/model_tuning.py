@@ -1,13 +1,13 @@
-"""Model tuning of the bundled tiny T5 on the quickstart's task: what a prompt is compared with.
+"""Model tuning of the bundled tiny T5 on the quickstart's task, as a baseline for prompts.
 
 prompt-tuning train configs/model_tuning.py
 
-The optimizer is T5's own for fine-tuning (Raffel et al. 2020, section 3.1.2): Adafactor with
-parameter scaling at a constant 0.001.
+The optimizer is that of T5's fine-tuning (Raffel et al. 2020, section 3.1.2): Adafactor with
+parameter scaling and a constant learning rate of 0.001.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import FullTuning
+from prompt_tuning_jax.config.methods import FullTuning
 
 
 def get_config() -> Experiment:

@@ -1,8 +1,8 @@
-"""A shared prompt and each task's own, low-rank part (MPT) on all of SuperGLUE at once.
+"""Multitask prompt tuning (MPT) on SuperGLUE: a shared prompt, and low-rank factors per task.
 
 prompt-tuning train configs/multitask_prompts.py --data_dir SuperGLUE
 
-Any mixture will do. A single task then starts from the run with `--set data.task=TASK
+Any mixture can be used.  To start a single task from the run, use `--set data.task=TASK
 --set method.init=source --set method.init_path=runs/multitask_prompts` and another workdir.
 """
 
@@ -14,7 +14,7 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.methods import MultitaskPrompts
+from prompt_tuning_jax.config.methods import MultitaskPrompts
 
 
 def get_config() -> Experiment:

@@ -1,12 +1,12 @@
-"""P-tuning of the bundled tiny T5 on the quickstart's task: an LSTM makes the prompt.
+"""P-tuning of the bundled tiny T5 on the quickstart's task: an LSTM computes the prompt.
 
 prompt-tuning train configs/p_tuning.py
 
-What trains are an encoder's weights, which want smaller steps than a prompt.
+The trainable parameters are an encoder's weights, which need a lower learning rate than a prompt.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PTuning
+from prompt_tuning_jax.config.methods import PTuning
 
 
 def get_config() -> Experiment:

@@ -1,10 +1,10 @@
-"""The settings of Lester et al. 2021 (section 3, appendix A), here on BoolQ.
+"""The settings of Lester et al. 2021 (section 3, appendix A) on BoolQ.
 
 prompt-tuning train configs/paper.py --data_dir DATA
 
-DATA is a folder of official files or of TFDS; the model is read from the bucket where it was
-released, or from the folder named by ``--model``.  ``--set data.task=NAME`` is another task, and
-``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
+DATA is a folder of official files or of TFDS.  The model is read from the bucket where it was
+released, or from the folder given by ``--model``.  ``--set data.task=NAME`` selects another task,
+and ``--seeds 0,1,2,3,4`` trains the paper's ensemble of five.
 """
 
 from prompt_tuning_jax.config.experiment import (
@@ -15,7 +15,7 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning
 
 
 def get_config() -> Experiment:

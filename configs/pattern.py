@@ -1,12 +1,12 @@
-"""Norms and position biases alone, of the bundled tiny T5 on the quickstart's task.
+"""Trains only norms and position biases of the bundled tiny T5, on the quickstart's task.
 
-What BitFit comes to in a model that has no biases.
+This corresponds to BitFit for a model without biases.
 
 prompt-tuning train configs/pattern.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PatternTuning
+from prompt_tuning_jax.config.methods import PatternTuning
 
 
 def get_config() -> Experiment:

@@ -2,11 +2,12 @@
 
 prompt-tuning train configs/prefix_tuning.py
 
-The prefixes start from what the model computes for words, and move three times slower than prompts.
+The prefixes are initialized with keys and values that the model computes for words, and have a
+three times lower learning rate than prompts.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PrefixTuning
+from prompt_tuning_jax.config.methods import PrefixTuning
 
 
 def get_config() -> Experiment:

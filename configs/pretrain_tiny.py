@@ -1,10 +1,10 @@
-"""Pre-trains the bundled tiny T5 from random weights: text, and questions that prompts describe.
+"""Pre-trains the bundled tiny T5 from random weights, on text and on classes that prompts describe.
 
 scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import DescribedPrompts
+from prompt_tuning_jax.config.methods import DescribedPrompts
 
 
 def get_config() -> Experiment:

@@ -1,10 +1,10 @@
-"""Five prompts at once on the bundled tiny T5: is a word positive or negative?  Takes minutes.
+"""Trains five prompts at once on the bundled tiny T5 to tell positive from negative words.
 
 prompt-tuning train configs/quickstart.py
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning
 
 
 def get_config() -> Experiment:

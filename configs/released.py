@@ -1,12 +1,14 @@
-"""The prompt-tuning configs released in 2021 (google-research/prompt-tuning), its SST-2 demo.
+"""The configs released in 2021 (google-research/prompt-tuning), with the task of its demo, SST-2.
 
 prompt-tuning train configs/released.py --data_dir DATA
 
-DATA is a folder of official files or of TFDS; the model is read from the bucket where it was
-released, or from the folder named by ``--model``.
-Unlike the paper: batches of 128, the loss summed over tokens with z-loss, and an optimizer that
-goes on counting at the step of the restored checkpoint, which holds nearly every update at an
-RMS of 0.3.  TRAIN_STEPS there includes those 1,100,000 steps; ``training.steps`` does not.
+DATA is a folder of official files or of TFDS.  The model is read from the bucket where it was
+released, or from the folder given by ``--model``.
+
+These configs differ from the paper: batches have 128 examples, the loss is summed over tokens with
+z-loss, and the optimizer continues to count from the step of the restored checkpoint, so that
+nearly every update has an RMS of 0.3.  Their TRAIN_STEPS includes those 1,100,000 steps;
+``training.steps`` does not.
 """
 
 from prompt_tuning_jax.config.experiment import (
@@ -17,7 +19,7 @@ from prompt_tuning_jax.config.experiment import (
     Optimizer,
     Training,
 )
-from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning
 
 
 def get_config() -> Experiment:

@@ -2,11 +2,12 @@
 
 prompt-tuning train configs/warp.py
 
-They start as the model's own for the labels, and move a hundred times slower than the prompt.
+They are initialized with the output head's vectors for the labels, and have a hundred times lower
+learning rate than the prompt.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.methods import WARP
+from prompt_tuning_jax.config.methods import WARP
 
 
 def get_config() -> Experiment:

@@ -1,4 +1,4 @@
-"""What compare_methods compares: each method with its optimizer and the rates to search."""
+"""The methods that compare_methods compares, with their optimizers and learning rates to try."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ from prompt_tuning_jax.methods import (
     PTuning,
 )
 
-# The paper's, and AdamW as the methods around the weights are trained by their authors.
+# Adafactor as in the paper; AdamW as in the papers of the methods that adapt the weights.
 ADAFACTOR = Optimizer(schedule="linear")
 ADAMW = Optimizer(name="adamw", schedule="linear", weight_decay=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A method, how it is trained, and the learning rates (of prompt design the shots) to try."""
+    """A method, its optimizer, and the learning rates (for prompt design: shots) to try."""
 
     method: MethodConfig
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -37,9 +37,9 @@ class Compared:
 
 
 def compared(*, length: int, init: str) -> dict[str, Compared]:
-    """By name; ``length`` and ``init`` are those of everything that is a prompt."""
+    """Returns the methods by name; ``length`` and ``init`` apply to all prompts."""
     start = {"init": init, "length": length}
-    # Each tries a rate above the one that it mostly chooses.
+    # The rates include one above the usual choice.
     prompts = (0.1, 0.3, 1.0)
     around = (3e-3, 1e-2, 3e-2)
 
@@ -55,14 +55,14 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "prompt_tuning": prompt(dataclasses.replace(PromptTuning(), **start)),
         "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
         "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.03, 0.1, 0.3)),
-        # Class vectors start where they should end, and move a hundred times slower.
+        # Class vectors have a good initial value, and so a learning rate a hundred times lower.
         "warp": Compared(
             method=dataclasses.replace(WARP(), **start),
             optimizer=dataclasses.replace(ADAFACTOR, rates=("method/class_CD=0.01",)),
             rates=prompts,
         ),
         "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
-        # Keys and values start from words', and move three times slower (configs/prefix_tuning.py).
+        # Lower rates, because prefixes are initialized from words (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.03, 0.1, 0.3)),
         "ia3": weights(IA3(), (1e-1, 3e-1, 1.0)),
         "lora": weights(LoRA()),

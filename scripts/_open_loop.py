@@ -1,4 +1,4 @@
-"""Requests that come when they come, whether the earlier ones are answered or not."""
+"""An open-loop load generator: arrivals do not wait for earlier requests to be answered."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ _IDLE = 2.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One input each: when it comes (seconds, rising), its task, text and number of labels."""
+    """Each request's arrival time in ascending seconds, its task and its example."""
 
     at: list[float]
     task: list[int]
@@ -24,7 +24,7 @@ class Load:
 
 
 def poisson(rate: float, seconds: float, *, tasks: int, examples: int, seed: int = 0) -> Load:
-    """Arrivals at ``rate`` a second; tasks and examples are drawn evenly."""
+    """Returns Poisson arrivals at ``rate`` per second, with uniform tasks and examples."""
     random = np.random.default_rng(seed)
     number = max(1, int(rate * seconds))
     return Load(
@@ -35,7 +35,7 @@ def poisson(rate: float, seconds: float, *, tasks: int, examples: int, seed: int
 
 
 async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float | None]:
-    """Seconds from each arrival to its answer; None where it was refused or failed."""
+    """Returns the seconds from each arrival to its response, or None if the request failed."""
     host, port = address.removeprefix("http://").split(":")
     free: deque[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = deque()
     limit = asyncio.Semaphore(_CONNECTIONS)
@@ -45,7 +45,7 @@ async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float
         await asyncio.sleep(load.at[number] - (time.perf_counter() - began))
         body = bodies[load.example[number]](load.task[number])
         async with limit:
-            # One that has long been idle may be closed by the server just now.
+            # The server may be closing connections that have been idle for long.
             while free and time.perf_counter() - free[0][0] > _IDLE:
                 free.popleft()[2].close()
             opened = free.pop()[1:] if free else await asyncio.open_connection(host, int(port))
@@ -69,6 +69,6 @@ async def ask_all(address: str, load: Load, bodies: Sequence[Any]) -> list[float
 
 
 def body_of(text: str, mode: str) -> Any:
-    """A function from a task's number to the request for this text."""
+    """Returns a function that maps a task's number to the request body for this text."""
     rest = f'"mode":"{mode}","inputs":[{json.dumps(text)}]'
     return lambda task: f'{{"task":"task_{task}",{rest}}}'.encode()

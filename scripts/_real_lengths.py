@@ -1,4 +1,4 @@
-"""SuperGLUE's texts as batches of token ids, padded in the ways that are compared."""
+"""SuperGLUE's texts as batches of token ids, with different kinds of padding."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ TASKS = ("rte", "cb", "wic", "copa", "wsc", "multirc", "boolq")
 
 
 class LongestInBatch(TrainBatches):
-    """The same batches as without buckets, each padded to its longest input."""
+    """Batches as without buckets, each padded to its longest input."""
 
-    multiple = 1  # of which lengths are
+    multiple = 1  # lengths are rounded up to a multiple of this
 
     def lengths_for(self, step: int) -> tuple[int, int]:
         fixed, targets_length = super().lengths_for(step)
@@ -25,7 +25,7 @@ class LongestInBatch(TrainBatches):
 def open_examples(
     name: str, words: AnyVocabulary, *, data_dir: str, inputs_length: int, targets_length: int
 ) -> TokenizedExamples:
-    """The training examples of a task; the validation split where those are but a part."""
+    """Returns a task's training examples, or the validation split if they are incomplete."""
 
     def opened(split: str) -> TokenizedExamples:
         return tokenize(
@@ -45,9 +45,8 @@ def open_examples(
 def padded(
     examples: TokenizedExamples, way: str, *, batch_size: int, beside: int, multiple: int = 8
 ) -> TrainBatches:
-    """Batches of the examples: ``fixed``, ``longest`` (in the batch), or as in ``data.buckets``."""
-    own_plan = way in ("fixed", "longest")
-    buckets = FIXED if own_plan else Buckets.from_text(way, beside=beside)
+    """Returns batches padded to ``fixed``, ``longest`` (in the batch), or as ``data.buckets``."""
+    buckets = FIXED if way in ("fixed", "longest") else Buckets.from_text(way, beside=beside)
     kind = LongestInBatch if way == "longest" else TrainBatches
     batches = kind(examples, batch_size=batch_size, seeds=(0,), buckets=buckets)
     if isinstance(batches, LongestInBatch):
@@ -56,7 +55,7 @@ def padded(
 
 
 def spread(batches: TrainBatches, steps: int) -> list[dict[str, np.ndarray]]:
-    """Batches of an epoch whose lengths are evenly spaced among those of all its batches."""
+    """Returns batches of an epoch at evenly spaced quantiles of the batches' lengths."""
     epoch = range(max(1, batches.examples_per_epoch // batches.batch_size))
     ordered = sorted(epoch, key=batches.lengths_for)
     chosen = [ordered[int((i + 0.5) * len(ordered) / steps)] for i in range(steps)]

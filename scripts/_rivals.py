@@ -1,8 +1,8 @@
-"""Two programs that do the same work, each in a process of its own, taking turns.
+"""Runs programs that do the same work in separate processes, one at a time.
 
-A worker reads one JSON object a line from its standard input, does the job that it names, and
-answers with one JSON object a line; what else it prints goes to standard error.  While one works
-the others wait, so that each has the machine to itself.
+A worker reads one JSON object per line from standard input, runs the job that it names, and
+answers with one JSON object per line; everything else that it prints goes to standard error.  Only
+one worker runs at a time, so that each has the whole machine.
 """
 
 import json
@@ -22,7 +22,7 @@ WORKERS = Path(__file__).resolve().parent
 
 
 class Worker:
-    """One program; ``ask`` sends it a job and waits for the answer."""
+    """A worker process; ``ask`` sends it a job and waits for the answer."""
 
     def __init__(self, name: str, script: str, *, python: str, threads: int) -> None:
         self.name = name
@@ -34,7 +34,7 @@ class Worker:
         )
 
     def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        """The worker's answer; exits where the worker has died."""
+        """Returns the worker's answer; exits if the worker has died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **job}) + "\n")
@@ -43,7 +43,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            sys.exit(f"error: {self.name} ended while it was asked to {do}; its message is above")
+            sys.exit(f"error: {self.name} exited during the job {do!r}; see its message above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -54,7 +54,7 @@ class Worker:
 
 
 def answer_jobs(jobs: Mapping[str, Any]) -> None:
-    """The worker's side: does what is asked until nobody asks any more."""
+    """Runs in the worker: answers jobs until standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
@@ -63,7 +63,7 @@ def answer_jobs(jobs: Mapping[str, Any]) -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory that this process has held so far, and what it holds now, in MB."""
+    """Returns the peak and the current resident memory of this process in MB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return {
@@ -73,7 +73,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def start_of_both(preset: str, scratch: Path, *, prompt_length: int) -> tuple[Path, Path]:
-    """A folder of random weights that both read, and a prompt ``[P, D]`` to start from."""
+    """Writes random weights and an initial prompt ``[P, D]`` for both sides; returns the paths."""
     from prompt_tuning_jax import param_tree
     from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
     from prompt_tuning_jax.checkpoints.load import random_model
@@ -89,7 +89,7 @@ def start_of_both(preset: str, scratch: Path, *, prompt_length: int) -> tuple[Pa
 
 
 def save_batches(file: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Path:
-    """Pairs of inputs ``[B, T]`` and targets ``[B, S]``, of any lengths, as one file."""
+    """Writes pairs of inputs ``[B, T]`` and targets ``[B, S]``, of any lengths, to one file."""
     arrays = {}
     for number, (inputs_BT, targets_BS) in enumerate(batches):
         arrays[f"inputs_{number}"] = inputs_BT.astype(np.int32)
@@ -99,7 +99,7 @@ def save_batches(file: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -
 
 
 def read_batches(file: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What ``save_batches`` has written."""
+    """Reads a file that ``save_batches`` has written."""
     with np.load(file, allow_pickle=False) as arrays:
         count = len(arrays.files) // 2
         return [(arrays[f"inputs_{n}"], arrays[f"targets_{n}"]) for n in range(count)]
@@ -108,33 +108,33 @@ def read_batches(file: str) -> list[tuple[np.ndarray, np.ndarray]]:
 def take_turns(
     jobs: Mapping[str, tuple[Worker, str, Mapping[str, Any]]], *, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers by name, ``rounds`` of each; the order turns round from one round to the next."""
+    """Runs each job ``rounds`` times, reversing the order each round; returns answers by name."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     for number in range(rounds):
         names = list(jobs) if number % 2 == 0 else list(reversed(jobs))
         for name in names:
             worker, do, job = jobs[name]
-            time.sleep(0.2)  # the other's threads go to sleep
+            time.sleep(0.2)  # until the other worker's threads are idle
             answers[name].append(worker.ask(do, **job))
     return answers
 
 
 def median_and_spread(values: Sequence[float]) -> str:
-    """``median (least - most)``."""
+    """Formats values as ``median (min - max)``."""
     if len(values) == 1:
         return f"{values[0]:.4g}"
     return f"{statistics.median(values):.4g} ({min(values):.4g} - {max(values):.4g})"
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """How much larger ours is, of the medians; between, the least and most of any round."""
+    """Formats the ratio of the medians, and the smallest and largest ratio of any round."""
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     whole = statistics.median(ours) / statistics.median(theirs)
     return f"{whole:.2f} ({min(pairs):.2f} - {max(pairs):.2f})"
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of one shape as a table."""
+    """Formats rows with the same keys as a Markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]

@@ -1,4 +1,4 @@
-"""The bundled task and the small labelled text sets that the scripts beside this compare on."""
+"""The tasks of the comparison scripts: the bundled one, and small labelled text datasets."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ Rows = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """Where to train and choose (``validation``), and where to report (``test``)."""
+    """The data for training and selection (``validation``), and for the result (``test``)."""
 
     name: str
     validation: Data
@@ -23,14 +23,14 @@ class TextTask:
 
 
 def text_tasks(folder: str | None, *, cache: Path, only: Sequence[str] = ()) -> dict[str, TextTask]:
-    """Those named in ``only``, or all: the bundled one, and where ``folder`` is given its sets.
+    """Returns the tasks named in ``only``, or all: the bundled one, and the datasets in ``folder``.
 
-    The sets are read in their original files and written to ``cache`` as anybody's own data.
+    The datasets are read from their original files and written to ``cache`` as jsonl files.
     """
     names = ["word_valence", *(READERS if folder else ())]
     unknown = [name for name in only if name not in names]
     if unknown:
-        raise UserError(f"no task {unknown[0]!r} here; there are {', '.join(names)}")
+        raise UserError(f"unknown task {unknown[0]!r}; choose from {', '.join(names)}")
     tasks = {}
     for name in only or names:
         if name == "word_valence":
@@ -71,7 +71,7 @@ def sentence_polarity(folder: Path) -> Rows:
 
 
 def qc(folder: Path) -> Rows:
-    """Li & Roth 2002, coarse labels; a tenth of the training file, by hash, is for validation."""
+    """Li & Roth 2002, coarse labels; a hash selects a tenth of the training file for validation."""
     labels = {
         "ABBR": "letter",
         "DESC": "reason",
@@ -91,7 +91,7 @@ def qc(folder: Path) -> Rows:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines that are not blank, from latin-1."""
+    """Returns the non-blank lines of a latin-1 file."""
     try:
         text = file.read_text(encoding="latin-1")
     except OSError as error:
@@ -100,21 +100,22 @@ def read_lines(file: Path) -> list[str]:
 
 
 def find(folder: Path, word: str) -> Path:
-    """The one file in the folder with this word in its name."""
+    """Returns the only file in the folder with this word in its name."""
     found = [file for file in sorted(folder.glob("*")) if word in file.name]
     if len(found) != 1:
-        raise UserError(f"expected one file with {word!r} in its name in {folder}: {found}")
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(f"{folder} must have one file with {word!r} in its name; it has {names}")
     return found[0]
 
 
 def split_of(text: str) -> str:
-    """train, validation or test for 80, 10 and 10 % of all texts, by hash."""
+    """Returns train, validation or test by hash, for 80, 10 and 10 % of all texts."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
 
 def write_splits(rows: Rows, folder: Path) -> dict[str, Path]:
-    """A jsonl file for each split."""
+    """Writes a jsonl file per split; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for split, examples in rows.items():

@@ -1,4 +1,4 @@
-"""Answers jobs with this package (``_rivals.Worker``)."""
+"""A worker that runs jobs with this package (``_rivals.Worker``)."""
 
 import os
 import time
@@ -10,7 +10,6 @@ import numpy as np
 from _rivals import answer_jobs, peak_memory, read_batches
 
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
-from prompt_tuning_jax.data.batching.loader import make_batch
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.inference.setup import (
     attach_members,
@@ -23,7 +22,7 @@ from prompt_tuning_jax.training.step import step_cost
 
 
 class Ours:
-    """A frozen T5 and E prompts."""
+    """A frozen model and E prompts."""
 
     experiment: Experiment
     members: Any
@@ -40,7 +39,7 @@ class Ours:
         members: int = 1,
         batch_size: int = 16,
     ) -> dict[str, Any]:
-        """Each member starts from the given prompt, an .npy of ``[P, D]``."""
+        """Initializes every member with the given prompt, an .npy of ``[P, D]``."""
         start_PD = np.load(prompt, allow_pickle=False)
         self.experiment = experiment = Experiment(
             model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=dropout),
@@ -60,13 +59,8 @@ class Ours:
         return {}
 
     def train(self, *, batches: str) -> dict[str, Any]:
-        """A step for each batch, the same for every member; seconds in all, and the losses."""
-        pairs = [make_batch(*pair) for pair in read_batches(batches)]
-        number = self.members.number
-        pairs = [
-            {name: np.repeat(array[None], number, axis=0) for name, array in pair.items()}
-            for pair in pairs
-        ]
+        """Runs a step per batch, the same for all members; returns seconds and losses."""
+        pairs = [self._batch(*pair) for pair in read_batches(batches)]
         losses = []
         began = time.perf_counter()
         for pair in pairs:
@@ -76,7 +70,7 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "losses": losses}
 
     def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
-        """Greedy decoding of every batch."""
+        """Decodes every batch greedily."""
         inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
         writing = DecodeConfig(strategy="greedy", max_length=max_length)
         written = []
@@ -96,7 +90,7 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "written": ids}
 
     def rank(self, *, batches: str, labels: list[list[int]]) -> dict[str, Any]:
-        """The likeliest of the label strings for every input."""
+        """Chooses the most probable label for every input."""
         inputs = [inputs_BT for inputs_BT, _ in read_batches(batches)]
         labels_CS = np.asarray(labels, np.int32)
         began = time.perf_counter()
@@ -115,17 +109,20 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "chosen": chosen}
 
     def flops(self, *, batches: str) -> dict[str, Any]:
-        """Floating point operations of one step on the first batch, before optimisation."""
-        pair = make_batch(*read_batches(batches)[0])
-        pair = {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
+        """Returns the FLOPs of one step on the first batch, before optimization."""
+        pair = self._batch(*read_batches(batches)[0])
         partitioner = partitioner_of(self.experiment)
         microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
         iterations = microbatching.iterations(*pair["inputs"].shape)
         cost = step_cost(self.step, self.state, self.members.frozen, pair, iterations=iterations)
         return {"flops": cost.flops}
 
+    def _batch(self, inputs_BT: np.ndarray, targets_BS: np.ndarray) -> dict[str, np.ndarray]:
+        pair = {"inputs": inputs_BT, "targets": targets_BS}
+        return {k: np.repeat(v[None], self.members.number, axis=0) for k, v in pair.items()}
+
     def matmul_peak(self, *, dtype: str, size: int = 2048) -> dict[str, Any]:
-        """Operations a second of one large product, the best of several."""
+        """Returns the best FLOP/s of several runs of one large matrix product."""
         x = jnp.ones((size, size), dtype)
         product = jax.jit(
             lambda a, b: jax.lax.dot_general(

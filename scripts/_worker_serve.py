@@ -1,4 +1,4 @@
-"""Serves a folder of prompts for ``bench_serve``, each task in batches of its own if told to.
+"""Serves a folder of prompts for ``bench_serve``; with ``apart``, a batch has a single task.
 
 python _worker_serve.py MODEL PROMPTS DTYPE LENGTHS NEW_TOKENS APART
 """
@@ -18,7 +18,7 @@ from prompt_tuning_jax.serving.server import address_of, bound, serve
 
 
 def main() -> None:
-    """Prints the address on one line, then ``ready`` on the next."""
+    """Prints the address on one line, and ``ready`` on the next once all programs are compiled."""
     name, prompts, dtype, lengths, new_tokens, apart = sys.argv[1:]
     keep_freed_memory()
     keep_compiled_programs()
@@ -33,15 +33,15 @@ def main() -> None:
     )
     service = open_service(experiment, prompts, serving=serving, apart=apart == "apart")
 
-    # What is measured is a server that has all its programs.
+    # The benchmark measures a server that has compiled all programs.
     service.on_compiled = lambda: print("ready", flush=True)
 
     def make(stop: Callable[[BaseException | None], None]) -> FastAPI:
         return make_app(service, on_started=stop)
 
-    own = bound("127.0.0.1", 0)
-    print(address_of(own), flush=True)
-    serve(make, own, drain_seconds=5)
+    sockets = bound("127.0.0.1", 0)
+    print(address_of(sockets), flush=True)
+    serve(make, sockets, drain_seconds=5)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Answers what arrives with PEFT, one adapter at a time (``_rivals.Worker``).
+"""A worker that answers requests with PEFT, one adapter at a time (``_rivals.Worker``).
 
-There is no network between: arrivals are a list.  It takes whoever has waited longest, and with
-them all who wait for the same adapter, up to a batch.
+There is no network: arrivals are a list.  A batch consists of the request that has waited longest
+and others for the same adapter.
 """
 
 import sys
@@ -14,7 +14,7 @@ from _rivals import answer_jobs
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from transformers import T5ForConditionalGeneration
 
-MOST = 16  # rows in a batch
+MAX_BATCH = 16  # rows in a batch
 
 
 class Rival:
@@ -23,7 +23,7 @@ class Rival:
     model: Any
 
     def load(self, *, model: str, dtype: str, prompts: list[str]) -> dict[str, Any]:
-        """An adapter for each file of ``[P, D]``."""
+        """Adds an adapter for each file, an .npy of ``[P, D]``."""
         base = T5ForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype))
         for number, file in enumerate(prompts):
             start_PD = torch.from_numpy(np.load(file, allow_pickle=False))
@@ -44,7 +44,7 @@ class Rival:
     def answer(
         self, *, at: list[float], task: list[int], ids: list[list[int]], max_length: list[int]
     ) -> dict[str, Any]:
-        """Seconds from each arrival (``at``, rising) to its answer."""
+        """Returns the seconds from each arrival (``at``, ascending) to its response."""
         began = time.perf_counter()
         waiting: list[int] = []
         latencies = [0.0] * len(at)
@@ -58,10 +58,11 @@ class Rival:
                 if not waiting:
                     time.sleep(max(0.0, at[coming] - now))
                     continue
-                own = task[waiting[0]]
-                batch = [one for one in waiting if task[one] == own][:MOST]
+                adapter = task[waiting[0]]
+                batch = [one for one in waiting if task[one] == adapter][:MAX_BATCH]
                 waiting = [one for one in waiting if one not in batch]
-                self._answer_batch(own, [ids[i] for i in batch], max(max_length[i] for i in batch))
+                rows, longest = [ids[i] for i in batch], max(max_length[i] for i in batch)
+                self._answer_batch(adapter, rows, longest)
                 now = time.perf_counter() - began
                 for one in batch:
                     latencies[one] = now - at[one]

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Runs one prompt-tuning command on the GPUs of several hosts, all of them as one program.
+# Runs one prompt-tuning command on the GPUs of several hosts, as one distributed program.
 #
-# Under SLURM, one process for each GPU (JAX takes addresses and numbers from SLURM):
+# With SLURM, one process per GPU (JAX reads addresses and process numbers from SLURM):
 #   scripts/launch_gpu.sh --slurm --nodes 2 --gpus 8 [--srun "--partition=a --time=4:00:00"] -- \
 #     train configs/paper.py --workdir /shared/run
 #
-# Plain, by ssh, one process for each host and its GPUs; the first host is the coordinator:
+# With ssh, one process per host for all of its GPUs; the first host is the coordinator:
 #   scripts/launch_gpu.sh --hosts host1,host2 -- train configs/paper.py --workdir /shared/run
 #
-#   --slurm           start with srun, inside of an allocation (sbatch, salloc) or without one
-#   --nodes N         hosts of the SLURM step (default: the allocation's)
-#   --gpus N          GPUs, and so processes, of each host under SLURM (default: 8)
-#   --srun OPTIONS    further options of srun, in one argument
-#   --hosts A,B       hosts to reach by ssh without a password
-#   --port PORT       of the coordinator, open between the hosts (default: 29400)
-#   --folder FOLDER   the checkout with its .venv on the hosts (default: this one)
-#   --dry_run         prints the commands, and runs none
+#   --slurm           start with srun, inside an allocation (sbatch, salloc) or outside
+#   --nodes N         number of hosts of the SLURM step (default: the allocation's)
+#   --gpus N          number of GPUs and processes per host with SLURM (default: 8)
+#   --srun OPTIONS    more options for srun, as one argument
+#   --hosts A,B       hosts that ssh reaches without a password
+#   --port PORT       port of the coordinator, which all hosts can reach (default: 29400)
+#   --folder FOLDER   path of the checkout and its .venv on the hosts (default: this one)
+#   --dry_run         print the commands without running them
 #
-# --workdir and files of your own must be on a file system that all hosts see.  When one process
-# fails, all stop; the same command goes on from the last checkpoint.  More: docs/distributed.md.
+# --workdir and your data must be on a file system that all hosts share.  If one process fails, all
+# stop; the same command resumes from the last checkpoint.  See docs/distributed.md.
 set -euo pipefail
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -36,12 +36,12 @@ while [ $# -gt 0 ]; do
     --dry_run) dry_run=true; shift ;;
     --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
     --) shift; break ;;
-    *) die "unknown option $1; what comes behind -- is for prompt-tuning" ;;
+    *) die "unknown option $1; put the options of prompt-tuning after --" ;;
   esac
 done
-[ $# -gt 0 ] || die "no command; for instance: -- train configs/paper.py --workdir /shared/run"
-if $slurm && [ -n "$hosts" ]; then die "give either --slurm or --hosts"; fi
-if ! $slurm && [ -z "$hosts" ]; then die "give --slurm, or --hosts A,B"; fi
+[ $# -gt 0 ] || die "no command; add one, such as -- train configs/paper.py --workdir /shared/run"
+if $slurm && [ -n "$hosts" ]; then die "both --slurm and --hosts are set; give one of them"; fi
+if ! $slurm && [ -z "$hosts" ]; then die "neither --slurm nor --hosts is set; give one of them"; fi
 
 show() { printf '+ %s\n' "$(printf '%q ' "$@")"; }
 
@@ -57,7 +57,7 @@ fi
 
 IFS=, read -r -a all <<<"$hosts"
 started=()
-# What runs there ends with its terminal, and the terminal with ssh.
+# A remote command ends when its terminal closes, which happens when its ssh ends.
 trap 'for pid in ${started[@]+"${started[@]}"}; do kill "$pid" 2>/dev/null || true; done' EXIT
 for index in "${!all[@]}"; do
   flags=(--coordinator_address "${all[0]}:$port" --process_count "${#all[@]}"
@@ -67,7 +67,7 @@ for index in "${!all[@]}"; do
   command=(ssh -tt -o BatchMode=yes "${all[$index]}" "$remote")
   show "${command[@]}"
   if $dry_run; then continue; fi
-  # Nothing to read: several ssh would quarrel over the terminal.
+  # No standard input: otherwise all ssh processes would read from this terminal.
   "${command[@]}" </dev/null &
   started+=("$!")
 done

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Runs one prompt-tuning command on every host of a Cloud TPU VM, all of them as one program.
+# Runs one prompt-tuning command on all hosts of a Cloud TPU VM, as one distributed program.
 #
 #   scripts/launch_tpu.sh --tpu NAME --zone ZONE [options] -- train configs/paper.py --workdir ...
 #
-#   --tpu NAME        the TPU VM, a single host or a pod slice
-#   --zone ZONE       where it is, for instance us-central1-a
-#   --project NAME    the project (default: gcloud's own)
-#   --folder FOLDER   the checkout on the hosts (default: prompt_tuning_jax, below the home folder)
-#   --setup           first install: copies this checkout there, and makes .venv with the extra tpu
-#   --dry_run         prints the commands, and runs none
+#   --tpu NAME        TPU VM: a single host or a pod slice
+#   --zone ZONE       zone of the TPU VM, such as us-central1-a
+#   --project NAME    Google Cloud project (default: gcloud's default project)
+#   --folder FOLDER   path of the checkout on the hosts (default: prompt_tuning_jax, in the home folder)
+#   --setup           first copy this checkout to the hosts and install it with the extra tpu
+#   --dry_run         print the commands without running them
 #
-# The hosts find each other by themselves.  --workdir and files of your own must be on a file system
-# that all hosts see (Filestore by NFS, for instance).  When one host fails, all stop; the same
-# command goes on from the last checkpoint.  Stop a run with Ctrl-C here, or with
+# The hosts need no addresses of each other.  --workdir and your data must be on a file system that
+# all hosts share, such as Filestore over NFS.  If one host fails, all stop; the same command resumes
+# from the last checkpoint.  Stop a run with Ctrl-C, or with
 # `gcloud compute tpus tpu-vm ssh NAME --worker=0 --command='pkill -TERM -f "prompt-tuning train"'`,
-# which saves first.  More: docs/distributed.md.
+# which saves a checkpoint first.  See docs/distributed.md.
 set -euo pipefail
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -31,12 +31,12 @@ while [ $# -gt 0 ]; do
     --dry_run) dry_run=true; shift ;;
     --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
     --) shift; break ;;
-    *) die "unknown option $1; what comes behind -- is for prompt-tuning" ;;
+    *) die "unknown option $1; put the options of prompt-tuning after --" ;;
   esac
 done
-[ -n "$tpu" ] || die "--tpu NAME is missing"
-[ -n "$zone" ] || die "--zone ZONE is missing"
-$setup || [ $# -gt 0 ] || die "no command; for instance: -- train configs/paper.py --workdir /nfs/run"
+[ -n "$tpu" ] || die "--tpu is missing; give the name of the TPU VM"
+[ -n "$zone" ] || die "--zone is missing; give the zone of the TPU VM, such as us-central1-a"
+$setup || [ $# -gt 0 ] || die "no command; add one, such as -- train configs/paper.py --workdir /nfs/run"
 
 where=(--zone "$zone")
 if [ -n "$project" ]; then where+=(--project "$project"); fi
@@ -48,7 +48,7 @@ run() {
 
 on_all() { run gcloud compute tpus tpu-vm ssh "$tpu" "${where[@]}" --worker=all --command="$1"; }
 
-# Below the home folder of the hosts unless it begins with a slash.
+# Relative to the home folder of the hosts, unless it begins with a slash.
 there=$(printf '%q' "$folder")
 if $setup; then
   here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -14,10 +14,11 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, MethodConfig, attach_method, trainable_mask
 from prompt_tuning_jax.methods.prompt import with_prompt
+from prompt_tuning_jax.models.base import Context as ModelContext
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
 from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.model import T5, Encoded
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
 from prompt_tuning_jax.training.step import init_state, make_train_step
 
@@ -68,7 +69,7 @@ def call(
     injections: Injections = NO_INJECTIONS,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The model's logits; compiled once for all tests with the same shapes."""
+    """The logits of its decoder's inputs; compiled once for all tests with the same shapes."""
     return _call(*param_tree.split(model), source, target, prompt, injections, key)
 
 
@@ -82,7 +83,7 @@ def _call(graphdef: Any, params: Any, source: Any, target: Any, *rest: Any) -> j
 
 def encode(
     model: T5, source: Any, prompt: Any = None, *, injections: Injections = NO_INJECTIONS
-) -> Encoded:
+) -> ModelContext:
     """The encoder's output, likewise."""
     return _encode(*param_tree.split(model), source, prompt, injections)
 
@@ -90,11 +91,11 @@ def encode(
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
     graphdef: Any, params: Any, source: Any, prompt: Any, injections: Injections
-) -> Encoded:
-    encoded: Encoded = param_tree.merge(graphdef, params).encode(
+) -> ModelContext:
+    context: ModelContext = param_tree.merge(graphdef, params).encode(
         source, prompt, injections=injections
     )
-    return encoded
+    return context
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -126,11 +127,7 @@ def make_batch(members: int = 1, rows: int = 4, *, seed: int = 0) -> dict[str, n
     targets = [
         token_rows(random.integers(1, 5, rows), 4, seed=seed * 50 + 25 + e) for e in range(members)
     ]
-    return {
-        "inputs": np.stack(inputs),
-        "targets": np.stack(targets),
-        "decoder_input_tokens": shifted(np.stack(targets)),
-    }
+    return {"inputs": np.stack(inputs), "targets": np.stack(targets)}
 
 
 def make_prefixes(

@@ -58,7 +58,7 @@ def test_a_method_is_chosen_on_validation_and_kept(script: Any, tmp_path: Path) 
     (folder / "row.json").write_text(json.dumps({**row, "mean": -1.0}))
     again = script.row_of("prompt_tuning", what, colours, arguments(), folder=folder)
     assert again["mean"] == -1.0
-    with pytest.raises(UserError, match="of other settings; use another --runs"):
+    with pytest.raises(UserError, match="has other settings; use another --runs"):
         script.row_of("prompt_tuning", what, colours, arguments(steps=3), folder=folder)
 
 

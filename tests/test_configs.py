@@ -1,5 +1,7 @@
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ def test_a_config_makes_sense_and_can_be_saved(name: str) -> None:
     experiment = load_config(f"configs/{name}.py")
     assert validate(experiment) == experiment
     assert from_json(to_json(experiment)) == experiment
+
+
+def test_the_configs_do_not_import_jax() -> None:
+    code = f"""
+import sys
+from prompt_tuning_jax.config.config_file import load_config
+for name in {PYTHON!r}:
+    load_config(f"configs/{{name}}.py")
+sys.exit("jax" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def commands_in(comment: str) -> list[str]:

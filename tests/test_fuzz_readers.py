@@ -57,12 +57,12 @@ def test_what_is_wrong_is_seen(fuzz: ModuleType, tmp_path: Path) -> None:
 
     assert fuzz.try_case(reader(fail), tmp_path) == ""
     assert fuzz.try_case(reader(lambda folder: 1), tmp_path) == ""
-    assert "not one line" in fuzz.try_case(reader(two_lines), tmp_path)
+    assert "several lines" in fuzz.try_case(reader(two_lines), tmp_path)
     assert "ZeroDivisionError" in fuzz.try_case(reader(lambda folder: 1 // 0), tmp_path)
     assert "MB" in fuzz.try_case(reader(large), tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuzz, "SECONDS", 0)
-        assert "seconds" in fuzz.try_case(reader(slow), tmp_path)
+        assert "CPU time" in fuzz.try_case(reader(slow), tmp_path)
 
 
 def test_the_same_seed_damages_alike(fuzz: ModuleType) -> None:

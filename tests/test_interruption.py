@@ -140,14 +140,28 @@ def test_other_threads_and_background_jobs_keep_their_handlers() -> None:
     assert found == [signal.default_int_handler, signal.SIG_IGN]
 
 
-# Modules that the command imports, in this order; -X importtime tells of each when it is done.
+# The config imports flax, like a user's config that registers tasks or methods.
+CONFIG = """\
+import flax
+from prompt_tuning_jax.config.experiment import Experiment, Training
+
+
+def get_config() -> Experiment:
+    return Experiment(training=Training(steps=1))
+"""
+
+
+# Modules in the order of their imports; -X importtime prints a line after each of them.
 @pytest.mark.parametrize("when", ["argparse", "numpy", "jax._src.lib", "flax"])
 def test_a_process_that_is_interrupted_while_it_starts(tmp_path: Path, when: str) -> None:
+    config, cwd = tmp_path / "config.py", tmp_path / "cwd"
+    config.write_text(CONFIG)
+    cwd.mkdir()
     command = [sys.executable, "-X", "importtime", "-m", "prompt_tuning_jax", "train"]
-    command += ["--model", "tiny", str(ROOT / "configs/own_data.py"), "--workdir", "w"]
+    command += ["--model", "tiny", str(config), "--workdir", "w"]
     child = subprocess.Popen(
         command,
-        cwd=tmp_path,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -160,4 +174,4 @@ def test_a_process_that_is_interrupted_while_it_starts(tmp_path: Path, when: str
     said = [line for line in child.stderr if not line.startswith("import time:")]
     assert child.wait(60) == 130
     assert said == []
-    assert [*tmp_path.iterdir()] == []
+    assert [*cwd.iterdir()] == []

@@ -216,7 +216,7 @@ def test_a_target_with_a_labelled_test_split_alone(tmp_path: Path) -> None:
     report = transfer.Report(source=SQUAD, targets=[axb], seeds=[0])
     scores = {"per_prompt": [{"accuracy": 50.0}], "labels": [], "reports": [], "split": "test"}
     report.add("prompt_tuning", {axb: scores})
-    assert report.lines()[-1] == "axb: evaluated on its test split, the only one that it has."
+    assert report.lines()[-1] == "axb: evaluated on its test split, because it has no other."
 
 
 def test_names() -> None:
@@ -238,13 +238,13 @@ def test_names() -> None:
     "source, targets, message",
     [
         ("squadd", ["mrqa"], "unknown task 'squadd'"),
-        ("rte", ["qnli"], "which of .*super_glue_rte.* and .*glue_rte.*full name"),
+        ("rte", ["qnli"], "ambiguous: .*super_glue_rte.* and .*glue_rte.*full name"),
         ("drop", ["squad"], "no training split"),
         ("squad", ["rrace"], "unknown task 'rrace'"),
         ("squad", ["mrqa", "drop"], "twice"),
-        ("squad", [], "no task"),
-        ("squad", ["cola"], "labels are unacceptable, acceptable and those of .* free text"),
-        ("boolq", ["cb"], "only a task of the same labels"),
+        ("squad", [], "--to is empty"),
+        ("squad", ["cola"], "labels are unacceptable, acceptable, and those of .* free text"),
+        ("boolq", ["cb"], "choose a task with the same labels"),
     ],
 )
 def test_wrong_names(tmp_path: Path, source: str, targets: list[str], message: str) -> None:

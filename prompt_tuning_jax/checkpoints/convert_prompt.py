@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.config import ModelConfig
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
@@ -37,7 +37,7 @@ class _Base:
     """The frozen model that prompts are for, as far as it is known."""
 
     name: str = ""
-    config: T5Config | None = None
+    config: ModelConfig | None = None
     fingerprint: str = ""
 
 
@@ -131,7 +131,7 @@ def _write(
             path,
             stored.prompt_PD,
             base_model_name_or_path=name_for_peft(base_name),
-            num_layers=base.config.num_encoder_layers if base.config else None,
+            num_layers=base.config.num_reading_layers if base.config else None,
             num_attention_heads=base.config.num_heads if base.config else None,
             like=stored.adapter,
             dtype=DTYPES[dtype],

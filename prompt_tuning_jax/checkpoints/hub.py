@@ -16,7 +16,8 @@ from prompt_tuning_jax.checkpoints.location import (
     is_t5x,
     store_of,
 )
-from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.config.paths import BUNDLED, GGUF_MODELS, NAMED_MODELS, T5X_MODELS
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     TOKENIZER_FILES,
 )
@@ -39,14 +40,18 @@ def model_location(name: str) -> str:
     """The folder, or the ``gs://`` or ``s3://`` address, of a model.
 
     ``tiny`` is bundled.  ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
-    bucket.  A folder or an address is returned as it is; of a folder of ``checkpoint_<step>``, the
-    last one is used.  ``google/flan-t5-small`` or any other ``org/name`` is fetched from the
-    Hugging Face hub or taken from its cache.  Raises UserError.
+    bucket.  ``smollm2`` and ``gemma3-270m`` are files in the user's cache, where
+    ``scripts/fetch_model`` puts them.  A folder, a ``.gguf`` file or an address is returned as
+    it is; of a folder of ``checkpoint_<step>``, the last one is used.  ``google/flan-t5-small`` or
+    any other ``org/name`` is fetched from the Hugging Face hub or taken from its cache.  Raises
+    UserError.
     """
     if name in BUNDLED:
         return str(ASSETS / name)
     if name in T5X_MODELS:
         return T5X_MODELS[name]
+    if name in GGUF_MODELS:
+        return str(_fetched(name))
     if is_address(name):
         if store_of(name) is None:
             raise UserError(
@@ -56,15 +61,37 @@ def model_location(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(_newest_checkpoint(folder) or folder)
+    if is_gguf(folder):
+        return str(folder)
     if is_hub_name(name):
         last = name.rpartition("/")[2]
-        if last in (*BUNDLED, *T5X_MODELS):
+        if last in NAMED_MODELS:
             raise UserError(f"there is no folder {name}; did you mean the model {last}?")
         return str(hub_folder(name))
     raise UserError(
-        f"model {name!r} is neither a folder nor a known name; "
-        f"{suggest(name, [*BUNDLED, *T5X_MODELS])}, and org/name of the Hugging Face hub"
+        f"model {name!r} is neither a folder, a .gguf file nor a known name; "
+        f"{suggest(name, NAMED_MODELS)}, and org/name of the Hugging Face hub"
     )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file in the GGUF format, by its name."""
+    return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
+
+
+def gguf_cache(name: str) -> Path:
+    """Where the user's cache holds one of ``GGUF_MODELS``."""
+    return user_cache("models") / GGUF_MODELS[name]
+
+
+def _fetched(name: str) -> Path:
+    path = gguf_cache(name)
+    if not path.is_file():
+        raise UserError(
+            f"the model {name} is not in the cache ({path}): fetch it with "
+            f"'python scripts/fetch_model {name}'"
+        )
+    return path
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -6,7 +6,7 @@ and a process reads nothing that the devices of other processes hold.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +20,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Index = tuple[slice, ...]
+_COMPARE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,71 @@ class LazyArray:
             read=read,
         )
 
+    def taken(self, order: HostArray, *, axis: int) -> "LazyArray":
+        """The entries ``order``, distinct numbers, along ``axis``: a part of a fused array.
+
+        Consecutive entries are read together, and no entry that is not asked for.
+        """
+
+        def read(index: Index) -> HostArray:
+            wanted = order[index[axis]]
+            if not len(wanted):
+                return self.read((*index[:axis], slice(0, 0), *index[axis + 1 :]))
+            ascending = np.sort(wanted)
+            gaps = np.flatnonzero(np.diff(ascending) > 1) + 1
+            runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(ascending, gaps)]
+            parts = [self.read((*index[:axis], run, *index[axis + 1 :])) for run in runs]
+            together = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+            if np.array_equal(wanted, ascending):
+                return together
+            return np.take(together, np.searchsorted(ascending, wanted), axis)
+
+        shape = (*self.shape[:axis], len(order), *self.shape[axis + 1 :])
+        return LazyArray(shape=shape, dtype=self.dtype, where=self.where, read=read)
+
 
 def in_memory(array: HostArray, *, where: str) -> LazyArray:
     """A ``LazyArray`` of an array in memory."""
     array = np.asarray(array)
     return LazyArray(
         shape=array.shape, dtype=array.dtype, where=where, read=lambda index: array[index]
+    )
+
+
+def concatenated(arrays: Sequence[LazyArray], *, axis: int) -> LazyArray:
+    """The arrays, of one dtype and otherwise equal shapes, one after the other along ``axis``."""
+    sizes = [array.shape[axis] for array in arrays]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    total = sum(sizes)
+
+    def read(index: Index) -> HostArray:
+        start, stop, _ = index[axis].indices(total)
+        parts: list[HostArray] = []
+        for array, first, size in zip(arrays, starts, sizes, strict=True):
+            inside = slice(min(max(start - first, 0), size), min(max(stop - first, 0), size))
+            if inside.start < inside.stop or (array is arrays[-1] and not parts):
+                parts.append(array.read((*index[:axis], inside, *index[axis + 1 :])))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    return LazyArray(
+        shape=(*arrays[0].shape[:axis], total, *arrays[0].shape[axis + 1 :]),
+        dtype=arrays[0].dtype,
+        where=arrays[0].where,
+        read=read,
+    )
+
+
+def equal_bits(left: LazyArray, right: LazyArray) -> bool:
+    """Whether two arrays are equal bit for bit, comparing some rows at a time."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    row_bytes = max(1, left.dtype.itemsize * prod(left.shape[1:]))
+    rows = max(1, _COMPARE_BYTES // row_bytes)
+    rest = (slice(None),) * (len(left.shape) - 1)
+    return all(
+        left.read((slice(start, start + rows), *rest)).tobytes()
+        == right.read((slice(start, start + rows), *rest)).tobytes()
+        for start in range(0, left.shape[0] if left.shape else 0, rows)
     )
 
 

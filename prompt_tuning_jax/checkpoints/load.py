@@ -14,8 +14,15 @@ from prompt_tuning_jax.checkpoints.fingerprint import (
     fingerprint_of_samples,
     sample,
 )
+from prompt_tuning_jax.checkpoints.gguf.model import open_gguf
 from prompt_tuning_jax.checkpoints.hf import pretrained
-from prompt_tuning_jax.checkpoints.hub import ASSETS, hf_folder, model_location, t5x_vocabulary
+from prompt_tuning_jax.checkpoints.hub import (
+    ASSETS,
+    hf_folder,
+    is_gguf,
+    model_location,
+    t5x_vocabulary,
+)
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, put_on_devices
 from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
 from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
@@ -23,7 +30,12 @@ from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
-from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import (
+    AnyVocabulary,
+    Vocabulary,
+    load_vocabulary,
+    require_t5,
+)
 from prompt_tuning_jax.distributed import sharding
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import Model, model_class
@@ -45,15 +57,16 @@ class ModelCheckpoint:
 
     Attributes:
       location: its folder or address.
-      source: the T5X checkpoint there, or the folder of a Hugging Face model on this machine.
+      source: the T5X checkpoint there, or the folder of a Hugging Face model or the GGUF file on
+        this machine.
       config: its configuration.
-      params: by T5X name, without a trained prompt.
+      params: by this project's name, which is T5X's for a T5, without a trained prompt.
       vocabulary_file: for ``load_vocabulary``; None if there is none.
     """
 
     location: str
     source: T5XCheckpoint | Path
-    config: T5Config
+    config: ModelConfig
     params: dict[str, LazyArray]
     vocabulary_file: Path | None
 
@@ -72,6 +85,16 @@ def open_model(
             f"a model is opened by its name or path, not by a value of type {type(given).__name__}"
         )
     location = model_location(str(name_or_path))
+    config: ModelConfig
+    if is_gguf(Path(location)):
+        config, params = open_gguf(location)
+        return ModelCheckpoint(
+            location=location,
+            source=Path(location),
+            config=config,
+            params=params,
+            vocabulary_file=Path(location),
+        )
     if not is_t5x(location):
         folder = hf_folder(location)
         config, params, words = pretrained.open_hf(folder)
@@ -114,9 +137,10 @@ def load_model(
     """Load a frozen model; ``model.vocabulary`` is its vocabulary, or None.
 
     Args:
-      name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``org/name`` of
-        the Hugging Face hub, or the folder or ``gs://`` or ``s3://`` address of a Hugging Face
-        model or a T5X checkpoint.
+      name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``smollm2`` or
+        ``gemma3-270m`` (fetched by ``scripts/fetch_model``), ``org/name`` of the Hugging Face hub,
+        a ``.gguf`` file, or the folder or ``gs://`` or ``s3://`` address of a Hugging Face model or
+        a T5X checkpoint.
       dtype: of activations.
       param_dtype: of weights; default ``dtype``.
       dropout_rate: of the model in training.
@@ -235,7 +259,9 @@ def _vocabulary(
 ) -> AnyVocabulary | None:
     if path is None or path == "":
         return None
-    words = load_vocabulary(path, token_ids=config.token_ids)
+    words = load_vocabulary(path, token_ids=config.token_ids, max_size=config.vocab_size)
+    if isinstance(config, T5Config):
+        require_t5(words)
     too_many = words.size > config.vocab_size >= words.size - words.extra_ids
     if too_many and isinstance(words, Vocabulary) and words.sentinels_are_assumed:
         # No file gives the number of sentinels, and the model has no room for T5's 100.

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
 
@@ -18,6 +20,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every frozen parameter of a model with this configuration, and its shape."""
     if isinstance(config, T5Config):
         return _t5_shapes(config)
+    if isinstance(config, CausalLMConfig):
+        return causal_parameter_shapes(config)
     from flax import nnx
 
     from prompt_tuning_jax import param_tree
@@ -71,7 +75,7 @@ def require_t5(config: ModelConfig, *, what: str) -> T5Config:
     return config
 
 
-def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) -> None:
+def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: str) -> None:
     """Raises UserError unless ``params`` are exactly the parameters of such a model.
 
     ``of`` says where they come from; parameters may be any objects with a shape.
@@ -84,7 +88,8 @@ def require_parameters(params: Mapping[str, Any], config: T5Config, *, of: str) 
         name: jax.ShapeDtypeStruct(shape, "float32")
         for name, shape in parameter_shapes(config).items()
     }
-    require_same_shapes(params, wanted, of=of, and_of="a T5 of this configuration")
+    kind = config.model_type if isinstance(config, CausalLMConfig) else "T5"
+    require_same_shapes(params, wanted, of=of, and_of=f"a {kind} of this configuration")
 
 
 # The path of the prompt [P,D] among the model's parameters in the original prompt tuning code.

@@ -190,10 +190,10 @@ class StudyOptions(ConfigOptions):
 
     def study_experiment(self) -> Experiment:
         """The experiment of each task, with five seeds unless the user names some."""
-        from prompt_tuning_jax.studies.suite import OWN_FIELDS
+        from prompt_tuning_jax.studies.suite import SUITE_FIELDS
 
         for override in self.overrides:
-            if (field := _field_of(override)) in OWN_FIELDS:
+            if (field := _field_of(override)) in SUITE_FIELDS:
                 raise UserError(f"--set {field} has no effect: each task sets it")
         experiment = self.experiment()
         if "training.seeds" in self.set_fields():

@@ -74,8 +74,12 @@ class MethodConfig(Config):
         return is_attached(name)
 
     def prompt_positions(self) -> int:
-        """The number of positions that the method adds to the encoder's input."""
+        """The number of positions that the method adds to the input."""
         return 0
+
+    def context_positions(self) -> int:
+        """The number of positions before a decoder-only model's input: a prompt's or prefix's."""
+        return self.prompt_positions()
 
     def uses_rng(self) -> bool:
         """Whether training draws random numbers for the method, as its dropout does."""
@@ -122,28 +126,29 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(MethodConfig):
-    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only.
-
-    ``init_labels`` replaces the task's labels; ``init_population`` is how many of the most common
-    pieces are drawn from (0: all).  ``prompt_to_input`` and ``input_to_prompt`` are query -> key;
-    with these and ``prompt_to_prompt`` positions cannot attend to some of the others.
-    """
+    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only."""
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
     saves_prompts = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": ()}
 
-    length: int = 100
+    length: int = 100  # number of prompt vectors
+    # Initial values: ``uniform`` in [-0.5, 0.5), ``uniform_positive`` in [0, 0.5), embeddings of
+    # sampled tokens, of the labels, or of ``init_text`` (``string``), labels combined with sampled
+    # tokens (``described``), or a ``file``.
     init: Init = "class_labels"
-    init_labels: tuple[str, ...] = ()
-    init_text: str = ""
-    init_path: str = ""
-    init_population: int = 5000
+    init_labels: tuple[str, ...] = ()  # labels to initialize from; empty: the task's
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    # Before the input, after its first token, or before its end-of-sequence token.
     placement: Placement = "prefix"
-    prompt_to_input: bool = True
+    prompt_to_input: bool = True  # prompt positions attend to the input
+    # Which prompt positions a prompt position attends to: ``all``, itself and earlier ones
+    # (``causal``), or only itself (``none``).
     prompt_to_prompt: Literal["all", "causal", "none"] = "all"
-    input_to_prompt: bool = True
+    input_to_prompt: bool = True  # input positions attend to the prompt
 
     def prompt_positions(self) -> int:
         return self.length
@@ -161,15 +166,10 @@ class PromptTuning(MethodConfig):
 class PrefixTuning(MethodConfig):
     """``2 * length * H * K * L`` parameters, where L counts the layers of all chosen attentions.
 
-    The attentions to choose from are the encoder's self-attention (``encoder``), the decoder's
-    (``decoder``) and cross-attention (``cross``).  With ``hidden`` M above 0, an MLP over vectors
-    of the model's width D computes the prefixes of each attention during training (section 4.3):
-    ``length * D + (D + 1) * M + (M + 1) * 2 * L * H * K`` parameters.  A run saves its output only.
-
-    Prefixes have no positions; with ``before`` they have those before the sequence, as in PEFT.
-
-    ``init=words`` starts from what the model computes for the task's labels and sampled common
-    pieces (section 7.4), ``uniform`` draws within 0.5.  An MLP starts as torch's layers do.
+    With ``hidden`` M above 0, an MLP over vectors of the model's width D computes the prefixes of
+    each attention during training (Li and Liang 2021, section 4.3): ``length * D + (D + 1) * M +
+    (M + 1) * 2 * L * H * K`` parameters, initialized like torch's layers.  A run saves only the
+    output of the MLP.
     """
 
     implementation = "prompt_tuning_jax.methods.prefix:Prefixes"
@@ -177,14 +177,20 @@ class PrefixTuning(MethodConfig):
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"init": "uniform", "init_population": 0}
 
-    length: int = 20
-    encoder: bool = True
-    decoder: bool = True
-    cross: bool = True
+    length: int = 20  # number of prefix positions
+    encoder: bool = True  # add prefixes to the encoder's self-attention
+    decoder: bool = True  # add prefixes to the decoder's self-attention
+    cross: bool = True  # add prefixes to the cross-attention
+    # Give prefixes the relative positions before the sequence, as in PEFT, instead of none.
     before: bool = False
-    hidden: int = 0
+    hidden: int = 0  # width of the MLP that computes the prefixes; 0: train them directly
+    # Initial values without an MLP: keys and values that the model computes for the labels and
+    # sampled tokens (``words``; Li and Liang 2021, section 7.4), or drawn from [-0.5, 0.5).
     init: Literal["words", "uniform"] = "words"
-    init_population: int = 5000
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    def context_positions(self) -> int:
+        return self.length
 
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
@@ -199,16 +205,14 @@ class PrefixTuning(MethodConfig):
 class PTuning(MethodConfig):
     """A prompt of P vectors of the model's width D, computed by an encoder during training.
 
-    ``template`` arranges prompt, anchor words and input, for instance ``{prompt:3} It is about
-    {prompt} {input}``.  P is the number of its trained vectors, ``length`` for each ``{prompt}``.
-    With ``hidden`` M (0: D) the parameters are
+    P is the number of trained vectors in ``template``.  With ``hidden`` M (0: D) the parameters are
 
     - ``mlp``: ``P*D + (D + 1)*M + (M + 1)*M + (M + 1)*D``,
     - ``lstm``, two bidirectional layers and an MLP: ``P*D + 10*M*D + 36*M**2 + 34*M + D``,
-    - ``none``: ``P*D``, the prompt itself.  A run saves this form, in which the anchors are part of
-      the prompt; if all of it is before the input or all behind it, a run saves ``PromptTuning``.
+    - ``none``: ``P*D``, the prompt itself.
 
-    ``dropout`` is applied between the layers of the LSTM.  The encoders are those of peft 0.21,
+    A run saves the computed prompt, including the anchor words.  If all of it is on one side of the
+    input, the run saves a plain prompt of ``PromptTuning``.  The encoders are those of peft 0.21,
     tuners/p_tuning/model.py.
     """
 
@@ -218,11 +222,13 @@ class PTuning(MethodConfig):
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
-    length: int = 20
+    length: int = 20  # number of trained vectors for each ``{prompt}`` of the template
+    # Arrangement of trained vectors, anchor words and input, for instance ``{prompt:3} It is about
+    # {prompt} {input}``; ``{prompt:3}`` has 3 vectors.
     template: str = "{prompt} {input}"
-    encoder: Literal["lstm", "mlp", "none"] = "lstm"
-    hidden: int = 0
-    dropout: float = 0.0
+    encoder: Literal["lstm", "mlp", "none"] = "lstm"  # network that computes the prompt
+    hidden: int = 0  # width of the encoder's hidden layers; 0: the model's width
+    dropout: float = 0.0  # dropout between the layers of the LSTM
 
     def parsed_template(self) -> PromptTemplate:
         """The parsed ``template``; UserError if it is invalid."""
@@ -253,28 +259,29 @@ class PTuning(MethodConfig):
 class DeepPrompts(MethodConfig):
     """``(P_0 + P_1 + ...) * D`` parameters: P_i vectors for layer i of the encoder.
 
-    The vectors of the first layer are put before the input, as in prompt tuning.  Those of a later
-    layer replace the first positions of its input (``replace``), or are added to them (``add``,
-    from zeros).  Positions behind them are left as they are, so that no layer has more vectors than
-    the first; a layer with 0 adds none.  ``lengths`` has an entry per layer; if it is empty, each
-    of the L layers has ``length``.
+    The first layer's vectors are prepended to the input, as in prompt tuning.  Those of a later
+    layer change the first P_i positions of its input.
 
-    With ``hidden`` M above 0, one MLP over P_0 vectors computes all of them during training:
-    ``P_0*D + (D + 1)*M + (M + 1)*L*D`` parameters.  A run saves its output only.
+    With ``hidden`` M above 0, one MLP over P_0 vectors computes the vectors of all L layers during
+    training: ``P_0*D + (D + 1)*M + (M + 1)*L*D`` parameters.  A run saves only the output of the
+    MLP.
     """
 
     implementation = "prompt_tuning_jax.methods.deep:LayerPrompts"
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 
-    length: int = 20
+    length: int = 20  # number of vectors of each layer
+    # Number of vectors by layer, instead of ``length``: at most as many as in the first layer.
     lengths: tuple[int, ...] = ()
+    # Later layers: replace the first positions, or add to them, starting from zeros.
     mode: Literal["replace", "add"] = "replace"
-    hidden: int = 0
+    hidden: int = 0  # width of the MLP that computes the vectors; 0: train them directly
+    # Initial values without an MLP, as for prompt tuning; in later layers ``mode=add`` ignores it.
     init: Init = "sampled_vocabulary"
-    init_text: str = ""
-    init_path: str = ""
-    init_population: int = 5000
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
 
     def prompt_positions(self) -> int:
         return self.lengths[0] if self.lengths else self.length
@@ -294,12 +301,10 @@ class DeepPrompts(MethodConfig):
 class WARP(MethodConfig):
     """``(P + C) * D`` parameters: P prompt vectors, and a vector for each of the C labels.
 
-    ``template`` arranges prompt, anchor words and input, for instance ``{prompt:3} It is about
-    {prompt} {input}``.  P is the number of its trained vectors, ``length`` for each ``{prompt}``,
-    and may be 0.  A label's score is the product of its vector with the input of the output head at
-    the decoder's first position.  The vector starts as the head's vector for the label's first
-    piece, so that scores start as the logits of these pieces.  The method ranks labels and
-    generates no text.
+    P is the number of trained vectors in ``template``, and may be 0.  A label's score is the
+    product of its vector with the input of the output head at the decoder's first position.  The
+    label's vector is initialized with the head's vector for the label's first token, so that the
+    initial scores are the logits of these tokens.  The method cannot generate text.
     """
 
     implementation = "prompt_tuning_jax.methods.warp:ClassVectors"
@@ -308,12 +313,14 @@ class WARP(MethodConfig):
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 
-    length: int = 8
+    length: int = 8  # number of trained vectors for each ``{prompt}`` of the template
+    # Arrangement of trained vectors, anchor words and input, for instance ``{prompt:3} It is about
+    # {prompt} {input}``; ``{prompt:3}`` has 3 vectors.
     template: str = "{prompt} {input}"
-    init: Init = "sampled_vocabulary"
-    init_text: str = ""
-    init_path: str = ""
-    init_population: int = 5000
+    init: Init = "sampled_vocabulary"  # initial values of the prompt, as for prompt tuning
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
 
     def parsed_template(self) -> PromptTemplate:
         """The parsed ``template``; UserError if it is invalid."""
@@ -338,12 +345,8 @@ class MultitaskPrompts(MethodConfig):
     - ``sum``: shared + task's; ``P*D + N*P*D``,
     - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``.
 
-    The prompts of all tasks start close to the shared prompt; in a concatenation the task's vectors
-    start as ``init`` says.  ``tasks`` is their number; 0 is that of the data.
-
-    ``init=source`` starts from a run with the same ``combine`` and sizes, whose folder is
-    ``init_path`` (the target stage of MPT).  Each task starts from the source's task number
-    ``source_task``, or from the mean over its tasks (-1), of its member ``source_member``.
+    The prompts of all tasks are initialized close to the shared prompt; in a concatenation,
+    ``init`` also initializes the task's vectors.
     """
 
     implementation = "prompt_tuning_jax.methods.multitask:TaskPrompts"
@@ -363,17 +366,19 @@ class MultitaskPrompts(MethodConfig):
         "source_member": 0,
     }
 
-    length: int = 100
-    combine: Combine = "low_rank"
-    rank: int = 1
-    task_length: int = 20
-    tasks: int = 0
+    length: int = 100  # number of vectors of the shared prompt
+    combine: Combine = "low_rank"  # how shared and task parameters make a prompt
+    rank: int = 1  # rank of the tasks' factors, for ``combine=low_rank``
+    task_length: int = 20  # number of vectors of each task, for ``combine=concatenation``
+    tasks: int = 0  # number of tasks; 0: as many as in the data
+    # Initial values, as for prompt tuning; ``source``: those of another run with the same
+    # ``combine`` and sizes, as in the target stage of MPT.
     init: MultitaskInit = "sampled_vocabulary"
-    init_text: str = ""
-    init_path: str = ""
-    init_population: int = 5000
-    source_task: int = -1
-    source_member: int = 0
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``, or run folder for ``init=source``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    source_task: int = -1  # task of the source run to start from; -1: the mean over its tasks
+    source_member: int = 0  # member (seed) of the source run to start from
 
     def prompt_positions(self) -> int:
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
@@ -404,19 +409,19 @@ class FullTuning(MethodConfig):
 class DescribedPrompts(MethodConfig):
     """All parameters of the model, which learns to use prompts that describe classes.
 
-    The first ``positions * words`` tokens of every input are not read as text.  Each group of
-    ``words`` of them makes one prompt vector: the embedding of the first, a class's label, plus the
-    mean of the others, words of the class, rotated by half the model's width so that the two can be
-    told apart.  A position without a label is masked.  Adds no parameter: training yields a plain
-    T5.
+    The first ``positions * words`` tokens of every input describe classes and are not read as text.
+    Each group of ``words`` tokens becomes one prompt vector: the embedding of a class's label, plus
+    the mean embedding of words of the class, rotated by half the model's width to keep the two
+    apart.  Positions without a label are masked.  The method adds no parameters: training yields a
+    plain T5.
     """
 
     implementation = "prompt_tuning_jax.methods.described_prompts:PooledWords"
     trains_model = True
     mergeable = True
 
-    positions: int = 8
-    words: int = 5
+    positions: int = 8  # number of prompt vectors in front of every input
+    words: int = 5  # tokens for each vector: the label, then words of the class
 
     def description_shape(self) -> tuple[int, int]:
         return (self.positions, self.words)
@@ -440,14 +445,10 @@ class NoTuning(MethodConfig):
 class PromptDesign(MethodConfig):
     """0 parameters: the frozen model reads an instruction and ``shots`` examples with answers.
 
-    Each of ``training.seeds`` draws examples from the training split, and is a member in
-    evaluation; with ``balance=balanced`` every label occurs equally often (tasks without labels: as
-    drawn).  If an input is longer than ``data.inputs_length``, the examples drawn last are left out
-    of it.
-
-    ``instruction``, ``demonstration`` (of ``{inputs}`` and ``{targets}``) for each example, and
-    ``query`` (of ``{inputs}``) are joined by ``separator``.  SentencePiece reads line breaks as
-    spaces.  ``evaluation.strategy`` decides whether labels are ranked or text is generated.
+    Each of ``training.seeds`` draws different examples from the training split; evaluation treats
+    the seeds as members of an ensemble.  If an input is longer than ``data.inputs_length``, the
+    examples drawn last are left out.  SentencePiece reads line breaks as spaces.
+    ``evaluation.strategy`` decides whether labels are ranked or text is generated.
     """
 
     is_trainable = False
@@ -455,12 +456,14 @@ class PromptDesign(MethodConfig):
     identity_at_init = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"shots": 0}
 
-    instruction: str = ""
-    shots: int = 8
+    instruction: str = ""  # text at the start of every input
+    shots: int = 8  # number of examples in front of the input
+    # Whether every label occurs equally often among the examples; without effect for tasks without
+    # labels.
     balance: Literal["balanced", "as_drawn"] = "balanced"
-    demonstration: str = "{inputs}\n{targets}"
-    query: str = "{inputs}"
-    separator: str = "\n\n"
+    demonstration: str = "{inputs}\n{targets}"  # template of an example
+    query: str = "{inputs}"  # template of the input
+    separator: str = "\n\n"  # text between instruction, examples and input
 
     def trains(self, name: str) -> bool:
         return False
@@ -493,10 +496,7 @@ class LoRA(MethodConfig):
 
     With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
 
-    ``targets`` are RE2 expressions for whole paths (``encoder/layers_0/attention/query``).
-    The product is scaled by ``alpha / rank``, with ``rank_stabilized`` by ``alpha / sqrt(rank)``
-    (Kalajdzievski 2023).  ``dropout`` is applied to the input of the product.  Frozen weights may
-    be quantized.
+    Frozen weights may be quantized.
     """
 
     implementation = "prompt_tuning_jax.methods.lora:LoRAModule"
@@ -506,10 +506,13 @@ class LoRA(MethodConfig):
     lower_bounds: ClassVar[Mapping[str, float]] = {"rank": 1}
     training_only: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = 8  # rank of the updates
+    alpha: float = 16.0  # updates are scaled by ``alpha / rank``
+    # Scale by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
     rank_stabilized: bool = False
-    dropout: float = 0.0
+    dropout: float = 0.0  # dropout on the input of the updates
+    # Linear maps to update: RE2 expressions that match a whole path, such as
+    # ``encoder/layers_0/attention/query``.
     targets: tuple[str, ...] = (".*/(query|value)",)
 
     @property
@@ -536,10 +539,8 @@ class IA3(MethodConfig):
 
     With the defaults ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and values, and
     ``F * (encoder layers + decoder layers)`` on the input of the MLP's ``wo``.  They are called
-    ``.../adapter/scale_F`` and ``.../adapter/scale_D``, and start as ones.
-
-    ``outputs`` and ``inputs`` are RE2 expressions for whole paths of linear maps
-    (``encoder/layers_0/attention/key``).  Frozen weights may be quantized.
+    ``.../adapter/scale_F`` and ``.../adapter/scale_D``, and are initialized to ones.  Frozen
+    weights may be quantized.
     """
 
     implementation = "prompt_tuning_jax.methods.ia3:IA3Module"
@@ -547,8 +548,10 @@ class IA3(MethodConfig):
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
 
+    # Linear maps whose outputs are scaled: RE2 expressions that match a whole path, such as
+    # ``encoder/layers_0/attention/key``.
     outputs: tuple[str, ...] = (".*/(key|value)",)
-    inputs: tuple[str, ...] = (".*/mlp/wo",)
+    inputs: tuple[str, ...] = (".*/mlp/wo",)  # linear maps whose inputs are scaled, likewise
 
     def config_errors(self) -> Iterator[str]:
         if not (self.outputs or self.inputs):
@@ -561,10 +564,8 @@ class IA3(MethodConfig):
 class Adapters(MethodConfig):
     """``2 * D * width`` parameters per adapter, and ``width + D`` more with biases.
 
-    ``houlsby`` has an adapter behind every attention and every MLP: ``2 * encoder layers + 3 *
-    decoder layers`` of them.  ``pfeiffer`` has one behind every MLP: ``encoder layers + decoder
-    layers``.  An adapter reads what the sublayer adds to the residual, and adds to it.  Its last
-    matrix starts as zeros.  Layer norms stay frozen.  Frozen weights may be quantized.
+    An adapter transforms the output of a sublayer before it is added to the residual.  Its last
+    matrix is initialized to zeros.  Layer norms stay frozen.  Frozen weights may be quantized.
     """
 
     implementation = "prompt_tuning_jax.methods.adapters:AdaptersModule"
@@ -572,10 +573,12 @@ class Adapters(MethodConfig):
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
     lower_bounds: ClassVar[Mapping[str, float]] = {"width": 1}
 
+    # ``houlsby``: adapters after every attention and every MLP, ``2 * encoder layers + 3 * decoder
+    # layers`` in all; ``pfeiffer``: after every MLP, ``encoder layers + decoder layers`` in all.
     kind: Literal["houlsby", "pfeiffer"] = "houlsby"
-    width: int = 32
-    activation: Literal["gelu", "relu", "silu"] = "relu"
-    biases: bool = True
+    width: int = 32  # width of the bottleneck
+    activation: Literal["gelu", "relu", "silu"] = "relu"  # activation in the bottleneck
+    biases: bool = True  # whether the two linear maps have biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,8 +588,6 @@ class PatternTuning(MethodConfig):
     These are ``D * (2 * encoder layers + 3 * decoder layers + 2)`` scales and ``2 * H * buckets``
     biases (of models with biases per layer ``H * buckets * (encoder layers + decoder layers)``).
     BitFit trains biases; T5 has none, and these are its only parameters that are not matrices.
-
-    ``patterns`` are RE2 expressions for whole paths (``encoder/layers_0/mlp/wo/kernel``).
     """
 
     implementation = "prompt_tuning_jax.methods.pattern:PatternModule"
@@ -594,6 +595,8 @@ class PatternTuning(MethodConfig):
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
 
+    # Parameters to train: RE2 expressions that match a whole path, such as
+    # ``encoder/layers_0/mlp/wo/kernel``.
     patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
 
     def trains(self, name: str) -> bool:

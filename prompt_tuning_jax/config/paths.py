@@ -16,6 +16,12 @@ T5X_MODELS = {
     )
     for size in ("small", "base", "large", "xl", "xxl")
 }
+# Files that Python packages hold and scripts/fetch_model puts into the cache; name -> file.
+GGUF_MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma3-270m": "gemma-3-270m-q4_k_m.gguf",
+}
+NAMED_MODELS = (*BUNDLED, *T5X_MODELS, *GGUF_MODELS)
 
 
 def with_whole_paths(experiment: Experiment) -> Experiment:
@@ -50,7 +56,7 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
     """The experiment with ``change`` applied to each field that may hold a path."""
     model, data, method = experiment.model, experiment.data, experiment.method
     named = model.name_or_path
-    if named not in (*BUNDLED, *T5X_MODELS) and not model.random_weights:
+    if named not in NAMED_MODELS and not model.random_weights:
         named = change(named)
     model = dataclasses.replace(model, name_or_path=named, vocabulary=change(model.vocabulary))
     probes = (":".join(map(change, p.split(":"))) if ":" in p else p for p in data.probes)

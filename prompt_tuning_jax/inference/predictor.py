@@ -263,7 +263,7 @@ class Predictor:
             return
         known = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
         for label in self.labels if known else ():
-            if (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos) not in known:
+            if tuple(self.vocabulary.encode_target(label)) not in known:
                 raise UserError(
                     f"the label {label!r} is none of those that this method was trained to score; "
                     "evaluate it on a task with the same labels (data.labels)"
@@ -271,7 +271,7 @@ class Predictor:
 
     def _labels_CS(self) -> HostArray:
         ids = self.vocabulary.token_ids
-        rows = [[*self.vocabulary.encode(label), ids.eos] for label in self.labels]
+        rows = self.vocabulary.encode_targets(self.labels)
         labels_CS = np.full((len(rows), max(map(len, rows))), ids.fill, np.int32)
         for row_S, tokens in zip(labels_CS, rows, strict=True):
             row_S[: len(tokens)] = tokens

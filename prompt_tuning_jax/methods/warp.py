@@ -43,7 +43,7 @@ class ClassVectors(TuningModule[WARP]):
                 "method=warp scores labels: set data.labels if the task has none, and "
                 "model.vocabulary if the model has no vocabulary"
             )
-        labels = tuple((*vocabulary.encode(label), model.token_ids.eos) for label in context.labels)
+        labels = tuple(map(tuple, vocabulary.encode_targets(context.labels)))
         for label, tokens in zip(context.labels, labels, strict=True):
             if len(tokens) == 1 or labels.count(tokens) > 1:
                 raise UserError(

@@ -37,15 +37,16 @@ class Context:
       hidden_BUD: the final hidden states of all positions.
       mask_BU: the real positions among them.
       keys_values: for each writing layer, the keys and values ``[B, U, G, K]`` of these positions.
-      prompt: for each writing layer, those of the positions before them, ``[1 or B, P, G, K]``,
-        which are all real.  A decoder-only model computes them once for all rows.  Empty if there
-        are none.
+      prompt: for each writing layer, those of the positions before them, ``[1 or B, P, G, K]``.  A
+        decoder-only model computes them once for all rows.  Empty if there are none.
+      prompt_lengths_B: how many of them each row has, the first ones; None is all.
     """
 
     hidden_BUD: Array
     mask_BU: Array
     keys_values: tuple[KeyValues, ...]
     prompt: tuple[KeyValues, ...] = ()
+    prompt_lengths_B: Array | None = None
 
     @property
     def last_BD(self) -> Array:
@@ -250,6 +251,8 @@ class Model(nnx.Module):
             f"vocab_size={config.vocab_size}: {number:,} parameters in {kinds}, "
             f"{size / 1e6:,.1f} MB)"
         )
+
+    __str__ = __repr__
 
 
 def model_class(config: ModelConfig) -> Any:

@@ -30,7 +30,15 @@ class TokenIds:
         This is 0 in an encoder-decoder if ``pad`` is 0 and ``eos`` is not, because then no text
         contains it.  Otherwise the padding id may also be a real token, and this is -1.
         """
-        return 0 if self.pad == 0 and self.start >= 0 and 0 not in self.all_eos else -1
+        return 0 if self.pad == 0 and self.inputs_end and 0 not in self.all_eos else -1
+
+    @property
+    def inputs_end(self) -> bool:
+        """Whether inputs end with an end of sequence: an encoder-decoder's do.
+
+        A decoder-only model continues its input, which therefore has no end.
+        """
+        return self.start >= 0
 
     @property
     def all_eos(self) -> tuple[int, ...]:

@@ -66,13 +66,15 @@ class Injections:
 
     ``layer_prompts`` has one entry per layer of the reading stack, where None means no prompt.
     ``prefixes`` has, by the name of a stack of attentions (``Model.stacks``), one entry per layer.
-    Adapters are not part of this class: every ``Linear`` has an ``adapter`` attribute
-    (models/layers.py).
+    In a decoder-only model ``prefix_lengths_B`` may say how many positions of the prefixes each row
+    has, the first ones; the row's positions come directly behind them.  Adapters are not part of
+    this class: every ``Linear`` has an ``adapter`` attribute (models/layers.py).
     """
 
     model_input: ModelInput | None = None
     layer_prompts: tuple[LayerPrompt | None, ...] | None = None
     prefixes: Mapping[str, tuple[KeyValues, ...]] = field(default_factory=dict)
+    prefix_lengths_B: Array | None = None
 
     def for_writing(self) -> "Injections":
         """Returns the injections that are still needed after the input has been read."""

@@ -1,4 +1,4 @@
-"""Reads from the text of a compiled program what it sends between chips."""
+"""Finds the collectives in the text of a compiled program."""
 
 import math
 import re
@@ -151,6 +151,6 @@ def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str
     """Returns the mesh axes along which the members of a group differ."""
     varying: set[int] = set()
     for group in groups:
-        places = np.stack(np.unravel_index(np.asarray(group), tuple(mesh.values())))
-        varying |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+        positions = np.stack(np.unravel_index(np.asarray(group), tuple(mesh.values())))
+        varying |= set(np.flatnonzero((positions != positions[:, :1]).any(axis=1)).tolist())
     return tuple(name for i, name in enumerate(mesh) if i in varying)

@@ -1,4 +1,4 @@
-"""Chooses a mesh for an experiment on a slice, and says what it needs and what would help."""
+"""Chooses a mesh for an experiment on a slice, and estimates its memory and speed."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ class MeshPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The meshes that were tried on a slice, the best first, and advice if none of them fits."""
+    """The meshes that were compiled for a slice, the best first, and advice if none fits."""
 
     topology: Topology
     parameters: int
@@ -162,7 +162,7 @@ def candidates(experiment: Experiment, config: ModelConfig, topology: Topology) 
             guesses.append(((too_large, sent, fsdp), mesh))
     if not guesses:
         raise UserError(
-            f"no mesh over {topology.chips} chips divides {config.num_heads} heads and batches of "
+            f"no mesh of {topology.chips} chips divides {config.num_heads} heads and batches of "
             f"{rows}; change training.batch_size, or give --mesh"
         )
     return [mesh for _, mesh in sorted(guesses, key=lambda guess: guess[0])]
@@ -221,7 +221,7 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
     limit, training = topology.chip.hbm_bytes, experiment.training
     if training.remat != "full":
         smaller = REMATS[REMATS.index(training.remat) + 1 :]
-        yield f"compute more again in the backward: --set training.remat={' or '.join(smaller)}"
+        yield f"recompute more in the backward pass: --set training.remat={' or '.join(smaller)}"
     weights, rest = tried.weights_bytes, max(tried.train.needed_bytes - tried.weights_bytes, 0)
     if experiment.model.param_dtype == "float32":
         yield (

@@ -42,7 +42,7 @@ class Abstract:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a compiled program needs on one chip, in bytes, FLOPs and seconds.
+    """The cost of a compiled program on one chip, in bytes, FLOPs and seconds.
 
     ``temporary_bytes`` is the peak temporary memory, including activations.  ``fits`` is the
     compiler's answer.  If it is false, ``needed_bytes`` is the amount in the compiler's message,
@@ -71,7 +71,7 @@ def abstract_experiment(
     method: Any = experiment.method
     if hasattr(method, "init"):
         method = dataclasses.replace(method, init="uniform")
-    # Use the requested number of microbatches: this machine's cache says nothing about the chips.
+    # Use the requested number of microbatches, because the default depends on this machine.
     parts = max(experiment.training.gradient_accumulation, 1)
     training = dataclasses.replace(experiment.training, inits=(), gradient_accumulation=parts)
     experiment = dataclasses.replace(experiment, method=method, training=training)
@@ -102,7 +102,7 @@ def abstract_experiment(
 
     start = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
     state = jax.tree.map(
-        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         start,
         state_shardings(start, trainable, partitioner),
     )

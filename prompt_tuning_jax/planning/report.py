@@ -1,4 +1,4 @@
-"""The command ``plan``: reports what an experiment would need on absent TPUs."""
+"""The command ``plan``: reports the memory and speed of an experiment on absent TPUs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +58,7 @@ def plan_lines(made: Plan) -> Iterator[str]:
     tried = made.tried[0]
     yield (
         f"does not fit: {tried.name} needs {tried.train.needed_bytes / GIB:.2f} GiB a chip of "
-        f"{chip.hbm_bytes / GIB:.2f}.  What would help:"
+        f"{chip.hbm_bytes / GIB:.2f}.  Possible changes:"
     )
     for line in made.advice:
         yield f"  {line}"
@@ -103,7 +103,7 @@ def _mesh_lines(each: MeshPlan, made: Plan) -> Iterator[str]:
         ("mesh", f"{each.name}, remat {each.remat}"),
         ("frozen weights", f"{each.weights_bytes / GIB:.2f} GiB a chip"),
         ("tuned, optimizer", f"{each.tuned_bytes / 2**20:.2f} MiB"),
-        ("temporaries", f"{train.temporary_bytes / GIB:.2f} GiB, activations among them"),
+        ("temporaries", f"{train.temporary_bytes / GIB:.2f} GiB, including activations"),
         (
             "memory",
             f"{train.needed_bytes / GIB:.2f} of {limit / GIB:.2f} GiB; "

@@ -85,7 +85,7 @@ CHIPS: dict[str, Chip] = {
 def chip(kind: str) -> Chip:
     """Returns the chip named ``kind``; raises UserError with the known names if it is unknown."""
     if kind not in CHIPS:
-        raise UserError(f"no TPU is called {kind!r}; known are {', '.join(CHIPS)}")
+        raise UserError(f"unknown TPU {kind!r}; choose from {', '.join(CHIPS)}")
     return CHIPS[kind]
 
 
@@ -116,7 +116,7 @@ class Topology:
         return math.prod(self.shape)
 
     def devices(self) -> Sequence[Any]:
-        """Returns the slice's devices, one per chip; they serve only to compile for.
+        """Returns the slice's devices, one per chip, which can only be compiled for.
 
         Raises UserError if the TPU compiler is not installed or does not know the slice.
         """
@@ -138,7 +138,7 @@ class Topology:
             described = topologies.get_topology_desc(self.name, platform="tpu", **options)
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             why = str(error).partition("\n")[0]
-            raise UserError(f"--topology {self.name}: the TPU compiler refuses it: {why}") from None
+            raise UserError(f"--topology {self.name}: the TPU compiler rejects it: {why}") from None
         return tuple(described.devices)
 
 
@@ -147,12 +147,13 @@ def parse_topology(name: str) -> Topology:
     kind, colon, rest = name.partition(":")
     known = chip(kind) if kind else None
     if known is None or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", rest):
-        raise UserError(f"--topology {name!r} is no KIND:SHAPE such as v5e:4x4 or v5p:2x2x2")
+        raise UserError(f"--topology is {name!r}; must be KIND:SHAPE, such as v5e:4x4 or v5p:2x2x2")
     shape = tuple(int(size) for size in rest.split("x"))
     if len(shape) != known.torus or 0 in shape:
         example = "4x4" if known.torus == 2 else "2x2x2"
         raise UserError(
-            f"--topology {name}: {kind} has {known.torus} dimensions, as in {kind}:{example}"
+            f"--topology {name}: a shape of {kind} has {known.torus} sizes of at least 1, such as "
+            f"{kind}:{example}"
         )
     return Topology(name=name, chip=known, shape=shape)
 
@@ -166,4 +167,4 @@ def topology_of(kind: str, chips: int) -> Topology:
         if each.chips == chips:
             return each
     sizes = ", ".join(str(each.chips) for each in offered)
-    raise UserError(f"--chips {chips}: {kind} comes in slices of {sizes} chips")
+    raise UserError(f"--chips is {chips}; {kind} comes in slices of {sizes} chips")

@@ -18,7 +18,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.serving.compiling import Compiler, Step
 from prompt_tuning_jax.serving.decode_state import DecodeOutput, init_decode_state
-from prompt_tuning_jax.serving.programs import Batch, Programs
+from prompt_tuning_jax.serving.programs import Batch, Programs, held_prompts
 from prompt_tuning_jax.serving.prompt_cache import (
     Cache,
     PromptCache,
@@ -78,6 +78,9 @@ class Engine:
             width=model.config.embed_dim,
             dtype=self.dtype,
             copy_sizes=shapes.batch_sizes,
+            hold=partial(held_prompts, graphdef),
+            params=self._params,
+            at_end=not model.causal,
             partitioner=partitioner,
         )
         adapters = adapter_caches(

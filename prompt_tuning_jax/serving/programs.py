@@ -58,8 +58,8 @@ class Batch:
 class Programs:
     """The functions for plain prompts, or for methods of one spec; each is pure.
 
-    ``arrays`` are those of the cache: ``prompts_NPD``; the trained arrays ``[N, ...]`` of N methods
-    by path, from which rows are ``gathered``; or else those of the one method of all rows.
+    ``arrays`` are those of the cache: of ``held_prompts``; the trained arrays ``[N, ...]`` of N
+    methods by path, from which rows are ``gathered``; or else those of the one method of all rows.
     """
 
     graphdef: nnx.GraphDef[Any]  # of the model, or of the model with its method
@@ -314,6 +314,13 @@ class Programs:
             attached = self._attached(params, arrays)
             return attached.model, *attached.read(batch.tokens_BT)
         model = self._model(params, arrays)
+        if model.causal:
+            own = jax.tree.map(lambda x: x[:, :prompt_length][batch.row_B], arrays)
+            injections = Injections(
+                prefixes={model.reading_stack: own}, prefix_lengths_B=batch.prompt_length_B
+            )
+            source = model.embed(batch.tokens_BT)
+            return model, model.read(source, injections=injections), NO_INJECTIONS
         joined = combine_rows(
             arrays[:, arrays.shape[1] - prompt_length :][batch.row_B],
             model.embed(batch.tokens_BT),
@@ -336,6 +343,15 @@ class Programs:
         frozen = {f"model/{name}": array for name, array in params.items()}
         attached: TunedModel = param_tree.merge(self.graphdef, {**frozen, **arrays})
         return attached
+
+
+def held_prompts(graphdef: nnx.GraphDef[Model], params: FlatParams, prompts_KPD: Array) -> Any:
+    """Returns what the cache holds of prompts: their keys and values if those suffice."""
+    model: Model = param_tree.merge(graphdef, params)
+    if not model.causal:
+        return prompts_KPD
+    nothing_K0 = jnp.zeros((len(prompts_KPD), 0), jnp.int32)
+    return model.read(model.embed(nothing_K0, prompts_KPD)).prompt
 
 
 def _scored(

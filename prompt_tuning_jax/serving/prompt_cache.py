@@ -8,20 +8,25 @@ are used by one thread.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
+from prompt_tuning_jax.distributed.sharding import (
+    Partitioner,
+    activation_sharding,
+    spans_devices,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.shapes import Shapes
 from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt
 from prompt_tuning_jax.typing import Array, DType, FlatParams, HostArray
 
 MAX_GATHERED_BYTES = 2**27  # of the arrays that the rows of one batch gather
+_MAX_PROMPT_BYTES = 2**30  # of all prompts on the device
 _MAX_SPEC_BYTES = 2**31  # of all arrays of one spec on the device
 
 
@@ -74,8 +79,11 @@ class LruRows:
 
 
 class PromptCache:
-    """``prompts_NPD`` on the device; each prompt is at the end of its row, after zeros.
+    """The prompts of N rows on the device, as the programs take them.
 
+    ``hold`` computes, from K prompts ``[K, P, D]``, the arrays ``[K, ...]`` that are held: for an
+    encoder-decoder the prompts themselves, each at the end of its row, after zeros; for a
+    decoder-only model (``at_end=False``) their keys and values, so that no request computes them.
     Missing prompts of a batch are copied in one call, whose sizes are ``copy_sizes``, so that it
     is compiled beforehand.
     """
@@ -90,6 +98,9 @@ class PromptCache:
         width: int,
         dtype: DType,
         copy_sizes: Sequence[int],
+        hold: Callable[[FlatParams, Array], Any],
+        params: FlatParams,
+        at_end: bool = True,
         partitioner: Partitioner | None = None,
     ) -> None:
         if rows < max(copy_sizes):
@@ -97,24 +108,41 @@ class PromptCache:
                 f"cache_rows is {rows}; it must be at least {max(copy_sizes)}, the largest batch"
             )
         self.hits = self.misses = 0
-        self.capacity = rows
         self._copy_sizes = tuple(copy_sizes)
-        self._lru = LruRows(rows)
         self._length, self._width = length, width
         self._dtype, self._partitioner = jnp.dtype(dtype), partitioner
-        self._copy = jax.jit(_copy_prompts, donate_argnums=0)
+        self._params, self._at_end = params, at_end
+        one = jax.eval_shape(hold, params, jax.ShapeDtypeStruct((1, length, width), self._dtype))
+        self._held_of_one = one
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+        fitting = max(max(copy_sizes), _MAX_PROMPT_BYTES // held)
+        self.capacity = min(rows, fitting)
+        self._lru = LruRows(self.capacity)
+
+        def copy(whole: Any, params: FlatParams, row_K: Array, new_KPD: Array) -> Any:
+            with activation_sharding(partitioner):
+                new = hold(params, new_KPD)
+                return jax.tree.map(
+                    lambda x, part: x.at[row_K].set(part.astype(x.dtype), mode="drop"), whole, new
+                )
+
+        self._copy = jax.jit(copy, donate_argnums=0)
         self.clear()
 
     def clear(self) -> None:
-        shape = (self.capacity, self._length, self._width)
         self._lru.clear()
-        self.prompts_NPD: Array = _replicated(np.zeros(shape, self._dtype), self._partitioner)
+
+        def empty(one: jax.ShapeDtypeStruct) -> Array:
+            zeros = np.zeros((self.capacity, *one.shape[1:]), one.dtype)
+            return _replicated(zeros, self._partitioner)
+
+        self._held: Any = jax.tree.map(empty, self._held_of_one)
         for size in self._copy_sizes:  # compiles
             nowhere = np.full(size, self.capacity, np.int32)
-            self._put(nowhere, np.zeros((size, *shape[1:]), self._dtype))
+            self._put(nowhere, np.zeros((size, self._length, self._width), self._dtype))
 
-    def take(self, members: Sequence[Served | None]) -> tuple[Array, HostArray]:
-        """``prompts_NPD``, and the row of each prompt; 0 for None, the bare model."""
+    def take(self, members: Sequence[Served | None]) -> tuple[Any, HostArray]:
+        """The arrays that are held, and the row of each prompt; 0 for None, the bare model."""
         wanted = {one.number: one for one in members if isinstance(one, ServedPrompt)}
         missing = [wanted[number] for number in self._lru.take(wanted)]
         self.hits += len(wanted) - len(missing)
@@ -126,17 +154,18 @@ class PromptCache:
             row_K[: len(now)] = [self._lru[prompt.number] for prompt in now]
             new_KPD = np.zeros((size, self._length, self._width), self._dtype)
             for new_PD, prompt in zip(new_KPD, now, strict=False):
-                new_PD[self._length - len(prompt.prompt_PD) :] = prompt.prompt_PD
+                start = self._length - len(prompt.prompt_PD) if self._at_end else 0
+                new_PD[start : start + len(prompt.prompt_PD)] = prompt.prompt_PD
             self._put(row_K, new_KPD)
         rows = [0 if one is None else self._lru[one.number] for one in members]
-        return self.prompts_NPD, np.array(rows, np.int32)
+        return self._held, np.array(rows, np.int32)
 
     def abstract(self) -> Any:
-        return abstract(self.prompts_NPD, self._partitioner)
+        return abstract(self._held, self._partitioner)
 
     def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
         new = _replicated(row_K, self._partitioner), _replicated(new_KPD, self._partitioner)
-        self.prompts_NPD = self._copy(self.prompts_NPD, *new)
+        self._held = self._copy(self._held, self._params, *new)
 
 
 class AdapterStack:
@@ -261,10 +290,6 @@ def abstract(arrays: Any, partitioner: Partitioner | None) -> Any:
 
 def _replicated(array: HostArray, partitioner: Partitioner | None) -> Array:
     return device_put(array, (None,) * np.ndim(array), partitioner)
-
-
-def _copy_prompts(prompts_NPD: Array, row_K: Array, new_KPD: Array) -> Array:
-    return prompts_NPD.at[row_K].set(new_KPD, mode="drop")
 
 
 def _put_row(stack: FlatParams, row: Array, new: FlatParams) -> FlatParams:

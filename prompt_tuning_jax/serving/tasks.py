@@ -25,7 +25,8 @@ from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.methods.base import LabelTokens
-from prompt_tuning_jax.typing import DType, HostArray
+from prompt_tuning_jax.models.base import DecodeContext
+from prompt_tuning_jax.typing import Array, DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
@@ -40,7 +41,7 @@ class AdapterSpec:
 
     ``shapes`` and logical ``axes`` are those of the trained arrays, by path; all other parameters
     are the frozen model's.  ``prompt_positions`` is how many positions the method adds to the
-    encoder's input.  ``label_tokens`` are the labels that the method scores itself, if it does;
+    input.  ``label_tokens`` are the labels that the method scores itself, if it does;
     then it generates no text.  Methods of equal specs share one object.
     """
 
@@ -80,9 +81,12 @@ class AdapterSpecs:
 
 
 def _prompt_positions(attached: TunedModel) -> int:
+    def read(tokens_BT: Array) -> DecodeContext:
+        return attached.model.start_decoding(attached.read(tokens_BT)[0], 1)[0]
+
     tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    source = jax.eval_shape(attached.injections, tokens_BT).model_input
-    return 0 if source is None else source.mask_BU.shape[1] - tokens_BT.shape[1]
+    width: int = jax.eval_shape(read, tokens_BT).mask_BU.shape[1]
+    return width - tokens_BT.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,6 +172,7 @@ class PromptValidator:
     vocabulary: AnyVocabulary
     longest: int | None = None  # None: any length
     longest_label: int = 64
+    causal: bool = False
 
     def prompt(self, file: Path, *, name: str, placement: str = "") -> ServedPrompt:
         """The prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
@@ -198,6 +203,11 @@ class PromptValidator:
         joining = metadata.combine or placement or PLACEMENTS[0]
         if joining not in PLACEMENTS:
             raise UserError(f"{of}: combine is {joining!r}; known are {', '.join(PLACEMENTS)}")
+        if self.causal and joining != PLACEMENTS[0]:
+            raise UserError(
+                f"{of}: combine is {joining!r}; with a decoder-only model only prompts before the "
+                f"input ({PLACEMENTS[0]}) are served"
+            )
         return ServedPrompt(
             name=name,
             prompt_PD=prompt_PD.astype(np.dtype(self.dtype)),
@@ -214,7 +224,10 @@ class PromptValidator:
         known = {prompt.name: prompt.metadata for prompt in prompts}
         try:
             wording = shared_wording(
-                {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
+                {
+                    name: wording_of(one.task, one.inputs_template, chat=one.chat)
+                    for name, one in known.items()
+                }
             )
             own = tuple(labels) or shared_labels(
                 {name: one.labels for name, one in known.items()},
@@ -238,7 +251,7 @@ class PromptValidator:
         """Their tokens with the end of sequence; UserError for empty, equal or too long labels."""
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
-            ids = (*self.vocabulary.encode(label), self.vocabulary.token_ids.eos)
+            ids = tuple(self.vocabulary.encode_target(label))
             if len(ids) == 1:
                 raise UserError(f"{field}: {label!r} has no tokens; labels must not be empty")
             if len(ids) > self.longest_label:

@@ -1,6 +1,6 @@
 """Runs studies of several runs: a suite of tasks, or transfer from one task to others.
 
-Each run has its own folder.  The folder also keeps the run's scores in ``scores.json``, with
+Each run has a folder, which also contains the run's scores in ``scores.json``, with
 fingerprints of the data and the model, so an interrupted study resumes where it stopped.
 """
 
@@ -118,19 +118,19 @@ def suite(
         else {}
     )
     if strange := [short for short in halved if short not in chosen]:
-        raise UserError(f"--split_validation: {strange[0]} is not among the tasks that are run")
+        raise UserError(f"--split_validation: {strange[0]} is not in --tasks; add it, or remove it")
     runs: dict[str, _Run] = {}
     missing: dict[str, list[str]] = {}
     for short, full in chosen.items():
         folder = root / (f"{full}_halves" if short in halved else full)
-        own = suites.on_task(experiment, full, workdir=str(folder))
+        on_task = suites.on_task(experiment, full, workdir=str(folder))
         if short in halved:
             try:
-                own = _on_halves(own, full, root / "halves" / full)
+                on_task = _on_halves(on_task, full, root / "halves" / full)
             except UserError as error:
                 missing.setdefault(str(error), []).append(short)
                 continue
-        runs[short] = _Run(title=short, experiment=own, evaluations={full: own})
+        runs[short] = _Run(title=short, experiment=on_task, evaluations={full: on_task})
     prepared = _prepare(list(runs.values()), missing)
 
     stem = name_in_form(name, prefix)
@@ -286,21 +286,21 @@ def _kept(run: _Run, prepared: _Prepared, number: int) -> dict[str, Any]:
     try:
         kept = read_json_file(file)
         model, data, scores = kept["model"], kept["data"], kept["scores"]
-        by_name = {name: (own["of"], own["scores"]) for name, own in scores.items()}
+        by_name = {name: (entry["of"], entry["scores"]) for name, entry in scores.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); remove it") from None
     present = prepared.data[number]
-    own_data = next(iter(present.values()))
+    train_data = next(iter(present.values()))
     remedy = f"use another --workdir, or remove {run.folder}"
     if model != prepared.model:
-        raise UserError(f"{run.folder} holds a run on another frozen model; {remedy}")
-    changed = [name for name in own_data if data.get(name) != own_data[name]]
+        raise UserError(f"{run.folder} contains a run on another frozen model; {remedy}")
+    changed = [name for name in train_data if data.get(name) != train_data[name]]
     if changed:
         raise UserError(
-            f"{run.folder} holds a run on other data: {', '.join(changed)} (or the code that reads "
-            f"it) has changed since; {remedy}"
+            f"{run.folder} contains a run on other data: {', '.join(changed)} (or the code that "
+            f"reads it) has changed since; {remedy}"
         )
-    return {name: own for name, (of, own) in by_name.items() if of == present.get(name)}
+    return {name: kept for name, (of, kept) in by_name.items() if of == present.get(name)}
 
 
 def _scored(
@@ -320,7 +320,7 @@ def _scored(
         value = {
             "model": prepared.model,
             "data": next(iter(present.values())),
-            "scores": {name: {"of": present[name], "scores": own} for name, own in kept.items()},
+            "scores": {name: {"of": present[name], "scores": one} for name, one in kept.items()},
         }
         run_folder.write_json(run.folder / SCORES, value)
 

@@ -32,7 +32,7 @@ from prompt_tuning_jax.errors import UserError, suggest
 SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = ("majority", "mean", "best", "ensemble")
 # Fields set by the task or by other options of the command.
-OWN_FIELDS = (
+SUITE_FIELDS = (
     "data.task",
     "data.train",
     "data.eval",
@@ -120,7 +120,7 @@ def require_form(form: str) -> Form:
     for known in FORMS:
         if form == known:
             return known
-    raise UserError(f"--form: there is no form {form!r}: {suggest(form, FORMS)}")
+    raise UserError(f"--form: unknown form {form!r}: {suggest(form, FORMS)}")
 
 
 def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
@@ -192,7 +192,7 @@ def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
     for half, examples in found.items():
         if not examples:
             raise UserError(
-                f"--split_validation: {name} has too few examples: the half to {half} on is empty"
+                f"--split_validation: {name} has too few examples: the {half} half is empty"
             )
     return found
 
@@ -201,11 +201,11 @@ def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
     """Returns the experiment on files of examples of the same task."""
     labels = get_task(experiment.data.task).labels
     data = replace(experiment.data, task="", train=train, eval=eval, labels=labels)
-    own = Data()
+    default = Data()
     data = replace(
         data,
-        inputs_column=own.inputs_column,
-        targets_column=own.targets_column,
+        inputs_column=default.inputs_column,
+        targets_column=default.targets_column,
         inputs_template="",
         targets_template="",
     )
@@ -224,7 +224,7 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
         for task in mixture.evaluated_on(_TEST):
             if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):
                 raise UserError(
-                    f"{task.name} has no split to evaluate on: its test split has no labels here"
+                    f"{task.name} has no split to evaluate on: its test split has no labels"
                 )
     splits = [(task, data.train_split) for task in mixture.tasks] if training else []
     splits += [(task, data.eval_split) for task in mixture.evaluated_on(data.eval_split)]
@@ -315,22 +315,24 @@ def notes(
     found = [
         coverage(suite, scores),
         f"Validation split, percent; {experiment.model.name_or_path}, {prompts} prompts a task, "
-        f"{experiment.training.steps:,} steps. best: of the {prompts}, chosen on this very split. "
-        "majority: always the most frequent target of the training split. "
-        "cut: percent of the evaluated inputs that are longer than "
-        f"{experiment.data.inputs_length} tokens (data.inputs_length) and were cut.",
+        f"{experiment.training.steps:,} steps. best: the best prompt on this split. "
+        "majority: the most frequent target of the training split. "
+        "cut: percentage of the evaluated inputs that were cut to "
+        f"{experiment.data.inputs_length} tokens (data.inputs_length).",
     ]
     if most := experiment.data.max_eval_examples:
-        found.append(f"Evaluated on at most {most:,} examples of a task, evenly spaced.")
+        found.append(f"Evaluated on at most {most:,} evenly spaced examples per task.")
     for short, task in scores.items():
         if not task["labels"]:
-            found.append(f"{short}: no labels: answers are written, prompts start without labels.")
+            found.append(
+                f"{short} has no labels: answers are generated, and prompts start without labels."
+            )
         known = official_train_examples(suite.tasks[short])
         number = task["train_examples"]
         if short in halved:
             found.append(
-                f"{short}: NOT the official split: trained on {number:,} examples that are half of "
-                "the validation split, evaluated on the other half."
+                f"{short} does NOT use the official splits: trained on half of the validation "
+                f"split ({number:,} examples), evaluated on the other half."
             )
         elif known and number != known:
             found.append(

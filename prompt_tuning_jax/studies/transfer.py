@@ -50,7 +50,7 @@ def source_task(name: str, *, form: Form) -> str:
     """
     found = _full_name(name, form=form, option="--from")
     if not any("train" in task.splits for task in get_mixture(found).tasks):
-        raise UserError(f"--from {name}: {found} has no training split")
+        raise UserError(f"--from {name}: {found} has no training split; choose another task")
     return found
 
 
@@ -69,7 +69,7 @@ def target_tasks(names: Sequence[str], *, source: str, form: Form) -> tuple[str,
             _require_same_labels(source, full)
             found.append(full)
     if not found:
-        raise UserError("--to names no task")
+        raise UserError("--to is empty; name at least one task")
     return tuple(found)
 
 
@@ -94,8 +94,8 @@ def runs_of(
         if method == "prompt_tuning":
             if method_name(base.method) != method:
                 raise UserError(
-                    f"prompt_tuning needs a config whose method is PromptTuning, and this one has "
-                    f"{type(base.method).__name__}"
+                    f"--methods prompt_tuning: the method of the config is "
+                    f"{type(base.method).__name__}; use a config with PromptTuning"
                 )
             of = [(base, root / method)]
         else:
@@ -143,7 +143,7 @@ def summary(
     for method, by_task in scores.items():
         for task, seeds in by_task.items():
             for metric in score_names(seeds[0]):
-                values = [own[metric] for own in seeds]
+                values = [seed[metric] for seed in seeds]
                 numbers = [value for value in values if value is not None]
                 entry: dict[str, Any] = {"mean": None, "std": None, "seeds": len(values)}
                 if len(numbers) == len(values):
@@ -198,14 +198,14 @@ class Report:
 
     def add(self, method: str, by_task: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds the evaluations of a run with one or more seeds."""
-        for task, own in by_task.items():
+        for task, result in by_task.items():
             seeds = self.scores.setdefault(method, {}).setdefault(task, [])
-            for scores in own["per_prompt"]:
+            for scores in result["per_prompt"]:
                 seeds.append({name: value for name, value in scores.items() if name != "prompt"})
-            if own["labels"]:
-                self.majority[task] = own["majority"]
-            self.data |= dict.fromkeys(own["reports"])
-            self.splits[task] = own["split"]
+            if result["labels"]:
+                self.majority[task] = result["majority"]
+            self.data |= dict.fromkeys(result["reports"])
+            self.splits[task] = result["split"]
 
     def lines(self) -> list[str]:
         """Returns the table as Markdown lines, with notes that explain it."""
@@ -221,7 +221,7 @@ class Report:
             "",
             f"Validation split, percent, mean ± standard deviation over seeds {seeds}.",
             *(
-                f"{short_of(task)}: evaluated on its {split} split, the only one that it has."
+                f"{short_of(task)}: evaluated on its {split} split, because it has no other."
                 for task, split in self.splits.items()
                 if split != "validation"
             ),
@@ -264,7 +264,7 @@ def _full_name(name: str, *, form: Form, option: str) -> str:
     if of_suites and len(of_suites) == len({T5_TASKS[n].benchmark for n in _plain(found)}):
         found = [name_in_form(full, form) for full in of_suites]
     if len(found) > 1:
-        raise UserError(f"{option} {name}: which of {' and '.join(found)}? Give the full name")
+        raise UserError(f"{option} {name} is ambiguous: {' and '.join(found)}; give the full name")
     return get_mixture(found[0] if found else name).name
 
 
@@ -283,14 +283,14 @@ def _targets(name: str, *, source: str, form: Form) -> tuple[str, ...]:
 
 
 def _require_same_labels(source: str, target: str) -> None:
-    own, theirs = (
+    source_labels, target_labels = (
         {task.labels for task in get_mixture(name).evaluated_on("validation")}
         for name in (source, target)
     )
-    if {frozenset(labels) for labels in own} != {frozenset(labels) for labels in theirs}:
+    if set(map(frozenset, source_labels)) != set(map(frozenset, target_labels)):
         raise UserError(
-            f"--to {target}: its labels are {_listed(theirs)} and those of {source} are "
-            f"{_listed(own)}; only a task of the same labels can be tried"
+            f"--to {target}: its labels are {_listed(target_labels)}, and those of {source} "
+            f"are {_listed(source_labels)}; choose a task with the same labels"
         )
 
 

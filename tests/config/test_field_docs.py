@@ -6,9 +6,12 @@ import pytest
 
 from prompt_tuning_jax.config.base import Config, field_docs, field_types
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.methods import MethodConfig
+from prompt_tuning_jax.config.methods import METHODS, MethodConfig
 
-GROUPS = {name: kind for name, kind in field_types(Experiment).items() if kind is not MethodConfig}
+GROUPS = {
+    **{name: kind for name, kind in field_types(Experiment).items() if kind is not MethodConfig},
+    **METHODS,
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)

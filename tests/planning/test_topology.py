@@ -25,13 +25,13 @@ def test_slices_by_name_and_by_number():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v3:2x2", "no TPU is called 'v3'; known are v4, v5e, v5p, v6e"),
-        ("v5e", "no KIND:SHAPE"),
-        ("v5e:4x", "no KIND:SHAPE"),
-        ("v5e:2x2x2", "v5e has 2 dimensions"),
-        ("v5p:4x4", "v5p has 3 dimensions"),
-        ("v5e:0x4", "v5e has 2 dimensions"),
-        ("", "no KIND:SHAPE"),
+        ("v3:2x2", "unknown TPU 'v3'; choose from v4, v5e, v5p, v6e"),
+        ("v5e", "must be KIND:SHAPE"),
+        ("v5e:4x", "must be KIND:SHAPE"),
+        ("v5e:2x2x2", "v5e has 2 sizes"),
+        ("v5p:4x4", "v5p has 3 sizes"),
+        ("v5e:0x4", "v5e has 2 sizes"),
+        ("", "must be KIND:SHAPE"),
     ],
 )
 def test_names_of_no_slice_are_refused(name, message):

@@ -87,13 +87,18 @@ def test_writing_is_generating_with_each_prompt(model, strategy):
     beams = {"num_beams": 2} if strategy == "beam" else {}
     for e, prompt in enumerate(PROMPTS_EPD):
         written = generate(model, TEXTS, prompt, strategy, max_length=5, **beams)
-        assert predicted.texts_EN[e] == written.texts
         best_B = written.scores if strategy == "greedy" else written.scores[:, 0]
-        for known, text, value in zip(
-            predicted.log_probs_EN[e], written.texts, best_B, strict=True
+        for text, known, want, value, scores in zip(
+            *(predicted.texts_EN[e], predicted.log_probs_EN[e], written.texts),
+            *(best_B, written.scores),
+            strict=True,
         ):
+            # Random weights make beams whose scores tie; rounding then chooses among them.
+            second = float(np.min(scores))
+            tie = strategy == "beam" and abs(second - float(value)) < 1e-3
+            assert text == want or tie
             assert list(known) == [text]
-            assert known[text] == pytest.approx(float(value), abs=1e-4)
+            assert known[text] == pytest.approx(float(value), abs=1e-3 if tie else 1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["rank", "greedy", "beam"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
     HfTokenizer,
 )
@@ -61,7 +62,10 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {"relu": ("relu",), "gated-gelu": ("g
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json with transformers' defaults filled in."""
+    """config.json, for a T5 with transformers' defaults filled in.
+
+    Raises UserError for a ``model_type`` that is not supported.
+    """
     if not path.exists():
         raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model")
     raw = read_json_file(path, of=f"{path} is not valid JSON", max_bytes=_LARGEST)
@@ -70,14 +74,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: model_type is {kind!r}, {_UNSUPPORTED[kind]} and is not supported"
         )
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        known = ", ".join(_DEFAULTS)
-        raise UserError(f"{path}: model_type is {kind!r}; supported: {known}")
+    if not isinstance(kind, str) or kind not in (*_DEFAULTS, *FAMILIES):
+        known = ", ".join((*_DEFAULTS, *FAMILIES))
+        raise UserError(f"{path}: model_type is {repr(kind)[:80]}; supported: {known}")
+    if kind in FAMILIES:
+        return dict(raw)
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
 
 
 def model_type_of(folder: str | Path) -> str:
-    """The model_type of a folder: t5, mt5 or umt5.  T5 1.1 and mT5 differ in nothing else."""
+    """The model_type of a folder.  T5 1.1 and mT5 differ in nothing else."""
     kind: str = read_config(Path(folder) / CONFIG)["model_type"]
     return kind
 

@@ -1,7 +1,8 @@
-"""Reads and writes T5 1.0 and 1.1, mT5 and UMT5 as Hugging Face folders.
+"""Reads and writes Hugging Face folders of all families.
 
-A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  Names and layouts are
-those of transformers' modeling_t5.py; torch's kernels are [out, in], and here they are [in, out].
+A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  T5 1.0 and 1.1, mT5 and
+UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torch's kernels are
+[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``.
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.hf.causal import open_causal, tokenizer_copies, write_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     VOCABULARY,
@@ -22,20 +24,24 @@ from prompt_tuning_jax.checkpoints.hf.config import (
     ties_unscaled,
     tokenizer_files,
 )
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
-from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.checkpoints.parameters import (
     EMBEDDING,
     LOGITS,
     RELPOS,
     parameter_shapes,
     require_parameters,
+    require_t5,
 )
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file as find_vocabulary,
 )
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, HostArray
@@ -64,24 +70,32 @@ _SUBLAYERS = {
     "decoder/mlp": "layer.2.DenseReluDense",
 }
 TRANSPOSED = ("/kernel", "/rel_embedding")
-_COMPARE_BYTES = 1 << 26
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 _LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
 
 
-def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | None]:
-    """A model as (configuration, parameters by T5X name in the stored dtype, vocabulary file).
+def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, LazyArray], Path | None]:
+    """A model as (configuration, parameters by our name in the stored dtype, vocabulary file).
 
-    Only headers are read, and copies of the embedding table, which must be identical.  The arrays
-    of the folder must be exactly the model's parameters; otherwise UserError lists what is missing
-    and what is left over.  The vocabulary file is for ``load_vocabulary``.
+    Only headers are read, and copies of the embedding table, which must be identical in a T5.  The
+    arrays of the folder must be exactly the model's parameters; otherwise UserError lists what is
+    missing and what is left over.  The vocabulary file is for ``load_vocabulary``.
     """
-    from prompt_tuning_jax.param_tree import require_same_names
-
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
+    config: ModelConfig
+    if raw["model_type"] in FAMILIES:
+        config, params = open_causal(folder, raw)
+    else:
+        config, params = _open_t5(folder, raw)
+    return config, params, find_vocabulary(folder)
+
+
+def _open_t5(folder: Path, raw: Mapping[str, Any]) -> tuple[T5Config, dict[str, LazyArray]]:
+    from prompt_tuning_jax.param_tree import require_same_names
+
     path, arrays = open_weights(folder)
     arrays = {name: array for name, array in arrays.items() if not _UNUSED.fullmatch(name)}
     arrays = _without_copies(arrays, path=path)
@@ -109,7 +123,7 @@ def open_hf(folder: str | Path) -> tuple[T5Config, dict[str, LazyArray], Path | 
                 f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
                 f"but by {CONFIG} it is {list(shapes[name])}"
             )
-    return config, params, find_vocabulary(folder)
+    return config, params
 
 
 def _require_possible_layers(
@@ -128,7 +142,7 @@ def _require_possible_layers(
             )
 
 
-def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | None]:
+def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, HostArray], Path | None]:
     """``open_hf`` with all arrays in memory, contiguous."""
     config, params, vocabulary = open_hf(folder)
     read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
@@ -137,7 +151,7 @@ def read_hf(folder: str | Path) -> tuple[T5Config, dict[str, HostArray], Path | 
 
 def write_hf(
     folder: str | Path,
-    config: T5Config,
+    config: ModelConfig,
     params: Mapping[str, Array | HostArray | LazyArray],
     *,
     vocabulary_file: str | Path | None = None,
@@ -151,13 +165,15 @@ def write_hf(
       folder: written atomically; in an existing one, the safetensors files of an earlier model are
         removed, and other files stay.
       config: of the model.
-      params: by T5X name, exactly those of ``config``; read and written shard by shard.
-      vocabulary_file: written as the tokenizer, if there is one.
+      params: by our name, exactly those of ``config``; read and written shard by shard.
+      vocabulary_file: written as the tokenizer, if there is one; for a decoder-only model, with the
+        tokenizer's other files beside it.
       dtype: of the weights; ``stored`` keeps each array's dtype, and then they read back bit for
         bit.
       max_shard_bytes: larger weights are split into several files with an index.
       model_type: ``mt5`` (``model_type_of`` the folder that was read) for an mT5, which is
-        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5.
+        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5, and a
+        decoder-only model has its type in ``config``.
     """
     if is_quantized(params):
         raise UserError(
@@ -165,12 +181,26 @@ def write_hf(
             "without quantization"
         )
     require_parameters(params, config, of="the parameters")
-    arrays = {hf_name(name): _in_torch_layout(name, array) for name, array in params.items()}
+    lazy = {name: _as_lazy(name, array) for name, array in params.items()}
+    if isinstance(config, CausalLMConfig):
+        write_causal(
+            Path(folder),
+            config,
+            lazy,
+            tokenizer=tokenizer_copies(vocabulary_file) if vocabulary_file else {},
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return
+    t5 = require_t5(config, what="writing a Hugging Face folder")
     write_folder(
         Path(folder),
-        arrays,
-        describe=lambda stored: config_to(config, stored, model_type=model_type),
-        tokenizer=tokenizer_files(vocabulary_file, config) if vocabulary_file else {},
+        {
+            hf_name(name): array.transposed() if _is_transposed(name) else array
+            for name, array in lazy.items()
+        },
+        describe=lambda stored: config_to(t5, stored, model_type=model_type),
+        tokenizer=tokenizer_files(vocabulary_file, t5) if vocabulary_file else {},
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -198,16 +228,15 @@ def _is_transposed(name: str) -> bool:
     return name.endswith(TRANSPOSED)
 
 
-def _in_torch_layout(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
-    if not isinstance(array, LazyArray):
-        held = array
-        array = LazyArray(
-            shape=held.shape,
-            dtype=np.dtype(held.dtype),
-            where=name,
-            read=lambda index: np.asarray(held)[index],
-        )
-    return array.transposed() if _is_transposed(name) else array
+def _as_lazy(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
+    if isinstance(array, LazyArray):
+        return array
+    return LazyArray(
+        shape=array.shape,
+        dtype=np.dtype(array.dtype),
+        where=name,
+        read=lambda index: np.asarray(array)[index],
+    )
 
 
 def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:
@@ -216,7 +245,7 @@ def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str,
     if not tables:
         return dict(arrays)
     for name in tables[1:]:
-        if not _equal(arrays[name], arrays[tables[0]]):
+        if not equal_bits(arrays[name], arrays[tables[0]]):
             raise UserError(f"{path}: {name} is not a copy of {tables[0]}")
     rest = {name: array for name, array in arrays.items() if name not in tables}
     return {_SHARED: arrays[tables[0]], **rest}
@@ -232,7 +261,7 @@ def _with_head(
     """
     head, table = arrays.get(_LM_HEAD), arrays.get(_SHARED)
     config = folder / CONFIG
-    has_head = head is not None and (table is None or not _equal(head, table))
+    has_head = head is not None and (table is None or not equal_bits(head, table))
     scaled = scales_outputs(raw, has_head=has_head, path=config)
     if scaled and has_head:
         raise UserError(
@@ -244,17 +273,3 @@ def _with_head(
     if not scaled and head is None and table is not None and ties_unscaled(raw, path=config):
         kept[_LM_HEAD] = table
     return scaled, kept
-
-
-def _equal(left: LazyArray, right: LazyArray) -> bool:
-    """Whether two arrays are equal bit for bit, comparing some rows at a time."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    row_bytes = max(1, left.dtype.itemsize * int(np.prod(left.shape[1:])))
-    rows = max(1, _COMPARE_BYTES // row_bytes)
-    rest = (slice(None),) * (len(left.shape) - 1)
-    return all(
-        left.read((slice(start, start + rows), *rest)).tobytes()
-        == right.read((slice(start, start + rows), *rest)).tobytes()
-        for start in range(0, left.shape[0] if left.shape else 0, rows)
-    )

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,9 @@ from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file, require_whole
+
+# Whether a tensor, by torch's name, is not to be read.
+IsUnused: TypeAlias = Callable[[str], bool]
 
 SAFETENSORS = "model.safetensors"
 FLAX = "flax_model.msgpack"
@@ -35,18 +38,21 @@ _DTYPES: dict[str, np.dtype] = {
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def open_weights(folder: Path) -> tuple[Path, dict[str, LazyArray]]:
+def open_weights(
+    folder: Path, *, is_unused: IsUnused = lambda name: False
+) -> tuple[Path, dict[str, LazyArray]]:
     """The file or index of the weights, and its tensors by torch's names.
 
     Of several formats, the first of safetensors, Flax and torch is used.  Only headers are read
-    before an array is.  Raises UserError for missing or damaged files.
+    before an array is.  Tensors for which ``is_unused`` is true are left out, and may be of any
+    type.  Raises UserError for missing or damaged files.
     """
     for kind in _FORMATS:
         single, index = folder / kind.file, folder / (kind.file + INDEX_SUFFIX)
         if single.is_file():
-            return single, kind.open(single)
+            return single, kind.open(single, is_unused)
         if index.is_file():
-            return index, _open_sharded(index, kind)
+            return index, _open_sharded(index, kind, is_unused)
     raise UserError(
         f"{folder} has no weights: no {SAFETENSORS}, {FLAX} or {TORCH}, and no "
         f"{SAFETENSORS}{INDEX_SUFFIX} of shards"
@@ -58,12 +64,13 @@ class _Format:
     """A format: ``open`` reads arrays by torch's names; ``torch_name`` translates an index."""
 
     file: str
-    open: Callable[[Path], dict[str, LazyArray]]
+    open: Callable[[Path, IsUnused], dict[str, LazyArray]]
     torch_name: Callable[[str], str] = str
 
 
-def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
-    shard_of = {kind.torch_name(name): shard for name, shard in _weight_map(index).items()}
+def _open_sharded(index: Path, kind: _Format, is_unused: IsUnused) -> dict[str, LazyArray]:
+    listed = {kind.torch_name(name): shard for name, shard in _weight_map(index).items()}
+    shard_of = {name: shard for name, shard in listed.items() if not is_unused(name)}
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
@@ -71,7 +78,7 @@ def _open_sharded(index: Path, kind: _Format) -> dict[str, LazyArray]:
             f"{index} lists {len(missing)} of {len(shards)} shards that are missing, "
             f"for instance {missing[0]}; fetch them again"
         )
-    arrays = {shard: kind.open(index.parent / shard) for shard in shards}
+    arrays = {shard: kind.open(index.parent / shard, is_unused) for shard in shards}
     for name, shard in shard_of.items():
         if name not in arrays[shard]:
             raise UserError(f"{index} lists {name} in {shard}, which does not contain it")
@@ -105,7 +112,7 @@ def _is_file_name(name: Any) -> bool:
     return len(name.encode()) <= _LONGEST_NAME
 
 
-def _open_safetensors(path: Path) -> dict[str, LazyArray]:
+def _open_safetensors(path: Path, is_unused: IsUnused) -> dict[str, LazyArray]:
     require_whole(path)
     from safetensors import SafetensorError, safe_open
 
@@ -134,10 +141,10 @@ def _open_safetensors(path: Path) -> dict[str, LazyArray]:
         dtype = _dtype(_SAFETENSORS_DTYPES.get(stored, stored), where=f"{path}: {name}")
         return LazyArray(shape=shape, dtype=dtype, where=f"{path}: {name}", read=read)
 
-    return {name: lazy(name, part) for name, part in slices.items()}
+    return {name: lazy(name, part) for name, part in slices.items() if not is_unused(name)}
 
 
-def _open_flax(path: Path) -> dict[str, LazyArray]:
+def _open_flax(path: Path, is_unused: IsUnused) -> dict[str, LazyArray]:
     require_whole(path)
     try:
         with path.open("rb") as file:
@@ -162,7 +169,8 @@ def _open_flax(path: Path) -> dict[str, LazyArray]:
         )
         return array.transposed() if name.endswith("/kernel") else array
 
-    return {_name_of_flax(name): lazy(name, leaf) for name, leaf in leaves.items()}
+    by_name = {_name_of_flax(name): (name, leaf) for name, leaf in leaves.items()}
+    return {torch: lazy(*leaf) for torch, leaf in by_name.items() if not is_unused(torch)}
 
 
 def _name_of_flax(name: str) -> str:
@@ -171,7 +179,7 @@ def _name_of_flax(name: str) -> str:
     return ".".join([*path, "weight" if last in ("kernel", "embedding") else last])
 
 
-def _open_torch(path: Path) -> dict[str, LazyArray]:
+def _open_torch(path: Path, is_unused: IsUnused) -> dict[str, LazyArray]:
     require_whole(path)
     try:
         import torch
@@ -208,7 +216,7 @@ def _open_torch(path: Path) -> dict[str, LazyArray]:
 
         return LazyArray(shape=shape, dtype=dtype, where=where, read=read)
 
-    return {str(name): lazy(name, tensor) for name, tensor in state.items()}
+    return {str(n): lazy(n, tensor) for n, tensor in state.items() if not is_unused(str(n))}
 
 
 _FORMATS = (

@@ -1,22 +1,36 @@
-"""Hugging Face's fast tokenizers: ``tokenizer.json``."""
+"""Hugging Face's fast tokenizers: ``tokenizer.json``, and the same built from a GGUF file."""
 
-import contextlib
 import hashlib
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
+from prompt_tuning_jax.data.vocabularies.chat_encoder import ChatEncoder
+from prompt_tuning_jax.data.vocabularies.chat_template import ChatFormat, render_chat
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
+from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import gguf_spec
+from prompt_tuning_jax.data.vocabularies.plain_text import PlainEncoder
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    AddedToken,
     ids_suffix,
+    read_tokenizer_config,
     up_to,
+)
+from prompt_tuning_jax.data.vocabularies.tokenizer_spec import (
+    TokenizerSpec,
+    import_tokenizers,
+    no_panic,
+    quiet_errors,
 )
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.untrusted_input import json_text, read_json
 
-_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
-_EOS_ID, _UNK_ID = 1, 2
+T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
+_T5_EOS, _UNKNOWN = 1, 2
 _LARGEST = 2**27  # bytes; the largest published ones have 35 million
 # The library panics on patterns in the file that take too long: these texts find that early.
 _PROBES = (
@@ -25,49 +39,97 @@ _PROBES = (
 )
 
 
-class HfTokenizer:
-    """A ``tokenizer.json`` (Hugging Face's fast tokenizers), for folders without ``spiece.model``.
+class HfTokenizer(BaseVocabulary):
+    """A ``tokenizer.json`` (Hugging Face's fast tokenizers), or the tokenizer in a GGUF file.
 
-    Behaves like ``vocab.Vocabulary``; unknown tokens decode as ``<unk>``.  Encoding never adds an
-    end of sequence, whatever the file specifies.  Raises UserError for a file that is missing or
-    damaged, or has other ids than 0, 1 and 2 for padding, end and unknown, and if the tokenizers
-    library is missing.
+    The files beside ``tokenizer.json`` say which tokens are special.  An input starts with the
+    beginning of sequence if the tokenizer adds one.  ``token_ids`` defaults to T5's in T5's
+    vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
+    to those of a decoder-only model with the special tokens of the files.
+
+    ``encode`` recognises special tokens in texts, as transformers does; ``encode_chat`` does not.
+    ``decode`` leaves special tokens out; in T5's vocabularies, it keeps sentinels and ``<unk>``.
+
+    Raises UserError for a file that is missing or damaged, for a tokenizer without an end of
+    sequence, and if the tokenizers library is missing.
     """
-
-    eos_id = _EOS_ID
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        token_ids: TokenIds = TokenIds(),  # noqa: B008
+        token_ids: TokenIds | None = None,
+        max_size: int | None = None,
     ) -> None:
         self.path = Path(path)
-        self.token_ids = token_ids
-        self.extra_ids = 0  # the file defines its sentinels
-        try:
-            with self.path.open("rb") as file:
-                data = file.read(_LARGEST + 1)
-            text = data.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path}: cannot read the vocabulary: {error}") from None
-        if len(data) > _LARGEST:
-            raise UserError(
-                f"{self.path}: more than {_LARGEST} bytes, which is too large for a vocabulary"
-            )
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.fingerprint += ids_suffix(token_ids)
-        self._load(text)
+        is_gguf = self.path.suffix == GGUF_SUFFIX
+        spec = gguf_spec(self.path) if is_gguf else _spec_of_json(self.path, max_size)
+        self._tokenizer = spec.tokenizer
+        self._special = dict(spec.special)
+        self._chat_template = spec.chat_template
+        self._measure()
+        first = tuple(self._tokenizer.id_to_token(i) for i in range(len(T5_SPECIAL)))
+        self.is_t5 = first == T5_SPECIAL
+        self.token_ids, self.eos_id = self._ids(token_ids or spec.token_ids)
+        self.input_start = self._input_start(spec.add_bos)
+        self.fingerprint = spec.digest + ids_suffix(self.token_ids)
 
-    def _load(self, text: str) -> None:
-        self._tokenizer = _parse(text, path=self.path)
-        special = tuple(self._tokenizer.id_to_token(i) for i in range(len(_SPECIAL)))
-        if special != _SPECIAL:
-            raise UserError(
-                f"{self.path}: T5 needs {', '.join(_SPECIAL)} at ids 0, 1 and 2, but this file has "
-                f"{', '.join(map(str, special))}: it is another model's"
-            )
+    def _measure(self) -> None:
+        """Sets what decoding needs from the tokenizer, which a copy computes again."""
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        # Ids of pieces that are a single byte, in tokenizers that write other text in pieces.
+        self._byte_of: dict[int, int] = {}
+        decoder = self._tokenizer.decoder
+        kinds = "" if decoder is None else decoder.__getstate__().decode(errors="replace")
+        self._is_byte_level = '"ByteLevel"' in kinds
+        if '"ByteFallback"' in kinds:
+            for byte in range(256):
+                token_id = self._tokenizer.token_to_id(f"<0x{byte:02X}>")
+                if token_id is not None:
+                    self._byte_of[token_id] = byte
+
+    def _ids(self, given: TokenIds | None) -> tuple[TokenIds, int]:
+        """The model's special ids, and the vocabulary's end of sequence."""
+        if self.is_t5:
+            return given or TokenIds(), _T5_EOS
+        eos = self._special_id("eos_token")
+        if given is None:
+            if eos is None:
+                raise UserError(
+                    f"{self.path}: the tokenizer has no end-of-sequence token; name it as "
+                    "eos_token in tokenizer_config.json"
+                )
+            pad = self._special_id("pad_token")
+            given = TokenIds(pad=eos if pad is None else pad, eos=eos, start=-1)
+        if not 0 <= given.eos < self._size:
+            known = "" if eos is None else f"; the tokenizer's is {eos} ({self.pieces(eos)})"
+            raise UserError(
+                f"{self.path}: the model's end-of-sequence id (eos_token_id) is {given.eos}, and "
+                f"the vocabulary has ids 0 to {self._size - 1}{known}"
+            )
+        return given, given.eos if eos is None else eos
+
+    def _special_id(self, name: str) -> int | None:
+        text = self._special.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def _input_start(self, add_bos: bool | None) -> tuple[int, ...]:
+        if add_bos is False:
+            return ()
+        if add_bos:
+            bos = self._special_id("bos_token")
+            if bos is None:
+                raise UserError(
+                    f"{self.path}: add_bos_token is true, but the tokenizer has no bos_token "
+                    f"({self._special.get('bos_token')!r})"
+                )
+            return (bos,)
+        with no_panic(self.path):
+            one = self._tokenizer.encode("a", add_special_tokens=True)
+        start = next((i for i, mask in enumerate(one.special_tokens_mask) if not mask), 0)
+        return tuple(one.ids[:start])
 
     @property
     def size(self) -> int:
@@ -75,29 +137,67 @@ class HfTokenizer:
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without end of sequence."""
-        with _no_panic(self.path):
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text alone, without beginning and end of sequence."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """``encode`` of each text, but faster; the library chooses the number of threads."""
         del num_threads
-        with _no_panic(self.path):
-            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [list(one.ids) for one in encoded]
+        with no_panic(self.path):
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [list(one.ids) for one in encoded]
+        fill = self.token_ids.fill
+        if fill >= 0 and any(fill in ids for ids in rows):
+            # The padding token, written out in a text, is text.
+            rows = [
+                self._plain.encode([text], at_start=True)[0] if fill in ids else ids
+                for text, ids in zip(texts, rows, strict=True)
+            ]
+        return rows
+
+    def encode_chat(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
+        """Token ids of each text as the message of a user, up to where the answer begins.
+
+        Special tokens of the template are tokens; written out in a text, they are text.
+        """
+        del num_threads
+        return self._chat.encode(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
-        kept = up_to(ids, self.token_ids.eos)
-        known = [i if 0 <= i < self.size else _UNK_ID for i in kept if i not in (0, _EOS_ID)]
-        with _no_panic(self.path):
-            return str(self._tokenizer.decode(known, skip_special_tokens=False))
+        kept = up_to(ids, self.token_ids.all_eos)
+        if self.is_t5:
+            kept = [i if 0 <= i < self._size else _UNKNOWN for i in kept if i not in (0, _T5_EOS)]
+        else:
+            kept = [i for i in kept if 0 <= i < self._size and i not in self._special_ids]
+        incomplete = self._incomplete(kept)
+        with no_panic(self.path):
+            text = self._tokenizer.decode(kept[: len(kept) - incomplete], skip_special_tokens=False)
+        return str(text) + "\ufffd" * (incomplete > 0)
+
+    def _incomplete(self, ids: Sequence[int]) -> int:
+        """The number of last ids that are the first bytes of a character.
+
+        The library would replace all bytes beside an incomplete character as well.
+        """
+        for count in range(1, min(4, len(ids) + 1)):
+            byte = self._byte_of.get(ids[-count])
+            if byte is None or byte < 0x80:
+                return 0
+            if byte >= 0xC0:  # begins a character
+                length = 2 + (byte >= 0xE0) + (byte >= 0xF0)
+                return count if count < length else 0
+        return 0
 
     def pieces(self, token_id: int) -> str:
         """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
         token_id = int(token_id)
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
-        return _SPECIAL[_UNK_ID] if piece is None else str(piece)
+        if piece is None:
+            return T5_SPECIAL[_UNKNOWN]
+        if self._is_byte_level and token_id not in self._special_ids:
+            piece = _text_of_bytes(piece)
+        return str(piece).replace(" ", "▁")
 
     def sentinel(self, index: int) -> int:
         """The id of ``<extra_id_{index}>``; UserError if there is none."""
@@ -107,33 +207,68 @@ class HfTokenizer:
                 return int(token_id)
         raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``."""
+        return str(self._tokenizer.to_str())
+
+    @cached_property
+    def _plain(self) -> PlainEncoder:
+        special = {i: str(self._tokenizer.id_to_token(i)) for i in self._special_ids}
+        return PlainEncoder(self._tokenizer, special, path=self.path)
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {
+            i: AddedToken(
+                content=token.content,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                single_word=token.single_word,
+            )
+            for i, token in added.items()
+            if token.special
+        }
+        return ChatEncoder(self.chat_format, self._plain, special)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """What the chat template puts around a message; UserError if there is none."""
+        if not self._chat_template:
+            raise UserError(
+                f"{self.path}: data.chat is True, but this model has no chat template; set it to "
+                "False, or use an instruction-tuned model"
+            )
+        special = tuple(sorted(self._special.items()))
+        return render_chat(self._chat_template, special, of=str(self.path))
+
+    def _num_chat_end(self) -> int:
+        return self._chat.num_last
+
+    def _chat_format(self) -> str:
+        return repr(self.chat_format)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tokenizer": self._tokenizer.to_str()}
+        state = {name: value for name, value in vars(self).items() if name not in _COMPUTED}
+        return {**state, "_tokenizer": self._tokenizer.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._load(state["_tokenizer"])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HfTokenizer) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
+        self._tokenizer = parse_tokenizer(state["_tokenizer"], path=self.path)
 
     def __repr__(self) -> str:
         return f"HfTokenizer({str(self.path)!r})"
 
 
-def _parse(text: str, *, path: Path) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError(
-            f"{path} is a Hugging Face fast tokenizer: install tokenizers (pip install "
-            "tokenizers), or put the model's spiece.model beside it"
-        ) from None
-    with _no_panic(path), _quiet_errors():
-        tokenizer = Tokenizer.from_str(text)
+# Attributes that a copy computes again.
+_COMPUTED = ("_tokenizer", "_plain", "_chat")
+
+
+def parse_tokenizer(text: str, *, path: Path) -> Any:
+    """The tokenizer in the text of a ``tokenizer.json``."""
+    library = import_tokenizers(path)
+    with no_panic(path), quiet_errors():
+        tokenizer = library.Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         for probe in _PROBES:
@@ -141,32 +276,51 @@ def _parse(text: str, *, path: Path) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def _no_panic(path: Path) -> Iterator[None]:
-    """Turns the library's failures into UserError: Exception, or a panic, which is not one."""
+def _spec_of_json(path: Path, max_size: int | None) -> TokenizerSpec:
     try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        line = next(iter(str(error).splitlines()), "")[:200]
-        raise UserError(f"{path}: not a tokenizer, or a damaged one: {line}") from None
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
+    if len(data) > _LARGEST:
+        raise UserError(f"{path}: more than {_LARGEST} bytes, which is too large for a vocabulary")
+    config = read_tokenizer_config(path.parent)
+    tokenizer = parse_tokenizer(text, path=path)
+    added = tokenizer.get_added_tokens_decoder()
+    if max_size is not None and any(token_id >= max_size for token_id in added):
+        text = _without_added(text, max_size, path)
+        tokenizer = parse_tokenizer(text, path=path)
+    return TokenizerSpec(
+        tokenizer=tokenizer,
+        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        special=config.special,
+        add_bos=config.add_bos,
+        chat_template=config.chat_template,
+    )
 
 
-@contextlib.contextmanager
-def _quiet_errors() -> Iterator[None]:
-    """Suppresses the stack trace of a panic, which the library writes to the process's stderr."""
-    sys.stderr.flush()
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is no stderr
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+def _without_added(text: str, max_size: int, path: Path) -> str:
+    """The tokenizer.json without the added tokens whose ids are ``max_size`` or more."""
+    content = read_json(text, of=str(path), max_bytes=_LARGEST)
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < max_size]
+    return json_text(content)
+
+
+def _text_of_bytes(piece: str) -> str:
+    """The text of a byte-level piece; bytes that are no text are written ``<0xC3>``."""
+    bytes_of = _bytes_of_characters()
+    if not all(character in bytes_of for character in piece):
+        return piece
+    raw = bytes(bytes_of[character] for character in piece)
+    return raw.decode("utf-8", errors="backslashreplace") if raw else piece
+
+
+@lru_cache(maxsize=1)
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable ones are themselves, others follow from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }

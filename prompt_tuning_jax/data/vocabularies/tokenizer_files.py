@@ -5,8 +5,9 @@ encodes the text between them, as in transformers' Python tokenizers
 (``PreTrainedTokenizer.tokenize``, version 4).
 """
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,23 @@ from prompt_tuning_jax.untrusted_input import json_type, read_json_file
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
 TOKENIZER = "tokenizer.json"
 # Files that are fetched with a model.
-TOKENIZER_FILES = ("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+TOKENIZER_FILES = (
+    *("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
+)
 _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
 
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # never recognised in text
 _SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LARGEST_ID = 2**24
+_LARGEST_TEMPLATE = 2**20  # bytes
 _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -210,17 +216,73 @@ def vocabulary_file(folder: Path) -> Path | None:
     return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
 
 
-def up_to(ids: Iterable[int], eos_id: int) -> list[int]:
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What tokenizer_config.json and the files beside it say about a tokenizer.json.
+
+    Attributes:
+      special: the texts of ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``, as far as
+        they are known.
+      add_bos: whether an input starts with ``bos_token``; None if no file says so.
+      chat_template: in Jinja; empty if there is none.
+    """
+
+    special: Mapping[str, str]
+    add_bos: bool | None
+    chat_template: str
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Reads the files beside a tokenizer.json; UserError for invalid ones.
+
+    As in transformers, tokenizer_config.json takes precedence over special_tokens_map.json, and
+    chat_template.jinja over the template in tokenizer_config.json.
+    """
+    where = folder / TOKENIZER_CONFIG
+    config = _read_object(where)
+    special: dict[str, str] = {}
+    for path, value in (
+        (folder / SPECIAL_TOKENS, _read_object(folder / SPECIAL_TOKENS)),
+        (where, config),
+    ):
+        for name in _SPECIAL_NAMES:
+            if value.get(name) is not None:
+                special[name] = _token(value[name], where=path).content
+    add_bos = config.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise UserError(f"{where}: add_bos_token is {add_bos!r}; it must be true or false")
+    return TokenizerConfig(
+        special=special, add_bos=add_bos, chat_template=_chat_template(folder, config)
+    )
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            with file.open("rb") as opened:
+                return opened.read(_LARGEST_TEMPLATE).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot read the chat template: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, with names
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template is not a text")
+    return template or ""
+
+
+def up_to(ids: Iterable[int], ends: Container[int]) -> list[int]:
     """The ids before the first end of sequence."""
-    kept = [int(i) for i in ids]
-    return kept[: kept.index(eos_id)] if eos_id in kept else kept
+    return list(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
 
 
 def ids_suffix(token_ids: TokenIds) -> str:
     """The part of a vocabulary's fingerprint for the model's token ids; empty for T5's."""
     if token_ids == TokenIds():
         return ""
-    return f"-{token_ids.pad}-{token_ids.eos}-{token_ids.start}"
+    return "-".join(map(str, ("", token_ids.pad, *token_ids.all_eos, token_ids.start)))
 
 
 def byte_extra_ids(path: Path) -> int | None:

@@ -1,9 +1,8 @@
-"""Vocabularies: T5's SentencePiece files, ByT5's bytes, and Hugging Face's tokenizers.
+"""Vocabularies: T5's SentencePiece files, ByT5's bytes, Hugging Face's tokenizers, GGUF files.
 
-In all of them, ids 0, 1 and 2 are padding, end of sequence and unknown, and encoding adds no end of
-sequence.  A model may use other ids than its vocabulary (``token_ids``): an input ends with the
-vocabulary's ``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, at
-which decoding stops.
+In those of T5, ids 0, 1 and 2 are padding, end of sequence and unknown.  A model may use other ids
+than its vocabulary (``token_ids``): an input of T5 ends with the vocabulary's ``eos_id``, as in
+transformers, and a target with the model's ``token_ids.eos``, at which decoding stops.
 """
 
 import hashlib
@@ -13,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    HfTokenizer,
-)
+from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import T5_SPECIAL, HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     SENTENCEPIECE_FILES,
     AddedTokens,
@@ -46,7 +45,7 @@ _NORMALIZER_SPEC = 3  # a field of ModelProto
 _NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 
 
-class Vocabulary:
+class Vocabulary(BaseVocabulary):
     """A SentencePiece file and, above its pieces, the sentinels ``<extra_id_0>`` and so on.
 
     ``<extra_id_0>`` has the highest id, ``size - 1``, and the others follow downwards, as in T5.
@@ -128,7 +127,7 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
-        kept = [i for i in up_to(ids, self.token_ids.eos) if i not in self._special]
+        kept = [i for i in up_to(ids, self.token_ids.all_eos) if i not in self._special]
         if not self._token_of:
             return self._decode_pieces(kept)
         # Like transformers: blanks around added tokens.
@@ -186,17 +185,11 @@ class Vocabulary:
         last = len(self._processor)
         return str(self._processor.decode([i if 0 <= i < last else UNK_ID for i in ids]))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
     def __repr__(self) -> str:
         return f"Vocabulary({str(self.path)!r}, extra_ids={self.extra_ids})"
 
 
-class ByteVocabulary:
+class ByteVocabulary(BaseVocabulary):
     """ByT5's vocabulary: the byte ``b`` of the text in UTF-8 has the id ``b + 3``.
 
     Behaves like ``seqio.ByteVocabulary``: decoding drops bytes that are not UTF-8, special ids and
@@ -230,7 +223,7 @@ class ByteVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end of sequence."""
-        bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.eos))
+        bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.all_eos))
         return bytes(b for b in bytes_ if 0 <= b < 256).decode("utf-8", errors="ignore")
 
     def pieces(self, token_id: int) -> str:
@@ -248,12 +241,6 @@ class ByteVocabulary:
             raise UserError(f"ByT5 has sentinels 0 to {DEFAULT_SENTINELS - 1}, not {index}")
         return _BYTE_OFFSET + 255 - index
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByteVocabulary) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
     def __repr__(self) -> str:
         return f"ByteVocabulary(extra_ids={self.extra_ids})"
 
@@ -262,15 +249,27 @@ AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
 
 
 def load_vocabulary(
-    path: str | os.PathLike[str], *, extra_ids: int | None = None, token_ids: TokenIds = T5_IDS
+    path: str | os.PathLike[str],
+    *,
+    extra_ids: int | None = None,
+    token_ids: TokenIds | None = None,
+    max_size: int | None = None,
 ) -> AnyVocabulary:
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
-    A file with the suffix .json is a ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5;
-    any other is a SentencePiece model.  In a folder, ``vocabulary_file`` chooses the file.
+    A file with the suffix .gguf is a model with its tokenizer.  A file with the suffix .json is a
+    ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5; any other is a SentencePiece
+    model.  In a folder, ``vocabulary_file`` chooses the file.
+
+    Args:
+      path: see above.
+      extra_ids: the number of sentinels, for SentencePiece models and ByT5.
+      token_ids: the model's special ids; None: those of the vocabulary.
+      max_size: the number of the model's embeddings.  Tokens that are added to a tokenizer.json
+        beyond them are left out: they are other models' (Gemma 3 has one for images).
     """
     if str(path) == "bytes":
-        return _byte_vocabulary(extra_ids, token_ids)
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     file = Path(path)
     if file.is_dir():
         inside = vocabulary_file(file)
@@ -278,14 +277,25 @@ def load_vocabulary(
             names = (*SENTENCEPIECE_FILES, "tokenizer.json")
             raise UserError(f"{file}: the folder has no vocabulary ({' or '.join(names)})")
         file = inside
-    if file.suffix != ".json":
-        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids)
+    if file.suffix not in (".json", GGUF_SUFFIX):
+        return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids or T5_IDS)
     if file.name.endswith("config.json"):
         stored = byte_extra_ids(file)
-        return _byte_vocabulary(stored if extra_ids is None else extra_ids, token_ids)
+        extra_ids = stored if extra_ids is None else extra_ids
+        return _byte_vocabulary(extra_ids, token_ids or T5_IDS)
     if extra_ids is not None:
         raise UserError(f"{file} defines its sentinels: leave out extra_ids")
-    return HfTokenizer(file, token_ids=token_ids)
+    return HfTokenizer(file, token_ids=token_ids, max_size=max_size)
+
+
+def require_t5(vocabulary: AnyVocabulary) -> None:
+    """UserError unless padding, end and unknown have the ids that T5 needs."""
+    if isinstance(vocabulary, HfTokenizer) and not vocabulary.is_t5:
+        first = [vocabulary.pieces(i) for i in range(len(T5_SPECIAL))]
+        raise UserError(
+            f"{vocabulary.path}: T5 needs {', '.join(T5_SPECIAL)} at ids 0, 1 and 2, but this file "
+            f"has {', '.join(first)} there: it is another model's"
+        )
 
 
 def _byte_vocabulary(extra_ids: int | None, token_ids: TokenIds) -> ByteVocabulary:

@@ -125,7 +125,8 @@ class Attention(nnx.Module):
             for part, segment, dropout_key in zip(weights, segments, keys, strict=True)
         ]
         mixed_BTGRK = reduce(jnp.add, mixed).transpose(1, 2, 0, 3, 4)
-        return self.out(mixed_BTGRK.reshape(*mixed_BTGRK.shape[:2], -1))
+        width = self.num_heads * self.head_dim
+        return self.out(mixed_BTGRK.reshape(*mixed_BTGRK.shape[:2], width))
 
     def keys_values(self, x_BTD: Array, rotation: Rotation | None) -> KeyValues:
         """Computes the keys, normed and rotated, and the values of the positions of ``x_BTD``."""
@@ -169,7 +170,8 @@ class Attention(nnx.Module):
         return jnp.clip(x_BTJ, -self.qkv_clip, self.qkv_clip) if self.qkv_clip else x_BTJ
 
     def _heads(self, x_BTJ: Array) -> Array:
-        x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], -1, self.head_dim)
+        heads = x_BTJ.shape[-1] // self.head_dim
+        x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], heads, self.head_dim)
         # Keep heads whole: a split head would turn every score into a sum across devices.  Heads of
         # keys and values that the mesh axis does not divide are replicated.
         return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))

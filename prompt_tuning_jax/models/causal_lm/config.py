@@ -65,6 +65,8 @@ class CausalLMConfig(ModelConfig):
       logits_bias: a bias of the logits.
       tie_embeddings: the embedding table is the output head, and there is no
         ``decoder/logits_dense``.
+      bos: the id of the token that begins a text, for files that are written; -1 if there is none.
+        Whether an input begins with it is up to the vocabulary.
     """
 
     implementation: ClassVar[str] = "prompt_tuning_jax.models.causal_lm.model:CausalLM"
@@ -100,6 +102,7 @@ class CausalLMConfig(ModelConfig):
     mlp_bias: bool = False
     logits_bias: bool = False
     tie_embeddings: bool = False
+    bos: int = -1
 
     @property
     def num_reading_layers(self) -> int:

@@ -384,7 +384,10 @@ class CausalLM(Model):
             )
             for prefix in injections.prefixes.get("decoder", ())
         )
-        past = [_past(prefix)] if prefix else []
+        lengths_B = injections.prefix_lengths_B
+        past = [_past(prefix, lengths_B=lengths_B)] if prefix else []
+        # A row's positions start behind those of its prefix.
+        start = _length(prefix) if lengths_B is None else lengths_B[:, None]
         layer_prompts = injections.layer_prompts
         prompt_length = 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
         prompt: tuple[KeyValues, ...] = ()
@@ -393,7 +396,7 @@ class CausalLM(Model):
             assert source.prompt_BPD is not None
             last_B1D, prompt = self._run(
                 _broadcast_for(layer_prompts, source.prompt_BPD),
-                _positions(_length(prefix), prompt_length),
+                _positions(start, prompt_length),
                 past,
                 layer_prompts=layer_prompts,
                 key=keys[0],
@@ -401,12 +404,23 @@ class CausalLM(Model):
                 last_only=True,
             )
             layer_prompts, prompt_length = None, 0
-            past = [*past, _past(prompt, start=_length(prefix))]
+            past = [*past, _past(prompt, start=start)]
             source = replace(source, prompt_BPD=None)
         whole = joined(source)
+        if not whole.embeddings_BUD.shape[
+            1
+        ]:  # nothing but a prompt is read, to keep its keys and values
+            batch, config = len(whole.mask_BU), self.config
+            nothing = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), self.dtype)
+            return Context(
+                hidden_BUD=whole.embeddings_BUD,
+                mask_BU=whole.mask_BU,
+                keys_values=(KeyValues(key_BPGK=nothing, value_BPGK=nothing),) * config.num_layers,
+                prompt=_concatenated(prefix, prompt),
+            )
         hidden_BUD, keys_values = self._run(
             whole.embeddings_BUD,
-            _positions_in(whole.mask_BU, start=_length(prefix) + _length(prompt)),
+            _positions_in(whole.mask_BU, start=start + _length(prompt)),
             past,
             mask_BT=whole.mask_BU,
             mask_BTT=whole.attention_mask_BUU,
@@ -429,6 +443,7 @@ class CausalLM(Model):
             mask_BU=source.mask_BU,
             keys_values=keys_values,
             prompt=_concatenated(prefix, prompt),
+            prompt_lengths_B=None if lengths_B is None else lengths_B + _length(prompt),
         )
 
     def write_hidden(
@@ -447,10 +462,11 @@ class CausalLM(Model):
         first_B1D = context.last_BD[:, None]
         if targets_BS.shape[1] == 1:
             return first_B1D
-        prompt_length, length = _length(context.prompt), context.mask_BU.shape[1]
-        past = [_past(context.prompt)] if context.prompt else []
-        past.append(_past(context.keys_values, start=prompt_length, mask_BU=context.mask_BU))
-        start_B1 = prompt_length + jnp.sum(context.mask_BU, axis=1, keepdims=True)
+        lengths_B, length = context.prompt_lengths_B, context.mask_BU.shape[1]
+        start = _length(context.prompt) if lengths_B is None else lengths_B[:, None]
+        past = [_past(context.prompt, lengths_B=lengths_B)] if context.prompt else []
+        past.append(_past(context.keys_values, start=start, mask_BU=context.mask_BU))
+        start_B1 = start + jnp.sum(context.mask_BU, axis=1, keepdims=True)
         x_BSD, _ = self._run(
             self.embed_tokens(targets_BS[:, :-1]),
             start_B1 + jnp.arange(targets_BS.shape[1] - 1),
@@ -466,6 +482,8 @@ class CausalLM(Model):
         batch = context.mask_BU.shape[0]
         prompt = tuple(_of_rows(kv, batch) for kv in context.prompt)
         seen_BP = jnp.ones((batch, _length(context.prompt)), bool)
+        if context.prompt_lengths_B is not None:
+            seen_BP = jnp.arange(seen_BP.shape[1]) < context.prompt_lengths_B[:, None]
         config = self.config
         empty = jnp.zeros((batch, max_length, config.num_kv_heads, config.head_dim), self.dtype)
         return (
@@ -582,20 +600,26 @@ def _broadcast_for(layer_prompts: Sequence[LayerPrompt | None] | None, x_BPD: Ar
 
 
 def _past(
-    layers: tuple[KeyValues, ...], *, start: int = 0, mask_BU: Array | None = None
+    layers: tuple[KeyValues, ...],
+    *,
+    start: Array | int = 0,
+    mask_BU: Array | None = None,
+    lengths_B: Array | None = None,
 ) -> PastKeys:
-    if mask_BU is None:
-        positions_BU = _positions(start, _length(layers))
-    else:
+    """Keys and values from position ``start`` on; ``lengths_B`` of them exist, or all."""
+    positions_BU = _positions(start, _length(layers))
+    if lengths_B is not None:
+        mask_BU = positions_BU < lengths_B[:, None]
+    elif mask_BU is not None:
         positions_BU = _positions_in(mask_BU, start=start)
     return PastKeys(layers=layers, positions_BU=positions_BU, mask_BU=mask_BU)
 
 
-def _positions(start: int, length: int) -> Array:
+def _positions(start: Array | int, length: int) -> Array:
     return start + jnp.arange(length)[None]
 
 
-def _positions_in(mask_BU: Array, *, start: int = 0) -> Array:
+def _positions_in(mask_BU: Array, *, start: Array | int = 0) -> Array:
     """Counts the real positions; a masked one has the position of the real one before it."""
     return start - 1 + jnp.cumsum(mask_BU, axis=1)
 

@@ -1,0 +1,150 @@
+"""The tensors of a GGUF file, dequantised part by part as they are read."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import TensorInfo
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import HostArray
+
+# Types that are stored as such; all others are blocks of small integers with scales.
+_PLAIN = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_ADVICE = "convert it with llama.cpp, for instance to Q8_0"
+_MOST_ELEMENTS = 2**40
+# Elements that are dequantised at once: the intermediate arrays take several times as much.
+_CHUNK = 1 << 20
+
+
+def open_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, LazyArray]:
+    """The tensors by name, rows first; quantised ones are float32.
+
+    Raises UserError for types that cannot be dequantised, and for a file that is too short.
+    """
+    size = path.stat().st_size
+    try:
+        mapped = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return {name: _lazy(path, name, info, mapped, size) for name, info in infos.items()}
+
+
+def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two tensors that were opened have the same type, shape and bytes."""
+    if (left.kind, left.shape) != (right.kind, right.shape):
+        return False
+    _, size = stored_type(left)
+    mapped = np.memmap(path, np.uint8, mode="r")
+    step = _CHUNK * 16
+    return all(
+        np.array_equal(
+            mapped[left.offset + at : left.offset + min(at + step, size)],
+            mapped[right.offset + at : right.offset + min(at + step, size)],
+        )
+        for at in range(0, size, step)
+    )
+
+
+def stored_type(info: TensorInfo) -> tuple[str, int]:
+    """The name of an opened tensor's type, and its bytes."""
+    known = _type(info.kind)
+    assert known is not None, "opened tensors have known types"
+    kind, block, block_bytes = known
+    return kind, prod(info.shape) // block * block_bytes
+
+
+def _lazy(path: Path, name: str, info: TensorInfo, mapped: HostArray, size: int) -> LazyArray:
+    where = f"{path}: {name[:200]}"
+    known = _type(info.kind)
+    if known is None:
+        raise UserError(f"{where} has the type {info.kind}, which is not supported; {_ADVICE}")
+    kind, block, block_bytes = known
+    columns = info.shape[-1]
+    if kind not in _PLAIN and not _can_dequantise(kind):
+        raise UserError(f"{where} is stored as {kind}, which is not supported; {_ADVICE}")
+    if columns % block or not 0 < prod(info.shape) <= _MOST_ELEMENTS:
+        raise UserError(
+            f"{where} is damaged: its shape is {list(info.shape)}, and {kind} has blocks of {block}"
+        )
+    row_bytes = columns // block * block_bytes
+    rows = prod(info.shape[:-1])
+    end = info.offset + rows * row_bytes
+    if end > size:
+        raise UserError(
+            f"{where} ends at byte {end}, but the file has only {size}: the copy is incomplete"
+        )
+    stored = mapped[info.offset : end].reshape(*info.shape[:-1], row_bytes)
+    dtype = _PLAIN.get(kind, np.dtype(np.float32))
+
+    def read(index: Index) -> HostArray:
+        start, stop, _ = index[-1].indices(columns)
+        first, last = start // block, max(start, stop - 1) // block + 1
+        blocks = stored[(*index[:-1], slice(first * block_bytes, last * block_bytes))]
+        part = _values(blocks, kind, dtype, (last - first) * block)
+        return part[..., start - first * block : max(start, stop) - first * block]
+
+    return LazyArray(shape=info.shape, dtype=dtype, where=where, read=read)
+
+
+def _values(blocks: HostArray, kind: str, dtype: np.dtype, columns: int) -> HostArray:
+    shape = (*blocks.shape[:-1], columns)
+    if kind in _PLAIN:
+        return np.ascontiguousarray(blocks).view(dtype).reshape(shape)
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    values = np.empty((len(rows), columns), np.float32)
+    step = max(1, _CHUNK // columns)
+    with np.errstate(all="ignore"):  # a damaged scale is found later, with the array's name
+        for at in range(0, len(rows), step):
+            values[at : at + step] = _dequantise(kind)(rows[at : at + step])
+    return values.reshape(shape)
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF files need the package gguf: pip install 'prompt_tuning_jax[gguf]'"
+        ) from None
+    return gguf
+
+
+@cache
+def _type(number: int) -> tuple[str, int, int] | None:
+    """A type's name, the elements of a block and its bytes; None for an unknown type."""
+    gguf = _package()
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        return None
+    return kind.name, block, block_bytes
+
+
+def _dequantise(kind: str) -> Callable[[HostArray], HostArray]:
+    from gguf import GGMLQuantizationType, quants
+
+    number = GGMLQuantizationType[kind]
+    return lambda rows: quants.dequantize(np.ascontiguousarray(rows), number)
+
+
+@cache
+def _can_dequantise(kind: str) -> bool:
+    gguf = _package()
+    _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    try:
+        with np.errstate(all="ignore"):
+            _dequantise(kind)(np.zeros((1, block_bytes), np.uint8))
+    except (NotImplementedError, KeyError):
+        return False
+    return True

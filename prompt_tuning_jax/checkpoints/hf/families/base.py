@@ -1,0 +1,35 @@
+"""What a family consists of, and derivations that several share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigFields
+from prompt_tuning_jax.checkpoints.hf.names import NameTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family: transformers' class, what its ``config.json`` says, and its tensors' names."""
+
+    architecture: str
+    describe: Callable[[ConfigFields], None]
+    names: NameTable
+
+
+def head_width(fields: Mapping[str, Any]) -> int:
+    """The width of a head where the heads together are as wide as the model."""
+    width: int = fields["embed_dim"] // fields["num_heads"]
+    return width
+
+
+def all_heads(fields: Mapping[str, Any]) -> int:
+    """As many heads of keys and values as heads."""
+    heads: int = fields["num_heads"]
+    return heads
+
+
+def root_of_width(fields: Mapping[str, Any]) -> float:
+    """The usual factor on the scores."""
+    factor: float = fields["head_dim"] ** -0.5
+    return factor

@@ -1,0 +1,125 @@
+"""Tables between this project's parameter names and those of transformers, for one family each."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.causal_parameters import HEAD
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, concatenated
+from prompt_tuning_jax.typing import HostArray
+
+_LAYER = re.compile(r"decoder/layers_(\d+)/(.*)")
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameTable:
+    """The names of a family's tensors.
+
+    Attributes:
+      prefixes: what precedes the names of all tensors but the head's: as written, and as other
+        files have it; ``""`` for files of the model without its head.
+      outside: our modules outside the layers, and theirs.
+      layers: what precedes a layer's number.
+      layer: our modules in a layer, and theirs.
+      head: their output head.
+      fused: their modules that hold several of ours, in this order.
+      fused_by_head: whether a fused tensor has the parts of the first head, then of the second
+        (BLOOM, GPT-NeoX), and not one part after the other (GPT-2).
+      kernels_as_here: whether kernels are ``[in, out]`` (GPT-2); torch's are ``[out, in]``.
+      unused: the names of buffers that old files hold and no model uses, without a prefix.
+    """
+
+    prefixes: tuple[str, ...]
+    outside: Mapping[str, str]
+    layers: str = "layers"
+    layer: Mapping[str, str]
+    head: str = "lm_head"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_by_head: bool = False
+    kernels_as_here: bool = False
+    unused: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+    def tensor(self, name: str) -> str:
+        """Their name of a parameter; several of ours may be in one fused tensor."""
+        module, _, leaf = name.rpartition("/")
+        if module == HEAD:
+            return f"{self.head}.{_LEAVES[leaf]}"
+        match = _LAYER.fullmatch(module)
+        if match is None:
+            return f"{self.prefixes[0]}{self.outside[module]}.{_LEAVES[leaf]}"
+        theirs = self.layer.get(match[2]) or next(
+            fused for fused, parts in self.fused.items() if match[2] in parts
+        )
+        return f"{self.prefixes[0]}{self.layers}.{match[1]}.{theirs}.{_LEAVES[leaf]}"
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The number of the layer of one of their tensors; None outside the layers."""
+        match = re.match(re.escape(f"{self.prefixes[0]}{self.layers}.") + r"(\d{1,5})\.", tensor)
+        return int(match[1]) if match else None
+
+    def is_unused(self, tensor: str) -> bool:
+        """Whether a tensor of a file, with any prefix, is a buffer that no model uses."""
+        return any(
+            tensor.startswith(prefix) and re.fullmatch(self.unused, tensor.removeprefix(prefix))
+            for prefix in self.prefixes
+        )
+
+    def with_prefix(self, tensor: str) -> str:
+        """The name of a file's tensor with the prefix that this table has."""
+        if tensor.startswith(f"{self.head}."):
+            return tensor
+        prefix = next((p for p in self.prefixes if tensor.startswith(p)), "")
+        return self.prefixes[0] + tensor.removeprefix(prefix)
+
+    def read(
+        self, name: str, tensor: LazyArray, shapes: Mapping[str, tuple[int, ...]], head_dim: int
+    ) -> LazyArray:
+        """Our parameter from their tensor, of which only its part is read."""
+        transposed = name.endswith("/kernel") and not self.kernels_as_here
+        array = tensor.transposed() if transposed else tensor
+        parts = self.parts(name)
+        if len(parts) > 1:
+            widths = [shapes[part][-1] for part in parts]
+            if array.shape[-1] == sum(widths):  # otherwise, a message tells the shapes
+                order = self.order(widths, head_dim)[parts.index(name)]
+                array = array.taken(order, axis=len(array.shape) - 1)
+        return array
+
+    def write(self, params: Mapping[str, LazyArray], head_dim: int) -> dict[str, LazyArray]:
+        """Their tensors of all our parameters."""
+        tensors: dict[str, LazyArray] = {}
+        for name in params:
+            theirs = self.tensor(name)
+            if theirs in tensors:
+                continue
+            parts = [params[part] for part in self.parts(name)]
+            array, axis = parts[0], len(parts[0].shape) - 1
+            if len(parts) > 1:
+                orders = self.order([part.shape[axis] for part in parts], head_dim)
+                array = concatenated(parts, axis=axis)
+                array = array.taken(np.argsort(np.concatenate(orders)), axis=axis)
+            transposed = name.endswith("/kernel") and not self.kernels_as_here
+            tensors[theirs] = array.transposed() if transposed else array
+        return tensors
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """All our parameters in the tensor of this one."""
+        module, _, leaf = name.rpartition("/")
+        match = _LAYER.fullmatch(module)
+        inside = match[2] if match else ""
+        for parts in self.fused.values():
+            if inside in parts:
+                stem = module.removesuffix(inside)
+                return tuple(f"{stem}{part}/{leaf}" for part in parts)
+        return (name,)
+
+    def order(self, widths: list[int], head_dim: int) -> list[HostArray]:
+        """For each part of a fused tensor, the numbers of its entries there."""
+        total, count = sum(widths), len(widths)
+        if self.fused_by_head:
+            by_head = np.arange(total).reshape(-1, count, head_dim)
+            return [by_head[:, i].ravel() for i in range(count)]
+        return list(np.split(np.arange(total), np.cumsum(widths)[:-1]))

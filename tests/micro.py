@@ -69,7 +69,7 @@ def call(
     injections: Injections = NO_INJECTIONS,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The logits of T5 from its decoder's inputs; compiled once for all tests with the same shapes."""
+    """The logits of its decoder's inputs; compiled once for all tests with the same shapes."""
     return _call(*param_tree.split(model), source, target, prompt, injections, key)
 
 

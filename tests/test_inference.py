@@ -204,8 +204,10 @@ class Prefixes(TuningModule):
     def injections(self, model, tokens_BT, *, task_B=None, key=None):
         layers = {"layers": 1, "batch": len(tokens_BT)}
         return Injections(
-            decoder_prefixes=make_prefixes(ONE_LAYER, **layers, seed=1),
-            cross_prefixes=make_prefixes(ONE_LAYER, **layers, seed=2),
+            prefixes={
+                "decoder": make_prefixes(ONE_LAYER, **layers, seed=1),
+                "cross": make_prefixes(ONE_LAYER, **layers, seed=2),
+            }
         )
 
 
@@ -217,7 +219,7 @@ def test_prefixes_per_example_follow_their_example_into_decoding(writing):
     )
     best_BS = np.asarray(ids[0] if ids.ndim == 3 else ids[0, :, 0])
     attached = param_tree.merge(graphdef, frozen)
-    logits = np.asarray(jax.jit(lambda t: attached(SOURCE, t))(shifted(best_BS)))
+    logits = np.asarray(jax.jit(lambda t: attached(SOURCE, t))(best_BS))
     total = np.take_along_axis(jax.nn.log_softmax(logits), best_BS[..., None], axis=-1)[..., 0]
     total = (np.asarray(total) * (best_BS != 0)).sum(axis=-1)
     if writing.strategy == "greedy":
@@ -363,9 +365,9 @@ def test_padding_changes_no_number_and_no_shape(placement):
     scores = score(attached, source, target)
     for row in (1, 2):  # the longest, and one with much padding
         own, wanted = (ids[row][ids[row] != 0][None] for ids in (source, target))
-        alone = np.asarray(jax.jit(lambda ids: attached.encode(ids)[0].hidden_BUD)(own))[0]
+        alone = np.asarray(jax.jit(lambda ids: attached.read(ids)[0].hidden_BUD)(own))[0]
         np.testing.assert_allclose(hidden[row, : len(alone)], alone, atol=1e-5)
-        exact = np.asarray(jax.jit(attached)(own, shifted(wanted)))[0]
+        exact = np.asarray(jax.jit(attached)(own, wanted))[0]
         np.testing.assert_allclose(found[row, : len(exact)], exact, atol=1e-4)
         log_p = jax.nn.log_softmax(exact)[np.arange(len(exact)), wanted[0]].sum()
         np.testing.assert_allclose(scores[row], log_p, atol=1e-4)

@@ -31,6 +31,7 @@ from prompt_tuning_jax.pretraining.text_data import (
 )
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
+from tests.micro import shifted
 from tests.tiny_run import measurements, outcome
 
 BOTH: tuple[Any, ...] = ("span_corruption", "prefix_lm")
@@ -127,7 +128,7 @@ def test_the_evaluation_is_the_mean_over_tokens() -> None:
     model = load_model(str(tiny_run.model_folder()))
     loss = tokens = 0.0
     for batch in data.eval_batches():
-        logits = model(batch["inputs"], batch["decoder_input_tokens"])
+        logits = model(batch["inputs"], shifted(batch["targets"]))
         logs = np.asarray(jax.nn.log_softmax(logits))
         targets = batch["targets"]
         own = np.take_along_axis(logs, targets[..., None], axis=2)[..., 0]

@@ -201,7 +201,7 @@ def test_the_evaluation_loss_is_that_of_training(
         logits_of = jax.jit(attached)
         total = tokens = 0.0
         for batch in eval_batches(examples, batch_size=5):
-            logits = logits_of(batch["inputs"], batch["decoder_input_tokens"])
+            logits = logits_of(batch["inputs"], batch["targets"])
             targets = batch["targets"]
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             each = np.take_along_axis(np.asarray(log_probs), targets[..., None], axis=-1)[..., 0]

@@ -158,7 +158,7 @@ def test_losses_of_examples_are_those_without_buckets() -> None:
 
     def losses(batch: dict[str, np.ndarray]) -> np.ndarray:
         rows = {name: jnp.asarray(array[0]) for name, array in batch.items()}
-        logits_BSV = logits_of(rows["inputs"], rows["decoder_input_tokens"])
+        logits_BSV = logits_of(rows["inputs"], rows["targets"])
         targets_BS = rows["targets"]
         return np.array(
             [

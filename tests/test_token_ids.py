@@ -131,11 +131,7 @@ def test_batches_and_the_loss_are_the_same(other: Renumbered, batches: str) -> N
         else:
             batch = next(eval_batches(own, batch_size=4))  # with a row to spare
         attached = with_prompt(model, PROMPT_PD, PromptTuning(length=3))
-        found = jax.jit(attached.token_sums)(
-            batch["inputs"],
-            batch["decoder_input_tokens"],
-            batch["targets"],
-        )
+        found = jax.jit(attached.token_sums)(batch["inputs"], batch["targets"])
         return tuple(map(float, (found.loss, found.tokens, found.examples, found.correct)))
 
     np.testing.assert_allclose(

@@ -243,13 +243,12 @@ def _write_adapter(
     Raises UserError if PEFT has no such adapter, or if the arrays read back differ.
     """
     try:
-        t5 = require_t5(config, what="writing this kind of PEFT adapter")
         if isinstance(method, LoRA | IA3):
             weights.write_peft_weights(
                 place,
                 method,
                 stored.trainable,
-                config=t5,
+                config=config,
                 base_model_name_or_path=name_for_peft(name),
             )
         else:
@@ -257,7 +256,7 @@ def _write_adapter(
                 place,
                 method,
                 stored.trainable,
-                config=t5,
+                config=config,
                 base_model_name_or_path=name_for_peft(name),
             )
         again = peft_adapter(place, config)

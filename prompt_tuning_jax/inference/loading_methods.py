@@ -12,9 +12,15 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.parameters import require_t5
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
-from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.checkpoints.peft.adapter_file import (
+    CONFIG,
+    is_peft,
+    read_config,
+    require_task,
+)
+from prompt_tuning_jax.checkpoints.peft.copies import Parameter
+from prompt_tuning_jax.checkpoints.peft.modules import task_type
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
 from prompt_tuning_jax.checkpoints.run_folder import (
     member_names,
@@ -54,7 +60,6 @@ from prompt_tuning_jax.typing import HostArray
 # Sizes up to this are accepted whatever a file's arrays are, because they cost nothing.  A field
 # that is not used may be larger than any axis of the arrays.
 _SMALL = 1024
-_PEFT = "this kind of PEFT adapter"
 
 
 def stored_methods(place: Path, model: Model) -> list[tuple[str, TunedCheckpoint]]:
@@ -79,23 +84,21 @@ def stored_methods(place: Path, model: Model) -> list[tuple[str, TunedCheckpoint
 
 
 def peft_adapter(
-    folder: Path, config: ModelConfig, *, own: Mapping[str, weights.Parameter] | None = None
+    folder: Path, config: ModelConfig, *, own: Mapping[str, Parameter] | None = None
 ) -> TunedCheckpoint | None:
     """Reads a PEFT adapter as a run's checkpoint; returns None for a prompt tuning adapter.
 
-    ``own`` are the model's parameters by path; any of them in the adapter must be equal.
+    ``own`` are the model's parameters by path; any of them in the adapter must be equal.  Raises
+    UserError for an adapter of another kind of model.
     """
     kind = weights.peft_kind(folder)
     found: weights.PeftWeights | prompts.PeftPrompts
     if kind in weights.TYPES:
-        found = weights.read_peft_weights(
-            folder, require_t5(config, what="this kind of PEFT adapter"), own
-        )
+        found = weights.read_peft_weights(folder, config, own)
     elif kind in prompts.TYPES:
-        found = prompts.read_peft_prompts(
-            folder, require_t5(config, what="this kind of PEFT adapter")
-        )
+        found = prompts.read_peft_prompts(folder, config)
     else:
+        require_task(read_config(folder / CONFIG), task_type(config), folder / CONFIG)
         return None
     metadata = PromptMetadata(
         model_name=found.base_model_name_or_path, created_by=f"peft {found.peft_version}".rstrip()
@@ -224,6 +227,7 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
         metadata,
         task=metadata.task or run.data.train or run.data.task,
         inputs_template=metadata.inputs_template or inputs_template_of(run.data),
+        chat=metadata.chat or run.data.chat,
         mixture=metadata.mixture or mixture_of(run.data),
     )
 

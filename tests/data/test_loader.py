@@ -43,19 +43,17 @@ def assert_same(a, b):
         assert a[key].dtype == b[key].dtype
 
 
-def test_a_batch_holds_padded_pairs_and_shifted_targets():
+def test_a_batch_holds_padded_pairs():
     batch = TrainBatches(make(20), batch_size=8, seeds=0)[3]
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
         "inputs": ((8, 6), "int32"),
         "targets": ((8, 3), "int32"),
-        "decoder_input_tokens": ((8, 3), "int32"),
     }
-    for inputs, targets, shifted in zip(*batch.values(), strict=True):
+    for inputs, targets in zip(*batch.values(), strict=True):
         i = int(targets[0]) - 10
         n = 1 + i % 4
         assert inputs.tolist() == [i + 10] * n + [1] + [0] * (5 - n)
         assert targets.tolist() == [i + 10, 1, 0]
-        assert shifted.tolist() == [0, i + 10, 1]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 20, 33])
@@ -195,7 +193,7 @@ def test_a_plan_of_other_lengths_fits_the_seam():
         (2, 8, 6),
         (2, 8, 4),
     ]
-    assert batches[1]["decoder_input_tokens"].shape == (2, 8, 2)
+    assert batches[1]["targets"].shape == (2, 8, 2)
 
 
 def test_negative_steps_and_bad_sizes():

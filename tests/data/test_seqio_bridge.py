@@ -217,7 +217,7 @@ def test_seqios_evaluator_takes_our_tasks(seqio, vocabulary):
 
     def oracle(dataset, model_feature_shapes=None):
         return [
-            (int(index), features["targets"].tolist())
+            (int(index), features["decoder_target_tokens"].tolist())
             for index, features in dataset.as_numpy_iterator()
         ]
 

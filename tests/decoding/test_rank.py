@@ -15,15 +15,16 @@ def pad(labels):
     return np.array([[*label, *[0] * (3 - len(label))] for label in labels], np.int32)
 
 
-def decoder(toy):
-    """All positions at once, as teacher forcing does: decoder_input_S -> logits_BSV."""
+def decoder(toy, *, start=0):
+    """All positions at once, as teacher forcing does: label_S -> logits_BSV that predict it."""
 
-    def decode_logits(input_S):
+    def label_logits(label_S):
+        input_S = jnp.concatenate([jnp.full((1,), start, jnp.int32), label_S[:-1]])
         before_S = jnp.concatenate([jnp.zeros((1,), jnp.int32), input_S[:-1]])
         table = jnp.asarray(toy.log_probs)
         return table[:, jnp.arange(len(input_S)), before_S, input_S] - 4.0
 
-    return decode_logits
+    return label_logits
 
 
 def run(toy, labels, **kwargs):
@@ -66,22 +67,39 @@ def test_what_the_labels_share_is_computed_once(make_toy):
     keys_BUD = jnp.ones((4, 7, 3))
     shapes = []
 
-    def decode_logits(input_S):
+    def label_logits(input_S):
         shapes.append(input_S.shape)
         mixed_BD = keys_BUD.mean(axis=1)
         return jnp.broadcast_to(mixed_BD[:, None, :], (4, 3, 3)) * input_S[None, :, None]
 
-    jaxpr = jax.make_jaxpr(lambda labels: rank(decode_logits, labels))(pad(LABELS) % 3)
+    jaxpr = jax.make_jaxpr(lambda labels: rank(label_logits, labels))(pad(LABELS) % 3)
     assert set(shapes) == {(3,)} and len(shapes) <= 2
     means = [e for e in jaxpr.jaxpr.eqns if any(v.aval.shape == (4, 7, 3) for v in e.invars)]
     assert [e.outvars[0].aval.shape for e in means] == [(4, 3)]
 
 
-def test_start_id_reaches_the_decoder(make_toy):
-    toy = make_toy(5)
-    first = run(toy, [(2, 1)], start_id=3)
+def test_it_gives_whole_labels_and_leaves_the_start_to_the_model(make_toy):
+    toy, seen = make_toy(5), set()
+
+    def label_logits(label_S):
+        jax.debug.callback(lambda tokens: seen.add(tuple(tokens.tolist())), label_S)
+        return decoder(toy, start=3)(label_S)
+
+    first = rank(label_logits, pad([(2, 1), (4, 2, 1)]))
+    jax.effects_barrier()
+    assert seen == {(2, 1, 0), (4, 2, 1)}
     expected = toy.log_probs[:, 0, 0, 3, 2] + toy.log_probs[:, 1, 3, 2, 1]
     np.testing.assert_allclose(first[:, 0], expected, atol=1e-5)
+
+
+def test_the_padding_is_the_one_that_is_told(make_toy):
+    """Where it is not 0, a label may hold a 0."""
+    toy = make_toy(6)
+    labels = np.array([[2, 0, 1], [3, 1, -1]], np.int32)
+    expected = [[toy.log_prob(row, label) for label in [(2, 0, 1), (3, 1)]] for row in range(3)]
+    np.testing.assert_allclose(rank(decoder(toy), labels, padding=-1), expected, atol=1e-5)
+    with pytest.raises(UserError, match="label number 0 has no tokens"):
+        rank(decoder(toy), np.full((1, 3), -1, np.int32), padding=-1)
 
 
 def test_a_label_without_tokens_is_refused(make_toy):

@@ -43,7 +43,7 @@ from tests.method_cases import (
     steps_from,
     trained,
 )
-from tests.micro import call, make_batch
+from tests.micro import call, make_batch, shifted
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(CASES)
@@ -52,7 +52,7 @@ NAMES = sorted(CASES)
 ALONE = ("lora", "prompt_tuning")
 KILLED = ("lora",)
 BATCH = {name: array[0] for name, array in make_batch(1, seed=99).items()}
-INPUTS = (BATCH["inputs"], BATCH["decoder_input_tokens"])
+INPUTS = (BATCH["inputs"], BATCH["targets"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +124,7 @@ def test_it_is_merged_if_it_says_that_it_can_be(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if CASES[n].method.identity_at_init])
 def test_at_its_start_the_model_computes_what_it_did(name: str) -> None:
-    want = call(model(), *INPUTS)
+    want = call(model(), INPUTS[0], shifted(INPUTS[1]))
     np.testing.assert_allclose(logits_of(member(name, 1, after=False)), want, atol=1e-5)
 
 

@@ -10,11 +10,12 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, DeepPrompts, TunedModel, attach_method
+from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.t5.attention import bias_of
 from tests.micro import D, call, make_t5, shifted, token_rows
 
 SOURCE = token_rows([5, 3], 7)
-TARGET = shifted(token_rows([4, 6], 6, seed=1))
+TARGET = token_rows([4, 6], 6, seed=1)
 
 
 def attach(method: DeepPrompts) -> TunedModel:
@@ -38,12 +39,12 @@ def test_the_second_layer_reads_them(lengths: Any, mode: Any, hidden: int) -> No
     assert (len(first), len(second)) == (lengths or (3, 3))
     second = second + 1.0  # "add" starts from zeros
     attached.method.layers = lambda: [first, second]
-    got = jax.jit(lambda: attached.encode(SOURCE)[0].hidden_BUD)()
+    got = jax.jit(lambda: attached.read(SOURCE)[0].hidden_BUD)()
 
     @jax.jit
     def by_hand() -> jax.Array:
         encoder = attached.model.encoder
-        source = attached.model.embed(SOURCE, first)
+        source = joined(attached.model.embed(SOURCE, first))
         positions = jnp.arange(source.mask_BU.shape[1])
         bias = encoder.relpos_bias(positions, positions)
         mask = bias_of(source.mask_BU[:, None, :])
@@ -59,7 +60,7 @@ def test_the_second_layer_reads_them(lengths: Any, mode: Any, hidden: int) -> No
 def test_without_more_than_the_first_it_is_prompt_tuning() -> None:
     for method in (DeepPrompts(lengths=(3, 0)), DeepPrompts(length=3, mode="add")):
         attached = attach(method)
-        want = call(make_t5(), SOURCE, TARGET, attached.method.layers()[0])
+        want = call(make_t5(), SOURCE, shifted(TARGET), attached.method.layers()[0])
         np.testing.assert_allclose(logits(attached), want, atol=1e-5)
 
 
@@ -74,7 +75,7 @@ def test_folding_and_rematerialisation_change_nothing(lengths: Any) -> None:
     want = logits(attached)
     np.testing.assert_allclose(logits(for_inference), want, atol=1e-5)
     np.testing.assert_allclose(logits(attached, remat="full"), want, atol=1e-5)
-    encoded, _ = jax.eval_shape(lambda: attached.encode(SOURCE))
+    encoded, _ = jax.eval_shape(lambda: attached.read(SOURCE))
     assert encoded.hidden_BUD.shape[1] == 3 + SOURCE.shape[1]
 
 

@@ -8,7 +8,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, attach_method, trainable_mask
 from prompt_tuning_jax.models.losses import token_sums
-from tests.micro import Trainer, call, make_batch, make_t5
+from tests.micro import Trainer, call, make_batch, make_t5, shifted
 
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
 
@@ -19,12 +19,12 @@ def attached(method, model):
 
 def test_neither_adds_a_parameter_or_changes_the_model():
     model, batch = make_t5(), {name: x[0] for name, x in make_batch().items()}
-    inputs = batch["inputs"], batch["decoder_input_tokens"]
+    inputs, targets = batch["inputs"], batch["targets"]
     for method in (FullTuning(), NoTuning()):
         graphdef, params = param_tree.split(attached(method, model))
         assert params.keys() == {f"model/{name}" for name in param_tree.split(model)[1]}
-        logits = jax.jit(lambda p, g=graphdef: param_tree.merge(g, p)(*inputs))(params)
-        np.testing.assert_allclose(logits, call(model, *inputs), atol=1e-5)
+        logits = jax.jit(lambda p, g=graphdef: param_tree.merge(g, p)(inputs, targets))(params)
+        np.testing.assert_allclose(logits, call(model, inputs, shifted(targets)), atol=1e-5)
 
 
 def test_full_trains_all_and_none_nothing():
@@ -43,7 +43,7 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
 
     def loss(params):
         logits = param_tree.merge(graphdef, params)(
-            batch["inputs"][0], batch["decoder_input_tokens"][0]
+            batch["inputs"][0], shifted(batch["targets"][0])
         )
         sums = token_sums(logits, batch["targets"][0])
         return sums.loss / sums.tokens

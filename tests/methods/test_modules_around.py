@@ -39,11 +39,10 @@ from tests.micro import (
     make_batch,
     make_t5,
     normal,
-    shifted,
     token_rows,
 )
 
-SOURCE, TARGET = token_rows([5, 3], 7), shifted(token_rows([4, 6], 6, seed=1))
+SOURCE, TARGET = token_rows([5, 3], 7), token_rows([4, 6], 6, seed=1)
 QUERY = "encoder/layers_0/attention/query"
 EVERYWHERE = LoRA(rank=3, alpha=6.0, targets=(".*",))
 
@@ -65,8 +64,9 @@ def attach(model: T5, method: MethodConfig, *, drawn: bool = True, seed: int = 0
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef: Any, params: Any, key: Any = None) -> jax.Array:
-    extra = {} if key is None else {"key": key}
-    logits: jax.Array = param_tree.merge(graphdef, params)(SOURCE, TARGET, **extra)
+    module = param_tree.merge(graphdef, params)
+    of_targets = module if isinstance(module, TunedModel) else module.run
+    logits: jax.Array = of_targets(SOURCE, TARGET, key=key)
     return logits
 
 

@@ -38,7 +38,7 @@ from tests import tiny_run
 from tests.micro import ONE_LAYER, D, Words, call, make_t5, shifted, token_rows
 
 SOURCE = token_rows([5, 3, 4], 7)
-TARGET = shifted(token_rows([4, 6, 2], 6, seed=1))
+TARGET = token_rows([4, 6, 2], 6, seed=1)
 TASKS = np.asarray([2, 0, 2], np.int32)
 METHODS = {
     "low_rank": (MultitaskPrompts(length=3, rank=2, init_population=0), 3 * D + 4 * 2 * (3 + D)),
@@ -69,7 +69,7 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     # Tasks start apart from each other, near the shared prompt.
     np.testing.assert_allclose(prompts[0, :3], shared_PD, atol=0.5)
     run = jax.jit(lambda p, tasks: param_tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
-    want = call(make_t5(ONE_LAYER), SOURCE, TARGET, prompts)
+    want = call(make_t5(ONE_LAYER), SOURCE, shifted(TARGET), prompts)
     np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
     with pytest.raises(UserError, match="prompts for 4 tasks, and the task of"):
         attached(SOURCE, TARGET)
@@ -82,7 +82,7 @@ def test_only_the_tasks_of_a_batch_learn_from_it() -> None:
 
     def loss(own: Any) -> jax.Array:
         merged = param_tree.merge(graphdef, {**params, **own})
-        return merged.token_sums(SOURCE, TARGET, TARGET, task_B=TASKS).loss
+        return merged.token_sums(SOURCE, TARGET, task_B=TASKS).loss
 
     gradients = jax.jit(jax.grad(loss))(trainable)
     for name in (COLS, ROWS):

@@ -12,13 +12,14 @@ from prompt_tuning_jax.config.prompt_template import parse_prompt_template
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, PromptTuning, PTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.template import place, put
+from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.injections import ModelInput
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, normal, shifted, token_rows
 
 # With and without room, one that was cut (no end of sequence), one of nothing but its end.
 SOURCE = token_rows([7, 5, 3, 1], 7)
 SOURCE[0, 6] = 9
-TARGET = shifted(token_rows([4, 6, 2, 3], 6, seed=1))
+TARGET = token_rows([4, 6, 2, 3], 6, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_vectors_stand_where_the_template_says(template: str) -> None:
     assert len(behind) == parsed.prompt_length
     vectors, embedded = normal(len(behind), 2), normal(4, 7, 2, seed=1)
     source = ModelInput(embeddings_BUD=jnp.asarray(embedded), mask_BU=jnp.asarray(SOURCE != 0))
-    got = put(jnp.asarray(vectors), source, SOURCE, behind)
+    got = joined(put(jnp.asarray(vectors), source, SOURCE, behind))
     for row, tokens, found, mask in zip(
         embedded, SOURCE, got.embeddings_BUD, got.mask_BU, strict=True
     ):
@@ -87,7 +88,9 @@ def test_anchors_are_words_before_the_input() -> None:
     attached = attach(method, Words())
     tokens = np.pad(SOURCE, ((0, 0), (2, 0)))
     tokens[:, :2] = Words().encode("xy zu")
-    want = logits(make_t5(ONE_LAYER), tokens, TARGET, attached.method.prompt_PD.get_value())
+    want = logits(
+        make_t5(ONE_LAYER), tokens, shifted(TARGET), attached.method.prompt_PD.get_value()
+    )
     np.testing.assert_allclose(logits(attached, SOURCE, TARGET), want, atol=1e-5)
     with pytest.raises(UserError, match="'xy zu' and the model no vocabulary"):
         attach(method)

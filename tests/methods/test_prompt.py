@@ -24,7 +24,7 @@ from tests.micro import (
 )
 
 SOURCE = token_rows([5, 3], 7)
-TARGET = shifted(token_rows([4, 6], 6, seed=1))
+TARGET = token_rows([4, 6], 6, seed=1)
 OPTIMIZERS = {
     "adafactor": Optimizer(),
     "adafactor scaled": Optimizer(multiply_by_parameter_scale=True, min_dim_size_to_factor=2),
@@ -39,11 +39,11 @@ def test_attached_it_is_the_models_own_prompt(shape):
     prompt = normal(*shape)
     attached = with_prompt(model, prompt, PromptTuning(length=3))
     got = jax.jit(lambda: attached(SOURCE, TARGET))()
-    np.testing.assert_allclose(got, call(model, SOURCE, TARGET, prompt), atol=1e-5)
-    encoded, injections = jax.jit(lambda: attached.encode(SOURCE))()
-    rest = jax.jit(lambda encoded: model.decode(TARGET, encoded))(encoded)
+    np.testing.assert_allclose(got, call(model, SOURCE, shifted(TARGET), prompt), atol=1e-5)
+    context, injections = jax.jit(lambda: attached.read(SOURCE))()
+    rest = jax.jit(lambda context: model.write(context, TARGET, injections=injections))(context)
     np.testing.assert_allclose(rest, got, atol=1e-5)
-    assert injections.model_input.embeddings_BUD.shape == (2, 10, D)
+    assert context.hidden_BUD.shape == (2, 10, D) and injections.model_input is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

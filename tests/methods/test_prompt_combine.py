@@ -10,6 +10,7 @@ import pytest
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
+from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.injections import Injections, ModelInput
 from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
 
@@ -56,6 +57,7 @@ def test_placement_is_the_sequence_laid_out_by_hand(placement, shape):
     prompt = normal(*shape, seed=3)
     source = model.embed(TOKENS)
     moved, is_prompt_BU = combine(jnp.asarray(prompt), source, TOKENS, placement=placement)
+    moved = joined(moved)
     rows, masks, wanted = by_hand(np.broadcast_to(prompt, (len(TOKENS), P, D)), source, placement)
     np.testing.assert_array_equal(moved.embeddings_BUD, rows)
     np.testing.assert_array_equal(moved.mask_BU, masks)
@@ -75,8 +77,8 @@ def test_padding_stays_last_and_keeps_no_one_waiting(placement):
     """The same rows in a wider batch give the same sequence with more padding behind."""
     model = make_t5(ONE_LAYER)
     prompt, wide = jnp.asarray(normal(P, D)), np.pad(TOKENS, ((0, 0), (0, 4)))
-    narrow_out, _ = combine(prompt, model.embed(TOKENS), TOKENS, placement=placement)
-    wide_out, _ = combine(prompt, model.embed(wide), wide, placement=placement)
+    narrow_out = joined(combine(prompt, model.embed(TOKENS), TOKENS, placement=placement)[0])
+    wide_out = joined(combine(prompt, model.embed(wide), wide, placement=placement)[0])
     mask = np.asarray(narrow_out.mask_BU)
     np.testing.assert_array_equal(np.asarray(wide_out.mask_BU)[:, : mask.shape[1]], mask)
     assert not np.asarray(wide_out.mask_BU)[:, mask.shape[1] :].any()
@@ -121,7 +123,7 @@ def test_gradients_show_who_sees_whom_in_every_variant(influence, placement):
         attached = with_prompt(
             model, normal(P, D, seed=3), PromptTuning(length=P, placement=placement, **variant)
         )
-        source = attached.injections(rows).model_input
+        source = joined(attached.injections(rows).model_input)
         mask = source.attention_mask_BUU
         if all(v in (True, "all") for v in variant.values()):
             assert mask is None

@@ -56,7 +56,7 @@ def test_it_starts_as_the_logits_of_the_labels_first_pieces(kind: str) -> None:
     # As many columns as targets have, more or fewer than labels have tokens.
     for width in (4, 6):
         targets = np.pad(rows_of("cd ef", "ab", "zz"), ((0, 0), (0, 2)))[:, :width]
-        sums = jax.jit(lambda p, t: param_tree.merge(graphdef, p).token_sums(SOURCE, t, t))(
+        sums = jax.jit(lambda p, t: param_tree.merge(graphdef, p).token_sums(SOURCE, t))(
             params, targets
         )
         np.testing.assert_allclose(sums.loss, -want[0, 1] - want[1, 0], atol=1e-4)
@@ -77,7 +77,7 @@ def test_its_parameters_are_counted_and_alone_get_gradients(template: str, count
 
     def loss(own: Any) -> jax.Array:
         merged = param_tree.merge(graphdef, {**params, **own})
-        return merged.token_sums(SOURCE, targets, targets).loss
+        return merged.token_sums(SOURCE, targets).loss
 
     for name, gradient in jax.jit(jax.grad(loss))(trainable).items():
         assert (np.abs(gradient).max(axis=1) > 0).all(), name

@@ -14,6 +14,7 @@ from prompt_tuning_jax.models.layers import Embed, Linear, RMSNorm, dropout, nor
 from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import T5_1_0, T5_1_1, D, make_t5, normal
 
+EPS = T5_1_1.layer_norm_eps
 FLOAT32 = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
@@ -34,8 +35,8 @@ def test_rms_norm_divides_by_the_root_mean_square_without_centring():
 
 
 def test_rms_norm_rounds_once_at_the_end():
-    wide = RMSNorm(T5_1_1, **FLOAT32)
-    low = RMSNorm(T5_1_1, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    wide = RMSNorm(D, eps=EPS, **FLOAT32)
+    low = RMSNorm(D, eps=EPS, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     x = jnp.asarray(normal(64, D), jnp.bfloat16)
     want = wide(x.astype(jnp.float32)).astype(jnp.bfloat16)
     assert low(x).dtype == jnp.bfloat16
@@ -145,7 +146,7 @@ def test_random_weights_start_as_t5_does():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradients_of_the_norm_are_those_of_its_formula(dtype):
-    norm = RMSNorm(T5_1_1, dtype=jnp.dtype(dtype), param_dtype=jnp.float32)
+    norm = RMSNorm(D, eps=EPS, dtype=jnp.dtype(dtype), param_dtype=jnp.float32)
     graphdef, _ = param_tree.split(norm)
     x = jax.random.normal(jax.random.key(0), (4, 3, T5_1_1.embed_dim), dtype)
     scale = 1 + jax.random.normal(jax.random.key(1), (T5_1_1.embed_dim,)) / 4

@@ -73,13 +73,13 @@ def test_each_bias_acts_on_its_own_layer():
 @functools.partial(jax.jit, static_argnums=0)
 def one_token_at_a_time(graphdef, params, tokens_BS, prompt, injections):
     model = param_tree.merge(graphdef, params)
-    encoded = model.encode(SOURCE, prompt, injections=injections)
-    cross, caches = model.start_decoding(encoded, tokens_BS.shape[1])
+    read = model.encode(SOURCE, prompt, injections=injections)
+    context, caches = model.start_decoding(read, tokens_BS.shape[1])
 
     def step(caches, at):
         position, tokens_B = at
         logits, caches = model.decode_step(
-            tokens_B, position, caches, cross, encoded.mask_BU, injections=injections
+            tokens_B, position, caches, context, injections=injections.for_writing()
         )
         return caches, logits
 
@@ -94,8 +94,8 @@ def test_decoding_with_a_cache_gives_the_logits_of_all_positions_at_once(prefixe
     injections = NO_INJECTIONS
     if prefixed:
         prefixes = [make_prefixes(PER_LAYER, layers=2, seed=seed) for seed in range(3)]
-        names = ("encoder_prefixes", "decoder_prefixes", "cross_prefixes")
-        injections = Injections(**dict(zip(names, prefixes, strict=True)))
+        names = ("encoder", "decoder", "cross")
+        injections = Injections(prefixes=dict(zip(names, prefixes, strict=True)))
     model = make_t5(PER_LAYER)
     cached = one_token_at_a_time(*param_tree.split(model), TARGET, PROMPT, injections)
     want = call(model, SOURCE, TARGET, PROMPT, injections=injections)

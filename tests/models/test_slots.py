@@ -28,24 +28,24 @@ from tests.micro import (
 
 SOURCE = token_rows([5, 3], 7)
 TARGET = shifted(token_rows([4, 6], 6, seed=1))
-PREFIXES = ("encoder_prefixes", "decoder_prefixes", "cross_prefixes")
+PREFIXES = ("encoder", "decoder", "cross")
 
 
 def filled(*names, batch=1):
     seeds = {name: seed for seed, name in enumerate(PREFIXES)}
     return Injections(
-        **{n: make_prefixes(T5_1_1, layers=2, batch=batch, seed=seeds[n]) for n in names}
+        prefixes={n: make_prefixes(T5_1_1, layers=2, batch=batch, seed=seeds[n]) for n in names}
     )
 
 
 def step_by_step(model, prompt, injections, *, max_length):
-    encoded = model.encode(SOURCE, prompt, injections=injections)
-    cross, caches = model.start_decoding(encoded, max_length)
+    read = model.encode(SOURCE, prompt, injections=injections)
+    context, caches = model.start_decoding(read, max_length)
 
     def step(caches, tokens_and_position):
         tokens_B, position = tokens_and_position
         logits_BV, caches = model.decode_step(
-            tokens_B, position, caches, cross, encoded.mask_BU, injections=injections
+            tokens_B, position, caches, context, injections=injections.for_writing()
         )
         return caches, logits_BV
 
@@ -58,8 +58,8 @@ def step_by_step(model, prompt, injections, *, max_length):
     [
         (T5_1_1, None, NO_INJECTIONS),
         (T5_1_0, normal(3, D), NO_INJECTIONS),
-        (T5_1_1, normal(2, 3, D), filled("decoder_prefixes")),
-        (T5_1_1, None, filled("cross_prefixes", batch=2)),
+        (T5_1_1, normal(2, 3, D), filled("decoder")),
+        (T5_1_1, None, filled("cross", batch=2)),
         (T5_1_0, normal(3, D), filled(*PREFIXES, batch=2)),
     ],
     ids=["bare", "1.0 prompt", "decoder prefixes", "cross prefixes", "1.0 all"],
@@ -113,11 +113,11 @@ def test_one_prefix_for_all_is_the_same_one_for_each():
 def test_prefixes_of_the_decoder_leave_the_encoder_alone():
     model = make_t5()
     bare = encode(model, SOURCE)
-    both = filled("decoder_prefixes", "cross_prefixes")
+    both = filled("decoder", "cross")
     np.testing.assert_array_equal(
         encode(model, SOURCE, injections=both).hidden_BUD, bare.hidden_BUD
     )
-    prefixed = encode(model, SOURCE, injections=filled("encoder_prefixes"))
+    prefixed = encode(model, SOURCE, injections=filled("encoder"))
     np.testing.assert_array_equal(prefixed.mask_BU, bare.mask_BU)
     assert prefixed.hidden_BUD.shape == bare.hidden_BUD.shape
     assert np.abs(prefixed.hidden_BUD - bare.hidden_BUD).max() > 0.1
@@ -184,12 +184,10 @@ def test_a_new_output_head_is_used_all_at_once_and_step_by_step():
 
 
 def test_slots_are_empty_unless_filled_and_pass_through_jax():
-    assert all(
-        getattr(NO_INJECTIONS, field.name) is None for field in dataclasses.fields(Injections)
-    )
+    assert all(not getattr(NO_INJECTIONS, field.name) for field in dataclasses.fields(Injections))
     injections = filled(*PREFIXES)
     doubled = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s))(injections)
-    assert isinstance(doubled, Injections) and len(doubled.cross_prefixes) == 2
+    assert isinstance(doubled, Injections) and len(doubled.prefixes["cross"]) == 2
     np.testing.assert_array_equal(
-        doubled.cross_prefixes[1].value_BPGK, 2 * injections.cross_prefixes[1].value_BPGK
+        doubled.prefixes["cross"][1].value_BPGK, 2 * injections.prefixes["cross"][1].value_BPGK
     )

@@ -11,10 +11,11 @@ from flax import nnx
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed.sharding import RULES
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.base import Context, joined
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, ModelInput
 from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.t5.config import PRESETS, preset
-from prompt_tuning_jax.models.t5.model import T5, Encoded
+from prompt_tuning_jax.models.t5.model import T5
 from tests.micro import (
     PER_LAYER,
     T5_1_0,
@@ -60,15 +61,21 @@ def only_within_a_row(influence_BQBK):
     return np.stack([influence_BQBK[b, :, b] for b in range(batch)])
 
 
+def with_hidden(model, context, hidden_BUD):
+    """What the model had read if its final hidden states were these."""
+    keys_values = model.decoder.cross_keys_values(hidden_BUD)
+    return Context(hidden_BUD=hidden_BUD, mask_BU=context.mask_BU, keys_values=keys_values)
+
+
 @CONFIGS
 def test_a_logit_depends_on_no_later_decoder_token_and_on_all_earlier(config):
     model = make_t5(config)
     encoded = encode(model, SOURCE, PROMPT)
 
     def logits(x_BSD):
-        cross = model.decoder.cross_keys(encoded)
+        cross, mask_BU = encoded.keys_values, encoded.mask_BU
         return model.logits(
-            model.decoder(x_BSD, cross, encoded.mask_BU, injections=NO_INJECTIONS, key=None)[0]
+            model.decoder(x_BSD, cross, mask_BU, injections=NO_INJECTIONS, key=None)[0]
         )
 
     seen_BQK = only_within_a_row(influence(logits, model.token_embedder(TARGET)))
@@ -78,7 +85,7 @@ def test_a_logit_depends_on_no_later_decoder_token_and_on_all_earlier(config):
 @CONFIGS
 def test_every_encoder_position_sees_the_prompt_and_all_tokens_but_no_padding(config):
     model = make_t5(config)
-    source = model.embed(SOURCE, jnp.asarray(PROMPT))
+    source = joined(model.embed(SOURCE, jnp.asarray(PROMPT)))
 
     def hidden(x_BUD):
         given = dataclasses.replace(source, embeddings_BUD=x_BUD)
@@ -97,7 +104,7 @@ def test_every_logit_sees_the_whole_encoder_output_but_its_padding():
     encoded = encode(model, SOURCE, PROMPT)
 
     def logits(hidden_BUD):
-        return model.decode(TARGET, dataclasses.replace(encoded, hidden_BUD=hidden_BUD))
+        return model.decode(TARGET, with_hidden(model, encoded, hidden_BUD))
 
     seen_BQK = only_within_a_row(influence(logits, encoded.hidden_BUD))
     expected = np.broadcast_to(np.asarray(encoded.mask_BU)[:, None, :], seen_BQK.shape)
@@ -124,7 +131,7 @@ def test_what_is_at_padded_positions_changes_nothing():
     def logits(x_BUD):
         given = ModelInput(embeddings_BUD=x_BUD, mask_BU=source.mask_BU)
         encoded = model.encode(SOURCE, injections=Injections(model_input=given))
-        noisy = Encoded(hidden_BUD=encoded.hidden_BUD + noise, mask_BU=encoded.mask_BU)
+        noisy = with_hidden(model, encoded, encoded.hidden_BUD + noise)
         return encoded.hidden_BUD, model.decode(TARGET, encoded), model.decode(TARGET, noisy)
 
     hidden, want, noisy_output = logits(source.embeddings_BUD)
@@ -291,7 +298,7 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
     from prompt_tuning_jax.models import layers
-    from prompt_tuning_jax.models.t5 import attention, blocks, model
+    from prompt_tuning_jax.models.t5 import attention, model
 
     axes = []
 
@@ -304,7 +311,7 @@ def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monke
             axes.append(shared_axis)
             return x
 
-        for module in (attention, blocks, layers, model):
+        for module in (attention, layers, model):
             monkeypatch.setattr(module, "dropout", spy)
         make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=key)
         return jnp.stack(used)

@@ -10,7 +10,6 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.inference.decoding import HuggingFaceRule, T5XRule, beam_search, greedy
-from prompt_tuning_jax.models.t5.model import Encoded
 
 EOS = 1
 T5X_WIDTH = 12 + 20  # encoder positions of the longest recorded prompt
@@ -26,19 +25,17 @@ def encode(graphdef, params, tokens_BT, prompt_PD=None):
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_length", "num_beams", "rule"))
-def decode(graphdef, params, encoded, *, max_length, num_beams=0, rule=None, hf_penalty=None):
+def decode(graphdef, params, context, *, max_length, num_beams=0, rule=None, hf_penalty=None):
     """Beams, or greedy ids with no ``num_beams``.  ``hf_penalty`` is traced, so compiled once."""
     if hf_penalty is not None:
         rule = HuggingFaceRule(length_penalty=hf_penalty)
     model = param_tree.merge(graphdef, params)
-    size = {"num_rows": encoded.mask_BU.shape[0], "max_length": max_length}
-    cross, cache = model.start_decoding(encoded, max_length)
-    cross, mask = jax.tree.map(
-        lambda x: jnp.repeat(x, max(num_beams, 1), axis=0), (cross, encoded.mask_BU)
-    )
+    size = {"num_rows": context.mask_BU.shape[0], "max_length": max_length}
+    kept, cache = model.start_decoding(context, max_length)
+    kept = jax.tree.map(lambda x: jnp.repeat(x, max(num_beams, 1), axis=0), kept)
 
     def step(tokens_N, position, cache):
-        return model.decode_step(tokens_N, position, cache, cross, mask)
+        return model.decode_step(tokens_N, position, cache, kept)
 
     if num_beams:
         return beam_search(step, cache, num_beams=num_beams, rule=rule, **size)
@@ -55,17 +52,16 @@ def t5x(shared):
 def t5x_case(t5x, prompt_name, *, eos):
     (graphdef, params), recorded = t5x
     prompts = {"nop": None, "p5": recorded["prompt5"], "p20": recorded["prompt20"]}
-    encoded = encode(graphdef, params, recorded["inputs"], prompts[prompt_name])
+    context = encode(graphdef, params, recorded["encoder_input_tokens"], prompts[prompt_name])
     # Hidden positions up to a common width, so that all cases share what is compiled.
-    missing = T5X_WIDTH - encoded.mask_BU.shape[1]
-    encoded = Encoded(
-        hidden_BUD=jnp.pad(encoded.hidden_BUD, ((0, 0), (0, missing), (0, 0))),
-        mask_BU=jnp.pad(encoded.mask_BU, ((0, 0), (0, missing))),
+    missing = T5X_WIDTH - context.mask_BU.shape[1]
+    context = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))), context
     )
     if eos:  # as stored the model never ends within the recorded length
         column_D = recorded["eos_variant_logits_dense_col1"]
         params = {**params, LOGITS: params[LOGITS].at[:, EOS].set(column_D)}
-    return partial(decode, graphdef, params, encoded, max_length=T5X_LENGTH)
+    return partial(decode, graphdef, params, context, max_length=T5X_LENGTH)
 
 
 @pytest.mark.parametrize("eos", [False, True], ids=["endless", "ending"])
@@ -89,8 +85,8 @@ def test_hugging_face(shared, name):
     folder = shared / "fixtures" / "hf" / name
     graphdef, params = param_tree.split(load_model(str(folder)))
     recorded = np.load(folder / "cases.npz")
-    encoded = encode(graphdef, params, recorded["input_ids"] * recorded["attention_mask"])
-    run = partial(decode, graphdef, params, encoded, max_length=HF_LENGTH)
+    context = encode(graphdef, params, recorded["input_ids"] * recorded["attention_mask"])
+    run = partial(decode, graphdef, params, context, max_length=HF_LENGTH)
     assert_same_ids(run().ids_NS, recorded["greedy_ids"])
     for case, length_penalty in [("beam_lp06", 0.6), ("beam_lp10", 1.0)]:
         beams = run(num_beams=4, hf_penalty=length_penalty)

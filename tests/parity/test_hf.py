@@ -118,7 +118,6 @@ def sgd(hf):
             targets = targets_of(recorded["labels"][s])
             batch = {
                 "inputs": recorded["input_ids"][s] * recorded["attention_mask"][s],
-                "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
                 "targets": targets,
             }
             batch = {name: array[None] for name, array in batch.items()}

@@ -77,9 +77,15 @@ def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel
 
 
 def logits(attached: TunedModel, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
+    """The logits of these decoder inputs."""
     graphdef, params = param_tree.split(attached)
-    run = jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target, task_B=task_B))
-    return np.asarray(run(params))
+
+    def run(params: Any) -> jax.Array:
+        tuned = param_tree.merge(graphdef, params)
+        context, injections = tuned.read(source, task_B=task_B)
+        return tuned.model.decode(target, context, injections=injections)
+
+    return np.asarray(jax.jit(run)(params))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,13 +108,13 @@ def test_adapters_of_peft_give_the_recorded_logits(hf: Path, tmp_path: Path, kin
     for name, array in read.trainable.items():
         np.testing.assert_array_equal(again.trainable[name], array)
     source = inputs["input_ids"] * inputs["attention_mask"]
+    real = inputs["labels"] != -100
     got = logits(
         attached_with(model, again.method, again.trainable),
         source,
-        inputs["decoder_input_ids"],
+        np.where(real, inputs["labels"], 0),
         tasks,
     )
-    real = inputs["labels"] != -100
     np.testing.assert_allclose(got[real], want["logits"][real], atol=2e-4)
 
 
@@ -182,7 +188,7 @@ def test_what_is_written_gives_the_same_logits_in_peft(
         tasks = np.asarray(tasks, np.int32)
         inputs |= {"labels": targets, "task_ids": tasks}
     there = in_peft(libraries, tmp_path / "m", tmp_path / "a", inputs)
-    here = logits(attached_with(model, method, trainable), source, shifted(targets), tasks)
+    here = logits(attached_with(model, method, trainable), source, targets, tasks)
     np.testing.assert_allclose(here, there, atol=2e-4)
 
 

@@ -39,7 +39,7 @@ def original_optimizer(initial_step, *, min_dim_size_to_factor=128):
 
 def test_logits_and_encoder_output_without_prompt(model, t5x):
     want = np.load(t5x / "logits_noprompt.npz")
-    source, target = want["inputs"], want["targets"]
+    source, target = want["encoder_input_tokens"], want["decoder_target_tokens"]
     logits = np.asarray(jax.jit(model)(source, want["decoder_input_tokens"]))
     real = target > 0
     np.testing.assert_allclose(logits[0][real[0]], want["logits_row0"][real[0]], atol=2e-4)
@@ -55,7 +55,7 @@ def test_logits_and_encoder_output_without_prompt(model, t5x):
 def test_logits_loss_and_gradient_with_prompt(model, t5x, length, z_loss):
     want = np.load(t5x / "logits_prompt.npz")
     of = f"p{length}_"
-    source, target = want["inputs"], want["targets"]
+    source, target = want["encoder_input_tokens"], want["decoder_target_tokens"]
     z = "z1e-4" if z_loss else "z0"
 
     def loss(prompt_PD):
@@ -75,8 +75,8 @@ def test_logits_loss_and_gradient_with_prompt(model, t5x, length, z_loss):
 
 def test_loss_per_real_token_is_the_mean(model, t5x):
     want = np.load(t5x / "logits_noprompt.npz")
-    logits = jax.jit(model)(want["inputs"], want["decoder_input_tokens"])
-    sums = token_sums(logits, want["targets"], z_loss=1e-4)
+    logits = jax.jit(model)(want["encoder_input_tokens"], want["decoder_input_tokens"])
+    sums = token_sums(logits, want["decoder_target_tokens"], z_loss=1e-4)
     np.testing.assert_allclose(sums.loss / sums.tokens, want["loss_z1e-4_lnf_real"], rtol=1e-5)
 
 
@@ -116,9 +116,9 @@ def test_thirty_training_steps(model, t5x, length, start):
         z_loss=1e-4,
         dropout=False,
     )
-    names = ("inputs", "decoder_input_tokens", "targets")
+    names = {"inputs": "encoder_input_tokens", "targets": "decoder_target_tokens"}
     for number in range(30):
-        batch = {name: want[f"batch{number % 3}_{name}"][None] for name in names}
+        batch = {name: want[f"batch{number % 3}_{own}"][None] for name, own in names.items()}
         tokens = (batch["targets"] > 0).sum()
         state, metrics = step(state, frozen, batch)
         # Recorded with the z-loss in it, as the metric here is.

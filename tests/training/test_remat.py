@@ -8,7 +8,7 @@ import numpy as np
 
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
-from tests.micro import ONE_LAYER, D, Trainer, make_batch, make_t5, normal
+from tests.micro import ONE_LAYER, D, Trainer, make_batch, make_t5, normal, shifted
 
 
 def trained(remat: str) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def kept(remat: str) -> list[tuple[int, ...]]:
 
     def loss(prompt_PD):
         batch = make_batch()
-        source, target = (batch[f"{x}_input_tokens"][0] for x in ("encoder", "decoder"))
+        source, target = batch["inputs"][0], shifted(batch["targets"][0])
         return jnp.sum(model(source, target, prompt_PD, remat=remat))
 
     backward = jax.eval_shape(lambda prompt_PD: jax.vjp(loss, prompt_PD)[1], normal(3, D))

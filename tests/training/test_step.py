@@ -14,7 +14,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training.step import Microbatching, step_cost
-from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal
+from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal, shifted
 
 METHOD = PromptTuning(length=3)
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
@@ -147,7 +147,7 @@ def test_sum_is_tokens_times_as_far_as_mean_and_the_metric_is_the_mean():
     np.testing.assert_allclose(steps["sum"], tokens * steps["tokens"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(losses["sum"].loss_E, losses["tokens"].loss_E, rtol=1e-6)
     own = {name: array[0] for name, array in batch.items()}
-    logits = call(make_t5(ONE_LAYER), own["inputs"], own["decoder_input_tokens"], STARTS[0])
+    logits = call(make_t5(ONE_LAYER), own["inputs"], shifted(own["targets"]), STARTS[0])
     sums = token_sums(logits, own["targets"], z_loss=0.1)
     assert float(losses["sum"].loss_E[0]) == pytest.approx(float(sums.loss / tokens), rel=1e-5)
     assert float(losses["sum"].accuracy_E[0]) == float(sums.correct / sums.examples)
@@ -161,7 +161,7 @@ def test_the_gradient_is_that_of_the_prompt_alone():
     model = make_t5(ONE_LAYER)
 
     def loss(prompt):
-        logits = model(batch["inputs"], batch["decoder_input_tokens"], prompt)
+        logits = model(batch["inputs"], shifted(batch["targets"]), prompt)
         sums = token_sums(logits, batch["targets"])
         return sums.loss / sums.tokens
 
@@ -247,13 +247,13 @@ def test_the_cost_of_a_step_counts_all_positions_and_the_products():
     one, three = trainer(), trainer(starts=STARTS)
     batch = make_batch(3, seed=0)
     cost = step_cost(three.step, three.state, three.frozen, batch)
-    assert cost.tokens == batch["inputs"].size + batch["decoder_input_tokens"].size
+    assert cost.tokens == batch["inputs"].size + batch["targets"].size
     alone = step_cost(one.step, one.state, one.frozen, member(batch, 0))
     assert 3 * alone.tokens == cost.tokens
     assert cost.flops == pytest.approx(3 * alone.flops, rel=0.05)
     # At least the logits, forward and back, of the targets alone.
     vocabulary = one.frozen["model/decoder/logits_dense/kernel"].shape[1]
-    assert alone.flops > 4 * member(batch, 0)["decoder_input_tokens"].size * D * vocabulary
+    assert alone.flops > 4 * member(batch, 0)["targets"].size * D * vocabulary
     # A plain function has no count.
     plain = lambda *args: three.step(*args)  # noqa: E731
     assert step_cost(plain, three.state, three.frozen, batch).flops == 0

@@ -82,11 +82,11 @@ class NameTable:
         """Our parameter from their tensor, of which only its part is read."""
         transposed = name.endswith("/kernel") and not self.kernels_as_here
         array = tensor.transposed() if transposed else tensor
-        parts = self._parts(name)
+        parts = self.parts(name)
         if len(parts) > 1:
             widths = [shapes[part][-1] for part in parts]
             if array.shape[-1] == sum(widths):  # otherwise, a message tells the shapes
-                order = self._order(widths, head_dim)[parts.index(name)]
+                order = self.order(widths, head_dim)[parts.index(name)]
                 array = array.taken(order, axis=len(array.shape) - 1)
         return array
 
@@ -97,17 +97,17 @@ class NameTable:
             theirs = self.tensor(name)
             if theirs in tensors:
                 continue
-            parts = [params[part] for part in self._parts(name)]
+            parts = [params[part] for part in self.parts(name)]
             array, axis = parts[0], len(parts[0].shape) - 1
             if len(parts) > 1:
-                orders = self._order([part.shape[axis] for part in parts], head_dim)
+                orders = self.order([part.shape[axis] for part in parts], head_dim)
                 array = concatenated(parts, axis=axis)
                 array = array.taken(np.argsort(np.concatenate(orders)), axis=axis)
             transposed = name.endswith("/kernel") and not self.kernels_as_here
             tensors[theirs] = array.transposed() if transposed else array
         return tensors
 
-    def _parts(self, name: str) -> tuple[str, ...]:
+    def parts(self, name: str) -> tuple[str, ...]:
         """All our parameters in the tensor of this one."""
         module, _, leaf = name.rpartition("/")
         match = _LAYER.fullmatch(module)
@@ -118,7 +118,7 @@ class NameTable:
                 return tuple(f"{stem}{part}/{leaf}" for part in parts)
         return (name,)
 
-    def _order(self, widths: list[int], head_dim: int) -> list[HostArray]:
+    def order(self, widths: list[int], head_dim: int) -> list[HostArray]:
         """For each part of a fused tensor, the numbers of its entries there."""
         total, count = sum(widths), len(widths)
         if self.fused_by_head:

@@ -28,8 +28,13 @@ TORCH_WEIGHTS = "adapter_model.bin"
 KEY = "prompt_embeddings"
 _PEFT_TYPE = "PROMPT_TUNING"
 # Types of adapters that ``peft.prompts`` and ``peft.weights`` read.
-OTHER_TYPES = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3")
-_TASK_TYPE = "SEQ_2_SEQ_LM"
+OTHER_TYPES = (
+    *("PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "MULTITASK_PROMPT_TUNING"),
+    *("LORA", "IA3"),
+)
+# The kinds of models, and how many stacks each has for which PEFT saves a copy of a prompt.
+_SEQ_2_SEQ = "SEQ_2_SEQ_LM"
+_STACKS = {_SEQ_2_SEQ: 2, "CAUSAL_LM": 1}
 # Fields of an adapter's config about the prompt's initialisation, and about its model.
 _OF_INIT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
 _OF_MODEL = ("num_attention_heads", "num_layers", "revision")
@@ -40,13 +45,15 @@ _LARGEST_CONFIG = 1_000_000  # bytes; PEFT's files have a few hundred
 class PeftPrompt:
     """A PEFT adapter's prompt ``[P,D]`` as stored, and what its config says of its origin.
 
-    ``left_out`` is the number of further rows in the file: the copy for the decoder, which PEFT
-    does not use with a T5.  ``kept`` are fields of the config to write into a converted adapter.
+    ``task_type`` is PEFT's name of the kind of model, "" if unknown.  ``left_out`` is the number of
+    further rows in the file: the copy for the decoder, which PEFT does not use with a T5.  ``kept``
+    are fields of the config to write into a converted adapter.
     """
 
     prompt_PD: HostArray
     base_model_name_or_path: str
     peft_version: str
+    task_type: str = ""
     left_out: int = 0
     kept: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,18 +78,21 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     if kind != _PEFT_TYPE:
         raise UserError(f"{where}: {_not_a_prompt(kind)}")
     task = config.get("task_type")
-    if task not in (None, _TASK_TYPE):
-        raise UserError(f"{where}: task_type is {shown(task)}; for a T5 it is {_TASK_TYPE}")
+    if task is not None and (not isinstance(task, str) or task not in _STACKS):
+        listed = " or ".join(_STACKS)
+        raise UserError(f"{where}: task_type is {shown(task)}; for a language model it is {listed}")
+    stacks = 2 if task is None else _STACKS[task]
     length = _count(config, "num_virtual_tokens", where)
     if length is None:
         raise UserError(f"{where} has no num_virtual_tokens, the prompt's length")
     width = _count(config, "token_dim", where)
     copies = _count(config, "num_transformer_submodules", where)
-    if copies is not None and copies > 2:
-        raise UserError(f"{where}: num_transformer_submodules is {copies}; a T5 has two stacks")
+    if copies is not None and copies > stacks:
+        has = "a T5 has two stacks" if stacks == 2 else "a decoder-only model has one stack"
+        raise UserError(f"{where}: num_transformer_submodules is {copies}; {has}")
     stored, file = _read_rows(folder)
     prompt = checked_prompt(stored, of=str(file), dtype=None)
-    rows = [length * n for n in ((1, 2) if copies is None else (copies,))]
+    rows = [length * n for n in (range(1, stacks + 1) if copies is None else (copies,))]
     if len(prompt) not in rows or width not in (None, prompt.shape[1]):
         asked = [" or ".join(map(str, rows)), "any width" if width is None else width]
         raise UserError(
@@ -93,6 +103,7 @@ def read_peft(folder: str | Path) -> PeftPrompt:
         prompt_PD=np.ascontiguousarray(prompt[:length]),
         base_model_name_or_path=_text(config, "base_model_name_or_path"),
         peft_version=_text(config, "peft_version"),
+        task_type=task or "",
         left_out=len(prompt) - length,
         kept={
             name: config[name]
@@ -107,17 +118,19 @@ def write_peft(
     prompt_PD: Array | HostArray,
     *,
     base_model_name_or_path: str,
+    task_type: str = _SEQ_2_SEQ,
     num_layers: int | None = None,
     num_attention_heads: int | None = None,
     like: PeftPrompt | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
-    """Write a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads for a T5.
+    """Write a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads.
 
     Args:
       folder: written atomically; in an existing one, other files stay.
       prompt_PD: the prompt.
       base_model_name_or_path: the frozen model's Hugging Face name or folder.
+      task_type: PEFT's name of the kind of that model.
       num_layers: of that model; None lets PEFT look it up.
       num_attention_heads: likewise.
       like: the adapter that the prompt comes from, whose config has further fields.
@@ -140,7 +153,7 @@ def write_peft(
         "prompt_tuning_init": "RANDOM",  # needs no tokenizer
         "prompt_tuning_init_text": None,
         "revision": None,
-        "task_type": _TASK_TYPE,
+        "task_type": task_type,
         "token_dim": prompt.shape[1],
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
@@ -163,6 +176,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object, so it is not a PEFT config")
     return config
+
+
+def require_task(described: Mapping[str, Any], wanted: str, where: Path) -> None:
+    """Raises UserError for an adapter of another kind of model, as far as its config says."""
+    task = described.get("task_type")
+    if task not in (None, wanted):
+        raise UserError(f"{where}: task_type is {shown(task)}; for this model it is {wanted}")
 
 
 def _not_a_prompt(kind: Any) -> str:

@@ -1,43 +1,162 @@
-"""PEFT's names for a T5's linear layers and their arrays."""
+"""The linear layers of transformers' models, by whose names PEFT saves adapters."""
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.pretrained import COPIES_OF_SHARED, hf_name
+import numpy as np
+
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
+from prompt_tuning_jax.checkpoints.hf.pretrained import COPIES_OF_SHARED, TRANSPOSED, hf_name
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, LOGITS, parameter_shapes
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import matching
+from prompt_tuning_jax.typing import HostArray
 
 _PREFIX = "base_model.model."  # begins the name of every array
 KERNEL = "/kernel"
 
 
-def linear_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
-    """Input and output size of every linear layer, by path."""
+@dataclass(frozen=True, kw_only=True)
+class TheirLinear:
+    """A linear layer of transformers' model, which may hold several of ours.
+
+    Attributes:
+      name: its name in their model, such as ``model.layers.0.self_attn.q_proj``.
+      inputs: the number of its inputs.
+      outputs: the number of its outputs.
+      parts: the paths of our layers in it, and the numbers of their outputs among its own.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    parts: Mapping[str, HostArray]
+
+    def array(self, end: str) -> str:
+        """The name of the adapter's array with this last part."""
+        return f"{_PREFIX}{self.name}.{end}"
+
+
+def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
+    """Every linear layer of transformers' model, by its name there.
+
+    Raises UserError for a family whose adapters are not supported.
+    """
+    shapes = linear_shapes(config)
+    layers: dict[str, TheirLinear] = {}
+    for path in shapes:
+        kernel = path + KERNEL
+        if isinstance(config, CausalLMConfig):
+            table = FAMILIES[config.model_type].names
+            name, parts = table.tensor(kernel), table.parts(kernel)
+            paths = [part.removesuffix(KERNEL) for part in parts]
+            orders = [np.arange(shapes[path][1])]
+            if len(paths) > 1:
+                orders = table.order([shapes[each][1] for each in paths], config.head_dim)
+        else:
+            name, paths, orders = hf_name(kernel), [path], [np.arange(shapes[path][1])]
+        name = name.removesuffix(".weight")
+        layers[name] = TheirLinear(
+            name=name,
+            inputs=shapes[path][0],
+            outputs=sum(map(len, orders)),
+            parts=dict(zip(paths, orders, strict=True)),
+        )
+    return layers
+
+
+def paths_of(layers: Mapping[str, TheirLinear]) -> list[str]:
+    """The paths of all our layers in theirs."""
+    return [path for layer in layers.values() for path in layer.parts]
+
+
+def require_parts(
+    layer: TheirLinear,
+    parts: Mapping[str, HostArray],
+    shapes: Mapping[str, tuple[int, int]],
+    file: Path,
+) -> None:
+    """Raises UserError unless the arrays of a layer, by the end of their names, are as expected."""
+    for end in sorted(parts.keys() | shapes.keys()):
+        name = layer.array(end)
+        if end not in shapes:
+            raise UserError(f"{file} contains {name}, which belongs to another type of adapter")
+        if end not in parts:
+            raise UserError(f"{file} has no {name}: the copy is incomplete")
+        if parts[end].shape != shapes[end]:
+            raise UserError(
+                f"{file}: {name} is {list(parts[end].shape)}, but this model and config require "
+                f"{list(shapes[end])}"
+            )
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Input and output size of every linear layer of ours, by path."""
     return {
         name.removesuffix(KERNEL): (shape[0], shape[1])
-        for name, shape in parameter_shapes(config).items()
+        for name, shape in parameter_shapes(require_family(config)).items()
         if name.endswith(KERNEL)
     }
 
 
-def peft_name(name: str, end: str) -> str:
-    """The name of the array with this last part, of the linear layer of this path."""
-    return f"{_PREFIX}{hf_name(name + KERNEL).removesuffix('weight')}{end}"
+def require_family(config: ModelConfig) -> T5Config | CausalLMConfig:
+    """The configuration; UserError for a family whose adapters are not supported."""
+    if isinstance(config, T5Config) or (
+        isinstance(config, CausalLMConfig) and config.model_type in FAMILIES
+    ):
+        return config
+    kind = getattr(config, "model_type", type(config).__name__.removesuffix("Config"))
+    raise UserError(
+        f"PEFT adapters of {kind} are not supported; those of T5 and of {', '.join(FAMILIES)} are"
+    )
 
 
-def model_names(config: T5Config) -> dict[str, str]:
-    """Paths of the model's parameters by the names under which PEFT saves them."""
-    theirs = {hf_name(name): name for name in parameter_shapes(config)}
-    theirs |= dict.fromkeys(COPIES_OF_SHARED, EMBEDDING)
+def task_type(config: ModelConfig) -> str:
+    """PEFT's name of what the model does."""
+    return "CAUSAL_LM" if isinstance(require_family(config), CausalLMConfig) else "SEQ_2_SEQ_LM"
+
+
+def stores_kernels_as_here(config: ModelConfig) -> bool:
+    """Whether transformers' kernels are ``[in, out]``, as GPT-2's are."""
+    return isinstance(config, CausalLMConfig) and FAMILIES[config.model_type].names.kernels_as_here
+
+
+def model_tensors(config: ModelConfig) -> dict[str, tuple[str, bool]]:
+    """The model's parameters by the names under which PEFT saves copies of them.
+
+    The value is our path, and whether their array is transposed.  Fused layers, which PEFT does not
+    copy, are left out.
+    """
+    config = require_family(config)
+    theirs: dict[str, tuple[str, bool]] = {}
+    for path in parameter_shapes(config):
+        if isinstance(config, T5Config):
+            theirs[hf_name(path)] = path, path.endswith(TRANSPOSED)
+            continue
+        table = FAMILIES[config.model_type].names
+        if len(table.parts(path)) == 1:
+            transposed = path.endswith(KERNEL) and not table.kernels_as_here
+            theirs[table.tensor(path)] = path, transposed
+    if isinstance(config, T5Config):
+        theirs |= dict.fromkeys(COPIES_OF_SHARED, (EMBEDDING, False))
     if config.tie_embeddings:
-        theirs[hf_name(LOGITS)] = EMBEDDING
-    paths: dict[str, str] = {}
-    for name, path in theirs.items():
-        stem = name.removesuffix("weight")
-        paths |= {f"{_PREFIX}{name}": path, f"{_PREFIX}{stem}base_layer.weight": path}
-    return paths
+        theirs[_head(config)] = EMBEDDING, False
+    names: dict[str, tuple[str, bool]] = {}
+    for name, parameter in theirs.items():
+        stem, _, leaf = name.rpartition(".")
+        names[f"{_PREFIX}{name}"] = names[f"{_PREFIX}{stem}.base_layer.{leaf}"] = parameter
+    return names
+
+
+def _head(config: T5Config | CausalLMConfig) -> str:
+    if isinstance(config, T5Config):
+        return hf_name(LOGITS)
+    return FAMILIES[config.model_type].names.tensor(LOGITS)
 
 
 def adapter_path(name: str, part: str) -> str:
@@ -45,14 +164,15 @@ def adapter_path(name: str, part: str) -> str:
     return f"model/{name}/adapter/{part}"
 
 
-def matching_layers(patterns: Collection[str], shapes: Mapping[str, Any]) -> list[str]:
+def matching_layers(patterns: Collection[str], shapes: Iterable[str]) -> list[str]:
     """The linear layers whose whole path matches one of the patterns."""
-    masks = [matching(shapes, pattern) for pattern in patterns]
-    return [name for name in shapes if any(mask[name] for mask in masks)]
+    names = dict.fromkeys(shapes)
+    masks = [matching(names, pattern) for pattern in patterns]
+    return [name for name in names if any(mask[name] for mask in masks)]
 
 
 def patterns_for(
-    names: Collection[str], shapes: Mapping[str, Any], *, usual: tuple[str, ...]
+    names: Collection[str], shapes: Iterable[str], *, usual: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Regular expressions that match exactly these layers, preferably short ones."""
     if not names:
@@ -64,13 +184,12 @@ def patterns_for(
     return tuple(re.escape(name) for name in sorted(names))
 
 
-def module_names(names: Collection[str], shapes: Mapping[str, Any]) -> list[str]:
-    """PEFT's names for these layers: the last parts if they suffice, otherwise full names."""
+def module_names(names: Collection[str], layers: Iterable[str]) -> list[str]:
+    """PEFT's names for these layers: the last parts if they suffice, otherwise full names.
 
-    def end_of(name: str) -> str:
-        return hf_name(name + KERNEL).removesuffix(".weight").rpartition(".")[2]
-
-    ends = {end_of(name) for name in names}
-    if {name for name in shapes if end_of(name) in ends} == set(names):
+    ``layers`` are all layers of the model, by their names there.
+    """
+    ends = {name.rpartition(".")[2] for name in names}
+    if {name for name in layers if name.rpartition(".")[2] in ends} == set(names):
         return sorted(ends)
-    return sorted(hf_name(name + KERNEL).removesuffix(".weight") for name in names)
+    return sorted(names)

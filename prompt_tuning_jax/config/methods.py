@@ -192,6 +192,10 @@ class PrefixTuning(MethodConfig):
     def context_positions(self) -> int:
         return self.length
 
+    def chooses(self, stack: str) -> bool:
+        """Whether a model's attentions of this name get prefixes; a name without a field does."""
+        return bool(getattr(self, stack, True))
+
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
         if not any((self.encoder, self.decoder, self.cross)):

@@ -57,6 +57,9 @@ class PromptMetadata:
       inputs_template: the wording of the inputs, with columns in braces (``data.tasks.wording``).
       mixture: its tasks, if it was trained on several.
       combine: how the prompt is joined to the input.
+      model_type: the family of a decoder-only model, such as ``gemma2``.
+      embedding_scale: a factor on the model's token embeddings that the prompt does not get
+        (Gemma); None is 1.  transformers 4 multiplies prompts by it as well.
       origin: where it comes from, if it was not trained.
       created_by: the program that wrote the file.
     """
@@ -73,6 +76,8 @@ class PromptMetadata:
     inputs_template: str = ""
     mixture: tuple[TrainedTask, ...] = ()
     combine: str = ""
+    model_type: str = ""
+    embedding_scale: float | None = None
     origin: str = ""
     created_by: str = ""
 
@@ -360,6 +365,7 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
         "score": lambda text: float(text),
+        "embedding_scale": lambda text: float(text),
         "labels": lambda text: _labels(read_json(text, of="labels")),
         "inputs_template": checked_template,
         "mixture": lambda text: _mixture(read_json(text, of="mixture")),

@@ -1,0 +1,266 @@
+"""Adapters of decoder-only models give PEFT's recorded numbers, and are written bit for bit."""
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
+from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_peft_weights
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import api
+from prompt_tuning_jax.inference.conversion import convert
+from prompt_tuning_jax.inference.loading import attach
+from prompt_tuning_jax.methods import (
+    IA3,
+    Context,
+    LoRA,
+    MethodConfig,
+    TunedModel,
+    attach_method,
+)
+from prompt_tuning_jax.models.base import Model
+from tests.parity.test_peft_prompts import libraries
+
+__all__ = ["libraries"]  # a fixture
+
+MODELS = ("llama_gqa_tied", "gpt2", "bloom", "gemma2", "qwen3")
+PROMPTS = ("prompt", "ptuning_mlp", "ptuning_lstm", "cpt")
+PREFIXES = ("prefix", "prefix_proj", "cartridge")
+AROUND_LAYERS = ("lora_qv", "lora_all_rslora", "ia3")
+ADAPTERS = (*PROMPTS, *PREFIXES, *AROUND_LAYERS)
+METHODS = {"prompt": "Prompt", "prefix": "Prefixes", "lora_qv": "LoRAModule", "ia3": "IA3Module"}
+
+
+@pytest.fixture(scope="module")
+def families(shared: Path) -> Path:
+    return shared / "fixtures/families"
+
+
+@pytest.fixture(scope="module")
+def hf(shared: Path) -> Path:
+    return shared / "fixtures/hf"
+
+
+@functools.cache
+def model_of(folder: Path) -> Model:
+    loaded: Model = load_model(str(folder))
+    return loaded
+
+
+class Case:
+    """A recorded adapter: its rows as lists of token ids, and PEFT's numbers."""
+
+    def __init__(self, families: Path, model: str, adapter: str):
+        self.folder = families / "peft" / model / adapter
+        self.model = model_of(families / model)
+        self.want = np.load(self.folder / "cases.npz")
+        lengths = self.want["attention_mask"].sum(axis=1)
+        ids = self.want["input_ids"]
+        self.rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        first = (self.want["labels"] != -100).argmax(axis=1)
+        self.inputs = [row[:n] for row, n in zip(self.rows, first, strict=True)]
+        self.targets = [row[n:] for row, n in zip(self.rows, first, strict=True)]
+
+    def require_logits(self, attached: TunedModel, rows: slice = slice(None)) -> None:
+        got = api.logits(attached, self.rows)
+        for number in range(len(self.rows))[rows]:
+            length = len(self.rows[number])
+            want = self.want["logits"][number, :length]
+            np.testing.assert_allclose(got[number, :length], want, atol=2e-4)
+
+    def require_scores(self, attached: TunedModel) -> None:
+        got = api.score(attached, self.inputs, self.targets)
+        np.testing.assert_allclose(got, self.want["row_logprob_sum"], atol=1e-3)
+        loss = -got.sum() / sum(map(len, self.targets))
+        np.testing.assert_allclose(loss, self.want["loss"], atol=2e-4)
+
+    def require_greedy(self, attached: TunedModel) -> None:
+        got = api.generate(attached, self.rows, max_length=8).ids
+        for row, ids, length in zip(
+            got, self.want["greedy_ids"], self.want["greedy_len"], strict=True
+        ):
+            assert row[:length].tolist() == ids[:length].tolist()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_give_the_recorded_logits(families: Path, name: str, adapter: str) -> None:
+    case = Case(families, name, adapter)
+    attached = attach(case.model, case.folder)
+    assert type(attached.method).__name__ == METHODS.get(adapter, type(attached.method).__name__)
+    case.require_logits(attached)
+    bare = api.logits(case.model, case.rows)
+    assert np.abs(bare[0, :4] - case.want["logits"][0, :4]).max() > 0.03  # the adapter matters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_row_gets_the_prompt_of_its_task(families: Path, name: str) -> None:
+    case = Case(families, name, "multitask")
+    for number, task in enumerate(case.want["task_ids"]):
+        attached = attach(case.model, case.folder, task=str(task))
+        case.require_logits(attached, slice(number, number + 1))
+
+
+@pytest.mark.parametrize("adapter", ["prompt", "cartridge", "lora_qv", "ia3"])
+@pytest.mark.parametrize("name", MODELS)
+def test_targets_are_scored_and_text_generated_as_recorded(
+    families: Path, name: str, adapter: str
+) -> None:
+    case = Case(families, name, adapter)
+    attached = attach(case.model, case.folder)
+    case.require_scores(attached)
+    case.require_greedy(attached)
+
+
+WRITTEN_AS = {
+    "prompt": "PROMPT_TUNING",
+    "ptuning_mlp": "PROMPT_TUNING",  # a plain prompt here, and of no encoder any more
+    "cpt": "PROMPT_TUNING",
+    "multitask": "MULTITASK_PROMPT_TUNING",
+    "prefix": "PREFIX_TUNING",
+    "cartridge": "PREFIX_TUNING",
+    "lora_qv": "LORA",
+    "lora_all_rslora": "LORA",
+    "ia3": "IA3",
+}
+
+
+@pytest.mark.parametrize("adapter", WRITTEN_AS)
+@pytest.mark.parametrize("name", MODELS)
+def test_arrays_survive_both_conversions_bit_for_bit(
+    families: Path, tmp_path: Path, name: str, adapter: str
+) -> None:
+    folder, model = families / "peft" / name / adapter, str(families / name)
+    convert(folder, tmp_path / "ours.safetensors", model=model)
+    convert(tmp_path / "ours.safetensors", tmp_path / "peft", to="peft", model=model)
+    want, got = load_file(folder / WEIGHTS), load_file(tmp_path / "peft" / WEIGHTS)
+    assert got.keys() == want.keys()
+    for tensor, array in want.items():
+        assert got[tensor].tobytes() == array.tobytes() and got[tensor].shape == array.shape
+    theirs, ours = (json.loads((f / CONFIG).read_text()) for f in (folder, tmp_path / "peft"))
+    assert ours["peft_type"] == WRITTEN_AS[adapter] and ours["task_type"] == "CAUSAL_LM"
+    fields = {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "r"}
+    fields |= {"num_ranks", "num_tasks", "lora_alpha", "use_rslora", "fan_in_fan_out"}
+    for field in fields & ours.keys() & theirs.keys():
+        assert ours[field] == theirs[field], field
+    names = ("target_modules", "feedforward_modules")
+    if ours["peft_type"] in ("LORA", "IA3") and name not in ("gpt2", "bloom"):
+        for field in set(names) & ours.keys():
+            assert sorted(ours[field]) == sorted(theirs[field])
+
+
+def logits_in_peft(libraries: Any, model: Path, adapter: Path, case: Case) -> list[np.ndarray]:
+    """PEFT's logits of each row's real positions, as its forward gives them for the row alone."""
+    torch, transformers, peft = libraries
+    rows = []
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            model, attn_implementation="eager"
+        )
+        theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+        for number, row in enumerate(case.rows):
+            given = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}
+            if "task_ids" in case.want.files:
+                given["task_ids"] = torch.tensor([case.want["task_ids"][number]])
+            rows.append(theirs(**given).logits[0, -len(row) :].numpy())
+    return rows
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_gives_the_same_logits_in_peft(
+    libraries: Any, families: Path, tmp_path: Path, name: str
+) -> None:
+    for adapter in ("prompt", "multitask", "prefix", "lora_qv", "ia3"):
+        case = Case(families, name, adapter)
+        model = families / name
+        convert(case.folder, tmp_path / adapter, to="peft", model=str(model))
+        for number, got in enumerate(logits_in_peft(libraries, model, tmp_path / adapter, case)):
+            want = case.want["logits"][number, : len(got)]
+            np.testing.assert_allclose(got, want, atol=2e-4, err_msg=f"{adapter} {number}")
+
+
+TRAINED_HERE = {
+    "lora": LoRA(rank=2, alpha=3.0),
+    "lora of some": LoRA(
+        rank=3, rank_stabilized=True, targets=(".*/(key|value|out)", ".*layers_1/mlp/.*")
+    ),
+    "ia3": IA3(),
+    "ia3 elsewhere": IA3(outputs=(".*layers_0/.*/(query|out)",), inputs=(".*layers_1/mlp/wi.*",)),
+}
+
+
+def drawn(model: Model, method: MethodConfig) -> tuple[TunedModel, dict[str, np.ndarray]]:
+    """A method with random arrays, and these by path."""
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context())
+    graphdef, params = param_tree.split(attached)
+    random = np.random.default_rng(0)
+    own = {
+        name: random.normal(size=array.shape).astype(np.float32) * 0.3
+        for name, array in params.items()
+        if method.trains(name)
+    }
+    arrays = {name: jnp.asarray(array) for name, array in own.items()}
+    merged: TunedModel = param_tree.merge(graphdef, {**params, **arrays})
+    return merged, own
+
+
+@pytest.mark.parametrize("kind", TRAINED_HERE)
+@pytest.mark.parametrize("name", ["llama_gqa_tied", "gpt2", "bloom"])
+def test_layers_that_transformers_fuses_are_joined_and_split_again(
+    families: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    model, method = model_of(families / name), TRAINED_HERE[kind]
+    attached, arrays = drawn(model, method)
+    write_peft_weights(
+        tmp_path / "a", method, arrays, config=model.config, base_model_name_or_path=name
+    )
+    read = read_peft_weights(tmp_path / "a", model.config)
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(read.trainable[path], array)
+    added = read.trainable.keys() - arrays.keys()
+    assert all((read.trainable[path] == 1).all() for path in added)  # scales of other parts
+    if isinstance(method, LoRA):
+        assert not added and isinstance(read.method, LoRA)
+        assert read.method.rank == method.rank
+        np.testing.assert_allclose(read.method.scale, method.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_tied", "gpt2", "bloom"])
+def test_layers_that_transformers_fuses_do_the_same_in_peft(
+    libraries: Any, families: Path, tmp_path: Path, name: str
+) -> None:
+    case = Case(families, name, "prompt")
+    case.rows = case.rows[:1]
+    for kind, method in TRAINED_HERE.items():
+        attached, arrays = drawn(case.model, method)
+        folder = tmp_path / kind
+        write_peft_weights(
+            folder, method, arrays, config=case.model.config, base_model_name_or_path=name
+        )
+        (want,) = logits_in_peft(libraries, families / name, folder, case)
+        got = api.logits(attached, case.rows)[0]
+        np.testing.assert_allclose(got[: len(want)], want, atol=3e-4, err_msg=kind)
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused(families: Path, hf: Path) -> None:
+    model = model_of(families / "llama_gqa_tied")
+    for kind in ("prompt_sub1", "lora_qv_r4", "prefix"):
+        with pytest.raises(UserError, match="task_type is .SEQ_2_SEQ_LM.; for this model it is"):
+            attach(model, hf / "peft/b_t5_11" / kind)
+    with pytest.raises(UserError, match="ADAPTION_PROMPT"):
+        attach(model, families / "peft/llama_gqa_tied/adaption")
+    with pytest.raises(UserError, match="q_proj.lora_A.weight is"):
+        attach(model, families / "peft/gemma2/lora_qv")
+    with pytest.raises(UserError, match="num_layers is 4, but the number of this model's layers"):
+        attach(model_of(families / "qwen3"), families / "peft/gemma2/prefix")

@@ -218,6 +218,10 @@ class RequestParser:
         words = self._engine.vocabulary
         chat = task.wording.chat and not request.options.raw
         ids = words.encode_input(text, chat=chat)
+        prompts = task.prompts or (None,)
+        if not ids and any(prompt is None or not prompt.positions for prompt in prompts):
+            message = "the input is empty, and this model needs a token before its answer"
+            raise RefusedError(422, message, field=f"inputs[{number}]")
         longest = self._engine.shapes.longest
         if len(ids) <= longest:
             return tuple(ids), False

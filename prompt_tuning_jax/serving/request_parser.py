@@ -218,6 +218,10 @@ class RequestParser:
         words = self._engine.vocabulary
         wording = AS_IT_IS if request.options.raw else task.wording
         ids = words.encode_input(text, chat=wording.chat)
+        prompts = task.prompts or (None,)
+        if not ids and any(prompt is None or not prompt.positions for prompt in prompts):
+            message = "the input is empty, and this model needs a token before its answer"
+            raise RefusedError(422, message, field=f"inputs[{number}]")
         longest = self._engine.shapes.longest
         if len(ids) <= longest:
             return tuple(ids), False

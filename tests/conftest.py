@@ -4,6 +4,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,10 @@ def _quick_compilation() -> list[str]:
     if (int(version[0]), int(version[1])) < (0, 11):  # later ones end at a flag that is gone
         flags.append("--xla_cpu_use_fusion_emitters=false")  # by itself half of the time
     return flags
+
+
+# The user's cache, where scripts/fetch_model puts models; tests have another one.
+USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _set_environment() -> None:
@@ -77,6 +82,32 @@ def shared() -> Path:
 def tiny_model_dir() -> Path:
     """The bundled T5 and its vocabulary."""
     return _folder(ROOT / "prompt_tuning_jax" / "assets" / "tiny", "the bundled model")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2 135M as a GGUF file."""
+    return _fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m() -> Path:
+    """Gemma 3 270M as a GGUF file."""
+    return _fetched("gemma3-270m")
+
+
+def _fetched(name: str) -> Path:
+    """A model in the user's cache; on CI it is fetched, and elsewhere a test of it is skipped."""
+    from prompt_tuning_jax.config.paths import GGUF_MODELS
+
+    path = USER_CACHE / "prompt_tuning_jax" / "models" / GGUF_MODELS[name]
+    if not path.is_file() and os.environ.get("CI") == "true":
+        command = [sys.executable, str(ROOT / "scripts" / "fetch_model"), name]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(USER_CACHE)}
+        subprocess.run(command, check=True, env=environment)
+    if not path.is_file():
+        pytest.skip(f"no file {path}: python scripts/fetch_model {name}")
+    return path
 
 
 def _folder(path: Path, what: str) -> Path:

@@ -16,8 +16,9 @@ from prompt_tuning_jax.checkpoints.convert_model import (
 )
 from prompt_tuning_jax.checkpoints.convert_prompt import convert_prompts, prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
+from prompt_tuning_jax.checkpoints.hub import is_gguf
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
-from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.config.paths import NAMED_MODELS
 from prompt_tuning_jax.errors import UserError
 
 __all__ = ["FORMATS", "Converted", "Format", "convert"]
@@ -63,11 +64,11 @@ def convert(
     ``checkpoint_<step>``.
 
     Models are written as ``hf``, in files of at most ``max_shard_bytes``, or as ``t5x``, in
-    ``destination/checkpoint_<step>``, optionally with a ``prompt``.  Both get the source's
-    vocabulary or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step`` defaults to the source's
-    step, or 0.  Written as ``t5x``, a T5X source keeps its optimizer's state (unless a new prompt
-    is given) and its scanned layers (unless ``unscan``).  Written as ``hf``, it may need
-    ``relpos_max_distance``, which T5X checkpoints do not store.
+    ``destination/checkpoint_<step>``, optionally with a ``prompt``; a ``t5x`` is always a T5.  Both
+    get the source's vocabulary or the file ``vocabulary`` (``bytes`` for ByT5's).  ``step``
+    defaults to the source's step, or 0.  Written as ``t5x``, a T5X source keeps its optimizer's
+    state (unless a new prompt is given) and its scanned layers (unless ``unscan``).  Written as
+    ``hf``, it may need ``relpos_max_distance``, which T5X checkpoints do not store.
 
     Prompts are written as ``npy``, ``safetensors`` (with their metadata) or ``peft``.  ``model`` is
     the frozen model of the prompts.  They must fit it, and a PEFT adapter stores its name.
@@ -133,6 +134,8 @@ def format_of(destination: Path, to: Format | None) -> Format:
 
 def _require_model(source: str, to: Format) -> None:
     path = Path(source)
+    if is_gguf(path):
+        return
     if path.is_dir() and (is_peft(path) or prompt_files(source)):
         held = "a prompt" if is_peft(path) else "prompts"
     elif path.is_file():
@@ -154,7 +157,7 @@ def _prompt_source(source: str, destination: Path, to: Format) -> str:
     UserError for a model, and for several prompts that would be written to one file.
     """
     path = Path(source)
-    if not path.exists() and (source in BUNDLED or source in T5X_MODELS):
+    if is_gguf(path) or (not path.exists() and source in NAMED_MODELS):
         raise UserError(f"{source} is a model, and {to} is a format of prompts")
     files = prompt_files(source) if destination.suffix in PROMPT_SUFFIXES else None
     if not files:

@@ -13,12 +13,14 @@ import ml_dtypes
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free, require_outside
+from prompt_tuning_jax.checkpoints.gguf.model import stored_types
 from prompt_tuning_jax.checkpoints.hf.config import model_type_of, tokenizer_files
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
+from prompt_tuning_jax.checkpoints.hub import is_gguf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray, progress
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, require_t5
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, read_prompt
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
@@ -26,6 +28,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import HostArray
@@ -82,6 +85,12 @@ def convert_to_hf(
             model_type=hf_model_type(opened),
         )
     notes = []
+    quantised = is_gguf(Path(opened.location)) and set(stored_types(Path(opened.location))[0])
+    if quantised and not quantised <= {"F32", "F16", "BF16"} and dtype == "stored":
+        notes.append(
+            "its quantised weights are written as float32, number for number: --dtype bfloat16 "
+            "halves that, and rounds them again"
+        )
     if words is None:
         notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
     if _own_prompt(opened) is not None:
@@ -106,16 +115,22 @@ def convert_to_t5x(
 ) -> Converted:
     """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
     opened, words = _open(source, vocabulary, None)
+    if isinstance(opened.config, CausalLMConfig):
+        raise UserError(
+            f"{source} is a {opened.config.model_type}, and a T5X checkpoint holds a T5: convert "
+            "it to hf"
+        )
+    config = require_t5(opened.config, what="writing a T5X checkpoint")
     checkpoint = opened.source if isinstance(opened.source, T5XCheckpoint) else None
     final, step = _checkpoint_folder(destination, step, checkpoint)
     require_free(final, overwrite=overwrite, folder=True)
     require_outside(opened.location, final)
-    if opened.config.token_ids != TokenIds():
+    if config.token_ids != TokenIds():
         raise UserError(
-            f"{source} has token ids of its own ({describe(opened.config.token_ids)}), and a T5X "
+            f"{source} has token ids of its own ({describe(config.token_ids)}), and a T5X "
             f"checkpoint cannot say so: it has T5's ({describe(TokenIds())}); convert it to hf"
         )
-    beside = {} if words is None else tokenizer_files(words, opened.config)
+    beside = {} if words is None else tokenizer_files(words, config)
     notes = []
     trainable: LazyArray | HostArray | None = _own_prompt(opened)
     if prompt:
@@ -150,9 +165,9 @@ def convert_to_t5x(
         )
         _write_vocabulary(aside, beside)
     if checkpoint is None:
-        notes += _lost_in_t5x(opened)
+        notes += _lost_in_t5x(config, opened.params)
         if (kind := hf_model_type(opened)) == "mt5":
-            again = kind if opened.config.vocab_size == MT5_ROWS else "t5, which differs in name"
+            again = kind if config.vocab_size == MT5_ROWS else "t5, which differs in name"
             notes.append(
                 f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
                 f"hf it is {again}"
@@ -188,6 +203,8 @@ def _open(
 
 def hf_model_type(opened: ModelCheckpoint) -> str:
     """Returns the ``model_type``; T5X checkpoints with mT5's number of embeddings are ``mt5``."""
+    if isinstance(opened.config, CausalLMConfig):
+        return opened.config.model_type
     if isinstance(opened.source, Path):
         return model_type_of(opened.source)
     return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
@@ -243,14 +260,14 @@ def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]
             (folder / name).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 
 
-def _lost_in_t5x(opened: ModelCheckpoint) -> list[str]:
+def _lost_in_t5x(config: T5Config, params: Mapping[str, LazyArray]) -> list[str]:
     """Lists the settings that a T5X checkpoint does not store and its shapes do not imply."""
-    buckets = opened.config.relpos_num_buckets
-    guessed = config_of(opened.params, relpos_max_distance=128 if buckets == 32 else 2 * buckets)
+    buckets = config.relpos_num_buckets
+    guessed = config_of(params, relpos_max_distance=128 if buckets == 32 else 2 * buckets)
     differing = [
-        f"{field.name} = {getattr(opened.config, field.name)!r}"
+        f"{field.name} = {getattr(config, field.name)!r}"
         for field in dataclasses.fields(T5Config)
-        if getattr(opened.config, field.name) != getattr(guessed, field.name)
+        if getattr(config, field.name) != getattr(guessed, field.name)
     ]
     if not differing:
         return []

@@ -41,9 +41,10 @@ def model_location(name: str) -> str:
 
     ``tiny`` is bundled.  ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
     bucket.  ``smollm2`` and ``gemma3-270m`` are files in the user's cache, where
-    ``scripts/fetch_model`` puts them.  A folder, a ``.gguf`` file or an address is returned as it
-    is; of a folder of ``checkpoint_<step>``, the last one is used.  ``google/flan-t5-small`` or any other ``org/name`` is fetched from the
-    Hugging Face hub or taken from its cache.  Raises UserError.
+    ``scripts/fetch_model`` puts them.  A folder, a ``.gguf`` file or an address is returned as
+    it is; of a folder of ``checkpoint_<step>``, the last one is used.  ``google/flan-t5-small`` or
+    any other ``org/name`` is fetched from the Hugging Face hub or taken from its cache.  Raises
+    UserError.
     """
     if name in BUNDLED:
         return str(ASSETS / name)

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.gguf.model import stored_types
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, open_weights
-from prompt_tuning_jax.checkpoints.hub import model_location
+from prompt_tuning_jax.checkpoints.hub import is_gguf, model_location
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
 from prompt_tuning_jax.checkpoints.location import INDEX
-from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, require_t5
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, Source, read_prompt
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file
@@ -61,6 +64,10 @@ def open_source(
 def architecture(opened: ModelCheckpoint) -> str:
     """Returns the published architecture, as far as shapes and files determine it."""
     config, kind = opened.config, _model_type(opened)
+    if isinstance(config, CausalLMConfig):
+        tied = "tied embeddings" if config.tie_embeddings else "a separate output layer"
+        return f"{config.model_type} (decoder-only) with {tied}"
+    config = require_t5(config, what="describing such a model")
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:
         return "UMT5"
@@ -76,8 +83,10 @@ def architecture(opened: ModelCheckpoint) -> str:
     return "T5 1.0" + ("" if config.tie_embeddings else ", with a separate output layer")
 
 
-def size_name(config: T5Config) -> str:
+def size_name(config: ModelConfig) -> str:
     """Returns the preset with these sizes and any vocabulary; "" if there is none."""
+    if not isinstance(config, T5Config):
+        return ""
     for name, other in PRESETS.items():
         if (_sizes(config), config.mlp_activations) == (_sizes(other), other.mlp_activations):
             return name
@@ -87,6 +96,8 @@ def size_name(config: T5Config) -> str:
 def layout(opened: ModelCheckpoint) -> str:
     """Returns the format in words, and the number of files if there are several."""
     source = opened.source
+    if isinstance(source, Path) and is_gguf(source):
+        return source.name
     if isinstance(source, Path):
         file, _ = open_weights(source)
         if file.suffix != ".json":
@@ -131,7 +142,7 @@ def _sizes(config: T5Config) -> tuple[int, ...]:
 
 
 def _model_type(opened: ModelCheckpoint) -> str:
-    if not isinstance(opened.source, Path):
+    if not isinstance(opened.source, Path) or is_gguf(opened.source):
         return ""
     return str(_json(opened.source / CONFIG).get("model_type", ""))
 
@@ -155,18 +166,19 @@ _FINGERPRINTED_BYTES = 2_000_000_000
 class ModelDescription:
     """A stored model.
 
-    ``size`` is a preset's name or empty; ``dtypes`` counts the parameters stored in each dtype;
-    ``bytes`` is the size of all parameters; ``step``, ``prompt`` (its shape) and
-    ``optimizer_arrays`` are None except for T5X checkpoints; ``fingerprint`` is empty unless it was
-    computed.
+    ``size`` is a preset's name or empty; ``dtypes`` counts the parameters stored in each dtype (in
+    a GGUF file, each type); ``bytes`` is the size of all parameters as stored; ``step``,
+    ``prompt`` (its shape) and ``optimizer_arrays`` are None except for T5X checkpoints;
+    ``fingerprint`` is empty unless it was computed.
     """
 
     location: str
     is_t5x: bool
+    is_gguf: bool
     architecture: str
     size: str
     layout: str
-    config: T5Config
+    config: ModelConfig
     parameters: int
     dtypes: dict[str, int]
     bytes: int
@@ -189,10 +201,7 @@ def describe_model(
     ``with_fingerprint=None`` computes it for models on this machine of up to 2 GB.
     """
     opened = open_source(name_or_path, relpos_max_distance=relpos_max_distance)
-    dtypes: Counter[str] = Counter()
-    for array in opened.params.values():
-        dtypes[array.dtype.name] += prod(array.shape)
-    size = sum(array.nbytes for array in opened.params.values())
+    dtypes, size = _stored(opened)
     if with_fingerprint is None:
         with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in opened.location
     checkpoint = None if isinstance(opened.source, Path) else opened.source
@@ -200,6 +209,7 @@ def describe_model(
     return ModelDescription(
         location=opened.location,
         is_t5x=checkpoint is not None,
+        is_gguf=isinstance(opened.source, Path) and is_gguf(opened.source),
         architecture=architecture(opened),
         size=size_name(opened.config),
         layout=layout(opened),
@@ -213,6 +223,16 @@ def describe_model(
         vocabulary=_vocabulary(opened.vocabulary_file),
         fingerprint=fingerprint_of(opened) if with_fingerprint else "",
     )
+
+
+def _stored(opened: ModelCheckpoint) -> tuple[Counter[str], int]:
+    """The number of parameters of each type, and the bytes of all."""
+    if isinstance(opened.source, Path) and is_gguf(opened.source):
+        return stored_types(opened.source)
+    dtypes: Counter[str] = Counter()
+    for array in opened.params.values():
+        dtypes[array.dtype.name] += prod(array.shape)
+    return dtypes, sum(array.nbytes for array in opened.params.values())
 
 
 def _vocabulary(file: Path | None) -> str:

@@ -55,6 +55,7 @@ class PromptMetadata:
       score: of ``metric`` on the task's evaluation split.
       labels: of the task, or of all tasks of a mixture.
       inputs_template: the wording of the inputs, with columns in braces (``data.tasks.wording``).
+      chat: whether inputs were messages in the chat template of the model's tokenizer.
       mixture: its tasks, if it was trained on several.
       combine: how the prompt is joined to the input.
       model_type: the family of a decoder-only model, such as ``gemma2``.
@@ -74,6 +75,7 @@ class PromptMetadata:
     score: float | None = None
     labels: tuple[str, ...] = ()
     inputs_template: str = ""
+    chat: bool = False
     mixture: tuple[TrainedTask, ...] = ()
     combine: str = ""
     model_type: str = ""
@@ -352,7 +354,7 @@ def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
     known = {
         key: value
         for key, value in dataclasses.asdict(metadata).items()
-        if value not in ("", None, ())
+        if value not in ("", None, ()) and value is not False
     }
     if metadata.score is not None and not math.isfinite(metadata.score):
         del known["score"]  # JSON has no number for it
@@ -368,6 +370,7 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
         "embedding_scale": lambda text: float(text),
         "labels": lambda text: _labels(read_json(text, of="labels")),
         "inputs_template": checked_template,
+        "chat": lambda text: text == "true",
         "mixture": lambda text: _mixture(read_json(text, of="mixture")),
     }
     values: dict[str, Any] = {}

@@ -158,14 +158,13 @@ def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
 def _ids(
     task: Task, batch: Sequence[Example], words: AnyVocabulary
 ) -> list[tuple[list[int], list[int]]]:
-    inputs = words.encode_batch([example["inputs"] for example in batch])
-    targets = words.encode_batch([example["targets"] for example in batch])
+    inputs = words.encode_inputs([example["inputs"] for example in batch])
+    targets = words.encode_targets([example["targets"] for example in batch])
     if task.index is not None:
         inputs = [
             with_task_index(ids, vocabulary_size=words.size, index=task.index) for ids in inputs
         ]
-    ends = words.eos_id, words.token_ids.eos
-    return [([*i, ends[0]], [*t, ends[1]]) for i, t in zip(inputs, targets, strict=True)]
+    return list(zip(inputs, targets, strict=True))
 
 
 def _is_later(task: T5Task, base: Mapping[str, T5Task]) -> bool:

@@ -97,6 +97,9 @@ class Data(Config):
     # Metrics to evaluate; empty: the task's, or accuracy.  ``loss`` is the mean cross entropy per
     # target token.
     metrics: tuple[str, ...] = ()
+    # Whether each input, with its template, is one message of a user, in the chat template of the
+    # model's tokenizer.  Special tokens that are written out in an input are text.
+    chat: bool = False
     inputs_length: int = 128  # longest input; longer ones are cut
     targets_length: int = 8  # longest target; longer ones are cut
     # Lengths that batches of similarly long inputs are padded to: ``auto`` (at most four, chosen

@@ -74,8 +74,12 @@ class MethodConfig(Config):
         return is_attached(name)
 
     def prompt_positions(self) -> int:
-        """The number of positions that the method adds to the encoder's input."""
+        """The number of positions that the method adds to the input."""
         return 0
+
+    def context_positions(self) -> int:
+        """The number of positions before a decoder-only model's input: a prompt's or prefix's."""
+        return self.prompt_positions()
 
     def uses_rng(self) -> bool:
         """Whether training draws random numbers for the method, as its dropout does."""
@@ -184,6 +188,13 @@ class PrefixTuning(MethodConfig):
     # sampled tokens (``words``; Li and Liang 2021, section 7.4), or drawn from [-0.5, 0.5).
     init: Literal["words", "uniform"] = "words"
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    def context_positions(self) -> int:
+        return self.length
+
+    def chooses(self, stack: str) -> bool:
+        """Whether a model's attentions of this name get prefixes; a name without a field does."""
+        return bool(getattr(self, stack, True))
 
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()

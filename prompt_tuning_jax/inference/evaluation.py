@@ -91,11 +91,13 @@ def evaluate(
     reports: dict[str, None] = {}
     draws = task_data.draws_of(experiment)
     several = len(draws) * sum(members.number for members in loaded.groups) > 1
-    data = _examples(draws[0], model, split=split)
+    positions = loaded.context_positions(experiment.method)
+    data = _examples(draws[0], model, split=split, prompt_positions=positions)
     # Checked here, so that an error does not wait until after the last prompt.
     direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
-        data = _examples(own_draw, model, split=split) if number else data
+        if number:
+            data = _examples(own_draw, model, split=split, prompt_positions=positions)
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
             theirs, found = evaluate_members(own_draw, members, members.trainable, data, model)
@@ -162,6 +164,9 @@ def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
 def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[str]:
     """Yields a note for each prompt whose training used a different wording than the examples."""
     data = experiment.data
+    for name, one in loaded.by_name().items():
+        if one.chat and not data.chat:
+            yield f"note: {name} was trained on chat messages; --set data.chat=true makes them"
     if not (data.train or data.eval) or data.objectives:
         return
     ours = Wording(template=inputs_template_of(data))
@@ -208,13 +213,17 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _examples(experiment: Experiment, model: Model, *, split: str | None) -> task_data.TaskData:
+def _examples(
+    experiment: Experiment, model: Model, *, split: str | None, prompt_positions: int
+) -> task_data.TaskData:
     """Returns the evaluation data, which must be the same on all processes."""
     data = task_data.build_data(
         experiment,
         vocabulary_of(model),
         split=split,
         training=False,
+        window=model.config.max_positions,
+        prompt_positions=prompt_positions,
         partitioner=partitioner_of(experiment),
     )
     # With different examples, processes would run different batches, or wait for one forever.

@@ -12,7 +12,7 @@ from prompt_tuning_jax.checkpoints.array_files import require_finite
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.hf import config as hf_config
-from prompt_tuning_jax.checkpoints.hub import is_hub_name
+from prompt_tuning_jax.checkpoints.hub import is_gguf, is_hub_name
 from prompt_tuning_jax.checkpoints.inspect import (
     ModelDescription,
     PromptDescription,
@@ -29,10 +29,11 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
-from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.config.paths import NAMED_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import tuned_files
 from prompt_tuning_jax.inference.loading_methods import method_of
+from prompt_tuning_jax.models.t5.config import T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +116,13 @@ def _found(
         if trainable == [place]:
             return describe_tuned(place)
         return {file.name: describe_tuned(file) for file in trainable}
+    if is_gguf(place):
+        return describe_model(path, with_fingerprint=with_fingerprint)
     if place.is_file() or (place.is_dir() and is_peft(place)):
         return describe_prompt(place)
     if place.is_dir() and (files := prompt_files(path)):
         return {file.name: describe_prompt(file) for file in files}
-    named = path in BUNDLED or path in T5X_MODELS or "://" in path or is_hub_name(path)
+    named = path in NAMED_MODELS or "://" in path or is_hub_name(path)
     if not place.exists() and not named:
         raise UserError(f"{path}: no such file or folder")
     if place.is_dir() and not _may_be_model(place):
@@ -163,9 +166,11 @@ def _candidates(folder: Path) -> str:
 
 
 def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
-    yield "kind", f"model ({'T5X checkpoint' if model.is_t5x else 'Hugging Face folder'})"
+    form = "T5X checkpoint" if model.is_t5x else "Hugging Face folder"
+    yield "kind", f"model ({'GGUF file' if model.is_gguf else form})"
     yield "architecture", model.architecture
-    yield "size", model.size or "none of the published"
+    if isinstance(model.config, T5Config):
+        yield "size", model.size or "none of the published"
     yield "layout", model.layout
     yield "parameters", f"{model.parameters:,}"
     kinds = [

@@ -227,6 +227,7 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
         metadata,
         task=metadata.task or run.data.train or run.data.task,
         inputs_template=metadata.inputs_template or inputs_template_of(run.data),
+        chat=metadata.chat or run.data.chat,
         mixture=metadata.mixture or mixture_of(run.data),
     )
 

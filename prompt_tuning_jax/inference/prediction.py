@@ -22,6 +22,7 @@ from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import few_lengths
 from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.data.tasks.registry import (
     get_task,
     tasks_known_as,
@@ -344,18 +345,22 @@ def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wor
     """
     try:
         shared = shared_wording(
-            {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
+            {
+                name: wording_of(one.task, one.inputs_template, chat=one.chat)
+                for name, one in known.items()
+            }
         )
     except UserError as error:
         hint = "predict with one after the other, or give whole inputs and raw"
         raise UserError(f"{error}; {hint}") from None
+    chat = shared.chat or data.chat
     if data.inputs_template:
-        return Wording(template=data.inputs_template)
+        return Wording(template=data.inputs_template, chat=chat)
     if shared != AS_IT_IS:
-        return shared
+        return dataclasses.replace(shared, chat=chat)
     if data.train or data.eval:
-        return Wording(template=template_of_column(data.inputs_column))
-    return wording_of(named, "")
+        return Wording(template=template_of_column(data.inputs_column), chat=chat)
+    return wording_of(named, "", chat=chat)
 
 
 def _given(
@@ -427,7 +432,11 @@ def _predictions(
     texts: Sequence[str],
     rows: Sequence[Mapping[str, Any] | None],
 ) -> list[Prediction]:
-    experiment, labels = asked.experiment, asked.labels
+    labels = asked.labels
+    data = dataclasses.replace(asked.experiment.data, chat=asked.wording.chat)
+    experiment = dataclasses.replace(asked.experiment, data=data)
+    positions = asked.loaded.context_positions(experiment.method)
+    experiment = fit_window(experiment, model.config.max_positions, prompt_positions=positions)
     words = vocabulary_of(model)
     _check_labels(labels, words)
     source = None
@@ -441,8 +450,10 @@ def _predictions(
             words,
             inputs_length=experiment.data.inputs_length,
             targets_length=experiment.data.targets_length,
+            chat=experiment.data.chat,
             use_cache=False,
         )
+        task_data.require_inputs(examples, has_prompt=positions > 0)
         for members in asked.loaded.groups:
             predictor = build_predictor(
                 experiment,

@@ -58,6 +58,7 @@ class Prefixes(TuningModule[PrefixTuning]):
 
     def __init__(self, config: PrefixTuning, stacks: Mapping[str, PlainPrefix | MlpPrefix]):
         super().__init__(config)
+        self.names = tuple(stacks)
         for name, stack in stacks.items():
             setattr(self, name, stack)
 
@@ -90,9 +91,8 @@ class Prefixes(TuningModule[PrefixTuning]):
 
     def stacks(self) -> Iterator[tuple[str, PlainPrefix | MlpPrefix]]:
         """Yields the name and prefix of each selected attention."""
-        for name in ("encoder", "decoder", "cross"):
-            if getattr(self.config, name) and hasattr(self, name):
-                yield name, getattr(self, name)
+        for name in self.names:
+            yield name, getattr(self, name)
 
     def _before(self, name: str) -> bool:
         return self.config.before and name != "cross"  # cross-attention has no positions
@@ -126,7 +126,7 @@ def with_prefixes(
 
 def _chosen(config: PrefixTuning, model: Model) -> dict[str, AttentionStack]:
     """Returns the selected attentions of the model; raises UserError if it has none of them."""
-    chosen = {name: stack for name, stack in model.stacks.items() if getattr(config, name)}
+    chosen = {name: stack for name, stack in model.stacks.items() if config.chooses(name)}
     if not chosen:
         raise UserError(
             f"method=prefix_tuning: none of the model's attentions ({', '.join(model.stacks)}) is "

@@ -51,7 +51,7 @@ class Context:
     @property
     def last_BD(self) -> Array:
         """The hidden state of each row's last real position."""
-        last_B = jnp.maximum(jnp.sum(self.mask_BU, axis=1) - 1, 0)
+        last_B = jnp.max(jnp.where(self.mask_BU, jnp.arange(self.mask_BU.shape[1]), 0), axis=1)
         return jnp.take_along_axis(self.hidden_BUD, last_B[:, None, None], axis=1)[:, 0]
 
 

@@ -58,7 +58,9 @@ class Probe:
         self._model = model
         self._partitioner = partitioner = build.train_partitioner(self._experiment)
         words = vocabulary_of(model)
-        self._data = task_data.build_data(self._experiment, words, partitioner=partitioner)
+        self._data = task_data.build_data(
+            self._experiment, words, window=model.config.max_positions, partitioner=partitioner
+        )
         self._members = attach_members(self._experiment, model, labels=self._data.labels)
         # The weights are an argument, so the step compiles only once.
         self._start, self._step, _ = build.build_step(self._experiment, self._members)

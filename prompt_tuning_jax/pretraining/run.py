@@ -41,7 +41,12 @@ def _prepare(
         if experiment.model.embeddings == "cooccurrence":
             raise UserError("model.embeddings=cooccurrence needs text; set data.objectives")
         _initialize(experiment, model, None)
-        tasks = build_data(experiment, vocabulary_of(model), partitioner=partitioner)
+        tasks = build_data(
+            experiment,
+            vocabulary_of(model),
+            window=model.config.max_positions,
+            partitioner=partitioner,
+        )
         return tasks, task_evaluation(experiment, model, tasks)
     assert isinstance(model, T5)  # as all presets are
     data = build_text_data(experiment, vocabulary_of(model))

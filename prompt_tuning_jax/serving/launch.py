@@ -179,7 +179,7 @@ def open_service(
             f"--prompts {prompts}: there is no prompt; give a run's folder, a folder of prompts or "
             f"runs, or set {ADMIN_TOKEN} to add prompts later"
         )
-    shapes = _shapes(serving, tasks, allow_changes=allow_changes)
+    shapes = _shapes(serving, tasks, window=model.config.max_positions, allow_changes=allow_changes)
     on_mesh = None if partitioner.is_single_device else partitioner
     engine = Engine(
         model,
@@ -244,7 +244,14 @@ def _tasks_in(folder: Path, validator: "PromptValidator", model: Model) -> "dict
     return tasks
 
 
-def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, allow_changes: bool) -> "Shapes":
+def _shapes(
+    serving: Serving,
+    tasks: "dict[str, ServedTask]",
+    *,
+    window: int | None,
+    allow_changes: bool,
+) -> "Shapes":
+    from prompt_tuning_jax.data.batching.window import inputs_limit
     from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
 
     every = [prompt for task in tasks.values() for prompt in task.prompts]
@@ -256,8 +263,15 @@ def _shapes(serving: Serving, tasks: "dict[str, ServedTask]", *, allow_changes: 
         kinds.append("score")
     if "generate" in serving.modes:
         kinds.append("generate")
+    limit = inputs_limit(
+        window,
+        inputs_length=serving.lengths[-1],
+        targets_length=serving.max_new_tokens,
+        prompt_positions=longest,
+        advice="lower max_new_tokens (serving.max_new_tokens) or serve shorter prompts",
+    )
     return Shapes(
-        lengths=serving.lengths,
+        lengths=tuple(sorted({min(length, limit) for length in serving.lengths})),
         batch_sizes=serving.batch_sizes,
         prompt_lengths=prompt_lengths_of(known, longest=longest),
         targets=targets_of(

@@ -92,16 +92,14 @@ class RequestParser:
         targets = self._targets(request)
         limit = self._limit(request)
         ids = [
-            self._ids(self._worded(task, given, number, request), number, request)
+            self._ids(self._worded(task, given, number, request), task, number, request)
             for number, (task, given) in enumerate(zip(tasks, inputs, strict=True))
         ]
-        longest = self._engine.shapes.longest
         parsed = []
-        for number, (task, own) in enumerate(zip(tasks, ids, strict=True)):
-            truncated = len(own) > longest
+        for number, (task, (own, truncated)) in enumerate(zip(tasks, ids, strict=True)):
             one = ParsedInput(
                 task=task,
-                ids=own[:longest],
+                ids=own,
                 limit=limit,
                 min_length=options.min_length or 0,
                 repetition_penalty=options.repetition_penalty or 1.0,
@@ -213,12 +211,18 @@ class RequestParser:
         except UserError as error:
             raise RefusedError(422, str(error), field=field) from None
 
-    def _ids(self, text: str, number: int, request: PredictRequest) -> tuple[int, ...]:
+    def _ids(
+        self, text: str, task: ServedTask, number: int, request: PredictRequest
+    ) -> tuple[tuple[int, ...], bool]:
+        """The input's token ids, as in training, and whether they are cut."""
         words = self._engine.vocabulary
-        ids = tuple(words.encode_input(text))
+        chat = task.wording.chat and not request.options.raw
+        ids = words.encode_input(text, chat=chat)
         longest = self._engine.shapes.longest
-        if len(ids) <= longest or request.options.truncate:
-            return ids
+        if len(ids) <= longest:
+            return tuple(ids), False
+        if request.options.truncate and longest > words.num_kept_at_end(chat=chat):
+            return tuple(words.cut_input(ids, longest, chat=chat)), True
         message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
         raise RefusedError(422, message, field=f"inputs[{number}]")
 

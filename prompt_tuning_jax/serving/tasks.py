@@ -224,7 +224,10 @@ class PromptValidator:
         known = {prompt.name: prompt.metadata for prompt in prompts}
         try:
             wording = shared_wording(
-                {name: wording_of(one.task, one.inputs_template) for name, one in known.items()}
+                {
+                    name: wording_of(one.task, one.inputs_template, chat=one.chat)
+                    for name, one in known.items()
+                }
             )
             own = tuple(labels) or shared_labels(
                 {name: one.labels for name, one in known.items()},

@@ -141,7 +141,12 @@ def needs_pretraining(experiment: Experiment) -> bool:
 def _prepare_tasks(
     experiment: Experiment, model: Model, partitioner: Partitioner
 ) -> tuple[TrainingData, Evaluate]:
-    data = task_data.build_data(experiment, vocabulary_of(model), partitioner=partitioner)
+    data = task_data.build_data(
+        experiment,
+        vocabulary_of(model),
+        window=model.config.max_positions,
+        partitioner=partitioner,
+    )
     return data, task_evaluation(experiment, model, data)
 
 
@@ -388,6 +393,7 @@ def _metadata(
         score=best.metrics[best_by] if math.isfinite(best.metrics[best_by]) else None,
         labels=labels,
         inputs_template=inputs_template_of(experiment.data),
+        chat=experiment.data.chat,
         mixture=mixture_of(experiment.data),
         combine="" if prompt is None else prompt.placement,
         model_type=getattr(model_config, "model_type", ""),

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, concatenated, in_memory
 from prompt_tuning_jax.checkpoints.t5x.arrays import joined
 
 ARRAY = np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
@@ -65,3 +65,37 @@ def test_any_views_of_views_read_what_numpy_reads(shape, data):
     bounds = [data.draw(st.tuples(st.integers(0, n), st.integers(0, n + 2))) for n in whole.shape]
     index = tuple(slice(start, stop) for start, stop in bounds)
     np.testing.assert_array_equal(lazy.read(index), whole[index])
+
+
+@given(st.data())
+def test_taken_entries_and_joined_arrays_are_those_of_numpy(data):
+    axis = data.draw(st.integers(0, 2))
+    other = in_memory(ARRAY[::-1] + 100, where="there")
+    lazy = concatenated([in_memory(ARRAY, where="here"), other], axis=axis)
+    want = np.concatenate([ARRAY, ARRAY[::-1] + 100], axis)
+    size = want.shape[axis]
+    order = np.array(data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))])
+    for got, array in ((lazy, want), (lazy.taken(order, axis=axis), want.take(order, axis))):
+        assert got.shape == array.shape and got.dtype == array.dtype
+        ends = [st.lists(st.integers(0, n), min_size=2, max_size=2) for n in array.shape]
+        index = tuple(slice(*sorted(data.draw(each))) for each in ends)
+        np.testing.assert_array_equal(got.whole(), array)
+        np.testing.assert_array_equal(got.read(index), array[index])
+
+
+def test_taken_entries_are_read_in_runs():
+    """Heads of a fused array: what is between them is not read, and neighbours are read at once."""
+    asked = []
+
+    def read(index):
+        asked.append(index[0])
+        return ARRAY.reshape(30)[index]
+
+    lazy = LazyArray(shape=(30,), dtype=ARRAY.dtype, where="", read=read)
+    query = lazy.taken(np.array([0, 1, 2, 9, 10, 11, 18, 19, 20]), axis=0)
+    np.testing.assert_array_equal(query.read((slice(2, 6),)), [2, 9, 10, 11])
+    assert asked == [slice(2, 3), slice(9, 12)]
+    asked.clear()
+    pairs = lazy.taken(np.array([4, 6, 5, 7]), axis=0)
+    np.testing.assert_array_equal(pairs.whole(), [4, 6, 5, 7])
+    assert asked == [slice(4, 8)]

@@ -11,8 +11,9 @@ from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
-from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary, require_t5
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 TINY = Path(__file__).parents[2] / "prompt_tuning_jax/assets/tiny/spiece.model"
 TEXTS = ["The film is good.", "", "a  b", "<extra_id_0> and <extra_id_1>", "naïve 😀", "long " * 99]
@@ -118,11 +119,11 @@ def test_wrong_files(file: Path, tmp_path: Path) -> None:
             load_vocabulary(tmp_path)
     write(tmp_path / "tokenizer.json", first=("</s>", "<pad>", "<unk>"))
     with pytest.raises(UserError, match=r"this file has </s>, <pad>, <unk> there"):
-        load_vocabulary(tmp_path)
+        require_t5(load_vocabulary(tmp_path, token_ids=TokenIds()))
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"install tokenizers .* or put the model's spiece\.model"):
+    with pytest.raises(UserError, match=r"library, which is not installed: pip install tokenizers"):
         load_vocabulary(tmp_path)

@@ -77,9 +77,15 @@ def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel
 
 
 def logits(attached: TunedModel, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
+    """The logits of these decoder inputs."""
     graphdef, params = param_tree.split(attached)
-    run = jax.jit(lambda p: param_tree.merge(graphdef, p)(source, target, task_B=task_B))
-    return np.asarray(run(params))
+
+    def run(params: Any) -> jax.Array:
+        tuned = param_tree.merge(graphdef, params)
+        context, injections = tuned.read(source, task_B=task_B)
+        return tuned.model.decode(target, context, injections=injections)
+
+    return np.asarray(jax.jit(run)(params))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
+from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import token_ids_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, RopeScaling
 from prompt_tuning_jax.models.config import TokenIds
@@ -99,13 +100,15 @@ class Metadata:
             )
         return RopeScaling(kind="linear", factor=self.number("rope.scaling.factor"))
 
-    def token(self, name: str) -> int | None:
-        """A special token's id; None if there is none."""
-        value = self._values.get(f"tokenizer.ggml.{name}_token_id")
-        if value is None:
-            return None
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise self.error(f"tokenizer.ggml.{name}_token_id is {repr(value)[:80]}")
+    def token_ids(self) -> TokenIds:
+        """The ids of padding and of all ends of a text."""
+        return token_ids_of(self._values, self.path)
+
+    def bos(self) -> int:
+        """The id that begins a text; -1 if there is none."""
+        value = self._values.get("tokenizer.ggml.bos_token_id", -1)
+        if type(value) is not int or not -1 <= value < 2**31:
+            raise self.error(f"tokenizer.ggml.bos_token_id is {repr(value)[:80]}")
         return value
 
     def error(self, message: str) -> UserError:
@@ -143,18 +146,8 @@ def config_of(metadata: Metadata) -> CausalLMConfig:
     if metadata.size("attention.value_length", head_dim) != head_dim:
         raise metadata.error("keys and values of different width are not supported")
     vocab_size = metadata.tensors["token_embd.weight"].shape[0]
-    eos = metadata.token("eos")
-    if eos is None:
-        raise metadata.error("there is no tokenizer.ggml.eos_token_id, the id that ends a text")
-    pad, bos = metadata.token("padding"), metadata.token("bos")
-    more = {metadata.token("eot"), metadata.token("eom")} - {None, eos}
-    token_ids = TokenIds(
-        pad=eos if pad is None else pad,
-        eos=eos,
-        start=-1,
-        more_eos=tuple(sorted(i for i in more if i is not None)),
-    )
-    for each in (token_ids.pad, *token_ids.all_eos, bos or 0):
+    token_ids, bos = metadata.token_ids(), metadata.bos()
+    for each in (token_ids.pad, *token_ids.all_eos, bos):
         if each >= vocab_size:
             raise metadata.error(f"the id {each} of a special token is not below {vocab_size}")
     architecture = ARCHITECTURES[metadata.architecture]
@@ -170,7 +163,7 @@ def config_of(metadata: Metadata) -> CausalLMConfig:
         "max_positions": metadata.size("context_length"),
         "query_scale": head_dim**-0.5,
         "token_ids": token_ids,
-        "bos": -1 if bos is None else bos,
+        "bos": bos,
     }
     config = CausalLMConfig(**fields | architecture.describe(metadata))
     if config.num_heads % config.num_kv_heads or head_dim % 2:

@@ -1,6 +1,8 @@
 """Opens a GGUF file as a decoder-only model under this project's parameter names."""
 
 import dataclasses
+from collections import Counter
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from prompt_tuning_jax.checkpoints.gguf.architectures import (
     config_of,
     permutation,
 )
-from prompt_tuning_jax.checkpoints.gguf.tensors import open_tensors, same_bytes
+from prompt_tuning_jax.checkpoints.gguf.tensors import open_tensors, same_bytes, stored_type
 from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import read_header
 from prompt_tuning_jax.errors import UserError
@@ -74,6 +76,17 @@ def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
                 f"is {list(shapes[name])}"
             )
     return config, params
+
+
+def stored_types(path: Path) -> tuple[Counter[str], int]:
+    """The number of parameters of each type in a file that was opened, and the bytes of all."""
+    types: Counter[str] = Counter()
+    size = 0
+    for info in read_header(path)[1].values():
+        kind, stored = stored_type(info)
+        types[kind] += prod(info.shape)
+        size += stored
+    return types, size
 
 
 def _minus_one(tensor: LazyArray) -> LazyArray:

@@ -41,11 +41,9 @@ def open_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, LazyA
 
 def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:
     """Whether two tensors that were opened have the same type, shape and bytes."""
-    known = _type(left.kind)
-    if known is None or (left.kind, left.shape) != (right.kind, right.shape):
+    if (left.kind, left.shape) != (right.kind, right.shape):
         return False
-    _, block, block_bytes = known
-    size = prod(left.shape) // block * block_bytes
+    _, size = stored_type(left)
     mapped = np.memmap(path, np.uint8, mode="r")
     step = _CHUNK * 16
     return all(
@@ -55,6 +53,14 @@ def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:
         )
         for at in range(0, size, step)
     )
+
+
+def stored_type(info: TensorInfo) -> tuple[str, int]:
+    """The name of an opened tensor's type, and its bytes."""
+    known = _type(info.kind)
+    assert known is not None, "opened tensors have known types"
+    kind, block, block_bytes = known
+    return kind, prod(info.shape) // block * block_bytes
 
 
 def _lazy(path: Path, name: str, info: TensorInfo, mapped: HostArray, size: int) -> LazyArray:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
+from prompt_tuning_jax.checkpoints.gguf.tokenizer import gguf_tokenizer_files
 from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
@@ -13,12 +14,14 @@ from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 2**20  # bytes
 # Files of a tokenizer that transformers writes, in any of its versions.
 _TOKENIZER_FILES = (
@@ -35,13 +38,23 @@ _TOKENIZER_FILES = (
 
 
 def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
-    """The configuration of ``raw``, which ``path`` holds beside its generation_config.json."""
+    """The configuration of ``raw``, which ``path`` holds beside its generation_config.json.
+
+    In a model that reads images, too, this is the configuration of its language model.
+    """
+    family = FAMILIES[raw["model_type"]]
+    if family.text_type:
+        text = raw.get("text_config")
+        if not isinstance(text, dict):
+            raise UserError(f"{path} has no text_config, the description of its language model")
+        ids = {key: raw[key] for key in _TOKEN_IDS if key in raw}
+        raw = {**text, **ids, "model_type": family.text_type}
     beside = path.with_name(_GENERATION_CONFIG)
     generation = read_json_file(beside, max_bytes=_LARGEST) if beside.is_file() else {}
     if not isinstance(generation, dict):
         raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
     reader = ConfigReader(raw, generation=generation, path=path)
-    FAMILIES[raw["model_type"]].describe(reader)
+    family.describe(reader)
     return reader.config()
 
 
@@ -56,7 +69,7 @@ def open_causal(
     from prompt_tuning_jax.param_tree import require_same_names
 
     config = causal_config(raw, folder / _CONFIG)
-    table = FAMILIES[config.model_type].names
+    table = FAMILIES[raw["model_type"]].names
     path, stored = open_weights(folder, is_unused=table.is_unused)
     if path.name.startswith("flax_model"):
         raise UserError(
@@ -95,9 +108,9 @@ def write_causal(
     Raises UserError, before anything is written, if ``config.json`` would describe another model.
     """
     described = described_config(config)
-    generation = {
-        key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    } | {"eos_token_id": _one_or_all(config.token_ids.all_eos)}
+    generation = {key: described[key] for key in _TOKEN_IDS} | {
+        "eos_token_id": _one_or_all(config.token_ids.all_eos)
+    }
     reader = ConfigReader(described, generation=generation, path=folder / _CONFIG)
     FAMILIES[config.model_type].describe(reader)
     again = reader.config()
@@ -122,8 +135,8 @@ def write_causal(
 
 def described_config(config: CausalLMConfig) -> dict[str, Any]:
     """config.json for transformers 4 and 5, without the dtype of the weights."""
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if config.model_type not in FAMILIES or FAMILIES[config.model_type].text_type:
+        known = ", ".join(name for name, family in FAMILIES.items() if not family.text_type)
         raise UserError(f"model_type is {config.model_type!r}; written are: {known}")
     family = FAMILIES[config.model_type]
     writer = ConfigWriter(config)
@@ -132,8 +145,10 @@ def described_config(config: CausalLMConfig) -> dict[str, Any]:
 
 
 def tokenizer_copies(vocabulary_file: str | Path) -> dict[str, Path | dict[str, Any]]:
-    """The tokenizer's files beside a vocabulary, to be copied, by name."""
+    """The tokenizer's files, by name: those beside a vocabulary, or those of a GGUF file."""
     path = Path(vocabulary_file)
+    if path.suffix == GGUF_SUFFIX:
+        return {**gguf_tokenizer_files(path)}
     beside = (path.with_name(name) for name in _TOKENIZER_FILES)
     return {path.name: path, **{file.name: file for file in beside if file.is_file()}}
 

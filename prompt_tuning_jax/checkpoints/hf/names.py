@@ -69,9 +69,11 @@ class NameTable:
 
     def with_prefix(self, tensor: str) -> str:
         """The name of a file's tensor with the prefix that this table has."""
-        if tensor.startswith(f"{self.head}."):
-            return tensor
-        prefix = next((p for p in self.prefixes if tensor.startswith(p)), "")
+        module, _, leaf = tensor.rpartition(".")
+        if module.rpartition(".")[2] == self.head:
+            return f"{self.head}.{leaf}"
+        longest_first = sorted(self.prefixes, key=len, reverse=True)
+        prefix = next((p for p in longest_first if tensor.startswith(p)), "")
         return self.prefixes[0] + tensor.removeprefix(prefix)
 
     def read(

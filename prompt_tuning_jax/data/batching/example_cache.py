@@ -24,15 +24,17 @@ from prompt_tuning_jax.untrusted_input import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged:
-    """Sequences of different lengths: ``flat[offsets[i]:offsets[i + 1]]``, each with a final EOS.
+    """Sequences of different lengths: ``flat[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
       flat: [all tokens] int32; may be a memory-mapped file.
       offsets: [sequences + 1] int64.
+      kept_at_end: the number of last tokens that truncation keeps, such as an end of sequence.
     """
 
     flat: np.ndarray
     offsets: np.ndarray
+    kept_at_end: int = 1
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,7 +47,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[sequences] int64, EOS included."""
+        """[sequences] int64, in tokens."""
         return np.diff(self.offsets)
 
     def num_longer_than(self, length: int) -> int:
@@ -55,33 +57,33 @@ class Ragged:
     def padded(self, indices_B: np.ndarray, length: int, *, padding: int = 0) -> np.ndarray:
         """Gather sequences -> [B, length] int32, padded.
 
-        Longer sequences are truncated and still end with their last token, as after SeqIO's
-        ``append_eos_after_trim``.
+        Longer sequences are truncated and still end with their last ``kept_at_end`` tokens (1: as
+        after SeqIO's ``append_eos_after_trim``).
         """
-        starts_B = self.offsets[indices_B]
-        lengths_B = self.offsets[np.asarray(indices_B) + 1] - starts_B
+        starts_B = np.asarray(self.offsets)[indices_B]
+        lengths_B = np.asarray(self.offsets)[np.asarray(indices_B) + 1] - starts_B
         columns_T = np.arange(length)
         inside_BT = columns_T < lengths_B[:, None]
-        # Positions beyond the last sequence are masked, but must be valid indices.
-        positions_BT = np.minimum(starts_B[:, None] + columns_T, len(self.flat) - 1)
-        tokens_BT = np.where(inside_BT, self.flat[positions_BT], padding).astype(np.int32)
-        ends_B = self.flat[np.asarray(self.offsets)[np.asarray(indices_B) + 1] - 1]
-        truncated_B = lengths_B > length
-        tokens_BT[truncated_B, length - 1] = ends_B[truncated_B]
+        # The last columns of truncated sequences are those of their ends.
+        is_end_BT = (columns_T >= length - self.kept_at_end) & (lengths_B > length)[:, None]
+        offsets_BT = columns_T + is_end_BT * (lengths_B - length)[:, None]
+        positions_BT = (starts_B[:, None] + offsets_BT)[inside_BT]
+        tokens_BT = np.full(inside_BT.shape, padding, np.int32)
+        tokens_BT[inside_BT] = self.flat[positions_BT]
         return tokens_BT
 
     def select(self, indices: np.ndarray) -> "Ragged":
         """The sequences at ``indices``, in that order."""
-        return make_ragged([self[int(i)] for i in indices])
+        return make_ragged([self[int(i)] for i in indices], kept_at_end=self.kept_at_end)
 
 
-def make_ragged(sequences: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
-    """Concatenate sequences, which must end with EOS."""
+def make_ragged(sequences: Iterable[Sequence[int] | np.ndarray], *, kept_at_end: int = 1) -> Ragged:
+    """Concatenate sequences; truncation keeps their last ``kept_at_end`` tokens."""
     arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
     offsets = np.zeros(len(arrays) + 1, np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-    return Ragged(flat=flat, offsets=offsets)
+    return Ragged(flat=flat, offsets=offsets, kept_at_end=kept_at_end)
 
 
 # Part of every key: increase it whenever the files or the tokenisation change.

@@ -15,6 +15,7 @@ from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
+from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.data.tasks import demonstrations
 from prompt_tuning_jax.data.tasks.files import are_labels
 from prompt_tuning_jax.data.tasks.labels import (
@@ -150,13 +151,18 @@ def build_data(
     *,
     split: str | None = None,
     training: bool = True,
+    window: int | None = None,
+    prompt_positions: int | None = None,
     partitioner: Partitioner | None = None,
 ) -> TaskData:
     """Builds the data of the experiment; ``split`` replaces ``data.eval_split``.
 
-    With a ``partitioner`` over several processes, training batches contain only this process's
-    rows.
+    ``window`` is the model's ``max_positions``, in which inputs have to fit; ``prompt_positions``
+    are those of loaded prompts (None: the method's).  With a ``partitioner`` over several
+    processes, training batches contain only this process's rows.
     """
+    experiment = fit_window(experiment, window, prompt_positions=prompt_positions)
+    has_prompt = bool(prompt_positions or experiment.method.prompt_positions())
     data = experiment.data
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
         raise UserError(NO_EVAL)
@@ -171,6 +177,7 @@ def build_data(
                 inputs_length=data.inputs_length,
                 targets_length=data.targets_length,
                 data_dir=data.data_dir,
+                chat=data.chat,
                 use_cache=data.cache,
             )
             for task in tasks
@@ -187,6 +194,8 @@ def build_data(
     if experiment.evaluation.strategy == "rank":
         for task in evaluated:  # now, and not at the first evaluation
             require_labels(task.labels)
+    for one in (*train_sets, *eval_sets):
+        require_inputs(one, has_prompt=has_prompt)
     _check_targets(experiment, train_sets, eval_sets)
     train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
     if experiment.method.scores_labels:
@@ -257,7 +266,22 @@ def designed(
         identity=method_to_json(method),
         vocabulary=vocabulary,
         inputs_length=data.inputs_length,
+        chat=data.chat,
     )
+
+
+def require_inputs(examples: TokenizedExamples, *, has_prompt: bool) -> None:
+    """Raises UserError for an input without tokens if there is no prompt either.
+
+    A decoder-only model predicts the first token of a target from the position before it.
+    """
+    empty = np.flatnonzero(examples.inputs.lengths == 0)
+    if len(empty) and not has_prompt:
+        raise UserError(
+            f"{examples.title}: {len(empty):,} of {len(examples):,} inputs are empty (the first is "
+            f"number {empty[0] + 1}), and this model needs a token before its answer: leave them "
+            "out, add words with data.inputs_template, or use a prompt"
+        )
 
 
 def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:

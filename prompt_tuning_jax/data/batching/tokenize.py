@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class TokenizedExamples:
 
     Attributes:
       task, split: the source.
-      inputs, targets: untruncated token ids, EOS included.
-      inputs_length, targets_length: in tokens, EOS included.
+      inputs, targets: untruncated token ids, with all special tokens.
+      inputs_length, targets_length: in tokens, special ones included.
       load_texts: reads the examples as text.
       note: what readers of scores on these examples must know (``Source.note``).
       token_ids: the model's, for padding and the decoder's start.
@@ -207,6 +207,7 @@ def tokenize(
     inputs_length: int,
     targets_length: int,
     data_dir: str = "",
+    chat: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
 ) -> TokenizedExamples:
@@ -216,22 +217,31 @@ def tokenize(
       task: the task.
       split: one of its splits.
       vocabulary: for the ids.
-      inputs_length: in tokens, EOS included.  The cache has untruncated ids, so other lengths use
-        the same entry.
+      inputs_length: in tokens, special ones included.  The cache has untruncated ids, so other
+        lengths use the same entry.
       targets_length: likewise.
       data_dir: passed to the task's source.
+      chat: whether inputs are messages in the vocabulary's chat template.
       cache_dir: default ``default_cache_dir()``; if that cannot be written, the examples stay in
         memory, with a warning.
       use_cache: False neither reads nor writes the cache.
 
     Raises UserError for an unknown split, an empty one, a label longer than ``targets_length``, two
-    labels of the same tokens, and a ``cache_dir`` that cannot be written.
+    labels of the same tokens, a ``cache_dir`` that cannot be written, and an ``inputs_length`` that
+    leaves no room for a text.
     """
     _check_lengths(inputs_length, targets_length)
     check_labels(task, vocabulary, targets_length=targets_length)
-    build = functools.partial(_build, task, split, vocabulary, data_dir)
+    kept = vocabulary.num_kept_at_end(chat=chat)
+    _check_room(vocabulary, inputs_length, chat=chat)
+    build = functools.partial(_build, task, split, vocabulary, data_dir, chat=chat)
     if use_cache:
-        parts = [split, task.fingerprint(split, data_dir), vocabulary.fingerprint]
+        parts = [
+            split,
+            task.fingerprint(split, data_dir),
+            vocabulary.fingerprint,
+            vocabulary.input_format(chat=chat),
+        ]
         folder = Path(cache_dir or default_cache_dir()) / cache_key(parts)
         about = {"task": task.name, "split": split, "vocabulary": repr(vocabulary)}
         entry = _open_or_build(folder, build, about, must_write=cache_dir is not None)
@@ -240,7 +250,7 @@ def tokenize(
     return TokenizedExamples(
         task=task,
         split=split,
-        inputs=entry.inputs,
+        inputs=replace(entry.inputs, kept_at_end=kept),
         targets=entry.targets,
         inputs_length=inputs_length,
         targets_length=targets_length,
@@ -255,10 +265,10 @@ def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) 
     """Raise UserError if a label exceeds ``targets_length``, or two labels have the same tokens."""
     seen: dict[tuple[int, ...], str] = {}
     for label in task.labels:
-        ids = tuple(vocabulary.encode(label))
-        if len(ids) + 1 > targets_length:
+        ids = tuple(vocabulary.encode_target(label))
+        if len(ids) > targets_length:
             raise UserError(
-                f"task {task.name!r}: the label {label!r} has {len(ids) + 1} tokens, the end of "
+                f"task {task.name!r}: the label {label!r} has {len(ids)} tokens, the end of "
                 f"sequence included, and data.targets_length is {targets_length}; increase it"
             )
         if ids in seen:
@@ -273,6 +283,17 @@ def _check_lengths(inputs_length: int, targets_length: int) -> None:
     for field, length in (("inputs_length", inputs_length), ("targets_length", targets_length)):
         if length < 1:
             raise UserError(f"data.{field} is {length} and must be at least 1")
+
+
+def _check_room(vocabulary: AnyVocabulary, inputs_length: int, *, chat: bool) -> None:
+    if not chat:
+        return
+    around = len(vocabulary.encode_input("", chat=True))
+    if inputs_length <= around:
+        raise UserError(
+            f"data.inputs_length is {inputs_length} and the chat template alone has {around} "
+            "tokens; increase it"
+        )
 
 
 def _open_or_build(
@@ -293,18 +314,19 @@ def _open_or_build(
     return open_entry(folder) or built
 
 
-def _build(task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str) -> Entry:
+def _build(
+    task: Task, split: str, vocabulary: AnyVocabulary, data_dir: str, *, chat: bool
+) -> Entry:
     texts = list(task.load(split, data_dir))
     if not texts:
         raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
-    inputs = (example["inputs"] for example in texts)
-    targets = (example["targets"] for example in texts)
-    index = () if task.index is None else (task_index_id(vocabulary.size, task.index),)
-    return Entry(
-        inputs=make_ragged(_encoded(inputs, vocabulary, before=index, eos_id=vocabulary.eos_id)),
-        targets=make_ragged(_encoded(targets, vocabulary, eos_id=vocabulary.token_ids.eos)),
-        load_texts=lambda: texts,
-    )
+    encode = functools.partial(vocabulary.encode_inputs, chat=chat)
+    inputs = _encoded([example["inputs"] for example in texts], encode)
+    if task.index is not None:
+        index = task_index_id(vocabulary.size, task.index)
+        inputs = (np.insert(ids, len(vocabulary.input_start), index) for ids in inputs)
+    targets = _encoded([example["targets"] for example in texts], vocabulary.encode_targets)
+    return Entry(inputs=make_ragged(inputs), targets=make_ragged(targets), load_texts=lambda: texts)
 
 
 def _read_back(vocabulary: AnyVocabulary, texts: Sequence[str]) -> list[str]:
@@ -320,9 +342,8 @@ def _short(text: str) -> str:
 
 
 def _encoded(
-    texts: Iterable[str], vocabulary: AnyVocabulary, *, eos_id: int, before: tuple[int, ...] = ()
-) -> Iterable[np.ndarray]:
-    pending = list(texts)
-    for start in range(0, len(pending), _TEXTS_AT_ONCE):
-        for ids in vocabulary.encode_batch(pending[start : start + _TEXTS_AT_ONCE]):
-            yield np.asarray([*before, *ids, eos_id], np.int32)
+    texts: Sequence[str], encode: Callable[[Sequence[str]], list[list[int]]]
+) -> Iterator[np.ndarray]:
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        for ids in encode(texts[start : start + _TEXTS_AT_ONCE]):
+            yield np.asarray(ids, np.int32)

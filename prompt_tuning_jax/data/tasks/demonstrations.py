@@ -59,19 +59,21 @@ def demonstrated(
     identity: str,
     vocabulary: AnyVocabulary,
     inputs_length: int,
+    chat: bool = False,
 ) -> Task:
     """The task with as many of the drawn examples in each input as fit ``inputs_length`` tokens.
 
     The first ones are kept; the input itself is truncated only if it is too long without any.  An
     example is never a demonstration for itself.  ``identity`` represents ``compose`` in cache keys.
     """
-    beside = 1 + (task.index is not None)  # EOS, and the task's token
+    beside = int(task.index is not None)  # the task's token
 
     def with_those_that_fit(inputs: str) -> tuple[str, int]:
         others = tuple(each for each in drawn if each["inputs"] != inputs)
 
         def length(number: int) -> int:
-            return beside + len(vocabulary.encode(compose(others[:number], inputs)))
+            text = compose(others[:number], inputs)
+            return beside + len(vocabulary.encode_input(text, chat=chat))
 
         number = len(others)
         if length(number) > inputs_length:
@@ -84,7 +86,7 @@ def demonstrated(
             yield {**example, "inputs": text, NUMBER: number}
 
     def fingerprint(split: str, data_dir: str) -> str:
-        parts = [task.fingerprint(split, data_dir), identity, inputs_length, drawn]
+        parts = [task.fingerprint(split, data_dir), identity, inputs_length, chat, drawn]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     source = Source(

@@ -30,10 +30,12 @@ class Wording:
     Attributes:
       template: column names in braces, as in ``"premise: {premise} hypothesis: {hypothesis}"``.
       from_text: a task's function of a bare text, which ``template`` then only describes.
+      chat: whether the result is a message in the chat template of the model's tokenizer.
     """
 
     template: str = ""
     from_text: Callable[[str], str] | None = None
+    chat: bool = False
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -44,15 +46,16 @@ class Wording:
     def shown(self) -> str:
         """The template for display, at most a line long."""
         shown = self.template or "of the task"
-        return shown if len(shown) <= 100 else f"{shown[:97]}..."
+        shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
+        return f"{shown} as a chat message" if self.chat else shown
 
     @property
     def key(self) -> object:
         """Equal for wordings with the same result, whatever a single column is called."""
         if self._parsed is None:
-            return self.from_text
+            return self.chat, self.from_text
         columns = self._parsed.columns
-        return self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
+        return self.chat, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
 
     def apply(self, given: Given) -> str:
         """The model's input for a bare text or the values of columns.
@@ -101,7 +104,7 @@ class Wording:
 AS_IT_IS = Wording()
 
 
-def wording_of(task: str, template: str) -> Wording:
+def wording_of(task: str, template: str, *, chat: bool = False) -> Wording:
     """The wording for a task's name and a template, from the metadata of a prompt.
 
     A known task words texts itself; for others the template is used.  UserError for an invalid
@@ -110,9 +113,9 @@ def wording_of(task: str, template: str) -> Wording:
     known = tasks_known_as(task)
     from_text = known[0].from_text if len(known) == 1 else None
     if from_text is not None:
-        return Wording(template=template_of(from_text), from_text=from_text)
+        return Wording(template=template_of(from_text), from_text=from_text, chat=chat)
     checked_template(template)
-    return Wording(template=template)
+    return Wording(template=template, chat=chat)
 
 
 def shared_wording(wordings: Mapping[str, Wording]) -> Wording:

@@ -9,7 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 _MEMORY = 2**30  # bytes
-_SECONDS = 10  # of processor time
+_SECONDS = 5  # of processor time
 _MESSAGE = 300  # characters of an error
 
 

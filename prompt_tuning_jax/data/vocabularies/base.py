@@ -103,6 +103,16 @@ class BaseVocabulary(ABC):
             return self._num_chat_end() + len(self.input_end)
         return len(self.input_end)
 
+    def cut_input(self, ids: Sequence[int], length: int, *, chat: bool = False) -> list[int]:
+        """An input of ``encode_inputs``, cut to at most ``length`` tokens.
+
+        The text is cut at its end; what is behind the text stays.
+        """
+        if len(ids) <= length:
+            return list(ids)
+        kept = self.num_kept_at_end(chat=chat)
+        return [*ids[: length - kept], *ids[len(ids) - kept :]]
+
     def input_format(self, *, chat: bool = False) -> str:
         """Identifies what ``encode_inputs`` puts around texts, for cache keys."""
         parts = (self.input_start, self.input_end, self._chat_format() if chat else None)

@@ -80,11 +80,13 @@ def gguf_spec(path: Path) -> TokenizerSpec:
     template = metadata.get(CHAT_TEMPLATE, "")
     if not isinstance(template, str):
         raise UserError(f"{path}: {CHAT_TEMPLATE} is not a text")
+    adds_bos = "bos_token" in special and _adds_bos(kind, metadata)
     return TokenizerSpec(
         tokenizer=tokenizer,
         digest=_digest(metadata),
         special=special,
-        add_bos=_flag(metadata, "add_bos_token", default=_adds_bos(kind, metadata), path=path),
+        token_ids=token_ids_of(metadata, path) if "eos_token" in special else None,
+        add_bos=_flag(metadata, "add_bos_token", default=adds_bos, path=path),
         chat_template=template,
     )
 

@@ -70,7 +70,7 @@ class HfTokenizer(BaseVocabulary):
         self._measure()
         first = tuple(self._tokenizer.id_to_token(i) for i in range(len(T5_SPECIAL)))
         self.is_t5 = first == T5_SPECIAL
-        self.token_ids, self.eos_id = self._ids(token_ids)
+        self.token_ids, self.eos_id = self._ids(token_ids or spec.token_ids)
         self.input_start = self._input_start(spec.add_bos)
         self.fingerprint = spec.digest + ids_suffix(self.token_ids)
 

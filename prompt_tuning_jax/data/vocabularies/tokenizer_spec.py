@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class TokenizerSpec:
       digest: equal for tokenizers that encode equally.
       special: the texts of ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``, as far as
         they are known.
+      token_ids: the model's special ids, if the file has them.
       add_bos: whether an input starts with ``bos_token``; None: as the tokenizer's post-processor
         says.
       chat_template: in Jinja; empty if there is none.
@@ -28,6 +30,7 @@ class TokenizerSpec:
     tokenizer: Any
     digest: str
     special: Mapping[str, str] = field(default_factory=dict)
+    token_ids: TokenIds | None = None
     add_bos: bool | None = None
     chat_template: str = ""
 

@@ -18,8 +18,9 @@ from prompt_tuning_jax.models.layers import Linear, RMSNorm, dropout, split_key
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
-# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN.
-MASK_VALUE = -1e10
+# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN, and so
+# large that ALiBi's smallest slope, 2**-8, leaves enough of it.
+MASK_VALUE = -1e13
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.query_scale, self.softcap = config.query_scale, config.attention_softcap
         self.qkv_clip = config.qkv_clip
+        self.alibi = config.positions == "alibi"
         self.dropout_rate = dropout_rate
         self.dtype = dtype
 
@@ -104,8 +106,7 @@ class Attention(nnx.Module):
     ) -> Array:
         """Attends from the positions of ``x_BTD`` to the keys of all segments together.
 
-        ``biases`` has for each segment scores ``[1 or G, 1 or B, T, 1 or H / G, U]`` to add, which
-        hide keys or depend on their distance.
+        ``biases`` has the result of ``attention_bias`` for each segment.
         """
         query_BTHK = self._queries_or_keys(self.query(x_BTD), "query_norm", rotation)
         query_BTHK = query_BTHK.astype(jnp.float32) * self.query_scale
@@ -143,7 +144,14 @@ class Attention(nnx.Module):
             scores = matmul.einsum("GBTRK,BUGK->GBTRU", query_GBTRK, key_BUGK, dtype=self.dtype)
         if self.softcap:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
-        return scores if bias is None else scores + bias
+        if bias is None:
+            return scores
+        bias_1BT1U = bias[None, :, :, None, :]
+        if self.alibi:
+            # Multiply here: the product is as large as the scores and need not be stored.
+            slopes_GR = alibi_slopes(self.num_heads).reshape(self.num_kv_heads, -1)
+            return scores + jnp.asarray(slopes_GR)[:, None, None, :, None] * bias_1BT1U
+        return scores + bias_1BT1U
 
     def _mixed(self, weights_GBTRU: Array, segment: KeyValues) -> Array:
         value_BUGK = segment.value_BPGK
@@ -185,18 +193,20 @@ def attention_bias(
     causal: bool = True,
     mask_BU: Array | None = None,
     mask_BTU: Array | None = None,
-    slopes_GR: HostArray | None = None,
+    alibi: bool = False,
 ) -> Array | None:
-    """Returns scores to add, ``[1 or G, 1 or B, T, 1 or R, U]``, or None if there is no effect.
+    """Returns scores to add, ``[1 or B, T, U]``, or None if there is no effect.
+
+    With ALiBi they are to be multiplied by each head's slope first.
 
     Args:
       query_positions_BT: positions of the queries, with a batch of 1 or B.
       key_positions_BU: positions of the keys.
       window: how many positions a query sees, itself included; 0 is all.
       causal: hide keys behind the query; unnecessary if all keys are before it.
-      mask_BU: the keys that exist.
+      mask_BU: the real keys.
       mask_BTU: further restricts which key a query sees.
-      slopes_GR: ALiBi's slope of each head, which multiplies the distance (Press et al. 2022).
+      alibi: subtract the distance from query to key.
     """
     distance_BTU = query_positions_BT[:, :, None] - key_positions_BU[:, None, :]
     visible = []
@@ -208,15 +218,10 @@ def attention_bias(
         visible.append(mask_BU[:, None, :])
     if mask_BTU is not None:
         visible.append(mask_BTU)
-    bias = None
-    if visible:
-        seen_BTU = reduce(jnp.logical_and, visible)
-        bias = jnp.where(seen_BTU, 0.0, MASK_VALUE).astype(jnp.float32)[None, :, :, None, :]
-    if slopes_GR is not None:
-        slopes_G11R1 = jnp.asarray(slopes_GR)[:, None, None, :, None]
-        by_distance = -slopes_G11R1 * distance_BTU.astype(jnp.float32)[None, :, :, None, :]
-        bias = by_distance if bias is None else bias + by_distance
-    return bias
+    visible_score = -distance_BTU.astype(jnp.float32) if alibi else jnp.zeros((), jnp.float32)
+    if not visible:
+        return visible_score if alibi else None
+    return jnp.where(reduce(jnp.logical_and, visible), visible_score, MASK_VALUE)
 
 
 def alibi_slopes(num_heads: int) -> HostArray:

@@ -24,7 +24,6 @@ from prompt_tuning_jax.models.base import (
 from prompt_tuning_jax.models.causal_lm.attention import (
     Attention,
     PastKeys,
-    alibi_slopes,
     attention_bias,
 )
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
@@ -150,7 +149,7 @@ class DecoderLayer(nnx.Module):
         if last_only:
             x_BTD, y_BTD = x_BTD[:, -1:], y_BTD[:, -1:]
             rotated_by = rotated_by and (rotated_by[0][:, -1:], rotated_by[1][:, -1:])
-            biases = tuple(bias if bias is None else bias[:, :, -1:] for bias in biases)
+            biases = tuple(bias if bias is None else bias[:, -1:] for bias in biases)
         attended_BTD = self.self_attention(
             y_BTD, rotated_by, (*past, computed), biases, key=keys[0]
         )
@@ -213,6 +212,7 @@ class Decoder(nnx.Module):
         positions_BT: Array,
         past: Sequence[PastKeys] = (),
         *,
+        mask_BT: Array | None = None,
         mask_BTT: Array | None = None,
         layer_prompts: Sequence[LayerPrompt | None] | None = None,
         caches: tuple[SelfCache, ...] | None = None,
@@ -223,9 +223,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Computes the final hidden states, and each layer's keys and values.
 
-        Every position sees ``past``, itself, and the positions before it; ``mask_BTT`` restricts
-        the latter further.  With caches, ``x_BTD`` holds a single token, which is written into
-        ``slot`` of each cache; slot 0 has the position ``positions_BT - slot``.
+        Every position sees ``past``, itself, and the positions before it; ``mask_BT`` (key) and
+        ``mask_BTT`` (query, key) restrict the latter further.  With caches, ``x_BTD`` holds a
+        single token, which is written into ``slot`` of each cache; slot 0 has the position
+        ``positions_BT - slot``.
         """
         config = self.config
         keys = split_key(key, config.num_layers)
@@ -233,9 +234,7 @@ class Decoder(nnx.Module):
         if caches is not None:
             slots = caches[0].key_BSGK.shape[1]
             key_positions_BT = positions_BT - slot + jnp.arange(slots)
-        slopes_GR = None
-        if config.positions == "alibi":
-            slopes_GR = alibi_slopes(config.num_heads).reshape(config.num_kv_heads, -1)
+        alibi = config.positions == "alibi"
         biases: dict[int, tuple[Array | None, ...]] = {}
         rotations: dict[bool, Rotation] = {}
         computed: list[KeyValues] = []
@@ -249,7 +248,7 @@ class Decoder(nnx.Module):
                         window=window,
                         causal=False,
                         mask_BU=segment.mask_BU,
-                        slopes_GR=slopes_GR,
+                        alibi=alibi,
                     )
                     for segment in past
                 )
@@ -257,8 +256,9 @@ class Decoder(nnx.Module):
                     positions_BT,
                     key_positions_BT,
                     window=window,
+                    mask_BU=mask_BT,
                     mask_BTU=mask_BTT,
-                    slopes_GR=slopes_GR,
+                    alibi=alibi,
                 )
                 biases[window] = (*before, within)
             local = window > 0
@@ -309,8 +309,8 @@ class ScaledTable:
 class CausalLM(Model):
     """A decoder-only language model that accepts a prompt per example.
 
-    Rows hold real tokens first and padding at the end.  Positions count the prompt: the token t of
-    a row has the position P + t.
+    Positions count the prompt and the real tokens of a row: token t has the position P + t, however
+    the row is padded.
     """
 
     reading_stack: ClassVar[str] = "decoder"
@@ -407,8 +407,9 @@ class CausalLM(Model):
             past = [*past, _past(prompt, start=start)]
             source = replace(source, prompt_BPD=None)
         whole = joined(source)
-        length = whole.embeddings_BUD.shape[1]
-        if not length:  # nothing but a prompt is read, to keep its keys and values
+        if not whole.embeddings_BUD.shape[
+            1
+        ]:  # nothing but a prompt is read, to keep its keys and values
             batch, config = len(whole.mask_BU), self.config
             nothing = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), self.dtype)
             return Context(
@@ -419,8 +420,9 @@ class CausalLM(Model):
             )
         hidden_BUD, keys_values = self._run(
             whole.embeddings_BUD,
-            _positions(start + _length(prompt), length),
+            _positions_in(whole.mask_BU, start=start + _length(prompt)),
             past,
+            mask_BT=whole.mask_BU,
             mask_BTT=whole.attention_mask_BUU,
             layer_prompts=layer_prompts,
             key=keys[1],
@@ -511,12 +513,7 @@ class CausalLM(Model):
 
         def later() -> tuple[Array, tuple[SelfCache, ...]]:
             slot = position - 1
-            past = PastKeys(
-                layers=context.keys_values,
-                # Positions of the prompt that a row lacks have none.
-                positions_BU=jnp.cumsum(context.mask_BU, axis=1) - 1,
-                mask_BU=context.mask_BU,
-            )
+            past = _past(context.keys_values, mask_BU=context.mask_BU)
             x_B1D, written = self._run(
                 self.embed_tokens(tokens_B[:, None]),
                 jnp.sum(context.mask_BU, axis=1, keepdims=True) + slot,
@@ -558,6 +555,7 @@ class CausalLM(Model):
         positions_BT: Array,
         past: Sequence[PastKeys],
         *,
+        mask_BT: Array | None = None,
         mask_BTT: Array | None = None,
         layer_prompts: Sequence[LayerPrompt | None] | None = None,
         caches: tuple[SelfCache, ...] | None = None,
@@ -577,6 +575,7 @@ class CausalLM(Model):
             x_BTD,
             positions_BT,
             past,
+            mask_BT=mask_BT,
             mask_BTT=mask_BTT,
             layer_prompts=layer_prompts,
             caches=caches,
@@ -611,11 +610,18 @@ def _past(
     positions_BU = _positions(start, _length(layers))
     if lengths_B is not None:
         mask_BU = positions_BU < lengths_B[:, None]
+    elif mask_BU is not None:
+        positions_BU = _positions_in(mask_BU, start=start)
     return PastKeys(layers=layers, positions_BU=positions_BU, mask_BU=mask_BU)
 
 
 def _positions(start: Array | int, length: int) -> Array:
     return start + jnp.arange(length)[None]
+
+
+def _positions_in(mask_BU: Array, *, start: Array | int = 0) -> Array:
+    """Counts the real positions; a masked one has the position of the real one before it."""
+    return start - 1 + jnp.cumsum(mask_BU, axis=1)
 
 
 def _length(layers: tuple[KeyValues, ...]) -> int:

@@ -4,7 +4,7 @@ A family is a function that describes its ``config.json`` and a table of its ten
 """
 
 from prompt_tuning_jax.checkpoints.hf.families.base import Family
-from prompt_tuning_jax.checkpoints.hf.families.gemma import GEMMA2, GEMMA3_TEXT
+from prompt_tuning_jax.checkpoints.hf.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from prompt_tuning_jax.checkpoints.hf.families.gpt import BLOOM, GPT2, GPT_NEOX, OPT, PHI
 from prompt_tuning_jax.checkpoints.hf.families.llama import LLAMA, MISTRAL, OLMO, QWEN2, QWEN3
 
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": OLMO,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma3": GEMMA3,
     "gpt2": GPT2,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,

@@ -10,11 +10,20 @@ from prompt_tuning_jax.checkpoints.hf.names import NameTable
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family: transformers' class, what its ``config.json`` says, and its tensors' names."""
+    """A family.
+
+    Attributes:
+      architecture: transformers' class.
+      describe: what its ``config.json`` says.
+      names: of its tensors.
+      text_type: the ``model_type`` of the language model that ``text_config`` describes, in a model
+        that reads images, too; only this part is used, and written as that type.
+    """
 
     architecture: str
     describe: Callable[[ConfigFields], None]
     names: NameTable
+    text_type: str = ""
 
 
 def head_width(fields: Mapping[str, Any]) -> int:

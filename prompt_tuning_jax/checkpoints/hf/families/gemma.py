@@ -63,3 +63,13 @@ def _gemma3(c: ConfigFields) -> None:
 
 GEMMA2 = Family(architecture="Gemma2ForCausalLM", describe=_gemma2, names=_NAMES)
 GEMMA3_TEXT = Family(architecture="Gemma3ForCausalLM", describe=_gemma3, names=_NAMES)
+# Of the models that read images, too, the language model alone.
+GEMMA3 = dataclasses.replace(
+    GEMMA3_TEXT,
+    text_type="gemma3_text",
+    names=dataclasses.replace(
+        _NAMES,
+        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
+        unused=r"(vision_tower|multi_modal_projector)\..*",
+    ),
+)

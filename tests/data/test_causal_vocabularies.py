@@ -1,0 +1,337 @@
+"""Vocabularies of decoder-only models: tokenizer.json files and GGUF files."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import read_metadata
+from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import PRE_TOKENIZERS, token_ids_of
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
+from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary, require_t5
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import TokenIds
+from tests.data.tokenizer_cases import (
+    CORPUS,
+    byte_level,
+    gemma3_gguf,
+    gpt2_metadata,
+    llama_metadata,
+    sentencepiece_model,
+    smollm2_gguf,
+    write_gguf,
+)
+
+KINDS = ("json", "gpt2", "llama", "llama without prefix")
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="▁\0"), max_size=40
+).filter(lambda text: "<" not in text)  # special tokens are recognised in texts
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HfTokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    file = byte_level(folder / "json")
+    files = {"json": file, "gpt2": write_gguf(folder / "a.gguf", gpt2_metadata(file, "gpt-2"))}
+    for kind, prefix in (("llama", True), ("llama without prefix", False)):
+        metadata = llama_metadata(sentencepiece_model(prefix=prefix), prefix=prefix)
+        files[kind] = write_gguf(folder / f"{prefix}.gguf", metadata)
+    return {kind: HfTokenizer(file) for kind, file in files.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=60)
+@given(text=TEXTS)
+def test_texts_return_and_prefixes_of_ids_are_prefixes_of_texts(
+    tokenizers: dict[str, HfTokenizer], kind: str, text: str
+) -> None:
+    words = tokenizers[kind]
+    ids = words.encode(text)
+    assert words.decode(ids) == text
+    assert words.encode_batch([text, text]) == [ids, ids]
+    for number in range(len(ids)):
+        # What a stream of tokens shows: an incomplete character is held back.
+        assert text.startswith(words.decode(ids[:number]).rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=60)
+@given(text=TEXTS)
+def test_only_the_incomplete_character_is_lost(
+    tokenizers: dict[str, HfTokenizer], kind: str, text: str
+) -> None:
+    words = tokenizers[kind]
+    ids = words.encode(f"{text}猫")
+    cut = words.decode(ids[:-1])
+    assert cut.rstrip("\ufffd") == text.rstrip("\ufffd") or cut == f"{text}猫"[:-1]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_pieces_with_scores_are_merged_as_sentencepiece_does(
+    tokenizers: dict[str, HfTokenizer], prefix: bool, data: st.DataObject
+) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_proto=_reference(prefix=prefix))
+    words = tokenizers["llama" if prefix else "llama without prefix"]
+    near = st.lists(st.sampled_from(" ".join(CORPUS).split(" ")), max_size=8).map(" ".join)
+    text = data.draw(st.one_of(near, TEXTS))
+    assert words.encode(text) == reference.encode(text)
+
+
+_models: dict[bool, bytes] = {}
+
+
+def _reference(*, prefix: bool) -> bytes:
+    if prefix not in _models:
+        _models[prefix] = sentencepiece_model(prefix=prefix)
+    return _models[prefix]
+
+
+def test_inputs_and_targets(tokenizers: dict[str, HfTokenizer]) -> None:
+    words = tokenizers["json"]
+    end = words.eos_id
+    assert words.pieces(end) == "<|im_end|>"
+    assert words.encode_input("yes") == words.encode("yes")  # neither beginning nor end
+    assert words.encode_target("yes") == [*words.encode("yes"), end]
+    assert words.encode_inputs(["yes", ""]) == [words.encode("yes"), []]
+    llama = tokenizers["llama"]
+    assert llama.encode_input("yes") == [1, *llama.encode("yes")]
+    assert llama.encode_target("yes") == [*llama.encode("yes"), 2]
+    assert llama.decode([*llama.encode("yes"), 2, *llama.encode("no")]) == "yes"
+    # An encoder-decoder's inputs end.
+    ended = load_vocabulary(words.path, token_ids=TokenIds(pad=0, eos=end, start=0))
+    assert ended.encode_input("yes") == [*words.encode("yes"), end]
+
+
+def test_decoding_stops_at_every_end_and_leaves_special_tokens_out(
+    tokenizers: dict[str, HfTokenizer],
+) -> None:
+    path = tokenizers["json"].path
+    words = load_vocabulary(path, token_ids=TokenIds(pad=0, eos=2, start=-1, more_eos=(0,)))
+    yes, no = words.encode("yes"), words.encode(" no")
+    assert words.decode([*yes, 1, *no]) == "yes no"
+    assert words.decode([*yes, 0, *no]) == words.decode([*yes, 2, *no]) == "yes"
+    assert words.decode([*yes, -1, 10**6, *no]) == "yes no"
+    assert words.decode([]) == ""
+
+
+def test_pieces_are_readable(tokenizers: dict[str, HfTokenizer]) -> None:
+    for words in tokenizers.values():
+        for text in ("lighthouse keeper", "größe", "a  b"):
+            ids = words.encode(text)
+            joined = "".join(words.pieces(i) for i in ids).replace("▁", " ")
+            assert joined.strip(" ") == text or "<0x" in joined or "\\x" in joined
+        assert words.pieces(words.size) == words.pieces(-1) == "<unk>"
+        with pytest.raises(UserError, match="no sentinel <extra_id_0>"):
+            words.sentinel(0)
+
+
+def test_copies_are_equal(tokenizers: dict[str, HfTokenizer]) -> None:
+    for words in tokenizers.values():
+        for same in (copy.deepcopy(words), pickle.loads(pickle.dumps(words))):
+            assert (same, hash(same)) == (words, hash(words))
+            assert same.encode_input("all is well") == words.encode_input("all is well")
+            assert same.decode(same.encode("größe")) == "größe"
+    assert len({words.fingerprint for words in tokenizers.values()}) == len(tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("config", "starts"),
+    [
+        ({"add_bos_token": True, "bos_token": "<|endoftext|>"}, [0]),
+        ({"add_bos_token": True, "bos_token": {"content": "<|im_start|>", "lstrip": False}}, [1]),
+        ({"add_bos_token": False, "bos_token": "<|endoftext|>"}, []),
+        ({"bos_token": "<|endoftext|>"}, []),
+    ],
+)
+def test_the_beginning_of_sequence_is_the_configs(
+    tmp_path: Path, config: dict[str, Any], starts: list[int]
+) -> None:
+    words = HfTokenizer(byte_level(tmp_path, config={"eos_token": "<|im_end|>", **config}))
+    assert words.encode_input("yes") == [*starts, *words.encode("yes")]
+
+
+def test_the_beginning_of_sequence_is_the_post_processors(tmp_path: Path) -> None:
+    import tokenizers
+
+    file = byte_level(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(file))
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)],
+    )
+    file.write_text(made.to_str(), encoding="utf-8")
+    words = HfTokenizer(file)
+    assert words.encode_input("yes") == [1, *words.encode("yes")]
+
+
+def test_without_an_end_of_sequence(tmp_path: Path) -> None:
+    file = byte_level(tmp_path, config={})
+    with pytest.raises(UserError, match="has no end-of-sequence token; name it as eos_token"):
+        load_vocabulary(file)
+    assert load_vocabulary(file, token_ids=TokenIds(eos=2, start=-1)).eos_id == 2
+    with pytest.raises(UserError, match=r"id \(eos_token_id\) is -1, and the vocabulary has ids 0"):
+        load_vocabulary(file, token_ids=TokenIds(eos=-1, start=-1))
+    with pytest.raises(UserError, match="add_bos_token is true, but the tokenizer has no bos"):
+        load_vocabulary(
+            byte_level(tmp_path, config={"add_bos_token": True, "eos_token": "<|im_end|>"})
+        )
+
+
+def test_t5_needs_its_ids(tokenizers: dict[str, HfTokenizer]) -> None:
+    with pytest.raises(UserError, match=r"T5 needs <pad>, </s>, <unk> at ids 0, 1 and 2, but this"):
+        require_t5(tokenizers["json"])
+
+
+def test_padding_that_is_written_out_is_text(tmp_path: Path) -> None:
+    """An encoder-decoder's padding id marks empty positions, so no text may contain it."""
+    file = byte_level(tmp_path)
+    words = load_vocabulary(file, token_ids=TokenIds(pad=0, eos=2, start=0))
+    text = "a <|endoftext|> b"
+    assert 0 not in words.encode(text)
+    assert words.decode(words.encode(text)) == text
+    assert 0 in load_vocabulary(file).encode(text)  # in a decoder-only model it is a token
+
+
+def test_added_tokens_beyond_the_embeddings_are_left_out(tmp_path: Path) -> None:
+    import tokenizers
+
+    file = byte_level(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(file))
+    size = made.get_vocab_size()
+    made.add_special_tokens(["<image>"])
+    file.write_text(made.to_str(), encoding="utf-8")
+    assert load_vocabulary(file).size == size + 1
+    words = load_vocabulary(file, max_size=size)
+    assert words.size == size
+    assert words.decode(words.encode("an <image>")) == "an <image>"
+
+
+@pytest.mark.parametrize("family", ["smollm2", pytest.param("gemma3_270m", marks=pytest.mark.slow)])
+def test_recorded_ids(shared: Path, tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
+    """Ids, pieces and texts that transformers gives for the same files."""
+    folder = shared / "fixtures/families" / family
+    temporary = tmp_path_factory.mktemp(family)
+    path = smollm2_gguf() if family == "smollm2" else gemma3_gguf(temporary)
+    words = load_vocabulary(path)
+    texts = json.loads((folder / "texts.json").read_text())
+    cases = np.load(folder / "cases.npz")
+    recorded = (cases["input_ids"], cases["attention_mask"])
+    rows = zip(texts["sentences"], texts["tokens"], *recorded, strict=True)
+    for sentence, pieces, ids, mask in rows:
+        encoded = words.encode_input(sentence)
+        assert encoded == ids[mask.astype(bool)].tolist()
+        assert words.decode(encoded) == sentence
+        spelled = [piece.replace("Ġ", "▁").replace("Ċ", "\n") for piece in pieces]
+        assert [words.pieces(i) for i in encoded] == spelled
+    for prompt, ids in zip(texts["prompts"], cases["prompt_ids"], strict=True):
+        encoded = words.encode_input(prompt)
+        assert encoded == ids[: len(encoded)].tolist()
+    greedy = zip(texts["greedy_texts"], cases["greedy_ids"], cases["greedy_len"], strict=True)
+    for text, ids, length in greedy:
+        assert words.decode(ids[:length].tolist()) == text.removesuffix("<|im_end|>")
+    assert token_ids_of(read_metadata(path), path) == words.token_ids
+
+
+def metadata_cases() -> dict[str, tuple[Callable[[dict[str, Any]], None], str]]:
+    def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+        return lambda metadata: metadata.update({f"tokenizer.ggml.{key}": value})
+
+    def drop(key: str) -> Callable[[dict[str, Any]], None]:
+        return lambda metadata: metadata.pop(f"tokenizer.ggml.{key}")
+
+    return {
+        "kind": (put("model", "bert"), "model is 'bert'; gpt2 and llama tokenizers are read"),
+        "no kind": (drop("model"), "the file has no tokenizer"),
+        "pre": (put("pre", "qwen3x"), r"pre: did you mean 'qwen2'\?"),
+        "no tokens": (drop("tokens"), "the tokenizer has no tokens"),
+        "no merges": (drop("merges"), "the tokenizer has no merges"),
+        "twice": (put("tokens", ["a", "a"]), "the token 'a' has two ids"),
+        "types": (put("token_type", [1, 1]), "tokens and 2 tokenizer.ggml.token_type"),
+        "merge": (put("merges", ["a q"]), "the merge 'a q' is not of two pieces"),
+        "end": (put("eos_token_id", 10**6), "eos_token_id is 1000000; the tokenizer has"),
+        "no end": (drop("eos_token_id"), "the tokenizer has no end-of-sequence token"),
+        "flag": (put("add_bos_token", 7), "add_bos_token is 7; it must be true or false"),
+    }
+
+
+@pytest.mark.parametrize("case", metadata_cases())
+def test_metadata_that_does_not_fit_is_refused(
+    tokenizers: dict[str, HfTokenizer], tmp_path: Path, case: str
+) -> None:
+    change, message = metadata_cases()[case]
+    metadata = gpt2_metadata(tokenizers["json"].path, "smollm")
+    change(metadata)
+    path = write_gguf(tmp_path / "model.gguf", metadata)
+    with pytest.raises(UserError, match=message) as error:
+        load_vocabulary(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_truncation_is_refused(tokenizers: dict[str, HfTokenizer], tmp_path: Path) -> None:
+    data = tokenizers["gpt2"].path.read_bytes()
+    path = tmp_path / "model.gguf"
+    for length in (0, 3, 10, 24, 60, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match="GGUF"):
+            load_vocabulary(path)
+    path.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + data[8:])
+    with pytest.raises(UserError, match="GGUF version 1, but only versions 2 and 3"):
+        load_vocabulary(path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(at=st.integers(4, 2000), byte=st.integers(0, 255))
+def test_damaged_metadata_is_read_or_refused(
+    tokenizers: dict[str, HfTokenizer], at: int, byte: int
+) -> None:
+    source = tokenizers["gpt2"].path
+    data = bytearray(source.read_bytes())
+    data[at] = byte
+    path = source.with_name("damaged.gguf")
+    path.write_bytes(data)
+    try:
+        load_vocabulary(path).encode("a text")
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("gpt-2", "in 1987's  end", ["in", " 1987", "'s", " ", " end"]),
+        ("smollm", "in 1987's  end", ["in", " ", "1", "9", "8", "7", "'s", " ", " end"]),
+        (
+            "llama-bpe",
+            "in 1987'S  end\n\nx",
+            ["in", " ", "198", "7", "'S", " ", " end", "\n\n", "x"],
+        ),
+        ("qwen2", "in 1987\n x", ["in", " ", "1", "9", "8", "7", "\n", " x"]),
+        ("bloom", "in 1987, x (y", ["in", " 1987", ",", " x", " (", "y"]),
+    ],
+)
+def test_pre_tokenizers(
+    tokenizers: dict[str, HfTokenizer], tmp_path: Path, pre: str, text: str, words: list[str]
+) -> None:
+    metadata = gpt2_metadata(tokenizers["json"].path, pre)
+    made = load_vocabulary(write_gguf(tmp_path / "model.gguf", metadata))
+    parts = made._tokenizer.pre_tokenizer.pre_tokenize_str(text)  # type: ignore[union-attr]
+    assert [text[start:stop] for _, (start, stop) in parts] == words
+    assert made.decode(made.encode(text)) == text
+
+
+def test_known_pre_tokenizers_are_built(tokenizers: dict[str, HfTokenizer], tmp_path: Path) -> None:
+    for pre in PRE_TOKENIZERS:
+        metadata = gpt2_metadata(tokenizers["json"].path, pre)
+        words = load_vocabulary(write_gguf(tmp_path / "model.gguf", metadata))
+        assert words.decode(words.encode(CORPUS[4])) == CORPUS[4]

@@ -16,6 +16,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_peft_weights
+from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.inference.conversion import convert
@@ -25,10 +26,12 @@ from prompt_tuning_jax.methods import (
     Context,
     LoRA,
     MethodConfig,
+    PromptTuning,
     TunedModel,
     attach_method,
 )
 from prompt_tuning_jax.models.base import Model
+from tests.micro import Trainer
 from tests.parity.test_peft_prompts import libraries
 
 __all__ = ["libraries"]  # a fixture
@@ -221,7 +224,7 @@ def test_layers_that_transformers_fuses_are_joined_and_split_again(
     families: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     model, method = model_of(families / name), TRAINED_HERE[kind]
-    attached, arrays = drawn(model, method)
+    _, arrays = drawn(model, method)
     write_peft_weights(
         tmp_path / "a", method, arrays, config=model.config, base_model_name_or_path=name
     )
@@ -256,11 +259,84 @@ def test_layers_that_transformers_fuses_do_the_same_in_peft(
 def test_an_adapter_of_another_kind_of_model_is_refused(families: Path, hf: Path) -> None:
     model = model_of(families / "llama_gqa_tied")
     for kind in ("prompt_sub1", "lora_qv_r4", "prefix"):
-        with pytest.raises(UserError, match="task_type is .SEQ_2_SEQ_LM.; for this model it is"):
+        with pytest.raises(UserError, match=r"task_type is .SEQ_2_SEQ_LM.; for this model it"):
             attach(model, hf / "peft/b_t5_11" / kind)
     with pytest.raises(UserError, match="ADAPTION_PROMPT"):
         attach(model, families / "peft/llama_gqa_tied/adaption")
-    with pytest.raises(UserError, match="q_proj.lora_A.weight is"):
+    with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is"):
         attach(model, families / "peft/gemma2/lora_qv")
     with pytest.raises(UserError, match="num_layers is 4, but the number of this model's layers"):
         attach(model_of(families / "qwen3"), families / "peft/gemma2/prefix")
+
+
+def padded(rows: list[list[int]], width: int, fill: int) -> np.ndarray:
+    array = np.full((len(rows), width), fill, np.int32)
+    for row, ids in zip(array, rows, strict=True):
+        row[: len(ids)] = ids
+    return array
+
+
+@pytest.mark.parametrize(
+    ("adapter", "recorded"),
+    [("prompt", "prompt_grad"), ("prefix", "prefix_grad"), ("cartridge", "prefix_grad")],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_recorded_ones(
+    families: Path, name: str, adapter: str, recorded: str
+) -> None:
+    case = Case(families, name, adapter)
+    attached = attach(case.model, case.folder)
+    graphdef, params = param_tree.split(attached)
+    own = {path: array for path, array in params.items() if path.startswith("method/")}
+    fill = case.model.token_ids.fill
+    inputs, targets = padded(case.inputs, 12, fill), padded(case.targets, 8, fill)
+
+    def loss(own: Any) -> jax.Array:
+        module: TunedModel = param_tree.merge(graphdef, {**params, **own})
+        sums = module.token_sums(inputs, targets)
+        mean: jax.Array = sums.loss / sums.tokens
+        return mean
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(own)
+    np.testing.assert_allclose(value, case.want["loss"], atol=2e-4)
+    if adapter == "prompt":
+        got = gradient["method/prompt_PD"]
+    else:  # PEFT's columns are those of keys and values in turns, layer by layer
+        pair = [gradient[f"method/decoder/{kind}_LPHK"] for kind in ("key", "value")]
+        got = np.moveaxis(np.stack(pair, axis=1), 2, 0).reshape(pair[0].shape[1], -1)
+    want = case.want[recorded]
+    # Recorded of PEFT's trainable rows alone: a cartridge's frozen rows have none.
+    rows = np.abs(want).max(axis=1) > 0
+    assert rows.sum() >= len(rows) - 1
+    np.testing.assert_allclose(got[rows], want[rows], atol=2e-4)
+
+
+@pytest.mark.parametrize("record", ["trajectory", "trajectory_small_lr"])
+def test_training_follows_the_recorded_run(families: Path, record: str) -> None:
+    want = np.load(families / "train_llama_gqa_tied_sgd" / f"{record}.npz")
+    model = model_of(families / "llama_gqa_tied")
+    steps, _, width = want["input_ids"].shape
+    batches = []
+    for step in range(steps):
+        lengths = want["attention_mask"][step].sum(axis=1)
+        first = (want["labels"][step] != -100).argmax(axis=1)
+        rows = [row.tolist() for row in want["input_ids"][step]]
+        triples = list(zip(rows, first, lengths, strict=True))
+        inputs = padded([row[:n] for row, n, _ in triples], width, model.token_ids.fill)
+        targets = padded([row[n:end] for row, n, end in triples], width, model.token_ids.fill)
+        batches.append({"inputs": inputs[None], "targets": targets[None]})
+    trainer = Trainer(
+        PromptTuning(length=8),
+        Optimizer(name="sgd", learning_rate=float(want["lr"]), weight_decay=0.0),
+        [want["prompt_init"]],
+        model=model,
+        total_steps=steps,
+    )
+    losses, prompts = [], []
+    for batch in batches:
+        (metrics,) = trainer.run([batch])
+        losses.append(float(metrics.loss_E[0]))
+        prompts.append(np.asarray(trainer.state.trainable["method/prompt_PD"][0]))
+    np.testing.assert_allclose(losses, want["loss"], atol=5e-4)
+    np.testing.assert_allclose(losses[:8], want["loss"][:8], atol=2e-4)
+    np.testing.assert_allclose(np.stack(prompts), want["prompts"], atol=2e-4)

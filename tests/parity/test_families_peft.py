@@ -1,5 +1,6 @@
 """Adapters of decoder-only models give PEFT's recorded numbers, and are written bit for bit."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -22,6 +23,7 @@ from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.inference.conversion import convert
 from prompt_tuning_jax.inference.loading import attach
 from prompt_tuning_jax.methods import (
+    CPT,
     IA3,
     Context,
     LoRA,
@@ -29,8 +31,13 @@ from prompt_tuning_jax.methods import (
     PromptTuning,
     TunedModel,
     attach_method,
+    trainable_mask,
 )
+from prompt_tuning_jax.methods.cpt import ContextPrompt
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.losses import TokenSums
+from prompt_tuning_jax.training.optim import make_optimizer, make_schedule
+from prompt_tuning_jax.training.step import init_state, make_train_step
 from tests.micro import Trainer
 from tests.parity.test_peft_prompts import libraries
 
@@ -340,3 +347,116 @@ def test_training_follows_the_recorded_run(families: Path, record: str) -> None:
     np.testing.assert_allclose(losses, want["loss"], atol=5e-4)
     np.testing.assert_allclose(losses[:8], want["loss"][:8], atol=2e-4)
     np.testing.assert_allclose(np.stack(prompts), want["prompts"], atol=2e-4)
+
+
+def context_prompt(case: Case, **arrays: np.ndarray) -> TunedModel:
+    """The recorded CPT adapter as it was before PEFT saved the sum of its parts."""
+    described = json.loads((case.folder / CONFIG).read_text())
+    full = load_file(case.folder / "prompt_encoder_full.safetensors")
+    types = tuple(described["cpt_tokens_type_mask"])
+    rows = [number for number, kind in enumerate(types) if kind % 4]
+    method = CPT(
+        epsilon=described["opt_projection_epsilon"],
+        format_epsilon=described["opt_projection_format_epsilon"],
+        decay=described["opt_loss_decay_factor"],
+    )
+    module = ContextPrompt(
+        method,
+        tuple(described["cpt_token_ids"]),
+        types,
+        full["delta_embedding.weight"][rows],
+    )
+    return TunedModel(case.model, module)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_context_is_bounded_and_weighed_as_in_peft(families: Path, name: str) -> None:
+    case = Case(families, name, "cpt")
+    attached = context_prompt(case)
+    assert isinstance(attached.method, ContextPrompt)
+    prompt_PD = attached.method.prompt(case.model)
+    np.testing.assert_allclose(prompt_PD, case.want["encoded_prompt"], atol=1e-5)
+    full = load_file(case.folder / "prompt_encoder_full.safetensors")
+    raw = np.linalg.norm(full["delta_embedding.weight"], axis=1)
+    cut = np.linalg.norm(full["delta_embedding.projected"], axis=1)
+    assert (cut < raw - 1e-3).any() and (np.abs(cut - raw) < 1e-6).any()  # some are bounded
+    case.require_logits(attached.for_inference())
+    graphdef, params = param_tree.split(attached)
+    fill = case.model.token_ids.fill
+    inputs, targets = padded(case.inputs, 12, fill), padded(case.targets, 8, fill)
+
+    @jax.jit
+    def sums(inputs: Any, targets: Any) -> tuple[TokenSums, TokenSums]:
+        module: TunedModel = param_tree.merge(graphdef, params)
+        return module.token_sums(inputs, targets), module.token_sums(inputs, targets, training=True)
+
+    losses = []
+    for number in range(len(inputs)):
+        plain, with_context = sums(inputs[number : number + 1], targets[number : number + 1])
+        losses.append(with_context.loss / with_context.tokens)
+        np.testing.assert_allclose(-plain.loss, case.want["row_logprob_sum"][number], atol=1e-3)
+    np.testing.assert_allclose(losses, case.want["cpt_loss_rows"], atol=2e-4)
+
+
+def test_a_context_is_trained_as_in_peft(libraries: Any, families: Path) -> None:
+    torch, transformers, peft = libraries
+    case = Case(families, "llama_gqa_tied", "cpt")
+    rate, row = 0.05, slice(1, 2)
+    described = json.loads((case.folder / CONFIG).read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(families / "llama_gqa_tied")
+        names = [name for name in described if name.startswith(("cpt_", "opt_"))]
+        fields = {name: described[name] for name in names}
+        fields |= {"opt_projection_epsilon": 2.0, "opt_projection_format_epsilon": 1.0}
+        config = peft.CPTConfig(task_type="CAUSAL_LM", **fields)
+        theirs = peft.get_peft_model(theirs, config).eval()
+        given = {
+            "input_ids": torch.tensor([case.rows[1]]),
+            "attention_mask": torch.ones(1, len(case.rows[1])),
+            "labels": torch.tensor(case.want["labels"][row][:, : len(case.rows[1])].astype(int)),
+        }
+        weight = theirs.prompt_encoder["default"].delta_embedding.weight
+        optimizer = torch.optim.SGD([weight], lr=rate)
+        want = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = theirs(**given).loss
+            loss.backward()
+            want.append(loss.item())
+            optimizer.step()
+        saved = peft.get_peft_model_state_dict(theirs)["prompt_embeddings"].detach().numpy()
+    module = context_prompt(case).method
+    module.config = dataclasses.replace(module.config, epsilon=2.0, format_epsilon=1.0)
+    module.delta_QD.set_value(jnp.zeros_like(module.delta_QD.get_value()))
+    attached = TunedModel(case.model, module)
+    graphdef, params = param_tree.split(attached)
+    method = module.config
+    mask = trainable_mask(method, list(params))
+    own, frozen = param_tree.partition(params, mask)
+    settings = Optimizer(name="sgd", learning_rate=rate, weight_decay=0.0)
+    optimizer = make_optimizer(settings, mask)
+    state = init_state({name: array[None] for name, array in own.items()}, optimizer)
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        make_schedule(settings, total_steps=6),
+        learning_rates=(rate,),
+        seeds=(0,),
+    )
+    fill = case.model.token_ids.fill
+    batch = {
+        "inputs": padded(case.inputs[row], 12, fill)[None],
+        "targets": padded(case.targets[row], 8, fill)[None],
+    }
+    got = []
+    for _ in range(6):
+        state, metrics = step(state, frozen, batch)
+        got.append(float(metrics.loss_E[0]))
+    np.testing.assert_allclose(got, want, atol=5e-4)
+    arrays = {name: array[0] for name, array in state.trainable.items()}
+    trained: Any = param_tree.merge(graphdef, {**frozen, **arrays})
+    np.testing.assert_allclose(trained.method.prompt(case.model), saved, atol=5e-4)
+    assert want[-1] < want[0] - 0.1
+    norms = np.linalg.norm(arrays["method/delta_QD"], axis=1) / (36 / 2048) ** 0.5
+    assert (np.abs(norms - 2) < 1e-3).any() or (np.abs(norms - 1) < 1e-3).any()  # at their bound

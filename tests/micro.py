@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import Context, MethodConfig, attach_method, trainable_mask
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.base import Context as ModelContext
+from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -147,7 +151,8 @@ class Trainer:
         optimizer: Optimizer,
         prompts: Iterable[np.ndarray] | None = None,
         *,
-        model: T5 | None = None,
+        model: Model | None = None,
+        context: Context | None = None,
         seeds: tuple[int, ...] = (0,),
         learning_rates: tuple[float, ...] | None = None,
         total_steps: int = 10,
@@ -156,7 +161,8 @@ class Trainer:
         """``prompts`` are the members' initial values; without them the method draws one."""
         model = model or make_t5()
         if prompts is None:
-            attached = [attach_method(model, method, key=jax.random.key(0), context=Context())]
+            context = context or Context()
+            attached = [attach_method(model, method, key=jax.random.key(0), context=context)]
         else:
             attached = [with_prompt(model, prompt, method) for prompt in prompts]
         self.graphdef, params = param_tree.split(attached[0])
@@ -186,17 +192,28 @@ class Trainer:
         return metrics
 
 
-class Words:
-    """A vocabulary of two-letter words, ``aa`` being 2 and so on; what is not a word is id 3."""
+class Words(BaseVocabulary):
+    """A vocabulary whose words have the ids from 2 on, by the sum of their letters."""
 
     size = V
     eos_id = EOS
-    token_ids = TokenIds()
+    fingerprint = "words"
+
+    def __init__(self, token_ids: TokenIds | None = None):
+        self.token_ids = token_ids or TokenIds()
 
     def encode(self, text: str) -> list[int]:
         return [2 + sum(map(ord, word)) % (V - 2) for word in text.split()]
 
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
-        kept = list(ids)
-        kept = kept[: kept.index(EOS)] if EOS in kept else kept
+        kept = list(itertools.takewhile(lambda i: i not in self.token_ids.all_eos, ids))
         return " ".join(f"w{i}" for i in kept if i)
+
+    def pieces(self, token_id: int) -> str:
+        return f"w{token_id}"
+
+    def sentinel(self, index: int) -> int:
+        raise UserError(f"there is no sentinel {index}")

@@ -264,6 +264,12 @@ def test_ids_pass_through():
         np.testing.assert_array_equal(got, SOURCE)
 
 
+def test_lists_of_ids_may_have_different_lengths():
+    np.testing.assert_array_equal(token_ids(Model(), [[5, 1], [5, 6, 1]]), [[5, 1, 0], [5, 6, 1]])
+    rows = [row[row != 0].tolist() for row in SOURCE]
+    np.testing.assert_array_equal(token_ids(Model(), rows), SOURCE[:, : max(map(len, rows))])
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -271,7 +277,8 @@ def test_ids_pass_through():
         (["text", "more"], "came without a vocabulary"),
         (np.zeros((2, 0), np.int32), r"\[2, 0\], and so no tokens"),
         (np.zeros((0, 2), np.int32), "there are no inputs"),
-        ([[], []], r"\[2, 0\], and so no tokens"),
+        ([[], []], "row 0 has no token ids; give every row one at least"),
+        ([[5, 1], []], "row 1 has no token ids"),
         (np.int32(3), "got a single number"),
         (3, "inputs is a int; give a text"),
         (np.asarray([["a"]]), r"an array of texts has shape \[batch\]; got \[1, 1\]"),
@@ -281,7 +288,8 @@ def test_ids_pass_through():
         (SOURCE != 0, "whole numbers of shape .* got bool"),
         (SOURCE + V, f"from 0 to {V - 1}; got {V} to"),
         (SOURCE - 1, f"from 0 to {V - 1}; got -1 to"),
-        ([[5, 1], [5, 6, 1]], "shape"),
+        ([[5, 1], [5, 6.5, 1]], "whole numbers of shape .* got float64"),
+        ([[5, 1], [5, V, 1]], f"from 0 to {V - 1}; got 1 to {V}"),
         (["text", 3], r"inputs\[1\] is '3' and no text"),
     ],
 )

@@ -1,5 +1,6 @@
 """Decoder-only models so small that a test compiles in a second, and the same in plain numpy."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -70,15 +71,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_lm(family: str = "llama", *, seed: int = 0, **changes: Any) -> CausalLM:
-    """Creates a model with numpy weights that make every part matter, norms and biases included."""
+    """Creates a model with numpy weights that make every part matter, norms and biases included.
+
+    ``changes`` are fields of the configuration or options of the model.
+    """
     cloned: CausalLM = nnx.clone(_drawn(family, seed, tuple(sorted(changes.items()))))
     return cloned
 
 
 @functools.cache
 def _drawn(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> CausalLM:
-    config = CausalLMConfig(**{**_LLAMA, **FAMILIES[family]})
-    model: CausalLM = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0), **dict(changes)))
+    fields = {field.name for field in dataclasses.fields(CausalLMConfig)}
+    changed = {name: value for name, value in changes if name in fields}
+    options = {name: value for name, value in changes if name not in fields}
+    config = CausalLMConfig(**{**_LLAMA, **FAMILIES[family], **changed})
+    model: CausalLM = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0), **options))
     random = np.random.default_rng(seed)
     values = {}
     for name, shape in param_tree.split(model)[1].items():

@@ -12,9 +12,11 @@ from prompt_tuning_jax.checkpoints.destination import (
     require_free,
     require_outside,
 )
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hub import ASSETS, is_hub_name
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
+from prompt_tuning_jax.checkpoints.peft.modules import task_type
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     StoredPrompt,
@@ -86,6 +88,7 @@ def convert_prompts(
             "it does not use with a T5, are left out"
         )
     if to == "peft":
+        notes += _note_on_scale(prompts[0].metadata, base.config)
         notes += notes_on_bundled(base.name or s.metadata.model_name for s in prompts)
     return written(what, destination, notes=notes)
 
@@ -131,6 +134,7 @@ def _write(
             path,
             stored.prompt_PD,
             base_model_name_or_path=name_for_peft(base_name),
+            task_type=_task_type(stored, base),
             num_layers=base.config.num_reading_layers if base.config else None,
             num_attention_heads=base.config.num_heads if base.config else None,
             like=stored.adapter,
@@ -145,6 +149,26 @@ def _write(
             model_fingerprint=metadata.model_fingerprint or base.fingerprint,
         )
     save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
+
+
+def _task_type(stored: StoredPrompt, base: _Base) -> str:
+    """PEFT's name of the kind of model; a T5 unless the model or the prompt says otherwise."""
+    if base.config is not None:
+        return task_type(base.config)
+    if stored.adapter is not None and stored.adapter.task_type:
+        return stored.adapter.task_type
+    return "CAUSAL_LM" if stored.metadata.model_type in FAMILIES else "SEQ_2_SEQ_LM"
+
+
+def _note_on_scale(metadata: PromptMetadata, config: ModelConfig | None) -> list[str]:
+    """A note for adapters of models that multiply their token embeddings."""
+    scale = getattr(config, "embedding_scale", metadata.embedding_scale) or 1.0
+    if scale == 1.0:
+        return []
+    return [
+        f"the adapter is for transformers 5.24 or newer: 4.57 multiplies prompts by {scale:g}, as "
+        "it does the embeddings of this model's tokens"
+    ]
 
 
 def notes_on_bundled(names: Iterable[str]) -> list[str]:

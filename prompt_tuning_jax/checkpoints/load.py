@@ -46,8 +46,8 @@ from prompt_tuning_jax.models.quantization import (
     quantize_modules,
     quantized,
 )
-from prompt_tuning_jax.models.t5.config import T5Config, preset
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.registry import preset
+from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -208,14 +208,14 @@ def random_model(
     dropout_rate: float = 0.0,
     vocabulary: str = "",
     quantization: Quantization = "none",
-) -> T5:
-    """A T5 of a published size with random weights, for pre-training."""
+) -> Model:
+    """A published model with random weights, for pre-training and for measurements."""
     config = preset(preset_name)
     bundled = ASSETS / preset_name / pretrained.VOCABULARY
     words = _vocabulary(
         vocabulary or (bundled if bundled.is_file() else None), config, model=preset_name
     )
-    model = T5(
+    model: Model = model_class(config)(
         config,
         rngs=nnx.Rngs(seed),
         dtype=jnp.dtype(dtype),

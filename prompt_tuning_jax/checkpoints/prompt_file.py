@@ -58,6 +58,9 @@ class PromptMetadata:
       chat: whether inputs were messages in the chat template of the model's tokenizer.
       mixture: its tasks, if it was trained on several.
       combine: how the prompt is joined to the input.
+      model_type: the family of a decoder-only model, such as ``gemma2``.
+      embedding_scale: a factor on the model's token embeddings that the prompt does not get
+        (Gemma); None is 1.  transformers 4 multiplies prompts by it as well.
       origin: where it comes from, if it was not trained.
       created_by: the program that wrote the file.
     """
@@ -75,6 +78,8 @@ class PromptMetadata:
     chat: bool = False
     mixture: tuple[TrainedTask, ...] = ()
     combine: str = ""
+    model_type: str = ""
+    embedding_scale: float | None = None
     origin: str = ""
     created_by: str = ""
 
@@ -362,6 +367,7 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
         "score": lambda text: float(text),
+        "embedding_scale": lambda text: float(text),
         "labels": lambda text: _labels(read_json(text, of="labels")),
         "inputs_template": checked_template,
         "chat": lambda text: text == "true",

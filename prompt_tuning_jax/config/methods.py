@@ -97,8 +97,12 @@ class MethodConfig(Config):
         """The number of examples in front of every input."""
         return 0
 
+    def num_context_examples(self) -> int:
+        """The number of training examples that the method's parameters start from."""
+        return 0
+
     def balances_labels(self) -> bool:
-        """Whether demonstrations have every label equally often."""
+        """Whether the examples that the method takes have every label equally often."""
         return False
 
     def compose(self, demonstrations: Sequence[Mapping[str, str]], inputs: str) -> str:
@@ -126,7 +130,10 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(MethodConfig):
-    """``length * D`` parameters: ``method/prompt_PD``, float32, at the encoder's input only."""
+    """``length * D`` parameters: ``method/prompt_PD``, float32, in the input.
+
+    The decoder of an encoder-decoder gets no prompt.
+    """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
     saves_prompts = True
@@ -166,6 +173,9 @@ class PromptTuning(MethodConfig):
 class PrefixTuning(MethodConfig):
     """``2 * length * H * K * L`` parameters, where L counts the layers of all chosen attentions.
 
+    H is the number of heads of keys and values.  A decoder-only model has one attention per layer,
+    ``decoder``.
+
     With ``hidden`` M above 0, an MLP over vectors of the model's width D computes the prefixes of
     each attention during training (Li and Liang 2021, section 4.3): ``length * D + (D + 1) * M +
     (M + 1) * 2 * L * H * K`` parameters, initialized like torch's layers.  A run saves only the
@@ -192,12 +202,112 @@ class PrefixTuning(MethodConfig):
     def context_positions(self) -> int:
         return self.length
 
+    def chooses(self, stack: str) -> bool:
+        """Whether a model's attentions of this name get prefixes; a name without a field does."""
+        return bool(getattr(self, stack, True))
+
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
         if not any((self.encoder, self.decoder, self.cross)):
             yield (
                 "method.encoder, method.decoder and method.cross are all false; set at least one "
                 "of them to true"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cartridge(MethodConfig):
+    """``2 * length * G * K * L`` parameters: the keys and values of a text, which training changes.
+
+    A cartridge (Eyuboglu et al. 2025) is a prefix that starts as what the model computes for a text
+    and holds its first positions, which models use as attention sinks, fixed.  L counts the layers
+    of all attentions and G the heads of keys and values.  A run saves a prefix of ``PrefixTuning``.
+    """
+
+    implementation = "prompt_tuning_jax.methods.cartridge:CartridgePrefix"
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "frozen": 0, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "frozen": 0}
+
+    length: int = 128  # number of prefix positions
+    frozen: int = 1  # number of first positions that keep their initial keys and values
+    # Initial keys and values: those of the first tokens of a text (``text``) or of the labels and
+    # sampled tokens (``words``), or drawn from [-0.5, 0.5).
+    init: Literal["text", "words", "uniform"] = "words"
+    init_text: str = ""  # text for ``init=text``
+    init_path: str = ""  # text file for ``init=text``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    def context_positions(self) -> int:
+        return self.length
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        if self.frozen >= self.length:
+            yield f"method.frozen is {self.frozen}; must be below method.length, {self.length}"
+        if self.init == "text" and bool(self.init_text) == bool(self.init_path):
+            yield "method.init=text needs one of method.init_text and method.init_path, a text file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPT(MethodConfig):
+    """``(P - A) * D`` parameters: changes of the embeddings of P tokens, A of them of answers.
+
+    Context-aware prompt tuning (Blau et al. 2024): a decoder-only model reads labelled examples
+    before each input, as in few-shot prompting, and training changes the embeddings of all their
+    tokens but the answers' by a bounded amount.  The loss also covers the answers in the context.
+    All members of an ensemble have the same context.  A run saves a plain prompt of
+    ``PromptTuning``.
+    """
+
+    implementation = "prompt_tuning_jax.methods.cpt:ContextPrompt"
+    saves_prompts = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.001, "weight_decay": 0.0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "shots": 1,
+        "length": 1,
+        "epsilon": 0,
+        "format_epsilon": 0,
+    }
+
+    # Number of examples drawn from the training split, with the first of ``training.seeds``.
+    shots: int = 8
+    # Whether every label occurs equally often among the examples; without effect for tasks without
+    # labels.
+    balance: Literal["balanced", "as_drawn"] = "balanced"
+    examples: tuple[str, ...] = ()  # inputs and targets in turns; empty: drawn
+    # Template of an example; each part of it is tokenized separately.
+    demonstration: str = "{inputs}{targets}"
+    length: int = 256  # number of tokens in which the examples must fit; the last are left out
+    # Bound on the norm of an input token's change, for models of width 2048; for other widths it is
+    # proportional to their square root.
+    epsilon: float = 0.1
+    format_epsilon: float = 0.1  # the same for tokens of the template
+    # Factor on the loss of an answer in the context for each answer behind it.
+    decay: float = 0.95
+
+    def prompt_positions(self) -> int:
+        """The most that there can be, because the number depends on the vocabulary."""
+        return self.length
+
+    def num_context_examples(self) -> int:
+        return 0 if self.examples else self.shots
+
+    def balances_labels(self) -> bool:
+        return self.balance == "balanced"
+
+    def plain_prompt(self) -> PromptTuning:
+        return PromptTuning()
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        yield from _template_errors(self, demonstration=["inputs", "targets"])
+        if not 0 <= self.decay <= 1:
+            yield f"method.decay is {self.decay}; must be from 0 to 1"
+        if len(self.examples) % 2:
+            yield (
+                f"method.examples has {len(self.examples)} texts; it takes inputs and targets in "
+                "turns"
             )
 
 
@@ -483,11 +593,7 @@ class PromptDesign(MethodConfig):
 
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
-        for name, expected in (("demonstration", ["inputs", "targets"]), ("query", ["inputs"])):
-            columns = parse_template(getattr(self, name), field=f"method.{name}").columns
-            if sorted(columns) != expected:
-                listed = " and ".join(f"{{{column}}}" for column in expected)
-                yield f"method.{name} is {getattr(self, name)!r}; it must name {listed}, once each"
+        yield from _template_errors(self, demonstration=["inputs", "targets"], query=["inputs"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,11 +689,12 @@ class Adapters(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PatternTuning(MethodConfig):
-    """The parameters of the model whose paths match; by default norms and position biases.
+    """The parameters of the model whose paths match; by default norms and all biases.
 
-    These are ``D * (2 * encoder layers + 3 * decoder layers + 2)`` scales and ``2 * H * buckets``
-    biases (of models with biases per layer ``H * buckets * (encoder layers + decoder layers)``).
-    BitFit trains biases; T5 has none, and these are its only parameters that are not matrices.
+    BitFit trains biases.  T5 has no others than those of positions: ``D * (2 * encoder layers + 3 *
+    decoder layers + 2)`` scales of norms and ``2 * H * buckets`` biases (of models with biases per
+    layer ``H * buckets * (encoder layers + decoder layers)``), its only parameters that are not
+    matrices.
     """
 
     implementation = "prompt_tuning_jax.methods.pattern:PatternModule"
@@ -597,7 +704,7 @@ class PatternTuning(MethodConfig):
 
     # Parameters to train: RE2 expressions that match a whole path, such as
     # ``encoder/layers_0/mlp/wo/kernel``.
-    patterns: tuple[str, ...] = (".*/scale", ".*/rel_embedding")
+    patterns: tuple[str, ...] = (".*/(scale|bias|rel_embedding)",)
 
     def trains(self, name: str) -> bool:
         path = name.removeprefix(_MODEL)
@@ -614,6 +721,8 @@ class PatternTuning(MethodConfig):
 METHODS: dict[str, type[MethodConfig]] = {
     "prompt_tuning": PromptTuning,
     "prefix_tuning": PrefixTuning,
+    "cartridge": Cartridge,
+    "cpt": CPT,
     "p_tuning": PTuning,
     "deep_prompts": DeepPrompts,
     "warp": WARP,
@@ -632,6 +741,15 @@ METHODS: dict[str, type[MethodConfig]] = {
 def method_name(method: MethodConfig) -> str:
     """The name of a method in ``METHODS``."""
     return next(name for name, cls in METHODS.items() if cls is type(method))
+
+
+def _template_errors(method: MethodConfig, **columns_of: Sequence[str]) -> Iterator[str]:
+    """One message for each template, by its field, that does not name these columns once each."""
+    for name, expected in columns_of.items():
+        columns = parse_template(getattr(method, name), field=f"method.{name}").columns
+        if sorted(columns) != sorted(expected):
+            listed = " and ".join(f"{{{column}}}" for column in expected)
+            yield f"method.{name} is {getattr(method, name)!r}; it must name {listed}, once each"
 
 
 def _dropout_errors(dropout: float) -> Iterator[str]:

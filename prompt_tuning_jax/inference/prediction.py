@@ -445,7 +445,7 @@ def _predictions(
     parts = []
     for own_draw in task_data.draws_of(experiment):
         examples = tokenize(
-            task_data.designed(own_draw, _as_task(texts), words, source=source),
+            task_data.designed(own_draw, _as_task(texts, asked.wording), words, source=source),
             "predict",
             words,
             inputs_length=experiment.data.inputs_length,
@@ -514,12 +514,12 @@ def _check_labels(labels: Sequence[str], words: AnyVocabulary) -> None:
         seen[ids] = label
 
 
-def _as_task(inputs: Sequence[str]) -> Task:
+def _as_task(inputs: Sequence[str], wording: Wording) -> Task:
     rows = [{"inputs": text, "targets": ""} for text in inputs]
     source = Source(
         splits=("predict",), rows=lambda split, data_dir: rows, fingerprint=lambda split, _: ""
     )
-    return Task(name="inputs", source=source)
+    return Task(name="inputs", source=source, inputs_ending=wording.ending)
 
 
 def mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -22,9 +22,8 @@ from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.field_syntax import parse_rules
-from prompt_tuning_jax.data.tasks.selection import (
-    trained_tasks,
-)
+from prompt_tuning_jax.data.tasks.demonstrations import Demonstrations, draw
+from prompt_tuning_jax.data.tasks.selection import build_mixture, trained_tasks
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import RULES, Partitioner, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
@@ -42,6 +41,7 @@ from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
+_LARGEST_TEXT = 2**24  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ def attach_unplaced(
     """Like ``attach_members``, but unsharded; also returns the logical axes of every parameter."""
     seeds, inits = experiment.training.seeds, experiment.training.inits
     tasks = trained_tasks(experiment.data)
+    examples = context_examples(experiment)
     trainable: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds):
         method = experiment.method
@@ -137,6 +138,8 @@ def attach_unplaced(
             vocabulary=model.vocabulary,
             num_tasks=max(len(tasks), 1),
             init_arrays=read_init_arrays(method),
+            init_text=read_init_text(method),
+            examples=examples,
         )
         attached = attach_method(model, method, key=key, context=context)
         # Members may have different initializations, but must share one structure.
@@ -160,6 +163,54 @@ def attach_unplaced(
         if axis not in RULES and axis not in used:
             raise UserError(f"mesh.rules: no array has the axis {axis!r}: {suggest(axis, RULES)}")
     return members, axes
+
+
+def context_examples(experiment: Experiment) -> Demonstrations:
+    """Draws the training examples that the method starts from, with the first seed.
+
+    Raises UserError if the data has no training split.
+    """
+    method, data = experiment.method, experiment.data
+    shots = method.num_context_examples()
+    if not shots:
+        return ()
+    tasks = [task for task in build_mixture(data).tasks if data.train_split in task.splits]
+    if not tasks:
+        raise UserError(
+            f"method.shots takes examples from the split {data.train_split!r}, which the data does "
+            "not have; set data.train to a file, or method.examples"
+        )
+    return draw(
+        [example for task in tasks for example in task.load(data.train_split, data.data_dir)],
+        labels=tuple(dict.fromkeys(label for task in tasks for label in task.labels)),
+        shots=shots,
+        balanced=method.balances_labels(),
+        seed=experiment.training.seeds[0],
+    )
+
+
+def read_init_text(method: MethodConfig) -> str:
+    """Reads the text of ``init=text`` from the file at ``init_path``; empty if there is none.
+
+    Raises UserError if the file cannot be read, is too large, or is not UTF-8.
+    """
+    init_path = getattr(method, "init_path", "")
+    if getattr(method, "init", "") != "text" or not init_path:
+        return ""
+    path = Path(init_path).expanduser()
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_TEXT + 1)
+        if len(data) > _LARGEST_TEXT:
+            raise UserError(
+                f"method.init_path: {init_path} has more than {_LARGEST_TEXT:,} bytes; give a "
+                "shorter text"
+            )
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"method.init_path: cannot read {init_path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"method.init_path: {init_path} is not a text file in UTF-8") from error
 
 
 def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:

@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import Any
 
 from prompt_tuning_jax.config.methods import (
+    CPT,
     IA3,
     METHODS,
     WARP,
     Adapters,
+    Cartridge,
     DeepPrompts,
     DescribedPrompts,
     FullTuning,
@@ -59,11 +61,13 @@ def attach_method(
 
 
 __all__ = [
+    "CPT",
     "IA3",
     "METHODS",
     "PROMPT",
     "WARP",
     "Adapters",
+    "Cartridge",
     "Context",
     "DeepPrompts",
     "DescribedPrompts",

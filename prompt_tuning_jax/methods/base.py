@@ -1,7 +1,7 @@
 """The contract of a tuning method: a module attached to a frozen model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.layers import Remat, split_key
 from prompt_tuning_jax.models.losses import TokenSums, class_sums, token_sums
-from prompt_tuning_jax.typing import Array, HostArray, Mask
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray, Mask
 
 C = TypeVar("C", bound=MethodConfig)
 PROMPT = "method/prompt_PD"  # the path of a plain prompt, as prompt tuning trains it
@@ -34,6 +34,9 @@ class Context:
     num_tasks: int = 1
     # The initial arrays for init=file and init=source, by path.
     init_arrays: Mapping[str, HostArray] = field(default_factory=dict)
+    # The text of the file for init=text, and examples with their inputs and targets.
+    init_text: str = ""
+    examples: tuple[Mapping[str, str], ...] = ()
 
 
 class TuningModule(nnx.Module, Generic[C]):
@@ -77,6 +80,17 @@ class TuningModule(nnx.Module, Generic[C]):
         a ``key`` enables dropout.
         """
         return NO_INJECTIONS
+
+    def context_sums(self, model: Model, *, z_loss: float = 0.0) -> TokenSums | None:
+        """Computes the loss of what the method puts before each input, once for all rows.
+
+        Only training adds it to the loss of the targets.  None means that there is none.
+        """
+        return None
+
+    def constrained(self, before: FlatParams, after: FlatParams) -> FlatParams:
+        """Returns the trainable parameters after an update, kept within the method's bounds."""
+        return after
 
     @property
     def label_tokens(self) -> LabelTokens:
@@ -174,11 +188,12 @@ class TunedModel(nnx.Module):
         remat: Remat = "none",
         z_loss: float = 0.0,
         weights_B: Array | HostArray | None = None,
+        training: bool = False,
     ) -> TokenSums:
         """Computes the loss: the summed cross entropy of the target tokens.
 
         If the method scores labels itself, the loss is the cross entropy of choosing the target
-        among its labels.
+        among its labels.  ``training`` adds the method's own ``context_sums`` for each example.
         """
         labels = self.method.label_tokens
         if labels:
@@ -188,7 +203,19 @@ class TunedModel(nnx.Module):
             return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
         logits_BSV = self(inputs_BT, targets_BS, task_B=task_B, key=key, remat=remat)
         fill = self.model.token_ids.fill
-        return token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
+        sums = token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
+        context = self.method.context_sums(self.model, z_loss=z_loss) if training else None
+        if context is None:
+            return sums
+        examples = sums.examples
+        if weights_B is not None:
+            some_B = jnp.any(jnp.asarray(targets_BS) != fill, axis=1)
+            examples = jnp.sum(jnp.where(some_B, jnp.asarray(weights_B, jnp.float32), 0.0))
+        return replace(
+            sums,
+            loss=sums.loss + examples * context.loss,
+            tokens=sums.tokens + examples * context.tokens,
+        )
 
     def label_logits(
         self,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.config.methods import PrefixTuning
+from prompt_tuning_jax.config.methods import Cartridge, PrefixTuning
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
@@ -58,6 +58,7 @@ class Prefixes(TuningModule[PrefixTuning]):
 
     def __init__(self, config: PrefixTuning, stacks: Mapping[str, PlainPrefix | MlpPrefix]):
         super().__init__(config)
+        self.names = tuple(stacks)
         for name, stack in stacks.items():
             setattr(self, name, stack)
 
@@ -75,7 +76,7 @@ class Prefixes(TuningModule[PrefixTuning]):
             }
             return TunedModel(model, cls(config, made))
         if config.init == "words":
-            computed = model.keys_values_of(_words(config, model, context, key=words_key))
+            computed = model.keys_values_of(initial_words(config, model, context, key=words_key))
             return with_prefixes(model, {name: computed[name] for name in stacks}, config)
         arrays = {}
         for (name, stack), stack_key in zip(stacks.items(), keys, strict=False):
@@ -90,12 +91,8 @@ class Prefixes(TuningModule[PrefixTuning]):
 
     def stacks(self) -> Iterator[tuple[str, PlainPrefix | MlpPrefix]]:
         """Yields the name and prefix of each selected attention."""
-        for name in ("encoder", "decoder", "cross"):
-            if getattr(self.config, name) and hasattr(self, name):
-                yield name, getattr(self, name)
-
-    def _before(self, name: str) -> bool:
-        return self.config.before and name != "cross"  # cross-attention has no positions
+        for name in self.names:
+            yield name, getattr(self, name)
 
     def injections(
         self,
@@ -105,16 +102,29 @@ class Prefixes(TuningModule[PrefixTuning]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        prefixes: dict[str, tuple[KeyValues, ...]] = {}
-        for name, stack in self.stacks():
-            pairs = zip(*stack.key_value(), strict=True)
-            prefixes[name] = tuple(
-                KeyValues(
-                    key_BPGK=key_PHK[None], value_BPGK=value_PHK[None], before=self._before(name)
-                )
-                for key_PHK, value_PHK in pairs
+        arrays = {name: stack.key_value() for name, stack in self.stacks()}
+        return prefix_injections(arrays, before=self.config.before)
+
+
+def prefix_injections(
+    arrays: Mapping[str, tuple[Array, Array]], *, before: bool = False
+) -> Injections:
+    """Injects keys and values ``[L, P, H, K]``, given by attention name, for all rows.
+
+    ``before`` gives them the positions before the sequence, which cross-attention does not have.
+    """
+    prefixes = {
+        name: tuple(
+            KeyValues(
+                key_BPGK=key_PHK[None],
+                value_BPGK=value_PHK[None],
+                before=before and name != "cross",
             )
-        return Injections(prefixes=prefixes)
+            for key_PHK, value_PHK in zip(*pair, strict=True)
+        )
+        for name, pair in arrays.items()
+    }
+    return Injections(prefixes=prefixes)
 
 
 def with_prefixes(
@@ -126,7 +136,7 @@ def with_prefixes(
 
 def _chosen(config: PrefixTuning, model: Model) -> dict[str, AttentionStack]:
     """Returns the selected attentions of the model; raises UserError if it has none of them."""
-    chosen = {name: stack for name, stack in model.stacks.items() if getattr(config, name)}
+    chosen = {name: stack for name, stack in model.stacks.items() if config.chooses(name)}
     if not chosen:
         raise UserError(
             f"method=prefix_tuning: none of the model's attentions ({', '.join(model.stacks)}) is "
@@ -135,7 +145,9 @@ def _chosen(config: PrefixTuning, model: Model) -> dict[str, AttentionStack]:
     return chosen
 
 
-def _words(config: PrefixTuning, model: Model, context: Context, *, key: Array) -> Array:
+def initial_words(
+    config: PrefixTuning | Cartridge, model: Model, context: Context, *, key: Array
+) -> Array:
     """Returns ids ``[P]``: the labels' pieces, then pieces sampled from the most common ones."""
     size = model.embedding_table().shape[0]
     population = min(config.init_population or size, size)

@@ -67,14 +67,20 @@ def prompt_starts(
     source: ModelInput, tokens_BT: Array | HostArray, *, eos_id: int
 ) -> dict[Placement, Array]:
     """Returns the position ``[B]`` of each row's first prompt vector, by placement."""
+    before_eos_B = num_before_eos(source, tokens_BT, eos_id=eos_id)
+    return {
+        "prefix": jnp.zeros_like(before_eos_B),
+        "after_first": jnp.ones_like(before_eos_B),
+        "before_eos": before_eos_B,
+    }
+
+
+def num_before_eos(source: ModelInput, tokens_BT: Array | HostArray, *, eos_id: int) -> Array:
+    """Returns the number ``[B]`` of each row's real tokens, its end of sequence not counted."""
     real_B = jnp.sum(source.mask_BU, axis=1)
     at_B1 = jnp.maximum(real_B - 1, 0)[:, None]
     last_B = jnp.take_along_axis(jnp.asarray(tokens_BT), at_B1, axis=1)[:, 0]
-    return {
-        "prefix": jnp.zeros_like(real_B),
-        "after_first": jnp.ones_like(real_B),
-        "before_eos": real_B - (last_B == eos_id),
-    }
+    return real_B - ((last_B == eos_id) & (real_B > 0))
 
 
 def _moved(

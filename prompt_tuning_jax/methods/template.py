@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from prompt_tuning_jax.config.prompt_template import PromptTemplate
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.prompt_combine import num_before_eos
 from prompt_tuning_jax.models.base import Model, joined, with_prompt
 from prompt_tuning_jax.models.injections import ModelInput
 from prompt_tuning_jax.typing import Array, HostArray
@@ -81,8 +82,7 @@ def put(
     if not any(behind):
         return before
     whole = joined(before)
-    tokens_BT = jnp.asarray(tokens_BT)
-    words_B = jnp.sum(source.mask_BU & (tokens_BT != eos_id), axis=1)
+    words_B = num_before_eos(source, tokens_BT, eos_id=eos_id)
     asked_A = jnp.asarray([tokens_BT.shape[1] if n < 0 else n for n in behind], jnp.int32)
     behind_BA = jnp.minimum(asked_A[None, :], words_B[:, None])
     # ``whole`` starts with the vectors; compute the target of each of its positions.

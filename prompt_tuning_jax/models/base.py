@@ -212,7 +212,12 @@ class Model(nnx.Module):
 
     @property
     def input_eos(self) -> int:
-        """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary."""
+        """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary.
+
+        Nothing ends the input of a decoder-only model, and this is -1.
+        """
+        if self.causal:
+            return -1
         return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
 
     def run(

@@ -13,7 +13,7 @@ from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
-from prompt_tuning_jax.models.t5.config import PRESETS, preset
+from prompt_tuning_jax.models.registry import find_preset, preset
 from prompt_tuning_jax.planning.program import (
     Abstract,
     Program,
@@ -97,12 +97,12 @@ class Plan:
 
 
 def planned_config(experiment: Experiment) -> ModelConfig:
-    """Returns the model's config: the preset of a published size, or read from file headers."""
+    """Returns the model's config: of a published model, or read from file headers."""
     name = experiment.model.name_or_path
     size = name.removeprefix("t5_1_1_lm100k_").removeprefix("t5_1_1_")
-    if experiment.model.random_weights or size in PRESETS:
+    if experiment.model.random_weights:
         return preset(size)
-    return open_model(name, vocabulary=False).config
+    return find_preset(size) or open_model(name, vocabulary=False).config
 
 
 def plan(

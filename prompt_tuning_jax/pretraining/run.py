@@ -48,7 +48,8 @@ def _prepare(
             partitioner=partitioner,
         )
         return tasks, task_evaluation(experiment, model, tasks)
-    assert isinstance(model, T5)  # as all presets are
+    if not isinstance(model, T5):
+        raise UserError("data.objectives are T5's: they need an encoder-decoder; leave them out")
     data = build_text_data(experiment, vocabulary_of(model))
     _initialize(experiment, model, data)
     probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
@@ -65,9 +66,12 @@ def _prepare(
 
 def _initialize(experiment: Experiment, model: Model, data: TextData | None) -> None:
     config = experiment.model
-    if not config.random_weights:
+    if not config.random_weights or (config.embeddings, config.attention) == ("normal", "normal"):
         return
-    assert isinstance(model, T5)  # as all presets are
+    if not isinstance(model, T5):
+        raise UserError(
+            "model.embeddings and model.attention initialize a T5 alone; leave them at normal"
+        )
     if data is not None and config.embeddings == "cooccurrence":
         start_from_cooccurrence(model, data.train)
     if config.attention != "normal":

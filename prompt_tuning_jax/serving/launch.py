@@ -267,7 +267,7 @@ def _shapes(
         window,
         inputs_length=serving.lengths[-1],
         targets_length=serving.max_new_tokens,
-        prompt_positions=longest,
+        prompt_positions=max([longest, *(prompt.positions for prompt in every)]),
         advice="lower max_new_tokens (serving.max_new_tokens) or serve shorter prompts",
     )
     return Shapes(

@@ -216,13 +216,18 @@ class RequestParser:
     ) -> tuple[tuple[int, ...], bool]:
         """The input's token ids, as in training, and whether they are cut."""
         words = self._engine.vocabulary
-        chat = task.wording.chat and not request.options.raw
-        ids = words.encode_input(text, chat=chat)
+        wording = AS_IT_IS if request.options.raw else task.wording
+        ids = words.encode_input(text, chat=wording.chat)
+        prompts = task.prompts or (None,)
+        if not ids and any(prompt is None or not prompt.positions for prompt in prompts):
+            message = "the input is empty, and this model needs a token before its answer"
+            raise RefusedError(422, message, field=f"inputs[{number}]")
         longest = self._engine.shapes.longest
         if len(ids) <= longest:
             return tuple(ids), False
-        if request.options.truncate and longest > words.num_kept_at_end(chat=chat):
-            return tuple(words.cut_input(ids, longest, chat=chat)), True
+        kept = words.num_kept_at_end(chat=wording.chat, ending=wording.ending)
+        if request.options.truncate and longest > kept:
+            return tuple(words.cut_input(ids, longest, kept_at_end=kept)), True
         message = f"{len(ids)} tokens; this server reads at most {longest} (options.truncate cuts)"
         raise RefusedError(422, message, field=f"inputs[{number}]")
 

@@ -112,6 +112,11 @@ class ServedPrompt:
         """Its positions P."""
         return len(self.prompt_PD)
 
+    @property
+    def positions(self) -> int:
+        """How many positions it adds to an input."""
+        return len(self.prompt_PD)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedMethod:
@@ -132,6 +137,11 @@ class ServedMethod:
     def parameters(self) -> int:
         """How many numbers it holds."""
         return sum(array.size for array in self.trainable.values())
+
+    @property
+    def positions(self) -> int:
+        """How many positions it adds to an input."""
+        return self.adapter_spec.prompt_positions
 
     @property
     def label_tokens(self) -> LabelTokens:

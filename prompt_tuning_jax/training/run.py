@@ -50,6 +50,7 @@ from prompt_tuning_jax.methods import (
     method_name,
 )
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
 from prompt_tuning_jax.storage import remove_leftovers
 from prompt_tuning_jax.training import build
@@ -201,10 +202,11 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
             return
         for member, best in zip(improved, bests, strict=True):
             own = {name: jnp.asarray(array[member]) for name, array in trainable.items()}
-            method, kept = _folded(experiment, members, own)
+            method, kept, model_config = _folded(experiment, members, own)
             metadata = _metadata(
                 experiment,
                 method,
+                model_config,
                 member,
                 best,
                 fingerprint=fingerprint,
@@ -353,17 +355,22 @@ def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
 
 def _folded(
     experiment: Experiment, members: Members, own: FlatParams
-) -> tuple[MethodConfig, dict[str, HostArray]]:
-    """Returns a member's method and arrays in the form for inference, which is the one to save."""
+) -> tuple[MethodConfig, dict[str, HostArray], ModelConfig]:
+    """Returns a member's method and arrays in the form for inference, which is the one to save.
+
+    The last result is the configuration of the model.
+    """
     tuned = param_tree.merge(members.graphdef, {**members.frozen, **own})
     tuned = tuned.for_inference()
     method, params = tuned.method.config, param_tree.split(tuned)[1]
-    return method, {name: np.asarray(p) for name, p in params.items() if method.trains(name)}
+    kept = {name: np.asarray(p) for name, p in params.items() if method.trains(name)}
+    return method, kept, tuned.model.config
 
 
 def _metadata(
     experiment: Experiment,
     method: MethodConfig,
+    model_config: ModelConfig,
     member: int,
     best: Best,
     *,
@@ -374,6 +381,7 @@ def _metadata(
     training = experiment.training
     init = getattr(experiment.method, "init", "")
     prompt = method.plain_prompt()
+    embedding_scale = getattr(model_config, "embedding_scale", 1.0)
     return PromptMetadata(
         model_fingerprint=fingerprint,
         model_name=experiment.model.name_or_path,
@@ -388,6 +396,8 @@ def _metadata(
         chat=experiment.data.chat,
         mixture=mixture_of(experiment.data),
         combine="" if prompt is None else prompt.placement,
+        model_type=getattr(model_config, "model_type", ""),
+        embedding_scale=None if embedding_scale == 1.0 else embedding_scale,
     )
 
 

@@ -205,6 +205,7 @@ def make_train_step(
             remat=remat,
             z_loss=z_loss,
             weights_B=batch.get("example_weights"),
+            training=True,
         )
         return sums.loss, sums
 
@@ -261,7 +262,9 @@ def make_train_step(
             gradient_norm_E=optax.tree.norm(gradients),
             update_norm_E=optax.tree.norm(updates),
         )
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        updated = optax.apply_updates(trainable, updates)
+        method = param_tree.merge(graphdef, {**frozen, **trainable}).method
+        return method.constrained(trainable, updated), opt_state, metrics
 
     def compute(
         state: TrainState, frozen: FlatParams, batch: Batch

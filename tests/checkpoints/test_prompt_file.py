@@ -29,6 +29,7 @@ METADATA = PromptMetadata(
     metric="accuracy",
     score=0.8125,
     labels=("positive", 'ne"ga\ntive', "中"),
+    chat=True,
     combine="prefix",
     created_by="a test",
 )

@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import read_metadata
 from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import PRE_TOKENIZERS, token_ids_of
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
@@ -143,6 +145,22 @@ def test_copies_are_equal(tokenizers: dict[str, HfTokenizer]) -> None:
             assert same.encode_input("all is well") == words.encode_input("all is well")
             assert same.decode(same.encode("größe")) == "größe"
     assert len({words.fingerprint for words in tokenizers.values()}) == len(tokenizers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizers_of_gguf_files_are_written_as_json(
+    tokenizers: dict[str, HfTokenizer], tmp_path: Path, kind: str
+) -> None:
+    words = tokenizers[kind]
+    model: Any = SimpleNamespace(vocab_size=words.size)
+    for name, content in tokenizer_files(words.path, model).items():
+        text = content.read_text() if isinstance(content, Path) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    written = load_vocabulary(tmp_path)
+    assert written.token_ids.eos == words.token_ids.eos
+    for text in CORPUS:
+        assert written.encode_input(text) == words.encode_input(text)
+        assert written.decode(written.encode(text)) == text
 
 
 @pytest.mark.parametrize(

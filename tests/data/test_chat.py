@@ -241,9 +241,9 @@ def test_messages_are_cut_and_templates_are_not(words: HfTokenizer) -> None:
     assert found.num_inputs_cut == 1
     for number, row in enumerate(found.inputs.padded([0, 1], around + 5, padding=-1)):
         whole = found.inputs[number].tolist()
-        cut = words.cut_input(whole, around + 5, chat=True)
-        assert row.tolist() == cut + [-1] * (around + 5 - len(cut))
         kept = words.num_kept_at_end(chat=True)
+        cut = words.cut_input(whole, around + 5, kept_at_end=kept)
+        assert row.tolist() == cut + [-1] * (around + 5 - len(cut))
         assert cut[-kept:] == whole[-kept:]
     with pytest.raises(UserError, match=rf"inputs_length is {around} and the chat template alone"):
         examples(around)

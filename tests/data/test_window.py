@@ -61,10 +61,12 @@ def file_of(folder: Path, *inputs: str) -> str:
     return str(folder / "rows.jsonl")
 
 
-def build(path: str, method: PromptTuning | NoTuning, **more: int) -> task_data.TaskData:
+def build(
+    path: str, method: PromptTuning | NoTuning, *, template: str = "", **more: int
+) -> task_data.TaskData:
     data = Data(
         task="", train=path, eval=path, inputs_length=64, targets_length=8, buckets="none",
-        labels=("yes", "no"), cache=False,
+        labels=("yes", "no"), cache=False, inputs_template=template,
     )  # fmt: skip
     experiment = Experiment(method=method, data=data)
     experiment = replace(experiment, training=replace(experiment.training, batch_size=2))
@@ -94,6 +96,15 @@ def test_inputs_are_cut_and_targets_are_not(tmp_path: Path) -> None:
         build(path, PromptTuning(length=4), window=12)
     with pytest.raises(UserError, match="9 of the prompt"):
         build(path, NoTuning(), window=17, prompt_positions=9)
+
+
+def test_the_end_of_a_template_is_not_cut(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "x" * 50, "short")
+    built = build(path, PromptTuning(length=4), template="text: {inputs} ok? ", window=32)
+    (examples,) = built.evaluation.values()
+    padded = examples.inputs.padded(np.arange(2), 20, padding=-1)
+    assert CAUSAL.decode(padded[0]) == "text: xxxxxxxxx ok? "
+    assert CAUSAL.decode(padded[1][:16]) == "text: short ok? "[:16]
 
 
 def test_an_input_without_tokens_needs_a_prompt(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def tokenize(
     """
     _check_lengths(inputs_length, targets_length)
     check_labels(task, vocabulary, targets_length=targets_length)
-    kept = vocabulary.num_kept_at_end(chat=chat)
+    kept = vocabulary.num_kept_at_end(chat=chat, ending=task.inputs_ending)
     _check_room(vocabulary, inputs_length, chat=chat)
     build = functools.partial(_build, task, split, vocabulary, data_dir, chat=chat)
     if use_cache:

@@ -101,6 +101,7 @@ def file_task(
         ),
         labels=tuple(labels),
         metrics=tuple(get_metric(name, labels=labels) for name in metrics or ("accuracy",)),
+        inputs_ending=sides[0].literals[-1],
         description=", ".join(f"{split}: {file.path}" for split, file in files.items()),
         notes=notes
         + tuple(n for file in files.values() if file.path.exists() for n in file.notes()),

@@ -65,6 +65,8 @@ class Task:
       metrics: the first selects the best checkpoint.
       postprocess: applied to each target and each prediction before the metrics; None for none.
       from_text: a bare text, as a user types it, -> inputs; None if they are the same.
+      inputs_ending: the text with which every input ends, such as a question; a model without an
+        end of sequence in its inputs would lose it to truncation.
       index: if not None, a token for this number precedes the inputs' ids (``task_index_id``).
       description: one line.
       notes: decisions about the data to report, one line each.
@@ -80,6 +82,7 @@ class Task:
     metrics: tuple[Metric, ...] = ()
     postprocess: Postprocess | None = None
     from_text: Callable[[str], str] | None = None
+    inputs_ending: str = ""
     index: int | None = None
     description: str = ""
     notes: tuple[str, ...] = ()

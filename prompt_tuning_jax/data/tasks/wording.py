@@ -43,6 +43,11 @@ class Wording:
         return tuple(dict.fromkeys(self._parsed.columns)) if self._parsed else ()
 
     @property
+    def ending(self) -> str:
+        """The text behind the last column."""
+        return self._parsed.literals[-1] if self._parsed else ""
+
+    @property
     def shown(self) -> str:
         """The template for display, at most a line long."""
         shown = self.template or "of the task"

@@ -94,24 +94,21 @@ class BaseVocabulary(ABC):
         del texts, num_threads
         raise UserError(f"data.chat is True, but {self!r} has no chat template; set it to False")
 
-    def num_kept_at_end(self, *, chat: bool = False) -> int:
+    def num_kept_at_end(self, *, chat: bool = False, ending: str = "") -> int:
         """The number of last tokens of an input that truncation keeps.
 
-        These are the end of sequence, or what a chat template has behind the text.
+        These are the end of sequence, and what a chat template has behind the text.  Where inputs
+        have no end of sequence, the answer follows the text directly, and the words of the text's
+        ``ending`` (such as a question) are kept, too.
         """
-        if chat:
-            return self._num_chat_end() + len(self.input_end)
-        return len(self.input_end)
+        kept = len(self.input_end) + (self._num_chat_end() if chat else 0)
+        return kept if self.input_end else kept + len(self.encode(ending))
 
-    def cut_input(self, ids: Sequence[int], length: int, *, chat: bool = False) -> list[int]:
-        """An input of ``encode_inputs``, cut to at most ``length`` tokens.
-
-        The text is cut at its end; what is behind the text stays.
-        """
+    def cut_input(self, ids: Sequence[int], length: int, *, kept_at_end: int) -> list[int]:
+        """An input of ``encode_inputs``, cut to at most ``length`` tokens in front of its end."""
         if len(ids) <= length:
             return list(ids)
-        kept = self.num_kept_at_end(chat=chat)
-        return [*ids[: length - kept], *ids[len(ids) - kept :]]
+        return [*ids[: length - kept_at_end], *ids[len(ids) - kept_at_end :]]
 
     def input_format(self, *, chat: bool = False) -> str:
         """Identifies what ``encode_inputs`` puts around texts, for cache keys."""

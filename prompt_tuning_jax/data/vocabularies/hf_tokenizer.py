@@ -207,9 +207,13 @@ class HfTokenizer(BaseVocabulary):
                 return int(token_id)
         raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
 
-    def to_json(self) -> str:
-        """The tokenizer as the text of a ``tokenizer.json``."""
-        return str(self._tokenizer.to_str())
+    def as_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of ``tokenizer.json`` and ``tokenizer_config.json`` of this tokenizer."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
+        if self._chat_template:
+            config["chat_template"] = self._chat_template
+        tokenizer = read_json(self._tokenizer.to_str(), of=str(self.path), max_bytes=_LARGEST)
+        return tokenizer, config
 
     @cached_property
     def _plain(self) -> PlainEncoder:

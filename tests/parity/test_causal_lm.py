@@ -1,0 +1,195 @@
+"""Decoder-only models against numbers recorded from transformers and PEFT, in float32."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.models.base import Context, Model
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
+from prompt_tuning_jax.typing import Array
+
+MODELS = [
+    "llama_mha",
+    "llama_gqa_tied",
+    "mistral_sliding",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "bloom",
+    "gpt_neox",
+    "opt",
+]
+WITH_ADAPTERS = ["llama_gqa_tied", "gpt2", "bloom", "gemma2", "qwen3"]
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def families(shared: Path) -> Path:
+    return shared / "fixtures/families"
+
+
+@functools.cache
+def load(folder: Path) -> Model:
+    return load_model(str(folder))
+
+
+def padded(ids: np.ndarray, real: np.ndarray) -> np.ndarray:
+    return np.where(real, ids, -1).astype(np.int32)
+
+
+def split(want: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs and the targets of each row, of which the labels are the targets."""
+    real, is_target = want["attention_mask"] != 0, want["labels"] != -100
+    rows = []
+    for chosen in (real & ~is_target, is_target):
+        lengths = chosen.sum(axis=1)
+        ids = np.full((len(chosen), lengths.max()), -1, np.int32)
+        for row, length in enumerate(lengths):
+            ids[row, :length] = want["input_ids"][row, chosen[row]]
+        rows.append(ids)
+    return rows[0], rows[1]
+
+
+def read(
+    model: Model, tokens_BT: Any, prompt: Any = None, injections: Injections = NO_INJECTIONS
+) -> Context:
+    return model.read(model.embed(tokens_BT, prompt), injections=injections)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reading(graphdef: Any, params: Any, tokens_BT: Any, *rest: Any) -> tuple[Array, Array, Array]:
+    """The hidden states and logits of all positions, and the greedy continuation ``[B, 8]``."""
+    model = param_tree.merge(graphdef, params)
+    context = read(model, tokens_BT, *rest)
+    decode_context, caches = model.start_decoding(context, NEW_TOKENS)
+
+    def step(carried: Any, position: Any) -> Any:
+        tokens_B, caches = carried
+        logits_BV, caches = model.decode_step(tokens_B, position, caches, decode_context)
+        tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return (tokens_B, caches), tokens_B
+
+    first = (jnp.zeros(len(tokens_BT), jnp.int32), caches)
+    greedy_SB = jax.lax.scan(step, first, jnp.arange(NEW_TOKENS))[1]
+    return context.hidden_BUD, model.logits(context.hidden_BUD), greedy_SB.T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(
+    graphdef: Any, params: Any, trained: Any, inputs_BT: Any, targets_BS: Any, is_prefix: Any = None
+) -> Any:
+    """The mean loss with the log-probability of each target, and the gradient."""
+    model = param_tree.merge(graphdef, params)
+
+    def loss(trained: Any) -> tuple[Array, Array]:
+        prompt, injections = (trained, NO_INJECTIONS) if is_prefix is None else (None, trained)
+        logits_BSV = model.write(read(model, inputs_BT, prompt, injections), targets_BS)
+        log_probs_BSV = jax.nn.log_softmax(logits_BSV)
+        at_BS1 = jnp.maximum(targets_BS, 0)[..., None]
+        log_probs_BS = jnp.take_along_axis(log_probs_BSV, at_BS1, axis=-1)[..., 0]
+        log_probs_BS = jnp.where(targets_BS >= 0, log_probs_BS, 0.0)
+        return -jnp.sum(log_probs_BS) / jnp.sum(targets_BS >= 0), log_probs_BS
+
+    if trained is None:
+        return loss(None), None
+    return jax.value_and_grad(loss, has_aux=True)(trained)
+
+
+def check_greedy(got_BS: Array, want: Mapping[str, np.ndarray], case: str = "") -> None:
+    lengths_B = want[f"{case}greedy_len"]
+    for got_S, want_S, length in zip(got_BS, want[f"{case}greedy_ids"], lengths_B, strict=True):
+        np.testing.assert_array_equal(got_S[:length], want_S[:length])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_reading_and_continuing(families, name):
+    model, want = load(families / name), np.load(families / name / "cases.npz")
+    real_BT = want["attention_mask"] != 0
+    split_model = param_tree.split(model)
+    hidden, logits, greedy = reading(*split_model, padded(want["input_ids"], real_BT))
+    np.testing.assert_allclose(logits[real_BT], want["logits"][real_BT], atol=2e-4)
+    row0 = hidden[0, : len(want["row0_final_hidden"])]
+    np.testing.assert_allclose(row0, want["row0_final_hidden"], atol=2e-4)
+    check_greedy(greedy, want)
+    # Three times the window of the models that have one.
+    _, logits, greedy = reading(*split_model, want["long_input_ids"])
+    np.testing.assert_allclose(logits, want["long_logits"], atol=2e-4)
+    check_greedy(greedy, want, "long_")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_targets(families, name):
+    model, want = load(families / name), np.load(families / name / "cases.npz")
+    inputs_BT, targets_BS = split(want)
+    (loss, log_probs_BS), _ = losses(*param_tree.split(model), None, inputs_BT, targets_BS)
+    np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
+    np.testing.assert_allclose(log_probs_BS.sum(axis=1), want["row_logprob_sum"], atol=5e-4)
+    np.testing.assert_allclose(
+        log_probs_BS[targets_BS >= 0],
+        want["target_logprobs"][want["labels"] != -100],
+        atol=2e-4,
+    )
+
+
+@pytest.mark.parametrize("name", WITH_ADAPTERS)
+@pytest.mark.parametrize("adapter", ["prompt", "ptuning_mlp", "ptuning_lstm", "cpt", "multitask"])
+def test_a_prompt(families, name, adapter):
+    model, want = load(families / name), np.load(families / "peft" / name / adapter / "cases.npz")
+    prompt, real_BT = jnp.asarray(want["encoded_prompt"]), want["attention_mask"] != 0
+    whole_BT = padded(want["input_ids"], real_BT)
+    split_model = param_tree.split(model)
+    _, logits, greedy = reading(*split_model, whole_BT, prompt)
+    np.testing.assert_allclose(logits[real_BT], want["logits"][real_BT], atol=3e-4)
+    check_greedy(greedy, want)
+    inputs_BT, targets_BS = split(want)
+    (loss, log_probs_BS), gradient = losses(*split_model, prompt, inputs_BT, targets_BS)
+    np.testing.assert_allclose(log_probs_BS.sum(axis=1), want["row_logprob_sum"], atol=5e-4)
+    np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
+    if "prompt_grad" in want:
+        largest = np.abs(want["prompt_grad"]).max()
+        np.testing.assert_allclose(gradient, want["prompt_grad"], atol=2e-5 * largest)
+    if "last_virtual_logits" in want:
+        _, logits, _ = reading(*split_model, np.full_like(whole_BT, -1), prompt)
+        np.testing.assert_allclose(logits[:, 0], want["last_virtual_logits"], atol=3e-4)
+
+
+@pytest.mark.parametrize("name", WITH_ADAPTERS)
+@pytest.mark.parametrize("adapter", ["prefix", "prefix_proj", "cartridge"])
+def test_a_prefix(families, name, adapter):
+    model, want = load(families / name), np.load(families / "peft" / name / adapter / "cases.npz")
+    stack = model.stacks["decoder"]
+    shape = (1, -1, 2 * stack.num_layers, stack.num_kv_heads, stack.head_dim)
+    flat = jnp.asarray(want["encoded_prefix"]).reshape(shape)
+    injections = Injections(
+        prefixes={
+            "decoder": tuple(
+                KeyValues(key_BPGK=flat[:, :, 2 * i], value_BPGK=flat[:, :, 2 * i + 1])
+                for i in range(stack.num_layers)
+            )
+        }
+    )
+    real_BT = want["attention_mask"] != 0
+    split_model = param_tree.split(model)
+    whole_BT = padded(want["input_ids"], real_BT)
+    _, logits, greedy = reading(*split_model, whole_BT, None, injections)
+    np.testing.assert_allclose(logits[real_BT], want["logits"][real_BT], atol=3e-4)
+    check_greedy(greedy, want)
+    (loss, log_probs_BS), made = losses(*split_model, injections, *split(want), True)
+    np.testing.assert_allclose(log_probs_BS.sum(axis=1), want["row_logprob_sum"], atol=5e-4)
+    np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
+    if "prefix_grad" in want:
+        pairs = [(kv.key_BPGK[0], kv.value_BPGK[0]) for kv in made.prefixes["decoder"]]
+        gradient = jnp.stack([x for pair in pairs for x in pair], axis=1)
+        gradient = gradient.reshape(want["prefix_grad"].shape)
+        largest = np.abs(want["prefix_grad"]).max()
+        np.testing.assert_allclose(gradient, want["prefix_grad"], atol=2e-5 * largest)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, read_config
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress
 from prompt_tuning_jax.checkpoints.location import (
@@ -165,11 +166,13 @@ def hub_folder(name: str) -> Path:
     """The local folder of a model on the Hugging Face hub, fetched unless it is in the cache.
 
     Only the files that are read are fetched: the configuration, the vocabulary, and the weights in
-    the first available format of safetensors, Flax and torch.  ``HF_HOME``, ``HF_HUB_OFFLINE`` and
-    the hub's token apply.  Raises UserError.
+    the first available format of safetensors, Flax (of a T5) and torch.  ``HF_HOME``,
+    ``HF_HUB_OFFLINE`` and the hub's token apply.  Raises UserError.
     """
     folder = Path(name)
     for weights in (SAFETENSORS, FLAX, TORCH):
+        if weights == FLAX and not _may_be_flax(folder):
+            continue
         folder = _snapshot(name, [*_DESCRIPTION, *_patterns(weights)])
         if (folder / weights).is_file() or (folder / (weights + INDEX_SUFFIX)).is_file():
             if not (folder / CONFIG).is_file():
@@ -179,6 +182,12 @@ def hub_folder(name: str) -> Path:
         f"{name}: no {SAFETENSORS}, {FLAX} or {TORCH} on the hub or, while it is offline, "
         f"in its cache ({folder})"
     )
+
+
+def _may_be_flax(folder: Path) -> bool:
+    """Whether a model may be read from Flax weights: a T5, or one whose type is not known yet."""
+    config = folder / CONFIG
+    return not config.is_file() or read_config(config)["model_type"] not in FAMILIES
 
 
 def _patterns(weights: str) -> list[str]:

@@ -191,7 +191,8 @@ def test_every_layout_from_both_formats_on_eight_devices(shared: Path) -> None:
     t5x = shared / "fixtures" / "t5x"
     paths = (t5x / "tiny_t5x" / "checkpoint_3", t5x / "scan_t5x" / "checkpoint_7")
     here = "prompt_tuning_jax/assets/tiny"
-    child = start(0, 1, "", *(str(p) for p in paths[:1]), here)
+    fused = (shared / "fixtures" / "families" / name for name in ("gpt2", "bloom", "gpt_neox"))
+    child = start(0, 1, "", *map(str, (*paths[:1], *fused)), here)
     out, error = child.communicate(timeout=300)
     assert child.returncode == 0 and "fine" in out, error
 

@@ -70,11 +70,7 @@ def open_causal(
 
     config = causal_config(raw, folder / _CONFIG)
     table = FAMILIES[raw["model_type"]].names
-    path, stored = open_weights(folder, is_unused=table.is_unused)
-    if path.name.startswith("flax_model"):
-        raise UserError(
-            f"{path}: only the safetensors and torch files of a {config.model_type} are read"
-        )
+    path, stored = open_weights(folder, is_unused=table.is_unused, flax=False)
     tensors = _with_prefix(table, stored, path=path)
     config = _without_copied_head(config, table, tensors)
     _require_layers(config, table, tensors, path=path)

@@ -39,23 +39,26 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_weights(
-    folder: Path, *, is_unused: IsUnused = lambda name: False
+    folder: Path, *, is_unused: IsUnused = lambda name: False, flax: bool = True
 ) -> tuple[Path, dict[str, LazyArray]]:
     """The file or index of the weights, and its tensors by torch's names.
 
     Of several formats, the first of safetensors, Flax and torch is used.  Only headers are read
     before an array is.  Tensors for which ``is_unused`` is true are left out, and may be of any
-    type.  Raises UserError for missing or damaged files.
+    type; with ``flax=False``, files of Flax are not used.  Raises UserError for missing or damaged
+    files.
     """
     for kind in _FORMATS:
+        if kind.file == FLAX and not flax:
+            continue
         single, index = folder / kind.file, folder / (kind.file + INDEX_SUFFIX)
         if single.is_file():
             return single, kind.open(single, is_unused)
         if index.is_file():
             return index, _open_sharded(index, kind, is_unused)
+    read = f"{SAFETENSORS}, {FLAX} or {TORCH}" if flax else f"{SAFETENSORS} or {TORCH}"
     raise UserError(
-        f"{folder} has no weights: no {SAFETENSORS}, {FLAX} or {TORCH}, and no "
-        f"{SAFETENSORS}{INDEX_SUFFIX} of shards"
+        f"{folder} has no weights: no {read}, and no {SAFETENSORS}{INDEX_SUFFIX} of shards"
     )
 
 

@@ -28,7 +28,7 @@ class Family:
 
 def head_width(fields: Mapping[str, Any]) -> int:
     """The width of a head where the heads together are as wide as the model."""
-    width: int = fields["embed_dim"] // fields["num_heads"]
+    width: int = max(1, fields["embed_dim"] // fields["num_heads"])
     return width
 
 

@@ -24,7 +24,8 @@ class Model(Config):
     # ``random_weights`` also the name of a size.
     name_or_path: str = "tiny"
     random_weights: bool = False  # draw the weights instead of loading them
-    vocabulary: str = ""  # SentencePiece file; empty: the model's vocabulary
+    # SentencePiece file, tokenizer.json or GGUF file; empty: the model's vocabulary.
+    vocabulary: str = ""
     # Initialization of random token embeddings: drawn from a normal distribution, or computed from
     # which words occur near each other in the training text.
     embeddings: Literal["normal", "cooccurrence"] = "normal"

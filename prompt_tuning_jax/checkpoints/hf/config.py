@@ -9,6 +9,7 @@ from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
     HfTokenizer,
 )
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    CHAT_TEMPLATE,
     FILES,
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -16,7 +17,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
 )
 from prompt_tuning_jax.data.vocabularies.vocab import UNK_ID, ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.models.config import ModelConfig, TokenIds
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -242,7 +243,7 @@ def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[s
 
 
 def tokenizer_files(
-    vocabulary_file: str | Path, config: T5Config
+    vocabulary_file: str | Path, config: ModelConfig
 ) -> dict[str, Path | dict[str, Any]]:
     """The tokenizer's files for a folder: files to copy, or JSON to write.
 
@@ -250,7 +251,7 @@ def tokenizer_files(
     the model.
     """
     path = Path(vocabulary_file)
-    words = load_vocabulary(vocabulary_file)
+    words = load_vocabulary(vocabulary_file, max_size=config.vocab_size)
     if isinstance(words, ByteVocabulary):
         _require_room(words.size, config, path=path, what="ids")
         special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -258,8 +259,12 @@ def tokenizer_files(
         return {TOKENIZER_CONFIG: described}
     if isinstance(words, HfTokenizer):
         _require_room(words.size, config, path=path, what="ids")
+        if path.name != TOKENIZER:
+            tokenizer, described = words.as_json()
+            return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: described}
         files: dict[str, Path | dict[str, Any]] = {TOKENIZER: path}
-        beside = (path.with_name(name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS))
+        names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE)
+        beside = (path.with_name(name) for name in names)
         return files | {other.name: other for other in beside if other.is_file()}
     if words.has_added_tokens:
         _require_room(words.size, config, path=path, what="ids")
@@ -277,7 +282,7 @@ def tokenizer_files(
     return {VOCABULARY: path, TOKENIZER_CONFIG: described}
 
 
-def _require_room(size: int, config: T5Config, *, path: Path, what: str) -> None:
+def _require_room(size: int, config: ModelConfig, *, path: Path, what: str) -> None:
     if size > config.vocab_size:
         raise UserError(
             f"{path} has {size} {what}, but the model has only {config.vocab_size} embeddings"

@@ -81,12 +81,19 @@ def gguf_spec(path: Path) -> TokenizerSpec:
     if not isinstance(template, str):
         raise UserError(f"{path}: {CHAT_TEMPLATE} is not a text")
     adds_bos = "bos_token" in special and _adds_bos(kind, metadata)
+    adds_bos = _flag(metadata, "add_bos_token", default=adds_bos, path=path)
+    if adds_bos and "bos_token" in special:
+        # For a tokenizer.json that is written; here, add_bos decides.
+        bos = special["bos_token"]
+        tokenizer.post_processor = import_tokenizers(path).processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     return TokenizerSpec(
         tokenizer=tokenizer,
         digest=_digest(metadata),
         special=special,
         token_ids=token_ids_of(metadata, path) if "eos_token" in special else None,
-        add_bos=_flag(metadata, "add_bos_token", default=adds_bos, path=path),
+        add_bos=adds_bos,
         chat_template=template,
     )
 

@@ -31,7 +31,7 @@ from prompt_tuning_jax.methods import METHODS, Context, MethodConfig, attach_met
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
 from prompt_tuning_jax.typing import Array
-from tests.micro import ONE_LAYER, D, call, make_t5
+from tests.micro import ONE_LAYER, D, call, make_t5, shifted
 from tests.script import SCRIPTS, load_script
 from tests.tiny_run import CONFIG, LABELS, experiment, model_folder
 
@@ -268,7 +268,7 @@ def test_the_method_of_the_guide_is_a_method(monkeypatch: pytest.MonkeyPatch) ->
     config = apply_override(Experiment(), "method=input_scale").method
     assert type(config) is space["InputScale"] and validate(Experiment(method=config))
     attached = attach_method(model, config, key=key, context=context)
-    same = call(model, TOKENS, TARGETS)
+    same = call(model, TOKENS, shifted(TARGETS))
     np.testing.assert_allclose(attached(TOKENS, TARGETS), same, atol=1e-5)
     factors: Array = attached.method.factor_D.get_value()
     assert factors.shape == (D,)

@@ -311,7 +311,7 @@ def test_the_seed_decides_the_random_weights() -> None:
         ({"data.inputs_length": 2000, "data.targets_length": 1000}, "no sentinel <extra_id_100>"),
         ({"data.targets_length": 2}, "targets_length 2 is too short"),
         ({"data.train": "/nowhere/at/all"}, "/nowhere/at/all: no such text file"),
-        ({"model.name_or_path": "mikro"}, "no T5 preset is called 'mikro'; did you mean micro"),
+        ({"model.name_or_path": "mikro"}, "no preset is called 'mikro'; did you mean micro"),
         ({"model.vocabulary": ""}, "came without a vocabulary"),
     ],
 )

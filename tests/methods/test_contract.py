@@ -36,6 +36,7 @@ from tests.devices import with_devices
 from tests.method_cases import (
     CASES,
     LABELS,
+    LM_CASES,
     ON_A_MESH,
     ONE_OF_EACH,
     experiment,
@@ -81,7 +82,7 @@ def tuned_of(method: MethodConfig, attached: TunedModel) -> dict[str, HostArray]
 
 
 def test_the_table_has_every_method_that_trains() -> None:
-    known = {type(case.method) for case in CASES.values()}
+    known = {type(case.method) for case in (*CASES.values(), *LM_CASES.values())}
     left_out = {"none", "prompt_design", "described_prompts"}  # nothing trains; other inputs
     assert {cls for name, cls in METHODS.items() if name not in left_out} <= known
 

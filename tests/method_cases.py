@@ -1,12 +1,13 @@
 """The table of methods that the contract is tested on, and a short training of any of them.
 
 A new method adds a line to ``CASES``: its config for the micro model, and the closed form of its
-docstring with the micro model's sizes put in.
+docstring with the micro model's sizes put in.  ``LM_CASES`` are the same for a decoder-only model.
 """
 
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +19,11 @@ from prompt_tuning_jax.inference.setup import (
     partitioner_of,
 )
 from prompt_tuning_jax.methods import (
+    CPT,
     IA3,
     WARP,
     Adapters,
+    Cartridge,
     DeepPrompts,
     FullTuning,
     LoRA,
@@ -31,12 +34,14 @@ from prompt_tuning_jax.methods import (
     PromptTuning,
     PTuning,
 )
-from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.models.base import Model as BaseModel
+from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.optim import make_optimizer
 from prompt_tuning_jax.training.step import TrainStep, init_state
 from prompt_tuning_jax.typing import HostArray
 from tests.micro import EOS, ONE_LAYER, D, V, Words, make_batch, make_t5
+from tests.tiny_lm import make_lm
 
 LABELS = ("alpha", "beta", "gamma")
 STEPS, ROWS = 3, 8
@@ -60,6 +65,7 @@ class Case:
 
     method: MethodConfig
     count: int
+    lm: bool = False
 
 
 CASES: dict[str, Case] = {
@@ -92,6 +98,9 @@ CASES |= {
         method=PrefixTuning(length=3, hidden=6, encoder=False, before=True),
         count=2 * (3 * D + (D + 1) * 6 + (6 + 1) * 2 * H_K),
     ),
+    "cartridge": Case(
+        method=Cartridge(length=3, init_population=0), count=2 * 3 * H_K * ATTENTIONS
+    ),
     "p_tuning_lstm": Case(
         method=PTuning(length=3, hidden=4, dropout=0.1, template="{prompt} it {prompt:1} {input}"),
         count=4 * D + 10 * 4 * D + 36 * 4**2 + 34 * 4 + D,
@@ -122,6 +131,53 @@ CASES |= {
 }
 
 
+# The decoder-only model: one layer, biases on queries, keys and values, its own output head.
+LM_SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "embed_dim": D,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "mlp_dim": F,
+    "num_layers": 1,
+    "qkv_bias": True,
+    "token_ids": TokenIds(pad=0, eos=EOS, start=-1),
+}
+H_K_LM, G_K = 4 * 4, 2 * 4
+LM_BIASES_AND_NORMS = H_K_LM + 2 * G_K + 3 * D
+LM_CASES: dict[str, Case] = {
+    name: Case(method=CASES[name].method, count=CASES[name].count, lm=True)
+    for name in (
+        *("prompt_tuning", "p_tuning_lstm", "p_tuning_mlp", "deep_prompts", "deep_prompts_mlp"),
+        *("warp", "multitask_low_rank", "multitask_sum", "multitask_concatenation"),
+    )
+} | {
+    name: Case(method=CASES[name].method, count=count, lm=True)
+    for name, count in {
+        "full": 2 * V * D + 2 * D * H_K_LM + 2 * D * G_K + 3 * D * F + LM_BIASES_AND_NORMS,
+        "lora": 2 * (2 * D + H_K_LM + G_K),
+        "lora_stabilized_everywhere": 4 * (2 * (D + H_K_LM) + 2 * (D + G_K) + 3 * (D + F) + D + V),
+        "ia3": 2 * G_K + F,
+        "adapters_houlsby": 2 * (2 * D * 4 + 4 + D),
+        "adapters_pfeiffer": 2 * D * 3,
+        "pattern": LM_BIASES_AND_NORMS,
+        "prefix_tuning": 2 * 3 * G_K,
+        "prefix_tuning_mlp": 3 * D + (D + 1) * 6 + (6 + 1) * 2 * G_K,
+        "cartridge": 2 * 3 * G_K,
+    }.items()
+}
+# Two examples: the inputs' three words and the template's two change, and no answer does.
+LM_CASES["cpt"] = Case(
+    method=CPT(
+        examples=("a bb", "alpha", "ccc", "beta"),
+        demonstration="{inputs} : {targets}",
+        epsilon=9.0,
+        format_epsilon=9.0,
+    ),
+    count=5 * D,
+    lm=True,
+)
+
 # Trained for the contract: each is seconds of compiling, and one of each method shows it.
 ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.items())}.values())
 # The model's dropout is the step's and no method's, and half of what a step takes to compile.
@@ -142,13 +198,16 @@ class Trained:
     before: dict[str, HostArray]
     after: dict[str, HostArray]
     losses: HostArray
+    fill: int
 
 
 @functools.cache
-def model(dropout_rate: float = 0.1) -> T5:
+def model(dropout_rate: float = 0.1, *, lm: bool = False) -> BaseModel:
     """The micro model that methods are attached to; attaching leaves it as it is."""
-    made = make_t5(ONE_LAYER, dropout_rate=dropout_rate)
-    made.vocabulary = Words()
+    made: BaseModel = make_t5(ONE_LAYER, dropout_rate=dropout_rate)
+    if lm:
+        made = make_lm("llama", dropout_rate=dropout_rate, **LM_SIZES)
+    made.vocabulary = Words(made.token_ids)
     return made
 
 
@@ -169,14 +228,26 @@ def experiment(
 
 
 @functools.cache
-def trained(name: str, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None) -> Trained:
+def trained(
+    name: str, seeds: tuple[int, ...] = (0, 1), mesh: Mesh | None = None, *, lm: bool = False
+) -> Trained:
     """A few steps of the real step, each member with the batches of its seed."""
-    rate = 0.1 if name in WITH_DROPOUT else 0.0
-    of = experiment(CASES[name].method, seeds=seeds, mesh=mesh, dropout_rate=rate)
-    members = attach_members(of, model(rate), labels=LABELS)
+    rate = 0.1 if name in WITH_DROPOUT and not lm else 0.0
+    case = (LM_CASES if lm else CASES)[name]
+    of = experiment(case.method, seeds=seeds, mesh=mesh, dropout_rate=rate)
+    members = attach_members(of, model(rate, lm=lm), labels=LABELS)
     state, step, _ = build.build_step(of, members)
     before = {key: np.array(array) for key, array in state.trainable.items()}
-    done = Trained(of=of, members=members, step=step, before=before, after={}, losses=np.zeros(0))
+    fill = model(rate, lm=lm).token_ids.fill
+    done = Trained(
+        of=of,
+        members=members,
+        step=step,
+        before=before,
+        after={},
+        losses=np.zeros(0),
+        fill=fill,
+    )
     after, losses = steps_from(done, before)
     return dataclasses.replace(done, after=after, losses=losses)
 
@@ -199,6 +270,7 @@ def steps_from(
         }
         if of.method.scores_labels:  # on targets that are labels
             batch["targets"] = label_targets(batch["targets"])
+        batch = {key: np.where(rows == 0, done.fill, rows) for key, rows in batch.items()}
         if not partitioner.is_single_device:
             batch = dict(partitioner.shard_batch(batch, ("ensemble", "batch", "length")))
         state, metrics = done.step(state, members.frozen, batch)

@@ -111,7 +111,7 @@ ROW = json.dumps(GOOD[0])
             lambda d: {"data.train": "", "data.eval": "", "data.task": "word_valense"},
             "unknown task 'word_valense': did you mean 'word_valence'",
         ),
-        (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder nor a known name"),
+        (lambda d: {"model.name_or_path": str(d / "none")}, "is neither a folder"),
         (lambda d: {"model.name_or_path": "tyni"}, "there are: tiny"),
         (
             lambda d: {"model.name_or_path": "models/tiny"},

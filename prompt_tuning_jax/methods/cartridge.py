@@ -85,7 +85,7 @@ def _first_tokens(config: Cartridge, model: Model, context: Context) -> Array:
     if vocabulary is None:
         raise UserError("method.init=text needs the model's vocabulary; set model.vocabulary")
     text = context.init_text or config.init_text
-    tokens = [*getattr(vocabulary, "input_start", ()), *vocabulary.encode(text)]
+    tokens = [*vocabulary.input_start, *vocabulary.encode(text)]
     if len(tokens) < config.length:
         raise UserError(
             f"method.init=text: the text has {len(tokens)} tokens, and method.length is "

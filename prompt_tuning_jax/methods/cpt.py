@@ -159,7 +159,7 @@ def _context(
 
     for number, example in enumerate(examples):
         first, length = _NUM_TYPES * number, len(tokens)
-        add([*getattr(vocabulary, "input_start", ())], first + _TEMPLATE)
+        add([*vocabulary.input_start], first + _TEMPLATE)
         kind = _TEMPLATE
         for literal, column in zip(template.literals, (*template.columns, ""), strict=True):
             add(vocabulary.encode(literal) if literal else [], first + kind)

@@ -214,9 +214,9 @@ class Model(nnx.Module):
     def input_eos(self) -> int:
         """The id that ends an input: the vocabulary's, or the model's if there is no vocabulary.
 
-        Nothing ends the input of a decoder-only model, and this is -1.
+        It is -1 if nothing ends an input (``token_ids.inputs_end``).
         """
-        if self.causal:
+        if not self.token_ids.inputs_end:
             return -1
         return self.token_ids.eos if self.vocabulary is None else int(self.vocabulary.eos_id)
 

@@ -147,6 +147,26 @@ def test_copies_are_equal(tokenizers: dict[str, HfTokenizer]) -> None:
     assert len({words.fingerprint for words in tokenizers.values()}) == len(tokenizers)
 
 
+def test_vocab_json_and_merges_txt(tokenizers: dict[str, HfTokenizer], tmp_path: Path) -> None:
+    """The files of OPT and of the first GPT-2, which have no tokenizer.json."""
+    words = tokenizers["json"]
+    model = json.loads(words.path.read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"]), ""]
+    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    special = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    made = load_vocabulary(tmp_path)
+    assert made.eos_id == words.eos_id
+    for text in (*CORPUS, "", "größe <|im_end|> x"):
+        assert made.encode_input(text) == [1, *words.encode(text)]
+    assert made.decode(made.encode_target(CORPUS[3])) == CORPUS[3]
+    (tmp_path / "vocab.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"vocab\.json: a vocabulary is an object of ids"):
+        load_vocabulary(tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizers_of_gguf_files_are_written_as_json(
     tokenizers: dict[str, HfTokenizer], tmp_path: Path, kind: str

@@ -30,7 +30,6 @@ MODELS = [
     "opt",
 ]
 WITH_ADAPTERS = ["llama_gqa_tied", "gpt2", "bloom", "gemma2", "qwen3"]
-NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +65,14 @@ def read(
     return model.read(model.embed(tokens_BT, prompt), injections=injections)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def reading(graphdef: Any, params: Any, tokens_BT: Any, *rest: Any) -> tuple[Array, Array, Array]:
-    """The hidden states and logits of all positions, and the greedy continuation ``[B, 8]``."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "new_tokens"))
+def reading(
+    graphdef: Any, params: Any, tokens_BT: Any, *rest: Any, new_tokens: int = 8
+) -> tuple[Array, Array, Array]:
+    """The hidden states and logits of all positions, and the greedy continuation."""
     model = param_tree.merge(graphdef, params)
     context = read(model, tokens_BT, *rest)
-    decode_context, caches = model.start_decoding(context, NEW_TOKENS)
+    decode_context, caches = model.start_decoding(context, new_tokens)
 
     def step(carried: Any, position: Any) -> Any:
         tokens_B, caches = carried
@@ -80,7 +81,7 @@ def reading(graphdef: Any, params: Any, tokens_BT: Any, *rest: Any) -> tuple[Arr
         return (tokens_B, caches), tokens_B
 
     first = (jnp.zeros(len(tokens_BT), jnp.int32), caches)
-    greedy_SB = jax.lax.scan(step, first, jnp.arange(NEW_TOKENS))[1]
+    greedy_SB = jax.lax.scan(step, first, jnp.arange(new_tokens))[1]
     return context.hidden_BUD, model.logits(context.hidden_BUD), greedy_SB.T
 
 
@@ -193,3 +194,39 @@ def test_a_prefix(families, name, adapter):
         gradient = gradient.reshape(want["prefix_grad"].shape)
         largest = np.abs(want["prefix_grad"]).max()
         np.testing.assert_allclose(gradient, want["prefix_grad"], atol=2e-5 * largest)
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2: Path, families: Path) -> None:
+    check_pretrained(smollm2, np.load(families / "smollm2" / "cases.npz"))
+
+
+@pytest.mark.slow
+def test_gemma3_270m(gemma3_270m: Path, families: Path) -> None:
+    want = np.load(families / "gemma3_270m" / "cases.npz")
+    check_pretrained(gemma3_270m, want)
+    # Behind a prompt, which predicts the first token.
+    split_model, real_BT = param_tree.split(load(gemma3_270m)), want["attention_mask"] != 0
+    prompt, tokens_BT = jnp.asarray(want["prompt_inputs_embeds"]), want["input_ids"]
+    empty_BT = np.full_like(tokens_BT[:, :1], -1)
+    _, log_probs_BT = losses(*split_model, prompt, empty_BT, padded(tokens_BT, real_BT))[0]
+    recorded_BT = want["prompted_token_logprobs"]
+    np.testing.assert_allclose(log_probs_BT[real_BT], recorded_BT[real_BT], atol=3e-4)
+    row_1T = tokens_BT[:1, : real_BT[0].sum()]
+    (loss, _), gradient = losses(*split_model, prompt, row_1T[:, :1], row_1T[:, 1:])
+    np.testing.assert_allclose(loss, want["prompt_loss0"], rtol=1e-4)
+    largest = np.abs(want["prompt_grad0"]).max()
+    np.testing.assert_allclose(gradient, want["prompt_grad0"], atol=1e-3 * largest)
+
+
+def check_pretrained(path: Path, want: Mapping[str, np.ndarray]) -> None:
+    split_model, real_BT = param_tree.split(load(path)), want["attention_mask"] != 0
+    tokens_BT = padded(want["input_ids"], real_BT)
+    _, log_probs_BT = losses(*split_model, None, tokens_BT[:, :1], tokens_BT[:, 1:])[0]
+    recorded_BT = want["token_logprobs"][:, 1:]
+    np.testing.assert_allclose(log_probs_BT[real_BT[:, 1:]], recorded_BT[real_BT[:, 1:]], atol=3e-4)
+    prompts_BT = want["prompt_ids"]
+    if "prompt_mask" in want:
+        prompts_BT = padded(prompts_BT, want["prompt_mask"] != 0)
+    new_tokens = want["greedy_ids"].shape[1]
+    check_greedy(reading(*split_model, prompts_BT, new_tokens=new_tokens)[2], want)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
-from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
     HfTokenizer,
 )
@@ -260,7 +259,7 @@ def tokenizer_files(
         return {TOKENIZER_CONFIG: described}
     if isinstance(words, HfTokenizer):
         _require_room(words.size, config, path=path, what="ids")
-        if path.suffix == GGUF_SUFFIX:
+        if path.name != TOKENIZER:
             tokenizer, described = words.as_json()
             return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: described}
         files: dict[str, Path | dict[str, Any]] = {TOKENIZER: path}

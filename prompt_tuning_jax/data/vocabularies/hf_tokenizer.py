@@ -1,6 +1,5 @@
-"""Hugging Face's fast tokenizers: ``tokenizer.json``, and the same built from a GGUF file."""
+"""Hugging Face's fast tokenizers: ``tokenizer.json``, and the same built from other files."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -14,35 +13,30 @@ from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import gguf_spec
 from prompt_tuning_jax.data.vocabularies.plain_text import PlainEncoder
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    BPE_VOCABULARY,
     AddedToken,
     ids_suffix,
-    read_tokenizer_config,
     up_to,
 )
-from prompt_tuning_jax.data.vocabularies.tokenizer_spec import (
-    TokenizerSpec,
-    import_tokenizers,
-    no_panic,
-    quiet_errors,
+from prompt_tuning_jax.data.vocabularies.tokenizer_json import (
+    bpe_spec,
+    json_spec,
+    parse_tokenizer,
+    tokenizer_as_json,
 )
+from prompt_tuning_jax.data.vocabularies.tokenizer_spec import no_panic
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
-from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
 _T5_EOS, _UNKNOWN = 1, 2
-_LARGEST = 2**27  # bytes; the largest published ones have 35 million
-# The library panics on patterns in the file that take too long: these texts find that early.
-_PROBES = (
-    "",
-    *(f"{part * 40}{end}" for part in ("a", "1", " ", ".", "aB ") for end in ("!", "\0")),
-)
 
 
 class HfTokenizer(BaseVocabulary):
-    """A ``tokenizer.json`` (Hugging Face's fast tokenizers), or the tokenizer in a GGUF file.
+    """A tokenizer of Hugging Face's library: a ``tokenizer.json``, or one built from other files.
 
-    The files beside ``tokenizer.json`` say which tokens are special.  An input starts with the
+    These are a GGUF file, or a ``vocab.json`` with a ``merges.txt`` beside it.  The tokenizer's
+    other files in the folder say which tokens are special.  An input starts with the
     beginning of sequence if the tokenizer adds one.  ``token_ids`` defaults to T5's in T5's
     vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
     to those of a decoder-only model with the special tokens of the files.
@@ -62,8 +56,12 @@ class HfTokenizer(BaseVocabulary):
         max_size: int | None = None,
     ) -> None:
         self.path = Path(path)
-        is_gguf = self.path.suffix == GGUF_SUFFIX
-        spec = gguf_spec(self.path) if is_gguf else _spec_of_json(self.path, max_size)
+        if self.path.suffix == GGUF_SUFFIX:
+            spec = gguf_spec(self.path)
+        elif self.path.name == BPE_VOCABULARY:
+            spec = bpe_spec(self.path)
+        else:
+            spec = json_spec(self.path, max_size=max_size)
         self._tokenizer = spec.tokenizer
         self._special = dict(spec.special)
         self._chat_template = spec.chat_template
@@ -212,8 +210,7 @@ class HfTokenizer(BaseVocabulary):
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
         if self._chat_template:
             config["chat_template"] = self._chat_template
-        tokenizer = read_json(self._tokenizer.to_str(), of=str(self.path), max_bytes=_LARGEST)
-        return tokenizer, config
+        return tokenizer_as_json(self._tokenizer, path=self.path), config
 
     @cached_property
     def _plain(self) -> PlainEncoder:
@@ -266,49 +263,6 @@ class HfTokenizer(BaseVocabulary):
 
 # Attributes that a copy computes again.
 _COMPUTED = ("_tokenizer", "_plain", "_chat")
-
-
-def parse_tokenizer(text: str, *, path: Path) -> Any:
-    """The tokenizer in the text of a ``tokenizer.json``."""
-    library = import_tokenizers(path)
-    with no_panic(path), quiet_errors():
-        tokenizer = library.Tokenizer.from_str(text)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        for probe in _PROBES:
-            tokenizer.encode(probe, add_special_tokens=False)
-    return tokenizer
-
-
-def _spec_of_json(path: Path, max_size: int | None) -> TokenizerSpec:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
-    if len(data) > _LARGEST:
-        raise UserError(f"{path}: more than {_LARGEST} bytes, which is too large for a vocabulary")
-    config = read_tokenizer_config(path.parent)
-    tokenizer = parse_tokenizer(text, path=path)
-    added = tokenizer.get_added_tokens_decoder()
-    if max_size is not None and any(token_id >= max_size for token_id in added):
-        text = _without_added(text, max_size, path)
-        tokenizer = parse_tokenizer(text, path=path)
-    return TokenizerSpec(
-        tokenizer=tokenizer,
-        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
-        special=config.special,
-        add_bos=config.add_bos,
-        chat_template=config.chat_template,
-    )
-
-
-def _without_added(text: str, max_size: int, path: Path) -> str:
-    """The tokenizer.json without the added tokens whose ids are ``max_size`` or more."""
-    content = read_json(text, of=str(path), max_bytes=_LARGEST)
-    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < max_size]
-    return json_text(content)
 
 
 def _text_of_bytes(piece: str) -> str:

@@ -23,9 +23,11 @@ CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
 TOKENIZER = "tokenizer.json"
+BPE_VOCABULARY, BPE_MERGES = "vocab.json", "merges.txt"  # of tokenizers without a tokenizer.json
 # Files that are fetched with a model.
 TOKENIZER_FILES = (
     *("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
+    *(BPE_VOCABULARY, BPE_MERGES),
 )
 _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
@@ -206,13 +208,16 @@ def vocabulary_file(folder: Path) -> Path | None:
     """The file in a model's folder that defines its vocabulary, or None.
 
     In this order: the ``tokenizer_config.json`` of a ByT5, which has no other file; a SentencePiece
-    model; ``tokenizer.json``; and a ``config.json`` that names ByT5's tokenizer.
+    model; ``tokenizer.json``; ``vocab.json`` with ``merges.txt``; and a ``config.json`` that names
+    ByT5's tokenizer.
     """
     if _is_of_bytes(folder / TOKENIZER_CONFIG):
         return folder / TOKENIZER_CONFIG
     for name in (*SENTENCEPIECE_FILES, TOKENIZER):
         if (folder / name).is_file():
             return folder / name
+    if all((folder / name).is_file() for name in (BPE_VOCABULARY, BPE_MERGES)):
+        return folder / BPE_VOCABULARY
     return folder / _MODEL_CONFIG if _is_of_bytes(folder / _MODEL_CONFIG) else None
 
 

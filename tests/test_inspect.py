@@ -131,7 +131,7 @@ def test_a_published_size_is_told_without_reading(
             f"prompt_tuning_jax.checkpoints.{module}.require_whole", lambda path: None
         )
     # Whether the head is the table takes one look at both.
-    monkeypatch.setattr(pretrained, "_equal", lambda left, right: False)
+    monkeypatch.setattr(pretrained, "equal_bits", lambda left, right: False)
     monkeypatch.setattr("tests.convert_cases.tree_bytes", lambda folder: {})
     found = rows(program("inspect", tmp_path / "hf"))
     assert (found["size"], found["parameters"]) == ("xxl", "11,135,332,352")

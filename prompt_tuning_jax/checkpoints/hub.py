@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, read_config
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, model_type_of
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress
@@ -64,13 +64,15 @@ def model_location(name: str) -> str:
         return str(_newest_checkpoint(folder) or folder)
     if is_gguf(folder):
         return str(folder)
+    if folder.suffix.lower() == GGUF_SUFFIX:
+        raise UserError(f"there is no file {name}")
     if is_hub_name(name):
         last = name.rpartition("/")[2]
         if last in NAMED_MODELS:
             raise UserError(f"there is no folder {name}; did you mean the model {last}?")
         return str(hub_folder(name))
     raise UserError(
-        f"model {name!r} is neither a folder, a .gguf file nor a known name; "
+        f"model {name!r} is neither a folder nor a known name; "
         f"{suggest(name, NAMED_MODELS)}, and org/name of the Hugging Face hub"
     )
 
@@ -186,8 +188,10 @@ def hub_folder(name: str) -> Path:
 
 def _may_be_flax(folder: Path) -> bool:
     """Whether a model may be read from Flax weights: a T5, or one whose type is not known yet."""
-    config = folder / CONFIG
-    return not config.is_file() or read_config(config)["model_type"] not in FAMILIES
+    try:
+        return model_type_of(folder) not in FAMILIES
+    except UserError:  # opening the model reports it
+        return True
 
 
 def _patterns(weights: str) -> list[str]:

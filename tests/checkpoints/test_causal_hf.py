@@ -306,16 +306,21 @@ def test_ends_of_a_turn_are_written(copy: Edit, tmp_path: Path) -> None:
 
 
 def test_tokenizer_files_are_copied(copy: Edit, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     folder = copy("llama_mha")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_text("{}")
+    pieces = {piece: i for i, piece in enumerate(("<unk>", "<s>", "</s>", "a", "b"))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<unk>"))
+    made.save(str(folder / "tokenizer.json"))
+    files = {"tokenizer_config.json": '{"eos_token": "</s>"}', "chat_template.jinja": "{{ 1 }}"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
     config, params, words = open_hf(folder)
     assert words == folder / "tokenizer.json"
     write_hf(tmp_path / "m", config, params, vocabulary_file=words)
-    assert {file.name for file in (tmp_path / "m").iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    }
+    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "m").iterdir()} == {*written, *files}
+    for name in ("tokenizer.json", *files):
+        assert (tmp_path / "m" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_the_language_model_of_a_gemma_3_that_sees(copy: Edit, families: Path) -> None:

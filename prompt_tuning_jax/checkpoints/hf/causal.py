@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
-from prompt_tuning_jax.checkpoints.gguf.tokenizer import gguf_tokenizer_files
 from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
@@ -14,7 +13,6 @@ from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
-from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.untrusted_input import read_json_file
@@ -23,18 +21,6 @@ _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 2**20  # bytes
-# Files of a tokenizer that transformers writes, in any of its versions.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
@@ -138,15 +124,6 @@ def described_config(config: CausalLMConfig) -> dict[str, Any]:
     writer = ConfigWriter(config)
     family.describe(writer)
     return {"architectures": [family.architecture], **writer.raw}
-
-
-def tokenizer_copies(vocabulary_file: str | Path) -> dict[str, Path | dict[str, Any]]:
-    """The tokenizer's files, by name: those beside a vocabulary, or those of a GGUF file."""
-    path = Path(vocabulary_file)
-    if path.suffix == GGUF_SUFFIX:
-        return {**gguf_tokenizer_files(path)}
-    beside = (path.with_name(name) for name in _TOKENIZER_FILES)
-    return {path.name: path, **{file.name: file for file in beside if file.is_file()}}
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.hf.causal import open_causal, tokenizer_copies, write_causal
+from prompt_tuning_jax.checkpoints.hf.causal import open_causal, write_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     VOCABULARY,
@@ -166,8 +166,7 @@ def write_hf(
         removed, and other files stay.
       config: of the model.
       params: by our name, exactly those of ``config``; read and written shard by shard.
-      vocabulary_file: written as the tokenizer, if there is one; for a decoder-only model, with the
-        tokenizer's other files beside it.
+      vocabulary_file: written as the tokenizer, if there is one, with the files beside it.
       dtype: of the weights; ``stored`` keeps each array's dtype, and then they read back bit for
         bit.
       max_shard_bytes: larger weights are split into several files with an index.
@@ -181,13 +180,14 @@ def write_hf(
             "without quantization"
         )
     require_parameters(params, config, of="the parameters")
+    tokenizer = tokenizer_files(vocabulary_file, config) if vocabulary_file else {}
     lazy = {name: _as_lazy(name, array) for name, array in params.items()}
     if isinstance(config, CausalLMConfig):
         write_causal(
             Path(folder),
             config,
             lazy,
-            tokenizer=tokenizer_copies(vocabulary_file) if vocabulary_file else {},
+            tokenizer=tokenizer,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
         )
@@ -200,7 +200,7 @@ def write_hf(
             for name, array in lazy.items()
         },
         describe=lambda stored: config_to(t5, stored, model_type=model_type),
-        tokenizer=tokenizer_files(vocabulary_file, t5) if vocabulary_file else {},
+        tokenizer=tokenizer,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )

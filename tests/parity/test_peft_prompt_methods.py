@@ -77,13 +77,12 @@ def attached_with(model: T5, method: MethodConfig, trainable: Any) -> TunedModel
 
 
 def logits(attached: TunedModel, source: Any, target: Any, task_B: Any = None) -> np.ndarray:
-    """The logits of these decoder inputs."""
+    """The logits of these targets."""
     graphdef, params = param_tree.split(attached)
 
     def run(params: Any) -> jax.Array:
-        tuned = param_tree.merge(graphdef, params)
-        context, injections = tuned.read(source, task_B=task_B)
-        return tuned.model.decode(target, context, injections=injections)
+        made: jax.Array = param_tree.merge(graphdef, params)(source, target, task_B=task_B)
+        return made
 
     return np.asarray(jax.jit(run)(params))
 

@@ -8,6 +8,7 @@ from prompt_tuning_jax.methods import (
     IA3,
     WARP,
     Adapters,
+    Cartridge,
     DeepPrompts,
     FullTuning,
     LoRA,
@@ -64,6 +65,7 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
         # Lower rates, because prefixes are initialized from words (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.03, 0.1, 0.3)),
+        "cartridge": prompt(Cartridge(length=length), (0.03, 0.1, 0.3)),
         "ia3": weights(IA3(), (1e-1, 3e-1, 1.0)),
         "lora": weights(LoRA()),
         "adapters": weights(Adapters(), (1e-3, 3e-3, 1e-2)),

@@ -9,7 +9,7 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import METHODS, DescribedPrompts
+from prompt_tuning_jax.methods import CPT, METHODS, DescribedPrompts
 from tests import tiny_run
 from tests.script import SCRIPTS, load_script
 
@@ -83,5 +83,5 @@ def test_what_trains_nothing_is_tested_alone(script: Any, tmp_path: Path) -> Non
 
 def test_every_registered_method_is_compared(script: Any) -> None:
     compared = script.compared(length=LENGTH, init="uniform")
-    for_others = {CPT, DescribedPrompts, CPT}  # for pre-training, and for decoder-only models
+    for_others = {CPT, DescribedPrompts}  # for pre-training, and for decoder-only models
     assert {type(one.method) for one in compared.values()} == {*METHODS.values()} - for_others

@@ -65,6 +65,7 @@ def encode(model: Model | TunedModel, inputs: Inputs, prompt: Array | None = Non
     model's, ``[B, T, D]``, does not.
     """
     attached, tokens_BT, rows, length = _ready(model, inputs, prompt)
+    _check_window(attached, tokens_BT)
     graphdef, params = param_tree.split(attached)
     hidden_BUD = encoded(graphdef, params, tokens_BT)
     # Positions added by a method precede the padding, so padding is cut from the end.
@@ -142,6 +143,7 @@ def generate(
     )
     key = jax.random.key(whole_number("seed", seed, at_least=0, at_most=2**63 - 1))
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
+    _check_window(attached, tokens_BT, writes=max_length, of="max_length")
     graphdef, params = param_tree.split(attached)
     ids, scores = write(graphdef, writing, {}, params, tokens_BT, key, None, None, processors)
     ids, scores = np.asarray(ids[0])[:rows], np.asarray(scores[0])[:rows]
@@ -170,7 +172,8 @@ def score(
             "normalize_length: this method scores labels itself, and not by their tokens; leave "
             "it out"
         )
-    targets_BS, _ = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    _check_window(attached, tokens_BT, writes=length, of="the targets")
     graphdef, params = param_tree.split(attached)
     return np.asarray(target_scores(graphdef, {}, params, tokens_BT, targets_BS, mean)[0])[:rows]
 
@@ -194,11 +197,13 @@ def logits(
     if targets is None:
         if not attached.model.causal:
             raise UserError("targets: an encoder-decoder has logits of targets alone; give them")
+        _check_window(attached, tokens_BT)
         graphdef, params = param_tree.split(attached)
         logits_BUV = input_logits(graphdef, params, tokens_BT)
         cut = logits_BUV.shape[1] - tokens_BT.shape[1] + length
         return np.asarray(logits_BUV[:rows, :cut])
     targets_BS, length = _padded_targets(attached, targets, rows=rows, padded_rows=len(tokens_BT))
+    _check_window(attached, tokens_BT, writes=length, of="the targets")
     graphdef, params = param_tree.split(attached)
     return np.asarray(target_logits(graphdef, params, tokens_BT, targets_BS)[:rows, :length])
 
@@ -400,6 +405,49 @@ def _ready(
         spare = ((0, len(tokens_BT) - rows), (0, 0), (0, 0))
         array = jnp.pad(array, spare, mode="edge")
     return with_prompt(model, array), tokens_BT, rows, length
+
+
+def _check_window(
+    attached: TunedModel, tokens_BT: HostArray, *, writes: int = 0, of: str = ""
+) -> None:
+    """Raises UserError if a decoder-only model's positions do not hold prompt, input and target.
+
+    ``writes`` is the length of the target, and ``of`` names it.
+    """
+    model = attached.model
+    if not model.causal:
+        return
+    lengths_B = (tokens_BT != model.token_ids.fill).sum(axis=1)
+    added = _positions_added(attached, tokens_BT)
+    if not added and not lengths_B.min():
+        raise UserError(
+            f"inputs[{lengths_B.argmin()}] has no tokens; a decoder-only model needs one or a prompt"
+        )
+    window, longest = model.config.max_positions, int(lengths_B.max())
+    # The last token that is written is not read.
+    if window is not None and added + longest + max(writes - 1, 0) > window:
+        target = f", {writes} of {of}" if writes else ""
+        raise UserError(
+            f"the model's window has {window} positions: {added} of the prompt, {longest} of the "
+            f"longest input{target} do not fit; shorten the input"
+        )
+
+
+def _positions_added(attached: TunedModel, tokens_BT: HostArray) -> int:
+    """Returns the number of positions that the method adds to each row."""
+    shape = jax.ShapeDtypeStruct(tokens_BT.shape, tokens_BT.dtype)
+    task_B = jax.ShapeDtypeStruct(tokens_BT.shape[:1], jnp.int32)
+    injections = jax.eval_shape(
+        lambda tokens_BT, task_B: attached.injections(tokens_BT, task_B=task_B), shape, task_B
+    )
+    added = 0
+    if injections.model_input is not None:
+        source = injections.model_input
+        added += source.mask_BU.shape[1] - tokens_BT.shape[1]
+        added += 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
+    for layers in injections.prefixes.values():
+        added += layers[0].key_BPGK.shape[1]
+    return int(added)
 
 
 def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:

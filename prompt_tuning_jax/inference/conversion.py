@@ -31,7 +31,6 @@ from prompt_tuning_jax.checkpoints.destination import (
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
-from prompt_tuning_jax.checkpoints.parameters import require_t5
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
@@ -292,7 +291,7 @@ def export_model(
         vocabulary = vocabulary_file(Path(vocabulary))
     write_hf(
         folder,
-        require_t5(model.config, what="writing a Hugging Face folder"),
+        model.config,
         {name: np.asarray(array) for name, array in param_tree.split(model)[1].items()},
         vocabulary_file=vocabulary or None,
         dtype=dtype,

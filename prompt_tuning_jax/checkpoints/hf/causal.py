@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
-from prompt_tuning_jax.checkpoints.hf.config_fields import ConfigReader
+from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder

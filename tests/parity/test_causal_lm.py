@@ -225,8 +225,8 @@ def check_pretrained(path: Path, want: Mapping[str, np.ndarray]) -> None:
     _, log_probs_BT = losses(*split_model, None, tokens_BT[:, :1], tokens_BT[:, 1:])[0]
     recorded_BT = want["token_logprobs"][:, 1:]
     np.testing.assert_allclose(log_probs_BT[real_BT[:, 1:]], recorded_BT[real_BT[:, 1:]], atol=3e-4)
-    prompts_BT = want["prompt_ids"]
-    if "prompt_mask" in want:
-        prompts_BT = padded(prompts_BT, want["prompt_mask"] != 0)
+    # Gemma's padding, 0, is in no prompt; SmolLM2's may be.
+    mask_BT = want["prompt_mask" if "prompt_mask" in want else "prompt_ids"] != 0
+    prompts_BT = padded(want["prompt_ids"], mask_BT)
     new_tokens = want["greedy_ids"].shape[1]
     check_greedy(reading(*split_model, prompts_BT, new_tokens=new_tokens)[2], want)

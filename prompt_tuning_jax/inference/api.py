@@ -421,7 +421,7 @@ def _check_window(
     added = _positions_added(attached, tokens_BT)
     if not added and not lengths_B.min():
         raise UserError(
-            f"inputs[{lengths_B.argmin()}] has no tokens; a decoder-only model needs one or a prompt"
+            f"inputs[{lengths_B.argmin()}] has no tokens; this model needs one, or a prompt"
         )
     window, longest = model.config.max_positions, int(lengths_B.max())
     # The last token that is written is not read.

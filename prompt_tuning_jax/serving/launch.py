@@ -271,7 +271,7 @@ def _shapes(
         advice="lower max_new_tokens (serving.max_new_tokens) or serve shorter prompts",
     )
     return Shapes(
-        lengths=tuple(sorted({min(length, limit) for length in serving.lengths})),
+        lengths=tuple(dict.fromkeys(min(length, limit) for length in serving.lengths)),
         batch_sizes=serving.batch_sizes,
         prompt_lengths=prompt_lengths_of(known, longest=longest),
         targets=targets_of(

@@ -117,8 +117,8 @@ def require_family(config: ModelConfig) -> T5Config | CausalLMConfig:
 
 
 def task_type(config: ModelConfig) -> str:
-    """PEFT's name of what the model does."""
-    return "CAUSAL_LM" if isinstance(require_family(config), CausalLMConfig) else "SEQ_2_SEQ_LM"
+    """PEFT's name of what a language model does."""
+    return "CAUSAL_LM" if isinstance(config, CausalLMConfig) else "SEQ_2_SEQ_LM"
 
 
 def stores_kernels_as_here(config: ModelConfig) -> bool:

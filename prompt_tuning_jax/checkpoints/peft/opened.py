@@ -9,8 +9,8 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, read_tensors, shown
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
-from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import require_same_names
 from prompt_tuning_jax.typing import HostArray
 
@@ -44,10 +44,10 @@ class OpenedAdapter:
 
     def copies(self, config: ModelConfig) -> int:
         """The number of stacks that it has arrays for; PEFT's default is all of a model."""
-        stacks = 2 if isinstance(config, T5Config) else 1
+        stacks = 1 if isinstance(config, CausalLMConfig) else 2
         copies = self.described.get("num_transformer_submodules")
         if copies not in (None, *range(1, stacks + 1)):
-            has = "a T5 has two stacks" if stacks == 2 else "this model has one stack"
+            has = "a T5 has two stacks" if stacks == 2 else "a decoder-only model has one stack"
             raise UserError(f"{self.where}: num_transformer_submodules is {shown(copies)}; {has}")
         return stacks if copies is None else int(copies)
 

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,22 +19,6 @@ from prompt_tuning_jax.typing import Array, DType, HostArray
 # Added to the scores of masked keys; finite, so that a fully masked row does not give NaN, and so
 # large that ALiBi's smallest slope, 2**-8, leaves enough of it.
 MASK_VALUE = -1e13
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class PastKeys:
-    """Keys and values, of all layers, of positions that come before those being computed.
-
-    Attributes:
-      layers: for each layer, keys and values ``[1 or B, U, G, K]``.
-      positions_BU: their positions, with a batch of 1 or B.
-      mask_BU: the real ones among them; None is all.
-    """
-
-    layers: tuple[KeyValues, ...]
-    positions_BU: Array
-    mask_BU: Array | None = None
 
 
 class Attention(nnx.Module):

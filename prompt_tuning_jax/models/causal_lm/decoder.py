@@ -1,0 +1,265 @@
+"""The stack of a decoder-only model: from embedded positions to the output head's input."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prompt_tuning_jax.models.base import SelfCache
+from prompt_tuning_jax.models.causal_lm.attention import Attention, attention_bias
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
+from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotation
+from prompt_tuning_jax.models.injections import KeyValues, LayerPrompt
+from prompt_tuning_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Mlp,
+    Remat,
+    RMSNorm,
+    dropout,
+    normal_param,
+    rematerialised,
+    split_key,
+)
+from prompt_tuning_jax.typing import Array, DType
+
+
+class PositionEmbedder(nnx.Module):
+    """A learned vector for each position; it is never quantised."""
+
+    def __init__(self, config: CausalLMConfig, *, param_dtype: DType, rngs: nnx.Rngs):
+        rows = config.max_positions + config.position_offset
+        self.embedding = normal_param(
+            rngs,
+            (rows, config.embed_dim),
+            (None, "embed"),
+            std=config.embed_dim**-0.5,
+            dtype=param_dtype,
+        )
+        self.offset = config.position_offset
+
+    def __call__(self, positions_BT: Array) -> Array:
+        # Padding may be behind the last position that the table has.
+        return jnp.take(self.embedding.get_value(), positions_BT + self.offset, axis=0, mode="clip")
+
+
+def make_norm(config: CausalLMConfig, *, dtype: DType, param_dtype: DType) -> RMSNorm | LayerNorm:
+    """Creates the norm of the model's hidden states."""
+    width, eps = config.embed_dim, config.norm_eps
+    if config.norm in ("rms", "rms_plus_one"):
+        plus_one = config.norm == "rms_plus_one"
+        return RMSNorm(width, eps=eps, dtype=dtype, param_dtype=param_dtype, plus_one=plus_one)
+    weights = config.norm == "layer"
+    return LayerNorm(width, eps=eps, dtype=dtype, param_dtype=param_dtype, use_weights=weights)
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention and an mlp, with norms before or after each, or both."""
+
+    def __init__(
+        self,
+        config: CausalLMConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        self.pre_norms, self.post_norms = config.pre_norms, config.post_norms
+        self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.dropout_rate = dropout_rate
+
+        def norm() -> RMSNorm | LayerNorm:
+            return make_norm(config, dtype=dtype, param_dtype=param_dtype)
+
+        if self.pre_norms:
+            self.pre_self_attention_layer_norm = norm()
+        self.self_attention = Attention(
+            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        )
+        if self.post_norms:
+            self.post_self_attention_layer_norm = norm()
+        if self.pre_norms and not self.shared_norm:
+            self.pre_mlp_layer_norm = norm()
+        self.mlp = Mlp(
+            config,
+            config.mlp_activations,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+            use_bias=config.mlp_bias,
+        )
+        if self.post_norms:
+            self.post_mlp_layer_norm = norm()
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        rotated_by: Rotation | None,
+        past: tuple[KeyValues, ...],
+        biases: tuple[Array | None, ...],
+        key: Array | None,
+        cache: SelfCache | None = None,
+        slot: Array | int = 0,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Array, KeyValues]:
+        """Applies the layer and returns its output with the keys and values of its positions.
+
+        ``biases`` has one entry for each segment of ``past``, and one for the layer's keys.  With a
+        cache, ``x_BTD`` holds a single token, which is written into ``slot``, and the keys are
+        those of the cache.  ``last_only`` computes the output of the last position alone.
+        """
+        keys = split_key(key, 4)
+        y_BTD = self.pre_self_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
+        computed = self.self_attention.keys_values(y_BTD, rotated_by)
+        if cache is not None:
+            computed = KeyValues(
+                key_BPGK=_write(cache.key_BSGK, computed.key_BPGK, slot),
+                value_BPGK=_write(cache.value_BSGK, computed.value_BPGK, slot),
+            )
+        if last_only:
+            x_BTD, y_BTD = x_BTD[:, -1:], y_BTD[:, -1:]
+            rotated_by = rotated_by and (rotated_by[0][:, -1:], rotated_by[1][:, -1:])
+            biases = tuple(bias if bias is None else bias[:, -1:] for bias in biases)
+        attended_BTD = self.self_attention(
+            y_BTD, rotated_by, (*past, computed), biases, key=keys[0]
+        )
+        if self.post_norms:
+            attended_BTD = self.post_self_attention_layer_norm(attended_BTD)
+        attended_BTD = dropout(attended_BTD, self.dropout_rate, key=keys[1], shared_axis=-2)
+        summed_BTD = x_BTD + attended_BTD
+        if not self.shared_norm:
+            y_BTD = x_BTD if self.parallel_residual else summed_BTD
+            y_BTD = self.pre_mlp_layer_norm(y_BTD) if self.pre_norms else y_BTD
+        y_BTD = self.mlp(y_BTD, key=keys[2])
+        if self.post_norms:
+            y_BTD = self.post_mlp_layer_norm(y_BTD)
+        y_BTD = dropout(y_BTD, self.dropout_rate, key=keys[3], shared_axis=-2)
+        return summed_BTD + y_BTD, computed
+
+
+class Decoder(nnx.Module):
+    """The stack of layers, from embedded positions to the input of the output head."""
+
+    def __init__(
+        self,
+        config: CausalLMConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dropout_rate = dropout_rate
+        for i in range(config.num_layers):
+            layer = DecoderLayer(
+                config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+            )
+            setattr(self, f"layers_{i}", layer)
+        if config.final_norm:
+            self.decoder_norm = make_norm(config, dtype=dtype, param_dtype=param_dtype)
+        if not config.tie_embeddings:
+            self.logits_dense = Linear(
+                config.embed_dim,
+                config.vocab_size,
+                axes=("embed", "vocab"),
+                std=config.embed_dim**-0.5,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+                out_dtype=jnp.float32,
+                use_bias=config.logits_bias,
+            )
+
+    def layer(self, i: int) -> DecoderLayer:
+        """Layer ``i``, from 0."""
+        layer: DecoderLayer = getattr(self, f"layers_{i}")
+        return layer
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        positions_BT: Array,
+        past: Sequence[PastKeys] = (),
+        *,
+        mask_BT: Array | None = None,
+        mask_BTT: Array | None = None,
+        layer_prompts: Sequence[LayerPrompt | None] | None = None,
+        caches: tuple[SelfCache, ...] | None = None,
+        slot: Array | int = 0,
+        key: Array | None = None,
+        remat: Remat = "none",
+        last_only: bool = False,
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
+        """Computes the final hidden states, and each layer's keys and values.
+
+        Every position sees ``past``, itself, and the positions before it; ``mask_BT`` (key) and
+        ``mask_BTT`` (query, key) restrict the latter further.  With caches, ``x_BTD`` holds a
+        single token, which is written into ``slot`` of each cache; slot 0 has the position
+        ``positions_BT - slot``.
+        """
+        config = self.config
+        keys = split_key(key, config.num_layers)
+        key_positions_BT = positions_BT
+        if caches is not None:
+            slots = caches[0].key_BSGK.shape[1]
+            key_positions_BT = positions_BT - slot + jnp.arange(slots)
+        alibi = config.positions == "alibi"
+        biases: dict[int, tuple[Array | None, ...]] = {}
+        rotations: dict[bool, Rotation] = {}
+        computed: list[KeyValues] = []
+        for i in range(config.num_layers):
+            window = config.window(i)
+            if window not in biases:
+                before = tuple(
+                    attention_bias(
+                        positions_BT,
+                        segment.positions_BU,
+                        window=window,
+                        causal=False,
+                        mask_BU=segment.mask_BU,
+                        alibi=alibi,
+                    )
+                    for segment in past
+                )
+                within = attention_bias(
+                    positions_BT,
+                    key_positions_BT,
+                    window=window,
+                    mask_BU=mask_BT,
+                    mask_BTU=mask_BTT,
+                    alibi=alibi,
+                )
+                biases[window] = (*before, within)
+            local = window > 0
+            if config.positions == "rope" and local not in rotations:
+                rotations[local] = rotation(positions_BT, config, local=local)
+            layer_prompt = layer_prompts[i] if layer_prompts else None
+            x_BTD = x_BTD if layer_prompt is None else layer_prompt.put_into(x_BTD)
+            layer = self.layer(i)
+            # Bound here, because the arguments of a rematerialised function are arrays.
+            last = last_only and i == config.num_layers - 1
+            apply = partial(layer, last_only=True) if last else layer
+            x_BTD, keys_values = rematerialised(apply, remat)(
+                x_BTD,
+                rotations.get(local),
+                tuple(segment.layers[i] for segment in past),
+                biases[window],
+                keys[i],
+                None if caches is None else caches[i],
+                slot,
+            )
+            computed.append(keys_values)
+        x_BTD = self.decoder_norm(x_BTD) if config.final_norm else x_BTD
+        return x_BTD, tuple(computed)
+
+
+def _write(cache_BSGK: Array, new_B1GK: Array, slot: Array | int) -> Array:
+    start = (0, slot, 0, 0)
+    return jax.lax.dynamic_update_slice(cache_BSGK, new_B1GK.astype(cache_BSGK.dtype), start)

@@ -302,7 +302,7 @@ def export_model(
 
 
 def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, Model]:
-    """Returns a run's experiment, and its best checkpoint merged into a plain T5.
+    """Returns a run's experiment, and its best checkpoint merged into a plain model.
 
     Raises UserError for a folder without a run, for an unknown member, and as
     ``methods.merging.merge`` does.
@@ -346,7 +346,7 @@ def merge(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Converted:
-    """Writes the best model of a run's folder as a Hugging Face folder of a plain T5.
+    """Writes the best model of a run's folder as a Hugging Face folder of a plain model.
 
     Supports LoRA, IA3, and runs that trained the model's weights.  ``member`` selects one of
     several members.  ``dtype="stored"`` keeps the dtype that the run held its weights in; merged

@@ -51,11 +51,13 @@ class Scale(nnx.Module):
         y = linear(x)
         return (self.scale_F.get_value() * y).astype(y.dtype)
 
-    def merged(self, kernel_DF: Array) -> Array:
-        """Returns the equivalent kernel ``[D, F]`` in float32, with the scale folded in."""
-        return kernel_DF * self._factor()
+    def merged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
+        """Returns the equivalent kernel and bias in float32, with the scale folded in."""
+        if bias_F is not None and self.of == "output":
+            bias_F = bias_F * self.scale_F.get_value()
+        return kernel_DF * self._factor(), bias_F
 
-    def unmerged(self, kernel_DF: Array) -> Array:
+    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
         """Inverts ``merged`` up to rounding; raises UserError if a scale is zero."""
         factor = self._factor()
         if not bool(jnp.all(factor)):
@@ -63,7 +65,9 @@ class Scale(nnx.Module):
                 "an IA3 scale is zero, and what it was merged into cannot be had back; "
                 "keep the model from before"
             )
-        return kernel_DF / factor
+        if bias_F is not None and self.of == "output":
+            bias_F = bias_F / self.scale_F.get_value()
+        return kernel_DF / factor, bias_F
 
     def _factor(self) -> Array:
         """Returns the factors of the kernel's rows ``[D, 1]`` or columns ``[1, F]``."""

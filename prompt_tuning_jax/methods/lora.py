@@ -46,13 +46,13 @@ class LowRankPair(nnx.Module):
         added = matmul.dot(low, self.lora_b_RF.get_value(), dtype=self.dtype, out_dtype=jnp.float32)
         return (y + self.scale * added).astype(y.dtype)
 
-    def merged(self, kernel_DF: Array) -> Array:
-        """Returns the equivalent kernel ``[D, F]`` in float32, with the product added."""
-        return kernel_DF + self._product_DF()
+    def merged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
+        """Returns the equivalent kernel in float32, with the product added, and the bias."""
+        return kernel_DF + self._product_DF(), bias_F
 
-    def unmerged(self, kernel_DF: Array) -> Array:
+    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
         """Inverts ``merged`` up to rounding."""
-        return kernel_DF - self._product_DF()
+        return kernel_DF - self._product_DF(), bias_F
 
     def _product_DF(self) -> Array:
         a_DR, b_RF = self.lora_a_DR.get_value(), self.lora_b_RF.get_value()

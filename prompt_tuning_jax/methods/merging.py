@@ -22,15 +22,18 @@ MERGEABLE = ", ".join(sorted(name for name, method in METHODS.items() if method.
 
 @runtime_checkable
 class Mergeable(Protocol):
-    """An adapter whose effect on a linear map can be folded into its kernel ``[D, F]``."""
+    """An adapter whose effect on a linear map can be folded into its kernel and its bias.
 
-    def merged(self, kernel_DF: Array) -> Array: ...
+    ``bias_F`` is None if the map has none.
+    """
 
-    def unmerged(self, kernel_DF: Array) -> Array: ...
+    def merged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]: ...
+
+    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]: ...
 
 
 def merge(attached: TunedModel) -> Model:
-    """Returns a plain T5 that computes the same function as the model with its method.
+    """Returns a plain model that computes the same function as the model with its method.
 
     The kernels are computed in float32 and rounded to their dtype.  ``attached`` is not modified.
     Raises UserError if a wrapped weight is quantised, or if the method cannot be merged.
@@ -43,13 +46,13 @@ def merge(attached: TunedModel) -> Model:
     model = shallow_copy(attached.model)
     for name, linear in linear_maps(model).items():
         if linear.adapter is not None:
-            _replace_kernel(name, linear, _mergeable(name, linear.adapter).merged)
+            _replace_weights(name, linear, _mergeable(name, linear.adapter).merged)
             linear.adapter = None
     return model
 
 
 def unmerge(model: Model, attached: TunedModel) -> Model:
-    """Undoes ``merge``: returns the original plain T5, given the merged one and ``attached``.
+    """Undoes ``merge``: returns the original plain model, given the merged one and ``attached``.
 
     The result is exact up to rounding in float32, or in the dtype of the kernels if that is
     narrower.  Raises UserError if a wrapped weight is quantised, if an adapter cannot be merged, or
@@ -59,7 +62,7 @@ def unmerge(model: Model, attached: TunedModel) -> Model:
     adapter_of = {name: linear.adapter for name, linear in linear_maps(attached.model).items()}
     for name, linear in linear_maps(model).items():
         if (adapter := adapter_of[name]) is not None:
-            _replace_kernel(name, linear, _mergeable(name, adapter).unmerged)
+            _replace_weights(name, linear, _mergeable(name, adapter).unmerged)
     return model
 
 
@@ -72,13 +75,21 @@ def _mergeable(name: str, adapter: LinearAdapter) -> Mergeable:
     return adapter
 
 
-def _replace_kernel(name: str, linear: AnyLinear, change: Callable[[Array], Array]) -> None:
+def _replace_weights(
+    name: str,
+    linear: AnyLinear,
+    change: Callable[[Array, Array | None], tuple[Array, Array | None]],
+) -> None:
     if isinstance(linear, QuantizedLinear):
         raise UserError(
             f"the weights of {name} are quantised, and what is merged into them would be lost in "
             "rounding; set model.quantization=none"
         )
     kernel_DF = linear.kernel.get_value()
-    changed_DF = change(kernel_DF.astype(jnp.float32)).astype(kernel_DF.dtype)
-    # Create a new variable, because the old one may be shared with the caller's model.
-    linear.kernel = nnx.Param(changed_DF, **linear.kernel.get_metadata())
+    bias_F = None if linear.bias is None else linear.bias.get_value().astype(jnp.float32)
+    changed_DF, changed_F = change(kernel_DF.astype(jnp.float32), bias_F)
+    # Create new variables, because the old ones may be shared with the caller's model.
+    linear.kernel = nnx.Param(changed_DF.astype(kernel_DF.dtype), **linear.kernel.get_metadata())
+    if linear.bias is not None and changed_F is not None:
+        dtype = linear.bias.get_value().dtype
+        linear.bias = nnx.Param(changed_F.astype(dtype), **linear.bias.get_metadata())

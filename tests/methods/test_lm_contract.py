@@ -13,6 +13,7 @@ from prompt_tuning_jax.config.overrides import from_json, to_json
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.inference.setup import attach_members
 from prompt_tuning_jax.methods import METHODS, TunedModel
+from prompt_tuning_jax.methods.merging import merge
 from tests.method_cases import LABELS, LM_CASES, experiment, model, trained
 from tests.micro import make_batch
 
@@ -31,6 +32,16 @@ def _logits(graphdef: Any, params: Any) -> jax.Array:
 
 def logits_of(attached: TunedModel) -> np.ndarray:
     return np.asarray(_logits(*param_tree.split(attached)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bare_logits(graphdef: Any, params: Any) -> jax.Array:
+    logits: jax.Array = param_tree.merge(graphdef, params).run(*INPUTS)
+    return logits
+
+
+def bare_logits(given: Any) -> np.ndarray:
+    return np.asarray(_bare_logits(*param_tree.split(given)))
 
 
 def member(name: str, *, after: bool = True) -> TunedModel:
@@ -83,7 +94,8 @@ def test_the_form_for_inference_computes_the_same(name: str) -> None:
     np.testing.assert_allclose(got, logits_of(attached), atol=2e-5)
     before = logits_of(member(name, after=False))
     assert np.abs(got - before).max() > 1e-4  # training has changed something
-    if LM_CASES[name].method.identity_at_init:
-        graphdef, params = param_tree.split(model(lm=True))
-        bare = jax.jit(lambda p: param_tree.merge(graphdef, p).run(*INPUTS))(params)
-        np.testing.assert_allclose(before, bare, atol=1e-5)
+    method = LM_CASES[name].method
+    if method.identity_at_init:
+        np.testing.assert_allclose(before, bare_logits(model(lm=True)), atol=1e-5)
+    if method.mergeable:  # into kernels and biases
+        np.testing.assert_allclose(bare_logits(merge(attached)), got, atol=2e-5)

@@ -172,16 +172,16 @@ class Trainer:
         stacked = {
             name: jnp.stack([jnp.asarray(t[name]) for t in trainable]) for name in trainable[0]
         }
-        self.optimizer = make_optimizer(optimizer, self.mask)
-        self.state = init_state(stacked, self.optimizer)
-        self.step = make_train_step(
+        self.optimizer, self.step = _optimizer_and_step(
             self.graphdef,
-            self.optimizer,
-            make_schedule(optimizer, total_steps=total_steps),
-            learning_rates=learning_rates or (optimizer.learning_rate,) * len(seeds),
-            seeds=seeds,
+            optimizer,
+            tuple(self.mask.items()),
+            total_steps,
+            learning_rates or (optimizer.learning_rate,) * len(seeds),
+            seeds,
             **kwargs,
         )
+        self.state = init_state(stacked, self.optimizer)
 
     def run(self, batches: Iterable[dict[str, np.ndarray]]) -> list[Any]:
         """Trains on the batches; the metrics of every step."""
@@ -190,6 +190,25 @@ class Trainer:
             self.state, measured = self.step(self.state, self.frozen, batch)
             metrics.append(measured)
         return metrics
+
+
+@functools.cache
+def _optimizer_and_step(
+    graphdef: Any,
+    optimizer: Optimizer,
+    mask: tuple[tuple[str, bool], ...],
+    total_steps: int,
+    learning_rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Compiled once for all tests that train in the same way."""
+    built = make_optimizer(optimizer, dict(mask))
+    schedule = make_schedule(optimizer, total_steps=total_steps)
+    step = make_train_step(
+        graphdef, built, schedule, learning_rates=learning_rates, seeds=seeds, **kwargs
+    )
+    return built, step
 
 
 class Words(BaseVocabulary):

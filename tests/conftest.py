@@ -9,9 +9,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:  # no JAX before the environment is set
+    from prompt_tuning_jax.config.experiment import Experiment
+    from prompt_tuning_jax.inference.setup import Members
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,6 +90,21 @@ def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:
 
     plot.drawn = drawn  # type: ignore[attr-defined]
     return plot
+
+
+@pytest.fixture
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one experiment share their compiled step, whatever their folder."""
+    from prompt_tuning_jax.training import build
+
+    build_step, steps = build.build_step, {}
+
+    def cached(of: "Experiment", members: "Members") -> Any:
+        state, step, rates = build_step(of, members)
+        anywhere = replace(of, training=replace(of.training, workdir=""))
+        return state, steps.setdefault((anywhere, members.graphdef), step), rates
+
+    monkeypatch.setattr(build, "build_step", cached)
 
 
 @pytest.fixture(scope="session")

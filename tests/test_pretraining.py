@@ -207,7 +207,9 @@ def test_objectives_and_weights_are_as_asked() -> None:
     assert 0.8 < share_with_sentinels(objective_weights=(9.0, 1.0)) < 1
 
 
-def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled_once: None
+) -> None:
     changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
     assert pretrain(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
     losses = text_losses

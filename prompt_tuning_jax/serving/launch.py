@@ -265,7 +265,7 @@ def _shapes(
         kinds.append("generate")
     limit = inputs_limit(
         window,
-        inputs_length=serving.lengths[-1],
+        inputs_length=max(serving.lengths, default=1),  # Shapes checks their order
         targets_length=serving.max_new_tokens,
         prompt_positions=max([longest, *(prompt.positions for prompt in every)]),
         advice="lower max_new_tokens (serving.max_new_tokens) or serve shorter prompts",

@@ -1,7 +1,6 @@
 """What all tests share: an environment of their own, and the folders that they read."""
 
 import atexit
-import gc
 import importlib.metadata
 import os
 import shutil
@@ -63,19 +62,6 @@ def pytest_runtest_setup() -> None:
     run = sys.modules.get("prompt_tuning_jax.training.run")
     if run is not None and not hasattr(run.plot_curves, "drawn"):
         run.plot_curves = _drawn_once(run.plot_curves)  # type: ignore[attr-defined]
-
-
-_MOST_MEMORY = 3_000_000_000  # bytes of a process between two files of tests
-
-
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Compiled programs of one file are of little use to the next, and take gigabytes."""
-    if nextitem is not None and nextitem.path == item.path:
-        return
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if "jax" in sys.modules and pages * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
 
 
 def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:

@@ -35,7 +35,7 @@ METHODS = {
 }
 CATASTROPHIC = "(([a-z_/]+)+)+!"
 # What no longer matters once a method is trained.
-OVER = ("init_population", "init_labels", "source_task", "source_member")
+OVER = ("init_population", "init_labels", "source_task", "source_member", "frozen")
 # Of each kind of field what would hang, or allocate, or be obeyed to no good.
 LIES: dict[type, list[Any]] = {
     int: [300_000, 10**9, 10**40, -1],

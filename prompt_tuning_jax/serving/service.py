@@ -124,7 +124,9 @@ class Service:
             await asyncio.sleep(_COMPILED)
         while await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE):
             pass
-        self.on_compiled()
+        progress = self.engine.compiler.progress
+        if progress.made == progress.all:  # not if the server is told to end
+            self.on_compiled()
 
     async def predict(self, request: PredictRequest) -> list[Result]:
         """One result for each input, or RefusedError."""

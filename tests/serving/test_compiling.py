@@ -275,9 +275,7 @@ def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when
         assert process.wait(30) == 0
         assert time.monotonic() - began < 5  # a second, where nothing else computes
         said = process.stdout.read().splitlines()
-        # The last program may just be ready.
-        assert said[0] == "shutting down", said
-        assert all(line.endswith("are compiled") for line in said[1:]), said
+        assert said == ["shutting down"], said
     finally:
         process.kill()
         process.wait()

@@ -78,6 +78,23 @@ class SelfCache:
     key_BSGK: Array
     value_BSGK: Array
 
+    def written(self, new: KeyValues, position: Array | int) -> "SelfCache":
+        """Returns the cache with the keys and values ``[B, 1, G, K]`` of one position."""
+
+        def write(cached: Array, part: Array) -> Array:
+            start = (0, position, 0, 0)
+            return jax.lax.dynamic_update_slice(cached, part.astype(cached.dtype), start)
+
+        return SelfCache(
+            key_BSGK=write(self.key_BSGK, new.key_BPGK),
+            value_BSGK=write(self.value_BSGK, new.value_BPGK),
+        )
+
+    @property
+    def key_values(self) -> KeyValues:
+        """All positions of the cache as a segment to attend to."""
+        return KeyValues(key_BPGK=self.key_BSGK, value_BPGK=self.value_BSGK)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStack:

@@ -21,6 +21,7 @@ from prompt_tuning_jax.distributed.sharding import (
     replicate,
     with_logical_constraint,
 )
+from prompt_tuning_jax.inference.decoding.greedy import ends
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
 from prompt_tuning_jax.inference.ensemble import score_known_labels
@@ -256,9 +257,7 @@ class Programs:
             running_M = ~now.done_M
             at_M = jnp.where(running_M, now.position_M, now.ids_MS.shape[1])
             position_M = now.position_M + running_M
-            ended_M = jnp.isin(chosen_M, jnp.asarray(ids.all_eos)) | (
-                position_M >= now.options.limit_B
-            )
+            ended_M = ends(chosen_M, ids) | (position_M >= now.options.limit_B)
             every = jnp.arange(len(chosen_M))
             return number + 1, replace(
                 now,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -118,10 +117,7 @@ class DecoderLayer(nnx.Module):
         y_BTD = self.pre_self_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
         computed = self.self_attention.keys_values(y_BTD, rotated_by)
         if cache is not None:
-            computed = KeyValues(
-                key_BPGK=_write(cache.key_BSGK, computed.key_BPGK, slot),
-                value_BPGK=_write(cache.value_BSGK, computed.value_BPGK, slot),
-            )
+            computed = cache.written(computed, slot).key_values
         if last_only:
             x_BTD, y_BTD = x_BTD[:, -1:], y_BTD[:, -1:]
             rotated_by = rotated_by and (rotated_by[0][:, -1:], rotated_by[1][:, -1:])
@@ -258,8 +254,3 @@ class Decoder(nnx.Module):
             computed.append(keys_values)
         x_BTD = self.decoder_norm(x_BTD) if config.final_norm else x_BTD
         return x_BTD, tuple(computed)
-
-
-def _write(cache_BSGK: Array, new_B1GK: Array, slot: Array | int) -> Array:
-    start = (0, slot, 0, 0)
-    return jax.lax.dynamic_update_slice(cache_BSGK, new_B1GK.astype(cache_BSGK.dtype), start)

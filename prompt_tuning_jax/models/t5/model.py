@@ -145,11 +145,8 @@ class DecoderLayer(nnx.Module):
         y_BSD = self.pre_self_attention_layer_norm(x_BSD)
         kv = self.self_attention.keys_values(y_BSD)
         if cache is not None:
-            cache = SelfCache(
-                key_BSGK=_write(cache.key_BSGK, kv.key_BPGK, position),
-                value_BSGK=_write(cache.value_BSGK, kv.value_BPGK, position),
-            )
-            kv = KeyValues(key_BPGK=cache.key_BSGK, value_BPGK=cache.value_BSGK)
+            cache = cache.written(kv, position)
+            kv = cache.key_values
         length = position_bias_1HSS.shape[-1]
         bias_1HSS = position_bias_1HSS + pad_in_front(mask_bias_11SS, to=length)
         y_BSD = self.self_attention(y_BSD, kv, bias_1HSS, prefix=prefix, key=keys[0])
@@ -167,11 +164,6 @@ def _norm(config: T5Config, *, dtype: DType, param_dtype: DType) -> RMSNorm:
     return RMSNorm(
         config.embed_dim, eps=config.layer_norm_eps, dtype=dtype, param_dtype=param_dtype
     )
-
-
-def _write(cache_BSHK: Array, new_B1HK: Array, position: Array | int) -> Array:
-    start = (0, position, 0, 0)
-    return jax.lax.dynamic_update_slice(cache_BSHK, new_B1HK.astype(cache_BSHK.dtype), start)
 
 
 class Encoder(nnx.Module):

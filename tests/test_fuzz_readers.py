@@ -2,12 +2,12 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from prompt_tuning_jax.errors import UserError
@@ -49,9 +49,6 @@ def test_what_is_wrong_is_seen(fuzz: ModuleType, tmp_path: Path) -> None:
         error.args = ("one\ntwo",)
         raise error
 
-    def large(folder: Path) -> int:
-        return int(np.ones(2**27, np.float32).sum())
-
     def slow(folder: Path) -> int:
         return sum(range(10**6))
 
@@ -59,10 +56,31 @@ def test_what_is_wrong_is_seen(fuzz: ModuleType, tmp_path: Path) -> None:
     assert fuzz.try_case(reader(lambda folder: 1), tmp_path) == ""
     assert "several lines" in fuzz.try_case(reader(two_lines), tmp_path)
     assert "ZeroDivisionError" in fuzz.try_case(reader(lambda folder: 1 // 0), tmp_path)
-    assert "MB" in fuzz.try_case(reader(large), tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuzz, "SECONDS", 0)
         assert "CPU time" in fuzz.try_case(reader(slow), tmp_path)
+
+
+# In a process of its own: the peak that this one has reached may be larger.
+TOO_LARGE = """
+import sys
+from pathlib import Path
+
+import numpy as np
+from tests.script import load_script
+
+fuzz = load_script("fuzz_readers")
+read = lambda folder: int(np.ones(2**27, np.float32).sum())
+print(fuzz.try_case(fuzz.Reader(make=lambda folder: None, read=read), Path(sys.argv[1])))
+"""
+
+
+def test_a_reader_that_needs_too_much_memory_is_seen(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOO_LARGE, str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=SCRIPTS.parent, timeout=60
+    )
+    assert re.fullmatch(r"needed \d+ MB; at most \d+ MB are allowed\n", done.stdout)
 
 
 def test_the_same_seed_damages_alike(fuzz: ModuleType) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from prompt_tuning_jax.inference.loading_methods import (
 from prompt_tuning_jax.methods import Context, MethodConfig, attach_method
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.untrusted_input import compile_pattern
+from tests.limits import bounded
 from tests.method_cases import CASES, LABELS
 from tests.micro import ONE_LAYER, Words, make_t5
 
@@ -96,8 +96,7 @@ def test_a_claim_that_the_arrays_contradict_is_one_line(
     metadata = {METHOD: json.dumps(described), "labels": json.dumps(LABELS)}
     arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes_of(method).items()}
     path.write_bytes(safetensors_of(arrays, metadata=metadata))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(UserError) as raised:
+    with bounded(), pytest.raises(UserError) as raised:
         opened = stored_methods(path, micro())
         list(members_of_stored(opened, micro(), partitioner(), ""))
     message = str(raised.value)
@@ -105,9 +104,6 @@ def test_a_claim_that_the_arrays_contradict_is_one_line(
     assert field in message or "method.template" in message
     assert len(message) < 1000
     assert "\n" not in message
-    assert time.process_time() - start < 5
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 300_000, f"{grown} kB"
 
 
 @pytest.mark.parametrize("name", METHODS)

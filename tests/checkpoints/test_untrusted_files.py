@@ -2,11 +2,8 @@
 
 import json
 import os
-import resource
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model
+from tests.limits import bounded
 
 HUGE = 20 * 2**30
 BAD_JSON = {
@@ -48,15 +46,6 @@ BAD_JSON = {
     "list": "[1, 2]",
     "empty": "",
 }
-
-
-@contextmanager
-def bounded(*, seconds: float = 5, megabytes: int = 300) -> Iterator[None]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    yield
-    assert time.process_time() - start < seconds
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < megabytes * 1000, f"{grown} kB"
 
 
 def refusal(read: Callable[[], object]) -> str:

@@ -44,9 +44,13 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def run(function: Any, model: CausalLM, *arguments: Any, **options: Any) -> Any:
-    """Calls a compiled ``function(model, ...)``; equal shapes and options share a program."""
+    """Calls a compiled ``function(model, ...)``; equal shapes and options share a program.
+
+    Waits for the result: until then JAX may read the caller's own NumPy arrays.
+    """
     graphdef, params = param_tree.split(model)
-    return _run(function, graphdef, params, arguments, tuple(sorted(options.items())))
+    result = _run(function, graphdef, params, arguments, tuple(sorted(options.items())))
+    return jax.block_until_ready(result)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))

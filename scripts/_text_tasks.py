@@ -22,12 +22,17 @@ class TextTask:
     test: Data
 
 
-def text_tasks(folder: str | None, *, cache: Path, only: Sequence[str] = ()) -> dict[str, TextTask]:
-    """Returns the tasks named in ``only``, or all: the bundled one, and the datasets in ``folder``.
+def text_tasks(
+    folder: str | None, *, cache: Path, only: Sequence[str] = (), superglue: str | None = None
+) -> dict[str, TextTask]:
+    """Returns the tasks named in ``only``, or all: the bundled one, and those of the folders.
 
     The datasets are read from their original files and written to ``cache`` as jsonl files.
+    ``superglue`` is a folder with the official files of RTE, CB and BoolQ.
     """
-    names = ["word_valence", *(READERS if folder else ())]
+    sources = {name: (read, folder) for name, read in READERS.items() if folder}
+    sources |= {name: (read, superglue) for name, read in SUPERGLUE.items() if superglue}
+    names = ["word_valence", *sources]
     unknown = [name for name in only if name not in names]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from {', '.join(names)}")
@@ -37,11 +42,12 @@ def text_tasks(folder: str | None, *, cache: Path, only: Sequence[str] = ()) -> 
             data = Data(task=name, inputs_length=14, targets_length=4, max_eval_examples=500)
             test = dataclasses.replace(data, eval_split="test", max_eval_examples=0)
         else:
-            files = write_splits(READERS[name](Path(str(folder))), cache / name)
+            read, source = sources[name]
+            files = write_splits(read(Path(str(source))), cache / name)
             data = Data(
                 train=str(files["train"]),
                 eval=str(files["validation"]),
-                inputs_length=20 if name == "qc" else 40,
+                inputs_length=LENGTHS[name],
                 targets_length=4,
                 max_eval_examples=500,
             )
@@ -90,10 +96,44 @@ def qc(folder: Path) -> Rows:
     return rows
 
 
-def read_lines(file: Path) -> list[str]:
-    """Returns the non-blank lines of a latin-1 file."""
+def rte(folder: Path) -> Rows:
+    """Recognizing textual entailment; half of the official validation examples are the test."""
+    labels = {"entailment": "true", "not_entailment": "false"}
+    return halves(folder / "RTE", "{premise} Claim: {hypothesis}", labels, train="train")
+
+
+def cb(folder: Path) -> Rows:
+    """CommitmentBank; half of the official validation examples are the test."""
+    labels = {"entailment": "true", "contradiction": "false", "neutral": "unknown"}
+    return halves(folder / "CB", "{premise} Claim: {hypothesis}", labels, train="train")
+
+
+def boolq(folder: Path) -> Rows:
+    """BoolQ from its validation examples alone: 40 % train, 10 % select, and half are the test."""
+    labels = {"True": "yes", "False": "no"}
+    rows = halves(folder / "BoolQ", "Question: {question} {passage}", labels, train=None)
+    kept = len(rows["validation"]) // 5
+    rows["train"], rows["validation"] = rows["validation"][kept:], rows["validation"][:kept]
+    return rows
+
+
+def halves(folder: Path, template: str, labels: dict[str, str], *, train: str | None) -> Rows:
+    """Reads a task, and divides its official validation examples by a hash of the text."""
+    rows: Rows = {"train": [], "validation": [], "test": []}
+    for file in ("val", *([train] if train else ())):
+        for line in read_lines(folder / f"{file}.jsonl", encoding="utf-8"):
+            fields = json.loads(line)
+            text = template.format_map(fields)
+            half = "test" if hashlib.sha256(text.encode()).digest()[0] % 2 else "validation"
+            split = "train" if file == train else half
+            rows[split].append({"inputs": text, "targets": labels[str(fields["label"])]})
+    return rows
+
+
+def read_lines(file: Path, encoding: str = "latin-1") -> list[str]:
+    """Returns the non-blank lines of a file."""
     try:
-        text = file.read_text(encoding="latin-1")
+        text = file.read_text(encoding=encoding)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     return [line.strip() for line in text.split("\n") if line.strip()]
@@ -129,4 +169,14 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     "subjectivity": subjectivity,
     "qc": qc,
     "sentence_polarity": sentence_polarity,
+}
+SUPERGLUE: dict[str, Callable[[Path], Rows]] = {"rte": rte, "cb": cb, "boolq": boolq}
+# Tokens of the input; what is longer is cut.
+LENGTHS = {
+    "subjectivity": 40,
+    "qc": 20,
+    "sentence_polarity": 40,
+    "rte": 96,
+    "cb": 96,
+    "boolq": 160,
 }

@@ -60,7 +60,11 @@ def gguf_spec(path: Path) -> TokenizerSpec:
     Raises UserError for a file without a tokenizer, for an unknown kind or pre-tokenizer, and for
     lists that do not fit together.
     """
-    metadata = read_metadata(path)
+    return spec_of_metadata(read_metadata(path), path)
+
+
+def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
+    """The tokenizer that the metadata of a GGUF file describes; ``path`` is for errors."""
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
         raise UserError(f"{path}: the file has no tokenizer ({_PREFIX}model)")

@@ -12,8 +12,10 @@ from prompt_tuning_jax.data.vocabularies.chat_template import ChatFormat, render
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import gguf_spec
 from prompt_tuning_jax.data.vocabularies.plain_text import PlainEncoder
+from prompt_tuning_jax.data.vocabularies.sentencepiece_bpe import sentencepiece_spec
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     BPE_VOCABULARY,
+    SENTENCEPIECE_BPE,
     AddedToken,
     ids_suffix,
     up_to,
@@ -35,7 +37,8 @@ _T5_EOS, _UNKNOWN = 1, 2
 class HfTokenizer(BaseVocabulary):
     """A tokenizer of Hugging Face's library: a ``tokenizer.json``, or one built from other files.
 
-    These are a GGUF file, or a ``vocab.json`` with a ``merges.txt`` beside it.  The tokenizer's
+    These are a GGUF file, Llama's ``tokenizer.model``, or a ``vocab.json`` with a ``merges.txt``
+    beside it.  The tokenizer's
     other files in the folder say which tokens are special.  An input starts with the
     beginning of sequence if the tokenizer adds one.  ``token_ids`` defaults to T5's in T5's
     vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
@@ -60,6 +63,8 @@ class HfTokenizer(BaseVocabulary):
             spec = gguf_spec(self.path)
         elif self.path.name == BPE_VOCABULARY:
             spec = bpe_spec(self.path)
+        elif self.path.name == SENTENCEPIECE_BPE:
+            spec = sentencepiece_spec(self.path)
         else:
             spec = json_spec(self.path, max_size=max_size)
         self._tokenizer = spec.tokenizer

@@ -22,12 +22,13 @@ ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model")  # Hugging Face's and T5X's names
+SENTENCEPIECE_BPE = "tokenizer.model"  # of Llama and its like
 TOKENIZER = "tokenizer.json"
 BPE_VOCABULARY, BPE_MERGES = "vocab.json", "merges.txt"  # of tokenizers without a tokenizer.json
 # Files that are fetched with a model.
 TOKENIZER_FILES = (
     *("spiece.model", TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
-    *(BPE_VOCABULARY, BPE_MERGES),
+    *(BPE_VOCABULARY, BPE_MERGES, SENTENCEPIECE_BPE),
 )
 _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
@@ -71,9 +72,10 @@ class AddedTokens:
         return any(_SENTINEL.fullmatch(token.content) for token in self.by_id.values())
 
 
-def read_added_tokens(folder: Path) -> AddedTokens:
+def read_added_tokens(folder: Path, *, without: Container[str] = _SPECIAL) -> AddedTokens:
     """The tokens that the tokenizer's files in ``folder`` add; UserError for invalid files.
 
+    ``without`` are texts that are left out: those that T5's vocabularies have anyway.
     As in transformers, ``added_tokens_decoder`` of tokenizer_config.json replaces
     added_tokens.json, whose tokens have the flags of special_tokens_map.json.
     """
@@ -93,7 +95,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         for content, token_id in _read_object(where).items():
             token = special.get(content) or _token(content, where=where)
             by_id[_checked_id(token_id, where=where)] = token
-    by_id = {token_id: token for token_id, token in by_id.items() if token.content not in _SPECIAL}
+    by_id = {token_id: token for token_id, token in by_id.items() if token.content not in without}
     contents = [token.content for token in by_id.values()]
     if len(set(contents)) < len(contents):
         twice = next(content for content in contents if contents.count(content) > 1)
@@ -208,12 +210,12 @@ def vocabulary_file(folder: Path) -> Path | None:
     """The file in a model's folder that defines its vocabulary, or None.
 
     In this order: the ``tokenizer_config.json`` of a ByT5, which has no other file; a SentencePiece
-    model; ``tokenizer.json``; ``vocab.json`` with ``merges.txt``; and a ``config.json`` that names
-    ByT5's tokenizer.
+    model of T5's; ``tokenizer.json``; Llama's ``tokenizer.model``; ``vocab.json`` with
+    ``merges.txt``; and a ``config.json`` that names ByT5's tokenizer.
     """
     if _is_of_bytes(folder / TOKENIZER_CONFIG):
         return folder / TOKENIZER_CONFIG
-    for name in (*SENTENCEPIECE_FILES, TOKENIZER):
+    for name in (*SENTENCEPIECE_FILES, TOKENIZER, SENTENCEPIECE_BPE):
         if (folder / name).is_file():
             return folder / name
     if all((folder / name).is_file() for name in (BPE_VOCABULARY, BPE_MERGES)):

@@ -16,7 +16,9 @@ from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import T5_SPECIAL, HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
+    SENTENCEPIECE_BPE,
     SENTENCEPIECE_FILES,
+    TOKENIZER,
     AddedTokens,
     Splitter,
     byte_extra_ids,
@@ -258,8 +260,9 @@ def load_vocabulary(
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
     A file with the suffix .gguf is a model with its tokenizer.  A file with the suffix .json is a
-    ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5; any other is a SentencePiece
-    model.  In a folder, ``vocabulary_file`` chooses the file.
+    ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5; ``tokenizer.model`` is Llama's
+    SentencePiece model, and any other file is one of T5's.  In a folder, ``vocabulary_file``
+    chooses the file.
 
     Args:
       path: see above.
@@ -274,10 +277,10 @@ def load_vocabulary(
     if file.is_dir():
         inside = vocabulary_file(file)
         if inside is None:
-            names = (*SENTENCEPIECE_FILES, "tokenizer.json")
+            names = (*SENTENCEPIECE_FILES, TOKENIZER, SENTENCEPIECE_BPE)
             raise UserError(f"{file}: the folder has no vocabulary ({' or '.join(names)})")
         file = inside
-    if file.suffix not in (".json", GGUF_SUFFIX):
+    if file.suffix not in (".json", GGUF_SUFFIX) and file.name != SENTENCEPIECE_BPE:
         return Vocabulary(file, extra_ids=extra_ids, token_ids=token_ids or T5_IDS)
     if file.name.endswith("config.json"):
         stored = byte_extra_ids(file)

@@ -11,6 +11,7 @@ import jax
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import abstract_model, open_model
 from prompt_tuning_jax.config.experiment import Experiment, Mesh
+from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.registry import find_preset, preset
@@ -116,10 +117,12 @@ def plan(
 ) -> Plan:
     """Compiles the experiment for the slice, on ``mesh`` or on the ``tries`` most promising meshes.
 
-    Raises UserError if ``mesh`` does not fit the slice, or if no mesh does.
+    Inputs have the length that the model's window leaves them.  Raises UserError if ``mesh`` does
+    not fit the slice, if no mesh does, or if the window has no room for an input.
     """
-    devices = topology.devices()
+    experiment = fit_window(experiment, config.max_positions)
     names = [mesh] if mesh is not None else candidates(experiment, config, topology)[:tries]
+    devices = topology.devices()
     tried = [
         _tried(experiment, config, topology, sizes=each, devices=devices, evaluate=evaluate)
         for each in names

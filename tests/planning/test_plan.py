@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 
-from prompt_tuning_jax.config.experiment import Experiment, Model, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.registry import preset
+from prompt_tuning_jax.planning import plan as planning
 from prompt_tuning_jax.planning.plan import MeshPlan, Plan, _advice, roofline
 from prompt_tuning_jax.planning.program import _EXCEEDED, Program
 from prompt_tuning_jax.planning.report import plan_as_dict, plan_lines
@@ -69,3 +72,21 @@ def test_the_fastest_that_fits_is_the_best():
 def test_what_the_compiler_asked_for(message, size):
     found = _EXCEEDED.search(message)
     assert found is not None and found.groups() == size
+
+
+def test_inputs_have_the_length_that_the_window_leaves_them(monkeypatch):
+    class Planned(Exception):
+        pass
+
+    def candidates(experiment, config, topology):
+        raise Planned(experiment.data.inputs_length)
+
+    monkeypatch.setattr(planning, "candidates", candidates)
+    config = preset("openai-community/gpt2")
+    for inputs, planned in ((500, 500), (2000, 1024 - 100 - 16)):
+        data = Data(inputs_length=inputs, targets_length=16)
+        with pytest.raises(Planned, match=f"^{planned}$"):
+            planning.plan(Experiment(data=data), config, V5E)
+    data = Data(inputs_length=500, targets_length=924)
+    with pytest.raises(UserError, match="1024 positions: 100 of the prompt and 924 of the target"):
+        planning.plan(Experiment(data=data), config, V5E)

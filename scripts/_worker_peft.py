@@ -23,10 +23,23 @@ class Rival:
 
     model: Any
     optimizer: Any
+    schedule: Any
     causal: bool
 
-    def load(self, *, model: str, dtype: str, prompt: str, dropout: float = 0.0) -> dict[str, Any]:
-        """Initializes the prompt from an .npy of ``[P, D]``."""
+    def load(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        prompt: str,
+        dropout: float = 0.0,
+        learning_rate: float = 0.3,
+        decay_steps: int = 0,
+    ) -> dict[str, Any]:
+        """Initializes the prompt from an .npy of ``[P, D]``.
+
+        The learning rate falls linearly to 0 in ``decay_steps`` steps; 0: it is constant.
+        """
         start_PD = torch.from_numpy(np.load(prompt, allow_pickle=False))
         self.causal = not AutoConfig.from_pretrained(model).is_encoder_decoder
         if self.causal:
@@ -46,10 +59,13 @@ class Rival:
             weight.copy_(start_PD)
         self.optimizer = Adafactor(
             [weight],
-            lr=0.3,
+            lr=learning_rate,
             scale_parameter=False,
             relative_step=False,
             weight_decay=0.0,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1 - step / decay_steps if decay_steps else 1.0
         )
         return {}
 
@@ -66,6 +82,7 @@ class Rival:
             loss = self.model(**self._arguments(inputs_BT, targets_BS)).loss
             loss.backward()
             self.optimizer.step()
+            self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
         return {"seconds": time.perf_counter() - began, "losses": losses}

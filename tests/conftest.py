@@ -1,13 +1,14 @@
 """What all tests share: an environment of their own, and the folders that they read."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,25 @@ def pytest_runtest_setup() -> None:
     run = sys.modules.get("prompt_tuning_jax.training.run")
     if run is not None and not hasattr(run.plot_curves, "drawn"):
         run.plot_curves = _drawn_once(run.plot_curves)  # type: ignore[attr-defined]
+
+
+_MOST_MEMORY = 3_000_000_000  # bytes of a process between two files of tests
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """Forgets the compiled programs of earlier files once they take gigabytes."""
+    yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    statm = Path("/proc/self/statm")
+    if "jax" in sys.modules and statm.exists():
+        pages = int(statm.read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
 
 
 def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:

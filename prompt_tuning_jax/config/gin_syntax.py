@@ -110,7 +110,7 @@ class GinReader(ABC):
 
     def read_named_file(self, name: str) -> None:
         """Read a file of the command line; UserError if no folder has it."""
-        path = self._find(name, self.folders)
+        path = self.find(name, self.folders)
         if path is None:
             searched = ", ".join(str(folder) for folder in self.folders[1:])
             beside = f" or in {searched}" if searched else "; see --gin_search_paths"
@@ -161,7 +161,7 @@ class GinReader(ABC):
 
     def _include(self, name: str, where: str) -> None:
         folders = [*self.folders, *(path.parent for path in self._open[-1:])]
-        path = self._find(name, folders)
+        path = self.find(name, folders)
         if path is None:
             raise UserError(
                 f"{where}: no file {name!r} to include in {', '.join(map(str, folders))}; "
@@ -176,7 +176,8 @@ class GinReader(ABC):
         self.read_file(path, shown=name)
 
     @staticmethod
-    def _find(name: str, folders: Sequence[Path]) -> Path | None:
+    def find(name: str, folders: Sequence[Path]) -> Path | None:
+        """The file of this name in the first folder that has it; None if none has."""
         return next((path for folder in folders if (path := folder / name).is_file()), None)
 
 

@@ -8,6 +8,7 @@ import utils``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.config.gin_syntax import (
@@ -32,13 +33,14 @@ class Value:
     """A bound value with its macros replaced, and the binding that gives it.
 
     ``name`` is spelled as in the file: the innermost macro, or ``scope/configurable.parameter``.
+    A missing value is one that gin requires, or a macro that no file defines.
     """
 
     value: Any
     name: str
     where: str
     is_flag: bool
-    is_missing: bool = False  # gin.REQUIRED
+    is_missing: bool = False
 
     def __str__(self) -> str:
         text = "%gin.REQUIRED" if self.is_missing else repr(self.value)
@@ -72,6 +74,7 @@ class Launch:
     macros: dict[str, Bound]
     spelled: dict[Key, str]
     _read: set[Key] = field(default_factory=set)
+    _read_macros: set[str] = field(default_factory=set)
     _items: int = 0
 
     def get(self, reference: Reference | None, parameter: str) -> Value | None:
@@ -99,14 +102,19 @@ class Launch:
 
     def macro(self, name: str) -> Value | None:
         """The value of a macro; None if it has none."""
-        return self._value(self.macros[name], name, ()) if name in self.macros else None
+        if name not in self.macros:
+            return None
+        self._read_macros.add(name)
+        return self._value(self.macros[name], name, ())
 
-    def has(self, name: str) -> bool:
-        """Whether a parameter of this configurable is bound, or a value refers to it."""
-        return any(key.name == name for key in self.bindings) or any(
-            name in _referred(bound.value)
-            for bound in (*self.bindings.values(), *self.macros.values())
-        )
+    def binds(self, name: str) -> bool:
+        """Whether a parameter of this configurable is bound."""
+        return any(key.name == name for key in self.bindings)
+
+    def refers_to(self, name: str) -> bool:
+        """Whether a value refers to this configurable."""
+        bound = (*self.bindings.values(), *self.macros.values())
+        return any(name in _referred(one.value) for one in bound)
 
     def unread(self) -> list[tuple[str, Value]]:
         """The bindings that ``get`` did not return: ``configurable.parameter``, and the value."""
@@ -117,10 +125,11 @@ class Launch:
         ]
 
     def unused_macros(self) -> list[Value]:
-        """The macros that no value refers to."""
+        """The macros that no value refers to, and that were not read."""
         bound = (*self.bindings.values(), *self.macros.values())
         mentioned = {name for one in bound for name in macro_names(one.value)}
-        return [self._value(self.macros[m], m, ()) for m in self.macros if m not in mentioned]
+        unused = [m for m in self.macros if m not in mentioned | self._read_macros]
+        return [self._value(self.macros[name], name, ()) for name in unused]
 
     def _value(self, bound: Bound, name: str, scopes: tuple[str, ...]) -> Value:
         seen = {name}
@@ -132,10 +141,7 @@ class Launch:
             bound = self.macros[name]
         missing = isinstance(bound.value, Macro)
         if missing and bound.value.name != REQUIRED:
-            raise UserError(
-                f"{bound.where}: the macro {bound.value.name!r} has no value; give it, with "
-                f"--gin.{bound.value.name}=VALUE"
-            )
+            name = bound.value.name
         value = None if missing else self._replaced(bound.value, scopes, (name,))
         return Value(
             value=value, name=name, where=bound.where, is_flag=bound.is_flag, is_missing=missing
@@ -183,7 +189,14 @@ class _Reader(GinReader):
     # Paths of modules with the short names that files gave them.
     _partial: dict[str, str] = field(default_factory=dict)
 
-    def read_file(self, path: Any, *, shown: str) -> None:
+    @staticmethod
+    def find(name: str, folders: Sequence[Path]) -> Path | None:
+        """As in the base class; a file of the original includes another in wrong case, XXL.gin."""
+        paths = [folder / name for folder in folders]
+        paths += [path.with_name(path.name.lower()) for path in paths]
+        return next((path for path in paths if path.is_file()), None)
+
+    def read_file(self, path: Path, *, shown: str) -> None:
         self._aliases.append({})
         super().read_file(path, shown=shown)
         self._aliases.pop()

@@ -26,6 +26,13 @@ from prompt_tuning_jax.config.gin_syntax import (
 )
 from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.config.overrides import CLASS, from_dict, group_classes
+from prompt_tuning_jax.config.t5x.flags import (
+    T5X_MACROS,
+    USE_IMPORT_GIN,
+    fields_of_t5x_flags,
+    is_t5x_module,
+    note_pretraining_steps,
+)
 from prompt_tuning_jax.errors import UserError, suggest
 
 _MODULES = ("", "prompt_tuning_jax", Experiment.__module__)
@@ -46,16 +53,23 @@ def experiment_from_gin(
 
     Raises:
       UserError: for a syntax error, an import, an unknown name, a value of another type, a macro
-        that is missing or unused, and a binding without effect.
+        that is missing or unused, and a binding without effect.  A flag with one of T5X's macros
+        sets the fields that correspond to it.
     """
     reader = _Reader(folders=search_folders(search_paths))
     for name in gin_files:
         reader.read_named_file(name)
     for binding in bindings:
         reader.read_flag(binding)
+    flags = reader.take_t5x_flags()
     reader.check_macros_used()
     resolver = _Resolver(reader.bindings, reader.macros)
-    experiment = from_dict(resolver.experiment())
+    values = resolver.experiment()
+    for path, value in fields_of_t5x_flags(flags).items():
+        group, _, name = path.partition(".")
+        values[group][name] = value
+    note_pretraining_steps({**reader.flags(), **flags}, values)
+    experiment = from_dict(values)
     resolver.check_flags_used()
     return experiment
 
@@ -75,7 +89,10 @@ def _configurable(selector: str, where: str) -> str:
     module, _, name = selector.rpartition(".")
     known = _configurables()
     if name not in known or module not in (*_MODULES, known[name].__module__):
-        raise UserError(f"{where}: unknown configurable {selector!r}: {suggest(name, known)}")
+        near = f"unknown configurable {selector!r}: {suggest(name, known)}"
+        # Names of this package need no module; those of T5X always have one.
+        of_t5x = f"; if the file is one of T5X, {USE_IMPORT_GIN}" if module else ""
+        raise UserError(f"{where}: {near}{of_t5x}")
     return name
 
 
@@ -91,16 +108,29 @@ class _Reader(GinReader):
     macros: dict[str, Bound] = field(default_factory=dict)
     mentioned: set[str] = field(default_factory=set)
 
+    def flags(self) -> dict[str, Bound]:
+        """The macros that flags set."""
+        return {name: bound for name, bound in self.macros.items() if bound.is_flag}
+
+    def take_t5x_flags(self) -> dict[str, Bound]:
+        """Take out the flags with T5X's macros that no value refers to: they set fields."""
+        names = self.flags().keys() & T5X_MACROS.keys() - self.mentioned
+        return {name: self.macros.pop(name) for name in sorted(names)}
+
     def check_macros_used(self) -> None:
         """UserError for a macro that no value refers to, which may be a typo."""
         for name, bound in self.macros.items():
             if name not in self.mentioned:
                 known = sorted(self.mentioned - {REQUIRED})
-                raise UserError(
-                    f"{bound.where}: nothing uses the macro {name!r}: {suggest(name, known)}"
+                near = suggest(name, sorted({*known, *T5X_MACROS}) if bound.is_flag else known)
+                of_t5x = (
+                    "" if known or bound.is_flag else f"; if the file is T5X's, {USE_IMPORT_GIN}"
                 )
+                raise UserError(f"{bound.where}: nothing uses the macro {name!r}: {near}{of_t5x}")
 
     def import_module(self, statement: Any, where: str) -> None:
+        if is_t5x_module(statement.module):
+            raise UserError(f"{where}: this is a gin file of T5X; {USE_IMPORT_GIN}")
         raise UserError(
             f"{where}: gin files may not import anything ({statement.format()!r}); remove the "
             f"line, because these need no import: {', '.join(_configurables())}"

@@ -21,13 +21,11 @@ _NORMALIZERS = {"NUM_REAL_TARGET_TOKENS": "tokens"}
 _STEP = re.compile(r".*checkpoint_(\d+)/*", re.DOTALL)
 _VOCABULARY = Reference((), "seqio.SentencePieceVocabulary", True)
 _T5_VOCABULARY = "cc_all.32000.100extra"
-# Where a network's dropout is bound.
+# Where the dropout of flaxformer's network is bound.
 _DROPOUT = (
     (Reference(("dropout_factory",), "flax.linen.Dropout", True), "rate"),
     (Reference((), f"{FLAXFORMER}attention.{ATTENTION}", True), "dropout_rate"),
     (Reference((), f"{FLAXFORMER}dense.MlpBlock", True), "intermediate_dropout_rate"),
-    (Reference((), "t5x.examples.t5.network.T5Config", True), "dropout_rate"),
-    (Reference((), "t5x.examples.scalable_t5.network.T5Config", True), "dropout_rate"),
 )
 # Width, heads and layers of T5 1.1, by the name of its size here.
 _SIZES = {
@@ -94,9 +92,10 @@ def translate_model(t: Translation, model: Value | None) -> Reference | None:
     return t.launch.reference(reference, "module")
 
 
-def translate_dropout(t: Translation, dtype: Value | None) -> None:
-    """Translate the network's dropout and its dtype."""
-    rates = [t.get(reference, parameter) for reference, parameter in _DROPOUT]
+def translate_dropout(t: Translation, config: Reference | None, dtype: Value | None) -> None:
+    """Translate the network's dropout and its dtype; T5X's own networks have a ``config``."""
+    places = _DROPOUT if config is None else ((config, "dropout_rate"),)
+    rates = [t.get(reference, parameter) for reference, parameter in places]
     # Files without a network define the macro for others.
     rates = [rate for rate in rates if rate] or [t.launch.macro("DROPOUT_RATE")]
     given = [rate for rate in rates if rate and not rate.is_missing]

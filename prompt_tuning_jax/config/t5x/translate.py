@@ -31,7 +31,6 @@ _SCRIPTS: tuple[tuple[str, LaunchCommand], ...] = (
     ("infer", "predict"),
     ("precompile", "plan"),
 )
-_NETWORK_CONFIG = "T5Config"
 _REMAT = {"none": "none", "minimal": "dots", "full": "full"}
 
 
@@ -54,7 +53,7 @@ def translate(launch: Launch, *, restored_step: int | None = None) -> Translatio
     model = _given(t.get(run, "model")) or _given(launch.macro("MODEL"))
     network = translate_model(t, model)
     step = _translate_checkpoint(t, run, restored_step)
-    _translate_dtype(t, network)
+    _translate_computation(t, network)
     wrapper = model.value if model and isinstance(model.value, Reference) else None
     trained = translate_optimizer(t, launch.reference(wrapper, "optimizer_def"), step)
     translate_method(t, network or _macro_reference(launch, "ARCHITECTURE"), trained)
@@ -104,11 +103,9 @@ def _translate_checkpoint(t: Translation, run: Reference | None, step: int | Non
     return translate_checkpoint(t, restore, step=step, is_launch=run is not None)
 
 
-def _translate_dtype(t: Translation, network: Reference | None) -> None:
+def _translate_computation(t: Translation, network: Reference | None) -> None:
     config = t.launch.reference(network, "config")
-    if config is not None and not config.name.endswith(_NETWORK_CONFIG):
-        config = None
-    translate_dropout(t, t.get(config or network, "dtype"))
+    translate_dropout(t, config, t.get(config or network, "dtype"))
     remat = t.get(t.launch.reference(network, "encoder_factory"), "layer_remat")
     if remat and remat.value in _REMAT:
         t.set("training.remat", _REMAT[remat.value], remat)

@@ -288,11 +288,17 @@ def _rouge(*kinds: str) -> MetricFn:
     return rouge
 
 
-def _of_texts(name: str, fn: MetricFn) -> MetricFn:
-    """The metric for texts alone; UserError for a task that compares other values."""
+def _edit_distance(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    _require_texts("edit_distance", targets, predictions)
+    return edit_distance(targets, predictions)
 
-    def checked(targets: Sequence[str], predictions: Sequence[str]) -> Any:
-        _require_texts(name, targets, predictions)
+
+def _of_texts(name: str, fn: MetricFn) -> MetricFn:
+    """The metric for texts, and targets of several; UserError for tasks with other values."""
+
+    def checked(targets: Sequence[Any], predictions: Sequence[str]) -> Any:
+        several = [t if isinstance(t, list) else [t] for t in targets]
+        _require_texts(name, *several, predictions)
         return fn(targets, predictions)
 
     return checked
@@ -327,7 +333,7 @@ _FACTORIES: Mapping[str, Callable[[tuple[str, ...]], MetricFn]] = {
     "bleu": lambda labels: _of_texts("bleu", bleu),
     "trivia_qa": lambda labels: _of_texts("trivia_qa", trivia_qa),
     "coqa_f1": lambda labels: _of_texts("coqa_f1", coqa_f1),
-    "edit_distance": lambda labels: _of_texts("edit_distance", edit_distance),
+    "edit_distance": lambda labels: _edit_distance,
     INVALID: _invalid,
     LOSS: lambda labels: _no_predictions,
 }

@@ -141,7 +141,7 @@ def test_commands_parse(page: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_and_configs_exist(page: str) -> None:
-    for path in re.findall(r"\b(?:scripts|configs)/[\w./]*\w", PAGES[page].read_text()):
+    for path in re.findall(r"(?<![\w/])(?:scripts|configs)/[\w./]*\w", PAGES[page].read_text()):
         assert (ROOT / path).exists(), path
 
 

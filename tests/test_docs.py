@@ -141,7 +141,7 @@ def test_commands_parse(page: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_and_configs_exist(page: str) -> None:
-    for path in re.findall(r"\b(?:scripts|configs)/[\w./]*\w", PAGES[page].read_text()):
+    for path in re.findall(r"(?<![\w/])(?:scripts|configs)/[\w./]*\w", PAGES[page].read_text()):
         assert (ROOT / path).exists(), path
 
 
@@ -274,3 +274,11 @@ def test_the_method_of_the_guide_is_a_method(monkeypatch: pytest.MonkeyPatch) ->
     assert factors.shape == (D,)
     attached.method.factor_D.set_value(2 * factors)
     assert np.abs(attached(TOKENS, TARGETS) - same).max() > 1e-3
+
+
+def test_the_table_of_the_originals_names_is_up_to_date() -> None:
+    script = load_script("original_names")
+    assert script.page() == script.PAGE.read_text(), "run python scripts/original_names"
+    for row in script.rows():
+        assert row["counterpart_is_there"] in ("yes", "partly", "no"), row
+        assert row["counterpart"] or row["counterpart_is_there"] == "no", row

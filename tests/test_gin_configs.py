@@ -142,7 +142,6 @@ def test_search_paths_and_the_folder_of_the_including_file(
         "import os",
         "import os as o",
         "from os import path",
-        "from __gin__ import dynamic_registration",
         "import antigravity.gin",
     ],
 )
@@ -269,3 +268,96 @@ def test_a_parameter_of_a_method_that_is_not_used(folder: Path) -> None:
     with pytest.raises(UserError, match=r"--gin.Experiment.method='@PromptTuning\(\)'"):
         experiment_from_gin(["base.gin"], flags)
     assert experiment_from_gin(["base.gin"], flags[:1]).method == FullTuning()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("from __gin__ import dynamic_registration", 1),
+        ("\nfrom t5x import utils\nutils.SaveCheckpointConfig.period = 5", 2),
+        ("import __main__ as train_script", 1),
+        ("prompts.Prompt.length = 5", 1),
+        ("NUM_HEADS = 12", 1),
+    ],
+)
+def test_a_file_of_t5x_is_sent_to_its_command(folder: Path, text: str, line: int) -> None:
+    (folder / "own.gin").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"own\.gin line {line}: .*prompt-tuning import-gin"
+    ) as error:
+        experiment_from_gin(["own.gin"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        (
+            "TASK_FEATURE_LENGTHS={'inputs': 512, 'targets': 9}",
+            ["data.inputs_length: 16 -> 512", "data.targets_length: 8 -> 9"],
+        ),
+        ("INITIAL_CHECKPOINT_PATH='gs://a/b'", ['model.name_or_path: "tiny" -> "gs://a/b"']),
+        ("MIXTURE_OR_TASK_NAME='x'", ['data.task: "word_valence" -> "x"']),
+        ("MIXTURE_OR_TASK_MODULE='mine.tasks'", ['data.module: "" -> "mine.tasks"']),
+        ("MIXTURE_OR_TASK_MODULE='prompt_tuning.data.glue'", []),
+        ("MIXTURE_OR_TASK_MODULE=None", []),
+        ("USE_CACHED_TASKS=False", []),
+        ("CLASS_LABELS=['good', 'bad']", ['method.init_labels: [] -> ["good", "bad"]']),
+        ("EVAL_PERIOD=5", ["training.eval_every: 1000 -> 5"]),
+        ("LOSS_NORMALIZING_FACTOR=None", ['training.loss_normalization: "tokens" -> "sum"']),
+        ("LOSS_NORMALIZING_FACTOR=233472", ['training.loss_normalization: "tokens" -> "sum"']),
+        ("RANDOM_SEED=7", ["training.seeds: [0] -> [7]"]),
+        ("RANDOM_SEED=None", []),
+        ("DROPOUT_RATE=0.0", ["model.dropout_rate: 0.1 -> 0.0"]),
+        ("BATCH_SIZE=3", ["training.batch_size: 32 -> 3"]),
+        ("PROMPT_LENGTH=3", ["method.length: 20 -> 3"]),  # a macro of the file
+    ],
+)
+def test_macros_of_t5x_as_flags(folder: Path, flag: str, expected: list[str]) -> None:
+    before = experiment_from_gin(["base.gin"])
+    assert diff(before, experiment_from_gin(["base.gin"], [flag])) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("TASK_FEATURE_LENGTHS=5", ["--gin.TASK_FEATURE_LENGTHS", "{'inputs': 512"]),
+        ("TASK_FEATURE_LENGTHS={'text': 5}", ["--gin.TASK_FEATURE_LENGTHS", "{'inputs': 512"]),
+        ("TASK_FEATURE_LENGTHS={[1]: 5}", ["--gin.TASK_FEATURE_LENGTHS", "cannot read"]),
+        ("LOSS_NORMALIZING_FACTOR='AVERAGE_PER_SEQUENCE'", ["AVERAGE_PER_SEQUENCE", "a sum"]),
+        ("EVAL_PERIOD='often'", ["training.eval_every", "'often'"]),
+        ("EVAL_PERIODS=5", ["did you mean 'EVAL_PERIOD'?"]),
+    ],
+)
+def test_wrong_macros_of_t5x(folder: Path, flag: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        experiment_from_gin(["base.gin"], [flag])
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_steps_that_include_those_of_the_checkpoint_are_noted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "base.gin").write_text(f"{BASE}\nOptimizer.initial_step = 1_100_000\n")
+    experiment_from_gin(["base.gin"], ["TRAIN_STEPS=50_000"])
+    assert not caplog.messages
+    experiment_from_gin(["base.gin"], ["TRAIN_STEPS=1_150_000"])
+    assert len(caplog.messages) == 1
+    assert "there it is 50000 steps" in caplog.messages[0]
+
+
+def test_macros_that_hold_each_other_twice_do_not_grow_without_bound(folder: Path) -> None:
+    lines = [f"M{i} = [%M{i + 1}, %M{i + 1}]" for i in range(40)]
+    (folder / "own.gin").write_text("\n".join([*lines, "M40 = 1", "Training.seeds = %M0"]))
+    with pytest.raises(UserError, match="too many items"):
+        experiment_from_gin(["own.gin"])
+
+
+def test_includes_that_repeat_each_other_end(folder: Path) -> None:
+    for i in range(12):
+        (folder / f"f{i}.gin").write_text(f"include 'f{i + 1}.gin'\n" * 2)
+    (folder / "f12.gin").write_text("")
+    with pytest.raises(UserError, match="more than 500 files"):
+        experiment_from_gin(["f0.gin"])

@@ -18,6 +18,7 @@ from prompt_tuning_jax.cli.console import notes_on_stderr
 from prompt_tuning_jax.cli.convert import Convert, Merge
 from prompt_tuning_jax.cli.evaluate import Eval
 from prompt_tuning_jax.cli.experiment import DeviceOptions, StudyOptions
+from prompt_tuning_jax.cli.import_gin import ImportGin
 from prompt_tuning_jax.cli.init import Init
 from prompt_tuning_jax.cli.inspect import Inspect
 from prompt_tuning_jax.cli.interruption import interruptible
@@ -34,7 +35,7 @@ from prompt_tuning_jax.distributed.processes import leave_out_missing_tpu
 from prompt_tuning_jax.errors import UserError, printable, suggest
 
 COMMANDS: tuple[type[Command], ...] = (
-    *(Train, Eval, Predict, Plan, Init, Tasks, Metrics, Inspect),
+    *(Train, Eval, Predict, Plan, Init, ImportGin, Tasks, Metrics, Inspect),
     *(Convert, Merge, Similar, Recycle, Suite, Transfer, Serve, Completion),
 )
 

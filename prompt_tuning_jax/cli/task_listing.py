@@ -31,6 +31,11 @@ _TITLES = {
     "mrqa": "Question answering (MRQA)",
     "summarization": "Summaries",
 }
+# Prefixes of the names of tasks of later papers.
+_LATER_PAPERS = {
+    "spot_": "Source tasks of SPoT",
+    "pr:": "Tasks of prompt recycling",
+}
 _TEXTS_AT_ONCE = 1024
 
 
@@ -54,9 +59,12 @@ def tasks(*, data_dir: str = "", every: bool = False) -> Iterator[tuple[str, str
         yield _heading(title, group, base), None
         for task in group:
             yield task.name, _with_sizes(task, data_dir) + task.description
+    yield from _later_papers()
     mixtures = {}
     others = []
     for name in task_names():
+        if name.startswith(tuple(_LATER_PAPERS)):
+            continue
         mixture = get_mixture(name)
         alone = mixture.tasks[0].name == name and not mixture.evaluated
         form, own = form_of(name)
@@ -76,6 +84,12 @@ def tasks(*, data_dir: str = "", every: bool = False) -> Iterator[tuple[str, str
         "--all lists every name; NAME shows examples; --data_dir FOLDER shows numbers of rows",
         None,
     )
+
+
+def _later_papers() -> Iterator[tuple[str, str | None]]:
+    for prefix, title in _LATER_PAPERS.items():
+        number = sum(name.startswith(prefix) for name in task_names())
+        yield f"{title}: {number} names that begin with {prefix} (--all lists them)", None
 
 
 def examples(

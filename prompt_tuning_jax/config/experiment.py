@@ -42,6 +42,8 @@ class Model(Config):
 ObjectiveName: TypeAlias = Literal[
     "span_corruption",
     "prefix_lm",
+    "text_infilling",
+    "token_deletion",
     "label_by_similarity",
     "label_by_keyword",
     "label_by_topic",
@@ -110,7 +112,7 @@ class Data(Config):
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed
     objective_weights: tuple[float, ...] = ()  # share of each objective; empty: equal shares
-    noise_density: float = 0.15  # fraction of tokens that span corruption masks
+    noise_density: float = 0.15  # fraction of tokens that denoising objectives mask or delete
     mean_span_length: float = 3.0  # mean length of the masked spans, in tokens
     dictionary: str = ""  # folder of WordNet's files, for the dictionary objective
     # Tasks, or TRAIN:EVAL files, to tune a short prompt on at each evaluation of pre-training.

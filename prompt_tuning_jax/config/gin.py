@@ -3,28 +3,38 @@
 The configurables are ``Experiment``, its groups (``Model``, ``Data``, ``Optimizer``, ...) and the
 methods, each by its class name.
 
-gin's parser reads the files, and this module resolves the bindings.  gin's ``parse_config`` would
-execute the ``import`` statements of a file, open any file that it includes, and change the global
-config of the program.  Here a gin file needs no trust, errors name the file and the line, and an
-experiment never sees the bindings of another.
+``gin_syntax`` reads the files, and this module resolves the bindings.  A gin file needs no trust,
+and an experiment never sees the bindings of another.
 """
 
-import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-from gin import config_parser
 
 from prompt_tuning_jax.config.base import field_types
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.gin_syntax import (
+    MAX_ITEMS,
+    REQUIRED,
+    Bound,
+    GinReader,
+    Key,
+    Macro,
+    Reference,
+    macro_names,
+    search_folders,
+)
 from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.config.overrides import CLASS, from_dict, group_classes
+from prompt_tuning_jax.config.t5x.flags import (
+    T5X_MACROS,
+    USE_IMPORT_GIN,
+    fields_of_t5x_flags,
+    is_t5x_module,
+    note_pretraining_steps,
+)
 from prompt_tuning_jax.errors import UserError, suggest
 
-_MAX_BYTES = 2**20  # of a gin file
-_REQUIRED = "gin.REQUIRED"
 _MODULES = ("", "prompt_tuning_jax", Experiment.__module__)
 
 
@@ -43,71 +53,25 @@ def experiment_from_gin(
 
     Raises:
       UserError: for a syntax error, an import, an unknown name, a value of another type, a macro
-        that is missing or unused, and a binding without effect.
+        that is missing or unused, and a binding without effect.  A flag with one of T5X's macros
+        sets the fields that correspond to it.
     """
-    folders = [Path.cwd(), *(Path(path) for path in search_paths if path)]
-    reader = _Reader(folders=folders)
+    reader = _Reader(folders=search_folders(search_paths))
     for name in gin_files:
-        path = _find(name, folders)
-        if path is None:
-            searched = ", ".join(str(folder) for folder in folders[1:])
-            beside = f" or in {searched}" if searched else "; see --gin_search_paths"
-            raise UserError(f"no gin file {name!r} in the current folder{beside}")
-        reader.read_file(path, shown=name)
+        reader.read_named_file(name)
     for binding in bindings:
         reader.read_flag(binding)
+    flags = reader.take_t5x_flags()
     reader.check_macros_used()
     resolver = _Resolver(reader.bindings, reader.macros)
-    experiment = from_dict(resolver.experiment())
+    values = resolver.experiment()
+    for path, value in fields_of_t5x_flags(flags).items():
+        group, _, name = path.partition(".")
+        values[group][name] = value
+    note_pretraining_steps({**reader.flags(), **flags}, values)
+    experiment = from_dict(values)
     resolver.check_flags_used()
     return experiment
-
-
-@dataclass(frozen=True)
-class _Macro:
-    """``%name``."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """``@scopes/name()``; without the parentheses, the class itself."""
-
-    scopes: tuple[str, ...]
-    name: str
-    called: bool
-
-    def __repr__(self) -> str:
-        return f"@{'/'.join((*self.scopes, self.name))}{'()' if self.called else ''}"
-
-
-@dataclass(frozen=True)
-class _Bound:
-    value: Any
-    where: str
-    is_flag: bool
-
-
-@dataclass(frozen=True, order=True)
-class _Key:
-    """``scope/configurable.parameter``."""
-
-    scope: str
-    name: str
-    parameter: str
-
-    def __str__(self) -> str:
-        return f"{self.scope}/{self.name}.{self.parameter}".removeprefix("/")
-
-
-class _Delegate(config_parser.ParserDelegate):
-    def configurable_reference(self, scoped_name: str, called: bool) -> _Reference:
-        *scopes, name = scoped_name.split("/")
-        return _Reference(tuple(scopes), name, called)
-
-    def macro(self, name: str) -> _Macro:
-        return _Macro(name)
 
 
 def _configurables() -> dict[str, type]:
@@ -125,101 +89,59 @@ def _configurable(selector: str, where: str) -> str:
     module, _, name = selector.rpartition(".")
     known = _configurables()
     if name not in known or module not in (*_MODULES, known[name].__module__):
-        raise UserError(f"{where}: unknown configurable {selector!r}: {suggest(name, known)}")
+        near = f"unknown configurable {selector!r}: {suggest(name, known)}"
+        # Names of this package need no module; those of T5X always have one.
+        of_t5x = f"; if the file is one of T5X, {USE_IMPORT_GIN}" if module else ""
+        raise UserError(f"{where}: {near}{of_t5x}")
     return name
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path | None:
-    return next((path for folder in folders if (path := folder / name).is_file()), None)
-
-
 @dataclass(kw_only=True)
-class _Reader:
+class _Reader(GinReader):
     """Reads statements into bindings; the last binding of a name wins.
 
     ``mentioned`` holds every macro that a value refers to, even if a later binding replaced the
     value: such a macro is not an error.
     """
 
-    folders: list[Path]
-    bindings: dict[_Key, _Bound] = field(default_factory=dict)
-    macros: dict[str, _Bound] = field(default_factory=dict)
+    bindings: dict[Key, Bound] = field(default_factory=dict)
+    macros: dict[str, Bound] = field(default_factory=dict)
     mentioned: set[str] = field(default_factory=set)
-    _open: list[Path] = field(default_factory=list)
 
-    def read_file(self, path: Path, *, shown: str) -> None:
-        resolved = path.resolve()
-        if resolved in self._open:
-            raise UserError(f"gin file {shown} includes itself")
-        try:
-            with path.open("rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-            text = data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the gin file {shown}: {error}") from None
-        if len(data) > _MAX_BYTES:
-            raise UserError(f"the gin file {shown} is larger than {_MAX_BYTES} bytes")
-        self._open.append(resolved)
-        self._read(text, shown=shown)
-        self._open.pop()
+    def flags(self) -> dict[str, Bound]:
+        """The macros that flags set."""
+        return {name: bound for name, bound in self.macros.items() if bound.is_flag}
 
-    def read_flag(self, binding: str) -> None:
-        name, equals, _ = binding.partition("=")
-        if not equals:
-            raise UserError(f"--gin.{binding}: expected --gin.NAME=VALUE")
-        self._read(binding, shown=f"--gin.{name.strip()}", is_flag=True)
+    def take_t5x_flags(self) -> dict[str, Bound]:
+        """Take out the flags with T5X's macros that no value refers to: they set fields."""
+        names = self.flags().keys() & T5X_MACROS.keys() - self.mentioned
+        return {name: self.macros.pop(name) for name in sorted(names)}
 
     def check_macros_used(self) -> None:
         """UserError for a macro that no value refers to, which may be a typo."""
         for name, bound in self.macros.items():
             if name not in self.mentioned:
-                known = sorted(self.mentioned - {_REQUIRED})
-                raise UserError(
-                    f"{bound.where}: nothing uses the macro {name!r}: {suggest(name, known)}"
+                known = sorted(self.mentioned - {REQUIRED})
+                near = suggest(name, sorted({*known, *T5X_MACROS}) if bound.is_flag else known)
+                of_t5x = (
+                    "" if known or bound.is_flag else f"; if the file is T5X's, {USE_IMPORT_GIN}"
                 )
+                raise UserError(f"{bound.where}: nothing uses the macro {name!r}: {near}{of_t5x}")
 
-    def _read(self, text: str, *, shown: str, is_flag: bool = False) -> None:
-        line = 0
-        try:
-            # Not a for loop: a parser that runs out of tokens inside a statement raises
-            # StopIteration, which a loop takes for the end of the file.
-            parser = config_parser.ConfigParser(text, _Delegate())
-            while statement := parser.parse_statement():
-                line = statement.location.line_num
-                where = shown if is_flag else f"{shown} line {line}"
-                self._read_statement(statement, where=where, is_flag=is_flag)
-        except (SyntaxError, ValueError, tokenize.TokenError, StopIteration) as error:
-            lines = text.splitlines()
-            if isinstance(error, tokenize.TokenError):
-                line = error.args[1][0]
-            else:
-                line = getattr(error, "lineno", None) or line + 1
-            line = min(line, len(lines))
-            where = shown if is_flag else f"{shown} line {line}"
-            shown_line = lines[line - 1].strip()[:60] if lines else ""
-            raise UserError(
-                f"{where}: cannot read {shown_line!r} as gin; "
-                "text needs quotes (in a shell, --gin.NAME=\"'text'\")"
-            ) from None
-        except RecursionError:
-            raise UserError(f"{shown}: brackets are nested too deeply") from None
+    def import_module(self, statement: Any, where: str) -> None:
+        if is_t5x_module(statement.module):
+            raise UserError(f"{where}: this is a gin file of T5X; {USE_IMPORT_GIN}")
+        raise UserError(
+            f"{where}: gin files may not import anything ({statement.format()!r}); remove the "
+            f"line, because these need no import: {', '.join(_configurables())}"
+        )
 
-    def _read_statement(self, statement: Any, *, where: str, is_flag: bool) -> None:
-        if isinstance(statement, config_parser.ImportStatement):
-            raise UserError(
-                f"{where}: gin files may not import anything ({statement.format()!r}); remove the "
-                f"line, because these need no import: {', '.join(_configurables())}"
-            )
-        if isinstance(statement, config_parser.IncludeStatement):
-            self._include(statement.filename, where)
-        elif isinstance(statement, config_parser.BlockDeclaration):
-            _configurable(statement.selector, where)
-        else:
-            self._bind(statement, _Bound(statement.value, where, is_flag))
+    def declare(self, selector: str, where: str) -> None:
+        _configurable(selector, where)
 
-    def _bind(self, statement: Any, bound: _Bound) -> None:
+    def bind(self, statement: Any, bound: Bound) -> None:
         scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
-        self.mentioned |= _macro_names(bound.value)
+        self.mentioned |= macro_names(bound.value)
         if not parameter:
             if selector in _configurables():
                 raise UserError(f"{bound.where}: set a parameter, as in {selector}.NAME")
@@ -235,48 +157,33 @@ class _Reader:
                 f"{bound.where}: gin files may not import anything; name the module on the command "
                 f"line, --set data.module={bound.value}"
             )
-        self.bindings[_Key(scope, name, parameter)] = bound
-
-    def _include(self, name: str, where: str) -> None:
-        folders = [*self.folders, *(path.parent for path in self._open[-1:])]
-        path = _find(name, folders)
-        if path is None:
-            raise UserError(
-                f"{where}: no file {name!r} to include in {', '.join(map(str, folders))}; "
-                "see --gin_search_paths"
-            )
-        # A file may come from anyone, so only the user decides what else it reads.
-        if not any(path.resolve().is_relative_to(folder.resolve()) for folder in folders):
-            raise UserError(
-                f"{where}: {name!r} is outside the current folder and the search paths; "
-                "add its folder to --gin_search_paths"
-            )
-        self.read_file(path, shown=name)
+        self.bindings[Key(scope, name, parameter)] = bound
 
 
 class _Resolver:
     """Follows macros and references, from ``Experiment`` down."""
 
-    def __init__(self, bindings: Mapping[_Key, _Bound], macros: Mapping[str, _Bound]):
+    def __init__(self, bindings: Mapping[Key, Bound], macros: Mapping[str, Bound]):
         self._bindings = bindings
         self._macros = macros
-        self._used: set[_Key] = set()
+        self._used: set[Key] = set()
+        self._items = 0
 
     def experiment(self) -> dict[str, Any]:
         """The fields of an Experiment, for ``from_dict``, with groups that have no binding."""
-        values = self._parameters(_Reference((), Experiment.__name__, True))
+        values = self._parameters(Reference((), Experiment.__name__, True))
         defaults = Experiment()
         for section in fields(Experiment):
             name = type(getattr(defaults, section.name)).__name__
-            value = values.get(section.name, _Reference((), name, True))
+            value = values.get(section.name, Reference((), name, True))
             where = self._where(section.name)
-            if not isinstance(value, _Reference) or not value.called:
+            if not isinstance(value, Reference) or not value.called:
                 raise UserError(
                     f"{where}: Experiment.{section.name} is {value!r}; write @{name}(), with the "
                     "parentheses"
                 )
             cls = _configurable(value.name, where)
-            value = _Reference(value.scopes, cls, True)
+            value = Reference(value.scopes, cls, True)
             values[section.name] = {CLASS: cls, **self._parameters(value)}
         return values
 
@@ -292,12 +199,12 @@ class _Resolver:
                 )
 
     def _where(self, section: str) -> str:
-        bound = self._bindings.get(_Key("", Experiment.__name__, section))
+        bound = self._bindings.get(Key("", Experiment.__name__, section))
         return bound.where if bound else section
 
-    def _parameters(self, reference: _Reference) -> dict[str, Any]:
+    def _parameters(self, reference: Reference) -> dict[str, Any]:
         """The values bound to a configurable; an inner scope wins over an outer one."""
-        keys: dict[str, _Key] = {}
+        keys: dict[str, Key] = {}
         for depth in range(len(reference.scopes) + 1):
             scope = "/".join(reference.scopes[:depth])
             for key in self._bindings:
@@ -311,11 +218,14 @@ class _Resolver:
 
     def _value(self, value: Any, name: str, where: str, within: tuple[str, ...] = ()) -> Any:
         """The value, bound to ``name``, with its macros replaced."""
+        self._items += 1
+        if self._items > MAX_ITEMS:
+            raise UserError(f"{where}: {name} has too many items")
         if isinstance(value, list | tuple):
             return [self._value(item, name, where, within) for item in value]
-        if not isinstance(value, _Macro):
+        if not isinstance(value, Macro):
             return value
-        if value.name == _REQUIRED:
+        if value.name == REQUIRED:
             raise UserError(f"{where}: {name} must be given, with --gin.{name}=VALUE")
         if value.name in within:
             raise UserError(f"{where}: the macro {value.name!r} refers to itself")
@@ -326,11 +236,3 @@ class _Resolver:
                 f"{suggest(value.name, sorted(self._macros))}"
             )
         return self._value(bound.value, value.name, bound.where, (*within, value.name))
-
-
-def _macro_names(value: Any) -> set[str]:
-    if isinstance(value, _Macro):
-        return {value.name}
-    if isinstance(value, list | tuple):
-        return {name for item in value for name in _macro_names(item)}
-    return set()

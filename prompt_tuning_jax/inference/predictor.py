@@ -1,5 +1,6 @@
 """Predicts and scores with E members on one frozen model, with one forward pass per batch."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from prompt_tuning_jax.data.batching.task_data import (
 )
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
+from prompt_tuning_jax.data.tasks.task import Task
+from prompt_tuning_jax.data.tasks.text_metrics import auc
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
@@ -320,6 +323,27 @@ def build_predictor(
     )
 
 
+def _for_task(experiment: Experiment, task: Task) -> Experiment:
+    """The experiment with a task's own way of prediction."""
+    if not task.ranks:
+        return experiment
+    evaluation = dataclasses.replace(
+        experiment.evaluation, strategy="rank", normalize_length=task.normalize_length
+    )
+    return dataclasses.replace(experiment, evaluation=evaluation)
+
+
+def _label_curves(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
+    """For each member the areas under the curves of the second of two labels, in percent."""
+    first, second = examples.task.labels
+    targets = [float(example["targets"] == second) for example in examples.load_texts()]
+    curves = []
+    for known_N in predictions.log_probs_EN:
+        odds = [known[second] - known[first] for known in known_N]
+        curves.append({name: 100 * area for name, area in auc(targets, odds).items()})
+    return curves
+
+
 def evaluate_members(
     experiment: Experiment,
     members: Members,
@@ -337,9 +361,11 @@ def evaluate_members(
     scores: list[dict[str, float]] = [{} for _ in range(members.number)]
     predictions = {}
     for name, examples in data.evaluation.items():
-        labels = examples.task.labels
         predictor = build_predictor(
-            experiment, members.graphdef, vocabulary_of(model), labels=labels
+            _for_task(experiment, examples.task),
+            members.graphdef,
+            vocabulary_of(model),
+            labels=examples.task.labels,
         )
         prefix = f"{name}/" if len(data.evaluation) > 1 else ""
         arguments: dict[str, Any] = {
@@ -349,6 +375,10 @@ def evaluate_members(
         if not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
             predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
             scored = score_members(examples, predictions[name])
+            if examples.task.ranks and len(examples.task.labels) == 2:
+                curves = _label_curves(examples, predictions[name])
+                for own, areas in zip(scored, curves, strict=True):
+                    own.update(areas)
             for own, values in zip(scores, scored, strict=True):
                 own.update({f"{prefix}{metric}": value for metric, value in values.items()})
         if data.wants_loss(examples.task) and f"{prefix}{LOSS}" not in scores[0]:

@@ -18,9 +18,9 @@ from prompt_tuning_jax.pretraining.text_data import (
 from prompt_tuning_jax.training.run import (
     Evaluate,
     RunResult,
+    TaskEvaluation,
     TrainingData,
     run,
-    task_evaluation,
 )
 from prompt_tuning_jax.typing import FlatParams
 
@@ -47,7 +47,7 @@ def _prepare(
             window=model.config.max_positions,
             partitioner=partitioner,
         )
-        return tasks, task_evaluation(experiment, model, tasks)
+        return tasks, TaskEvaluation(experiment, model, tasks)
     if not isinstance(model, T5):
         raise UserError("data.objectives are T5's: they need an encoder-decoder; leave them out")
     data = build_text_data(experiment, vocabulary_of(model))

@@ -19,6 +19,7 @@ from prompt_tuning_jax.inference.ensemble import loss_sums
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5.model import T5
+from prompt_tuning_jax.pretraining.denoising import TextInfilling, TokenDeletion
 from prompt_tuning_jax.pretraining.dictionary import load_dictionary
 from prompt_tuning_jax.pretraining.initializations import cooccurrence_embeddings
 from prompt_tuning_jax.pretraining.label_objective import (
@@ -180,6 +181,10 @@ def _objective(
             noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
         ),
         "prefix_lm": lambda: PrefixLM(**lengths),
+        "text_infilling": lambda: TextInfilling(
+            noise_density=data.noise_density, mean_span_length=data.mean_span_length, **lengths
+        ),
+        "token_deletion": lambda: TokenDeletion(noise_density=data.noise_density, **lengths),
     }
     if not set(data.objectives) <= set(kinds):
         embeddings_VD = cooccurrence_embeddings(

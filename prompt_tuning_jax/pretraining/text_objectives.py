@@ -20,6 +20,7 @@ Batch: TypeAlias = dict[str, np.ndarray]
 
 # Purposes of random draws; draws for different purposes are independent.
 _WINDOW, _NOISE_LENGTHS, _TEXT_LENGTHS, _PREFIX_LENGTH, _TARGETS_LENGTH, _MIXTURE = range(6)
+DELETION = 6  # of pretraining/denoising.py
 
 
 class Objective(ABC):
@@ -118,35 +119,17 @@ class SpanCorruption(Objective):
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         length = self.window_length
-        noise, spans = self._noise_and_spans(length)
-        text_BW = _windows(corpus, length=length, indices_B=indices_B, seed=seed)
-        text_lengths_BM = _random_segments(
-            length - noise, spans, seed=seed, purpose=_TEXT_LENGTHS, indices_B=indices_B
+        text_BW = windows(corpus, length=length, indices_B=indices_B, seed=seed)
+        spans = noise_spans(
+            length, *self._noise_and_spans(length), vocabulary, indices_B=indices_B, seed=seed
         )
-        noise_lengths_BM = _random_segments(
-            noise, spans, seed=seed, purpose=_NOISE_LENGTHS, indices_B=indices_B
-        )
-        # Even segments are text to keep; odd segments are noise.
-        lengths_BMx2 = np.stack([text_lengths_BM, noise_lengths_BM], axis=2)
-        starts_Bx2M = np.cumsum(lengths_BMx2.reshape(len(indices_B), 2 * spans), axis=1)[:, :-1]
-        is_start_BW = np.zeros((len(indices_B), length), bool)
-        np.put_along_axis(is_start_BW, starts_Bx2M, True, axis=1)
-        segment_BW = np.cumsum(is_start_BW, axis=1)
-        is_start_BW[:, 0] = True
-        is_noise_BW = segment_BW % 2 == 1
-
-        sentinels_M = np.array([vocabulary.sentinel(i) for i in range(spans)], np.int32)
-        sentinels_BW = sentinels_M[segment_BW // 2]
         return (
-            _replace_spans(text_BW, sentinels_BW, is_noise_BW, is_start_BW, self.inputs_length),
-            _replace_spans(text_BW, sentinels_BW, ~is_noise_BW, is_start_BW, self.targets_length),
+            replace_spans(text_BW, spans, length=self.inputs_length, hidden=spans.is_noise_BW),
+            replace_spans(text_BW, spans, length=self.targets_length, hidden=~spans.is_noise_BW),
         )
 
     def _noise_and_spans(self, length: int) -> tuple[int, int]:
-        """Returns the number of noise tokens and of spans; both, and the text, are at least 1."""
-        noise = min(max(round(length * self.noise_density), 1), length - 1)
-        spans = max(round(noise / self.mean_span_length), 1)
-        return noise, min(spans, length - noise)
+        return numbers_of_noise(length, self.noise_density, self.mean_span_length)
 
     def _inputs_length(self, length: int) -> int:
         noise, spans = self._noise_and_spans(length)
@@ -186,7 +169,7 @@ class PrefixLM(Objective):
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         most_prefix, most_continuation = self.inputs_length - 1, self.targets_length - 1
-        text_BW = _windows(
+        text_BW = windows(
             corpus, length=most_prefix + most_continuation, indices_B=indices_B, seed=seed
         )
         prefix_B = random_integers(
@@ -201,7 +184,7 @@ class PrefixLM(Objective):
         )
         positions_BS = prefix_B[:, None] + np.arange(most_continuation)
         after_BS = np.take_along_axis(text_BW, positions_BS, axis=1)
-        return _cut(text_BW[:, :most_prefix], prefix_B), _cut(after_BS, continuation_B)
+        return cut(text_BW[:, :most_prefix], prefix_B), cut(after_BS, continuation_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +239,54 @@ class Mixture(Objective):
         return inputs_BT, targets_BS
 
 
-def _windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class NoiseSpans:
+    """Which tokens of windows are noise, where spans start, and the sentinel of each token."""
+
+    is_noise_BW: np.ndarray
+    is_start_BW: np.ndarray
+    sentinels_BW: np.ndarray
+
+
+def numbers_of_noise(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
+    """Returns the number of noise tokens and of spans; both, and the text, are at least 1."""
+    noise = min(max(round(length * noise_density), 1), length - 1)
+    spans = max(round(noise / mean_span_length), 1)
+    return noise, min(spans, length - noise)
+
+
+def noise_spans(
+    length: int,
+    noise: int,
+    spans: int,
+    vocabulary: AnyVocabulary,
+    *,
+    indices_B: np.ndarray,
+    seed: int,
+) -> NoiseSpans:
+    """Draws ``spans`` spans of ``noise`` tokens in all; text comes first, and between them."""
+    text_lengths_BM = _random_segments(
+        length - noise, spans, seed=seed, purpose=_TEXT_LENGTHS, indices_B=indices_B
+    )
+    noise_lengths_BM = _random_segments(
+        noise, spans, seed=seed, purpose=_NOISE_LENGTHS, indices_B=indices_B
+    )
+    # Even segments are text to keep; odd segments are noise.
+    lengths_BMx2 = np.stack([text_lengths_BM, noise_lengths_BM], axis=2)
+    starts_Bx2M = np.cumsum(lengths_BMx2.reshape(len(indices_B), 2 * spans), axis=1)[:, :-1]
+    is_start_BW = np.zeros((len(indices_B), length), bool)
+    np.put_along_axis(is_start_BW, starts_Bx2M, True, axis=1)
+    segment_BW = np.cumsum(is_start_BW, axis=1)
+    is_start_BW[:, 0] = True
+    sentinels_M = np.array([vocabulary.sentinel(i) for i in range(spans)], np.int32)
+    return NoiseSpans(
+        is_noise_BW=segment_BW % 2 == 1,
+        is_start_BW=is_start_BW,
+        sentinels_BW=sentinels_M[segment_BW // 2],
+    )
+
+
+def windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -> np.ndarray:
     """Returns random windows [B, W] of ``length`` tokens each, int32."""
     starts = len(corpus.tokens) - length + 1
     if starts < 1:
@@ -268,16 +298,12 @@ def _windows(corpus: Corpus, *, length: int, indices_B: np.ndarray, seed: int) -
     return corpus.tokens[start_B[:, None] + np.arange(length)].astype(np.int32)
 
 
-def _replace_spans(
-    text_BW: np.ndarray,
-    sentinels_BW: np.ndarray,
-    is_hidden_BW: np.ndarray,
-    is_start_BW: np.ndarray,
-    length: int,
+def replace_spans(
+    text_BW: np.ndarray, spans: NoiseSpans, *, length: int, hidden: np.ndarray
 ) -> np.ndarray:
     """Replaces each hidden span by a sentinel, then adds the end and padding: [B, length]."""
-    kept_BW = ~is_hidden_BW | is_start_BW
-    written_BW = np.where(is_hidden_BW, sentinels_BW, text_BW)
+    kept_BW = ~hidden | spans.is_start_BW
+    written_BW = np.where(hidden, spans.sentinels_BW, text_BW)
     rows = written_BW[kept_BW].reshape(len(text_BW), -1)  # every row keeps the same number
     out = np.full((len(text_BW), length), PAD_ID, np.int32)
     out[:, : rows.shape[1]] = rows
@@ -285,7 +311,7 @@ def _replace_spans(
     return out
 
 
-def _cut(text_BW: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+def cut(text_BW: np.ndarray, length_B: np.ndarray) -> np.ndarray:
     """Returns the first ``length_B`` tokens of each row, the end and padding: [B, W + 1]."""
     position = np.arange(text_BW.shape[1] + 1)
     padded = np.pad(text_BW, ((0, 0), (0, 1)))

@@ -169,6 +169,11 @@ class RunLog:
                     "correlations are nan while all predictions are the same"
                 )
 
+    def log_samples(self, step: int, samples: Mapping[str, str]) -> None:
+        """Shows texts of an evaluation, title -> Markdown, in TensorBoard alone."""
+        if samples:
+            self._tensorboard.write(int(step), {}, texts=samples)
+
     def require_folder(self, *, now: bool = False) -> None:
         """Raises UserError if the working directory has been removed or renamed.
 
@@ -328,7 +333,9 @@ class _TensorBoard:
         self._records: Any = None
         self._broken = False
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, scalars: Mapping[str, float], *, texts: Mapping[str, str] | None = None
+    ) -> None:
         if self._broken:
             return
         try:
@@ -353,6 +360,7 @@ class _TensorBoard:
                 ):
                     self._records.write(event.SerializeToString())
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+            values += [_text_value(tag, text) for tag, text in (texts or {}).items()]
             event = Event(wall_time=now, step=step, summary=Summary(value=values))
             self._records.write(event.SerializeToString())
             self._records.flush()
@@ -365,6 +373,20 @@ class _TensorBoard:
         if self._records is not None and not self._records.closed:
             with suppress(OSError):
                 self._records.close()
+
+
+def _text_value(tag: str, text: str) -> Any:
+    """A text in the form that TensorBoard's text plugin reads."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    plugin = SummaryMetadata.PluginData(plugin_name="text")
+    return Summary.Value(
+        tag=f"{tag}/text_summary",
+        metadata=SummaryMetadata(plugin_data=plugin),
+        tensor=TensorProto(dtype=DT_STRING, string_val=[text.encode()]),
+    )
 
 
 class _Lines:

@@ -68,6 +68,7 @@ class Loop:
       patience: the run ends after this many evaluations in a row without an improvement of any
         member; 0 means no limit.
       padding: ``(start, stop)`` -> the percentage of padding in the inputs of those steps.
+      samples: samples of the last evaluation's predictions: title -> Markdown.
     """
 
     train_step: TrainStep
@@ -90,6 +91,7 @@ class Loop:
     patience: int = 0
     microbatching: Microbatching = NO_MICROBATCHING
     padding: Callable[[int, int], float | None] = lambda start, stop: None
+    samples: Callable[[], Mapping[str, str]] = dict
     quiet: bool = False
     _signals_received: list[int] = field(default_factory=list)
 
@@ -153,6 +155,7 @@ class Loop:
                     scores = self.evaluate(state.trainable)
                     if log:
                         log.log_eval(step, scores)
+                        log.log_samples(step, self.samples())
                     best_tree = self._keep_best(step, state, scores, best, best_tree, improved_at)
                     stale = 0 if step in improved_at else stale + 1
                     since += time.monotonic() - began

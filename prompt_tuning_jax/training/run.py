@@ -62,6 +62,7 @@ from prompt_tuning_jax.training.resume import (
     require_place,
     require_run,
 )
+from prompt_tuning_jax.training.samples import sample_texts
 from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 
@@ -147,16 +148,24 @@ def _prepare_tasks(
         window=model.config.max_positions,
         partitioner=partitioner,
     )
-    return data, task_evaluation(experiment, model, data)
+    return data, TaskEvaluation(experiment, model, data)
 
 
-def task_evaluation(experiment: Experiment, model: Model, data: TaskData) -> Evaluate:
-    """Returns the function that evaluates the members on the tasks' data."""
+class TaskEvaluation:
+    """Evaluates the members on the tasks' data, and keeps samples of the last predictions."""
 
-    def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
-        return evaluate_members(experiment, members, trainable, data, model, scores_alone=True)[0]
+    def __init__(self, experiment: Experiment, model: Model, data: TaskData) -> None:
+        self._experiment, self._model, self._data = experiment, model, data
+        self.samples: dict[str, str] = {}
 
-    return evaluate
+    def __call__(self, members: Members, trainable: FlatParams) -> list[dict[str, float]]:
+        """The metrics of each member."""
+        scores, predictions = evaluate_members(
+            *(self._experiment, members, trainable, self._data, self._model), scores_alone=True
+        )
+        if processes.is_primary():
+            self.samples = sample_texts(self._data.evaluation, predictions)
+        return scores
 
 
 def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> RunResult:
@@ -230,6 +239,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
         frozen=members.frozen,
         batches=lambda start, stop: data.batches(start, stop, partitioner),
         evaluate=lambda trainable: evaluate(members, trainable),
+        samples=lambda: evaluate.samples if isinstance(evaluate, TaskEvaluation) else {},
         on_best=on_best,
         workdir=folder,
         fingerprint=fingerprint,

@@ -6,6 +6,7 @@ import pytest
 
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.pretraining.denoising import TextInfilling, TokenDeletion
 from prompt_tuning_jax.pretraining.text_corpus import Corpus
 from prompt_tuning_jax.pretraining.text_objectives import (
     Mixture,
@@ -19,9 +20,11 @@ FIRST_ID = 3  # the token at position i of the corpus is i + FIRST_ID, so that i
 SPANS = SpanCorruption(inputs_length=64, targets_length=20)
 PREFIX = PrefixLM(inputs_length=64, targets_length=20, min_prefix=4)
 SHORT = PrefixLM(inputs_length=64, targets_length=20, min_continuation=1)
+INFILLING = TextInfilling(inputs_length=64, targets_length=50)
+DELETION = TokenDeletion(inputs_length=40, targets_length=64)
 MIXED = Mixture(objectives=(SPANS, PREFIX, SHORT), weights=(5, 3, 0))
 ALL = pytest.mark.parametrize(
-    "objective", [SPANS, PREFIX, SHORT, MIXED], ids=lambda o: type(o).__name__
+    "objective", [SPANS, PREFIX, SHORT, MIXED, INFILLING, DELETION], ids=lambda o: type(o).__name__
 )
 
 
@@ -188,8 +191,8 @@ def test_short_continuations_have_all_lengths(corpus, vocabulary):
 def test_batches_are_their_examples(objective, corpus, vocabulary):
     batch = objective.batch(corpus, vocabulary, step=3, seed=5, batch_size=8)
     assert {key: value.shape for key, value in batch.items()} == {
-        "inputs": (8, 64),
-        "targets": (8, 20),
+        "inputs": (8, objective.inputs_length),
+        "targets": (8, objective.targets_length),
     }
     assert {value.dtype for value in batch.values()} == {np.dtype(np.int32)}
     for row in range(8):
@@ -309,3 +312,31 @@ def test_a_corpus_of_one_window_is_enough_and_less_is_not(vocabulary):
 def test_more_spans_than_sentinels_is_a_user_error(corpus):
     with pytest.raises(UserError, match="<extra_id_2>"):
         SPANS.example(corpus, Vocabulary(TINY, extra_ids=2), index=0, seed=0)
+
+
+def test_infilled_text_is_whole_in_the_targets(corpus, vocabulary) -> None:
+    for inputs, targets in examples(INFILLING, corpus, vocabulary, count=20):
+        assert targets == [*range(targets[0], targets[0] + 49), 1]
+        sentinels = [t for t in inputs if t in {vocabulary.sentinel(i) for i in range(9)}]
+        assert sentinels == [vocabulary.sentinel(i) for i in range(2)]  # 49 * 0.15 / 3
+        kept = [t for t in inputs[:-1] if t not in sentinels]
+        assert len(kept) == 49 - round(49 * 0.15)
+        assert kept == sorted(kept)
+        assert set(kept) < set(targets)
+
+
+def test_deleted_tokens_leave_the_others_in_order(corpus, vocabulary) -> None:
+    kept = 0
+    for inputs, targets in examples(DELETION, corpus, vocabulary, count=200):
+        assert targets == [*range(targets[0], targets[0] + 39), 1]
+        assert inputs[:-1] == sorted(inputs[:-1])
+        assert set(inputs) <= set(targets)
+        kept += len(inputs) - 1
+    assert abs(kept / (200 * 39) - 0.85) < 0.02
+
+
+@pytest.mark.parametrize("objective", [TextInfilling, TokenDeletion])
+def test_impossible_denoising(objective) -> None:
+    for wrong in ({"noise_density": 1.0}, {"targets_length": 2}):
+        with pytest.raises(UserError):
+            objective(**{"inputs_length": 9, "targets_length": 9, **wrong})

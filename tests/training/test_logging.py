@@ -212,6 +212,18 @@ def test_tensorboard_gets_every_member(tmp_path: Path) -> None:
     assert ("eval/accuracy/seed_2", 20, 22.0) in scalars
 
 
+def test_samples_are_texts_of_tensorboards_plugin(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=1, num_members=1, quiet=True) as log:
+        log.log_samples(3, {"task samples": "    input: é"})
+        log.log_samples(4, {})
+    (event,) = [e for e in read_events(tmp_path / "tensorboard") if e.summary.value]
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (3, "task samples/text_summary")
+    assert value.metadata.plugin_data.plugin_name == "text"
+    assert value.tensor.string_val == ["    input: é".encode()]
+    assert lines(tmp_path) == b""  # of the metrics file
+
+
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from prompt_tuning_jax.training.logging import RunLog\n"

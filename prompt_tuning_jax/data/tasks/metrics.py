@@ -17,6 +17,7 @@ from prompt_tuning_jax.data.tasks.metric_functions import (
     spearman,
     word_f1,
 )
+from prompt_tuning_jax.data.tasks.text_metrics import bleu, coqa_f1, edit_distance, trivia_qa
 from prompt_tuning_jax.errors import UserError, suggest
 
 # (targets, predictions) -> percent, or several numbers by name.
@@ -148,8 +149,8 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
     if name == LOSS:
         return EVALUATION_LOSS
     direction: Direction | Mapping[str, Direction] = "min" if name == INVALID else "max"
-    if name == "rouge":
-        direction = {kind: "max" for kind in _ROUGE_KINDS}
+    if name in _SEVERAL:
+        direction = dict.fromkeys(*_SEVERAL[name])
     return Metric(name=name, fn=_FACTORIES[name](tuple(labels)), direction=direction)
 
 
@@ -287,6 +288,22 @@ def _rouge(*kinds: str) -> MetricFn:
     return rouge
 
 
+def _edit_distance(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    _require_texts("edit_distance", targets, predictions)
+    return edit_distance(targets, predictions)
+
+
+def _of_texts(name: str, fn: MetricFn) -> MetricFn:
+    """The metric for texts, and targets of several; UserError for tasks with other values."""
+
+    def checked(targets: Sequence[Any], predictions: Sequence[str]) -> Any:
+        several = [t if isinstance(t, list) else [t] for t in targets]
+        _require_texts(name, *several, predictions)
+        return fn(targets, predictions)
+
+    return checked
+
+
 def _no_predictions(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
     raise TypeError("the loss is not a metric of predictions")
 
@@ -294,6 +311,12 @@ def _no_predictions(targets: Sequence[Any], predictions: Sequence[Any]) -> float
 EVALUATION_LOSS = Metric(name=LOSS, fn=_no_predictions, direction="min")
 
 _ROUGE_KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+# The numbers of metrics that return several, and their direction.
+_SEVERAL: Mapping[str, tuple[tuple[str, ...], Direction]] = {
+    "rouge": (_ROUGE_KINDS, "max"),
+    "trivia_qa": (("em", "f1"), "max"),
+    "edit_distance": (("min_edit", "max_edit", "mean_edit", "median_edit", "sum_edit"), "min"),
+}
 _FACTORIES: Mapping[str, Callable[[tuple[str, ...]], MetricFn]] = {
     "accuracy": lambda labels: accuracy,
     "exact_match": lambda labels: exact_match,
@@ -307,6 +330,10 @@ _FACTORIES: Mapping[str, Callable[[tuple[str, ...]], MetricFn]] = {
     "rouge2": lambda labels: _rouge("rouge2"),
     "rougeL": lambda labels: _rouge("rougeL"),
     "rougeLsum": lambda labels: _rouge("rougeLsum"),
+    "bleu": lambda labels: _of_texts("bleu", bleu),
+    "trivia_qa": lambda labels: _of_texts("trivia_qa", trivia_qa),
+    "coqa_f1": lambda labels: _of_texts("coqa_f1", coqa_f1),
+    "edit_distance": lambda labels: _edit_distance,
     INVALID: _invalid,
     LOSS: lambda labels: _no_predictions,
 }

@@ -14,7 +14,11 @@ from prompt_tuning_jax.errors import UserError, suggest
 _BUILTIN_MODULES = (
     "prompt_tuning_jax.data.tasks.word_valence",
     "prompt_tuning_jax.data.tasks.t5_tasks.registry",
+    "prompt_tuning_jax.data.tasks.t5_tasks.spot",
+    "prompt_tuning_jax.data.tasks.t5_tasks.recycling",
 )
+# In the 2021 code, tasks for other models' vocabularies; here the model brings its vocabulary.
+_MODEL_PREFIXES = ("", "mt5_", "byt5_")
 _registered: dict[str, Task | Mixture] = {}
 
 
@@ -49,8 +53,7 @@ def get_mixture(name: str) -> Mixture:
     Looks among built-in tasks, registered tasks and SeqIO's, in this order.  UserError suggests the
     nearest name for an unknown one.
     """
-    known = _known()
-    task = known.get(name) or known.get(_aliases().get(name, ""))
+    task = _find(name)
     if task is None and name in seqio_names():
         from prompt_tuning_jax.data.tasks.from_seqio import from_seqio
 
@@ -73,8 +76,7 @@ def tasks_known_as(name: str) -> tuple[Task, ...]:
     Imports neither SeqIO nor modules that register tasks: SeqIO's tasks are found only if it is
     imported already.
     """
-    known = _known()
-    task = known.get(name) or known.get(_aliases().get(name, ""))
+    task = _find(name)
     if task is None and name in seqio_names():
         task = get_mixture(name)
     if isinstance(task, Mixture):
@@ -102,6 +104,18 @@ def _builtin() -> Mapping[str, Task | Mixture]:
 def _aliases() -> Mapping[str, str]:
     modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
     return {a: n for module in modules for a, n in getattr(module, "ALIASES", {}).items()}
+
+
+def _find(name: str) -> Task | Mixture | None:
+    """The built-in or registered task of this name, of an alias, or of a model's prefix."""
+    known = _known()
+    for prefix in _MODEL_PREFIXES:
+        bare = name.removeprefix(prefix)
+        task = known.get(bare) or known.get(_aliases().get(bare, ""))
+        # Tasks of other origins have no such names.
+        if task is not None and (not prefix or bare in _builtin() or bare in _aliases()):
+            return task
+    return None
 
 
 def _known() -> dict[str, Task | Mixture]:

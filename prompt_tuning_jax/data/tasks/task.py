@@ -73,6 +73,10 @@ class Task:
       version: change it when ``preprocess`` or the source's ``rows`` yield something else, so that
         cached examples are rebuilt.  Empty: a digest of their code takes its place, which changes
         when the modules that define them are edited (``code_digest``).
+      ranks: predictions are the labels with the largest log-probability, whatever
+        ``evaluation.strategy`` is.  The scores of two labels then include ``auc-roc`` and
+        ``auc-pr`` of the second, in percent.
+      normalize_length: with ``ranks``, compare the mean log-probabilities of the labels' tokens.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Task:
     description: str = ""
     notes: tuple[str, ...] = ()
     version: str = ""
+    ranks: bool = False
+    normalize_length: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prompt_tuning_jax.data.tasks.task import Example, Row
+from prompt_tuning_jax.data.tasks.task import Example, Preprocess, Row
 from prompt_tuning_jax.errors import UserError
 
 # The target of an example without a label.
@@ -263,14 +263,14 @@ def spaced(text: str) -> str:
     >>> spaced("It's  5.")
     "It ' s 5 . "
     """
-    return _collapsed(_PUNCTUATION.sub(r" \1 ", text))
+    return collapsed(_PUNCTUATION.sub(r" \1 ", text))
 
 
 def _example(row: Row, *, answers: Sequence[str]) -> Example:
     question, context = spaced(row["question"]), spaced(row["context"])
     spaced_answers = [spaced(answer) for answer in answers]
     return {
-        "inputs": _collapsed(f"question: {question} context: {context}"),
+        "inputs": collapsed(f"question: {question} context: {context}"),
         "targets": spaced_answers[0] if spaced_answers else UNLABELLED,
         "question": question,
         "context": context,
@@ -278,8 +278,14 @@ def _example(row: Row, *, answers: Sequence[str]) -> Example:
     }
 
 
-def _collapsed(text: str) -> str:
+def collapsed(text: str) -> str:
+    """Merges white space into single blanks."""
     return _WHITE_SPACE.sub(" ", text)
+
+
+def with_task_word(row: Row, *, preprocess: Preprocess, task_word: str) -> list[Example]:
+    """The examples of another preprocessor with a word before their inputs."""
+    return [{**e, "inputs": f"{task_word} {e['inputs']}"} for e in preprocess(row)]
 
 
 def summarize(row: Row, *, article: str, summary: str) -> list[Example]:

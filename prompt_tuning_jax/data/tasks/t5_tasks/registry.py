@@ -123,6 +123,11 @@ _SUPER_GLUE = (
 _DIAGNOSTICS = ("super_glue_axb_v102", "super_glue_axg_v102")
 _GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 _GLUE_EVALUATED = ("mnli_mismatched", "mnli_matched", "ax")
+# The original's mixtures of the other forms hold the ordinary tasks, by mistake.
+_MIXED_FORMS = dict.fromkeys(
+    ("taskless", "task_index"),
+    " (in the 2021 code a mixture of ordinary tasks by mistake, which is glue_mnli_and_dev_{})",
+)
 _MRQA = ("bio_asq", "drop", "duo_rc", "race", "relation_extraction", "textbook_qa")
 
 
@@ -190,7 +195,7 @@ def _mixtures_in(form: Form) -> Iterator[Mixture]:
         yield _mixture(
             f"glue_mnli_and_dev_{version}",
             tuple(f"glue_{s}_{version}" for s in ("mnli", "mnli_mismatched", "mnli_matched")),
-            "MNLI, evaluated on both development sets",
+            "MNLI, evaluated on both development sets" + _MIXED_FORMS.get(form, "").format(version),
             form=form,
         )
         yield _mixture(

@@ -363,7 +363,7 @@ class T5(Model):
     def stacks(self) -> dict[str, AttentionStack]:
         config = self.config
         heads = {"num_kv_heads": config.num_heads, "head_dim": config.head_dim}
-        encoder = AttentionStack(num_layers=config.num_encoder_layers, **heads)
+        encoder = AttentionStack(num_layers=config.num_encoder_layers, **heads, writes=False)
         decoder = AttentionStack(num_layers=config.num_decoder_layers, **heads)
         return {"encoder": encoder, "decoder": decoder, "cross": decoder}
 

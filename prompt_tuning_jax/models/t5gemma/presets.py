@@ -88,6 +88,7 @@ def _t5gemma_2(
         encoder=replace(decoder, model_type="t5gemma2_text", tie_embeddings=False),
         decoder=decoder,
         eoi=256_000,
+        image_token=256_001,
         token_ids=_IDS,
     )
 
@@ -99,8 +100,7 @@ _BASE = _gemma_2(768, 12, 12, 64, 2048, 12)
 _LARGE = _gemma_2(1024, 16, 16, 64, 2816, 24)
 _ML = _gemma_2(1152, 4, 4, 256, 6912, 26)
 _XL = _gemma_2(2048, 32, 32, 64, 5120, 24)
-# google-deepmind/gemma, gemma/research/t5gemma/config.py; the tables of the hub's files have 256,000
-# rows.
+# google-deepmind/gemma, research/t5gemma/config.py; the hub's files have tables of 256,000 rows.
 SIZES: dict[str, T5GemmaConfig] = {
     "s-s": _t5gemma(_SMALL, _SMALL),
     "b-b": _t5gemma(_BASE, _BASE),

@@ -75,6 +75,18 @@ class ModelConfig:
     token_ids: TokenIds = TokenIds()
 
     @property
+    def peft_prompt_scale(self) -> float:
+        """The factor from a prompt that PEFT gives transformers' model to the same one here."""
+        return 1.0
+
+    def prompt_reach(self) -> tuple[int, ...]:
+        """Returns how many positions back, its own included, each reading layer's queries see.
+
+        0 is all; empty if that is so in every layer, or if the model is decoder-only.
+        """
+        return ()
+
+    @property
     def num_reading_layers(self) -> int:
         """The layers that the input, and so a prompt, passes."""
         raise NotImplementedError

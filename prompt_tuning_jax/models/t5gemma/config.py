@@ -60,6 +60,14 @@ class T5GemmaConfig(ModelConfig):
         return self.encoder.embedding_scale
 
     @property
+    def peft_prompt_scale(self) -> float:
+        # transformers' T5Gemma multiplies what it gets instead of embeddings by their factor.
+        return 1.0 if self.merged else self.embedding_scale
+
+    def prompt_reach(self) -> tuple[int, ...]:
+        return tuple(window.back for window in self.encoder_windows())
+
+    @property
     def num_reading_layers(self) -> int:
         return self.encoder.num_layers
 

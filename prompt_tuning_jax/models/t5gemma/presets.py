@@ -110,15 +110,15 @@ SIZES: dict[str, T5GemmaConfig] = {
     "2b-2b": _t5gemma(_2B, _2B),
     "9b-2b": _t5gemma(_9B, _2B),
     "9b-9b": _t5gemma(_9B, _9B),
-}
-PRESETS: dict[str, T5GemmaConfig] = {
-    f"google/t5gemma-{size}-{objective}": config
-    for size, config in SIZES.items()
-    for objective in ("prefixlm", "prefixlm-it", "ul2", "ul2-it")
-} | {
-    "google/t5gemma-2-270m-270m": _t5gemma_2(640, 4, 1, 2048, 18),
-    "google/t5gemma-2-1b-1b": _t5gemma_2(1152, 4, 1, 6912, 26),
-    "google/t5gemma-2-4b-4b": _t5gemma_2(
+    "2-270m-270m": _t5gemma_2(640, 4, 1, 2048, 18),
+    "2-1b-1b": _t5gemma_2(1152, 4, 1, 6912, 26),
+    "2-4b-4b": _t5gemma_2(
         2560, 8, 4, 10_240, 34, window=1024, rope_scaling=RopeScaling(kind="linear", factor=8.0)
     ),
+}
+# T5Gemma 2 comes in one variant.
+PRESETS: dict[str, T5GemmaConfig] = {
+    f"google/t5gemma-{size}{variant}": config
+    for size, config in SIZES.items()
+    for variant in ([""] if config.merged else ["-prefixlm", "-prefixlm-it", "-ul2", "-ul2-it"])
 }

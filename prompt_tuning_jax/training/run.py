@@ -20,6 +20,7 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import DeepPrompts
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.config.validation import validate
@@ -327,24 +328,18 @@ def reach_warning(experiment: Experiment, model_config: ModelConfig) -> Iterator
     """Yields a line if sliding windows hide the prompt from tokens at the end of long inputs."""
     reach = model_config.prompt_reach()
     longest, method = experiment.data.inputs_length, experiment.method
+    # The last position of the prompt is n positions before the n-th token.
     short = [back for back in reach if 0 < back <= longest]
     if not short or not method.prompt_positions():
         return
-    # The token at distance d behind the prompt sees its last position if d is below the reach.
-    others = (
-        f"in the other {len(reach) - len(short)} alone"
-        if len(short) < len(reach)
-        else "in no layer, but through tokens between"
-    )
-    deep = (
-        ""
-        if isinstance(method, DeepPrompts)
-        else ("method=deep_prompts trains a prompt for each layer, and ")
-    )
+    rest = len(reach) - len(short)
+    where = f"in the other {rest} alone" if rest else "through the tokens in between alone"
+    deep = "method=deep_prompts trains a prompt for each layer, and "
     yield (
         f"warning: {len(short)} of the encoder's {len(reach)} layers see {min(short)} positions "
-        f"back, and inputs have up to {longest} tokens: those from the {min(short)}th on see the "
-        f"prompt {others}; {deep}method=prefix_tuning is seen by all tokens in all layers"
+        f"back, and inputs have up to {longest} tokens: those behind the first {min(short) - 1} "
+        f"see the prompt {where}; {'' if isinstance(method, DeepPrompts) else deep}"
+        "method=prefix_tuning is seen by all tokens in all layers"
     )
 
 

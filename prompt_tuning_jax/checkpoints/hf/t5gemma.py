@@ -250,7 +250,7 @@ def described_t5gemma(config: T5GemmaConfig) -> tuple[dict[str, Any], dict[str, 
         require_same_config(again, dataclasses.replace(stack, model_type=kind), part=part)
         stacks.append({**writer.raw, **special, "dropout_rate": 0.0, "attention_dropout": 0.0})
     encoder, decoder = stacks
-    described = {
+    described: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": config.model_type,
         "is_encoder_decoder": True,

@@ -31,6 +31,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.typing import HostArray
 
 StoredAs = Literal["stored", "float32", "bfloat16"]
@@ -115,7 +116,7 @@ def convert_to_t5x(
 ) -> Converted:
     """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
     opened, words = _open(source, vocabulary, None)
-    if isinstance(opened.config, CausalLMConfig):
+    if isinstance(opened.config, CausalLMConfig | T5GemmaConfig):
         raise UserError(
             f"{source} is a {opened.config.model_type}, and a T5X checkpoint holds a T5: convert "
             "it to hf"
@@ -203,7 +204,7 @@ def _open(
 
 def hf_model_type(opened: ModelCheckpoint) -> str:
     """Returns the ``model_type``; T5X checkpoints with mT5's number of embeddings are ``mt5``."""
-    if isinstance(opened.config, CausalLMConfig):
+    if isinstance(opened.config, CausalLMConfig | T5GemmaConfig):
         return opened.config.model_type
     if isinstance(opened.source, Path):
         return model_type_of(opened.source)

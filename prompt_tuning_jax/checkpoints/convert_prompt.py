@@ -23,10 +23,12 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     check_fits,
     read_prompt,
     save_prompt,
+    scaled_prompt,
 )
 from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.models.registry import find_preset
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
@@ -61,6 +63,7 @@ def convert_prompts(
     # Read all prompts before writing any: they are small, and one may be damaged.
     prompts = [read_prompt(name) for name in names]
     base = _open_base(model, prompts, to=to, check=not allow_other_model)
+    prompts = [_in_space_of(stored, base, to=to) for stored in prompts]
     for name, stored in zip(names, prompts, strict=True):
         _require_fit(stored, base, path=name, allow_other_model=allow_other_model)
     if files is None:  # the prompts of a folder are in memory, so it may be replaced
@@ -151,6 +154,24 @@ def _write(
     save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
 
 
+def _in_space_of(stored: StoredPrompt, base: _Base, *, to: PromptFormat) -> StoredPrompt:
+    """The prompt in the space in which the new format's readers add it to the input."""
+    peft = stored.source == "PEFT adapter"
+    scale = _peft_scale(stored.metadata, base.config)
+    if scale == 1.0 or peft == (to == "peft"):
+        return stored
+    factor = scale if peft else 1.0 / scale
+    return dataclasses.replace(stored, prompt_PD=scaled_prompt(stored.prompt_PD, factor))
+
+
+def _peft_scale(metadata: PromptMetadata, config: ModelConfig | None) -> float:
+    """``ModelConfig.peft_prompt_scale`` of the prompt's model, as far as it is known."""
+    config = config or find_preset(metadata.model_name)
+    if config is not None:
+        return config.peft_prompt_scale
+    return metadata.embedding_scale or 1.0 if metadata.model_type == "t5gemma" else 1.0
+
+
 def _task_type(stored: StoredPrompt, base: _Base) -> str:
     """PEFT's name of the kind of model; a T5 unless the model or the prompt says otherwise."""
     if base.config is not None:
@@ -163,7 +184,12 @@ def _task_type(stored: StoredPrompt, base: _Base) -> str:
 def _note_on_scale(metadata: PromptMetadata, config: ModelConfig | None) -> list[str]:
     """A note for adapters of models that multiply their token embeddings."""
     scale = getattr(config, "embedding_scale", metadata.embedding_scale) or 1.0
-    if scale == 1.0:
+    if (in_peft := _peft_scale(metadata, config)) != 1.0:
+        return [
+            f"the adapter's prompt is divided by {in_peft:g}: transformers multiplies the prompts "
+            "of this model by it, as it does the embeddings of its tokens"
+        ]
+    if scale == 1.0 or getattr(config, "model_type", metadata.model_type) == "t5gemma2":
         return []
     return [
         f"the adapter is for transformers 5.24 or newer: 4.57 multiplies prompts by {scale:g}, as "

@@ -26,6 +26,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
+from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
+from prompt_tuning_jax.models.t5gemma.presets import SIZES
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -67,6 +69,9 @@ def architecture(opened: ModelCheckpoint) -> str:
     if isinstance(config, CausalLMConfig):
         tied = "tied embeddings" if config.tie_embeddings else "a separate output layer"
         return f"{config.model_type} (decoder-only) with {tied}"
+    if isinstance(config, T5GemmaConfig):
+        name = "T5Gemma 2, text alone" if config.merged else "T5Gemma"
+        return f"{name} (encoder-decoder){'' if config.tie_embeddings else ', with its own head'}"
     config = require_t5(config, what="describing such a model")
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:
@@ -85,6 +90,9 @@ def architecture(opened: ModelCheckpoint) -> str:
 
 def size_name(config: ModelConfig) -> str:
     """Returns the preset with these sizes and any vocabulary; "" if there is none."""
+    if isinstance(config, T5GemmaConfig):
+        same = (name for name, other in SIZES.items() if _stacks(other) == _stacks(config))
+        return next(same, "")
     if not isinstance(config, T5Config):
         return ""
     for name, other in PRESETS.items():
@@ -128,6 +136,13 @@ class _ReadLater(Mapping[str, HostArray]):
 
     def __len__(self) -> int:
         return len(self._params)
+
+
+def _stacks(config: T5GemmaConfig) -> list[tuple[int, ...]]:
+    return [
+        (stack.embed_dim, stack.num_heads, stack.head_dim, stack.mlp_dim, stack.num_layers)
+        for stack in (config.encoder, config.decoder)
+    ] + [(config.merged,)]
 
 
 def _sizes(config: T5Config) -> tuple[int, ...]:

@@ -4,11 +4,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
+from prompt_tuning_jax.checkpoints.causal_parameters import (
+    causal_parameter_shapes,
+    t5gemma_parameter_shapes,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 
 EMBEDDING = "token_embedder/embedding"
 LOGITS = "decoder/logits_dense/kernel"
@@ -22,6 +26,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return _t5_shapes(config)
     if isinstance(config, CausalLMConfig):
         return causal_parameter_shapes(config)
+    if isinstance(config, T5GemmaConfig):
+        return t5gemma_parameter_shapes(config)
     from flax import nnx
 
     from prompt_tuning_jax import param_tree
@@ -88,7 +94,7 @@ def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: st
         name: jax.ShapeDtypeStruct(shape, "float32")
         for name, shape in parameter_shapes(config).items()
     }
-    kind = config.model_type if isinstance(config, CausalLMConfig) else "T5"
+    kind = getattr(config, "model_type", "T5")
     require_same_shapes(params, wanted, of=of, and_of=f"a {kind} of this configuration")
 
 

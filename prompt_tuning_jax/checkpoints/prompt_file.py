@@ -7,7 +7,7 @@ the folder of a PEFT adapter, or an array in a T5X checkpoint.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as distributions
 from itertools import islice
 from pathlib import Path
@@ -58,9 +58,10 @@ class PromptMetadata:
       chat: whether inputs were messages in the chat template of the model's tokenizer.
       mixture: its tasks, if it was trained on several.
       combine: how the prompt is joined to the input.
-      model_type: the family of a decoder-only model, such as ``gemma2``.
+      model_type: the family of the model, such as ``gemma2``; empty for a T5.
       embedding_scale: a factor on the model's token embeddings that the prompt does not get
-        (Gemma); None is 1.  transformers 4 multiplies prompts by it as well.
+        (Gemma, T5Gemma): the prompt is in the space of embeddings that have it already.  None is 1.
+        transformers 4 multiplies prompts by it as well, and so does every version in a T5Gemma 1.
       origin: where it comes from, if it was not trained.
       created_by: the program that wrote the file.
     """
@@ -193,21 +194,33 @@ def load_prompt(
 
 
 def load_prompt_with_metadata(
-    path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
+    path: str | Path,
+    *,
+    width: int | None = None,
+    dtype: DType | None = np.float32,
+    peft_scale: float = 1.0,
 ) -> tuple[HostArray, PromptMetadata]:
     """The prompt ``[P,D]`` of a file or folder as ``dtype``, and its metadata.
 
     The format is detected from the content: an ``.npy`` (also T5X's
     ``encoder.prompt.prompt.prompt``), a ``.safetensors`` of this package, the folder of a PEFT
     adapter, or a T5X checkpoint with a prompt, which may be at a ``gs://`` or ``s3://`` address.
-    ``dtype=None`` keeps the stored dtype; ``width`` is the model's, if it is known.  Raises
-    UserError if the prompt is missing, damaged, of another width or not a prompt.
+    ``dtype=None`` keeps the stored dtype; ``width`` is the model's, if it is known, and so is
+    ``peft_scale`` (``ModelConfig.peft_prompt_scale``), which multiplies a PEFT adapter's prompt.
+    Raises UserError if the prompt is missing, damaged, of another width or not a prompt.
     """
     stored = read_prompt(path)
+    if stored.source == "PEFT adapter" and peft_scale != 1.0:
+        stored = replace(stored, prompt_PD=scaled_prompt(stored.prompt_PD, peft_scale))
     if width is not None:
         _check_width(stored.prompt_PD, width=width, path=path)
     prompt_PD = stored.prompt_PD if dtype is None else stored.prompt_PD.astype(dtype, copy=False)
     return prompt_PD, stored.metadata
+
+
+def scaled_prompt(prompt_PD: HostArray, scale: float) -> HostArray:
+    """The prompt times a number, in its dtype; the product is rounded once."""
+    return (prompt_PD.astype(np.float32) * np.float32(scale)).astype(prompt_PD.dtype)
 
 
 def read_prompt(path: str | Path) -> StoredPrompt:

@@ -34,6 +34,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import tuned_files
 from prompt_tuning_jax.inference.loading_methods import method_of
 from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
     form = "T5X checkpoint" if model.is_t5x else "Hugging Face folder"
     yield "kind", f"model ({'GGUF file' if model.is_gguf else form})"
     yield "architecture", model.architecture
-    if isinstance(model.config, T5Config):
+    if isinstance(model.config, T5Config | T5GemmaConfig):
         yield "size", model.size or "none of the published"
     yield "layout", model.layout
     yield "parameters", f"{model.parameters:,}"

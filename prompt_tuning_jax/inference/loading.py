@@ -217,7 +217,9 @@ def load_prompts(
                 f"alone{_prompts_in(place)}"
             )
         for file in files:
-            array, metadata = load_prompt_with_metadata(file)
+            array, metadata = load_prompt_with_metadata(
+                file, peft_scale=model.config.peft_prompt_scale
+            )
             check_fits(
                 array,
                 metadata,

@@ -250,7 +250,7 @@ class TunedModel(nnx.Module):
         injections = self.injections(inputs_BT, task_B=task_B, key=method_key)
         source = injections.model_input or self.model.embed(inputs_BT)
         context = self.model.read(source, injections=injections, key=key, remat=remat)
-        return context, injections.for_writing()
+        return context, self.model.injections_for_writing(injections)
 
 
 def same_tokens(rows_XS: Array | HostArray, labels: LabelTokens, *, padding: int = 0) -> Array:

@@ -98,11 +98,15 @@ class SelfCache:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStack:
-    """The sizes of one kind of attention: ``num_layers`` of them, with G heads of width K each."""
+    """The sizes of one kind of attention: ``num_layers`` of them, with G heads of width K each.
+
+    ``writes`` is false for attentions that only read, such as an encoder's.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    writes: bool = True
 
 
 class Model(nnx.Module):
@@ -254,8 +258,18 @@ class Model(nnx.Module):
         source = injections.model_input or self.embed(inputs_BT)
         context = self.read(source, injections=injections, key=keys[0], remat=remat)
         return self.write(
-            context, targets_BS, injections=injections.for_writing(), key=keys[1], remat=remat
+            context,
+            targets_BS,
+            injections=self.injections_for_writing(injections),
+            key=keys[1],
+            remat=remat,
         )
+
+    def injections_for_writing(self, injections: Injections) -> Injections:
+        """Returns the injections that are still needed after the input has been read."""
+        stacks = self.stacks
+        kept = {name: own for name, own in injections.prefixes.items() if stacks[name].writes}
+        return replace(injections, model_input=None, layer_prompts=None, prefixes=kept)
 
     def __repr__(self) -> str:
         """Describes the model's sizes without adapters; ``nnx.display`` shows every array."""

@@ -16,12 +16,15 @@ class TokenIds:
       eos: ends a target.
       start: the first input of an encoder-decoder's decoder; -1 if the model has no such token.
       more_eos: other ids that end a generated sequence.
+      inputs_have_eos: whether the inputs of an encoder-decoder end with an end of sequence, as a
+        T5's do and a T5Gemma's do not.
     """
 
     pad: int = 0
     eos: int = 1
     start: int = 0
     more_eos: tuple[int, ...] = ()
+    inputs_have_eos: bool = True
 
     @property
     def fill(self) -> int:
@@ -30,15 +33,15 @@ class TokenIds:
         This is 0 in an encoder-decoder if ``pad`` is 0 and ``eos`` is not, because then no text
         contains it.  Otherwise the padding id may also be a real token, and this is -1.
         """
-        return 0 if self.pad == 0 and self.inputs_end and 0 not in self.all_eos else -1
+        return 0 if self.pad == 0 and self.start >= 0 and 0 not in self.all_eos else -1
 
     @property
     def inputs_end(self) -> bool:
-        """Whether inputs end with an end of sequence: an encoder-decoder's do.
+        """Whether inputs end with an end of sequence.
 
         A decoder-only model continues its input, which therefore has no end.
         """
-        return self.start >= 0
+        return self.start >= 0 and self.inputs_have_eos
 
     @property
     def all_eos(self) -> tuple[int, ...]:
@@ -70,6 +73,18 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     token_ids: TokenIds = TokenIds()
+
+    @property
+    def peft_prompt_scale(self) -> float:
+        """The factor from a prompt that PEFT gives transformers' model to the same one here."""
+        return 1.0
+
+    def prompt_reach(self) -> tuple[int, ...]:
+        """Returns how many positions back, its own included, each reading layer's queries see.
+
+        0 is all; empty if that is so in every layer, or if the model is decoder-only.
+        """
+        return ()
 
     @property
     def num_reading_layers(self) -> int:

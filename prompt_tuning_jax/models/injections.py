@@ -1,7 +1,7 @@
 """Inputs that a tuning method injects into a forward pass of the frozen model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 
@@ -75,11 +75,6 @@ class Injections:
     layer_prompts: tuple[LayerPrompt | None, ...] | None = None
     prefixes: Mapping[str, tuple[KeyValues, ...]] = field(default_factory=dict)
     prefix_lengths_B: Array | None = None
-
-    def for_writing(self) -> "Injections":
-        """Returns the injections that are still needed after the input has been read."""
-        prefixes = {name: own for name, own in self.prefixes.items() if name != "encoder"}
-        return replace(self, model_input=None, layer_prompts=None, prefixes=prefixes)
 
 
 NO_INJECTIONS = Injections()

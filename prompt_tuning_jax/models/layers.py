@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -105,6 +106,22 @@ class Table(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, ids: Any) -> Array: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledTable:
+    """An embedding table whose rows are multiplied by a factor when they are read."""
+
+    table: Table
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    def __getitem__(self, ids: Any) -> Array:
+        rows = self.table[ids]
+        return rows * jnp.asarray(self.scale, rows.dtype)
 
 
 class Embed(nnx.Module):
@@ -282,6 +299,11 @@ class Mlp(nnx.Module):
         hidden_BTF = math.prod(branches_BTF[1:], start=branches_BTF[0])
         hidden_BTF = dropout(hidden_BTF, self.dropout_rate, key=key, shared_axis=-2)
         return self.wo(hidden_BTF)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """Keeps values between minus ``cap`` and ``cap``, smoothly; 0 does not."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

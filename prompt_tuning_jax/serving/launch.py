@@ -168,6 +168,7 @@ def open_service(
         longest=serving.max_prompt_length or None,
         longest_label=serving.max_new_tokens,
         causal=model.causal,
+        peft_scale=model.config.peft_prompt_scale,
     )
     tasks = _tasks_in(folder, validator, model)
     store = TaskStore(folder)

@@ -214,7 +214,8 @@ class Programs:
         def injections_of(arrays: Any, tokens_T: Array) -> Injections:
             if self.adapter_spec is None:
                 return NO_INJECTIONS
-            return self._attached(params, arrays).injections(tokens_T[None]).for_writing()
+            attached = self._attached(params, arrays)
+            return attached.model.injections_for_writing(attached.injections(tokens_T[None]))
 
         # The same in every step.
         injections_M = jax.vmap(injections_of, in_axes=(by_row, 0))(arrays, state.tokens_MT)

@@ -183,13 +183,14 @@ class PromptValidator:
     longest: int | None = None  # None: any length
     longest_label: int = 64
     causal: bool = False
+    peft_scale: float = 1.0  # ModelConfig.peft_prompt_scale
 
     def prompt(self, file: Path, *, name: str, placement: str = "") -> ServedPrompt:
         """The prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
 
         ``placement`` is the run's, for files without it in their metadata.
         """
-        prompt_PD, metadata = load_prompt_with_metadata(file)
+        prompt_PD, metadata = load_prompt_with_metadata(file, peft_scale=self.peft_scale)
         return self.checked(prompt_PD, metadata, name=name, placement=placement, of=file)
 
     def checked(

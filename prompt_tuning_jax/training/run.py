@@ -20,6 +20,7 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import DeepPrompts
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.config.validation import validate
@@ -202,7 +203,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
         step = CompiledAhead(step, shapes)
     if not quiet:
-        for line in _introduction(experiment, members, data):
+        for line in _introduction(experiment, members, data, model.config):
             print(printable(line), flush=True)
 
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:
@@ -297,7 +298,9 @@ def _claim(folder: Path, experiment: Experiment) -> None:
     claim(folder, experiment)
 
 
-def _introduction(experiment: Experiment, members: Members, data: TrainingData) -> Iterator[str]:
+def _introduction(
+    experiment: Experiment, members: Members, data: TrainingData, model_config: ModelConfig
+) -> Iterator[str]:
     """Yields lines that describe the parameters, the optimizer and the data."""
     trained = param_tree.count(members.trainable) // members.number
     frozen = param_tree.count(
@@ -315,6 +318,7 @@ def _introduction(experiment: Experiment, members: Members, data: TrainingData) 
         f"{method_name(experiment.method)} by {optimizer.name} at "
         f"{', '.join(f'{rate:g}' for rate in rates)}{schedule}"
     )
+    yield from reach_warning(experiment, model_config)
     yield from data.reports
     if (examples := data.examples_per_epoch) is not None:
         epochs = training.steps * training.batch_size / examples
@@ -328,6 +332,25 @@ def _introduction(experiment: Experiment, members: Members, data: TrainingData) 
                 f"note: a batch of {training.batch_size} is larger than the {examples} training "
                 "examples: each batch repeats some of them"
             )
+
+
+def reach_warning(experiment: Experiment, model_config: ModelConfig) -> Iterator[str]:
+    """Yields a line if sliding windows hide the prompt from tokens at the end of long inputs."""
+    reach = model_config.prompt_reach()
+    longest, method = experiment.data.inputs_length, experiment.method
+    # The last position of the prompt is n positions before the n-th token.
+    short = [back for back in reach if 0 < back <= longest]
+    if not short or not method.prompt_positions():
+        return
+    rest = len(reach) - len(short)
+    where = f"in the other {rest} alone" if rest else "through the tokens in between alone"
+    deep = "method=deep_prompts trains a prompt for each layer, and "
+    yield (
+        f"warning: {len(short)} of the encoder's {len(reach)} layers see {min(short)} positions "
+        f"back, and inputs have up to {longest} tokens: those behind the first {min(short) - 1} "
+        f"see the prompt {where}; {'' if isinstance(method, DeepPrompts) else deep}"
+        "method=prefix_tuning is seen by all tokens in all layers"
+    )
 
 
 def _finished(

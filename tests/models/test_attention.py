@@ -7,12 +7,8 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.t5.attention import (
-    MASK_VALUE,
-    bias_of,
-    dropout_weights,
-    relative_position_bucket,
-)
+from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_weights
+from prompt_tuning_jax.models.t5.attention import bias_of, relative_position_bucket
 from tests.micro import T5_1_1, D, make_prefixes, make_t5, normal
 
 HEADS, WIDTH = T5_1_1.num_heads, T5_1_1.head_dim

@@ -37,10 +37,11 @@ from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.shapes import Row, Shapes, Targets
 from tests.micro import ONE_LAYER, Trainer, Words, make_batch, make_t5, normal, token_rows
 from tests.serving.serving_micro import made_prompt
+from tests.tiny_t5gemma import CONFIGS, make_t5gemma, one_layer
 from tests.toy_family import Toy, ToyConfig
 
 SOURCE, TARGET = token_rows([5, 3, 7], 7), token_rows([4, 6, 2], 6, seed=1)
-FAMILIES = ("t5", "causal", "toy")
+FAMILIES = ("t5", "causal", "t5gemma", "t5gemma2", "toy")
 V, D, P = 64, 16, 3
 # Ids that are no one else's: padding is a word's, and there are two ends.
 TOY_IDS = TokenIds(pad=7, eos=1, start=5, more_eos=(9,))
@@ -63,6 +64,9 @@ def made(family: str) -> Model:
             query_scale=8**-0.5,
         )
         return CausalLM(config, rngs=nnx.Rngs(0), vocabulary=Words(ids))
+    if family in CONFIGS:
+        config = one_layer(CONFIGS[family])
+        return make_t5gemma(config, vocabulary=Words(config.token_ids))
     return Toy(ToyConfig(**sizes, token_ids=TOY_IDS), rngs=nnx.Rngs(0), vocabulary=Words(TOY_IDS))
 
 
@@ -162,9 +166,10 @@ def test_a_prompt_of_word_embeddings_is_those_words(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_vectors_are_the_head(family: str) -> None:
     model = made(family)
-    hidden, some = jnp.asarray(normal(2, D)), np.asarray([3, 60, 0])
-    want = model.logits(hidden)[:, some]
-    np.testing.assert_allclose(hidden @ model.output_vectors(some).T, want, atol=1e-4)
+    some = np.asarray([3, 60, 0])
+    vectors = model.output_vectors(some)
+    hidden = jnp.asarray(normal(2, vectors.shape[1]))
+    np.testing.assert_allclose(hidden @ vectors.T, model.logits(hidden)[:, some], atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

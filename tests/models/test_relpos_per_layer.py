@@ -79,7 +79,7 @@ def one_token_at_a_time(graphdef, params, tokens_BS, prompt, injections):
     def step(caches, at):
         position, tokens_B = at
         logits, caches = model.decode_step(
-            tokens_B, position, caches, context, injections=injections.for_writing()
+            tokens_B, position, caches, context, injections=model.injections_for_writing(injections)
         )
         return caches, logits
 

@@ -45,7 +45,7 @@ def step_by_step(model, prompt, injections, *, max_length):
     def step(caches, tokens_and_position):
         tokens_B, position = tokens_and_position
         logits_BV, caches = model.decode_step(
-            tokens_B, position, caches, context, injections=injections.for_writing()
+            tokens_B, position, caches, context, injections=model.injections_for_writing(injections)
         )
         return caches, logits_BV
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.checkpoints.causal_parameters import causal_parameter_shapes
+from prompt_tuning_jax.checkpoints.causal_parameters import EMBEDDING, causal_parameter_shapes
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
@@ -15,11 +15,12 @@ from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 _CONFIG = "config.json"
-_GENERATION_CONFIG = "generation_config.json"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION_CONFIG = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 2**20  # bytes
 
 
@@ -33,15 +34,21 @@ def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
         text = raw.get("text_config")
         if not isinstance(text, dict):
             raise UserError(f"{path} has no text_config, the description of its language model")
-        ids = {key: raw[key] for key in _TOKEN_IDS if key in raw}
+        ids = {key: raw[key] for key in TOKEN_IDS if key in raw}
         raw = {**text, **ids, "model_type": family.text_type}
-    beside = path.with_name(_GENERATION_CONFIG)
-    generation = read_json_file(beside, max_bytes=_LARGEST) if beside.is_file() else {}
-    if not isinstance(generation, dict):
-        raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
+    generation = read_generation_config(path)
     reader = ConfigReader(raw, generation=generation, path=path)
     family.describe(reader)
     return reader.config()
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """The generation_config.json beside ``config.json``; empty if there is none."""
+    beside = path.with_name(GENERATION_CONFIG)
+    generation = read_json_file(beside, max_bytes=_LARGEST) if beside.is_file() else {}
+    if not isinstance(generation, dict):
+        raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
+    return generation
 
 
 def open_causal(
@@ -52,20 +59,32 @@ def open_causal(
     An output head that is a copy of the embedding table is dropped if ``config.json`` ties the two;
     one that differs is kept, and the model is not tied.  See ``open_hf`` for the errors.
     """
-    from prompt_tuning_jax.param_tree import require_same_names
-
     config = causal_config(raw, folder / _CONFIG)
     table = FAMILIES[raw["model_type"]].names
     path, stored = open_weights(folder, is_unused=table.is_unused, flax=False)
-    tensors = _with_prefix(table, stored, path=path)
-    config = _without_copied_head(config, table, tensors)
-    _require_layers(config, table, tensors, path=path)
+    tensors = with_prefix(table, stored, path=path)
+    if config.tie_embeddings and not drop_copied_head(table, tensors, of=EMBEDDING):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    require_layers(table, tensors, {"decoder": config.num_layers}, path=path)
     shapes = causal_parameter_shapes(config)
+    return config, read_params(table, tensors, shapes, head_dim=config.head_dim, path=path)
+
+
+def read_params(
+    table: NameTable,
+    tensors: Mapping[str, LazyArray],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    head_dim: int,
+    path: Path,
+) -> dict[str, LazyArray]:
+    """Our parameters from their tensors; UserError for other names or shapes."""
+    from prompt_tuning_jax.param_tree import require_same_names
+
     theirs = {name: table.tensor(name) for name in shapes}
     require_same_names(tensors, dict.fromkeys(theirs.values()), of=str(path), and_of=_CONFIG)
     params = {
-        name: table.read(name, tensors[source], shapes, config.head_dim)
-        for name, source in theirs.items()
+        name: table.read(name, tensors[source], shapes, head_dim) for name, source in theirs.items()
     }
     for name, array in params.items():
         if array.shape != shapes[name]:
@@ -73,7 +92,7 @@ def open_causal(
                 f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
                 f"but by {_CONFIG} it is {list(shapes[name])}"
             )
-    return config, params
+    return params
 
 
 def write_causal(
@@ -90,26 +109,17 @@ def write_causal(
     Raises UserError, before anything is written, if ``config.json`` would describe another model.
     """
     described = described_config(config)
-    generation = {key: described[key] for key in _TOKEN_IDS} | {
-        "eos_token_id": _one_or_all(config.token_ids.all_eos)
+    generation = {key: described[key] for key in TOKEN_IDS} | {
+        "eos_token_id": one_or_all(config.token_ids.all_eos)
     }
     reader = ConfigReader(described, generation=generation, path=folder / _CONFIG)
     FAMILIES[config.model_type].describe(reader)
-    again = reader.config()
-    if again != config:
-        differing = [
-            f"{field.name} ({getattr(config, field.name)!r})"
-            for field in dataclasses.fields(config)
-            if getattr(again, field.name) != getattr(config, field.name)
-        ]
-        raise UserError(
-            f"transformers' {config.model_type} cannot have this model's {', '.join(differing)}"
-        )
+    require_same_config(reader.config(), config)
     write_folder(
         folder,
         FAMILIES[config.model_type].names.write(params, config.head_dim),
         describe=lambda stored: {**described, "torch_dtype": stored, "dtype": stored},
-        tokenizer={_GENERATION_CONFIG: generation, **tokenizer},
+        tokenizer={GENERATION_CONFIG: generation, **tokenizer},
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -126,13 +136,27 @@ def described_config(config: CausalLMConfig) -> dict[str, Any]:
     return {"architectures": [family.architecture], **writer.raw}
 
 
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+def require_same_config(again: ModelConfig, config: ModelConfig, *, part: str = "") -> None:
+    """Raises UserError unless what would be written reads back as the same configuration."""
+    differing = [
+        f"{part}{field.name} ({getattr(config, field.name)!r})"
+        for field in dataclasses.fields(config)
+        if getattr(again, field.name) != getattr(config, field.name)
+    ]
+    if differing:
+        kind = getattr(config, "model_type", "")
+        raise UserError(f"transformers' {kind} cannot have this model's {', '.join(differing)}")
+
+
+def one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+    """The ids as transformers writes them."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def _with_prefix(
+def with_prefix(
     table: NameTable, stored: Mapping[str, LazyArray], *, path: Path
 ) -> dict[str, LazyArray]:
+    """The tensors by the names that the table has; UserError if two have the same."""
     tensors: dict[str, LazyArray] = {}
     for name, array in stored.items():
         whole = table.with_prefix(name)
@@ -142,28 +166,32 @@ def _with_prefix(
     return tensors
 
 
-def _without_copied_head(
-    config: CausalLMConfig, table: NameTable, tensors: dict[str, LazyArray]
-) -> CausalLMConfig:
+def drop_copied_head(table: NameTable, tensors: dict[str, LazyArray], *, of: str) -> bool:
+    """Removes a head that is a copy of our parameter ``of``; returns whether there is no other."""
     head = tensors.get(f"{table.head}.weight")
-    embedding = tensors.get(table.tensor("token_embedder/embedding"))
-    if not config.tie_embeddings or head is None or embedding is None:
-        return config
-    if equal_bits(head, embedding):
-        del tensors[f"{table.head}.weight"]
-        return config
-    return dataclasses.replace(config, tie_embeddings=False)
+    embedding = tensors.get(table.tensor(of))
+    if head is None or embedding is None:
+        return True
+    if not equal_bits(head, embedding):
+        return False
+    del tensors[f"{table.head}.weight"]
+    return True
 
 
-def _require_layers(
-    config: CausalLMConfig, table: NameTable, tensors: Mapping[str, LazyArray], *, path: Path
+def require_layers(
+    table: NameTable, tensors: Mapping[str, LazyArray], numbers: Mapping[str, int], *, path: Path
 ) -> None:
-    """Raises UserError for another number of layers than the file has, without listing them."""
-    held = {number for name in tensors if (number := table.layer_of(name)) is not None}
-    missing = [i for i in range(config.num_layers) if i not in held]
-    if missing:
-        some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise UserError(
-            f"{path} has no tensors of layers {some}, but {_CONFIG} says {config.num_layers} "
-            "layers: the copy is incomplete, or the config is another model's"
-        )
+    """Raises UserError for another number of layers than the file has, without listing them.
+
+    ``numbers`` are those of each stack.
+    """
+    for stack, number in numbers.items():
+        held = {layer for name in tensors if (layer := table.layer_of(name, stack)) is not None}
+        missing = [i for i in range(number) if i not in held]
+        if missing:
+            some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            of = f"the {stack}'s " if len(numbers) > 1 else ""
+            raise UserError(
+                f"{path} has no tensors of {of}layers {some}, but {_CONFIG} says {number} layers: "
+                "the copy is incomplete, or the config is another model's"
+            )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
     HfTokenizer,
 )
@@ -75,10 +75,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: model_type is {kind!r}, {_UNSUPPORTED[kind]} and is not supported"
         )
-    if not isinstance(kind, str) or kind not in (*_DEFAULTS, *FAMILIES):
-        known = ", ".join((*_DEFAULTS, *FAMILIES))
+    known_types = (*_DEFAULTS, *T5GEMMA_FAMILIES, *FAMILIES)
+    if not isinstance(kind, str) or kind not in known_types:
+        known = ", ".join(known_types)
         raise UserError(f"{path}: model_type is {repr(kind)[:80]}; supported: {known}")
-    if kind in FAMILIES:
+    if kind not in _DEFAULTS:
         return dict(raw)
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
 

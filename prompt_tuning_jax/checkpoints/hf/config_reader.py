@@ -21,12 +21,23 @@ _PATTERN = ("sliding_window_pattern", 6)
 
 
 class ConfigReader(ConfigFields):
-    """Reads a ``config.json``; ``values`` are the fields so far.  Raises UserError."""
+    """Reads a ``config.json``; ``values`` are the fields so far.  Raises UserError.
 
-    def __init__(self, raw: Mapping[str, Any], *, generation: Mapping[str, Any], path: Path):
+    ``part`` is the object of the file that ``raw`` is, such as ``encoder``; "" is the whole file.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        generation: Mapping[str, Any],
+        path: Path,
+        part: str = "",
+    ):
         self.raw = raw
         self.generation = generation
         self.path = path
+        self.part = part
         self.values: dict[str, Any] = {"model_type": raw["model_type"]}
 
     def config(self) -> CausalLMConfig:
@@ -149,14 +160,14 @@ class ConfigReader(ConfigFields):
 
     def tokens(self, *, pad: int | None, bos: int | None, eos: int | None) -> None:
         # generation_config.json takes precedence, as in transformers' generate.
-        here = self._ids("eos_token_id", eos, of=self.raw)
-        ends = self._ids("eos_token_id", None, of=self.generation) or here
+        here = self.ids("eos_token_id", eos, of=self.raw)
+        ends = self.ids("eos_token_id", None, of=self.generation) or here
         if not ends:
             raise self._error("there is no eos_token_id: add the id that ends a text")
         first = here[0] if here and here[0] in ends else ends[0]
-        pads = self._ids("pad_token_id", None, of=self.generation)
-        pads = pads or self._ids("pad_token_id", pad, of=self.raw)
-        begins = self._ids("bos_token_id", bos, of=self.raw)
+        pads = self.ids("pad_token_id", None, of=self.generation)
+        pads = pads or self.ids("pad_token_id", pad, of=self.raw)
+        begins = self.ids("bos_token_id", bos, of=self.raw)
         self.values["bos"] = begins[0] if begins else -1
         self.values["token_ids"] = TokenIds(
             # Sequences without a padding token are filled with the end.
@@ -206,7 +217,7 @@ class ConfigReader(ConfigFields):
             raise self._error(f"{key} is {_shown(theta)}; it must be a number above 1")
         return float(theta)
 
-    def _ids(self, key: str, default: int | None, *, of: Mapping[str, Any]) -> list[int]:
+    def ids(self, key: str, default: int | None, *, of: Mapping[str, Any]) -> list[int]:
         """The ids under a key, none for a default outside the vocabulary, and for -1."""
         most = self.values["vocab_size"]
         if key not in of:
@@ -239,7 +250,8 @@ class ConfigReader(ConfigFields):
         return value or {}
 
     def _error(self, message: str) -> UserError:
-        return UserError(f"{self.path}: {message}")
+        where = f"{self.path}, {self.part}" if self.part else str(self.path)
+        return UserError(f"{where}: {message}")
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

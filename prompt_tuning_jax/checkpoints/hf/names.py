@@ -10,7 +10,7 @@ from prompt_tuning_jax.checkpoints.causal_parameters import HEAD
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, concatenated
 from prompt_tuning_jax.typing import HostArray
 
-_LAYER = re.compile(r"decoder/layers_(\d+)/(.*)")
+_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.*)")
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -22,7 +22,11 @@ class NameTable:
       prefixes: what precedes the names of all tensors but the head's: as written, and as other
         files have it; ``""`` for files of the model without its head.
       outside: our modules outside the layers, and theirs.
-      layers: what precedes a layer's number.
+      arrays: our arrays that are in no module, and their names without a prefix.
+      layers: what precedes a layer's number, in the decoder.
+      encoder_layers: the same in the encoder, if there is one.
+      inside: other names of a module, with which tensors may begin behind the prefix, and its name.
+      copies: their tensors, without a prefix, that must be copies of others.
       layer: our modules in a layer, and theirs.
       head: their output head.
       fused: their modules that hold several of ours, in this order.
@@ -34,7 +38,11 @@ class NameTable:
 
     prefixes: tuple[str, ...]
     outside: Mapping[str, str]
+    arrays: Mapping[str, str] = field(default_factory=dict)
     layers: str = "layers"
+    encoder_layers: str = ""
+    inside: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     layer: Mapping[str, str]
     head: str = "lm_head"
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -47,18 +55,25 @@ class NameTable:
         module, _, leaf = name.rpartition("/")
         if module == HEAD:
             return f"{self.head}.{_LEAVES[leaf]}"
+        if name in self.arrays:
+            return f"{self.prefixes[0]}{self.arrays[name]}"
         match = _LAYER.fullmatch(module)
         if match is None:
             return f"{self.prefixes[0]}{self.outside[module]}.{_LEAVES[leaf]}"
-        theirs = self.layer.get(match[2]) or next(
-            fused for fused, parts in self.fused.items() if match[2] in parts
+        theirs = self.layer.get(match[3]) or next(
+            fused for fused, parts in self.fused.items() if match[3] in parts
         )
-        return f"{self.prefixes[0]}{self.layers}.{match[1]}.{theirs}.{_LEAVES[leaf]}"
+        layers = self._layers(match[1])
+        return f"{self.prefixes[0]}{layers}.{match[2]}.{theirs}.{_LEAVES[leaf]}"
 
-    def layer_of(self, tensor: str) -> int | None:
-        """The number of the layer of one of their tensors; None outside the layers."""
-        match = re.match(re.escape(f"{self.prefixes[0]}{self.layers}.") + r"(\d{1,5})\.", tensor)
+    def layer_of(self, tensor: str, stack: str = "decoder") -> int | None:
+        """The number of the layer of one of their tensors; None outside the stack's layers."""
+        layers = re.escape(f"{self.prefixes[0]}{self._layers(stack)}.")
+        match = re.match(layers + r"(\d{1,5})\.", tensor)
         return int(match[1]) if match else None
+
+    def _layers(self, stack: str) -> str:
+        return self.encoder_layers if stack == "encoder" else self.layers
 
     def is_unused(self, tensor: str) -> bool:
         """Whether a tensor of a file, with any prefix, is a buffer that no model uses."""
@@ -70,11 +85,13 @@ class NameTable:
     def with_prefix(self, tensor: str) -> str:
         """The name of a file's tensor with the prefix that this table has."""
         module, _, leaf = tensor.rpartition(".")
-        if module.rpartition(".")[2] == self.head:
+        if f".{module}".endswith(f".{self.head}"):
             return f"{self.head}.{leaf}"
         longest_first = sorted(self.prefixes, key=len, reverse=True)
         prefix = next((p for p in longest_first if tensor.startswith(p)), "")
-        return self.prefixes[0] + tensor.removeprefix(prefix)
+        rest = tensor.removeprefix(prefix)
+        other = next((begin for begin in self.inside if rest.startswith(begin)), "")
+        return self.prefixes[0] + self.inside.get(other, "") + rest.removeprefix(other)
 
     def read(
         self, name: str, tensor: LazyArray, shapes: Mapping[str, tuple[int, ...]], head_dim: int
@@ -111,7 +128,7 @@ class NameTable:
         """All our parameters in the tensor of this one."""
         module, _, leaf = name.rpartition("/")
         match = _LAYER.fullmatch(module)
-        inside = match[2] if match else ""
+        inside = match[3] if match else ""
         for parts in self.fused.values():
             if inside in parts:
                 stem = module.removesuffix(inside)

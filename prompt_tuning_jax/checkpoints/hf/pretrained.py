@@ -2,7 +2,8 @@
 
 A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  T5 1.0 and 1.1, mT5 and
 UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torch's kernels are
-[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``.
+[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``, and
+T5Gemmas in ``hf.t5gemma``.
 """
 
 import re
@@ -24,8 +25,9 @@ from prompt_tuning_jax.checkpoints.hf.config import (
     ties_unscaled,
     tokenizer_files,
 )
-from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
+from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
+from prompt_tuning_jax.checkpoints.hf.t5gemma import open_t5gemma, write_t5gemma
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.checkpoints.parameters import (
@@ -44,6 +46,7 @@ from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.typing import Array, HostArray
 
 __all__ = ["VOCABULARY", "hf_name", "model_type_of", "open_hf", "read_hf", "write_hf"]
@@ -88,6 +91,8 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, LazyArray], Path
     config: ModelConfig
     if raw["model_type"] in FAMILIES:
         config, params = open_causal(folder, raw)
+    elif raw["model_type"] in T5GEMMA_FAMILIES:
+        config, params = open_t5gemma(folder, raw)
     else:
         config, params = _open_t5(folder, raw)
     return config, params, find_vocabulary(folder)
@@ -171,8 +176,8 @@ def write_hf(
         bit.
       max_shard_bytes: larger weights are split into several files with an index.
       model_type: ``mt5`` (``model_type_of`` the folder that was read) for an mT5, which is
-        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5, and a
-        decoder-only model has its type in ``config``.
+        otherwise written as a T5 1.1.  Models with biases per layer are always UMT5, and
+        decoder-only models and T5Gemmas have their type in ``config``.
     """
     if is_quantized(params):
         raise UserError(
@@ -184,6 +189,16 @@ def write_hf(
     lazy = {name: _as_lazy(name, array) for name, array in params.items()}
     if isinstance(config, CausalLMConfig):
         write_causal(
+            Path(folder),
+            config,
+            lazy,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return
+    if isinstance(config, T5GemmaConfig):
+        write_t5gemma(
             Path(folder),
             config,
             lazy,

@@ -289,7 +289,8 @@ def ids_suffix(token_ids: TokenIds) -> str:
     """The part of a vocabulary's fingerprint for the model's token ids; empty for T5's."""
     if token_ids == TokenIds():
         return ""
-    return "-".join(map(str, ("", token_ids.pad, *token_ids.all_eos, token_ids.start)))
+    suffix = "-".join(map(str, ("", token_ids.pad, *token_ids.all_eos, token_ids.start)))
+    return suffix if token_ids.inputs_have_eos else f"{suffix}-no-eos"
 
 
 def byte_extra_ids(path: Path) -> int | None:

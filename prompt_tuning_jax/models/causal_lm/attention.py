@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped keys and values, over several segments of keys."""
+"""Attention with grouped keys and values, over several segments of keys."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,18 @@ from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotate
 from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.layers import Linear, RMSNorm, dropout, split_key
+from prompt_tuning_jax.models.layers import Linear, RMSNorm, softcap, split_key
 from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_weights
 from prompt_tuning_jax.typing import Array, DType, HostArray
-
-# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN, and so
-# large that ALiBi's smallest slope, 2**-8, leaves enough of it.
-MASK_VALUE = -1e13
 
 
 class Attention(nnx.Module):
-    """Attends from the queries of some positions to their own keys and to earlier ones.
+    """Attends from the queries of some positions to their own keys and to those of other ones.
 
     G heads of keys and values serve H / G heads of queries each.  A segment of keys with a batch of
-    1 is shared by all rows, and multiplied with all their queries in one product.
+    1 is shared by all rows, and multiplied with all their queries in one product.  In
+    cross-attention, ``kv_features`` is the width of what keys and values are computed from.
     """
 
     def __init__(
@@ -36,6 +34,7 @@ class Attention(nnx.Module):
         param_dtype: DType,
         dropout_rate: float,
         rngs: nnx.Rngs,
+        kv_features: int | None = None,
     ):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
@@ -62,8 +61,9 @@ class Attention(nnx.Module):
         embed = config.embed_dim
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.query = linear(embed, width, ("embed", "joined_kv"), config.qkv_bias)
-        self.key = linear(embed, kv_width, ("embed", "joined_kv"), config.qkv_bias)
-        self.value = linear(embed, kv_width, ("embed", "joined_kv"), config.qkv_bias)
+        source = embed if kv_features is None else kv_features
+        self.key = linear(source, kv_width, ("embed", "joined_kv"), config.qkv_bias)
+        self.value = linear(source, kv_width, ("embed", "joined_kv"), config.qkv_bias)
         self.out = linear(width, embed, ("joined_kv", "embed"), config.out_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
     ) -> Array:
         """Attends from the positions of ``x_BTD`` to the keys of all segments together.
 
-        ``biases`` has the result of ``attention_bias`` for each segment.
+        ``biases`` has the result of ``attention_bias`` or ``mask_bias`` for each segment.
         """
         query_BTHK = self._queries_or_keys(self.query(x_BTD), "query_norm", rotation)
         query_BTHK = query_BTHK.astype(jnp.float32) * self.query_scale
@@ -103,7 +103,9 @@ class Attention(nnx.Module):
         weights = matmul.joint_softmax(tuple(scores))
         keys = split_key(key, len(segments))
         mixed = [
-            self._mixed(dropout_weights(part, self.dropout_rate, key=dropout_key), segment)
+            self._mixed(
+                dropout_weights(part, self.dropout_rate, key=dropout_key, query_axis=2), segment
+            )
             for part, segment, dropout_key in zip(weights, segments, keys, strict=True)
         ]
         mixed_BTGRK = reduce(jnp.add, mixed).transpose(1, 2, 0, 3, 4)
@@ -124,8 +126,7 @@ class Attention(nnx.Module):
             scores = matmul.einsum("GBTRK,UGK->GBTRU", query_GBTRK, key_BUGK[0], dtype=self.dtype)
         else:
             scores = matmul.einsum("GBTRK,BUGK->GBTRU", query_GBTRK, key_BUGK, dtype=self.dtype)
-        if self.softcap:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        scores = softcap(scores, self.softcap)
         if bias is None:
             return scores
         bias_1BT1U = bias[None, :, :, None, :]
@@ -159,20 +160,12 @@ class Attention(nnx.Module):
         return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))
 
 
-def dropout_weights(weights_GBTRU: Array, rate: float, *, key: Array | None) -> Array:
-    """Applies attention dropout with one mask shared by all examples and heads, as in T5X."""
-    if key is None or rate == 0.0:
-        return weights_GBTRU
-    ones_T1U = jnp.ones((weights_GBTRU.shape[2], 1, weights_GBTRU.shape[4]), weights_GBTRU.dtype)
-    return weights_GBTRU * dropout(ones_T1U, rate, key=key)
-
-
 def attention_bias(
     query_positions_BT: Array,
     key_positions_BU: Array,
     *,
     window: int = 0,
-    causal: bool = True,
+    ahead: int | None = 0,
     mask_BU: Array | None = None,
     mask_BTU: Array | None = None,
     alibi: bool = False,
@@ -184,16 +177,17 @@ def attention_bias(
     Args:
       query_positions_BT: positions of the queries, with a batch of 1 or B.
       key_positions_BU: positions of the keys.
-      window: how many positions a query sees, itself included; 0 is all.
-      causal: hide keys behind the query; unnecessary if all keys are before it.
+      window: how many positions up to its own a query sees; 0 is all.
+      ahead: how many later positions it sees; 0 is causal, and None is all.  It is None, too, if
+        all keys are before the queries.
       mask_BU: the real keys.
       mask_BTU: further restricts which key a query sees.
       alibi: subtract the distance from query to key.
     """
     distance_BTU = query_positions_BT[:, :, None] - key_positions_BU[:, None, :]
     visible = []
-    if causal:
-        visible.append(distance_BTU >= 0)
+    if ahead is not None:
+        visible.append(distance_BTU >= -ahead)
     if window:
         visible.append(distance_BTU < window)
     if mask_BU is not None:
@@ -204,6 +198,13 @@ def attention_bias(
     if not visible:
         return visible_score if alibi else None
     return jnp.where(reduce(jnp.logical_and, visible), visible_score, MASK_VALUE)
+
+
+def mask_bias(mask_BU: Array | None) -> Array | None:
+    """Returns scores to add, ``[B, 1, U]``, for keys without positions; None if all are real."""
+    if mask_BU is None:
+        return None
+    return jnp.where(mask_BU[:, None, :], 0.0, MASK_VALUE).astype(jnp.float32)
 
 
 def alibi_slopes(num_heads: int) -> HostArray:

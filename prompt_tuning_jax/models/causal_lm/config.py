@@ -27,6 +27,18 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Window:
+    """Which positions of its own sequence a query sees.
+
+    ``back`` is their number up to its own position, and 0 is all before it.  ``ahead`` is the
+    number of later positions, and None is all of them.
+    """
+
+    back: int
+    ahead: int | None = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(ModelConfig):
     """The architecture of a decoder-only language model.
 
@@ -124,3 +136,7 @@ class CausalLMConfig(ModelConfig):
     def window(self, layer: int) -> int:
         """Returns the window of a layer; 0 is none."""
         return self.windows[layer] if self.windows else 0
+
+    def causal_windows(self) -> tuple[Window, ...]:
+        """Returns what the queries of each layer see."""
+        return tuple(Window(back=self.window(i)) for i in range(self.num_layers))

@@ -6,7 +6,7 @@ before every row.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +22,6 @@ from prompt_tuning_jax.models.base import (
     joined,
 )
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
-from prompt_tuning_jax.models.causal_lm.decoder import Decoder, PositionEmbedder
 from prompt_tuning_jax.models.causal_lm.past_keys import (
     PastKeys,
     concatenate_positions,
@@ -33,6 +32,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     repeat_rows,
     select_positions,
 )
+from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack
 from prompt_tuning_jax.models.injections import (
     NO_INJECTIONS,
     Injections,
@@ -40,24 +40,17 @@ from prompt_tuning_jax.models.injections import (
     LayerPrompt,
     ModelInput,
 )
-from prompt_tuning_jax.models.layers import Embed, LayerNorm, Remat, Table, dropout, split_key
+from prompt_tuning_jax.models.layers import (
+    Embed,
+    LayerNorm,
+    Remat,
+    ScaledTable,
+    Table,
+    dropout,
+    softcap,
+    split_key,
+)
 from prompt_tuning_jax.typing import Array, DType, HostArray
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaledTable:
-    """An embedding table whose rows are multiplied by a factor when they are read."""
-
-    table: Table
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.table.shape
-
-    def __getitem__(self, ids: Any) -> Array:
-        rows = self.table[ids]
-        return rows * jnp.asarray(self.scale, rows.dtype)
 
 
 class CausalLM(Model):
@@ -93,8 +86,13 @@ class CausalLM(Model):
             self.embedding_norm = LayerNorm(
                 config.embed_dim, eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype
             )
-        self.decoder = Decoder(
-            config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+        self.decoder = Stack(
+            config,
+            name="decoder",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
         )
 
     @property
@@ -287,8 +285,7 @@ class CausalLM(Model):
             logits = self.token_embedder.attend(hidden)
         else:
             logits = self.decoder.logits_dense(hidden)
-        cap = self.config.logits_softcap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return softcap(logits, self.config.logits_softcap)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

@@ -12,16 +12,17 @@ from prompt_tuning_jax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PastKeys:
-    """Keys and values, of all layers, of positions that come before those being computed.
+    """Keys and values, of all layers, of other positions than those being computed.
 
     Attributes:
       layers: for each layer, keys and values ``[1 or B, U, G, K]``.
-      positions_BU: their positions, with a batch of 1 or B.
+      positions_BU: their positions, with a batch of 1 or B, all before those being computed; None
+        if they have no positions, and are then visible regardless of windows.
       mask_BU: the real ones among them; None is all.
     """
 
     layers: tuple[KeyValues, ...]
-    positions_BU: Array
+    positions_BU: Array | None
     mask_BU: Array | None = None
 
 

@@ -7,13 +7,11 @@ from flax import nnx
 
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.layers import Linear, dropout, normal_param
+from prompt_tuning_jax.models.layers import Linear, normal_param
 from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_weights
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
-
-# Added to the scores of masked keys; finite, so that a fully masked row does not give NaN.
-MASK_VALUE = -1e10
 
 
 class RelativePositionBias(nnx.Module):
@@ -140,14 +138,6 @@ class Attention(nnx.Module):
         x_BTHK = x_BTJ.reshape(*x_BTJ.shape[:-1], self.num_heads, self.head_dim)
         # Keep heads whole: a split head would turn every score into a sum across devices.
         return with_logical_constraint(x_BTHK, ("batch", "length", "heads", "kv"))
-
-
-def dropout_weights(weights_BHTU: Array, rate: float, *, key: Array | None) -> Array:
-    """Applies attention dropout with one mask shared by all examples and heads, as in T5X."""
-    if key is None or rate == 0.0:
-        return weights_BHTU
-    ones_TU = jnp.ones(weights_BHTU.shape[-2:], weights_BHTU.dtype)
-    return weights_BHTU * dropout(ones_TU, rate, key=key)
 
 
 def bias_of(mask_BQK: Array) -> Array:

@@ -1,6 +1,7 @@
 """The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import jax
@@ -362,9 +363,12 @@ class T5(Model):
     @property
     def stacks(self) -> dict[str, AttentionStack]:
         config = self.config
-        heads = {"num_kv_heads": config.num_heads, "head_dim": config.head_dim}
-        encoder = AttentionStack(num_layers=config.num_encoder_layers, **heads)
-        decoder = AttentionStack(num_layers=config.num_decoder_layers, **heads)
+        decoder = AttentionStack(
+            num_layers=config.num_decoder_layers,
+            num_kv_heads=config.num_heads,
+            head_dim=config.head_dim,
+        )
+        encoder = replace(decoder, num_layers=config.num_encoder_layers, writes=False)
         return {"encoder": encoder, "decoder": decoder, "cross": decoder}
 
     def __call__(

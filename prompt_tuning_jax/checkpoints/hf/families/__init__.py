@@ -1,4 +1,4 @@
-"""The families of decoder-only models that are read and written, by their ``model_type``.
+"""The families that are read and written, by their ``model_type``; T5s are read elsewhere.
 
 A family is a function that describes its ``config.json`` and a table of its tensors' names.
 """
@@ -7,7 +7,9 @@ from prompt_tuning_jax.checkpoints.hf.families.base import Family
 from prompt_tuning_jax.checkpoints.hf.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from prompt_tuning_jax.checkpoints.hf.families.gpt import BLOOM, GPT2, GPT_NEOX, OPT, PHI
 from prompt_tuning_jax.checkpoints.hf.families.llama import LLAMA, MISTRAL, OLMO, QWEN2, QWEN3
+from prompt_tuning_jax.checkpoints.hf.families.t5gemma import T5GEMMA, T5GEMMA2, T5GemmaFamily
 
+# Decoder-only models.
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -23,3 +25,4 @@ FAMILIES: dict[str, Family] = {
     "opt": OPT,
     "phi": PHI,
 }
+T5GEMMA_FAMILIES: dict[str, T5GemmaFamily] = {"t5gemma": T5GEMMA, "t5gemma2": T5GEMMA2}

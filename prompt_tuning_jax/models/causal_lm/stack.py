@@ -1,14 +1,15 @@
-"""The stack of a decoder-only model: from embedded positions to the output head's input."""
+"""A stack of layers with rotary or other positions: the encoder or the decoder of a model."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.models.base import SelfCache
-from prompt_tuning_jax.models.causal_lm.attention import Attention, attention_bias
-from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.causal_lm.attention import Attention, attention_bias, mask_bias
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, Window
 from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
 from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotation
 from prompt_tuning_jax.models.injections import KeyValues, LayerPrompt
@@ -55,8 +56,12 @@ def make_norm(config: CausalLMConfig, *, dtype: DType, param_dtype: DType) -> RM
     return LayerNorm(width, eps=eps, dtype=dtype, param_dtype=param_dtype, use_weights=weights)
 
 
-class DecoderLayer(nnx.Module):
-    """Causal self-attention and an mlp, with norms before or after each, or both."""
+class Layer(nnx.Module):
+    """Self-attention and an mlp, with norms before or after each, or both.
+
+    With ``cross_features``, the width of what it attends to, there is a cross-attention between the
+    two.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class DecoderLayer(nnx.Module):
         param_dtype: DType,
         dropout_rate: float,
         rngs: nnx.Rngs,
+        cross_features: int | None = None,
     ):
         self.pre_norms, self.post_norms = config.pre_norms, config.post_norms
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
@@ -81,6 +87,20 @@ class DecoderLayer(nnx.Module):
         )
         if self.post_norms:
             self.post_self_attention_layer_norm = norm()
+        self.has_cross = cross_features is not None
+        if self.has_cross:
+            if self.pre_norms:
+                self.pre_cross_attention_layer_norm = norm()
+            self.encoder_decoder_attention = Attention(
+                config,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                dropout_rate=dropout_rate,
+                rngs=rngs,
+                kv_features=cross_features,
+            )
+            if self.post_norms:
+                self.post_cross_attention_layer_norm = norm()
         if self.pre_norms and not self.shared_norm:
             self.pre_mlp_layer_norm = norm()
         self.mlp = Mlp(
@@ -104,16 +124,19 @@ class DecoderLayer(nnx.Module):
         key: Array | None,
         cache: SelfCache | None = None,
         slot: Array | int = 0,
+        cross: tuple[KeyValues, ...] = (),
+        cross_biases: tuple[Array | None, ...] = (),
         *,
         last_only: bool = False,
     ) -> tuple[Array, KeyValues]:
         """Applies the layer and returns its output with the keys and values of its positions.
 
-        ``biases`` has one entry for each segment of ``past``, and one for the layer's keys.  With a
-        cache, ``x_BTD`` holds a single token, which is written into ``slot``, and the keys are
-        those of the cache.  ``last_only`` computes the output of the last position alone.
+        ``biases`` has one entry for each segment of ``past``, and one for the layer's keys;
+        ``cross_biases`` has one for each segment of ``cross``.  With a cache, ``x_BTD`` holds a
+        single token, which is written into ``slot``, and the keys are those of the cache.
+        ``last_only`` computes the output of the last position alone.
         """
-        keys = split_key(key, 4)
+        keys = split_key(key, 6 if self.has_cross else 4)
         y_BTD = self.pre_self_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
         computed = self.self_attention.keys_values(y_BTD, rotated_by)
         if cache is not None:
@@ -129,6 +152,8 @@ class DecoderLayer(nnx.Module):
             attended_BTD = self.post_self_attention_layer_norm(attended_BTD)
         attended_BTD = dropout(attended_BTD, self.dropout_rate, key=keys[1], shared_axis=-2)
         summed_BTD = x_BTD + attended_BTD
+        if self.has_cross:
+            summed_BTD = self._attend_across(summed_BTD, cross, cross_biases, keys[4:])
         if not self.shared_norm:
             y_BTD = x_BTD if self.parallel_residual else summed_BTD
             y_BTD = self.pre_mlp_layer_norm(y_BTD) if self.pre_norms else y_BTD
@@ -138,29 +163,57 @@ class DecoderLayer(nnx.Module):
         y_BTD = dropout(y_BTD, self.dropout_rate, key=keys[3], shared_axis=-2)
         return summed_BTD + y_BTD, computed
 
+    def _attend_across(
+        self,
+        x_BTD: Array,
+        segments: tuple[KeyValues, ...],
+        biases: tuple[Array | None, ...],
+        keys: Sequence[Array | None],
+    ) -> Array:
+        y_BTD = self.pre_cross_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
+        y_BTD = self.encoder_decoder_attention(y_BTD, None, segments, biases, key=keys[0])
+        if self.post_norms:
+            y_BTD = self.post_cross_attention_layer_norm(y_BTD)
+        return x_BTD + dropout(y_BTD, self.dropout_rate, key=keys[1], shared_axis=-2)
 
-class Decoder(nnx.Module):
-    """The stack of layers, from embedded positions to the input of the output head."""
+
+class Stack(nnx.Module):
+    """The layers, from embedded positions to normed hidden states.
+
+    ``name`` is ``encoder`` or ``decoder``.  ``windows`` says which positions a layer's queries see
+    (``CausalLMConfig.windows`` by default).
+    """
 
     def __init__(
         self,
         config: CausalLMConfig,
         *,
+        name: Literal["encoder", "decoder"],
         dtype: DType,
         param_dtype: DType,
         dropout_rate: float,
         rngs: nnx.Rngs,
+        windows: tuple[Window, ...] | None = None,
+        cross_features: int | None = None,
     ):
         self.config = config
+        self.name = name
+        self.windows = config.causal_windows() if windows is None else windows
         self.dropout_rate = dropout_rate
         for i in range(config.num_layers):
-            layer = DecoderLayer(
-                config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
+            layer = Layer(
+                config,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                dropout_rate=dropout_rate,
+                rngs=rngs,
+                cross_features=cross_features,
             )
             setattr(self, f"layers_{i}", layer)
         if config.final_norm:
-            self.decoder_norm = make_norm(config, dtype=dtype, param_dtype=param_dtype)
-        if not config.tie_embeddings:
+            norm = make_norm(config, dtype=dtype, param_dtype=param_dtype)
+            setattr(self, f"{name}_norm", norm)
+        if name == "decoder" and not config.tie_embeddings:
             self.logits_dense = Linear(
                 config.embed_dim,
                 config.vocab_size,
@@ -173,9 +226,9 @@ class Decoder(nnx.Module):
                 use_bias=config.logits_bias,
             )
 
-    def layer(self, i: int) -> DecoderLayer:
+    def layer(self, i: int) -> Layer:
         """Layer ``i``, from 0."""
-        layer: DecoderLayer = getattr(self, f"layers_{i}")
+        layer: Layer = getattr(self, f"layers_{i}")
         return layer
 
     def __call__(
@@ -184,6 +237,7 @@ class Decoder(nnx.Module):
         positions_BT: Array,
         past: Sequence[PastKeys] = (),
         *,
+        cross: Sequence[PastKeys] = (),
         mask_BT: Array | None = None,
         mask_BTT: Array | None = None,
         layer_prompts: Sequence[LayerPrompt | None] | None = None,
@@ -195,9 +249,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Computes the final hidden states, and each layer's keys and values.
 
-        Every position sees ``past``, itself, and the positions before it; ``mask_BT`` (key) and
-        ``mask_BTT`` (query, key) restrict the latter further.  With caches, ``x_BTD`` holds a
-        single token, which is written into ``slot`` of each cache; slot 0 has the position
+        Every position sees ``past``, and those of the stack's own positions that the layer's window
+        has: in a decoder itself and those before it.  ``mask_BT`` (key) and ``mask_BTT`` (query,
+        key) restrict the latter further.  Cross-attention sees ``cross``.  With caches, ``x_BTD``
+        holds a single token, which is written into ``slot`` of each cache; slot 0 has the position
         ``positions_BT - slot``.
         """
         config = self.config
@@ -207,33 +262,27 @@ class Decoder(nnx.Module):
             slots = caches[0].key_BSGK.shape[1]
             key_positions_BT = positions_BT - slot + jnp.arange(slots)
         alibi = config.positions == "alibi"
-        biases: dict[int, tuple[Array | None, ...]] = {}
+        cross_biases = tuple(mask_bias(segment.mask_BU) for segment in cross)
+        biases: dict[Window, tuple[Array | None, ...]] = {}
         rotations: dict[bool, Rotation] = {}
         computed: list[KeyValues] = []
-        for i in range(config.num_layers):
-            window = config.window(i)
+        for i, window in enumerate(self.windows):
             if window not in biases:
                 before = tuple(
-                    attention_bias(
-                        positions_BT,
-                        segment.positions_BU,
-                        window=window,
-                        causal=False,
-                        mask_BU=segment.mask_BU,
-                        alibi=alibi,
-                    )
+                    _past_bias(positions_BT, segment, back=window.back, alibi=alibi)
                     for segment in past
                 )
                 within = attention_bias(
                     positions_BT,
                     key_positions_BT,
-                    window=window,
+                    window=window.back,
+                    ahead=window.ahead,
                     mask_BU=mask_BT,
                     mask_BTU=mask_BTT,
                     alibi=alibi,
                 )
                 biases[window] = (*before, within)
-            local = window > 0
+            local = window.back > 0
             if config.positions == "rope" and local not in rotations:
                 rotations[local] = rotation(positions_BT, config, local=local)
             layer_prompt = layer_prompts[i] if layer_prompts else None
@@ -250,7 +299,22 @@ class Decoder(nnx.Module):
                 keys[i],
                 None if caches is None else caches[i],
                 slot,
+                tuple(segment.layers[i] for segment in cross),
+                cross_biases,
             )
             computed.append(keys_values)
-        x_BTD = self.decoder_norm(x_BTD) if config.final_norm else x_BTD
+        x_BTD = getattr(self, f"{self.name}_norm")(x_BTD) if config.final_norm else x_BTD
         return x_BTD, tuple(computed)
+
+
+def _past_bias(positions_BT: Array, segment: PastKeys, *, back: int, alibi: bool) -> Array | None:
+    if segment.positions_BU is None:
+        return mask_bias(segment.mask_BU)
+    return attention_bias(
+        positions_BT,
+        segment.positions_BU,
+        window=back,
+        ahead=None,
+        mask_BU=segment.mask_BU,
+        alibi=alibi,
+    )

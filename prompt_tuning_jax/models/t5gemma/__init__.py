@@ -1,0 +1,1 @@
+"""T5Gemma and T5Gemma 2 in Flax NNX."""

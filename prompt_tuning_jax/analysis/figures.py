@@ -48,7 +48,9 @@ def positions_figure(prompt: PromptAnalysis) -> bytes:
         axis.bar(positions, prompt.norms_P, color=LOSS_COLOR, width=0.8, label="after training")
         axis.set_title("Norm of the position")
         if start is not None:
-            axis.plot(positions, start.norms_P, "_", color=GREY, markersize=7, label="at the start")
+            axis.plot(
+                positions, start.norms_P, "_", color=METRIC_COLOR, ms=9, mew=2, label="at the start"
+            )
             axis.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.2))
 
     panels.append(norms)

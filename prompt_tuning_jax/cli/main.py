@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from prompt_tuning_jax.cli.ablate import Ablate
 from prompt_tuning_jax.cli.analyze import Analyze
 from prompt_tuning_jax.cli.arguments import Command, Parser, add_command
 from prompt_tuning_jax.cli.completion import Completion
@@ -36,7 +37,8 @@ from prompt_tuning_jax.errors import UserError, printable, suggest
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Train, Eval, Predict, Plan, Init, Tasks, Metrics, Inspect),
-    *(Convert, Merge, Analyze, Similar, Recycle, Suite, Transfer, Serve, Completion),
+    *(Convert, Merge, Analyze, Similar, Recycle, Suite, Transfer, Ablate, Serve),
+    Completion,
 )
 
 

@@ -27,14 +27,15 @@ class Ablate(ConfigOptions):
     )
 
     # What varies: length, init, learning_rate, method, size (names of models), objective and
-    # lm_steps (NAME=MODEL).
+    # lm_steps (NAME=MODEL), or ensemble (the number of its members).
     setting: Literal[
-        "length", "init", "objective", "lm_steps", "size", "learning_rate", "method"
+        "length", "init", "objective", "lm_steps", "size", "learning_rate", "method", "ensemble"
     ] = positional("SETTING")
     # Values of the setting (default: those of the paper).  objective: span_corruption=MODEL,
     # sentinel=MODEL, lm_adaptation=MODEL; lm_steps: STEPS=MODEL, or STEPS with --adapt.
     values: tuple[str, ...] = option("A,B", default=())
-    # A second setting, with one line of the figure for each of its values.
+    # A second setting, with one line of the figure for each of its values.  An ensemble compares
+    # methods.
     lines: str | None = option("SETTING=A,B", default=None)
     # Split to score the best checkpoints on (default: the validation scores that chose them).
     test_split: str | None = option("SPLIT", default=None)
@@ -65,9 +66,26 @@ class Ablate(ConfigOptions):
             training = replace(experiment.training, seeds=_SEEDS)
             experiment = replace(experiment, training=training)
         from prompt_tuning_jax.studies.ablations.axes import Value, get_axis, values_of
+        from prompt_tuning_jax.studies.ablations.ensembles import ensembles
         from prompt_tuning_jax.studies.ablations.grid import Grid
         from prompt_tuning_jax.studies.ablations.run import Settings, ablate
 
+        settings = Settings(
+            at_once=self.at_once,
+            test=self._test(experiment.data),
+            search=self.search,
+            measure=self.measure,
+        )
+        if self.setting == "ensemble":
+            if self.values:
+                raise UserError("--values has no effect on ensemble: --seeds are its members")
+            named, _, listed = (self.lines or "method=prompt_tuning,full").partition("=")
+            if named != "method":
+                raise UserError(f"--lines {named}: an ensemble compares methods: method=A,B")
+            axis = get_axis(named, option="--lines")
+            methods = values_of(axis, _listed(listed), option="--lines")
+            exit_if_stopped(ensembles(experiment, methods, settings).stopped_by)
+            return
         axis = get_axis(self.setting, option="ablate")
         line_axis = None
         lines: tuple[Value, ...] = ()
@@ -85,12 +103,6 @@ class Ablate(ConfigOptions):
             line_axis=line_axis,
             lines=lines,
         )
-        settings = Settings(
-            at_once=self.at_once,
-            test=self._test(experiment.data),
-            search=self.search,
-            measure=self.measure,
-        )
         exit_if_stopped(ablate(experiment, grid, settings).stopped_by)
 
     def _test(self, data: Data) -> Data | None:
@@ -101,9 +113,7 @@ class Ablate(ConfigOptions):
     def _adapted(self, experiment: Experiment) -> tuple[str, ...]:
         """LM-adapt the model, and return --values with the names of the adapted models."""
         if self.setting not in ("lm_steps", "objective"):
-            raise UserError(
-                f"--adapt has no effect on {self.setting}; it is for lm_steps, objective"
-            )
+            raise UserError(f"--adapt is for lm_steps and objective, not for {self.setting}")
         from prompt_tuning_jax.config.config_file import load_config
         from prompt_tuning_jax.studies.ablations.adaptation import adapted_models
 

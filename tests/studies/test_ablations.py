@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.evaluation import evaluate
+from prompt_tuning_jax.inference.predictor import Predictions
 from prompt_tuning_jax.methods import CPT, METHODS, DescribedPrompts, PromptDesign
+from prompt_tuning_jax.studies.ablations import ensembles as ensemble_study
 from prompt_tuning_jax.studies.ablations import run as runs
 from prompt_tuning_jax.studies.ablations.axes import AXES, Value, values_of
+from prompt_tuning_jax.studies.ablations.ensembles import SCORES, ensembles
 from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.ablations.methods import compared
 from prompt_tuning_jax.studies.ablations.results import lines_of
@@ -181,4 +186,43 @@ def test_wrong_arguments(
 def test_the_data_of_a_run_is_not_changed_by_a_test_split() -> None:
     of = experiment("w")
     test = dataclasses.replace(Data(), eval_split="test", eval="other.jsonl")
-    assert runs._tested(of, test).data.train == of.data.train
+    assert runs.tested_on(of, Settings(test=test)).data.train == of.data.train
+
+
+def test_ensembles_of_all_subsets(tmp_path: Path) -> None:
+    """One member is itself, all of them are the vote that ``eval`` reports; kept for a second."""
+    of = experiment(tmp_path, {**SHORT, "training.seeds": (0, 1, 2)})
+    methods = (Value(name="prompt_tuning"),)
+    done = ensembles(of, methods, Settings(), quiet=True)
+    assert done.results is not None
+    written = json.loads((tmp_path / "ensemble.json").read_text())
+    scores = {(p["line"], p["value"]): p["scores"] for p in written["points"]}
+    result = evaluate(of, prompts=[tmp_path / "method_prompt_tuning"])
+    each = [one["accuracy"] for one in result.per_prompt]
+    assert scores["prompts: vote", "1"] == scores["prompts: mean of probabilities", "1"] == each
+    assert result.ensemble is not None
+    assert scores["prompts: vote", "3"] == [result.ensemble["accuracy"]]
+    assert [len(scores["prompts: vote", str(n)]) for n in (1, 2, 3)] == [3, 3, 1]
+    assert "over all subsets of 3 members" in (tmp_path / "ensemble.md").read_text()
+    file = tmp_path / "method_prompt_tuning" / SCORES
+    kept = json.loads(file.read_text())
+    kept["scores"]["vote"][0] = [1.0, 2.0, 3.0]
+    file.write_text(json.dumps(kept))
+    again = ensembles(of, methods, Settings(), quiet=True)
+    assert again.results is not None and again.results.cells[0].scores == (1.0, 2.0, 3.0)
+    with pytest.raises(UserError, match="trains nothing"):
+        ensembles(of, (Value(name="none"),), Settings(), quiet=True)
+
+
+def test_the_mean_of_probabilities_hears_how_sure_members_are() -> None:
+    """Two members are slightly for one label, and one is sure of the other."""
+    sure = {"red": math.log(0.99), "blue": math.log(0.01)}
+    unsure = {"red": math.log(0.4), "blue": math.log(0.6)}
+    # Only the ratios of a member's probabilities count.
+    scaled = {label: value - 3 for label, value in unsure.items()}
+    members = Predictions(
+        texts_EN=[["red"], ["blue"], ["blue"]], log_probs_EN=[[sure], [unsure], [scaled]]
+    )
+    assert ensemble_study._vote(members, (0, 1, 2), 0) == "blue"
+    assert ensemble_study._most_probable(members, (0, 1, 2), 0) == "red"
+    assert ensemble_study._most_probable(members, (1, 2), 0) == "blue"

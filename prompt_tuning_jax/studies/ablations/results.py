@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid
@@ -66,10 +67,18 @@ class Results:
     majority: float | None
     notes: tuple[str, ...]
     number: int  # of cells when all are finished
+    over: str = ""  # what the scores of a cell are, if they are not of single seeds
 
     def cell(self, value: Value, line: Value | None) -> Cell | None:
         """Returns the cell of a value and line if it is finished."""
         return next((c for c in self.cells if c.value == value and c.line == line), None)
+
+
+def task_title(data: Data) -> str:
+    """Returns a task's name, or the folder of a user's files."""
+    if not data.train:
+        return data.task
+    return Path(data.train).parent.name or Path(data.train).stem
 
 
 def lines_of(results: Results) -> list[str]:
@@ -114,6 +123,8 @@ def _notes(results: Results) -> list[str]:
     deviation = " ± standard deviation" if len(seeds) > 1 else ""
     named = ", ".join(map(str, seeds))
     of = f"over seeds {named}" if len(seeds) > 1 else f"of seed {named}"
+    if results.over:
+        deviation, of = " ± standard deviation", results.over
     notes = [
         f"{results.task}, {results.split} split; {results.metric}, mean{deviation} {of}; "
         f"{results.model}."

@@ -38,7 +38,7 @@ from prompt_tuning_jax.methods import PromptDesign, method_name
 from prompt_tuning_jax.studies.ablations.axes import rates_of, with_shots
 from prompt_tuning_jax.studies.ablations.cost import step_cost_of
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group
-from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
+from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
 from prompt_tuning_jax.studies.suite import data_of
 from prompt_tuning_jax.training.resume import require_place, require_run
 from prompt_tuning_jax.training.run import RunResult, train
@@ -92,10 +92,10 @@ def ablate(
     root = workdir_of(experiment)
     require_place(root)
     groups = [
-        _in_folder(group, root)
+        in_folder(group, root)
         for group in grid.groups(experiment, experiment.training.seeds, at_once=settings.at_once)
     ]
-    _check(groups, settings)
+    check(groups, settings)
     suffix = f"_by_{grid.line_axis.name}" if grid.line_axis is not None else ""
     stem = root / f"{grid.axis.name}{suffix}"
     kept: list[tuple[Group, dict[str, Any]]] = []
@@ -113,7 +113,7 @@ def ablate(
                 if _OUT_OF_MEMORY not in str(error) or len(group.points) < 2:
                     raise
                 _say(quiet, f"{group.name}: the device cannot hold all; training half at a time")
-                pending[:0] = [_in_folder(half, root) for half in group.halves()]
+                pending[:0] = [in_folder(half, root) for half in group.halves()]
                 continue
             if stopped_by:
                 return AblationResult(results=results, files=files, stopped_by=stopped_by)
@@ -127,14 +127,20 @@ def ablate(
     return AblationResult(results=results, files=files, stopped_by=0)
 
 
-def _in_folder(group: Group, root: Path) -> Group:
+def tested_on(of: Experiment, settings: Settings) -> Experiment:
+    """Returns the experiment on the data whose scores the study reports."""
+    return of if settings.test is None else _tested(of, settings.test)
+
+
+def in_folder(group: Group, root: Path) -> Group:
+    """Returns the group with its folder in ``root`` as the run's working directory."""
     training = dataclasses.replace(group.experiment.training, workdir=str(root / group.name))
     return dataclasses.replace(
         group, experiment=dataclasses.replace(group.experiment, training=training)
     )
 
 
-def _check(groups: Sequence[Group], settings: Settings) -> None:
+def check(groups: Sequence[Group], settings: Settings) -> None:
     """Raises UserError for data that is missing, and for folders with other runs."""
     for group in groups:
         of = group.experiment
@@ -194,7 +200,7 @@ def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[
         "model": model_fingerprint(model),
         "model_parameters": param_tree.count(param_tree.split(model)[1]),
         "seconds": time.monotonic() - started,
-        "majority": _majority(of, settings, model),
+        "majority": majority_score(of, settings, model),
         **scored,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +281,7 @@ def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
     number = len(of.training.seeds)
     if not of.method.composes_inputs:
         of = _with_training(of, seeds=of.training.seeds[:1])
-    of = of if settings.test is None else _tested(of, settings.test)
+    of = tested_on(of, settings)
     result = evaluate(of, prompts=[])
     scores = [each[metric] for each in result.per_prompt]
     return {
@@ -322,11 +328,11 @@ def _metric_of(of: Experiment) -> tuple[str, Any]:
     return data.best_by, data.require_direction()
 
 
-def _majority(of: Experiment, settings: Settings, model: Any) -> float | None:
+def majority_score(of: Experiment, settings: Settings, model: Any) -> float | None:
     """Returns the score of the most frequent training target; None without labels."""
     words = vocabulary_of(model)
     train_targets = task_data.build_data(of, words).train_targets
-    tested = of if settings.test is None else _tested(of, settings.test)
+    tested = tested_on(of, settings)
     data = task_data.build_data(tested, words, training=False)
     if not data.labels or len(data.evaluation) != 1:
         return None
@@ -371,13 +377,12 @@ def _results(
             )
     _, first = kept[0]
     majority = {result["majority"] for _, result in kept}
-    data = experiment.data
     return Results(
         grid=grid,
         cells=tuple(cells),
         metric=first["metric"],
         split=first["split"],
-        task=Path(data.train).parent.name if data.train else data.task,
+        task=task_title(experiment.data),
         model=experiment.model.name_or_path,
         majority=majority.pop() if len(majority) == 1 else None,
         notes=_notes(experiment, settings),

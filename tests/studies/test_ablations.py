@@ -63,6 +63,9 @@ def test_points_that_share_a_program_are_one_run() -> None:
     assert [half.points for half in group.halves()] == [group.points[:2], group.points[2:]]
     names = {one.name for one in (*parts, *group.halves(), group)}
     assert len(names) == 5
+    # Models whose paths look alike in a folder's name are not one run.
+    models = grid("size", "a/b", "a:b", lines="method=prompt_tuning")
+    assert len({group.name for group in models.groups(base, (0,))}) == 2
 
 
 def test_an_ablation_is_written_and_never_computed_twice(
@@ -216,13 +219,24 @@ def test_ensembles_of_all_subsets(tmp_path: Path) -> None:
 
 def test_the_mean_of_probabilities_hears_how_sure_members_are() -> None:
     """Two members are slightly for one label, and one is sure of the other."""
-    sure = {"red": math.log(0.99), "blue": math.log(0.01)}
-    unsure = {"red": math.log(0.4), "blue": math.log(0.6)}
-    # Only the ratios of a member's probabilities count.
-    scaled = {label: value - 3 for label, value in unsure.items()}
+    sure = {"red": 0.9, "blue": 0.1, "green": 0.0001}
+    unsure = {"red": 0.4, "blue": 0.5, "green": 0.1}
     members = Predictions(
-        texts_EN=[["red"], ["blue"], ["blue"]], log_probs_EN=[[sure], [unsure], [scaled]]
+        texts_EN=[["red"], ["blue"], ["blue"]],
+        log_probs_EN=[
+            [{label: math.log(p) for label, p in one.items()}] for one in (sure, unsure, unsure)
+        ],
     )
     assert ensemble_study._vote(members, (0, 1, 2), 0) == "blue"
     assert ensemble_study._most_probable(members, (0, 1, 2), 0) == "red"
     assert ensemble_study._most_probable(members, (1, 2), 0) == "blue"
+    # Each member's probabilities are normalized: what is beside the labels does not count.
+    flat, clear = {"red": 0.4, "blue": 0.3, "green": 0.3}, {"red": 0.38, "blue": 0.5, "green": 0.12}
+    members = Predictions(
+        texts_EN=[["red"], ["blue"]],
+        log_probs_EN=[
+            [{label: math.log(p) - 7 for label, p in flat.items()}],
+            [{label: math.log(p) for label, p in clear.items()}],
+        ],
+    )
+    assert ensemble_study._most_probable(members, (0, 1), 0) == "blue"

@@ -1,6 +1,7 @@
 """The grid of an ablation: its points, and the runs that train as many of them as possible."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,6 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
-
-_NEUTRAL_RATE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +92,14 @@ class Grid:
             for axis in (self.axis, self.line_axis)
             if axis is not None and axis.member_field
         }
-        found: dict[str, tuple[Experiment, list[tuple[Point, Experiment]]]] = {}
+        found: dict[str, list[tuple[Point, Experiment]]] = {}
         for value in self.values:
             for line in self.all_lines:
                 of = self.experiment(base, value, line)
-                shared = _neutral(of, member_fields)
-                name = self._name(value, line)
-                for known, (other, _) in found.items():
-                    if other == shared:
-                        name = known
-                _, members = found.setdefault(name, (shared, []))
+                members = found.setdefault(self._name(value, line), [])
                 for seed in seeds:
                     members.append((Point(value=value, line=line, seed=seed), of))
-        groups = [_group(name, members, member_fields) for name, (_, members) in found.items()]
+        groups = [_group(name, members, member_fields) for name, members in found.items()]
         if at_once:
             groups = [
                 group.part(start, min(start + at_once, len(group.points)))
@@ -124,18 +118,13 @@ class Grid:
         if self.line_axis is not None and line is not None:
             parts.append((self.line_axis, line))
         named = [f"{axis.name}_{one.name}" for axis, one in parts if not axis.member_field]
-        return re.sub(r"[^\w.-]+", "_", "_".join(named)) or "all"
-
-
-def _neutral(experiment: Experiment, member_fields: dict[str, str]) -> Experiment:
-    """Returns the experiment without what members of a run may differ in."""
-    if "learning_rates" in member_fields:
-        optimizer = dataclasses.replace(experiment.optimizer, learning_rate=_NEUTRAL_RATE)
-        experiment = dataclasses.replace(experiment, optimizer=optimizer)
-    if "inits" in member_fields and hasattr(experiment.method, "init"):
-        method = dataclasses.replace(experiment.method, init="uniform")  # type: ignore[call-arg]
-        experiment = dataclasses.replace(experiment, method=method)
-    return experiment
+        if not named:
+            return "all"
+        name = "_".join(named)
+        plain = re.sub(r"[^\w.-]+", "_", name)
+        # Paths of models that differ only in such characters are different runs.
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return plain if plain == name else f"{plain}_{digest}"
 
 
 def _group(

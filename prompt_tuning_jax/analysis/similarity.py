@@ -103,7 +103,7 @@ def similar(
     }
     if not sources:
         raise UserError(f"--among names no prompt besides {path}")
-    _require_one_model({path: own, **sources})
+    require_one_model({path: own, **sources})
     found = [
         Similar(
             path=p,
@@ -128,7 +128,7 @@ def _one(prompt: str | Path) -> list[str]:
     return paths
 
 
-def _require_one_model(prompts: dict[str, StoredPrompt]) -> None:
+def require_one_model(prompts: dict[str, StoredPrompt]) -> None:
     """Raises UserError unless all prompts have one width and all known fingerprints agree."""
     (first, own), *rest = prompts.items()
     width = own.prompt_PD.shape[1]

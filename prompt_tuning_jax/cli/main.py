@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from prompt_tuning_jax.cli.ablate import Ablate
+from prompt_tuning_jax.cli.analyze import Analyze
 from prompt_tuning_jax.cli.arguments import Command, Parser, add_command
 from prompt_tuning_jax.cli.completion import Completion
 from prompt_tuning_jax.cli.console import notes_on_stderr
@@ -36,7 +38,8 @@ from prompt_tuning_jax.errors import UserError, printable, suggest
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Train, Eval, Predict, Plan, Init, ImportGin, Tasks, Metrics, Inspect),
-    *(Convert, Merge, Similar, Recycle, Suite, Transfer, Serve, Completion),
+    *(Convert, Merge, Analyze, Similar, Recycle, Suite, Transfer, Ablate, Serve),
+    Completion,
 )
 
 

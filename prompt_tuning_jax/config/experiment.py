@@ -84,6 +84,9 @@ class Data(Config):
     targets_column: str = "targets"  # column of your files that holds the target
     inputs_template: str = ""  # input made from several columns, instead of inputs_column
     targets_template: str = ""  # target made from several columns, instead of targets_column
+    # Text in front of every target and label, for example ``<extra_id_0> `` for a model that was
+    # pre-trained on span corruption alone.  Metrics compare predictions without it.
+    targets_prefix: str = ""
     # What the targets of your files are: labels to choose between, or free text.  ``auto`` decides
     # by how many different targets there are and how often they repeat, and prints its choice.
     targets: Literal["auto", "labels", "text"] = "auto"

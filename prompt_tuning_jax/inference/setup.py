@@ -5,7 +5,9 @@ Training, evaluation, prediction, serving and planning all use this module.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,37 @@ class Members:
         )
 
 
+# In a block of ``shared_model``: the last model of ``build_model``, by what it was built for.
+_shared: ContextVar[dict[Any, Model] | None] = ContextVar("_shared", default=None)
+
+
+@contextmanager
+def shared_model() -> Iterator[None]:
+    """Within the block, ``build_model`` returns its last model again where it would be the same.
+
+    Studies of many runs on one frozen model hold it in memory once, and load it once.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def build_model(experiment: Experiment, *, partitioner: Partitioner | None = None) -> Model:
     """Loads the experiment's model and vocabulary, with the weights placed on the mesh."""
     partitioner = partitioner_of(experiment) if partitioner is None else partitioner
+    shared = _shared.get()
+    if shared is None or experiment.model.random_weights:  # pre-training changes such a model
+        return _build_model(experiment, partitioner)
+    key = (experiment.model, partitioner)
+    if key not in shared:
+        shared.clear()  # before the next one is loaded
+        shared[key] = _build_model(experiment, partitioner)
+    return shared[key]
+
+
+def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
     config = experiment.model
     kwargs: dict[str, Any] = {
         "dtype": config.dtype,

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.analysis.words import nearest_tokens
 from prompt_tuning_jax.distributed.sharding import (
     Partitioner,
     activation_sharding,
@@ -280,10 +281,8 @@ class Programs:
         with activation_sharding(self.partitioner):
             model = self._model(params, None)
             every = jnp.arange(model.config.vocab_size)
-            table_VD = model.embedding_table()[every].astype(jnp.float32)
-            cosine_PV = _unit(prompt_PD.astype(jnp.float32)) @ _unit(table_VD).T
-            cosines, ids = lax.top_k(cosine_PV, number)
-            return replicate((ids, cosines))
+            table_VD = model.embedding_table()[every]
+            return replicate(nearest_tokens(prompt_PD, table_VD, number=number))
 
     @property
     def _gathers(self) -> bool:
@@ -368,7 +367,3 @@ def _scored(
     if at_once >= number:
         return jax.vmap(one)(targets_CBS).T
     return lax.map(one, targets_CBS, batch_size=max(1, at_once)).T
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)

@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
+from prompt_tuning_jax.analysis.words import token_text
 from prompt_tuning_jax.data.tasks.wording import Given
 from prompt_tuning_jax.inference.ensemble import majority_vote
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError
@@ -194,7 +195,7 @@ class Service:
         task = self.tasks.get(name)
         if task is None:
             raise RefusedError(404, f"there is no task {name[:100]!r}", field="name")
-        decode = self.engine.vocabulary.decode
+        vocabulary = self.engine.vocabulary
         nearest = []
         prompts = [prompt for prompt in task.prompts if isinstance(prompt, ServedPrompt)]
         if not prompts:
@@ -205,7 +206,7 @@ class Service:
             ids_PK, cosines_PK = await self.scheduler.call(self.engine.nearest_words, prompt)
             positions = [
                 [
-                    (decode([int(i)]) or f"<{i}>", round(float(cosine), 4))
+                    (token_text(vocabulary, int(i)), round(float(cosine), 4))
                     for i, cosine in zip(ids_K, cosines_K, strict=True)
                 ]
                 for ids_K, cosines_K in zip(ids_PK, cosines_PK, strict=True)

@@ -141,12 +141,24 @@ class RunLog:
         if self._screen:
             self._screen.show(step, fields)
 
-    def log_eval(self, step: int, metrics: Sequence[Mapping[str, ArrayLike]]) -> None:
-        """Records an evaluation at ``step``; ``metrics`` has one mapping of values per member."""
+    def log_eval(
+        self,
+        step: int,
+        metrics: Sequence[Mapping[str, ArrayLike]],
+        *,
+        prompt_norms_E: ArrayLike | None = None,
+    ) -> None:
+        """Records an evaluation at ``step``; ``metrics`` has one mapping of values per member.
+
+        ``prompt_norms_E`` are the mean norms of the vectors of each member's prompt.
+        """
         if len(metrics) != self._num_members:
             raise ValueError(f"{len(metrics)} evaluations for {self._num_members} members")
         values = [{name: _number(value) for name, value in one.items()} for one in metrics]
-        if self._file.append({"kind": "eval", "step": int(step), "metrics": values}):
+        record: dict[str, Any] = {"kind": "eval", "step": int(step), "metrics": values}
+        if prompt_norms_E is not None:
+            record["prompt_norm"] = self._members(prompt_norms_E)
+        if self._file.append(record):
             pairs = zip(self._names, values, strict=True)
             self._tensorboard.write(
                 int(step), {f"eval/{m}/{name}": v for name, one in pairs for m, v in one.items()}

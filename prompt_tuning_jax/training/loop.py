@@ -21,6 +21,7 @@ from prompt_tuning_jax.data.tasks.metrics import Direction, is_better
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods.base import PROMPT
 from prompt_tuning_jax.training.logging import RunLog
 from prompt_tuning_jax.training.step import (
     NO_MICROBATCHING,
@@ -154,7 +155,7 @@ class Loop:
                     began = time.monotonic()
                     scores = self.evaluate(state.trainable)
                     if log:
-                        log.log_eval(step, scores)
+                        log.log_eval(step, scores, prompt_norms_E=_prompt_norms(state.trainable))
                         log.log_samples(step, self.samples())
                     best_tree = self._keep_best(step, state, scores, best, best_tree, improved_at)
                     stale = 0 if step in improved_at else stale + 1
@@ -401,6 +402,20 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _prompt_norms(trainable: FlatParams) -> HostArray | None:
+    """Returns the mean norm of the vectors of each member's prompt, if the method trains prompts.
+
+    Returns None for arrays of which this process does not have all parts.
+    """
+    prompt_EPD = trainable.get(PROMPT)
+    if not isinstance(prompt_EPD, jax.Array) or not (
+        prompt_EPD.is_fully_replicated or prompt_EPD.is_fully_addressable
+    ):
+        return None
+    norms_E: HostArray = np.linalg.norm(np.asarray(prompt_EPD), axis=-1).mean(axis=-1)
+    return norms_E
 
 
 def _read_extra(read: Callable[[], Extra], *, of: Path) -> Extra:

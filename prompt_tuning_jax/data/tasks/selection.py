@@ -17,6 +17,7 @@ from prompt_tuning_jax.data.tasks.task import (
     Task,
     TrainedTask,
     as_mixture,
+    with_targets_prefix,
 )
 from prompt_tuning_jax.data.tasks.wording import template_of, template_of_column
 from prompt_tuning_jax.errors import UserError
@@ -26,6 +27,24 @@ NO_EVAL = "data.eval is empty; set it to a file of evaluation examples (--eval_d
 
 def build_mixture(data: Data) -> Mixture:
     """Returns the named task or mixture, or the task of a user's files."""
+    prefix = data.targets_prefix
+    if not prefix:
+        return _build_mixture(data)
+    # Labels that come from the metadata of a prompt have the prefix.
+    bare = tuple(label.removeprefix(prefix) for label in data.labels)
+    mixture = _build_mixture(dataclasses.replace(data, labels=bare))
+
+    def prefixed(task: Task) -> Task:
+        return with_targets_prefix(task, prefix)
+
+    return dataclasses.replace(
+        mixture,
+        tasks=tuple(map(prefixed, mixture.tasks)),
+        evaluated=tuple(map(prefixed, mixture.evaluated)),
+    )
+
+
+def _build_mixture(data: Data) -> Mixture:
     if data.train or data.eval:
         return as_mixture(
             file_task(

@@ -1,5 +1,6 @@
 """Tasks: where rows come from, how a row becomes text, and how predictions are scored."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -161,6 +162,29 @@ class Task:
             raise UserError(
                 f"task {self.name!r} has no split {split!r}: {suggest(split, self.splits)}"
             )
+
+
+def with_targets_prefix(task: Task, prefix: str) -> Task:
+    """The task with a text in front of its targets and labels, which its metrics do not see."""
+
+    def preprocess(row: Row) -> Sequence[Example]:
+        return [{**e, "targets": f"{prefix}{e['targets']}"} for e in task.preprocess(row)]
+
+    def postprocess(text: str, example: Example, is_target: bool) -> Any:
+        start = prefix.strip()
+        bare = text.removeprefix(start).strip() if text.startswith(start) else text
+        plain = {**example, "targets": example["targets"].removeprefix(prefix)}
+        return bare if task.postprocess is None else task.postprocess(bare, plain, is_target)
+
+    # The closures have no code of their own that says what they wrap.
+    version = task.version or [code_digest(task.source.rows), code_digest(task.preprocess)]
+    return dataclasses.replace(
+        task,
+        preprocess=preprocess,
+        postprocess=postprocess,
+        labels=tuple(f"{prefix}{label}" for label in task.labels),
+        version=json.dumps([version, prefix]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

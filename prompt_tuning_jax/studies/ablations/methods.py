@@ -1,7 +1,8 @@
-"""The methods that compare_methods compares, with their optimizers and learning rates to try."""
+"""The methods that an ablation compares, with their optimizers and learning rates to try."""
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.methods import (
@@ -39,7 +40,7 @@ class Compared:
 
 def compared(*, length: int, init: str) -> dict[str, Compared]:
     """Returns the methods by name; ``length`` and ``init`` apply to all prompts."""
-    start = {"init": init, "length": length}
+    start: dict[str, Any] = {"init": init, "length": length}
     # The rates include one above the usual choice.
     prompts = (0.1, 0.3, 1.0)
     around = (3e-3, 1e-2, 3e-2)

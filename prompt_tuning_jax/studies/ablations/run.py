@@ -1,0 +1,438 @@
+"""Runs an ablation: trains the points of a grid, several at once, and keeps their scores.
+
+Each run's folder also holds its scores in ``point.json``.  An interrupted ablation resumes where it
+stopped: finished runs are not trained or evaluated again, and the interrupted one resumes from its
+last checkpoint.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints.run_folder import workdir_of
+from prompt_tuning_jax.config.config_file import RUN_CONFIG
+from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.overrides import to_dict
+from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.data.tasks.metrics import best_of
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.ensemble import majority_vote
+from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
+from prompt_tuning_jax.inference.setup import (
+    build_model,
+    model_fingerprint,
+    shared_model,
+    vocabulary_of,
+)
+from prompt_tuning_jax.methods import PromptDesign, method_name
+from prompt_tuning_jax.studies.ablations.axes import rates_of, with_shots
+from prompt_tuning_jax.studies.ablations.cost import step_cost_of
+from prompt_tuning_jax.studies.ablations.grid import Grid, Group
+from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
+from prompt_tuning_jax.studies.suite import data_of
+from prompt_tuning_jax.training.resume import require_place, require_run
+from prompt_tuning_jax.training.run import RunResult, train
+from prompt_tuning_jax.untrusted_input import read_json_file
+
+POINT = "point.json"
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_SHOTS = (2, 4, 8)  # to choose from with a search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How an ablation is run.
+
+    Attributes:
+      at_once: the largest number of members of a run; 0: as many as the device holds.
+      test: data that the best checkpoints are scored on; None: the scores of the validation
+        split that chose them.
+      search: whether the first seed chooses each method's learning rate (for prompt design the
+        number of demonstrations) on the validation split.
+      measure: whether to measure the time and memory of a step.
+    """
+
+    at_once: int = 0
+    test: Data | None = None
+    search: bool = False
+    measure: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationResult:
+    """The table as Markdown lines, the written files, and the signal that stopped it, or 0."""
+
+    results: Results | None
+    files: tuple[Path, ...]
+    stopped_by: int
+
+
+def ablate(
+    experiment: Experiment, grid: Grid, settings: Settings | None = None, *, quiet: bool = False
+) -> AblationResult:
+    """Trains and scores all points of a grid, and writes a figure, a table and JSON.
+
+    ``experiment`` describes every run; its seeds are those of each point.  Runs are in folders of
+    ``training.workdir``, and the results in ``NAME.png``, ``.md`` and ``.json`` there, which are
+    written again after each run.  Raises UserError before any training if a point is invalid or
+    data is missing.
+    """
+    settings = settings or Settings()
+    root = workdir_of(experiment)
+    require_place(root)
+    groups = [
+        in_folder(group, root)
+        for group in grid.groups(experiment, experiment.training.seeds, at_once=settings.at_once)
+    ]
+    check(groups, settings)
+    suffix = f"_by_{grid.line_axis.name}" if grid.line_axis is not None else ""
+    stem = root / f"{grid.axis.name}{suffix}"
+    kept: list[tuple[Group, dict[str, Any]]] = []
+    results: Results | None = None
+    files: tuple[Path, ...] = ()
+    number = len(grid.values) * len(grid.all_lines)
+    pending, done = list(groups), 0
+    with shared_model():
+        while pending:
+            group = pending.pop(0)
+            _say(quiet, f"\n{group.name}: {len(group.points)} at once; {done} runs are done")
+            try:
+                stopped_by, point = _point(group, settings, quiet=quiet)
+            except jax.errors.JaxRuntimeError as error:
+                if _OUT_OF_MEMORY not in str(error) or len(group.points) < 2:
+                    raise
+                _say(quiet, f"{group.name}: the device cannot hold all; training half at a time")
+                pending[:0] = [in_folder(half, root) for half in group.halves()]
+                continue
+            if stopped_by:
+                return AblationResult(results=results, files=files, stopped_by=stopped_by)
+            done += 1
+            kept.append((group, point))
+            results = _results(experiment, grid, kept, settings, number)
+            if results.cells:
+                files = write(results, stem)
+    if results is not None:
+        _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
+    return AblationResult(results=results, files=files, stopped_by=0)
+
+
+def tested_on(of: Experiment, settings: Settings) -> Experiment:
+    """Returns the experiment on the data whose scores the study reports."""
+    return of if settings.test is None else _tested(of, settings.test)
+
+
+def in_folder(group: Group, root: Path) -> Group:
+    """Returns the group with its folder in ``root`` as the run's working directory."""
+    training = dataclasses.replace(group.experiment.training, workdir=str(root / group.name))
+    return dataclasses.replace(
+        group, experiment=dataclasses.replace(group.experiment, training=training)
+    )
+
+
+def check(groups: Sequence[Group], settings: Settings) -> None:
+    """Raises UserError for data that is missing, and for folders with other runs."""
+    for group in groups:
+        of = group.experiment
+        data_of(of)
+        if settings.test is not None:
+            data_of(_tested(of, settings.test), training=False)
+        folder = workdir_of(of)
+        if (folder / RUN_CONFIG).is_file() and not settings.search:
+            require_run(folder, of, exactly=True)
+
+
+def _tested(of: Experiment, test: Data) -> Experiment:
+    """Returns the experiment on the test data, with the lengths and wording of its own data."""
+    data = dataclasses.replace(
+        of.data, eval=test.eval, eval_split=test.eval_split, max_eval_examples=0
+    )
+    return validate(dataclasses.replace(of, data=data))
+
+
+def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
+    """Trains and scores a group, unless its folder has the scores.
+
+    Returns the number of the signal that stopped it, or 0, and the scores as JSON values.
+    """
+    of = group.experiment
+    folder = workdir_of(of)
+    wanted = json.loads(
+        json.dumps(
+            {
+                "experiment": to_dict(of),
+                "test": None if settings.test is None else to_dict(_tested(of, settings.test).data),
+                "search": settings.search,
+                "data": data_of(of),
+            }
+        )
+    )
+    file = folder / POINT
+    if file.is_file():
+        point: dict[str, Any] = read_json_file(file)
+        if not isinstance(point, dict) or point.get("settings") != wanted:
+            raise UserError(
+                f"{file} has the scores of other settings or data; use another --workdir, or "
+                f"remove {folder}"
+            )
+        _say(quiet, f"{folder}: done; its scores are kept in {POINT}")
+        return 0, point
+    started = time.monotonic()
+    if of.method.is_trainable:
+        stopped_by, scored = _trained(group, settings, quiet=quiet)
+    else:
+        stopped_by, scored = 0, _untrained(of, settings)
+    if stopped_by:
+        return stopped_by, {}
+    model = build_model(of)
+    point = {
+        "settings": wanted,
+        "model": model_fingerprint(model),
+        "model_parameters": param_tree.count(param_tree.split(model)[1]),
+        "seconds": time.monotonic() - started,
+        "majority": majority_score(of, settings, model),
+        **scored,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(file, point)
+    return 0, point
+
+
+def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
+    of, chosen = group.experiment, ""
+    folder = workdir_of(of)
+    rates = rates_of(of, method_name(of.method)) if settings.search else ()
+    if rates:
+        search = train(
+            _with_training(
+                of,
+                seeds=of.training.seeds[:1] * len(rates),
+                learning_rates=rates,
+                inits=(),
+                workdir=str(folder / "search"),
+            ),
+            quiet=quiet,
+        )
+        if not search.finished:
+            return search.stopped_by, {}
+        metric, direction = _metric_of(of)
+        scores = [best.metrics[metric] if best else float("nan") for best in search.best]
+        rate = rates[best_of(scores, direction)]
+        chosen = f"rate {rate:g}"
+        of = dataclasses.replace(
+            of, optimizer=dataclasses.replace(of.optimizer, learning_rate=rate)
+        )
+        of = _with_training(of, workdir=str(folder / "seeds"))
+    run = train(of, quiet=quiet)
+    if not run.finished:
+        return run.stopped_by, {}
+    metric, _ = _metric_of(of)
+    members: list[dict[str, Any]] = [
+        {"validation": best.metrics[metric] if best else None, "step": best.step if best else None}
+        for best in run.best
+    ]
+    found: dict[str, Any] = {
+        "metric": metric,
+        "split": of.data.eval_split,
+        "members": members,
+        "chosen": chosen,
+        "trained": sum(array[0].size for array in run.best_tuned.values()),
+        "ensembles": {},
+    }
+    if settings.test is not None:
+        tested = _tested(of, settings.test)
+        result = evaluate(tested, prompts=[str(run.workdir)])
+        found |= _scores_of(result, metric, group)
+        found["members"] = [
+            {**own, "test": scores[metric]}
+            for own, scores in zip(members, result.per_prompt, strict=True)
+        ]
+    if settings.measure:
+        found["cost"] = {**step_cost_of(of), "saved_bytes": _saved_bytes(run)}
+    return 0, found
+
+
+def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
+    """Scores the bare model, or demonstrations in front of the inputs."""
+    chosen = ""
+    metric, direction = _metric_of(of)
+    if isinstance(of.method, PromptDesign) and settings.search:
+        # The lengths of its inputs are those for the shots of the config.
+        bare = dataclasses.replace(
+            of.data,
+            inputs_length=(of.data.inputs_length - of.method.shots * of.data.targets_length)
+            // (of.method.shots + 1),
+        )
+        plain = dataclasses.replace(of, data=bare)
+        tried = [with_shots(plain, shots) for shots in _SHOTS]
+        scores = [evaluate(one, prompts=[]).mean[metric] for one in tried]
+        best = best_of(scores, direction)
+        of, chosen = tried[best], f"{_SHOTS[best]} shots"
+    number = len(of.training.seeds)
+    if not of.method.composes_inputs:
+        of = _with_training(of, seeds=of.training.seeds[:1])
+    of = tested_on(of, settings)
+    result = evaluate(of, prompts=[])
+    scores = [each[metric] for each in result.per_prompt]
+    return {
+        "metric": metric,
+        "split": of.data.eval_split,
+        "members": [{"validation": None, "test": score} for score in scores],
+        "all_seeds": len(scores) == number,
+        "chosen": chosen,
+        "trained": 0,
+        "ensembles": {},
+    }
+
+
+def _scores_of(result: EvalResult, metric: str, group: Group) -> dict[str, Any]:
+    """Returns the split, and the votes' scores of the members of each cell."""
+    cells: dict[str, list[int]] = {}
+    for number, point in enumerate(group.points):
+        cells.setdefault(_key(point.value, point.line), []).append(number)
+    ensembles = {}
+    for key, members in cells.items():
+        if len(members) > 1:
+            ensembles[key] = _vote(result, members).get(metric)
+    return {"split": result.split, "ensembles": ensembles}
+
+
+def _vote(result: EvalResult, members: Sequence[int]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for task, examples in result.examples.items():
+        found = result.predictions[task]
+        texts = [
+            majority_vote(
+                [found.texts_EN[e][n] for e in members], [found.log_probs_EN[e][n] for e in members]
+            ).prediction
+            for n in range(len(examples))
+        ]
+        prefix = f"{task}/" if len(result.examples) > 1 else ""
+        scores |= {f"{prefix}{name}": value for name, value in examples.score(texts).items()}
+    return scores
+
+
+def _metric_of(of: Experiment) -> tuple[str, Any]:
+    """Returns the metric that selects checkpoints, and its direction."""
+    data = task_data.build_data(of, vocabulary_of(build_model(of)), training=False)
+    return data.best_by, data.require_direction()
+
+
+def majority_score(of: Experiment, settings: Settings, model: Any) -> float | None:
+    """Returns the score of the most frequent training target; None without labels."""
+    words = vocabulary_of(model)
+    train_targets = task_data.build_data(of, words).train_targets
+    tested = tested_on(of, settings)
+    data = task_data.build_data(tested, words, training=False)
+    if not data.labels or len(data.evaluation) != 1:
+        return None
+    (examples,) = data.evaluation.values()
+    value = examples.task.majority_scores(examples.texts, train_targets).get(data.best_by)
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _results(
+    experiment: Experiment,
+    grid: Grid,
+    kept: Sequence[tuple[Group, Mapping[str, Any]]],
+    settings: Settings,
+    number: int,
+) -> Results:
+    cells = []
+    for value in grid.values:
+        for line in grid.all_lines:
+            found = [
+                (point.seed, member, result)
+                for group, result in kept
+                for point, member in zip(group.points, _padded(group, result), strict=True)
+                if point.value == value and point.line == line
+            ]
+            if len(found) < len(experiment.training.seeds):
+                continue
+            (_, _, first), *_ = found
+            if not first.get("all_seeds", True):
+                found = found[:1]  # nothing is drawn, so all seeds are the same
+            cells.append(
+                Cell(
+                    value=value,
+                    line=line,
+                    seeds=tuple(seed for seed, _, _ in found),
+                    scores=tuple(_score(member, settings) for _, member, _ in found),
+                    ensemble=first["ensembles"].get(_key(value, line)),
+                    chosen=first["chosen"],
+                    trained=first["trained"],
+                    model_parameters=first["model_parameters"],
+                    cost=first.get("cost"),
+                )
+            )
+    _, first = kept[0]
+    majority = {result["majority"] for _, result in kept}
+    return Results(
+        grid=grid,
+        cells=tuple(cells),
+        metric=first["metric"],
+        split=first["split"],
+        task=task_title(experiment.data),
+        model=experiment.model.name_or_path,
+        majority=majority.pop() if len(majority) == 1 else None,
+        notes=_notes(experiment, settings),
+        number=number,
+    )
+
+
+def _padded(group: Group, result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns a member for each point, where the bare model has one for all seeds."""
+    members: list[Mapping[str, Any]] = list(result["members"])
+    return members if len(members) > 1 else members * len(group.points)
+
+
+def _score(member: Mapping[str, Any], settings: Settings) -> float:
+    chosen = member["validation"] if settings.test is None else member["test"]
+    value = member.get("test") if chosen is None else chosen
+    return float("nan") if value is None else float(value)
+
+
+def _notes(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
+    training = experiment.training
+    what = "the best checkpoint of each, by this score, so it is a little optimistic"
+    if settings.test is not None:
+        what = "the checkpoint that was the best on the validation split"
+    notes = [
+        f"{training.steps:,} steps of {training.batch_size} examples; scores are of {what}.",
+    ]
+    if settings.search:
+        notes.append("The first seed chose each learning rate on the validation split.")
+    return (*notes, *settings.notes)
+
+
+def _key(value: Any, line: Any) -> str:
+    return f"{value} {line}"
+
+
+def _saved_bytes(run: RunResult) -> int:
+    """Returns the size of one member's file, or of its arrays if the run saves whole models."""
+    for kind in (run_folder.PROMPTS, run_folder.TUNED):
+        files = sorted((run.workdir / kind).glob("*.safetensors"))
+        if files:
+            return files[0].stat().st_size
+    return sum(array[0].nbytes for array in run.best_tuned.values())
+
+
+def _with_training(of: Experiment, **fields: Any) -> Experiment:
+    return dataclasses.replace(of, training=dataclasses.replace(of.training, **fields))
+
+
+def _say(quiet: bool, *lines: str) -> None:
+    if not quiet:
+        for line in lines or ("",):
+            print(line, flush=True)

@@ -88,7 +88,7 @@ def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: st
         name: jax.ShapeDtypeStruct(shape, "float32")
         for name, shape in parameter_shapes(config).items()
     }
-    kind = config.model_type if isinstance(config, CausalLMConfig) else "T5"
+    kind = getattr(config, "model_type", "T5")
     require_same_shapes(params, wanted, of=of, and_of=f"a {kind} of this configuration")
 
 

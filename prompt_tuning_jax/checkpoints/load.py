@@ -264,7 +264,7 @@ def _vocabulary(
             raise UserError(
                 f"model.vocabulary is {path}, but {model} reads images and has no words; drop it"
             )
-        return ClassVocabulary(config.labels)
+        return ClassVocabulary(config)
     if path is None or path == "":
         return None
     words = load_vocabulary(path, token_ids=config.token_ids, max_size=config.vocab_size)

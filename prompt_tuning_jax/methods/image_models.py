@@ -1,5 +1,7 @@
 """Methods on models that read images: what applies to them, and their trained classifier."""
 
+from typing import cast
+
 import jax
 
 from prompt_tuning_jax.config.methods import (
@@ -13,6 +15,7 @@ from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array
 
 
@@ -31,7 +34,7 @@ def with_classifier(model: Model, config: MethodConfig, *, key: Array, context: 
         )
     # The fold keeps this key distinct from those of the method's parameters.
     tuned = model.for_labels(context.labels, key=jax.random.fold_in(key, 0xC1A5))
-    tuned.vocabulary = ClassVocabulary(context.labels)
+    tuned.vocabulary = ClassVocabulary(cast(ViTConfig, tuned.config))
     return tuned
 
 

@@ -147,14 +147,14 @@ def _prepare_tasks(
         window=model.config.max_positions,
         partitioner=partitioner,
     )
-    return data, task_evaluation(experiment, model, data)
+    return data, task_evaluation(experiment, data)
 
 
-def task_evaluation(experiment: Experiment, model: Model, data: TaskData) -> Evaluate:
+def task_evaluation(experiment: Experiment, data: TaskData) -> Evaluate:
     """Returns the function that evaluates the members on the tasks' data."""
 
     def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
-        return evaluate_members(experiment, members, trainable, data, model, scores_alone=True)[0]
+        return evaluate_members(experiment, members, trainable, data, scores_alone=True)[0]
 
     return evaluate
 

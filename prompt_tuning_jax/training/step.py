@@ -76,7 +76,8 @@ class Microbatching:
         """
         if self.config is None:
             return self.num_microbatches
-        most = rows_in_cache(self.config, length + self.prompt_positions)
+        length = self.config.input_positions(length) + self.prompt_positions
+        most = rows_in_cache(self.config, length)
         fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
         return next(fitting, rows)
 
@@ -84,7 +85,8 @@ class Microbatching:
         """Returns the number of members to vectorise together; it divides ``members``."""
         if self.config is None:
             return members
-        return members_per_chunk(self.config, members, rows, length + self.prompt_positions)
+        length = self.config.input_positions(length) + self.prompt_positions
+        return members_per_chunk(self.config, members, rows, length)
 
     def iterations(self, members: int, rows: int, length: int) -> int:
         """Returns how often a step runs the body of its loops over chunks and microbatches."""

@@ -1,4 +1,4 @@
-"""The classes of a model that reads images, as a vocabulary whose words are whole labels."""
+"""What a tokenizer is to text: the classes of a model, and the images that it reads."""
 
 import hashlib
 import json
@@ -6,19 +6,24 @@ from collections.abc import Iterable, Sequence
 
 from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.models.vit.config import CLASS_IDS
+from prompt_tuning_jax.models.vit.config import ViTConfig
 
 _SHOWN = 100  # characters
 
 
 class ClassVocabulary(BaseVocabulary):
-    """Labels to the numbers of their classes and back; a target is a single number."""
+    """Labels to the numbers of their classes and back; a target is a single number.
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self.labels = tuple(labels)
-        self.token_ids = CLASS_IDS
-        self.eos_id = CLASS_IDS.eos
-        self.fingerprint = hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()
+    ``images`` says what images the model reads: their size, and how files become pixels.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        self.images = config
+        self.labels = config.labels
+        self.token_ids = config.token_ids
+        self.eos_id = config.token_ids.eos
+        read = (config.image_size, config.num_channels, repr(config.processing))
+        self.fingerprint = hashlib.sha256(json.dumps([self.labels, read]).encode()).hexdigest()
         self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __repr__(self) -> str:

@@ -1,10 +1,10 @@
 """Pre-train a small vision transformer on labelled images, from random weights.
 
-Fashion-MNIST is in Debian's package ``dataset-fashion-mnist``.  The folder that ``convert`` writes
+Fashion-MNIST is in Debian's package ``dataset-fashion-mnist``.  The folder that ``merge`` writes
 is a Hugging Face model, which configs/vpt.py tunes:
 
     prompt-tuning train configs/vit_pretrain.py --workdir runs/vit_pretrain
-    prompt-tuning convert runs/vit_pretrain/seed_0 vit_fashion --to hf
+    prompt-tuning merge runs/vit_pretrain vit_fashion
 """
 
 from prompt_tuning_jax.config.experiment import (

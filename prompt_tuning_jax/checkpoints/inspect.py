@@ -26,6 +26,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
+from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -67,6 +68,10 @@ def architecture(opened: ModelCheckpoint) -> str:
     if isinstance(config, CausalLMConfig):
         tied = "tied embeddings" if config.tie_embeddings else "a separate output layer"
         return f"{config.model_type} (decoder-only) with {tied}"
+    if isinstance(config, ViTConfig):
+        kinds = f"{len(config.labels)} classes" if config.labels else "no classifier"
+        size, patch = config.image_size, config.patch_size
+        return f"vision transformer for {size} x {size} images in patches of {patch}, {kinds}"
     config = require_t5(config, what="describing such a model")
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:

@@ -49,7 +49,8 @@ class StepMetrics:
 class StepCost:
     """The token positions and FLOPs of one step of all members.
 
-    Positions include those of inputs, targets and padding.  FLOPs are 0 if unknown.
+    Positions include those of inputs, targets and padding, and are 0 for images.  FLOPs are 0 if
+    unknown.
     """
 
     tokens: int
@@ -111,7 +112,8 @@ def step_cost(
 
     ``iterations`` is the trip count of the step's loops (``Microbatching.iterations``).
     """
-    tokens = batch["inputs"].size + batch["targets"].size
+    are_tokens = jnp.issubdtype(batch["inputs"].dtype, jnp.signedinteger)  # and not pixels
+    tokens = batch["inputs"].size + batch["targets"].size if are_tokens else 0
     # Only a jitted function has a cost analysis.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None

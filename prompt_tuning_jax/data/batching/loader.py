@@ -106,6 +106,11 @@ class TrainBatches:
         """The number of examples in all sets."""
         return int(self._first[-1])
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the inputs are pixels, which have no padding."""
+        return self._sets[0].inputs.dtype == np.uint8
+
     def lengths_for(self, step: int) -> tuple[int, int]:
         """(T, S) of the batch at ``step``: the same for all seeds, whose slices form one array."""
         if self._plan is None:
@@ -193,9 +198,8 @@ class TrainBatches:
         return {**batch, "example_weights": self._weights_N[number]}
 
     def _no_inputs(self, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = self._sets[0].inputs.dtype
-        fill = self._token_ids.fill if dtype == np.int32 else 0  # pixels have no padding
-        return np.full(shape, fill, dtype)
+        fill = 0 if self.reads_images else self._token_ids.fill
+        return np.full(shape, fill, self._sets[0].inputs.dtype)
 
     def _indices(self, step: int) -> np.ndarray:
         return np.stack([self.indices_for(step, seed) for seed in self._seeds])

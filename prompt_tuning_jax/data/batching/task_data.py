@@ -127,9 +127,10 @@ class TaskData:
             return []
         return [*self.train.empty_batches(0, min(steps, _REPORTED_STEPS))]
 
-    def padding(self, start: int, stop: int) -> float:
-        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``."""
-        return self._training_batches().padding(start, stop)
+    def padding(self, start: int, stop: int) -> float | None:
+        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``; images: None."""
+        train = self._training_batches()
+        return None if train.reads_images else train.padding(start, stop)
 
     def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
         """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, sharded by B."""
@@ -407,7 +408,7 @@ def _reports(
         yield from _target_notes(experiment.data, one, trains=True)
     if train is not None:
         steps = max(1, min(_REPORTED_STEPS, train.examples_per_epoch // train.batch_size))
-        if not isinstance(train_sets[0], ImageExamples):
+        if not train.reads_images:
             yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
     method = experiment.method
     yield from dict.fromkeys(_evaluation_line(experiment, one.task) for one in eval_sets)

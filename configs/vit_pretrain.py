@@ -1,10 +1,9 @@
 """Pre-train a small vision transformer on labelled images, from random weights.
 
-Fashion-MNIST is in Debian's package ``dataset-fashion-mnist``.  The folder that ``merge`` writes
-is a Hugging Face model, which configs/vpt.py tunes:
+prompt-tuning train configs/vit_pretrain.py --workdir runs/vit_pretrain
 
-    prompt-tuning train configs/vit_pretrain.py --workdir runs/vit_pretrain
-    prompt-tuning merge runs/vit_pretrain vit_fashion
+Fashion-MNIST is in Debian's package ``dataset-fashion-mnist``.  ``prompt-tuning merge`` then writes
+the run as a Hugging Face folder, such as ``vit_fashion``, which configs/vpt.py tunes.
 """
 
 from prompt_tuning_jax.config.experiment import (

@@ -28,6 +28,7 @@ from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.models.t5gemma.presets import SIZES
+from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -72,6 +73,10 @@ def architecture(opened: ModelCheckpoint) -> str:
     if isinstance(config, T5GemmaConfig):
         name = "T5Gemma 2, text alone" if config.merged else "T5Gemma"
         return f"{name} (encoder-decoder){'' if config.tie_embeddings else ', with its own head'}"
+    if isinstance(config, ViTConfig):
+        kinds = f"{len(config.labels)} classes" if config.labels else "no classifier"
+        size, patch = config.image_size, config.patch_size
+        return f"vision transformer for {size} x {size} images in patches of {patch}, {kinds}"
     config = require_t5(config, what="describing such a model")
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:

@@ -27,6 +27,7 @@ from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, put_on_devices
 from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
 from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
@@ -48,6 +49,7 @@ from prompt_tuning_jax.models.quantization import (
 )
 from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.models.t5.config import T5Config
+from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -257,6 +259,12 @@ def abstract_model(
 def _vocabulary(
     path: str | Path | None, config: ModelConfig, *, model: str
 ) -> AnyVocabulary | None:
+    if isinstance(config, ViTConfig):
+        if path:
+            raise UserError(
+                f"model.vocabulary is {path}, but {model} reads images and has no words; drop it"
+            )
+        return ClassVocabulary(config)
     if path is None or path == "":
         return None
     words = load_vocabulary(path, token_ids=config.token_ids, max_size=config.vocab_size)

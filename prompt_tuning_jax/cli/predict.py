@@ -26,9 +26,10 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
     name: ClassVar[str] = "predict"
     example: ClassVar[str] = "predict --prompt runs/quickstart lovely"
 
-    text: list[str] = positional("TEXT", default=[], many=True)  # inputs (default: lines of stdin)
+    # Inputs, or paths of images (default: lines of stdin).
+    text: list[str] = positional("TEXT", default=[], many=True)
     # File with one input per line.  A .jsonl, .json, .csv, .tsv or .parquet file is read like the
-    # prompt's training data, and needs no targets.
+    # prompt's training data, and needs no targets.  Images: a file or a folder of them.
     input: str | None = option("FILE", default=None)
     # Write to this file instead of stdout.  .jsonl and .json are written as with --json, .csv and
     # .tsv as a table with the columns of the input.
@@ -83,9 +84,13 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
         if self.input is None and sys.stdin.isatty():
             raise UserError("no input; give TEXT, --input FILE, or lines on stdin")
         if self.input:
+            from prompt_tuning_jax.data.images.files import is_image_file
+            from prompt_tuning_jax.data.images.sources import is_image_source
             from prompt_tuning_jax.data.tasks.row_files import is_row_file
 
-            if is_row_file(Path(self.input)):
+            if is_image_file(self.input):
+                return [self.input]
+            if is_row_file(Path(self.input)) or is_image_source(self.input):
                 return Path(self.input)
         try:
             text = Path(self.input).read_text(encoding="utf-8") if self.input else sys.stdin.read()

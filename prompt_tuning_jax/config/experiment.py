@@ -74,8 +74,10 @@ class Data(Config):
 
     task: str = "word_valence"  # task to train and evaluate on; prompt-tuning tasks lists them
     module: str = ""  # Python module to import first, for example one that registers SeqIO tasks
-    train: str = ""  # file with your training examples: jsonl, csv, tsv, json or parquet
-    eval: str = ""  # file with your evaluation examples
+    # File with your training examples: jsonl, csv, tsv, json or parquet.  Images: a folder with a
+    # folder of PNG or JPEG files for each class, an IDX file (MNIST's form), or an npz file.
+    train: str = ""
+    eval: str = ""  # file with your evaluation examples, or images
     train_split: str = "train"  # split of the task to train on
     eval_split: str = "validation"  # split of the task to evaluate on
     # Folder of the tasks' data: official files, or prepared by TFDS (also gs://...).
@@ -111,6 +113,9 @@ class Data(Config):
     # Lengths that batches of similarly long inputs are padded to: ``auto`` (at most four, chosen
     # for the data), ``auto:N``, lengths such as ``64,128,256``, or ``none`` (inputs_length only).
     buckets: str = "auto"
+    # Random changes of training images: ``flip`` mirrors half of them, ``crop`` moves each by up to
+    # an eighth of its size.
+    augment: tuple[Literal["flip", "crop"], ...] = ()
     max_eval_examples: int = 0  # evaluate on the first N examples; 0: all
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed

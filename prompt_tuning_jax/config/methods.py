@@ -17,6 +17,7 @@ from prompt_tuning_jax.untrusted_input import compile_pattern
 Init = Literal[
     "uniform",
     "uniform_positive",
+    "xavier_uniform",
     "sampled_vocabulary",
     "class_labels",
     "described",
@@ -29,14 +30,18 @@ Placement = Literal["prefix", "after_first", "before_eos"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 _MODEL = "model/"
+_CLASSIFIER = "model/classifier/"
 _MAX_ALPHA = 1e30  # in float32 its product with anything stays finite
 # The initialization of a trained prompt is its arrays; see MethodConfig.training_only.
 _INIT_ONLY = {"init": "uniform", "init_text": "", "init_path": "", "init_population": 0}
 
 
 def is_attached(name: str) -> bool:
-    """Whether the parameter at this path of a ``TunedModel`` was added by its method."""
-    return name.startswith("method/") or "/adapter/" in name
+    """Whether the parameter at this path of a ``TunedModel`` came with its method.
+
+    The classifier of a model that reads images is made for the labels and trained by every method.
+    """
+    return name.startswith(("method/", _CLASSIFIER)) or "/adapter/" in name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class MethodConfig(Config):
     saves_prompts: ClassVar[bool] = False
     # The weights of a plain model can hold what the method trains.
     mergeable: ClassVar[bool] = False
+    # The method also works on models that read images.
+    for_images: ClassVar[bool] = False
     # Fields that matter only until the method is trained, and their values afterwards.
     training_only: ClassVar[Mapping[str, Any]] = {}
 
@@ -136,14 +143,16 @@ class PromptTuning(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
+    for_images = True
     saves_prompts = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
-    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": ()}
+    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": (), "dropout": 0.0}
 
     length: int = 100  # number of prompt vectors
     # Initial values: ``uniform`` in [-0.5, 0.5), ``uniform_positive`` in [0, 0.5), embeddings of
     # sampled tokens, of the labels, or of ``init_text`` (``string``), labels combined with sampled
-    # tokens (``described``), or a ``file``.
+    # tokens (``described``), or a ``file``.  For images: ``xavier_uniform``, in [-v, v) with v =
+    # sqrt(6 / (pixels of a patch + D)).
     init: Init = "class_labels"
     init_labels: tuple[str, ...] = ()  # labels to initialize from; empty: the task's
     init_text: str = ""  # text for ``init=string``
@@ -156,9 +165,17 @@ class PromptTuning(MethodConfig):
     # (``causal``), or only itself (``none``).
     prompt_to_prompt: Literal["all", "causal", "none"] = "all"
     input_to_prompt: bool = True  # input positions attend to the prompt
+    dropout: float = 0.0  # dropout on the prompt's vectors, different for each example
 
     def prompt_positions(self) -> int:
         return self.length
+
+    def uses_rng(self) -> bool:
+        return self.dropout > 0
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        yield from _dropout_errors(self.dropout)
 
     def plain_prompt(self) -> "PromptTuning":
         return PromptTuning(
@@ -183,6 +200,7 @@ class PrefixTuning(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.prefix:Prefixes"
+    for_images = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = {"init": "uniform", "init_population": 0}
@@ -378,8 +396,9 @@ class DeepPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.deep:LayerPrompts"
+    for_images = True
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 0, "init_population": 0}
-    training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
+    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "dropout": 0.0}
 
     length: int = 20  # number of vectors of each layer
     # Number of vectors by layer, instead of ``length``: at most as many as in the first layer.
@@ -392,12 +411,17 @@ class DeepPrompts(MethodConfig):
     init_text: str = ""  # text for ``init=string``
     init_path: str = ""  # prompt file for ``init=file``
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    dropout: float = 0.0  # dropout on the vectors, different for each example
 
     def prompt_positions(self) -> int:
         return self.lengths[0] if self.lengths else self.length
 
+    def uses_rng(self) -> bool:
+        return self.dropout > 0
+
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
+        yield from _dropout_errors(self.dropout)
         if self.lengths and not 0 < max(self.lengths) == self.lengths[0]:
             yield (
                 f"method.lengths is {','.join(map(str, self.lengths))}; the first must be at least "
@@ -501,6 +525,7 @@ class FullTuning(MethodConfig):
     Pre-training is this method, starting from random weights.
     """
 
+    for_images = True
     trains_model = True
     identity_at_init = True
     mergeable = True
@@ -544,6 +569,7 @@ class DescribedPrompts(MethodConfig):
 class NoTuning(MethodConfig):
     """0 parameters: the frozen model alone, as a baseline."""
 
+    for_images = True
     is_trainable = False
     identity_at_init = True
 
@@ -606,6 +632,7 @@ class LoRA(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.lora:LoRAModule"
+    for_images = True
     identity_at_init = True
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.01, "weight_decay": 0.0}
@@ -650,6 +677,7 @@ class IA3(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.ia3:IA3Module"
+    for_images = True
     identity_at_init = True
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.3, "weight_decay": 0.0}
@@ -675,6 +703,7 @@ class Adapters(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.adapters:AdaptersModule"
+    for_images = True
     identity_at_init = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.005, "weight_decay": 0.0}
     lower_bounds: ClassVar[Mapping[str, float]] = {"width": 1}
@@ -694,10 +723,11 @@ class PatternTuning(MethodConfig):
     BitFit trains biases.  T5 has no others than those of positions: ``D * (2 * encoder layers + 3 *
     decoder layers + 2)`` scales of norms and ``2 * H * buckets`` biases (of models with biases per
     layer ``H * buckets * (encoder layers + decoder layers)``), its only parameters that are not
-    matrices.
+    matrices.  For images, the pattern ``classifier/.*`` is a linear probe.
     """
 
     implementation = "prompt_tuning_jax.methods.pattern:PatternModule"
+    for_images = True
     identity_at_init = True
     mergeable = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 0.0}
@@ -709,7 +739,8 @@ class PatternTuning(MethodConfig):
     def trains(self, name: str) -> bool:
         path = name.removeprefix(_MODEL)
         patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
-        return path != name and any(pattern.fullmatch(path) for pattern in patterns)
+        matches = path != name and any(pattern.fullmatch(path) for pattern in patterns)
+        return matches or is_attached(name)
 
     def config_errors(self) -> Iterator[str]:
         if not self.patterns:

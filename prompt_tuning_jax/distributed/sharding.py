@@ -53,6 +53,7 @@ RULES: Rules = MappingProxyType(
         "vocab": "model",
         "relpos_buckets": None,
         "norm": None,
+        "patch": None,  # the pixels of a patch
         "prompt": None,
         "prompt_embed": None,
         "tasks": None,

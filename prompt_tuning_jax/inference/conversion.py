@@ -279,13 +279,14 @@ def export_model(
 
     Supports methods that can be merged into the weights: LoRA, IA3, and training all or some of the
     weights.  ``dtype="stored"`` keeps the dtype that the run held its weights in.  ``member``
-    selects one of several members.  Returns whether a vocabulary was written.  Raises UserError if
-    the folder holds no such run.
+    selects one of several members.  Returns whether the model has all the words that it needs.
+    Raises UserError if the folder holds no such run.
     """
     experiment, model = merged_model(workdir, member=member)
     named = experiment.model
     made_here = named.random_weights and named.vocabulary
-    opened = None if made_here else open_model(named.name_or_path)
+    without_words = model.config.reads_images
+    opened = None if made_here or without_words else open_model(named.name_or_path)
     vocabulary: Any = named.vocabulary or (opened and opened.vocabulary_file)
     if vocabulary and Path(vocabulary).is_dir():
         vocabulary = vocabulary_file(Path(vocabulary))
@@ -298,7 +299,7 @@ def export_model(
         max_shard_bytes=max_shard_bytes,
         model_type="t5" if opened is None else hf_model_type(opened),
     )
-    return bool(vocabulary)
+    return bool(vocabulary) or without_words
 
 
 def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, Model]:

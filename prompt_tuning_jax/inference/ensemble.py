@@ -242,7 +242,8 @@ def _chunk_size(
         return members
     own = {name: array[0] for name, array in trainable.items()}
     config = param_tree.merge(graphdef, {**frozen, **own}).model.config
-    return members_per_chunk(config, members, *tokens_BT.shape)
+    length = config.input_positions(tokens_BT.shape[1])
+    return members_per_chunk(config, members, tokens_BT.shape[0], length)
 
 
 def _write(

@@ -100,7 +100,7 @@ def evaluate(
             data = _examples(own_draw, model, split=split, prompt_positions=positions)
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
-            theirs, found = evaluate_members(own_draw, members, members.trainable, data, model)
+            theirs, found = evaluate_members(own_draw, members, members.trainable, data)
             scores += theirs
             for task, part in found.items():
                 predictions.setdefault(task, []).append(part)

@@ -197,7 +197,9 @@ def load_prompts(
             stored += kept
             stored_known += [known_with(run, one.metadata) for _, one in kept]
             continue
-        trained = None if run is None else run.method.plain_prompt()
+        # A prompt for images comes with a classifier, as a method's arrays do.
+        is_plain = run is not None and not model.config.reads_images
+        trained = run.method.plain_prompt() if run is not None and is_plain else None
         if run is not None and trained is not None:
             if run_folder.is_run(place):
                 files = run_folder.prompt_files(place, member_names(run))

@@ -193,12 +193,13 @@ def members_of_run(
         )
         check_model(trained_on, fingerprint=model_fingerprint(model), path=folder)
     known = [_known_of_run(run, model, folder, name) for name in member_names(run)]
+    needs_labels = run.method.scores_labels or model.config.reads_images
     members = _members(
         run.method,
         trainable,
         model,
         partitioner,
-        labels=known[0].labels if run.method.scores_labels else (),
+        labels=known[0].labels if needs_labels else (),
         tasks=trained_tasks(run.data) if run.method.has_tasks else (),
         of=f"the best checkpoint in {folder}",
     )
@@ -213,7 +214,7 @@ def _known_of_run(run: Experiment, model: Model, folder: Path, name: str) -> Pro
     try:
         labels = labels_of(build_mixture(run.data))
     except UserError:  # the files with the labels are gone
-        if run.method.scores_labels:
+        if run.method.scores_labels or model.config.reads_images:
             raise
         labels = ()
     return known_with(run, PromptMetadata(labels=labels))

@@ -20,9 +20,15 @@ from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
-from prompt_tuning_jax.data.batching.buckets import few_lengths
-from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.batching.buckets import FIXED, few_lengths
+from prompt_tuning_jax.data.batching.image_examples import (
+    require_for_images,
+    unlabelled_examples,
+)
+from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.batching.window import fit_window
+from prompt_tuning_jax.data.images.given import given_images
+from prompt_tuning_jax.data.images.image_set import ImageSet
 from prompt_tuning_jax.data.tasks.registry import (
     get_task,
     tasks_known_as,
@@ -42,6 +48,7 @@ from prompt_tuning_jax.data.tasks.wording import (
     value_as_text,
     wording_of,
 )
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import Partitioner
@@ -132,8 +139,9 @@ def predict(
     Without prompts the bare model predicts.
 
     ``inputs`` are bare texts, objects ``{column: value}``, or the Path of a data file, whose
-    targets are ignored.  Texts are put into the wording that the prompts were trained with, unless
-    ``raw`` is set; a wording with several columns needs objects.
+    targets are ignored; of a model that reads images, paths of image files, the Path of a folder
+    of them, or uint8 arrays.  Texts are put into the wording that the prompts were trained with,
+    unless ``raw`` is set; a wording with several columns needs objects.
 
     ``labels`` replace the labels that the prompts were trained on, and ``task`` selects one of the
     tasks of a mixture.  ``strategy`` defaults to ``rank`` if there are labels, and otherwise to
@@ -152,10 +160,19 @@ def predict(
         inputs_length=inputs_length,
         max_length=max_length,
     )
+    images = None
+    if frozen.config.reads_images:
+        require_for_images(experiment)
+        images = given_images(inputs)
+        bare = not any(about.labels for about in loaded.known)
+        labels = labels or (frozen.config.labels if bare else ())  # type: ignore[attr-defined]
     asked = _asked(experiment, loaded, partitioner, labels=labels, task=task, raw=raw)
-    given, rows = _given(inputs, asked.experiment.data, asked.wording, raw=raw)
+    if images is None:
+        given, rows = _given(inputs, asked.experiment.data, asked.wording, raw=raw)
+    else:
+        given, rows = [*images.names], [None] * len(images)
     processes.require_same("the input", "\n".join(given))
-    return _predictions(asked, frozen, given, rows)
+    return _predictions(asked, frozen, given, rows, images)
 
 
 def _opened(
@@ -431,6 +448,7 @@ def _predictions(
     model: Model,
     texts: Sequence[str],
     rows: Sequence[Mapping[str, Any] | None],
+    images: ImageSet | None = None,
 ) -> list[Prediction]:
     labels = asked.labels
     data = dataclasses.replace(asked.experiment.data, chat=asked.wording.chat)
@@ -438,30 +456,35 @@ def _predictions(
     positions = asked.loaded.context_positions(experiment.method)
     experiment = fit_window(experiment, model.config.max_positions, prompt_positions=positions)
     words = vocabulary_of(model)
-    _check_labels(labels, words)
+    if not isinstance(words, ClassVocabulary):
+        _check_labels(labels, words)
     source = None
     if experiment.method.composes_inputs:
         source = build_mixture(experiment.data).tasks[0]
     parts = []
     for own_draw in task_data.draws_of(experiment):
-        examples = tokenize(
-            task_data.designed(own_draw, _as_task(texts, asked.wording), words, source=source),
-            "predict",
-            words,
-            inputs_length=experiment.data.inputs_length,
-            targets_length=experiment.data.targets_length,
-            chat=experiment.data.chat,
-            use_cache=False,
-        )
+        examples: TokenizedExamples
+        if images is not None and isinstance(words, ClassVocabulary):
+            examples = unlabelled_examples(images, words)
+        else:
+            examples = tokenize(
+                task_data.designed(own_draw, _as_task(texts, asked.wording), words, source=source),
+                "predict",
+                words,
+                inputs_length=experiment.data.inputs_length,
+                targets_length=experiment.data.targets_length,
+                chat=experiment.data.chat,
+                use_cache=False,
+            )
         task_data.require_inputs(examples, has_prompt=positions > 0)
         for members in asked.loaded.groups:
             predictor = build_predictor(
                 experiment,
                 members.graphdef,
-                words,
+                vocabulary_of(members.model()),
                 labels=labels,
                 partitioner=asked.partitioner,
-                buckets=few_lengths(experiment.data.inputs_length),
+                buckets=FIXED if images else few_lengths(experiment.data.inputs_length),
             )
             parts.append(
                 predictor.predict(
@@ -472,7 +495,7 @@ def _predictions(
                     task=members.task_number(asked.task),
                 )
             )
-    cut_N = examples.inputs.lengths > experiment.data.inputs_length
+    cut_N = examples.inputs.lengths > examples.inputs_length
     if cut_N.any():
         _log.warning(
             "%s of %s input%s %s cut to %d tokens, the longest has %d; "

@@ -13,6 +13,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, padded_size
+from prompt_tuning_jax.data.batching.image_examples import ImageExamples
 from prompt_tuning_jax.data.batching.loader import eval_batches
 from prompt_tuning_jax.data.batching.task_data import (
     chosen_strategy,
@@ -23,6 +24,7 @@ from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
 from prompt_tuning_jax.data.tasks.task import Task
 from prompt_tuning_jax.data.tasks.text_metrics import auc
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
@@ -40,7 +42,6 @@ from prompt_tuning_jax.inference.ensemble import (
 )
 from prompt_tuning_jax.inference.setup import Members, partitioner_of, vocabulary_of
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 
@@ -349,7 +350,6 @@ def evaluate_members(
     members: Members,
     trainable: FlatParams,
     data: task_data.TaskData,
-    model: Model,
     *,
     scores_alone: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
@@ -361,11 +361,12 @@ def evaluate_members(
     scores: list[dict[str, float]] = [{} for _ in range(members.number)]
     predictions = {}
     for name, examples in data.evaluation.items():
+        labels = examples.task.labels
+        words = vocabulary_of(members.model(trainable))
+        if isinstance(examples, ImageExamples) and isinstance(words, ClassVocabulary):
+            examples = examples.with_classes(words)
         predictor = build_predictor(
-            _for_task(experiment, examples.task),
-            members.graphdef,
-            vocabulary_of(model),
-            labels=examples.task.labels,
+            _for_task(experiment, examples.task), members.graphdef, words, labels=labels
         )
         prefix = f"{name}/" if len(data.evaluation) > 1 else ""
         arguments: dict[str, Any] = {

@@ -60,6 +60,12 @@ class Members:
     number: int
     tasks: tuple[str, ...] = ()
 
+    def model(self, trainable: FlatParams | None = None) -> Model:
+        """Returns the model of the first member; that of an image model has the tuned classes."""
+        own = self.trainable if trainable is None else trainable
+        first = {name: array[0] for name, array in own.items()}
+        return param_tree.merge(self.graphdef, {**self.frozen, **first}).model
+
     def task_number(self, name: str) -> int | None:
         """Returns the index of the task with this name, or None if there is no such task."""
         return self.tasks.index(name) if name in self.tasks else None

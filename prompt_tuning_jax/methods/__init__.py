@@ -38,6 +38,7 @@ from prompt_tuning_jax.methods.base import (
     TuningModule,
     trainable_mask,
 )
+from prompt_tuning_jax.methods.image_models import with_classifier
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import Array
 
@@ -47,11 +48,14 @@ def attach_method(
 ) -> TunedModel:
     """Attaches a method with new parameters to a model; ``key`` initializes the parameters.
 
-    ``model`` is not modified, and the result shares its arrays.  Raises UserError if a field of
-    the config is invalid, or if the method needs something that the model and the context lack.
+    ``model`` is not modified, and the result shares its arrays.  A model that reads images gets a
+    classifier of the context's labels.  Raises UserError if a field of the config is invalid, or if
+    the method needs something that the model and the context lack.
     """
     for error in config.config_errors():
         raise UserError(error)
+    if model.config.reads_images:
+        model = with_classifier(model, config, key=key, context=context)
     implementation: Any = config.implementation
     if isinstance(implementation, str):
         module, _, name = implementation.partition(":")

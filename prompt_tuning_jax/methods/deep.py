@@ -11,9 +11,11 @@ from prompt_tuning_jax.config.methods import DeepPrompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param
+from prompt_tuning_jax.methods.prompt import dropped
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections, LayerPrompt
+from prompt_tuning_jax.models.layers import split_key
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -99,12 +101,18 @@ class LayerPrompts(TuningModule[DeepPrompts]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        first_PD, *others = self.layers()
+        layers = self.layers()
+        keys = split_key(key, len(layers))
+        rate, batch = self.config.dropout, len(tokens_BT)
+        first, *others = [
+            dropped(prompt_PD, rate, batch=batch, key=own)
+            for prompt_PD, own in zip(layers, keys, strict=True)
+        ]
         add = self.config.mode == "add"
         later = [
-            LayerPrompt(vectors_BPD=prompt_PD[None], add=add) if len(prompt_PD) else None
-            for prompt_PD in others
+            LayerPrompt(vectors_BPD=prompt if prompt.ndim == 3 else prompt[None], add=add)
+            if prompt.shape[-2]
+            else None
+            for prompt in others
         ]
-        return Injections(
-            model_input=model.embed(tokens_BT, first_PD), layer_prompts=(None, *later)
-        )
+        return Injections(model_input=model.embed(tokens_BT, first), layer_prompts=(None, *later))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +12,7 @@ from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -43,9 +45,12 @@ class Prompt(TuningModule[PromptTuning]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        config = self.config
+        config, prompt = self.config, self.prompt_PD.get_value()
+        prompt = dropped(prompt, config.dropout, batch=len(tokens_BT), key=key)
+        if model.config.reads_images:
+            return Injections(model_input=model.embed(tokens_BT, prompt))
         source, is_prompt_BU = combine(
-            self.prompt_PD.get_value(),
+            prompt,
             model.embed(tokens_BT),
             tokens_BT,
             placement=config.placement,
@@ -58,6 +63,19 @@ class Prompt(TuningModule[PromptTuning]):
             input_to_prompt=config.input_to_prompt,
         )
         return Injections(model_input=replace(source, attention_mask_BUU=seen_BUU))
+
+
+def dropped(prompt: Array, rate: float, *, batch: int, key: Array | None) -> Array:
+    """Drops values of a prompt, different ones in each example: ``[P, D] -> [B, P, D]``.
+
+    Returns the prompt itself if ``key`` is None.
+    """
+    if key is None or rate == 0.0:
+        return prompt
+    # The fold keeps this key distinct from the model's dropout keys, split from the same key.
+    key = jax.random.fold_in(key, 0xD209)
+    each_BPD = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
+    return dropout(each_BPD, rate, key=key)
 
 
 def with_prompt(

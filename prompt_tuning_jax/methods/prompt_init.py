@@ -16,6 +16,7 @@ from prompt_tuning_jax.models.layers import Table
 from prompt_tuning_jax.typing import Array, HostArray
 
 _MOST_LISTED = 12
+_WITHOUT_WORDS = ("uniform", "uniform_positive", "file")
 
 _log = logging.getLogger(__name__)
 
@@ -115,12 +116,21 @@ def init_prompt(
     """Initializes a prompt ``[length, D]`` as the fields of ``config`` specify.
 
     ``labels``, if not empty, override the labels of the context.  Raises UserError under the same
-    conditions as ``initial_prompt``.
+    conditions as ``initial_prompt``, and for words in a model that reads images.
     """
+    if config.init == "xavier_uniform":
+        bound, width = model.prompt_bound(), model.config.embed_dim
+        return uniform(key, length, width, low=-bound, high=bound)
+    if model.config.reads_images and config.init not in _WITHOUT_WORDS:
+        raise UserError(
+            f"method.init={config.init} takes words, and this model reads images; set "
+            "method.init=xavier_uniform"
+        )
+    no_words_0D = jnp.zeros((0, model.config.embed_dim))
     return initial_prompt(
         config.init,
         key=key,
-        embedding_VD=model.embedding_table(),
+        embedding_VD=no_words_0D if model.config.reads_images else model.embedding_table(),
         length=length,
         vocabulary=context.vocabulary,
         labels=labels or context.labels,

@@ -6,7 +6,7 @@ table in ``checkpoints/``.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
@@ -112,7 +112,8 @@ class AttentionStack:
 class Model(nnx.Module):
     """A frozen model that reads an input, with a prompt per example, and writes a target.
 
-    Token arrays are padded at the end with ``token_ids.fill``.  ``dtype`` is the dtype of
+    Token arrays are padded at the end with ``token_ids.fill``; a model with ``config.reads_images``
+    gets pixels instead, and its targets are numbers of classes.  ``dtype`` is the dtype of
     activations and matrix operands, and ``param_dtype`` is the dtype of the weights.  Norms,
     softmaxes and logits are computed in float32.
 
@@ -207,6 +208,19 @@ class Model(nnx.Module):
         """Computes the logits ``[B, S, V]`` of the targets; ``[:, s]`` predicts target ``s``."""
         return self.logits(
             self.write_hidden(context, targets_BS, injections=injections, key=key, remat=remat)
+        )
+
+    def for_labels(self, labels: Sequence[str], *, key: Array) -> "Model":
+        """Returns the model with an output for each label, which ``key`` initializes.
+
+        A language model writes every label already.
+        """
+        return self
+
+    def prompt_bound(self) -> float:
+        """Returns v of a prompt that starts from [-v, v), as Jia et al. 2022 initialize it."""
+        raise UserError(
+            "method.init=xavier_uniform is for models that read images; use uniform, or words"
         )
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:

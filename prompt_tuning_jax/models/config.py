@@ -54,7 +54,8 @@ class ModelConfig:
     """The sizes that every family has; a family's configuration adds its own fields.
 
     Attributes:
-      vocab_size: the rows of the embedding table, padding included.
+      vocab_size: the rows of the embedding table, padding included; of a model that reads images
+        the number of classes.
       embed_dim: the width D of the hidden states, and so of a prompt.
       num_heads: the heads H of an attention.
       head_dim: the width K of a head.
@@ -66,6 +67,8 @@ class ModelConfig:
     implementation: ClassVar[str]
     # The longest sequence that the model reads and writes, prompt included; None has no limit.
     max_positions: ClassVar[int | None] = None
+    # An input is an image, and the model chooses among classes; otherwise both are text.
+    reads_images: ClassVar[bool] = False
 
     vocab_size: int
     embed_dim: int
@@ -73,6 +76,10 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     token_ids: TokenIds = TokenIds()
+
+    def input_positions(self, length: int) -> int:
+        """Returns the positions that an input of ``length`` numbers has: one for each token."""
+        return length
 
     @property
     def peft_prompt_scale(self) -> float:

@@ -55,7 +55,6 @@ class Probe:
             optimizer=Optimizer(learning_rate=0.3, schedule="linear"),
             training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
         )
-        self._model = model
         self._partitioner = partitioner = build.train_partitioner(self._experiment)
         words = vocabulary_of(model)
         self._data = task_data.build_data(
@@ -77,7 +76,5 @@ class Probe:
         for batch in data.batches(0, STEPS, self._partitioner):
             state, _ = self._step(state, frozen, batch)
         members = dataclasses.replace(self._members, frozen=frozen)
-        (scores,), _ = evaluate_members(
-            self._experiment, members, state.trainable, data, self._model
-        )
+        (scores,), _ = evaluate_members(self._experiment, members, state.trainable, data)
         return scores[data.best_by]

@@ -47,7 +47,7 @@ def _prepare(
             window=model.config.max_positions,
             partitioner=partitioner,
         )
-        return tasks, TaskEvaluation(experiment, model, tasks)
+        return tasks, TaskEvaluation(experiment, tasks)
     if not isinstance(model, T5):
         raise UserError("data.objectives are T5's: they need an encoder-decoder; leave them out")
     data = build_text_data(experiment, vocabulary_of(model))

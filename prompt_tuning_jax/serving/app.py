@@ -22,6 +22,7 @@ from starlette.routing import Match
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving import schema
+from prompt_tuning_jax.serving.image_form import image_request
 from prompt_tuning_jax.serving.middleware import Middleware, bearer
 from prompt_tuning_jax.serving.schema import RefusedError
 from prompt_tuning_jax.serving.service import Service
@@ -46,6 +47,27 @@ _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "task": {"type": "string", "description": "its name; TASK/PROMPT for one"},
+                        "image": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "PNG or JPEG files",
+                        },
+                    },
+                }
+            }
+        },
     }
 }
 # A path -> the file beside this one that it returns, and its media type.
@@ -101,7 +123,7 @@ def make_app(
     app.add_middleware(
         Middleware,
         metrics=service.metrics,
-        body_bytes=limits.body_bytes,
+        body_bytes=limits.images_bytes if service.engine.config.reads_images else limits.body_bytes,
         upload_bytes=upload_bytes + 100_000,
         seconds=limits.deadline_seconds,
     )
@@ -153,21 +175,23 @@ def make_app(
         began = time.perf_counter()
         if body.options.stream:
             return await _streamed(service, body, began)
-        work = asyncio.create_task(service.predict(body))
-        gone = asyncio.create_task(_disconnected(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():  # the client has gone
-                return Response(status_code=499)
-            results = await work
-        finally:
-            for task in (work, gone):
-                task.cancel()
-                with suppress(asyncio.CancelledError, RefusedError):
-                    await task
-        seconds = time.perf_counter() - began
-        service.metrics.seconds.labels(body.mode).observe(seconds)
-        return as_json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
+        return await _predicted(service, request, body, began)
+
+    if service.engine.config.reads_images:
+
+        @app.post(
+            "/v1/predict/images",
+            dependencies=reader,
+            response_model=schema.PredictResponse,
+            responses=_ERRORS,
+            openapi_extra=_FORM,
+        )
+        async def predict_images(request: Request) -> Response:
+            """Predicts the labels of PNG and JPEG files, with the prompts of one task."""
+            began = time.perf_counter()
+            kind = request.headers.get("content-type", "")
+            body, images = image_request(await request.body(), kind, most=limits.inputs)
+            return await _predicted(service, request, body, began, images)
 
     @app.get(
         "/v1/tasks",
@@ -188,6 +212,7 @@ def make_app(
         return as_json(
             schema.TaskList(
                 model=without_folder(service.model_name),
+                reads_images=service.engine.config.reads_images,
                 tasks=[info_of(task) for task in known],
                 total=len(names),
                 next=page[-1] if more else None,
@@ -263,6 +288,31 @@ def _requiring(token: str, name: str, description: str) -> list[Any]:
         return []
     scheme = HTTPBearer(scheme_name=name, description=description, auto_error=False)
     return [Depends(scheme), Depends(bearer(token))]
+
+
+async def _predicted(
+    service: Service,
+    request: Request,
+    body: schema.PredictRequest,
+    began: float,
+    images: Sequence[bytes] = (),
+) -> Response:
+    """The results, unless the client goes before they are computed."""
+    work = asyncio.create_task(service.predict(body, images))
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():  # the client has gone
+            return Response(status_code=499)
+        results = await work
+    finally:
+        for task in (work, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, RefusedError):
+                await task
+    seconds = time.perf_counter() - began
+    service.metrics.seconds.labels(body.mode).observe(seconds)
+    return as_json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
 
 
 async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:

@@ -112,7 +112,10 @@ class Engine:
 
     def programs(self) -> Iterator[Program]:
         """Every program that reads inputs."""
-        return chain.from_iterable(self.shapes.programs(spec) for spec in self._caches)
+        # A model without classes answers nothing by itself.
+        bare = not self.config.reads_images or self.config.vocab_size > 0
+        specs = [spec for spec in self._caches if spec is not None or bare]
+        return chain.from_iterable(self.shapes.programs(spec) for spec in specs)
 
     def compile(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Compiles and measures every program; ``report`` is called with the name of each."""
@@ -321,7 +324,8 @@ class Engine:
                 )
                 ordered.append(((not is_first, max(1, width - longest), number), step))
         nearest = Step(key="nearest", name="nearest words", make=self._compile_nearest, first=False)
-        ordered.append(((True, 0, 0), nearest))  # the page asks for it at once
+        if not self.config.reads_images:
+            ordered.append(((True, 0, 0), nearest))  # the page asks for it at once
         return (step for _, step in sorted(ordered, key=lambda one: one[0]))
 
     def _of_method(self, spec: AdapterSpec | None) -> str:
@@ -403,7 +407,10 @@ class Engine:
         prompt: Served | None = None
         if program.adapter_spec is not None:
             prompt = self._examples[program.adapter_spec]
-        row = Row(ids=(eos,) * program.length, prompt=prompt, targets=((eos,),), limit=1)
+        ids: Any = (eos,) * program.length
+        if self.config.reads_images:
+            ids = np.zeros(program.length, np.uint8)
+        row = Row(ids=ids, prompt=prompt, targets=((eos,),), limit=1)
         began = time.perf_counter()
         if program.kind == "score":
             self.score([row], program)
@@ -429,7 +436,8 @@ class Engine:
         )
 
     def _tokens(self, rows: Sequence[Row], program: Program) -> Any:
-        return self._put(token_array(rows, program, self.config.token_ids), ("batch", "length"))
+        ids, images = self.config.token_ids, self.config.reads_images
+        return self._put(token_array(rows, program, ids, images=images), ("batch", "length"))
 
     def _targets(self, rows: Sequence[Row], program: Program) -> Any:
         targets_BCS = target_array(rows, program, self.config.token_ids)
@@ -444,6 +452,8 @@ class Engine:
         return *slots, self._put(np.asarray(first, np.int32), ())
 
     def _init_state(self) -> Any:
+        if self.config.reads_images:
+            return None  # nothing is decoded
         width = max(self.shapes.widths(spec)[-1] for spec in self._caches)
         return init_decode_state(
             self.shapes, self._model, width=width, partitioner=self._partitioner

@@ -14,6 +14,7 @@ from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.data.tasks.selection import inputs_template_of
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import (
     build_model,
@@ -180,7 +181,12 @@ def open_service(
             f"--prompts {prompts}: there is no prompt; give a run's folder, a folder of prompts or "
             f"runs, or set {ADMIN_TOKEN} to add prompts later"
         )
-    shapes = _shapes(serving, tasks, window=model.config.max_positions, allow_changes=allow_changes)
+    if isinstance(words, ClassVocabulary):
+        shapes = _image_shapes(serving, tasks, words)
+    else:
+        shapes = _shapes(
+            serving, tasks, window=model.config.max_positions, allow_changes=allow_changes
+        )
     on_mesh = None if partitioner.is_single_device else partitioner
     engine = Engine(
         model,
@@ -281,6 +287,24 @@ def _shapes(
         max_new_tokens=serving.max_new_tokens,
         slots=serving.slots,
         kinds=tuple(kinds),
+    )
+
+
+def _image_shapes(
+    serving: Serving, tasks: "dict[str, ServedTask]", words: ClassVocabulary
+) -> "Shapes":
+    """Images have one size, and the classes of a row are scored at once."""
+    from prompt_tuning_jax.serving.shapes import Shapes, Targets
+
+    if "label" not in serving.modes:
+        raise UserError("--modes: a model that reads images answers in mode label alone; add it")
+    most = max([words.size, *(len(task.labels) for task in tasks.values())])
+    return Shapes(
+        lengths=(words.images.num_pixels,),
+        batch_sizes=serving.batch_sizes,
+        prompt_lengths=(1,),
+        targets=(Targets(number=max(most, 1), length=1),),
+        kinds=("score",),
     )
 
 

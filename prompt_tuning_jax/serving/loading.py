@@ -240,7 +240,9 @@ class MethodLoader:
 
     def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
-        if (plain := method.plain_prompt()) is not None:
+        plain = method.plain_prompt()
+        # A prompt for images comes with a classifier, as a method's arrays do.
+        if plain is not None and not self._model.config.reads_images:
             param_tree.require_same_names(
                 stored.trainable, {PROMPT: None}, of=str(place), and_of="a prompt"
             )
@@ -312,7 +314,8 @@ class MethodLoader:
     ) -> TunedModel:
         """Attaches equal methods to the model once; UserError if the arrays do not fit."""
         alike = method.as_trained()
-        key = method_to_json(alike), labels if method.scores_labels else (), tasks
+        needs_labels = method.scores_labels or self._model.config.reads_images
+        key = method_to_json(alike), labels if needs_labels else (), tasks
         if key not in self._attached:
             shapes = {name: tuple(array.shape) for name, array in trainable.items()}
             attached = attach_stored(

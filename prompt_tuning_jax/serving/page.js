@@ -1,7 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const known = new Map();
-let wordsOf = null, ready = false;
+let wordsOf = null, ready = false, readsImages = false, images = [];
 
 function element(tag, text, parent) {
   const made = document.createElement(tag);
@@ -11,7 +11,8 @@ function element(tag, text, parent) {
 }
 
 async function call(path, options = {}) {
-  const headers = { "content-type": "application/json" };
+  // The browser names the boundary of a form itself.
+  const headers = options.body instanceof FormData ? {} : { "content-type": "application/json" };
   // A header takes bytes: letters beyond latin-1 go as their UTF-8.
   const token = String.fromCharCode(...new TextEncoder().encode($("token").value.trim()));
   if (token) headers.authorization = `Bearer ${token}`;
@@ -37,8 +38,26 @@ async function loadTasks() {
   $("model").textContent = `${found.model} · ${found.total} task${found.total === 1 ? "" : "s"}`;
   if (!$("task").value && found.tasks.length) $("task").value = found.tasks[0].name;
   wordsOf = null;
+  readsImages = found.reads_images;
+  for (const id of ["mode_field", "labels_field", "text_options"]) $(id).hidden = readsImages;
+  $("image_field").hidden = !readsImages;
   showWording();
   await showWords();
+}
+
+// What is dropped or chosen, with a preview of each.
+function take(files) {
+  images = [...files].filter((file) => /^image\/(png|jpeg)$/.test(file.type));
+  $("error").textContent = images.length ? "" : "these are neither PNG nor JPEG files";
+  $("previews").replaceChildren();
+  $("previews").hidden = !images.length;
+  for (const file of images.slice(0, 16)) {
+    const shown = element("img", undefined, $("previews"));
+    shown.alt = shown.title = file.name;
+    const reader = new FileReader();
+    reader.addEventListener("load", () => { shown.src = reader.result; });
+    reader.readAsDataURL(file);
+  }
 }
 
 // What the task's training put around its inputs, and a field for each of several columns.
@@ -49,8 +68,8 @@ function showWording() {
   const columns = $("raw").checked ? [] : task.columns || [];
   $("raw_field").hidden = !template;
   $("wording").textContent = template && !$("raw").checked ? `sent as: ${template}` : "";
-  $("text_field").hidden = columns.length > 0;
-  $("text").required = !columns.length;
+  $("text_field").hidden = readsImages || columns.length > 0;
+  $("text").required = !readsImages && !columns.length;
   $("columns").hidden = !columns.length;
   showCount();
   const shown = [...$("columns").querySelectorAll("textarea")];
@@ -190,6 +209,17 @@ async function follow(answer, task, inputs) {
   throw new Error("the response ended too early");
 }
 
+async function askImages(task) {
+  if (!images.length) throw new Error("drop an image, or choose one");
+  const body = new FormData();
+  body.append("task", task);
+  for (const file of images) body.append("image", file, file.name);
+  const began = performance.now();
+  const found = await (await call("/v1/predict/images", { method: "POST", body })).json();
+  const milliseconds = { server: 1000 * found.seconds, whole: performance.now() - began };
+  showResults(images.map((file) => file.name), found.results, milliseconds);
+}
+
 async function ask(event) {
   event.preventDefault();
   $("error").textContent = "";
@@ -204,6 +234,11 @@ async function ask(event) {
   const body = JSON.stringify({ task, inputs, mode, options });
   const began = performance.now();
   try {
+    if (readsImages) {
+      await askImages(task);
+      $("button").disabled = false;
+      return;
+    }
     const answer = await call("/v1/predict", { method: "POST", body });
     if (mode === "generate") {
       const results = await follow(answer, task, inputs);
@@ -247,6 +282,13 @@ function quietly(promise) {
   promise.catch((error) => { $("error").textContent = error.message; });
 }
 $("form").addEventListener("submit", ask);
+$("images").addEventListener("change", () => take($("images").files));
+document.addEventListener("dragover", (event) => { if (readsImages) event.preventDefault(); });
+document.addEventListener("drop", (event) => {
+  if (!readsImages) return;
+  event.preventDefault();
+  take(event.dataTransfer.files);
+});
 $("task").addEventListener("change", () => { showWording(); quietly(showWords()); });
 $("raw").addEventListener("change", showWording);
 $("text").addEventListener("input", showCount);

@@ -313,6 +313,8 @@ class Programs:
             attached = self._attached(params, arrays)
             return attached.model, *attached.read(batch.tokens_BT)
         model = self._model(params, arrays)
+        if model.config.reads_images:
+            return model, model.read(model.embed(batch.tokens_BT)), NO_INJECTIONS
         if model.causal:
             own = jax.tree.map(lambda x: x[:, :prompt_length][batch.row_B], arrays)
             injections = Injections(

@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
+from prompt_tuning_jax.data.images.files import decode_image
+from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError, nearest, suggest
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.scheduler import Job
 from prompt_tuning_jax.serving.schema import Limits, Mode, PredictRequest, RefusedError
 from prompt_tuning_jax.serving.shapes import Row, Shapes
 from prompt_tuning_jax.serving.tasks import PromptValidator, Served, ServedTask, Tasks
+from prompt_tuning_jax.typing import HostArray
 
 _NEAR = 1000  # tasks that are compared with a misspelt name
 _LONGEST = 1_000_000  # characters of one input with its wording
@@ -32,10 +36,10 @@ BARE = ServedTask(name="", prompts=())
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedInput:
-    """One tokenised input of a request, with its task and the labels or target to score."""
+    """One tokenised input or image of a request, with its task, and the labels or target."""
 
     task: ServedTask
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | HostArray
     labels: tuple[str, ...] = ()
     targets: tuple[tuple[int, ...], ...] = ()
     limit: int = 0
@@ -64,12 +68,44 @@ class RequestParser:
         self._engine, self._tasks, self._limits = engine, tasks, limits
         self._encoded_labels = lru_cache(1024)(validator.label_ids_of)
 
+    def parse_images(self, request: PredictRequest, images: Sequence[bytes]) -> list[ParsedInput]:
+        """One result per image file; ``request`` has their names as inputs, and their task."""
+        words = self._engine.vocabulary
+        if not isinstance(words, ClassVocabulary):
+            raise RefusedError(422, "this model reads text; POST it to /v1/predict", field="image")
+        self._check_number(len(images), field="image")
+        task = self._task(request.task if isinstance(request.task, str) else "", 0, request)
+        rows = len(images) * max(1, len(task.prompts))
+        if rows > self._limits.waiting_rows:
+            raise too_many_rows(rows, self._limits)
+        labels, targets = task.labels, task.label_ids
+        if task is BARE:
+            labels, targets = words.labels, tuple((n,) for n in range(words.size))
+        if not labels:
+            message = "the bare model has no classifier; name a task"
+            raise RefusedError(422, message, field="task")
+        parsed = []
+        for number, content in enumerate(images):
+            try:
+                image = decode_image(content, of=str(request.inputs[number])[:100])
+                pixels_T = processed(image, words.images).reshape(-1)
+            except UserError as error:
+                raise RefusedError(422, str(error), field=f"image[{number}]") from None
+            parsed.append(ParsedInput(task=task, ids=pixels_T, labels=labels, targets=targets))
+        return parsed
+
+    def _check_number(self, number: int, *, field: str) -> None:
+        if number > self._limits.inputs:
+            most = f"{number} inputs; at most {self._limits.inputs} fit in one request"
+            raise RefusedError(413, most, field=field)
+
     def parse(self, request: PredictRequest) -> list[ParsedInput]:
         """One result per input; RefusedError for the first invalid field."""
         inputs, options = request.inputs, request.options
-        if len(inputs) > self._limits.inputs:
-            most = f"{len(inputs)} inputs; at most {self._limits.inputs} fit in one request"
-            raise RefusedError(413, most, field="inputs")
+        if self._engine.config.reads_images:
+            message = "this model reads images; POST them as a form to /v1/predict/images"
+            raise RefusedError(422, message, field="inputs")
+        self._check_number(len(inputs), field="inputs")
         names = [request.task] * len(inputs) if isinstance(request.task, str) else request.task
         if len(names) != len(inputs):
             message = f"{len(names)} names, and {len(inputs)} in inputs; give one, or one for each"

@@ -159,6 +159,9 @@ class TaskList(BaseModel):
     """Tasks in the order of their names; pass `next` as `after` to get the following page."""
 
     model: str
+    reads_images: bool = Field(
+        default=False, description="inputs are images, which /v1/predict/images takes"
+    )
     tasks: list[TaskInfo]
     total: int
     next: str | None = None
@@ -219,6 +222,7 @@ class Limits:
     """The largest requests that a server accepts, and how long they may take."""
 
     body_bytes: int = 1_000_000
+    images_bytes: int = 33_554_432  # of a request with images
     inputs: int = 128  # in one request
     waiting_rows: int = 1024  # inputs times prompts, of all requests
     wait_seconds: float = 0.002

@@ -129,9 +129,13 @@ class Service:
         if progress.made == progress.all:  # not if the server is told to end
             self.on_compiled()
 
-    async def predict(self, request: PredictRequest) -> list[Result]:
-        """One result for each input, or RefusedError."""
-        parsed = await self._parse(request)
+    async def predict(self, request: PredictRequest, images: Sequence[bytes] = ()) -> list[Result]:
+        """One result for each input, or for each image file; or RefusedError."""
+        if images:
+            self._require_ready()
+            parsed = await asyncio.to_thread(self._parser.parse_images, request, images)
+        else:
+            parsed = await self._parse(request)
         jobs = self._jobs(request, parsed)
         try:
             async with asyncio.timeout(self._seconds(request)):

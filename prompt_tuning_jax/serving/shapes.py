@@ -196,11 +196,11 @@ def prompt_lengths_of(lengths: Iterable[int], *, longest: int) -> tuple[int, ...
 class Row:
     """One input with one prompt or trained method (None: the bare model), and what to compute.
 
-    ``ids`` and ``targets`` include their end of sequence.  ``limit`` is in tokens; the other
-    options of generation are those of ``LogitsProcessors``.
+    ``ids`` and ``targets`` include their end of sequence; of an image, ``ids`` are its pixels.
+    ``limit`` is in tokens; the other options of generation are those of ``LogitsProcessors``.
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | HostArray
     prompt: Served | None = None
     targets: tuple[tuple[int, ...], ...] = ()
     limit: int = 0
@@ -222,9 +222,14 @@ class DecodeOptions:
     processors: LogitsProcessors
 
 
-def token_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
-    """``[B, T]``, each input followed by padding."""
-    tokens_BT = np.full((program.rows, program.length), ids.fill, np.int32)
+def token_array(
+    rows: Sequence[Row], program: Program, ids: TokenIds, *, images: bool = False
+) -> HostArray:
+    """``[B, T]``, each input followed by padding; or ``images``, uint8."""
+    shape = (program.rows, program.length)
+    tokens_BT: HostArray = np.full(shape, ids.fill, np.int32)
+    if images:
+        tokens_BT = np.zeros(shape, np.uint8)
     for tokens_T, row in zip(tokens_BT, rows, strict=False):
         tokens_T[: len(row.ids)] = row.ids
     return tokens_BT

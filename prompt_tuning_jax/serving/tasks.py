@@ -21,6 +21,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.config.methods import PLACEMENTS
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import TunedModel
@@ -81,6 +82,9 @@ class AdapterSpecs:
 
 
 def _prompt_positions(attached: TunedModel) -> int:
+    if attached.model.config.reads_images:
+        return attached.method.config.prompt_positions()
+
     def read(tokens_BT: Array) -> DecodeContext:
         return attached.model.start_decoding(attached.read(tokens_BT)[0], 1)[0]
 
@@ -203,6 +207,11 @@ class PromptValidator:
         of: Path,
     ) -> ServedPrompt:
         """The prompt of the file ``of``; UserError if it does not fit."""
+        if isinstance(self.vocabulary, ClassVocabulary):
+            raise UserError(
+                f"{of} is a prompt without the classifier that was trained with it; serve the "
+                "run's folder"
+            )
         check_fits(
             prompt_PD, metadata, embed_dim=self.embed_dim, fingerprint=self.fingerprint, path=of
         )
@@ -260,6 +269,8 @@ class PromptValidator:
 
     def label_ids(self, labels: Sequence[str], *, field: str) -> tuple[tuple[int, ...], ...]:
         """Their tokens with the end of sequence; UserError for empty, equal or too long labels."""
+        if isinstance(self.vocabulary, ClassVocabulary):  # classes have the order of their labels
+            return tuple((number,) for number in range(len(labels)))
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
             ids = tuple(self.vocabulary.encode_target(label))

@@ -312,7 +312,7 @@ class Loop:
             accuracies_E=np.mean([np.asarray(m.accuracy_E) for m in recent], axis=0),
             learning_rate=self.learning_rates(step - 1),
             examples_per_second=len(done) / seconds * self.batch_size * len(self.names),
-            tokens_per_second=sum(cost.tokens for cost in done) / seconds,
+            tokens_per_second=sum(cost.tokens for cost in done) / seconds or None,
             flops_per_second=sum(cost.flops for cost in done) / seconds or None,
             padding=self.padding(step - len(pending), step),
         )

@@ -149,20 +149,20 @@ def _prepare_tasks(
         window=model.config.max_positions,
         partitioner=partitioner,
     )
-    return data, TaskEvaluation(experiment, model, data)
+    return data, TaskEvaluation(experiment, data)
 
 
 class TaskEvaluation:
     """Evaluates the members on the tasks' data, and keeps samples of the last predictions."""
 
-    def __init__(self, experiment: Experiment, model: Model, data: TaskData) -> None:
-        self._experiment, self._model, self._data = experiment, model, data
+    def __init__(self, experiment: Experiment, data: TaskData) -> None:
+        self._experiment, self._data = experiment, data
         self.samples: dict[str, str] = {}
 
     def __call__(self, members: Members, trainable: FlatParams) -> list[dict[str, float]]:
         """The metrics of each member."""
         scores, predictions = evaluate_members(
-            *(self._experiment, members, trainable, self._data, self._model), scores_alone=True
+            self._experiment, members, trainable, self._data, scores_alone=True
         )
         if processes.is_primary():
             self.samples = sample_texts(self._data.evaluation, predictions)

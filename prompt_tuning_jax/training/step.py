@@ -49,7 +49,8 @@ class StepMetrics:
 class StepCost:
     """The token positions and FLOPs of one step of all members.
 
-    Positions include those of inputs, targets and padding.  FLOPs are 0 if unknown.
+    Positions include those of inputs, targets and padding, and are 0 for images.  FLOPs are 0 if
+    unknown.
     """
 
     tokens: int
@@ -76,7 +77,8 @@ class Microbatching:
         """
         if self.config is None:
             return self.num_microbatches
-        most = rows_in_cache(self.config, length + self.prompt_positions)
+        length = self.config.input_positions(length) + self.prompt_positions
+        most = rows_in_cache(self.config, length)
         fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
         return next(fitting, rows)
 
@@ -84,7 +86,8 @@ class Microbatching:
         """Returns the number of members to vectorise together; it divides ``members``."""
         if self.config is None:
             return members
-        return members_per_chunk(self.config, members, rows, length + self.prompt_positions)
+        length = self.config.input_positions(length) + self.prompt_positions
+        return members_per_chunk(self.config, members, rows, length)
 
     def iterations(self, members: int, rows: int, length: int) -> int:
         """Returns how often a step runs the body of its loops over chunks and microbatches."""
@@ -109,7 +112,8 @@ def step_cost(
 
     ``iterations`` is the trip count of the step's loops (``Microbatching.iterations``).
     """
-    tokens = batch["inputs"].size + batch["targets"].size
+    are_tokens = jnp.issubdtype(batch["inputs"].dtype, jnp.signedinteger)  # and not pixels
+    tokens = batch["inputs"].size + batch["targets"].size if are_tokens else 0
     # Only a jitted function has a cost analysis.
     lower = getattr(step, "lower", None)
     analysis = lower(state, frozen, batch).cost_analysis() if lower else None

@@ -50,6 +50,7 @@ _TOKEN_IDS = {
     "eos": ("eos_token_id", 1),
     "start": ("decoder_start_token_id", 0),
 }
+VISION = ("vit",)  # read images; see hf.vit
 _CLASSES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 # A UMT5 is an mT5 with a relative position bias in every self-attention.
 _DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _MT5_DEFAULTS, "umt5": _MT5_DEFAULTS}
@@ -75,7 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: model_type is {kind!r}, {_UNSUPPORTED[kind]} and is not supported"
         )
-    known_types = (*_DEFAULTS, *T5GEMMA_FAMILIES, *FAMILIES)
+    known_types = (*_DEFAULTS, *T5GEMMA_FAMILIES, *FAMILIES, *VISION)
     if not isinstance(kind, str) or kind not in known_types:
         known = ", ".join(known_types)
         raise UserError(f"{path}: model_type is {repr(kind)[:80]}; supported: {known}")

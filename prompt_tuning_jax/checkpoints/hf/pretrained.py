@@ -2,8 +2,8 @@
 
 A folder has ``config.json``, weights (``hf.weights``) and a vocabulary.  T5 1.0 and 1.1, mT5 and
 UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torch's kernels are
-[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``, and
-T5Gemmas in ``hf.t5gemma``.
+[out, in], and here they are [in, out].  Decoder-only families are read in ``hf.causal``, T5Gemmas
+in ``hf.t5gemma``, and vision transformers in ``hf.vit``.
 """
 
 import re
@@ -16,6 +16,7 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.hf.causal import open_causal, write_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
+    VISION,
     VOCABULARY,
     config_from,
     config_to,
@@ -28,6 +29,7 @@ from prompt_tuning_jax.checkpoints.hf.config import (
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
 from prompt_tuning_jax.checkpoints.hf.t5gemma import open_t5gemma, write_t5gemma
+from prompt_tuning_jax.checkpoints.hf.vit import open_vit, write_vit
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.checkpoints.parameters import (
@@ -47,6 +49,7 @@ from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
+from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array, HostArray
 
 __all__ = ["VOCABULARY", "hf_name", "model_type_of", "open_hf", "read_hf", "write_hf"]
@@ -89,6 +92,8 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, LazyArray], Path
     folder = Path(folder)
     raw = read_config(folder / CONFIG)
     config: ModelConfig
+    if raw["model_type"] in VISION:
+        return *open_vit(folder, raw), None
     if raw["model_type"] in FAMILIES:
         config, params = open_causal(folder, raw)
     elif raw["model_type"] in T5GEMMA_FAMILIES:
@@ -206,6 +211,9 @@ def write_hf(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
         )
+        return
+    if isinstance(config, ViTConfig):
+        write_vit(Path(folder), config, lazy, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
     t5 = require_t5(config, what="writing a Hugging Face folder")
     write_folder(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Ragged:
       offsets: [sequences + 1] int64.
       kept_at_end: the number of last tokens that truncation keeps, such as an end of sequence.
     """
+
+    dtype: ClassVar[np.dtype] = np.dtype(np.int32)  # of ``padded``
 
     flat: np.ndarray
     offsets: np.ndarray

@@ -1,7 +1,7 @@
 """Batches for training and evaluation; training batches are a pure function of (seed, step)."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 _REMEMBERED = 10_000  # steps
 
 Batch: TypeAlias = dict[str, np.ndarray]
+# (inputs [B, T], seed, step, the numbers of these rows in the batch) -> the changed inputs.
+Augment: TypeAlias = Callable[[np.ndarray, int, int, np.ndarray], np.ndarray]
 
 
 class TrainBatches:
     """Endless shuffled epochs, split into batches that can be requested in any order.
 
-    ``batches[step]`` is a dict of int32 arrays: ``inputs`` [B, T] and ``targets`` [B, S]; with
-    several seeds each has a leading axis E.  With several sets there is also ``task_index`` [B],
-    the number of each example's set, and with ``weights``, ``example_weights`` [B] float32.  Every
-    epoch has every example once, in a new order; a batch may extend over the end of an epoch, so
-    sets smaller than a batch work.
+    ``batches[step]`` is a dict of int32 arrays: ``inputs`` [B, T] (uint8 for images) and
+    ``targets`` [B, S]; with several seeds each has a leading axis E.  With several sets there is
+    also ``task_index`` [B], the number of each example's set, and with ``weights``,
+    ``example_weights`` [B] float32.  Every epoch has every example once, in a new order; a batch
+    may extend over the end of an epoch, so sets smaller than a batch work.
 
     A batch depends only on the examples, ``batch_size``, ``rates``, ``buckets``, the seed and the
     step: not on other seeds, on earlier requests, or on the process.
@@ -45,6 +47,7 @@ class TrainBatches:
         buckets: Buckets = FIXED,
         rows: slice | np.ndarray = slice(None),
         weights: np.ndarray | None = None,
+        augment: Augment | None = None,
     ) -> None:
         """Plan the batches.
 
@@ -59,6 +62,7 @@ class TrainBatches:
           rows: the rows of a batch to gather (a slice, or indices), for one process of several
             that share a plan.
           weights: [N], of all examples of all sets in order: their weights in the loss.
+          augment: changes the inputs of a batch at random.
         """
         self._sets = (examples,) if isinstance(examples, TokenizedExamples) else tuple(examples)
         if batch_size < 1:
@@ -76,6 +80,7 @@ class TrainBatches:
         self._one_seed = isinstance(seeds, int)
         self._seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
         self._rows = rows
+        self._augment = augment
         if weights is not None and len(weights) != self._first[-1]:
             raise ValueError(f"{self._first[-1]} examples and {len(weights)} weights")
         self._weights_N = None if weights is None else np.asarray(weights, np.float32)
@@ -100,6 +105,11 @@ class TrainBatches:
     def examples_per_epoch(self) -> int:
         """The number of examples in all sets."""
         return int(self._first[-1])
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the inputs are pixels, which have no padding."""
+        return self._sets[0].inputs.dtype == np.uint8
 
     def lengths_for(self, step: int) -> tuple[int, int]:
         """(T, S) of the batch at ``step``: the same for all seeds, whose slices form one array."""
@@ -134,7 +144,7 @@ class TrainBatches:
         return [
             self._with_tasks(
                 {
-                    "inputs": np.full((*leading, inputs_length), self._token_ids.fill, np.int32),
+                    "inputs": self._no_inputs((*leading, inputs_length)),
                     "targets": np.full((*leading, targets_length), self._token_ids.fill, np.int32),
                 },
                 np.zeros(leading, np.int32),
@@ -153,6 +163,14 @@ class TrainBatches:
         inputs_NT, targets_NS = self._gather(
             indices_EB.ravel(), sets_N, inputs_length, targets_length
         )
+        if self._augment is not None:
+            inputs_EBT = inputs_NT.reshape(*shape_EB, inputs_length)
+            rows_B = np.arange(self.batch_size)[self._rows]
+            changed = [
+                self._augment(inputs_BT, seed, step, rows_B)
+                for inputs_BT, seed in zip(inputs_EBT, self._seeds, strict=True)
+            ]
+            inputs_NT = np.stack(changed)
         leading = shape_EB[1:] if self._one_seed else shape_EB
         batch = {
             "inputs": inputs_NT.reshape(*leading, inputs_length),
@@ -178,6 +196,10 @@ class TrainBatches:
         if self._weights_N is None:
             return batch
         return {**batch, "example_weights": self._weights_N[number]}
+
+    def _no_inputs(self, shape: tuple[int, ...]) -> np.ndarray:
+        fill = 0 if self.reads_images else self._token_ids.fill
+        return np.full(shape, fill, self._sets[0].inputs.dtype)
 
     def _indices(self, step: int) -> np.ndarray:
         return np.stack([self.indices_for(step, seed) for seed in self._seeds])
@@ -215,7 +237,7 @@ class TrainBatches:
         targets_length: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         fill = self._token_ids.fill
-        inputs_NT = np.empty((len(indices_N), inputs_length), np.int32)
+        inputs_NT = self._no_inputs((len(indices_N), inputs_length))
         targets_NS = np.empty((len(indices_N), targets_length), np.int32)
         for number, examples in enumerate(self._sets):
             of_set_N = sets_N == number

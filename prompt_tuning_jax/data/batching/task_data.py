@@ -13,6 +13,13 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets
+from prompt_tuning_jax.data.batching.image_examples import (
+    ImageExamples,
+    augmentation,
+    image_examples,
+    require_for_images,
+    require_for_text,
+)
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_padding, eval_plan
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.batching.window import fit_window
@@ -33,10 +40,11 @@ from prompt_tuning_jax.data.tasks.metrics import (
     direction_by_name,
     metric_names,
 )
-from prompt_tuning_jax.data.tasks.selection import NO_EVAL, build_mixture, labels_of
+from prompt_tuning_jax.data.tasks.selection import NO_EVAL, build_mixture, is_image_data, labels_of
 from prompt_tuning_jax.data.tasks.task import (
     Task,
 )
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError, suggest
@@ -119,9 +127,10 @@ class TaskData:
             return []
         return [*self.train.empty_batches(0, min(steps, _REPORTED_STEPS))]
 
-    def padding(self, start: int, stop: int) -> float:
-        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``."""
-        return self._training_batches().padding(start, stop)
+    def padding(self, start: int, stop: int) -> float | None:
+        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``; images: None."""
+        train = self._training_batches()
+        return None if train.reads_images else train.padding(start, stop)
 
     def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
         """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, sharded by B."""
@@ -161,6 +170,11 @@ def build_data(
     are those of loaded prompts (None: the method's).  With a ``partitioner`` over several
     processes, training batches contain only this process's rows.
     """
+    words = vocabulary
+    if isinstance(words, ClassVocabulary):
+        require_for_images(experiment)
+    else:
+        require_for_text(experiment)
     experiment = fit_window(experiment, window, prompt_positions=prompt_positions)
     has_prompt = bool(prompt_positions or experiment.method.prompt_positions())
     data = experiment.data
@@ -169,11 +183,13 @@ def build_data(
     mixture = build_mixture(data)
 
     def examples(tasks: Sequence[Task], split: str) -> list[TokenizedExamples]:
+        if isinstance(words, ClassVocabulary):
+            return [image_examples(task, split, words) for task in tasks]
         return [
             tokenize(
                 task,
                 split,
-                vocabulary,
+                words,
                 inputs_length=data.inputs_length,
                 targets_length=data.targets_length,
                 data_dir=data.data_dir,
@@ -213,6 +229,7 @@ def build_data(
             rates=mixture.rates if len(mixture.rates) > 1 else (),
             buckets=buckets_of(experiment),
             weights=_weights(data, train_sets),
+            augment=augmentation(data, words) if isinstance(words, ClassVocabulary) else None,
             rows=slice(None)
             if partitioner is None
             else partitioner.rows(experiment.training.batch_size),
@@ -298,7 +315,8 @@ def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
 def buckets_of(experiment: Experiment) -> Buckets:
     """How the lengths of batches are chosen; some methods need a fixed length."""
     method = experiment.method
-    if any(method.description_shape()):  # descriptions have positions in the inputs
+    # Descriptions have positions in the inputs, and images have one size.
+    if any(method.description_shape()) or is_image_data(experiment.data):
         return FIXED
     return Buckets.from_text(experiment.data.buckets, beside=method.prompt_positions())
 
@@ -390,7 +408,8 @@ def _reports(
         yield from _target_notes(experiment.data, one, trains=True)
     if train is not None:
         steps = max(1, min(_REPORTED_STEPS, train.examples_per_epoch // train.batch_size))
-        yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
+        if not train.reads_images:
+            yield _padding_report("batches", train.inputs_lengths, train.padding(0, steps))
     method = experiment.method
     yield from dict.fromkeys(_evaluation_line(experiment, one.task) for one in eval_sets)
     for one in eval_sets:
@@ -399,6 +418,8 @@ def _reports(
         if shots := method.num_demonstrations():
             seed = experiment.training.seeds[0]
             yield demonstrations.report(one, shots=shots, seed=seed)
+        if isinstance(one, ImageExamples):
+            continue
         parts = 1 if partitioner is None else partitioner.num_batch_shards
         batch_size = eval_batch_size(experiment.evaluation.batch_size, len(one), parts=parts)
         plan = eval_plan(one, batch_size=batch_size, buckets=buckets_of(experiment))

@@ -20,6 +20,7 @@ from prompt_tuning_jax.data.batching.example_cache import (
     open_entry,
     write_entry,
 )
+from prompt_tuning_jax.data.images.task import ImageSource
 from prompt_tuning_jax.data.tasks.labels import is_rewritten, same_value
 from prompt_tuning_jax.data.tasks.task import (
     Example,
@@ -231,6 +232,11 @@ def tokenize(
     leaves no room for a text.
     """
     _check_lengths(inputs_length, targets_length)
+    if isinstance(task.source, ImageSource):
+        raise UserError(
+            f"{task.source.display_names.get(split, task.name)} holds images, and this model reads "
+            "text: set model.name_or_path to a vision transformer"
+        )
     check_labels(task, vocabulary, targets_length=targets_length)
     kept = vocabulary.num_kept_at_end(chat=chat, ending=task.inputs_ending)
     _check_room(vocabulary, inputs_length, chat=chat)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Data, Experiment
+from prompt_tuning_jax.data.images.sources import is_image_source
+from prompt_tuning_jax.data.images.task import image_task
 from prompt_tuning_jax.data.tasks.files import check_file_columns, file_task
 from prompt_tuning_jax.data.tasks.metrics import (
     get_metric,
@@ -45,6 +47,10 @@ def build_mixture(data: Data) -> Mixture:
 
 
 def _build_mixture(data: Data) -> Mixture:
+    if is_image_data(data):
+        return as_mixture(
+            image_task(**_image_fields(data), labels=data.labels, metrics=data.metrics)
+        )
     if data.train or data.eval:
         return as_mixture(
             file_task(
@@ -82,6 +88,11 @@ def _build_mixture(data: Data) -> Mixture:
     )
 
 
+def is_image_data(data: Data) -> bool:
+    """Whether the examples are images of a user."""
+    return not data.objectives and any(map(is_image_source, (data.train, data.eval)))
+
+
 def labels_of(mixture: Mixture) -> tuple[str, ...]:
     """Returns the labels of all tasks of a mixture."""
     members = (*mixture.tasks, *mixture.evaluated)
@@ -101,6 +112,8 @@ def inputs_template_of(data: Data) -> str:
 
     For a mixture, the template that all its tasks share.
     """
+    if is_image_data(data):
+        return ""
     if data.train or data.eval:
         return data.inputs_template or template_of_column(data.inputs_column)
     templates = {_template_of(task) for task in tasks_known_as(data.task)}
@@ -171,8 +184,17 @@ def check_files(experiment: Experiment) -> None:
         return
     if data.train and not data.eval and data.eval_split != data.train_split:
         raise UserError(NO_EVAL)
-    if data.train or data.eval:
+    if is_image_data(data):
+        for path in filter(None, (data.train, data.eval)):
+            if not Path(path).expanduser().exists():
+                raise UserError(f"{path}: no such file or folder")
+    elif data.train or data.eval:
         check_file_columns(**_file_fields(data))
+
+
+def _image_fields(data: Data) -> dict[str, Any]:
+    """Returns the fields for the sets of images."""
+    return {name: getattr(data, name) for name in ("train", "eval", "train_split", "eval_split")}
 
 
 def _file_fields(data: Data) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from prompt_tuning_jax.data.tasks.task import (
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.vocab import (
     DEFAULT_SENTINELS,
-    AnyVocabulary,
     ByteVocabulary,
+    TextVocabulary,
 )
 from prompt_tuning_jax.errors import UserError
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def register_in_seqio(
-    vocabulary: AnyVocabulary, *, names: Sequence[str] = ("word_valence",), data_dir: str = ""
+    vocabulary: TextVocabulary, *, names: Sequence[str] = ("word_valence",), data_dir: str = ""
 ) -> None:
     """Register tasks and mixtures of this library in SeqIO under their names, for T5X users.
 
@@ -144,7 +144,7 @@ def _dataset_fn(task: Task, data_dir: str) -> Callable[..., "tf.data.Dataset"]:
     return dataset_fn
 
 
-def _to_seqio_vocabulary(vocabulary: AnyVocabulary) -> "seqio.Vocabulary":
+def _to_seqio_vocabulary(vocabulary: TextVocabulary) -> "seqio.Vocabulary":
     import seqio
 
     if isinstance(vocabulary, ByteVocabulary):

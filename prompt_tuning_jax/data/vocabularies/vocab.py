@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import T5_SPECIAL, HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
@@ -247,7 +248,8 @@ class ByteVocabulary(BaseVocabulary):
         return f"ByteVocabulary(extra_ids={self.extra_ids})"
 
 
-AnyVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
+TextVocabulary: TypeAlias = Vocabulary | ByteVocabulary | HfTokenizer
+AnyVocabulary: TypeAlias = TextVocabulary | ClassVocabulary
 
 
 def load_vocabulary(
@@ -256,7 +258,7 @@ def load_vocabulary(
     extra_ids: int | None = None,
     token_ids: TokenIds | None = None,
     max_size: int | None = None,
-) -> AnyVocabulary:
+) -> TextVocabulary:
     """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
     A file with the suffix .gguf is a model with its tokenizer.  A file with the suffix .json is a
@@ -291,7 +293,7 @@ def load_vocabulary(
     return HfTokenizer(file, token_ids=token_ids, max_size=max_size)
 
 
-def require_t5(vocabulary: AnyVocabulary) -> None:
+def require_t5(vocabulary: TextVocabulary) -> None:
     """UserError unless padding, end and unknown have the ids that T5 needs."""
     if isinstance(vocabulary, HfTokenizer) and not vocabulary.is_t5:
         first = [vocabulary.pieces(i) for i in range(len(T5_SPECIAL))]

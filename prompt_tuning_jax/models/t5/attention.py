@@ -1,4 +1,7 @@
-"""T5's multi-head attention: no 1/sqrt(K) scaling, no biases, positions as additive scores."""
+"""Multi-head attention as in T5: positions and masks are additive scores.
+
+T5's has neither biases nor a factor 1/sqrt(K); vision transformers have both.
+"""
 
 import math
 
@@ -6,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, normal_param
 from prompt_tuning_jax.models.ops import matmul
@@ -67,24 +71,35 @@ def relative_position_bucket(
 
 
 class Attention(nnx.Module):
-    """Attends from the queries of one sequence to keys and values of the same or another one."""
+    """Attends from the queries of one sequence to keys and values of the same or another one.
+
+    ``query_scale`` is a factor on the scores, which T5 does not have.
+    """
 
     def __init__(
         self,
-        config: T5Config,
+        config: ModelConfig,
         *,
         dtype: DType,
         param_dtype: DType,
         dropout_rate: float,
         rngs: nnx.Rngs,
+        query_scale: float = 1.0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
     ):
         embed, heads, kv = config.embed_dim, config.num_heads, config.head_dim
         self.num_heads, self.head_dim = heads, kv
+        self.query_scale = query_scale
         self.dropout_rate = dropout_rate
         self.dtype = dtype
 
         def linear(
-            in_features: int, out_features: int, axes: tuple[str, str], std: float
+            in_features: int,
+            out_features: int,
+            axes: tuple[str, str],
+            std: float,
+            use_bias: bool = qkv_bias,
         ) -> Linear:
             return Linear(
                 in_features,
@@ -94,36 +109,43 @@ class Attention(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
+                use_bias=use_bias,
             )
 
         # T5 omits 1/sqrt(K) in attention and folds it into the initialization of the queries.
         joined = heads * kv
-        self.query = linear(embed, joined, ("embed", "joined_kv"), (embed * kv) ** -0.5)
+        query_std = (embed * kv) ** -0.5 / query_scale
+        self.query = linear(embed, joined, ("embed", "joined_kv"), query_std)
         self.key = linear(embed, joined, ("embed", "joined_kv"), embed**-0.5)
         self.value = linear(embed, joined, ("embed", "joined_kv"), embed**-0.5)
-        self.out = linear(joined, embed, ("joined_kv", "embed"), joined**-0.5)
+        self.out = linear(joined, embed, ("joined_kv", "embed"), joined**-0.5, use_bias=out_bias)
 
     def __call__(
         self,
         x_BTD: Array,
         key_values: KeyValues,
-        bias_BHTU: Array,
+        bias_BHTU: Array | None,
         *,
         prefix: KeyValues | None = None,
         key: Array | None = None,
     ) -> Array:
         """Attends from the positions of ``x_BTD`` to ``key_values``.
 
-        ``bias_BHTU`` combines the position scores and the masks.
+        ``bias_BHTU`` combines the position scores and the masks; None if there are none.
         """
         query_BTHK = self._heads(self.query(x_BTD))
+        if self.query_scale != 1.0:
+            query_BTHK = query_BTHK * jnp.asarray(self.query_scale, query_BTHK.dtype)
         key_BUHK, value_BUHK = key_values.key_BPGK, key_values.value_BPGK
         if prefix is not None:
             key_BUHK = _put_in_front(prefix.key_BPGK, key_BUHK)
             value_BUHK = _put_in_front(prefix.value_BPGK, value_BUHK)
-            bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
+            if bias_BHTU is not None:
+                bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
         scores_BHTU = matmul.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
-        weights_BHTU = matmul.softmax(scores_BHTU + bias_BHTU)
+        if bias_BHTU is not None:
+            scores_BHTU = scores_BHTU + bias_BHTU
+        weights_BHTU = matmul.softmax(scores_BHTU)
         weights_BHTU = dropout_weights(weights_BHTU, self.dropout_rate, key=key)
         mixed_BTHK = matmul.einsum("BHTU,BUHK->BTHK", weights_BHTU, value_BUHK, dtype=self.dtype)
         return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], -1))

@@ -1,0 +1,208 @@
+"""Images in array files: IDX, as MNIST is distributed, and npz."""
+
+import gzip
+import hashlib
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from prompt_tuning_jax.data.images.image_set import ImageSet
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.typing import HostArray
+
+_IDX = re.compile(r"(.*)images([.-])idx3-ubyte(\.gz)?")
+_IDX_BYTES = 0x08  # the type of unsigned bytes
+_MAX_BYTES = 2**32
+_MAX_LABELS = 100_000
+# The names of a file's splits: those of Keras, MedMNIST and others.
+_PARTS = {True: ("train",), False: ("validation", "val", "test")}
+
+
+def is_idx(path: Path) -> bool:
+    """Whether this is the name of an IDX file of images."""
+    return _IDX.fullmatch(path.name) is not None
+
+
+def open_idx(path: Path, labels: Sequence[str]) -> ImageSet:
+    """The images ``*images-idx3-ubyte`` with the labels beside them, both maybe with ``.gz``.
+
+    ``labels`` name the classes 0, 1, ...; without them the numbers are the names.
+    """
+    match = _IDX.fullmatch(path.name)
+    assert match is not None
+    beside = path.with_name(f"{match[1]}labels{match[2]}idx1-ubyte")
+    files = [beside, beside.with_name(beside.name + ".gz")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: there are no labels beside it; expected {beside.name}")
+    images_NHW, numbers_N = _read_idx(path, 3), _read_idx(found, 1)
+    return _numbered(images_NHW[..., None], numbers_N, labels, path=path)
+
+
+def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
+    """The arrays ``images`` and ``labels`` of an npz file, or those of the training split.
+
+    Images are uint8 ``[N, H, W]`` or ``[N, H, W, channels]``; labels are whole numbers or texts.
+    The arrays of a split are ``train_images`` and ``train_labels`` (validation, val, test), or
+    ``x_train`` and ``y_train``.
+    """
+    arrays = _read_npz(path, [("images", "labels"), *_names_of_split(training)])
+    images, targets = arrays
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"{path}: the images are {images.dtype} {list(images.shape)}; they must be uint8 "
+            "[N, H, W] or [N, H, W, channels]"
+        )
+    images_NHWC = images[..., None] if images.ndim == 3 else images
+    if images_NHWC.shape[3] not in (1, 3):
+        raise UserError(f"{path}: the images have {images_NHWC.shape[3]} channels; 1 or 3 are read")
+    targets_N = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
+    if targets_N.ndim != 1 or targets_N.dtype.kind not in "iuU":
+        raise UserError(
+            f"{path}: the labels are {targets.dtype} {list(targets.shape)}; they must be whole "
+            "numbers or texts [N]"
+        )
+    if targets_N.dtype.kind != "U":
+        return _numbered(images_NHWC, targets_N, labels, path=path)
+    texts = tuple(str(text) for text in targets_N)
+    return _image_set(images_NHWC, texts, tuple(sorted(set(texts))), path=path)
+
+
+def _numbered(
+    images_NHWC: HostArray, numbers_N: HostArray, labels: Sequence[str], *, path: Path
+) -> ImageSet:
+    """The set with labels for the numbers of classes."""
+    if len(images_NHWC) != len(numbers_N):
+        raise UserError(f"{path}: {len(images_NHWC):,} images and {len(numbers_N):,} labels")
+    if not len(numbers_N):
+        raise UserError(f"{path}: there are no images")
+    low, high = int(numbers_N.min()), int(numbers_N.max())
+    if low < 0 or high >= _MAX_LABELS:
+        raise UserError(f"{path}: labels are from {low} to {high}; they must be from 0")
+    if labels and high >= len(labels):
+        raise UserError(
+            f"{path}: there is a label {high}, but data.labels names {len(labels)} classes, from 0"
+        )
+    names = tuple(labels) or tuple(map(str, range(high + 1)))
+    return _image_set(images_NHWC, [names[int(n)] for n in numbers_N], names, path=path)
+
+
+def _image_set(
+    images_NHWC: HostArray, targets: Sequence[str], classes: tuple[str, ...], *, path: Path
+) -> ImageSet:
+    if len(images_NHWC) != len(targets):
+        raise UserError(f"{path}: {len(images_NHWC):,} images and {len(targets):,} labels")
+
+    def digest() -> str:
+        digest = hashlib.sha256(repr((images_NHWC.shape, tuple(targets))).encode())
+        digest.update(np.ascontiguousarray(images_NHWC).data)
+        return digest.hexdigest()
+
+    return ImageSet(
+        title=str(path),
+        names=tuple(f"{path.name}#{number}" for number in range(len(images_NHWC))),
+        targets=tuple(targets),
+        classes=classes,
+        read=lambda number: images_NHWC[number],
+        digest=digest,
+    )
+
+
+def _read_idx(path: Path, dimensions: int) -> HostArray:
+    def damaged(why: str) -> UserError:
+        return UserError(f"{path} is damaged, or not an IDX file: {why}")
+
+    with _opened(path) as file:
+        header = file.read(4)
+        if header != bytes((0, 0, _IDX_BYTES, dimensions)):
+            raise damaged(f"it must start with {bytes((0, 0, _IDX_BYTES, dimensions)).hex()}")
+        sizes = file.read(4 * dimensions)
+        if len(sizes) < 4 * dimensions:
+            raise damaged("it ends in its header")
+        shape = struct.unpack(f">{dimensions}I", sizes)
+        number = prod(shape)
+        if number > _MAX_BYTES:
+            raise damaged(f"it claims {number:,} bytes; at most {_MAX_BYTES:,} are read")
+        # A little more than there should be; in pieces, so that a false claim costs no memory.
+        content = b"".join(_pieces(file, number + 1))
+    if len(content) != number:
+        more = "more" if len(content) > number else "fewer"
+        raise damaged(f"it has {more} bytes than the {number:,} of {list(shape)}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _pieces(file: Any, number: int) -> Iterator[bytes]:
+    while number > 0 and (piece := file.read(min(number, 2**24))):
+        number -= len(piece)
+        yield piece
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    open_: Callable[[Path], Any] = gzip.open if path.suffix == ".gz" else _open_plain
+    try:
+        with open_(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {why}") from None
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _names_of_split(training: bool) -> list[tuple[str, str]]:
+    pairs = []
+    for part in _PARTS[training]:
+        pairs += [(f"{part}_images", f"{part}_labels"), (f"x_{part}", f"y_{part}")]
+    return pairs
+
+
+def _read_npz(path: Path, pairs: Sequence[tuple[str, str]]) -> list[HostArray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            pair = next((pair for pair in pairs if names.issuperset(pair)), None)
+            if pair is None:
+                wanted = ", or ".join(" and ".join(pair) for pair in pairs)
+                held = ", ".join(sorted(names))[:200]
+                raise UserError(f"{path}: there is no {wanted}; it holds {held or 'nothing'}")
+            return [_read_npy(archive, f"{name}.npy", path) for name in pair]
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged, or not an npz file: {why}") from None
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> HostArray:
+    """An array whose header is checked against its size before any of it is read."""
+    size = archive.getinfo(name).file_size
+    if size > _MAX_BYTES:
+        raise UserError(f"{path}: {name} has {size:,} bytes; at most {_MAX_BYTES:,} are read")
+    with archive.open(name) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(file, max_header_size=10_000)
+        except (ValueError, KeyError) as error:
+            why = " ".join(str(error).split())[:100]
+            raise UserError(f"{path}: {name} is no numpy array: {why}") from None
+        if dtype.hasobject or dtype.kind not in "iuUf":
+            raise UserError(f"{path}: {name} is of type {dtype}, which is not read")
+        number = prod(shape) * dtype.itemsize
+        content = b"".join(_pieces(file, size))
+    if len(content) != number:
+        raise UserError(f"{path}: {name} claims {number:,} bytes, and has {len(content):,}")
+    array = np.frombuffer(content, dtype)
+    return array.reshape(shape, order="F" if fortran else "C")

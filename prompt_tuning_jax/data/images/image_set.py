@@ -1,0 +1,47 @@
+"""What all sources of images give: names, labels, and images that are read one by one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prompt_tuning_jax.data.images.files import read_image
+from prompt_tuning_jax.typing import HostArray
+
+# Pixels from 0 to 255: [H, W, channels] uint8.
+Pixels: TypeAlias = HostArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Labelled images in a fixed order.
+
+    Attributes:
+      title: of the set in messages.
+      names: of the images, such as ``cat/1.png``.
+      targets: the label of each image; empty where there are none.
+      classes: all labels that the source names, also those without an image.
+      read: the pixels of an image, by its number.
+      digest: of all images and labels, in their order.
+    """
+
+    title: str
+    names: Sequence[str]
+    targets: Sequence[str]
+    classes: tuple[str, ...]
+    read: Callable[[int], Pixels]
+    digest: Callable[[], str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def files_as_images(paths: Sequence[str]) -> ImageSet:
+    """The image files, without labels."""
+    return ImageSet(
+        title="the images",
+        names=tuple(paths),
+        targets=(),
+        classes=(),
+        read=lambda number: read_image(paths[number]),
+        digest=lambda: "",
+    )

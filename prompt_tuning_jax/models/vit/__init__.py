@@ -1,0 +1,1 @@
+"""Vision transformers, which read an image and choose a class."""

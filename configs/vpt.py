@@ -3,7 +3,8 @@
 prompt-tuning train configs/vpt.py --set model.name_or_path=google/vit-base-patch16-224 \
     --data images/train --eval_data images/eval --workdir runs/vpt
 
-Images are in a folder with a folder for each class, or in IDX or npz files.  VPT-shallow is ``method=prompt_tuning``; a linear probe is ``method=pattern`` with
+Images are in a folder with a folder for each class, or in IDX or npz files.  VPT-shallow is
+``method=prompt_tuning``; a linear probe is ``method=pattern`` with
 ``method.patterns=classifier/.*``.  Every method trains the classifier, too.
 """
 

@@ -308,6 +308,30 @@ def test_a_binding_without_counterpart_is_listed(flag: str, kind: str, name: str
     assert (kind, name) in after - before if kind else after == before
 
 
+def test_the_step_of_a_checkpoint_whose_name_does_not_tell_it() -> None:
+    launch = read_launch(FILES, [*FLAGS, "INITIAL_CHECKPOINT_PATH='/here/model'"])
+    found = translated_experiment(translate(launch, restored_step=1_149_000))
+    assert (found.training.steps, found.optimizer.initial_step) == (1_000, 1_149_000)
+
+
+@pytest.mark.parametrize(
+    "value", ["3", "'x'", "['x']", "{'x': [1]}", "@a.b()", "(3, (4,))", "1e999"]
+)
+def test_values_of_other_types_never_crash(value: str) -> None:
+    names = (
+        *("PROMPT", "PROMPT_REGEX", "OPTIMIZER", "LOSS_NORMALIZING_FACTOR", "ARCHITECTURE"),
+        *("utils.RestoreCheckpointConfig.assignment_map", "adafactor.Adafactor.decay_rate"),
+        "optim.MultiOptimizer.traversals_and_optimizers",
+        "partitioning.PjitPartitioner.model_parallel_submesh",
+        "prompt_layers.PromptEncoder.layer_remat",
+    )
+    for name in names:
+        try:
+            translated_experiment(imported(f"{name}={value}"))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 IA3_FILE = """
 from __gin__ import dynamic_registration
 from flaxformer.components import dense

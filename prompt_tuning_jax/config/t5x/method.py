@@ -169,7 +169,7 @@ def _translate_attention(t: Translation) -> None:
     if not t.launch.refers_to(_MASK):
         return
     allowed = t.get(mask, "allowable_attention")
-    names = set(allowed.value) if allowed and allowed.value is not None else None
+    names = set(texts(allowed)) if allowed and allowed.value is not None else None
     if t.method == "MultitaskPrompts":
         source = allowed or t.get(mask, "prompt_length")
         if names is None or "prompt->prompt;causal" in names or "prompt->prompt" not in names:

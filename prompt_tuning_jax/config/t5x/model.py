@@ -62,6 +62,7 @@ def translate_checkpoint(
         t.same_here(t.get(restore, name), "what a method adds is not read from the checkpoint")
     if assignments := t.get(restore, "assignment_map"):
         pairs = assignments.value or ()
+        pairs = pairs if isinstance(pairs, list | tuple) else [pairs]
         if all(map(_is_added, pairs)):
             t.same_here(assignments, "what a method adds is not read from the checkpoint")
         else:
@@ -151,7 +152,7 @@ def _random_weights(t: Translation, path: Value) -> None:
     config = Reference((), "t5x.examples.t5.network.T5Config", True)
     given = [t.get(config, name) for name in ("emb_dim", "num_heads", "num_encoder_layers")]
     sizes = tuple(v.value if v else None for v in (given if all(given) else dims))
-    name = _SIZES.get(sizes)  # type: ignore[arg-type]
+    name = next((name for size, name in _SIZES.items() if size == sizes), None)
     if name is None:
         t.set(
             *("model.name_or_path", "", path),
@@ -183,7 +184,7 @@ def _loss(t: Translation, model: Reference) -> None:
     factor = t.get(model, "loss_normalizing_factor")
     if factor is None or factor.value is None:
         t.set("training.loss_normalization", "sum", factor, default="T5X's default")
-    elif factor.value in _NORMALIZERS:
+    elif isinstance(factor.value, str) and factor.value in _NORMALIZERS:
         t.set("training.loss_normalization", _NORMALIZERS[factor.value], factor)
     elif isinstance(factor.value, str):
         t.set(

@@ -6,7 +6,7 @@ from typing import Any
 from prompt_tuning_jax.config.gin_syntax import Reference
 from prompt_tuning_jax.config.t5x.launch import Value
 from prompt_tuning_jax.config.t5x.model import step_difference
-from prompt_tuning_jax.config.t5x.translation import Translation, number, text
+from prompt_tuning_jax.config.t5x.translation import Translation, number, text, whole_numbers
 from prompt_tuning_jax.errors import UserError
 
 _FEATURES = {"inputs": "data.inputs_length", "targets": "data.targets_length"}
@@ -158,7 +158,7 @@ def _schedule(t: Translation, schedule: Reference | None, restored: int) -> None
     warmup = t.get(schedule, "warmup_steps")
     offset = t.get(schedule, "step_offset")
     rate = float(number(base)) if base else 0.5
-    warmup_steps = int(number(warmup)) if warmup else 1000
+    warmup_steps = number(warmup, whole=True) if warmup else 1000
     step = max(restored - (number(offset, whole=True) if offset else 0), 0)
     t.same_here(offset, "schedules count from the run's first step")
     if names <= {"constant", "linear_warmup"}:
@@ -198,11 +198,13 @@ def translate_optimizer(t: Translation, optimizer: Reference | None, restored: i
     if optimizer.name.endswith(".MultiOptimizer"):
         pairs = t.get(optimizer, "traversals_and_optimizers")
         entries = pairs.value if pairs and isinstance(pairs.value, list | tuple) else ()
-        if len(entries) != 1 or len(entries[0]) != 2:
+        pair = entries[0] if len(entries) == 1 else None
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             t.lost(pairs, "one optimizer trains all trainable parameters")
             return None
-        traversal, optimizer = entries[0]
-        matcher = t.launch.reference(traversal, "filter_fn")
+        traversal, optimizer = pair
+        by_name = traversal if isinstance(traversal, Reference) else None
+        matcher = t.launch.reference(by_name, "filter_fn")
         trained = t.get(matcher, "regexes")
         t.same_here(pairs, "what is trainable is the method's choice")
     if not isinstance(optimizer, Reference):
@@ -266,8 +268,8 @@ def translate_mesh(t: Translation, partitioner: Reference | None) -> None:
     """Translate how a model is partitioned."""
     submesh = t.get(partitioner, "model_parallel_submesh")
     parts = t.get(partitioner, "num_partitions")
-    if submesh and isinstance(submesh.value, list | tuple):
-        t.set("mesh.model", prod(submesh.value), submesh)
+    if submesh and submesh.value:
+        t.set("mesh.model", prod(whole_numbers(submesh)), submesh)
         t.same_here(parts, "the submesh says it")
     elif parts and parts.value:
         t.set("mesh.model", number(parts, whole=True), parts)
@@ -276,8 +278,8 @@ def translate_mesh(t: Translation, partitioner: Reference | None) -> None:
         ("dcn_mesh_shape", ("dcn_data", "dcn_model")),
     ):
         shape = t.get(partitioner, name)
-        if shape and isinstance(shape.value, list | tuple) and len(shape.value) == 2:
-            for field, size in zip(fields, shape.value, strict=True):
+        if shape and shape.value:
+            for field, size in zip(fields, whole_numbers(shape), strict=False):
                 t.set(f"mesh.{field}", size, shape)
     rules = t.launch.reference(partitioner, "logical_axis_rules")
     if (dims := t.get(rules, "parameter_partitioning_dims")) and dims.value == 2:

@@ -107,7 +107,7 @@ def _translate_computation(t: Translation, network: Reference | None) -> None:
     config = t.launch.reference(network, "config")
     translate_dropout(t, config, t.get(config or network, "dtype"))
     remat = t.get(t.launch.reference(network, "encoder_factory"), "layer_remat")
-    if remat and remat.value in _REMAT:
+    if remat and isinstance(remat.value, str) and remat.value in _REMAT:
         t.set("training.remat", _REMAT[remat.value], remat)
-    else:
+    elif remat and remat.value is not None:
         t.lost(remat, f"training.remat is one of {', '.join(_REMAT.values())}")

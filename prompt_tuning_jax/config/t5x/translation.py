@@ -1,5 +1,6 @@
 """A translation in progress: fields of an experiment, and bindings without a counterpart."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -117,12 +118,23 @@ class Translation:
 def number(value: Value, *, whole: bool = False) -> Any:
     """The number of a value; UserError with its place for anything else."""
     kinds = (int,) if whole else (int, float)
-    if not isinstance(value.value, kinds) or isinstance(value.value, bool):
+    is_number = isinstance(value.value, kinds) and not isinstance(value.value, bool)
+    if not is_number or not math.isfinite(value.value):
         raise UserError(
             f"{value.where}: {value.name} is {value.value!r}; expected a "
             f"{'whole number' if whole else 'number'}"
         )
     return value.value
+
+
+def whole_numbers(value: Value) -> tuple[int, ...]:
+    """The whole numbers of a list; UserError with its place for anything else."""
+    items = value.value if isinstance(value.value, list | tuple) else [None]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        raise UserError(
+            f"{value.where}: {value.name} is {value.value!r}; expected a list of whole numbers"
+        )
+    return tuple(items)
 
 
 def text(value: Value) -> str:

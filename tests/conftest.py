@@ -1,6 +1,7 @@
 """What all tests share: an environment of their own, and the folders that they read."""
 
 import atexit
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,22 +68,24 @@ def pytest_runtest_setup() -> None:
 
 
 _MOST_MEMORY = 3_000_000_000  # bytes of a process between two files of tests
+_MOST_WITHIN = 4_000_000_000  # and between two tests of a file
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, None, None]:
-    """Forgets the compiled programs of earlier files once they take gigabytes."""
+    """Forgets the programs that earlier tests compiled once they take gigabytes."""
     yield
-    if nextitem is not None and nextitem.path == item.path:
-        return
     statm = Path("/proc/self/statm")
     if "jax" in sys.modules and statm.exists():
-        pages = int(statm.read_text().split()[1])
-        if pages * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
+        same_file = nextitem is not None and nextitem.path == item.path
+        size = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if size > (_MOST_WITHIN if same_file else _MOST_MEMORY):
             sys.modules["jax"].clear_caches()
             gc.collect()
+            with suppress(AttributeError):  # another C library than glibc
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:

@@ -118,6 +118,8 @@ def plan(
 
     Raises UserError if ``mesh`` does not fit the slice, or if no mesh does.
     """
+    if config.reads_images:
+        raise UserError("plan is for models that read text, and this one reads images")
     devices = topology.devices()
     names = [mesh] if mesh is not None else candidates(experiment, config, topology)[:tries]
     tried = [

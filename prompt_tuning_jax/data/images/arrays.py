@@ -16,7 +16,6 @@ import numpy as np
 
 from prompt_tuning_jax.data.images.image_set import ImageSet
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.typing import HostArray
 
 _IDX = re.compile(r"(.*)images([.-])idx3-ubyte(\.gz)?")
 _IDX_BYTES = 0x08  # the type of unsigned bytes
@@ -77,7 +76,7 @@ def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
 
 
 def _numbered(
-    images_NHWC: HostArray, numbers_N: HostArray, labels: Sequence[str], *, path: Path
+    images_NHWC: np.ndarray, numbers_N: np.ndarray, labels: Sequence[str], *, path: Path
 ) -> ImageSet:
     """The set with labels for the numbers of classes."""
     if len(images_NHWC) != len(numbers_N):
@@ -96,7 +95,7 @@ def _numbered(
 
 
 def _image_set(
-    images_NHWC: HostArray, targets: Sequence[str], classes: tuple[str, ...], *, path: Path
+    images_NHWC: np.ndarray, targets: Sequence[str], classes: tuple[str, ...], *, path: Path
 ) -> ImageSet:
     if len(images_NHWC) != len(targets):
         raise UserError(f"{path}: {len(images_NHWC):,} images and {len(targets):,} labels")
@@ -116,7 +115,7 @@ def _image_set(
     )
 
 
-def _read_idx(path: Path, dimensions: int) -> HostArray:
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     def damaged(why: str) -> UserError:
         return UserError(f"{path} is damaged, or not an IDX file: {why}")
 
@@ -167,7 +166,7 @@ def _names_of_split(training: bool) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_npz(path: Path, pairs: Sequence[tuple[str, str]]) -> list[HostArray]:
+def _read_npz(path: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -182,7 +181,7 @@ def _read_npz(path: Path, pairs: Sequence[tuple[str, str]]) -> list[HostArray]:
         raise UserError(f"{path} is damaged, or not an npz file: {why}") from None
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> HostArray:
+def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """An array whose header is checked against its size before any of it is read."""
     size = archive.getinfo(name).file_size
     if size > _MAX_BYTES:

@@ -5,21 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from prompt_tuning_jax.data.random_draws import random_bits
-from prompt_tuning_jax.typing import HostArray
 
 _FLIP, _SHIFT = 0xF11B, 0x5E1F7  # purposes of the random numbers
 _SHIFTED = 8  # a crop moves by up to this fraction of the image
 
 
 def augmented(
-    pixels_BT: HostArray,
+    pixels_BT: np.ndarray,
     changes: Sequence[str],
     *,
     shape: tuple[int, int, int],
     seed: int,
     step: int,
-    rows_B: HostArray,
-) -> HostArray:
+    rows_B: np.ndarray,
+) -> np.ndarray:
     """Returns images changed at random, each depending only on ``seed``, ``step`` and its row.
 
     ``flip`` mirrors half of them left to right.  ``crop`` moves each by up to an eighth of its
@@ -42,7 +41,7 @@ def augmented(
     return images_BHWC.reshape(pixels_BT.shape)
 
 
-def _positions(size: int, bits: int) -> HostArray:
+def _positions(size: int, bits: int) -> np.ndarray:
     """Returns the row or column that each comes from after a shift."""
     most = max(1, size // _SHIFTED)
     shift = bits % (2 * most + 1) - most

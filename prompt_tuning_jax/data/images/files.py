@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.typing import HostArray
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _FORMATS = ("PNG", "JPEG")
@@ -34,7 +33,7 @@ def pillow() -> Any:
     return Image
 
 
-def read_image(path: str | os.PathLike[str]) -> HostArray:
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file as ``[H, W, 3]`` or, if it is grey, ``[H, W, 1]``.
 
     Raises UserError for a file that is missing, too large, damaged, or neither PNG nor JPEG.
@@ -47,7 +46,7 @@ def read_image(path: str | os.PathLike[str]) -> HostArray:
     return decode_image(content, of=str(path))
 
 
-def decode_image(content: bytes, *, of: str) -> HostArray:
+def decode_image(content: bytes, *, of: str) -> np.ndarray:
     """Decodes the bytes of an image file; ``of`` names it in messages.  See ``read_image``."""
     if len(content) > MAX_FILE_BYTES:
         raise UserError(f"{of}: an image file has at most {MAX_FILE_BYTES:,} bytes")
@@ -72,7 +71,7 @@ def decode_image(content: bytes, *, of: str) -> HostArray:
         raise UserError(f"{of}: the image is damaged: {why}") from None
 
 
-def _as_array(image: Any) -> HostArray:
+def _as_array(image: Any) -> np.ndarray:
     from PIL import ImageOps
 
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits for each pixel

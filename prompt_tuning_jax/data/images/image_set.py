@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from prompt_tuning_jax.data.images.files import read_image
-from prompt_tuning_jax.typing import HostArray
 
 # Pixels from 0 to 255: [H, W, channels] uint8.
-Pixels: TypeAlias = HostArray
+Pixels: TypeAlias = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,9 @@ import numpy as np
 from prompt_tuning_jax.data.images.files import pillow
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.vit.config import ImageProcessing, ViTConfig
-from prompt_tuning_jax.typing import HostArray
 
 
-def processed(image: HostArray, config: ViTConfig) -> HostArray:
+def processed(image: np.ndarray, config: ViTConfig) -> np.ndarray:
     """Returns ``[image_size, image_size, num_channels]`` uint8 of ``[H, W, channels]`` uint8.
 
     Resizing is Pillow's, as in transformers' image processors.
@@ -26,7 +25,7 @@ def processed(image: HostArray, config: ViTConfig) -> HostArray:
     return array
 
 
-def _with_channels(image: HostArray, channels: int) -> HostArray:
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     own = image.shape[2]
     if own == channels:
         return image
@@ -38,7 +37,7 @@ def _with_channels(image: HostArray, channels: int) -> HostArray:
     raise UserError(f"an image has {own} channels, and the model reads {channels}")
 
 
-def _resized(image: HostArray, processing: ImageProcessing, image_size: int) -> HostArray:
+def _resized(image: np.ndarray, processing: ImageProcessing, image_size: int) -> np.ndarray:
     height, width = image.shape[:2]
     size = processing.size or image_size
     if processing.resize == "none":
@@ -57,7 +56,7 @@ def _resized(image: HostArray, processing: ImageProcessing, image_size: int) -> 
     return array[:, :, None] if grey else array
 
 
-def _center_crop(image: HostArray, size: int) -> HostArray:
+def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Cuts the middle out of the image, behind black borders where it is smaller."""
     for axis in (0, 1):
         missing = size - image.shape[axis]

@@ -1,11 +1,11 @@
 """Visual prompt tuning (VPT-deep, Jia et al. 2022): prompts in every layer of a vision transformer.
 
-prompt-tuning train configs/vpt.py --set model.name_or_path=google/vit-base-patch16-224 \
-    --data images/train --eval_data images/eval --workdir runs/vpt
+prompt-tuning train configs/vpt.py --data images/train --eval_data images/eval --workdir runs/vpt
 
-Images are in a folder with a folder for each class, or in IDX or npz files.  VPT-shallow is
-``method=prompt_tuning``; a linear probe is ``method=pattern`` with
-``method.patterns=classifier/.*``.  Every method trains the classifier, too.
+Images are in a folder with a folder for each class, or in IDX or npz files.  For another model, add
+``--set model.name_or_path=google/vit-base-patch16-224``.  VPT-shallow is ``method=prompt_tuning``,
+and a linear probe is ``method=pattern`` with ``method.patterns=classifier/.*``.  Every method
+trains the classifier, too.
 """
 
 from prompt_tuning_jax.config.experiment import (

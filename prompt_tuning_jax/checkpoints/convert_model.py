@@ -92,7 +92,7 @@ def convert_to_hf(
             "its quantised weights are written as float32, number for number: --dtype bfloat16 "
             "halves that, and rounds them again"
         )
-    if words is None:
+    if words is None and not opened.config.reads_images:
         notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
     if _own_prompt(opened) is not None:
         notes.append(

@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, model_type_of
+from prompt_tuning_jax.checkpoints.hf.config import (
+    CONFIG,
+    GENERATION_CONFIG,
+    VISION,
+    model_type_of,
+)
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
+from prompt_tuning_jax.checkpoints.hf.image_processor import PREPROCESSOR_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress
 from prompt_tuning_jax.checkpoints.location import (
@@ -34,7 +40,7 @@ T5X_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 _GENERATIONS = ".generations.json"  # the generations of files copied from a bucket
-_DESCRIPTION = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+_DESCRIPTION = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, *TOKENIZER_FILES)
 
 
 def model_location(name: str) -> str:
@@ -189,7 +195,7 @@ def hub_folder(name: str) -> Path:
 def _may_be_flax(folder: Path) -> bool:
     """Whether a model may be read from Flax weights: a T5, or one whose type is not known yet."""
     try:
-        return model_type_of(folder) not in FAMILIES
+        return model_type_of(folder) not in (*FAMILIES, *VISION)
     except UserError:  # opening the model reports it
         return True
 

@@ -259,6 +259,8 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
     after the first end of a target is padding, and an encoder-decoder's inputs have none, as in
     transformers.  In a list of lists every id is real, and the rows may have different lengths.
     """
+    if model.config.reads_images:
+        raise UserError("this model reads images, and this function takes text; use predict")
     if isinstance(inputs, str):
         inputs = [inputs]
     if not isinstance(inputs, jax.Array) and hasattr(inputs, "__array__"):

@@ -34,6 +34,7 @@ from prompt_tuning_jax.inference.setup import (
     vocabulary_of,
 )
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.vit.config import ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,10 @@ def evaluate(
     loaded = open_for(experiment, model, prompt_list(prompts))
     if not labels:
         experiment = _with_labels(experiment, loaded)
+    if isinstance(model.config, ViTConfig) and not experiment.data.labels:
+        # The bare model has classes of its own, where the data does not say which.
+        own = dataclasses.replace(experiment.data, labels=model.config.labels)
+        experiment = dataclasses.replace(experiment, data=own)
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     reports: dict[str, None] = {}

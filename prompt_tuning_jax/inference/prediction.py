@@ -162,7 +162,7 @@ def predict(
     )
     images = None
     if frozen.config.reads_images:
-        require_for_images(experiment)
+        require_for_images(experiment, lengths=False)
         images = given_images(inputs)
         bare = not any(about.labels for about in loaded.known)
         labels = labels or (frozen.config.labels if bare else ())  # type: ignore[attr-defined]

@@ -120,6 +120,8 @@ def plan(
     Inputs have the length that the model's window leaves them.  Raises UserError if ``mesh`` does
     not fit the slice, if no mesh does, or if the window has no room for an input.
     """
+    if config.reads_images:
+        raise UserError("plan is for models that read text, and this one reads images")
     experiment = fit_window(experiment, config.max_positions)
     names = [mesh] if mesh is not None else candidates(experiment, config, topology)[:tries]
     devices = topology.devices()

@@ -297,12 +297,19 @@ def test_augmentations_depend_on_seed_step_and_row_alone(tmp_path: Path) -> None
     mirrored = (flipped == images.reshape(40, 8, 4)[:, :, ::-1]).all(axis=(1, 2))
     assert 10 < mirrored.sum() < 30
     assert (flipped[~mirrored] == images.reshape(40, 8, 4)[~mirrored]).all()
+    for other in ({"step": 3}, {"seed": 2}):
+        changed_NT = augmented(images, ("flip",), **{**arguments, **other})
+        assert (changed_NT != flipped.reshape(40, 32)).any()
+    moved = augmented(images, ("crop",), **arguments).reshape(40, 8, 4)
+    by = moved[:, 4, 1].astype(int) - images.reshape(40, 8, 4)[:, 4, 1]
+    assert {*(by % 256)} == {(4 * i + j) % 256 for i in (-1, 0, 1) for j in (-1, 0, 1)}
 
 
 @pytest.mark.parametrize(
     ("experiment", "says"),
     [
         (Experiment(data=Data(chat=True)), "data.chat is True"),
+        (Experiment(data=Data(inputs_length=64)), "data.inputs_length is 64"),
         (Experiment(data=Data(buckets="16,32")), "data.buckets is 16,32"),
         (Experiment(data=Data(objectives=("prefix_lm",))), "data.objectives is prefix_lm"),
         (Experiment(data=Data(inputs_template="{a}")), "data.inputs_template"),

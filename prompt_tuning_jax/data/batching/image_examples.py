@@ -25,6 +25,7 @@ _OF_TEXT = (
     *("objectives", "chat", "buckets", "inputs_template", "targets_template", "targets"),
     *("inputs_column", "targets_column", "header", "columns", "separator", "allow_empty_targets"),
 )
+_LENGTHS = ("inputs_length", "targets_length")
 
 
 class PixelRows:
@@ -165,9 +166,12 @@ def augmentation(
     return change
 
 
-def require_for_images(experiment: Experiment) -> None:
-    """Raises UserError for the first field that is about text, if the model reads images."""
-    for error in _errors(experiment):
+def require_for_images(experiment: Experiment, *, lengths: bool = True) -> None:
+    """Raises UserError for the first field that is about text, if the model reads images.
+
+    ``lengths=False`` allows lengths in tokens, which a default for texts may have.
+    """
+    for error in _errors(experiment, _OF_TEXT + (_LENGTHS if lengths else ())):
         raise UserError(f"{error}, and this model reads images; drop it")
 
 
@@ -180,9 +184,9 @@ def require_for_text(experiment: Experiment) -> None:
         )
 
 
-def _errors(experiment: Experiment) -> Iterator[str]:
+def _errors(experiment: Experiment, names: tuple[str, ...]) -> Iterator[str]:
     data, usual = experiment.data, {f.name: f.default for f in fields(Data)}
-    for name in _OF_TEXT:
+    for name in names:
         if (value := getattr(data, name)) != usual[name]:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             yield f"data.{name} is {shown}, which is about text"

@@ -109,7 +109,7 @@ class Data(Config):
     # Lengths that batches of similarly long inputs are padded to: ``auto`` (at most four, chosen
     # for the data), ``auto:N``, lengths such as ``64,128,256``, or ``none`` (inputs_length only).
     buckets: str = "auto"
-    max_eval_examples: int = 0  # evaluate on the first N examples; 0: all
+    max_eval_examples: int = 0  # evaluate on at most N evenly spaced examples; 0: all
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed
     objective_weights: tuple[float, ...] = ()  # share of each objective; empty: equal shares

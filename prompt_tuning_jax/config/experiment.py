@@ -116,7 +116,7 @@ class Data(Config):
     # Random changes of training images: ``flip`` mirrors half of them, ``crop`` moves each by up to
     # an eighth of its size.
     augment: tuple[Literal["flip", "crop"], ...] = ()
-    max_eval_examples: int = 0  # evaluate on the first N examples; 0: all
+    max_eval_examples: int = 0  # evaluate on at most N evenly spaced examples; 0: all
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed
     objective_weights: tuple[float, ...] = ()  # share of each objective; empty: equal shares

@@ -84,10 +84,14 @@ class MeshPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The meshes that were compiled for a slice, the best first, and advice if none fits."""
+    """The meshes that were compiled for a slice, the best first, and advice if none fits.
+
+    ``steps`` are those of the experiment's training.
+    """
 
     topology: Topology
     parameters: int
+    steps: int
     tried: tuple[MeshPlan, ...]
     advice: tuple[str, ...]
 
@@ -134,7 +138,13 @@ def plan(
     advice: tuple[str, ...] = ()
     if not any(one.train.fits for one in tried):
         advice = tuple(_advice(experiment, tried[0], topology))
-    return Plan(topology=topology, parameters=parameters, tried=tuple(tried), advice=advice)
+    return Plan(
+        topology=topology,
+        parameters=parameters,
+        steps=experiment.training.steps,
+        tried=tuple(tried),
+        advice=advice,
+    )
 
 
 def candidates(experiment: Experiment, config: ModelConfig, topology: Topology) -> list[Mesh]:

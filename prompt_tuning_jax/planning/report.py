@@ -72,6 +72,7 @@ def plan_as_dict(made: Plan) -> dict[str, Any]:
         "chips": made.topology.chips,
         "hbm_bytes": chip.hbm_bytes,
         "parameters": made.parameters,
+        "steps": made.steps,
         "best": best.name if best else None,
         "advice": list(made.advice),
         "meshes": [
@@ -126,6 +127,7 @@ def _mesh_lines(each: MeshPlan, made: Plan) -> Iterator[str]:
             f"{walls.step * 1e3:.1f} ms, {walls.step / walls.floor:.1f} times the floor of "
             f"{walls.floor * 1e3:.1f} ms",
         ),
+        ("training", _training(walls.step, made)),
         ("utilisation", f"{walls.utilisation:.0%} of peak FLOP/s (model FLOPs)"),
         ("speed", f"{each.tokens_per_second:,.0f} tokens/s"),
         (
@@ -138,6 +140,14 @@ def _mesh_lines(each: MeshPlan, made: Plan) -> Iterator[str]:
         rows.append(("evaluation", f"{fits}{evaluation.needed_bytes / GIB:.2f} GiB a chip"))
     for name, value in rows:
         yield f"{name:18} {value}"
+
+
+def _training(step_seconds: float, made: Plan) -> str:
+    hours = step_seconds * made.steps / 3600
+    return (
+        f"{made.steps:,} steps in {hours:,.1f} hours, {hours * made.topology.chips:,.1f} "
+        "chip-hours, without evaluation"
+    )
 
 
 def _program(program: Program) -> dict[str, Any]:

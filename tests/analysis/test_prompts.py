@@ -3,7 +3,8 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.setup import vocabulary_of
 from prompt_tuning_jax.training.run import train
-from tests import tiny_run
+from tests import tiny_lm, tiny_run
 from tests.micro import normal
 from tests.tiny_run import LABELS, LENGTH, experiment
 
@@ -155,3 +156,14 @@ def test_words_are_those_of_the_vocabulary() -> None:
     words = vocabulary_of(model)
     rows = embedding_rows(model, words)
     assert len(rows) == words.size < model.config.vocab_size
+
+
+def test_words_of_a_scaled_model_are_in_the_space_of_its_prompts() -> None:
+    """Gemma scales the embeddings of tokens, and not prompts: a copied word is at distance 0."""
+    model = tiny_lm.make_lm("gemma")
+    rows = embedding_rows(model, cast(Any, SimpleNamespace(size=tiny_lm.V)))
+    scale = tiny_lm.FAMILIES["gemma"]["embedding_scale"]
+    np.testing.assert_allclose(rows, scale * model.token_embedder.table()[:], rtol=1e-6)
+    copied = model.embedding_table()[jnp.asarray([5])]
+    ids, distances = nearest_tokens(copied, rows, number=1, by="euclidean")
+    assert ids.tolist() == [[5]] and float(distances[0, 0]) < 1e-2

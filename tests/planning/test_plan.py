@@ -48,17 +48,20 @@ def test_what_would_help_is_said_from_the_cheapest():
 
 
 def test_a_plan_that_does_not_fit_says_so():
-    made = Plan(topology=V5E, parameters=1, tried=(LARGE,), advice=("buy more",))
+    made = Plan(topology=V5E, parameters=1, steps=3600, tried=(LARGE,), advice=("buy more",))
     text = "\n".join(plan_lines(made))
     assert "does not fit: data=16 needs 20.00 GiB a chip of 15.75" in text and "buy more" in text
     assert plan_as_dict(made)["best"] is None
 
 
 def test_the_fastest_that_fits_is_the_best():
-    made = Plan(topology=V5E, parameters=1, tried=(FITS, LARGE), advice=())
+    made = Plan(topology=V5E, parameters=1, steps=3600, tried=(FITS, LARGE), advice=())
     assert made.best is FITS
     lines = list(plan_lines(made))
     assert "6.75 to spare" in "\n".join(lines)
+    # Steps of one second, on sixteen chips.
+    training = next(line for line in lines if line.startswith("training "))
+    assert "3,600 steps in 1.0 hours, 16.0 chip-hours" in training
     assert plan_as_dict(made)["meshes"][0]["seconds"]["step"] == pytest.approx(1.0)
 
 

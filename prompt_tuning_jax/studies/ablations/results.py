@@ -189,7 +189,8 @@ def draw(results: Results, png: Path) -> None:
 
     grid = results.grid
     with matplotlib.rc_context(dict(STYLE)):
-        figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
+        width = 6.4 if grid.line_axis is None else 8.4  # a legend is beside the lines
+        figure = Figure(figsize=(width, 4.0), dpi=200, layout="constrained")
         axis: Any = figure.subplots()
         places = _places(results)
         connected = grid.axis.scale != "names" or grid.axis.name == "length"
@@ -203,7 +204,7 @@ def draw(results: Results, png: Path) -> None:
             color = MEMBER_COLORS[number % len(MEMBER_COLORS)]
             label = None if line is None else _shown(line)
             if connected:
-                axis.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
+                axis.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.1, lw=0)
                 axis.plot(at, mean, "o-", color=color, ms=4, label=label)
             else:
                 shift = (number - (len(grid.all_lines) - 1) / 2) * 0.08
@@ -227,9 +228,11 @@ def draw(results: Results, png: Path) -> None:
             )
         _scale(axis, grid.axis, places, results)
         axis.set_xlabel(grid.axis.title)
-        axis.set_title(f"{results.task}: {results.split} {results.metric}")
+        task = results.task.replace("_", " ")
+        axis.set_title(f"{task}: {results.split} {results.metric}")
         if grid.line_axis is not None:
-            axis.legend(title=grid.line_axis.title)
+            title = grid.line_axis.title
+            figure.legend(loc="outside right upper", title=title, alignment="left")
         with atomic_write(png) as aside:
             figure.savefig(aside, format="png")
 

@@ -260,7 +260,10 @@ def test_every_size_is_counted_and_has_its_names() -> None:
     assert len(PRESETS) == 8 * 4 + 3
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_listed_parameters_are_the_models(kind: str) -> None:
-    shapes = {n: p.shape for n, p in param_tree.split(make_t5gemma(kind))[1].items()}
-    assert parameter_shapes(CONFIGS[kind]) == shapes
+def test_the_listed_parameters_are_the_models(kind: str, tied: bool) -> None:
+    decoder = dataclasses.replace(CONFIGS[kind].decoder, tie_embeddings=tied)
+    config = dataclasses.replace(CONFIGS[kind], decoder=decoder)
+    shapes = {n: p.shape for n, p in param_tree.split(make_t5gemma(config))[1].items()}
+    assert parameter_shapes(config) == shapes

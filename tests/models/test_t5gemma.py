@@ -15,6 +15,8 @@ from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.experiment import Model as ModelFields
 from prompt_tuning_jax.config.methods import DeepPrompts, LoRA, PrefixTuning, PromptTuning
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.api import generate
 from prompt_tuning_jax.methods import Context, attach_method
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.causal_lm.config import Window
@@ -267,3 +269,11 @@ def test_the_listed_parameters_are_the_models(kind: str, tied: bool) -> None:
     config = dataclasses.replace(CONFIGS[kind], decoder=decoder)
     shapes = {n: p.shape for n, p in param_tree.split(make_t5gemma(config))[1].items()}
     assert parameter_shapes(config) == shapes
+
+
+def test_images_are_refused() -> None:
+    model = make_t5gemma("t5gemma2", vocabulary=Words(CONFIGS["t5gemma2"].token_ids))
+    with pytest.raises(UserError, match="61 stands for an image: images are not supported"):
+        generate(model, [[5, 61, 4]], max_length=2)
+    with pytest.raises(UserError, match="stands for an image: images are not supported"):
+        model.vocabulary.encode_inputs(["words ;"])  # the second word has the id 61

@@ -102,20 +102,21 @@ def t5gemma_config(raw: Mapping[str, Any], path: Path) -> T5GemmaConfig:
             f"{path}: {where}.hidden_size is {encoder.embed_dim} and decoder.hidden_size "
             f"{decoder.embed_dim}: the stacks of a t5gemma2 have one width"
         )
-    special = {}
+    ids = _token_ids(raw, decoder_raw, generation, readers[1], path=path)
+    end = -1
     if merged:
         end = encoder_raw.get(_EOI, encoder_raw.get("eoi_token_id", 256_000))
         image = raw.get(_IMAGE, raw.get("image_token_id", 256_001))
         for key, value in ((f"encoder.{_EOI}", end), (_IMAGE, image)):
             if type(value) is not int or not 0 <= value < 2**31:
                 raise UserError(f"{path}: {key} is {repr(value)[:80]}; it must be a token's id")
-        special = {"eoi": end, "image_token": image}
+        ids = dataclasses.replace(ids, image=image)
     return T5GemmaConfig(
         model_type=kind,
         encoder=encoder,
         decoder=decoder,
-        token_ids=_token_ids(raw, decoder_raw, generation, readers[1], path=path),
-        **special,
+        token_ids=ids,
+        eoi=end,
     )
 
 
@@ -274,7 +275,7 @@ def described_t5gemma(config: T5GemmaConfig) -> tuple[dict[str, Any], dict[str, 
         "decoder": {**decoder, "is_decoder": True},
     }
     if config.merged:
-        images = {_EOI: config.eoi, _IMAGE: config.image_token}
+        images = {_EOI: config.eoi, _IMAGE: ids.image}
         parts = {"model_type": "t5gemma2_encoder", "text_config": encoder, **_VISION, **images}
         described |= {"encoder": parts, "decoder": decoder, **images}
     else:

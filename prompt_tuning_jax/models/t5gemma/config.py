@@ -23,8 +23,6 @@ class T5GemmaConfig(ModelConfig):
         is the output head.
       eoi: the id of T5Gemma 2's end of an image, which has an embedding of its own; -1 if there is
         none.
-      image_token: the id that stands for a part of an image, which inputs cannot have; -1 if there
-        is none.
     """
 
     implementation: ClassVar[str] = "prompt_tuning_jax.models.t5gemma.model:T5Gemma"
@@ -38,7 +36,6 @@ class T5GemmaConfig(ModelConfig):
     encoder: CausalLMConfig
     decoder: CausalLMConfig
     eoi: int = -1
-    image_token: int = -1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_heads", "head_dim", "mlp_dim"):

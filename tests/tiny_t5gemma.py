@@ -74,8 +74,7 @@ CONFIGS: dict[str, T5GemmaConfig] = {
             tie_embeddings=True,
         ),
         eoi=EOI,
-        image_token=61,
-        token_ids=TokenIds(pad=0, eos=1, start=2, inputs_have_eos=False),
+        token_ids=TokenIds(pad=0, eos=1, start=2, inputs_have_eos=False, image=61),
     ),
 }
 

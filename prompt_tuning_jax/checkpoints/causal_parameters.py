@@ -24,10 +24,12 @@ def t5gemma_parameter_shapes(config: T5GemmaConfig) -> dict[str, tuple[int, ...]
     """Every frozen parameter of a T5Gemma, and its shape; kernels are ``[in, out]``."""
     encoder, decoder = config.encoder, config.decoder
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (encoder.vocab_size, encoder.embed_dim)}
-    if not config.merged:
+    if not config.shares_table:
         shapes[DECODER_EMBEDDING] = (decoder.vocab_size, decoder.embed_dim)
     if config.eoi >= 0:
         shapes["eoi_embedding"] = (encoder.embed_dim,)
+        if not config.shares_table:
+            shapes["decoder_eoi_embedding"] = (decoder.embed_dim,)
     cross = None if config.merged else encoder.embed_dim
     return shapes | _stack_shapes(encoder, "encoder") | _stack_shapes(decoder, "decoder", cross)
 

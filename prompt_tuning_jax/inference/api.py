@@ -316,6 +316,11 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
             f"token ids must be from 0 to {model.config.vocab_size - 1}; "
             f"got {ids_BT.min()} to {ids_BT.max()}"
         )
+    if (image := ids.image) >= 0 and (ids_BT == image).any():
+        raise UserError(
+            f"the token id {image} stands for an image: images are not supported, and this model "
+            "reads text alone"
+        )
     if given_rows:
         return _filled(rows, ids.fill)
     return _with_padding(ids_BT.astype(np.int32), model, targets=targets)

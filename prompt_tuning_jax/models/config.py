@@ -18,6 +18,7 @@ class TokenIds:
       more_eos: other ids that end a generated sequence.
       inputs_have_eos: whether the inputs of an encoder-decoder end with an end of sequence, as a
         T5's do and a T5Gemma's do not.
+      image: stands for a part of an image, which inputs cannot have; -1 if there is no such token.
     """
 
     pad: int = 0
@@ -25,6 +26,7 @@ class TokenIds:
     start: int = 0
     more_eos: tuple[int, ...] = ()
     inputs_have_eos: bool = True
+    image: int = -1
 
     @property
     def fill(self) -> int:

@@ -1,4 +1,4 @@
-"""Decoder-only models over eight devices equal those on one, whatever the number of heads."""
+"""Decoder-only models and T5Gemma over eight devices equal those on one."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, make_mesh
 from tests.models.test_causal_lm import all_logits, loss_and_gradient, normal, tokens
 from tests.tiny_lm import make_lm
+from tests.tiny_t5gemma import make_t5gemma
 
 assert len(jax.devices()) == 8
 D, rows = 16, 8
@@ -40,6 +41,26 @@ for heads, kv_heads in ((8, 2), (6, 3)):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
     print(heads, kv_heads, flush=True)
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def gradient_of(graphdef, params, partitioner, prompt, inputs, targets):
+    with activation_sharding(partitioner):
+        model = param_tree.merge(graphdef, params)
+        logits = lambda prompt: model.write(model.read(model.embed(inputs, prompt)), targets)
+        return jax.value_and_grad(lambda prompt: (logits(prompt) ** 2).mean())(prompt)
+
+model = make_t5gemma("t5gemma")
+graphdef, params = param_tree.split(model)
+inputs, targets = (np.where(x < 0, 0, x) for x in (inputs, targets))
+want = gradient_of(graphdef, params, None, prompt, inputs, targets)
+sharded = partitioner.shard(params, param_tree.logical_axes(model))
+kernel = sharded["decoder/layers_0/encoder_decoder_attention/query/kernel"]
+assert kernel.sharding.spec == jax.P("fsdp", "model"), kernel.sharding
+batch = partitioner.shard_batch({"i": inputs, "t": targets}, ("batch", "length"))
+got = gradient_of(graphdef, sharded, partitioner, prompt, batch["i"], batch["t"])
+for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+print("t5gemma", flush=True)
 """
 
 
@@ -54,4 +75,4 @@ def test_every_number_of_heads_is_sharded() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Involuntary full rematerialization" not in done.stderr
-    assert done.stdout.split("\n") == ["8 2", "6 3", ""]
+    assert done.stdout.split("\n") == ["8 2", "6 3", "t5gemma", ""]

@@ -15,6 +15,8 @@ from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.experiment import Model as ModelFields
 from prompt_tuning_jax.config.methods import DeepPrompts, LoRA, PrefixTuning, PromptTuning
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.api import generate
 from prompt_tuning_jax.methods import Context, attach_method
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.causal_lm.config import Window
@@ -23,7 +25,7 @@ from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.models.t5gemma.presets import PRESETS, SIZES
 from prompt_tuning_jax.training.run import reach_warning
-from tests.method_cases import CASES, LABELS
+from tests.method_cases import CASES, LABELS, ONE_OF_EACH
 from tests.micro import Words, make_batch, normal
 from tests.tiny_t5gemma import (
     CONFIGS,
@@ -206,7 +208,7 @@ def test_prompts_of_words_are_in_the_scaled_space() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("t5gemma2", tuple(CASES)), ("t5gemma", ("lora", "prefix_tuning", "adapters_houlsby"))],
+    [("t5gemma2", ONE_OF_EACH), ("t5gemma", ("lora", "prefix_tuning", "adapters_houlsby"))],
 )
 def test_every_method_attaches_to_both_stacks(kind: str, names: tuple[str, ...]) -> None:
     """Traced, not compiled: which arrays train, and that there is a gradient of each."""
@@ -260,7 +262,18 @@ def test_every_size_is_counted_and_has_its_names() -> None:
     assert len(PRESETS) == 8 * 4 + 3
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_listed_parameters_are_the_models(kind: str) -> None:
-    shapes = {n: p.shape for n, p in param_tree.split(make_t5gemma(kind))[1].items()}
-    assert parameter_shapes(CONFIGS[kind]) == shapes
+def test_the_listed_parameters_are_the_models(kind: str, tied: bool) -> None:
+    decoder = dataclasses.replace(CONFIGS[kind].decoder, tie_embeddings=tied)
+    config = dataclasses.replace(CONFIGS[kind], decoder=decoder)
+    shapes = {n: p.shape for n, p in param_tree.split(make_t5gemma(config))[1].items()}
+    assert parameter_shapes(config) == shapes
+
+
+def test_images_are_refused() -> None:
+    model = make_t5gemma("t5gemma2", vocabulary=Words(CONFIGS["t5gemma2"].token_ids))
+    with pytest.raises(UserError, match="61 stands for an image: images are not supported"):
+        generate(model, [[5, 61, 4]], max_length=2)
+    with pytest.raises(UserError, match="stands for an image: images are not supported"):
+        model.vocabulary.encode_inputs(["words ;"])  # the second word has the id 61

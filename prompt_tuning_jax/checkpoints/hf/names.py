@@ -26,7 +26,7 @@ class NameTable:
       layers: what precedes a layer's number, in the decoder.
       encoder_layers: the same in the encoder, if there is one.
       inside: other names of a module, with which tensors may begin behind the prefix, and its name.
-      copies: their tensors, without a prefix, that must be copies of others.
+      copies: their tensors, without a prefix, that are copies of others in a tied model.
       layer: our modules in a layer, and theirs.
       head: their output head.
       fused: their modules that hold several of ours, in this order.

@@ -26,6 +26,7 @@ from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import T5GEMMA_FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import write_folder
+from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.errors import UserError
@@ -101,20 +102,21 @@ def t5gemma_config(raw: Mapping[str, Any], path: Path) -> T5GemmaConfig:
             f"{path}: {where}.hidden_size is {encoder.embed_dim} and decoder.hidden_size "
             f"{decoder.embed_dim}: the stacks of a t5gemma2 have one width"
         )
-    special = {}
+    ids = _token_ids(raw, decoder_raw, generation, readers[1], path=path)
+    end = -1
     if merged:
         end = encoder_raw.get(_EOI, encoder_raw.get("eoi_token_id", 256_000))
         image = raw.get(_IMAGE, raw.get("image_token_id", 256_001))
         for key, value in ((f"encoder.{_EOI}", end), (_IMAGE, image)):
             if type(value) is not int or not 0 <= value < 2**31:
                 raise UserError(f"{path}: {key} is {repr(value)[:80]}; it must be a token's id")
-        special = {"eoi": end, "image_token": image}
+        ids = dataclasses.replace(ids, image=image)
     return T5GemmaConfig(
         model_type=kind,
         encoder=encoder,
         decoder=decoder,
-        token_ids=_token_ids(raw, decoder_raw, generation, readers[1], path=path),
-        **special,
+        token_ids=ids,
+        eoi=end,
     )
 
 
@@ -170,9 +172,9 @@ def open_t5gemma(
 ) -> tuple[T5GemmaConfig, dict[str, LazyArray]]:
     """A model as (configuration, parameters by our name in the stored dtype).
 
-    Of a T5Gemma 2, what reads images is left unread.  An output head that is a copy of the
-    embedding table is dropped if ``config.json`` ties the two; one that differs is kept, and the
-    model is not tied.  See ``open_hf`` for the errors.
+    Of a T5Gemma 2, what reads images is left unread.  If ``config.json`` ties the tables, copies
+    of them are dropped; an output head that differs is kept, and the model is not tied.  See
+    ``open_hf`` for the errors.
     """
     config = t5gemma_config(raw, folder / _CONFIG)
     table = T5GEMMA_FAMILIES[config.model_type].names
@@ -186,16 +188,11 @@ def open_t5gemma(
 
     path, stored = open_weights(folder, is_unused=is_unused, flax=False)
     tensors = with_prefix(table, stored, path=path)
-    for copy, original in table.copies.items():
-        copied = tensors.get(table.prefixes[0] + copy)
-        held = tensors.get(table.prefixes[0] + original)
-        if copied is None or held is None:
-            continue
-        if not equal_bits(copied, held):
-            raise UserError(f"{path}: {copy} is not a copy of {original}")
-        del tensors[table.prefixes[0] + copy]
-    embedding = EMBEDDING if config.merged else DECODER_EMBEDDING
-    if config.tie_embeddings and not drop_copied_head(table, tensors, of=embedding):
+    embedding = EMBEDDING if config.shares_table else DECODER_EMBEDDING
+    keeps_head = config.tie_embeddings and not drop_copied_head(table, tensors, of=embedding)
+    if config.tie_embeddings:
+        _check_copies(table, tensors, keep=keeps_head, path=path)
+    if keeps_head:
         untied = dataclasses.replace(config.decoder, tie_embeddings=False)
         config = dataclasses.replace(config, decoder=untied)
     numbers = {"encoder": config.encoder.num_layers, "decoder": config.decoder.num_layers}
@@ -205,6 +202,21 @@ def open_t5gemma(
     if unread:
         _log.info("%s: only text is read; the parts for images are left out", folder)
     return config, params
+
+
+def _check_copies(
+    table: NameTable, tensors: dict[str, LazyArray], *, keep: bool, path: Path
+) -> None:
+    """Requires that copies in the file are copies; leaves them out, or ``keep`` has all of them."""
+    for copy, original in table.copies.items():
+        whole, of = table.prefixes[0] + copy, table.prefixes[0] + original
+        if of not in tensors:
+            continue
+        if whole in tensors and not equal_bits(tensors[whole], tensors[of]):
+            raise UserError(f"{path}: {copy} is not a copy of {original}")
+        tensors.pop(whole, None)
+        if keep:
+            tensors[whole] = tensors[of]
 
 
 def write_t5gemma(
@@ -263,7 +275,7 @@ def described_t5gemma(config: T5GemmaConfig) -> tuple[dict[str, Any], dict[str, 
         "decoder": {**decoder, "is_decoder": True},
     }
     if config.merged:
-        images = {_EOI: config.eoi, _IMAGE: config.image_token}
+        images = {_EOI: config.eoi, _IMAGE: ids.image}
         parts = {"model_type": "t5gemma2_encoder", "text_config": encoder, **_VISION, **images}
         described |= {"encoder": parts, "decoder": decoder, **images}
     else:

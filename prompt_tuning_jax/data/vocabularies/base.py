@@ -72,12 +72,18 @@ class BaseVocabulary(ABC):
         """Token ids of inputs, with the special tokens around them.
 
         ``chat`` makes each text the message of a user, in the vocabulary's chat template.  Raises
-        UserError if there is no chat template.
+        UserError if there is no chat template, and for a token that stands for an image.
         """
         if chat:
             encoded = self.encode_chat(texts, num_threads=num_threads)
             return [[*ids, *self.input_end] for ids in encoded]
         encoded = self.encode_batch(texts, num_threads=num_threads)
+        image = self.token_ids.image
+        if image >= 0 and (with_image := next((ids for ids in encoded if image in ids), None)):
+            raise UserError(
+                f"an input has {self.pieces(image)}, which stands for an image: images are not "
+                f"supported, and this model reads text alone ({self.decode(with_image)[:40]!r})"
+            )
         return [[*self.input_start, *ids, *self.input_end] for ids in encoded]
 
     def encode_target(self, text: str) -> list[int]:

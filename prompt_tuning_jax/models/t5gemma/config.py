@@ -17,14 +17,12 @@ class T5GemmaConfig(ModelConfig):
       model_type: Hugging Face's name of the architecture.  A ``t5gemma`` has Gemma 2's layers,
         separate cross-attention, and an embedding table for each stack.  A ``t5gemma2`` has Gemma
         3's layers, a decoder that attends to its own positions and to the encoder's output in one
-        attention, and one table.
+        attention, and one table if this is also the output head.
       encoder: the layers that read.  Their windows extend to both sides.
       decoder: the layers that write.  ``decoder.tie_embeddings`` says whether the decoder's table
         is the output head.
       eoi: the id of T5Gemma 2's end of an image, which has an embedding of its own; -1 if there is
         none.
-      image_token: the id that stands for a part of an image, which inputs cannot have; -1 if there
-        is none.
     """
 
     implementation: ClassVar[str] = "prompt_tuning_jax.models.t5gemma.model:T5Gemma"
@@ -38,7 +36,6 @@ class T5GemmaConfig(ModelConfig):
     encoder: CausalLMConfig
     decoder: CausalLMConfig
     eoi: int = -1
-    image_token: int = -1
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
@@ -46,8 +43,13 @@ class T5GemmaConfig(ModelConfig):
 
     @property
     def merged(self) -> bool:
-        """Whether the decoder has one attention and the model one table, as in T5Gemma 2."""
+        """Whether the decoder has one attention for both, as in T5Gemma 2."""
         return self.model_type == "t5gemma2"
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether encoder, decoder and output head have one table."""
+        return self.merged and self.tie_embeddings
 
     @property
     def tie_embeddings(self) -> bool:

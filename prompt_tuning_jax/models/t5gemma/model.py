@@ -68,11 +68,13 @@ class T5Gemma(Model):
             return Embed(stack, dtype=dtype, param_dtype=param_dtype, rngs=rngs, std=std)
 
         self.token_embedder = embed(config.encoder)
-        if not config.merged:
+        if not config.shares_table:
             self.decoder_embedder = embed(config.decoder)
         if config.eoi >= 0:
             zeros_D = jnp.zeros((config.embed_dim,), param_dtype)
             self.eoi_embedding = nnx.Param(zeros_D, logical_axes=("embed",))
+            if not config.shares_table:
+                self.decoder_eoi_embedding = nnx.Param(zeros_D, logical_axes=("embed",))
         self.encoder = Stack(
             config.encoder,
             name="encoder",
@@ -114,8 +116,7 @@ class T5Gemma(Model):
         x = _scaled(super().embed_tokens(tokens), self.config.encoder)
         if self.config.eoi < 0:
             return x
-        eoi_D = self.eoi_embedding.get_value().astype(x.dtype)
-        return jnp.where((jnp.asarray(tokens) == self.config.eoi)[..., None], eoi_D, x)
+        return self._with_eoi(x, tokens, self.eoi_embedding.get_value())
 
     def embedding_table(self) -> Table:
         config = self.config
@@ -218,13 +219,21 @@ class T5Gemma(Model):
 
     @property
     def _head_embedder(self) -> Embed:
-        return self.token_embedder if self.config.merged else self.decoder_embedder
+        return self.token_embedder if self.config.shares_table else self.decoder_embedder
 
     def _embed_targets(self, tokens_BS: Array | HostArray) -> Array:
-        if self.config.merged:
+        if self.config.shares_table:
             return self.embed_tokens(tokens_BS)
         tokens_BS = jnp.maximum(jnp.asarray(tokens_BS), 0)  # padding may be -1
-        return _scaled(self.decoder_embedder(tokens_BS), self.config.decoder)
+        x_BSD = _scaled(self.decoder_embedder(tokens_BS), self.config.decoder)
+        if self.config.eoi < 0:
+            return x_BSD
+        return self._with_eoi(x_BSD, tokens_BS, self.decoder_eoi_embedding.get_value())
+
+    def _with_eoi(self, x: Array, tokens: Array | HostArray, eoi_D: Array) -> Array:
+        """Puts the vector of T5Gemma 2's end of an image where this token is."""
+        is_eoi = jnp.asarray(tokens) == self.config.eoi
+        return jnp.where(is_eoi[..., None], eoi_D.astype(x.dtype), x)
 
     def _encode(
         self,

@@ -88,8 +88,7 @@ def _t5gemma_2(
         encoder=replace(decoder, model_type="t5gemma2_text", tie_embeddings=False),
         decoder=decoder,
         eoi=256_000,
-        image_token=256_001,
-        token_ids=_IDS,
+        token_ids=replace(_IDS, image=256_001),
     )
 
 

@@ -36,6 +36,7 @@ _LAYER = {
     "pre_self_attention_layer_norm": "pre_self_attn_layernorm",
     "post_self_attention_layer_norm": "post_self_attn_layernorm",
 }
+_TABLES = {"token_embedder": "encoder.embed_tokens", "decoder_embedder": "decoder.embed_tokens"}
 _NORMS = {"encoder/encoder_norm": "encoder.norm", "decoder/decoder_norm": "decoder.norm"}
 
 
@@ -52,11 +53,7 @@ T5GEMMA = T5GemmaFamily(
     decoder_type="t5_gemma_module",
     names=NameTable(
         prefixes=("model.", ""),
-        outside={
-            "token_embedder": "encoder.embed_tokens",
-            "decoder_embedder": "decoder.embed_tokens",
-            **_NORMS,
-        },
+        outside={**_TABLES, **_NORMS},
         layers="decoder.layers",
         encoder_layers="encoder.layers",
         layer={
@@ -79,8 +76,8 @@ T5GEMMA2 = T5GemmaFamily(
     decoder_type="t5gemma2_decoder",
     names=NameTable(
         prefixes=("model.", ""),
-        outside={"token_embedder": "encoder.embed_tokens", **_NORMS},
-        arrays={"eoi_embedding": f"encoder.{_EOI}"},
+        outside={**_TABLES, **_NORMS},
+        arrays={"eoi_embedding": f"encoder.{_EOI}", "decoder_eoi_embedding": f"decoder.{_EOI}"},
         layers="decoder.layers",
         encoder_layers="encoder.layers",
         # The module's name in transformers; files leave it out.

@@ -65,13 +65,22 @@ def read(
     return model.read(model.embed(tokens_BT, prompt), injections=injections)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "new_tokens"))
-def reading(
-    graphdef: Any, params: Any, tokens_BT: Any, *rest: Any, new_tokens: int = 8
-) -> tuple[Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames="graphdef")
+def reading(graphdef: Any, params: Any, tokens_BT: Any, *rest: Any) -> tuple[Array, Array, Array]:
     """The hidden states and logits of all positions, and the greedy continuation."""
     model = param_tree.merge(graphdef, params)
     context = read(model, tokens_BT, *rest)
+    return context.hidden_BUD, model.logits(context.hidden_BUD), greedy(model, context, 8)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "new_tokens"))
+def continuing(graphdef: Any, params: Any, tokens_BT: Any, new_tokens: int) -> Array:
+    """The greedy continuation alone; logits of all positions would cost most of the time."""
+    model = param_tree.merge(graphdef, params)
+    return greedy(model, read(model, tokens_BT), new_tokens)
+
+
+def greedy(model: Model, context: Context, new_tokens: int) -> Array:
     decode_context, caches = model.start_decoding(context, new_tokens)
 
     def step(carried: Any, position: Any) -> Any:
@@ -80,16 +89,22 @@ def reading(
         tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return (tokens_B, caches), tokens_B
 
-    first = (jnp.zeros(len(tokens_BT), jnp.int32), caches)
+    first = (jnp.zeros(len(context.mask_BU), jnp.int32), caches)
     greedy_SB = jax.lax.scan(step, first, jnp.arange(new_tokens))[1]
-    return context.hidden_BUD, model.logits(context.hidden_BUD), greedy_SB.T
+    return greedy_SB.T
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def losses(
-    graphdef: Any, params: Any, trained: Any, inputs_BT: Any, targets_BS: Any, is_prefix: Any = None
+    graphdef: Any,
+    params: Any,
+    trained: Any,
+    inputs_BT: Any,
+    targets_BS: Any,
+    is_prefix: Any = None,
+    with_gradient: bool = True,
 ) -> Any:
-    """The mean loss with the log-probability of each target, and the gradient."""
+    """The mean loss with the log-probability of each target, and the gradient or None."""
     model = param_tree.merge(graphdef, params)
 
     def loss(trained: Any) -> tuple[Array, Array]:
@@ -101,8 +116,8 @@ def losses(
         log_probs_BS = jnp.where(targets_BS >= 0, log_probs_BS, 0.0)
         return -jnp.sum(log_probs_BS) / jnp.sum(targets_BS >= 0), log_probs_BS
 
-    if trained is None:
-        return loss(None), None
+    if not with_gradient:
+        return loss(trained), None
     return jax.value_and_grad(loss, has_aux=True)(trained)
 
 
@@ -209,7 +224,8 @@ def test_gemma3_270m(gemma3_270m: Path, families: Path) -> None:
     split_model, real_BT = param_tree.split(load(gemma3_270m)), want["attention_mask"] != 0
     prompt, tokens_BT = jnp.asarray(want["prompt_inputs_embeds"]), want["input_ids"]
     empty_BT = np.full_like(tokens_BT[:, :1], -1)
-    _, log_probs_BT = losses(*split_model, prompt, empty_BT, padded(tokens_BT, real_BT))[0]
+    padded_BT = padded(tokens_BT, real_BT)
+    _, log_probs_BT = losses(*split_model, prompt, empty_BT, padded_BT, None, False)[0]
     recorded_BT = want["prompted_token_logprobs"]
     np.testing.assert_allclose(log_probs_BT[real_BT], recorded_BT[real_BT], atol=3e-4)
     row_1T = tokens_BT[:1, : real_BT[0].sum()]
@@ -222,11 +238,12 @@ def test_gemma3_270m(gemma3_270m: Path, families: Path) -> None:
 def check_pretrained(path: Path, want: Mapping[str, np.ndarray]) -> None:
     split_model, real_BT = param_tree.split(load(path)), want["attention_mask"] != 0
     tokens_BT = padded(want["input_ids"], real_BT)
-    _, log_probs_BT = losses(*split_model, None, tokens_BT[:, :1], tokens_BT[:, 1:])[0]
+    inputs_BT, targets_BT = tokens_BT[:, :1], tokens_BT[:, 1:]
+    _, log_probs_BT = losses(*split_model, None, inputs_BT, targets_BT, None, False)[0]
     recorded_BT = want["token_logprobs"][:, 1:]
     np.testing.assert_allclose(log_probs_BT[real_BT[:, 1:]], recorded_BT[real_BT[:, 1:]], atol=3e-4)
     # Gemma's padding, 0, is in no prompt; SmolLM2's may be.
     mask_BT = want["prompt_mask" if "prompt_mask" in want else "prompt_ids"] != 0
     prompts_BT = padded(want["prompt_ids"], mask_BT)
     new_tokens = want["greedy_ids"].shape[1]
-    check_greedy(reading(*split_model, prompts_BT, new_tokens=new_tokens)[2], want)
+    check_greedy(continuing(*split_model, prompts_BT, new_tokens), want)

@@ -258,8 +258,8 @@ def _scale(axis: Any, of: Axis, places: Mapping[str, float], results: Results) -
         axis.set_xscale("log")
         axis.minorticks_off()
     axis.set_xticks(list(places.values()), [_NAMES.get(name, name) for name in names])
-    if of.scale == "names" and len(places) > 1:
-        axis.margins(x=0.08)
+    if of.scale == "names":
+        axis.set_xlim(-0.5, len(places) - 0.5)
     if of.scale == "names" and max(map(len, names)) * len(names) > 60:
         axis.tick_params(axis="x", rotation=40)
         for label in axis.get_xticklabels():

@@ -26,6 +26,7 @@ from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
 )
 from prompt_tuning_jax.methods import PROMPT
+from prompt_tuning_jax.models.t5.config import PRESETS
 from prompt_tuning_jax.training import build, run
 from prompt_tuning_jax.training.logging import RunLog
 from prompt_tuning_jax.training.run import RunResult, train
@@ -110,11 +111,13 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
     )
     graphdef: Any = None
     members = Members(graphdef=graphdef, trainable={}, frozen={}, mask={}, number=1)
-    *_, steps, note = run._introduction(experiment(tmp_path), members, data)
+    config = PRESETS["tiny"]
+    *_, steps, note = run._introduction(experiment(tmp_path), members, data, config)
     assert steps == "12 steps of 4 examples: 16.0 epochs"
     assert note.startswith("note: a batch of 4 is larger than the 3 training examples")
     train_set.examples_per_epoch = 4000
-    *_, steps = run._introduction(experiment(tmp_path, {"training.steps": 1}), members, data)
+    once = experiment(tmp_path, {"training.steps": 1})
+    *_, steps = run._introduction(once, members, data, config)
     assert steps == "1 step of 4 examples: 0.001 epochs"
 
 

@@ -740,7 +740,7 @@ class PatternTuning(MethodConfig):
         path = name.removeprefix(_MODEL)
         patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
         matches = path != name and any(pattern.fullmatch(path) for pattern in patterns)
-        return matches or is_attached(name)
+        return matches or name.startswith(_CLASSIFIER)
 
     def config_errors(self) -> Iterator[str]:
         if not self.patterns:

@@ -1,6 +1,8 @@
 """Published models by name, of all families."""
 
 import difflib
+from collections import ChainMap
+from collections.abc import Mapping
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.presets import PRESETS as CAUSAL_LM_PRESETS
@@ -9,12 +11,9 @@ from prompt_tuning_jax.models.t5.config import PRESETS as T5_PRESETS
 from prompt_tuning_jax.models.t5gemma.presets import PRESETS as T5GEMMA_PRESETS
 from prompt_tuning_jax.models.vit.presets import PRESETS as VIT_PRESETS
 
-_PRESETS: dict[str, ModelConfig] = {
-    **T5_PRESETS,
-    **CAUSAL_LM_PRESETS,
-    **T5GEMMA_PRESETS,
-    **VIT_PRESETS,
-}
+_PRESETS: Mapping[str, ModelConfig] = ChainMap(
+    T5_PRESETS, CAUSAL_LM_PRESETS, T5GEMMA_PRESETS, VIT_PRESETS
+)
 
 
 def find_preset(name: str) -> ModelConfig | None:

@@ -298,7 +298,8 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
     from prompt_tuning_jax.models import layers
-    from prompt_tuning_jax.models.t5 import attention, model
+    from prompt_tuning_jax.models.ops import attention
+    from prompt_tuning_jax.models.t5 import model
 
     axes = []
 

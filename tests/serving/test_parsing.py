@@ -22,7 +22,8 @@ PROMPT = ServedPrompt(
 
 def parse(words: AnyVocabulary, task: str, text: str, **options: Any) -> tuple[list[int], bool]:
     shapes = SimpleNamespace(kinds=("generate",), longest=30, longest_target=8, max_new_tokens=8)
-    engine: Any = SimpleNamespace(vocabulary=words, shapes=shapes)
+    config = SimpleNamespace(reads_images=False)
+    engine: Any = SimpleNamespace(vocabulary=words, shapes=shapes, config=config)
     tasks = {
         "plain": ServedTask(name="plain", prompts=(PROMPT,)),
         "chat": ServedTask(name="chat", prompts=(PROMPT,), wording=Wording(chat=True)),

@@ -9,7 +9,7 @@ from prompt_tuning_jax.checkpoints.causal_parameters import EMBEDDING, causal_pa
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
-from prompt_tuning_jax.checkpoints.hf.index import write_folder
+from prompt_tuning_jax.checkpoints.hf.index import HfModel, with_dtype
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
@@ -95,33 +95,19 @@ def read_params(
     return params
 
 
-def write_causal(
-    folder: Path,
-    config: CausalLMConfig,
-    params: Mapping[str, LazyArray],
-    *,
-    tokenizer: Mapping[str, Path | dict[str, Any]],
-    dtype: str,
-    max_shard_bytes: int,
-) -> None:
-    """Writes a model, whose parameters are checked already; see ``write_hf``.
-
-    Raises UserError, before anything is written, if ``config.json`` would describe another model.
-    """
+def causal_as_hf(config: CausalLMConfig, params: Mapping[str, LazyArray]) -> HfModel:
+    """A model as transformers has it; UserError if config.json would describe another model."""
     described = described_config(config)
     generation = {key: described[key] for key in TOKEN_IDS} | {
         "eos_token_id": one_or_all(config.token_ids.all_eos)
     }
-    reader = ConfigReader(described, generation=generation, path=folder / _CONFIG)
+    reader = ConfigReader(described, generation=generation, path=Path(_CONFIG))
     FAMILIES[config.model_type].describe(reader)
     require_same_config(reader.config(), config)
-    write_folder(
-        folder,
-        FAMILIES[config.model_type].names.write(params, config.head_dim),
-        describe=lambda stored: {**described, "torch_dtype": stored, "dtype": stored},
-        tokenizer={GENERATION_CONFIG: generation, **tokenizer},
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+    return HfModel(
+        arrays=FAMILIES[config.model_type].names.write(params, config.head_dim),
+        describe=with_dtype(described),
+        files={GENERATION_CONFIG: generation},
     )
 
 

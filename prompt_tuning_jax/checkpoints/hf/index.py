@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,37 @@ _DTYPES: dict[str, np.dtype] = {
 _SHARDS = "model-*-of-*.safetensors"
 
 
-def write_folder(
-    folder: Path,
-    arrays: Mapping[str, LazyArray],
-    *,
-    describe: Callable[[str], Mapping[str, Any]],
-    tokenizer: Mapping[str, Path | dict[str, Any]],
-    dtype: str,
-    max_shard_bytes: int,
-) -> None:
-    """Writes arrays, which must have torch's names and layout.
+@dataclass(frozen=True, kw_only=True)
+class HfModel:
+    """What a folder holds.
 
-    ``describe`` returns config.json for the most common dtype; ``tokenizer`` maps the names of
-    other files to a file to copy or JSON to write.
+    Attributes:
+      arrays: with torch's names and layout.
+      describe: returns config.json, given the name of the arrays' most common dtype.
+      files: the names of other files -> a file to copy, or JSON to write.
     """
+
+    arrays: Mapping[str, LazyArray]
+    describe: Callable[[str], Mapping[str, Any]]
+    files: Mapping[str, Path | dict[str, Any]] = field(default_factory=dict)
+
+
+def with_dtype(described: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]:
+    """``HfModel.describe`` of a config.json in which only the dtype is missing."""
+    return lambda stored: {**described, "torch_dtype": stored, "dtype": stored}
+
+
+def write_folder(folder: Path, model: HfModel, *, dtype: str, max_shard_bytes: int) -> None:
+    """Writes a model into a folder, which then has no weights of another one."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    arrays = model.arrays
     dtypes = _dtypes(arrays, dtype)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes} and must be above 0")
     shards = _shards(arrays, dtypes, most=max_shard_bytes)
-    described = describe(_most_common(arrays, dtypes))
+    described = model.describe(_most_common(arrays, dtypes))
     with atomic_write_folder(folder) as temporary:
         _write_json(temporary / CONFIG, described)
         for file, names in shards.items():
@@ -61,7 +71,7 @@ def write_folder(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             _write_json(temporary / (SAFETENSORS + INDEX_SUFFIX), index)
-        for name, source in tokenizer.items():
+        for name, source in model.files.items():
             if isinstance(source, Path):
                 shutil.copyfile(source, temporary / name)
             else:

@@ -6,6 +6,7 @@ UMT5 are read here, with names and layouts of transformers' modeling_t5.py; torc
 in ``hf.t5gemma``, and vision transformers in ``hf.vit``.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.hf.causal import open_causal, write_causal
+from prompt_tuning_jax.checkpoints.hf.causal import causal_as_hf, open_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     VISION,
@@ -27,9 +28,9 @@ from prompt_tuning_jax.checkpoints.hf.config import (
     tokenizer_files,
 )
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
-from prompt_tuning_jax.checkpoints.hf.index import write_folder
-from prompt_tuning_jax.checkpoints.hf.t5gemma import open_t5gemma, write_t5gemma
-from prompt_tuning_jax.checkpoints.hf.vit import open_vit, write_vit
+from prompt_tuning_jax.checkpoints.hf.index import HfModel, write_folder
+from prompt_tuning_jax.checkpoints.hf.t5gemma import open_t5gemma, t5gemma_as_hf
+from prompt_tuning_jax.checkpoints.hf.vit import open_vit, vit_as_hf
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.checkpoints.parameters import (
@@ -190,42 +191,28 @@ def write_hf(
             "without quantization"
         )
     require_parameters(params, config, of="the parameters")
-    tokenizer = tokenizer_files(vocabulary_file, config) if vocabulary_file else {}
     lazy = {name: _as_lazy(name, array) for name, array in params.items()}
     if isinstance(config, CausalLMConfig):
-        write_causal(
-            Path(folder),
-            config,
-            lazy,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-        )
-        return
-    if isinstance(config, T5GemmaConfig):
-        write_t5gemma(
-            Path(folder),
-            config,
-            lazy,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-        )
-        return
-    if isinstance(config, ViTConfig):
-        write_vit(Path(folder), config, lazy, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        return
-    t5 = require_t5(config, what="writing a Hugging Face folder")
-    write_folder(
-        Path(folder),
-        {
+        model = causal_as_hf(config, lazy)
+    elif isinstance(config, T5GemmaConfig):
+        model = t5gemma_as_hf(config, lazy)
+    elif isinstance(config, ViTConfig):
+        model = vit_as_hf(config, lazy)
+    else:
+        t5 = require_t5(config, what="writing a Hugging Face folder")
+        model = _t5_as_hf(t5, lazy, model_type=model_type)
+    tokenizer = tokenizer_files(vocabulary_file, config) if vocabulary_file else {}
+    model = dataclasses.replace(model, files={**model.files, **tokenizer})
+    write_folder(Path(folder), model, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def _t5_as_hf(config: T5Config, params: Mapping[str, LazyArray], *, model_type: str) -> HfModel:
+    return HfModel(
+        arrays={
             hf_name(name): array.transposed() if _is_transposed(name) else array
-            for name, array in lazy.items()
+            for name, array in params.items()
         },
-        describe=lambda stored: config_to(t5, stored, model_type=model_type),
-        tokenizer=tokenizer,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+        describe=lambda stored: config_to(config, stored, model_type=model_type),
     )
 
 

@@ -25,7 +25,7 @@ from prompt_tuning_jax.checkpoints.hf.causal import (
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import T5GEMMA_FAMILIES
-from prompt_tuning_jax.checkpoints.hf.index import write_folder
+from prompt_tuning_jax.checkpoints.hf.index import HfModel, with_dtype
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
@@ -219,28 +219,13 @@ def _check_copies(
             tensors[whole] = tensors[of]
 
 
-def write_t5gemma(
-    folder: Path,
-    config: T5GemmaConfig,
-    params: Mapping[str, LazyArray],
-    *,
-    tokenizer: Mapping[str, Path | dict[str, Any]],
-    dtype: str,
-    max_shard_bytes: int,
-) -> None:
-    """Writes a model, whose parameters are checked already; see ``write_hf``.
-
-    Raises UserError, before anything is written, if ``config.json`` would describe another model.
-    """
+def t5gemma_as_hf(config: T5GemmaConfig, params: Mapping[str, LazyArray]) -> HfModel:
+    """A model as transformers has it; UserError if config.json would describe another model."""
     described, generation = described_t5gemma(config)
-    folder = Path(folder)
-    write_folder(
-        folder,
-        T5GEMMA_FAMILIES[config.model_type].names.write(params, config.head_dim),
-        describe=lambda stored: {**described, "torch_dtype": stored, "dtype": stored},
-        tokenizer={GENERATION_CONFIG: generation, **tokenizer},
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+    return HfModel(
+        arrays=T5GEMMA_FAMILIES[config.model_type].names.write(params, config.head_dim),
+        describe=with_dtype(described),
+        files={GENERATION_CONFIG: generation},
     )
 
 

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.hf.image_processor import (
     described_processing,
     read_processing,
 )
-from prompt_tuning_jax.checkpoints.hf.index import write_folder
+from prompt_tuning_jax.checkpoints.hf.index import HfModel, with_dtype
 from prompt_tuning_jax.checkpoints.hf.weights import open_weights
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.errors import UserError
@@ -61,15 +61,8 @@ def open_vit(folder: Path, raw: Mapping[str, Any]) -> tuple[ViTConfig, dict[str,
     return config, {name: _ours(name, tensors[theirs]) for name, (theirs, _) in table.items()}
 
 
-def write_vit(
-    folder: Path,
-    config: ViTConfig,
-    params: Mapping[str, LazyArray],
-    *,
-    dtype: str,
-    max_shard_bytes: int,
-) -> None:
-    """Writes a model, whose parameters are checked already; see ``write_hf``."""
+def vit_as_hf(config: ViTConfig, params: Mapping[str, LazyArray]) -> HfModel:
+    """A model as transformers has it."""
     writer = ConfigWriter(cast(Any, config))  # which reads the fields of any model's configuration
     describe_vit(writer)
     architecture = ARCHITECTURE if config.labels else WITHOUT_CLASSIFIER
@@ -77,21 +70,13 @@ def write_vit(
     if config.labels:
         described["id2label"] = {str(n): label for n, label in enumerate(config.labels)}
         described["label2id"] = {label: n for n, label in enumerate(config.labels)}
-    write_folder(
-        folder,
-        {
+    return HfModel(
+        arrays={
             theirs: _theirs(name, params[name], shape)
             for name, (theirs, shape) in tensor_shapes(config).items()
         },
-        describe=lambda stored: {
-            **described,
-            **writer.raw,
-            "torch_dtype": stored,
-            "dtype": stored,
-        },
-        tokenizer={PREPROCESSOR_CONFIG: described_processing(config)},
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+        describe=with_dtype({**described, **writer.raw}),
+        files={PREPROCESSOR_CONFIG: described_processing(config)},
     )
 
 

@@ -10,7 +10,8 @@ from prompt_tuning_jax.models.vit.config import ImageProcessing, ViTConfig
 def processed(image: np.ndarray, config: ViTConfig) -> np.ndarray:
     """Returns ``[image_size, image_size, num_channels]`` uint8 of ``[H, W, channels]`` uint8.
 
-    Resizing is Pillow's, as in transformers' image processors.
+    Resizing is Pillow's, as in the image processors of transformers 4.  Those of transformers 5 use
+    torchvision, whose pixels differ by one of 255 steps here and there.
     """
     array = _with_channels(image, config.num_channels)
     array = _resized(array, config.processing, config.image_size)

@@ -70,21 +70,21 @@ def pytest_runtest_setup() -> None:
         run.plot_curves = _drawn_once(run.plot_curves)  # type: ignore[attr-defined]
 
 
-_MOST_MEMORY = 3_000_000_000  # bytes of a process between two files of tests
-_MOST_WITHIN = 4_000_000_000  # and between two tests of a file
+_MOST_MEMORY = 1_500_000_000  # bytes of a process between two files of tests
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, None, None]:
-    """Forgets the programs that earlier tests compiled once they take gigabytes."""
+    """Forgets the compiled programs of earlier files once they take gigabytes."""
     yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
     statm = Path("/proc/self/statm")
     if "jax" in sys.modules and statm.exists():
-        same_file = nextitem is not None and nextitem.path == item.path
-        size = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if size > (_MOST_WITHIN if same_file else _MOST_MEMORY):
+        pages = int(statm.read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
             sys.modules["jax"].clear_caches()
             gc.collect()
             with suppress(AttributeError):  # another C library than glibc

@@ -57,8 +57,11 @@ def microbatching_of(
     if not _on_cpu(partitioner) or not partitioner.is_single_device or not few_train:
         return NO_MICROBATCHING
     first = {name: array[0] for name, array in members.trainable.items()}
-    config = param_tree.merge(members.graphdef, {**members.frozen, **first}).model.config
-    return Microbatching(config=config, prompt_positions=experiment.method.prompt_positions())
+    model = param_tree.merge(members.graphdef, {**members.frozen, **first}).model
+    prompt = experiment.method.prompt_positions()
+    if model.causal:
+        return Microbatching(config=model.config, shared_positions=prompt)
+    return Microbatching(config=model.config, prompt_positions=prompt)
 
 
 def _on_cpu(partitioner: Partitioner) -> bool:

@@ -1,5 +1,6 @@
 """The training step of E ensemble members: a pure function of state, frozen weights and batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -57,18 +58,25 @@ class StepCost:
     flops: float
 
 
+# Measured on two cores with SmolLM2-135M, 16 rows of 128 positions and a prompt of 100: 5.8 s a
+# step in microbatches of 2 rows, 5.0 s of 4, 4.8 s of 8 and 5.1 s of 16.
+_POSITIONS_PER_SHARED = 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class Microbatching:
     """Splits a step into microbatches and chunks of members that run one after another.
 
     The result equals that of the whole step.  ``num_microbatches`` sets the number of microbatches.
     If ``config`` is given, the split instead makes the largest activation fit into a CPU's cache;
-    the method adds ``prompt_positions`` positions to each row.  By default, nothing is split.
+    the method adds ``prompt_positions`` positions to each row, or ``shared_positions`` to each
+    microbatch.  By default, nothing is split.
     """
 
     num_microbatches: int = 1
     config: ModelConfig | None = None
     prompt_positions: int = 0
+    shared_positions: int = 0
 
     def microbatches(self, rows: int, length: int) -> int:
         """Returns the number of equal microbatches of a member's batch ``[rows, length]``.
@@ -78,7 +86,9 @@ class Microbatching:
         if self.config is None:
             return self.num_microbatches
         length = self.config.input_positions(length) + self.prompt_positions
-        most = rows_in_cache(self.config, length)
+        # The prompt's pass, which every microbatch repeats, must stay a small part of it.
+        least = math.ceil(_POSITIONS_PER_SHARED * self.shared_positions / length)
+        most = max(rows_in_cache(self.config, length), least)
         fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
         return next(fitting, rows)
 

@@ -20,6 +20,15 @@ def test_parts_are_the_fewest_that_fit():
     assert Microbatching(config=preset("base")).microbatches(32, 228) > SMALL.microbatches(32, 128)
 
 
+def test_a_prompt_that_is_read_once_per_part_has_many_positions_behind_it():
+    config = preset("small")
+    alone = Microbatching(config=config, shared_positions=2)
+    assert alone.microbatches(16, 128) == Microbatching(config=config).microbatches(16, 128)
+    parts = Microbatching(config=config, shared_positions=100).microbatches(16, 128)
+    assert parts == 2 < SMALL.microbatches(16, 128)  # 1,024 positions behind 100
+    assert Microbatching(config=config, shared_positions=1000).microbatches(16, 128) == 1
+
+
 def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_them():
     tiny = Microbatching(config=preset("tiny"), prompt_positions=20)
     assert tiny.chunk_size(5, 4, 16) == 5

@@ -1,7 +1,9 @@
 """The server of a model that reads images: forms with files, ensembles, and what it refuses."""
 
 import asyncio
+import base64
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from prompt_tuning_jax.methods import Context, PromptTuning, attach_method
 from prompt_tuning_jax.serving.image_form import form_parts
 from prompt_tuning_jax.serving.launch import open_service
 from prompt_tuning_jax.serving.schema import RefusedError
+from tests.serving.browser import CHROMIUM, Browser
+from tests.serving.live_server import live
 from tests.serving.serving_app import running
 from tests.tiny_vit import coloured, make_vit, write_vit
 
@@ -162,3 +166,37 @@ def test_other_bodies_are_refused(content: bytes, kind: str, says: str) -> None:
     with pytest.raises(RefusedError) as error:
         form_parts(content, kind, most=2)
     assert says in error.value.message
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; on Debian: apt-get install chromium")
+def test_the_page_takes_images(folder: Path, tmp_path: Path) -> None:
+    """A person chooses a file, sees it, and is told the classes; a text file is refused."""
+    service = open_service(experiment(folder), str(folder / "tasks"), serving=SERVING)
+    with live(service) as url, Browser(tmp_path / "profile") as browser:
+        browser.open(url)
+        browser.wait_for("!document.getElementById('image_field').hidden")
+        browser.wait_for("document.querySelectorAll('#tasks option').length === 2")
+        browser.run("$('task').value = 'warm'; $('task').dispatchEvent(new Event('change'))")
+        give = (
+            "const bytes = Uint8Array.from(atob('{data}'), (c) => c.charCodeAt(0));"
+            "const held = new DataTransfer();"
+            "held.items.add(new File([bytes], '{name}', {{ type: '{type}' }}));"
+            "$('images').files = held.files; $('images').dispatchEvent(new Event('change'))"
+        )
+        data = base64.b64encode(png("red")).decode()
+        browser.run(f"{{ {give.format(data=data, name='red.txt', type='text/plain')} }}")
+        assert "neither PNG nor JPEG" in browser.run("$('error').textContent")
+        browser.run(f"{{ {give.format(data=data, name='red.png', type='image/png')} }}")
+        assert browser.run("$('error').textContent") == ""
+        assert browser.run("document.querySelectorAll('#previews img').length") == 1
+        browser.run("document.querySelector('button').click()")
+        browser.wait_for("$('answer').textContent !== ''")
+        rows = browser.run(
+            "[...document.querySelectorAll('#table tr')].map((r) => "
+            "[...r.cells].map((c) => c.textContent))"
+        )
+        assert rows[0] == ["prompt", "no", "yes"]
+        assert [row[0] for row in rows[1:]] == ["ensemble", "seed_0", "seed_1"]
+        if "PAGE_PICTURE" in os.environ:
+            browser.save_picture(Path(os.environ["PAGE_PICTURE"]))
+        assert not browser.said

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prompt_tuning_jax.analysis.similarity import directions
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.typing import HostArray
@@ -34,8 +35,7 @@ class Redundancy:
 def redundancy(prompt_PD: HostArray) -> Redundancy:
     """Measures how similar the positions of a prompt are."""
     prompt = np.asarray(prompt_PD, np.float64)
-    norms = np.linalg.norm(prompt, axis=1, keepdims=True)
-    units = prompt / np.where(norms == 0, 1, norms)
+    units = directions(prompt)
     cosines_PP = units @ units.T
     number = len(prompt)
     pairs = cosines_PP[np.triu_indices(number, 1)]

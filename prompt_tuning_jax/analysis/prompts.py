@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.analysis.positions import Effects, Redundancy, leave_one_out, redundancy
-from prompt_tuning_jax.analysis.similarity import BY, require_one_model, similarity
+from prompt_tuning_jax.analysis.similarity import BY, directions, require_one_model, similarity
 from prompt_tuning_jax.analysis.words import (
     NearestWords,
     embedding_rows,
@@ -326,7 +325,7 @@ def _origins(
     vocabulary = vocabulary_of(model)
     vectors_CD = _label_vectors(labels, model, table_VD)
     texts, are_labels, wanted = [], [], []
-    cosines_PV = _cosines(start_PD, np.asarray(table_VD))
+    cosines_PV = directions(start_PD) @ directions(np.asarray(table_VD)).T
     for position, vector_D in enumerate(start_PD):
         token = int(cosines_PV[position].argmax())
         is_label = len(vectors_CD) > 0 and (
@@ -342,15 +341,6 @@ def _origins(
             wanted.append(vector_D)
         are_labels.append(is_label)
     return tuple(texts), tuple(are_labels), np.stack(wanted)
-
-
-def _cosines(a_PD: HostArray, b_VD: HostArray) -> HostArray:
-    def unit(x: HostArray) -> Any:
-        norms = np.linalg.norm(x, axis=-1, keepdims=True)
-        return x / np.where(norms == 0, 1, norms)
-
-    cosines: HostArray = unit(a_PD) @ unit(b_VD).T
-    return cosines
 
 
 def _norms_of(path: str, experiment: Experiment) -> tuple[tuple[int, float], ...]:

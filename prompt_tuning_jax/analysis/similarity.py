@@ -33,8 +33,8 @@ def similarity(a_PD: Array | HostArray, b_QD: Array | HostArray, *, by: By = "me
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"prompts {list(a.shape)} and {list(b.shape)} have no width in common")
     if by == "mean":
-        return float(np.clip(_directions(a.mean(axis=0)) @ _directions(b.mean(axis=0)), -1, 1))
-    return float((_directions(a) @ _directions(b).T).mean())
+        return float(np.clip(directions(a.mean(axis=0)) @ directions(b.mean(axis=0)), -1, 1))
+    return float((directions(a) @ directions(b).T).mean())
 
 
 def mixture(prompts: Sequence[Array | HostArray], weights: Sequence[float]) -> HostArray:
@@ -56,7 +56,7 @@ def mixture(prompts: Sequence[Array | HostArray], weights: Sequence[float]) -> H
     return np.tensordot(shares, np.stack(arrays), 1).astype(np.float32)
 
 
-def _directions(vectors_XD: HostArray) -> HostArray:
+def directions(vectors_XD: HostArray) -> HostArray:
     """Scales vectors to unit length; zero vectors stay zero."""
     norms = np.linalg.norm(vectors_XD, axis=-1, keepdims=True)
     directions: HostArray = vectors_XD / np.where(norms == 0, 1, norms)

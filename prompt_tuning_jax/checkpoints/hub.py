@@ -10,10 +10,9 @@ from pathlib import Path
 from prompt_tuning_jax.checkpoints.hf.config import (
     CONFIG,
     GENERATION_CONFIG,
-    VISION,
+    is_t5,
     model_type_of,
 )
-from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.image_processor import PREPROCESSOR_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress
@@ -195,7 +194,7 @@ def hub_folder(name: str) -> Path:
 def _may_be_flax(folder: Path) -> bool:
     """Whether a model may be read from Flax weights: a T5, or one whose type is not known yet."""
     try:
-        return model_type_of(folder) not in (*FAMILIES, *VISION)
+        return is_t5(model_type_of(folder))
     except UserError:  # opening the model reports it
         return True
 

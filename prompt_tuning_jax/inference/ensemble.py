@@ -29,7 +29,7 @@ from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcess
 from prompt_tuning_jax.inference.decoding.rank import rank, sequence_log_probs
 from prompt_tuning_jax.inference.decoding.sampling import sample
 from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
-from prompt_tuning_jax.models.base import DecodeContext
+from prompt_tuning_jax.models.base import DecodeContext, Model
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
@@ -229,6 +229,17 @@ def write(
         )
 
 
+def abstract_model(
+    graphdef: nnx.GraphDef[TunedModel], trainable: FlatParams, frozen: FlatParams
+) -> Model:
+    """Returns the model of one member, with shapes in place of what it trains.
+
+    Its config and its vocabulary are those of the members; no array is copied.
+    """
+    own: Any = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in trainable.items()}
+    return param_tree.merge(graphdef, {**frozen, **own}).model
+
+
 def _chunk_size(
     graphdef: nnx.GraphDef[TunedModel],
     trainable: FlatParams,
@@ -240,8 +251,7 @@ def _chunk_size(
     """Returns the chunk size for ``map_members``: limited by the cache on a CPU, else E."""
     if members == 1 or spans_devices(partitioner) or jax.default_backend() != "cpu":
         return members
-    own = {name: array[0] for name, array in trainable.items()}
-    config = param_tree.merge(graphdef, {**frozen, **own}).model.config
+    config = abstract_model(graphdef, trainable, frozen).config
     length = config.input_positions(tokens_BT.shape[1])
     return members_per_chunk(config, members, tokens_BT.shape[0], length)
 
@@ -302,11 +312,10 @@ def _write(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (logits, cache))
 
     cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), caches)
-    first = {name: array[0] for name, array in trainable.items()}
     size: dict[str, Any] = {
         "num_rows": rows,
         "max_length": writing.max_length,
-        "token_ids": param_tree.merge(graphdef, {**frozen, **first}).model.token_ids,
+        "token_ids": abstract_model(graphdef, trainable, frozen).token_ids,
         "processors": processors,
     }
     if writing.strategy == "beam":

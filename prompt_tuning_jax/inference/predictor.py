@@ -337,7 +337,7 @@ def _for_task(experiment: Experiment, task: Task) -> Experiment:
 def _label_curves(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
     """For each member the areas under the curves of the second of two labels, in percent."""
     first, second = examples.task.labels
-    targets = [float(example["targets"] == second) for example in examples.load_texts()]
+    targets = [float(example["targets"] == second) for example in examples.texts]
     curves = []
     for known_N in predictions.log_probs_EN:
         odds = [known[second] - known[first] for known in known_N]
@@ -360,9 +360,9 @@ def evaluate_members(
     """
     scores: list[dict[str, float]] = [{} for _ in range(members.number)]
     predictions = {}
+    words = vocabulary_of(members.model())
     for name, examples in data.evaluation.items():
         labels = examples.task.labels
-        words = vocabulary_of(members.model(trainable))
         if isinstance(examples, ImageExamples) and isinstance(words, ClassVocabulary):
             examples = examples.with_classes(words)
         predictor = build_predictor(

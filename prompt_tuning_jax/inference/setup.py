@@ -29,6 +29,7 @@ from prompt_tuning_jax.data.tasks.selection import build_mixture, trained_tasks
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import RULES, Partitioner, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.inference.ensemble import abstract_model
 from prompt_tuning_jax.methods import (
     PROMPT,
     Context,
@@ -60,11 +61,9 @@ class Members:
     number: int
     tasks: tuple[str, ...] = ()
 
-    def model(self, trainable: FlatParams | None = None) -> Model:
-        """Returns the model of the first member; that of an image model has the tuned classes."""
-        own = self.trainable if trainable is None else trainable
-        first = {name: array[0] for name, array in own.items()}
-        return param_tree.merge(self.graphdef, {**self.frozen, **first}).model
+    def model(self) -> Model:
+        """Returns ``abstract_model``; that of an image model has the tuned classes."""
+        return abstract_model(self.graphdef, self.trainable, self.frozen)
 
     def task_number(self, name: str) -> int | None:
         """Returns the index of the task with this name, or None if there is no such task."""

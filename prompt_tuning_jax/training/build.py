@@ -56,8 +56,7 @@ def microbatching_of(
     few_train = param_tree.count(members.trainable) < param_tree.count(members.frozen)
     if not _on_cpu(partitioner) or not partitioner.is_single_device or not few_train:
         return NO_MICROBATCHING
-    first = {name: array[0] for name, array in members.trainable.items()}
-    model = param_tree.merge(members.graphdef, {**members.frozen, **first}).model
+    model = members.model()
     prompt = experiment.method.prompt_positions()
     if model.causal:
         return Microbatching(config=model.config, shared_positions=prompt)

@@ -227,9 +227,9 @@ def test_the_mean_of_probabilities_hears_how_sure_members_are() -> None:
             [{label: math.log(p) for label, p in one.items()}] for one in (sure, unsure, unsure)
         ],
     )
-    assert ensemble_study._vote(members, (0, 1, 2), 0) == "blue"
-    assert ensemble_study._most_probable(members, (0, 1, 2), 0) == "red"
-    assert ensemble_study._most_probable(members, (1, 2), 0) == "blue"
+    assert ensemble_study.vote((0, 1, 2), members, 0) == "blue"
+    assert ensemble_study._most_probable((0, 1, 2), members, 0) == "red"
+    assert ensemble_study._most_probable((1, 2), members, 0) == "blue"
     # Each member's probabilities are normalized: what is beside the labels does not count.
     flat, clear = {"red": 0.4, "blue": 0.3, "green": 0.3}, {"red": 0.38, "blue": 0.5, "green": 0.12}
     members = Predictions(
@@ -239,4 +239,4 @@ def test_the_mean_of_probabilities_hears_how_sure_members_are() -> None:
             [{label: math.log(p) for label, p in clear.items()}],
         ],
     )
-    assert ensemble_study._most_probable(members, (0, 1), 0) == "blue"
+    assert ensemble_study._most_probable((0, 1), members, 0) == "blue"

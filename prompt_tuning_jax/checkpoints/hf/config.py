@@ -85,6 +85,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return _DEFAULTS[kind] | {key: value for key, value in raw.items() if value is not None}
 
 
+def is_t5(model_type: str) -> bool:
+    """Whether a ``model_type`` is one of T5's own family."""
+    return model_type in _DEFAULTS
+
+
 def model_type_of(folder: str | Path) -> str:
     """The model_type of a folder.  T5 1.1 and mT5 differ in nothing else."""
     kind: str = read_config(Path(folder) / CONFIG)["model_type"]

@@ -6,6 +6,7 @@ forward passes as one of N prompts, and N times the memory of the weights.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from prompt_tuning_jax.checkpoints.run_folder import workdir_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.ensemble import majority_vote
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.inference.predictor import Predictions
 from prompt_tuning_jax.inference.setup import build_model, shared_model
@@ -26,10 +26,13 @@ from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of,
 from prompt_tuning_jax.studies.ablations.run import (
     AblationResult,
     Settings,
+    as_read,
     check,
     in_folder,
     majority_score,
+    scores_of,
     tested_on,
+    vote,
 )
 from prompt_tuning_jax.studies.suite import data_of
 from prompt_tuning_jax.training.resume import require_place
@@ -37,7 +40,6 @@ from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 SCORES = "ensembles.json"
-_WAYS = ("vote", "mean of probabilities")
 _TITLES = {"prompt_tuning": "prompts", "full": "models"}
 
 
@@ -123,22 +125,13 @@ def _scored(
     }
     if file.is_file():
         kept = read_json_file(file)
-        if isinstance(kept, dict) and kept.get("of") == _as_read(wanted):
+        if isinstance(kept, dict) and kept.get("of") == as_read(wanted):
             return 0, kept, trained
     result = evaluate(tested, prompts=[run.workdir for run in runs])
     metric = tested.evaluation.best_by or next(iter(result.mean))
     scores = {"metric": metric, "split": result.split, "scores": subset_scores(result, metric)}
     run_folder.write_json(file, {"of": wanted, **scores})
     return 0, scores, trained
-
-
-def _as_read(value: Any) -> Any:
-    """Returns the value as JSON would give it back, with lists for tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_read(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_read(each) for each in value]
-    return value
 
 
 def subset_scores(result: EvalResult, metric: str) -> dict[str, list[list[float]]]:
@@ -154,38 +147,20 @@ def subset_scores(result: EvalResult, metric: str) -> dict[str, list[list[float]
         for own in predictions.log_probs_EN
         for known in own
     )
-    ways = _WAYS if ranked else _WAYS[:1]
+    ways = {"vote": vote} | ({"mean of probabilities": _most_probable} if ranked else {})
     return {
         way: [
             [
-                _score(result, metric, subset, way=way)
+                scores_of(result, partial(answer, subset))[metric]
                 for subset in itertools.combinations(members, number)
             ]
             for number in range(1, len(members) + 1)
         ]
-        for way in ways
+        for way, answer in ways.items()
     }
 
 
-def _score(result: EvalResult, metric: str, subset: Sequence[int], *, way: str) -> float:
-    scores: dict[str, float] = {}
-    for task, examples in result.examples.items():
-        predictions = result.predictions[task]
-        number = range(len(examples))
-        answer = _vote if way == _WAYS[0] else _most_probable
-        texts = [answer(predictions, subset, n) for n in number]
-        prefix = f"{task}/" if len(result.examples) > 1 else ""
-        scores |= {f"{prefix}{name}": value for name, value in examples.score(texts).items()}
-    return scores[metric]
-
-
-def _vote(predictions: Predictions, subset: Sequence[int], example: int) -> str:
-    texts = [predictions.texts_EN[member][example] for member in subset]
-    known = [predictions.log_probs_EN[member][example] for member in subset]
-    return majority_vote(texts, known).prediction
-
-
-def _most_probable(predictions: Predictions, subset: Sequence[int], example: int) -> str:
+def _most_probable(subset: Sequence[int], predictions: Predictions, example: int) -> str:
     """Returns the label with the largest mean of the members' probabilities of the labels."""
     labels = list(predictions.log_probs_EN[0][example])
     logits_EC = np.array(

@@ -8,8 +8,9 @@ last checkpoint.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from prompt_tuning_jax.data.tasks.metrics import best_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import majority_vote
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
+from prompt_tuning_jax.inference.predictor import Predictions
 from prompt_tuning_jax.inference.setup import (
     build_model,
     model_fingerprint,
@@ -160,6 +162,11 @@ def _tested(of: Experiment, test: Data) -> Experiment:
     return validate(dataclasses.replace(of, data=data))
 
 
+def as_read(value: Any) -> Any:
+    """Returns the value as JSON gives it back, with lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
 def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
     """Trains and scores a group, unless its folder has the scores.
 
@@ -167,15 +174,13 @@ def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[
     """
     of = group.experiment
     folder = workdir_of(of)
-    wanted = json.loads(
-        json.dumps(
-            {
-                "experiment": to_dict(of),
-                "test": None if settings.test is None else to_dict(_tested(of, settings.test).data),
-                "search": settings.search,
-                "data": data_of(of),
-            }
-        )
+    wanted = as_read(
+        {
+            "experiment": to_dict(of),
+            "test": None if settings.test is None else to_dict(_tested(of, settings.test).data),
+            "search": settings.search,
+            "data": data_of(of),
+        }
     )
     file = folder / POINT
     if file.is_file():
@@ -211,6 +216,7 @@ def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[
 def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
     of, chosen = group.experiment, ""
     folder = workdir_of(of)
+    metric, direction = _metric_of(of)
     rates = rates_of(of, method_name(of.method)) if settings.search else ()
     if rates:
         search = train(
@@ -225,7 +231,6 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
         )
         if not search.finished:
             return search.stopped_by, {}
-        metric, direction = _metric_of(of)
         scores = [best.metrics[metric] if best else float("nan") for best in search.best]
         rate = rates[best_of(scores, direction)]
         chosen = f"rate {rate:g}"
@@ -236,7 +241,6 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
     run = train(of, quiet=quiet)
     if not run.finished:
         return run.stopped_by, {}
-    metric, _ = _metric_of(of)
     members: list[dict[str, Any]] = [
         {"validation": best.metrics[metric] if best else None, "step": best.step if best else None}
         for best in run.best
@@ -303,23 +307,25 @@ def _scores_of(result: EvalResult, metric: str, group: Group) -> dict[str, Any]:
     ensembles = {}
     for key, members in cells.items():
         if len(members) > 1:
-            ensembles[key] = _vote(result, members).get(metric)
+            ensembles[key] = scores_of(result, partial(vote, members)).get(metric)
     return {"split": result.split, "ensembles": ensembles}
 
 
-def _vote(result: EvalResult, members: Sequence[int]) -> dict[str, float]:
+def scores_of(result: EvalResult, answer: Callable[[Predictions, int], str]) -> dict[str, float]:
+    """Returns the scores of ``answer`` (the predictions, an example's number) on all examples."""
     scores: dict[str, float] = {}
     for task, examples in result.examples.items():
-        found = result.predictions[task]
-        texts = [
-            majority_vote(
-                [found.texts_EN[e][n] for e in members], [found.log_probs_EN[e][n] for e in members]
-            ).prediction
-            for n in range(len(examples))
-        ]
+        texts = [answer(result.predictions[task], n) for n in range(len(examples))]
         prefix = f"{task}/" if len(result.examples) > 1 else ""
         scores |= {f"{prefix}{name}": value for name, value in examples.score(texts).items()}
     return scores
+
+
+def vote(members: Sequence[int], predictions: Predictions, example: int) -> str:
+    """Returns what most of these members answer."""
+    texts = [predictions.texts_EN[member][example] for member in members]
+    known = [predictions.log_probs_EN[member][example] for member in members]
+    return majority_vote(texts, known).prediction
 
 
 def _metric_of(of: Experiment) -> tuple[str, Any]:

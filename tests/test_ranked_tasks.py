@@ -25,7 +25,7 @@ def test_areas_under_the_curves_of_the_second_label() -> None:
     odds = [0.1, 0.4, 0.35, 0.8, 0.2]  # as in the recorded values of t5
     # Only the difference of the two labels counts.
     known = [[{"0": -i, "1": sign * odd - i} for i, odd in enumerate(odds)] for sign in (1.0, -1.0)]
-    examples: Any = SimpleNamespace(task=task, load_texts=lambda: [{"targets": t} for t in targets])
+    examples: Any = SimpleNamespace(task=task, texts=[{"targets": t} for t in targets])
     first, second = _label_curves(examples, Predictions(texts_EN=[[], []], log_probs_EN=known))
     assert first == pytest.approx({"auc-roc": 66.66666666666666, "auc-pr": 80.55555555555556})
     assert second["auc-roc"] == pytest.approx(100 - 66.66666666666666)

@@ -316,7 +316,7 @@ _TRACED: ContextVar[Partitioner | None] = ContextVar("partitioner of the functio
 @contextmanager
 def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
     """Makes ``with_logical_constraint`` use this mesh; the traced function enters it."""
-    token = _TRACED.set(partitioner if spans_devices(partitioner) else None)
+    token = _TRACED.set(partitioner)
     try:
         yield
     finally:
@@ -326,19 +326,29 @@ def activation_sharding(partitioner: Partitioner | None) -> Iterator[None]:
 def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Constrains the sharding of an activation; returns ``x`` itself if there is no mesh."""
     partitioner = _TRACED.get(None)
-    if partitioner is None:
+    if not spans_devices(partitioner):
         return x
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes, x.shape))
 
 
 def on_a_mesh() -> bool:
     """Returns whether the traced function runs on a mesh with more than one device."""
-    return _TRACED.get(None) is not None
+    return spans_devices(_TRACED.get(None))
+
+
+def for_cpu() -> bool:
+    """Returns whether the traced function runs on CPUs: those of its mesh, or JAX's default."""
+    partitioner = _TRACED.get(None)
+    if partitioner is not None:
+        return partitioner.mesh.devices.flat[0].platform == "cpu"
+    chosen = jax.config.jax_default_device
+    platform = getattr(chosen, "platform", chosen) or jax.default_backend()
+    return platform == "cpu"
 
 
 def replicate(tree: Any) -> Any:
     """Replicates the results of a sharded function, so that every process can read them."""
     partitioner = _TRACED.get(None)
-    if partitioner is None:
+    if not spans_devices(partitioner):
         return tree
     return jax.lax.with_sharding_constraint(tree, partitioner.replicated)

@@ -132,6 +132,7 @@ class Model(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.vocabulary = vocabulary
+        self.scan_layers = False  # whether equal layers run as one loop (models/layer_loop.py)
         self.original_fingerprint = ""  # fingerprint of the weights before quantisation
 
     @property

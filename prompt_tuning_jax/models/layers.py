@@ -206,7 +206,6 @@ def _rms_norm_backward(
 ) -> tuple[Array, Array]:
     x, scale_D = saved
     normed, inverse_rms = _normed(x, eps)
-    # Compute sums of products as matrix products: plain sums are thirty times slower on CPU.
     scaled = cotangent * scale_D.astype(jnp.float32)
     share = matmul.inner(scaled, normed)[..., None] / x.shape[-1]
     dx = inverse_rms * (scaled - normed * share)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, LinearAdapter, Table
-from prompt_tuning_jax.models.ops import matmul
+from prompt_tuning_jax.models.ops import cpu
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
@@ -138,7 +138,7 @@ def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
 
 @jax.custom_vjp
 def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
-    out_NF = matmul.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
+    out_NF = cpu.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
     return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
 
 
@@ -155,11 +155,9 @@ def _dot_backward(
     kernel_DF, scale_GF, empty_0 = saved
     if scale_GF.shape[0] == 1:
         cotangent_NF = cotangent_NF * scale_GF
-    # The barrier prevents fusion of the cast into the product, which would make the CPU backend use
-    # its slow kernel.
-    cotangent_NF = jax.lax.optimization_barrier(cotangent_NF.astype(empty_0.dtype))
+    cotangent_NF = cpu.apart(cotangent_NF.astype(empty_0.dtype))
     full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
-    return matmul.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
+    return cpu.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -102,6 +102,7 @@ def step_from(
         partitioner=partitioner,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
         remat=training.remat,
+        scan_layers=bool(__import__("os").environ.get("SCAN")),
         compiler_options=_CPU_OPTIONS if _on_cpu(partitioner) else None,
     )
 

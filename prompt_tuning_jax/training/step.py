@@ -182,6 +182,7 @@ def make_train_step(
     partitioner: Partitioner | None = None,
     state_shardings: TrainState | None = None,
     remat: Remat = "none",
+    scan_layers: bool = False,
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
     """Returns the jitted step ``(state, frozen, batch) -> (state, metrics)``; it donates the state.
@@ -211,6 +212,7 @@ def make_train_step(
         trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
+        attached.model.scan_layers = scan_layers
         sums = attached.token_sums(
             batch["inputs"],
             batch["targets"],

@@ -1,6 +1,6 @@
 """The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from prompt_tuning_jax.models.base import (
     joined,
 )
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
+from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     Embed,
     Linear,
@@ -25,7 +26,6 @@ from prompt_tuning_jax.models.layers import (
     Remat,
     RMSNorm,
     dropout,
-    rematerialised,
     split_key,
 )
 from prompt_tuning_jax.models.t5.attention import (
@@ -211,6 +211,7 @@ class Encoder(nnx.Module):
         injections: Injections,
         key: Array | None,
         remat: Remat = "none",
+        scan: bool = False,
     ) -> Array:
         """Encodes an input that its prompt is part of; returns ``[B, U, D]``."""
         keys = split_key(key, self.num_layers + 2)
@@ -221,13 +222,23 @@ class Encoder(nnx.Module):
             visible_BUU = visible_BUU & source.attention_mask_BUU
         mask_B1UU = bias_of(visible_BUU)
         prefixes = injections.prefixes.get("encoder", (None,) * self.num_layers)
-        biases = _position_biases(self, positions_U, positions_U, prefixes)
+        biases = _shared_biases(self, positions_U, positions_U, prefixes)
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
-        for i, bias in enumerate(biases):
-            prompt = injections.layer_prompts[i] if injections.layer_prompts else None
+
+        def apply(layer: EncoderLayer, x_BUD: Array, given: Any, _: None) -> tuple[Array, None]:
+            prompt, prefix, layer_key = given
             x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
-            layer = rematerialised(self.layer(i), remat)
-            x_BUD = layer(x_BUD, bias, mask_B1UU, prefixes[i], keys[i])
+            bias = _position_bias(layer, biases, positions_U, positions_U, prefix)
+            return layer(x_BUD, bias, mask_B1UU, prefix, layer_key), None
+
+        x_BUD, _ = run_layers(
+            [self.layer(i) for i in range(self.num_layers)],
+            apply,
+            x_BUD,
+            list(zip(injections.layer_prompts or [None] * self.num_layers, prefixes, keys)),
+            remat=remat,
+            scan=scan,
+        )
         x_BUD = self.encoder_norm(x_BUD)
         return dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
 
@@ -296,6 +307,7 @@ class Decoder(nnx.Module):
         injections: Injections,
         key: Array | None,
         remat: Remat = "none",
+        scan: bool = False,
         caches: tuple[SelfCache, ...] | None = None,
         position: Array | int = 0,
     ) -> tuple[Array, tuple[SelfCache, ...] | None]:
@@ -307,24 +319,37 @@ class Decoder(nnx.Module):
         mask_11SS = bias_of(causal_1SS)
         prefixes = injections.prefixes.get("decoder", (None,) * self.num_layers)
         cross_prefixes = injections.prefixes.get("cross", (None,) * self.num_layers)
-        biases = _position_biases(self, query_positions, key_positions, prefixes)
+        biases = _shared_biases(self, query_positions, key_positions, prefixes)
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
-        new_caches = []
-        for i, bias in enumerate(biases):
-            x_BSD, cache = rematerialised(self.layer(i), remat)(
+
+        def apply(
+            layer: DecoderLayer, x_BSD: Array, given: Any, _: None
+        ) -> tuple[Array, SelfCache | None]:
+            cross, prefix, cross_prefix, layer_key, cache = given
+            bias = _position_bias(layer, biases, query_positions, key_positions, prefix)
+            return layer(
                 x_BSD,
-                cross[i],
+                cross,
                 bias,
                 mask_11SS,
                 cross_bias,
-                prefixes[i],
-                cross_prefixes[i],
-                keys[i],
-                None if caches is None else caches[i],
+                prefix,
+                cross_prefix,
+                layer_key,
+                cache,
                 position,
             )
-            new_caches.append(cache)
+
+        no_caches = (None,) * self.num_layers
+        x_BSD, new_caches = run_layers(
+            [self.layer(i) for i in range(self.num_layers)],
+            apply,
+            x_BSD,
+            list(zip(cross, prefixes, cross_prefixes, keys, caches or no_caches)),
+            remat=remat,
+            scan=scan,
+        )
         x_BSD = self.decoder_norm(x_BSD)
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return x_BSD, None if caches is None else tuple(c for c in new_caches if c is not None)
@@ -428,7 +453,9 @@ class T5(Model):
         remat: Remat = "none",
     ) -> Context:
         source = joined(source)
-        hidden_BUD = self.encoder(source, injections=injections, key=key, remat=remat)
+        hidden_BUD = self.encoder(
+            source, injections=injections, key=key, remat=remat, scan=self.scan_layers
+        )
         return Context(
             hidden_BUD=hidden_BUD,
             mask_BU=source.mask_BU,
@@ -465,6 +492,7 @@ class T5(Model):
             injections=injections,
             key=key,
             remat=remat,
+            scan=self.scan_layers,
         )
         return x_BSD
 
@@ -547,24 +575,38 @@ class T5(Model):
         return run(params, tokens_P[None])
 
 
-def _position_biases(
+def _shared_biases(
     stack: Encoder | Decoder,
     query_positions: Array,
     key_positions: Array,
     prefixes: Sequence[KeyValues | None],
-) -> Iterator[Array]:
-    """Yields the relative position bias of each layer's self-attention."""
-    shared = None
-    for i, prefix in enumerate(prefixes):
-        ahead = prefix.key_BPGK.shape[1] if prefix and prefix.before else 0
-        if (
-            stack.relpos_per_layer
-            or shared is None
-            or shared.shape[-1] != ahead + len(key_positions)
-        ):
-            # Yield one at a time: with a bias per layer, only that layer needs it.
-            of = stack.layer(i) if stack.relpos_per_layer else stack
-            before = jnp.arange(-ahead, 0)
-            positions = jnp.concatenate([before, key_positions]) if ahead else key_positions
-            shared = of.relpos_bias(query_positions, positions)
-        yield shared
+) -> dict[int, Array]:
+    """Returns the position biases that layers share, by the positions before the sequence."""
+    if stack.relpos_per_layer:
+        return {}
+    return {
+        before: stack.relpos_bias(query_positions, _with_positions_before(key_positions, before))
+        for before in {_positions_before(prefix) for prefix in prefixes}
+    }
+
+
+def _position_bias(
+    layer: EncoderLayer | DecoderLayer,
+    shared: dict[int, Array],
+    query_positions: Array,
+    key_positions: Array,
+    prefix: KeyValues | None,
+) -> Array:
+    """Returns the position bias of a layer's self-attention, its own or a shared one."""
+    before = _positions_before(prefix)
+    if before in shared:
+        return shared[before]
+    return layer.relpos_bias(query_positions, _with_positions_before(key_positions, before))
+
+
+def _positions_before(prefix: KeyValues | None) -> int:
+    return prefix.key_BPGK.shape[1] if prefix and prefix.before else 0
+
+
+def _with_positions_before(positions: Array, number: int) -> Array:
+    return jnp.concatenate([jnp.arange(-number, 0), positions]) if number else positions

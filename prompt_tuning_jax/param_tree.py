@@ -1,6 +1,7 @@
 """Parameters by path: flattening, selecting, merging, and exact messages about mismatches."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +13,8 @@ from prompt_tuning_jax.untrusted_input import compile_pattern
 
 M = TypeVar("M", bound=nnx.Module)
 
+_LAYER = re.compile(r"((?:.*/)?)layers_(\d+)/(.*)")
+
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
     """Splits a module into its static structure and its parameters by path."""
@@ -20,9 +23,51 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
 
 
 def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
-    """Rebuilds a module from its static structure and parameters; the inverse of ``split``."""
-    flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in params.items()}
+    """Rebuilds a module from its static structure and parameters; the inverse of ``split``.
+
+    Parameters may be stacked over layers (``stack_layers``).
+    """
+    each = dict(_unstacked(params))
+    flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in each.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def stack_layers(params: dict[str, Array], stack: Callable[[Sequence[Array]], Array]) -> FlatParams:
+    """Stacks the parameters that all layers have: ``a/layers_0/b, ...`` -> ``a/layers/b [L, ...]``.
+
+    Those that only some layers have, or that differ in shape or dtype, stay as they are.
+    ``params`` is empty afterwards, so that no array is held twice.
+    """
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for name in params:
+        if found := _LAYER.fullmatch(name):
+            groups.setdefault((found[1], found[3]), {})[int(found[2])] = name
+    number = {
+        before: 1 + max(max(groups[at]) for at in groups if at[0] == before) for before, _ in groups
+    }
+    stacked: FlatParams = {}
+    for (before, after), names in groups.items():
+        kinds = {(params[name].shape, params[name].dtype) for name in names.values()}
+        if len(names) == number[before] > 1 and len(kinds) == 1:
+            arrays = [params.pop(names[i]) for i in range(number[before])]
+            stacked[f"{before}layers/{after}"] = stack(arrays)
+            del arrays
+    stacked |= params
+    params.clear()
+    return stacked
+
+
+def _unstacked(params: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Inverts ``stack_layers``; in a jitted loop over layers, XLA removes both."""
+    for name, array in params.items():
+        before, found, after = name.partition("layers/")
+        if found:
+            for i in range(array.shape[0]):
+                # Dynamic, because jax compiles an index that is static once for each layer.
+                layer = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+                yield f"{before}layers_{i}/{after}", layer
+        else:
+            yield name, array
 
 
 def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:

@@ -31,6 +31,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias, TypeGuard
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -183,6 +184,23 @@ def device_put(array: Any, sharding: NamedSharding) -> jax.Array:
     if array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
     return _resharded(sharding)(array)
+
+
+def stack(arrays: Sequence[Any]) -> Any:
+    """Stacks arrays, or their shapes, that are sharded alike; the new first axis is not sharded."""
+    first = arrays[0]
+    sharding = first.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    if isinstance(first, jax.ShapeDtypeStruct):
+        shape = (len(arrays), *first.shape)
+        return jax.ShapeDtypeStruct(shape, first.dtype, sharding=sharding)
+    return _stacked(sharding)(arrays)
+
+
+@cache
+def _stacked(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(lambda arrays: jnp.stack(arrays), out_shardings=sharding)
 
 
 def on_host(tree: Any) -> Any:

@@ -107,6 +107,7 @@ def abstract_experiment(
         state_shardings(start, trainable, partitioner),
     )
     step = build.step_from(experiment, members, state, partitioner=partitioner)
+    members = build.with_stacked_layers(experiment, members, partitioner)
     return Abstract(members=members, state=state, step=step, partitioner=partitioner)
 
 

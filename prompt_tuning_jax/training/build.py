@@ -1,5 +1,6 @@
 """Builds the optimizer state and the jitted training step of an experiment."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.distributed.sharding import Partitioner, stack
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import Members, partitioner_of
 from prompt_tuning_jax.training import optim
@@ -67,6 +68,24 @@ def _on_cpu(partitioner: Partitioner) -> bool:
     return all(device.platform == "cpu" for device in partitioner.mesh.devices.flat)
 
 
+def scans_layers(experiment: Experiment, partitioner: Partitioner) -> bool:
+    """Returns whether ``training.scan_layers`` makes the step loop over equal layers."""
+    asked = experiment.training.scan_layers
+    return asked == "on" or (asked == "auto" and not _on_cpu(partitioner))
+
+
+def with_stacked_layers(
+    experiment: Experiment, members: Members, partitioner: Partitioner
+) -> Members:
+    """Stacks the frozen parameters of the layers if the step loops over these.
+
+    ``members`` then lacks them: no array is held twice.
+    """
+    if not scans_layers(experiment, partitioner):
+        return members
+    return dataclasses.replace(members, frozen=param_tree.stack_layers(members.frozen, stack))
+
+
 def build_step(
     experiment: Experiment, members: Members
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
@@ -102,7 +121,7 @@ def step_from(
         partitioner=partitioner,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
         remat=training.remat,
-        scan_layers=bool(__import__("os").environ.get("SCAN")),
+        scan_layers=scans_layers(experiment, partitioner),
         compiler_options=_CPU_OPTIONS if _on_cpu(partitioner) else None,
     )
 

@@ -196,6 +196,9 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     processes.require_same("the data", " ".join(digests.values()))
     members = attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
     state, step, learning_rates = build.build_step(experiment, members)
+    config = model.config
+    del model  # its arrays are those of the members, which may be stacked now
+    members = build.with_stacked_layers(experiment, members, partitioner)
     names = member_names(experiment)
     _claim(folder, experiment)
     shapes = data.empty_batches(experiment.training.steps)
@@ -203,7 +206,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
         step = CompiledAhead(step, shapes)
     if not quiet:
-        for line in _introduction(experiment, members, data, model.config):
+        for line in _introduction(experiment, members, data, config):
             print(printable(line), flush=True)
 
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:

@@ -200,6 +200,7 @@ def make_train_step(
       partitioner: the mesh; None is one device.
       state_shardings: on a mesh, the shardings of the new state, which must be the old one's.
       remat: which activations to recompute in the backward pass.
+      scan_layers: whether equal layers run as one loop; ``frozen`` may be stacked accordingly.
       compiler_options: passed to ``jax.jit``.
 
     A batch holds ``inputs [E, B, T]``, ``targets [E, B, S]``, ``task_index [E, B]`` where the data

@@ -337,6 +337,7 @@ class CausalLM(Model):
             slot=slot,
             key=keys[1],
             remat=remat,
+            scan=self.scan_layers,
             last_only=last_only,
         )
 

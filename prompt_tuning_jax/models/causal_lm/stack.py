@@ -1,9 +1,10 @@
 """A stack of layers with rotary or other positions: the encoder or the decoder of a model."""
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,6 +14,7 @@ from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, Window
 from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
 from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotation
 from prompt_tuning_jax.models.injections import KeyValues, LayerPrompt
+from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -21,7 +23,6 @@ from prompt_tuning_jax.models.layers import (
     RMSNorm,
     dropout,
     normal_param,
-    rematerialised,
     split_key,
 )
 from prompt_tuning_jax.typing import Array, DType
@@ -177,6 +178,18 @@ class Layer(nnx.Module):
         return x_BTD + dropout(y_BTD, self.dropout_rate, key=keys[1], shared_axis=-2)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _LayerInput:
+    """What one layer alone gets: its deep prompt, keys and values to attend to, and dropout key."""
+
+    prompt: LayerPrompt | None
+    past: tuple[KeyValues, ...]
+    cross: tuple[KeyValues, ...]
+    key: Array | None
+    cache: SelfCache | None
+
+
 class Stack(nnx.Module):
     """The layers, from embedded positions to normed hidden states.
 
@@ -245,6 +258,7 @@ class Stack(nnx.Module):
         slot: Array | int = 0,
         key: Array | None = None,
         remat: Remat = "none",
+        scan: bool = False,
         last_only: bool = False,
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Computes the final hidden states, and each layer's keys and values.
@@ -253,7 +267,7 @@ class Stack(nnx.Module):
         has: in a decoder itself and those before it.  ``mask_BT`` (key) and ``mask_BTT`` (query,
         key) restrict the latter further.  Cross-attention sees ``cross``.  With caches, ``x_BTD``
         holds a single token, which is written into ``slot`` of each cache; slot 0 has the position
-        ``positions_BT - slot``.
+        ``positions_BT - slot``.  ``scan`` runs equal layers as a loop, except with caches.
         """
         config = self.config
         keys = split_key(key, config.num_layers)
@@ -264,45 +278,64 @@ class Stack(nnx.Module):
         alibi = config.positions == "alibi"
         cross_biases = tuple(mask_bias(segment.mask_BU) for segment in cross)
         biases: dict[Window, tuple[Array | None, ...]] = {}
-        rotations: dict[bool, Rotation] = {}
-        computed: list[KeyValues] = []
-        for i, window in enumerate(self.windows):
-            if window not in biases:
-                before = tuple(
-                    _past_bias(positions_BT, segment, back=window.back, alibi=alibi)
-                    for segment in past
-                )
-                within = attention_bias(
-                    positions_BT,
-                    key_positions_BT,
-                    window=window.back,
-                    ahead=window.ahead,
-                    mask_BU=mask_BT,
-                    mask_BTU=mask_BTT,
-                    alibi=alibi,
-                )
-                biases[window] = (*before, within)
-            local = window.back > 0
-            if config.positions == "rope" and local not in rotations:
-                rotations[local] = rotation(positions_BT, config, local=local)
-            layer_prompt = layer_prompts[i] if layer_prompts else None
-            x_BTD = x_BTD if layer_prompt is None else layer_prompt.put_into(x_BTD)
-            layer = self.layer(i)
-            # Bound here, because the arguments of a rematerialised function are arrays.
-            last = last_only and i == config.num_layers - 1
-            apply = partial(layer, last_only=True) if last else layer
-            x_BTD, keys_values = rematerialised(apply, remat)(
-                x_BTD,
-                rotations.get(local),
-                tuple(segment.layers[i] for segment in past),
-                biases[window],
-                keys[i],
-                None if caches is None else caches[i],
-                slot,
-                tuple(segment.layers[i] for segment in cross),
-                cross_biases,
+        for window in dict.fromkeys(self.windows):
+            before = tuple(
+                _past_bias(positions_BT, segment, back=window.back, alibi=alibi) for segment in past
             )
-            computed.append(keys_values)
+            within = attention_bias(
+                positions_BT,
+                key_positions_BT,
+                window=window.back,
+                ahead=window.ahead,
+                mask_BU=mask_BT,
+                mask_BTU=mask_BTT,
+                alibi=alibi,
+            )
+            biases[window] = (*before, within)
+        rotations: dict[bool, Rotation] = {}
+        if config.positions == "rope":
+            for local in dict.fromkeys(window.back > 0 for window in self.windows):
+                rotations[local] = rotation(positions_BT, config, local=local)
+
+        def apply(
+            layer: Layer, x_BTD: Array, given: _LayerInput, kind: tuple[Window, bool]
+        ) -> tuple[Array, KeyValues]:
+            window, last = kind
+            if given.prompt is not None:
+                x_BTD = given.prompt.put_into(x_BTD)
+            return layer(
+                x_BTD,
+                rotations.get(window.back > 0),
+                given.past,
+                biases[window],
+                given.key,
+                given.cache,
+                slot,
+                given.cross,
+                cross_biases,
+                last_only=last,
+            )
+
+        layers = range(config.num_layers)
+        given = [
+            _LayerInput(
+                prompt=layer_prompts[i] if layer_prompts else None,
+                past=tuple(segment.layers[i] for segment in past),
+                cross=tuple(segment.layers[i] for segment in cross),
+                key=keys[i],
+                cache=caches[i] if caches else None,
+            )
+            for i in layers
+        ]
+        x_BTD, computed = run_layers(
+            [self.layer(i) for i in layers],
+            apply,
+            x_BTD,
+            given,
+            kinds=[(self.windows[i], last_only and i == layers[-1]) for i in layers],
+            remat=remat,
+            scan=scan and caches is None,
+        )
         x_BTD = getattr(self, f"{self.name}_norm")(x_BTD) if config.final_norm else x_BTD
         return x_BTD, tuple(computed)
 

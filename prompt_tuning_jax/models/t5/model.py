@@ -231,11 +231,19 @@ class Encoder(nnx.Module):
             bias = _position_bias(layer, biases, positions_U, positions_U, prefix)
             return layer(x_BUD, bias, mask_B1UU, prefix, layer_key), None
 
+        no_prompts = (None,) * self.num_layers
         x_BUD, _ = run_layers(
             [self.layer(i) for i in range(self.num_layers)],
             apply,
             x_BUD,
-            list(zip(injections.layer_prompts or [None] * self.num_layers, prefixes, keys)),
+            list(
+                zip(
+                    injections.layer_prompts or no_prompts,
+                    prefixes,
+                    keys[: self.num_layers],
+                    strict=True,
+                )
+            ),
             remat=remat,
             scan=scan,
         )
@@ -346,7 +354,16 @@ class Decoder(nnx.Module):
             [self.layer(i) for i in range(self.num_layers)],
             apply,
             x_BSD,
-            list(zip(cross, prefixes, cross_prefixes, keys, caches or no_caches)),
+            list(
+                zip(
+                    cross,
+                    prefixes,
+                    cross_prefixes,
+                    keys[: self.num_layers],
+                    caches or no_caches,
+                    strict=True,
+                )
+            ),
             remat=remat,
             scan=scan,
         )

@@ -256,6 +256,7 @@ class T5Gemma(Model):
             layer_prompts=injections.layer_prompts,
             key=keys[1],
             remat=remat,
+            scan=self.scan_layers,
         )
         return dropout(x_BUD, self.dropout_rate, key=keys[2], shared_axis=-2), computed
 
@@ -306,6 +307,7 @@ class T5Gemma(Model):
             slot=position,
             key=keys[1],
             remat=remat,
+            scan=self.scan_layers,
         )
         return dropout(x_BSD, self.dropout_rate, key=keys[2], shared_axis=-2), computed
 

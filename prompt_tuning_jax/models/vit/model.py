@@ -25,6 +25,7 @@ from prompt_tuning_jax.models.injections import (
     LayerPrompt,
     ModelInput,
 )
+from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -33,7 +34,6 @@ from prompt_tuning_jax.models.layers import (
     Table,
     dropout,
     normal_param,
-    rematerialised,
     split_key,
 )
 from prompt_tuning_jax.models.quantization import QuantizedLinear
@@ -109,15 +109,30 @@ class Encoder(nnx.Module):
         )
 
     def __call__(
-        self, x_BUD: Array, *, injections: Injections, key: Array | None, remat: Remat = "none"
+        self,
+        x_BUD: Array,
+        *,
+        injections: Injections,
+        key: Array | None,
+        remat: Remat = "none",
+        scan: bool = False,
     ) -> Array:
-        keys = split_key(key, self.num_layers)
-        prefixes = injections.prefixes.get("encoder", (None,) * self.num_layers)
-        prompts = injections.layer_prompts or (None,) * self.num_layers
-        for i in range(self.num_layers):
-            x_BUD = _behind_class(x_BUD, prompts[i])
-            layer: EncoderLayer = getattr(self, f"layers_{i}")
-            x_BUD = rematerialised(layer, remat)(x_BUD, prefixes[i], keys[i])
+        none = (None,) * self.num_layers
+        prefixes = injections.prefixes.get("encoder", none)
+        prompts = injections.layer_prompts or none
+
+        def apply(layer: EncoderLayer, x_BUD: Array, given: Any, _: None) -> tuple[Array, None]:
+            prompt, prefix, layer_key = given
+            return layer(_behind_class(x_BUD, prompt), prefix, layer_key), None
+
+        x_BUD, _ = run_layers(
+            [getattr(self, f"layers_{i}") for i in range(self.num_layers)],
+            apply,
+            x_BUD,
+            list(zip(prompts, prefixes, split_key(key, self.num_layers), strict=True)),
+            remat=remat,
+            scan=scan,
+        )
         return self.encoder_norm(x_BUD)
 
 
@@ -258,7 +273,9 @@ class ViT(Model):
             size = (len(x_BUD), *source.prompt_BPD.shape[1:])
             prompt_BPD = jnp.broadcast_to(source.prompt_BPD, size)
             x_BUD = jnp.concatenate([x_BUD[:, :1], prompt_BPD, x_BUD[:, 1:]], axis=1)
-        hidden_BUD = self.encoder(x_BUD, injections=injections, key=keys[1], remat=remat)
+        hidden_BUD = self.encoder(
+            x_BUD, injections=injections, key=keys[1], remat=remat, scan=self.scan_layers
+        )
         mask_BU = jnp.ones(hidden_BUD.shape[:2], bool)
         return Context(hidden_BUD=hidden_BUD, mask_BU=mask_BU, keys_values=())
 

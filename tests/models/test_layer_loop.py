@@ -1,0 +1,127 @@
+"""Layers that run as one loop compute what they compute one by one, in a smaller program."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.distributed.sharding import stack
+from prompt_tuning_jax.methods import (
+    Context,
+    DeepPrompts,
+    LoRA,
+    MethodConfig,
+    PrefixTuning,
+    PromptTuning,
+)
+from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.layer_loop import repetitions
+from tests import micro, tiny_t5gemma, tiny_vit
+from tests.tiny_lm import make_lm
+
+LAYERS = 3
+_ADAM = Optimizer(name="adamw", learning_rate=0.1, weight_decay=0.0)
+
+
+def t5(**changes: Any) -> Model:
+    config = dataclasses.replace(
+        micro.T5_1_1, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS, **changes
+    )
+    return micro.make_t5(config, dropout_rate=0.1)
+
+
+def gemma() -> Model:
+    return make_lm("gemma", num_layers=4, windows=(4, 0, 4, 0), dropout_rate=0.1)
+
+
+def llama() -> Model:
+    return make_lm("llama", num_layers=LAYERS)
+
+
+def t5gemma() -> Model:
+    config = tiny_t5gemma.with_layers(tiny_t5gemma.CONFIGS["t5gemma2"], encoder=(3, 3, 0))
+    decoder = dataclasses.replace(config.decoder, num_layers=2, windows=(3, 3))
+    return tiny_t5gemma.make_t5gemma(dataclasses.replace(config, decoder=decoder))
+
+
+def vit() -> Model:
+    return tiny_vit.make_vit(dataclasses.replace(tiny_vit.MICRO, num_layers=LAYERS))
+
+
+def batch_for(model: Model) -> dict[str, np.ndarray]:
+    if model.config.reads_images:
+        return {"inputs": tiny_vit.pixels(4)[None], "targets": np.array([[[0], [1], [1], [0]]])}
+    batch = micro.make_batch()
+    fill = model.token_ids.fill
+    return {name: np.where(x == 0, fill, np.minimum(x, 30)) for name, x in batch.items()}
+
+
+CASES: dict[str, tuple[Callable[[], Model], MethodConfig, dict[str, Any]]] = {
+    "t5": (t5, PromptTuning(length=3, init="uniform"), {"remat": "full"}),
+    "a position bias in each layer": (
+        lambda: t5(relpos_per_layer=True),
+        PromptTuning(length=3, init="uniform"),
+        {"remat": "dots"},
+    ),
+    "adapters": (t5, LoRA(rank=2, targets=(".*/(query|value)",)), {}),
+    "windows": (gemma, PromptTuning(length=3, init="uniform"), {}),
+    "prefixes": (llama, PrefixTuning(length=2), {}),
+    "t5gemma": (t5gemma, PromptTuning(length=3, init="uniform"), {}),
+    "images": (vit, DeepPrompts(length=2, init="uniform"), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
+    make, method, options = CASES[name]
+    products, trained = [], []
+    for scan in (False, True):
+        model = make()
+        batch = batch_for(model)
+        trainer = micro.Trainer(
+            method,
+            _ADAM,
+            model=model,
+            context=Context(labels=("0", "1")),
+            scan_layers=scan,
+            **options,
+        )
+        before = {**trainer.frozen}
+        if scan:
+            trainer.frozen = param_tree.stack_layers(dict(before), stack)
+            assert len(trainer.frozen) < len(before) / 2
+        text = trainer.step.lower(trainer.state, trainer.frozen, batch).as_text()
+        products.append(text.count("stablehlo.dot_general"))
+        trainer.run([batch])
+        trained.append(trainer.state.trainable)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *trained)
+    assert products[1] < 0.8 * products[0]
+
+
+def test_repetitions_cover_a_sequence() -> None:
+    assert list(repetitions("aaaaa")) == [(0, 1, 5)]
+    assert list(repetitions("ababa")) == [(0, 2, 2), (4, 1, 1)]
+    assert list(repetitions("xaaa")) == [(0, 1, 1), (1, 1, 3)]
+    assert list(repetitions("llllllgllllllg")) == [(0, 7, 2)]
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        text = "".join(random.choice(list("abc"), 20))
+        spelt = "".join(text[start : start + p] * times for start, p, times in repetitions(text))
+        assert spelt == text
+
+
+def test_stacked_layers_are_the_same_layers() -> None:
+    graphdef, params = param_tree.split(t5())
+    some = {name: p for name, p in params.items() if "layers_2/mlp" not in name}
+    stacked = param_tree.stack_layers(dict(some), stack)
+    assert stacked["encoder/layers/attention/query/kernel"].shape == (LAYERS, micro.D, micro.D)
+    assert "encoder/layers_0/mlp/wo/kernel" in stacked  # the third layer has none
+    whole = param_tree.stack_layers(dict(params), stack)
+    again = param_tree.split(param_tree.merge(graphdef, whole))[1]
+    assert again.keys() == params.keys()
+    jax.tree.map(np.testing.assert_array_equal, dict(again), dict(params))

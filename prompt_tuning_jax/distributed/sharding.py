@@ -359,9 +359,7 @@ def for_cpu() -> bool:
     partitioner = _TRACED.get(None)
     if partitioner is not None:
         return partitioner.mesh.devices.flat[0].platform == "cpu"
-    chosen = jax.config.jax_default_device
-    platform = getattr(chosen, "platform", chosen) or jax.default_backend()
-    return platform == "cpu"
+    return jax.default_backend() == "cpu"
 
 
 def replicate(tree: Any) -> Any:

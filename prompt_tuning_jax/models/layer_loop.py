@@ -33,7 +33,7 @@ def run_layers(
       apply: ``(layer, x, input, kind) -> (x, output)``; ``input`` and ``output`` are pytrees.
       x: the first layer's input; every layer's output has its shape and dtype.
       inputs: for each layer the pytree that it alone gets, such as its prefix and its key.
-      kinds: for each layer what ``apply`` needs to know while it is traced; None for all by default.
+      kinds: for each layer what ``apply`` needs to know while it is traced; by default None.
       remat: what each layer stores for its backward pass.
       scan: whether layers that repeat in structure run as one ``jax.lax.scan``.  The program is
         then as large as one repetition, and their parameters are stacked.

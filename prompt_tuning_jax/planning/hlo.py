@@ -15,6 +15,9 @@ _OPERATION = re.compile(r"^\s*(?:ROOT\s+)?%?[\w.-]+ = (.*?) ([a-z-]+)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations=\{)=?%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:?\s*\{\s*"?n"?:\s*"?(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"^\s*%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"^\s*ROOT .* compare\(\S+, %?([\w.-]+)\), direction=LT")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
@@ -50,9 +53,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     ``mesh`` maps each axis to its size; device numbers increase along the last axis first.
     Collectives in a loop are multiplied by its trip count, where the compiler knows it.
     """
-    times = dict(_times(text))
+    times = dict(times(text))
     counts: dict[tuple[str, tuple[str, ...], int], list[int]] = defaultdict(lambda: [0, 0])
-    for computation, line in _lines(text):
+    for computation, line in lines(text):
         found = _OPERATION.match(line)
         if not found:
             continue
@@ -77,7 +80,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(found_all, key=lambda c: -c.bytes)
 
 
-def _lines(text: str) -> Iterator[tuple[str, str]]:
+def lines(text: str) -> Iterator[tuple[str, str]]:
     """Yields the name of the computation and the text of each line of the program."""
     computation = ""
     for line in text.splitlines():
@@ -87,28 +90,51 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
             yield computation, line
 
 
-def _times(text: str) -> Iterator[tuple[str, int]]:
+def times(text: str) -> Iterator[tuple[str, int]]:
     """Yields each computation that is called, and how often it runs in one run of the program."""
+    limits = dict(_limits(text))
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for computation, line in _lines(text):
-        trips = _TRIPS.search(line) if " while(" in line else None
+    for computation, line in lines(text):
+        trips = 1
+        if " while(" in line:
+            known, condition = _TRIPS.search(line), _CONDITION.search(line)
+            trips = int(known[1]) if known else limits.get(condition[1] if condition else "", 1)
         for called in _CALLED.findall(line):
-            callers[called].append((computation, int(trips[1]) if trips else 1))
+            callers[called].append((computation, trips))
 
-    def times(name: str, seen: tuple[str, ...] = ()) -> int:
+    def number(name: str, seen: tuple[str, ...] = ()) -> int:
         above = [c for c in callers.get(name, ()) if c[0] not in seen and c[0] != name]
-        return sum(n * times(caller, (*seen, name)) for caller, n in above) if above else 1
+        return sum(n * number(caller, (*seen, name)) for caller, n in above) if above else 1
 
     for name in list(callers):
-        yield name, times(name)
+        yield name, number(name)
+
+
+def _limits(text: str) -> Iterator[tuple[str, int]]:
+    """Yields the conditions that compare a counter from 0 with a constant, and that constant."""
+    constants: dict[tuple[str, str], int] = {}
+    for computation, line in lines(text):
+        if found := _CONSTANT.match(line):
+            constants[computation, found[1]] = int(found[2])
+        elif (found := _LESS.search(line)) and (computation, found[1]) in constants:
+            yield computation, constants[computation, found[1]]
+
+
+def bytes_of(shape: str) -> int:
+    """Returns the bytes of an array, or of all arrays of a tuple."""
+    return sum(_sizes(shape))
+
+
+def _sizes(shape: str) -> list[int]:
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
+        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
+    ]
 
 
 def _bytes(shape: str, *, started: bool, kind: str) -> int:
     """Returns the bytes of a result, without the operands that an asynchronous start includes."""
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
-        for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
-    ]
+    sizes = _sizes(shape)
     if started and kind != "all-reduce" and len(sizes) > 1:
         return sum(sizes[len(sizes) // 2 :]) if kind == "all-gather" else max(sizes)
     return sum(sizes)

@@ -23,6 +23,7 @@ from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.planning.hlo import Collective, collectives
+from prompt_tuning_jax.planning.hlo_cost import repeated_cost
 from prompt_tuning_jax.training import build, optim
 from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state, state_shardings
 
@@ -112,7 +113,7 @@ def abstract_experiment(
 
 
 def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
-    """Compiles the training step; costs count every microbatch of gradient accumulation."""
+    """Compiles the training step; costs count every layer and every microbatch of its loops."""
     training, data = experiment.training, experiment.data
 
     def tokens(length: int) -> jax.ShapeDtypeStruct:
@@ -128,7 +129,7 @@ def compile_train(experiment: Experiment, abstract: Abstract) -> Program:
         batch["task_index"] = _tokens(shape, ("ensemble", "batch"), abstract.partitioner)
     step: Any = abstract.step
     lowered = step.lower(abstract.state, abstract.members.frozen, batch)
-    return _compiled(lowered, abstract.partitioner, times=max(training.gradient_accumulation, 1))
+    return _compiled(lowered, abstract.partitioner)
 
 
 def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
@@ -173,7 +174,7 @@ def compile_eval(experiment: Experiment, abstract: Abstract) -> Program:
             key,
             partitioner,
         )
-    return _compiled(lowered, partitioner, times=1)
+    return _compiled(lowered, partitioner)
 
 
 def _tokens(shape: Any, axes: Any, partitioner: Partitioner) -> jax.ShapeDtypeStruct:
@@ -191,7 +192,7 @@ def _placed(
     }
 
 
-def _compiled(lowered: Any, partitioner: Partitioner, *, times: int) -> Program:
+def _compiled(lowered: Any, partitioner: Partitioner) -> Program:
     started, cpu = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     try:
         compiled = lowered.compile()
@@ -203,7 +204,12 @@ def _compiled(lowered: Any, partitioner: Partitioner, *, times: int) -> Program:
         return Program(fits=False, needed_bytes=needed)
     seconds = time.monotonic() - started
     cpu_seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost, text = (
+        compiled.memory_analysis(),
+        compiled.cost_analysis() or {},
+        compiled.as_text(),
+    )
+    repeated = repeated_cost(text)
     arguments = int(memory.argument_size_in_bytes)
     outputs = int(memory.output_size_in_bytes - memory.alias_size_in_bytes)
     temporary = int(memory.temp_size_in_bytes)
@@ -212,9 +218,9 @@ def _compiled(lowered: Any, partitioner: Partitioner, *, times: int) -> Program:
         needed_bytes=arguments + temporary + outputs,
         argument_bytes=arguments,
         temporary_bytes=temporary,
-        flops=float(cost.get("flops", 0.0)) * times,
-        bytes_accessed=float(cost.get("bytes accessed", 0.0)) * times,
-        collectives=tuple(collectives(compiled.as_text(), dict(partitioner.mesh.shape))),
+        flops=float(cost.get("flops", 0.0)) + repeated.flops,
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)) + repeated.bytes,
+        collectives=tuple(collectives(text, dict(partitioner.mesh.shape))),
         compile_seconds=seconds,
         compile_cpu_seconds=cpu_seconds,
     )

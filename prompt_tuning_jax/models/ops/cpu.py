@@ -68,13 +68,13 @@ def _transposed_copy(x_ND: Array) -> Array:
 
 
 def einsum(equation: str, left: Array, right: Array) -> Array:
-    """Computes an einsum of narrow operands in float32, with operands laid out as [batch, rows, sum] and [batch, sum, columns].
+    """Computes an einsum of narrow operands in float32.
 
-    The CPU backend's kernel for narrow operands supports only this order and few batch dimensions.
-    With another order it fails at run time ("BF16 x BF16 = F32 unsupported"), and with more batch
-    dimensions it computes the product in float32.  The batch dimensions are therefore merged,
-    except on a mesh: examples and heads are sharded over different mesh axes, and merging them
-    would require gathering them first.
+    The operands are laid out as [batch, rows, sum] and [batch, sum, columns], the only order that
+    the CPU backend's kernel supports, with few batch dimensions.  With another order it fails at
+    run time ("BF16 x BF16 = F32 unsupported"), and with more batch dimensions it computes the
+    product in float32.  The batch dimensions are therefore merged, except on a mesh: examples and
+    heads are sharded over different mesh axes, and merging them would require gathering them first.
     """
     operands, out_axes = equation.split("->")
     left_axes, right_axes = operands.split(",")

@@ -184,8 +184,8 @@ class Training(Config):
     # Rematerialization: what the backward pass computes again to save memory.  ``dots`` saves the
     # outputs of linear maps, ``full`` only the inputs of layers.
     remat: Literal["none", "dots", "full"] = "none"
-    # Compile equal layers once, as a loop: large models compile several times faster.  ``auto`` is
-    # on for accelerators and off for CPUs, where such a loop is slower.
+    # Compile layers of the same structure once, as a loop, which is faster.  ``auto`` is on for
+    # accelerators and off for CPUs, where a loop copies the weights of each layer.
     scan_layers: Literal["auto", "on", "off"] = "auto"
     seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
     learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate

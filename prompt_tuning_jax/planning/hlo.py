@@ -53,7 +53,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     ``mesh`` maps each axis to its size; device numbers increase along the last axis first.
     Collectives in a loop are multiplied by its trip count, where the compiler knows it.
     """
-    times = dict(times(text))
+    runs = dict(times(text))
     counts: dict[tuple[str, tuple[str, ...], int], list[int]] = defaultdict(lambda: [0, 0])
     for computation, line in lines(text):
         found = _OPERATION.match(line)
@@ -66,7 +66,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         group = max(map(len, groups), default=1)
         if group < 2:
             continue
-        number = times.get(computation, 1)
+        number = runs.get(computation, 1)
         size = _bytes(found[1], started=found[2].endswith("-start"), kind=kind)
         if kind == "reduce-scatter":
             size *= group

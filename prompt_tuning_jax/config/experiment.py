@@ -37,6 +37,9 @@ class Model(Config):
     # Frozen weights in 8 or 4 bits, for methods that keep them frozen.
     quantization: Literal["none", "int8", "int4"] = "none"
     dropout_rate: float = 0.1  # dropout in the frozen model while training
+    # Compute the attention of T5's encoder in one kernel, for TPUs and frozen weights.  The kernel
+    # has been compiled for v4, v5e, v5p and v6e and compared in simulation, but has run on no chip.
+    fused_attention: bool = False
 
 
 ObjectiveName: TypeAlias = Literal[

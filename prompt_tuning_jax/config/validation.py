@@ -47,6 +47,11 @@ def _errors(experiment: Experiment) -> Iterator[str]:
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a model or a folder, for example tiny"
     yield from _not_below_one("model", model, "dropout_rate")
+    if model.fused_attention and experiment.method.trains(_LOGITS):
+        yield (
+            f"model.fused_attention is for frozen weights, but {method} trains them; set it to "
+            "false"
+        )
     if model.quantization != "none":
         if experiment.method.trains(_LOGITS):
             yield (

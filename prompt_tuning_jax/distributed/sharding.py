@@ -349,6 +349,12 @@ def with_logical_constraint(x: jax.Array, axes: Sequence[str | None]) -> jax.Arr
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(axes, x.shape))
 
 
+def traced_partitioner() -> Partitioner | None:
+    """Returns the partitioner of the traced function if its mesh has more than one device."""
+    partitioner = _TRACED.get(None)
+    return partitioner if spans_devices(partitioner) else None
+
+
 def on_a_mesh() -> bool:
     """Returns whether the traced function runs on a mesh with more than one device."""
     return spans_devices(_TRACED.get(None))

@@ -121,9 +121,25 @@ def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
         "vocabulary": config.vocabulary,
         "quantization": config.quantization,
     }
+    model: Model
     if config.random_weights:
-        return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
-    return load_model(config.name_or_path, mesh=partitioner.mesh, rules=partitioner.rules, **kwargs)
+        model = random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
+    else:
+        where: dict[str, Any] = {"mesh": partitioner.mesh, "rules": partitioner.rules}
+        model = load_model(config.name_or_path, **where, **kwargs)
+    if config.fused_attention:
+        fuse_attention(model, partitioner)
+    return model
+
+
+def fuse_attention(model: Model, partitioner: Partitioner) -> None:
+    """Makes the model attend in one kernel; raises UserError if it or the devices cannot."""
+    platform = partitioner.mesh.devices.flat[0].platform
+    if not model.has_fused_attention:
+        raise UserError("model.fused_attention is for T5; set it to false for this model")
+    if platform != "tpu":
+        raise UserError(f"model.fused_attention needs TPUs, and this run uses {platform}")
+    model.fused_attention = True
 
 
 def model_fingerprint(model: Model) -> str:

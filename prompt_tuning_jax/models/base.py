@@ -126,6 +126,9 @@ class Model(nnx.Module):
     # inputs of other models end with an end-of-sequence token.
     causal: ClassVar[bool]
 
+    # Whether ``fused_attention`` has an effect.
+    has_fused_attention: ClassVar[bool] = False
+
     token_embedder: Embed  # or QuantizedEmbed
 
     def __init__(self, config: ModelConfig, *, dtype: DType, vocabulary: Any = None):
@@ -133,6 +136,7 @@ class Model(nnx.Module):
         self.dtype = dtype
         self.vocabulary = vocabulary
         self.scan_layers = False  # whether equal layers run as one loop (models/layer_loop.py)
+        self.fused_attention = False  # whether attention is one kernel, for TPUs
         self.original_fingerprint = ""  # fingerprint of the weights before quantisation
 
     @property

@@ -21,6 +21,10 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
+# A kernel says itself what it costs.
+_ESTIMATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_ESTIMATED_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
+
 # Names for parts of buffers, control flow, and the second halves of asynchronous operations.
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all"
@@ -99,6 +103,8 @@ def _cost_of(computation: Mapping[str, _Instruction], computations: _Computation
 
 
 def _bytes(each: _Instruction, within: Mapping[str, _Instruction]) -> float:
+    if each.kind == "custom-call" and (estimated := _ESTIMATED_BYTES.search(each.attributes)):
+        return float(estimated[1])
     result = bytes_of(each.shape)
     if each.kind.endswith("-start"):  # the result names operand and destination
         return result
@@ -146,13 +152,15 @@ def _bytes_of_fusion(
 
 
 def _flops(each: _Instruction, within: Mapping[str, _Instruction]) -> int:
-    """Counts the multiplications and additions of a product; 0 for other operations."""
+    """Counts the multiplications and additions of products; 0 for other operations."""
     if each.kind == "dot":
         found = _CONTRACTED.search(each.attributes)
         assert found is not None
         dims = _dims(within[each.operands[0]].shape)
         summed = [dims[int(i)] for i in found[1].split(",") if i]
         return 2 * math.prod(_dims(each.shape)) * math.prod(summed)
+    if each.kind == "custom-call" and (estimated := _ESTIMATED_FLOPS.search(each.attributes)):
+        return int(estimated[1])
     if each.kind != "convolution":
         return 0
     found = _LABELS.search(each.attributes)

@@ -18,6 +18,7 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.inference.setup import (
     Members,
     attach_unplaced,
+    fuse_attention,
 )
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.config import ModelConfig
@@ -86,6 +87,8 @@ def abstract_experiment(
             param_dtype=jnp.dtype(experiment.model.param_dtype),
             dropout_rate=experiment.model.dropout_rate,
         )
+        if experiment.model.fused_attention:
+            fuse_attention(model, partitioner)
         quantize_modules(model, experiment.model.quantization)
         members, kept["axes"] = attach_unplaced(experiment, model, labels=())
         kept["members"] = members

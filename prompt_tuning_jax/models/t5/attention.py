@@ -4,7 +4,9 @@ T5's has neither biases nor a factor 1/sqrt(K); vision transformers have both.
 """
 
 import math
+from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,7 +15,12 @@ from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, normal_param
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_weights
+from prompt_tuning_jax.models.ops.attention import (
+    MASK_VALUE,
+    dropout_factors,
+    dropout_weights,
+)
+from prompt_tuning_jax.models.ops.fused_attention import fused_attention
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
@@ -34,15 +41,18 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self, query_positions_Q: Array, key_positions_K: Array) -> Array:
         """Returns scores ``[1, H, Q, K]`` in float32."""
-        distance_QK = key_positions_K[None, :] - query_positions_Q[:, None]
-        bucket_QK = relative_position_bucket(
-            distance_QK,
+        return self.at(key_positions_K[None, :] - query_positions_Q[:, None])[None]
+
+    def at(self, distances: Array) -> Array:
+        """Returns the scores ``[H, ...]`` of distances, key position minus query position."""
+        buckets = relative_position_bucket(
+            distances,
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
         table_HN = self.rel_embedding.get_value().astype(jnp.float32)
-        return jnp.take(table_HN, bucket_QK, axis=1)[None]
+        return jnp.take(table_HN, buckets, axis=1)
 
 
 def relative_position_bucket(
@@ -68,6 +78,15 @@ def relative_position_bucket(
         jnp.int32
     )
     return bucket + jnp.where(behind < exact, behind, jnp.minimum(far, num_buckets - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class FusedBias:
+    """What ``fused_attention`` adds to scores: a bias by distance, and a mask of the keys."""
+
+    bias_HN: Array
+    mask_BU: Array
 
 
 class Attention(nnx.Module):
@@ -124,14 +143,15 @@ class Attention(nnx.Module):
         self,
         x_BTD: Array,
         key_values: KeyValues,
-        bias_BHTU: Array | None,
+        bias_BHTU: Array | FusedBias | None,
         *,
         prefix: KeyValues | None = None,
         key: Array | None = None,
     ) -> Array:
         """Attends from the positions of ``x_BTD`` to ``key_values``.
 
-        ``bias_BHTU`` combines the position scores and the masks; None if there are none.
+        ``bias_BHTU`` combines the position scores and the masks; None if there are none.  With a
+        ``FusedBias``, which covers the keys of the prefix as well, one kernel does all.
         """
         query_BTHK = self._heads(self.query(x_BTD))
         if self.query_scale != 1.0:
@@ -140,8 +160,20 @@ class Attention(nnx.Module):
         if prefix is not None:
             key_BUHK = _put_in_front(prefix.key_BPGK, key_BUHK)
             value_BUHK = _put_in_front(prefix.value_BPGK, value_BUHK)
-            if bias_BHTU is not None:
+            if bias_BHTU is not None and not isinstance(bias_BHTU, FusedBias):
                 bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
+        if isinstance(bias_BHTU, FusedBias):
+            mixed_BTHK = fused_attention(
+                query_BTHK.astype(self.dtype),
+                key_BUHK.astype(self.dtype),
+                value_BUHK.astype(self.dtype),
+                bias_HN=bias_BHTU.bias_HN,
+                mask_BU=bias_BHTU.mask_BU,
+                keep_TU=dropout_factors(
+                    (query_BTHK.shape[1], key_BUHK.shape[1]), self.dropout_rate, key=key
+                ),
+            )
+            return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], -1))
         scores_BHTU = matmul.einsum("BTHK,BUHK->BHTU", query_BTHK, key_BUHK, dtype=self.dtype)
         if bias_BHTU is not None:
             scores_BHTU = scores_BHTU + bias_BHTU

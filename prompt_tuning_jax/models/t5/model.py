@@ -1,6 +1,6 @@
 """The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -28,8 +28,10 @@ from prompt_tuning_jax.models.layers import (
     dropout,
     split_key,
 )
+from prompt_tuning_jax.models.ops.fused_attention import FEWEST_KEYS, MOST_KEYS
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
+    FusedBias,
     RelativePositionBias,
     bias_of,
     pad_in_front,
@@ -72,7 +74,7 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self,
         x_BUD: Array,
-        position_bias_1HUU: Array,
+        bias: Array | FusedBias,
         mask_bias_B1UU: Array,
         prefix: KeyValues | None,
         key: Array | None,
@@ -80,10 +82,10 @@ class EncoderLayer(nnx.Module):
         keys = split_key(key, 4)
         y_BUD = self.pre_attention_layer_norm(x_BUD)
         kv = self.attention.keys_values(y_BUD)
-        # Add here: the sum is as large as the scores and need not be stored between layers.
-        length = position_bias_1HUU.shape[-1]
-        bias_BHUU = position_bias_1HUU + pad_in_front(mask_bias_B1UU, to=length)
-        y_BUD = self.attention(y_BUD, kv, bias_BHUU, prefix=prefix, key=keys[0])
+        if not isinstance(bias, FusedBias):
+            # Add here: the sum is as large as the scores and need not be stored between layers.
+            bias = bias + pad_in_front(mask_bias_B1UU, to=bias.shape[-1])
+        y_BUD = self.attention(y_BUD, kv, bias, prefix=prefix, key=keys[0])
         x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
         y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
         return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2)
@@ -212,6 +214,7 @@ class Encoder(nnx.Module):
         key: Array | None,
         remat: Remat = "none",
         scan: bool = False,
+        fuse: bool = False,
     ) -> Array:
         """Encodes an input that its prompt is part of; returns ``[B, U, D]``."""
         keys = split_key(key, self.num_layers + 2)
@@ -222,13 +225,34 @@ class Encoder(nnx.Module):
             visible_BUU = visible_BUU & source.attention_mask_BUU
         mask_B1UU = bias_of(visible_BUU)
         prefixes = injections.prefixes.get("encoder", (None,) * self.num_layers)
-        biases = _shared_biases(self, positions_U, positions_U, prefixes)
+        befores = {_positions_before(prefix) for prefix in prefixes}
+        fuses = (
+            fuse
+            and source.attention_mask_BUU is None
+            and FEWEST_KEYS <= len(positions_U) + max(befores) <= MOST_KEYS
+            # The kernel has a bias for each distance, and a prefix without positions has none.
+            and all(prefix is None or prefix.before for prefix in prefixes)
+        )
+
+        def bias_of_layer(of: RelativePositionBias, before: int) -> Array | FusedBias:
+            if not fuses:
+                return of(positions_U, _with_positions_before(positions_U, before))
+            distances_N = jnp.arange(1 - len(positions_U), len(positions_U) + before) - before
+            seen_BU = jnp.pad(mask_BU, ((0, 0), (before, 0)), constant_values=True)
+            return FusedBias(bias_HN=of.at(distances_N), mask_BU=seen_BU)
+
+        shared = {}
+        if not self.relpos_per_layer:
+            shared = {before: bias_of_layer(self.relpos_bias, before) for before in befores}
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
 
         def apply(layer: EncoderLayer, x_BUD: Array, given: Any, _: None) -> tuple[Array, None]:
             prompt, prefix, layer_key = given
             x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
-            bias = _position_bias(layer, biases, positions_U, positions_U, prefix)
+            before = _positions_before(prefix)
+            bias = shared.get(before)
+            if bias is None:
+                bias = bias_of_layer(layer.relpos_bias, before)
             return layer(x_BUD, bias, mask_B1UU, prefix, layer_key), None
 
         no_prompts = (None,) * self.num_layers
@@ -327,7 +351,14 @@ class Decoder(nnx.Module):
         mask_11SS = bias_of(causal_1SS)
         prefixes = injections.prefixes.get("decoder", (None,) * self.num_layers)
         cross_prefixes = injections.prefixes.get("cross", (None,) * self.num_layers)
-        biases = _shared_biases(self, query_positions, key_positions, prefixes)
+
+        def bias_of_layer(of: RelativePositionBias, before: int) -> Array:
+            return of(query_positions, _with_positions_before(key_positions, before))
+
+        shared = {}
+        if not self.relpos_per_layer:
+            befores = {_positions_before(prefix) for prefix in prefixes}
+            shared = {before: bias_of_layer(self.relpos_bias, before) for before in befores}
         cross_bias = bias_of(encoder_mask_BU[:, None, :])
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-1], shared_axis=-2)
 
@@ -335,7 +366,10 @@ class Decoder(nnx.Module):
             layer: DecoderLayer, x_BSD: Array, given: Any, _: None
         ) -> tuple[Array, SelfCache | None]:
             cross, prefix, cross_prefix, layer_key, cache = given
-            bias = _position_bias(layer, biases, query_positions, key_positions, prefix)
+            before = _positions_before(prefix)
+            bias = shared.get(before)
+            if bias is None:
+                bias = bias_of_layer(layer.relpos_bias, before)
             return layer(
                 x_BSD,
                 cross,
@@ -382,6 +416,7 @@ class T5(Model):
     config: T5Config
     reading_stack: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
+    has_fused_attention: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -471,7 +506,12 @@ class T5(Model):
     ) -> Context:
         source = joined(source)
         hidden_BUD = self.encoder(
-            source, injections=injections, key=key, remat=remat, scan=self.scan_layers
+            source,
+            injections=injections,
+            key=key,
+            remat=remat,
+            scan=self.scan_layers,
+            fuse=self.fused_attention,
         )
         return Context(
             hidden_BUD=hidden_BUD,
@@ -590,35 +630,6 @@ class T5(Model):
             }
 
         return run(params, tokens_P[None])
-
-
-def _shared_biases(
-    stack: Encoder | Decoder,
-    query_positions: Array,
-    key_positions: Array,
-    prefixes: Sequence[KeyValues | None],
-) -> dict[int, Array]:
-    """Returns the position biases that layers share, by the positions before the sequence."""
-    if stack.relpos_per_layer:
-        return {}
-    return {
-        before: stack.relpos_bias(query_positions, _with_positions_before(key_positions, before))
-        for before in {_positions_before(prefix) for prefix in prefixes}
-    }
-
-
-def _position_bias(
-    layer: EncoderLayer | DecoderLayer,
-    shared: dict[int, Array],
-    query_positions: Array,
-    key_positions: Array,
-    prefix: KeyValues | None,
-) -> Array:
-    """Returns the position bias of a layer's self-attention, its own or a shared one."""
-    before = _positions_before(prefix)
-    if before in shared:
-        return shared[before]
-    return layer.relpos_bias(query_positions, _with_positions_before(key_positions, before))
 
 
 def _positions_before(prefix: KeyValues | None) -> int:

@@ -25,8 +25,9 @@ Init = Literal[
     "file",
 ]
 MultitaskInit = Literal[Init, "source"]
-Combine = Literal["low_rank", "sum", "concatenation"]
+Combine = Literal["low_rank", "sum", "concatenation", "features", "projection"]
 Placement = Literal["prefix", "after_first", "before_eos"]
+PromptAttention = Literal["all", "causal", "none"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 _MODEL = "model/"
@@ -163,7 +164,7 @@ class PromptTuning(MethodConfig):
     prompt_to_input: bool = True  # prompt positions attend to the input
     # Which prompt positions a prompt position attends to: ``all``, itself and earlier ones
     # (``causal``), or only itself (``none``).
-    prompt_to_prompt: Literal["all", "causal", "none"] = "all"
+    prompt_to_prompt: PromptAttention = "all"
     input_to_prompt: bool = True  # input positions attend to the prompt
     dropout: float = 0.0  # dropout on the prompt's vectors, different for each example
 
@@ -178,12 +179,17 @@ class PromptTuning(MethodConfig):
         yield from _dropout_errors(self.dropout)
 
     def plain_prompt(self) -> "PromptTuning":
-        return PromptTuning(
-            placement=self.placement,
-            prompt_to_input=self.prompt_to_input,
-            prompt_to_prompt=self.prompt_to_prompt,
-            input_to_prompt=self.input_to_prompt,
-        )
+        return _joined_as(self)
+
+
+def _joined_as(method: "PromptTuning | MultitaskPrompts") -> PromptTuning:
+    """Prompt tuning that joins a prompt to the input as ``method`` does."""
+    return PromptTuning(
+        placement=method.placement,
+        prompt_to_input=method.prompt_to_input,
+        prompt_to_prompt=method.prompt_to_prompt,
+        input_to_prompt=method.input_to_prompt,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,13 +477,17 @@ class WARP(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskPrompts(MethodConfig):
-    """A prompt shared by N tasks, combined with parameters of each task, before the input.
+    """A prompt shared by N tasks, combined with parameters of each task, in the input.
 
-    With P = ``length``, D the model's width, R = ``rank`` and Q = ``task_length``, ``combine`` is
+    With P = ``length``, D the model's width, R = ``rank``, Q = ``task_length`` and S =
+    ``shared_features``, ``combine`` is
 
     - ``low_rank``: shared * (cols[task] @ rows[task]), as in MPT; ``P*D + N*R*(P + D)`` parameters,
     - ``sum``: shared + task's; ``P*D + N*P*D``,
-    - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``.
+    - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``,
+    - ``features``: each vector is S shared features, then D - S of the task; ``P*S + N*P*(D - S)``,
+    - ``projection``: an affine map of each task takes the S shared features of each vector to D;
+      ``P*S + N*(S + 1)*D``.
 
     The prompts of all tasks are initialized close to the shared prompt; in a concatenation,
     ``init`` also initializes the task's vectors.
@@ -490,6 +500,7 @@ class MultitaskPrompts(MethodConfig):
         "init_population": 0,
         "rank": 1,
         "task_length": 1,
+        "shared_features": 0,
         "tasks": 0,
         "source_member": 0,
         "source_task": -1,
@@ -504,6 +515,9 @@ class MultitaskPrompts(MethodConfig):
     combine: Combine = "low_rank"  # how shared and task parameters make a prompt
     rank: int = 1  # rank of the tasks' factors, for ``combine=low_rank``
     task_length: int = 20  # number of vectors of each task, for ``combine=concatenation``
+    # Number of features of the shared vectors, for ``features`` (0: half the model's width) and
+    # ``projection`` (0: the model's width).
+    shared_features: int = 0
     tasks: int = 0  # number of tasks; 0: as many as in the data
     # Initial values, as for prompt tuning; ``source``: those of another run with the same
     # ``combine`` and sizes, as in the target stage of MPT.
@@ -513,9 +527,25 @@ class MultitaskPrompts(MethodConfig):
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
     source_task: int = -1  # task of the source run to start from; -1: the mean over its tasks
     source_member: int = 0  # member (seed) of the source run to start from
+    # Before the input, after its first token, or before its end-of-sequence token.
+    placement: Placement = "prefix"
+    prompt_to_input: bool = True  # prompt positions attend to the input
+    # Which prompt positions a prompt position attends to: ``all``, itself and earlier ones
+    # (``causal``, the default of the original code), or only itself (``none``).
+    prompt_to_prompt: PromptAttention = "all"
+    input_to_prompt: bool = True  # input positions attend to the prompt
 
     def prompt_positions(self) -> int:
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
+
+    def task_prompt(self) -> PromptTuning:
+        """How the model uses the prompt of one task."""
+        return _joined_as(self)
+
+    def shared_width(self, width: int) -> int:
+        """The number of features of the shared vectors, for a model of this width."""
+        usual = {"features": width // 2, "projection": width}
+        return (self.shared_features or usual[self.combine]) if self.combine in usual else width
 
 
 @dataclass(frozen=True, kw_only=True)

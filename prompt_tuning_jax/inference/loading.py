@@ -304,7 +304,7 @@ def _of_task(
     names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
-    return with_prompt(model, prompt_PD), names[number]
+    return with_prompt(model, prompt_PD, prompts.config.task_prompt()), names[number]
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:

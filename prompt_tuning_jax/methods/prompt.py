@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.config.methods import PromptTuning
+from prompt_tuning_jax.config.methods import MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
-from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.models.injections import Injections, ModelInput
 from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -47,22 +47,32 @@ class Prompt(TuningModule[PromptTuning]):
     ) -> Injections:
         config, prompt = self.config, self.prompt_PD.get_value()
         prompt = dropped(prompt, config.dropout, batch=len(tokens_BT), key=key)
-        if model.config.reads_images:
-            return Injections(model_input=model.embed(tokens_BT, prompt))
-        source, is_prompt_BU = combine(
-            prompt,
-            model.embed(tokens_BT),
-            tokens_BT,
-            placement=config.placement,
-            eos_id=model.input_eos,
-        )
-        seen_BUU = attention_mask(
-            is_prompt_BU,
-            prompt_to_input=config.prompt_to_input,
-            prompt_to_prompt=config.prompt_to_prompt,
-            input_to_prompt=config.input_to_prompt,
-        )
-        return Injections(model_input=replace(source, attention_mask_BUU=seen_BUU))
+        return Injections(model_input=joined_input(config, model, tokens_BT, prompt))
+
+
+def joined_input(
+    config: PromptTuning | MultitaskPrompts,
+    model: Model,
+    tokens_BT: Array | HostArray,
+    prompt: Array,
+) -> ModelInput:
+    """Joins a prompt ``[P, D]`` or ``[B, P, D]`` to the embedded input as ``config`` says."""
+    if model.config.reads_images:
+        return model.embed(tokens_BT, prompt)
+    source, is_prompt_BU = combine(
+        prompt,
+        model.embed(tokens_BT),
+        tokens_BT,
+        placement=config.placement,
+        eos_id=model.input_eos,
+    )
+    seen_BUU = attention_mask(
+        is_prompt_BU,
+        prompt_to_input=config.prompt_to_input,
+        prompt_to_prompt=config.prompt_to_prompt,
+        input_to_prompt=config.input_to_prompt,
+    )
+    return replace(source, attention_mask_BUU=seen_BUU)
 
 
 def dropped(prompt: Array, rate: float, *, batch: int, key: Array | None) -> Array:

@@ -268,7 +268,7 @@ class MethodLoader:
                 about = for_task(metadata, known[task])
             elif stored.tasks:
                 about = replace(metadata, task=task)
-            prompt = self._validator.checked(array, about, name=name, of=place)
+            prompt = self._prompt(name, array, method.task_prompt(), about, place)
             part = task_name(task) if tasks > 1 else ""
             found.append(LoadedMember(served=prompt, task=part))
         return found

@@ -346,8 +346,14 @@ PROMPT_REGEX = [".*/ia3_scaling.*"]
 MULTITASK = """
 from __gin__ import dynamic_registration
 from flax import linen
+from prompt_tuning.extended import masks
 from prompt_tuning.extended import multitask_prompts
 from prompt_tuning.extended.train import multitask_prompts as train_prompts
+from prompt_tuning.train import layers as prompt_layers
+prompt_layers.PromptEncoderDecoder.encoder_mask_factory = @masks.prompt_encoder_attention_mask
+masks.prompt_encoder_attention_mask:
+  prompt_length = 106
+  multitask = True
 PROMPT = @train_prompts.MultiTaskPrompt
 train_prompts.MultiTaskPrompt.prompt = @multitask_prompts.ConcatMultiTaskPrompt()
 multitask_prompts.ConcatMultiTaskPrompt:
@@ -399,8 +405,18 @@ def test_the_methods_of_the_original() -> None:
     assert experiment(extra=IA3_FILE).method == IA3()
     multitask = experiment(extra=MULTITASK).method
     assert multitask == MultitaskPrompts(
-        combine="concatenation", length=100, task_length=6, tasks=8, init="uniform_positive"
+        combine="concatenation",
+        length=100,
+        task_length=6,
+        tasks=8,
+        init="uniform_positive",
+        prompt_to_prompt="causal",
     )
+    for kind, combine in (("ConcatFeatures", "features"), ("Project", "projection")):
+        text = MULTITASK.replace("ConcatMulti", f"{kind}Multi")
+        found = experiment(extra=text.replace("task_length = 6", "shared_features = 32")).method
+        assert isinstance(found, MultitaskPrompts)
+        assert (found.combine, found.shared_features) == (combine, 32)
     deep = experiment(extra=PER_LAYER).method
     assert isinstance(deep, DeepPrompts)
     assert (deep.length, deep.mode, deep.init) == (100, "add", "class_labels")

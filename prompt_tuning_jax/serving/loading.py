@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     tasks_of,
 )
 from prompt_tuning_jax.checkpoints.run_folder import member_names
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, method_of
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
@@ -33,7 +33,6 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
     attach_stored,
     known_with,
-    method_of,
     stored_methods,
 )
 from prompt_tuning_jax.methods import (

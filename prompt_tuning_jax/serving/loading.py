@@ -280,8 +280,11 @@ class MethodLoader:
         metadata: PromptMetadata,
         place: Path,
     ) -> Served:
-        require_sees_all(method, place)
         prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
+        if limits_attention(method):
+            # Plain prompts share batches, in which all positions attend to all.
+            whole = replace(method, length=len(prompt_PD))
+            return self._method(name, whole, {PROMPT: prompt_PD}, metadata, place)
         return self._validator.checked(
             prompt_PD, metadata, name=name, placement=method.placement, of=place
         )
@@ -344,10 +347,15 @@ class MethodLoader:
         return found
 
 
-def require_sees_all(method: PromptTuning, place: Path) -> None:
-    """Raises UserError for a prompt that some positions do not attend to."""
+def limits_attention(method: PromptTuning) -> bool:
+    """Whether some positions do not attend to the prompt, or some of its to others."""
     sees_all = method.prompt_to_input and method.input_to_prompt
-    if not sees_all or method.prompt_to_prompt != "all":
+    return not sees_all or method.prompt_to_prompt != "all"
+
+
+def require_sees_all(method: PromptTuning, place: Path) -> None:
+    """Raises UserError for a plain prompt that limits attention."""
+    if limits_attention(method):
         raise UserError(
             f"{place}: its run limits attention to or from the prompt (method.prompt_to_input and "
             "similar fields), which the server does not support"

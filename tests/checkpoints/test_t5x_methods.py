@@ -15,11 +15,18 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.checkpoints.t5x.methods import COMBINED, read_method, t5x_arrays
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import method_of, read_tuned
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
+    TunedCheckpoint,
+    method_of,
+    read_tuned,
+    save_tuned,
+)
 from prompt_tuning_jax.config.methods import IA3, DeepPrompts, LoRA, MultitaskPrompts
+from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import convert
 from prompt_tuning_jax.inference.inspection import describe
@@ -151,6 +158,25 @@ def test_commands_on_such_checkpoints(shared: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "no.safetensors", combine="sum")
 
 
+def test_scanned_layers(shared: Path, tmp_path: Path) -> None:
+    """What a method trained is put among layers that are one array, and found there."""
+    scanned = shared / "fixtures/t5x/scan_t5x/checkpoint_7"
+    config = load_model(str(scanned)).config
+    random = np.random.default_rng(0)
+    method = DeepPrompts(length=3, mode="add", init="uniform")
+    arrays = {"method/vectors/prompts_PD": random.normal(size=(3 * 3, 8)).astype(np.float32)}
+    file = tmp_path / "deep.safetensors"
+    save_tuned(
+        file,
+        TunedCheckpoint(trainable=arrays, method=method_to_json(method), metadata=PromptMetadata()),
+    )
+    folder = convert(scanned, tmp_path / "scan", to="t5x", prompt=file).path
+    assert open_t5x(folder).stored["encoder/encoder/prompt/prompt/prompt"].shape == (3, 3, 8)
+    stored = t5x_method(folder, config, combined="add")
+    assert stored is not None
+    jax.tree.map(np.testing.assert_array_equal, dict(stored.trainable), arrays)
+
+
 def test_files_of_the_originals_checkpointer(shared: Path, tmp_path: Path) -> None:
     for name, array in trained_arrays("layers_add").items():
         with (tmp_path / name.replace("/", ".")).open("wb") as file:
@@ -159,7 +185,7 @@ def test_files_of_the_originals_checkpointer(shared: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="one of several arrays of a method: give their folder"):
         convert(first, tmp_path.with_suffix(".npy"))
     out, model = tmp_path.with_suffix(".safetensors"), str(shared / TINY)
-    with pytest.raises(UserError, match="does not tell how .* --combine replace or add"):
+    with pytest.raises(UserError, match=r"does not tell how .* --combine replace or add"):
         convert(tmp_path, out, model=model)
     convert(tmp_path, out, model=model, combine="add")
     stored = read_tuned(out, CONFIG)
@@ -239,5 +265,5 @@ def test_a_checkpoint_that_is_one_file(shared: Path, tmp_path: Path) -> None:
     assert read_t5x(again).keys() == was.params.keys()
     assert len(list(again.iterdir())) > len(was.stored)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match="checkpoint_3.* is damaged, or not a T5X index"):
+    with pytest.raises(UserError, match=r"checkpoint_3.* is damaged, or not a T5X index"):
         open_t5x(file)

@@ -60,6 +60,8 @@ class MethodConfig(Config):
     identity_at_init: ClassVar[bool] = False
     # The method scores labels itself and generates no text.
     scores_labels: ClassVar[bool] = False
+    # The loss is not that of the targets alone: of what the method scores, or of its context too.
+    has_own_loss: ClassVar[bool] = False
     # A run trains something; False for baselines.
     is_trainable: ClassVar[bool] = True
     # The weights of the model itself are trainable, all of them.
@@ -285,6 +287,7 @@ class CPT(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.cpt:ContextPrompt"
+    has_own_loss = True
     saves_prompts = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.001, "weight_decay": 0.0}
     lower_bounds: ClassVar[Mapping[str, float]] = {
@@ -449,6 +452,7 @@ class WARP(MethodConfig):
 
     implementation = "prompt_tuning_jax.methods.warp:ClassVectors"
     scores_labels = True
+    has_own_loss = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
@@ -489,7 +493,7 @@ class MultitaskPrompts(MethodConfig):
     - ``projection``: an affine map of each task takes the S shared features of each vector to D;
       ``P*S + N*(S + 1)*D``.
 
-    The prompts of all tasks are initialized close to the shared prompt; in a concatenation,
+    By default the prompts of all tasks are initialized close to each other; in a concatenation,
     ``init`` also initializes the task's vectors.
     """
 
@@ -507,6 +511,7 @@ class MultitaskPrompts(MethodConfig):
     }
     training_only: ClassVar[Mapping[str, Any]] = {
         **_INIT_ONLY,
+        "tasks_init": "near",
         "source_task": -1,
         "source_member": 0,
     }
@@ -525,6 +530,9 @@ class MultitaskPrompts(MethodConfig):
     init_text: str = ""  # text for ``init=string``
     init_path: str = ""  # prompt file for ``init=file``, or run folder for ``init=source``
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    # Initial values of the tasks' parameters: so that all prompts are ``near`` each other, or drawn
+    # like those of ``init``, each on its own.
+    tasks_init: Literal["near", "uniform", "uniform_positive"] = "near"
     source_task: int = -1  # task of the source run to start from; -1: the mean over its tasks
     source_member: int = 0  # member (seed) of the source run to start from
     # Before the input, after its first token, or before its end-of-sequence token.

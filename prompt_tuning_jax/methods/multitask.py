@@ -113,6 +113,15 @@ def _initialized(
     """Returns initial arrays of these shapes; ``initial`` draws a prompt of a length."""
     keys = jax.random.split(key, 4)
     shared_PD = initial(keys[0], config.length)
+    if config.tasks_init != "near":
+        low = -0.5 if config.tasks_init == "uniform" else 0.0
+        shared_path = next(path for path in shapes if path not in PER_TASK)
+        drawn = {
+            path: jax.random.uniform(jax.random.fold_in(keys[1], n), shape, jnp.float32, low, 0.5)
+            for n, (path, shape) in enumerate(shapes.items())
+            if path in PER_TASK
+        }
+        return {shared_path: shared_PD[:, : shapes[shared_path][1]], **drawn}
     if config.combine in ("features", "projection"):
         features = shapes[SHARED_FEATURES][1]
         shared = {SHARED_FEATURES: shared_PD[:, :features]}

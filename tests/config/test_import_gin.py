@@ -410,6 +410,7 @@ def test_the_methods_of_the_original() -> None:
         task_length=6,
         tasks=8,
         init="uniform_positive",
+        tasks_init="uniform_positive",
         prompt_to_prompt="causal",
     )
     for kind, combine in (("ConcatFeatures", "features"), ("Project", "projection")):
@@ -424,6 +425,44 @@ def test_the_methods_of_the_original() -> None:
     whole = "ARCHITECTURE = @flaxformer.architectures.t5.t5_architecture.EncoderDecoder()\n"
     pattern = experiment(extra=whole + regexes).method
     assert pattern == PatternTuning(patterns=("decoder/.*/scale", ".*/bias"))
+
+
+PERCEPTRON = """
+from __gin__ import dynamic_registration
+from prompt_tuning.extended.perceptron.train import models
+MODEL = @models.PerceptronLossEncoderDecoderModel()
+models.PerceptronLossEncoderDecoderModel:
+  module = %ARCHITECTURE
+  z_loss = %Z_LOSS
+  length_normalize = True
+  hinge = 0.2
+"""
+WAYWARD = """
+from __gin__ import dynamic_registration
+from prompt_tuning import prompts
+from prompt_tuning.extended.train import wayward
+MODEL = @wayward.WaywardPromptEncoderDecoderModel()
+wayward.WaywardPromptEncoderDecoderModel:
+  module = %ARCHITECTURE
+  discrete_prompt = @near/wayward.execute_initializer()
+  distance = @wayward.squared_l2_distance
+  gamma = 0.5
+near/wayward.execute_initializer.init = @near/prompts.from_embedded_string()
+near/prompts.from_embedded_string.text = "It is great"
+"""
+
+
+def test_the_losses_of_the_original() -> None:
+    found = experiment(extra=PERCEPTRON)
+    training, evaluation = found.training, found.evaluation
+    assert (training.loss, training.margin, training.normalize_length) == ("perceptron", 0.2, True)
+    assert training.z_loss == 0
+    assert (evaluation.strategy, evaluation.normalize_length) == ("rank", True)
+    labels = PERCEPTRON.replace("PerceptronLoss", "CrossEntropy").replace("hinge = 0.2", "")
+    assert experiment(extra=labels).training.loss == "labels"
+    training = experiment(extra=WAYWARD).training
+    assert (training.wayward_text, training.wayward_weight) == ("It is great", 0.5)
+    assert training.loss == "tokens"
 
 
 def test_model_tuning_with_the_network_of_t5x() -> None:

@@ -103,6 +103,11 @@ def test_features_and_projections_combine_as_in_the_original() -> None:
         for position, vector_D in enumerate(combined("projection", projection, task)):
             want_D = [sum(shared_PS[position] * row) for row in kernel_NDS[task]] + bias_ND[task]
             np.testing.assert_allclose(vector_D, want_D, rtol=1e-6)
+    own = MultitaskPrompts(length=3, combine="projection", init="uniform", tasks_init="uniform")
+    drawn = attach(own).method.arrays()
+    for path in (SHARED_FEATURES, KERNEL, BIAS):
+        assert -0.5 <= drawn[path].min() < -0.3
+        assert 0.3 < drawn[path].max() < 0.5
     method = MultitaskPrompts(combine="features", shared_features=D)
     with pytest.raises(UserError, match=f"shared_features is {D}, .* width {D} is {D - 1}"):
         attach(method)

@@ -162,8 +162,7 @@ def _translate_multitask(t: Translation, prompt: Reference, kind: str) -> None:
         t.set("method.shared_features", size, shared)
     t.same_here(t.get(prompt, "task_features"), "the model's width decides the tasks' features")
     _translate_init(t, t.get(prompt, "shared_init"))
-    if tasks_init := t.get(prompt, "tasks_init"):
-        t.lost(tasks_init, "the prompts of all tasks start close to the shared prompt")
+    _translate_tasks_init(t, t.get(prompt, "tasks_init"))
     if to_task := t.get(prompt, "to_task_idx"):
         t.lost(
             to_task,
@@ -173,6 +172,24 @@ def _translate_multitask(t: Translation, prompt: Reference, kind: str) -> None:
             t.get(to_task.value if isinstance(to_task.value, Reference) else None, "vocab_size"),
             "tasks are told apart by the mixture",
         )
+
+
+def _translate_tasks_init(t: Translation, init: Value | None) -> None:
+    drawn = "there from [0, {}), here from [0, 0.5)"
+    if init is None or not isinstance(init.value, Reference):
+        t.set(
+            *("method.tasks_init", "uniform_positive", init),
+            default="no initializer",
+            remark=drawn.format(0.01),
+        )
+        return
+    scale = t.get(init.value, "scale")
+    size = number(scale) if scale else 0.01
+    if init.value.name.rpartition(".")[2] != "uniform":
+        remark = "there is no such initialization of tasks"
+    else:
+        remark = "" if size == 0.5 else drawn.format(size)
+    t.set("method.tasks_init", "uniform_positive", scale or init, remark=remark)
 
 
 def _translate_attention(t: Translation) -> None:

@@ -70,6 +70,9 @@ class Case:
 
 CASES: dict[str, Case] = {
     "prompt_tuning": Case(method=PromptTuning(length=5, init_population=0), count=5 * D),
+    "prompt_in_decoder": Case(
+        method=PromptTuning(length=0, decoder_length=3, init_population=0), count=3 * D
+    ),
     "full": Case(method=FullTuning(), count=WHOLE),
     "lora": Case(
         method=LoRA(rank=2, alpha=4, dropout=0.1),

@@ -140,18 +140,25 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(MethodConfig):
-    """``length * D`` parameters: ``method/prompt_PD``, float32, in the input.
+    """``(length + decoder_length) * D`` parameters: ``method/prompt_PD``, float32, in the input.
 
-    The decoder of an encoder-decoder gets no prompt.
+    The decoder of an encoder-decoder gets no prompt, except for that of a T5 with
+    ``decoder_length``: ``method/decoder_prompt_PD``, before its start token.
     """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
     for_images = True
     saves_prompts = True
-    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "length": 0,
+        "decoder_length": 0,
+        "init_population": 0,
+    }
     training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": (), "dropout": 0.0}
 
-    length: int = 100  # number of prompt vectors
+    length: int = 100  # number of prompt vectors; 0 only with ``decoder_length``
+    # T5: number of prompt vectors before the decoder's start token, initialized like the others.
+    decoder_length: int = 0
     # Initial values: ``uniform`` in [-0.5, 0.5), ``uniform_positive`` in [0, 0.5), embeddings of
     # sampled tokens, of the labels, or of ``init_text`` (``string``), labels combined with sampled
     # tokens (``described``), or a ``file``.  For images: ``xavier_uniform``, in [-v, v) with v =
@@ -179,9 +186,13 @@ class PromptTuning(MethodConfig):
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
         yield from _dropout_errors(self.dropout)
+        if not self.length and not self.decoder_length:
+            yield "method.length is 0; must be at least 1, or set method.decoder_length"
+        if not self.length and self.init == "file":
+            yield "method.init=file is a prompt of the encoder, and method.length is 0"
 
-    def plain_prompt(self) -> "PromptTuning":
-        return _joined_as(self)
+    def plain_prompt(self) -> "PromptTuning | None":
+        return None if self.decoder_length else _joined_as(self)
 
 
 def _joined_as(method: "PromptTuning | MultitaskPrompts") -> PromptTuning:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.config.methods import MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
@@ -17,25 +18,53 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class Prompt(TuningModule[PromptTuning]):
-    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input."""
+    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input.
 
-    def __init__(self, config: PromptTuning, prompt_PD: Array | HostArray):
+    ``decoder_prompt_PD`` comes before the decoder's start token.  Either may be missing.
+    """
+
+    def __init__(
+        self,
+        config: PromptTuning,
+        prompt_PD: Array | HostArray | None,
+        decoder_prompt_PD: Array | HostArray | None = None,
+    ):
         super().__init__(config)
-        value = jnp.asarray(prompt_PD, jnp.float32)
-        self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
+        for name, value in (("prompt_PD", prompt_PD), ("decoder_prompt_PD", decoder_prompt_PD)):
+            if value is not None:
+                array = jnp.asarray(value, jnp.float32)
+                setattr(self, name, nnx.Param(array, logical_axes=("prompt", "prompt_embed")))
 
     @classmethod
     def attach(
         cls, config: PromptTuning, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
-        prompt_PD = init_prompt(
-            config, model, key=key, length=config.length, context=context, labels=config.init_labels
-        )
-        return TunedModel(model, cls(config, prompt_PD))
+        if config.decoder_length and not model.has_decoder_prompts:
+            raise UserError(
+                f"method.decoder_length is {config.decoder_length}, and only a T5 has prompts in "
+                "its decoder; set it to 0"
+            )
+
+        def initial(key: Array, length: int) -> Array | None:
+            if not length:
+                return None
+            return init_prompt(
+                config, model, key=key, length=length, context=context, labels=config.init_labels
+            )
+
+        decoder_key = jax.random.fold_in(key, 0xDEC0)
+        prompts = initial(key, config.length), initial(decoder_key, config.decoder_length)
+        return TunedModel(model, cls(config, *prompts))
 
     def for_inference(self, model: Model) -> TunedModel:
         # The initialization no longer matters, and it would require a vocabulary.
-        return with_prompt(model, self.prompt_PD.get_value(), self.config.as_trained())
+        return TunedModel(model, Prompt(self.config.as_trained(), *self._prompts()))
+
+    def _prompts(self) -> tuple[Array | None, Array | None]:
+        """Returns the prompts of the input and of the decoder."""
+        params = (getattr(self, name, None) for name in ("prompt_PD", "decoder_prompt_PD"))
+        first, second = (None if param is None else param.get_value() for param in params)
+        return first, second
 
     def injections(
         self,
@@ -45,9 +74,16 @@ class Prompt(TuningModule[PromptTuning]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        config, prompt = self.config, self.prompt_PD.get_value()
-        prompt = dropped(prompt, config.dropout, batch=len(tokens_BT), key=key)
-        return Injections(model_input=joined_input(config, model, tokens_BT, prompt))
+        config, batch = self.config, len(tokens_BT)
+        prompt, decoder_prompt = self._prompts()
+        source = model.embed(tokens_BT)
+        if prompt is not None:
+            prompt = dropped(prompt, config.dropout, batch=batch, key=key)
+            source = joined_input(config, model, tokens_BT, prompt)
+        if decoder_prompt is not None:
+            own_key = None if key is None else jax.random.fold_in(key, 0xDEC0)
+            decoder_prompt = dropped(decoder_prompt, config.dropout, batch=batch, key=own_key)
+        return Injections(model_input=source, decoder_prompt=decoder_prompt)
 
 
 def joined_input(

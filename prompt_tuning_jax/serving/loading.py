@@ -241,8 +241,8 @@ class MethodLoader:
         method, metadata = method_of(stored, place), stored.metadata
         if isinstance(method, PromptTuning) and method.decoder_length:
             raise UserError(
-                f"{place} has a prompt in the decoder (method.decoder_length), which the server does "
-                "not support; use it with predict and eval"
+                f"{place} has a prompt in the decoder (method.decoder_length), which the server "
+                "does not support; use it with predict and eval"
             )
         plain = method.plain_prompt()
         # A prompt for images comes with a classifier, as a method's arrays do.

@@ -379,6 +379,8 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:
     """Describes how predictions are made; the logged training accuracy is teacher-forced."""
+    if task.choices_field:
+        return "evaluation ranks the texts that each example chooses between"
     number = len(task.labels)
     strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
     if strategy == "rank":

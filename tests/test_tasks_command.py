@@ -130,7 +130,6 @@ def tasks_recorded(shared):
         return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_statistics(capsys):
     status, out, _ = run(capsys, "tasks", "word_valence", "--split", "test", "--statistics")
     lines = dict(line.split(": ", 1) for line in out.splitlines())
@@ -144,6 +143,7 @@ def test_statistics(capsys):
     assert run(capsys, "tasks", "--statistics")[2].startswith("error: --statistics needs the NAME")
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_dump_is_what_was_recorded(capsys, tmp_path, data, t5, tasks_recorded, split):
     line = (RTE, "--split", split, "--data_dir", data, "--vocabulary", t5)
     found = dumped(capsys, tmp_path, *line)

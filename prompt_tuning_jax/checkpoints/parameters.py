@@ -102,7 +102,12 @@ def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: st
 PROMPT = "encoder/prompt/prompt/prompt"
 # Parts of paths that only prompts have.
 _OF_PROMPTS = re.compile(r"(^|.*/)\w*prompt\w*(/.*|$)", re.DOTALL)
-_OF_METHODS = re.compile(r"(^|.*/)ia3_scaling", re.DOTALL)
+# What the original's methods train; layers may be stacked (encoder/encoder).
+_OF_METHODS = re.compile(
+    r"encoder/prompt/prompt/(prompt|shared_prompt|task_prompts/embedding)"
+    r"|encoder/(layers_\d+|encoder)/prompt/prompt/prompt"
+    r"|(encoder|decoder)/.+/([qkv]_conv|intermediate_conv)/ia3_scaling"
+)
 _RELPOS_OF_STACK = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
 _RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
 
@@ -113,8 +118,8 @@ def is_prompt(name: str) -> bool:
 
 
 def is_trained(name: str) -> bool:
-    """Whether a parameter is none of the frozen model's, but a prompt's or IA3's."""
-    return is_prompt(name) or _OF_METHODS.fullmatch(name) is not None
+    """Whether a parameter is none of the frozen model's, but of a method of the original code."""
+    return _OF_METHODS.fullmatch(name) is not None
 
 
 def config_of(

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.array_files import (
     tuned_by,
 )
 from prompt_tuning_jax.checkpoints.location import INDEX, is_t5x
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_trained
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt, is_trained
 from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.t5x.methods import has_method, is_numpy_folder
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
@@ -338,10 +338,11 @@ def _read_folder(folder: Path) -> StoredPrompt:
 def _read_t5x(folder: str | Path) -> StoredPrompt:
     params = open_t5x(folder).params
     if has_method(params):
+        others = (n for n in params if (is_trained(n) or is_prompt(n)) and n != PROMPT)
         raise UserError(
             f"{folder} is a T5X checkpoint with more than a prompt in the encoder's input, for "
-            f"instance {next(n for n in params if is_trained(n) and n != PROMPT)}; use it with "
-            "predict, eval and serve --prompt(s), or convert it to safetensors"
+            f"instance {next(others)}; use it with predict, eval and serve --prompt(s), or convert "
+            "it to safetensors"
         )
     stored = params.get(PROMPT)
     if stored is None:

@@ -16,7 +16,9 @@ from prompt_tuning_jax.checkpoints.t5x.methods import (
 )
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
+from prompt_tuning_jax.config.methods import MultitaskPrompts
 from prompt_tuning_jax.config.overrides import method_to_json
+from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -32,7 +34,8 @@ def t5x_method(
 ) -> TunedCheckpoint | None:
     """Reads the method in a T5X checkpoint as a run's checkpoint; None if it holds none.
 
-    ``combined`` says what the checkpoint does not (``read_method``).  Raises UserError for arrays
+    ``combined`` says what the checkpoint does not (``read_method``).  Tasks are called by their
+    numbers, from 0.  Raises UserError for arrays
     that do not fit the model.
     """
     opened = _opened(place)
@@ -44,8 +47,13 @@ def t5x_method(
     method, trainable = read_method(
         params, config, of=str(place), combined=combined, open_state=open_state
     )
+    # A checkpoint has no names of tasks, only their order.
+    tasks = tuple(map(str, range(method.tasks))) if isinstance(method, MultitaskPrompts) else ()
     return TunedCheckpoint(
-        trainable=trainable, method=method_to_json(method), metadata=PromptMetadata()
+        trainable=trainable,
+        method=method_to_json(method),
+        metadata=PromptMetadata(mixture=tuple(TrainedTask(name=task) for task in tasks)),
+        tasks=tasks,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.array_files import read_npy, require_finite
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_trained
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt, is_trained
 from prompt_tuning_jax.checkpoints.t5x.arrays import OptimizerState
 from prompt_tuning_jax.config.methods import (
     IA3,
@@ -78,8 +78,13 @@ def _numpy_files(folder: Path) -> dict[str, Path]:
 
 
 def has_method(params: Mapping[str, Any]) -> bool:
-    """Whether these parameters, by name, hold more than a plain prompt of a method."""
-    return any(is_trained(name) and name != PROMPT for name in params)
+    """Whether these parameters, by name, hold more than a plain prompt of any method."""
+    return any(_is_added(name) and name != PROMPT for name in params)
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter belongs to a method, known or not."""
+    return is_trained(name) or is_prompt(name)
 
 
 def kind_of(params: Mapping[str, Any]) -> str:
@@ -106,7 +111,7 @@ def read_method(
     positions of the prompt.  Raises UserError, naming ``of``, for an unknown method and for arrays
     that do not fit the model.
     """
-    arrays = {n: p.whole().astype(np.float32) for n, p in params.items() if is_trained(n)}
+    arrays = {n: p.whole().astype(np.float32) for n, p in params.items() if _is_added(n)}
     require_finite(arrays, of=of)
     kind = kind_of(arrays)
     if kind == "IA3":

@@ -70,6 +70,9 @@ class Case:
 
 CASES: dict[str, Case] = {
     "prompt_tuning": Case(method=PromptTuning(length=5, init_population=0), count=5 * D),
+    "prompt_in_decoder": Case(
+        method=PromptTuning(length=0, decoder_length=3, init_population=0), count=3 * D
+    ),
     "full": Case(method=FullTuning(), count=WHOLE),
     "lora": Case(
         method=LoRA(rank=2, alpha=4, dropout=0.1),
@@ -128,6 +131,20 @@ CASES |= {
         ),
         count=(3 + 2) * D,
     ),
+    "multitask_features": Case(
+        method=MultitaskPrompts(length=3, combine="features", shared_features=5, init_population=0),
+        count=3 * 5 + 3 * (D - 5),
+    ),
+    "multitask_projection": Case(
+        method=MultitaskPrompts(
+            length=3,
+            combine="projection",
+            shared_features=2,
+            init_population=0,
+            prompt_to_prompt="causal",
+        ),
+        count=3 * 2 + (2 + 1) * D,
+    ),
 }
 
 
@@ -150,6 +167,7 @@ LM_CASES: dict[str, Case] = {
     for name in (
         *("prompt_tuning", "p_tuning_lstm", "p_tuning_mlp", "deep_prompts", "deep_prompts_mlp"),
         *("warp", "multitask_low_rank", "multitask_sum", "multitask_concatenation"),
+        *("multitask_features", "multitask_projection"),
     )
 } | {
     name: Case(method=CASES[name].method, count=count, lm=True)

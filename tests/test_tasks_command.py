@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -53,7 +54,7 @@ def test_the_list_is_grouped(capsys):
     shown = {line.split(" ")[0] for line in lines if line}
     assert {RTE, "glue_sst2_v002", "squad_to_mrqa", "xsum_v110", "word_valence"} <= shown
     assert not any(name.startswith(("taskless_", "task_index_")) for name in shown)
-    assert "30 names that begin with spot_" in out and "43 names that begin with pr:" in out
+    assert "30 names that begin with spot_" in out and "44 names that begin with pr:" in out
     # Nothing is left out: what has no line is another form or version of what has one.
     for name in task_names():
         if name.startswith(("spot_", "pr:")):
@@ -127,6 +128,19 @@ def test_examples_without_labels_and_of_a_mixture(capsys, data):
 def tasks_recorded(shared):
     with open(shared / "fixtures" / "tasks" / "rte.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def test_statistics(capsys):
+    status, out, _ = run(capsys, "tasks", "word_valence", "--split", "test", "--statistics")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert status == 0
+    number = int(lines["examples of test"].replace(",", ""))
+    counts = re.findall(r"(\w+) ([\d,]+) \(([\d.]+) %\)", lines["labels"])
+    assert sum(int(count.replace(",", "")) for _, count, _ in counts) == number
+    for _, count, share in counts:
+        assert float(share) == pytest.approx(100 * int(count.replace(",", "")) / number, abs=0.05)
+    assert re.fullmatch(r"\d+ to \d+, median \d+, 95 % up to \d+", lines["tokens of inputs"])
+    assert run(capsys, "tasks", "--statistics")[2].startswith("error: --statistics needs the NAME")
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

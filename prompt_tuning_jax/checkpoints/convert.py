@@ -18,6 +18,7 @@ from prompt_tuning_jax.checkpoints.convert_prompt import convert_prompts, prompt
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
 from prompt_tuning_jax.checkpoints.hub import is_gguf
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.checkpoints.t5x.methods import Combined
 from prompt_tuning_jax.config.paths import NAMED_MODELS
 from prompt_tuning_jax.errors import UserError
 
@@ -38,6 +39,7 @@ _FOR: dict[str, tuple[Format, ...]] = {
     "max_shard_bytes": ("hf",),
     "model": ("npy", "safetensors", "peft"),
     "allow_other_model": ("t5x", "npy", "safetensors", "peft"),
+    "combine": ("npy", "safetensors", "peft"),
 }
 
 
@@ -55,6 +57,7 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model: str = "",
     allow_other_model: bool = False,
+    combine: Combined | Literal[""] = "",
     overwrite: bool = False,
 ) -> Converted:
     """Writes a model or prompt in another format, bit for bit unless ``dtype`` says otherwise.
@@ -72,6 +75,7 @@ def convert(
 
     Prompts are written as ``npy``, ``safetensors`` (with their metadata) or ``peft``.  ``model`` is
     the frozen model of the prompts.  They must fit it, and a PEFT adapter stores its name.
+    ``combine`` is for multitask and per-layer prompts in a T5X checkpoint that does not tell it.
 
     Arrays are read one by one: the host holds one array, or one file of an ``hf`` folder.  A
     terminal shows a progress bar.  Existing output is replaced only with ``overwrite``; an error or
@@ -90,11 +94,17 @@ def convert(
         "max_shard_bytes": None if max_shard_bytes == MAX_SHARD_BYTES else max_shard_bytes,
         "model": model,
         "allow_other_model": allow_other_model,
+        "combine": combine,
     }
     # ``step=0`` counts as given, although 0 == False.
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != ""}
     require_options_of(to, given)
     used: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
+    if combine:
+        raise UserError(
+            f"--combine {combine} is about multitask and per-layer prompts in a T5X checkpoint, "
+            f"and {source} holds none"
+        )
     used |= {name: value for name, value in given.items() if to in _FOR[name]}
     if to in _MODELS:
         _require_model(source, to)

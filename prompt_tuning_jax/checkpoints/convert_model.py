@@ -20,10 +20,22 @@ from prompt_tuning_jax.checkpoints.hub import is_gguf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray, progress
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, require_t5
-from prompt_tuning_jax.checkpoints.prompt_file import check_fits, read_prompt
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, is_trained, require_t5
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    check_fits,
+    check_model,
+    read_prompt,
+)
+from prompt_tuning_jax.checkpoints.t5x.arrays import scan_axis
+from prompt_tuning_jax.checkpoints.t5x.methods import stacked, t5x_arrays
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
+    is_tuned_file,
+    method_of,
+    read_tuned,
+)
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     vocabulary_file,
 )
@@ -94,11 +106,9 @@ def convert_to_hf(
         )
     if words is None and not opened.config.reads_images:
         notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
-    if _own_prompt(opened) is not None:
-        notes.append(
-            "the prompt in the source is left out: convert it on its own, to npy, safetensors or "
-            "peft"
-        )
+    if own := _own_trained(opened):
+        what = "prompt in the source is" if own.keys() == {PROMPT} else "trained arrays there are"
+        notes.append(f"the {what} left out: convert them to npy, safetensors or peft")
     return written("a model as a Hugging Face folder", destination, notes=notes)
 
 
@@ -133,9 +143,7 @@ def convert_to_t5x(
         )
     beside = {} if words is None else tokenizer_files(words, config)
     notes = []
-    trainable: LazyArray | HostArray | None = _own_prompt(opened)
-    if prompt:
-        trainable = _prompt_for(opened, prompt, allow_other_model=allow_other_model)
+    trained: Mapping[str, LazyArray | HostArray] = _own_trained(opened)
     # A T5X source keeps its stored layout unless the options ask for a change.
     params: Mapping[str, LazyArray] = opened.params
     state: Mapping[str, LazyArray | None] | None = None
@@ -143,11 +151,18 @@ def convert_to_t5x(
     if checkpoint is not None:
         as_it_was = not prompt and not (unscan and checkpoint.scanned)
         if not unscan:
-            params = {n: a for n, a in checkpoint.stored.items() if n != PROMPT}
+            stored = checkpoint.stored.items()
+            params = {n: a for n, a in stored if not is_trained(n)}
+            trained = {n: a for n, a in stored if is_trained(n)}
         if as_it_was:
             state = checkpoint.open_state()
         elif checkpoint.state_names:
             notes.append("the optimizer's state in the source is left out")
+    if prompt:
+        axis = None
+        if checkpoint is not None and checkpoint.scanned and not unscan:
+            axis = scan_axis(checkpoint.stored)
+        trained = _trained_in(opened, prompt, axis=axis, allow_other_model=allow_other_model)
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
     injections = [slot for slot in (state or {}).values() if slot is not None]
     with (
@@ -158,7 +173,7 @@ def convert_to_t5x(
             aside.parent,
             {name: counted(name, array) for name, array in arrays.items()},
             step=step,
-            prompt=trainable,
+            trained=trained,
             state=state
             if state is None
             else {n: None if slot is None else counted(n, slot) for n, slot in state.items()},
@@ -173,7 +188,7 @@ def convert_to_t5x(
                 f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
                 f"hf it is {again}"
             )
-    holding = "" if trainable is None else f" with a prompt {list(trainable.shape)}"
+    holding = _holding(trained)
     return written(f"a model{holding} as a T5X checkpoint of step {step}", final, notes=notes)
 
 
@@ -211,25 +226,50 @@ def hf_model_type(opened: ModelCheckpoint) -> str:
     return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
 
 
-def _own_prompt(opened: ModelCheckpoint) -> LazyArray | None:
-    """Returns the prompt in a T5X checkpoint, if any."""
+def _own_trained(opened: ModelCheckpoint) -> dict[str, LazyArray]:
+    """Returns the prompts and scales in a T5X checkpoint, by name."""
     if isinstance(opened.source, Path):
-        return None
-    return opened.source.params.get(PROMPT)
+        return {}
+    return {n: a for n, a in opened.source.params.items() if is_trained(n)}
 
 
-def _prompt_for(opened: ModelCheckpoint, path: str, *, allow_other_model: bool) -> HostArray:
-    stored = read_prompt(path)
-    known = stored.metadata.model_fingerprint and not allow_other_model
-    check_fits(
-        stored.prompt_PD,
-        stored.metadata,
-        embed_dim=opened.config.embed_dim,
-        fingerprint=fingerprint_of(opened) if known else "",
-        path=path,
-        allow_other_model=allow_other_model,
-    )
-    return stored.prompt_PD
+def _holding(trained: Mapping[str, LazyArray | HostArray]) -> str:
+    """Says what a checkpoint holds beside the model."""
+    if trained.keys() == {PROMPT}:
+        return f" with a prompt {list(trained[PROMPT].shape)}"
+    return f" with {len(trained)} trained arrays" if trained else ""
+
+
+def _trained_in(
+    opened: ModelCheckpoint, path: str, *, axis: int | None, allow_other_model: bool
+) -> dict[str, HostArray]:
+    """Reads a prompt, or a file of another method, under T5X's names.
+
+    ``axis`` is the one along which the checkpoint stacks layers; None if it has a name for each.
+    """
+    config = require_t5(opened.config, what="writing a T5X checkpoint")
+    is_method = is_tuned_file(Path(path))
+    metadata, found = PromptMetadata(), {}
+    if is_method:
+        stored = read_tuned(Path(path), config)
+        metadata = stored.metadata
+        found = t5x_arrays(method_of(stored, path), stored.trainable, config, of=path)
+    else:
+        prompt = read_prompt(path)
+        metadata, found = prompt.metadata, {PROMPT: prompt.prompt_PD}
+    known = metadata.model_fingerprint and not allow_other_model
+    fingerprint = fingerprint_of(opened) if known else ""
+    if PROMPT in found:
+        check_fits(
+            found[PROMPT],
+            metadata,
+            embed_dim=config.embed_dim,
+            fingerprint=fingerprint,
+            path=path,
+            allow_other_model=allow_other_model,
+        )
+    check_model(metadata, fingerprint=fingerprint, path=path, allow_other_model=allow_other_model)
+    return found if axis is None else stacked(found, axis=axis)
 
 
 def _checkpoint_folder(

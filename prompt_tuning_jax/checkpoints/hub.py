@@ -47,10 +47,10 @@ def model_location(name: str) -> str:
 
     ``tiny`` is bundled.  ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
     bucket.  ``smollm2`` and ``gemma3-270m`` are files in the user's cache, where
-    ``scripts/fetch_model`` puts them.  A folder, a ``.gguf`` file or an address is returned as
-    it is; of a folder of ``checkpoint_<step>``, the last one is used.  ``google/flan-t5-small`` or
-    any other ``org/name`` is fetched from the Hugging Face hub or taken from its cache.  Raises
-    UserError.
+    ``scripts/fetch_model`` puts them.  A folder, a ``.gguf`` file, a T5X checkpoint that is one
+    file, or an address is returned as it is; of a folder of ``checkpoint_<step>``, the last one is
+    used.  ``google/flan-t5-small`` or any other ``org/name`` is fetched from the Hugging Face hub
+    or taken from its cache.  Raises UserError.
     """
     if name in BUNDLED:
         return str(ASSETS / name)
@@ -67,7 +67,7 @@ def model_location(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(_newest_checkpoint(folder) or folder)
-    if is_gguf(folder):
+    if is_gguf(folder) or (folder.is_file() and is_t5x(folder)):
         return str(folder)
     if folder.suffix.lower() == GGUF_SUFFIX:
         raise UserError(f"there is no file {name}")
@@ -109,7 +109,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     steps = {
         int(match[1]): child
         for child in folder.iterdir()
-        if (match := _CHECKPOINT.fullmatch(child.name)) and child.is_dir()
+        if (match := _CHECKPOINT.fullmatch(child.name)) and (child.is_dir() or is_t5x(child))
     }
     if not steps:
         return None

@@ -18,8 +18,9 @@ from prompt_tuning_jax.checkpoints.hub import is_gguf, model_location
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
 from prompt_tuning_jax.checkpoints.location import INDEX
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, require_t5
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_trained, require_t5
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, Source, read_prompt
+from prompt_tuning_jax.checkpoints.t5x.methods import kind_of
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
@@ -188,7 +189,8 @@ class ModelDescription:
 
     ``size`` is a preset's name or empty; ``dtypes`` counts the parameters stored in each dtype (in
     a GGUF file, each type); ``bytes`` is the size of all parameters as stored; ``step``,
-    ``prompt`` (its shape) and ``optimizer_arrays`` are None except for T5X checkpoints;
+    ``prompt`` (its shape) and ``optimizer_arrays`` are None except for T5X checkpoints, and
+    ``method`` and ``trained`` (shapes by name) describe what another method trained there;
     ``fingerprint`` is empty unless it was computed.
     """
 
@@ -204,6 +206,8 @@ class ModelDescription:
     bytes: int
     step: int | None
     prompt: tuple[int, ...] | None
+    method: str
+    trained: dict[str, tuple[int, ...]]
     optimizer_arrays: int | None
     vocabulary: str
     fingerprint: str
@@ -225,7 +229,9 @@ def describe_model(
     if with_fingerprint is None:
         with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in opened.location
     checkpoint = None if isinstance(opened.source, Path) else opened.source
-    prompt = None if checkpoint is None else checkpoint.params.get(PROMPT)
+    params = {} if checkpoint is None else checkpoint.params
+    trained = {name: array.shape for name, array in params.items() if is_trained(name)}
+    only_prompt = trained.keys() == {PROMPT}
     return ModelDescription(
         location=opened.location,
         is_t5x=checkpoint is not None,
@@ -238,7 +244,9 @@ def describe_model(
         dtypes=dict(dtypes.most_common()),
         bytes=size,
         step=None if checkpoint is None else checkpoint.step,
-        prompt=None if prompt is None else prompt.shape,
+        prompt=trained.get(PROMPT) if only_prompt else None,
+        method=kind_of(trained),
+        trained={} if only_prompt else trained,
         optimizer_arrays=None if checkpoint is None else len(checkpoint.state_names),
         vocabulary=_vocabulary(opened.vocabulary_file),
         fingerprint=fingerprint_of(opened) if with_fingerprint else "",

@@ -25,7 +25,7 @@ from prompt_tuning_jax.checkpoints.hub import (
 )
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, put_on_devices
 from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
+from prompt_tuning_jax.checkpoints.parameters import config_of, is_trained
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
@@ -62,7 +62,7 @@ class ModelCheckpoint:
       source: the T5X checkpoint there, or the folder of a Hugging Face model or the GGUF file on
         this machine.
       config: its configuration.
-      params: by this project's name, which is T5X's for a T5, without a trained prompt.
+      params: by this project's name, which is T5X's for a T5, without trained prompts and scales.
       vocabulary_file: for ``load_vocabulary``; None if there is none.
     """
 
@@ -104,7 +104,7 @@ def open_model(
             location=location, source=folder, config=config, params=params, vocabulary_file=words
         )
     checkpoint = open_t5x(location)
-    params = {name: p for name, p in checkpoint.params.items() if name != PROMPT}
+    params = {name: p for name, p in checkpoint.params.items() if not is_trained(name)}
     buckets = config_of(params).relpos_num_buckets
     config = config_of(
         params,
@@ -114,7 +114,8 @@ def open_model(
     if vocabulary:
         words = t5x_vocabulary(name_or_path)
         if words is None and not is_address(location):
-            words = vocabulary_file(Path(location))
+            place = Path(location)
+            words = vocabulary_file(place.parent if place.is_file() else place)
     return ModelCheckpoint(
         location=location,
         source=checkpoint,
@@ -142,7 +143,7 @@ def load_model(
       name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``smollm2`` or
         ``gemma3-270m`` (fetched by ``scripts/fetch_model``), ``org/name`` of the Hugging Face hub,
         a ``.gguf`` file, or the folder or ``gs://`` or ``s3://`` address of a Hugging Face model or
-        a T5X checkpoint.
+        a T5X checkpoint, which may also be one file.
       dtype: of activations.
       param_dtype: of weights; default ``dtype``.
       dropout_rate: of the model in training.

@@ -5,6 +5,7 @@ public buckets need none.  A checkpoint's index names its arrays by paths that i
 ``CheckpointFolder`` turns them into paths below the folder that the user named, or raises an error.
 """
 
+import mmap
 import os
 import posixpath
 import re
@@ -24,6 +25,8 @@ ITEM = "state"
 METADATA = f"{ITEM}/_METADATA"
 # Unfinished saves of T5X, of Orbax (a checkpoint or one item), and of this package.
 _UNFINISHED = re.compile(r".*\.tmp-\d*|.*\.orbax-checkpoint-tmp.*|\..*\.tmp", re.DOTALL)
+# A msgpack map whose first key is one of the index's.
+_INDEX_START = re.compile(rb"([\x81-\x8f]|\xde..)(\xa7version|\xa9optimizer)", re.DOTALL)
 # Bytes of an index or of metadata; arrays, which are separate files, may have any size.
 _MOST_READ = 2**28
 
@@ -179,22 +182,43 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFolder:
-    """A checkpoint's folder: ``root`` on this machine, or a TensorStore ``store`` in a bucket."""
+    """A checkpoint's folder: ``root`` on this machine, or a TensorStore ``store`` in a bucket.
+
+    T5X's older checkpoints may be one file; ``file`` is its path, and ``root`` its folder.
+    """
 
     name: str
     root: Path | None
     store: dict[str, Any]
+    file: Path | None = None
 
     @classmethod
     def of(cls, folder: str | Path) -> "CheckpointFolder":
-        """Opens a folder, or a ``gs://`` or ``s3://`` address; UserError for an unfinished save."""
+        """Opens a folder, a file, or a ``gs://`` or ``s3://`` address of a folder.
+
+        Raises UserError for an unfinished save.
+        """
         name = str(folder).rstrip("/") or str(folder)
         store = store_of(name)
         root = None if store else Path(folder).resolve()
+        file = root if root is not None and root.is_file() else None
+        if file is not None:
+            root = file.parent
         for last in {posixpath.basename(name), root.name if root else ""}:
             if _UNFINISHED.fullmatch(last):
                 raise UserError(f"{name} is an unfinished save: use an earlier checkpoint")
-        return cls(name=name, root=root, store=store or {"driver": "file", "path": f"{root}/"})
+        store = store or {"driver": "file", "path": f"{root}/"}
+        return cls(name=name, root=root, store=store, file=file)
+
+    def read_index(self) -> bytes | memoryview | None:
+        """Returns the bytes of T5X's index, or None; a file is mapped and may have any size."""
+        if self.file is None:
+            return self.read(INDEX)
+        try:
+            with self.file.open("rb") as opened:
+                return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise UserError(f"{self.file} cannot be read: {one_line(error)}") from error
 
     def read(self, path: str) -> bytes | None:
         """Returns the bytes of a file, or None; UserError for a link out of the folder."""
@@ -268,6 +292,15 @@ def _blobs(root: Path) -> tuple[Path, ...]:
 
 
 def is_t5x(folder: str | Path) -> bool:
-    """Whether a folder has the index of one of T5X's formats; UserError for unfinished saves."""
+    """Whether a folder has the index of one of T5X's formats, or a file begins like an index.
+
+    Raises UserError for unfinished saves.
+    """
     place = CheckpointFolder.of(folder)
+    if place.file is not None:
+        try:
+            with place.file.open("rb") as opened:
+                return _INDEX_START.match(opened.read(16)) is not None
+        except OSError:
+            return False
     return place.has_file(INDEX) or place.has_file(METADATA)

@@ -102,6 +102,12 @@ def require_parameters(params: Mapping[str, Any], config: ModelConfig, *, of: st
 PROMPT = "encoder/prompt/prompt/prompt"
 # Parts of paths that only prompts have.
 _OF_PROMPTS = re.compile(r"(^|.*/)\w*prompt\w*(/.*|$)", re.DOTALL)
+# What the original's methods train; layers may be stacked (encoder/encoder).
+_OF_METHODS = re.compile(
+    r"encoder/prompt/prompt/(prompt|shared_prompt|task_prompts/embedding)"
+    r"|encoder/(layers_\d+|encoder)/prompt/prompt/prompt"
+    r"|(encoder|decoder)/.+/([qkv]_conv|intermediate_conv)/ia3_scaling"
+)
 _RELPOS_OF_STACK = (f"encoder/{RELPOS}", f"decoder/{RELPOS}")
 _RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
 
@@ -109,6 +115,11 @@ _RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
 def is_prompt(name: str) -> bool:
     """Whether a parameter belongs to a prompt, in the encoder's input or elsewhere."""
     return _OF_PROMPTS.fullmatch(name) is not None
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter is none of the frozen model's, but of a method of the original code."""
+    return _OF_METHODS.fullmatch(name) is not None
 
 
 def config_of(
@@ -120,8 +131,8 @@ def config_of(
     """The configuration of the T5 with the parameters ``params`` (by name; only shapes matter).
 
     The arguments are what shapes do not tell.  ``mlp_activations`` is by default T5 1.1's for a
-    gated mlp and T5 1.0's otherwise.  A prompt at ``PROMPT`` is allowed.  Raises UserError if these
-    are not exactly the parameters of one T5.
+    gated mlp and T5 1.0's otherwise.  Prompts and IA3's scales are allowed.  Raises UserError if
+    these are not exactly the parameters of one T5.
     """
     of = "the checkpoint"
     of_layer = next((name for name in params if _RELPOS_OF_LAYER.fullmatch(name)), None)
@@ -156,7 +167,7 @@ def config_of(
         relpos_max_distance=relpos_max_distance,
         relpos_per_layer=of_layer is not None,
     )
-    require_parameters({k: v for k, v in params.items() if k != PROMPT}, config, of=of)
+    require_parameters({k: v for k, v in params.items() if not is_trained(k)}, config, of=of)
     return config
 
 

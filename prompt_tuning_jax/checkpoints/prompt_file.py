@@ -24,8 +24,9 @@ from prompt_tuning_jax.checkpoints.array_files import (
     tuned_by,
 )
 from prompt_tuning_jax.checkpoints.location import INDEX, is_t5x
-from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt
+from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt, is_trained
 from prompt_tuning_jax.checkpoints.peft import adapter_file
+from prompt_tuning_jax.checkpoints.t5x.methods import has_method, is_numpy_folder
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
 from prompt_tuning_jax.data.tasks.registry import (
     tasks_known_as,
@@ -243,6 +244,11 @@ def read_prompt(path: str | Path) -> StoredPrompt:
     source: Source
     metadata = PromptMetadata()
     if start.startswith(_NPY_MAGIC):
+        if is_trained(path.name.replace(".", "/")) and is_numpy_folder(path.parent):
+            raise UserError(
+                f"{path} is one of several arrays of a method: give their folder, {path.parent}, "
+                "to predict, eval and serve --prompt(s), or to convert"
+            )
         array, source = read_npy(path), "npy"
     elif start[8:] == b"{":  # eight bytes of length, then JSON
         if (kind := tuned_by(path)) is not None:
@@ -255,6 +261,8 @@ def read_prompt(path: str | Path) -> StoredPrompt:
             hint = f"; if it belongs to a PEFT adapter, use its folder {path.parent}"
         array, strings = read_safetensors(path, key=_KEY, of="a prompt's file", hint=hint)
         metadata, source = metadata_from_strings(strings, path=path), "safetensors"
+    elif is_t5x(path):
+        return _read_t5x(path)
     else:
         raise UserError(f"{path} is neither an .npy nor a .safetensors file{_guess(start)}")
     prompt_PD = checked_prompt(array, of=str(path), dtype=None)
@@ -329,10 +337,12 @@ def _read_folder(folder: Path) -> StoredPrompt:
 
 def _read_t5x(folder: str | Path) -> StoredPrompt:
     params = open_t5x(folder).params
-    if others := [name for name in params if is_prompt(name) and name != PROMPT]:
+    if has_method(params):
+        others = (n for n in params if (is_trained(n) or is_prompt(n)) and n != PROMPT)
         raise UserError(
-            f"{folder} is a T5X checkpoint with {len(others)} prompts outside the encoder's input, "
-            f"for instance {others[0]}; only a single prompt, at {PROMPT}, is read"
+            f"{folder} is a T5X checkpoint with more than a prompt in the encoder's input, for "
+            f"instance {next(others)}; use it with predict, eval and serve --prompt(s), or convert "
+            "it to safetensors"
         )
     stored = params.get(PROMPT)
     if stored is None:

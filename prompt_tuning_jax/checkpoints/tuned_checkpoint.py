@@ -26,6 +26,8 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     metadata_to_strings,
     this_program,
 )
+from prompt_tuning_jax.config.methods import MethodConfig
+from prompt_tuning_jax.config.overrides import method_from_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.storage import atomic_write
@@ -34,6 +36,9 @@ from prompt_tuning_jax.untrusted_input import json_text, read_json
 
 _TASKS = "tasks"
 _ALWAYS_READ = 2**24  # numbers, for a model of any size
+# Sizes up to this are accepted whatever a file's arrays are, because they cost nothing.  A field
+# that is not used may be larger than any axis of the arrays.
+_SMALL = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +103,37 @@ def require_plausible(arrays: Mapping[str, HostArray], config: ModelConfig, *, o
     whole = sum(map(prod, parameter_shapes(config).values()))
     most = 2 * whole + _ALWAYS_READ
     require_at_most(arrays, most, of=of, why="the most that are read for a model of this size is")
+
+
+def method_of(stored: TunedCheckpoint, path: str | Path) -> MethodConfig:
+    """Returns the method that a file's arrays belong to.
+
+    The metadata is checked against the arrays before it is used.  Raises UserError, naming the
+    file, for an unknown method, invalid fields, or sizes that the arrays do not have.
+    """
+    try:
+        method = method_from_json(stored.method, of="the method in its metadata")
+        shapes = {name: tuple(array.shape) for name, array in stored.trainable.items()}
+        require_sizes(method.as_trained(), shapes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return method
+
+
+def require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError for invalid fields and for sizes larger than any axis of the arrays."""
+    for complaint in method.config_errors():
+        raise UserError(complaint)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(method)]
+    for name, value in [*claimed, ("template", method.prompt_positions())]:
+        sizes = value if isinstance(value, tuple) else (value,)
+        if len(sizes) > max(largest, _SMALL):
+            raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
+        for size in sizes:
+            if type(size) is not int or method.training_only.get(name) == size:
+                continue
+            if size > max(largest, _SMALL):
+                raise UserError(
+                    f"method.{name} is {size}, and the largest axis of its arrays is {largest}"
+                )

@@ -35,7 +35,7 @@ class Convert(_FormatOptions):
     # Format.  Models: hf, or t5x (native, version 3); prompts and other methods: npy, safetensors
     # or peft.
     to: Literal["hf", "t5x", "npy", "safetensors", "peft"] | None = None
-    # With --to t5x: trained prompt to include in the checkpoint.
+    # With --to t5x: trained prompt, or file of another method, to include in the checkpoint.
     prompt: str | None = option("PATH", default=None)
     # With --to t5x: step of the checkpoint (default: the source's, or 0).
     step: int | None = option("N", default=None, parse=non_negative)
@@ -46,6 +46,10 @@ class Convert(_FormatOptions):
     relpos_max_distance: int | None = option("N", default=None)
     # Frozen model of a prompt or adapter: peft stores its name, and adapters need its shapes.
     model: str | None = option("NAME", default=None)
+    # How multitask or per-layer prompts in a T5X checkpoint are combined, if it does not tell.
+    combine: Literal["replace", "add", "sum", "concatenation", "features", "projection"] | None = (
+        None
+    )
     # Allow a model of the same width that the prompt was not trained on.
     allow_other_model: bool = False
 
@@ -54,7 +58,7 @@ class Convert(_FormatOptions):
 
         options = self.given(
             *("to", "dtype", "prompt", "step", "unscan", "vocabulary", "relpos_max_distance"),
-            *("max_shard_bytes", "model", "allow_other_model", "overwrite"),
+            *("max_shard_bytes", "model", "combine", "allow_other_model", "overwrite"),
         )
         _print_written(convert(self.source, self.destination, **options))
 

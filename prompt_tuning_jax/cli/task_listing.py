@@ -1,11 +1,13 @@
 """The tasks, and their examples as the model sees them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.data.tasks.labels import listed_counts
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
 from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
@@ -123,6 +125,53 @@ def examples(
                 shown[f"{side}_ids"] = ids
                 shown[f"{side}_length"] = len(ids)
             yield shown
+
+
+def statistics(
+    name: str,
+    *,
+    split: str = "train",
+    model: str = "tiny",
+    vocabulary: str = "",
+    data_dir: str = "",
+) -> Iterator[tuple[str, str]]:
+    """Counts a split's examples, labels and tokens (EOS included), as (name, text)."""
+    words = _vocabulary(model, vocabulary)
+    mixture = get_mixture(name)
+    for task in mixture.evaluated_on(split):
+        counts: Counter[str] = Counter()
+        lengths: dict[str, list[int]] = {"inputs": [], "targets": []}
+        rows = task.load(split, data_dir)
+        while some := list(islice(rows, _TEXTS_AT_ONCE)):
+            counts.update(example["targets"] for example in some if has_label(example))
+            for inputs, targets in _ids(task, some, words):
+                lengths["inputs"].append(len(inputs))
+                lengths["targets"].append(len(targets))
+        if task.name != mixture.name:
+            yield "task", task.name
+        yield f"examples of {split}", f"{len(lengths['inputs']):,}"
+        if task.labels:
+            yield "labels", _shares({label: counts.get(label, 0) for label in task.labels})
+        others = {target: n for target, n in counts.items() if target not in task.labels}
+        if others:
+            kind = "targets that are no label" if task.labels else "different targets"
+            most = (
+                f"; the most frequent: {listed_counts(others)}" if max(others.values()) > 1 else ""
+            )
+            yield kind, f"{len(others):,} of {sum(others.values()):,}{most}"
+        for side, each in lengths.items():
+            if each and (side == "inputs" or counts):
+                ordered = sorted(each)
+                yield (
+                    f"tokens of {side}",
+                    f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}, 95 % up "
+                    f"to {ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]}",
+                )
+
+
+def _shares(counts: Mapping[str, int]) -> str:
+    whole = max(sum(counts.values()), 1)
+    return ", ".join(f"{label} {n:,} ({100 * n / whole:.1f} %)" for label, n in counts.items())
 
 
 def dump(

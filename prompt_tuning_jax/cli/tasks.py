@@ -20,6 +20,8 @@ class Tasks(Command):
     all: bool = False  # list every name, with each form and version of a task
     split: str | None = option("SPLIT", default=None)  # split of the task (default: train)
     limit: int | None = option("N", default=None)  # number of examples (default: 5)
+    # Show the numbers of examples, of each label, and of tokens instead of examples.
+    statistics: bool = False
     # Folder of the tasks' data: official files, or prepared by TFDS (also gs://...).
     data_dir: str | None = option("FOLDER", default=None)
     # Python module to import first, for the tasks that it registers.
@@ -35,16 +37,20 @@ class Tasks(Command):
         require_folders(dump=self.dump)
         import_module(self.module)
         if self.task is None:
-            for name in self.given("model", "vocabulary", "split", "limit", "dump"):
+            for name in self.given("model", "vocabulary", "split", "limit", "statistics", "dump"):
                 raise UserError(f"--{name} needs the NAME of a task")
             self._list()
             return
-        from prompt_tuning_jax.cli.task_listing import dump, examples
+        from prompt_tuning_jax.cli.task_listing import dump, examples, statistics
 
         options = self.given("model", "vocabulary", "data_dir", "split")
         if self.dump:
             number = dump(self.task, self.dump, **options)
             print(f"wrote {number:,} examples to {self.dump}")
+            return
+        if self.statistics:
+            for name, value in statistics(self.task, **options):
+                print(f"{name}: {printable(value)}")
             return
         for example in examples(self.task, **options, **self.given("limit")):
             for name, value in example.items():

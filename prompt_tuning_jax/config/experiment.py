@@ -176,7 +176,9 @@ class Training(Config):
 
     lower_bounds: ClassVar[Mapping[str, float]] = {
         **dict.fromkeys(("steps", "batch_size", "eval_every", "save_every", "log_every"), 1),
-        **dict.fromkeys(("z_loss", "gradient_accumulation", "patience"), 0),
+        **dict.fromkeys(
+            ("z_loss", "margin", "wayward_weight", "gradient_accumulation", "patience"), 0
+        ),
     }
 
     steps: int = 30_000  # optimizer steps; a larger number than a finished run's extends the run
@@ -193,8 +195,25 @@ class Training(Config):
     seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
     learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate
     inits: tuple[str, ...] = ()  # one per seed, instead of method.init
-    loss_normalization: Literal["tokens", "sum"] = "tokens"  # mean over target tokens, or the sum
+    # Cross entropy of the target's ``tokens``, or a loss over the scores of the task's labels
+    # alone, each the log-probability of its tokens: their cross entropy (``labels``), how far the
+    # target's is below the best (``perceptron``), or below the best other plus the margin
+    # (``hinge``).  Evaluation is the same for all, so set evaluation.strategy=rank, or leave auto.
+    loss: Literal["tokens", "labels", "perceptron", "hinge"] = "tokens"
+    # With ``hinge``: by how much the target has to be better.  With ``perceptron``: a constant in
+    # the loss, as in the original code.
+    margin: float = 0.0
+    # With a loss over labels: score a label by the mean log-probability of its tokens, not the sum.
+    normalize_length: bool = False
+    # Mean over target tokens (over examples, with a loss over labels), or the sum.
+    loss_normalization: Literal["tokens", "sum"] = "tokens"
     z_loss: float = 0.0  # weight of the squared log-partition in the loss; T5X uses 1e-4
+    # Text near whose embeddings prompt tuning holds the prompt, which has as many positions as the
+    # text has tokens (wayward prompts, Khashabi et al. 2021).
+    wayward_text: str = ""
+    # Weight of the squared distance to these embeddings, averaged over positions and added to the
+    # normalized loss.
+    wayward_weight: float = 0.01
     eval_every: int = 1000  # steps between evaluations
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 50  # steps between lines of the log

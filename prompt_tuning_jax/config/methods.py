@@ -25,8 +25,9 @@ Init = Literal[
     "file",
 ]
 MultitaskInit = Literal[Init, "source"]
-Combine = Literal["low_rank", "sum", "concatenation"]
+Combine = Literal["low_rank", "sum", "concatenation", "features", "projection"]
 Placement = Literal["prefix", "after_first", "before_eos"]
+PromptAttention = Literal["all", "causal", "none"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 _MODEL = "model/"
@@ -59,6 +60,8 @@ class MethodConfig(Config):
     identity_at_init: ClassVar[bool] = False
     # The method scores labels itself and generates no text.
     scores_labels: ClassVar[bool] = False
+    # The loss is not that of the targets alone: of what the method scores, or of its context too.
+    has_own_loss: ClassVar[bool] = False
     # A run trains something; False for baselines.
     is_trainable: ClassVar[bool] = True
     # The weights of the model itself are trainable, all of them.
@@ -137,18 +140,25 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(MethodConfig):
-    """``length * D`` parameters: ``method/prompt_PD``, float32, in the input.
+    """``(length + decoder_length) * D`` parameters: ``method/prompt_PD``, float32, in the input.
 
-    The decoder of an encoder-decoder gets no prompt.
+    The decoder of an encoder-decoder gets no prompt, except for that of a T5 with
+    ``decoder_length``: ``method/decoder_prompt_PD``, before its start token.
     """
 
     implementation = "prompt_tuning_jax.methods.prompt:Prompt"
     for_images = True
     saves_prompts = True
-    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "length": 0,
+        "decoder_length": 0,
+        "init_population": 0,
+    }
     training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "init_labels": (), "dropout": 0.0}
 
-    length: int = 100  # number of prompt vectors
+    length: int = 100  # number of prompt vectors; 0 only with ``decoder_length``
+    # T5: number of prompt vectors before the decoder's start token, initialized like the others.
+    decoder_length: int = 0
     # Initial values: ``uniform`` in [-0.5, 0.5), ``uniform_positive`` in [0, 0.5), embeddings of
     # sampled tokens, of the labels, or of ``init_text`` (``string``), labels combined with sampled
     # tokens (``described``), or a ``file``.  For images: ``xavier_uniform``, in [-v, v) with v =
@@ -163,7 +173,7 @@ class PromptTuning(MethodConfig):
     prompt_to_input: bool = True  # prompt positions attend to the input
     # Which prompt positions a prompt position attends to: ``all``, itself and earlier ones
     # (``causal``), or only itself (``none``).
-    prompt_to_prompt: Literal["all", "causal", "none"] = "all"
+    prompt_to_prompt: PromptAttention = "all"
     input_to_prompt: bool = True  # input positions attend to the prompt
     dropout: float = 0.0  # dropout on the prompt's vectors, different for each example
 
@@ -176,14 +186,23 @@ class PromptTuning(MethodConfig):
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
         yield from _dropout_errors(self.dropout)
+        if not self.length and not self.decoder_length:
+            yield "method.length is 0; must be at least 1, or set method.decoder_length"
+        if not self.length and self.init == "file":
+            yield "method.init=file is a prompt of the encoder, and method.length is 0"
 
-    def plain_prompt(self) -> "PromptTuning":
-        return PromptTuning(
-            placement=self.placement,
-            prompt_to_input=self.prompt_to_input,
-            prompt_to_prompt=self.prompt_to_prompt,
-            input_to_prompt=self.input_to_prompt,
-        )
+    def plain_prompt(self) -> "PromptTuning | None":
+        return None if self.decoder_length else _joined_as(self)
+
+
+def _joined_as(method: "PromptTuning | MultitaskPrompts") -> PromptTuning:
+    """Prompt tuning that joins a prompt to the input as ``method`` does."""
+    return PromptTuning(
+        placement=method.placement,
+        prompt_to_input=method.prompt_to_input,
+        prompt_to_prompt=method.prompt_to_prompt,
+        input_to_prompt=method.input_to_prompt,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +298,7 @@ class CPT(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.cpt:ContextPrompt"
+    has_own_loss = True
     saves_prompts = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.001, "weight_decay": 0.0}
     lower_bounds: ClassVar[Mapping[str, float]] = {
@@ -443,6 +463,7 @@ class WARP(MethodConfig):
 
     implementation = "prompt_tuning_jax.methods.warp:ClassVectors"
     scores_labels = True
+    has_own_loss = True
     default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/class_CD=0.01",)}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
@@ -471,15 +492,19 @@ class WARP(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskPrompts(MethodConfig):
-    """A prompt shared by N tasks, combined with parameters of each task, before the input.
+    """A prompt shared by N tasks, combined with parameters of each task, in the input.
 
-    With P = ``length``, D the model's width, R = ``rank`` and Q = ``task_length``, ``combine`` is
+    With P = ``length``, D the model's width, R = ``rank``, Q = ``task_length`` and S =
+    ``shared_features``, ``combine`` is
 
     - ``low_rank``: shared * (cols[task] @ rows[task]), as in MPT; ``P*D + N*R*(P + D)`` parameters,
     - ``sum``: shared + task's; ``P*D + N*P*D``,
-    - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``.
+    - ``concatenation``: shared, then Q vectors of the task; ``P*D + N*Q*D``,
+    - ``features``: each vector is S shared features, then D - S of the task; ``P*S + N*P*(D - S)``,
+    - ``projection``: an affine map of each task takes the S shared features of each vector to D;
+      ``P*S + N*(S + 1)*D``.
 
-    The prompts of all tasks are initialized close to the shared prompt; in a concatenation,
+    By default the prompts of all tasks are initialized close to each other; in a concatenation,
     ``init`` also initializes the task's vectors.
     """
 
@@ -490,12 +515,14 @@ class MultitaskPrompts(MethodConfig):
         "init_population": 0,
         "rank": 1,
         "task_length": 1,
+        "shared_features": 0,
         "tasks": 0,
         "source_member": 0,
         "source_task": -1,
     }
     training_only: ClassVar[Mapping[str, Any]] = {
         **_INIT_ONLY,
+        "tasks_init": "near",
         "source_task": -1,
         "source_member": 0,
     }
@@ -504,6 +531,9 @@ class MultitaskPrompts(MethodConfig):
     combine: Combine = "low_rank"  # how shared and task parameters make a prompt
     rank: int = 1  # rank of the tasks' factors, for ``combine=low_rank``
     task_length: int = 20  # number of vectors of each task, for ``combine=concatenation``
+    # Number of features of the shared vectors, for ``features`` (0: half the model's width) and
+    # ``projection`` (0: the model's width).
+    shared_features: int = 0
     tasks: int = 0  # number of tasks; 0: as many as in the data
     # Initial values, as for prompt tuning; ``source``: those of another run with the same
     # ``combine`` and sizes, as in the target stage of MPT.
@@ -511,11 +541,30 @@ class MultitaskPrompts(MethodConfig):
     init_text: str = ""  # text for ``init=string``
     init_path: str = ""  # prompt file for ``init=file``, or run folder for ``init=source``
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    # Initial values of the tasks' parameters: so that all prompts are ``near`` each other, or drawn
+    # like those of ``init``, each on its own.
+    tasks_init: Literal["near", "uniform", "uniform_positive"] = "near"
     source_task: int = -1  # task of the source run to start from; -1: the mean over its tasks
     source_member: int = 0  # member (seed) of the source run to start from
+    # Before the input, after its first token, or before its end-of-sequence token.
+    placement: Placement = "prefix"
+    prompt_to_input: bool = True  # prompt positions attend to the input
+    # Which prompt positions a prompt position attends to: ``all``, itself and earlier ones
+    # (``causal``, the default of the original code), or only itself (``none``).
+    prompt_to_prompt: PromptAttention = "all"
+    input_to_prompt: bool = True  # input positions attend to the prompt
 
     def prompt_positions(self) -> int:
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
+
+    def task_prompt(self) -> PromptTuning:
+        """How the model uses the prompt of one task."""
+        return _joined_as(self)
+
+    def shared_width(self, width: int) -> int:
+        """The number of features of the shared vectors, for a model of this width."""
+        usual = {"features": width // 2, "projection": width}
+        return (self.shared_features or usual[self.combine]) if self.combine in usual else width
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from prompt_tuning_jax.config.field_syntax import (
     parse_rates,
     parse_rules,
 )
+from prompt_tuning_jax.config.methods import PromptTuning
 from prompt_tuning_jax.config.overrides import checked, checked_experiment
 from prompt_tuning_jax.errors import UserError
 
@@ -78,6 +79,11 @@ def _errors(experiment: Experiment) -> Iterator[str]:
     yield from _data(experiment.data)
     yield from _optimizer(experiment.optimizer, steps=experiment.training.steps)
     yield from _training(experiment.training, method=experiment.method)
+    if experiment.training.loss != "tokens" and experiment.data.objectives:
+        yield (
+            f"training.loss is {experiment.training.loss}, but data.objectives trains on text; set "
+            "it to tokens"
+        )
     yield from _evaluation(experiment.evaluation, targets_length=experiment.data.targets_length)
     yield from _mesh(experiment.mesh)
 
@@ -139,7 +145,25 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
         )
 
 
+def _loss(training: Training, *, method: Any) -> Iterator[str]:
+    loss, name = training.loss, type(method).__name__
+    if training.margin and loss not in ("perceptron", "hinge"):
+        yield f"training.margin applies to training.loss=hinge and perceptron, not {loss}; drop it"
+    if training.normalize_length and loss == "tokens":
+        yield "training.normalize_length applies to losses over labels, not to tokens; drop it"
+    if training.z_loss and loss in ("perceptron", "hinge"):
+        yield f"training.z_loss applies to cross entropy, and training.loss is {loss}; set it to 0"
+    if loss != "tokens" and method.has_own_loss:
+        yield f"training.loss is {loss}, but {name} has a loss of its own; set it to tokens"
+    if training.wayward_text and not isinstance(method, PromptTuning):
+        yield (
+            "training.wayward_text holds a prompt of method=prompt_tuning near a text, and the "
+            f"method is {name}; drop it"
+        )
+
+
 def _training(training: Training, *, method: Any) -> Iterator[str]:
+    yield from _loss(training, method=method)
     if training.gradient_accumulation >= 1 and training.batch_size % training.gradient_accumulation:
         yield (
             f"training.batch_size is {training.batch_size}; it must be divisible by "

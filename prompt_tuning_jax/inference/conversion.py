@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,15 +31,18 @@ from prompt_tuning_jax.checkpoints.destination import (
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
+from prompt_tuning_jax.checkpoints.location import is_t5x
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
 from prompt_tuning_jax.checkpoints.run_folder import (
     member_names,
 )
+from prompt_tuning_jax.checkpoints.t5x.methods import COMBINED, Combined, is_numpy_folder
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     TunedCheckpoint,
     is_tuned_file,
+    method_of,
     open_tuned,
     read_tuned,
     save_tuned,
@@ -49,11 +52,12 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.paths import BUNDLED
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.inference.loading_methods import members_of_run, method_of, peft_adapter
+from prompt_tuning_jax.inference.loading_methods import members_of_run, peft_adapter
 from prompt_tuning_jax.inference.setup import (
     build_model,
     partitioner_of,
 )
+from prompt_tuning_jax.inference.t5x_methods import holds_method, t5x_method
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig, merging, method_name
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.config import ModelConfig
@@ -63,7 +67,8 @@ def convert(source: str | Path, destination: str | Path, **options: Any) -> Conv
     """Converts a model, a prompt or the tuned parameters of a run to another format.
 
     Options and errors are those of ``checkpoints.convert.convert``.  LoRA, IA3, prefixes and
-    multitask prompts convert between a run's files (``tuned/*.safetensors``) and PEFT adapters.
+    multitask prompts convert between a run's files (``tuned/*.safetensors``) and PEFT adapters;
+    per-layer prompts, multitask prompts and IA3 in T5X checkpoints become a run's files.
     """
     known = list(inspect.signature(converter.convert).parameters)[2:]
     for name in options:
@@ -78,9 +83,14 @@ def convert(source: str | Path, destination: str | Path, **options: Any) -> Conv
                 f"{place} is a run that holds nothing to convert: it has neither prompts/ nor "
                 "tuned/ yet; what trained all weights, prompt-tuning merge writes as a model"
             )
-    if tuned_files(Path(source)):
+    if tuned_files(Path(source)) or _asks_for_method(str(source), destination, options.get("to")):
         return convert_tuned(str(source), destination, **options)
     return converter.convert(source, destination, **options)
+
+
+def _asks_for_method(source: str, destination: str | Path, to: Format | None) -> bool:
+    """Whether a T5X checkpoint is converted to another format of the method that it holds."""
+    return holds_method(source) and format_of(Path(destination), to) not in ("hf", "t5x")
 
 
 _WORDS: dict[Format, str] = {
@@ -93,8 +103,9 @@ _WORDS: dict[Format, str] = {
 def tuned_files(place: Path) -> list[Path]:
     """Returns the files and PEFT adapters at ``place`` that hold tuned parameters.
 
-    ``place`` is one file, one adapter, or a folder that contains only these.  The list is empty for
-    anything else, plain prompts included.
+    ``place`` is one file, one adapter, a folder that contains only these, or a folder of arrays
+    that the original's checkpointer saves.  The list is empty for anything else, plain prompts
+    included.
     """
     if _is_tuned(place):
         return [place]
@@ -107,6 +118,8 @@ def tuned_files(place: Path) -> list[Path]:
 def _is_tuned(place: Path) -> bool:
     if not place.is_dir():
         return is_tuned_file(place)
+    if is_numpy_folder(place):
+        return True
     kinds = (*weights.TYPES, *prompts.TYPES)
     return (place / CONFIG).is_file() and read_config(place / CONFIG).get("peft_type") in kinds
 
@@ -120,6 +133,7 @@ def convert_tuned(
     model: str = "",
     allow_other_model: bool = False,
     overwrite: bool = False,
+    combine: Combined | Literal[""] = "",
     **others: Any,
 ) -> Converted:
     """Writes each of ``tuned_files(source)`` in another format, bit for bit.
@@ -140,7 +154,9 @@ def convert_tuned(
     require_options_of(to, others)
     if dtype not in ("stored", "float32"):
         raise UserError(f"what a method tuned is written as float32: leave out --dtype {dtype}")
-    files = tuned_files(Path(source))
+    if combine and combine not in COMBINED:
+        raise UserError(f"combine is {combine!r}; it is one of {', '.join(COMBINED)}")
+    files = tuned_files(Path(source)) or [Path(source)]
     is_file = destination.suffix in PROMPT_SUFFIXES
     one = files == [Path(source)] or (is_file and len(files) == 1)
     if is_file and not one:
@@ -152,7 +168,7 @@ def convert_tuned(
     require_free(destination, overwrite=overwrite, folder=folder)
     name, opened = _open_base(files, model)
     fingerprint = fingerprint_of(opened)
-    found = [_read(file, opened) for file in files]
+    found = [_read(file, opened, combine or None) for file in files]
     methods = [method_of(stored, file) for file, stored in zip(files, found, strict=True)]
     for file, stored in zip(files, found, strict=True):
         check_model(
@@ -209,20 +225,25 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]
     if model:
         return model, open_source(model, vocabulary=False)
     for file in files:
-        if file.is_dir():
+        if (file / CONFIG).is_file():
             named = str(read_config(file / CONFIG).get("base_model_name_or_path") or "")
-        else:
+        elif is_tuned_file(file):
             named = open_tuned(file).metadata.model_name
-        if named in BUNDLED or (named and Path(named).is_dir()):
+        else:
+            named = str(file) if is_t5x(file) else ""  # the checkpoint holds its model
+        if named in BUNDLED or (named and Path(named).exists()):
             return named, open_source(named, vocabulary=False)
         said = f"is for {named}, which is not on this machine" if named else "names no model"
         raise UserError(f"{file} {said}: give --model, whose shapes decide")
     raise AssertionError("there is at least one")
 
 
-def _read(file: Path, opened: ModelCheckpoint) -> TunedCheckpoint:
-    if not file.is_dir():
-        return read_tuned(file, opened.config)
+def _read(file: Path, opened: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
+    of_t5x = t5x_method(file, opened.config, combined=combined)
+    if of_t5x is None and combined:
+        raise UserError(f"--combine {combined} is about T5X checkpoints, and {file} is none")
+    if of_t5x is not None or not file.is_dir():
+        return of_t5x or read_tuned(file, opened.config)
     adapter = peft_adapter(file, opened.config, own=opened.params)
     assert adapter is not None, file  # its kind is checked already
     return adapter

@@ -19,20 +19,18 @@ from prompt_tuning_jax.checkpoints.inspect import (
     describe_model,
     describe_prompt,
 )
-from prompt_tuning_jax.checkpoints.location import (
-    INDEX,
-)
+from prompt_tuning_jax.checkpoints.location import INDEX, is_t5x
 from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, read_config, read_tensors
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
+from prompt_tuning_jax.checkpoints.t5x.methods import is_numpy_folder, kind_of, numpy_arrays
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import method_of, open_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
 from prompt_tuning_jax.config.paths import NAMED_MODELS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import tuned_files
-from prompt_tuning_jax.inference.loading_methods import method_of
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 
@@ -117,7 +115,7 @@ def _found(
         if trainable == [place]:
             return describe_tuned(place)
         return {file.name: describe_tuned(file) for file in trainable}
-    if is_gguf(place):
+    if is_gguf(place) or (place.is_file() and is_t5x(place)):
         return describe_model(path, with_fingerprint=with_fingerprint)
     if place.is_file() or (place.is_dir() and is_peft(place)):
         return describe_prompt(place)
@@ -182,7 +180,12 @@ def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
     if model.step is not None:
         yield "step", str(model.step)
         yield "optimizer state", f"{model.optimizer_arrays} arrays"
-        yield "prompt", "none" if model.prompt is None else f"{list(model.prompt)}"
+        if model.trained:
+            yield "method", model.method or "unknown"
+            name, shape = next(iter(model.trained.items()))
+            yield "trained", f"{len(model.trained)} arrays, for instance {name} {list(shape)}"
+        else:
+            yield "prompt", "none" if model.prompt is None else f"{list(model.prompt)}"
     yield "vocabulary", model.vocabulary or "none"
     for field, value in dataclasses.asdict(model.config).items():
         yield field, str(value)
@@ -275,7 +278,11 @@ _OF_ADAPTERS = (
 def describe_tuned(path: Path) -> TunedDescription:
     """Describes one of ``conversion.tuned_files``; raises UserError if it is damaged."""
     tasks: tuple[str, ...] = ()
-    if path.is_dir():
+    if path.is_dir() and is_numpy_folder(path):
+        arrays = {name: array.whole() for name, array in numpy_arrays(path).items()}
+        kind, settings, form = kind_of(arrays) or "unknown", {}, "arrays of a T5X checkpoint"
+        metadata = PromptMetadata()
+    elif path.is_dir():
         described = read_config(path / adapter_file.CONFIG)
         arrays, _ = read_tensors(path)
         version = f"peft {described.get('peft_version') or ''}".rstrip()

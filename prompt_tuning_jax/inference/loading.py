@@ -88,10 +88,11 @@ class LoadedPrompts:
 def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:
     """Attaches tuned parameters to the model, for use in ``generate``, ``score`` and ``encode``.
 
-    ``path`` is a prompt, a file in ``tuned/``, a PEFT adapter's folder, or the folder of a run of
-    any method.  ``member`` selects one of several members (``seed_0``), and ``task`` one of the
-    tasks of a mixture.  The model is not modified, and its arrays are shared.  Raises UserError if
-    the path holds nothing for this model, or if ``member`` or ``task`` is needed to choose.
+    ``path`` is a prompt, a file in ``tuned/``, a PEFT adapter's folder, a T5X checkpoint, or the
+    folder of a run of any method.  ``member`` selects one of several members (``seed_0``), and
+    ``task`` one of the tasks of a mixture.  The model is not modified, and its arrays are shared.
+    Raises UserError if the path holds nothing for this model, or if ``member`` or ``task`` is
+    needed to choose.
     """
     given: object = model  # callers may not type-check
     require_model(given)
@@ -304,7 +305,7 @@ def _of_task(
     names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
-    return with_prompt(model, prompt_PD), names[number]
+    return with_prompt(model, prompt_PD, prompts.config.task_prompt()), names[number]
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:

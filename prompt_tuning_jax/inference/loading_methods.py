@@ -28,10 +28,12 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     TunedCheckpoint,
     is_tuned_file,
+    method_of,
     read_tuned,
+    require_sizes,
 )
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.config.overrides import method_from_json, method_to_json
+from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.data.tasks.selection import (
     build_mixture,
     inputs_template_of,
@@ -46,6 +48,7 @@ from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
     require_trainable,
 )
+from prompt_tuning_jax.inference.t5x_methods import t5x_method
 from prompt_tuning_jax.methods import (
     Context,
     MethodConfig,
@@ -57,19 +60,17 @@ from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.typing import HostArray
 
-# Sizes up to this are accepted whatever a file's arrays are, because they cost nothing.  A field
-# that is not used may be larger than any axis of the arrays.
-_SMALL = 1024
-
 
 def stored_methods(place: Path, model: Model) -> list[tuple[str, TunedCheckpoint]]:
     """Returns (path, checkpoint) for each method stored at ``place``.
 
-    ``place`` is a file, a folder that contains only such files, or a PEFT adapter's folder.  The
-    list is empty for anything else and for plain prompts, including PEFT's.  Raises UserError for a
-    damaged file, and for an adapter that does not fit the model.
+    ``place`` is a file, a folder that contains only such files, a PEFT adapter's folder, or a T5X
+    checkpoint.  The list is empty for anything else and for plain prompts, including PEFT's and
+    T5X's.  Raises UserError for a damaged file, and for arrays that do not fit the model.
     """
     config = model.config
+    if (of_t5x := t5x_method(place, config)) is not None:
+        return [(str(place), of_t5x)]
     if is_tuned_file(place):
         return [(str(place), read_tuned(place, config))]
     if not place.is_dir():
@@ -106,40 +107,6 @@ def peft_adapter(
     return TunedCheckpoint(
         trainable=found.trainable, method=method_to_json(found.method), metadata=metadata
     )
-
-
-def method_of(stored: TunedCheckpoint, path: str | Path) -> MethodConfig:
-    """Returns the method that a file's arrays belong to.
-
-    The metadata is checked against the arrays before it is used.  Raises UserError, naming the
-    file, for an unknown method, invalid fields, or sizes that the arrays do not have.
-    """
-    try:
-        method = method_from_json(stored.method, of="the method in its metadata")
-        shapes = {name: tuple(array.shape) for name, array in stored.trainable.items()}
-        _require_sizes(method.as_trained(), shapes)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return method
-
-
-def _require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError for invalid fields and for sizes larger than any axis of the arrays."""
-    for complaint in method.config_errors():
-        raise UserError(complaint)
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
-    claimed = [(field.name, getattr(method, field.name)) for field in dataclasses.fields(method)]
-    for name, value in [*claimed, ("template", method.prompt_positions())]:
-        sizes = value if isinstance(value, tuple) else (value,)
-        if len(sizes) > max(largest, _SMALL):
-            raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
-        for size in sizes:
-            if type(size) is not int or method.training_only.get(name) == size:
-                continue
-            if size > max(largest, _SMALL):
-                raise UserError(
-                    f"method.{name} is {size}, and the largest axis of its arrays is {largest}"
-                )
 
 
 def members_of_stored(
@@ -254,7 +221,7 @@ def attach_stored(
         return attach_method(model, method, key=jax.random.key(0), context=context)
 
     try:
-        _require_sizes(method, shapes)
+        require_sizes(method, shapes)
         abstract = jax.eval_shape(lambda: param_tree.split(attach())[1])
         own = {name: p for name, p in abstract.items() if method.trains(name)}
         require_trainable(own)

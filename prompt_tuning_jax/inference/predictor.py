@@ -28,6 +28,7 @@ from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.choices import best_choice, choice_scores, rank_choices
 from prompt_tuning_jax.inference.decoding.logits_processors import (
     LogitsProcessors,
     logits_processors,
@@ -135,6 +136,55 @@ class Predictor:
         for result, index_R in pending:
             self._collect(result, index_R, texts, known)
         return Predictions(texts_EN=texts, log_probs_EN=known)
+
+    def choices(
+        self,
+        trainable: FlatParams,
+        frozen: FlatParams,
+        examples: TokenizedExamples,
+        *,
+        members: int,
+        task: int | None = None,
+    ) -> list[list[dict[str, tuple[float, int]]]]:
+        """Scores the texts that each example chooses between; see ``choices.rank_choices``.
+
+        Raises UserError if the method scores fixed labels itself.
+        """
+        partitioner, parts = self.partitioner, 1
+        if param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens:
+            raise UserError(
+                f"{examples.task.name} ranks texts of each example, and this method scores the "
+                "labels that it was trained on alone; evaluate it on their task"
+            )
+        if partitioner is not None:
+            trainable, frozen = (
+                partitioner.replicate_arrays(trainable),
+                partitioner.replicate_arrays(frozen),
+            )
+            parts = partitioner.num_batch_shards
+
+        def scores(tokens_BT: HostArray, choices_BKS: HostArray) -> Any:
+            task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
+            arrays: list[Any] = [tokens_BT, choices_BKS, task_B]
+            if partitioner is not None:
+                arrays = [
+                    a if a is None else partitioner.shard_batch({"": a}, ("batch", *axes))[""]
+                    for a, axes in zip(arrays, (("length",), (None, None), ()), strict=True)
+                ]
+            tokens, choices, tasks = arrays
+            return choice_scores(
+                self.graphdef, trainable, frozen, tokens, choices, members, partitioner, tasks
+            )
+
+        return rank_choices(
+            examples,
+            scores,
+            members=members,
+            encode=self.vocabulary.encode_targets,
+            fill=self.vocabulary.token_ids.fill,
+            batch_size=eval_batch_size(self.batch_size, len(examples), parts=parts),
+            buckets=self.buckets,
+        )
 
     def losses(
         self,
@@ -345,6 +395,14 @@ def _label_curves(examples: TokenizedExamples, predictions: Predictions) -> list
     return curves
 
 
+def _best_choices(
+    ranked: list[list[dict[str, tuple[float, int]]]], *, normalize_length: bool
+) -> list[list[str]]:
+    return [
+        [best_choice(one, normalize_length=normalize_length) for one in each] for each in ranked
+    ]
+
+
 def evaluate_members(
     experiment: Experiment,
     members: Members,
@@ -373,7 +431,21 @@ def evaluate_members(
             "members": members.number,
             "task": members.task_number(name),
         }
-        if not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
+        if examples.task.choices_field:
+            ranked = predictor.choices(trainable, members.frozen, examples, **arguments)
+            predictions[name] = Predictions(
+                texts_EN=_best_choices(ranked, normalize_length=False),
+                log_probs_EN=[
+                    [{text: log_prob for text, (log_prob, _) in one.items()} for one in each]
+                    for each in ranked
+                ],
+            )
+            normed = _best_choices(ranked, normalize_length=True)
+            for before, texts_EN in (("", predictions[name].texts_EN), ("normed_", normed)):
+                for own, texts_N in zip(scores, texts_EN, strict=True):
+                    for metric, value in examples.score(texts_N).items():
+                        own[f"{prefix}{before}{metric}"] = value
+        elif not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
             predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
             scored = score_members(examples, predictions[name])
             if examples.task.ranks and len(examples.task.labels) == 2:

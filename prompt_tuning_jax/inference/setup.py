@@ -38,7 +38,7 @@ from prompt_tuning_jax.methods import (
     attach_method,
     trainable_mask,
 )
-from prompt_tuning_jax.methods.multitask import PER_TASK, SHARED
+from prompt_tuning_jax.methods.multitask import ARRAYS
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
@@ -286,15 +286,16 @@ def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
             "multitask_prompts that has been evaluated"
         )
     arrays = {name.removeprefix("trainable/"): np.asarray(leaf) for name, leaf in best[1].items()}
-    if not {SHARED, *PER_TASK} & arrays.keys() > {SHARED}:
+    own = {name: arrays[name] for name in ARRAYS if name in arrays}
+    if len(own) < 2:
         raise UserError(f"method.init_path: {init_path} is not a run of multitask_prompts")
-    members = len(arrays[SHARED])
+    members = len(next(iter(own.values())))
     if member >= members:
         raise UserError(
             f"method.source_member is {member} and {init_path} has {members} "
             "members, counted from 0"
         )
-    return {name: arrays[name][member] for name in (SHARED, *PER_TASK) if name in arrays}
+    return {name: array[member] for name, array in own.items()}
 
 
 def _without_label_init(method: MethodConfig) -> MethodConfig:

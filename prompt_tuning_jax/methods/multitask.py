@@ -1,6 +1,9 @@
-"""Multitask prompts: a shared prompt combined with per-task parameters (Wang et al. 2023)."""
+"""Multitask prompts: a shared prompt combined with per-task parameters (Wang et al. 2023).
 
-from collections.abc import Mapping
+The combinations but ``low_rank`` are those of prompt_tuning/extended/multitask_prompts.py.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import jax
@@ -11,6 +14,7 @@ from prompt_tuning_jax.config.methods import Combine, MultitaskPrompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import small_param
+from prompt_tuning_jax.methods.prompt import joined_input
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
@@ -18,7 +22,11 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 SHARED, TASK = "method/shared_PD", "method/task_NQD"
 COLS, ROWS = "method/cols_NPR", "method/rows_NRD"
-PER_TASK = (TASK, COLS, ROWS)
+# Of ``features`` and ``projection``, S and A shared features and those of a task.
+SHARED_FEATURES, TASK_FEATURES = "method/shared_PS", "method/task_NPA"
+KERNEL, BIAS = "method/kernel_NDS", "method/bias_ND"
+PER_TASK = (TASK, COLS, ROWS, TASK_FEATURES, KERNEL, BIAS)
+ARRAYS = (SHARED, SHARED_FEATURES, *PER_TASK)
 # The standard deviation of initial values in peft 0.21, tuners/multitask_prompt_tuning/model.py.
 _STD = 0.02
 
@@ -26,13 +34,14 @@ _STD = 0.02
 class TaskPrompts(TuningModule[MultitaskPrompts]):
     """Prepends the prompt of each row's task to its input.
 
-    ``arrays`` maps paths to arrays: ``SHARED``, and those of ``PER_TASK`` that ``combine`` uses.
+    ``arrays`` maps paths to arrays: those of ``ARRAYS`` that ``combine`` uses.
     """
 
     def __init__(self, config: MultitaskPrompts, arrays: Mapping[str, Array | HostArray]):
         super().__init__(config)
         for path, array in arrays.items():
-            axes = ("prompt", "prompt_embed") if path == SHARED else ("tasks", None, None)
+            shared = path not in PER_TASK
+            axes = ("prompt", "prompt_embed") if shared else ("tasks", *[None] * (array.ndim - 1))
             setattr(self, path.removeprefix("method/"), small_param(jnp.asarray(array), *axes))
 
     @classmethod
@@ -53,22 +62,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
         def initial(key: Array, length: int) -> Array:
             return init_prompt(config, model, key=key, length=length, context=context)
 
-        keys = jax.random.split(key, 4)
-        initialized = {SHARED: initial(keys[0], config.length)}
-        for name, array_key in zip(PER_TASK, keys[1:], strict=True):
-            if name not in shapes:
-                continue
-            if config.combine == "concatenation":
-                task_keys = jax.random.split(array_key, tasks)
-                initialized[name] = jnp.stack([initial(k, config.task_length) for k in task_keys])
-                continue
-            array = _STD * jax.random.normal(array_key, shapes[name])
-            if config.combine == "low_rank":
-                # The first rank starts near one, so every entry of the product does too.
-                first = (0, slice(None)) if name == ROWS else (slice(None), 0)
-                array = array.at[:, *first].add(1.0)
-            initialized[name] = array
-        return TunedModel(model, cls(config, initialized))
+        return TunedModel(model, cls(config, _initialized(config, shapes, initial, key=key)))
 
     def for_inference(self, model: Model) -> TunedModel:
         config = replace(self.config.as_trained(), tasks=self.num_tasks)
@@ -76,8 +70,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
 
     def arrays(self) -> dict[str, Array]:
         """Returns all arrays by path."""
-        names = (SHARED, *PER_TASK)
-        params = {path: getattr(self, path.removeprefix("method/"), None) for path in names}
+        params = {path: getattr(self, path.removeprefix("method/"), None) for path in ARRAYS}
         return {path: param.get_value() for path, param in params.items() if param is not None}
 
     @property
@@ -107,23 +100,80 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             # rows only once.
             each = [combined(self.config.combine, arrays, n) for n in range(self.num_tasks)]
             prompt = jnp.stack(each)[task_B]
-        return Injections(model_input=model.embed(tokens_BT, prompt))
+        return Injections(model_input=joined_input(self.config, model, tokens_BT, prompt))
+
+
+def _initialized(
+    config: MultitaskPrompts,
+    shapes: Mapping[str, tuple[int, ...]],
+    initial: Callable[[Array, int], Array],
+    *,
+    key: Array,
+) -> dict[str, Array]:
+    """Returns initial arrays of these shapes; ``initial`` draws a prompt of a length."""
+    keys = jax.random.split(key, 4)
+    shared_PD = initial(keys[0], config.length)
+    if config.tasks_init != "near":
+        low = -0.5 if config.tasks_init == "uniform" else 0.0
+        shared_path = next(path for path in shapes if path not in PER_TASK)
+        drawn = {
+            path: jax.random.uniform(jax.random.fold_in(keys[1], n), shape, jnp.float32, low, 0.5)
+            for n, (path, shape) in enumerate(shapes.items())
+            if path in PER_TASK
+        }
+        return {shared_path: shared_PD[:, : shapes[shared_path][1]], **drawn}
+    if config.combine in ("features", "projection"):
+        features = shapes[SHARED_FEATURES][1]
+        shared = {SHARED_FEATURES: shared_PD[:, :features]}
+        if config.combine == "features":
+            noise = _STD * jax.random.normal(keys[1], shapes[TASK_FEATURES])
+            return {**shared, TASK_FEATURES: shared_PD[:, features:] + noise}
+        # The shared features pass through; further features start near zero.
+        kernel = _STD * jax.random.normal(keys[1], shapes[KERNEL]) / features**0.5
+        width = shapes[KERNEL][1]
+        through = jnp.eye(width, features)
+        return {**shared, KERNEL: kernel + through, BIAS: jnp.zeros(shapes[BIAS])}
+    initialized = {SHARED: shared_PD}
+    for name, array_key in zip((TASK, COLS, ROWS), keys[1:], strict=True):
+        if name not in shapes:
+            continue
+        if config.combine == "concatenation":
+            task_keys = jax.random.split(array_key, shapes[name][0])
+            initialized[name] = jnp.stack([initial(k, config.task_length) for k in task_keys])
+            continue
+        array = _STD * jax.random.normal(array_key, shapes[name])
+        if config.combine == "low_rank":
+            # The first rank starts near one, so every entry of the product does too.
+            first = (0, slice(None)) if name == ROWS else (slice(None), 0)
+            array = array.at[:, *first].add(1.0)
+        initialized[name] = array
+    return initialized
 
 
 def array_shapes(
     config: MultitaskPrompts, model: Model, *, tasks: int
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each array by path."""
-    width = model.config.embed_dim
-    per_task = {
-        "sum": {TASK: (tasks, config.length, width)},
-        "concatenation": {TASK: (tasks, config.task_length, width)},
+    """Returns the shape of each array by path; UserError if ``shared_features`` is too large."""
+    width, length, rank = model.config.embed_dim, config.length, config.rank
+    features = config.shared_width(width)
+    if features > width - (config.combine == "features"):
+        raise UserError(
+            f"method.shared_features is {features}, and with method.combine={config.combine} the "
+            f"most for this model of width {width} is {width - (config.combine == 'features')}"
+        )
+    shared = {SHARED_FEATURES: (length, features)}
+    by_combine: dict[Combine, dict[str, tuple[int, ...]]] = {
+        "sum": {SHARED: (length, width), TASK: (tasks, length, width)},
+        "concatenation": {SHARED: (length, width), TASK: (tasks, config.task_length, width)},
         "low_rank": {
-            COLS: (tasks, config.length, config.rank),
-            ROWS: (tasks, config.rank, width),
+            SHARED: (length, width),
+            COLS: (tasks, length, rank),
+            ROWS: (tasks, rank, width),
         },
+        "features": {**shared, TASK_FEATURES: (tasks, length, width - features)},
+        "projection": {**shared, KERNEL: (tasks, width, features), BIAS: (tasks, width)},
     }
-    return {SHARED: (config.length, width), **per_task[config.combine]}
+    return by_combine[config.combine]
 
 
 def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: int) -> Array:
@@ -136,6 +186,11 @@ def combined(combine: Combine, arrays: Mapping[str, Array | HostArray], task: in
     tasks = next(len(array) for path, array in arrays.items() if path in PER_TASK)
     if not 0 <= task < tasks:
         raise UserError(f"there are {tasks} tasks, counted from 0; got number {task}")
+    if combine == "features":
+        parts = arrays[SHARED_FEATURES], arrays[TASK_FEATURES][task]
+        return jnp.concatenate([jnp.asarray(part) for part in parts], axis=1)
+    if combine == "projection":
+        return jnp.asarray(arrays[SHARED_FEATURES]) @ arrays[KERNEL][task].T + arrays[BIAS][task]
     shared_PD = jnp.asarray(arrays[SHARED])
     if combine == "low_rank":
         return shared_PD * (arrays[COLS][task] @ arrays[ROWS][task])
@@ -152,12 +207,13 @@ def target_start(
     source's task ``task``, or from the mean over its tasks if ``task`` is -1.  Raises UserError if
     ``arrays`` has no shared prompt, or the source has no such task.
     """
-    if SHARED not in arrays:
+    shared = next((name for name in (SHARED, SHARED_FEATURES) if name in arrays), None)
+    if shared is None:
         raise UserError(
             "method.init=source needs a run of multitask_prompts; set method.init_path to its "
             "folder"
         )
-    start = {SHARED: np.asarray(arrays[SHARED])}
+    start = {shared: np.asarray(arrays[shared])}
     for name in PER_TASK:
         if name not in arrays:
             continue
@@ -179,6 +235,6 @@ def _require_shapes(
             given = list(arrays[name].shape) if name in arrays else "missing"
             raise UserError(
                 f"method.init_path: {name} is {given} in {config.init_path}, and {list(shape)} "
-                "here; method.combine, length, rank, task_length and the model must be those of "
-                "the source"
+                "here; method.combine, length, rank, task_length, shared_features and the model "
+                "must be those of the source"
             )

@@ -6,36 +6,65 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.config.methods import PromptTuning
+from prompt_tuning_jax.config.methods import MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
-from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.models.injections import Injections, ModelInput
 from prompt_tuning_jax.models.layers import dropout
 from prompt_tuning_jax.typing import Array, HostArray
 
 
 class Prompt(TuningModule[PromptTuning]):
-    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input."""
+    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input.
 
-    def __init__(self, config: PromptTuning, prompt_PD: Array | HostArray):
+    ``decoder_prompt_PD`` comes before the decoder's start token.  Either may be missing.
+    """
+
+    def __init__(
+        self,
+        config: PromptTuning,
+        prompt_PD: Array | HostArray | None,
+        decoder_prompt_PD: Array | HostArray | None = None,
+    ):
         super().__init__(config)
-        value = jnp.asarray(prompt_PD, jnp.float32)
-        self.prompt_PD = nnx.Param(value, logical_axes=("prompt", "prompt_embed"))
+        for name, value in (("prompt_PD", prompt_PD), ("decoder_prompt_PD", decoder_prompt_PD)):
+            if value is not None:
+                array = jnp.asarray(value, jnp.float32)
+                setattr(self, name, nnx.Param(array, logical_axes=("prompt", "prompt_embed")))
 
     @classmethod
     def attach(
         cls, config: PromptTuning, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
-        prompt_PD = init_prompt(
-            config, model, key=key, length=config.length, context=context, labels=config.init_labels
-        )
-        return TunedModel(model, cls(config, prompt_PD))
+        if config.decoder_length and not model.has_decoder_prompts:
+            raise UserError(
+                f"method.decoder_length is {config.decoder_length}, and only a T5 has prompts in "
+                "its decoder; set it to 0"
+            )
+
+        def initial(key: Array, length: int) -> Array | None:
+            if not length:
+                return None
+            return init_prompt(
+                config, model, key=key, length=length, context=context, labels=config.init_labels
+            )
+
+        decoder_key = jax.random.fold_in(key, 0xDEC0)
+        prompts = initial(key, config.length), initial(decoder_key, config.decoder_length)
+        return TunedModel(model, cls(config, *prompts))
 
     def for_inference(self, model: Model) -> TunedModel:
         # The initialization no longer matters, and it would require a vocabulary.
-        return with_prompt(model, self.prompt_PD.get_value(), self.config.as_trained())
+        return TunedModel(model, Prompt(self.config.as_trained(), *self._prompts()))
+
+    def _prompts(self) -> tuple[Array | None, Array | None]:
+        """Returns the prompts of the input and of the decoder."""
+        params = (getattr(self, name, None) for name in ("prompt_PD", "decoder_prompt_PD"))
+        first, second = (None if param is None else param.get_value() for param in params)
+        return first, second
 
     def injections(
         self,
@@ -45,24 +74,41 @@ class Prompt(TuningModule[PromptTuning]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        config, prompt = self.config, self.prompt_PD.get_value()
-        prompt = dropped(prompt, config.dropout, batch=len(tokens_BT), key=key)
-        if model.config.reads_images:
-            return Injections(model_input=model.embed(tokens_BT, prompt))
-        source, is_prompt_BU = combine(
-            prompt,
-            model.embed(tokens_BT),
-            tokens_BT,
-            placement=config.placement,
-            eos_id=model.input_eos,
-        )
-        seen_BUU = attention_mask(
-            is_prompt_BU,
-            prompt_to_input=config.prompt_to_input,
-            prompt_to_prompt=config.prompt_to_prompt,
-            input_to_prompt=config.input_to_prompt,
-        )
-        return Injections(model_input=replace(source, attention_mask_BUU=seen_BUU))
+        config, batch = self.config, len(tokens_BT)
+        prompt, decoder_prompt = self._prompts()
+        source = model.embed(tokens_BT)
+        if prompt is not None:
+            prompt = dropped(prompt, config.dropout, batch=batch, key=key)
+            source = joined_input(config, model, tokens_BT, prompt)
+        if decoder_prompt is not None:
+            own_key = None if key is None else jax.random.fold_in(key, 0xDEC0)
+            decoder_prompt = dropped(decoder_prompt, config.dropout, batch=batch, key=own_key)
+        return Injections(model_input=source, decoder_prompt=decoder_prompt)
+
+
+def joined_input(
+    config: PromptTuning | MultitaskPrompts,
+    model: Model,
+    tokens_BT: Array | HostArray,
+    prompt: Array,
+) -> ModelInput:
+    """Joins a prompt ``[P, D]`` or ``[B, P, D]`` to the embedded input as ``config`` says."""
+    if model.config.reads_images:
+        return model.embed(tokens_BT, prompt)
+    source, is_prompt_BU = combine(
+        prompt,
+        model.embed(tokens_BT),
+        tokens_BT,
+        placement=config.placement,
+        eos_id=model.input_eos,
+    )
+    seen_BUU = attention_mask(
+        is_prompt_BU,
+        prompt_to_input=config.prompt_to_input,
+        prompt_to_prompt=config.prompt_to_prompt,
+        input_to_prompt=config.input_to_prompt,
+    )
+    return replace(source, attention_mask_BUU=seen_BUU)
 
 
 def dropped(prompt: Array, rate: float, *, batch: int, key: Array | None) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.config.methods import MultitaskInit
-from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import PROMPT, Context
 from prompt_tuning_jax.models.base import Model
@@ -82,7 +82,7 @@ def say_what_is_left_out(init: str, labels: Sequence[str], length: int) -> None:
     )
 
 
-def string(embedding_VD: Table, vocabulary: Vocabulary, text: str) -> Array:
+def string(embedding_VD: Table, vocabulary: AnyVocabulary, text: str) -> Array:
     """Returns the embeddings of a text's pieces, ``[number of pieces, D]``.
 
     Raises UserError if the text has no pieces.

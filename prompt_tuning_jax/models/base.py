@@ -38,7 +38,8 @@ class Context:
       mask_BU: the real positions among them.
       keys_values: for each writing layer, the keys and values ``[B, U, G, K]`` of these positions.
       prompt: for each writing layer, those of the positions before them, ``[1 or B, P, G, K]``.  A
-        decoder-only model computes them once for all rows.  Empty if there are none.
+        decoder-only model computes them once for all rows.  In an encoder-decoder they are those of
+        a prompt in the decoder.  Empty if there are none.
       prompt_lengths_B: how many of them each row has, the first ones; None is all.
     """
 
@@ -62,12 +63,14 @@ class DecodeContext:
 
     The leaves have one entry per row on axis 0, so that rows can be repeated, reordered, or kept
     in slots.  ``first_BD`` is the hidden state that predicts the first token, or None if the
-    decoder computes it from the start token.
+    decoder computes it from the start token.  ``prompt`` is that of an encoder-decoder's
+    ``Context``.
     """
 
     mask_BU: Array
     keys_values: tuple[KeyValues, ...]
     first_BD: Array | None = None
+    prompt: tuple[KeyValues, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +125,8 @@ class Model(nnx.Module):
 
     # The stack that reads the input; deep prompts go into its layers.
     reading_stack: ClassVar[str]
+    # Whether ``Injections.decoder_prompt`` is supported.
+    has_decoder_prompts: ClassVar[bool] = False
     # Whether each position of the input predicts the next token, as in a decoder-only model; the
     # inputs of other models end with an end-of-sequence token.
     causal: ClassVar[bool]
@@ -288,7 +293,9 @@ class Model(nnx.Module):
         """Returns the injections that are still needed after the input has been read."""
         stacks = self.stacks
         kept = {name: own for name, own in injections.prefixes.items() if stacks[name].writes}
-        return replace(injections, model_input=None, layer_prompts=None, prefixes=kept)
+        return replace(
+            injections, model_input=None, layer_prompts=None, prefixes=kept, decoder_prompt=None
+        )
 
     def __repr__(self) -> str:
         """Describes the model's sizes without adapters; ``nnx.display`` shows every array."""

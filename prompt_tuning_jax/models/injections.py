@@ -69,12 +69,15 @@ class Injections:
     In a decoder-only model ``prefix_lengths_B`` may say how many positions of the prefixes each row
     has, the first ones; the row's positions come directly behind them.  Adapters are not part of
     this class: every ``Linear`` has an ``adapter`` attribute (models/layers.py).
+    ``decoder_prompt``, ``[P, D]`` or ``[B, P, D]``, comes before the decoder's start token in a
+    T5, behind the encoder's output alone.
     """
 
     model_input: ModelInput | None = None
     layer_prompts: tuple[LayerPrompt | None, ...] | None = None
     prefixes: Mapping[str, tuple[KeyValues, ...]] = field(default_factory=dict)
     prefix_lengths_B: Array | None = None
+    decoder_prompt: Array | None = None
 
 
 NO_INJECTIONS = Injections()

@@ -26,6 +26,7 @@ from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.planning.hlo import Collective, collectives
 from prompt_tuning_jax.planning.hlo_cost import repeated_cost
 from prompt_tuning_jax.training import build, optim
+from prompt_tuning_jax.training.label_loss import LabelLoss
 from prompt_tuning_jax.training.step import TrainState, TrainStep, init_state, state_shardings
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -110,9 +111,26 @@ def abstract_experiment(
         start,
         state_shardings(start, trainable, partitioner),
     )
-    step = build.step_from(experiment, members, state, partitioner=partitioner)
+    step = build.step_from(
+        experiment,
+        members,
+        state,
+        partitioner=partitioner,
+        label_loss=_label_loss(experiment),
+        regularizer=None,  # its cost is nothing beside the model's
+    )
     members = build.with_stacked_layers(experiment, members, partitioner)
     return Abstract(members=members, state=state, step=step, partitioner=partitioner)
+
+
+def _label_loss(experiment: Experiment) -> LabelLoss | None:
+    """The loss over labels of the longest targets, two if the config names none."""
+    training, data = experiment.training, experiment.data
+    if training.loss == "tokens":
+        return None
+    number = len(data.labels) or 2
+    labels = tuple((2 + label,) * data.targets_length for label in range(number))
+    return LabelLoss(kind=training.loss, labels=labels, margin=training.margin)
 
 
 def compile_train(experiment: Experiment, abstract: Abstract) -> Program:

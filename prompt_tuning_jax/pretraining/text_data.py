@@ -68,6 +68,7 @@ class TextData:
     best_by: str = "loss"
     direction: Direction = "min"
     labels: tuple[str, ...] = ()
+    task_labels: tuple[tuple[str, ...], ...] = ()
 
     # Text has no epochs and no padding, and a run's curves show every evaluated score.
     examples_per_epoch: None = None

@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     tasks_of,
 )
 from prompt_tuning_jax.checkpoints.run_folder import member_names
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, method_of
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
@@ -33,7 +33,6 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import (
     attach_stored,
     known_with,
-    method_of,
     stored_methods,
 )
 from prompt_tuning_jax.methods import (
@@ -240,6 +239,11 @@ class MethodLoader:
 
     def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
+        if isinstance(method, PromptTuning) and method.decoder_length:
+            raise UserError(
+                f"{place} has a prompt in the decoder (method.decoder_length), which the server "
+                "does not support; use it with predict and eval"
+            )
         plain = method.plain_prompt()
         # A prompt for images comes with a classifier, as a method's arrays do.
         if plain is not None and not self._model.config.reads_images:
@@ -268,7 +272,7 @@ class MethodLoader:
                 about = for_task(metadata, known[task])
             elif stored.tasks:
                 about = replace(metadata, task=task)
-            prompt = self._validator.checked(array, about, name=name, of=place)
+            prompt = self._prompt(name, array, method.task_prompt(), about, place)
             part = task_name(task) if tasks > 1 else ""
             found.append(LoadedMember(served=prompt, task=part))
         return found
@@ -281,8 +285,11 @@ class MethodLoader:
         metadata: PromptMetadata,
         place: Path,
     ) -> Served:
-        require_sees_all(method, place)
         prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
+        if limits_attention(method):
+            # Plain prompts share batches, in which all positions attend to all.
+            whole = replace(method, length=len(prompt_PD))
+            return self._method(name, whole, {PROMPT: prompt_PD}, metadata, place)
         return self._validator.checked(
             prompt_PD, metadata, name=name, placement=method.placement, of=place
         )
@@ -345,10 +352,15 @@ class MethodLoader:
         return found
 
 
-def require_sees_all(method: PromptTuning, place: Path) -> None:
-    """Raises UserError for a prompt that some positions do not attend to."""
+def limits_attention(method: PromptTuning) -> bool:
+    """Whether some positions do not attend to the prompt, or some of its to others."""
     sees_all = method.prompt_to_input and method.input_to_prompt
-    if not sees_all or method.prompt_to_prompt != "all":
+    return not sees_all or method.prompt_to_prompt != "all"
+
+
+def require_sees_all(method: PromptTuning, place: Path) -> None:
+    """Raises UserError for a plain prompt that limits attention."""
+    if limits_attention(method):
         raise UserError(
             f"{place}: its run limits attention to or from the prompt (method.prompt_to_input and "
             "similar fields), which the server does not support"

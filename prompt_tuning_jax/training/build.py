@@ -9,10 +9,13 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, stack
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import Members, partitioner_of
 from prompt_tuning_jax.training import optim
+from prompt_tuning_jax.training.label_loss import LabelLoss, task_label_sets
 from prompt_tuning_jax.training.step import (
     NO_MICROBATCHING,
     Microbatching,
@@ -21,6 +24,7 @@ from prompt_tuning_jax.training.step import (
     init_state,
     make_train_step,
 )
+from prompt_tuning_jax.training.wayward import Regularizer, wayward_regularizer
 
 # Without this option, the CPU backend transposes all weights before the loop over microbatches, and
 # those of the logits in float32.  That takes a twelfth of a step's time, and two fifths of its
@@ -87,9 +91,16 @@ def with_stacked_layers(
 
 
 def build_step(
-    experiment: Experiment, members: Members
+    experiment: Experiment,
+    members: Members,
+    *,
+    task_labels: Sequence[Sequence[str]] = (),
 ) -> tuple[TrainState, TrainStep, Callable[[int], np.ndarray]]:
-    """Returns the initial state, the jitted step, and a function step -> learning rates ``[E]``."""
+    """Returns the initial state, the jitted step, and a function step -> learning rates ``[E]``.
+
+    ``task_labels`` are the labels of each task that is trained on, which ``training.loss`` needs
+    if it is not ``tokens``.
+    """
     partitioner = partitioner_of(experiment)
     training, config = experiment.training, experiment.optimizer
     state = init_state(
@@ -100,11 +111,52 @@ def build_step(
     def learning_rates(at: int) -> np.ndarray:
         return np.asarray(_rates(experiment), np.float32) * float(schedule(jnp.asarray(at)))
 
-    return state, step_from(experiment, members, state, partitioner=partitioner), learning_rates
+    vocabulary = members.model().vocabulary
+    step = step_from(
+        experiment,
+        members,
+        state,
+        partitioner=partitioner,
+        label_loss=label_loss_of(experiment, vocabulary, task_labels),
+        regularizer=wayward_regularizer(experiment, members.graphdef, vocabulary),
+    )
+    return state, step, learning_rates
+
+
+def label_loss_of(
+    experiment: Experiment, vocabulary: AnyVocabulary | None, task_labels: Sequence[Sequence[str]]
+) -> LabelLoss | None:
+    """Returns the loss over labels that the experiment asks for; None for that of tokens.
+
+    Raises UserError if the labels are unknown.
+    """
+    training = experiment.training
+    if training.loss == "tokens":
+        return None
+    if isinstance(vocabulary, ClassVocabulary) or vocabulary is None:
+        raise UserError(
+            f"training.loss={training.loss} scores labels by their tokens, and this model "
+            f"{'has no vocabulary' if vocabulary is None else 'reads images'}; set it to tokens"
+        )
+    labels = tuple(dict.fromkeys(label for own in task_labels for label in own))
+    sets = task_label_sets(task_labels, labels)
+    return LabelLoss(
+        kind=training.loss,
+        labels=tuple(map(tuple, vocabulary.encode_targets(labels))),
+        task_labels=sets,
+        margin=training.margin,
+        normalize_length=training.normalize_length,
+    )
 
 
 def step_from(
-    experiment: Experiment, members: Members, state: TrainState, *, partitioner: Partitioner
+    experiment: Experiment,
+    members: Members,
+    state: TrainState,
+    *,
+    partitioner: Partitioner,
+    label_loss: LabelLoss | None,
+    regularizer: Regularizer | None,
 ) -> TrainStep:
     """Returns the jitted step for states sharded like ``state``, which may be abstract."""
     training, config = experiment.training, experiment.optimizer
@@ -117,6 +169,8 @@ def step_from(
         microbatching=microbatching_of(experiment, members, partitioner),
         loss_normalization=training.loss_normalization,
         z_loss=training.z_loss,
+        label_loss=label_loss,
+        regularizer=regularizer,
         dropout=experiment.model.dropout_rate > 0 or experiment.method.uses_rng(),
         partitioner=partitioner,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),

@@ -73,6 +73,8 @@ class TrainingData(Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...
     @property
+    def task_labels(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
     def best_by(self) -> str: ...
     @property
     def reports(self) -> tuple[str, ...]: ...
@@ -195,7 +197,9 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     processes.require_same("the frozen model", fingerprint)
     processes.require_same("the data", " ".join(digests.values()))
     members = attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
-    state, step, learning_rates = build.build_step(experiment, members)
+    state, step, learning_rates = build.build_step(
+        experiment, members, task_labels=data.task_labels
+    )
     config = model.config
     del model  # its arrays are those of the members, which may be stacked now
     members = build.with_stacked_layers(experiment, members, partitioner)

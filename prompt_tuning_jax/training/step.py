@@ -19,6 +19,8 @@ from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.losses import TokenSums
+from prompt_tuning_jax.training.label_loss import LabelLoss
+from prompt_tuning_jax.training.wayward import Regularizer
 from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
 
 
@@ -178,6 +180,8 @@ def make_train_step(
     microbatching: Microbatching = NO_MICROBATCHING,
     loss_normalization: Literal["tokens", "sum"] = "tokens",
     z_loss: float = 0.0,
+    label_loss: LabelLoss | None = None,
+    regularizer: Regularizer | None = None,
     dropout: bool = True,
     partitioner: Partitioner | None = None,
     state_shardings: TrainState | None = None,
@@ -196,6 +200,8 @@ def make_train_step(
       microbatching: how to split the step into sequential parts, for the same gradient.
       loss_normalization: whether to divide the summed loss by the number of target tokens.
       z_loss: the factor of ``log(Z)**2``.
+      label_loss: the loss over labels; None is the cross entropy of the target tokens.
+      regularizer: added to the loss after the normalization; metrics leave it out.
       dropout: whether the step draws random numbers.
       partitioner: the mesh; None is one device.
       state_shardings: on a mesh, the shardings of the new state, which must be the old one's.
@@ -214,6 +220,9 @@ def make_train_step(
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
         attached.model.scan_layers = scan_layers
+        if label_loss is not None:
+            sums = label_loss.sums(attached, batch, key=key, remat=remat, z_loss=z_loss)
+            return sums.loss, sums
         sums = attached.token_sums(
             batch["inputs"],
             batch["targets"],
@@ -270,6 +279,9 @@ def make_train_step(
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
             gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
+        if regularizer is not None:
+            added = jax.grad(regularizer)(trainable, frozen)
+            gradients = jax.tree.map(jnp.add, gradients, added)
         updates, opt_state = optimizer.update(
             gradients, opt_state, trainable, learning_rate=learning_rate
         )

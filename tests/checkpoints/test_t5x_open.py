@@ -1,6 +1,7 @@
 """Every layout of T5X's checkpoints, made here in other sizes, and those that T5X itself wrote."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,22 @@ def test_the_optimizer_is_not_read_until_it_is_asked_for(tmp_path: Path) -> None
     checkpoint.params["a/b"].whole()
     with pytest.raises(UserError, match=r"no folder .* for state/param_states/a/b/v"):
         checkpoint.open_state()
+
+
+def test_layers_stacked_along_the_first_axis(tmp_path: Path) -> None:
+    """T5X's ``param_scan_axis`` may be 0: the scales of norms tell the axis."""
+    scanned = stacked(random_params())
+    first = {
+        name: np.moveaxis(array, 1, 0) if re.match(r"(\w+)/\1/", name) else array
+        for name, array in scanned.items()
+    }
+    one, other = (
+        open_t5x(write_t5x(tmp_path / str(axis), params, step=5))
+        for axis, params in enumerate((first, scanned))
+    )
+    assert one.params.keys() == other.params.keys()
+    for name, array in one.params.items():
+        np.testing.assert_array_equal(array.whole(), other.params[name].whole())
 
 
 def test_biases_that_differ_stay_with_their_layers(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def of_metadata(key: str) -> Callable[[Path, bytes], object]:
         file.write_bytes(safetensors_of({"x": prompt()}, metadata=metadata))
         stored = open_tuned(file)
         if key == "method":
-            from prompt_tuning_jax.inference.loading_methods import method_of
+            from prompt_tuning_jax.checkpoints.tuned_checkpoint import method_of
 
             return method_of(stored, file)
         return stored

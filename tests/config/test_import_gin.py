@@ -346,8 +346,14 @@ PROMPT_REGEX = [".*/ia3_scaling.*"]
 MULTITASK = """
 from __gin__ import dynamic_registration
 from flax import linen
+from prompt_tuning.extended import masks
 from prompt_tuning.extended import multitask_prompts
 from prompt_tuning.extended.train import multitask_prompts as train_prompts
+from prompt_tuning.train import layers as prompt_layers
+prompt_layers.PromptEncoderDecoder.encoder_mask_factory = @masks.prompt_encoder_attention_mask
+masks.prompt_encoder_attention_mask:
+  prompt_length = 106
+  multitask = True
 PROMPT = @train_prompts.MultiTaskPrompt
 train_prompts.MultiTaskPrompt.prompt = @multitask_prompts.ConcatMultiTaskPrompt()
 multitask_prompts.ConcatMultiTaskPrompt:
@@ -399,8 +405,19 @@ def test_the_methods_of_the_original() -> None:
     assert experiment(extra=IA3_FILE).method == IA3()
     multitask = experiment(extra=MULTITASK).method
     assert multitask == MultitaskPrompts(
-        combine="concatenation", length=100, task_length=6, tasks=8, init="uniform_positive"
+        combine="concatenation",
+        length=100,
+        task_length=6,
+        tasks=8,
+        init="uniform_positive",
+        tasks_init="uniform_positive",
+        prompt_to_prompt="causal",
     )
+    for kind, combine in (("ConcatFeatures", "features"), ("Project", "projection")):
+        text = MULTITASK.replace("ConcatMulti", f"{kind}Multi")
+        found = experiment(extra=text.replace("task_length = 6", "shared_features = 32")).method
+        assert isinstance(found, MultitaskPrompts)
+        assert (found.combine, found.shared_features) == (combine, 32)
     deep = experiment(extra=PER_LAYER).method
     assert isinstance(deep, DeepPrompts)
     assert (deep.length, deep.mode, deep.init) == (100, "add", "class_labels")
@@ -408,6 +425,44 @@ def test_the_methods_of_the_original() -> None:
     whole = "ARCHITECTURE = @flaxformer.architectures.t5.t5_architecture.EncoderDecoder()\n"
     pattern = experiment(extra=whole + regexes).method
     assert pattern == PatternTuning(patterns=("decoder/.*/scale", ".*/bias"))
+
+
+PERCEPTRON = """
+from __gin__ import dynamic_registration
+from prompt_tuning.extended.perceptron.train import models
+MODEL = @models.PerceptronLossEncoderDecoderModel()
+models.PerceptronLossEncoderDecoderModel:
+  module = %ARCHITECTURE
+  z_loss = %Z_LOSS
+  length_normalize = True
+  hinge = 0.2
+"""
+WAYWARD = """
+from __gin__ import dynamic_registration
+from prompt_tuning import prompts
+from prompt_tuning.extended.train import wayward
+MODEL = @wayward.WaywardPromptEncoderDecoderModel()
+wayward.WaywardPromptEncoderDecoderModel:
+  module = %ARCHITECTURE
+  discrete_prompt = @near/wayward.execute_initializer()
+  distance = @wayward.squared_l2_distance
+  gamma = 0.5
+near/wayward.execute_initializer.init = @near/prompts.from_embedded_string()
+near/prompts.from_embedded_string.text = "It is great"
+"""
+
+
+def test_the_losses_of_the_original() -> None:
+    found = experiment(extra=PERCEPTRON)
+    training, evaluation = found.training, found.evaluation
+    assert (training.loss, training.margin, training.normalize_length) == ("perceptron", 0.2, True)
+    assert training.z_loss == 0
+    assert (evaluation.strategy, evaluation.normalize_length) == ("rank", True)
+    labels = PERCEPTRON.replace("PerceptronLoss", "CrossEntropy").replace("hinge = 0.2", "")
+    assert experiment(extra=labels).training.loss == "labels"
+    training = experiment(extra=WAYWARD).training
+    assert (training.wayward_text, training.wayward_weight) == ("It is great", 0.5)
+    assert training.loss == "tokens"
 
 
 def test_model_tuning_with_the_network_of_t5x() -> None:

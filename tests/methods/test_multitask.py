@@ -25,14 +25,19 @@ from prompt_tuning_jax.methods import (
     attach_method,
 )
 from prompt_tuning_jax.methods.multitask import (
+    BIAS,
     COLS,
+    KERNEL,
     PER_TASK,
     ROWS,
     SHARED,
+    SHARED_FEATURES,
     TASK,
+    TASK_FEATURES,
     combined,
     target_start,
 )
+from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.micro import ONE_LAYER, D, Words, call, make_t5, shifted, token_rows
@@ -46,6 +51,14 @@ METHODS = {
     "concatenation": (
         MultitaskPrompts(length=3, combine="concatenation", task_length=2, init_population=0),
         3 * D + 4 * 2 * D,
+    ),
+    "features": (
+        MultitaskPrompts(length=3, combine="features", init_population=0),
+        3 * D // 2 + 4 * 3 * D // 2,
+    ),
+    "projection": (
+        MultitaskPrompts(length=3, combine="projection", init_population=0),
+        3 * D + 4 * (D + 1) * D,
     ),
 }
 
@@ -65,14 +78,55 @@ def test_each_row_has_its_tasks_prompt(combine: Any) -> None:
     prompts = np.stack([combined(combine, arrays, task) for task in TASKS])
     assert prompts.shape[1] == method.prompt_positions()
     assert np.abs(prompts[0] - prompts[1]).max() > 1e-3
-    shared_PD = arrays[SHARED]
+    shared_PD = arrays.get(SHARED, arrays.get(SHARED_FEATURES))
     # Tasks start apart from each other, near the shared prompt.
-    np.testing.assert_allclose(prompts[0, :3], shared_PD, atol=0.5)
+    np.testing.assert_allclose(prompts[0, :3, : shared_PD.shape[1]], shared_PD, atol=0.5)
     run = jax.jit(lambda p, tasks: param_tree.merge(graphdef, p)(SOURCE, TARGET, task_B=tasks))
     want = call(make_t5(ONE_LAYER), SOURCE, shifted(TARGET), prompts)
     np.testing.assert_allclose(run(params, TASKS), want, atol=1e-5)
     with pytest.raises(UserError, match="prompts for 4 tasks, and the task of"):
         attached(SOURCE, TARGET)
+
+
+def test_features_and_projections_combine_as_in_the_original() -> None:
+    """The figures of extended/multitask_prompts_test.py: counting arrays, one kernel per task."""
+    shared_PS = np.arange(5 * 20, dtype=np.float32).reshape(5, 20)
+    task_NPA = np.arange(10 * 5 * 7, dtype=np.float32).reshape(10, 5, 7)
+    kernel_NDS = np.arange(20 * 7, dtype=np.float32).reshape(7, 20) + np.arange(10)[:, None, None]
+    bias_ND = np.arange(7, dtype=np.float32) + np.arange(10)[:, None]
+    features = {SHARED_FEATURES: shared_PS, TASK_FEATURES: task_NPA}
+    projection = {SHARED_FEATURES: shared_PS, KERNEL: kernel_NDS, BIAS: bias_ND}
+    for task in range(10):
+        prompt_PD = combined("features", features, task)
+        np.testing.assert_array_equal(prompt_PD[:, :20], shared_PS)
+        np.testing.assert_array_equal(prompt_PD[:, 20:], task_NPA[task])
+        for position, vector_D in enumerate(combined("projection", projection, task)):
+            want_D = [sum(shared_PS[position] * row) for row in kernel_NDS[task]] + bias_ND[task]
+            np.testing.assert_allclose(vector_D, want_D, rtol=1e-6)
+    own = MultitaskPrompts(length=3, combine="projection", init="uniform", tasks_init="uniform")
+    drawn = attach(own).method.arrays()
+    for path in (SHARED_FEATURES, KERNEL, BIAS):
+        assert -0.5 <= drawn[path].min() < -0.3
+        assert 0.3 < drawn[path].max() < 0.5
+    method = MultitaskPrompts(combine="features", shared_features=D)
+    with pytest.raises(UserError, match=f"shared_features is {D}, .* width {D} is {D - 1}"):
+        attach(method)
+
+
+def test_tasks_prompts_attend_as_plain_prompts_do() -> None:
+    fields: dict[str, Any] = {"prompt_to_prompt": "causal", "placement": "before_eos"}
+    attached = attach(dataclasses.replace(METHODS["sum"][0], **fields))
+    prompt_PD = combined("sum", attached.method.arrays(), 2)
+    model, tasks = make_t5(ONE_LAYER), np.asarray([2, 2, 2], np.int32)
+    inputs = [
+        each.injections(SOURCE, task_B=tasks).model_input
+        for each in (attached, with_prompt(model, prompt_PD, PromptTuning(**fields)))
+    ]
+    assert inputs[0] is not None and inputs[1] is not None
+    for field in ("embeddings_BUD", "mask_BU", "attention_mask_BUU"):
+        got, want = (np.asarray(getattr(each, field)) for each in inputs)
+        np.testing.assert_array_equal(got, want)
+    assert not np.asarray(inputs[0].attention_mask_BUU).all()
 
 
 def test_only_the_tasks_of_a_batch_learn_from_it() -> None:
@@ -95,7 +149,8 @@ def test_new_tasks_start_from_the_sources(task: int) -> None:
     for combine, (method, _) in METHODS.items():
         arrays = attach(method).method.arrays()
         start = target_start(arrays, tasks=2, task=task)
-        np.testing.assert_array_equal(start[SHARED], arrays[SHARED])
+        shared = SHARED if SHARED in arrays else SHARED_FEATURES
+        np.testing.assert_array_equal(start[shared], arrays[shared])
         for name in PER_TASK:
             if name in arrays:
                 want = np.mean(arrays[name], axis=0) if task < 0 else arrays[name][task]

@@ -84,6 +84,8 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     )
     mixture = stored(MultitaskPrompts(length=3), tasks=("first", "second"))
     save_tuned(folder / "mixture.safetensors", mixture)
+    limited = stored(MultitaskPrompts(length=2, prompt_to_prompt="causal", combine="sum"))
+    save_tuned(folder / "limited.safetensors", limited)
     whole = stored(FullTuning(), seed=4)
     arrays = {name: array[None] for name, array in whole.trainable.items()}
     train_state.save(
@@ -94,13 +96,16 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     tasks = service.tasks.everything()
     assert {name: task.method for name, task in tasks.items()} == {
         "adapter": "lora",
+        "limited": "prompt_tuning",
         "mixture.first": "prompt_tuning",
         "mixture.second": "prompt_tuning",
         "run": "lora",
         "whole": "full",
     }
     # The adapter's is the run's own.
-    assert len(opened_specs(service)) == 2
+    assert len(opened_specs(service)) == 3
+    # A prompt that limits attention is not one of those that share batches.
+    assert isinstance(tasks["limited"].prompts[0], ServedMethod)
     for number, name in enumerate(("mixture.first", "mixture.second")):
         (prompt,) = tasks[name].prompts
         assert isinstance(prompt, ServedPrompt)

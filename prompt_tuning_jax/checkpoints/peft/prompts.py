@@ -163,13 +163,7 @@ def _require_width(adapter: OpenedAdapter, config: ModelConfig) -> None:
 def _written_prompt(
     method: PromptTuning, arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    seen = (method.prompt_to_input, method.prompt_to_prompt, method.input_to_prompt)
-    if method.placement != "prefix" or seen != (True, "all", True):
-        raise UserError(
-            "PEFT's prompts are in front of the input and without attention masks; this one has "
-            f"method.placement={method.placement} or a mask (method.prompt_to_input, "
-            "method.prompt_to_prompt, method.input_to_prompt)"
-        )
+    _require_usual(method)
     require_same_names(arrays, {PROMPT: None}, of="the tuned arrays", and_of="PromptTuning")
     fields = {
         "encoder_dropout": 0.0,
@@ -180,6 +174,17 @@ def _written_prompt(
         "peft_type": P_TUNING,
     }
     return fields, {KEY: arrays[PROMPT]}
+
+
+def _require_usual(method: PromptTuning) -> None:
+    """Raises UserError for a prompt that is placed or masked as PEFT's are not."""
+    seen = (method.prompt_to_input, method.prompt_to_prompt, method.input_to_prompt)
+    if method.placement != "prefix" or seen != (True, "all", True):
+        raise UserError(
+            "PEFT's prompts are in front of the input and without attention masks; this one has "
+            f"method.placement={method.placement} or a mask (method.prompt_to_input, "
+            "method.prompt_to_prompt, method.input_to_prompt)"
+        )
 
 
 def _read_multitask(
@@ -210,6 +215,7 @@ def _written_multitask(
             "PEFT multiplies a shared prompt with one of low rank and has no counterpart of "
             f"method.combine={method.combine}; convert each task's prompt separately"
         )
+    _require_usual(method.task_prompt())
     wanted = dict.fromkeys((SHARED, COLS, ROWS))
     require_same_names(arrays, wanted, of="the tuned arrays", and_of="MultitaskPrompts")
     tasks, length, rank = arrays[COLS].shape

@@ -1,9 +1,9 @@
 """The arrays of a T5X checkpoint, read part by part through TensorStore.
 
 ``unscanned`` gives the parameters of scan-layers models a name per layer.  In such a model
-(t5x/examples/scalable_t5/network.py) the layers of a stack are one array, stacked along axis 1, at
-``encoder/encoder/...`` and ``decoder/decoder/...``; attention kernels keep heads and head width
-apart; and every layer has its own relative position bias.
+(t5x/examples/scalable_t5/network.py) the layers of a stack are one array, stacked along axis 1 (or
+0, ``param_scan_axis``), at ``encoder/encoder/...`` and ``decoder/decoder/...``; attention kernels
+keep heads and head width apart; and every layer has its own relative position bias.
 """
 
 import re
@@ -181,13 +181,20 @@ def _failure(place: ArrayLocation, error: Exception) -> UserError:
 
 
 STACKS = ("encoder", "decoder")
-_AXIS = 1
+_NORM = re.compile(r"(encoder/encoder|decoder/decoder)/pre_\w+_layer_norm/scale")
 _ATTENTION = re.compile(r".*attention/(query|key|value|out)/kernel")
 
 
 def is_scanned(names: Mapping[str, object]) -> bool:
     """Whether these are the names of a scan-layers model."""
     return any(name.startswith(f"{stack}/{stack}/") for name in names for stack in STACKS)
+
+
+def scan_axis(params: Mapping[str, LazyArray]) -> int:
+    """The axis along which layers are stacked: 1 unless the scales of norms say that it is 0."""
+    width = next((p.shape[-1] for n, p in params.items() if n.endswith("embedder/embedding")), None)
+    norms = [p.shape for name, p in params.items() if _NORM.fullmatch(name) and len(p.shape) == 2]
+    return 0 if norms and all(D == width != L for L, D in norms) else 1
 
 
 def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
@@ -199,22 +206,23 @@ def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """
     flat: dict[str, LazyArray] = {}
     layers: dict[str, int] = {}
+    axis = scan_axis(params)
     for name, array in params.items():
         stack = name.split("/")[0]
         if stack not in STACKS or not name.startswith(f"{stack}/{stack}/"):
             flat[name] = array
             continue
-        if len(array.shape) <= _AXIS:
+        if len(array.shape) <= axis:
             raise UserError(f"{array.where}: {list(array.shape)} is not a stack of layers")
-        count = layers.setdefault(stack, array.shape[_AXIS])
-        if count != array.shape[_AXIS]:
+        count = layers.setdefault(stack, array.shape[axis])
+        if count != array.shape[axis]:
             raise UserError(
-                f"{array.where}: {array.shape[_AXIS]} layers, but other arrays of the {stack} "
+                f"{array.where}: {array.shape[axis]} layers, but other arrays of the {stack} "
                 f"have {count}"
             )
         rest = name.removeprefix(f"{stack}/{stack}/")
         for number in range(count):
-            flat[f"{stack}/layers_{number}/{rest}"] = array.layer(number, axis=_AXIS)
+            flat[f"{stack}/layers_{number}/{rest}"] = array.layer(number, axis=axis)
     flat = {name: _kernel(name, array) for name, array in flat.items()}
     if layers:  # otherwise the names already tell whether biases are per layer or per stack
         flat = _with_one_bias_per_stack(flat)

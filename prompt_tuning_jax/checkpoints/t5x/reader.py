@@ -2,7 +2,8 @@
 
 T5X's native format, versions 2 and 3 (t5x/checkpoints.py at cc342d4), is read here: a folder holds
 a msgpack index ``checkpoint`` and one zarr array per large leaf.  In the index a leaf is the array
-itself, the TensorStore spec of a zarr array beside it, or None.  ``orbax`` reads the newer format.
+itself, the TensorStore spec of a zarr array beside it, or None.  Older checkpoints are such an
+index alone, in a file.  ``orbax`` reads the newer format.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,7 @@ VERSIONS = (2, 3)
 _KNOWN_STORES = ("file", "gfile", "gcs", "s3")
 
 
-def read_native(place: CheckpointFolder, index: bytes) -> Stored:
+def read_native(place: CheckpointFolder, index: bytes | memoryview) -> Stored:
     """Opens a native checkpoint with the given index; arrays are read later, by part."""
     version, tree = _parse(place, index)
     target, state = _entry(tree, "target", place), _entry(tree, "state", place)
@@ -79,7 +80,7 @@ def read_native(place: CheckpointFolder, index: bytes) -> Stored:
     )
 
 
-def _parse(place: CheckpointFolder, data: bytes) -> tuple[int, Mapping[str, Any]]:
+def _parse(place: CheckpointFolder, data: bytes | memoryview) -> tuple[int, Mapping[str, Any]]:
     try:
         index = whole_arrays(scan_tree(memoryview(data)), _dtype)
     except (ValueError, TypeError) as error:
@@ -199,7 +200,7 @@ class T5XCheckpoint:
 
 
 def open_t5x(folder: str | Path) -> T5XCheckpoint:
-    """Opens the checkpoint in a folder, or at a ``gs://`` or ``s3://`` address.
+    """Opens the checkpoint in a folder or file, or at a ``gs://`` or ``s3://`` address.
 
     Raises UserError for a checkpoint that is missing, damaged, unfinished or of another version, or
     that refers to files outside the folder.  Reading the arrays raises UserError for missing and
@@ -208,9 +209,9 @@ def open_t5x(folder: str | Path) -> T5XCheckpoint:
     place = CheckpointFolder.of(folder)
     layout: Layout
     # TensorStore aborts the process if it cannot allocate memory for a file.
-    if place.root is not None:
+    if place.root is not None and place.file is None:
         require_whole(place.root)
-    if (index := place.read(INDEX)) is not None:
+    if (index := place.read_index()) is not None:
         layout, found = "t5x", read_native(place, index)
     elif (metadata := place.read(METADATA)) is not None:
         layout, found = "t5x_orbax", read_orbax(place, metadata)
@@ -225,7 +226,8 @@ def open_t5x(folder: str | Path) -> T5XCheckpoint:
         stored=found.params,
         state_names=found.state_names,
         open_state=found.open_state,
-        inline=found.inline,
+        # A single file holds all arrays, which a folder's index should not.
+        inline=found.inline if place.file is None else frozenset(),
     )
 
 

@@ -38,15 +38,17 @@ def write_t5x(
     *,
     step: int,
     prompt: AnyArray | None = None,
+    trained: Mapping[str, AnyArray] | None = None,
     state: Mapping[str, AnyArray | None] | None = None,
     inline: Collection[str] = (),
 ) -> Path:
     """Writes ``checkpoint_<step>`` into ``folder``, keeping dtypes, and returns its path.
 
-    ``params`` are by name; a ``prompt`` [P,D] is written at ``PROMPT``.  ``state`` is the
-    optimizer's, by path (``param_states/...``).  Without ``state``, a checkpoint with a ``prompt``
-    gets the initial state of T5X's prompt tuning (zeros for the prompt, nothing for the rest), and
-    one without a prompt gets none, like the models that T5X saves for inference.  Leaves named in
+    ``params`` are by name; a ``prompt`` [P,D] is written at ``PROMPT``, and what another method
+    ``trained`` under its names.  ``state`` is the optimizer's, by path (``param_states/...``).
+    Without ``state``, a checkpoint with a prompt or trained arrays gets the initial state of T5X's
+    prompt tuning (zeros for these, nothing for the rest), and one without them gets none, like the
+    models that T5X saves for inference.  Leaves named in
     ``inline`` (``target/...``, ``state/...``) are stored inside the index.  The checkpoint is
     written to a temporary folder and renamed, so it is complete or absent.  Raises UserError, also
     if the step exists already.
@@ -56,10 +58,12 @@ def write_t5x(
             f"the step of a T5X checkpoint is {step!r}; it must be an integer of at least 0"
         )
     target = {name: _lazy(name, array) for name, array in params.items()}
+    added = {name: _lazy(name, array) for name, array in (trained or {}).items()}
     if prompt is not None:
-        target[PROMPT] = _fitting_prompt(_lazy(PROMPT, prompt), target)
-        if state is None:
-            state = _first_state(target)
+        added[PROMPT] = _fitting_prompt(_lazy(PROMPT, prompt), target)
+    target |= added
+    if added and state is None:
+        state = _first_state(target, added)
     state = {} if state is None else state
     optimizer = {name: None if a is None else _lazy(name, a) for name, a in state.items()}
     _require_names(target)
@@ -186,21 +190,25 @@ def _fitting_prompt(prompt: LazyArray, target: Mapping[str, LazyArray]) -> LazyA
     return prompt
 
 
-def _first_state(target: Mapping[str, LazyArray]) -> dict[str, AnyArray | None]:
-    """Adafactor's initial state, for the prompt only (t5x/adafactor.py)."""
-    length, width = target[PROMPT].shape
-    factored = min(length, width) >= _FACTORED_FROM
-    shorter, longer = sorted((length, width))
-    shapes = {
-        "m": (1,),
-        "v": (1,) if factored else (length, width),
-        "v_row": (shorter,) if factored else (1,),
-        "v_col": (longer,) if factored else (1,),
+def _first_state(
+    target: Mapping[str, LazyArray], trained: Collection[str]
+) -> dict[str, AnyArray | None]:
+    """Adafactor's initial state, for the trained parameters only (t5x/adafactor.py)."""
+    state: dict[str, AnyArray | None] = {
+        f"param_states/{name}": None for name in target if name not in trained
     }
-    state: dict[str, AnyArray | None] = {f"param_states/{name}": None for name in target}
-    del state[f"param_states/{PROMPT}"]
-    for slot, shape in shapes.items():
-        state[f"param_states/{PROMPT}/{slot}"] = np.zeros(shape, np.float32)
+    for name in trained:
+        shape = target[name].shape
+        factored = len(shape) == 2 and min(shape) >= _FACTORED_FROM
+        shorter, longer = min(shape), max(shape)
+        shapes = {
+            "m": (1,),
+            "v": (1,) if factored else shape,
+            "v_row": (shorter,) if factored else (1,),
+            "v_col": (longer,) if factored else (1,),
+        }
+        for slot, of_slot in shapes.items():
+            state[f"param_states/{name}/{slot}"] = np.zeros(of_slot, np.float32)
     return state
 
 

@@ -20,7 +20,12 @@ _PROMPT_REGEXES = {
     "IA3": {".*/ia3_scaling.*"},
 }
 _PLACEMENTS = {"prefix_prompt": "prefix", "prefix_prompt_after_bos": "after_first"}
-_COMBINE = {"AddMultiTaskPrompt": "sum", "ConcatMultiTaskPrompt": "concatenation"}
+_COMBINE = {
+    "AddMultiTaskPrompt": "sum",
+    "ConcatMultiTaskPrompt": "concatenation",
+    "ConcatFeaturesMultiTaskPrompt": "features",
+    "ProjectMultiTaskPrompt": "projection",
+}
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 _EMBEDDINGS = ("token_embedder/embedding", "shared/embedding")
 
@@ -120,14 +125,8 @@ def _translate_prompts(t: Translation, factory: Reference, layer: Reference | No
             else:
                 t.set("method.length", number(length, whole=True), length)
         _translate_init(t, t.get(prompt, "prompt_init"))
-        if combine and isinstance(combine.value, Reference):
-            short = combine.value.name.rpartition(".")[2]
-            if short == "suffix_prompt":
-                t.set("method.placement", "before_eos", combine)
-            elif short in _PLACEMENTS:
-                t.set("method.placement", _PLACEMENTS[short], combine)
-            else:
-                t.lost(combine, "prompts are placed by method.placement")
+    if combine and isinstance(combine.value, Reference) and t.method != "DeepPrompts":
+        _translate_placement(t, combine, combine.value.name.rpartition(".")[2])
     t.expect(
         *(prompt, "dtype", "bfloat16", "float32"),
         same="prompts are float32, and computed in the model's dtype",
@@ -135,11 +134,20 @@ def _translate_prompts(t: Translation, factory: Reference, layer: Reference | No
     )
 
 
+def _translate_placement(t: Translation, combine: Value, short: str) -> None:
+    if short == "suffix_prompt":
+        t.set("method.placement", "before_eos", combine)
+    elif short in _PLACEMENTS:
+        t.set("method.placement", _PLACEMENTS[short], combine)
+    else:
+        t.lost(combine, "prompts are placed by method.placement")
+
+
 def _translate_multitask(t: Translation, prompt: Reference, kind: str) -> None:
     if kind in _COMBINE:
         t.set("method.combine", _COMBINE[kind], default=kind)
     else:
-        note = "multitask prompts are combined by sum, concatenation or low-rank factors"
+        note = f"method.combine has no counterpart of {kind}"
         t.set("method.combine", "sum", default=kind, remark=note)
     if length := t.get(prompt, "length", "method.length"):
         t.set("method.length", number(length, whole=True), length)
@@ -149,9 +157,12 @@ def _translate_multitask(t: Translation, prompt: Reference, kind: str) -> None:
         t.set("method.task_length", number(task_length, whole=True), task_length)
     elif kind == "ConcatMultiTaskPrompt" and length:
         t.set("method.task_length", number(length, whole=True), default="the length of the shared")
+    if shared := t.get(prompt, "shared_features"):
+        size = 0 if shared.value is None else number(shared, whole=True)
+        t.set("method.shared_features", size, shared)
+    t.same_here(t.get(prompt, "task_features"), "the model's width decides the tasks' features")
     _translate_init(t, t.get(prompt, "shared_init"))
-    if tasks_init := t.get(prompt, "tasks_init"):
-        t.lost(tasks_init, "the prompts of all tasks start close to the shared prompt")
+    _translate_tasks_init(t, t.get(prompt, "tasks_init"))
     if to_task := t.get(prompt, "to_task_idx"):
         t.lost(
             to_task,
@@ -163,6 +174,24 @@ def _translate_multitask(t: Translation, prompt: Reference, kind: str) -> None:
         )
 
 
+def _translate_tasks_init(t: Translation, init: Value | None) -> None:
+    drawn = "there from [0, {}), here from [0, 0.5)"
+    if init is None or not isinstance(init.value, Reference):
+        t.set(
+            *("method.tasks_init", "uniform_positive", init),
+            default="no initializer",
+            remark=drawn.format(0.01),
+        )
+        return
+    scale = t.get(init.value, "scale")
+    size = number(scale) if scale else 0.01
+    if init.value.name.rpartition(".")[2] != "uniform":
+        remark = "there is no such initialization of tasks"
+    else:
+        remark = "" if size == 0.5 else drawn.format(size)
+    t.set("method.tasks_init", "uniform_positive", scale or init, remark=remark)
+
+
 def _translate_attention(t: Translation) -> None:
     """Which positions a prompt attends to, where the extended masks say it."""
     mask = Reference((), _MASK, True)
@@ -170,14 +199,6 @@ def _translate_attention(t: Translation) -> None:
         return
     allowed = t.get(mask, "allowable_attention")
     names = set(texts(allowed)) if allowed and allowed.value is not None else None
-    if t.method == "MultitaskPrompts":
-        source = allowed or t.get(mask, "prompt_length")
-        if names is None or "prompt->prompt;causal" in names or "prompt->prompt" not in names:
-            t.lost(
-                source,
-                "prompt positions attend to all; there, by default, causally to each other",
-            )
-        return
     causal = names is None or "prompt->prompt;causal" in names
     to_prompt = "causal" if causal else "all" if "prompt->prompt" in (names or ()) else "none"
     t.set("method.prompt_to_prompt", to_prompt, allowed, default="the extended mask's default")

@@ -12,11 +12,14 @@ from prompt_tuning_jax.errors import UserError
 FLAXFORMER = "flaxformer.components."
 ATTENTION = "dense_attention.MultiHeadDotProductAttention"
 _ENCODER_DECODER = "t5x.models.EncoderDecoderModel"
-_LOSS_MODELS = {
-    "CrossEntropyEncoderDecoderModel": "the loss over the valid labels",
-    "PerceptronLossEncoderDecoderModel": "the perceptron loss over the valid labels",
-    "WaywardPromptEncoderDecoderModel": "the distance to an embedded text in the loss",
+_WAYWARD_MODULE = "prompt_tuning.extended.train.wayward."
+_WAYWARD = "WaywardPromptEncoderDecoderModel"
+# The models of the original with a loss over labels, and what it is called here.
+_LABEL_LOSSES = {
+    "CrossEntropyEncoderDecoderModel": "labels",
+    "PerceptronLossEncoderDecoderModel": "perceptron",
 }
+_LOSS_MODELS = (_WAYWARD, *_LABEL_LOSSES)
 _NORMALIZERS = {"NUM_REAL_TARGET_TOKENS": "tokens"}
 _STEP = re.compile(r".*checkpoint_(\d+)/*", re.DOTALL)
 _VOCABULARY = Reference((), "seqio.SentencePieceVocabulary", True)
@@ -85,11 +88,14 @@ def translate_model(t: Translation, model: Value | None) -> Reference | None:
     if reference is None or (reference.name != _ENCODER_DECODER and kind not in _LOSS_MODELS):
         t.lost(model, "models of T5X are read as encoder-decoders only")
         return None
-    if kind in _LOSS_MODELS:
-        t.lost(model, f"there is no option for {_LOSS_MODELS[kind]}; the loss is cross entropy")
-    _loss(t, reference)
+    _loss(t, reference, kind)
     _vocabulary(t, reference)
-    _decoding(t, reference)
+    if kind in _LABEL_LOSSES:
+        _label_loss(t, model, reference, _LABEL_LOSSES[kind])
+    else:
+        _decoding(t, reference)
+    if kind == _WAYWARD:
+        _wayward(t, reference)
     return t.launch.reference(reference, "module")
 
 
@@ -173,9 +179,65 @@ def _step_of(t: Translation, path: Value | None, address: str, step: int | None)
     return 0
 
 
-def _loss(t: Translation, model: Reference) -> None:
+def _label_loss(t: Translation, source: Value, model: Reference, loss: str) -> None:
+    """A loss over labels, and their ranking, which replaces decoding there."""
+    t.set("training.loss", loss, source)
+    t.set("evaluation.strategy", "rank", default="labels are ranked there")
+    normalize = t.get(model, "length_normalize")
+    if normalize and normalize.value:
+        t.set("training.normalize_length", True, normalize)
+        t.set("evaluation.normalize_length", True, normalize)
+    if hinge := t.get(model, "hinge"):
+        t.set(
+            *("training.margin", float(number(hinge)), hinge),
+            remark="a constant in that loss, as there; training.loss=hinge has a margin that "
+            "changes gradients",
+        )
+
+
+def _wayward(t: Translation, model: Reference) -> None:
+    """The distance of the prompt to the embeddings of a text."""
+    initializer = t.launch.reference(model, "discrete_prompt")
+    embedded = t.launch.reference(initializer, "init")
+    words = t.get(embedded, "text")
+    if words is None:
+        t.lost(t.get(model, "discrete_prompt"), "training.wayward_text is a text")
+        return
+    t.set("training.wayward_text", text(words), words)
+    if gamma := t.get(model, "gamma"):
+        t.set("training.wayward_weight", float(number(gamma)), gamma)
+    distance = t.get(model, "distance")
+    if distance and isinstance(distance.value, Reference):
+        if distance.value.name.endswith(".squared_l2_distance"):
+            t.same_here(distance, "the squared distance, averaged over positions")
+        else:
+            t.lost(distance, "the distance is squared, and averaged over positions")
+    # The prompt's length is the number of tokens of the same text.
+    tokens = t.launch.reference(Reference((), f"{_WAYWARD_MODULE}length", True), "x")
+    encoded = t.get(tokens, "s")
+    if encoded and encoded.value == words.value:
+        t.same_here(encoded, "the text of training.wayward_text")
+        t.same_here(t.get(Reference((), f"{_WAYWARD_MODULE}length", True), "x"), "its tokens")
+        t.same_here(t.get(tokens, "vocab"), "the model's vocabulary")
+        t.expect(
+            tokens, "format_values", None, same="the text as it is", lost="no values are put in"
+        )
+    same = "the embeddings of the text, for each position of the prompt"
+    for name in ("rng", "shape"):
+        t.same_here(t.get(initializer, name), same)
+    t.expect(
+        *(model, "prompt_path", "encoder/prompt/prompt/prompt"),
+        same="the prompt in the encoder's input",
+        lost="the prompt in the encoder's input is meant",
+    )
+
+
+def _loss(t: Translation, model: Reference, kind: str) -> None:
     if z_loss := t.get(model, "z_loss"):
-        t.set("training.z_loss", float(number(z_loss)), z_loss)
+        if kind == "PerceptronLossEncoderDecoderModel":
+            t.same_here(z_loss, "without effect in the perceptron loss, there as well")
+        else:
+            t.set("training.z_loss", float(number(z_loss)), z_loss)
     t.expect(
         *(model, "label_smoothing", 0, None),
         same="no label smoothing",

@@ -63,6 +63,8 @@ class TaskData:
     train_targets: tuple[str, ...]
     evaluation: Mapping[str, TokenizedExamples]
     labels: tuple[str, ...]
+    # Those of each task that is trained on.
+    task_labels: tuple[tuple[str, ...], ...]
     best_by: str
     # The direction of ``best_by``; None if it is not known.
     direction: Direction | None
@@ -214,11 +216,16 @@ def build_data(
         require_inputs(one, has_prompt=has_prompt)
     _check_targets(experiment, train_sets, eval_sets)
     train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
-    if experiment.method.scores_labels:
+    if experiment.method.scores_labels or experiment.training.loss != "tokens":
+        chooses = (
+            type(experiment.method).__name__
+            if experiment.method.scores_labels
+            else f"training.loss={experiment.training.loss}"
+        )
         for target in set(train_targets) - set(labels):
             raise UserError(
-                f"{type(experiment.method).__name__} chooses among the labels, but the target "
-                f"{target[:40]!r} is not one of them; list all labels in data.labels"
+                f"{chooses} chooses among the labels, but the target {target[:40]!r} is not one of "
+                "them; list all labels in data.labels"
             )
     train = None
     if train_sets:
@@ -240,6 +247,7 @@ def build_data(
         train_targets=train_targets,
         evaluation=evaluation,
         labels=labels,
+        task_labels=tuple(one.task.labels for one in train_sets),
         best_by=best_by,
         direction=_direction(experiment.evaluation.best_mode, best_by, eval_sets),
         reports=tuple(_reports(experiment, train_sets, train, eval_sets, partitioner)),
@@ -371,6 +379,8 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:
     """Describes how predictions are made; the logged training accuracy is teacher-forced."""
+    if task.choices_field:
+        return "evaluation ranks the texts that each example chooses between"
     number = len(task.labels)
     strategy = chosen_strategy(experiment.evaluation.strategy, task.labels)
     if strategy == "rank":

@@ -78,6 +78,9 @@ class Task:
         ``evaluation.strategy`` is.  The scores of two labels then include ``auc-roc`` and
         ``auc-pr`` of the second, in percent.
       normalize_length: with ``ranks``, compare the mean log-probabilities of the labels' tokens.
+      choices_field: the field of the examples with the texts that each chooses between, if they
+        have no common labels.  They are ranked, whatever ``evaluation.strategy`` is, and scores
+        by their mean log-probabilities are added with the prefix ``normed_``.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Task:
     version: str = ""
     ranks: bool = False
     normalize_length: bool = False
+    choices_field: str = ""
 
     @property
     def splits(self) -> tuple[str, ...]:

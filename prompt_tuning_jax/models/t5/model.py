@@ -276,7 +276,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The decoder stack, which sees the prompt only through the encoder's output."""
+    """The decoder stack, which sees the encoder's prompt only through the encoder's output."""
 
     def __init__(
         self,
@@ -410,13 +410,15 @@ class T5(Model):
     """A T5 1.0 or 1.1 encoder-decoder that accepts a prompt per example.
 
     Parameters have the same names and layout as in T5X.  The decoder starts from
-    ``token_ids.start`` and gets no prompt: it sees the prompt through the encoder's output.
+    ``token_ids.start`` and sees the prompt through the encoder's output; it may have a prompt of
+    its own (``Injections.decoder_prompt``).
     """
 
     config: T5Config
     reading_stack: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
     has_fused_attention: ClassVar[bool] = True
+    has_decoder_prompts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -513,11 +515,41 @@ class T5(Model):
             scan=self.scan_layers,
             fuse=self.fused_attention,
         )
-        return Context(
+        context = Context(
             hidden_BUD=hidden_BUD,
             mask_BU=source.mask_BU,
             keys_values=self.decoder.cross_keys_values(hidden_BUD),
         )
+        if injections.decoder_prompt is None:
+            return context
+        return self._with_decoder_prompt(context, injections, key=key, remat=remat)
+
+    def _with_decoder_prompt(
+        self, context: Context, injections: Injections, *, key: Array | None, remat: Remat
+    ) -> Context:
+        """Runs the decoder over its prompt, whose keys and values are before all targets.
+
+        They depend on the row, because the prompt attends to the encoder's output.
+        """
+        prompt = injections.decoder_prompt
+        assert prompt is not None
+        rows = len(context.mask_BU)
+        prompt_BPD = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(self.dtype)
+        own = self.injections_for_writing(injections)
+        _, caches = self.decoder(
+            prompt_BPD,
+            context.keys_values,
+            context.mask_BU,
+            injections=own,
+            # The fold keeps this key distinct from those of the encoder and the targets.
+            key=None if key is None else jax.random.fold_in(key, 0xDEC0),
+            remat=remat,
+            scan=self.scan_layers,
+            caches=self._empty_caches(rows, prompt_BPD.shape[1]),
+        )
+        assert caches is not None
+        before = tuple(replace(cache.key_values, before=True) for cache in caches)
+        return replace(context, prompt=before)
 
     def write_hidden(
         self,
@@ -546,7 +578,7 @@ class T5(Model):
             self.embed_tokens(tokens_BS),
             context.keys_values,
             context.mask_BU,
-            injections=injections,
+            injections=_behind_prompt(injections, context.prompt),
             key=key,
             remat=remat,
             scan=self.scan_layers,
@@ -556,12 +588,17 @@ class T5(Model):
     def start_decoding(
         self, context: Context, max_length: int
     ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
-        shape = (len(context.mask_BU), max_length, self.config.num_heads, self.config.head_dim)
+        kept = DecodeContext(
+            mask_BU=context.mask_BU, keys_values=context.keys_values, prompt=context.prompt
+        )
+        return kept, self._empty_caches(len(context.mask_BU), max_length)
+
+    def _empty_caches(self, rows: int, length: int) -> tuple[SelfCache, ...]:
+        shape = (rows, length, self.config.num_heads, self.config.head_dim)
         empty = SelfCache(
             key_BSGK=jnp.zeros(shape, self.dtype), value_BSGK=jnp.zeros(shape, self.dtype)
         )
-        kept = DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
-        return kept, (empty,) * self.config.num_decoder_layers
+        return (empty,) * self.config.num_decoder_layers
 
     def decode_step(
         self,
@@ -577,7 +614,7 @@ class T5(Model):
             embedded_B1D,
             context.keys_values,
             context.mask_BU,
-            injections=injections,
+            injections=_behind_prompt(injections, context.prompt),
             key=None,
             caches=caches,
             position=position,
@@ -630,6 +667,13 @@ class T5(Model):
             }
 
         return run(params, tokens_P[None])
+
+
+def _behind_prompt(injections: Injections, prompt: tuple[KeyValues, ...]) -> Injections:
+    """Puts the decoder's prompt before its self-attention."""
+    if not prompt:
+        return injections
+    return replace(injections, prefixes={**injections.prefixes, "decoder": prompt})
 
 
 def _positions_before(prefix: KeyValues | None) -> int:

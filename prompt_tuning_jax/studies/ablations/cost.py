@@ -34,7 +34,7 @@ def step_cost_of(of: Experiment) -> dict[str, Any]:
     model = build_model(of)
     data = task_data.build_data(of, vocabulary_of(model))
     members = attach_members(of, model, labels=data.labels)
-    state, step, _ = build.build_step(of, members)
+    state, step, _ = build.build_step(of, members, task_labels=data.task_labels)
     batches = list(data.batches(0, _STEPS, partitioner_of(of)))
     compiled = _lowered(step, state, members.frozen, batches[0]).compile()
     seconds = []

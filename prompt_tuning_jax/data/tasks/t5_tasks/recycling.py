@@ -4,14 +4,16 @@ Each data set has a task to train on, whose validation split is the end of the t
 to test by generation, and one that ranks the labels (``_rc``).  Mixtures put them together.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+from prompt_tuning_jax.data.tasks.metrics import Metric
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics
 from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE
 from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import class_id
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import labelled_text
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import labelled_text, record
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import make_task
 from prompt_tuning_jax.data.tasks.t5_tasks.split_rows import Part, with_parts
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
@@ -27,6 +29,7 @@ _QQP_LABELS = (
     ("unique", "duplicate"),
     ("not duplicate", "duplicate"),
 )
+_SENTIMENTS = ("positive", "negative")
 _RANKED = (metrics.ACCURACY, metrics.F1_WITH_INVALID)
 
 
@@ -34,6 +37,23 @@ def review(row: Row, *, labels: Sequence[str]) -> list[Example]:
     """{text, label} -> the text as it is, and the label's name; "UNK" for -1."""
     label = int(row["label"])
     return [{"inputs": row["text"], "targets": _UNLABELLED if label == -1 else labels[label]}]
+
+
+def gap(row: Row) -> list[Example]:
+    """One example for a gap in a passage, with all answers and entities, for ranking these."""
+    (first, *_) = record(row)
+    return [{**first, "entities": [str(entity) for entity in row["entities"]]}]
+
+
+def one_of_answers(text: str, example: Example, is_target: bool) -> list[str] | str:
+    """All answers of the example for targets, and the unchanged text for predictions."""
+    return list(example["answers"]) if is_target else text
+
+
+def rank_accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> float:
+    """The percent of predictions that are among the right texts of their example."""
+    right = sum(text in own for own, text in zip(targets, predictions, strict=True))
+    return 100.0 * right / len(targets)
 
 
 def _split(task: Task, name: str, *, last: int) -> Task:
@@ -149,15 +169,49 @@ def _qqp() -> Iterator[Task | Mixture]:
 
 
 def _record() -> Iterator[Task | Mixture]:
-    """Without the task that ranks each example's own entities, which is missing here."""
     (base,) = (task for task in SUPER_GLUE if task.short == "record")
     taskless = make_task(base, "taskless")
     name = "pr:super_glue_record_v102"
     trained = _split(taskless, f"{name}_training", last=10_000)
     test = _test(taskless, f"{name}_test")
-    yield from (trained, test)
-    yield from _mixtures(name, trained, (test,))
+    ranked = replace(
+        _test(make_task(replace(base, preprocess=gap), "taskless"), f"{name}_rc"),
+        postprocess=one_of_answers,
+        metrics=(Metric(name="accuracy", fn=rank_accuracy),),
+        choices_field="entities",
+        description=f"{base.description}; each example's own entities are ranked",
+    )
+    yield from (trained, test, ranked)
+    yield from _mixtures(name, trained, (test, ranked))
+
+
+def random_sentiment(row: Row) -> list[Example]:
+    """{text} -> its beginning, up to a random word, and one of the labels at random.
+
+    Both depend on the text alone.  The original splits tokens, and draws anew in each epoch.
+    """
+    draw = int.from_bytes(hashlib.sha256(row["text"].encode()).digest()[:8], "big")
+    words = row["text"].split(" ")
+    inputs = " ".join(words[: 1 + (draw >> 1) % len(words)])
+    return [{"inputs": inputs, "targets": _SENTIMENTS[draw % 2]}]
+
+
+def _c4() -> Task:
+    base = T5Task(
+        name="c4_v220_random_positive_negative_targets",
+        benchmark="c4",
+        short="c4",
+        tfds="c4/en:2.2.0",
+        splits=("train", "validation"),
+        preprocess=random_sentiment,
+        postprocess=None,
+        labels=_SENTIMENTS,
+        metrics=(metrics.ACCURACY,),
+        has_task_word=False,
+        description="the beginning of a web page, and a random label (a baseline of recycling)",
+    )
+    return make_task(base, "ordinary")
 
 
 # For data.tasks.registry, which imports this module on the first lookup of a task.
-TASKS: tuple[Task | Mixture, ...] = (*_sst2(), *_imdb(), *_qqp(), *_record())
+TASKS: tuple[Task | Mixture, ...] = (*_sst2(), *_imdb(), *_qqp(), *_record(), _c4())

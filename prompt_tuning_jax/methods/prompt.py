@@ -9,7 +9,7 @@ from flax import nnx
 from prompt_tuning_jax.config.methods import MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
-from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
+from prompt_tuning_jax.methods.prompt_combine import among_prompt, attention_mask, combine
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections, ModelInput
@@ -95,6 +95,12 @@ def joined_input(
     """Joins a prompt ``[P, D]`` or ``[B, P, D]`` to the embedded input as ``config`` says."""
     if model.config.reads_images:
         return model.embed(tokens_BT, prompt)
+    alone = config.input_to_prompt and not config.prompt_to_input
+    if config.placement == "prefix" and alone and prompt.shape[-2]:
+        length = prompt.shape[-2]
+        seen_PP = among_prompt(config.prompt_to_prompt, jnp.arange(length))
+        seen_PP = jnp.broadcast_to(seen_PP, (length, length))
+        return replace(model.embed(tokens_BT, prompt), prompt_mask_PP=seen_PP)
     source, is_prompt_BU = combine(
         prompt,
         model.embed(tokens_BT),

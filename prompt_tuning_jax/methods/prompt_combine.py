@@ -120,13 +120,16 @@ def attention_mask(
     if prompt_to_input and prompt_to_prompt == "all" and input_to_prompt:
         return None
     query_BU1, key_B1U = is_prompt_BU[:, :, None], is_prompt_BU[:, None, :]
-    positions_U = jnp.arange(is_prompt_BU.shape[1])
-    if prompt_to_prompt == "all":
-        among_prompt = jnp.ones((1, 1), bool)
-    elif prompt_to_prompt == "causal":
-        among_prompt = positions_U[None, :] <= positions_U[:, None]
-    else:
-        among_prompt = positions_U[None, :] == positions_U[:, None]
-    from_prompt_BUU = jnp.where(key_B1U, among_prompt[None], prompt_to_input)
+    among = among_prompt(prompt_to_prompt, jnp.arange(is_prompt_BU.shape[1]))
+    from_prompt_BUU = jnp.where(key_B1U, among[None], prompt_to_input)
     from_input_BUU = ~key_B1U | input_to_prompt
     return jnp.where(query_BU1, from_prompt_BUU, from_input_BUU)
+
+
+def among_prompt(allowed: Literal["all", "causal", "none"], positions_P: Array) -> Array:
+    """Returns which positions (query, key) of a prompt see each other, ``[P, P]`` or ``[1, 1]``."""
+    if allowed == "all":
+        return jnp.ones((1, 1), bool)
+    if allowed == "causal":
+        return positions_P[None, :] <= positions_P[:, None]
+    return positions_P[None, :] == positions_P[:, None]

@@ -342,13 +342,20 @@ def joined(source: ModelInput) -> ModelInput:
     """Makes the prompt a part of the embeddings, ``[B, P + U, D]``, for each row.
 
     All positions see the prompt, and the prompt sees all positions (Lester et al. 2021, section
-    2), unless ``attention_mask_BUU`` says otherwise.
+    2), unless ``prompt_mask_PP`` or ``attention_mask_BUU`` says otherwise.
     """
     if source.prompt_BPD is None:
         return source
     batch = source.embeddings_BUD.shape[0]
     prompt_BPD = jnp.broadcast_to(source.prompt_BPD, (batch, *source.prompt_BPD.shape[1:]))
     seen_BP = jnp.ones(prompt_BPD.shape[:2], bool)
+    if source.prompt_mask_PP is not None:
+        length = prompt_BPD.shape[1]
+        whole = length + source.embeddings_BUD.shape[1]
+        prompt_PU = jnp.pad(source.prompt_mask_PP, ((0, 0), (0, whole - length)))
+        input_TU = jnp.ones((whole - length, whole), bool)
+        seen_1UU = jnp.concatenate([prompt_PU, input_TU])[None]
+        source = replace(source, prompt_mask_PP=None, attention_mask_BUU=seen_1UU)
     return replace(
         source,
         prompt_BPD=None,

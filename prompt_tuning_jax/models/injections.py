@@ -17,11 +17,15 @@ class ModelInput:
     with a batch dimension of 1 or B, comes before every row.  The optional ``attention_mask_BUU``
     (query, key), over the prompt and the input, restricts attention further: a query sees a key
     only if both masks allow it.  Its batch dimension may be 1.
+
+    With ``prompt_mask_PP`` (query, key) the prompt sees none of the input, and of itself what the
+    mask allows.  It can then be read once for all rows.
     """
 
     embeddings_BUD: Array
     mask_BU: Array
     prompt_BPD: Array | None = None
+    prompt_mask_PP: Array | None = None
     attention_mask_BUU: Array | None = None
 
 

@@ -63,7 +63,7 @@ def microbatching_of(
         return NO_MICROBATCHING
     model = members.model()
     prompt = experiment.method.prompt_positions()
-    if model.causal:
+    if model.causal or not getattr(experiment.method, "prompt_to_input", True):
         return Microbatching(config=model.config, shared_positions=prompt)
     return Microbatching(config=model.config, prompt_positions=prompt)
 

@@ -7,14 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.injections import Injections, ModelInput
-from tests.micro import EOS, ONE_LAYER, D, encode, make_t5, normal, token_rows
+from tests.micro import (
+    EOS,
+    ONE_LAYER,
+    PER_LAYER,
+    T5_1_1,
+    D,
+    encode,
+    make_t5,
+    normal,
+    token_rows,
+)
 
-P = 3
+P, PROMPT = 3, "method/prompt_PD"
 PLACEMENTS = ("prefix", "after_first", "before_eos")
 # Different lengths, full, cut without its end, the end alone, one token without end, nothing.
 TOKENS = np.concatenate([token_rows([3, 6, 4, 1]), np.zeros((3, 6), np.int32)])
@@ -127,7 +138,8 @@ def test_gradients_show_who_sees_whom_in_every_variant(influence, placement):
         mask = source.attention_mask_BUU
         if all(v in (True, "all") for v in variant.values()):
             assert mask is None
-            mask = jnp.ones((len(rows), 9, 9), bool)
+            mask = jnp.ones((1, 9, 9), bool)
+        mask = jnp.broadcast_to(mask, (len(rows), 9, 9))
         got = np.asarray(influence(source.embeddings_BUD, source.mask_BU, mask)) > 0
         for number, tokens in enumerate(rows):
             places = partitioner(tokens, placement)
@@ -150,3 +162,31 @@ def test_every_position_sees_itself(variant):
     if mask_BUU is not None:
         assert mask_BUU.shape == (2, 4, 4)
         assert np.einsum("buu->bu", mask_BUU).all()
+
+
+@pytest.mark.parametrize("config", [T5_1_1, PER_LAYER])
+@pytest.mark.parametrize("among", ["all", "causal"])
+def test_a_prompt_that_sees_no_input_is_read_once(config, among):
+    model = make_t5(config)
+    method = PromptTuning(length=P, prompt_to_input=False, prompt_to_prompt=among)
+    graphdef, params = param_tree.split(with_prompt(model, normal(P, D, seed=3), method))
+    targets = token_rows([3, 2, 1, 3, 2])
+
+    def loss(own, params, one_by_one):
+        tuned = param_tree.merge(graphdef, {**params, **own})
+        source = tuned.injections(TOKENS[:5]).model_input
+        assert source.prompt_BPD.shape[0] == 1
+        context = tuned.model.read(joined(source) if one_by_one else source)
+        logits = tuned.model.write(context, targets)
+        hidden = jnp.where(context.mask_BU[..., None], context.hidden_BUD, 0.0)
+        return jnp.mean(jnp.sin(logits)) + jnp.mean(jnp.sin(hidden)), hidden
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+    own = {PROMPT: params[PROMPT]}
+    once, rows = (run(own, params, one_by_one) for one_by_one in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), once, rows)
+    flops = [
+        run.lower(own, params, one_by_one).compile().cost_analysis()["flops"]
+        for one_by_one in (False, True)
+    ]
+    assert flops[0] < 0.8 * flops[1]

@@ -148,10 +148,12 @@ class CausalLM(Model):
         last_B1D = None
         if prompt_length and _separable(source, layer_prompts):
             assert source.prompt_BPD is not None
+            seen_PP = source.prompt_mask_PP
             last_B1D, prompt = self._run(
                 _broadcast_for(layer_prompts, source.prompt_BPD),
                 consecutive(start, prompt_length),
                 past,
+                mask_BTT=None if seen_PP is None else seen_PP[None],
                 layer_prompts=layer_prompts,
                 key=keys[0],
                 remat=remat,
@@ -159,7 +161,7 @@ class CausalLM(Model):
             )
             layer_prompts, prompt_length = None, 0
             past = [*past, past_keys(prompt, start=start)]
-            source = replace(source, prompt_BPD=None)
+            source = replace(source, prompt_BPD=None, prompt_mask_PP=None)
         whole = joined(source)
         if whole.embeddings_BUD.shape[1]:
             hidden_BUD, keys_values = self._run(

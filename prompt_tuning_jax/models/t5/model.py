@@ -78,7 +78,8 @@ class EncoderLayer(nnx.Module):
         mask_bias_B1UU: Array,
         prefix: KeyValues | None,
         key: Array | None,
-    ) -> Array:
+    ) -> tuple[Array, KeyValues]:
+        """Applies the layer and returns its output with the keys and values of its positions."""
         keys = split_key(key, 4)
         y_BUD = self.pre_attention_layer_norm(x_BUD)
         kv = self.attention.keys_values(y_BUD)
@@ -88,7 +89,7 @@ class EncoderLayer(nnx.Module):
         y_BUD = self.attention(y_BUD, kv, bias, prefix=prefix, key=keys[0])
         x_BUD = x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[1], shared_axis=-2)
         y_BUD = self.mlp(self.pre_mlp_layer_norm(x_BUD), key=keys[2])
-        return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2)
+        return x_BUD + dropout(y_BUD, self.dropout_rate, key=keys[3], shared_axis=-2), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -215,8 +216,12 @@ class Encoder(nnx.Module):
         remat: Remat = "none",
         scan: bool = False,
         fuse: bool = False,
-    ) -> Array:
-        """Encodes an input that its prompt is part of; returns ``[B, U, D]``."""
+        returns_keys_values: bool = False,
+    ) -> tuple[Array, list[KeyValues | None]]:
+        """Encodes an input that its prompt is part of.
+
+        Returns ``[B, U, D]``, and for each layer, if asked, the keys and values of these positions.
+        """
         keys = split_key(key, self.num_layers + 2)
         x_BUD, mask_BU = source.embeddings_BUD, source.mask_BU
         positions_U = jnp.arange(x_BUD.shape[1])
@@ -246,17 +251,18 @@ class Encoder(nnx.Module):
             shared = {before: bias_of_layer(self.relpos_bias, before) for before in befores}
         x_BUD = dropout(x_BUD, self.dropout_rate, key=keys[-1], shared_axis=-2)
 
-        def apply(layer: EncoderLayer, x_BUD: Array, given: Any, _: None) -> tuple[Array, None]:
+        def apply(layer: EncoderLayer, x_BUD: Array, given: Any, _: None) -> Any:
             prompt, prefix, layer_key = given
             x_BUD = prompt.put_into(x_BUD) if prompt else x_BUD
             before = _positions_before(prefix)
             bias = shared.get(before)
             if bias is None:
                 bias = bias_of_layer(layer.relpos_bias, before)
-            return layer(x_BUD, bias, mask_B1UU, prefix, layer_key), None
+            x_BUD, keys_values = layer(x_BUD, bias, mask_B1UU, prefix, layer_key)
+            return x_BUD, keys_values if returns_keys_values else None
 
         no_prompts = (None,) * self.num_layers
-        x_BUD, _ = run_layers(
+        x_BUD, keys_values = run_layers(
             [self.layer(i) for i in range(self.num_layers)],
             apply,
             x_BUD,
@@ -272,7 +278,7 @@ class Encoder(nnx.Module):
             scan=scan,
         )
         x_BUD = self.encoder_norm(x_BUD)
-        return dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2)
+        return dropout(x_BUD, self.dropout_rate, key=keys[-2], shared_axis=-2), keys_values
 
 
 class Decoder(nnx.Module):
@@ -506,23 +512,72 @@ class T5(Model):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Context:
-        source = joined(source)
-        hidden_BUD = self.encoder(
+        if _separable(source, injections):
+            context = self._read_apart(source, injections, key=key, remat=remat)
+        else:
+            source = joined(source)
+            hidden_BUD, _ = self._encode(source, injections, key=key, remat=remat)
+            context = Context(
+                hidden_BUD=hidden_BUD,
+                mask_BU=source.mask_BU,
+                keys_values=self.decoder.cross_keys_values(hidden_BUD),
+            )
+        if injections.decoder_prompt is None:
+            return context
+        return self._with_decoder_prompt(context, injections, key=key, remat=remat)
+
+    def _encode(
+        self,
+        source: ModelInput,
+        injections: Injections,
+        *,
+        key: Array | None,
+        remat: Remat,
+        returns_keys_values: bool = False,
+    ) -> tuple[Array, list[KeyValues | None]]:
+        return self.encoder(
             source,
             injections=injections,
             key=key,
             remat=remat,
             scan=self.scan_layers,
             fuse=self.fused_attention,
+            returns_keys_values=returns_keys_values,
         )
-        context = Context(
-            hidden_BUD=hidden_BUD,
-            mask_BU=source.mask_BU,
-            keys_values=self.decoder.cross_keys_values(hidden_BUD),
+
+    def _read_apart(
+        self, source: ModelInput, injections: Injections, *, key: Array | None, remat: Remat
+    ) -> Context:
+        """Reads a prompt that sees none of the input once, and each row behind it.
+
+        The result is that of putting the prompt before every row.
+        """
+        assert source.prompt_BPD is not None
+        assert source.prompt_mask_PP is not None
+        keys = split_key(key, 2)
+        prompt = ModelInput(
+            embeddings_BUD=source.prompt_BPD,
+            mask_BU=jnp.ones(source.prompt_BPD.shape[:2], bool),
+            attention_mask_BUU=source.prompt_mask_PP[None],
         )
-        if injections.decoder_prompt is None:
-            return context
-        return self._with_decoder_prompt(context, injections, key=key, remat=remat)
+        prompt_BPD, seen = self._encode(
+            prompt, injections, key=keys[0], remat=remat, returns_keys_values=True
+        )
+        before = tuple(replace(each, before=True) for each in seen if each is not None)
+        behind = replace(injections, prefixes={**injections.prefixes, "encoder": before})
+        rows = replace(source, prompt_BPD=None, prompt_mask_PP=None)
+        hidden_BTD, _ = self._encode(rows, behind, key=keys[1], remat=remat)
+        cross = (self.decoder.cross_keys_values(x) for x in (prompt_BPD, hidden_BTD))
+        return Context(
+            hidden_BUD=_put_in_front(prompt_BPD, hidden_BTD),
+            mask_BU=jnp.pad(
+                source.mask_BU, ((0, 0), (prompt_BPD.shape[1], 0)), constant_values=True
+            ),
+            keys_values=tuple(
+                jax.tree.map(_put_in_front, of_prompt, of_rows)
+                for of_prompt, of_rows in zip(*cross, strict=True)
+            ),
+        )
 
     def _with_decoder_prompt(
         self, context: Context, injections: Injections, *, key: Array | None, remat: Remat
@@ -667,6 +722,18 @@ class T5(Model):
             }
 
         return run(params, tokens_P[None])
+
+
+def _separable(source: ModelInput, injections: Injections) -> bool:
+    """Whether the prompt's keys and values do not depend on the row behind it."""
+    free = not injections.layer_prompts and not injections.prefixes.get("encoder")
+    return source.prompt_mask_PP is not None and source.attention_mask_BUU is None and free
+
+
+def _put_in_front(prompt: Array, rows: Array) -> Array:
+    """Puts positions that may be the same for all rows before each row, on axis 1."""
+    prompt = jnp.broadcast_to(prompt, (rows.shape[0], *prompt.shape[1:]))
+    return jnp.concatenate([prompt, rows], axis=1)
 
 
 def _behind_prompt(injections: Injections, prompt: tuple[KeyValues, ...]) -> Injections:

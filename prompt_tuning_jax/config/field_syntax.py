@@ -89,6 +89,30 @@ def parse_rates(entries: Sequence[str]) -> list[tuple[Any, float]]:
     return rates
 
 
+def parse_numbers(entries: Sequence[str], *, field: str) -> list[tuple[Any, float]]:
+    """Entries ``REGEX=NUMBER`` as pairs of a compiled pattern and a number.
+
+    Raises:
+      UserError: for an entry of another form; the message begins with ``field``.
+    """
+    numbers = []
+    for entry in entries:
+        pattern, equals, text = entry.rpartition("=")
+        try:
+            number = float(text) if equals else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{field}: {entry!r} is not REGEX=NUMBER, for example .*/query=4")
+        numbers.append((compile_pattern(pattern, of=field), number))
+    return numbers
+
+
+def first_match(numbers: Sequence[tuple[Any, float]], path: str, default: float) -> float:
+    """The number of the first pattern that matches the whole path."""
+    return next((number for pattern, number in numbers if pattern.fullmatch(path)), default)
+
+
 def _name_and_factor(entry: str) -> tuple[str, float | None]:
     """``NAME=FACTOR``; the factor is None if it is not a finite number of at least 0."""
     name, equals, text = entry.rpartition("=")

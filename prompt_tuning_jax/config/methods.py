@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from prompt_tuning_jax.config.base import Config
+from prompt_tuning_jax.config.field_syntax import first_match, parse_numbers
 from prompt_tuning_jax.config.prompt_template import PromptTemplate, parse_prompt_template
 from prompt_tuning_jax.config.text_template import parse_template
 from prompt_tuning_jax.errors import UserError
@@ -32,6 +33,7 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 _MODEL = "model/"
 _CLASSIFIER = "model/classifier/"
+_MAX_RANK = 2**20  # larger than the width of any model
 _MAX_ALPHA = 1e30  # in float32 its product with anything stays finite
 # The initialization of a trained prompt is its arrays; see MethodConfig.training_only.
 _INIT_ONLY = {"init": "uniform", "init_text": "", "init_path": "", "init_population": 0}
@@ -677,7 +679,9 @@ class LoRA(MethodConfig):
 
     With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
 
-    Frozen weights may be quantized.
+    DoRA (``dora``) adds ``out`` per target, ``lora_magnitude_F``.  ``embeddings`` add ``rank * (V +
+    D)`` each, ``copies`` ``V * D`` each, and ``parameters`` the sizes of the arrays that they
+    match.  Frozen weights may be quantized.
     """
 
     implementation = "prompt_tuning_jax.methods.lora:LoRAModule"
@@ -690,29 +694,64 @@ class LoRA(MethodConfig):
 
     rank: int = 8  # rank of the updates
     alpha: float = 16.0  # updates are scaled by ``alpha / rank``
+    # Other ranks and alphas of some maps, as ``REGEX=NUMBER``; the first expression that matches a
+    # whole path decides.
+    ranks: tuple[str, ...] = ()
+    alphas: tuple[str, ...] = ()  # likewise
     # Scale by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
     rank_stabilized: bool = False
     dropout: float = 0.0  # dropout on the input of the updates
+    # Train the norm of each output's weights apart from their direction, which the update changes
+    # (DoRA, Liu et al. 2024).
+    dora: bool = False
     # Linear maps to update: RE2 expressions that match a whole path, such as
     # ``encoder/layers_0/attention/query``.
     targets: tuple[str, ...] = (".*/(query|value)",)
+    # Uses of the embedding table to update, each by itself, likewise: ``encoder/embed_tokens`` (if
+    # there is an encoder), ``decoder/embed_tokens``, and ``decoder/tied_logits`` if the table is
+    # also the output head.
+    embeddings: tuple[str, ...] = ()
+    # Uses of the embedding table that get a table of their own, which is trained, likewise.
+    copies: tuple[str, ...] = ()
+    # Parameters of the model to train too: RE2 expressions that match a whole path, such as
+    # ``.*/bias`` or ``decoder/logits_dense/kernel``.
+    parameters: tuple[str, ...] = ()
 
-    @property
-    def scale(self) -> float:
-        """The factor on the product."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+    def rank_of(self, path: str) -> int:
+        """The rank of the update of one map."""
+        return int(first_match(parse_numbers(self.ranks, field="method.ranks"), path, self.rank))
+
+    def scale_of(self, path: str) -> float:
+        """The factor on the product of one map's matrices."""
+        alpha = first_match(parse_numbers(self.alphas, field="method.alphas"), path, self.alpha)
+        rank = self.rank_of(path)
+        return alpha / (rank**0.5 if self.rank_stabilized else rank)
 
     def uses_rng(self) -> bool:
         return self.dropout > 0
 
+    def trains(self, name: str) -> bool:
+        return is_attached(name) or _is_selected(name, self.parameters, of="method.parameters")
+
     def config_errors(self) -> Iterator[str]:
         yield from super().config_errors()
-        if not abs(self.alpha) < _MAX_ALPHA:
-            yield f"method.alpha is {self.alpha}; must be below {_MAX_ALPHA:g}"
+        try:
+            ranks = [rank for _, rank in parse_numbers(self.ranks, field="method.ranks")]
+            alphas = [alpha for _, alpha in parse_numbers(self.alphas, field="method.alphas")]
+        except UserError as error:
+            yield str(error)
+            return
+        for rank in ranks:
+            if rank != int(rank) or not 1 <= rank <= _MAX_RANK:
+                yield f"method.ranks has {rank:g}; must be a whole number from 1 to {_MAX_RANK}"
+        for name, alpha in (("alpha", self.alpha), *(("alphas", alpha) for alpha in alphas)):
+            if not abs(alpha) < _MAX_ALPHA:
+                yield f"method.{name} is {alpha}; must be below {_MAX_ALPHA:g}"
         yield from _dropout_errors(self.dropout)
-        if not self.targets:
+        if not self.targets and not self.embeddings:
             yield "method.targets is empty; give at least one regular expression"
-        yield from _pattern_errors(self.targets, field="method.targets")
+        for name in ("targets", "embeddings", "copies", "parameters"):
+            yield from _pattern_errors(getattr(self, name), field=f"method.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -786,10 +825,8 @@ class PatternTuning(MethodConfig):
     patterns: tuple[str, ...] = (".*/(scale|bias|rel_embedding)",)
 
     def trains(self, name: str) -> bool:
-        path = name.removeprefix(_MODEL)
-        patterns = (compile_pattern(pattern, of="method.patterns") for pattern in self.patterns)
-        matches = path != name and any(pattern.fullmatch(path) for pattern in patterns)
-        return matches or name.startswith(_CLASSIFIER)
+        selected = _is_selected(name, self.patterns, of="method.patterns")
+        return selected or name.startswith(_CLASSIFIER)
 
     def config_errors(self) -> Iterator[str]:
         if not self.patterns:
@@ -835,6 +872,13 @@ def _template_errors(method: MethodConfig, **columns_of: Sequence[str]) -> Itera
 def _dropout_errors(dropout: float) -> Iterator[str]:
     if not 0 <= dropout < 1:
         yield f"method.dropout is {dropout}; must be at least 0 and below 1"
+
+
+def _is_selected(name: str, patterns: Sequence[str], *, of: str) -> bool:
+    """Whether this path of a ``TunedModel`` is one of the model, and matches as such."""
+    path = name.removeprefix(_MODEL)
+    compiled = (compile_pattern(pattern, of=of) for pattern in patterns)
+    return path != name and any(pattern.fullmatch(path) for pattern in compiled)
 
 
 def _pattern_errors(patterns: Sequence[str], *, field: str) -> Iterator[str]:

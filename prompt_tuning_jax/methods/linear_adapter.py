@@ -1,6 +1,6 @@
 """Finding a model's linear maps by path, and wrapping them with adapters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from flax import nnx
@@ -36,20 +36,30 @@ def find_linears(
     message.
     """
     maps = linear_maps(model)
+    chosen = matching_paths(maps, patterns, field=field, of="linear map")
+    return {name: maps[name] for name in chosen}
+
+
+def matching_paths(
+    found: Mapping[str, object], patterns: Sequence[str], *, field: str, of: str
+) -> list[str]:
+    """Returns the paths that match one of the regular expressions as a whole, in their order.
+
+    Raises UserError if a pattern matches none; the message calls the things at these paths ``of``.
+    """
     chosen: set[str] = set()
     for pattern in patterns:
-        matching = [
-            name
-            for name, matches in param_tree.matching(maps, pattern, of=field).items()
-            if matches
-        ]
+        matches = param_tree.matching(found, pattern, of=field)
+        matching = {name for name, own in matches.items() if own}
         if not matching:
-            raise UserError(
-                f"{field}: {shown(pattern)} is the path of no linear map; paths are whole, for "
-                f"instance {next(reversed(maps))}"
+            known = (
+                f"paths are whole, for instance {next(reversed(list(found)))}"
+                if found
+                else "this model has none"
             )
-        chosen.update(matching)
-    return {name: linear for name, linear in maps.items() if name in chosen}
+            raise UserError(f"{field}: {shown(pattern)} is the path of no {of}; {known}")
+        chosen |= matching
+    return [name for name in found if name in chosen]
 
 
 def wrap_linears(model: Model, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> Model:

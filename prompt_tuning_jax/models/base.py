@@ -24,7 +24,7 @@ from prompt_tuning_jax.models.injections import (
     KeyValues,
     ModelInput,
 )
-from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
+from prompt_tuning_jax.models.layers import Embed, EmbeddingUse, Remat, Table, split_key
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
@@ -235,9 +235,13 @@ class Model(nnx.Module):
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:
         """Embeds token ids, ``[...] -> [..., D]``; values at padding are meaningless."""
+        return self._embedded(tokens)
+
+    def _embedded(self, tokens: Array | HostArray, use: EmbeddingUse | None = None) -> Array:
+        """Returns rows of the table; ``use`` is where, if methods can adapt this use of it."""
         if self.token_ids.fill < 0:
             tokens = jnp.maximum(jnp.asarray(tokens), 0)
-        return self.token_embedder(tokens)
+        return self.token_embedder(tokens) if use is None else use(tokens, self.token_embedder)
 
     def embed(self, tokens_BT: Array | HostArray, prompt: Array | None = None) -> ModelInput:
         """Embeds tokens behind a prompt ``[P, D]`` or ``[B, P, D]``."""

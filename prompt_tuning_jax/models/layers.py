@@ -48,6 +48,18 @@ def normal_param(
     return nnx.Param(value, logical_axes=axes)
 
 
+class PlainMap(Protocol):
+    """A linear map ``[..., in] -> [..., out]`` without its adapter, as an adapter sees it."""
+
+    def __call__(self, x: Array) -> Array: ...
+
+    def kernel_DF(self) -> Array:
+        """Returns the weights ``[in, out]`` in float32."""
+
+    def bias_F(self) -> Array | None:
+        """Returns the bias, or None if the map has none."""
+
+
 class LinearAdapter(Protocol):
     """A wrapper that a method puts around a linear map.
 
@@ -55,7 +67,33 @@ class LinearAdapter(Protocol):
     modules, and their parameters are stored under ``.../adapter/`` next to those of the map.
     """
 
-    def __call__(self, x: Array, linear: Callable[[Array], Array]) -> Array: ...
+    def __call__(self, x: Array, linear: PlainMap) -> Array: ...
+
+
+class LinearMap(Protocol):
+    """What ``Linear`` and its quantised replacement have in common."""
+
+    bias: nnx.Param[Array] | None
+
+    def plain(self, x: Array) -> Array: ...
+
+    def columns(self, outputs_N: Array | HostArray | slice) -> Array: ...
+
+
+@dataclass(frozen=True)
+class WithoutAdapter:
+    """A linear map without its adapter: a ``PlainMap``."""
+
+    linear: LinearMap
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear.plain(x)
+
+    def kernel_DF(self) -> Array:
+        return self.linear.columns(slice(None))
+
+    def bias_F(self) -> Array | None:
+        return None if self.linear.bias is None else self.linear.bias.get_value()
 
 
 class Linear(nnx.Module):
@@ -84,7 +122,7 @@ class Linear(nnx.Module):
         self.adapter: LinearAdapter | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
-        return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
+        return self.plain(x) if self.adapter is None else self.adapter(x, WithoutAdapter(self))
 
     def plain(self, x: Array) -> Array:
         """Applies the map without its adapter."""
@@ -94,7 +132,7 @@ class Linear(nnx.Module):
             y = y + self.bias.get_value().astype(y.dtype)
         return checkpoint_name(y, LINEAR)
 
-    def columns(self, outputs_N: Array | HostArray) -> Array:
+    def columns(self, outputs_N: Array | HostArray | slice) -> Array:
         """Returns the weights ``[in, N]`` of the selected outputs in float32."""
         return self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
 
@@ -106,6 +144,12 @@ class Table(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, ids: Any) -> Array: ...
+
+
+def whole_table(table: Table) -> Array:
+    """Returns all rows ``[V, D]`` in float32."""
+    rows_VD = table if isinstance(table, jax.Array) else table[jnp.arange(table.shape[0])]
+    return rows_VD.astype(jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +186,7 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
-        # The table's own sharding would split x along its width, but x must be split by batch.
-        table_VD = with_logical_constraint(self.embedding.get_value(), ("vocab", None))
-        x = jnp.take(table_VD, tokens, axis=0).astype(self.dtype)
-        return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
+        return rows_of(self.embedding.get_value(), tokens, dtype=self.dtype)
 
     def table(self) -> Table:
         """Returns the embedding rows ``[V, D]``."""
@@ -155,6 +196,73 @@ class Embed(nnx.Module):
         """Computes logits ``[..., V]`` in float32 with the embedding table as output head."""
         table_DV = self.embedding.get_value().T
         return matmul.dot(x, table_DV, dtype=self.dtype, out_dtype=jnp.float32)
+
+
+def rows_of(table_VD: Array, tokens: Array | HostArray, *, dtype: DType) -> Array:
+    """Returns the rows ``[..., D]`` of an embedding table."""
+    # The table's own sharding would split x along its width, but x must be split by batch.
+    table_VD = with_logical_constraint(table_VD, ("vocab", None))
+    x = jnp.take(table_VD, tokens, axis=0).astype(dtype)
+    return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
+
+
+class AnyEmbed(Protocol):
+    """What ``Embed`` and its quantised replacement have in common."""
+
+    def __call__(self, tokens: Array | HostArray) -> Array: ...
+
+    def table(self) -> Table: ...
+
+    def attend(self, x: Array) -> Array: ...
+
+
+class EmbeddingAdapter(Protocol):
+    """A wrapper that a method puts around one use of the embedding table.
+
+    It receives the tokens and the embedding.  Instances are modules, and their parameters are
+    stored under ``.../adapter/``.
+    """
+
+    def __call__(self, tokens: Array | HostArray, embed: AnyEmbed) -> Array: ...
+
+
+class EmbeddingUse(nnx.Module):
+    """One place where a model embeds tokens; methods may set ``adapter``.
+
+    The table belongs to the model, which may use it elsewhere too.
+    """
+
+    def __init__(self) -> None:
+        self.adapter: EmbeddingAdapter | None = nnx.data(None)
+
+    def __call__(self, tokens: Array | HostArray, embed: AnyEmbed) -> Array:
+        return embed(tokens) if self.adapter is None else self.adapter(tokens, embed)
+
+
+@dataclass(frozen=True)
+class TiedMap:
+    """The embedding table as an output head: a ``PlainMap``."""
+
+    embed: AnyEmbed
+
+    def __call__(self, x: Array) -> Array:
+        return self.embed.attend(x)
+
+    def kernel_DF(self) -> Array:
+        return whole_table(self.embed.table()).T
+
+    def bias_F(self) -> Array | None:
+        return None
+
+
+class TiedHead(nnx.Module):
+    """An output head that is the embedding table; methods may set ``adapter``."""
+
+    def __init__(self) -> None:
+        self.adapter: LinearAdapter | None = nnx.data(None)
+
+    def __call__(self, x: Array, embed: AnyEmbed) -> Array:
+        return embed.attend(x) if self.adapter is None else self.adapter(x, TiedMap(embed))
 
 
 class RMSNorm(nnx.Module):

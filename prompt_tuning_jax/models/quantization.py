@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, LinearAdapter, Table
+from prompt_tuning_jax.models.layers import (
+    LINEAR,
+    Embed,
+    Linear,
+    LinearAdapter,
+    Table,
+    WithoutAdapter,
+)
 from prompt_tuning_jax.models.ops import cpu
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -207,7 +214,7 @@ class QuantizedLinear(nnx.Module):
         self.adapter: LinearAdapter | None = nnx.data(linear.adapter)
 
     def __call__(self, x: Array) -> Array:
-        return self.plain(x) if self.adapter is None else self.adapter(x, self.plain)
+        return self.plain(x) if self.adapter is None else self.adapter(x, WithoutAdapter(self))
 
     def plain(self, x: Array) -> Array:
         """Applies the map without its adapter."""
@@ -218,7 +225,7 @@ class QuantizedLinear(nnx.Module):
             out = out + self.bias.get_value().astype(out.dtype)
         return checkpoint_name(out, LINEAR)
 
-    def columns(self, outputs_N: Array | HostArray) -> Array:
+    def columns(self, outputs_N: Array | HostArray | slice) -> Array:
         """Returns the weights ``[in, N]`` of the selected outputs in float32."""
         whole_DN = self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
         scale_GN = self.kernel_scale.get_value()[:, outputs_N].astype(jnp.float32)

@@ -42,15 +42,42 @@ from prompt_tuning_jax.models.injections import (
 )
 from prompt_tuning_jax.models.layers import (
     Embed,
+    EmbeddingUse,
     LayerNorm,
     Remat,
     ScaledTable,
     Table,
+    TiedHead,
     dropout,
     softcap,
     split_key,
 )
 from prompt_tuning_jax.typing import Array, DType, HostArray
+
+
+class Decoder(Stack):
+    """The stack, with the uses of the embedding table that methods can adapt."""
+
+    def __init__(
+        self,
+        config: CausalLMConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            config,
+            name="decoder",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+        self.embed_tokens = EmbeddingUse()
+        if config.tie_embeddings:
+            self.tied_logits = TiedHead()
 
 
 class CausalLM(Model):
@@ -86,9 +113,8 @@ class CausalLM(Model):
             self.embedding_norm = LayerNorm(
                 config.embed_dim, eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype
             )
-        self.decoder = Stack(
+        self.decoder = Decoder(
             config,
-            name="decoder",
             dtype=dtype,
             param_dtype=param_dtype,
             dropout_rate=dropout_rate,
@@ -106,7 +132,7 @@ class CausalLM(Model):
         return {"decoder": stack}
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:
-        x = super().embed_tokens(tokens)
+        x = self._embedded(tokens, self.decoder.embed_tokens)
         scale = self.config.embedding_scale
         # Gemma rounds the factor to the dtype of the activations, and so does transformers.
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
@@ -284,7 +310,7 @@ class CausalLM(Model):
 
     def logits(self, hidden: Array) -> Array:
         if self.config.tie_embeddings:
-            logits = self.token_embedder.attend(hidden)
+            logits = self.decoder.tied_logits(hidden, self.token_embedder)
         else:
             logits = self.decoder.logits_dense(hidden)
         return softcap(logits, self.config.logits_softcap)

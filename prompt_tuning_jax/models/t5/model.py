@@ -21,10 +21,12 @@ from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyVa
 from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     Embed,
+    EmbeddingUse,
     Linear,
     Mlp,
     Remat,
     RMSNorm,
+    TiedHead,
     dropout,
     split_key,
 )
@@ -201,6 +203,7 @@ class Encoder(nnx.Module):
                 ),
             )
         self.encoder_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.embed_tokens = EmbeddingUse()
         self.dropout_rate = dropout_rate
 
     def layer(self, i: int) -> EncoderLayer:
@@ -312,8 +315,11 @@ class Decoder(nnx.Module):
                 ),
             )
         self.decoder_norm = _norm(config, dtype=dtype, param_dtype=param_dtype)
+        self.embed_tokens = EmbeddingUse()
         self.dropout_rate = dropout_rate
-        if not config.tie_embeddings:
+        if config.tie_embeddings:
+            self.tied_logits = TiedHead()
+        else:
             self.logits_dense = Linear(
                 config.embed_dim,
                 config.vocab_size,
@@ -444,6 +450,9 @@ class T5(Model):
         self.decoder = Decoder(
             config, dtype=dtype, param_dtype=param_dtype, dropout_rate=dropout_rate, rngs=rngs
         )
+
+    def embed_tokens(self, tokens: Array | HostArray) -> Array:
+        return self._embedded(tokens, self.encoder.embed_tokens)
 
     @property
     def stacks(self) -> dict[str, AttentionStack]:
@@ -630,7 +639,7 @@ class T5(Model):
     ) -> Array:
         """Computes the decoder's output ``[B, S, D]`` for its inputs."""
         x_BSD, _ = self.decoder(
-            self.embed_tokens(tokens_BS),
+            self._embedded(tokens_BS, self.decoder.embed_tokens),
             context.keys_values,
             context.mask_BU,
             injections=_behind_prompt(injections, context.prompt),
@@ -664,7 +673,7 @@ class T5(Model):
         *,
         injections: Injections = NO_INJECTIONS,
     ) -> tuple[Array, tuple[SelfCache, ...]]:
-        embedded_B1D = self.embed_tokens(tokens_B[:, None])
+        embedded_B1D = self._embedded(tokens_B[:, None], self.decoder.embed_tokens)
         x_B1D, new = self.decoder(
             embedded_B1D,
             context.keys_values,
@@ -679,7 +688,8 @@ class T5(Model):
 
     def logits(self, hidden: Array) -> Array:
         if self.config.tie_embeddings:
-            return self.token_embedder.attend(hidden * self.config.embed_dim**-0.5)
+            scaled = hidden * self.config.embed_dim**-0.5
+            return self.decoder.tied_logits(scaled, self.token_embedder)
         return self.decoder.logits_dense(hidden)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:

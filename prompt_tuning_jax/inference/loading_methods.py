@@ -19,8 +19,8 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     read_config,
     require_task,
 )
-from prompt_tuning_jax.checkpoints.peft.copies import Parameter
 from prompt_tuning_jax.checkpoints.peft.modules import task_type
+from prompt_tuning_jax.checkpoints.peft.saved import Parameter
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
 from prompt_tuning_jax.checkpoints.run_folder import (
     member_names,

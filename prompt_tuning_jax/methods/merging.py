@@ -10,10 +10,11 @@ from flax import nnx
 from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import TunedModel, shallow_copy
+from prompt_tuning_jax.methods.embedding_adapter import HeadCopy, embedding_uses
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
 from prompt_tuning_jax.models.base import Model
-from prompt_tuning_jax.models.layers import LinearAdapter
-from prompt_tuning_jax.models.quantization import QuantizedLinear
+from prompt_tuning_jax.models.layers import LinearAdapter, TiedHead, whole_table
+from prompt_tuning_jax.models.quantization import QuantizedEmbed, QuantizedLinear
 from prompt_tuning_jax.typing import Array
 
 # For messages: the config names of the methods that can be merged.
@@ -36,7 +37,9 @@ def merge(attached: TunedModel) -> Model:
     """Returns a plain model that computes the same function as the model with its method.
 
     The kernels are computed in float32 and rounded to their dtype.  ``attached`` is not modified.
-    Raises UserError if a wrapped weight is quantised, or if the method cannot be merged.
+    A model whose embedding table is also its output head gets a head of its own if only one of
+    the two changes.  Raises UserError if a wrapped weight is quantised, or if the method cannot be
+    merged, as where an encoder and a decoder would embed the same tokens differently.
     """
     if jax.tree.leaves(nnx.state(attached.method)):
         raise UserError(
@@ -48,6 +51,7 @@ def merge(attached: TunedModel) -> Model:
         if linear.adapter is not None:
             _replace_weights(name, linear, _mergeable(name, linear.adapter).merged)
             linear.adapter = None
+    _merge_uses(model)
     return model
 
 
@@ -58,12 +62,58 @@ def unmerge(model: Model, attached: TunedModel) -> Model:
     narrower.  Raises UserError if a wrapped weight is quantised, if an adapter cannot be merged, or
     if an IA3 scale is zero.
     """
+    if any(use.adapter is not None for use in embedding_uses(attached.model).values()):
+        raise UserError(
+            "updates of the embedding table (method.embeddings, method.copies) are not unmerged; "
+            "keep the model from before"
+        )
     model = shallow_copy(model)
     adapter_of = {name: linear.adapter for name, linear in linear_maps(attached.model).items()}
     for name, linear in linear_maps(model).items():
         if (adapter := adapter_of[name]) is not None:
             _replace_weights(name, linear, _mergeable(name, adapter).unmerged)
     return model
+
+
+def _merge_uses(model: Model) -> None:
+    """Merges the adapters of the embedding table's uses, in place."""
+    uses = embedding_uses(model)
+    if all(use.adapter is None for use in uses.values()):
+        return
+    embed = model.token_embedder
+    if isinstance(embed, QuantizedEmbed):
+        raise UserError(
+            "the embedding table is quantised, and what is merged into it would be lost in "
+            "rounding; set model.quantization=none"
+        )
+    before = embed.embedding.get_value()
+    table_VD = whole_table(before)
+    rows, heads = {}, {}
+    for path, use in uses.items():
+        if isinstance(use, TiedHead):
+            heads[path] = _merged_head(path, use, table_VD)
+        else:
+            rows[path] = table_VD if use.adapter is None else use.adapter.merged(table_VD)
+        use.adapter = None
+    (first, new_VD), *others = rows.items()
+    for path, other_VD in others:
+        if not bool(jnp.array_equal(new_VD, other_VD)):
+            raise UserError(
+                f"{first} and {path} would have different tables, and a plain model has one for "
+                "both; keep the adapter as it is, or train the two alike"
+            )
+    embed.embedding = nnx.Param(new_VD.astype(before.dtype), **embed.embedding.get_metadata())
+    for head_VD in heads.values():
+        if not bool(jnp.array_equal(new_VD, head_VD)):
+            model.untie(head_VD.astype(before.dtype))
+
+
+def _merged_head(path: str, head: TiedHead, table_VD: Array) -> Array:
+    if head.adapter is None:
+        return table_VD
+    if isinstance(head.adapter, HeadCopy):
+        return head.adapter.merged(table_VD)
+    return _mergeable(path, head.adapter).merged(table_VD.T, None)[0].T
 
 
 def _mergeable(name: str, adapter: LinearAdapter) -> Mergeable:

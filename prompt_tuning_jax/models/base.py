@@ -227,6 +227,16 @@ class Model(nnx.Module):
         """
         return self
 
+    def untie(self, head_VD: Array) -> None:
+        """Gives a model whose head is its embedding table, ``[V, D]``, this one as its head.
+
+        Works in place.  Raises UserError for a family that cannot be so.
+        """
+        raise UserError(
+            f"{type(self).__name__} has its embedding table as its output head and cannot have "
+            "another; keep the adapter as it is"
+        )
+
     def prompt_bound(self) -> float:
         """Returns v of a prompt that starts from [-v, v), as Jia et al. 2022 initialize it."""
         raise UserError(

@@ -137,6 +137,13 @@ class Linear(nnx.Module):
         return self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
 
 
+def linear_from(kernel_DF: Array, like: Callable[[], Linear]) -> Linear:
+    """Returns a map with these weights; ``like`` makes one of its kind and shape."""
+    linear: Linear = nnx.eval_shape(like)
+    linear.kernel = nnx.Param(kernel_DF, **linear.kernel.get_metadata())
+    return linear
+
+
 class Table(Protocol):
     """A table of rows ``[V, D]`` that can be indexed, regardless of how they are stored."""
 
@@ -224,6 +231,9 @@ class EmbeddingAdapter(Protocol):
     """
 
     def __call__(self, tokens: Array | HostArray, embed: AnyEmbed) -> Array: ...
+
+    def merged(self, table_VD: Array) -> Array:
+        """Returns the table of a plain embedding that computes the same, in float32."""
 
 
 class EmbeddingUse(nnx.Module):

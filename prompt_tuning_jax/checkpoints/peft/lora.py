@@ -7,6 +7,7 @@ written as one pair of a higher rank, whose second matrix is zero outside their 
     A = [A_q; A_k]      B = [[B_q, 0], [0, B_k]]
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import shown
 from prompt_tuning_jax.checkpoints.peft.modules import (
     TheirLinear,
     adapter_path,
+    embedding_layers,
+    linear_layers,
     matching_layers,
     module_names,
     paths_of,
@@ -26,20 +29,29 @@ from prompt_tuning_jax.checkpoints.peft.modules import (
 )
 from prompt_tuning_jax.config.methods import LoRA
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.param_tree import require_same_names
 from prompt_tuning_jax.typing import HostArray
+from prompt_tuning_jax.untrusted_input import compile_pattern
 
-A, B = "lora_A.weight", "lora_B.weight"
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 # Values of init_lora_weights that leave the model's weights unchanged.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """A pair of ours: ``a_DR`` ``[in, rank]`` and ``b_RF`` ``[rank, out]``."""
+    """A pair of ours: ``a_DR`` ``[in, rank]``, ``b_RF`` ``[rank, out]``, and norms for DoRA."""
 
     a_DR: HostArray
     b_RF: HostArray
+    magnitude_F: HostArray | None = None
+
+
+def lora_layers(config: ModelConfig) -> dict[str, TheirLinear]:
+    """Every layer of transformers' model that LoRA is read and written for, by its name there."""
+    return linear_layers(config) | embedding_layers(config)
 
 
 def read_lora(
@@ -58,39 +70,42 @@ def read_lora(
             f"{where}: init_lora_weights is {shown(init)}, which changes the model's weights; "
             "convert the adapter to plain LoRA with PEFT first"
         )
-    stabilized = bool(described.get("use_rslora"))
+    stabilized, dora = bool(described.get("use_rslora")), bool(described.get("use_dora"))
     alpha = _number(described, "lora_alpha", 8.0, where)
-    ranks = described.get("rank_pattern") or {}
-    alphas = described.get("alpha_pattern") or {}
-    trainable = {}
-    adapted: list[str] = []
-    kinds: dict[tuple[int, float], tuple[str, float]] = {}
+    their_ranks = _pattern(described, "rank_pattern", where)
+    their_alphas = _pattern(described, "alpha_pattern", where)
+    trainable: dict[str, HostArray] = {}
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for name, parts in arrays.items():
-        layer, whole = layers[name], ranks.get(name, rank)
-        require_parts(layer, parts, {A: (whole, layer.inputs), B: (layer.outputs, whole)}, file)
-        pairs = _split(layer, parts[A], parts[B])
+        layer, whole = layers[name], int(_of_module(their_ranks, name, rank))
+        shapes: dict[str, tuple[int, ...]] = {
+            _end(layer, A): (whole, layer.inputs),
+            _end(layer, B): (layer.outputs, whole),
+        }
+        if dora:
+            shapes[MAGNITUDE] = (layer.outputs,)
+        require_parts(layer, parts, shapes, file)
+        pairs = _split(layer, parts[_end(layer, A)], parts[_end(layer, B)], parts.get(MAGNITUDE))
         for path, pair in pairs.items():
-            trainable[adapter_path(path, "lora_a_DR")] = pair.a_DR
-            trainable[adapter_path(path, "lora_b_RF")] = pair.b_RF
-        adapted += pairs
-        each = next(iter(pairs.values())).a_DR.shape[1]
-        blocks = whole // each
-        own_alpha = float(alphas.get(name, alpha)) / (blocks**0.5 if stabilized else blocks)
-        kinds.setdefault((each, round(own_alpha, 6)), (name, own_alpha))
-    if len(kinds) > 1:
-        two = list(kinds.items())[:2]
-        listed = ", ".join(f"{r} and {a:g} of {name}" for (r, a), (name, _) in two)
-        raise UserError(
-            f"{where}: layers differ in rank and alpha ({listed}), which is not supported; merge "
-            "the adapter into the model with PEFT (merge_and_unload)"
-        )
-    (((own_rank, _), (_, own_alpha)),) = kinds.items()
+            trainable |= _arrays_of(path, pair, embeds=layer.embeds)
+            ranks[path] = pair.a_DR.shape[1]
+            blocks = whole // pair.a_DR.shape[1]
+            own_alpha = float(_of_module(their_alphas, name, alpha))
+            alphas[path] = own_alpha / (blocks**0.5 if stabilized else blocks)
+    linear, uses = paths_of(layers, embeddings=False), paths_of(layers, embeddings=True)
+    usual_rank, other_ranks = _patterns_of(ranks)
+    usual_alpha, other_alphas = _patterns_of(alphas)
     method = LoRA(
-        rank=own_rank,
-        alpha=own_alpha,
+        rank=int(usual_rank),
+        alpha=usual_alpha,
+        ranks=other_ranks,
+        alphas=other_alphas,
         rank_stabilized=stabilized,
         dropout=_number(described, "lora_dropout", 0.0, where),
-        targets=patterns_for(adapted, paths_of(layers), usual=LoRA().targets),
+        dora=dora,
+        targets=patterns_for(set(ranks) & {*linear}, linear, usual=LoRA().targets),
+        embeddings=patterns_for(set(ranks) & {*uses}, uses, usual=()),
     )
     for complaint in method.config_errors():
         raise UserError(f"{where}: {complaint}")
@@ -101,55 +116,149 @@ def written_lora(
     method: LoRA, arrays: Mapping[str, HostArray], layers: Mapping[str, TheirLinear]
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
     """The fields and the arrays of an adapter; errors are those of ``write_peft_weights``."""
-    targets = set(matching_layers(method.targets, paths_of(layers)))
-    wanted = [adapter_path(path, part) for path in targets for part in ("lora_a_DR", "lora_b_RF")]
-    require_same_names(arrays, dict.fromkeys(wanted), of="the tuned arrays", and_of="LoRA")
+    targets = set(matching_layers(method.targets, paths_of(layers, embeddings=False)))
+    targets |= set(matching_layers(method.embeddings, paths_of(layers, embeddings=True)))
+    wanted: dict[str, Any] = {}
+    for layer in layers.values():
+        for path in layer.parts.keys() & targets:
+            wanted |= dict.fromkeys(_names_of(path, dora=method.dora, embeds=layer.embeds).values())
+    require_same_names(arrays, wanted, of="the tuned arrays", and_of="LoRA")
     theirs: dict[str, HostArray] = {}
-    ranks: dict[str, int] = {}
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for name, layer in layers.items():
         pairs = {
             path: _Pair(
-                a_DR=arrays[adapter_path(path, "lora_a_DR")],
-                b_RF=arrays[adapter_path(path, "lora_b_RF")],
+                **{
+                    field: arrays[own]
+                    for field, own in _names_of(path, dora=method.dora, embeds=layer.embeds).items()
+                }
             )
             for path in layer.parts
             if path in targets
         }
-        if pairs:
-            a_RD, b_FR = _joined(layer, pairs)
-            theirs |= {layer.array(A): a_RD, layer.array(B): b_FR}
-            ranks[name] = len(a_RD)
-    alphas = {}
-    for name, rank in ranks.items():
-        times = rank // method.rank  # the same factor on the product
-        alphas[name] = method.alpha * (times**0.5 if method.rank_stabilized else times)
-    rank = min(ranks.values())
-    alpha = next(alphas[name] for name in ranks if ranks[name] == rank)
-    others = [name for name in ranks if ranks[name] != rank]
+        if not pairs:
+            continue
+        scales = {(method.rank_of(path), method.scale_of(path)) for path in pairs}
+        if len(scales) > 1:
+            raise UserError(
+                f"transformers' {name} is {', '.join(layer.parts)} in one, and PEFT has one rank "
+                "and alpha for it: give these layers the same (method.ranks, method.alphas)"
+            )
+        ((_, scale),) = scales
+        a_RD, b_FR = _joined(layer, pairs)
+        theirs |= {layer.array(_end(layer, A)): a_RD, layer.array(_end(layer, B)): b_FR}
+        if method.dora:
+            theirs[layer.array(MAGNITUDE)] = _joined_magnitudes(layer, pairs)
+        ranks[name] = len(a_RD)
+        # The factor on the product stays the same where the rank is that of several pairs.
+        alphas[name] = scale * (len(a_RD) ** 0.5 if method.rank_stabilized else len(a_RD))
+    usual_rank, usual_alpha = _most_common(ranks), _most_common(alphas)
     fields = {
-        "alpha_pattern": {name: alphas[name] for name in others},
-        "bias": "none",
+        "alpha_pattern": {n: alpha for n, alpha in alphas.items() if alpha != usual_alpha},
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": usual_alpha,
         "lora_dropout": method.dropout,
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {name: ranks[name] for name in others},
+        "r": usual_rank,
+        "rank_pattern": {n: rank for n, rank in ranks.items() if rank != usual_rank},
         "target_modules": module_names(ranks, layers),
-        "use_dora": False,
+        "use_dora": method.dora,
         "use_rslora": method.rank_stabilized,
     }
     return fields, theirs
 
 
-def _split(layer: TheirLinear, a_RD: HostArray, b_FR: HostArray) -> dict[str, _Pair]:
+def adapted_names(method: LoRA, layers: Mapping[str, TheirLinear]) -> list[str]:
+    """Transformers' names of the layers that the method updates."""
+    targets = set(matching_layers(method.targets, paths_of(layers, embeddings=False)))
+    return [name for name, layer in layers.items() if layer.parts.keys() & targets]
+
+
+def _end(layer: TheirLinear, end: str) -> str:
+    """The end of the name of a matrix of this layer's pair."""
+    return {A: EMBEDDING_A, B: EMBEDDING_B}[end] if layer.embeds else end
+
+
+def _names_of(path: str, *, dora: bool, embeds: bool) -> dict[str, str]:
+    """The paths of a pair's arrays by the fields of ``_Pair``."""
+    ours = ("lora_a_VR", "lora_b_RD", "lora_magnitude_D")
+    if not embeds:
+        ours = ("lora_a_DR", "lora_b_RF", "lora_magnitude_F")
+    fields = ("a_DR", "b_RF", "magnitude_F")[: 3 if dora else 2]
+    return {field: adapter_path(path, part) for field, part in zip(fields, ours, strict=False)}
+
+
+def _arrays_of(path: str, pair: _Pair, *, embeds: bool) -> dict[str, HostArray]:
+    names = _names_of(path, dora=pair.magnitude_F is not None, embeds=embeds)
+    return {name: getattr(pair, field) for field, name in names.items()}
+
+
+def _pattern(described: Mapping[str, Any], field: str, where: Path) -> dict[str, float]:
+    """A field with numbers by regular expressions for names of modules."""
+    pattern = described.get(field) or {}
+    kinds = (int,) if field == "rank_pattern" else (int, float)
+    if not isinstance(pattern, dict):
+        raise UserError(f"{where}: {field} is {shown(pattern)}; it must be numbers by name")
+    for key, value in pattern.items():
+        if type(value) not in kinds or not np.isfinite(value) or (len(kinds) == 1 and value < 1):
+            wanted = "a positive integer" if len(kinds) == 1 else "a number"
+            raise UserError(f"{where}: {field} has {shown(value)} for {key}; it must be {wanted}")
+        compile_pattern(_in_module(key), of=f"{where}: {field}")
+    return pattern
+
+
+def _in_module(key: str) -> str:
+    """The expression that PEFT matches with the names of modules, from their first part on."""
+    return rf"(.*\.)?({key})"
+
+
+def _of_module(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """The number of the first expression that matches, as PEFT chooses."""
+    return next(
+        (
+            value
+            for key, value in pattern.items()
+            if compile_pattern(_in_module(key), of="").fullmatch(name)
+        ),
+        default,
+    )
+
+
+def _patterns_of(numbers: Mapping[str, float]) -> tuple[float, tuple[str, ...]]:
+    """The most common number, and entries ``REGEX=NUMBER`` for the paths that have another."""
+    rounded = {path: float(f"{number:.9g}") for path, number in numbers.items()}
+    usual = _most_common(rounded)
+    entries = []
+    for number in dict.fromkeys(rounded.values()):
+        paths = [path for path, own in rounded.items() if own == number]
+        if number != usual:
+            entries += [f"{p}={number:.9g}" for p in patterns_for(paths, rounded, usual=())]
+    return usual, tuple(entries)
+
+
+def _most_common(numbers: Mapping[str, float]) -> float:
+    return Counter(numbers.values()).most_common(1)[0][0]
+
+
+def _split(
+    layer: TheirLinear, a_RD: HostArray, b_FR: HostArray, magnitude_F: HostArray | None
+) -> dict[str, _Pair]:
     """Our pairs, by path, of one of theirs; blocks become pairs of a lower rank."""
     blocks = _blocks(layer, b_FR)
-    if not blocks:
-        return {path: _pair(a_RD, b_FR[rows]) for path, rows in layer.parts.items()}
-    return {
-        path: _pair(a_RD[block], b_FR[layer.parts[path], block]) for path, block in blocks.items()
-    }
+    if magnitude_F is not None and len(blocks) < len(layer.parts):
+        blocks = {}  # all outputs have a norm
+    pairs = {}
+    for path, rows in layer.parts.items():
+        if blocks and path not in blocks:
+            continue
+        block = blocks.get(path, slice(None))
+        pairs[path] = _Pair(
+            a_DR=np.ascontiguousarray(a_RD[block].T),
+            b_RF=np.ascontiguousarray(b_FR[rows, block].T),
+            magnitude_F=None if magnitude_F is None else np.ascontiguousarray(magnitude_F[rows]),
+        )
+    return pairs
 
 
 def _joined(layer: TheirLinear, pairs: Mapping[str, _Pair]) -> tuple[HostArray, HostArray]:
@@ -166,8 +275,17 @@ def _joined(layer: TheirLinear, pairs: Mapping[str, _Pair]) -> tuple[HostArray, 
     return np.ascontiguousarray(a_RD), b_FR
 
 
-def _pair(a_RD: HostArray, b_FR: HostArray) -> _Pair:
-    return _Pair(a_DR=np.ascontiguousarray(a_RD.T), b_RF=np.ascontiguousarray(b_FR.T))
+def _joined_magnitudes(layer: TheirLinear, pairs: Mapping[str, _Pair]) -> HostArray:
+    for path in layer.parts:
+        if path not in pairs:
+            raise UserError(
+                f"transformers' {layer.name} is {', '.join(layer.parts)} in one, and with DoRA "
+                f"PEFT has a norm for each of its outputs: add {path} to method.targets"
+            )
+    magnitudes_F = np.zeros(layer.outputs, np.float32)
+    for path, pair in pairs.items():
+        magnitudes_F[layer.parts[path]] = pair.magnitude_F
+    return magnitudes_F
 
 
 def _blocks(layer: TheirLinear, b_FR: HostArray) -> dict[str, slice]:

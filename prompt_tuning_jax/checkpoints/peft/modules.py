@@ -1,4 +1,4 @@
-"""The linear layers of transformers' models, by whose names PEFT saves adapters."""
+"""The layers and tensors of transformers' models, by whose names PEFT saves adapters."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -17,29 +17,33 @@ from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.param_tree import matching
 from prompt_tuning_jax.typing import HostArray
 
-_PREFIX = "base_model.model."  # begins the name of every array
+PREFIX = "base_model.model."  # begins the name of every array
 KERNEL = "/kernel"
+# Our uses of the embedding table in a decoder: for the tokens before, and as the output head.
+EMBED_TOKENS, TIED_HEAD = "decoder/embed_tokens", "decoder/tied_logits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TheirLinear:
-    """A linear layer of transformers' model, which may hold several of ours.
+    """A linear layer of transformers' model, which may hold several of ours, or an embedding.
 
     Attributes:
       name: its name in their model, such as ``model.layers.0.self_attn.q_proj``.
       inputs: the number of its inputs.
       outputs: the number of its outputs.
       parts: the paths of our layers in it, and the numbers of their outputs among its own.
+      embeds: whether it is an embedding, whose inputs are tokens.
     """
 
     name: str
     inputs: int
     outputs: int
     parts: Mapping[str, HostArray]
+    embeds: bool = False
 
     def array(self, end: str) -> str:
         """The name of the adapter's array with this last part."""
-        return f"{_PREFIX}{self.name}.{end}"
+        return f"{PREFIX}{self.name}.{end}"
 
 
 def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
@@ -70,15 +74,17 @@ def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
     return layers
 
 
-def paths_of(layers: Mapping[str, TheirLinear]) -> list[str]:
-    """The paths of all our layers in theirs."""
-    return [path for layer in layers.values() for path in layer.parts]
+def paths_of(layers: Mapping[str, TheirLinear], *, embeddings: bool = False) -> list[str]:
+    """The paths of all our linear maps in theirs, or else of our uses of the embedding table."""
+    uses = (f"/{EMBED_TOKENS.rpartition('/')[2]}", f"/{TIED_HEAD.rpartition('/')[2]}")
+    paths = (path for layer in layers.values() for path in layer.parts)
+    return [path for path in paths if path.endswith(uses) == embeddings]
 
 
 def require_parts(
     layer: TheirLinear,
     parts: Mapping[str, HostArray],
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     file: Path,
 ) -> None:
     """Raises UserError unless the arrays of a layer, by the end of their names, are as expected."""
@@ -126,31 +132,97 @@ def stores_kernels_as_here(config: ModelConfig) -> bool:
     return isinstance(config, CausalLMConfig) and FAMILIES[config.model_type].names.kernels_as_here
 
 
-def model_tensors(config: ModelConfig) -> dict[str, tuple[str, bool]]:
-    """The model's parameters by the names under which PEFT saves copies of them.
+def embedding_layers(config: ModelConfig) -> dict[str, TheirLinear]:
+    """Every use of the embedding table that PEFT adapts, by its name in transformers' model.
 
-    The value is our path, and whether their array is transposed.  Fused layers, which PEFT does not
-    copy, are left out.
+    A head that is the embedding table is a linear layer.  A T5's ``shared`` is none of them: its
+    encoder and its decoder have embeddings of their own, and what PEFT adds to ``shared`` has no
+    effect.
     """
     config = require_family(config)
-    theirs: dict[str, tuple[str, bool]] = {}
-    for path in parameter_shapes(config):
+    rows, width = config.vocab_size, config.embed_dim
+    names = {name.removesuffix(".weight"): use for name, use in _embedding_names(config).items()}
+    layers = {
+        name: TheirLinear(
+            name=name, inputs=rows, outputs=width, parts={use: np.arange(width)}, embeds=True
+        )
+        for name, use in names.items()
+    }
+    if config.tie_embeddings:
+        head = _head(config).removesuffix(".weight")
+        parts = {TIED_HEAD: np.arange(rows)}
+        layers[head] = TheirLinear(name=head, inputs=width, outputs=rows, parts=parts)
+    return layers
+
+
+def _embedding_names(config: T5Config | CausalLMConfig) -> dict[str, str]:
+    """The tensors that transformers embeds tokens with, and our uses of the embedding table."""
+    if isinstance(config, T5Config):
+        return {name: name.removesuffix(".weight").replace(".", "/") for name in COPIES_OF_SHARED}
+    return {FAMILIES[config.model_type].names.tensor(EMBEDDING): EMBED_TOKENS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheirTensor:
+    """A tensor of transformers' model, which may hold several parameters of ours.
+
+    Attributes:
+      parts: the paths of our parameters in it, and the numbers of their entries on its axis of
+        outputs; None is all of them.
+      transposed: whether ours are transposed.
+      use: the use of the embedding table that a changed tensor is for; empty if it is for its part.
+      unused: whether transformers uses another tensor in its place.
+    """
+
+    parts: Mapping[str, HostArray | None]
+    transposed: bool
+    use: str = ""
+    unused: bool = False
+
+    def ours(self, array: HostArray) -> dict[str, HostArray]:
+        """Our parameters in this tensor, by path."""
+        array = array.T if self.transposed else array
+        return {
+            path: array if entries is None else array[..., entries]
+            for path, entries in self.parts.items()
+        }
+
+    def theirs(self, params: Mapping[str, HostArray]) -> HostArray:
+        """The tensor with all of its parameters."""
+        arrays = [params[path] for path in self.parts]
+        array = np.concatenate(arrays, axis=-1)
+        orders = [entries for entries in self.parts.values() if entries is not None]
+        if orders:
+            array = array[..., np.argsort(np.concatenate(orders))]
+        return array.T if self.transposed else array
+
+
+def their_tensors(config: ModelConfig) -> dict[str, TheirTensor]:
+    """All tensors of transformers' model that hold parameters, by name."""
+    config = require_family(config)
+    shapes = parameter_shapes(config)
+    theirs: dict[str, TheirTensor] = {}
+    for path in shapes:
         if isinstance(config, T5Config):
-            theirs[hf_name(path)] = path, path.endswith(TRANSPOSED)
+            unused = path == EMBEDDING
+            transposed = path.endswith(TRANSPOSED)
+            theirs[hf_name(path)] = TheirTensor(
+                parts={path: None}, transposed=transposed, unused=unused
+            )
             continue
         table = FAMILIES[config.model_type].names
-        if len(table.parts(path)) == 1:
-            transposed = path.endswith(KERNEL) and not table.kernels_as_here
-            theirs[table.tensor(path)] = path, transposed
-    if isinstance(config, T5Config):
-        theirs |= dict.fromkeys(COPIES_OF_SHARED, (EMBEDDING, False))
+        parts: dict[str, HostArray | None] = dict.fromkeys(table.parts(path))
+        if len(parts) > 1:
+            orders = table.order([shapes[part][-1] for part in parts], config.head_dim)
+            parts = dict(zip(parts, orders, strict=True))
+        transposed = path.endswith(KERNEL) and not table.kernels_as_here
+        theirs[table.tensor(path)] = TheirTensor(parts=parts, transposed=transposed)
+    uses = _embedding_names(config)
     if config.tie_embeddings:
-        theirs[_head(config)] = EMBEDDING, False
-    names: dict[str, tuple[str, bool]] = {}
-    for name, parameter in theirs.items():
-        stem, _, leaf = name.rpartition(".")
-        names[f"{_PREFIX}{name}"] = names[f"{_PREFIX}{stem}.base_layer.{leaf}"] = parameter
-    return names
+        uses[_head(config)] = TIED_HEAD
+    for name, use in uses.items():
+        theirs[name] = TheirTensor(parts={EMBEDDING: None}, transposed=False, use=use)
+    return theirs
 
 
 def _head(config: T5Config | CausalLMConfig) -> str:

@@ -4,12 +4,13 @@ The formats are those of peft 0.21, tuners/lora, tuners/ia3 and utils/save_and_l
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     CONFIG,
     WEIGHTS,
@@ -17,35 +18,67 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     read_tensors,
     require_task,
     shown,
+    what_is_read,
 )
-from prompt_tuning_jax.checkpoints.peft.copies import Parameter, without_copies
 from prompt_tuning_jax.checkpoints.peft.ia3 import SCALE, read_ia3, written_ia3
-from prompt_tuning_jax.checkpoints.peft.lora import A, B, read_lora, written_lora
+from prompt_tuning_jax.checkpoints.peft.lora import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    MAGNITUDE,
+    A,
+    B,
+    adapted_names,
+    lora_layers,
+    read_lora,
+    written_lora,
+)
 from prompt_tuning_jax.checkpoints.peft.modules import (
+    PREFIX,
     TheirLinear,
+    adapter_path,
     linear_layers,
+    matching_layers,
+    paths_of,
+    patterns_for,
     stores_kernels_as_here,
     task_type,
+    their_tensors,
+)
+from prompt_tuning_jax.checkpoints.peft.saved import (
+    Parameter,
+    SavedWeights,
+    read_saved,
+    written_saved,
 )
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import require_plausible
 from prompt_tuning_jax.config.methods import IA3, LoRA
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.param_tree import require_same_names
 from prompt_tuning_jax.storage import atomic_write_folder
 from prompt_tuning_jax.typing import Array, HostArray
 from prompt_tuning_jax.untrusted_input import json_text
 
 TYPES = ("LORA", "IA3")
-# Fields that may have any value: they are read here, or do not change what the adapter computes.
+TABLE = "table_VD"  # our copy of the embedding table, for one of its uses
+_MODEL = "model/"  # begins the paths of the model's parameters in a ``TunedModel``
+_OF_EMBEDDINGS = (EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
+# Options of the config that are read, by type.
+_OPTIONS = {
+    "LORA": (
+        *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout"),
+        *("modules_to_save", "r", "rank_pattern", "use_dora", "use_rslora"),
+    ),
+    "IA3": ("init_ia3_weights",),
+}
+# Fields that may have any value: they do not change what the adapter computes, or the names and
+# shapes of its arrays tell the same.
 _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
     *("revision", "task_type", "target_modules", "exclude_modules", "feedforward_modules"),
-    *("layers_pattern", "layers_to_transform", "init_ia3_weights", "init_lora_weights"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size"),
+    *("layers_pattern", "layers_to_transform", "megatron_core", "qalora_group_size"),
     *("ensure_weight_tying", "eva_config", "runtime_config", "modules_to_save", "fan_in_fan_out"),
 }
-# Fields with a number for each of some layers.
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +107,12 @@ def read_peft_weights(
 
     PEFT also saves some of the model's weights: an output head that has an adapter, and embeddings
     whose number of rows has changed.  They are ignored if they equal the model's parameters
-    ``params``, by path.
+    ``params``, by path.  Weights that were trained with LoRA (``modules_to_save``, ``bias``) are
+    read.
 
-    Raises UserError for another type of adapter, for variants that compute something else (DoRA,
-    ranks per module, trained biases), for weights that are not the model's, for arrays that do not
-    fit the model or the config, and for missing or damaged files.
+    Raises UserError for another type of adapter, for options that compute something else, for other
+    weights that are not the model's, for arrays that do not fit the model or the config, and for
+    missing or damaged files.
     """
     folder = Path(folder)
     described = read_config(folder / CONFIG)
@@ -87,16 +121,23 @@ def read_peft_weights(
     if kind not in TYPES:
         raise UserError(f"{where}: peft_type is {shown(kind)}; supported: {' and '.join(TYPES)}")
     require_task(described, task_type(config), where)
-    layers = linear_layers(config)
-    _require_plain(described, layers, where)
+    _require_options(described, kind, where)
     arrays, file = read_tensors(folder)
-    arrays = without_copies(arrays, config, params or {}, file=file)
+    arrays, saved = read_saved(arrays, described, config, params or {}, where=where, file=file)
+    arrays = _used(arrays, config)
     require_plausible(arrays, config, of=str(file))
+    layers = lora_layers(config) if kind == "LORA" else linear_layers(config)
     found = _by_layer(arrays, layers, file)
     method: LoRA | IA3
     if kind == "LORA":
         method, trainable = read_lora(described, where, found, layers, file)
+        method, trainable = _with_saved(method, trainable, saved, config)
     else:
+        if saved:
+            raise UserError(
+                f"{where}: modules_to_save is {shown(described.get('modules_to_save'))}, and with "
+                f"IA3 only modules that were not trained are read; {what_is_read()}"
+            )
         method, trainable = read_ia3(found, layers, file)
     return PeftWeights(
         method=method,
@@ -120,7 +161,6 @@ def write_peft_weights(
     one, other files stay.  Raises UserError for arrays that are not this method's, and for inputs
     of a fused projection that are scaled differently.
     """
-    layers = linear_layers(config)
     described: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name_or_path,
@@ -133,9 +173,9 @@ def write_peft_weights(
     }
     arrays = {name: np.asarray(array, np.float32) for name, array in trainable.items()}
     if isinstance(method, LoRA):
-        fields, theirs = written_lora(method, arrays, layers)
+        fields, theirs = _written_lora(method, arrays, config)
     else:
-        fields, theirs = written_ia3(method, arrays, layers)
+        fields, theirs = written_ia3(method, arrays, linear_layers(config))
     from safetensors.numpy import save
 
     with atomic_write_folder(Path(folder)) as temporary:
@@ -145,34 +185,76 @@ def write_peft_weights(
         (temporary / WEIGHTS).write_bytes(save(contiguous, {"format": "pt"}))
 
 
-def _require_plain(
-    described: Mapping[str, Any], layers: Mapping[str, TheirLinear], where: Path
-) -> None:
-    """Raises UserError for a field that changes what the adapter computes."""
-    for field, value in described.items():
-        if field in _PATTERNS and isinstance(value, dict) and _of_fused(field, value, layers):
-            continue
-        if field not in _IGNORED and value and value != "none":
-            raise UserError(
-                f"{where}: {field} is {shown(value)}, which is not supported; only plain "
-                f"{' and '.join(TYPES)} are"
-            )
-
-
-def _of_fused(field: str, pattern: Mapping[str, Any], layers: Mapping[str, TheirLinear]) -> bool:
-    """Whether a pattern has numbers for whole names of fused projections, as written here."""
-    kinds = (int,) if field == "rank_pattern" else (int, float)
-    return all(
-        name in layers and len(layers[name].parts) > 1 and type(value) in kinds and value > 0
-        for name, value in pattern.items()
+def _written_lora(
+    method: LoRA, arrays: Mapping[str, HostArray], config: ModelConfig
+) -> tuple[dict[str, Any], dict[str, HostArray]]:
+    layers, shapes = lora_layers(config), parameter_shapes(config)
+    parameters = matching_layers(method.parameters, shapes)
+    tables = matching_layers(method.copies, paths_of(layers, embeddings=True))
+    names = {path: f"{_MODEL}{path}" for path in parameters}
+    names |= {use: adapter_path(use, TABLE) for use in tables}
+    require_same_names(
+        {name: None for name in names.values() if name in arrays},
+        dict.fromkeys(names.values()),
+        of="the tuned arrays",
+        and_of="method.parameters and method.copies",
     )
+    saved = SavedWeights(
+        parameters={path: arrays[names[path]] for path in parameters},
+        tables={use: arrays[names[use]] for use in tables},
+    )
+    own = {name: array for name, array in arrays.items() if name not in names.values()}
+    fields, theirs = written_lora(method, own, layers)
+    others, weights = written_saved(saved, config, adapted_names(method, layers))
+    return fields | others, theirs | weights
+
+
+def _with_saved(
+    method: LoRA,
+    trainable: Mapping[str, HostArray],
+    saved: SavedWeights,
+    config: ModelConfig,
+) -> tuple[LoRA, dict[str, HostArray]]:
+    """The method and its arrays with trained weights of the model."""
+    uses = paths_of(lora_layers(config), embeddings=True)
+    method = replace(
+        method,
+        parameters=patterns_for(saved.parameters, parameter_shapes(config), usual=(".*/bias",)),
+        copies=patterns_for(saved.tables, uses, usual=()),
+    )
+    parameters = {f"{_MODEL}{path}": array for path, array in saved.parameters.items()}
+    tables = {adapter_path(use, TABLE): array for use, array in saved.tables.items()}
+    return method, {**trainable, **parameters, **tables}
+
+
+def _used(arrays: Mapping[str, HostArray], config: ModelConfig) -> dict[str, HostArray]:
+    """The arrays without those that transformers and PEFT do not use: of a T5's ``shared``."""
+    unused = {_module(name) for name, tensor in their_tensors(config).items() if tensor.unused}
+    begins = tuple(f"{PREFIX}{module}.{end}" for module in unused for end in _OF_EMBEDDINGS)
+    return {name: array for name, array in arrays.items() if not name.startswith(begins)}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _require_options(described: Mapping[str, Any], kind: str, where: Path) -> None:
+    """Raises UserError for an option that changes what the adapter computes."""
+    known = {*_IGNORED, *_OPTIONS[kind]}
+    for field, value in described.items():
+        if field not in known and value and value != "none":
+            raise UserError(
+                f"{where}: {field} is {shown(value)}, which is not supported; options of {kind} "
+                f"that are read: {', '.join(_OPTIONS[kind])}; merge the adapter into the model "
+                "with PEFT (merge_and_unload)"
+            )
 
 
 def _by_layer(
     arrays: Mapping[str, HostArray], layers: Mapping[str, TheirLinear], file: Path
 ) -> dict[str, dict[str, HostArray]]:
     """The arrays in float32 by the name of their linear layer, then by the end of their name."""
-    ends = (A, B, SCALE)
+    ends = (A, B, MAGNITUDE, *_OF_EMBEDDINGS, SCALE)
     known = {layer.array(end): (name, end) for name, layer in layers.items() for end in ends}
     found: dict[str, dict[str, HostArray]] = {}
     for theirs, array in arrays.items():

@@ -32,7 +32,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     repeat_rows,
     select_positions,
 )
-from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack
+from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack, make_head
 from prompt_tuning_jax.models.injections import (
     NO_INJECTIONS,
     Injections,
@@ -44,11 +44,13 @@ from prompt_tuning_jax.models.layers import (
     Embed,
     EmbeddingUse,
     LayerNorm,
+    Linear,
     Remat,
     ScaledTable,
     Table,
     TiedHead,
     dropout,
+    linear_from,
     softcap,
     split_key,
 )
@@ -314,6 +316,16 @@ class CausalLM(Model):
         else:
             logits = self.decoder.logits_dense(hidden)
         return softcap(logits, self.config.logits_softcap)
+
+    def untie(self, head_VD: Array) -> None:
+        def like() -> Linear:
+            return make_head(
+                self.config, dtype=self.dtype, param_dtype=head_VD.dtype, rngs=nnx.Rngs(0)
+            )
+
+        self.decoder.logits_dense = linear_from(head_VD.T, like)
+        self.config = replace(self.config, tie_embeddings=False)
+        self.decoder.config = self.config
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

@@ -190,6 +190,23 @@ class _LayerInput:
     cache: SelfCache | None
 
 
+def make_head(
+    config: CausalLMConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+) -> Linear:
+    """Makes an output head apart from the embedding table."""
+    return Linear(
+        config.embed_dim,
+        config.vocab_size,
+        axes=("embed", "vocab"),
+        std=config.embed_dim**-0.5,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        out_dtype=jnp.float32,
+        use_bias=config.logits_bias,
+    )
+
+
 class Stack(nnx.Module):
     """The layers, from embedded positions to normed hidden states.
 
@@ -227,17 +244,7 @@ class Stack(nnx.Module):
             norm = make_norm(config, dtype=dtype, param_dtype=param_dtype)
             setattr(self, f"{name}_norm", norm)
         if name == "decoder" and not config.tie_embeddings:
-            self.logits_dense = Linear(
-                config.embed_dim,
-                config.vocab_size,
-                axes=("embed", "vocab"),
-                std=config.embed_dim**-0.5,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-                out_dtype=jnp.float32,
-                use_bias=config.logits_bias,
-            )
+            self.logits_dense = make_head(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def layer(self, i: int) -> Layer:
         """Layer ``i``, from 0."""

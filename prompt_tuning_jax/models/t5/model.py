@@ -28,6 +28,7 @@ from prompt_tuning_jax.models.layers import (
     RMSNorm,
     TiedHead,
     dropout,
+    linear_from,
     split_key,
 )
 from prompt_tuning_jax.models.ops.fused_attention import FEWEST_KEYS, MOST_KEYS
@@ -320,15 +321,8 @@ class Decoder(nnx.Module):
         if config.tie_embeddings:
             self.tied_logits = TiedHead()
         else:
-            self.logits_dense = Linear(
-                config.embed_dim,
-                config.vocab_size,
-                axes=("embed", "vocab"),
-                std=config.embed_dim**-0.5,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-                out_dtype=jnp.float32,
+            self.logits_dense = _logits_dense(
+                config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
     def layer(self, i: int) -> DecoderLayer:
@@ -416,6 +410,19 @@ class Decoder(nnx.Module):
         x_BSD = self.decoder_norm(x_BSD)
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return x_BSD, None if caches is None else tuple(c for c in new_caches if c is not None)
+
+
+def _logits_dense(config: T5Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> Linear:
+    return Linear(
+        config.embed_dim,
+        config.vocab_size,
+        axes=("embed", "vocab"),
+        std=config.embed_dim**-0.5,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        out_dtype=jnp.float32,
+    )
 
 
 class T5(Model):
@@ -691,6 +698,17 @@ class T5(Model):
             scaled = hidden * self.config.embed_dim**-0.5
             return self.decoder.tied_logits(scaled, self.token_embedder)
         return self.decoder.logits_dense(hidden)
+
+    def untie(self, head_VD: Array) -> None:
+        def like() -> Linear:
+            return _logits_dense(
+                self.config, dtype=self.dtype, param_dtype=head_VD.dtype, rngs=nnx.Rngs(0)
+            )
+
+        # A tied head reads hidden states that are scaled down.
+        kernel_DV = (head_VD.T * self.config.embed_dim**-0.5).astype(head_VD.dtype)
+        self.decoder.logits_dense = linear_from(kernel_DV, like)
+        self.config = replace(self.config, tie_embeddings=False)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

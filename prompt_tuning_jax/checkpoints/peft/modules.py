@@ -249,19 +249,19 @@ def patterns_for(
     """Regular expressions that match exactly these layers, preferably short ones."""
     if not names:
         return ()
-    kinds = sorted({name.rpartition("/")[2] for name in names})
-    for short in (usual, (f".*/({'|'.join(kinds)})",)):
+    # Names by their last part, or their last two.
+    ends = [sorted({"/".join(name.split("/")[-depth:]) for name in names}) for depth in (1, 2)]
+    for short in (usual, *((f".*/({'|'.join(kinds)})",) for kinds in ends)):
         if set(matching_layers(short, shapes)) == set(names):
             return short
     return tuple(re.escape(name) for name in sorted(names))
 
 
 def module_names(names: Collection[str], layers: Iterable[str]) -> list[str]:
-    """PEFT's names for these layers: the last parts if they suffice, otherwise full names.
+    """PEFT's names for these layers: the last parts where they suffice, otherwise full names.
 
     ``layers`` are all layers of the model, by their names there.
     """
-    ends = {name.rpartition(".")[2] for name in names}
-    if {name for name in layers if name.rpartition(".")[2] in ends} == set(names):
-        return sorted(ends)
-    return sorted(names)
+    others = {name.rpartition(".")[2] for name in layers if name not in names}
+    ends = {name: name.rpartition(".")[2] for name in names}
+    return sorted({name if end in others else end for name, end in ends.items()})

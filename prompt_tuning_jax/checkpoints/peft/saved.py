@@ -24,6 +24,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 Parameter: TypeAlias = Array | HostArray | LazyArray
 BIASES = ("none", "all", "lora_only")
 _BIAS, _BASE = ".bias", ".base_layer."
+_DOUBLES = (".modules_to_save.", ".original_module.")
 _QUANTIZED: tuple[Quantization, ...] = ("int8", "int4")
 
 
@@ -61,6 +62,8 @@ def read_saved(
     declared: dict[str, HostArray] = {}
     changed = False
     for theirs, array in arrays.items():
+        if _is_double(theirs, arrays):
+            continue
         name = theirs.removeprefix(PREFIX).replace(_BASE, ".")
         if not theirs.startswith(PREFIX) or name not in tensors:
             rest[theirs] = array
@@ -142,6 +145,11 @@ def written_saved(
         theirs[f"{PREFIX}{module}{inside}{leaf}"] = array
     fields = {"bias": bias if biases else "none", "modules_to_save": sorted(whole) or None}
     return fields, theirs
+
+
+def _is_double(theirs: str, arrays: Mapping[str, HostArray]) -> bool:
+    """Whether PEFT saved this bias of a module in ``modules_to_save`` a second time."""
+    return any(inside in theirs and theirs.replace(inside, ".") in arrays for inside in _DOUBLES)
 
 
 def _joined(name: str, tensor: TheirTensor, parameters: Mapping[str, HostArray]) -> HostArray:

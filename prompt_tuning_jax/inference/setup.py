@@ -310,7 +310,8 @@ def _without_label_init(method: MethodConfig) -> MethodConfig:
 
 def require_trainable(trainable: Mapping[str, Any]) -> None:
     """Raises UserError if a method would train quantized weights."""
-    if is_quantized(trainable):
+    integers = (not jnp.issubdtype(array.dtype, jnp.inexact) for array in trainable.values())
+    if is_quantized(trainable) or any(integers):
         raise UserError(
             "this method trains the model's weights, and they are quantised; "
             "set model.quantization=none"

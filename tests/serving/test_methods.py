@@ -22,10 +22,12 @@ from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
     DeepPrompts,
+    LoRA,
     MethodConfig,
     PatternTuning,
     PrefixTuning,
     PTuning,
+    method_name,
 )
 from prompt_tuning_jax.serving import prompt_cache
 from prompt_tuning_jax.serving.decode_state import DecodeOutput
@@ -51,6 +53,14 @@ METHODS: dict[str, MethodConfig] = {
     "deep_prompts": DeepPrompts(length=3),
     "prefix_tuning": PrefixTuning(length=3),
     "lora": LORA,
+    "lora_of_more": LoRA(
+        rank=1,
+        ranks=("encoder/.*=2",),
+        dora=True,
+        embeddings=("encoder/.*",),
+        copies=("decoder/.*",),
+        parameters=(".*_norm/scale",),
+    ),
     "pattern": PatternTuning(),
     "warp": WARP(length=2),
 }
@@ -150,7 +160,7 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
         assert "blue, green, red" in warp.json()["error"]["message"]
         listed = (await client.get("/v1/tasks")).json()["tasks"]
         kinds = {task["name"]: task["method"] for task in listed}
-        assert {name: kinds[name] for name in METHODS} == {name: name for name in METHODS}
+        assert all(kinds[name] == method_name(method) for name, method in METHODS.items())
         assert (kinds["plain"], kinds["voted"]) == ("prompt_tuning", "lora, prompt_tuning")
         words = await client.get("/v1/tasks/lora/words")
         assert words.status_code == 422 and "no prompt" in words.json()["error"]["message"]

@@ -518,6 +518,7 @@ class MultitaskPrompts(MethodConfig):
         "rank": 1,
         "task_length": 1,
         "shared_features": 0,
+        "decoder_length": 0,
         "tasks": 0,
         "source_member": 0,
         "source_task": -1,
@@ -530,6 +531,9 @@ class MultitaskPrompts(MethodConfig):
     }
 
     length: int = 100  # number of vectors of the shared prompt
+    # T5: number of vectors before the decoder's start token, which are combined likewise and add to
+    # ``length`` in the numbers of parameters; 0 for ``combine=concatenation``.
+    decoder_length: int = 0
     combine: Combine = "low_rank"  # how shared and task parameters make a prompt
     rank: int = 1  # rank of the tasks' factors, for ``combine=low_rank``
     task_length: int = 20  # number of vectors of each task, for ``combine=concatenation``
@@ -560,8 +564,17 @@ class MultitaskPrompts(MethodConfig):
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
 
     def task_prompt(self) -> PromptTuning:
-        """How the model uses the prompt of one task."""
-        return _joined_as(self)
+        """How the model uses the prompt of one task, whose last vectors are for the decoder."""
+        length, in_decoder = self.prompt_positions(), self.decoder_length
+        return replace(_joined_as(self), length=length, decoder_length=in_decoder)
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        if self.decoder_length and self.combine == "concatenation":
+            yield (
+                f"method.decoder_length is {self.decoder_length}; must be 0 with "
+                "method.combine=concatenation"
+            )
 
     def shared_width(self, width: int) -> int:
         """The number of features of the shared vectors, for a model of this width."""

@@ -57,8 +57,8 @@ from prompt_tuning_jax.methods import (
     TunedModel,
     attach_method,
 )
-from prompt_tuning_jax.methods.multitask import TaskPrompts, combined
-from prompt_tuning_jax.methods.prompt import with_prompt
+from prompt_tuning_jax.methods.multitask import TaskPrompts, combined, parts_of
+from prompt_tuning_jax.methods.prompt import Prompt, with_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import HostArray
 
@@ -305,7 +305,8 @@ def _of_task(
     names = members.tasks or tuple(str(number) for number in range(prompts.num_tasks))
     number = _chosen(task, names, by="task", holds=f"{path} was trained on {len(names)} tasks")
     prompt_PD = combined(prompts.config.combine, prompts.arrays(), number)
-    return with_prompt(model, prompt_PD, prompts.config.task_prompt()), names[number]
+    parts = parts_of(prompts.config, prompt_PD)
+    return TunedModel(model, Prompt(prompts.config.task_prompt(), *parts)), names[number]
 
 
 def _chosen(name: str, names: Sequence[str], *, by: str, holds: str) -> int:

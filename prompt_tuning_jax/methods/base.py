@@ -19,6 +19,7 @@ from prompt_tuning_jax.typing import Array, FlatParams, HostArray, Mask
 
 C = TypeVar("C", bound=MethodConfig)
 PROMPT = "method/prompt_PD"  # the path of a plain prompt, as prompt tuning trains it
+DECODER_PROMPT = "method/decoder_prompt_PD"  # that of a prompt in the decoder
 # The tokens of each label, the end of sequence included.
 LabelTokens: TypeAlias = tuple[tuple[int, ...], ...]
 # The log-probability of a label unknown to the method.  It is finite so that means stay finite.

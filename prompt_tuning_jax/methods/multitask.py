@@ -5,6 +5,7 @@ The combinations but ``low_rank`` are those of prompt_tuning/extended/multitask_
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from prompt_tuning_jax.config.methods import Combine, MultitaskPrompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import small_param
-from prompt_tuning_jax.methods.prompt import joined_input
+from prompt_tuning_jax.methods.prompt import joined_input, require_decoder_prompts
 from prompt_tuning_jax.methods.prompt_init import init_prompt
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
@@ -53,6 +54,7 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             raise UserError(
                 f"method.tasks is {tasks} and the data has {context.num_tasks} tasks; set it to 0"
             )
+        require_decoder_prompts(config.decoder_length, model)
         shapes = array_shapes(config, model, tasks=tasks)
         if config.init == "source":
             arrays = target_start(context.init_arrays, tasks=tasks, task=config.source_task)
@@ -100,7 +102,20 @@ class TaskPrompts(TuningModule[MultitaskPrompts]):
             # rows only once.
             each = [combined(self.config.combine, arrays, n) for n in range(self.num_tasks)]
             prompt = jnp.stack(each)[task_B]
-        return Injections(model_input=joined_input(self.config, model, tokens_BT, prompt))
+        in_input, in_decoder = parts_of(self.config, prompt)
+        source = joined_input(self.config, model, tokens_BT, in_input)
+        return Injections(model_input=source, decoder_prompt=in_decoder)
+
+
+P = TypeVar("P", Array, HostArray)
+
+
+def parts_of(config: MultitaskPrompts, prompt: P) -> tuple[P, P | None]:
+    """Splits a prompt ``[..., P, D]`` into that of the input and that of a decoder, if any."""
+    if not config.decoder_length:
+        return prompt, None
+    length = config.prompt_positions()
+    return prompt[..., :length, :], prompt[..., length:, :]
 
 
 def _initialized(
@@ -112,7 +127,7 @@ def _initialized(
 ) -> dict[str, Array]:
     """Returns initial arrays of these shapes; ``initial`` draws a prompt of a length."""
     keys = jax.random.split(key, 4)
-    shared_PD = initial(keys[0], config.length)
+    shared_PD = initial(keys[0], config.length + config.decoder_length)
     if config.tasks_init != "near":
         low = -0.5 if config.tasks_init == "uniform" else 0.0
         shared_path = next(path for path in shapes if path not in PER_TASK)
@@ -154,7 +169,8 @@ def array_shapes(
     config: MultitaskPrompts, model: Model, *, tasks: int
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array by path; UserError if ``shared_features`` is too large."""
-    width, length, rank = model.config.embed_dim, config.length, config.rank
+    length = config.length + config.decoder_length
+    width, rank = model.config.embed_dim, config.rank
     features = config.shared_width(width)
     if features > width - (config.combine == "features"):
         raise UserError(

@@ -39,11 +39,7 @@ class Prompt(TuningModule[PromptTuning]):
     def attach(
         cls, config: PromptTuning, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
-        if config.decoder_length and not model.has_decoder_prompts:
-            raise UserError(
-                f"method.decoder_length is {config.decoder_length}, and only a T5 has prompts in "
-                "its decoder; set it to 0"
-            )
+        require_decoder_prompts(config.decoder_length, model)
 
         def initial(key: Array, length: int) -> Array | None:
             if not length:
@@ -84,6 +80,15 @@ class Prompt(TuningModule[PromptTuning]):
             own_key = None if key is None else jax.random.fold_in(key, 0xDEC0)
             decoder_prompt = dropped(decoder_prompt, config.dropout, batch=batch, key=own_key)
         return Injections(model_input=source, decoder_prompt=decoder_prompt)
+
+
+def require_decoder_prompts(length: int, model: Model) -> None:
+    """Raises UserError for a prompt of this length in the decoder of a model without them."""
+    if length and not model.has_decoder_prompts:
+        raise UserError(
+            f"method.decoder_length is {length}, and only a T5 has prompts in its decoder; set it "
+            "to 0"
+        )
 
 
 def joined_input(

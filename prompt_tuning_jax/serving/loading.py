@@ -43,7 +43,8 @@ from prompt_tuning_jax.methods import (
     TunedModel,
     method_name,
 )
-from prompt_tuning_jax.methods.multitask import combined
+from prompt_tuning_jax.methods.base import DECODER_PROMPT
+from prompt_tuning_jax.methods.multitask import combined, parts_of
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.serving.tasks import (
     AdapterSpecs,
@@ -272,7 +273,8 @@ class MethodLoader:
                 about = for_task(metadata, known[task])
             elif stored.tasks:
                 about = replace(metadata, task=task)
-            prompt = self._prompt(name, array, method.task_prompt(), about, place)
+            in_input, in_decoder = parts_of(method, array)
+            prompt = self._prompt(name, in_input, method.task_prompt(), about, place, in_decoder)
             part = task_name(task) if tasks > 1 else ""
             found.append(LoadedMember(served=prompt, task=part))
         return found
@@ -284,12 +286,15 @@ class MethodLoader:
         method: PromptTuning,
         metadata: PromptMetadata,
         place: Path,
+        in_decoder: HostArray | None = None,
     ) -> Served:
         prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
-        if limits_attention(method):
+        if limits_attention(method) or in_decoder is not None:
             # Plain prompts share batches, in which all positions attend to all.
-            whole = replace(method, length=len(prompt_PD))
-            return self._method(name, whole, {PROMPT: prompt_PD}, metadata, place)
+            whole, arrays = replace(method, length=len(prompt_PD)), {PROMPT: prompt_PD}
+            if in_decoder is not None:
+                arrays[DECODER_PROMPT] = checked_prompt(in_decoder, of=str(place), dtype=np.float32)
+            return self._method(name, whole, arrays, metadata, place)
         return self._validator.checked(
             prompt_PD, metadata, name=name, placement=method.placement, of=place
         )

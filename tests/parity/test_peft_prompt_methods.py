@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ KINDS = [
     "ptuning_lstm_sub1",
     "ptuning_lstm_sub2",
     "multitask_sub1",
+    "multitask_sub2",
 ]
 # Heads as wide as the model, without which PEFT has no prefixes, and an odd number of layers.
 SQUARE = T5Config(
@@ -53,6 +55,7 @@ SQUARE = T5Config(
     num_encoder_layers=3,
     num_decoder_layers=3,
 )
+MULTITASK = MultitaskPrompts(length=4, rank=2, tasks=3, init="uniform")
 PREFIX = PrefixTuning(length=4, encoder=False, cross=False, before=True, init="uniform")
 
 
@@ -114,7 +117,9 @@ def test_adapters_of_peft_give_the_recorded_logits(hf: Path, tmp_path: Path, kin
         np.where(real, inputs["labels"], 0),
         tasks,
     )
-    np.testing.assert_allclose(got[real], want["logits"][real], atol=2e-4)
+    # Those of a prompt in the decoder come first.
+    behind_prompt = want["logits"][:, -got.shape[1] :]
+    np.testing.assert_allclose(got[real], behind_prompt[real], atol=2e-4)
 
 
 def test_the_encoders_of_p_tuning_are_pefts(hf: Path) -> None:
@@ -153,8 +158,8 @@ def random_prefix(layers: int) -> dict[str, np.ndarray]:
     return {name: normal(layers, 4, 2, 8, seed=seed) for seed, name in enumerate(names)}
 
 
-def random_multitask() -> dict[str, np.ndarray]:
-    shapes = {"shared_PD": (4, 16), "cols_NPR": (3, 4, 2), "rows_NRD": (3, 2, 16)}
+def random_multitask(rows: int = 4) -> dict[str, np.ndarray]:
+    shapes = {"shared_PD": (rows, 16), "cols_NPR": (3, rows, 2), "rows_NRD": (3, 2, 16)}
     return {f"method/{name}": normal(*shape, seed=1) for name, shape in shapes.items()}
 
 
@@ -163,9 +168,10 @@ def random_multitask() -> dict[str, np.ndarray]:
     [
         (PREFIX, random_prefix(3), None),
         (PromptTuning(length=4, init="uniform"), {"method/prompt_PD": normal(4, 16)}, None),
-        (MultitaskPrompts(length=4, rank=2, tasks=3, init="uniform"), random_multitask(), [2, 0]),
+        (MULTITASK, random_multitask(), [2, 0]),
+        (replace(MULTITASK, decoder_length=4), random_multitask(8), [2, 0]),
     ],
-    ids=["prefix", "p_tuning", "multitask"],
+    ids=["prefix", "p_tuning", "multitask", "multitask in the decoder"],
 )
 def test_what_is_written_gives_the_same_logits_in_peft(
     libraries: Any, tmp_path: Path, method: MethodConfig, trainable: Any, tasks: Any
@@ -188,13 +194,11 @@ def test_what_is_written_gives_the_same_logits_in_peft(
         inputs |= {"labels": targets, "task_ids": tasks}
     there = in_peft(libraries, tmp_path / "m", tmp_path / "a", inputs)
     here = logits(attached_with(model, method, trainable), source, targets, tasks)
-    np.testing.assert_allclose(here, there, atol=2e-4)
+    np.testing.assert_allclose(here, there[:, -here.shape[1] :], atol=2e-4)
 
 
 def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
     model = load(hf / "b_t5_11")
-    with pytest.raises(UserError, match=r"num_transformer_submodules is 2.*decoder's input"):
-        read_peft_prompts(hf / "peft/b_t5_11/multitask_sub2", model.config)
     with pytest.raises(UserError, match=r"peft_type is .LORA.; supported: PREFIX_TUNING, P_TUNING"):
         read_peft_prompts(hf / "peft/b_t5_11/lora_qv_r4", model.config)
     with pytest.raises(UserError, match="token_dim is 48, but the width of this model is 16"):
@@ -205,6 +209,7 @@ def test_what_peft_does_not_have_is_refused(hf: Path, tmp_path: Path) -> None:
         (PrefixTuning(length=4), random_prefix(3), SQUARE, "method.cross=false"),
         (PREFIX, random_prefix(2), two, "same prefix for decoder layers 0 and 1"),
         (MultitaskPrompts(combine="sum"), {}, SQUARE, "method.combine=sum"),
+        (replace(MULTITASK, decoder_length=3), {}, SQUARE, "method.decoder_length is 3"),
         (PromptTuning(placement="before_eos"), {}, SQUARE, "method.placement=before_eos"),
         (DeepPrompts(), {}, SQUARE, "no adapter for deep_prompts"),
     ]:

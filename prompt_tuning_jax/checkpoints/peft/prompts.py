@@ -66,8 +66,7 @@ def read_peft_prompts(folder: str | Path, config: ModelConfig) -> PeftPrompts:
     """The adapter in a folder, for a model of this configuration; logits equal PEFT's.
 
     Files that its config names are not opened.  Raises UserError for another type of adapter, for
-    features without a counterpart here (prompts in the decoder's input), for arrays that do not fit
-    the model or the config, and for missing or damaged files.
+    arrays that do not fit the model or the config, and for missing or damaged files.
     """
     folder = Path(folder)
     adapter = OpenedAdapter(folder=folder, described=read_config(folder / CONFIG))
@@ -193,16 +192,18 @@ def _read_multitask(
     _require_width(adapter, config)
     names = ("num_virtual_tokens", "num_tasks", "num_ranks")
     length, tasks, rank = map(adapter.number, names)
-    if adapter.copies(config) == 2:
-        raise UserError(
-            f"{adapter.where}: num_transformer_submodules is 2, which puts half of each prompt "
-            "into the decoder's input and is not supported; train it with 1"
-        )
-    width = config.embed_dim
-    shapes = {KEY: (length, width), _COLS: (tasks, length, rank), _ROWS: (tasks, rank, width)}
+    copies, width = adapter.copies(config), config.embed_dim
+    # The second half of each prompt is for the decoder's input.
+    rows = length * copies
+    shapes = {KEY: (rows, width), _COLS: (tasks, rows, rank), _ROWS: (tasks, rank, width)}
     tensors = adapter.tensors(shapes)
     method = MultitaskPrompts(
-        length=length, combine="low_rank", rank=rank, tasks=tasks, init="uniform"
+        length=length,
+        decoder_length=rows - length,
+        combine="low_rank",
+        rank=rank,
+        tasks=tasks,
+        init="uniform",
     )
     return method, {SHARED: tensors[KEY], COLS: tensors[_COLS], ROWS: tensors[_ROWS]}
 
@@ -216,13 +217,19 @@ def _written_multitask(
             f"method.combine={method.combine}; convert each task's prompt separately"
         )
     _require_usual(method.task_prompt())
+    if method.decoder_length not in (0, method.length):
+        raise UserError(
+            "PEFT's prompts in the decoder have the length of those in the encoder, "
+            f"{method.length}; method.decoder_length is {method.decoder_length}"
+        )
     wanted = dict.fromkeys((SHARED, COLS, ROWS))
     require_same_names(arrays, wanted, of="the tuned arrays", and_of="MultitaskPrompts")
-    tasks, length, rank = arrays[COLS].shape
+    tasks, rows, rank = arrays[COLS].shape
     fields = {
         "num_ranks": rank,
         "num_tasks": tasks,
-        "num_virtual_tokens": length,
+        "num_transformer_submodules": rows // method.length,
+        "num_virtual_tokens": method.length,
         "peft_type": MULTITASK,
         "prompt_tuning_init": "RANDOM",  # needs no other fields
         "prompt_tuning_init_state_dict_path": None,

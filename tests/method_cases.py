@@ -82,6 +82,22 @@ CASES: dict[str, Case] = {
         method=LoRA(rank=4, rank_stabilized=True, targets=(".*",)),
         count=4 * (ATTENTIONS * 4 * (D + H_K) + 2 * 3 * (D + F) + D + V),
     ),
+    "lora_of_more": Case(
+        method=LoRA(
+            rank=2,
+            ranks=(".*/embed_tokens=1", "encoder/.*=3"),
+            alphas=("encoder/.*=2",),
+            dora=True,
+            embeddings=(".*/embed_tokens",),
+            parameters=("decoder/logits_dense/kernel",),
+        ),
+        # The attention of the encoder, the two of the decoder, two uses of the table, and the head.
+        count=2 * (3 * (D + H_K) + H_K) + 4 * (2 * (D + H_K) + H_K) + 2 * (V + D + D) + D * V,
+    ),
+    "lora_copies": Case(
+        method=LoRA(rank=2, targets=(".*/query",), copies=("decoder/embed_tokens",)),
+        count=2 * (D + H_K) * ATTENTIONS + V * D,
+    ),
     "ia3": Case(method=IA3(), count=2 * H_K * ATTENTIONS + 2 * F),
     "adapters_houlsby": Case(method=Adapters(width=4), count=(2 + 3) * (2 * D * 4 + 4 + D)),
     "adapters_pfeiffer": Case(
@@ -121,6 +137,10 @@ CASES |= {
     "warp": Case(method=WARP(length=2, init_population=0), count=(2 + len(LABELS)) * D),
     "multitask_low_rank": Case(
         method=MultitaskPrompts(length=3, rank=2, init_population=0), count=3 * D + 2 * (3 + D)
+    ),
+    "multitask_in_decoder": Case(
+        method=MultitaskPrompts(length=3, decoder_length=2, rank=2, init_population=0),
+        count=5 * D + 2 * (5 + D),
     ),
     "multitask_sum": Case(
         method=MultitaskPrompts(length=3, combine="sum", init_population=0), count=2 * 3 * D

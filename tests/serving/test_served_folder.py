@@ -86,6 +86,8 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     save_tuned(folder / "mixture.safetensors", mixture)
     limited = stored(MultitaskPrompts(length=2, prompt_to_prompt="causal", combine="sum"))
     save_tuned(folder / "limited.safetensors", limited)
+    in_decoder = stored(MultitaskPrompts(length=2, decoder_length=1, combine="sum"))
+    save_tuned(folder / "in_decoder.safetensors", in_decoder)
     whole = stored(FullTuning(), seed=4)
     arrays = {name: array[None] for name, array in whole.trainable.items()}
     train_state.save(
@@ -96,6 +98,7 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     tasks = service.tasks.everything()
     assert {name: task.method for name, task in tasks.items()} == {
         "adapter": "lora",
+        "in_decoder": "prompt_tuning",
         "limited": "prompt_tuning",
         "mixture.first": "prompt_tuning",
         "mixture.second": "prompt_tuning",
@@ -103,9 +106,12 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
         "whole": "full",
     }
     # The adapter's is the run's own.
-    assert len(opened_specs(service)) == 3
+    assert len(opened_specs(service)) == 4
     # A prompt that limits attention is not one of those that share batches.
     assert isinstance(tasks["limited"].prompts[0], ServedMethod)
+    (behind,) = tasks["in_decoder"].prompts
+    assert isinstance(behind, ServedMethod)
+    assert behind.trainable["method/decoder_prompt_PD"].shape[0] == 1
     for number, name in enumerate(("mixture.first", "mixture.second")):
         (prompt,) = tasks[name].prompts
         assert isinstance(prompt, ServedPrompt)

@@ -204,7 +204,7 @@ def _pattern(described: Mapping[str, Any], field: str, where: Path) -> dict[str,
         if type(value) not in kinds or not np.isfinite(value) or (len(kinds) == 1 and value < 1):
             wanted = "a positive integer" if len(kinds) == 1 else "a number"
             raise UserError(f"{where}: {field} has {shown(value)} for {key}; it must be {wanted}")
-        compile_pattern(_in_module(key), of=f"{where}: {field}")
+        compile_pattern(key, of=f"{where}: {field}")
     return pattern
 
 

@@ -15,14 +15,16 @@ from prompt_tuning_jax.config.methods import LoRA
 from prompt_tuning_jax.methods.linear_adapter import matching_paths
 from prompt_tuning_jax.methods.low_rank import low_rank_update, updated_norms
 from prompt_tuning_jax.models.base import Model
-from prompt_tuning_jax.models.layers import (
+from prompt_tuning_jax.models.embedding_uses import (
     AnyEmbed,
     EmbeddingUse,
-    PlainMap,
     TiedHead,
     TiedMap,
-    rows_of,
     whole_table,
+)
+from prompt_tuning_jax.models.layers import (
+    PlainMap,
+    rows_of,
 )
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, HostArray

@@ -153,12 +153,6 @@ class Table(Protocol):
     def __getitem__(self, ids: Any) -> Array: ...
 
 
-def whole_table(table: Table) -> Array:
-    """Returns all rows ``[V, D]`` in float32."""
-    rows_VD = table if isinstance(table, jax.Array) else table[jnp.arange(table.shape[0])]
-    return rows_VD.astype(jnp.float32)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScaledTable:
     """An embedding table whose rows are multiplied by a factor when they are read."""
@@ -211,68 +205,6 @@ def rows_of(table_VD: Array, tokens: Array | HostArray, *, dtype: DType) -> Arra
     table_VD = with_logical_constraint(table_VD, ("vocab", None))
     x = jnp.take(table_VD, tokens, axis=0).astype(dtype)
     return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
-
-
-class AnyEmbed(Protocol):
-    """What ``Embed`` and its quantised replacement have in common."""
-
-    def __call__(self, tokens: Array | HostArray) -> Array: ...
-
-    def table(self) -> Table: ...
-
-    def attend(self, x: Array) -> Array: ...
-
-
-class EmbeddingAdapter(Protocol):
-    """A wrapper that a method puts around one use of the embedding table.
-
-    It receives the tokens and the embedding.  Instances are modules, and their parameters are
-    stored under ``.../adapter/``.
-    """
-
-    def __call__(self, tokens: Array | HostArray, embed: AnyEmbed) -> Array: ...
-
-    def merged(self, table_VD: Array) -> Array:
-        """Returns the table of a plain embedding that computes the same, in float32."""
-
-
-class EmbeddingUse(nnx.Module):
-    """One place where a model embeds tokens; methods may set ``adapter``.
-
-    The table belongs to the model, which may use it elsewhere too.
-    """
-
-    def __init__(self) -> None:
-        self.adapter: EmbeddingAdapter | None = nnx.data(None)
-
-    def __call__(self, tokens: Array | HostArray, embed: AnyEmbed) -> Array:
-        return embed(tokens) if self.adapter is None else self.adapter(tokens, embed)
-
-
-@dataclass(frozen=True)
-class TiedMap:
-    """The embedding table as an output head: a ``PlainMap``."""
-
-    embed: AnyEmbed
-
-    def __call__(self, x: Array) -> Array:
-        return self.embed.attend(x)
-
-    def kernel_DF(self) -> Array:
-        return whole_table(self.embed.table()).T
-
-    def bias_F(self) -> Array | None:
-        return None
-
-
-class TiedHead(nnx.Module):
-    """An output head that is the embedding table; methods may set ``adapter``."""
-
-    def __init__(self) -> None:
-        self.adapter: LinearAdapter | None = nnx.data(None)
-
-    def __call__(self, x: Array, embed: AnyEmbed) -> Array:
-        return embed.attend(x) if self.adapter is None else self.adapter(x, TiedMap(embed))
 
 
 class RMSNorm(nnx.Module):

@@ -33,6 +33,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     select_positions,
 )
 from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack, make_head
+from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import (
     NO_INJECTIONS,
     Injections,
@@ -42,13 +43,11 @@ from prompt_tuning_jax.models.injections import (
 )
 from prompt_tuning_jax.models.layers import (
     Embed,
-    EmbeddingUse,
     LayerNorm,
     Linear,
     Remat,
     ScaledTable,
     Table,
-    TiedHead,
     dropout,
     linear_from,
     softcap,

@@ -17,16 +17,15 @@ from prompt_tuning_jax.models.base import (
     SelfCache,
     joined,
 )
+from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
 from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     Embed,
-    EmbeddingUse,
     Linear,
     Mlp,
     Remat,
     RMSNorm,
-    TiedHead,
     dropout,
     linear_from,
     split_key,

@@ -245,8 +245,7 @@ def _require_options(described: Mapping[str, Any], kind: str, where: Path) -> No
         if field not in known and value and value != "none":
             raise UserError(
                 f"{where}: {field} is {shown(value)}, which is not supported; options of {kind} "
-                f"that are read: {', '.join(_OPTIONS[kind])}; merge the adapter into the model "
-                "with PEFT (merge_and_unload)"
+                f"that are read: {', '.join(_OPTIONS[kind])}; {what_is_read()}"
             )
 
 

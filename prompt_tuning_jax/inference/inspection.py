@@ -270,7 +270,8 @@ def _in_short(held: _Held) -> str:
 
 # The fields of an adapter's config that determine its computation.
 _OF_ADAPTERS = (
-    *("r", "lora_alpha", "use_rslora", "target_modules", "feedforward_modules"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"),
+    *("target_modules", "modules_to_save", "feedforward_modules"),
     *("num_virtual_tokens", "num_layers", "num_tasks", "num_ranks", "token_dim"),
 )
 

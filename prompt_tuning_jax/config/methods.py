@@ -402,8 +402,8 @@ class ResidualPrompt(MethodConfig):
     length: int = 10  # number of prompt vectors
     network: Literal["shared", "separate"] = "shared"  # one MLP for all positions, or one for each
     hidden: int = 400  # width of the MLP's hidden layer
-    # Layer norm on the MLP's output, as in the paper.  Its initial outputs have unit variance, which
-    # is large where a model's embeddings are small.
+    # Layer norm on the output of the MLP, as in the paper.  Its initial output has unit variance,
+    # which is large where a model's embeddings are small.
     layer_norm: bool = True
     dropout: float = 0.0  # dropout on the MLP's output
     init: Init = "sampled_vocabulary"  # initial values of the prompt, as for prompt tuning

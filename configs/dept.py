@@ -3,7 +3,7 @@
 prompt-tuning train configs/dept.py
 
 It trains about as many parameters as a prompt of 20 vectors.  The two matrices of the offsets have
-a hundred times lower learning rate than the prompt.
+a ten times lower learning rate than the prompt.
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training
@@ -15,7 +15,7 @@ def get_config() -> Experiment:
         model=Model(name_or_path="tiny", dtype="bfloat16", param_dtype="float32", dropout_rate=0.0),
         method=DePT(length=10, rank=9, max_length=14, init="described"),
         data=Data(task="word_valence", inputs_length=14, targets_length=4),
-        optimizer=Optimizer(schedule="linear", rates=("method/offset_.*=0.01",)),
+        optimizer=Optimizer(schedule="linear", rates=("method/offset_.*=0.1",)),
         training=Training(
             steps=240, batch_size=32, eval_every=30, save_every=60, workdir="runs/dept"
         ),

@@ -437,6 +437,7 @@ class SuperPosPrompt(MethodConfig):
 
     implementation = "prompt_tuning_jax.methods.superpos_prompt:Superposition"
     saves_prompts = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
     lower_bounds: ClassVar[Mapping[str, float]] = {
         "length": 1,
         "num_tokens": 1,
@@ -469,7 +470,7 @@ class DePT(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.dept:PositionOffsets"
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.01",)}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.1",)}
     lower_bounds: ClassVar[Mapping[str, float]] = {
         "length": 1,
         "rank": 1,
@@ -511,7 +512,7 @@ class ADePT(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.adept:TokenOffsets"
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.001",)}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.01",)}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 

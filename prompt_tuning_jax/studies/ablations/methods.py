@@ -71,7 +71,7 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "warp": two_rates(WARP()),
         "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
         "residual_prompt": two_rates(ResidualPrompt()),
-        "superpos_prompt": prompt(SuperPosPrompt(length=length)),
+        "superpos_prompt": prompt(SuperPosPrompt(length=length), (1e-2, 3e-2, 1e-1)),
         "dept": two_rates(DePT()),
         "adept": two_rates(ADePT()),
         # Lower rates, because prefixes are initialized from words (configs/prefix_tuning.py).

@@ -212,7 +212,10 @@ ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.it
 WITH_DROPOUT = ("lora", "prompt_tuning")
 # Those whose arrays have axes that others do not have.
 ON_A_MESH = tuple(
-    ["full", "lora", "ia3", "adapters_houlsby", "prefix_tuning", "warp", "multitask_low_rank"]
+    [
+        *("full", "lora", "ia3", "adapters_houlsby", "prefix_tuning", "warp"),
+        *("multitask_low_rank", "dept", "adept"),
+    ]
 )
 
 

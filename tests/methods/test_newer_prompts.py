@@ -9,6 +9,7 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.api import generate
 from prompt_tuning_jax.methods import (
     ADePT,
     Context,
@@ -38,9 +39,9 @@ def t5() -> Model:
     return model
 
 
-def lm() -> Model:
-    """A decoder-only model with windows, rotary positions and a factor on embeddings."""
-    model: Model = make_lm("gemma", **{**LM_SIZES, "num_layers": 2})
+def lm(family: str = "gemma") -> Model:
+    """A decoder-only model, by default with windows and a factor on embeddings."""
+    model: Model = make_lm(family, **{**LM_SIZES, "num_layers": 2})
     return model
 
 
@@ -119,6 +120,22 @@ def test_offsets_of_tokens_are_the_networks_output(make: Any) -> None:
     assert (hidden > 0).any() and (hidden == 0).any()
     want = written(attached, SOURCE, with_offsets(attached, SOURCE, offsets_BTD))
     np.testing.assert_allclose(written(attached, SOURCE), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [DePT(length=P, rank=2, max_length=4), ADePT(length=P)])
+def test_a_decoder_only_model_writes_behind_moved_inputs(method: MethodConfig) -> None:
+    """Each token is the most probable one behind those before it, which have no offsets."""
+    attached = trained(lm("llama"), method)
+    fill = attached.model.token_ids.fill
+    source = np.where(SOURCE == 0, fill, SOURCE)
+    rows = [row[row != fill].tolist() for row in source]
+    ids = generate(attached, rows, max_length=3, min_length=3).ids
+    graphdef, params = param_tree.split(attached)
+    logits_BSV = np.array(jax.jit(lambda p: param_tree.merge(graphdef, p)(source, ids))(params))
+    logits_BSV[:, :2, list(attached.model.token_ids.all_eos)] = -np.inf
+    np.testing.assert_array_equal(logits_BSV.argmax(axis=-1), ids)
+    bare = generate(attached.model, rows, max_length=3, min_length=3).ids
+    assert (bare != ids).any()
 
 
 @pytest.mark.parametrize("network", ["shared", "separate"])

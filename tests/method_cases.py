@@ -23,8 +23,10 @@ from prompt_tuning_jax.methods import (
     IA3,
     WARP,
     Adapters,
+    ADePT,
     Cartridge,
     DeepPrompts,
+    DePT,
     FullTuning,
     LoRA,
     MethodConfig,
@@ -33,6 +35,8 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     PromptTuning,
     PTuning,
+    ResidualPrompt,
+    SuperPosPrompt,
 )
 from prompt_tuning_jax.models.base import Model as BaseModel
 from prompt_tuning_jax.models.config import TokenIds
@@ -130,6 +134,28 @@ CASES |= {
         ),
         count=2 * D + (D + 1) * 4 + (4 + 1) * 4 + (4 + 1) * D,
     ),
+    "residual_prompt": Case(
+        method=ResidualPrompt(length=3, hidden=4, dropout=0.1, init_population=0),
+        count=3 * D + (2 * D + 1) * 4 + 3 * D,
+    ),
+    "residual_prompt_separate": Case(
+        method=ResidualPrompt(
+            length=3, network="separate", hidden=4, layer_norm=False, init_population=0
+        ),
+        count=3 * D + 3 * ((2 * D + 1) * 4 + D),
+    ),
+    "superpos_prompt": Case(method=SuperPosPrompt(length=3, num_tokens=7), count=3 * 7),
+    "superpos_prompt_trained": Case(
+        method=SuperPosPrompt(length=3, num_tokens=2, trains_embeddings=True), count=(3 + D) * 2
+    ),
+    "dept": Case(
+        method=DePT(length=3, rank=2, max_length=5, init_population=0),
+        count=3 * D + 2 * (5 + D),
+    ),
+    "adept": Case(
+        method=ADePT(length=3, hidden=4, init_population=0),
+        count=3 * D + (2 * D + 1) * 4 + D,
+    ),
     "deep_prompts": Case(method=DeepPrompts(length=3, init_population=0), count=3 * D),
     "deep_prompts_mlp": Case(
         method=DeepPrompts(lengths=(3,), hidden=5), count=3 * D + (D + 1) * 5 + (5 + 1) * D
@@ -186,6 +212,8 @@ LM_CASES: dict[str, Case] = {
     name: Case(method=CASES[name].method, count=CASES[name].count, lm=True)
     for name in (
         *("prompt_tuning", "p_tuning_lstm", "p_tuning_mlp", "deep_prompts", "deep_prompts_mlp"),
+        *("residual_prompt", "residual_prompt_separate", "superpos_prompt", "dept", "adept"),
+        "superpos_prompt_trained",
         *("warp", "multitask_low_rank", "multitask_sum", "multitask_concatenation"),
         *("multitask_features", "multitask_projection"),
     )
@@ -222,7 +250,10 @@ ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.it
 WITH_DROPOUT = ("lora", "prompt_tuning")
 # Those whose arrays have axes that others do not have.
 ON_A_MESH = tuple(
-    ["full", "lora", "ia3", "adapters_houlsby", "prefix_tuning", "warp", "multitask_low_rank"]
+    [
+        *("full", "lora", "ia3", "adapters_houlsby", "prefix_tuning", "warp"),
+        *("multitask_low_rank", "dept", "adept"),
+    ]
 )
 
 

@@ -406,6 +406,150 @@ class PTuning(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResidualPrompt(MethodConfig):
+    """A prompt of P vectors, to which a network of them is added during training.
+
+    Residual prompt tuning (Razdaibiedina et al. 2023) uses a bottleneck MLP of width M = ``hidden``
+    with a layer norm behind it: ``P*D + (2*D + 1)*M + 3*D`` parameters if the positions share it,
+    ``P*D + P*((2*D + 1)*M + 3*D)`` if each has its own, and 2*D fewer per MLP without the norm.  A
+    run saves the sum, a plain prompt of ``PromptTuning``.
+    """
+
+    implementation = "prompt_tuning_jax.methods.residual_prompt:SkippedPrompt"
+    saves_prompts = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/mlp/.*=0.01",)}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 1, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = {**_INIT_ONLY, "dropout": 0.0}
+
+    length: int = 10  # number of prompt vectors
+    network: Literal["shared", "separate"] = "shared"  # one MLP for all positions, or one for each
+    hidden: int = 400  # width of the MLP's hidden layer
+    # Layer norm on the output of the MLP, as in the paper.  Its initial output has unit variance,
+    # which is large where a model's embeddings are small.
+    layer_norm: bool = True
+    dropout: float = 0.0  # dropout on the MLP's output
+    init: Init = "sampled_vocabulary"  # initial values of the prompt, as for prompt tuning
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    def prompt_positions(self) -> int:
+        return self.length
+
+    def uses_rng(self) -> bool:
+        return self.dropout > 0
+
+    def plain_prompt(self) -> PromptTuning:
+        return PromptTuning()
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        yield from _dropout_errors(self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperPosPrompt(MethodConfig):
+    """``P * M`` parameters: the weights of M token embeddings in each of P prompt vectors.
+
+    In SuperPos-Prompt (SadraeiJavaheri et al. 2024) a prompt vector is a superposition of the
+    embeddings of M = ``num_tokens`` sampled tokens, the same for all positions.  Each position
+    starts as one of these tokens.  With ``trains_embeddings`` the M embeddings train, too:
+    ``M * D`` parameters more.  A run saves a plain prompt of ``PromptTuning``.
+    """
+
+    implementation = "prompt_tuning_jax.methods.superpos_prompt:Superposition"
+    saves_prompts = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03}
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "length": 1,
+        "num_tokens": 1,
+        "sample_seed": 0,
+        "init_population": 0,
+    }
+
+    length: int = 10  # number of prompt vectors
+    num_tokens: int = 128  # number of sampled tokens
+    sample_seed: int = 0  # seed of the sample, which all members of an ensemble share
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+    trains_embeddings: bool = False  # also train the sampled tokens' embeddings
+
+    def prompt_positions(self) -> int:
+        return self.length
+
+    def plain_prompt(self) -> PromptTuning:
+        return PromptTuning()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DePT(MethodConfig):
+    """``P * D + R * (T + D)`` parameters: a prompt, and offsets of the input by position.
+
+    Decomposed prompt tuning (Shi and Lipani 2024) adds row t of the product of ``offset_a_TR`` and
+    ``offset_b_RD``, times ``alpha / sqrt(rank)``, to the embedding of an input's token t, and puts
+    a prompt before the result.  The prompt is shorter than one with as many parameters, so that
+    inputs are shorter, too.  T is ``max_length``.  In a decoder-only model, targets have no
+    offsets, in training as in generation.
+    """
+
+    implementation = "prompt_tuning_jax.methods.dept:PositionOffsets"
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.1",)}
+    lower_bounds: ClassVar[Mapping[str, float]] = {
+        "length": 1,
+        "rank": 1,
+        "max_length": 1,
+        "init_population": 0,
+    }
+    training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
+
+    length: int = 40  # number of prompt vectors
+    rank: int = 45  # rank of the offsets
+    alpha: float = 8.0  # offsets are scaled by ``alpha / sqrt(rank)``
+    max_length: int = 256  # number of input positions with an offset; later ones have none
+    init: Init = "sampled_vocabulary"  # initial values of the prompt, as for prompt tuning
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product."""
+        return self.alpha / self.rank**0.5
+
+    def prompt_positions(self) -> int:
+        return self.length
+
+    def config_errors(self) -> Iterator[str]:
+        yield from super().config_errors()
+        yield from _alpha_errors(self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADePT(MethodConfig):
+    """``P*D + (2*D + 1)*M + D`` parameters: a prompt, and offsets of the input by token.
+
+    Adaptive decomposed prompt tuning (Tang et al. 2025) adds to the embedding of each input token
+    the output of a network that reads this embedding, with one hidden layer of width M =
+    ``hidden`` and relu, and puts a prompt before the result.  In a decoder-only model, targets have
+    no offsets, in training as in generation.
+    """
+
+    implementation = "prompt_tuning_jax.methods.adept:TokenOffsets"
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.01",)}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 1, "init_population": 0}
+    training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
+
+    length: int = 60  # number of prompt vectors
+    hidden: int = 19  # width of the network's hidden layer
+    init: Init = "sampled_vocabulary"  # initial values of the prompt, as for prompt tuning
+    init_text: str = ""  # text for ``init=string``
+    init_path: str = ""  # prompt file for ``init=file``
+    init_population: int = 5000  # number of most common tokens to sample from; 0: all
+
+    def prompt_positions(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeepPrompts(MethodConfig):
     """``(P_0 + P_1 + ...) * D`` parameters: P_i vectors for layer i of the encoder.
 
@@ -758,8 +902,7 @@ class LoRA(MethodConfig):
             if rank != int(rank) or not 1 <= rank <= _MAX_RANK:
                 yield f"method.ranks has {rank:g}; must be a whole number from 1 to {_MAX_RANK}"
         for name, alpha in (("alpha", self.alpha), *(("alphas", alpha) for alpha in alphas)):
-            if not abs(alpha) < _MAX_ALPHA:
-                yield f"method.{name} is {alpha}; must be below {_MAX_ALPHA:g}"
+            yield from _alpha_errors(alpha, field=name)
         yield from _dropout_errors(self.dropout)
         if not self.targets and not self.embeddings:
             yield "method.targets is empty; give at least one regular expression"
@@ -854,6 +997,10 @@ METHODS: dict[str, type[MethodConfig]] = {
     "cartridge": Cartridge,
     "cpt": CPT,
     "p_tuning": PTuning,
+    "residual_prompt": ResidualPrompt,
+    "superpos_prompt": SuperPosPrompt,
+    "dept": DePT,
+    "adept": ADePT,
     "deep_prompts": DeepPrompts,
     "warp": WARP,
     "multitask_prompts": MultitaskPrompts,
@@ -892,6 +1039,11 @@ def _is_selected(name: str, patterns: Sequence[str], *, of: str) -> bool:
     path = name.removeprefix(_MODEL)
     compiled = (compile_pattern(pattern, of=of) for pattern in patterns)
     return path != name and any(pattern.fullmatch(path) for pattern in compiled)
+
+
+def _alpha_errors(alpha: float, *, field: str = "alpha") -> Iterator[str]:
+    if not abs(alpha) < _MAX_ALPHA:
+        yield f"method.{field} is {alpha}; must be below {_MAX_ALPHA:g}"
 
 
 def _pattern_errors(patterns: Sequence[str], *, field: str) -> Iterator[str]:

@@ -27,6 +27,8 @@ _ALIASES = {
     "spot": "prompt_tuning",
     "mpt": "multitask_prompts",
     "adapter": "adapters",
+    "residual_prompt_tuning": "residual_prompt",
+    "superpos": "superpos_prompt",
 }
 
 

@@ -19,6 +19,7 @@ from prompt_tuning_jax.methods import (
     WARP,
     Context,
     DeepPrompts,
+    DePT,
     FullTuning,
     LoRA,
     MethodConfig,
@@ -198,6 +199,7 @@ METHODS: dict[str, MethodConfig] = {
     "ia3": IA3(outputs=("key|value",), inputs=("out",)),
     "multitask_prompts": MultitaskPrompts(length=P, rank=2, init="uniform"),
     "p_tuning": PTuning(length=2, hidden=4, template="{prompt} ab {input} {prompt:1}"),
+    "dept": DePT(length=P, rank=2, max_length=4, alpha=2.0, init="uniform"),
     "deep_prompts": DeepPrompts(length=P, init="uniform"),
     "prefix_tuning": PrefixTuning(length=P, init="words"),
     "prefix_tuning_mlp": PrefixTuning(length=P, hidden=4),
@@ -233,7 +235,9 @@ def test_the_toy_is_tuned_by_every_method(name: str) -> None:
         assert param_tree.count(trainer.state.trainable) == 3 * 2 * (D + D)
 
 
-@pytest.mark.parametrize("name", ["lora", "multitask_prompts", "p_tuning", "prefix_tuning_mlp"])
+@pytest.mark.parametrize(
+    "name", ["dept", "lora", "multitask_prompts", "p_tuning", "prefix_tuning_mlp"]
+)
 def test_the_toys_methods_are_kept_and_write(name: str) -> None:
     method, model = METHODS[name], made("toy")
     context = Context(labels=LABELS, vocabulary=model.vocabulary)

@@ -21,7 +21,9 @@ from prompt_tuning_jax.inference.loading import load_prompts
 from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
+    ADePT,
     DeepPrompts,
+    DePT,
     LoRA,
     MethodConfig,
     PatternTuning,
@@ -50,6 +52,8 @@ from tests.tiny_run import LABELS
 # place of the model's own arrays, labels of its own.
 METHODS: dict[str, MethodConfig] = {
     "p_tuning": PTuning(length=2, encoder="none", template="{prompt} {input:2} {prompt} {input}"),
+    "dept": DePT(length=2, rank=2, max_length=6),
+    "adept": ADePT(length=2, hidden=3),
     "deep_prompts": DeepPrompts(length=3),
     "prefix_tuning": PrefixTuning(length=3),
     "lora": LORA,

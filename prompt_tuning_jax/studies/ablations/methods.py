@@ -9,8 +9,10 @@ from prompt_tuning_jax.methods import (
     IA3,
     WARP,
     Adapters,
+    ADePT,
     Cartridge,
     DeepPrompts,
+    DePT,
     FullTuning,
     LoRA,
     MethodConfig,
@@ -21,6 +23,8 @@ from prompt_tuning_jax.methods import (
     PromptDesign,
     PromptTuning,
     PTuning,
+    ResidualPrompt,
+    SuperPosPrompt,
 )
 
 # Adafactor as in the paper; AdamW as in the papers of the methods that adapt the weights.
@@ -48,6 +52,12 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
     def prompt(method: MethodConfig, rates: tuple[float, ...] = prompts) -> Compared:
         return Compared(method=method, optimizer=ADAFACTOR, rates=rates)
 
+    def two_rates(method: MethodConfig) -> Compared:
+        """A prompt and other arrays, which by default have a lower learning rate."""
+        optimizer = dataclasses.replace(ADAFACTOR, rates=method.default_optimizer["rates"])
+        method = dataclasses.replace(method, **start)
+        return Compared(method=method, optimizer=optimizer, rates=prompts)
+
     def weights(method: MethodConfig, rates: tuple[float, ...] = around) -> Compared:
         return Compared(method=method, optimizer=ADAMW, rates=rates)
 
@@ -58,12 +68,12 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
         "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.03, 0.1, 0.3)),
         # Class vectors have a good initial value, and so a learning rate a hundred times lower.
-        "warp": Compared(
-            method=dataclasses.replace(WARP(), **start),
-            optimizer=dataclasses.replace(ADAFACTOR, rates=("method/class_CD=0.01",)),
-            rates=prompts,
-        ),
+        "warp": two_rates(WARP()),
         "p_tuning": weights(PTuning(length=length), (1e-3, 3e-3, 1e-2)),
+        "residual_prompt": two_rates(ResidualPrompt()),
+        "superpos_prompt": prompt(SuperPosPrompt(length=length), (1e-2, 3e-2, 1e-1)),
+        "dept": two_rates(DePT()),
+        "adept": two_rates(ADePT()),
         # Lower rates, because prefixes are initialized from words (configs/prefix_tuning.py).
         "prefix_tuning": prompt(PrefixTuning(length=length), (0.03, 0.1, 0.3)),
         "cartridge": prompt(Cartridge(length=length), (0.03, 0.1, 0.3)),

@@ -210,7 +210,7 @@ def make_train_step(
     """
 
     def summed_loss(
-        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None, *, copies: int
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
         attached.model.scan_layers = scan_layers
@@ -223,6 +223,7 @@ def make_train_step(
             z_loss=z_loss,
             weights_B=batch.get("example_weights"),
             training=True,
+            copies=copies,
         )
         return sums.loss, sums
 
@@ -237,9 +238,9 @@ def make_train_step(
         return jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1)
 
     def gradient(
-        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array, copies: int
     ) -> tuple[FlatParams, TokenSums]:
-        differentiate = jax.grad(summed_loss, has_aux=True)
+        differentiate = jax.grad(partial(summed_loss, copies=copies), has_aux=True)
         number = microbatching.microbatches(*batch["inputs"].shape)
         if number == 1:
             return differentiate(trainable, frozen, batch, key if dropout else None)
@@ -263,9 +264,11 @@ def make_train_step(
         batch: Batch,
         learning_rate: Array,
         key: Array,
+        *,
         frozen: FlatParams,
+        copies: int,
     ) -> tuple[FlatParams, Any, StepMetrics]:
-        gradients, sums = gradient(trainable, frozen, batch, key)
+        gradients, sums = gradient(trainable, frozen, batch, key, copies)
         # The sum of weighted tokens may be less than one.
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
@@ -291,11 +294,12 @@ def make_train_step(
         keys_E = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(
             seeds_E
         )
+        chunk_size = microbatching.chunk_size(*batch["inputs"].shape)
         trainable, opt_state, metrics = map_members(
-            partial(member_step, frozen=frozen),
+            partial(member_step, frozen=frozen, copies=chunk_size),
             *(state.trainable, state.opt_state, dict(batch), rates_E, keys_E),
             members=len(seeds),
-            chunk_size=microbatching.chunk_size(*batch["inputs"].shape),
+            chunk_size=chunk_size,
         )
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 

@@ -47,9 +47,9 @@ from prompt_tuning_jax.models.layers import (
     ScaledTable,
     Table,
     dropout,
-    softcap,
     split_key,
 )
+from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
@@ -281,11 +281,12 @@ class CausalLM(Model):
         return self.logits(hidden_BD), caches
 
     def logits(self, hidden: Array) -> Array:
-        if self.config.tie_embeddings:
-            logits = self.token_embedder.attend(hidden)
-        else:
-            logits = self.decoder.logits_dense(hidden)
-        return softcap(logits, self.config.logits_softcap)
+        return self.output_head().logits(hidden)
+
+    def output_head(self) -> OutputHead:
+        config = self.config
+        layer = self.token_embedder if config.tie_embeddings else self.decoder.logits_dense
+        return OutputHead(layer=layer, vocab_size=config.vocab_size, cap=config.logits_softcap)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

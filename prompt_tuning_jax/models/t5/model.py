@@ -28,6 +28,7 @@ from prompt_tuning_jax.models.layers import (
     dropout,
     split_key,
 )
+from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
     RelativePositionBias,
@@ -546,9 +547,16 @@ class T5(Model):
         return self.logits(x_B1D)[:, 0], new
 
     def logits(self, hidden: Array) -> Array:
-        if self.config.tie_embeddings:
-            return self.token_embedder.attend(hidden * self.config.embed_dim**-0.5)
-        return self.decoder.logits_dense(hidden)
+        return self.output_head().logits(hidden)
+
+    def output_head(self) -> OutputHead:
+        config = self.config
+        if config.tie_embeddings:
+            scale = config.embed_dim**-0.5
+            return OutputHead(
+                layer=self.token_embedder, vocab_size=config.vocab_size, scale=scale
+            )
+        return OutputHead(layer=self.decoder.logits_dense, vocab_size=config.vocab_size)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

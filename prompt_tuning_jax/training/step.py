@@ -61,6 +61,9 @@ class StepCost:
 # Measured on two cores with SmolLM2-135M, 16 rows of 128 positions and a prompt of 100: 5.8 s a
 # step in microbatches of 2 rows, 5.0 s of 4, 4.8 s of 8 and 5.1 s of 16.
 _POSITIONS_PER_SHARED = 10
+# Frozen weights and activations that a step on a CPU may hold without smaller microbatches, which
+# repeat the prompt's pass: with 2 positions behind each of the prompt's, it takes a third of it.
+_STEP_BYTES, _LEAST_PER_SHARED, _FLOAT32_BYTES = 1.6e9, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +73,15 @@ class Microbatching:
     The result equals that of the whole step.  ``num_microbatches`` sets the number of microbatches.
     If ``config`` is given, the split instead makes the largest activation fit into a CPU's cache;
     the method adds ``prompt_positions`` positions to each row, or ``shared_positions`` to each
-    microbatch.  By default, nothing is split.
+    microbatch.  Beside ``frozen_bytes`` of weights, deep models get smaller microbatches.  By
+    default, nothing is split.
     """
 
     num_microbatches: int = 1
     config: ModelConfig | None = None
     prompt_positions: int = 0
     shared_positions: int = 0
+    frozen_bytes: int = 0
 
     def microbatches(self, rows: int, length: int) -> int:
         """Returns the number of equal microbatches of a member's batch ``[rows, length]``.
@@ -89,6 +94,10 @@ class Microbatching:
         # The prompt's pass, which every microbatch repeats, must stay a small part of it.
         least = math.ceil(_POSITIONS_PER_SHARED * self.shared_positions / length)
         most = max(rows_in_cache(self.config, length), least)
+        if self.frozen_bytes:
+            left = max(_STEP_BYTES - self.frozen_bytes, 0) / activation_bytes(self.config)
+            least = math.ceil(_LEAST_PER_SHARED * self.shared_positions / length)
+            most = min(most, max(int(left - self.shared_positions) // length, least, 1))
         fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
         return next(fitting, rows)
 
@@ -103,6 +112,15 @@ class Microbatching:
         """Returns how often a step runs the body of its loops over chunks and microbatches."""
         chunks = members // self.chunk_size(members, rows, length)
         return chunks * self.microbatches(rows, length)
+
+
+def activation_bytes(config: ModelConfig) -> int:
+    """Returns about how much a step stores for each position if linear maps are not computed again.
+
+    Measured with SmolLM2-135M and Gemma 3 270M in float32.
+    """
+    of_layer = 2 * (config.mlp_dim + config.embed_dim) + 4 * config.num_heads * config.head_dim
+    return _FLOAT32_BYTES * config.num_reading_layers * of_layer
 
 
 NO_MICROBATCHING = Microbatching()

@@ -47,18 +47,26 @@ def _errors(experiment: Experiment) -> Iterator[str]:
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a model or a folder, for example tiny"
     yield from _not_below_one("model", model, "dropout_rate")
-    if model.quantization != "none":
+    for field, plain in (("quantization", "none"), ("weights", "dequantized")):
+        if (value := getattr(model, field)) == plain:
+            continue
         if experiment.method.trains(_LOGITS):
             yield (
-                f"model.quantization is {model.quantization}, but {method} trains the weights; set "
-                "model.quantization=none"
+                f"model.{field} is {value}, but {method} trains the weights; set "
+                f"model.{field}={plain}"
             )
         for name in ("embeddings", "attention"):
             if model.random_weights and getattr(model, name) != "normal":
                 yield (
                     f"model.{name} needs weights that train; set it to normal, "
-                    "or model.quantization=none"
+                    f"or model.{field}={plain}"
                 )
+    if model.weights == "quantized" and model.quantization != "none":
+        yield (
+            f"model.weights is quantized and model.quantization is {model.quantization}; drop one"
+        )
+    if model.weights == "quantized" and model.random_weights:
+        yield "model.weights is quantized, but model.random_weights reads no file; drop one"
     yield from experiment.method.config_errors()
     if experiment.method.scores_labels and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (

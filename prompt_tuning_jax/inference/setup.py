@@ -122,8 +122,17 @@ def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
         "quantization": config.quantization,
     }
     if config.random_weights:
-        return random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
-    return load_model(config.name_or_path, mesh=partitioner.mesh, rules=partitioner.rules, **kwargs)
+        model = random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
+    else:
+        model = load_model(
+            config.name_or_path,
+            mesh=partitioner.mesh,
+            rules=partitioner.rules,
+            weights=config.weights,
+            **kwargs,
+        )
+    model.logits_mb = config.logits_mb
+    return model
 
 
 def model_fingerprint(model: Model) -> str:
@@ -296,7 +305,7 @@ def require_trainable(trainable: Mapping[str, Any]) -> None:
     if is_quantized(trainable):
         raise UserError(
             "this method trains the model's weights, and they are quantised; "
-            "set model.quantization=none"
+            "set model.quantization=none and model.weights=dequantized"
         )
 
 

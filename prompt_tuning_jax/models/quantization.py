@@ -5,12 +5,16 @@ scale per output channel; an int4 kernel has one bfloat16 scale per 32 inputs of
 Only weights are quantised; activations, their derivatives and all sums keep their precision.  The
 embedding table (one scale per row) and the logits kernel are int8 in both modes.  Norms,
 biases and the vectors of positions are not quantised.
+
+Weights that a file stores in blocks may stay as they are: int8 or int4 with a float16 scale, and
+for some types a float16 minimum, per block of inputs.  They have exactly the values that
+dequantising them gives.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -18,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from prompt_tuning_jax.distributed.sharding import on_a_mesh
 from prompt_tuning_jax.models.layers import LINEAR, Embed, Linear, LinearAdapter, Table
 from prompt_tuning_jax.models.ops import cpu
 from prompt_tuning_jax.typing import Array, DType, HostArray
@@ -25,7 +30,9 @@ from prompt_tuning_jax.typing import Array, DType, HostArray
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
 
 GROUP = 32  # inputs that share one scale in int4
-KERNEL, TABLE, SCALE = "kernel", "embedding", "_scale"
+KERNEL, TABLE, SCALE, MINIMUM = "kernel", "embedding", "_scale", "_min"
+# The most numbers of a kernel that are dequantised at once; those of a head are many more.
+_MOST_DEQUANTIZED = 2**24
 _LOGITS = "logits_dense"
 _POSITIONS = "position_embedder"
 
@@ -43,7 +50,7 @@ def quantized(
     other parameter is returned unchanged.  An abstract array gives abstract results.
     """
     *path, last = name.split("/")
-    if quantization == "none" or last not in (KERNEL, TABLE) or _POSITIONS in path:
+    if quantization == "none" or not is_quantizable(name):
         return {name: array}
     kind: Quantization = "int8" if last == TABLE or _LOGITS in path else quantization
     names = (name, name + SCALE)
@@ -52,6 +59,12 @@ def quantized(
     abstract = isinstance(array, jax.ShapeDtypeStruct)
     parts = jax.eval_shape(make, array) if abstract else make(array)
     return dict(zip(names, parts, strict=True))
+
+
+def is_quantizable(name: str) -> bool:
+    """Returns whether quantised weights of this name can be used as they are."""
+    *path, last = name.split("/")
+    return last in (KERNEL, TABLE) and _POSITIONS not in path
 
 
 @cache
@@ -84,6 +97,26 @@ def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: st
             quantize_modules(child, quantization, path=f"{inner}/")
 
 
+def keep_blocks(
+    module: nnx.Module, blocks: Mapping[str, Mapping[str, Array]], *, path: str = ""
+) -> None:
+    """Replaces linear maps and tables by quantised layers with the parameters that a file has.
+
+    ``blocks`` has the integers, scales and minimums of a parameter by its name, as ``quantized``
+    returns them; they may be abstract.
+    """
+    for name, child in list(nnx.iter_children(module)):
+        inner = f"{path}{name}"
+        kept = blocks.get(f"{inner}/{KERNEL}") or blocks.get(f"{inner}/{TABLE}")
+        if kept is None:
+            if isinstance(child, nnx.Module):
+                keep_blocks(child, blocks, path=f"{inner}/")
+        elif isinstance(child, Linear):
+            setattr(module, str(name), QuantizedLinear(child, *kept.values()))
+        elif isinstance(child, Embed):
+            setattr(module, str(name), QuantizedEmbed(child, *kept.values()))
+
+
 def is_quantized(params: Mapping[str, Any]) -> bool:
     """Returns whether the parameter names are those of a model with quantised weights."""
     return any(name.endswith((KERNEL + SCALE, TABLE + SCALE)) for name in params)
@@ -108,56 +141,139 @@ def quantize(kernel_DF: Array, quantization: Quantization) -> tuple[Array, Array
     return whole_GIF.reshape(inputs, outputs).astype(quantization), scale_GF
 
 
-def quantized_dot(x: Array, kernel_DF: Array, scale_GF: Array, *, dtype: DType) -> Array:
+def quantized_dot(
+    x: Array,
+    kernel: Array,
+    scale: Array,
+    minimum: Array | None = None,
+    *,
+    dtype: DType,
+    inputs_last: bool = False,
+) -> Array:
     """Computes ``[..., D] @ [D, F]`` with operands in ``dtype`` and a float32 result.
 
     Otherwise it works like ``matmul.dot``.  The kernel is dequantised for this product and again
     for the derivative with respect to x; keeping it would hold the full kernels of all layers in
-    memory at once.  There is no derivative with respect to the kernel.
+    memory at once.  There is no derivative with respect to the kernel.  With ``inputs_last``, the
+    kernel is ``[F, D]``, and scales and minimums are ``[F, groups]``.
     """
     flat_ND = x.reshape(-1, x.shape[-1]).astype(dtype)
-    out_NF = _dot(flat_ND, kernel_DF, scale_GF)
-    return out_NF.reshape(*x.shape[:-1], kernel_DF.shape[-1])
+    out_NF = _dot(inputs_last, flat_ND, _Blocks(whole=kernel, scale=scale, minimum=minimum))
+    return out_NF.reshape(*x.shape[:-1], out_NF.shape[-1])
 
 
-def _full(kernel_DF: Array, scale_GF: Array, *, beside: Array) -> Array:
-    """Dequantises the kernel in the dtype of ``beside``, the operand it is multiplied with.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """A quantised kernel: integers, and the scale and the minimum of each group of inputs."""
 
-    Per-channel scales (int8) are not applied here but to the product, so that the kernel's integers
-    are exact in bfloat16.
-    """
-    dtype = beside.dtype
-    groups, outputs = scale_GF.shape
-    kernel_DF = _not_before(kernel_DF, beside)
-    if groups == 1:
-        return kernel_DF.astype(dtype)
-    whole_GIF = kernel_DF.astype(dtype).reshape(groups, -1, outputs)
-    scale_G1F = _not_before(scale_GF, beside)[:, None].astype(dtype)
-    return (whole_GIF * scale_G1F).reshape(kernel_DF.shape)
+    whole: Array
+    scale: Array
+    minimum: Array | None
+
+    def per_channel(self, inputs: int) -> bool:
+        """Whether a scale belongs to an output, and is applied to the product (int8).
+
+        The kernel's integers are then exact in bfloat16.
+        """
+        return self.scale.shape[inputs] == 1 and self.scale.dtype != jnp.float16
+
+    def outputs(self, start: Array, size: int, *, axis: int) -> "_Blocks":
+        """Returns the kernel of some of its outputs."""
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
+        parts: _Blocks = jax.tree.map(take, self)
+        return parts
+
+    def full(self, *, beside: Array, inputs: int) -> Array:
+        """Dequantises in the dtype of ``beside``, the operand that the kernel is multiplied with.
+
+        ``inputs`` is the axis of the inputs.
+        """
+        dtype = beside.dtype
+        whole = _not_before(self.whole, beside)
+        if self.per_channel(inputs):
+            return whole.astype(dtype)
+        # A float16 scale is not rounded to bfloat16: the result is the rounded full number.
+        work = jnp.promote_types(dtype, self.scale.dtype)
+        split = list(whole.shape)
+        split[inputs : inputs + 1] = [self.scale.shape[inputs], -1]
+
+        def of_group(x: Array) -> Array:
+            return jnp.expand_dims(_not_before(x, beside).astype(work), inputs + 1)
+
+        full = whole.astype(work).reshape(split) * of_group(self.scale)
+        if self.minimum is not None:
+            full = full + of_group(self.minimum)
+        return full.reshape(whole.shape).astype(dtype)
 
 
-@jax.custom_vjp
-def _dot(x_ND: Array, kernel_DF: Array, scale_GF: Array) -> Array:
-    out_NF = cpu.product(x_ND, _full(kernel_DF, scale_GF, beside=x_ND), (1, 0))
-    return out_NF * scale_GF if scale_GF.shape[0] == 1 else out_NF
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(inputs_last: bool, x_ND: Array, blocks: _Blocks) -> Array:
+    inputs = 1 if inputs_last else 0
+    outputs = blocks.whole.shape[1 - inputs]
+
+    def of(part: _Blocks) -> Array:
+        out_NF = cpu.product(x_ND, part.full(beside=x_ND, inputs=inputs), (1, inputs))
+        return out_NF * part.scale.reshape(-1) if part.per_channel(inputs) else out_NF
+
+    size = _part_size(blocks, inputs)
+    if size == outputs:
+        return of(blocks)
+
+    def write(i: Array, out_NF: Array) -> Array:
+        start = jnp.minimum(i * size, outputs - size)
+        part_NF = of(blocks.outputs(start, size, axis=1 - inputs))
+        return jax.lax.dynamic_update_slice_in_dim(out_NF, part_NF, start, axis=1)
+
+    empty_NF = jnp.zeros((len(x_ND), outputs), jnp.float32)
+    filled_NF: Array = jax.lax.fori_loop(0, -(-outputs // size), write, empty_NF)
+    return filled_NF
+
+
+def _part_size(blocks: _Blocks, inputs: int) -> int:
+    """Returns how many outputs to dequantise at once; on a mesh, all that a device has."""
+    outputs = blocks.whole.shape[1 - inputs]
+    if on_a_mesh():
+        return outputs
+    parts = -(-blocks.whole.size // _MOST_DEQUANTIZED)
+    return -(-outputs // parts)
 
 
 def _dot_forward(
-    x_ND: Array, kernel_DF: Array, scale_GF: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
+    inputs_last: bool, x_ND: Array, blocks: _Blocks
+) -> tuple[Array, tuple[_Blocks, Array]]:
     empty_0 = jnp.zeros((0,), x_ND.dtype)  # for its dtype
-    return _dot(x_ND, kernel_DF, scale_GF), (kernel_DF, scale_GF, empty_0)
+    return _dot(inputs_last, x_ND, blocks), (blocks, empty_0)
 
 
 def _dot_backward(
-    saved: tuple[Array, Array, Array], cotangent_NF: Array
-) -> tuple[Array, None, None]:
-    kernel_DF, scale_GF, empty_0 = saved
-    if scale_GF.shape[0] == 1:
-        cotangent_NF = cotangent_NF * scale_GF
-    cotangent_NF = cpu.apart(cotangent_NF.astype(empty_0.dtype))
-    full_DF = _full(kernel_DF, scale_GF, beside=cotangent_NF)
-    return cpu.product(cotangent_NF, full_DF, (1, 1)).astype(empty_0.dtype), None, None
+    inputs_last: bool, saved: tuple[_Blocks, Array], cotangent_NF: Array
+) -> tuple[Array, None]:
+    blocks, empty_0 = saved
+    inputs = 1 if inputs_last else 0
+    outputs = blocks.whole.shape[1 - inputs]
+
+    def of(part: _Blocks, cotangent_NF: Array) -> Array:
+        if part.per_channel(inputs):
+            cotangent_NF = cotangent_NF * part.scale.reshape(-1)
+        cotangent_NF = cpu.apart(cotangent_NF.astype(empty_0.dtype))
+        full = part.full(beside=cotangent_NF, inputs=inputs)
+        return cpu.product(cotangent_NF, full, (1, 1 - inputs))
+
+    size = _part_size(blocks, inputs)
+    if size == outputs:
+        return of(blocks, cotangent_NF).astype(empty_0.dtype), None
+
+    def add(i: Array, dx_ND: Array) -> Array:
+        start = jnp.minimum(i * size, outputs - size)
+        own_NF = jax.lax.dynamic_slice_in_dim(cotangent_NF, start, size, axis=1)
+        # The last part repeats outputs of the one before it.
+        own_NF = jnp.where(start + jnp.arange(size) >= i * size, own_NF, 0.0)
+        return dx_ND + of(blocks.outputs(start, size, axis=1 - inputs), own_NF)
+
+    empty_ND = jnp.zeros((len(cotangent_NF), blocks.whole.shape[inputs]), jnp.float32)
+    dx_ND: Array = jax.lax.fori_loop(0, -(-outputs // size), add, empty_ND)
+    return dx_ND.astype(empty_0.dtype), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -196,11 +312,16 @@ def _not_before_any(
 class QuantizedLinear(nnx.Module):
     """A quantised replacement of ``Linear``: ``[..., in] -> [..., out]``."""
 
-    def __init__(self, linear: Linear, kernel_DF: Array, scale_GF: Array):
+    def __init__(
+        self, linear: Linear, kernel_DF: Array, scale_GF: Array, minimum_GF: Array | None = None
+    ):
         axes = linear.kernel.get_metadata()["logical_axes"]
         self.kernel = nnx.Param(kernel_DF, logical_axes=axes)
         # Groups are sharded along the inputs; a single group is replicated on every device.
         self.kernel_scale = nnx.Param(scale_GF, logical_axes=axes)
+        self.kernel_min = nnx.data(None)
+        if minimum_GF is not None:
+            self.kernel_min = nnx.Param(minimum_GF, logical_axes=axes)
         self.bias = nnx.data(linear.bias)
         self.dtype = linear.dtype
         self.out_dtype = linear.out_dtype
@@ -212,7 +333,7 @@ class QuantizedLinear(nnx.Module):
     def plain(self, x: Array) -> Array:
         """Applies the map without its adapter."""
         kernel_DF, scale_GF = self.kernel.get_value(), self.kernel_scale.get_value()
-        out = quantized_dot(x, kernel_DF, scale_GF, dtype=self.dtype)
+        out = quantized_dot(x, kernel_DF, scale_GF, _value(self.kernel_min), dtype=self.dtype)
         out = out.astype(self.dtype if self.out_dtype is None else self.out_dtype)
         if self.bias is not None:
             out = out + self.bias.get_value().astype(out.dtype)
@@ -220,18 +341,27 @@ class QuantizedLinear(nnx.Module):
 
     def columns(self, outputs_N: Array | HostArray) -> Array:
         """Returns the weights ``[in, N]`` of the selected outputs in float32."""
-        whole_DN = self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
-        scale_GN = self.kernel_scale.get_value()[:, outputs_N].astype(jnp.float32)
-        return whole_DN * jnp.repeat(scale_GN, len(whole_DN) // len(scale_GN), axis=0)
+        minimum_GF = _value(self.kernel_min)
+        return _dequantized(
+            self.kernel.get_value()[:, outputs_N],
+            self.kernel_scale.get_value()[:, outputs_N],
+            None if minimum_GF is None else minimum_GF[:, outputs_N],
+            inputs=0,
+        )
 
 
 class QuantizedEmbed(nnx.Module):
     """A quantised replacement of ``Embed``: token ids ``[...] -> [..., D]``."""
 
-    def __init__(self, embed: Embed, rows_VD: Array, scale_V1: Array):
+    def __init__(
+        self, embed: Embed, rows_VD: Array, scale_VG: Array, minimum_VG: Array | None = None
+    ):
         axes = embed.embedding.get_metadata()["logical_axes"]
         self.embedding = nnx.Param(rows_VD, logical_axes=axes)
-        self.embedding_scale = nnx.Param(scale_V1, logical_axes=axes)
+        self.embedding_scale = nnx.Param(scale_VG, logical_axes=axes)
+        self.embedding_min = nnx.data(None)
+        if minimum_VG is not None:
+            self.embedding_min = nnx.Param(minimum_VG, logical_axes=axes)
         self.dtype = embed.dtype
 
     def __call__(self, tokens: Array | HostArray) -> Array:
@@ -239,13 +369,22 @@ class QuantizedEmbed(nnx.Module):
 
     def table(self) -> Table:
         """Returns the table, whose rows are dequantised on access."""
-        rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
-        return QuantizedTable(rows_VD=rows_VD, scale_V1=scale_V1)
+        return QuantizedTable(
+            rows_VD=self.embedding.get_value(),
+            scale_VG=self.embedding_scale.get_value(),
+            minimum_VG=_value(self.embedding_min),
+        )
 
     def attend(self, x: Array) -> Array:
         """Computes logits ``[..., V]`` in float32 with the embedding table as output head."""
-        rows_VD, scale_V1 = self.embedding.get_value(), self.embedding_scale.get_value()
-        return quantized_dot(x, rows_VD.T, scale_V1.T, dtype=self.dtype)
+        return quantized_dot(
+            x,
+            self.embedding.get_value(),
+            self.embedding_scale.get_value(),
+            _value(self.embedding_min),
+            dtype=self.dtype,
+            inputs_last=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +392,33 @@ class QuantizedTable:
     """A table of rows ``[V, D]`` that are dequantised to float32 only when indexed."""
 
     rows_VD: Array
-    scale_V1: Array
+    scale_VG: Array
+    minimum_VG: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.rows_VD.shape)
 
     def __getitem__(self, ids: Any) -> Array:
-        rows = jnp.take(self.rows_VD, ids, axis=0).astype(jnp.float32)
-        return rows * jnp.take(self.scale_V1, ids, axis=0)
+        minimum_VG = self.minimum_VG
+        return _dequantized(
+            jnp.take(self.rows_VD, ids, axis=0),
+            jnp.take(self.scale_VG, ids, axis=0),
+            None if minimum_VG is None else jnp.take(minimum_VG, ids, axis=0),
+            inputs=-1,
+        )
+
+
+def _value(param: nnx.Param[Array] | None) -> Array | None:
+    return None if param is None else param.get_value()
+
+
+def _dequantized(whole: Array, scale: Array, minimum: Array | None, *, inputs: int) -> Array:
+    """Returns a part of a kernel or table in float32; ``inputs`` is the axis that groups divide."""
+    number = whole.shape[inputs] // scale.shape[inputs]
+    full = whole.astype(jnp.float32) * _repeated(scale, number, axis=inputs)
+    return full if minimum is None else full + _repeated(minimum, number, axis=inputs)
+
+
+def _repeated(x: Array, number: int, *, axis: int) -> Array:
+    return jnp.repeat(x.astype(jnp.float32), number, axis=axis)

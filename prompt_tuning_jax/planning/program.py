@@ -78,6 +78,12 @@ def abstract_experiment(
     experiment = dataclasses.replace(experiment, method=method, training=training)
     kept: dict[str, Any] = {}
 
+    if experiment.model.weights == "quantized":
+        raise UserError(
+            "model.weights=quantized depends on a file's types, which are not planned; plan with "
+            "model.quantization=int8 or int4"
+        )
+
     def made() -> tuple[Any, Any]:
         model = model_class(config)(
             config,

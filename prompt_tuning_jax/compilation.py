@@ -50,8 +50,8 @@ def return_memory_of_compilers() -> None:
     of 30 layers.
     """
 
-    def compiled(event: str, seconds: float, **details: str | int) -> None:
-        if event == _COMPILED and seconds > _LONG_SECONDS:
+    def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED and duration_secs > _LONG_SECONDS:
             _return_freed_memory()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,6 @@ from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array, DType
-
 
 # How to hold weights that a file stores quantised.
 Weights: TypeAlias = Literal["dequantized", "quantized"]
@@ -242,7 +241,8 @@ def _with_blocks(
             f"model.weights=quantized needs a GGUF file, and {opened.location} is not one; set "
             "model.quantization=int8 to quantise its weights"
         )
-    stored, abstract = dict(opened.params), {}
+    stored = dict(opened.params)
+    abstract: dict[str, Any] = {}
     for name, blocks in opened.gguf.blocks.items():
         samples[name] = sample_lazy(stored[name])
         parts = {name: blocks.whole, name + SCALE: blocks.scale}

@@ -47,19 +47,19 @@ def _errors(experiment: Experiment) -> Iterator[str]:
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a model or a folder, for example tiny"
     yield from _not_below_one("model", model, "dropout_rate")
-    for field, plain in (("quantization", "none"), ("weights", "dequantized")):
-        if (value := getattr(model, field)) == plain:
+    for choice, plain in (("quantization", "none"), ("weights", "dequantized")):
+        if (value := getattr(model, choice)) == plain:
             continue
         if experiment.method.trains(_LOGITS):
             yield (
-                f"model.{field} is {value}, but {method} trains the weights; set "
-                f"model.{field}={plain}"
+                f"model.{choice} is {value}, but {method} trains the weights; set "
+                f"model.{choice}={plain}"
             )
         for name in ("embeddings", "attention"):
             if model.random_weights and getattr(model, name) != "normal":
                 yield (
                     f"model.{name} needs weights that train; set it to normal, "
-                    f"or model.{field}={plain}"
+                    f"or model.{choice}={plain}"
                 )
     if model.weights == "quantized" and model.quantization != "none":
         yield (

@@ -367,9 +367,7 @@ def loss_sums(
 
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        sums = attached.token_sums(
-            tokens_BT, batch["targets"], task_B=task_B, copies=chunk_size
-        )
+        sums = attached.token_sums(tokens_BT, batch["targets"], task_B=task_B, copies=chunk_size)
         return sums.loss, sums.tokens
 
     with activation_sharding(partitioner):

@@ -36,8 +36,7 @@ def token_sums(
     """
     targets_BS = jnp.asarray(targets_BS)
     real_BS = targets_BS != padding
-    lazy = isinstance(logits_BSV, LazyLogits)
-    of = logits_BSV.statistics(targets_BS) if lazy else statistics_of(logits_BSV, targets_BS)
+    of = statistics_of(logits_BSV, targets_BS)
     loss_BS = of.log_z - of.target + z_loss * jnp.square(of.log_z)
     right_BS = (of.best == targets_BS) | ~real_BS
     counted_BS = real_BS.astype(jnp.float32)

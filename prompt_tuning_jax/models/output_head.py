@@ -43,8 +43,10 @@ class LogitStatistics:
     best: Array
 
 
-def statistics_of(logits: Array, targets: Array | HostArray) -> LogitStatistics:
+def statistics_of(logits: "Array | LazyLogits", targets: Array | HostArray) -> LogitStatistics:
     """Computes the statistics from logits ``[..., V]`` and targets ``[...]``."""
+    if isinstance(logits, LazyLogits):
+        return logits.statistics(targets)
     logits, targets = logits.astype(jnp.float32), jnp.asarray(targets)
     # logsumexp and a gather, because log_softmax would allocate another [..., V].
     return LogitStatistics(
@@ -120,10 +122,11 @@ class LazyLogits:
             return statistics_of(self.head.logits(self.hidden), targets)
         if not self.head.has_parts:
             return _by_rows(self.head.logits, self.hidden, targets, min(number, rows))
-        graphdef, params = param_tree.split(self.head.layer)
+        layer: Any = self.head.layer
+        graphdef, params = param_tree.split(layer)
         parts = _Parts(
             graphdef=graphdef,
-            words_first=isinstance(self.head.layer, Embed | QuantizedEmbed),
+            words_first=isinstance(layer, Embed | QuantizedEmbed),
             scale=self.head.scale,
             cap=self.head.cap,
             shards=shards,
@@ -197,9 +200,10 @@ class _Parts:
 
     def added(self, whole: Array, part: Array, i: Array) -> Array:
         """Adds the numbers of part ``i`` to an array of all words."""
-        axis = self._axis(whole)
-        split = self._by_shard(whole, self.words)
-        new = self._by_shard(self._take(whole, i) + part, self.size)
+        axis, new = self._axis(whole), self._take(whole, i) + part
+        if self.shards == 1:
+            return jax.lax.dynamic_update_slice_in_dim(whole, new, self._start(i), axis=axis)
+        split, new = self._by_shard(whole, self.words), self._by_shard(new, self.size)
         return jax.lax.dynamic_update_slice_in_dim(
             split, new, self._start(i), axis=axis + 1
         ).reshape(whole.shape)
@@ -225,10 +229,12 @@ class _Parts:
 
     def _take(self, array: Array, i: Array) -> Array:
         axis = self._axis(array)
+        if self.shards == 1:
+            return jax.lax.dynamic_slice_in_dim(array, self._start(i), self.size, axis=axis)
         split = self._by_shard(array, self.words)
         part = jax.lax.dynamic_slice_in_dim(split, self._start(i), self.size, axis=axis + 1)
         shape = (*array.shape[:axis], self.shards * self.size, *array.shape[axis + 1 :])
-        axes = [None] * array.ndim
+        axes: list[str | None] = [None] * array.ndim
         axes[axis] = "vocab"
         return with_logical_constraint(part.reshape(shape), axes)
 
@@ -243,7 +249,7 @@ def _by_parts(
 ) -> tuple[Array, Array, Array]:
     """Returns the fields of ``LogitStatistics``, computed a part of the vocabulary at a time."""
 
-    def accumulate(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+    def accumulate(carry: Any, i: Array) -> tuple[Any, None]:
         largest, total, target, best = carry
         logits = parts.logits(parts.take(params, i), hidden)
         ids, new = parts.ids(i)

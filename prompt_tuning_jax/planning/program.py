@@ -14,6 +14,7 @@ from flax import nnx
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.inference.setup import (
     Members,

@@ -372,7 +372,6 @@ def _scored(
 
     ``copies`` is how often a ``vmap`` around it computes this at once.
     """
-
     batch, number, length = targets_BCS.shape
     at_once = min(max(1, MAX_LOGITS // (copies * batch * length * vocab_size)), number)
 

@@ -13,9 +13,9 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.distributed.sharding import Partitioner, stack
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import Members, partitioner_of
-from prompt_tuning_jax.training import optim
 from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.quantization import bytes_of
+from prompt_tuning_jax.training import optim
 from prompt_tuning_jax.training.step import (
     NO_MICROBATCHING,
     Microbatching,

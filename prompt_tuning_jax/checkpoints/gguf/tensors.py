@@ -63,9 +63,7 @@ class StoredBlocks:
     def mapped(self, change: Callable[[LazyArray], LazyArray]) -> "StoredBlocks":
         """Returns the blocks with a change of rows, or of the order of axes, in each array."""
         minimum = None if self.minimum is None else change(self.minimum)
-        return StoredBlocks(
-            whole=change(self.whole), scale=change(self.scale), minimum=minimum
-        )
+        return StoredBlocks(whole=change(self.whole), scale=change(self.scale), minimum=minimum)
 
 
 def open_blocks(path: Path, name: str, info: TensorInfo) -> StoredBlocks | None:

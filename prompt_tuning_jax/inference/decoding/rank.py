@@ -69,14 +69,14 @@ def sequence_log_probs(
     logits_BSV: Array | LazyLogits,
     targets_BS: Array,
     *,
-    normalize_length: bool = False, padding: int = 0
+    normalize_length: bool = False,
+    padding: int = 0,
 ) -> Array:
     """Returns the log-probability [B] of each target, summed in float32 over non-padding tokens.
 
     ``targets_BS`` is int32.  ``normalize_length`` returns the mean instead of the sum.
     """
-    lazy = isinstance(logits_BSV, LazyLogits)
-    of = logits_BSV.statistics(targets_BS) if lazy else statistics_of(logits_BSV, targets_BS)
+    of = statistics_of(logits_BSV, targets_BS)
     log_probs_BS = of.target - of.log_z
     real_BS = targets_BS != padding
     total_B = jnp.sum(log_probs_BS, axis=-1, where=real_BS)

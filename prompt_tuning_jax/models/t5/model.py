@@ -553,9 +553,7 @@ class T5(Model):
         config = self.config
         if config.tie_embeddings:
             scale = config.embed_dim**-0.5
-            return OutputHead(
-                layer=self.token_embedder, vocab_size=config.vocab_size, scale=scale
-            )
+            return OutputHead(layer=self.token_embedder, vocab_size=config.vocab_size, scale=scale)
         return OutputHead(layer=self.decoder.logits_dense, vocab_size=config.vocab_size)
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:

@@ -22,7 +22,7 @@ _PLAIN = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 PLAIN_TYPES = tuple(_PLAIN)
-# Types whose blocks weights may keep: the dtype of their integers, and where those begin in a block.
+# Types whose blocks weights may keep: the dtype of their integers, and their first byte in a block.
 _KEPT = {
     "Q8_0": (np.dtype(np.int8), 2),
     "Q4_0": (np.dtype(ml_dtypes.int4), 2),

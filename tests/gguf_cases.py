@@ -118,7 +118,10 @@ def write_gguf(
         else:
             writer.add_float32(f"{architecture}.{key}", value)
     writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(vocab_size)])
+    tokens = [f"t{i}" for i in range(vocab_size)]
+    tokens[-3:] = ["a", "b", "ab"]
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
     if eos is not None:
         writer.add_uint32("tokenizer.ggml.eos_token_id", eos)
     for name, array in tensors.items():

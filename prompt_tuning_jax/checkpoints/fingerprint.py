@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.typing import Array, HostArray
 
@@ -44,6 +45,16 @@ def sample(array: Array | HostArray) -> Sample:
     return Sample(shape=tuple(array.shape), bits=_sample(array).tobytes())
 
 
+def sample_lazy(array: LazyArray) -> Sample:
+    """The sample of an array that has not been read, of which little is read."""
+    starts, steps = _grid(array.shape)
+    rows = range(*_slices(starts[:1], steps[:1])[0].indices(array.shape[0]))
+    rest = (slice(None),) * (len(array.shape) - 1)
+    read = np.concatenate([array.read((slice(row, row + 1), *rest)) for row in rows])
+    bits = _bits(read[(slice(None), *_slices(starts[1:], steps[1:]))])
+    return Sample(shape=tuple(array.shape), bits=bits.tobytes())
+
+
 def fingerprint_of_samples(config: ModelConfig, samples: Mapping[str, Sample]) -> str:
     """``fingerprint`` from samples of all parameters, by name."""
     digest = hashlib.sha256(
@@ -63,11 +74,7 @@ def _described(config: Any) -> dict[str, Any]:
 
 def _sample(array: Array | HostArray) -> HostArray:
     """Evenly spaced entries as the bits of bfloat16."""
-    import ml_dtypes
-
-    # From the middle of each stretch: the first rows of an embedding table are special tokens.
-    steps = tuple(max(1, n // _POSITIONS) for n in array.shape)
-    starts = tuple(step // 2 for step in steps)
+    starts, steps = _grid(array.shape)
     if isinstance(array, jax.Array) and not _in_host_memory(array):
         # Only the sample leaves the devices, and every process gets all of it.
         sharding = array.sharding
@@ -75,8 +82,20 @@ def _sample(array: Array | HostArray) -> HostArray:
         if isinstance(sharding, NamedSharding):
             replicated = NamedSharding(sharding.mesh, PartitionSpec())
         array = _sampler(starts, steps, replicated)(array)
-        return np.ascontiguousarray(np.asarray(array), ml_dtypes.bfloat16).view(np.uint16)
-    part = np.asarray(array)[_slices(starts, steps)]
+        return _bits(np.asarray(array))
+    return _bits(np.asarray(array)[_slices(starts, steps)])
+
+
+def _grid(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the first sampled position of each axis, and the distance of the next."""
+    # From the middle of each stretch: the first rows of an embedding table are special tokens.
+    steps = tuple(max(1, n // _POSITIONS) for n in shape)
+    return tuple(step // 2 for step in steps), steps
+
+
+def _bits(part: HostArray) -> HostArray:
+    import ml_dtypes
+
     return np.ascontiguousarray(part, ml_dtypes.bfloat16).view(np.uint16)
 
 

@@ -1,7 +1,9 @@
 """Opens and loads a model by its name or folder: configuration, weights and vocabulary."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from prompt_tuning_jax.checkpoints.fingerprint import (
     fingerprint,
     fingerprint_of_samples,
     sample,
+    sample_lazy,
 )
-from prompt_tuning_jax.checkpoints.gguf.model import open_gguf
+from prompt_tuning_jax.checkpoints.gguf.model import GGUFModel, open_gguf_model
+from prompt_tuning_jax.checkpoints.gguf.tensors import KEPT_TYPES
 from prompt_tuning_jax.checkpoints.hf import pretrained
 from prompt_tuning_jax.checkpoints.hub import (
     ASSETS,
@@ -42,8 +46,10 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import Model, model_class
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import (
+    MINIMUM,
     SCALE,
     Quantization,
+    keep_blocks,
     quantize_modules,
     quantized,
 )
@@ -51,6 +57,9 @@ from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array, DType
+
+# How to hold weights that a file stores quantised.
+Weights: TypeAlias = Literal["dequantized", "quantized"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class ModelCheckpoint:
       config: its configuration.
       params: by this project's name, which is T5X's for a T5, without trained prompts and scales.
       vocabulary_file: for ``load_vocabulary``; None if there is none.
+      gguf: the opened file if the model is a GGUF file.
     """
 
     location: str
@@ -71,6 +81,7 @@ class ModelCheckpoint:
     config: ModelConfig
     params: dict[str, LazyArray]
     vocabulary_file: Path | None
+    gguf: GGUFModel | None = None
 
 
 def open_model(
@@ -89,13 +100,14 @@ def open_model(
     location = model_location(str(name_or_path))
     config: ModelConfig
     if is_gguf(Path(location)):
-        config, params = open_gguf(location)
+        opened = open_gguf_model(location)
         return ModelCheckpoint(
             location=location,
             source=Path(location),
-            config=config,
-            params=params,
+            config=opened.config,
+            params=opened.params,
             vocabulary_file=Path(location),
+            gguf=opened,
         )
     if not is_t5x(location):
         folder = hf_folder(location)
@@ -135,6 +147,7 @@ def load_model(
     relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     quantization: Quantization = "none",
+    weights: Weights = "dequantized",
     rules: sharding.Rules = sharding.RULES,
 ) -> Model:
     """Load a frozen model; ``model.vocabulary`` is its vocabulary, or None.
@@ -154,6 +167,9 @@ def load_model(
         the host never holds the whole model, nor a process the parts of other processes' devices.
       quantization: ``int8`` or ``int4`` quantises each array as soon as it is on its devices,
         before the next is read.  The model's fingerprint remains that of the stored weights.
+      weights: ``quantized`` keeps the blocks of a GGUF file's types Q8_0, Q4_0 and Q4_1 as int8 and
+        int4 with their scales; all values are the same.  Weights of other types are dequantised,
+        and a line on standard error says so.
       rules: which mesh axis shards which logical axis.
 
     Raises UserError.
@@ -173,33 +189,79 @@ def load_model(
     # Checked before any weights are read.
     _, wanted = param_tree.split(model)
     param_tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
-    if quantization != "none":
+    samples: dict[str, Sample] = {}
+    stored = opened.params
+    if weights == "quantized":
+        if quantization != "none":
+            raise UserError(
+                f"model.weights is quantized and model.quantization is {quantization}; drop one"
+            )
+        stored = _with_blocks(opened, model, samples)
+    elif quantization != "none":
         quantize_modules(model, quantization)
-        _, wanted = param_tree.split(model)
+    _, wanted = param_tree.split(model)
     shardings = None
     if mesh is not None and mesh.size > 1:
         shapes = {name: array.shape for name, array in wanted.items()}
         shardings = sharding.logical_to_mesh_sharding(
             shapes, param_tree.logical_axes(model), mesh, rules
         )
-    samples: dict[str, Sample] = {}
+    held = {name.removesuffix(SCALE) for name in wanted if name.endswith(SCALE)}
 
     def finish(name: str, array: Array) -> dict[str, Array]:
-        samples[name] = sample(array)
+        if weights == "dequantized" or name in opened.params.keys() - held:
+            samples[name] = sample(array)
         return quantized(name, array, quantization, shardings=shardings)
 
+    def as_stored(name: str) -> bool:
+        return name.removesuffix(SCALE).removesuffix(MINIMUM) in held
+
     params = put_on_devices(
-        opened.params,
+        stored,
         dtype=param_dtype,
         shardings=shardings,
         title=f"reading {name_or_path}",
-        finish=None if quantization == "none" else finish,
-        as_stored=lambda name: quantization != "none" and name + SCALE in wanted,
+        finish=finish if held else None,
+        as_stored=as_stored,
     )
     param_tree.fill(model, params)
     if samples:
         model.original_fingerprint = fingerprint_of_samples(opened.config, samples)
     return model
+
+
+def _with_blocks(
+    opened: ModelCheckpoint, model: Model, samples: dict[str, Sample]
+) -> dict[str, LazyArray]:
+    """Returns the parameters with the blocks that the file stores, which the model then has.
+
+    Adds samples of the weights that the blocks replace.
+    """
+    if opened.gguf is None:
+        raise UserError(
+            f"model.weights=quantized needs a GGUF file, and {opened.location} is not one; set "
+            "model.quantization=int8 to quantise its weights"
+        )
+    stored = dict(opened.params)
+    abstract: dict[str, Any] = {}
+    for name, blocks in opened.gguf.blocks.items():
+        samples[name] = sample_lazy(stored[name])
+        parts = {name: blocks.whole, name + SCALE: blocks.scale}
+        if blocks.minimum is not None:
+            parts[name + MINIMUM] = blocks.minimum
+        stored |= parts
+        abstract[name] = {
+            part: jax.ShapeDtypeStruct(array.shape, array.dtype) for part, array in parts.items()
+        }
+    keep_blocks(model, abstract)
+    if opened.gguf.dequantized and jax.process_index() == 0:
+        others = ", ".join(f"{n:,} of {kind}" for kind, n in opened.gguf.dequantized.items())
+        print(
+            f"note: model.weights=quantized keeps {', '.join(KEPT_TYPES)}; {opened.location} has "
+            f"{others}: these weights are dequantized",
+            file=sys.stderr,
+        )
+    return stored
 
 
 def random_model(

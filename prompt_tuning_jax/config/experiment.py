@@ -18,7 +18,7 @@ NOT_IMPORTED = "not imported: "
 class Model(Config):
     """The frozen model and the precision of its weights."""
 
-    lower_bounds: ClassVar[Mapping[str, float]] = {"dropout_rate": 0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"dropout_rate": 0, "logits_mb": 1}
 
     # Bundled model (``tiny``), published name, Hugging Face name, or folder; with
     # ``random_weights`` also the name of a size.
@@ -36,6 +36,12 @@ class Model(Config):
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
     # Frozen weights in 8 or 4 bits, for methods that keep them frozen.
     quantization: Literal["none", "int8", "int4"] = "none"
+    # Frozen weights that a GGUF file stores quantized: ``quantized`` keeps the types Q8_0, Q4_0 and
+    # Q4_1 in 8 and 4 bits, with exactly the values that ``dequantized`` has in param_dtype.
+    weights: Literal["dequantized", "quantized"] = "dequantized"
+    # Largest float32 array of logits in losses and ranking, in MB; beyond it, they are computed in
+    # parts of the vocabulary.
+    logits_mb: int = 64
     dropout_rate: float = 0.1  # dropout in the frozen model while training
     # Compute the attention of T5's encoder in one kernel, for TPUs and frozen weights.  The kernel
     # has been compiled for v4, v5e, v5p and v6e and compared in simulation, but has run on no chip.
@@ -187,7 +193,8 @@ class Training(Config):
     # one, or on a CPU as many as keep the activations in its cache.
     gradient_accumulation: int = 0
     # Rematerialization: what the backward pass computes again to save memory.  ``dots`` saves the
-    # outputs of linear maps, ``full`` only the inputs of layers.
+    # outputs of linear maps, ``full`` only the inputs of layers.  On a CPU, ``none`` is ``dots``
+    # where activations would take more than a gigabyte.
     remat: Literal["none", "dots", "full"] = "none"
     # Compile layers of the same structure once, as a loop, which is faster.  ``auto`` is on for
     # accelerators and off for CPUs, where a loop copies the weights of each layer.

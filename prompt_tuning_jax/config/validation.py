@@ -53,18 +53,26 @@ def _errors(experiment: Experiment) -> Iterator[str]:
             f"model.fused_attention is for frozen weights, but {method} trains them; set it to "
             "false"
         )
-    if model.quantization != "none":
+    for choice, plain in (("quantization", "none"), ("weights", "dequantized")):
+        if (value := getattr(model, choice)) == plain:
+            continue
         if experiment.method.trains(_LOGITS):
             yield (
-                f"model.quantization is {model.quantization}, but {method} trains the weights; set "
-                "model.quantization=none"
+                f"model.{choice} is {value}, but {method} trains the weights; set "
+                f"model.{choice}={plain}"
             )
         for name in ("embeddings", "attention"):
             if model.random_weights and getattr(model, name) != "normal":
                 yield (
                     f"model.{name} needs weights that train; set it to normal, "
-                    "or model.quantization=none"
+                    f"or model.{choice}={plain}"
                 )
+    if model.weights == "quantized" and model.quantization != "none":
+        yield (
+            f"model.weights is quantized and model.quantization is {model.quantization}; drop one"
+        )
+    if model.weights == "quantized" and model.random_weights:
+        yield "model.weights is quantized, but model.random_weights reads no file; drop one"
     yield from experiment.method.config_errors()
     if experiment.method.scores_labels and experiment.evaluation.strategy not in ("rank", "auto"):
         yield (

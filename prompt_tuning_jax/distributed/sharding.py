@@ -368,6 +368,14 @@ def for_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def num_shards(axis: str, size: int) -> int:
+    """Returns into how many parts the traced function's mesh splits a logical axis of this size."""
+    partitioner = _TRACED.get(None)
+    if partitioner is None:
+        return 1
+    return size_of(partitioner.sharding((axis,), (size,)).spec[0], partitioner.mesh)
+
+
 def replicate(tree: Any) -> Any:
     """Replicates the results of a sharded function, so that every process can read them."""
     partitioner = _TRACED.get(None)

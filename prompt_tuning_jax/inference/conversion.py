@@ -339,6 +339,11 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
             f"a model's weights; methods that can are {merging.MERGEABLE}"
         )
     number = _member(workdir, member_names(experiment), member)
+    if experiment.model.weights == "quantized":
+        raise UserError(
+            f"{workdir} was trained beside quantized weights, and what is merged into those is "
+            "lost in rounding; train with model.weights=dequantized to merge"
+        )
     if experiment.model.quantization != "none":
         raise UserError(
             f"{workdir} was trained beside weights in {experiment.model.quantization}, and what is "

@@ -7,7 +7,7 @@ are shared.  The vote follows Lester et al. 2021, section 6.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -26,12 +26,13 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.beam import BeamRule, T5XRule, beam_search
 from prompt_tuning_jax.inference.decoding.greedy import greedy
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.inference.decoding.rank import rank, sequence_log_probs
+from prompt_tuning_jax.inference.decoding.rank import MAX_LOGITS, rank, sequence_log_probs
 from prompt_tuning_jax.inference.decoding.sampling import sample
 from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, same_tokens
 from prompt_tuning_jax.models.base import DecodeContext, Model
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 
@@ -117,10 +118,12 @@ def score_labels(
     labels_CS: Array,
     *,
     task_B: Array | HostArray | None = None,
-    max_logits: int = 2**26,
+    copies: int = 1,
     normalize_length: bool = False,
 ) -> Array:
     """Returns ``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
+
+    ``copies`` is how often a ``vmap`` around it computes this at once.
 
     The model reads each example once for all labels.  ``normalize_length``
     returns the mean over the label's tokens, except if the method scores labels itself.
@@ -131,16 +134,18 @@ def score_labels(
     ids = tuned.model.token_ids
     context, injections = tuned.read(tokens_BT, task_B=task_B)
 
-    def label_logits(label_S: Array) -> Array:
+    def label_logits(label_S: Array) -> LazyLogits:
         targets_BS = jnp.broadcast_to(label_S, (len(tokens_BT), *label_S.shape))
-        return tuned.model.write(context, targets_BS, injections=injections)
+        model = tuned.model
+        lazy = model.lazy_logits(model.write_hidden(context, targets_BS, injections=injections))
+        return replace(lazy, copies=copies)
 
     return rank(
         label_logits,
         labels_CS,
         normalize_length=normalize_length,
         padding=ids.fill,
-        max_logits=max_logits,
+        max_logits=MAX_LOGITS // copies,
     )
 
 
@@ -184,6 +189,7 @@ def label_scores(
     task, for methods that need it.  ``normalize_length`` returns the mean over a label's tokens.
     On a mesh the result is replicated.
     """
+    chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
 
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
@@ -192,11 +198,10 @@ def label_scores(
             tokens_BT,
             labels_CS,
             task_B=task_B,
-            max_logits=2**26 // members,
+            copies=chunk_size,
             normalize_length=normalize_length,
         )
 
-    chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
     with activation_sharding(partitioner):
         return replicate(map_members(member, trainable, members=members, chunk_size=chunk_size))
 
@@ -358,13 +363,13 @@ def loss_sums(
     The loss is the training loss without dropout and z-loss.  On a mesh the results are replicated.
     """
     tokens_BT = jnp.asarray(batch["inputs"])
+    chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
 
     def member(own: FlatParams) -> tuple[Array, Array]:
         attached = param_tree.merge(graphdef, {**frozen, **own})
-        sums = attached.token_sums(tokens_BT, batch["targets"], task_B=task_B)
+        sums = attached.token_sums(tokens_BT, batch["targets"], task_B=task_B, copies=chunk_size)
         return sums.loss, sums.tokens
 
-    chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
     with activation_sharding(partitioner):
         summed: tuple[Array, Array] = replicate(
             map_members(member, trainable, members=members, chunk_size=chunk_size)
@@ -391,7 +396,7 @@ def target_scores(
         if attached.method.label_tokens:
             return jnp.diagonal(score_labels(attached, tokens_BT, targets_BS))
         return sequence_log_probs(
-            attached(tokens_BT, targets_BS),
+            attached.lazy_logits(tokens_BT, targets_BS),
             targets_BS,
             padding=attached.model.token_ids.fill,
             normalize_length=normalize_length,

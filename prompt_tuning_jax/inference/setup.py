@@ -125,8 +125,14 @@ def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
     if config.random_weights:
         model = random_model(config.name_or_path, seed=experiment.training.seeds[0], **kwargs)
     else:
-        where: dict[str, Any] = {"mesh": partitioner.mesh, "rules": partitioner.rules}
-        model = load_model(config.name_or_path, **where, **kwargs)
+        model = load_model(
+            config.name_or_path,
+            mesh=partitioner.mesh,
+            rules=partitioner.rules,
+            weights=config.weights,
+            **kwargs,
+        )
+    model.logits_mb = config.logits_mb
     if config.fused_attention:
         fuse_attention(model, partitioner)
     return model
@@ -314,7 +320,7 @@ def require_trainable(trainable: Mapping[str, Any]) -> None:
     if is_quantized(trainable) or any(integers):
         raise UserError(
             "this method trains the model's weights, and they are quantised; "
-            "set model.quantization=none"
+            "set model.quantization=none and model.weights=dequantized"
         )
 
 

@@ -15,6 +15,7 @@ from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
 from prompt_tuning_jax.models.layers import Remat, split_key
 from prompt_tuning_jax.models.losses import TokenSums, class_sums, token_sums
+from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray, Mask
 
 C = TypeVar("C", bound=MethodConfig)
@@ -175,9 +176,25 @@ class TunedModel(nnx.Module):
         remat: Remat = "none",
     ) -> Array:
         """Computes float32 logits ``[B, S, V]`` of the targets; a ``key`` enables dropout."""
+        lazy = self.lazy_logits(inputs_BT, targets_BS, task_B=task_B, key=key, remat=remat)
+        return lazy.head.logits(lazy.hidden)
+
+    def lazy_logits(
+        self,
+        inputs_BT: Array | HostArray,
+        targets_BS: Array | HostArray,
+        *,
+        task_B: Array | HostArray | None = None,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> LazyLogits:
+        """Runs the model without its output head, and returns the logits that this would give."""
         injections = self.injections(inputs_BT, task_B=task_B, key=key)
         model = self.model if key is None else self.method.with_dropout(self.model, key=key)
-        return model.run(inputs_BT, targets_BS, injections=injections, key=key, remat=remat)
+        hidden_BSD = model.run_hidden(
+            inputs_BT, targets_BS, injections=injections, key=key, remat=remat
+        )
+        return model.lazy_logits(hidden_BSD)
 
     def token_sums(
         self,
@@ -190,11 +207,14 @@ class TunedModel(nnx.Module):
         z_loss: float = 0.0,
         weights_B: Array | HostArray | None = None,
         training: bool = False,
+        copies: int = 1,
     ) -> TokenSums:
         """Computes the loss: the summed cross entropy of the target tokens.
 
         If the method scores labels itself, the loss is the cross entropy of choosing the target
         among its labels.  ``training`` adds the method's own ``context_sums`` for each example.
+        ``copies`` is how often a ``vmap`` around it computes this at once; the logits of all share
+        the bound of the model.
         """
         labels = self.method.label_tokens
         if labels:
@@ -202,9 +222,10 @@ class TunedModel(nnx.Module):
             same_BC = same_tokens(targets_BS, labels, padding=self.model.token_ids.fill)
             class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)
             return class_sums(logits_BC, class_B, z_loss=z_loss, weights_B=weights_B)
-        logits_BSV = self(inputs_BT, targets_BS, task_B=task_B, key=key, remat=remat)
+        lazy = self.lazy_logits(inputs_BT, targets_BS, task_B=task_B, key=key, remat=remat)
+        lazy = replace(lazy, copies=copies)
         fill = self.model.token_ids.fill
-        sums = token_sums(logits_BSV, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
+        sums = token_sums(lazy, targets_BS, z_loss=z_loss, padding=fill, weights_B=weights_B)
         context = self.method.context_sums(self.model, z_loss=z_loss) if training else None
         if context is None:
             return sums

@@ -97,11 +97,9 @@ class ContextPrompt(TuningModule[CPT]):
             embeddings_BUD=embeddings_1PD, mask_BU=jnp.ones(embeddings_1PD.shape[:2], bool)
         )
         hidden_PD = model.read(source).hidden_BUD[0]
-        logits_NV = model.logits(hidden_PD[places_N - 1])
         ids_N = jnp.asarray(self.tokens, jnp.int32)[places_N]
-        log_z_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        right_N = jnp.take_along_axis(logits_NV, ids_N[:, None], axis=-1)[:, 0]
-        loss_N = log_z_N - right_N + z_loss * jnp.square(log_z_N)
+        of = model.lazy_logits(hidden_PD[places_N - 1]).statistics(ids_N)
+        loss_N = of.log_z - of.target + z_loss * jnp.square(of.log_z)
         none = jnp.zeros((), jnp.float32)
         return TokenSums(
             loss=jnp.sum(jnp.asarray([*weights.values()]) * loss_N),

@@ -136,7 +136,7 @@ def _replace_weights(
     if isinstance(linear, QuantizedLinear):
         raise UserError(
             f"the weights of {name} are quantised, and what is merged into them would be lost in "
-            "rounding; set model.quantization=none"
+            "rounding; set model.quantization=none and model.weights=dequantized"
         )
     kernel_DF = linear.kernel.get_value()
     bias_F = None if linear.bias is None else linear.bias.get_value().astype(jnp.float32)

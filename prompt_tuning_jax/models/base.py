@@ -25,12 +25,8 @@ from prompt_tuning_jax.models.injections import (
     KeyValues,
     ModelInput,
 )
-from prompt_tuning_jax.models.layers import (
-    Embed,
-    Remat,
-    Table,
-    split_key,
-)
+from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
+from prompt_tuning_jax.models.output_head import LOGITS_MB, LazyLogits, OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
@@ -149,6 +145,8 @@ class Model(nnx.Module):
         self.scan_layers = False  # whether equal layers run as one loop (models/layer_loop.py)
         self.fused_attention = False  # whether attention is one kernel, for TPUs
         self.original_fingerprint = ""  # fingerprint of the weights before quantisation
+        # The largest float32 array of logits in losses and ranking, in millions of bytes.
+        self.logits_mb = LOGITS_MB
 
     @property
     @abstractmethod
@@ -204,6 +202,10 @@ class Model(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Applies the output head, ``[..., D] -> [..., V]``; returns logits in float32."""
 
+    def output_head(self) -> OutputHead:
+        """Returns the output head; one of a linear map or a table can be computed in parts."""
+        return OutputHead(layer=self.logits, vocab_size=self.config.vocab_size)
+
     @abstractmethod
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         """Returns the output head's weight vectors ``[N, D]`` of these tokens, in float32."""
@@ -225,6 +227,10 @@ class Model(nnx.Module):
         return self.logits(
             self.write_hidden(context, targets_BS, injections=injections, key=key, remat=remat)
         )
+
+    def lazy_logits(self, hidden: Array) -> LazyLogits:
+        """Returns the logits of the output head's inputs ``[..., D]`` without computing them."""
+        return LazyLogits(hidden=hidden, head=self.output_head(), max_mb=self.logits_mb)
 
     def for_labels(self, labels: Sequence[str], *, key: Array) -> "Model":
         """Returns the model with an output for each label, which ``key`` initializes.
@@ -298,10 +304,24 @@ class Model(nnx.Module):
 
         ``injections.model_input`` replaces the embedded inputs if it is given.
         """
+        return self.logits(
+            self.run_hidden(inputs_BT, targets_BS, injections=injections, key=key, remat=remat)
+        )
+
+    def run_hidden(
+        self,
+        inputs_BT: Array | HostArray,
+        targets_BS: Array | HostArray,
+        *,
+        injections: Injections = NO_INJECTIONS,
+        key: Array | None = None,
+        remat: Remat = "none",
+    ) -> Array:
+        """Does ``run`` without the output head, and returns its inputs ``[B, S, D]``."""
         keys = split_key(key, 2)
         source = injections.model_input or self.embed(inputs_BT)
         context = self.read(source, injections=injections, key=keys[0], remat=remat)
-        return self.write(
+        return self.write_hidden(
             context,
             targets_BS,
             injections=self.injections_for_writing(injections),

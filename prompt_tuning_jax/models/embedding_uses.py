@@ -1,7 +1,9 @@
 """The places where a model uses its embedding table, which methods may adapt one by one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ from flax import nnx
 
 from prompt_tuning_jax.models.layers import LinearAdapter, Table
 from prompt_tuning_jax.typing import Array, HostArray
+
+E = TypeVar("E", bound="AnyEmbed")
 
 
 def whole_table(table: Table) -> Array:
@@ -77,3 +81,7 @@ class TiedHead(nnx.Module):
 
     def __call__(self, x: Array, embed: AnyEmbed) -> Array:
         return embed.attend(x) if self.adapter is None else self.adapter(x, TiedMap(embed))
+
+    def layer(self, embed: E) -> E | Callable[[Array], Array]:
+        """Returns the table itself, or this head where it has an adapter."""
+        return embed if self.adapter is None else partial(self, embed=embed)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from prompt_tuning_jax.models.output_head import LazyLogits, statistics_of
 from prompt_tuning_jax.typing import Array, HostArray
 
 
@@ -20,7 +21,7 @@ class TokenSums:
 
 
 def token_sums(
-    logits_BSV: Array,
+    logits_BSV: Array | LazyLogits,
     targets_BS: Array | HostArray,
     *,
     z_loss: float = 0.0,
@@ -33,12 +34,11 @@ def token_sums(
     contain only padding are ignored.  ``weights_B`` scales each example's loss and token count, but
     not ``examples`` and ``correct``, which always count examples.
     """
-    logits_BSV, targets_BS = logits_BSV.astype(jnp.float32), jnp.asarray(targets_BS)
+    targets_BS = jnp.asarray(targets_BS)
     real_BS = targets_BS != padding
-    log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
-    target_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    loss_BS = log_z_BS - target_BS + z_loss * jnp.square(log_z_BS)
-    right_BS = (jnp.argmax(logits_BSV, axis=-1) == targets_BS) | ~real_BS
+    of = statistics_of(logits_BSV, targets_BS)
+    loss_BS = of.log_z - of.target + z_loss * jnp.square(of.log_z)
+    right_BS = (of.best == targets_BS) | ~real_BS
     counted_BS = real_BS.astype(jnp.float32)
     if weights_B is not None:
         weights_B1 = jnp.asarray(weights_B, jnp.float32)[:, None]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.distributed.sharding import Partitioner
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.inference.setup import (
     Members,
@@ -79,6 +80,12 @@ def abstract_experiment(
     training = dataclasses.replace(experiment.training, inits=(), gradient_accumulation=parts)
     experiment = dataclasses.replace(experiment, method=method, training=training)
     kept: dict[str, Any] = {}
+
+    if experiment.model.weights == "quantized":
+        raise UserError(
+            "model.weights=quantized depends on a file's types, which are not planned; plan with "
+            "model.quantization=int8 or int4"
+        )
 
     def made() -> tuple[Any, Any]:
         model = model_class(config)(

@@ -24,19 +24,19 @@ from prompt_tuning_jax.distributed.sharding import (
 )
 from prompt_tuning_jax.inference.decoding.greedy import ends
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.inference.decoding.rank import sequence_log_probs
+from prompt_tuning_jax.inference.decoding.rank import MAX_LOGITS, sequence_log_probs
 from prompt_tuning_jax.inference.ensemble import score_known_labels
 from prompt_tuning_jax.methods.base import TunedModel
 from prompt_tuning_jax.methods.prompt_combine import combine_rows
 from prompt_tuning_jax.models.base import Context, DecodeContext, Model
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections
+from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.serving.decode_state import KEY_AXES, DecodeOutput, DecodeState
 from prompt_tuning_jax.serving.shapes import DecodeOptions
 from prompt_tuning_jax.serving.tasks import AdapterSpec
 from prompt_tuning_jax.typing import Array, FlatParams
 
-_MAX_LOGITS = 2**26  # numbers that are held at once
 # The fields of a DecodeState that decoding changes.
 _DECODED = ("caches", "token_M", "position_M", "score_M", "done_M", "ids_MS")
 
@@ -83,6 +83,7 @@ class Programs:
 
         A method that scores labels itself knows only its labels; any other target is impossible.
         """
+        copies = len(batch.tokens_BT) if self._gathers else 1
         with activation_sharding(self.partitioner):
 
             def score(arrays: Any, batch: Batch, targets_BCS: Array) -> Array:
@@ -91,12 +92,16 @@ class Programs:
                     return score_known_labels(attached, batch.tokens_BT, targets_BCS)
                 model, context, injections = self._read(params, arrays, batch, prompt_length)
 
-                def logits_of(targets_BS: Array) -> Array:
-                    return model.write(context, targets_BS, injections=injections)
+                def logits_of(targets_BS: Array) -> LazyLogits:
+                    hidden_BSD = model.write_hidden(context, targets_BS, injections=injections)
+                    return model.lazy_logits(hidden_BSD)
 
-                vocabulary = model.config.vocab_size
                 return _scored(
-                    logits_of, targets_BCS, vocab_size=vocabulary, padding=self.token_ids.fill
+                    logits_of,
+                    targets_BCS,
+                    vocab_size=model.config.vocab_size,
+                    padding=self.token_ids.fill,
+                    copies=copies,
                 )
 
             return replicate(self._by_row(score)(arrays, batch, targets_BCS))
@@ -356,16 +361,25 @@ def held_prompts(graphdef: nnx.GraphDef[Model], params: FlatParams, prompts_KPD:
 
 
 def _scored(
-    logits_of: Callable[[Array], Array], targets_BCS: Array, *, vocab_size: int, padding: int
+    logits_of: Callable[[Array], LazyLogits],
+    targets_BCS: Array,
+    *,
+    vocab_size: int,
+    padding: int,
+    copies: int,
 ) -> Array:
-    """``[B, C]``: summed log-probabilities; ``logits_of`` predicts one target ``[B, S]`` a row."""
+    """``[B, C]``: summed log-probabilities; ``logits_of`` predicts one target ``[B, S]`` a row.
+
+    ``copies`` is how often a ``vmap`` around it computes this at once.
+    """
+    batch, number, length = targets_BCS.shape
+    at_once = min(max(1, MAX_LOGITS // (copies * batch * length * vocab_size)), number)
 
     def one(targets_BS: Array) -> Array:
-        return sequence_log_probs(logits_of(targets_BS), targets_BS, padding=padding)
+        lazy = replace(logits_of(targets_BS), copies=copies * at_once)
+        return sequence_log_probs(lazy, targets_BS, padding=padding)
 
-    batch, number, length = targets_BCS.shape
-    at_once = _MAX_LOGITS // (batch * length * vocab_size)
     targets_CBS = targets_BCS.swapaxes(0, 1)
-    if at_once >= number:
+    if at_once == number:
         return jax.vmap(one)(targets_CBS).T
-    return lax.map(one, targets_CBS, batch_size=max(1, at_once)).T
+    return lax.map(one, targets_CBS, batch_size=at_once).T

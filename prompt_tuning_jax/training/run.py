@@ -20,6 +20,7 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.experiment import Model as ModelFields
 from prompt_tuning_jax.config.methods import DeepPrompts
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
@@ -52,7 +53,7 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.config import ModelConfig
-from prompt_tuning_jax.models.quantization import SCALE, Quantization, bytes_of
+from prompt_tuning_jax.models.quantization import MINIMUM, SCALE, bytes_of
 from prompt_tuning_jax.storage import remove_leftovers
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.curves import plot_curves
@@ -311,12 +312,12 @@ def _introduction(
     """Yields lines that describe the parameters, the optimizer and the data."""
     trained = param_tree.count(members.trainable) // members.number
     frozen = param_tree.count(
-        param_tree.select(members.frozen, lambda name: not name.endswith(SCALE))
+        param_tree.select(members.frozen, lambda name: not name.endswith((SCALE, MINIMUM)))
     )
     count = f"{members.number} x " if members.number > 1 else ""
     yield (
         f"{experiment.model.name_or_path}: {count}{trained:,} parameters train, "
-        f"{frozen:,} are frozen{_held(members.frozen, frozen, experiment.model.quantization)}"
+        f"{frozen:,} are frozen{_held(members.frozen, frozen, experiment.model)}"
     )
     training, optimizer = experiment.training, experiment.optimizer
     rates = training.learning_rates or (optimizer.learning_rate,)
@@ -384,12 +385,14 @@ def _finished(
     )
 
 
-def _held(params: FlatParams, number: int, quantization: Quantization) -> str:
+def _held(params: FlatParams, number: int, model: ModelFields) -> str:
     """Formats the memory of ``number`` parameters, including the scales of quantization."""
     if not number:
         return ""
     size = bytes_of(params)
-    kind = "" if quantization == "none" else f" in {quantization}"
+    kind = "" if model.quantization == "none" else f" in {model.quantization}"
+    if model.weights == "quantized":
+        kind = ", quantized as in the file"
     return f"{kind} ({size / 1e6:,.1f} MB, {size / number:.2f} bytes each)"
 
 

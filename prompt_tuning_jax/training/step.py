@@ -63,6 +63,9 @@ class StepCost:
 # Measured on two cores with SmolLM2-135M, 16 rows of 128 positions and a prompt of 100: 5.8 s a
 # step in microbatches of 2 rows, 5.0 s of 4, 4.8 s of 8 and 5.1 s of 16.
 _POSITIONS_PER_SHARED = 10
+# Frozen weights and activations that a step on a CPU may hold without smaller microbatches, which
+# repeat the prompt's pass: with 2 positions behind each of the prompt's, it takes a third of it.
+_STEP_BYTES, _LEAST_PER_SHARED, _FLOAT32_BYTES = 1.6e9, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,15 @@ class Microbatching:
     The result equals that of the whole step.  ``num_microbatches`` sets the number of microbatches.
     If ``config`` is given, the split instead makes the largest activation fit into a CPU's cache;
     the method adds ``prompt_positions`` positions to each row, or ``shared_positions`` to each
-    microbatch.  By default, nothing is split.
+    microbatch.  Beside ``frozen_bytes`` of weights, deep models get smaller microbatches.  By
+    default, nothing is split.
     """
 
     num_microbatches: int = 1
     config: ModelConfig | None = None
     prompt_positions: int = 0
     shared_positions: int = 0
+    frozen_bytes: int = 0
 
     def microbatches(self, rows: int, length: int) -> int:
         """Returns the number of equal microbatches of a member's batch ``[rows, length]``.
@@ -91,6 +96,10 @@ class Microbatching:
         # The prompt's pass, which every microbatch repeats, must stay a small part of it.
         least = math.ceil(_POSITIONS_PER_SHARED * self.shared_positions / length)
         most = max(rows_in_cache(self.config, length), least)
+        if self.frozen_bytes:
+            left = max(_STEP_BYTES - self.frozen_bytes, 0) / activation_bytes(self.config)
+            least = math.ceil(_LEAST_PER_SHARED * self.shared_positions / length)
+            most = min(most, max(int(left - self.shared_positions) // length, least, 1))
         fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n <= most)
         return next(fitting, rows)
 
@@ -105,6 +114,15 @@ class Microbatching:
         """Returns how often a step runs the body of its loops over chunks and microbatches."""
         chunks = members // self.chunk_size(members, rows, length)
         return chunks * self.microbatches(rows, length)
+
+
+def activation_bytes(config: ModelConfig) -> int:
+    """Returns about how much a step stores for each position if linear maps are not computed again.
+
+    Measured with SmolLM2-135M and Gemma 3 270M in float32.
+    """
+    of_layer = 2 * (config.mlp_dim + config.embed_dim) + 4 * config.num_heads * config.head_dim
+    return _FLOAT32_BYTES * config.num_reading_layers * of_layer
 
 
 NO_MICROBATCHING = Microbatching()
@@ -216,7 +234,7 @@ def make_train_step(
     """
 
     def summed_loss(
-        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None, *, copies: int
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
         attached.model.scan_layers = scan_layers
@@ -232,6 +250,7 @@ def make_train_step(
             z_loss=z_loss,
             weights_B=batch.get("example_weights"),
             training=True,
+            copies=copies,
         )
         return sums.loss, sums
 
@@ -246,9 +265,9 @@ def make_train_step(
         return jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1)
 
     def gradient(
-        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array
+        trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array, copies: int
     ) -> tuple[FlatParams, TokenSums]:
-        differentiate = jax.grad(summed_loss, has_aux=True)
+        differentiate = jax.grad(partial(summed_loss, copies=copies), has_aux=True)
         number = microbatching.microbatches(*batch["inputs"].shape)
         if number == 1:
             return differentiate(trainable, frozen, batch, key if dropout else None)
@@ -272,9 +291,11 @@ def make_train_step(
         batch: Batch,
         learning_rate: Array,
         key: Array,
+        *,
         frozen: FlatParams,
+        copies: int,
     ) -> tuple[FlatParams, Any, StepMetrics]:
-        gradients, sums = gradient(trainable, frozen, batch, key)
+        gradients, sums = gradient(trainable, frozen, batch, key, copies)
         # The sum of weighted tokens may be less than one.
         tokens = jnp.where(sums.tokens > 0, sums.tokens, 1.0)
         if loss_normalization == "tokens":
@@ -303,11 +324,12 @@ def make_train_step(
         keys_E = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(
             seeds_E
         )
+        chunk_size = microbatching.chunk_size(*batch["inputs"].shape)
         trainable, opt_state, metrics = map_members(
-            partial(member_step, frozen=frozen),
+            partial(member_step, frozen=frozen, copies=chunk_size),
             *(state.trainable, state.opt_state, dict(batch), rates_E, keys_E),
             members=len(seeds),
-            chunk_size=microbatching.chunk_size(*batch["inputs"].shape),
+            chunk_size=chunk_size,
         )
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 

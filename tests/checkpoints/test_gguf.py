@@ -167,6 +167,45 @@ def test_a_head_that_is_the_table_is_tied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(params["decoder/logits_dense/kernel"].whole(), table.T + 1)
 
 
+def test_a_head_of_another_type_than_the_table_is_kept(tmp_path: Path) -> None:
+    """Even where both are the same numbers, stored in 8 bits and in full."""
+    table = tiny_tensors()["token_embd.weight"]
+    tensors = {**tiny_tensors(), "output.weight": table}
+    tensors["token_embd.weight"] = gguf.quants.quantize(table, gguf.GGMLQuantizationType.Q8_0)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        SIZES,
+        tensors,
+        vocab_size=ROWS,
+        types={"token_embd.weight": gguf.GGMLQuantizationType.Q8_0},
+    )
+    config, params = open_gguf(path)
+    assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["decoder/logits_dense/kernel"].whole(), table.T)
+    assert 0 < np.abs(params["token_embedder/embedding"].whole() - table).max() < 0.02
+
+
+def test_the_pattern_of_windows_that_a_file_names(shared: Path, tmp_path: Path) -> None:
+    """Newer files say which layers are global, and the base of the others' positions."""
+    folder = shared / "fixtures" / "families" / "gemma3_text"
+    _, config, params = gguf_of(folder, tmp_path / "m.gguf")
+    for number, (pattern, windows) in enumerate(
+        [(2, (5, 0, 5, 0, 5)), (0, (5,) * 5), (9.5, None), (6, (5,) * 5)]
+    ):
+        path = tmp_path / f"{number}.gguf"
+        more = {"attention.sliding_window_pattern": pattern, "rope.freq_base_swa": 5e3}
+        metadata = gguf_metadata(config) | more
+        tensors = gguf_tensors(config, params)
+        write_gguf(path, "gemma3", metadata, tensors, vocab_size=config.vocab_size)
+        if windows is None:
+            with pytest.raises(UserError, match=r"sliding_window_pattern is 9\.5; it must be a"):
+                open_gguf(path)
+            continue
+        opened = open_gguf(path)[0]
+        assert (opened.windows, opened.rope_local_theta) == (windows, 5e3)
+
+
 def test_scaled_rotary_positions(tmp_path: Path) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     config, _ = open_gguf(tiny(tmp_path / "linear.gguf", **linear))

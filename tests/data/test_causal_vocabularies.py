@@ -23,11 +23,9 @@ from prompt_tuning_jax.models.config import TokenIds
 from tests.data.tokenizer_cases import (
     CORPUS,
     byte_level,
-    gemma3_gguf,
     gpt2_metadata,
     llama_metadata,
     sentencepiece_model,
-    smollm2_gguf,
     write_gguf,
 )
 
@@ -256,11 +254,10 @@ def test_added_tokens_beyond_the_embeddings_are_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", ["smollm2", pytest.param("gemma3_270m", marks=pytest.mark.slow)])
-def test_recorded_ids(shared: Path, tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
+def test_recorded_ids(shared: Path, request: pytest.FixtureRequest, family: str) -> None:
     """Ids, pieces and texts that transformers gives for the same files."""
     folder = shared / "fixtures/families" / family
-    temporary = tmp_path_factory.mktemp(family)
-    path = smollm2_gguf() if family == "smollm2" else gemma3_gguf(temporary)
+    path: Path = request.getfixturevalue(family)
     words = load_vocabulary(path)
     texts = json.loads((folder / "texts.json").read_text())
     cases = np.load(folder / "cases.npz")

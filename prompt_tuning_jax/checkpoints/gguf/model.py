@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -14,19 +17,51 @@ from prompt_tuning_jax.checkpoints.gguf.architectures import (
     config_of,
     permutation,
 )
-from prompt_tuning_jax.checkpoints.gguf.tensors import open_tensors, same_bytes, stored_type
+from prompt_tuning_jax.checkpoints.gguf.tensors import (
+    PLAIN_TYPES,
+    StoredBlocks,
+    open_blocks,
+    open_tensors,
+    same_bytes,
+    stored_type,
+)
 from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import read_header
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
+from prompt_tuning_jax.models.quantization import is_quantizable
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import require_whole
 
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 
 
+@dataclass(frozen=True, kw_only=True)
+class GGUFModel:
+    """A model in a GGUF file.
+
+    Attributes:
+      config: its configuration.
+      params: its parameters by our name, in floating point.
+      blocks: those that the file stores in blocks of integers that may be kept; ours are the
+        transposes of a file's kernels.
+      dequantized: the number of weights of each other quantised type.
+    """
+
+    config: CausalLMConfig
+    params: dict[str, LazyArray]
+    blocks: dict[str, StoredBlocks]
+    dequantized: Mapping[str, int]
+
+
 def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
-    """A model as (configuration, parameters by our name).
+    """A model as (configuration, parameters by our name); see ``open_gguf_model``."""
+    opened = open_gguf_model(path)
+    return opened.config, opened.params
+
+
+def open_gguf_model(path: str | Path) -> GGUFModel:
+    """Opens a model in a GGUF file.
 
     Quantised tensors are dequantised to float32, part by part, when they are read; F16 and BF16
     keep their type.  The file is also the model's vocabulary.  Raises UserError for a damaged or
@@ -59,23 +94,35 @@ def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
     require_same_names(
         held, dict.fromkeys(theirs.values()), of=str(path), and_of=f"a {metadata.architecture}"
     )
-    params: dict[str, LazyArray] = {}
-    for name, source in theirs.items():
-        tensor = held[source]
-        if architecture.norms_plus_one and name.endswith("norm/scale"):
-            tensor = _minus_one(tensor)
+
+    def ours(tensor: LazyArray, name: str) -> LazyArray:
+        """Our parameter from a tensor, or from an array with its rows."""
         width = shapes[name][-1]
         turned = architecture.permuted and ("/query/" in name or "/key/" in name)
         if turned and tensor.shape[0] == width:  # otherwise, a message tells the shapes
             order = permutation(width // config.head_dim, config.head_dim)
             tensor = tensor.taken(order, axis=0)
-        params[name] = table.read(name, tensor, shapes, config.head_dim)
+        return table.read(name, tensor, shapes, config.head_dim)
+
+    params: dict[str, LazyArray] = {}
+    blocks: dict[str, StoredBlocks] = {}
+    dequantized: Counter[str] = Counter()
+    for name, source in theirs.items():
+        tensor = held[source]
+        if architecture.norms_plus_one and name.endswith("norm/scale"):
+            tensor = _minus_one(tensor)
+        params[name] = ours(tensor, name)
         if params[name].shape != shapes[name]:
             raise UserError(
                 f"{path}: {source} makes {name} {list(params[name].shape)}, but by the metadata it "
                 f"is {list(shapes[name])}"
             )
-    return config, params
+        kept = open_blocks(path, source, infos[source]) if is_quantizable(name) else None
+        if kept is not None:
+            blocks[name] = kept.mapped(partial(ours, name=name))
+        elif (kind := stored_type(infos[source])[0]) not in PLAIN_TYPES:
+            dequantized[kind] += prod(params[name].shape)
+    return GGUFModel(config=config, params=params, blocks=blocks, dequantized=dequantized)
 
 
 def stored_types(path: Path) -> tuple[Counter[str], int]:

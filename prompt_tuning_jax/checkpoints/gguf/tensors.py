@@ -1,6 +1,7 @@
 """The tensors of a GGUF file, dequantised part by part as they are read."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -20,6 +21,14 @@ _PLAIN = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+PLAIN_TYPES = tuple(_PLAIN)
+# Types whose blocks weights may keep: the dtype of their integers, and their first byte in a block.
+_KEPT = {
+    "Q8_0": (np.dtype(np.int8), 2),
+    "Q4_0": (np.dtype(ml_dtypes.int4), 2),
+    "Q4_1": (np.dtype(ml_dtypes.uint4), 4),
+}
+KEPT_TYPES, BLOCK = tuple(_KEPT), 32
 _ADVICE = "convert it with llama.cpp, for instance to Q8_0"
 _MOST_ELEMENTS = 2**40
 # Elements that are dequantised at once: the intermediate arrays take several times as much.
@@ -37,6 +46,64 @@ def open_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, LazyA
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return {name: _lazy(path, name, info, mapped, size) for name, info in infos.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBlocks:
+    """A tensor as its file stores it: integers, and numbers of each block of columns.
+
+    Element ``[r, c]`` is ``whole[r, c] * scale[r, c // 32]``, plus ``minimum[r, c // 32]`` if there
+    is one.
+    """
+
+    whole: LazyArray
+    scale: LazyArray
+    minimum: LazyArray | None
+
+    def mapped(self, change: Callable[[LazyArray], LazyArray]) -> "StoredBlocks":
+        """Returns the blocks with a change of rows, or of the order of axes, in each array."""
+        minimum = None if self.minimum is None else change(self.minimum)
+        return StoredBlocks(whole=change(self.whole), scale=change(self.scale), minimum=minimum)
+
+
+def open_blocks(path: Path, name: str, info: TensorInfo) -> StoredBlocks | None:
+    """The blocks of a tensor that was opened; None for a type whose blocks cannot be kept."""
+    kind, size = stored_type(info)
+    if kind not in _KEPT or len(info.shape) != 2:
+        return None
+    dtype, start = _KEPT[kind]
+    rows, columns = info.shape
+    mapped = np.memmap(path, np.uint8, mode="r")
+    stored = mapped[info.offset : info.offset + size].reshape(rows, columns // BLOCK, -1)
+    where = f"{path}: {name[:200]}"
+
+    def halves(at: int) -> LazyArray:
+        """The float16 numbers at these bytes of each block."""
+
+        def read(index: Index) -> HostArray:
+            pair = np.ascontiguousarray(stored[(*index, slice(at, at + 2))])
+            return pair.view(np.float16)[..., 0]
+
+        shape = (rows, columns // BLOCK)
+        return LazyArray(shape=shape, dtype=np.dtype(np.float16), where=where, read=read)
+
+    def whole(index: Index) -> HostArray:
+        first, last, _ = index[1].indices(columns)
+        blocks = slice(first // BLOCK, max(first, last - 1) // BLOCK + 1)
+        packed = stored[index[0], blocks, start:]
+        if kind == "Q8_0":
+            values = packed.view(np.int8)
+        else:  # the low halves of all bytes come before the high ones
+            values = np.concatenate([packed & 15, packed >> 4], axis=2).view(np.int8)
+            if kind == "Q4_0":
+                values = values - np.int8(8)
+        part = values.reshape(len(packed), -1)
+        begin = blocks.start * BLOCK
+        return part[:, first - begin : max(first, last) - begin].astype(dtype)
+
+    integers = LazyArray(shape=info.shape, dtype=dtype, where=where, read=whole)
+    minimum = halves(2) if kind == "Q4_1" else None
+    return StoredBlocks(whole=integers, scale=halves(0), minimum=minimum)
 
 
 def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:

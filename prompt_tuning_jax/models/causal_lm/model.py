@@ -50,9 +50,9 @@ from prompt_tuning_jax.models.layers import (
     Table,
     dropout,
     linear_from,
-    softcap,
     split_key,
 )
+from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
@@ -310,11 +310,14 @@ class CausalLM(Model):
         return self.logits(hidden_BD), caches
 
     def logits(self, hidden: Array) -> Array:
-        if self.config.tie_embeddings:
-            logits = self.decoder.tied_logits(hidden, self.token_embedder)
-        else:
-            logits = self.decoder.logits_dense(hidden)
-        return softcap(logits, self.config.logits_softcap)
+        return self.output_head().logits(hidden)
+
+    def output_head(self) -> OutputHead:
+        config = self.config
+        tied = config.tie_embeddings
+        decoder = self.decoder
+        layer = decoder.tied_logits.layer(self.token_embedder) if tied else decoder.logits_dense
+        return OutputHead(layer=layer, vocab_size=config.vocab_size, cap=config.logits_softcap)
 
     def untie(self, head_VD: Array) -> None:
         def like() -> Linear:

@@ -31,6 +31,7 @@ from prompt_tuning_jax.models.layers import (
     split_key,
 )
 from prompt_tuning_jax.models.ops.fused_attention import FEWEST_KEYS, MOST_KEYS
+from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
     FusedBias,
@@ -693,10 +694,15 @@ class T5(Model):
         return self.logits(x_B1D)[:, 0], new
 
     def logits(self, hidden: Array) -> Array:
-        if self.config.tie_embeddings:
-            scaled = hidden * self.config.embed_dim**-0.5
-            return self.decoder.tied_logits(scaled, self.token_embedder)
-        return self.decoder.logits_dense(hidden)
+        return self.output_head().logits(hidden)
+
+    def output_head(self) -> OutputHead:
+        config = self.config
+        if config.tie_embeddings:
+            scale = config.embed_dim**-0.5
+            layer = self.decoder.tied_logits.layer(self.token_embedder)
+            return OutputHead(layer=layer, vocab_size=config.vocab_size, scale=scale)
+        return OutputHead(layer=self.decoder.logits_dense, vocab_size=config.vocab_size)
 
     def untie(self, head_VD: Array) -> None:
         def like() -> Linear:

@@ -31,9 +31,9 @@ from prompt_tuning_jax.models.layers import (
     ScaledTable,
     Table,
     dropout,
-    softcap,
     split_key,
 )
+from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -192,11 +192,15 @@ class T5Gemma(Model):
         return self.logits(x_B1D)[:, 0], new
 
     def logits(self, hidden: Array) -> Array:
-        if self.config.tie_embeddings:
-            logits = self._head_embedder.attend(hidden)
-        else:
-            logits = self.decoder.logits_dense(hidden)
-        return softcap(logits, self.config.decoder.logits_softcap)
+        return self.output_head().logits(hidden)
+
+    def output_head(self) -> OutputHead:
+        config = self.config
+        return OutputHead(
+            layer=self._head_embedder if config.tie_embeddings else self.decoder.logits_dense,
+            vocab_size=config.vocab_size,
+            cap=config.decoder.logits_softcap,
+        )
 
     def output_vectors(self, tokens_N: Array | HostArray) -> Array:
         if self.config.tie_embeddings:

@@ -35,7 +35,7 @@ def dot(x: Array, kernel_DF: Array, *, dtype: DType, out_dtype: DType | None = N
     else:
         # Rows stay apart: to flatten them moves data where a tile of the memory has several.
         rows = ascii_lowercase[: x.ndim - 1]
-        out = _einsum(f"{rows}D,DF->{rows}F", x, kernel_DF)
+        out = _einsum(f"{rows}D,DF->{rows}F", jnp.dtype(out_dtype).name, x, kernel_DF)
     return out.astype(out_dtype)
 
 
@@ -47,7 +47,7 @@ def einsum(equation: str, left: Array, right: Array, *, dtype: DType) -> Array:
     """
     if jnp.dtype(dtype) == jnp.float32:
         return jnp.einsum(equation, left.astype(dtype), right.astype(dtype))
-    return _einsum(equation, left.astype(dtype), right.astype(dtype))
+    return _einsum(equation, "float32", left.astype(dtype), right.astype(dtype))
 
 
 def inner(left: Array, right: Array) -> Array:
@@ -118,26 +118,30 @@ def _joint_softmax_backward(
 _joint_softmax.defvjp(_joint_softmax_forward, _joint_softmax_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(equation: str, left: Array, right: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(equation: str, out_dtype: str, left: Array, right: Array) -> Array:
+    """Sums products in float32; the CPU's result is in float32 whatever ``out_dtype`` is."""
     if for_cpu():
         return cpu.einsum(equation, left, right)
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+    # A result that is rounded where it is computed is written, and sent to other chips, once.
+    return jnp.einsum(equation, left, right, preferred_element_type=out_dtype)
 
 
-def _einsum_forward(equation: str, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _einsum(equation, left, right), (left, right)
+def _einsum_forward(
+    equation: str, out_dtype: str, left: Array, right: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(equation, out_dtype, left, right), (left, right)
 
 
 def _einsum_backward(
-    equation: str, saved: tuple[Array, Array], cotangent: Array
+    equation: str, _: str, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     left, right = saved
     operands, out_axes = equation.split("->")
     left_axes, right_axes = operands.split(",")
-    cotangent = cotangent.astype(left.dtype)
-    dleft = _einsum(f"{out_axes},{right_axes}->{left_axes}", cotangent, right)
-    dright = _einsum(f"{left_axes},{out_axes}->{right_axes}", left, cotangent)
+    cotangent, dtype = cotangent.astype(left.dtype), left.dtype.name
+    dleft = _einsum(f"{out_axes},{right_axes}->{left_axes}", dtype, cotangent, right)
+    dright = _einsum(f"{left_axes},{out_axes}->{right_axes}", dtype, left, cotangent)
     return dleft.astype(left.dtype), dright.astype(right.dtype)
 
 

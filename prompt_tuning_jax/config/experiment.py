@@ -68,6 +68,7 @@ class Data(Config):
     lower_bounds: ClassVar[Mapping[str, float]] = {
         "inputs_length": 1,
         "targets_length": 1,
+        "max_train_examples": 0,
         "max_eval_examples": 0,
         "mean_span_length": 1,
     }
@@ -116,6 +117,8 @@ class Data(Config):
     # Random changes of training images: ``flip`` mirrors half of them, ``crop`` moves each by up to
     # an eighth of its size.
     augment: tuple[Literal["flip", "crop"], ...] = ()
+    # Train on at most N examples of each task, drawn with the first of training.seeds; 0: all.
+    max_train_examples: int = 0
     max_eval_examples: int = 0  # evaluate on at most N evenly spaced examples; 0: all
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed

@@ -48,7 +48,8 @@ class Transfer(StudyOptions):
     """Train on one task and evaluate on others: prompt tuning against model tuning.
 
     With --spot, try soft prompt transfer (SPoT) instead: prompts of the targets start from the
-    prompts of the sources, and train on few examples.
+    prompts of the sources, and train on few examples.  With --to_model, recycle prompts on another
+    version of the model, and compare them with prompts that are trained on it.
     """
 
     name: ClassVar[str] = "transfer"
@@ -56,8 +57,8 @@ class Transfer(StudyOptions):
         "transfer --from squad --to mrqa --config CONFIG.py --data_dir D --workdir runs/t"
     )
 
-    # Task to train on; with --spot, several.  There, a task may also be a folder with train.jsonl
-    # and validation.jsonl.
+    # Task to train on; with --spot or --to_model, several.  There, a task may also be a folder with
+    # train.jsonl and validation.jsonl.
     source: tuple[str, ...] = option("TASK", flag="--from")
     # Tasks to evaluate on; mrqa stands for its out-of-domain tasks.  With --spot, tasks to train on
     # from the prompts of the sources (default: the sources, each from the others).
@@ -73,7 +74,10 @@ class Transfer(StudyOptions):
     examples: int | None = option("N", default=None, parse=non_negative)
     # With --spot: training steps of the sources (default: as many as those of the targets).
     source_steps: int | None = option("N", default=None, parse=positive)
-    # With --spot: split to score the best checkpoints on (default: the validation split).
+    # Recycle the prompts of --from on this model, which has the same vocabulary.
+    to_model: str | None = option("MODEL", default=None)
+    # With --spot and --to_model: split to score the best checkpoints on (default: the validation
+    # split).
     test_split: str | None = option("SPLIT", default=None)
 
     def run(self) -> None:
@@ -88,6 +92,18 @@ class Transfer(StudyOptions):
                 self.targets or self.source,
                 examples=_EXAMPLES if self.examples is None else self.examples,
                 source_steps=self.source_steps or 0,
+                form=self.form,
+                test_split=self.test_split or "",
+            )
+            exit_if_stopped(done.stopped_by)
+            return
+        if self.to_model:
+            from prompt_tuning_jax.studies.recycling import recycled_prompts
+
+            done = recycled_prompts(
+                experiment,
+                self.source,
+                model=self.to_model,
                 form=self.form,
                 test_split=self.test_split or "",
             )
@@ -108,13 +124,22 @@ class Transfer(StudyOptions):
 
     def _require_effect(self) -> None:
         """Raise UserError for options that have no effect on this kind of transfer."""
+        if self.spot and self.to_model:
+            raise UserError("give --spot or --to_model, not both")
+        used: tuple[str, ...] = ("targets", "methods", "model_set")
+        what = "without --spot"
         if self.spot:
-            names = [*self.given("methods"), *(["model_set"] if self.model_set else [])]
-        else:
-            names = [*self.given("examples", "source_steps", "test_split")]
-        for name in names:
-            raise UserError(f"--{name} has no effect {'with' if self.spot else 'without'} --spot")
-        if not self.spot and len(self.source) != 1:
-            raise UserError("--from: name one task; several are for --spot")
-        if not self.spot and not self.targets:
+            used, what = ("targets", "examples", "source_steps", "test_split"), "with --spot"
+        elif self.to_model:
+            used, what = ("test_split",), "with --to_model"
+        flags = {"targets": "to"}
+        for name in ("targets", "methods", "model_set", "examples", "source_steps", "test_split"):
+            given = bool(self.model_set) if name == "model_set" else bool(self.given(name))
+            if given and name not in used:
+                raise UserError(f"--{flags.get(name, name)} has no effect {what}")
+        if self.spot or self.to_model:
+            return
+        if len(self.source) != 1:
+            raise UserError("--from: name one task; several are for --spot and --to_model")
+        if not self.targets:
             raise UserError("--to is needed: the tasks to evaluate on")

@@ -108,19 +108,16 @@ def spot(
 
     Each target trains on at most ``examples`` examples (0: all), which each seed draws for itself,
     from its own initialization (the config's) and from the prompt of each other task in
-    ``sources``.  A source has one prompt, of the first seed, which trains for ``source_steps`` steps (0: those of the experiment) on all
-    examples.  Writes ``spot.png``, ``.md`` and ``.json`` in ``training.workdir`` after each target.
+    ``sources``.  A source has one prompt, of the first seed, which trains on all examples for
+    ``source_steps`` steps (0: those of the experiment).  Writes ``spot.png``, ``.md`` and ``.json``
+    in ``training.workdir`` after each target.
     Raises UserError before any training for tasks without data, for a method other than prompt
     tuning, and for a target without another task as its source.
     """
     validate(experiment)
     root = workdir_of(experiment)
     require_place(root)
-    if method_name(experiment.method) != "prompt_tuning":
-        raise UserError(
-            f"--spot starts from prompts, and the method of the config is "
-            f"{type(experiment.method).__name__}; use a config with PromptTuning"
-        )
+    require_prompts(experiment, "--spot")
     training = dataclasses.replace(experiment.training, learning_rates=(), inits=())
     experiment = dataclasses.replace(experiment, training=training)
     origins = tasks_of(experiment, sources, form=form, test_split=test_split, option="--from")
@@ -164,6 +161,15 @@ def spot(
     if results is not None:
         _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
     return AblationResult(results=results, files=files, stopped_by=0)
+
+
+def require_prompts(experiment: Experiment, option: str) -> None:
+    """Raises UserError unless the experiment's method is prompt tuning."""
+    if method_name(experiment.method) != "prompt_tuning":
+        raise UserError(
+            f"{option} is about prompts, and the method of the config is "
+            f"{type(experiment.method).__name__}; use a config with PromptTuning"
+        )
 
 
 def _of_folder(base: Experiment, folder: Path, test_split: str, *, option: str) -> Task:
@@ -305,9 +311,9 @@ def summary(
     seeds = experiment.training.seeds
     values = tuple(Value(name=name) for name in found)
     grid = Grid(
-        axis=Axis(name="spot", title="target task", apply=_same, scale="names"),
+        axis=Axis(name="spot", title="target task", apply=unchanged, scale="names"),
         values=values,
-        line_axis=Axis(name="start", title="start of the prompt", apply=_same, scale="names"),
+        line_axis=Axis(name="start", title="start of the prompt", apply=unchanged, scale="names"),
         lines=STARTS,
     )
     cells = []
@@ -328,9 +334,7 @@ def summary(
         "Similarity is the cosine between the mean vectors of the source's prompt and of the "
         "prompt that the target trained from its own initialization.",
         "The best checkpoint, and the best source, are chosen by the validation split.",
-        "Majority class: "
-        + ", ".join(f"{name} {score:.1f}" for name, score in majority.items() if score is not None)
-        + ".",
+        majority_note(majority),
     ]
     if near is not None:
         notes.append(f"Correlation of similarity and gain over the own initialization: {near:.2f}.")
@@ -359,6 +363,12 @@ def summary(
     )
 
 
+def majority_note(majority: Mapping[str, float | None]) -> str:
+    """Returns a line with the majority class's score of each task."""
+    shown = [f"{name} {score:.1f}" for name, score in majority.items() if score is not None]
+    return f"The majority class scores: {', '.join(shown) or 'unknown'}."
+
+
 def _matrix(found: Mapping[str, Sequence[Sequence[Start]]]) -> list[str]:
     """Returns a Markdown table of gains and similarities, with a row per target."""
     pairs = {target: _pairs(seeds) for target, seeds in found.items()}
@@ -381,7 +391,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def _same(experiment: Experiment, value: Value) -> Experiment:
+def unchanged(experiment: Experiment, value: Value) -> Experiment:
+    """Returns the experiment itself, for axes that only group results."""
     del value
     return experiment
 

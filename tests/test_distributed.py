@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +19,11 @@ from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.heartbeat import Heartbeat
 from prompt_tuning_jax.distributed.processes import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.studies.runs import suite
+from prompt_tuning_jax.studies.runs import SCORES, suite
 from tests import tiny_run
 from tests.devices import with_devices
-from tests.test_suite import CB, base, write_cb, write_rte
+from tests.test_suite import CB, base, write_cb
+from tests.watched_runs import watched_runs
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -371,22 +371,22 @@ def test_an_error_of_one_process_alone_ends_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_suite_is_that_of_one_process_and_resumes(tmp_path: Path) -> None:
-    """CB was finished by one process; two processes do RTE, and write one table."""
-    data_dir = write_cb(write_rte(tmp_path / "data"))
+def test_a_suite_of_two_processes_is_scored_as_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first process writes and prints; a single process resumes in the folder."""
+    data_dir = write_cb(tmp_path / "data")
     changes = {"model.dropout_rate": 0.0, "data.buckets": "none", "training.batch_size": 4}
-    whole = base(tmp_path / "whole", data_dir, changes)
-    suite(whole, "super_glue", tasks=["rte", "cb"], quiet=True)
-    workdir = tmp_path / "two"
-    shutil.copytree(tmp_path / "whole" / CB, workdir / CB)
-    config = tiny_run.write_config(tmp_path / "c.py", base(workdir, data_dir, changes))
-    command = ("suite", "super_glue", "--tasks", "rte,cb", "--seeds", "0,1", "--config")
+    of = base(tmp_path / "w", data_dir, changes)
+    config = tiny_run.write_config(tmp_path / "c.py", of)
+    command = ("suite", "super_glue", "--tasks", "cb", "--seeds", "0,1", "--config")
     assert finish(start(2, config, command=command), config) == [0, 0], said_by(config, 0)
-    assert f"{workdir / CB}: done; its scores are kept" in said_by(config, 0)
-    assert "| rte " in said_by(config, 0) and "rte" not in said_by(config, 1)
-    tables = [
-        json.loads((folder / "taskless_super_glue.json").read_text())
-        for folder in (tmp_path / "whole", workdir)
-    ]
-    assert list(tables[0]["tasks"]) == ["cb", "rte"]
-    assert tables[0] == tables[1]
+    assert "| cb " in said_by(config, 0) and "cb" not in said_by(config, 1)
+    written = json.loads((tmp_path / "w/taskless_super_glue.json").read_text())
+    assert len(written["tasks"]["cb"]["per_prompt"]) == 2
+    scores = tmp_path / "w" / CB / SCORES
+    kept = json.loads(scores.read_text())
+    scores.write_text(json.dumps({**kept, "scores": {}}))
+    counted = watched_runs(monkeypatch, lambda name, of: name)
+    assert suite(of, "super_glue", tasks=["cb"], quiet=True).scores == written
+    assert counted == ["train", "evaluate"]  # train returns at once, because the run is finished

@@ -192,7 +192,8 @@ class Training(Config):
     scan_layers: Literal["auto", "on", "off"] = "auto"
     seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
     learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate
-    inits: tuple[str, ...] = ()  # one per seed, instead of method.init
+    # One per seed, instead of method.init; ``file=PATH`` starts from that prompt file.
+    inits: tuple[str, ...] = ()
     loss_normalization: Literal["tokens", "sum"] = "tokens"  # mean over target tokens, or the sum
     z_loss: float = 0.0  # weight of the squared log-partition in the loss; T5X uses 1e-4
     eval_every: int = 1000  # steps between evaluations

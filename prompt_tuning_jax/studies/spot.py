@@ -16,8 +16,14 @@ import numpy as np
 
 from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
-from prompt_tuning_jax.checkpoints.run_folder import PROMPTS, member_names, workdir_of
+from prompt_tuning_jax.checkpoints.run_folder import (
+    PROMPTS,
+    member_names,
+    prompt_files,
+    workdir_of,
+)
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.tasks.metrics import best_of, direction_by_name
 from prompt_tuning_jax.errors import UserError
@@ -39,7 +45,7 @@ OWN, NEAREST, ANY, BEST = (
     Value(name="the best source by validation"),
 )
 STARTS = (OWN, NEAREST, ANY, BEST)
-_OWN = "own"  # folder of the runs without a source
+_OWN = "own"  # instead of the name of a source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +151,15 @@ def spot(
             if not run.finished:
                 return AblationResult(results=None, files=(), stopped_by=run.stopped_by)
         for goal in goals:
-            points: list[tuple[Group, dict[str, Any]]] = []
+            seeds: list[list[Start]] = []
             for group in groups[goal.name]:
-                _say(quiet, f"\n{group.name}")
+                _say(quiet, f"\n{group.name}: {len(group.points)} starts at once")
                 stopped_by, point = score_group(group, Settings(test=goal.test), quiet=quiet)
                 if stopped_by:
                     return AblationResult(results=results, files=files, stopped_by=stopped_by)
-                points.append((group, point))
-            found[goal.name] = _starts(points, root, experiment, tested=goal.test is not None)
-            last[goal.name] = points[0][1]
+                seeds.append(_starts(group, point, tested=goal.test is not None))
+                last[goal.name] = point
+            found[goal.name] = seeds
             results = summary(
                 experiment, found, last, examples=examples, steps=source_steps, number=len(goals)
             )
@@ -206,56 +212,49 @@ def _source_run(origin: Task, root: Path, steps: int) -> Experiment:
 def _target_runs(
     goal: Task, plans: Mapping[str, Experiment], seeds: Sequence[int], root: Path, examples: int
 ) -> list[Group]:
-    """Returns a run for each start and seed; each seed has its own examples."""
+    """Returns a run per seed, which has its own examples; the members have different starts."""
     of = goal.experiment
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, max_train_examples=examples))
+    names = [name for name in plans if name != goal.name]
+    inits = [str(getattr(of.method, "init", ""))]
+    for name in names:
+        (prompt,) = member_names(plans[name])
+        inits.append(f"file={workdir_of(plans[name]) / PROMPTS / prompt}.safetensors")
     groups = []
-    for start in (_OWN, *(name for name in plans if name != goal.name)):
-        for seed in seeds:
-            method: Any = of.method
-            if start != _OWN:
-                plan = plans[start]
-                (name,) = member_names(plan)
-                file = workdir_of(plan) / PROMPTS / f"{name}.safetensors"
-                method = dataclasses.replace(method, init="file", init_path=str(file))
-            name = f"targets/{goal.name}/{start}/seed_{seed}"
-            training = dataclasses.replace(of.training, seeds=(seed,), workdir=str(root / name))
-            one = validate(dataclasses.replace(of, method=method, training=training))
-            point = Point(value=Value(name=goal.name), line=Value(name=start), seed=seed)
-            groups.append(Group(name=name, experiment=one, points=(point,)))
+    for seed in seeds:
+        name = f"targets/{goal.name}/seed_{seed}"
+        training = dataclasses.replace(
+            of.training,
+            seeds=(seed,) * len(inits),
+            inits=tuple(inits),
+            workdir=str(root / name),
+        )
+        points = (
+            Point(value=Value(name=goal.name), line=Value(name=start), seed=seed)
+            for start in (_OWN, *names)
+        )
+        one = validate(dataclasses.replace(of, training=training))
+        groups.append(Group(name=name, experiment=one, points=tuple(points)))
     return groups
 
 
-def _starts(
-    points: Sequence[tuple[Group, Mapping[str, Any]]],
-    root: Path,
-    experiment: Experiment,
-    *,
-    tested: bool,
-) -> list[list[Start]]:
-    """Returns the starts of each seed, the target's own initialization first."""
-    by_seed: dict[int, list[Start]] = {seed: [] for seed in experiment.training.seeds}
-    own: dict[int, Any] = {}
-    for group, point in points:
-        (of,) = group.points
-        (member,) = point["members"]
-        (name,) = member_names(group.experiment)
-        if str(of.line) == _OWN:
-            folder = workdir_of(group.experiment)
-            own[of.seed] = load_prompt(folder / PROMPTS / f"{name}.safetensors")
-            near = None
-        else:
-            near = similarity(own[of.seed], load_prompt(group.experiment.method.init_path))  # type: ignore[attr-defined]
+def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Start]:
+    """Returns the starts of a seed, the target's own initialization first."""
+    of = group.experiment
+    own = load_prompt(prompt_files(workdir_of(of), member_names(of))[0])
+    found = []
+    for one, member, init in zip(group.points, point["members"], of.training.inits, strict=True):
+        _, path = split_init(init)
         validation = _number(member["validation"])
-        by_seed[of.seed].append(
+        found.append(
             Start(
-                source=str(of.line),
+                source=str(one.line),
                 validation=validation,
                 score=_number(member["test"]) if tested else validation,
-                similarity=near,
+                similarity=similarity(own, load_prompt(path)) if path else None,
             )
         )
-    return list(by_seed.values())
+    return found
 
 
 def chosen(starts: Sequence[Start], metric: str) -> dict[Value, float]:

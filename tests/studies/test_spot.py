@@ -63,24 +63,33 @@ def test_targets_start_from_the_prompts_of_sources(
         )
 
     done = again(6)
-    each = [(start, seed) for start in ("own", "colour") for seed in (0, 1)]
-    starts = [f"targets/other/{start}/seed_{seed}" for start, seed in each]
-    assert trained == ["sources/colour", "sources/other", *starts]
-    config = saved_config(str(tmp_path / "w" / starts[3]))
+    assert trained == [
+        "sources/colour",
+        "sources/other",
+        *(f"targets/other/seed_{s}" for s in (0, 1)),
+    ]
+    config = saved_config(str(tmp_path / "w/targets/other/seed_1"))
     assert config is not None and config.data.max_train_examples == 6
     source = tmp_path / "w/sources/colour/prompts/seed_0.safetensors"
-    assert config.method.init_path == str(source)  # type: ignore[attr-defined]
+    assert config.training.seeds == (1, 1)
+    assert config.training.inits == ("class_labels", f"file={source}")
     assert saved_config(str(tmp_path / "w/sources/colour")).training.steps == 2  # type: ignore[union-attr]
 
     written = json.loads((tmp_path / "w/spot.json").read_text())
     assert written["complete"] and len(written["points"]) == 4
     own, colour = (written["pairs"]["other"][name] for name in ("own", "colour"))
     for seed in (0, 1):
-        kept = json.loads((tmp_path / "w" / starts[2 + seed] / runs.POINT).read_text())
-        assert colour[seed]["score"] == kept["members"][0]["test"]
-        target = load_prompt(tmp_path / "w" / starts[seed] / f"prompts/seed_{seed}.safetensors")
+        folder = tmp_path / f"w/targets/other/seed_{seed}"
+        kept = json.loads((folder / runs.POINT).read_text())
+        assert [own[seed]["score"], colour[seed]["score"]] == [m["test"] for m in kept["members"]]
+        target = load_prompt(folder / f"prompts/seed_{seed}_class_labels.safetensors")
         near = similarity(target, load_prompt(source))
         assert colour[seed]["similarity"] == pytest.approx(near) and not own[seed]["similarity"]
+        # A step of Adafactor moves each entry by the learning rate, 3, at most.
+        moved = load_prompt(folder / f"prompts/seed_{seed}_file_1.safetensors") - load_prompt(
+            source
+        )
+        assert 0 < abs(moved).max() <= 3.01
     means = {point["line"]: point["mean"] for point in written["points"]}
     assert means[str(OWN)] == pytest.approx(np.mean([one["score"] for one in own]))
     # With a single source, all ways to choose one are the same.

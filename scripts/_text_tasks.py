@@ -96,6 +96,21 @@ def qc(folder: Path) -> Rows:
     return rows
 
 
+def qc_number(folder: Path) -> Rows:
+    """The questions of ``qc`` about numbers: how many, in which year, or another quantity."""
+    labels = {"count": "many", "date": "year"}
+    rows: Rows = {"train": [], "validation": [], "test": []}
+    for file, test in ((find(folder / "qc", "train"), False), (find(folder / "qc", "test"), True)):
+        for line in read_lines(file):
+            kind, _, question = line.partition(" ")
+            coarse, _, fine = kind.partition(":")
+            if coarse == "NUM":
+                split = "train" if split_of(question) != "test" else "validation"
+                target = labels.get(fine, "much")
+                rows["test" if test else split].append({"inputs": question, "targets": target})
+    return rows
+
+
 def rte(folder: Path) -> Rows:
     """Recognizing textual entailment; half of the official validation examples are the test."""
     labels = {"entailment": "true", "not_entailment": "false"}

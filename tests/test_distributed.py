@@ -1,5 +1,6 @@
 """Several processes: who is meant, what they tell each other, and runs of two and four."""
 
+import json
 import os
 import signal
 import socket
@@ -18,8 +19,11 @@ from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.heartbeat import Heartbeat
 from prompt_tuning_jax.distributed.processes import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.studies.runs import SCORES, suite
 from tests import tiny_run
 from tests.devices import with_devices
+from tests.test_suite import CB, base, write_cb
+from tests.watched_runs import watched_runs
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -225,7 +229,12 @@ SAME = {
 
 
 def start(
-    count: int, config: Path, *options: str, devices: int = 1, cwds: Sequence[Path] = ()
+    count: int,
+    config: Path,
+    *options: str,
+    devices: int = 1,
+    cwds: Sequence[Path] = (),
+    command: Sequence[str] = ("train",),
 ) -> list[subprocess.Popen[str]]:
     """``prompt-tuning train`` in so many processes; what they say is in ``config``.INDEX."""
     with socket.socket() as free:
@@ -235,13 +244,13 @@ def start(
     started = []
     for index in range(count):
         said = config.with_suffix(f".{index}").open("w")
-        command = [sys.executable, "-m", "prompt_tuning_jax", "train", str(config), *options]
+        line = [sys.executable, "-m", "prompt_tuning_jax", *command, str(config), *options]
         if count > 1:
-            command += ["--coordinator_address", f"127.0.0.1:{port}", "--process_count", str(count)]
-            command += ["--process_index", str(index)]
+            line += ["--coordinator_address", f"127.0.0.1:{port}", "--process_count", str(count)]
+            line += ["--process_index", str(index)]
         started.append(
             subprocess.Popen(
-                command,
+                line,
                 stdout=said,
                 stderr=said,
                 text=True,
@@ -359,3 +368,25 @@ def test_an_error_of_one_process_alone_ends_the_others(tmp_path: Path) -> None:
     assert "error: process 1: " in said_by(config, 1) and "train.jsonl" in said_by(config, 1)
     assert "process 0 stops because process 1 has stopped: " in said_by(config, 0)
     assert not (workdir / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_suite_of_two_processes_is_scored_as_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first process writes and prints; a single process resumes in the folder."""
+    data_dir = write_cb(tmp_path / "data")
+    changes = {"model.dropout_rate": 0.0, "data.buckets": "none", "training.batch_size": 4}
+    of = base(tmp_path / "w", data_dir, changes)
+    config = tiny_run.write_config(tmp_path / "c.py", of)
+    command = ("suite", "super_glue", "--tasks", "cb", "--seeds", "0,1", "--config")
+    assert finish(start(2, config, command=command), config) == [0, 0], said_by(config, 0)
+    assert "| cb " in said_by(config, 0) and "cb" not in said_by(config, 1)
+    written = json.loads((tmp_path / "w/taskless_super_glue.json").read_text())
+    assert len(written["tasks"]["cb"]["per_prompt"]) == 2
+    scores = tmp_path / "w" / CB / SCORES
+    kept = json.loads(scores.read_text())
+    scores.write_text(json.dumps({**kept, "scores": {}}))
+    counted = watched_runs(monkeypatch, lambda name, of: name)
+    assert suite(of, "super_glue", tasks=["cb"], quiet=True).scores == written
+    assert counted == ["train", "evaluate"]  # train returns at once, because the run is finished

@@ -23,6 +23,21 @@ def data_of(tmp_path: Path, rows: list[dict[str, str]], **fields: Any) -> task_d
     return found
 
 
+def test_few_training_examples_are_drawn_by_the_first_seed() -> None:
+    def drawn(*seeds: int, number: int = 5) -> list[str]:
+        changes = {"data.max_train_examples": number, "training.seeds": seeds}
+        data = task_data.build_data(experiment("w", changes), WORDS)
+        assert data.train is not None and data.train.examples_per_epoch == len(data.train_targets)
+        assert len(data.labels) == 3 and sum(map(len, data.evaluation.values())) == 24
+        ids = data.train.digest()
+        return [*data.train_targets, ids]
+
+    everything = [row["targets"] for row in tiny_run.rows(48, seed=1)]
+    assert drawn(0, number=0)[:-1] == drawn(1, number=48)[:-1] == everything
+    assert len(drawn(0)) == 6 and drawn(0) == drawn(0, 1)
+    assert drawn(0)[-1] != drawn(1)[-1]
+
+
 def test_labels_and_what_is_odd_are_said(tmp_path: Path) -> None:
     rows = [{"inputs": "a", "targets": t} for t in ["red"] * 5 + ["Red"] * 2 + ["be  du"] * 4]
     rows[0]["inputs"] = " "

@@ -38,7 +38,7 @@ def relative(**model: str) -> Experiment:
             dictionary="words",
             probes=("word_valence", "t.jsonl:data/x.jsonl"),
         ),
-        training=Training(workdir="runs/mine"),
+        training=Training(workdir="runs/mine", seeds=(0, 0), inits=("uniform", "file=p.npy")),
     )
 
 
@@ -52,6 +52,7 @@ def test_what_is_there_is_named_from_the_root(home: Path) -> None:
     assert found.data.dictionary == str(home / "words")
     assert found.data.probes == ("word_valence", f"{home}/t.jsonl:{home}/data/x.jsonl")
     assert found.training.workdir == str(home / "runs/mine")
+    assert found.training.inits == ("uniform", f"file={home}/p.npy")
     assert with_whole_paths(found) == found
 
 

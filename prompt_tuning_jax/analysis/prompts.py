@@ -25,6 +25,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, check_fits
 from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.prompt_sources import prompt_paths, read_all
 from prompt_tuning_jax.inference.results import short_names
@@ -284,7 +285,9 @@ def _start_of(
         return None
     number = names.index(member)
     training = experiment.training
-    init = training.inits[number] if training.inits else getattr(experiment.method, "init", "")
+    init = getattr(experiment.method, "init", "")
+    if training.inits:
+        init, _ = split_init(training.inits[number])
     own = dataclasses.replace(
         training,
         seeds=(training.seeds[number],),

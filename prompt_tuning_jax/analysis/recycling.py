@@ -291,7 +291,7 @@ def recycle(
             path=path,
             allow_other_model=allow_other_model,
         )
-    number, notes = _shared_pieces((source, here), (target, there))
+    number, notes = shared_pieces((source, here), (target, there))
     if pieces > number - _FIRST:
         raise UserError(f"--pieces {pieces}: the vocabulary has {number - _FIRST:,} pieces")
     rows = slice(_FIRST, _FIRST + pieces if pieces else number)
@@ -338,12 +338,13 @@ def embeddings(opened: ModelCheckpoint) -> HostArray:
     return opened.params[EMBEDDING].whole().astype(np.float64)
 
 
-def _shared_pieces(
+def shared_pieces(
     source: tuple[str, ModelCheckpoint], target: tuple[str, ModelCheckpoint]
 ) -> tuple[int, list[str]]:
     """Returns n, where ids 0 to n - 1 are the same words in both models, and notes for the user.
 
-    Raises UserError if the vocabularies differ.
+    ``source`` and ``target`` are names and opened checkpoints.  Raises UserError for different
+    vocabularies.
     """
     (name, here), (other, there) = source, target
     words = [o.vocabulary_file and load_vocabulary(o.vocabulary_file) for o in (here, there)]

@@ -14,6 +14,7 @@ from prompt_tuning_jax.checkpoints.train_state import BEST
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
 from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.typing import HostArray
@@ -159,7 +160,8 @@ def member_names(experiment: Experiment) -> tuple[str, ...]:
         if training.learning_rates:
             parts.append(f"lr_{training.learning_rates[number]!r}")
         if training.inits:
-            parts.append(training.inits[number])
+            init, path = split_init(training.inits[number])
+            parts.append(f"{init}_{number}" if path else init)
         names.append("_".join(parts))
     return tuple(names)
 

@@ -130,7 +130,7 @@ def _processes(command: Command) -> AbstractContextManager[None]:
         return nullcontext()
     from prompt_tuning_jax.distributed.processes import Processes, several_are_meant, started
 
-    if isinstance(command, StudyOptions):
+    if not isinstance(command, DeviceOptions):
         if several_are_meant(Processes()):
             raise UserError(f"{command.name} runs in one process; start it once, on one host")
         return nullcontext()

@@ -77,6 +77,7 @@ class Data(Config):
     lower_bounds: ClassVar[Mapping[str, float]] = {
         "inputs_length": 1,
         "targets_length": 1,
+        "max_train_examples": 0,
         "max_eval_examples": 0,
         "mean_span_length": 1,
     }
@@ -125,6 +126,8 @@ class Data(Config):
     # Random changes of training images: ``flip`` mirrors half of them, ``crop`` moves each by up to
     # an eighth of its size.
     augment: tuple[Literal["flip", "crop"], ...] = ()
+    # Train on at most N examples of each task, drawn with the first of training.seeds; 0: all.
+    max_train_examples: int = 0
     max_eval_examples: int = 0  # evaluate on at most N evenly spaced examples; 0: all
     cache: bool = True  # keep tokenized examples on disk
     objectives: tuple[ObjectiveName, ...] = ()  # text objectives to pre-train on, mixed
@@ -201,7 +204,8 @@ class Training(Config):
     scan_layers: Literal["auto", "on", "off"] = "auto"
     seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
     learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate
-    inits: tuple[str, ...] = ()  # one per seed, instead of method.init
+    # One per seed, instead of method.init; ``file=PATH`` starts from that prompt file.
+    inits: tuple[str, ...] = ()
     # Cross entropy of the target's ``tokens``, or a loss over the scores of the task's labels
     # alone, each the log-probability of its tokens: their cross entropy (``labels``), how far the
     # target's is below the best (``perceptron``), or below the best other plus the margin

@@ -39,6 +39,12 @@ _MAX_ALPHA = 1e30  # in float32 its product with anything stays finite
 _INIT_ONLY = {"init": "uniform", "init_text": "", "init_path": "", "init_population": 0}
 
 
+def split_init(entry: str) -> tuple[str, str]:
+    """Splits an entry of ``training.inits``, INIT or ``file=PATH``, into its init and its path."""
+    init, _, path = entry.partition("=")
+    return init, path
+
+
 def is_attached(name: str) -> bool:
     """Whether the parameter at this path of a ``TunedModel`` came with its method.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import split_init
 
 # Names of models that are not paths.
 BUNDLED = ("tiny",)
@@ -70,7 +71,11 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
     )
     if init_path := getattr(method, "init_path", ""):
         method = dataclasses.replace(method, init_path=change(init_path))  # type: ignore[call-arg]
-    return dataclasses.replace(experiment, model=model, data=data, method=method)
+    training = experiment.training
+    split = [split_init(entry) for entry in training.inits]
+    inits = (f"{init}={change(path)}" if path else init for init, path in split)
+    training = dataclasses.replace(training, inits=tuple(inits))
+    return dataclasses.replace(experiment, model=model, data=data, method=method, training=training)
 
 
 def _absolute(path: str) -> str:

@@ -21,7 +21,7 @@ from prompt_tuning_jax.config.field_syntax import (
     parse_rates,
     parse_rules,
 )
-from prompt_tuning_jax.config.methods import PromptTuning
+from prompt_tuning_jax.config.methods import PromptTuning, split_init
 from prompt_tuning_jax.config.overrides import checked, checked_experiment
 from prompt_tuning_jax.errors import UserError
 
@@ -197,6 +197,9 @@ def _training(training: Training, *, method: Any) -> Iterator[str]:
         if (init := field_types(type(method)).get("init")) is None:
             yield f"training.inits has no effect: {type(method).__name__} has no init"
         for entry in training.inits:
+            name, path = split_init(entry)
+            if path and name == "file":
+                entry = name
             checked(entry, init, "training.inits")
     # Equal entries would train the same prompt twice.
     each = zip(seeds, training.learning_rates or seeds, training.inits or seeds, strict=True)

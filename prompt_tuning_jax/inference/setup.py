@@ -24,6 +24,7 @@ from prompt_tuning_jax.checkpoints.load import load_model, random_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.field_syntax import parse_rules
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.data.tasks.demonstrations import Demonstrations, draw
 from prompt_tuning_jax.data.tasks.selection import build_mixture, trained_tasks
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
@@ -185,7 +186,10 @@ def attach_unplaced(
     for number, seed in enumerate(seeds):
         method = experiment.method
         if inits:
-            method = dataclasses.replace(method, init=inits[number])  # type: ignore[call-arg]
+            init, path = split_init(inits[number])
+            path = path or getattr(method, "init_path", "")
+            changed: dict[str, Any] = {"init": init} | ({"init_path": path} if path else {})
+            method = dataclasses.replace(method, **changed)
         if not labels and (experiment.data.train or experiment.data.eval):
             method = _without_label_init(method)
         # A different key from dropout, which folds in step numbers from 0.

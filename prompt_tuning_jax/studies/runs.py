@@ -25,6 +25,7 @@ from prompt_tuning_jax.data.tasks.selection import (
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import name_in_form
 from prompt_tuning_jax.data.tasks.task import Task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
+from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prompt_sources import as_texts
@@ -103,8 +104,10 @@ def suite(
     train on one half of their validation split and are evaluated on the other.
 
     Raises UserError before any training if the options are invalid or a task's data is missing.
+    With several processes, all of them must call it; only process 0 writes and prints.
     """
     validate(experiment)
+    quiet = quiet or not processes.is_primary()
     tasks = as_texts(tasks, "tasks")
     split_validation = as_texts(split_validation, "split_validation")
     root = workdir_of(experiment)
@@ -146,8 +149,9 @@ def suite(
             break
         scores[short] = found[chosen[short]]
         lines = [*suites.table(of, scores), "", *suites.notes(of, run.experiment, scores, halved)]
-        _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
-        run_folder.write_json(files[1], suites.as_json(of, scores, form=form))
+        if processes.is_primary():
+            _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
+            run_folder.write_json(files[1], suites.as_json(of, scores, form=form))
     if not stopped_by:
         # Training has already printed the reports on the data, and the file contains them.
         shown = [line for line in lines if not line.startswith("- ")]
@@ -312,6 +316,8 @@ def _scored(
     """
     present = prepared.data[number]
     kept = _kept(run, prepared, number)
+    # Also waits until every process has read the scores, because process 0 writes them below.
+    processes.require_same(f"the list of scores in {run.folder / SCORES}", repr(sorted(kept)))
     if all(name in kept for name in run.evaluations):
         _say(quiet, f"{run.folder}: done; its scores are kept in {SCORES}")
         return 0, kept
@@ -324,11 +330,15 @@ def _scored(
         }
         run_folder.write_json(run.folder / SCORES, value)
 
-    claim(run.folder, run.experiment)
-    keep()  # records data and model before training starts
+    def begin() -> None:
+        claim(run.folder, run.experiment)
+        keep()  # records data and model before training starts
+
+    processes.primary_first(begin, "the claim of the folder")
     result = train(run.experiment, quiet=quiet)
     if result.stopped_by or not result.finished:
         return result.stopped_by, kept
+    processes.barrier("the last prompt is written")
     for name, of in run.evaluations.items():
         if name in kept:
             continue
@@ -337,7 +347,8 @@ def _scored(
             print_scores(scores)
         baseline = _baseline(run.experiment, of, prepared.vocabulary)
         kept[name] = suites.without_nan({**scores_as_dict(scores), **baseline})
-        keep()
+        if processes.is_primary():
+            keep()
     return 0, kept
 
 
@@ -362,11 +373,15 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
 
 def _on_halves(experiment: Experiment, name: str, folder: Path) -> Experiment:
     """Writes the halves of the validation split to two files; returns the experiment on them."""
-    files = {}
-    for half, examples in suites.halves(name, experiment.data.data_dir).items():
-        files[half] = folder / f"{half}.jsonl"
-        rows = ({"inputs": e["inputs"], "targets": e["targets"]} for e in examples)
-        _write_lines(files[half], [json.dumps(row) for row in rows])
+    halves = suites.halves(name, experiment.data.data_dir)
+    files = {half: folder / f"{half}.jsonl" for half in halves}
+
+    def write() -> None:
+        for half, examples in halves.items():
+            rows = ({"inputs": e["inputs"], "targets": e["targets"]} for e in examples)
+            _write_lines(files[half], [json.dumps(row) for row in rows])
+
+    processes.primary_first(write, f"the halves of {name}")
     return suites.on_files(experiment, str(files["train"]), str(files["eval"]))
 
 

@@ -43,14 +43,14 @@ class TransferRun:
     evaluations: Mapping[str, Experiment]
 
 
-def source_task(name: str, *, form: Form) -> str:
-    """Returns the full name of the source task from its short or full name.
+def source_task(name: str, *, form: Form, option: str = "--from") -> str:
+    """Returns the full name of a task to train on from its short or full name.
 
     Raises UserError if the name is unknown or ambiguous, or the task has no training split.
     """
-    found = _full_name(name, form=form, option="--from")
+    found = _full_name(name, form=form, option=option)
     if not any("train" in task.splits for task in get_mixture(found).tasks):
-        raise UserError(f"--from {name}: {found} has no training split; choose another task")
+        raise UserError(f"{option} {name}: {found} has no training split; choose another task")
     return found
 
 

@@ -21,7 +21,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.experiment import Model as ModelFields
-from prompt_tuning_jax.config.methods import DeepPrompts
+from prompt_tuning_jax.config.methods import DeepPrompts, split_init
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.config.validation import validate
@@ -429,7 +429,7 @@ def _metadata(
         model_fingerprint=fingerprint,
         model_name=experiment.model.name_or_path,
         task=experiment.data.train or experiment.data.task,
-        init=training.inits[member] if training.inits else init,
+        init=split_init(training.inits[member])[0] if training.inits else init,
         seed=training.seeds[member],
         steps=best.step,
         metric=best_by,

@@ -101,6 +101,13 @@ class ImageExamples(TokenizedExamples):
         whole = self.images_digest
         return replace(chosen, images_digest=lambda: f"{whole()} {number}")
 
+    def drawn(self, number: int, *, seed: int) -> "ImageExamples":
+        chosen: Any = super().drawn(number, seed=seed)
+        if chosen is self:
+            return self
+        whole = self.images_digest
+        return replace(chosen, images_digest=lambda: f"{whole()} {number} drawn with {seed}")
+
 
 def image_examples(task: Task, split: str, vocabulary: ClassVocabulary) -> ImageExamples:
     """The images of a split, with the numbers of their labels among the task's.

@@ -205,7 +205,10 @@ def build_data(
     evaluated = tuple(
         designed(experiment, task, vocabulary) for task in mixture.evaluated_on(eval_split)
     )
-    train_sets = examples(mixture.tasks, data.train_split) if training else []
+    train_sets = [
+        one.drawn(data.max_train_examples, seed=experiment.training.seeds[0])
+        for one in (examples(mixture.tasks, data.train_split) if training else [])
+    ]
     eval_sets = [one.at_most(data.max_eval_examples) for one in examples(evaluated, eval_split)]
     evaluation = {one.task.name: one for one in eval_sets}
     labels = labels_of(mixture)

@@ -199,6 +199,13 @@ class TokenizedExamples:
             return self
         return self.select(np.arange(number) * len(self) // number)
 
+    def drawn(self, number: int, *, seed: int) -> "TokenizedExamples":
+        """At most ``number`` examples, drawn at random and kept in their order; 0: all."""
+        if not 0 < number < len(self):
+            return self
+        random = np.random.default_rng(seed)
+        return self.select(np.sort(random.permutation(len(self))[:number]))
+
 
 def tokenize(
     task: Task,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Data, Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.data.images.sources import is_image_source
 from prompt_tuning_jax.data.images.task import image_task
 from prompt_tuning_jax.data.tasks.files import check_file_columns, file_task
@@ -180,6 +181,10 @@ def check_files(experiment: Experiment) -> None:
     path = getattr(method, "init_path", "")
     if path and {"file", "source"} & set(inits) and not Path(path).expanduser().exists():
         raise UserError(f"method.init_path: cannot read the prompt: {path}: no such file")
+    for entry in inits:
+        _, path = split_init(entry)
+        if path and not Path(path).expanduser().exists():
+            raise UserError(f"training.inits: cannot read the prompt: {path}: no such file")
     if data.objectives:
         return
     if data.train and not data.eval and data.eval_split != data.train_split:

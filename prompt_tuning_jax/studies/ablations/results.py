@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Results:
     notes: tuple[str, ...]
     number: int  # of cells when all are finished
     over: str = ""  # what the scores of a cell are, if they are not of single seeds
+    heading: str = ""  # of the Markdown file; empty: "Ablation of" the axis
+    details: Mapping[str, Any] = field(default_factory=dict)  # further values of the JSON file
 
     def cell(self, value: Value, line: Value | None) -> Cell | None:
         """Returns the cell of a value and line if it is finished."""
@@ -165,6 +167,7 @@ def as_json(results: Results) -> dict[str, Any]:
             for cell in results.cells
         ],
         "notes": list(results.notes),
+        **results.details,
     }
     found: dict[str, Any] = without_nan(values)
     return found
@@ -173,9 +176,9 @@ def as_json(results: Results) -> dict[str, Any]:
 def write(results: Results, stem: Path) -> tuple[Path, ...]:
     """Writes ``STEM.md``, ``STEM.json`` and ``STEM.png``; returns their paths."""
     files = tuple(stem.with_name(f"{stem.name}.{suffix}") for suffix in ("md", "json", "png"))
-    title = results.grid.axis.name.replace("_", " ")
+    heading = results.heading or f"Ablation of {results.grid.axis.name.replace('_', ' ')}"
     with atomic_write(files[0]) as aside:
-        text = "\n".join([f"# Ablation of {title}", "", *lines_of(results), ""])
+        text = "\n".join([f"# {heading}", "", *lines_of(results), ""])
         aside.write_text(text, encoding="utf-8")
     run_folder.write_json(files[1], as_json(results))
     draw(results, files[2])

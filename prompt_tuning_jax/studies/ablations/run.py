@@ -110,7 +110,7 @@ def ablate(
             group = pending.pop(0)
             _say(quiet, f"\n{group.name}: {len(group.points)} at once; {done} runs are done")
             try:
-                stopped_by, point = _point(group, settings, quiet=quiet)
+                stopped_by, point = score_group(group, settings, quiet=quiet)
             except jax.errors.JaxRuntimeError as error:
                 if _OUT_OF_MEMORY not in str(error) or len(group.points) < 2:
                     raise
@@ -167,7 +167,7 @@ def as_read(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _point(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
+def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
     """Trains and scores a group, unless its folder has the scores.
 
     Returns the number of the signal that stopped it, or 0, and the scores as JSON values.

@@ -1,0 +1,153 @@
+"""Soft prompt transfer: what starts where, what is chosen, and what is kept."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prompt_tuning_jax.analysis.similarity import similarity
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
+from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.config.config_file import saved_config
+from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.methods import LoRA
+from prompt_tuning_jax.studies import spot as study
+from prompt_tuning_jax.studies.ablations import run as runs
+from prompt_tuning_jax.studies.ablations.run import AblationResult
+from prompt_tuning_jax.studies.spot import BEST, NEAREST, OWN, Start, chosen, correlation, spot
+from tests import tiny_run
+from tests.tiny_run import experiment, rows, write_config, write_rows
+
+SHORT: dict[str, Any] = {
+    "training.steps": 1,
+    "training.eval_every": 1,
+    "training.save_every": 1,
+    "training.seeds": (0, 1),
+    "data.buckets": "none",
+}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Two tasks, whose answers are the colour in the text and another colour."""
+    turned = dict(zip(tiny_run.LABELS, (*tiny_run.LABELS[1:], tiny_run.LABELS[0]), strict=True))
+    for seed, split in enumerate(("train", "validation", "test")):
+        examples = rows(12, seed=seed)
+        write_rows(tmp_path / "colour" / f"{split}.jsonl", examples)
+        other = [{**row, "targets": turned[row["targets"]]} for row in examples]
+        write_rows(tmp_path / "other" / f"{split}.jsonl", other)
+    return [str(tmp_path / name) for name in ("colour", "other")]
+
+
+def test_targets_start_from_the_prompts_of_sources(
+    tmp_path: Path, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    for module in (study, runs):
+        real = module.train
+
+        def train(of: Any, _real: Any = real, **options: Any) -> Any:
+            trained.append(str(Path(of.training.workdir).relative_to(tmp_path / "w")))
+            return _real(of, **options)
+
+        monkeypatch.setattr(module, "train", train)
+    of = experiment(tmp_path / "w", SHORT)
+
+    def again(examples: int) -> AblationResult:
+        goals = folders[1:]
+        return spot(
+            *(of, folders, goals), examples=examples, source_steps=2, test_split="test", quiet=True
+        )
+
+    done = again(6)
+    assert trained == [
+        "sources/colour",
+        "sources/other",
+        *(f"targets/other/seed_{s}" for s in (0, 1)),
+    ]
+    config = saved_config(str(tmp_path / "w/targets/other/seed_1"))
+    assert config is not None and config.data.max_train_examples == 6
+    source = tmp_path / "w/sources/colour/prompts/seed_0.safetensors"
+    assert config.training.seeds == (1, 1)
+    assert config.training.inits == ("class_labels", f"file={source}")
+    assert saved_config(str(tmp_path / "w/sources/colour")).training.steps == 2  # type: ignore[union-attr]
+
+    written = json.loads((tmp_path / "w/spot.json").read_text())
+    assert written["complete"] and len(written["points"]) == 4
+    own, colour = (written["pairs"]["other"][name] for name in ("own", "colour"))
+    for seed in (0, 1):
+        folder = tmp_path / f"w/targets/other/seed_{seed}"
+        kept = json.loads((folder / runs.POINT).read_text())
+        assert [own[seed]["score"], colour[seed]["score"]] == [m["test"] for m in kept["members"]]
+        target = load_prompt(folder / f"prompts/seed_{seed}_class_labels.safetensors")
+        near = similarity(target, load_prompt(source))
+        assert colour[seed]["similarity"] == pytest.approx(near) and not own[seed]["similarity"]
+        # A step of Adafactor moves each entry by the learning rate, 3, at most.
+        moved = load_prompt(folder / f"prompts/seed_{seed}_file_1.safetensors") - load_prompt(
+            source
+        )
+        assert 0 < abs(moved).max() <= 3.01
+    means = {point["line"]: point["mean"] for point in written["points"]}
+    assert means[str(OWN)] == pytest.approx(np.mean([one["score"] for one in own]))
+    # With a single source, all ways to choose one are the same.
+    assert means[str(NEAREST)] == means[str(BEST)] == np.mean([one["score"] for one in colour])
+    assert (tmp_path / "w/spot.png").read_bytes().startswith(b"\x89PNG")
+    assert "| other " in (tmp_path / "w/spot.md").read_text()
+
+    trained.clear()
+    assert again(6).results == done.results
+    assert trained == ["sources/colour", "sources/other"]  # finished; nothing else is asked for
+    with pytest.raises(UserError, match="max_train_examples"):
+        again(5)
+
+
+def test_what_is_chosen() -> None:
+    """The nearest by similarity and the best by validation, neither by the reported score."""
+
+    def start(source: str, validation: float, score: float, near: float | None) -> Start:
+        return Start(source=source, validation=validation, score=score, similarity=near)
+
+    one = [
+        start("own", 50, 51, None),
+        start("a", 60, 40, 0.1),
+        start("b", 55, 70, 0.7),
+        start("c", 54, 99, 0.2),
+    ]
+    assert list(chosen(one, "accuracy").values()) == [51, 70, pytest.approx(209 / 3), 40]
+    assert chosen(one, "loss")[BEST] == 99
+    line = [
+        start("own", 0, 10, None),
+        *(start(n, 0, 10 + s, s / 10) for n, s in zip("abc", (1, 2, 4), strict=True)),
+    ]
+    assert correlation({"t": [line]}) == pytest.approx(1)
+    assert correlation({"t": [line[:3]]}) is None
+
+
+def test_wrong_input_is_refused_before_training(
+    tmp_path: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = experiment(tmp_path / "w", SHORT)
+    with pytest.raises(UserError, match="use a config with PromptTuning"):
+        spot(dataclasses.replace(of, method=LoRA()), folders, folders, examples=0)
+    with pytest.raises(UserError, match="no task besides other"):
+        spot(of, folders[1:], folders[1:], examples=0)
+    with pytest.raises(UserError, match="--to names colour twice"):
+        spot(of, folders, [folders[0]] * 2, examples=0)
+    with pytest.raises(UserError, match=r"dev\.jsonl is missing"):
+        spot(of, folders, folders, examples=0, test_split="dev")
+    with pytest.raises(UserError, match="did you mean 'word_valence'"):
+        spot(of, ["word_valenc"], folders, examples=0)
+    with pytest.raises(UserError, match="--from no/folder: no such folder"):
+        spot(of, ["no/folder"], folders, examples=0)
+    assert not (tmp_path / "w").exists()
+    config = str(write_config(tmp_path / "c.py", of))
+    for options, message in {
+        ("--examples", "3"): "--examples has no effect without --spot",
+        ("--spot", "--methods", "prompt_tuning"): "--methods has no effect with --spot",
+        (): "--from: name one task; several are for --spot",
+    }.items():
+        assert main(["transfer", "--from", ",".join(folders), "--config", config, *options]) == 2
+        assert message in capsys.readouterr().err

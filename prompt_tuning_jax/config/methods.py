@@ -458,9 +458,10 @@ class SuperPosPrompt(MethodConfig):
     """``P * M`` parameters: the weights of M token embeddings in each of P prompt vectors.
 
     In SuperPos-Prompt (SadraeiJavaheri et al. 2024) a prompt vector is a superposition of the
-    embeddings of M = ``num_tokens`` sampled tokens, the same for all positions.  Each position
-    starts as one of these tokens.  With ``trains_embeddings`` the M embeddings train, too:
-    ``M * D`` parameters more.  A run saves a plain prompt of ``PromptTuning``.
+    embeddings of M = ``num_tokens`` sampled tokens, the same for all positions.  The weights are
+    drawn from a normal distribution of variance 1/M, so vectors start about as long as embeddings.
+    With ``trains_embeddings`` the M embeddings train, too: ``M * D`` parameters more.  A run saves
+    a plain prompt of ``PromptTuning``.
     """
 
     implementation = "prompt_tuning_jax.methods.superpos_prompt:Superposition"

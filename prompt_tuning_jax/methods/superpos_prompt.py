@@ -38,11 +38,8 @@ class Superposition(TuningModule[SuperPosPrompt]):
         cls, config: SuperPosPrompt, model: Model, *, key: Array, context: Context
     ) -> TunedModel:
         tokens = sampled_tokens(config, model.config.vocab_size)
-        number = len(tokens)
-        # Each position starts as one token, another one while there are any.
-        repeats = config.length > number
-        first_P = jax.random.choice(key, number, (config.length,), replace=repeats)
-        weights_PM = jax.nn.one_hot(first_P, number)
+        shape = (config.length, len(tokens))
+        weights_PM = jax.random.normal(key, shape) * len(tokens) ** -0.5
         embeddings_MD = _embeddings(model, tokens) if config.trains_embeddings else None
         return TunedModel(model, cls(config, weights_PM, tokens, embeddings_MD))
 

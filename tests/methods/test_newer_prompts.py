@@ -173,28 +173,23 @@ def test_a_superposition_is_a_sum_of_weighted_embeddings(trains_embeddings: bool
     np.testing.assert_allclose(kept["prompt_PD"], want_PD, atol=1e-5)
 
 
-def test_a_superposition_starts_as_sampled_tokens_that_all_members_share() -> None:
-    model, method = t5(), SuperPosPrompt(length=P, num_tokens=5)
+def test_a_superposition_starts_at_random_from_tokens_that_all_members_share() -> None:
+    model, method = t5(), SuperPosPrompt(length=50, num_tokens=20)
     tokens = sampled_tokens(method, ONE_LAYER.vocab_size)
-    assert len({*tokens}) == 5
+    assert len({*tokens}) == 20
     table_MD = np.asarray(model.embedding_table()[jnp.asarray(tokens)])
     started = []
     for seed in range(2):
         attached = attach_method(model, method, key=jax.random.key(seed), context=Context())
         assert attached.method.tokens == tokens
-        prompt_PD = np.asarray(attached.method.prompt(model))
-        at = np.abs(prompt_PD[:, None] - table_MD[None]).max(axis=2).argmin(axis=1)
-        np.testing.assert_allclose(prompt_PD, table_MD[at], atol=1e-6)
-        assert len({*at.tolist()}) == P
-        started.append(at.tolist())
-    assert started[0] != started[1]
-    assert sampled_tokens(SuperPosPrompt(sample_seed=1, num_tokens=5), 40) != tokens
+        started.append(np.asarray(attached.method.prompt(model)))
+        # About as long as embeddings.
+        lengths = [np.square(x).sum(axis=1).mean() ** 0.5 for x in (started[-1], table_MD)]
+        assert 0.8 < lengths[0] / lengths[1] < 1.25
+    assert np.abs(started[0] - started[1]).max() > 0.1
+    assert sampled_tokens(SuperPosPrompt(sample_seed=1, num_tokens=20), 60) != tokens
     few = sampled_tokens(SuperPosPrompt(num_tokens=9, init_population=4), 40)
     assert sorted(few) == [0, 1, 2, 3]
-    long = attach_method(
-        model, SuperPosPrompt(length=7, num_tokens=2), key=jax.random.key(0), context=Context()
-    )
-    assert own_arrays(long)["weights_PM"].sum(axis=1).tolist() == [1.0] * 7
 
 
 def test_the_numbers_of_parameters_are_those_of_the_papers() -> None:

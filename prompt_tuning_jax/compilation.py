@@ -75,6 +75,11 @@ class CompiledAhead:
         made = self._program(arguments)
         return self._function(*arguments) if made is None else made.result()[1](*arguments)
 
+    def trace(self, *arguments: Any) -> Any:
+        """Returns the function traced for these arguments."""
+        self._program(arguments)  # which may compile meanwhile
+        return self._function.trace(*jax.tree.map(jax.typeof, arguments))
+
     def lower(self, *arguments: Any) -> Any:
         """Returns the function lowered for these arguments."""
         made = self._program(arguments)

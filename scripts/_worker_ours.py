@@ -14,7 +14,6 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.inference.setup import (
     attach_members,
     build_model,
-    partitioner_of,
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.training import build
@@ -109,12 +108,9 @@ class Ours:
         return {"seconds": time.perf_counter() - began, "chosen": chosen}
 
     def flops(self, *, batches: str) -> dict[str, Any]:
-        """Returns the FLOPs of one step on the first batch, before optimization."""
+        """Returns the FLOPs of the products of one step on the first batch."""
         pair = self._batch(*read_batches(batches)[0])
-        partitioner = partitioner_of(self.experiment)
-        microbatching = build.microbatching_of(self.experiment, self.members, partitioner)
-        iterations = microbatching.iterations(*pair["inputs"].shape)
-        cost = step_cost(self.step, self.state, self.members.frozen, pair, iterations=iterations)
+        cost = step_cost(self.step, self.state, self.members.frozen, pair)
         return {"flops": cost.flops}
 
     def _batch(self, inputs_BT: np.ndarray, targets_BS: np.ndarray) -> dict[str, np.ndarray]:

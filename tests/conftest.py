@@ -112,10 +112,11 @@ def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     build_step, steps = build.build_step, {}
 
-    def cached(of: "Experiment", members: "Members") -> Any:
-        state, step, rates = build_step(of, members)
+    def cached(of: "Experiment", members: "Members", **options: Any) -> Any:
+        state, step, rates = build_step(of, members, **options)
         anywhere = replace(of, training=replace(of.training, workdir=""))
-        return state, steps.setdefault((anywhere, members.graphdef), step), rates
+        key = anywhere, members.graphdef, str(options)
+        return state, steps.setdefault(key, step), rates
 
     monkeypatch.setattr(build, "build_step", cached)
 

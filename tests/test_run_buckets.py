@@ -88,8 +88,8 @@ def test_interrupted_and_continued_it_is_the_same_run(
     build_step, made = build.build_step, []
     calls = 0
 
-    def watched(of: Experiment, members: Members) -> Any:
-        state, step, rates = build_step(of, members)
+    def watched(of: Experiment, members: Members, **options: Any) -> Any:
+        state, step, rates = build_step(of, members, **options)
         made.append(step)
 
         def counted(*arguments: Any) -> Any:

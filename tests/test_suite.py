@@ -162,8 +162,8 @@ def test_killed_between_and_resumed(
     build_step = build.build_step
     steps: list[int] = []
 
-    def with_signal(*args: Any) -> Any:
-        state, step, rates = build_step(*args)
+    def with_signal(*args: Any, **options: Any) -> Any:
+        state, step, rates = build_step(*args, **options)
 
         def watched(*arguments: Any) -> Any:
             steps.append(1)

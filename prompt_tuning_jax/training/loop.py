@@ -24,8 +24,6 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import PROMPT
 from prompt_tuning_jax.training.logging import RunLog
 from prompt_tuning_jax.training.step import (
-    NO_MICROBATCHING,
-    Microbatching,
     StepCost,
     StepMetrics,
     TrainState,
@@ -90,7 +88,6 @@ class Loop:
     log_every: int
     batch_size: int
     patience: int = 0
-    microbatching: Microbatching = NO_MICROBATCHING
     padding: Callable[[int, int], float | None] = lambda start, stop: None
     samples: Callable[[], Mapping[str, str]] = dict
     quiet: bool = False
@@ -126,13 +123,7 @@ class Loop:
                 if shape not in costs:
                     began = time.monotonic()
                     since = since if costs else began
-                    costs[shape] = step_cost(
-                        self.train_step,
-                        state,
-                        self.frozen,
-                        batch,
-                        iterations=self.microbatching.iterations(*shape),
-                    )
+                    costs[shape] = step_cost(self.train_step, state, self.frozen, batch)
                     since += time.monotonic() - began
                 done.append(costs[shape])
                 state, metrics = self.train_step(state, self.frozen, batch)

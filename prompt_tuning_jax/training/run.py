@@ -263,7 +263,6 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
         log_every=training.log_every,
         batch_size=training.batch_size,
         patience=training.patience,
-        microbatching=build.microbatching_of(experiment, members, partitioner),
         padding=data.padding,
         quiet=quiet,
     ).run(state)

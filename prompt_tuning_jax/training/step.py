@@ -19,6 +19,7 @@ from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.losses import TokenSums
+from prompt_tuning_jax.training.flops import product_flops
 from prompt_tuning_jax.training.label_loss import LabelLoss
 from prompt_tuning_jax.training.wayward import Regularizer
 from prompt_tuning_jax.typing import Array, Batch, FlatParams, HostArray
@@ -110,11 +111,6 @@ class Microbatching:
         length = self.config.input_positions(length) + self.prompt_positions
         return members_per_chunk(self.config, members, rows, length)
 
-    def iterations(self, members: int, rows: int, length: int) -> int:
-        """Returns how often a step runs the body of its loops over chunks and microbatches."""
-        chunks = members // self.chunk_size(members, rows, length)
-        return chunks * self.microbatches(rows, length)
-
 
 def activation_bytes(config: ModelConfig) -> int:
     """Returns about how much a step stores for each position if linear maps are not computed again.
@@ -130,25 +126,13 @@ NO_MICROBATCHING = Microbatching()
 TrainStep = Callable[[TrainState, FlatParams, Batch], tuple[TrainState, StepMetrics]]
 
 
-def step_cost(
-    step: TrainStep,
-    state: TrainState,
-    frozen: FlatParams,
-    batch: Batch,
-    *,
-    iterations: int = 1,
-) -> StepCost:
-    """Returns the cost of a step of this shape, which the compiler counts before optimising.
-
-    ``iterations`` is the trip count of the step's loops (``Microbatching.iterations``).
-    """
+def step_cost(step: TrainStep, state: TrainState, frozen: FlatParams, batch: Batch) -> StepCost:
+    """Returns the cost of a step of this shape; FLOPs are those of its matrix products."""
     are_tokens = jnp.issubdtype(batch["inputs"].dtype, jnp.signedinteger)  # and not pixels
     tokens = batch["inputs"].size + batch["targets"].size if are_tokens else 0
-    # Only a jitted function has a cost analysis.
-    lower = getattr(step, "lower", None)
-    analysis = lower(state, frozen, batch).cost_analysis() if lower else None
-    # The compiler counts the body of a loop once, and only the update is outside the loops.
-    flops = iterations * float((analysis or {}).get("flops", 0.0))
+    # Only a jitted function can be traced.
+    trace = getattr(step, "trace", None)
+    flops = product_flops(trace(state, frozen, batch).jaxpr) if trace else 0.0
     return StepCost(tokens=int(tokens), flops=flops)
 
 

@@ -270,8 +270,8 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     build_step, steps = build.build_step, []
     killed_at: list[int] = []
 
-    def once(of: Any, members: Any) -> Any:  # one compilation for all three runs
-        state, step, rates = build_step(of, members)
+    def once(*args: Any, **options: Any) -> Any:  # one compilation for all three runs
+        state, step, rates = build_step(*args, **options)
         steps.append(step)
 
         def killable(state: Any, *rest: Any) -> Any:

@@ -21,6 +21,7 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layer_loop import repetitions
+from prompt_tuning_jax.training.step import step_cost
 from tests import micro, tiny_t5gemma, tiny_vit
 from tests.tiny_lm import make_lm
 
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Callable[[], Model], MethodConfig, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
     make, method, options = CASES[name]
-    products, trained = [], []
+    products, costs, trained = [], [], []
     for scan in (False, True):
         model = make()
         batch = batch_for(model)
@@ -97,10 +98,13 @@ def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
             assert len(trainer.frozen) < len(before) / 2
         text = trainer.step.lower(trainer.state, trainer.frozen, batch).as_text()
         products.append(text.count("stablehlo.dot_general"))
+        costs.append(step_cost(trainer.step, trainer.state, trainer.frozen, batch))
         trainer.run([batch])
         trained.append(trainer.state.trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *trained)
     assert products[1] < 0.8 * products[0]
+    # A loop derives what the first layer alone need not.
+    assert costs[0].flops <= costs[1].flops < 1.05 * costs[0].flops
 
 
 def test_repetitions_cover_a_sequence() -> None:

@@ -36,12 +36,10 @@ def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_the
     several = [tiny.chunk_size(6, rows, 30) for rows in (1, 16, 32, 64, 512)]
     assert several == sorted(several, reverse=True) and len(set(several)) > 2
     assert all(6 % number == 0 for number in several)
-    assert SMALL.iterations(5, 16, 128) == 5 * SMALL.microbatches(16, 128)
 
 
 def test_without_a_question_of_size_all_is_at_once():
     assert (NO_MICROBATCHING.microbatches(7, 9), NO_MICROBATCHING.chunk_size(5, 7, 9)) == (1, 5)
-    assert Microbatching(num_microbatches=3).iterations(5, 6, 9) == 3
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 6])

@@ -105,6 +105,7 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
         train_targets=(),
         evaluation={},
         labels=(),
+        task_labels=(),
         best_by="",
         direction="max",
         reports=(),
@@ -280,8 +281,8 @@ def _events(monkeypatch: pytest.MonkeyPatch, at: Callable[[int, str], None]) -> 
         watch(owner, attribute)
     build_step = build.build_step
 
-    def with_watched_step(*args: Any) -> Any:
-        state, step, rates = build_step(*args)
+    def with_watched_step(*args: Any, **options: Any) -> Any:
+        state, step, rates = build_step(*args, **options)
 
         def watched(*arguments: Any) -> Any:
             announce("step")

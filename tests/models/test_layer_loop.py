@@ -104,7 +104,7 @@ def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *trained)
     assert products[1] < 0.8 * products[0]
     # A loop derives what the first layer alone need not.
-    assert costs[0].flops <= costs[1].flops < 1.05 * costs[0].flops
+    assert costs[0].flops <= costs[1].flops < 1.15 * costs[0].flops
 
 
 def test_repetitions_cover_a_sequence() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from prompt_tuning_jax.inference.setup import (
     build_model,
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.models.quantization import bytes_of
 from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.step import step_cost
 
@@ -37,11 +38,18 @@ class Ours:
         dropout: float = 0.0,
         members: int = 1,
         batch_size: int = 16,
+        weights: Literal["dequantized", "quantized"] = "dequantized",
     ) -> dict[str, Any]:
         """Initializes every member with the given prompt, an .npy of ``[P, D]``."""
         start_PD = np.load(prompt, allow_pickle=False)
         self.experiment = experiment = Experiment(
-            model=Model(name_or_path=model, dtype=dtype, param_dtype=dtype, dropout_rate=dropout),
+            model=Model(
+                name_or_path=model,
+                dtype=dtype,
+                param_dtype=dtype,
+                dropout_rate=dropout,
+                weights=weights,
+            ),
             method=PromptTuning(length=len(start_PD), init="uniform"),
             optimizer=Optimizer(weight_decay=0.0),
             training=Training(seeds=tuple(range(members)), batch_size=batch_size),
@@ -55,18 +63,22 @@ class Ours:
             trainable={PROMPT: start_EPD + jnp.zeros_like(start_EPD)},
             opt_state=self.state.opt_state,
         )
-        return {}
+        return {"frozen_mb": bytes_of(self.members.frozen) / 1e6}
 
     def train(self, *, batches: str) -> dict[str, Any]:
         """Runs a step per batch, the same for all members; returns seconds and losses."""
         pairs = [self._batch(*pair) for pair in read_batches(batches)]
         losses = []
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for pair in pairs:
             self.state, metrics = self.step(self.state, self.members.frozen, pair)
             losses.append(metrics.loss_E)
         losses = [np.asarray(loss_E).tolist() for loss_E in losses]
-        return {"seconds": time.perf_counter() - began, "losses": losses}
+        return {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+            "losses": losses,
+        }
 
     def generate(self, *, batches: str, max_length: int) -> dict[str, Any]:
         """Decodes every batch greedily."""

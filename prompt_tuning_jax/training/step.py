@@ -66,7 +66,7 @@ class StepCost:
 _POSITIONS_PER_SHARED = 10
 # Frozen weights and activations that a step on a CPU may hold without smaller microbatches, which
 # repeat the prompt's pass: with 2 positions behind each of the prompt's, it takes a third of it.
-_STEP_BYTES, _LEAST_PER_SHARED, _FLOAT32_BYTES = 1.6e9, 2, 4
+_STEP_BYTES, _LEAST_PER_SHARED, _FLOAT32_BYTES = 1.45e9, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,13 @@ from prompt_tuning_jax.studies.ablations.run import (
     score_group,
     tested_on,
 )
-from prompt_tuning_jax.studies.spot import Task, majority_note, require_prompts, tasks_of, unchanged
+from prompt_tuning_jax.studies.named_tasks import (
+    Task,
+    majority_note,
+    require_prompts,
+    tasks_of,
+    unchanged,
+)
 from prompt_tuning_jax.studies.suite import data_of
 from prompt_tuning_jax.training.resume import require_place
 from prompt_tuning_jax.untrusted_input import read_json_file
@@ -221,7 +227,7 @@ def _results(
     first = points[0]
     return Results(
         grid=Grid(
-            axis=Axis(name="recycling", title="task", apply=unchanged, scale="names"),
+            axis=Axis(name="task", title="task", apply=unchanged, scale="names"),
             values=values,
             line_axis=Axis(name="prompt", title="prompt", apply=unchanged, scale="names"),
             lines=WAYS,

@@ -22,19 +22,24 @@ from prompt_tuning_jax.checkpoints.run_folder import (
     prompt_files,
     workdir_of,
 )
-from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.tasks.metrics import best_of, direction_by_name
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import shared_model
-from prompt_tuning_jax.methods import method_name
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group, Point
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
 from prompt_tuning_jax.studies.ablations.run import AblationResult, Settings, check, score_group
-from prompt_tuning_jax.studies.suite import data_of, markdown_rows, on_task, require_form
-from prompt_tuning_jax.studies.transfer import short_of, source_task
+from prompt_tuning_jax.studies.named_tasks import (
+    Task,
+    majority_note,
+    require_prompts,
+    tasks_of,
+    unchanged,
+)
+from prompt_tuning_jax.studies.suite import data_of, markdown_rows
 from prompt_tuning_jax.training.resume import require_place
 from prompt_tuning_jax.training.run import train
 
@@ -49,15 +54,6 @@ _OWN = "own"  # instead of the name of a source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task of the study: its name, the experiment on it, and the data of the reported scores."""
-
-    name: str
-    experiment: Experiment
-    test: Data | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Start:
     """The scores of a target's prompt for one seed and one start.
 
@@ -69,34 +65,6 @@ class Start:
     validation: float
     score: float
     similarity: float | None
-
-
-def tasks_of(
-    base: Experiment, names: Sequence[str], *, form: str, test_split: str, option: str
-) -> list[Task]:
-    """Returns the tasks that the user names: registered ones, or folders of files.
-
-    A folder has ``train.jsonl``, ``validation.jsonl`` and, for a ``test_split`` of another name,
-    that file.  Raises UserError if a task is unknown or named twice, or lacks a file.
-    """
-    known = require_form(form)
-    tasks: list[Task] = []
-    for given in names:
-        if Path(given).expanduser().is_dir():
-            task = _of_folder(base, Path(given).expanduser(), test_split, option=option)
-        elif "/" in given:
-            raise UserError(f"{option} {given}: no such folder")
-        else:
-            full = source_task(given, form=known, option=option)
-            of = on_task(base, full, workdir="")
-            test = dataclasses.replace(of.data, eval_split=test_split) if test_split else None
-            task = Task(name=short_of(full), experiment=of, test=test)
-        if task.name in [other.name for other in tasks]:
-            raise UserError(f"{option} names {task.name} twice")
-        tasks.append(task)
-    if not tasks:
-        raise UserError(f"{option} is empty; name at least one task")
-    return tasks
 
 
 def spot(
@@ -167,31 +135,6 @@ def spot(
     if results is not None:
         _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
     return AblationResult(results=results, files=files, stopped_by=0)
-
-
-def require_prompts(experiment: Experiment, option: str) -> None:
-    """Raises UserError unless the experiment's method is prompt tuning."""
-    if method_name(experiment.method) != "prompt_tuning":
-        raise UserError(
-            f"{option} is about prompts, and the method of the config is "
-            f"{type(experiment.method).__name__}; use a config with PromptTuning"
-        )
-
-
-def _of_folder(base: Experiment, folder: Path, test_split: str, *, option: str) -> Task:
-    def file(split: str) -> str:
-        path = folder / f"{split}.jsonl"
-        if not path.is_file():
-            raise UserError(f"{option} {folder}: {path.name} is missing; add it to the folder")
-        return str(path)
-
-    data = dataclasses.replace(
-        base.data, task="", train=file("train"), eval=file("validation"), labels=(), metrics=()
-    )
-    test = dataclasses.replace(data, eval=file(test_split)) if test_split else None
-    return Task(
-        name=folder.resolve().name, experiment=dataclasses.replace(base, data=data), test=test
-    )
 
 
 def _source_run(origin: Task, root: Path, steps: int) -> Experiment:
@@ -310,7 +253,7 @@ def summary(
     seeds = experiment.training.seeds
     values = tuple(Value(name=name) for name in found)
     grid = Grid(
-        axis=Axis(name="spot", title="target task", apply=unchanged, scale="names"),
+        axis=Axis(name="target", title="target task", apply=unchanged, scale="names"),
         values=values,
         line_axis=Axis(name="start", title="start of the prompt", apply=unchanged, scale="names"),
         lines=STARTS,
@@ -362,12 +305,6 @@ def summary(
     )
 
 
-def majority_note(majority: Mapping[str, float | None]) -> str:
-    """Returns a line with the majority class's score of each task."""
-    shown = [f"{name} {score:.1f}" for name, score in majority.items() if score is not None]
-    return f"The majority class scores: {', '.join(shown) or 'unknown'}."
-
-
 def _matrix(found: Mapping[str, Sequence[Sequence[Start]]]) -> list[str]:
     """Returns a Markdown table of gains and similarities, with a row per target."""
     pairs = {target: _pairs(seeds) for target, seeds in found.items()}
@@ -388,12 +325,6 @@ def _shown(name: str) -> str:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
-
-
-def unchanged(experiment: Experiment, value: Value) -> Experiment:
-    """Returns the experiment itself, for axes that only group results."""
-    del value
-    return experiment
 
 
 def _say(quiet: bool, *lines: str) -> None:

@@ -1,5 +1,6 @@
 """What analyses say about prompts whose words, copies and effects are known."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.analysis.positions import redundancy
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.analysis.positions import leave_one_out, redundancy
 from prompt_tuning_jax.analysis.prompts import Start, analyze
 from prompt_tuning_jax.analysis.report import write_report
 from prompt_tuning_jax.analysis.words import (
@@ -19,6 +21,7 @@ from prompt_tuning_jax.analysis.words import (
     nearest_words,
     ranks_of,
 )
+from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
 from prompt_tuning_jax.cli.main import main
@@ -167,3 +170,30 @@ def test_words_of_a_scaled_model_are_in_the_space_of_its_prompts() -> None:
     copied = model.embedding_table()[jnp.asarray([5])]
     ids, distances = nearest_tokens(copied, rows, number=1, by="euclidean")
     assert ids.tolist() == [[5]] and float(distances[0, 0]) < 1e-2
+
+
+def test_positions_of_a_decoder_only_model(tmp_path: Path) -> None:
+    """What follows a position that is left out moves forward, also beyond one group of prompts."""
+    ids = dataclasses.replace(tiny_lm.make_lm().config.token_ids, eos=1)
+    lm = tiny_lm.make_lm(vocab_size=tiny_run.CONFIG.vocab_size, token_ids=ids)
+    words = tiny_run.vocabulary_file()
+    params = param_tree.split(lm)[1]
+    write_hf(tmp_path / "lm", lm.config, params, vocabulary_file=words, dtype="float32")
+    of = experiment("w", {"model.name_or_path": str(tmp_path / "lm"), "data.buckets": "none"})
+    prompt = 3 * normal(17, tiny_lm.D)
+    effects = leave_one_out(of, prompt)
+    assert effects is not None and effects.loss_P is not None and effects.examples == 24
+    assert len(np.unique(effects.loss_P)) == len(effects.scores_P) == 17
+    wholes = []
+    for position in (0, 16):
+        shorter = evaluate(of, prompts=[np.delete(prompt, position, axis=0)])
+        assert effects.scores_P[position] == shorter.mean["accuracy"]
+        ((examples, predictions),) = zip(
+            shorter.examples.values(), shorter.predictions.values(), strict=True
+        )
+        losses = [
+            np.log(np.exp(list(known.values())).sum()) - known[example["targets"]]
+            for known, example in zip(predictions.log_probs_EN[0], examples.texts, strict=True)
+        ]
+        wholes.append(np.mean(losses) - effects.loss_P[position])
+    assert wholes[0] == pytest.approx(wholes[1], abs=1e-5)  # the loss of the whole prompt

@@ -335,8 +335,9 @@ def _metric_of(of: Experiment) -> tuple[str, Any]:
 
 
 def majority_score(of: Experiment, settings: Settings, model: Any) -> float | None:
-    """Returns the score of the most frequent training target; None without labels."""
+    """Returns the score of the most frequent target of the training split; None without labels."""
     words = vocabulary_of(model)
+    of = dataclasses.replace(of, data=dataclasses.replace(of.data, max_train_examples=0))
     train_targets = task_data.build_data(of, words).train_targets
     tested = tested_on(of, settings)
     data = task_data.build_data(tested, words, training=False)

@@ -197,7 +197,7 @@ class Training(Config):
     gradient_accumulation: int = 0
     # Rematerialization: what the backward pass computes again to save memory.  ``dots`` saves the
     # outputs of linear maps, ``full`` only the inputs of layers.  On a CPU, ``none`` is ``dots``
-    # where activations would take more than a gigabyte.
+    # where activations would take more than half a gigabyte.
     remat: Literal["none", "dots", "full"] = "none"
     # Compile layers of the same structure once, as a loop, which is faster.  ``auto`` is on for
     # accelerators and off for CPUs, where a loop copies the weights of each layer.

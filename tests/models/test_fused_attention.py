@@ -20,7 +20,7 @@ from prompt_tuning_jax.methods import FullTuning
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.ops import fused_attention as kernel
 from prompt_tuning_jax.models.ops.attention import MASK_VALUE
-from prompt_tuning_jax.models.t5 import model as t5_model
+from prompt_tuning_jax.models.t5 import encoder as t5_encoder
 from tests import micro
 from tests.devices import with_devices
 from tests.micro import normal
@@ -148,7 +148,7 @@ def test_devices_attend_with_their_rows_and_heads_and_hold_their_part_of_a_stack
 
 @pytest.mark.parametrize("config", [micro.T5_1_1, micro.PER_LAYER])
 def test_a_fused_encoder_is_the_same_encoder(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(t5_model, "FEWEST_KEYS", 1)
+    monkeypatch.setattr(t5_encoder, "FEWEST_KEYS", 1)
     config = dataclasses.replace(config, num_encoder_layers=1)
     prefixes = tuple(
         dataclasses.replace(prefix, before=True)

@@ -299,7 +299,7 @@ def test_dropout_is_off_without_a_key_and_follows_the_key():
 def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monkeypatch):
     from prompt_tuning_jax.models import layers
     from prompt_tuning_jax.models.ops import attention
-    from prompt_tuning_jax.models.t5 import model
+    from prompt_tuning_jax.models.t5 import decoder, encoder
 
     axes = []
 
@@ -312,7 +312,7 @@ def test_dropout_acts_at_each_of_its_places_and_nowhere_twice_with_one_key(monke
             axes.append(shared_axis)
             return x
 
-        for module in (attention, layers, model):
+        for module in (attention, layers, encoder, decoder):
             monkeypatch.setattr(module, "dropout", spy)
         make_t5(dropout_rate=0.5)(SOURCE, TARGET, key=key)
         return jnp.stack(used)

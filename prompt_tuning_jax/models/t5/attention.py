@@ -13,7 +13,7 @@ from flax import nnx
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.layers import Linear, normal_param
+from prompt_tuning_jax.models.layers import Linear, RMSNorm, normal_param
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.ops.attention import (
     MASK_VALUE,
@@ -210,3 +210,20 @@ def _put_in_front(prefix_BPHK: Array, x_BUHK: Array) -> Array:
         x_BUHK.dtype
     )
     return jnp.concatenate([prefix_BPHK, x_BUHK], axis=1)
+
+
+def positions_before(prefix: KeyValues | None) -> int:
+    """Returns how many positions before the sequence a prefix has."""
+    return prefix.key_BPGK.shape[1] if prefix and prefix.before else 0
+
+
+def with_positions_before(positions: Array, number: int) -> Array:
+    """Puts that many positions before those of a sequence, which start from 0."""
+    return jnp.concatenate([jnp.arange(-number, 0), positions]) if number else positions
+
+
+def make_norm(config: T5Config, *, dtype: DType, param_dtype: DType) -> RMSNorm:
+    """Makes the norm of hidden states."""
+    return RMSNorm(
+        config.embed_dim, eps=config.layer_norm_eps, dtype=dtype, param_dtype=param_dtype
+    )

@@ -541,7 +541,7 @@ class ADePT(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.adept:TokenOffsets"
-    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.01",)}
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"rates": ("method/offset_.*=0.1",)}
     lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "hidden": 1, "init_population": 0}
     training_only: ClassVar[Mapping[str, Any]] = _INIT_ONLY
 

@@ -131,7 +131,10 @@ def require_sizes(method: MethodConfig, shapes: Mapping[str, tuple[int, ...]]) -
         if len(sizes) > max(largest, _SMALL):
             raise UserError(f"method.{name} has {len(sizes)} entries, and no array has so many")
         for size in sizes:
-            if type(size) is not int or method.training_only.get(name) == size:
+            # A population of tokens is cut to the vocabulary, and allocates nothing.
+            if type(size) is not int or name == "init_population":
+                continue
+            if method.training_only.get(name) == size:
                 continue
             if size > max(largest, _SMALL):
                 raise UserError(

@@ -48,11 +48,11 @@ def test_the_second_layer_reads_them(lengths: Any, mode: Any, hidden: int) -> No
         positions = jnp.arange(source.mask_BU.shape[1])
         bias = encoder.relpos_bias(positions, positions)
         mask = bias_of(source.mask_BU[:, None, :])
-        x_BUD = encoder.layer(0)(source.embeddings_BUD, bias, mask, None, None)
+        x_BUD = encoder.layer(0)(source.embeddings_BUD, bias, mask, None, None)[0]
         own = second if mode == "replace" else x_BUD[:, : len(second)] + second
         own = jnp.broadcast_to(own, (2, len(second), D))
         x_BUD = jnp.concatenate([own, x_BUD[:, len(second) :]], axis=1)
-        return encoder.encoder_norm(encoder.layer(1)(x_BUD, bias, mask, None, None))
+        return encoder.encoder_norm(encoder.layer(1)(x_BUD, bias, mask, None, None)[0])
 
     np.testing.assert_allclose(got, by_hand(), atol=1e-5)
 

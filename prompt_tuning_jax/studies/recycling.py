@@ -116,7 +116,13 @@ def recycled_prompts(
                     key = "validation" if goal.test is None else "test"
                     found[goal.name][name.name] = [member[key] for member in own["members"]]
                 results = _results(
-                    experiment, model, found, points[NEW], differ=differ, number=len(goals)
+                    experiment,
+                    model,
+                    found,
+                    points[NEW],
+                    differ=differ,
+                    number=len(goals),
+                    split=test_split,
                 )
                 files = write(results, root / "recycling")
     if results is not None:
@@ -201,6 +207,7 @@ def _results(
     *,
     differ: float | None,
     number: int,
+    split: str,
 ) -> Results:
     values = tuple(Value(name=name) for name in found)
     cells = []
@@ -234,7 +241,7 @@ def _results(
         ),
         cells=tuple(cells),
         metric=", ".join(dict.fromkeys(point["metric"] for point in points)),
-        split=first["split"],
+        split=split or first["split"],
         task=f"{len(found)} task{'s' * (len(found) != 1)}",
         model=experiment.model.name_or_path,
         majority=None,

@@ -129,7 +129,13 @@ def spot(
                 last[goal.name] = point
             found[goal.name] = seeds
             results = summary(
-                experiment, found, last, examples=examples, steps=source_steps, number=len(goals)
+                experiment,
+                found,
+                last,
+                examples=examples,
+                steps=source_steps,
+                number=len(goals),
+                split=test_split,
             )
             files = write(results, root / "spot")
     if results is not None:
@@ -248,8 +254,12 @@ def summary(
     examples: int,
     steps: int,
     number: int,
+    split: str,
 ) -> Results:
-    """Returns the results of the finished targets; ``found`` has the starts of each seed."""
+    """Returns the results of the finished targets; ``found`` has the starts of each seed.
+
+    ``split`` names the split of the scores; if it is empty, ``points`` do.
+    """
     seeds = experiment.training.seeds
     values = tuple(Value(name=name) for name in found)
     grid = Grid(
@@ -284,7 +294,7 @@ def summary(
         grid=grid,
         cells=tuple(cells),
         metric=", ".join(dict.fromkeys(point["metric"] for point in points.values())),
-        split=first["split"],
+        split=split or first["split"],
         task=f"{len(found)} target task{'s' * (len(found) != 1)}",
         model=experiment.model.name_or_path,
         majority=None,

@@ -29,7 +29,7 @@ def test_old_prompts_on_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     done = again()
     written = json.loads((tmp_path / "w/recycling.json").read_text())
-    assert written["complete"] and written["new_model"] == new
+    assert written["complete"] and written["new_model"] == new and written["split"] == "test"
     means = {point["line"]: point["scores"] for point in written["points"]}
     for way, folder in ((OLD, "old"), (NEW, "new")):
         point = json.loads((tmp_path / "w" / folder / "colour" / runs.POINT).read_text())

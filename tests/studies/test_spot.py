@@ -76,7 +76,7 @@ def test_targets_start_from_the_prompts_of_sources(
     assert saved_config(str(tmp_path / "w/sources/colour")).training.steps == 2  # type: ignore[union-attr]
 
     written = json.loads((tmp_path / "w/spot.json").read_text())
-    assert written["complete"] and len(written["points"]) == 4
+    assert written["complete"] and len(written["points"]) == 4 and written["split"] == "test"
     own, colour = (written["pairs"]["other"][name] for name in ("own", "colour"))
     for seed in (0, 1):
         folder = tmp_path / f"w/targets/other/seed_{seed}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, non_negative, option, positional
 from prompt_tuning_jax.cli.experiment import ConfigOptions, exit_if_stopped
@@ -27,12 +27,12 @@ class Ablate(ConfigOptions):
     )
 
     # What varies: length, init, learning_rate, method, size (names of models), objective and
-    # lm_steps (NAME=MODEL), or ensemble (the number of its members).
-    setting: Literal[
-        "length", "init", "objective", "lm_steps", "size", "learning_rate", "method", "ensemble"
-    ] = positional("SETTING")
-    # Values of the setting (default: those of the paper).  objective: span_corruption=MODEL,
-    # sentinel=MODEL, lm_adaptation=MODEL; lm_steps: STEPS=MODEL, or STEPS with --adapt.
+    # lm_steps (NAME=MODEL), ensemble (the number of its members), or any field of the config, for
+    # example method.prompt_to_input.
+    setting: str = positional("SETTING")
+    # Values of the setting (default: those of the paper, if it has any).  objective:
+    # span_corruption=MODEL, sentinel=MODEL, lm_adaptation=MODEL; lm_steps: STEPS=MODEL, or STEPS
+    # with --adapt.
     values: tuple[str, ...] = option("A,B", default=())
     # A second setting, with one line of the figure for each of its values.  An ensemble compares
     # methods.

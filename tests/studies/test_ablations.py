@@ -15,10 +15,10 @@ from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.predictor import Predictions
-from prompt_tuning_jax.methods import CPT, METHODS, DescribedPrompts, PromptDesign
+from prompt_tuning_jax.methods import CPT, METHODS, DescribedPrompts, PromptDesign, method_name
 from prompt_tuning_jax.studies.ablations import ensembles as ensemble_study
 from prompt_tuning_jax.studies.ablations import run as runs
-from prompt_tuning_jax.studies.ablations.axes import AXES, Value, values_of
+from prompt_tuning_jax.studies.ablations.axes import AXES, Value, get_axis, values_of
 from prompt_tuning_jax.studies.ablations.ensembles import SCORES, ensembles
 from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.ablations.methods import compared
@@ -43,6 +43,24 @@ def grid(name: str, *texts: str, lines: str = "") -> Grid:
     named, _, listed = lines.partition("=")
     each = values_of(AXES[named], listed.split(","), option="--lines")
     return Grid(axis=axis, values=values, line_axis=AXES[named], lines=each)
+
+
+def test_any_field_of_the_config_can_vary() -> None:
+    axis = get_axis("method.prompt_to_input", option="ablate")
+    values = values_of(axis, ("true", "false"), option="--values")
+    lines = values_of(AXES["method"], ("prompt_tuning", "multitask_prompts"), option="--lines")
+    of = Grid(axis=axis, values=values, line_axis=AXES["method"], lines=lines)
+    groups = of.groups(experiment("w"), (0, 1))
+    found = [(group.experiment.method, group.experiment.training.seeds) for group in groups]
+    assert [getattr(method, "prompt_to_input", None) for method, _ in found] == [True] * 2 + [
+        False
+    ] * 2
+    assert [method_name(method) for method, _ in found] == [
+        "prompt_tuning",
+        "multitask_prompts",
+    ] * 2
+    assert len({group.name for group in groups}) == 4
+    assert found[0][1] == (0, 1)
 
 
 def test_points_that_share_a_program_are_one_run() -> None:
@@ -171,6 +189,9 @@ def test_sentinels_in_targets_are_in_labels_but_not_in_metrics() -> None:
         (["length", "--lines", "length=1"], "varies already"),
         (["length", "--lines", "depth=1"], "unknown setting 'depth'"),
         (["method", "--values", "prompt_tunin"], "prompt_tuning"),
+        (["method.lenght", "--values", "1,2"], "method.length"),
+        (["method.length"], "--values is needed for method.length"),
+        (["method.length", "--values", "1,long"], "method.length"),
         (["init", "--values", "best"], "method.init"),
         (["length", "--adapt", "x.py"], "--adapt is for lm_steps and objective"),
         (["length", "--test_split", "a", "--test_data", "b"], "not both"),

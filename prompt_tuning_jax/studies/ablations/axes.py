@@ -56,6 +56,10 @@ def _set(experiment: Experiment, field: str, value: str) -> Experiment:
     return apply_override(experiment, f"{field}={value}")
 
 
+def _field(path: str) -> Callable[[Experiment, Value], Experiment]:
+    return lambda experiment, value: _set(experiment, path, value.name)
+
+
 def _length(experiment: Experiment, value: Value) -> Experiment:
     return _set(experiment, "method.length", value.name)
 
@@ -184,9 +188,18 @@ OBJECTIVES = ("span_corruption", "sentinel", "lm_adaptation")
 
 
 def get_axis(name: str, *, option: str) -> Axis:
-    """Returns the axis with that name; UserError with the nearest name if it is unknown."""
+    """Returns the axis with that name, or that varies the field of the config with that path.
+
+    Raises UserError with the nearest name if it is unknown.
+    """
+    if "." in name:
+        field = name.replace("_", " ").rpartition(".")[2]
+        return Axis(name=name, title=field, apply=_field(name), scale="names")
     if name not in AXES:
-        raise UserError(f"{option}: unknown setting {name!r}: {suggest(name, AXES)}")
+        known = suggest(name, AXES)
+        raise UserError(
+            f"{option}: unknown setting {name!r}: {known}, or a field such as data.task"
+        )
     return AXES[name]
 
 
@@ -198,7 +211,7 @@ def values_of(axis: Axis, texts: Sequence[str], *, option: str) -> tuple[Value, 
     texts = texts or axis.defaults
     if not texts:
         what = "STEPS=MODEL,..." if axis.name == "lm_steps" else "NAME=MODEL,..."
-        example = what if axis.of_models else "MODEL,MODEL,..."
+        example = what if axis.of_models else "A,B" if "." in axis.name else "MODEL,MODEL,..."
         raise UserError(f"{option} is needed for {axis.name}: {example}")
     values: list[Value] = []
     for text in texts:

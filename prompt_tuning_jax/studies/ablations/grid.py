@@ -74,12 +74,12 @@ class Grid:
 
     def experiment(self, base: Experiment, value: Value, line: Value | None) -> Experiment:
         """Returns ``base`` with the values of both axes; raises UserError if it is invalid."""
-        # The model, then the method, then the method's settings.
+        # The model, then the method, then the method's settings, then other fields of the config.
         order = ("size", "objective", "lm_steps", "method", "length", "init", "learning_rate")
         chosen = {self.axis.name: (self.axis, value)}
         if self.line_axis is not None and line is not None:
             chosen[self.line_axis.name] = (self.line_axis, line)
-        for name in order:
+        for name in (*order, *(name for name in chosen if name not in order)):
             if name in chosen:
                 axis, one = chosen[name]
                 base = axis.apply(base, one)

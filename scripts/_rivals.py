@@ -5,8 +5,12 @@ answers with one JSON object per line; everything else that it prints goes to st
 one worker runs at a time, so that each has the whole machine.
 """
 
+import importlib.metadata
 import json
 import os
+import platform
+import resource
+import select
 import statistics
 import subprocess
 import sys
@@ -19,6 +23,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = Path(__file__).resolve().parent
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "peft")
+MOST_FAULTS = 100  # pages read back from disk in a job; more mean that the memory was short
+
+
+class TimeoutExceeded(Exception):
+    """A worker has not answered in time, and has been stopped."""
 
 
 class Worker:
@@ -33,12 +43,18 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        """Returns the worker's answer; exits if the worker has died."""
+    def ask(self, do: str, *, within: float | None = None, **job: Any) -> dict[str, Any]:
+        """Returns the worker's answer; exits if the worker has died.
+
+        Raises ``TimeoutExceeded``, and stops the worker, if it takes longer than ``within`` seconds.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **job}) + "\n")
             self.process.stdin.flush()
+            if within and not select.select([self.process.stdout], [], [], within)[0]:
+                self.process.kill()
+                raise TimeoutExceeded
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -54,12 +70,44 @@ class Worker:
 
 
 def answer_jobs(jobs: Mapping[str, Any]) -> None:
-    """Runs in the worker: answers jobs until standard input ends."""
+    """Runs in the worker: answers jobs until standard input ends.
+
+    Every answer has ``faults``, the pages that were read from disk during the job.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         result = jobs[job.pop("do")](**job) or {}
-        print(json.dumps(result), file=answers, flush=True)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
+        print(json.dumps({**result, "faults": faults}), file=answers, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter to a benchmark."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(*workers: Worker) -> str:
+    """Returns a line that names the processor, and the versions of each worker's packages."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    each = []
+    for worker in workers:
+        named = ", ".join(
+            f"{name} {one}" for name, one in worker.ask("versions").items() if name != "faults"
+        )
+        each.append(f"{worker.name}: {named}")
+    return f"{model}, {os.cpu_count()} cores; " + "; ".join(each)
 
 
 def peak_memory() -> dict[str, float]:
@@ -106,21 +154,49 @@ def read_batches(file: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def take_turns(
-    jobs: Mapping[str, tuple[Worker, str, Mapping[str, Any]]], *, rounds: int
+    jobs: Mapping[str, tuple[Worker, str, Mapping[str, Any]]],
+    *,
+    rounds: int,
+    within: float | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs each job ``rounds`` times, reversing the order each round; returns answers by name."""
+    """Runs each job ``rounds`` times, reversing the order each round; returns answers by name.
+
+    Prints the seconds of each round.  A job that takes longer than ``within`` seconds is not run
+    again: its list ends, and a line says so.  So does one for a job whose process was swapped out.
+    """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    stopped: set[Worker] = set()
     for number in range(rounds):
         names = list(jobs) if number % 2 == 0 else list(reversed(jobs))
+        took = []
         for name in names:
             worker, do, job = jobs[name]
+            if worker in stopped:
+                continue
             time.sleep(0.2)  # until the other worker's threads are idle
-            answers[name].append(worker.ask(do, **job))
+            try:
+                answer = worker.ask(do, within=within, **job)
+            except TimeoutExceeded:
+                say(f"{worker.name} did not finish {do!r} within {within:.0f} s: stopped")
+                stopped.add(worker)
+                continue
+            if answer["faults"] > MOST_FAULTS:
+                say(f"{worker.name} was short of memory in {do!r}: {answer['faults']} page faults")
+            answers[name].append(answer)
+            took.append(f"{name} {answer['seconds']:.2f} s")
+        say(f"round {number + 1} of {rounds}: {', '.join(took)}")
     return answers
 
 
+def say(line: str) -> None:
+    """Prints a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def median_and_spread(values: Sequence[float]) -> str:
-    """Formats values as ``median (min - max)``."""
+    """Formats values as ``median (min - max)``; a dash if there are none."""
+    if not values:
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.4g}"
     return f"{statistics.median(values):.4g} ({min(values):.4g} - {max(values):.4g})"
@@ -128,7 +204,9 @@ def median_and_spread(values: Sequence[float]) -> str:
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Formats the ratio of the medians, and the smallest and largest ratio of any round."""
-    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    if not ours or not theirs:
+        return "-"
+    pairs = [a / b for a, b in zip(ours, theirs, strict=False)]
     whole = statistics.median(ours) / statistics.median(theirs)
     return f"{whole:.2f} ({min(pairs):.2f} - {max(pairs):.2f})"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _rivals import answer_jobs, peak_memory, read_batches
+from _rivals import answer_jobs, peak_memory, read_batches, versions
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     Adafactor,
@@ -155,5 +155,6 @@ if __name__ == "__main__":
             "generate": rival.generate,
             "rank": rival.rank,
             "memory": peak_memory,
+            "versions": versions,
         }
     )

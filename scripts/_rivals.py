@@ -46,7 +46,7 @@ class Worker:
     def ask(self, do: str, *, within: float | None = None, **job: Any) -> dict[str, Any]:
         """Returns the worker's answer; exits if the worker has died.
 
-        Raises ``TimeoutExceeded``, and stops the worker, if it takes longer than ``within`` seconds.
+        Raises ``TimeoutExceeded``, and stops the worker, after ``within`` seconds without answer.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:

@@ -4,15 +4,22 @@ import math
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 _PRODUCT = "dot_general"
 
 
 def product_flops(jaxpr: Any) -> float:
-    """Returns the multiplications and additions of all matrix products in a (closed) jaxpr.
+    """Returns the multiplications and additions of all matrix products in a closed jaxpr.
 
-    A loop whose number of iterations is not known counts once, and a branch as the costliest.
+    Products whose results are not used do not count: the compiler removes them.  A loop whose
+    number of iterations is not known counts once, and a branch as the costliest.
     """
+    used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _flops(used)
+
+
+def _flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -25,9 +32,9 @@ def product_flops(jaxpr: Any) -> float:
             estimate = params.get("cost_estimate")
             total += 0.0 if estimate is None else float(estimate.flops)
         elif name == "cond":
-            total += max(map(product_flops, params["branches"]))
+            total += max(map(_flops, params["branches"]))
         else:
-            total += _times(name, params) * sum(map(product_flops, _within(params)))
+            total += _times(name, params) * sum(map(_flops, _within(params)))
     return total
 
 

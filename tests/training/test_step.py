@@ -117,6 +117,15 @@ def test_accumulation_takes_less_memory_and_is_counted_whole():
     assert found[8][1] < found[1][1] / 4
 
 
+def test_products_with_unused_results_do_not_count():
+    """Narrow products have their own derivative, which computes that of a frozen kernel, too."""
+    counts = []
+    for dtype in ("float32", "bfloat16"):
+        trained = trainer(model=make_t5(ONE_LAYER, dtype=dtype), dropout=False)
+        counts.append(step_cost(trained.step, trained.state, trained.frozen, make_batch()).flops)
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_batch_that_cannot_be_divided_is_refused():
     trained = trainer(parts=4)
     with pytest.raises(UserError, match=r"gradient_accumulation.*batch of 6 examples.* 4 "):

@@ -1,6 +1,6 @@
 """Tuning methods.
 
-Each method has a config and a ``TuningModule``.  The config (``config/methods.py``) holds the
+Each method has a config and a ``TuningModule``.  The config (``config/methods/``) holds the
 hyper-parameters.  The module (one file in this folder) holds the parameters and defines what they
 add to a model.  ``attach_method`` looks up the module by the name that the config gives.
 """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,12 @@ def test_scaled_rotary_positions_in_both_versions(tmp_path: Path) -> None:
     assert older == newer
     assert older.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_max_positions=8192)
     assert config_of("llama", tmp_path, **without_dtype(described_config(older))) == older
+    named = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    yarn = config_of("qwen2", tmp_path, rope_scaling=named, eos_token_id=7)
+    assert yarn.rope_scaling == RopeScaling(
+        kind="yarn", factor=4.0, original_max_positions=4096, attention_factor=1 + 0.1 * math.log(4)
+    )
+    assert config_of("qwen2", tmp_path, **without_dtype(described_config(yarn))) == yarn
     linear = config_of("gemma3_text", tmp_path, rope_scaling={"type": "linear", "factor": 8})
     assert linear.rope_scaling == RopeScaling(kind="linear", factor=8.0)
     assert config_of("gemma3_text", tmp_path, **without_dtype(described_config(linear))) == linear
@@ -363,7 +370,12 @@ def test_the_language_model_of_a_gemma_3_that_sees(copy: Edit, families: Path) -
         ("llama_mha", {"attention_bias": 1}, "attention_bias is 1 and must be true or false"),
         ("llama_mha", {"attention_bias": True}, "q_proj.bias"),
         ("llama_mha", {"num_key_value_heads": 3}, "4 heads cannot share 3 heads"),
-        ("llama_mha", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported"),
+        (
+            "llama_mha",
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope_type is 'longrope'; supported",
+        ),
+        ("llama_mha", {"rope_scaling": {"rope_type": "yarn"}}, "factor of the rope is None"),
         ("llama_mha", {"rope_scaling": {"type": "linear"}}, "factor of the rope is None"),
         ("llama_mha", {"rope_scaling": 3}, "rope_scaling is 3 and not an object"),
         ("llama_mha", {"rope_theta": 0}, "rope_theta is 0; it must be a number above 1"),

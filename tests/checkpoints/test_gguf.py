@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,17 @@ def test_scaled_rotary_positions(tmp_path: Path) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     config, _ = open_gguf(tiny(tmp_path / "linear.gguf", **linear))
     assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
-    with pytest.raises(UserError, match=r"rope.scaling.type is 'yarn'; supported: none and linear"):
-        open_gguf(tiny(tmp_path / "yarn.gguf", **{"rope.scaling.type": "yarn"}))
+    yarn = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 4096,
+    }
+    config, _ = open_gguf(tiny(tmp_path / "yarn.gguf", **yarn))
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn", factor=4.0, original_max_positions=4096, attention_factor=1 + 0.1 * math.log(4)
+    )
+    with pytest.raises(UserError, match=r"scaling.type is 'longrope'; supported: none, linear"):
+        open_gguf(tiny(tmp_path / "long.gguf", **{"rope.scaling.type": "longrope"}))
     # As llama.cpp's converter computes them from transformers' parameters (width 16, base 500,000).
     wavelengths = 2 * np.pi * 5e5 ** (np.arange(8) / 8)
     factors = []

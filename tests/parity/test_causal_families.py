@@ -35,6 +35,16 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# What "truncate" keeps whole and the factors imply, and the same with all of it given.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_GIVEN = {
+    **_YARN,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "truncate": False,
+}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 40}
 CASES: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -45,7 +55,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "qwen2": [
         {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     ],
-    "qwen3": [{**_GROUPED, "head_dim": 16, "attention_bias": True}],
+    "qwen3": [
+        {**_GROUPED, "head_dim": 16, "attention_bias": True},
+        {**_GROUPED, "head_dim": 16, "rope_scaling": _YARN},
+        {**_GROUPED, "head_dim": 16, "rope_scaling": _YARN_GIVEN},
+    ],
     "olmo": [{**_GROUPED, "clip_qkv": 0.05}, _SIZES],
     "gemma2": [{**_GROUPED, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20}],
     "gemma3_text": [

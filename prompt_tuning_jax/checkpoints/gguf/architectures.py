@@ -15,7 +15,11 @@ import numpy as np
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
 from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import token_ids_of
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, RopeScaling
+from prompt_tuning_jax.models.causal_lm.config import (
+    CausalLMConfig,
+    RopeScaling,
+    yarn_attention_factor,
+)
 from prompt_tuning_jax.models.config import TokenIds
 
 _QKV = ("self_attention/query", "self_attention/key", "self_attention/value")
@@ -111,12 +115,20 @@ class Metadata:
         kind = self._of("rope.scaling.type", "none")
         if kind in ("none", ""):
             return None
-        if kind != "linear":
+        if kind not in ("linear", "yarn"):
             raise self.error(
-                f"{self.architecture}.rope.scaling.type is {repr(kind)[:80]}; supported: none and "
-                "linear"
+                f"{self.architecture}.rope.scaling.type is {repr(kind)[:80]}; supported: none, "
+                "linear, yarn"
             )
-        return RopeScaling(kind="linear", factor=self.number("rope.scaling.factor"))
+        factor = self.number("rope.scaling.factor")
+        if kind == "linear":
+            return RopeScaling(kind="linear", factor=factor)
+        return RopeScaling(
+            kind="yarn",
+            factor=factor,
+            original_max_positions=self.size("rope.scaling.original_context_length"),
+            attention_factor=yarn_attention_factor(factor),
+        )
 
     def token_ids(self) -> TokenIds:
         """The ids of padding and of all ends of a text."""

@@ -1,9 +1,10 @@
 """Reads a ``config.json`` by its family's description."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 from prompt_tuning_jax.checkpoints.hf.config_fields import (
     ACTIVATIONS,
@@ -12,7 +13,12 @@ from prompt_tuning_jax.checkpoints.hf.config_fields import (
     Windows,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, RopeScaling
+from prompt_tuning_jax.models.causal_lm.config import (
+    CausalLMConfig,
+    RopeKind,
+    RopeScaling,
+    yarn_attention_factor,
+)
 from prompt_tuning_jax.models.config import TokenIds
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -192,24 +198,51 @@ class ConfigReader(ConfigFields):
         kind = entry.get("rope_type", entry.get("type", "default"))
         if kind == "default":
             return None
-        if kind not in ("linear", "llama3"):
-            raise self._error(f"rope_type is {_shown(kind)}; supported: default, linear, llama3")
-        factors = ("factor", "low_freq_factor", "high_freq_factor")[: 3 if kind == "llama3" else 1]
-        scaling: dict[str, Any] = {}
-        for key in factors:
-            value = entry.get(key)
-            if not _is_number(value) or not value > 0:
-                raise self._error(f"{key} of the rope is {_shown(value)}; it must be positive")
-            scaling[key] = float(value)
+        if kind not in get_args(RopeKind):
+            known = ", ".join(("default", *get_args(RopeKind)))
+            raise self._error(f"rope_type is {_shown(kind)}; supported: {known}")
+        factor = self._positive(entry, "factor")
+        if kind == "linear":
+            return RopeScaling(kind=kind, factor=factor)
+        longest = entry.get("original_max_position_embeddings", self.values["max_positions"])
+        if type(longest) is not int or not 0 < longest < 2**31:
+            raise self._error(
+                f"original_max_position_embeddings is {_shown(longest)}; it must be a positive "
+                "integer"
+            )
+        scaling = RopeScaling(kind=kind, factor=factor, original_max_positions=longest)
         if kind == "llama3":
-            longest = entry.get("original_max_position_embeddings", self.values["max_positions"])
-            if type(longest) is not int or not 0 < longest < 2**31:
-                raise self._error(
-                    f"original_max_position_embeddings is {_shown(longest)}; it must be a positive "
-                    "integer"
-                )
-            scaling["original_max_positions"] = longest
-        return RopeScaling(kind=kind, **scaling)
+            return dataclasses.replace(
+                scaling,
+                low_freq_factor=self._positive(entry, "low_freq_factor"),
+                high_freq_factor=self._positive(entry, "high_freq_factor"),
+            )
+        truncate = entry.get("truncate", True)
+        if type(truncate) is not bool:
+            raise self._error(f"truncate of the rope is {_shown(truncate)}; it must be a boolean")
+        return dataclasses.replace(
+            scaling,
+            beta_fast=self._positive({"beta_fast": 32.0} | _given(entry), "beta_fast"),
+            beta_slow=self._positive({"beta_slow": 1.0} | _given(entry), "beta_slow"),
+            attention_factor=self._attention_factor(entry, factor),
+            truncate=truncate,
+        )
+
+    def _attention_factor(self, entry: Mapping[str, Any], factor: float) -> float:
+        """The factor of YaRN's cosines and sines, which the file names or its scales imply."""
+        if entry.get("attention_factor") is not None:
+            return self._positive(entry, "attention_factor")
+        scales = [entry.get(key) for key in ("mscale", "mscale_all_dim")]
+        if all(scales):
+            above, below = (self._positive(entry, key) for key in ("mscale", "mscale_all_dim"))
+            return yarn_attention_factor(factor, above) / yarn_attention_factor(factor, below)
+        return yarn_attention_factor(factor)
+
+    def _positive(self, entry: Mapping[str, Any], key: str) -> float:
+        value = entry.get(key)
+        if not _is_number(value) or not value > 0:
+            raise self._error(f"{key} of the rope is {_shown(value)}; it must be positive")
+        return float(value)
 
     def _theta(self, entry: Mapping[str, Any], default: Any, key: str) -> float:
         theta = entry.get("rope_theta", default)
@@ -260,3 +293,8 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 def _shown(value: Any) -> str:
     return repr(value)[:80]
+
+
+def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a rope that are not null."""
+    return {key: value for key, value in entry.items() if value is not None}

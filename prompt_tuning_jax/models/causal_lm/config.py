@@ -1,11 +1,13 @@
 """Configuration of decoder-only language models: one stack of layers with switches."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 from prompt_tuning_jax.models.config import ModelConfig
 
 Norm: TypeAlias = Literal["rms", "rms_plus_one", "layer", "layer_without_weights"]
+RopeKind: TypeAlias = Literal["linear", "llama3", "yarn"]
 Positions: TypeAlias = Literal["rope", "learned", "alibi"]
 
 
@@ -15,15 +17,27 @@ class RopeScaling:
 
     ``linear`` divides all frequencies by ``factor``.  ``llama3`` divides those whose wavelength is
     longer than ``original_max_positions / low_freq_factor``, keeps those shorter than
-    ``original_max_positions / high_freq_factor``, and interpolates in between (transformers,
-    modeling_rope_utils.py).
+    ``original_max_positions / high_freq_factor``, and interpolates in between.  ``yarn`` (Peng et
+    al. 2023) keeps those that turn more than ``beta_fast`` times in ``original_max_positions``,
+    divides those that turn less than ``beta_slow`` times, interpolates by index in between, and
+    multiplies cosines and sines by ``attention_factor``; ``truncate`` rounds the bounds to whole
+    indices.  All as in transformers, modeling_rope_utils.py.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: RopeKind
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """Returns what YaRN multiplies cosines and sines by, for frequencies divided by ``factor``."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

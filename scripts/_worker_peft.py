@@ -25,6 +25,7 @@ class Rival:
     optimizer: Any
     schedule: Any
     causal: bool
+    device: str
 
     def load(
         self,
@@ -35,11 +36,14 @@ class Rival:
         dropout: float = 0.0,
         learning_rate: float = 0.3,
         decay_steps: int = 0,
+        device: str = "cpu",
     ) -> dict[str, Any]:
         """Initializes the prompt from an .npy of ``[P, D]``.
 
         The learning rate falls linearly to 0 in ``decay_steps`` steps; 0: it is constant.
+        ``device`` is torch's name of it.
         """
+        self.device = device
         start_PD = torch.from_numpy(np.load(prompt, allow_pickle=False))
         self.causal = not AutoConfig.from_pretrained(model).is_encoder_decoder
         if self.causal:
@@ -53,7 +57,7 @@ class Rival:
             num_virtual_tokens=len(start_PD),
             num_transformer_submodules=1,
         )
-        self.model = get_peft_model(base, config)
+        self.model = get_peft_model(base, config).to(device)
         ((_, weight),) = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         with torch.no_grad():
             weight.copy_(start_PD)
@@ -84,7 +88,8 @@ class Rival:
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
+        losses = [float(loss) for loss in losses]  # which waits for the device
         return {"seconds": time.perf_counter() - began, "losses": losses}
 
     def rank(self, *, batches: str, labels: list[list[int]]) -> dict[str, Any]:
@@ -109,7 +114,16 @@ class Rival:
         at_next_BU = log_probs_BUV.gather(-1, next_BU.clamp(min=0)[..., None])[..., 0]
         return (at_next_BU * (next_BU != IGNORED)).sum(-1)
 
+    def memory(self) -> dict[str, float]:
+        """Returns the memory of this process, and the peak of what torch had on a GPU, in MB."""
+        peak = torch.cuda.max_memory_allocated() if self.device != "cpu" else 0
+        return {**peak_memory(), "device_peak_mb": peak / 1e6}
+
     def _arguments(self, inputs_BT: torch.Tensor, targets_BS: torch.Tensor) -> dict[str, Any]:
+        arguments = self._on_host(inputs_BT, targets_BS)
+        return {name: array.to(self.device) for name, array in arguments.items()}
+
+    def _on_host(self, inputs_BT: torch.Tensor, targets_BS: torch.Tensor) -> dict[str, Any]:
         if not self.causal:
             return {
                 "input_ids": inputs_BT,
@@ -136,8 +150,8 @@ class Rival:
         with torch.inference_mode():
             for inputs_BT in pairs:
                 ids = self.model.generate(
-                    input_ids=inputs_BT,
-                    attention_mask=(inputs_BT != PAD).long(),
+                    input_ids=inputs_BT.to(self.device),
+                    attention_mask=(inputs_BT != PAD).long().to(self.device),
                     max_new_tokens=max_length,
                     do_sample=False,
                 )
@@ -154,7 +168,7 @@ if __name__ == "__main__":
             "train": rival.train,
             "generate": rival.generate,
             "rank": rival.rank,
-            "memory": peak_memory,
+            "memory": rival.memory,
             "versions": versions,
         }
     )

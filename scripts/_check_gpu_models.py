@@ -42,9 +42,7 @@ class _Member:
 def configs(*, small: bool) -> dict[str, ModelConfig]:
     """Returns the architectures to check by name, each as small as its structure allows."""
     sizes: dict[str, Any] = {"vocab_size": _WORDS, "embed_dim": 64, "mlp_dim": 96, "head_dim": 16}
-    t5 = replace(
-        preset("small"), **sizes, num_heads=4, num_encoder_layers=3, num_decoder_layers=3
-    )
+    t5 = replace(preset("small"), **sizes, num_heads=4, num_encoder_layers=3, num_decoder_layers=3)
     heads = {"num_heads": 4, "num_kv_heads": 2}
     if small:
         return {"T5": t5}
@@ -90,9 +88,7 @@ def _check_family(report: Report, name: str, config: ModelConfig) -> None:
 
     bfloat16, highest = PRECISIONS[:2]
     looped = _derivative(_members(config, bfloat16), bfloat16, scan=True)
-    _report_errors(
-        report, f"{name}: layers as a loop", {bfloat16.name: _error(looped, expected)}
-    )
+    _report_errors(report, f"{name}: layers as a loop", {bfloat16.name: _error(looped, expected)})
 
     members, on_cpu = _members(config, highest), _members(config, highest, device=_cpu())
     with highest.applied():

@@ -193,9 +193,7 @@ def _softmaxes(rng: np.random.Generator) -> Iterator[Case]:
         exact=exact,
         arrays=(parts[0], cotangents[0]),
     )
-    yield Case(
-        name="softmax of two parts", run=joint, exact=exact, arrays=(*parts, *cotangents)
-    )
+    yield Case(name="softmax of two parts", run=joint, exact=exact, arrays=(*parts, *cotangents))
 
 
 def _quantized(rng: np.random.Generator, *, small: bool) -> Iterator[Case]:

@@ -67,9 +67,7 @@ def _compare(
     folder, prompt = start_of_both(name, scratch, prompt_length=sizes.prompt)
     ours = Worker("this package", "_worker_ours.py", python=sys.executable, threads=threads)
     workers.append(ours)
-    peer = Worker(
-        "PEFT", "_worker_peft.py", python=report.options.peer_python, threads=threads
-    )
+    peer = Worker("PEFT", "_worker_peft.py", python=report.options.peer_python, threads=threads)
     workers.append(peer)
     common = {"model": str(folder), "dtype": "bfloat16", "prompt": str(prompt)}
     ours.ask("load", **common, batch_size=sizes.batch)

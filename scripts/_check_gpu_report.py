@@ -94,4 +94,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     text = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {text[:200]}"
-

@@ -28,7 +28,22 @@ from prompt_tuning_jax.training.run import RunResult, train
 _MOST = 1e-3  # relative error of what was trained
 _START_SECONDS = 120.0  # until a run has saved something
 _COLOURS = ("blue", "green", "red")
-_WORDS = "air bread child door earth fire garden hill island king letter moon night river".split()
+_WORDS = [
+    "air",
+    "bread",
+    "child",
+    "door",
+    "earth",
+    "fire",
+    "garden",
+    "hill",
+    "island",
+    "king",
+    "letter",
+    "moon",
+    "night",
+    "river",
+]
 
 
 def run(report: Report) -> None:
@@ -103,9 +118,7 @@ def _train(experiment: Experiment) -> RunResult:
         return train(experiment, quiet=True)
 
 
-def _start(
-    report: Report, folder: Path, name: str
-) -> tuple[Experiment, "subprocess.Popen[bytes]"]:
+def _start(report: Report, folder: Path, name: str) -> tuple[Experiment, "subprocess.Popen[bytes]"]:
     experiment = _experiment(report, folder, name)
     file = folder / f"{name}.json"
     file.write_text(to_json(experiment), encoding="utf-8")

@@ -44,14 +44,14 @@ def run(report: Report) -> None:
     requests = 8 if small else 128
     with report.guarded("serving"):
         vocabulary = str(ASSETS / "tiny" / "spiece.model")
-        model = random_model(
-            name, dtype="bfloat16", param_dtype="bfloat16", vocabulary=vocabulary
-        )
+        model = random_model(name, dtype="bfloat16", param_dtype="bfloat16", vocabulary=vocabulary)
         began = time.perf_counter()
         engine = Engine(model, shapes=shapes, cache_rows=8)
         engine.compile()
         seconds = time.perf_counter() - began
-        report.check("server compiles", True, f"{engine.compiler.progress.all} programs: {seconds:.1f} s")
+        report.check(
+            "server compiles", True, f"{engine.compiler.progress.all} programs: {seconds:.1f} s"
+        )
         rows = _rows(shapes, requests, width=model.config.embed_dim)
         for kind in ("score", "generate"):
             with report.guarded(f"serve {kind}"):

@@ -201,7 +201,9 @@ def _measure_step(
         **_memory(),
     )
     said = f"loss {first:.4f}, after {len(losses)} steps {last:.4f}"
-    report.check(f"{name}: train {length}, loop {scan}", bool(np.isfinite([first, last]).all()), said)
+    report.check(
+        f"{name}: train {length}, loop {scan}", bool(np.isfinite([first, last]).all()), said
+    )
     return first
 
 
@@ -276,5 +278,3 @@ def _memory() -> dict[str, float]:
     """Returns the peak memory of this process on the device, in GB; 0 where JAX does not know."""
     stats = jax.devices()[0].memory_stats() or {}
     return {"peak_gb": stats.get("peak_bytes_in_use", 0) / 1e9}
-
-

@@ -46,7 +46,9 @@ def peak_of(device_kind: str) -> float | None:
 
 def tables(rows: Sequence[Row], seconds: float) -> str:
     """Returns the machine, the table of speeds and the table of checks, as Markdown."""
-    of = {kind: [row for row in rows if row["row"] == kind] for kind in ("machine", "speed", "check")}
+    of = {
+        kind: [row for row in rows if row["row"] == kind] for kind in ("machine", "speed", "check")
+    }
     machine = of["machine"][-1] if of["machine"] else {}
     texts = [_about(machine)] if machine else []
     if of["speed"]:
@@ -63,9 +65,7 @@ def tables(rows: Sequence[Row], seconds: float) -> str:
 
 
 def _about(machine: Row) -> str:
-    rates = [
-        f"{rate / 1e12:.4g} TFLOP/s in {dtype}" for dtype, rate in machine["matmul"].items()
-    ]
+    rates = [f"{rate / 1e12:.4g} TFLOP/s in {dtype}" for dtype, rate in machine["matmul"].items()]
     peak = peak_of(machine["device"])
     datasheet = "no datasheet is known" if peak is None else f"datasheet {peak / 1e12:.4g}"
     memory = f", {machine['memory_gb']:.0f} GB for JAX" if machine["memory_gb"] else ""
@@ -87,7 +87,9 @@ def _speed(row: Row, machine: Row) -> dict[str, str]:
         "rows": str(row["rows"]),
         "ms": f"{1000 * seconds:.4g} ({1000 * min(row['seconds']):.4g} - "
         f"{1000 * max(row['seconds']):.4g})",
-        "per s": f"{tokens / seconds:.4g} tokens" if tokens else f"{row['rows'] / seconds:.4g} rows",
+        "per s": f"{tokens / seconds:.4g} tokens"
+        if tokens
+        else f"{row['rows'] / seconds:.4g} rows",
         "TFLOP/s": f"{rate / 1e12:.4g}" if rate else "",
         "% of datasheet": f"{100 * rate / peak:.1f}" if rate and peak else "",
         "% of a large product": f"{100 * rate / matmul:.1f}" if rate and matmul else "",

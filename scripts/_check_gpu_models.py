@@ -4,6 +4,7 @@ Each model is a few layers with random weights.  The CPU computes in float32 wit
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _check_gpu_ops import PRECISIONS, Precision, relative_error
+from _check_gpu_ops import PRECISIONS, THREADS, Precision, relative_error
 from _check_gpu_report import Report
 from flax import nnx
 
@@ -62,18 +63,28 @@ def configs(*, small: bool) -> dict[str, ModelConfig]:
 def run(report: Report) -> None:
     """Makes all checks of models."""
     small = report.options.small
-    for name, config in configs(small=small).items():
+
+    def check(name: str, config: ModelConfig) -> None:
         with report.guarded(name):
             _check_family(report, name, config)
-    for kind in () if small else ("int8", "int4"):
-        with report.guarded(f"T5, {kind} weights"):
-            config = configs(small=True)["T5"]
+
+    def check_quantized(kind: Quantization) -> None:
+        config, name = configs(small=True)["T5"], f"T5, {kind} weights"
+        with report.guarded(name):
             expected = _on_cpu(config, kind)
             found = {}
             for precision in PRECISIONS[:2]:
                 members = _members(config, precision, kind)
                 found[precision.name] = _error(_derivative(members, precision), expected)
-            _report_errors(report, f"T5, {kind} weights", found)
+            _report_errors(report, name, found)
+
+    # Most of a check is compiling, which threads do side by side.
+    with ThreadPoolExecutor(1 if small else THREADS) as threads:
+        made = [threads.submit(check, *item) for item in configs(small=small).items()]
+        kinds: tuple[Quantization, ...] = () if small else ("int8", "int4")
+        made += [threads.submit(check_quantized, kind) for kind in kinds]
+        for each in made:
+            each.result()
 
 
 def _check_family(report: Report, name: str, config: ModelConfig) -> None:

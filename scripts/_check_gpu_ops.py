@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.model import T5
 
 Arrays = tuple[Any, ...]
+THREADS = 6  # which make checks side by side
 _EQUATIONS = (
     "BTHK,BUHK->BHTU",  # scores, and weighted values, of T5
     "BHTU,BUHK->BTHK",
@@ -82,10 +84,15 @@ def run(report: Report) -> None:
     cases = [*_products(rng), *_softmaxes(rng), *_quantized(rng, small=small)]
     cases += [*_heads(rng), _layer_loop(rng)]
     precisions = PRECISIONS[:1] if small else PRECISIONS
-    for case in cases:
+
+    def check(case: Case) -> None:
         with report.guarded(case.name):
             found = {p.name: (_error_of(case, p), p.most) for p in precisions}
             report.errors(case.name, found)
+
+    # Most of a check is compiling, which threads do side by side.
+    with ThreadPoolExecutor(1 if small else THREADS) as threads:
+        list(threads.map(check, cases))
     with report.guarded("random numbers"):
         report.check("random numbers", _same_random_numbers(), "dropout draws the CPU's mask")
     with report.guarded("fused attention"):
@@ -104,7 +111,7 @@ def _error_of(case: Case, precision: Precision) -> float:
 
 
 def relative_error(found: Any, exact: Any) -> float:
-    """Returns ``|found - exact| / |exact|`` in the Euclidean norm; NaN if anything is not finite."""
+    """Returns ``|found - exact| / |exact|`` by the Euclidean norm; NaN unless all are finite."""
     found, exact = np.asarray(found).astype(np.float64), np.asarray(exact).astype(np.float64)
     if found.shape != exact.shape:
         raise ValueError(f"the result has shape {found.shape} instead of {exact.shape}")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from _check_gpu_report import Report
 
@@ -80,7 +81,7 @@ def measure_card(report: Report) -> None:
         memory_gb=memory / 1e9,
         matmul=rates,
         jax=jax.__version__,
-        jaxlib=jax.lib.__version__,
+        jaxlib=jaxlib.__version__,
     )
 
 
@@ -126,12 +127,11 @@ def measure_model(report: Report, name: str) -> None:
         with report.guarded(f"{name}: weights"):
             experiment = _experiment(name, sizes, scan)
             members = attach_members(experiment, build_model(experiment), labels=())
-            if scan == "off":  # then no weights are stacked
-                for length in sizes.lengths:
-                    _measure_inference(report, name, members, sizes, length)
             partitioner = partitioner_of(experiment)
             members = build.with_stacked_layers(experiment, members, partitioner)
             for length in sizes.lengths:
+                if scan == "off":  # then no weights are stacked
+                    _measure_inference(report, name, members, sizes, length)
                 with report.guarded(f"{name}: train {length}, loop {scan}"):
                     found = _measure_step(report, name, experiment, members, sizes, length)
                     losses[scan, length] = found

@@ -153,18 +153,16 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rehearsal(tmp_path: Path) -> None:
     sections = ("operations", "models", "speed", "serve", "resume")
-    done = rehearse(tmp_path, "--sections", *sections)
+    done = rehearse(tmp_path, "--minutes", "30", "--sections", *sections)
     assert done.returncode == 0, done.stdout + done.stderr
-    numbers = json.loads((tmp_path / "check_gpu.json").read_text())
-    found = {row["section"] for row in numbers["rows"] if row["row"] == "check"}
-    assert found == {"card", "operations", "models", "check_gpu_t5", "check_gpu_lm"} | {
-        "serve",
-        "resume",
-    }
     assert " 0 failed, 0 skipped" in done.stdout
-    trained = [row for row in numbers["rows"] if row.get("program") == "train, loop on"]
-    assert [row["model"] for row in trained] == ["check_gpu_t5", "check_gpu_lm"]
-    assert all(row["flops"] > 1e6 and min(row["seconds"]) > 0 for row in trained)
+    rows = json.loads((tmp_path / "check_gpu.json").read_text())["rows"]
+    found = {row["section"] for row in rows if row["row"] == "check"}
+    assert found == {"card", "operations", "models", "check_gpu_lm", "serve", "resume"}
+    speeds = {row["program"]: row for row in rows if row["row"] == "speed"}
+    assert speeds.keys() == {"train, loop on", "train, loop off", "rank", "generate 4"}
+    assert all(min(row["seconds"]) > 0 for row in speeds.values())
+    assert all(speeds[name]["flops"] > 1e6 for name in ("train, loop on", "rank"))
 
 
 def rehearse(
@@ -173,7 +171,7 @@ def rehearse(
     command = [sys.executable, str(SCRIPTS / "check_gpu"), *arguments, *["--small"] * small]
     environment = {**os.environ, "OUT": str(tmp_path)}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=environment, check=False
+        command, capture_output=True, text=True, timeout=1800, env=environment, check=False
     )
 
 

@@ -91,11 +91,11 @@ def _experiment(report: Report, folder: Path, name: str) -> Experiment:
             **{split: str(file) for split, file in files.items()},  # type: ignore[arg-type]
         ),
         training=Training(
-            steps=40 if small else 300,
+            steps=40 if small else 200,
             batch_size=4 if small else 16,
             save_every=4 if small else 20,
             log_every=4 if small else 20,
-            eval_every=20 if small else 150,
+            eval_every=20 if small else 100,
             workdir=str(folder / name),
         ),
     )

@@ -1,13 +1,15 @@
 """Makes the checks of ``check_gpu`` in a process of its own, which can be ended at any time.
 
-python _check_gpu_worker.py JOB, where JOB is a JSON object: ``sections``, ``seconds`` for each of
-them, and ``options``.  Writes a row of JSON per line to standard output.
+python _check_gpu_worker.py JOB, where JOB is a JSON object: ``sections``, ``until`` (in seconds
+since 1970: no check begins later), and ``options``.  Writes a row of JSON per line to standard
+output.
 """
 
 import importlib
 import json
 import os
 import sys
+import time
 from typing import Any, TextIO
 
 from _check_gpu_report import Options, OutOfTimeError, Report
@@ -33,7 +35,7 @@ def main() -> int:
 
     leave_out_missing_tpu()
     for section in job["sections"]:
-        report.start(section, job["seconds"])
+        report.start(section, job["until"] - time.time())
         try:
             with report.guarded(section):
                 _run(report, section)

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from _check_gpu_ops import relative_error
 from _check_gpu_report import Report
-from _check_gpu_speed import SMALL_T5, add_small_presets
+from _check_gpu_speed import SMALL_T5, T5_SMALL, add_presets
 
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.hub import ASSETS
@@ -77,7 +77,7 @@ def _experiment(report: Report, folder: Path, name: str) -> Experiment:
         file.write_text(_lines(48, seed=seed), encoding="utf-8")
     return Experiment(
         model=Model(
-            name_or_path=SMALL_T5 if small else "small",
+            name_or_path=SMALL_T5 if small else T5_SMALL,
             random_weights=True,
             vocabulary=str(ASSETS / "tiny" / "spiece.model"),
             dropout_rate=0.1,
@@ -163,7 +163,7 @@ def _losses(workdir: Path) -> list[float]:
 
 def main() -> int:
     """Trains the experiment of a file; returns the status of a process that a signal stopped."""
-    add_small_presets()
+    add_presets()
     experiment = from_json(Path(sys.argv[1]).read_bytes())
     stopped_by = _train(experiment).stopped_by
     return 128 + stopped_by if stopped_by else 0

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from _check_gpu_ops import relative_error
 from _check_gpu_report import Report
-from _check_gpu_speed import SMALL_T5
+from _check_gpu_speed import SMALL_T5, T5_BASE
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.hub import ASSETS
@@ -32,7 +32,7 @@ _LABELS = ((5, 6, 1), (7, 1))
 def run(report: Report) -> None:
     """Compiles a server's programs, answers requests for several prompts, and compares answers."""
     small = report.options.small
-    name = SMALL_T5 if small else "base"
+    name = SMALL_T5 if small else T5_BASE
     shapes = Shapes(
         lengths=(16 if small else 128,),
         batch_sizes=(4 if small else 16,),

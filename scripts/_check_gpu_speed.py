@@ -21,6 +21,8 @@ from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.flops import product_flops
 
 SMALL_T5, SMALL_LM = "check_gpu_t5", "check_gpu_lm"
+# T5's sizes with as many embeddings as the bundled vocabulary has pieces.
+T5_SMALL, T5_BASE = "check_gpu_t5_small", "check_gpu_t5_base"
 _LOSS_DIFFERENCE = 2e-2  # between a step with and without a loop over layers, in bfloat16
 
 
@@ -44,8 +46,10 @@ def sizes_of(report: Report) -> Sizes:
     return Sizes(batch=report.options.batch_size, lengths=(128, 512))
 
 
-def add_small_presets() -> None:
-    """Makes models for a rehearsal known by name: a T5 for the bundled vocabulary, and a Llama."""
+def add_presets() -> None:
+    """Makes models known by name: T5s for the bundled vocabulary, and what a rehearsal uses."""
+    for name, size in ((T5_SMALL, "small"), (T5_BASE, "base")):
+        T5_PRESETS[name] = replace(T5_PRESETS[size], vocab_size=6016)
     sizes: dict[str, Any] = {"vocab_size": 6016, "embed_dim": 32, "mlp_dim": 48, "head_dim": 16}
     T5_PRESETS[SMALL_T5] = replace(
         T5_PRESETS["small"], **sizes, num_heads=2, num_encoder_layers=2, num_decoder_layers=2

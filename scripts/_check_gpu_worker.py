@@ -46,7 +46,7 @@ def main() -> int:
 
 def _run(report: Report, section: str) -> None:
     speed = importlib.import_module("_check_gpu_speed")
-    speed.add_small_presets()
+    speed.add_presets()
     if section == "card":
         speed.measure_card(report)
     elif section in MODULES:

@@ -1,6 +1,9 @@
 """The attention kernel, simulated, against attention by its definition."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +14,14 @@ import pytest
 from prompt_tuning_jax.models.ops import fused_attention as kernel
 from prompt_tuning_jax.models.ops import fused_tiles
 from prompt_tuning_jax.models.ops.attention import MASK_VALUE
+from prompt_tuning_jax.models.ops.fused_kernels import rolled
 from prompt_tuning_jax.models.ops.fused_tiles import (
+    Tiling,
+    Visibility,
     visible_keys,
     visible_positions,
 )
+from tests.devices import with_devices
 from tests.micro import normal
 
 H, K = 4, 8
@@ -147,3 +154,114 @@ def test_the_kernel_is_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(
             np.asarray(other, np.float32), np.asarray(one, np.float32), atol=tolerance
         )
+
+
+def test_chips_without_strided_rolls_get_the_same_bias() -> None:
+    x = jnp.asarray(normal(24, 128))
+    once, stepwise = (jax.jit(lambda x, s=s: rolled(x, 5, strided=s))(x) for s in (True, False))
+    np.testing.assert_array_equal(once, stepwise)
+    np.testing.assert_array_equal(once[3], np.roll(np.asarray(x)[3], 8))
+
+
+def test_the_bias_has_no_derivative() -> None:
+    values = operands(Case(rows=1, queries=2, distance_bias=True))
+
+    def loss(bias_HN: Any) -> Any:
+        return jnp.sum(fused(**{**values, "bias_HN": bias_HN}))
+
+    with pytest.raises(NotImplementedError, match="bias"):
+        jax.grad(loss)(values["bias_HN"])
+
+
+def needed(seen: Visibility) -> list[list[list[int]]]:
+    """The tiles that each block of each row needs."""
+    bits_BI = np.asarray(seen.tiles_B1I)[:, 0]
+    return [[[j for j in range(8) if bits >> j & 1] for bits in row] for row in bits_BI.tolist()]
+
+
+def test_tiles_that_no_query_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_tiles, "_LARGEST_BLOCK", 128)
+    monkeypatch.setattr(fused_tiles, "_LARGEST_TILE", 128)
+
+    def tiles(lengths: list[int], window: int = 0) -> Visibility:
+        """384 positions of which so many are real, behind a prompt of 128."""
+        real_BT = np.arange(384) < np.array(lengths)[:, None]
+        positions_BT = jnp.asarray(127 + np.cumsum(real_BT, axis=1))
+        before = jnp.broadcast_to(jnp.arange(128), (len(lengths), 128))
+        return visible_positions(
+            positions_BT,
+            jnp.concatenate([before, positions_BT], axis=1),
+            mask_BU=jnp.asarray(np.pad(real_BT, ((0, 0), (128, 0)), constant_values=True)),
+            window=window,
+        )
+
+    causal = tiles([384, 100])
+    assert needed(causal) == [[[0, 1], [0, 1, 2], [0, 1, 2, 3]], [[0, 1], [0, 1], [0, 1]]]
+    assert causal.tiling.visited() == 9
+    windowed = tiles([384], window=130)
+    assert needed(windowed) == [[[0, 1], [0, 1, 2], [1, 2, 3]]]
+    assert windowed.tiling.visited() == 8
+
+
+def test_what_a_kernel_costs_is_counted_by_hand() -> None:
+    # 300 queries and 400 keys are padded to 384 and 512: blocks of 128 and tiles of 256.
+    tiling = Tiling(length=300, keys=400, block=128, tile=256, ahead=0)
+    # The last query of each block is at 227, 355 and 399.
+    visited = 1 + 2 + 2
+    assert tiling.visited() == visited
+
+    rows, heads, groups, width = 2, 4, 2, 64
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    inputs = {
+        "query": shape(rows, heads, 384, width, dtype=jnp.bfloat16),
+        "key": shape(rows, groups, 512, width, dtype=jnp.bfloat16),
+        "value": shape(rows, groups, 512, width, dtype=jnp.bfloat16),
+        "mask": shape(rows, 1, 512),
+        "query_position": shape(rows, 1, 384),
+    }
+    spec = kernel.Spec(tiling=tiling, softcap=0.0, strided_rolls=True)
+    made = kernel.cost_estimate(spec, inputs, [inputs["query"]], products=2)
+    # The scores, and what they are multiplied with.
+    assert made.flops == 2 * 2 * (rows * heads) * visited * (128 * 256) * width
+    assert made.transcendentals == (rows * heads) * visited * (128 * 256)
+    queries, keys = 2 * rows * heads * 384 * width, 2 * rows * groups * 512 * width
+    masks, positions = 4 * groups * rows * 512, 4 * heads * rows * 384
+    assert made.bytes_accessed == queries + 2 * keys + masks + positions + queries
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.distributed import sharding
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, make_mesh
+from tests import micro
+from tests.models.test_fused_attention import Case, fused, operands, plain, with_gradients
+
+partitioner = Partitioner(mesh=make_mesh(data=2, model=2))
+
+def on_mesh(**values):
+    with activation_sharding(partitioner):
+        return fused(**values)
+
+# The mesh divides the heads of keys, or not.
+for groups, biased in ((2, True), (1, False)):
+    values = operands(Case(rows=4, queries=3, ahead_of_row=2, groups=groups, distance_bias=biased))
+    wanted, got = with_gradients(plain, values), with_gradients(on_mesh, values)
+    for one, other in zip(wanted, got, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+
+model = micro.make_t5()
+params = partitioner.shard(param_tree.split(model)[1], param_tree.logical_axes(model))
+stacked = param_tree.stack_layers(dict(params), sharding.stack)
+kernel = stacked["encoder/layers/mlp/wo/kernel"]
+assert kernel.sharding.spec == jax.P(None, "model", "fsdp"), kernel.sharding
+np.testing.assert_array_equal(kernel[1], params["encoder/layers_1/mlp/wo/kernel"])
+"""
+
+
+def test_devices_attend_with_their_rows_and_heads_and_hold_their_part_of_a_stack() -> None:
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", ON_A_MESH], cwd=root, env=with_devices(4), check=True)

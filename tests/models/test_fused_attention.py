@@ -173,6 +173,27 @@ def test_the_bias_has_no_derivative() -> None:
         jax.grad(loss)(values["bias_HN"])
 
 
+def test_members_of_a_run_attend_apart() -> None:
+    cases = [operands(Case(queries=5, distance_bias=True)) for _ in range(2)]
+    cases[1] = {**cases[1], "query_BTHK": 2 * cases[1]["query_BTHK"]}
+    del cases[0]["seen_BTU"], cases[1]["seen_BTU"]
+    fixed = {"softcap": cases[0].pop("softcap"), "bias_HN": cases[0].pop("bias_HN")}
+    varied = [{name: case[name] for name in cases[0]} for case in cases]
+
+    def loss(values: Any) -> Any:
+        return jnp.sum(jnp.sin(kernel.fused_attention(**values, **fixed)))
+
+    def gradients(values: Any) -> Any:
+        inputs = {name: x for name, x in values.items() if name != "seen"}
+        return jax.grad(lambda x: loss({**x, "seen": values["seen"]}))(inputs)
+
+    together = jax.jit(jax.vmap(gradients))(jax.tree.map(lambda *x: jnp.stack(x), *varied))
+    apart = jax.jit(gradients)
+    for member, values in enumerate(varied):
+        got = jax.tree.map(lambda x, member=member: x[member], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, apart(values))
+
+
 def needed(seen: Visibility) -> list[list[list[int]]]:
     """The tiles that each block of each row needs."""
     bits_BI = np.asarray(seen.tiles_B1I)[:, 0]

@@ -32,12 +32,8 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     repeat_rows,
     select_positions,
 )
-from prompt_tuning_jax.models.causal_lm.stack import (
-    PositionEmbedder,
-    Stack,
-    make_head,
-    stack_traits,
-)
+from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack, make_head
+from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import (
     NO_INJECTIONS,

@@ -26,7 +26,7 @@ from prompt_tuning_jax.models.layers import (
     normal_param,
     split_key,
 )
-from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits, Implementation
+from prompt_tuning_jax.models.ops.attention_choice import Implementation
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -192,20 +192,6 @@ class _LayerInput:
     cross: tuple[KeyValues, ...]
     key: Array | None
     cache: SelfCache | None
-
-
-def stack_traits(
-    config: CausalLMConfig, name: str, *, dtype: DType, causal: bool
-) -> AttentionTraits:
-    """Returns what decides how the self-attention of a stack is computed."""
-    return AttentionTraits(
-        name=name,
-        head_dim=config.head_dim,
-        dtype=jnp.dtype(dtype).name,
-        causal=causal,
-        bias="alibi" if config.positions == "alibi" else "none",
-        softcap=config.attention_softcap,
-    )
 
 
 def make_head(

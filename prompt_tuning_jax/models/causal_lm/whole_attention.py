@@ -9,13 +9,13 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from prompt_tuning_jax.models.causal_lm.config import Window
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, Window
 from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import split_key
 from prompt_tuning_jax.models.ops import fused_tiles
 from prompt_tuning_jax.models.ops.attention import dropout_factors
-from prompt_tuning_jax.models.ops.attention_choice import Implementation
+from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits, Implementation
 from prompt_tuning_jax.models.ops.cudnn_attention import CausalLengths, cudnn_attention
 from prompt_tuning_jax.models.ops.fused_attention import fused_attention
 from prompt_tuning_jax.models.ops.fused_tiles import (
@@ -23,10 +23,24 @@ from prompt_tuning_jax.models.ops.fused_tiles import (
     fits,
     visible_positions,
 )
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, DType
 
 # Which keys queries see, as one of the kernels reads it.
 Whole: TypeAlias = Visibility | CausalLengths
+
+
+def stack_traits(
+    config: CausalLMConfig, name: str, *, dtype: DType, causal: bool
+) -> AttentionTraits:
+    """Returns what decides how the self-attention of a stack is computed."""
+    return AttentionTraits(
+        name=name,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(dtype).name,
+        causal=causal,
+        bias="alibi" if config.positions == "alibi" else "none",
+        softcap=config.attention_softcap,
+    )
 
 
 def seen_keys(

@@ -23,7 +23,8 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     past_keys,
     positions_in,
 )
-from prompt_tuning_jax.models.causal_lm.stack import Stack, stack_traits
+from prompt_tuning_jax.models.causal_lm.stack import Stack
+from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
 from prompt_tuning_jax.models.layers import (
     Embed,

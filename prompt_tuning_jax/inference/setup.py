@@ -153,15 +153,15 @@ def attention_for(experiment: Experiment, model: Model, partitioner: Partitioner
     """
     method, config = experiment.method, experiment.model
     device = partitioner.mesh.devices.flat[0]
-    prompt = method.prompt_positions()
+    prompt, before = method.prompt_positions(), method.context_positions()  # with a prefix
     inputs = experiment.data.inputs_length
     if model.config.max_positions is not None:
-        inputs = min(inputs, model.config.max_positions - prompt)
+        inputs = min(inputs, model.config.max_positions - before)
     usage = Usage(
         platform=device.platform,
         # A decoder-only model's prompt attends by itself.
         queries=inputs if model.causal else inputs + prompt,
-        keys=inputs + prompt,
+        keys=inputs + before,
         trains_weights=any(method.trains(name) for name in _POSITION_BIASES),
         dropout=config.dropout_rate > 0,
         compute_capability=float(getattr(device, "compute_capability", 0) or 0),

@@ -60,6 +60,12 @@ def test_a_kernel_is_chosen_where_it_is_asked_for_or_proven(
         (T5, dataclasses.replace(TPU, trains_weights=True), "is for frozen weights"),
         (LLAMA, dataclasses.replace(TPU, queries=63), "reads at most 63"),
         (LLAMA, dataclasses.replace(TPU, keys=2049), "up to 2,048 positions with heads of 128"),
+        (LLAMA, dataclasses.replace(TPU, keys=1025, dropout=True), "bfloat16 and dropout, and"),
+        (
+            dataclasses.replace(GEMMA_2, dtype="float32"),
+            dataclasses.replace(TPU, keys=513),
+            "up to 512 positions with heads of 256 in float32, and the decoder reads up to 513",
+        ),
         (GEMMA_2, dataclasses.replace(TPU, keys=1025), "up to 1,024 positions with heads of 256"),
         (T5, dataclasses.replace(TPU, keys=1025), "up to 1,024 positions with heads of 64"),
         (T5, GPU, "gradient as large as the scores"),

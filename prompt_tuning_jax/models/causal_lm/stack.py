@@ -233,7 +233,7 @@ class Stack(nnx.Module):
         self.config = config
         self.name = name
         self.windows = config.causal_windows() if windows is None else windows
-        self.dropout_rate = dropout_rate
+        self.dropout_rate, self.dtype = dropout_rate, dtype
         for i in range(config.num_layers):
             layer = Layer(
                 config,
@@ -316,6 +316,7 @@ class Stack(nnx.Module):
                     window=window,
                     rows=x_BTD.shape[0],
                     head_dim=config.head_dim,
+                    dtype=self.dtype,
                     dropout=key is not None and self.dropout_rate > 0,
                 )
         rotations: dict[bool, Rotation] = {}

@@ -52,6 +52,7 @@ def seen_keys(
     window: Window,
     rows: int,
     head_dim: int,
+    dtype: DType,
     dropout: bool,
 ) -> Whole | None:
     """Returns what queries see of ``past`` and of their own positions; None if no kernel fits.
@@ -81,7 +82,8 @@ def seen_keys(
     positions.append(positions_BT)
     masks.append(mask_BT)
     key_position_BU = jnp.concatenate([of_rows(each) for each in positions], axis=1)
-    if not fits(length, key_position_BU.shape[1], head_dim, biased=False):
+    keys = key_position_BU.shape[1]
+    if not fits(length, keys, width=head_dim, dtype=dtype, maps=dropout):
         return None
     seen = [
         of_rows(jnp.ones((1, each.shape[1]), bool) if mask is None else mask)

@@ -122,11 +122,14 @@ def _tpu_obstacle(traits: AttentionTraits, usage: Usage) -> str:
             f"the kernel is for {fused_tiles.FEWEST_QUERIES} positions or more, and the {stack} "
             f"reads at most {usage.queries}"
         )
-    most = fused_tiles.most_keys(traits.head_dim, biased=biased)
+    most = fused_tiles.most_keys(
+        width=traits.head_dim, dtype=traits.dtype, maps=biased or usage.dropout
+    )
     if usage.keys > most:
+        dropout = " and dropout" if usage.dropout and not biased else ""
         return (
-            f"the kernel is for up to {most:,} positions with heads of {traits.head_dim}, and the "
-            f"{stack} reads up to {usage.keys:,}"
+            f"the kernel is for up to {most:,} positions with heads of {traits.head_dim} in "
+            f"{traits.dtype}{dropout}, and the {stack} reads up to {usage.keys:,}"
         )
     return ""
 

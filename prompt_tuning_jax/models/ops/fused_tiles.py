@@ -12,28 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.models.ops.attention import MASK_VALUE
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.typing import Array, DType
 
 LANES = 128
 # A smaller block of queries would be filled up to a multiple of LANES for nothing.
 FEWEST_QUERIES = 64
 # All keys and values of a head are in a chip's fast memory at once.
 _MOST_KEYS = 2048
-_MOST_KEY_NUMBERS = 1024 * 256  # of all keys of a head, at least LANES each
-_MOST_BIASED_KEYS = 1024  # the bias of all queries and keys of a head is there, too
+_MOST_KEY_BYTES = 2048 * 256  # of all keys of a head, at least LANES numbers each
+_MOST_KEYS_OF_MAPS = 1024  # an array of all queries and keys is there, too
 _MOST_SCORES = 640 * 640  # of a block without tiles, in float32: there are a few such arrays
 _LARGEST_BLOCK, _LARGEST_TILE = 256, 256
 
 
-def fits(queries: int, keys: int, width: int, *, biased: bool) -> bool:
-    """Whether the kernel is for so many positions, with heads of this width."""
-    return queries >= FEWEST_QUERIES and max(queries, keys) <= most_keys(width, biased=biased)
+def fits(queries: int, keys: int, *, width: int, dtype: DType, maps: bool) -> bool:
+    """Whether the kernel is for so many positions; see ``most_keys``."""
+    most = most_keys(width=width, dtype=dtype, maps=maps)
+    return queries >= FEWEST_QUERIES and max(queries, keys) <= most
 
 
-def most_keys(width: int, *, biased: bool) -> int:
-    """Returns the most positions that heads of this width can attend to in the kernel."""
-    most = min(_MOST_KEYS, _MOST_KEY_NUMBERS // max(width, LANES))
-    return min(most, _MOST_BIASED_KEYS) if biased else most
+def most_keys(*, width: int, dtype: DType, maps: bool) -> int:
+    """Returns the most positions that heads of this width can attend to in the kernel.
+
+    ``maps`` says whether there is a bias, or factors for dropout, for all queries and keys.
+    """
+    most = min(_MOST_KEYS, _MOST_KEY_BYTES // (max(width, LANES) * jnp.dtype(dtype).itemsize))
+    return min(most, _MOST_KEYS_OF_MAPS) if maps else most
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ class Encoder(nnx.Module):
                 config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
             )
         self.num_layers, self.head_dim = config.num_encoder_layers, config.head_dim
+        self.dtype = dtype
         for i in range(self.num_layers):
             setattr(
                 self,
@@ -147,7 +148,11 @@ class Encoder(nnx.Module):
             fuse
             and source.attention_mask_BUU is None
             and fused_tiles.fits(
-                len(positions_U), len(positions_U) + max(befores), self.head_dim, biased=True
+                len(positions_U),
+                len(positions_U) + max(befores),
+                width=self.head_dim,
+                dtype=self.dtype,
+                maps=True,
             )
             # The kernel has a bias for each distance, and a prefix without positions has none.
             and all(prefix is None or prefix.before for prefix in prefixes)

@@ -13,6 +13,7 @@ from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues
 from prompt_tuning_jax.models.ops import cudnn_attention, fused_tiles
 from prompt_tuning_jax.models.ops.attention_choice import PLAIN, Implementation
+from prompt_tuning_jax.models.ops.cudnn_attention import CausalLengths
 from tests import micro, tiny_lm, tiny_t5gemma
 from tests.micro import normal
 
@@ -98,3 +99,19 @@ def test_a_decoder_on_a_gpu_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
     model = tiny_lm.make_lm("llama", num_layers=2, windows=(3, 0))
     require_same(model, TOKENS, implementation="cudnn")
+
+
+def test_members_of_a_run_have_a_program_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What JAX checks, and how vmap changes the program, needs no GPU.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 0)
+
+    def loss(query: Any, key: Any, length_B: Any, order_BT: Any) -> Any:
+        seen = CausalLengths(length_B=length_B, order_BT=order_BT, window=32)
+        return jnp.sum(cudnn_attention.cudnn_attention(query, key, key, seen=seen))
+
+    shapes = [(2, 1, 65, 4, 8), (2, 1, 68, 2, 8), (2, 1), (2, 1, 65)]  # an odd number of queries
+    dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32]
+    arguments = map(jax.ShapeDtypeStruct, shapes, dtypes)
+    step = jax.jit(jax.vmap(jax.grad(loss, (0, 1))))
+    text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text

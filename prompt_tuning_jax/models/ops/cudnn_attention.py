@@ -1,9 +1,9 @@
 """Causal attention for NVIDIA GPUs in one kernel of cuDNN, ``jax.nn.dot_product_attention``.
 
-It gets no bias: cuDNN's backward pass computes the gradient of one whether it is needed or not,
-takes even numbers of queries and keys alone then, and in JAX 0.10 does not work under ``vmap``
-with one that all heads share (jax-ml/jax issues 30593, 36702).  Lengths and windows say which keys
-are seen.
+It gets no bias: cuDNN's backward pass computes the gradient of one whether it is needed or not, and
+in JAX 0.10 does not work under ``vmap`` with one that all heads share (jax-ml/jax issues 30593 and
+36702).  Lengths and windows say which keys are seen.  JAX asks for even numbers of queries and keys
+in training, with a bias or without.
 """
 
 from dataclasses import dataclass, field
@@ -57,17 +57,25 @@ def cudnn_attention(
         order_BU = jnp.pad(order_BT + before, ((0, 0), (before, 0)))
         order_BU = jnp.where(jnp.arange(keys) < before, jnp.arange(keys), order_BU)
         key_BUGK, value_BUGK = ordered(key_BUGK, order_BU), ordered(value_BUGK, order_BU)
-    # cuDNN aligns the first query with the first key.
-    query_BUHK = jnp.pad(query_BTHK, ((0, 0), (before, 0), (0, 0), (0, 0)))
+
+    def even(x: Array, first: int = 0) -> Array:
+        return jnp.pad(x, ((0, 0), (first, keys % 2), (0, 0), (0, 0)))
+
+    def lengths(number: Array | int) -> Array:
+        """Makes lengths that ``vmap`` treats as it treats queries, which JAX 0.10 needs."""
+        like_B = jnp.zeros(len(query_BTHK), jnp.int32) + number
+        return jnp.where(query_BTHK[:, 0, 0, 0] == 0, like_B, like_B).astype(jnp.int32)
+
     mixed_BUHK = jax.nn.dot_product_attention(
-        query_BUHK,
-        key_BUGK,
-        value_BUGK,
+        even(query_BTHK, before),  # cuDNN aligns the first query with the first key
+        even(key_BUGK),
+        even(value_BUGK),
         scale=1.0,
         is_causal=True,
-        key_value_seq_lengths=jnp.maximum(seen.length_B, 1).astype(jnp.int32),
+        query_seq_lengths=lengths(keys + keys % 2),
+        key_value_seq_lengths=lengths(jnp.maximum(seen.length_B, 1)),
         local_window_size=(seen.window - 1, 0) if seen.window else None,
         implementation=IMPLEMENTATION,
     )
-    mixed_BTHK = mixed_BUHK[:, before:]
+    mixed_BTHK = mixed_BUHK[:, before:keys]
     return mixed_BTHK if order_BT is None else ordered(mixed_BTHK, jnp.argsort(order_BT, axis=1))

@@ -13,7 +13,7 @@ def get_config() -> Experiment:
             name_or_path="tiny",
             random_weights=True,
             embeddings="cooccurrence",
-            attention="matching",
+            attention_init="matching",
             dtype="bfloat16",
             param_dtype="float32",
             dropout_rate=0.0,

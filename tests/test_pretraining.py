@@ -285,7 +285,7 @@ def test_a_run_starts_from_cooccurrence(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("attention", ["mimetic", "matching"])
 def test_a_run_starts_from_the_attention_of_its_config(tmp_path: Path, attention: str) -> None:
     changes = {
-        "model.attention": attention,
+        "model.attention_init": attention,
         "training.steps": 1,
         "training.seeds": (3,),
         "optimizer.learning_rate": 0.0,

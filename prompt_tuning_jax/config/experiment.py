@@ -31,7 +31,7 @@ class Model(Config):
     embeddings: Literal["normal", "cooccurrence"] = "normal"
     # Initialization of random attention: ``mimetic`` attends to similar tokens and copies them;
     # ``matching`` also attends to the classes that a prompt describes.
-    attention: Literal["normal", "mimetic", "matching"] = "normal"
+    attention_init: Literal["normal", "mimetic", "matching"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
     # Frozen weights in 8 or 4 bits, for methods that keep them frozen.
@@ -43,9 +43,10 @@ class Model(Config):
     # parts of the vocabulary.
     logits_mb: int = 64
     dropout_rate: float = 0.1  # dropout in the frozen model while training
-    # Compute the attention of T5's encoder in one kernel, for TPUs and frozen weights.  The kernel
-    # has been compiled for v4, v5e, v5p and v6e and compared in simulation, but has run on no chip.
-    fused_attention: bool = False
+    # How attention over the input is computed: products and softmax apart (``xla``), or in one
+    # kernel for TPUs or GPUs (``fused``).  ``auto`` is ``xla`` until the kernels have run on such
+    # devices.
+    attention: Literal["auto", "xla", "fused"] = "auto"
 
 
 ObjectiveName: TypeAlias = Literal[

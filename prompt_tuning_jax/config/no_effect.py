@@ -15,6 +15,7 @@ _OF_TEXT = tuple(
     f"data.{name}"
     for name in ("objective_weights", "noise_density", "mean_span_length", "dictionary", "probes")
 )
+_OF_RANDOM_WEIGHTS = ("model.embeddings", "model.attention_init")
 _OF_OPTIMIZERS = {
     "adafactor": (
         "decay_rate",
@@ -81,7 +82,7 @@ def _reason(field: str, experiment: Experiment, *, command: str) -> str:
         return "it applies to pre-training, and data.objectives is empty"
     elif field == "evaluation.num_beams" and experiment.evaluation.strategy != "beam":
         return f"evaluation.strategy is {experiment.evaluation.strategy}, not beam"
-    elif field in ("model.embeddings", "model.attention") and not experiment.model.random_weights:
+    elif field in _OF_RANDOM_WEIGHTS and not experiment.model.random_weights:
         return "the weights are not random (model.random_weights is false)"
     elif field == "optimizer.learning_rate" and training.learning_rates:
         return "training.learning_rates has one for each seed"

@@ -48,11 +48,6 @@ def _errors(experiment: Experiment) -> Iterator[str]:
     if not model.name_or_path:
         yield "model.name_or_path is empty; name a model or a folder, for example tiny"
     yield from _not_below_one("model", model, "dropout_rate")
-    if model.fused_attention and experiment.method.trains(_LOGITS):
-        yield (
-            f"model.fused_attention is for frozen weights, but {method} trains them; set it to "
-            "false"
-        )
     for choice, plain in (("quantization", "none"), ("weights", "dequantized")):
         if (value := getattr(model, choice)) == plain:
             continue
@@ -61,7 +56,7 @@ def _errors(experiment: Experiment) -> Iterator[str]:
                 f"model.{choice} is {value}, but {method} trains the weights; set "
                 f"model.{choice}={plain}"
             )
-        for name in ("embeddings", "attention"):
+        for name in ("embeddings", "attention_init"):
             if model.random_weights and getattr(model, name) != "normal":
                 yield (
                     f"model.{name} needs weights that train; set it to normal, "

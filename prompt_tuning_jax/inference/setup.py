@@ -41,11 +41,17 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.methods.multitask import ARRAYS
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.ops.attention_choice import Choice, Usage, choose_attention
 from prompt_tuning_jax.models.quantization import is_quantized
 from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
 _LARGEST_TEXT = 2**24  # bytes
+# T5's, of a whole stack or a layer, which the attention kernel has no gradient for.
+_POSITION_BIASES = (
+    "model/encoder/relpos_bias/rel_embedding",
+    "model/encoder/layers_0/relpos_bias/rel_embedding",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +111,15 @@ def build_model(experiment: Experiment, *, partitioner: Partitioner | None = Non
     partitioner = partitioner_of(experiment) if partitioner is None else partitioner
     shared = _shared.get()
     if shared is None or experiment.model.random_weights:  # pre-training changes such a model
-        return _build_model(experiment, partitioner)
-    key = (experiment.model, partitioner)
-    if key not in shared:
-        shared.clear()  # before the next one is loaded
-        shared[key] = _build_model(experiment, partitioner)
-    return shared[key]
+        model = _build_model(experiment, partitioner)
+    else:
+        key = (experiment.model, partitioner)
+        if key not in shared:
+            shared.clear()  # before the next one is loaded
+            shared[key] = _build_model(experiment, partitioner)
+        model = shared[key]
+    model.attention = attention_for(experiment, model, partitioner)
+    return model
 
 
 def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
@@ -134,19 +143,30 @@ def _build_model(experiment: Experiment, partitioner: Partitioner) -> Model:
             **kwargs,
         )
     model.logits_mb = config.logits_mb
-    if config.fused_attention:
-        fuse_attention(model, partitioner)
     return model
 
 
-def fuse_attention(model: Model, partitioner: Partitioner) -> None:
-    """Makes the model attend in one kernel; raises UserError if it or the devices cannot."""
-    platform = partitioner.mesh.devices.flat[0].platform
-    if not model.has_fused_attention:
-        raise UserError("model.fused_attention is for T5; set it to false for this model")
-    if platform != "tpu":
-        raise UserError(f"model.fused_attention needs TPUs, and this run uses {platform}")
-    model.fused_attention = True
+def attention_for(experiment: Experiment, model: Model, partitioner: Partitioner) -> Choice:
+    """Chooses how the model computes attention at the experiment's longest inputs.
+
+    Raises UserError if ``model.attention=fused`` asks for a kernel that there is none of.
+    """
+    method, config = experiment.method, experiment.model
+    device = partitioner.mesh.devices.flat[0]
+    prompt, before = method.prompt_positions(), method.context_positions()  # with a prefix
+    inputs = experiment.data.inputs_length
+    if model.config.max_positions is not None:
+        inputs = min(inputs, model.config.max_positions - before)
+    usage = Usage(
+        platform=device.platform,
+        # A decoder-only model's prompt attends by itself.
+        queries=inputs if model.causal else inputs + prompt,
+        keys=inputs + before,
+        trains_weights=any(method.trains(name) for name in _POSITION_BIASES),
+        dropout=config.dropout_rate > 0,
+        compute_capability=float(getattr(device, "compute_capability", 0) or 0),
+    )
+    return choose_attention(config.attention, model.attention_traits, usage)
 
 
 def model_fingerprint(model: Model) -> str:

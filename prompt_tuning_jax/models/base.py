@@ -26,6 +26,7 @@ from prompt_tuning_jax.models.injections import (
     ModelInput,
 )
 from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
+from prompt_tuning_jax.models.ops.attention_choice import PLAIN, AttentionTraits
 from prompt_tuning_jax.models.output_head import LOGITS_MB, LazyLogits, OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -133,9 +134,6 @@ class Model(nnx.Module):
     # inputs of other models end with an end-of-sequence token.
     causal: ClassVar[bool]
 
-    # Whether ``fused_attention`` has an effect.
-    has_fused_attention: ClassVar[bool] = False
-
     token_embedder: Embed  # or QuantizedEmbed
 
     def __init__(self, config: ModelConfig, *, dtype: DType, vocabulary: Any = None):
@@ -143,7 +141,7 @@ class Model(nnx.Module):
         self.dtype = dtype
         self.vocabulary = vocabulary
         self.scan_layers = False  # whether equal layers run as one loop (models/layer_loop.py)
-        self.fused_attention = False  # whether attention is one kernel, for TPUs
+        self.attention = PLAIN  # how the stack that reads the input computes attention
         self.original_fingerprint = ""  # fingerprint of the weights before quantisation
         # The largest float32 array of logits in losses and ranking, in millions of bytes.
         self.logits_mb = LOGITS_MB
@@ -152,6 +150,17 @@ class Model(nnx.Module):
     @abstractmethod
     def stacks(self) -> Mapping[str, AttentionStack]:
         """The attentions by name (``Injections.prefixes`` has the same names)."""
+
+    @property
+    def attention_traits(self) -> AttentionTraits:
+        """What decides how ``reading_stack`` computes attention; by default it has one way."""
+        stack = self.stacks[self.reading_stack]
+        return AttentionTraits(
+            name=self.reading_stack,
+            head_dim=stack.head_dim,
+            dtype=jnp.dtype(self.dtype).name,
+            whole=False,
+        )
 
     @abstractmethod
     def read(

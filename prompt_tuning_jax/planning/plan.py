@@ -76,6 +76,7 @@ class MeshPlan:
     roofline: Roofline
     evaluation: Program | None
     tokens_per_second: float
+    attention: str  # how the input is attended to, and why
 
     @property
     def name(self) -> str:
@@ -224,6 +225,7 @@ def _tried(
         roofline=walls,
         evaluation=_evaluation(experiment, abstract) if evaluate and train.fits else None,
         tokens_per_second=tokens / walls.step if walls.step else 0.0,
+        attention=str(abstract.attention),
     )
 
 

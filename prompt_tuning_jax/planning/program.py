@@ -19,10 +19,11 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.inference.setup import (
     Members,
     attach_unplaced,
-    fuse_attention,
+    attention_for,
 )
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.models.ops.attention_choice import Choice
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.planning.hlo import Collective, collectives
 from prompt_tuning_jax.planning.hlo_cost import repeated_cost
@@ -42,6 +43,7 @@ class Abstract:
     state: TrainState
     step: TrainStep
     partitioner: Partitioner
+    attention: Choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,8 @@ def abstract_experiment(
             param_dtype=jnp.dtype(experiment.model.param_dtype),
             dropout_rate=experiment.model.dropout_rate,
         )
-        if experiment.model.fused_attention:
-            fuse_attention(model, partitioner)
+        kept["attention"] = attention_for(experiment, model, partitioner)
+        model.attention = kept["attention"]
         quantize_modules(model, experiment.model.quantization)
         members, kept["axes"] = attach_unplaced(experiment, model, labels=())
         kept["members"] = members
@@ -127,7 +129,13 @@ def abstract_experiment(
         regularizer=None,  # its cost is nothing beside the model's
     )
     members = build.with_stacked_layers(experiment, members, partitioner)
-    return Abstract(members=members, state=state, step=step, partitioner=partitioner)
+    return Abstract(
+        members=members,
+        state=state,
+        step=step,
+        partitioner=partitioner,
+        attention=kept["attention"],
+    )
 
 
 def _label_loss(experiment: Experiment) -> LabelLoss | None:

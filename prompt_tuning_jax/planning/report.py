@@ -79,6 +79,7 @@ def plan_as_dict(made: Plan) -> dict[str, Any]:
             {
                 "mesh": dict(each.mesh),
                 "remat": each.remat,
+                "attention": each.attention,
                 "weights_bytes": each.weights_bytes,
                 "tuned_bytes": each.tuned_bytes,
                 "train": _program(each.train),
@@ -102,6 +103,7 @@ def _mesh_lines(each: MeshPlan, made: Plan) -> Iterator[str]:
     train, walls, limit = each.train, each.roofline, made.topology.chip.hbm_bytes
     rows = [
         ("mesh", f"{each.name}, remat {each.remat}"),
+        ("attention", each.attention),
         ("frozen weights", f"{each.weights_bytes / GIB:.2f} GiB a chip"),
         ("tuned, optimizer", f"{each.tuned_bytes / 2**20:.2f} MiB"),
         ("temporaries", f"{train.temporary_bytes / GIB:.2f} GiB, including activations"),

@@ -39,7 +39,7 @@ def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
     config = model.config
     if config.num_heads * config.head_dim != config.embed_dim:
         raise UserError(
-            "model.attention=mimetic and matching need num_heads * head_dim = embed_dim"
+            "model.attention_init=mimetic and matching need num_heads * head_dim = embed_dim"
         )
     random = np.random.default_rng(seed)
     encoder = [model.encoder.layer(i).attention for i in range(config.num_encoder_layers)]

@@ -66,14 +66,18 @@ def _prepare(
 
 def _initialize(experiment: Experiment, model: Model, data: TextData | None) -> None:
     config = experiment.model
-    if not config.random_weights or (config.embeddings, config.attention) == ("normal", "normal"):
+    inits = (config.embeddings, config.attention_init)
+    if not config.random_weights or inits == (
+        "normal",
+        "normal",
+    ):
         return
     if not isinstance(model, T5):
         raise UserError(
-            "model.embeddings and model.attention initialize a T5 alone; leave them at normal"
+            "model.embeddings and model.attention_init initialize a T5 alone; leave them at normal"
         )
     if data is not None and config.embeddings == "cooccurrence":
         start_from_cooccurrence(model, data.train)
-    if config.attention != "normal":
-        matching = config.attention == "matching"
+    if config.attention_init != "normal":
+        matching = config.attention_init == "matching"
         start_attention(model, matching=matching, seed=experiment.training.seeds[0])

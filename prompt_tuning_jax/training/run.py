@@ -130,7 +130,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     """
     if needs_pretraining(experiment):
         raise UserError(
-            "data.objectives, model.embeddings and model.attention are for pre-training: call "
+            "data.objectives, model.embeddings and model.attention_init are for pre-training: call "
             "pretrain (the command prompt-tuning train does)"
         )
     return run(experiment, _prepare_tasks, quiet=quiet)
@@ -139,7 +139,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
 def needs_pretraining(experiment: Experiment) -> bool:
     """Returns whether this experiment needs ``pretrain`` instead of ``train``."""
     model = experiment.model
-    initialized = (model.embeddings, model.attention) != ("normal", "normal")
+    initialized = (model.embeddings, model.attention_init) != ("normal", "normal")
     return bool(experiment.data.objectives) or (model.random_weights and initialized)
 
 
@@ -201,7 +201,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     state, step, learning_rates = build.build_step(
         experiment, members, task_labels=data.task_labels
     )
-    config = model.config
+    config, attention = model.config, model.attention
     del model  # its arrays are those of the members, which may be stacked now
     members = build.with_stacked_layers(experiment, members, partitioner)
     names = member_names(experiment)
@@ -211,7 +211,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
         step = CompiledAhead(step, shapes)
     if not quiet:
-        for line in _introduction(experiment, members, data, config):
+        for line in (*_introduction(experiment, members, data, config), f"attention: {attention}"):
             print(printable(line), flush=True)
 
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:

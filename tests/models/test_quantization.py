@@ -218,8 +218,8 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
         validation.validate(quantised)
     with pytest.raises(UserError, match=r"model.quantization.*int3.*int8"):
         validation.validate(Experiment(model=Model(quantization="int3")))
-    start = Model(random_weights=True, attention="mimetic", quantization="int4")
-    with pytest.raises(UserError, match=r"model.attention needs weights that train"):
+    start = Model(random_weights=True, attention_init="mimetic", quantization="int4")
+    with pytest.raises(UserError, match=r"model.attention_init needs weights that train"):
         validation.validate(Experiment(model=start))
     validation.validate(dataclasses.replace(quantised, method=PromptTuning()))
     model = load_model(folder(), quantization="int8")

@@ -11,6 +11,7 @@ from flax import nnx
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotate
+from prompt_tuning_jax.models.causal_lm.whole_attention import Whole, attend_at_once
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, RMSNorm, softcap, split_key
 from prompt_tuning_jax.models.ops import matmul
@@ -85,13 +86,26 @@ class Attention(nnx.Module):
         biases: Sequence[Array | None],
         *,
         key: Array | None = None,
+        whole: Whole | None = None,
     ) -> Array:
         """Attends from the positions of ``x_BTD`` to the keys of all segments together.
 
-        ``biases`` has the result of ``attention_bias`` or ``mask_bias`` for each segment.
+        ``biases`` has the result of ``attention_bias`` or ``mask_bias`` for each segment; ``whole``
+        replaces them where one kernel attends to all.
         """
         query_BTHK = self._queries_or_keys(self.query(x_BTD), "query_norm", rotation)
         query_BTHK = query_BTHK.astype(jnp.float32) * self.query_scale
+        width = self.num_heads * self.head_dim
+        if whole is not None:
+            mixed_BTHK = attend_at_once(
+                query_BTHK.astype(self.dtype),
+                segments,
+                whole,
+                softcap=self.softcap,
+                dropout_rate=self.dropout_rate,
+                key=key,
+            )
+            return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], width))
         groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
         query_BTGRK = query_BTHK.reshape(*query_BTHK.shape[:2], *groups, self.head_dim)
         # Heads first: products with keys of all rows and with those of each row have this layout.
@@ -109,7 +123,6 @@ class Attention(nnx.Module):
             for part, segment, dropout_key in zip(weights, segments, keys, strict=True)
         ]
         mixed_BTGRK = reduce(jnp.add, mixed).transpose(1, 2, 0, 3, 4)
-        width = self.num_heads * self.head_dim
         return self.out(mixed_BTGRK.reshape(*mixed_BTGRK.shape[:2], width))
 
     def keys_values(self, x_BTD: Array, rotation: Rotation | None) -> KeyValues:

@@ -33,6 +33,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     select_positions,
 )
 from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack, make_head
+from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import (
     NO_INJECTIONS,
@@ -52,6 +53,7 @@ from prompt_tuning_jax.models.layers import (
     linear_from,
     split_key,
 )
+from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
@@ -131,6 +133,10 @@ class CausalLM(Model):
             head_dim=config.head_dim,
         )
         return {"decoder": stack}
+
+    @property
+    def attention_traits(self) -> AttentionTraits:
+        return stack_traits(self.config, "decoder", dtype=self.dtype, causal=True)
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:
         x = self._embedded(tokens, self.decoder.embed_tokens)
@@ -380,6 +386,7 @@ class CausalLM(Model):
             key=keys[1],
             remat=remat,
             scan=self.scan_layers,
+            attention=self.attention.implementation,
             last_only=last_only,
         )
 

@@ -13,6 +13,7 @@ from prompt_tuning_jax.models.causal_lm.attention import Attention, attention_bi
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, Window
 from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
 from prompt_tuning_jax.models.causal_lm.rope import Rotation, rotation
+from prompt_tuning_jax.models.causal_lm.whole_attention import Whole, seen_keys
 from prompt_tuning_jax.models.injections import KeyValues, LayerPrompt
 from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
@@ -25,6 +26,7 @@ from prompt_tuning_jax.models.layers import (
     normal_param,
     split_key,
 )
+from prompt_tuning_jax.models.ops.attention_choice import Implementation
 from prompt_tuning_jax.typing import Array, DType
 
 
@@ -128,6 +130,7 @@ class Layer(nnx.Module):
         cross: tuple[KeyValues, ...] = (),
         cross_biases: tuple[Array | None, ...] = (),
         *,
+        whole: Whole | None = None,
         last_only: bool = False,
     ) -> tuple[Array, KeyValues]:
         """Applies the layer and returns its output with the keys and values of its positions.
@@ -135,7 +138,8 @@ class Layer(nnx.Module):
         ``biases`` has one entry for each segment of ``past``, and one for the layer's keys;
         ``cross_biases`` has one for each segment of ``cross``.  With a cache, ``x_BTD`` holds a
         single token, which is written into ``slot``, and the keys are those of the cache.
-        ``last_only`` computes the output of the last position alone.
+        ``whole`` replaces ``biases`` where one kernel attends to all keys.  ``last_only`` computes
+        the output of the last position alone.
         """
         keys = split_key(key, 6 if self.has_cross else 4)
         y_BTD = self.pre_self_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
@@ -147,7 +151,7 @@ class Layer(nnx.Module):
             rotated_by = rotated_by and (rotated_by[0][:, -1:], rotated_by[1][:, -1:])
             biases = tuple(bias if bias is None else bias[:, -1:] for bias in biases)
         attended_BTD = self.self_attention(
-            y_BTD, rotated_by, (*past, computed), biases, key=keys[0]
+            y_BTD, rotated_by, (*past, computed), biases, key=keys[0], whole=whole
         )
         if self.post_norms:
             attended_BTD = self.post_self_attention_layer_norm(attended_BTD)
@@ -229,7 +233,7 @@ class Stack(nnx.Module):
         self.config = config
         self.name = name
         self.windows = config.causal_windows() if windows is None else windows
-        self.dropout_rate = dropout_rate
+        self.dropout_rate, self.dtype = dropout_rate, dtype
         for i in range(config.num_layers):
             layer = Layer(
                 config,
@@ -266,6 +270,7 @@ class Stack(nnx.Module):
         key: Array | None = None,
         remat: Remat = "none",
         scan: bool = False,
+        attention: Implementation = "xla",
         last_only: bool = False,
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Computes the final hidden states, and each layer's keys and values.
@@ -275,6 +280,8 @@ class Stack(nnx.Module):
         key) restrict the latter further.  Cross-attention sees ``cross``.  With caches, ``x_BTD``
         holds a single token, which is written into ``slot`` of each cache; slot 0 has the position
         ``positions_BT - slot``.  ``scan`` runs equal layers as a loop, except with caches.
+        ``attention`` names what computes self-attention where it can; products and softmax apart,
+        ``xla``, always can.
         """
         config = self.config
         keys = split_key(key, config.num_layers)
@@ -285,6 +292,7 @@ class Stack(nnx.Module):
         alibi = config.positions == "alibi"
         cross_biases = tuple(mask_bias(segment.mask_BU) for segment in cross)
         biases: dict[Window, tuple[Array | None, ...]] = {}
+        whole: dict[Window, Whole | None] = {}
         for window in dict.fromkeys(self.windows):
             before = tuple(
                 _past_bias(positions_BT, segment, back=window.back, alibi=alibi) for segment in past
@@ -299,6 +307,18 @@ class Stack(nnx.Module):
                 alibi=alibi,
             )
             biases[window] = (*before, within)
+            if attention != "xla" and not (alibi or caches is not None or mask_BTT is not None):
+                whole[window] = seen_keys(
+                    attention,
+                    positions_BT,
+                    past,
+                    mask_BT=mask_BT,
+                    window=window,
+                    rows=x_BTD.shape[0],
+                    head_dim=config.head_dim,
+                    dtype=self.dtype,
+                    dropout=key is not None and self.dropout_rate > 0,
+                )
         rotations: dict[bool, Rotation] = {}
         if config.positions == "rope":
             for local in dict.fromkeys(window.back > 0 for window in self.windows):
@@ -320,6 +340,7 @@ class Stack(nnx.Module):
                 slot,
                 given.cross,
                 cross_biases,
+                whole=None if last else whole.get(window),
                 last_only=last,
             )
 

@@ -21,6 +21,7 @@ from prompt_tuning_jax.models.ops.attention import (
     dropout_weights,
 )
 from prompt_tuning_jax.models.ops.fused_attention import fused_attention
+from prompt_tuning_jax.models.ops.fused_tiles import Visibility
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.typing import Array, DType
 
@@ -86,7 +87,7 @@ class FusedBias:
     """What ``fused_attention`` adds to scores: a bias by distance, and a mask of the keys."""
 
     bias_HN: Array
-    mask_BU: Array
+    seen: Visibility
 
 
 class Attention(nnx.Module):
@@ -168,7 +169,7 @@ class Attention(nnx.Module):
                 key_BUHK.astype(self.dtype),
                 value_BUHK.astype(self.dtype),
                 bias_HN=bias_BHTU.bias_HN,
-                mask_BU=bias_BHTU.mask_BU,
+                seen=bias_BHTU.seen,
                 keep_TU=dropout_factors(
                     (query_BTHK.shape[1], key_BUHK.shape[1]), self.dropout_rate, key=key
                 ),

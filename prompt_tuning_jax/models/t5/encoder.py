@@ -14,7 +14,7 @@ from prompt_tuning_jax.models.layers import (
     dropout,
     split_key,
 )
-from prompt_tuning_jax.models.ops.fused_attention import FEWEST_KEYS, MOST_KEYS
+from prompt_tuning_jax.models.ops import fused_tiles
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
     FusedBias,
@@ -98,7 +98,8 @@ class Encoder(nnx.Module):
             self.relpos_bias = RelativePositionBias(
                 config, bidirectional=True, param_dtype=param_dtype, rngs=rngs
             )
-        self.num_layers = config.num_encoder_layers
+        self.num_layers, self.head_dim = config.num_encoder_layers, config.head_dim
+        self.dtype = dtype
         for i in range(self.num_layers):
             setattr(
                 self,
@@ -146,7 +147,13 @@ class Encoder(nnx.Module):
         fuses = (
             fuse
             and source.attention_mask_BUU is None
-            and FEWEST_KEYS <= len(positions_U) + max(befores) <= MOST_KEYS
+            and fused_tiles.fits(
+                len(positions_U),
+                len(positions_U) + max(befores),
+                width=self.head_dim,
+                dtype=self.dtype,
+                maps=True,
+            )
             # The kernel has a bias for each distance, and a prefix without positions has none.
             and all(prefix is None or prefix.before for prefix in prefixes)
         )
@@ -156,7 +163,8 @@ class Encoder(nnx.Module):
                 return of(positions_U, with_positions_before(positions_U, before))
             distances_N = jnp.arange(1 - len(positions_U), len(positions_U) + before) - before
             seen_BU = jnp.pad(mask_BU, ((0, 0), (before, 0)), constant_values=True)
-            return FusedBias(bias_HN=of.at(distances_N), mask_BU=seen_BU)
+            seen = fused_tiles.visible_keys(seen_BU, length=len(positions_U))
+            return FusedBias(bias_HN=of.at(distances_N), seen=seen)
 
         shared = {}
         if not self.relpos_per_layer:

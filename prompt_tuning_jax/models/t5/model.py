@@ -25,6 +25,7 @@ from prompt_tuning_jax.models.layers import (
     linear_from,
     split_key,
 )
+from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
@@ -46,7 +47,6 @@ class T5(Model):
     config: T5Config
     reading_stack: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
-    has_fused_attention: ClassVar[bool] = True
     has_decoder_prompts: ClassVar[bool] = True
 
     def __init__(
@@ -81,6 +81,16 @@ class T5(Model):
         )
         encoder = replace(decoder, num_layers=config.num_encoder_layers, writes=False)
         return {"encoder": encoder, "decoder": decoder, "cross": decoder}
+
+    @property
+    def attention_traits(self) -> AttentionTraits:
+        return AttentionTraits(
+            name="encoder",
+            head_dim=self.config.head_dim,
+            dtype=jnp.dtype(self.dtype).name,
+            causal=False,
+            bias="distance",
+        )
 
     def __call__(
         self,
@@ -167,7 +177,7 @@ class T5(Model):
             key=key,
             remat=remat,
             scan=self.scan_layers,
-            fuse=self.fused_attention,
+            fuse=self.attention.implementation == "pallas",
             returns_keys_values=returns_keys_values,
         )
 

@@ -24,6 +24,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     positions_in,
 )
 from prompt_tuning_jax.models.causal_lm.stack import Stack
+from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
 from prompt_tuning_jax.models.layers import (
     Embed,
@@ -33,6 +34,7 @@ from prompt_tuning_jax.models.layers import (
     dropout,
     split_key,
 )
+from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.typing import Array, DType, HostArray
@@ -111,6 +113,10 @@ class T5Gemma(Model):
         )
         stacks = {"encoder": read, "decoder": written}
         return stacks if self.config.merged else {**stacks, "cross": written}
+
+    @property
+    def attention_traits(self) -> AttentionTraits:
+        return stack_traits(self.config.encoder, "encoder", dtype=self.dtype, causal=False)
 
     def embed_tokens(self, tokens: Array | HostArray) -> Array:
         x = _scaled(super().embed_tokens(tokens), self.config.encoder)
@@ -261,6 +267,7 @@ class T5Gemma(Model):
             key=keys[1],
             remat=remat,
             scan=self.scan_layers,
+            attention=self.attention.implementation,
         )
         return dropout(x_BUD, self.dropout_rate, key=keys[2], shared_axis=-2), computed
 

@@ -286,6 +286,7 @@ def _shapes(
         ),
         max_new_tokens=serving.max_new_tokens,
         slots=serving.slots,
+        long_slots=serving.long_slots,
         kinds=tuple(kinds),
     )
 

@@ -256,7 +256,7 @@ def adapter_caches(
     partitioner: Partitioner | None = None,
 ) -> Mapping[AdapterSpec, AdapterStack | SingleAdapters]:
     """A cache for each spec: of ``max_methods``, or fewer where they are large."""
-    rows = max(shapes.batch_sizes[-1], shapes.slots)
+    rows = max(shapes.batch_sizes[-1], shapes.pools[-1].slots.stop)
     caches: dict[AdapterSpec, AdapterStack | SingleAdapters] = {}
     for spec in dict.fromkeys(method.adapter_spec for method in methods):
         number = sum(method.adapter_spec is spec for method in methods)

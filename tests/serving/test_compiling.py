@@ -166,14 +166,16 @@ def test_text_is_the_same_with_few_programs_and_with_all() -> None:
     rows = drawn_rows(3, seed=5, limit=6)
     texts = []
     for one in (engine, whole):
-        for slot, row in enumerate(rows):
-            program = engine.usable("generate", [row])
-            assert (program.length, program.prompt_length) == (16, 7)
-            one.prefill([row], [slot], program)
+        slots = list[int]()
+        for row in rows:
+            program = one.usable("generate", [row])
+            assert one is whole or (program.length, program.prompt_length) == (16, 7)
+            slots.append(next(slot for slot in one.slots_for(program) if slot not in slots))
+            one.prefill([row], slots[-1:], program)
         for _ in range(3):
-            seen = one.decode(dict(enumerate(rows)))
-        assert seen.done_M[:3].all()
-        texts.append([seen.ids_MS[slot].tolist() for slot in range(3)])
+            seen = one.decode(dict(zip(slots, rows, strict=True)))
+        assert all(seen.done_M[slot] for slot in slots)
+        texts.append([seen.ids_MS[slot].tolist() for slot in slots])
     assert texts[0] == texts[1]
     whole.reset()
 
@@ -182,19 +184,23 @@ def test_measuring_touches_nothing_that_is_being_written() -> None:
     engine, whole = Bare(), micro_engine()
     engine.compile_first()
     (row,) = drawn_rows(1, seed=6, limit=6)
-    engine.prefill([row], [0], engine.usable("generate", [row]))
+    program = engine.usable("generate", [row])
+    slot = engine.slots_for(program)[0]
+    engine.prefill([row], [slot], program)
     engine.compiler.made.update(engine.all)
     while engine.measure():
         pass
     assert {*engine.seconds} == {*engine.programs()}
     for _ in range(3):
-        seen = engine.decode({0: row})
+        seen = engine.decode({slot: row})
     whole.reset()
-    whole.prefill([row], [0], whole.program_for("generate", [row], 1))
+    program = whole.program_for("generate", [row], 1)
+    own = whole.slots_for(program)[0]
+    whole.prefill([row], [own], program)
     for _ in range(3):
-        expected = whole.decode({0: row})
-    np.testing.assert_array_equal(seen.ids_MS[0], expected.ids_MS[0])
-    assert seen.score_M[0] == pytest.approx(float(expected.score_M[0]), abs=1e-5)
+        expected = whole.decode({own: row})
+    np.testing.assert_array_equal(seen.ids_MS[slot], expected.ids_MS[own])
+    assert seen.score_M[slot] == pytest.approx(float(expected.score_M[own]), abs=1e-5)
     whole.reset()
 
 

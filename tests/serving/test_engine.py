@@ -145,17 +145,17 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
             limit=6 if number % 3 else 1 + number % 5,
             **OPTIONS[number % len(OPTIONS)],
         )
-        for number, row in enumerate(drawn_rows(11, seed=3))
+        for number, row in enumerate(sorted(drawn_rows(11, seed=3), key=lambda row: len(row.ids)))
     ]
     written: dict[int, tuple[list[int], float]] = {}
-    waiting, slots = list(range(len(rows))), dict[int, int]()
+    waiting, slots, widths = list(range(len(rows))), dict[int, int](), set[int]()
     for _ in range(30):
-        free = [slot for slot in range(SHAPES.slots) if slot not in slots]
-        now = waiting[: min(len(free), 3)]
-        waiting = waiting[len(now) :]
-        if now:
-            batch = [rows[number] for number in now]
-            engine.prefill(batch, free[: len(now)], engine.program_for("generate", batch, 4))
+        if waiting:  # three that are next to each other, in slots of their width
+            program = engine.program_for("generate", [rows[number] for number in waiting[:3]], 4)
+            free = [slot for slot in engine.slots_for(program) if slot not in slots]
+            now, waiting = waiting[: min(len(free), 3)], waiting[min(len(free), 3) :]
+            engine.prefill([rows[number] for number in now], free[: len(now)], program)
+            widths |= {program.length} if now else set()
             slots.update(zip(free, now, strict=False))
         if not slots:
             break
@@ -166,7 +166,7 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
                 ids = seen.ids_MS[slot][:length].tolist()
                 written[number] = ids, float(seen.score_M[slot])
                 del slots[slot]
-    assert len(written) == len(rows)
+    assert len(written) == len(rows) and widths == {8, 16}
     for number, row in enumerate(rows):
         ids, score = write_alone(row)
         own_ids, own_score = written[number]

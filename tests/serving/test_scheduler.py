@@ -36,6 +36,7 @@ class Counting(Engine):
         self.decoded_together: list[list[int]] = []
         self.rows: dict[int, tuple[Row, int]] = {}
         self.seconds = {program: 1.0 for program in SHAPES.programs()}
+        self._made.update(dict.fromkeys(self.compiler._steps))
 
     def score(self, rows: Any, program: Any) -> Any:
         self._begin(rows)
@@ -51,8 +52,8 @@ class Counting(Engine):
         self.decoded_together.append(sorted(row.ids[0] for row in rows.values()))
         if any(row.ids[0] in self.poison_decoding for row in rows.values()):
             raise RuntimeError("decoding failed")
-        ids, scores = np.zeros((4, 6), int), np.zeros(4)
-        positions, done = np.zeros(4, int), np.ones(4, bool)
+        ids, scores = np.zeros((8, 6), int), np.zeros(8)
+        positions, done = np.zeros(8, int), np.ones(8, bool)
         for slot, (row, before) in list(self.rows.items()):
             number = min(before + 1, row.limit)
             ids[slot, : row.limit] = row.ids[0]

@@ -29,6 +29,7 @@ from prompt_tuning_jax.serving.prompt_cache import (
 )
 from prompt_tuning_jax.serving.shapes import (
     DecodeProgram,
+    HoldProgram,
     Kind,
     Program,
     Row,
@@ -82,6 +83,7 @@ class Engine:
             copy_sizes=shapes.batch_sizes,
             hold=partial(held_prompts, graphdef),
             params=self._params,
+            compiled=lambda program: self._made.get(program),
             at_end=not model.causal,
             partitioner=partitioner,
         )
@@ -379,6 +381,15 @@ class Engine:
                 )
                 own = rank(decode, is_first=is_first), max(1, width - longest), number
                 ordered.append((own, step))
+        for number in shapes.batch_sizes:
+            hold = HoldProgram(prompts=number)
+            step = Step(
+                key=hold,
+                name=f"{number} prompts",
+                make=partial(self.cache.compile, hold),
+                first=number == shapes.batch_sizes[0],
+            )
+            ordered.append(((rank(hold, is_first=step.first), 0, number), step))
         nearest = Step(key="nearest", name="nearest words", make=self._compile_nearest, first=False)
         if not self.config.reads_images:
             ordered.append(((rank("nearest", is_first=False), 0, 0), nearest))

@@ -130,12 +130,12 @@ class Scheduler:
         return await self.call(function, *arguments)
 
     async def close(self) -> None:
-        """Finishes all queued jobs, then stops."""
+        """Finishes all queued jobs, then stops without waiting for other calls."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
             await self._task
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

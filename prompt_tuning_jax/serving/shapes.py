@@ -97,6 +97,13 @@ class DecodeProgram:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HoldProgram:
+    """One compiled function that puts prompts on the device: at most so many at once."""
+
+    prompts: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """The shapes of one server.
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import numpy as np
 import pytest
+from jax._src.compilation_cache import decompress_executable
 
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError, Compiler, Step
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.shapes import Row
 from tests.serving.serving_app import ask, make_service, running, task_folder
 from tests.serving.serving_micro import SHAPES, micro_engine, micro_model, write_prompt
 from tests.serving.test_engine import drawn_rows
@@ -104,6 +107,36 @@ def test_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert "program d could not be compiled" in caplog.text
 
 
+def test_no_write_to_the_cache_begins_after_the_end_and_those_before_it_are_waited_for() -> None:
+    """Of two programs that are compiled at once, one is being written, the other not yet."""
+    gates = {name: threading.Event() for name in "ab"}
+    written: list[str] = []
+
+    def make(name: str) -> str:
+        assert name == "a" or gates["b"].wait(10)
+        jax.monitoring.record_event("/jax/compilation_cache/cache_misses")
+        written.append(name)
+        assert name == "b" or gates["a"].wait(10)
+        return name
+
+    compiler = Compiler(steps("ab", first="ab", make=make))
+    compiler.start(later=2)
+    while written != ["a"]:
+        time.sleep(0.01)
+    compiler.stop()
+    gates["b"].set()
+    waiting = threading.Thread(target=compiler.wait_for_writes)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    gates["a"].set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    for thread in compiler._threads:
+        thread.join(10)
+    assert written == ["a"]
+
+
 def test_who_waits_hears_of_the_end() -> None:
     gate = threading.Event()
     compiler = Compiler(steps("ab", first="ab", make=lambda name: gate.wait(10)))
@@ -141,7 +174,7 @@ def test_few_programs_answer_everything_as_all_do() -> None:
     """In any mode, of any length: with the first programs, and with any others beside them."""
     engine, whole = Bare(), micro_engine()
     engine.compile_first()
-    assert len(engine.compiler.made) == 4 < len(engine.all)
+    assert len(engine.compiler.made) == 5 < len(engine.all)
     rows = drawn_rows(8, seed=1)
     for key in [None, *engine.all]:
         if key is not None and key in engine.compiler.made:
@@ -220,6 +253,24 @@ def test_what_is_asked_for_is_compiled_sooner() -> None:
     assert engine.usable("score", [row]) == ideal
 
 
+def test_short_rows_use_long_slots_until_theirs_can_be_decoded() -> None:
+    engine = Bare()
+    engine.compile_first()
+    row = Row(ids=(5, 1), limit=2)
+    short, long = SHAPES.pools
+    program = engine.program_for("generate", [row], 1)
+    reads, decodes = engine._largest(short, None)
+    for key in (program, reads, decodes):
+        assert engine.slots_for(program) == long.slots
+        assert engine.usable("generate", [row]).length == 16
+        engine.compiler.made[key] = engine.all[key]
+        while engine.measure():
+            pass
+    assert engine.slots_for(program) == short.slots
+    assert engine.usable("generate", [row]) == program
+    assert {*engine.compiler._asked} >= {reads, decodes}
+
+
 def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Path) -> None:
     service: Service = make_service(task_folder(tmp_path))
     engine = Bare()
@@ -229,7 +280,7 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
     async def test(client: httpx.AsyncClient) -> None:
         status = (await client.get("/readyz")).json()
         assert status["status"] == "ready"
-        assert status["required_compiled"] == status["required_to_compile"] == 4
+        assert status["required_compiled"] == status["required_to_compile"] == 5
         body = {"task": ["colour", "voted"], "inputs": ["ban red", "kolo"]}
         first = (await ask(client, **body)).json()["results"]
         text = (await ask(client, **body, mode="generate")).json()["results"]
@@ -256,18 +307,27 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("when", ["compiling the", "ready"])
-def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when: str) -> None:
-    """Nothing is in the cache, so that it is compiling for seconds."""
+@pytest.mark.parametrize(
+    ("when", "number"), [("compiling the", signal.SIGTERM), ("ready", signal.SIGINT)]
+)
+def test_a_server_told_to_end_does_not_wait_for_compilation(
+    tmp_path: Path, when: str, number: signal.Signals
+) -> None:
+    """Nothing is in the cache, so that it compiles for seconds; what it leaves there is whole."""
     write_prompt(tmp_path / "one.safetensors", 3)
     arguments = ["serve", "--model", str(model_folder()), "--prompts", str(tmp_path)]
+    cache = tmp_path / "cache"
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "prompt_tuning_jax", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env={**os.environ, **environment},
     )
     try:
         assert process.stdout is not None
@@ -276,7 +336,7 @@ def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when
                 break
         time.sleep(0.5)  # into the middle of it
         assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         began = time.monotonic()
         assert process.wait(30) == 0
         assert time.monotonic() - began < 5  # a second, where nothing else computes
@@ -285,3 +345,7 @@ def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when
     finally:
         process.kill()
         process.wait()
+    entries = [path.read_bytes() for path in cache.glob("*-cache")]
+    assert entries
+    for entry in entries:
+        assert decompress_executable(entry)

@@ -235,6 +235,20 @@ def test_writing_is_continuous(poison: int) -> None:
     with_scheduler(test)
 
 
+def test_short_and_long_rows_have_slots_of_their_own() -> None:
+    """A short row waits for a short slot beside free long ones, and keeps no long row waiting."""
+
+    async def test(scheduler: Scheduler, engine: Counting) -> None:
+        short = [job(n, 1, kind="generate", limit=4) for n in range(2, 7)]
+        long = [job(*[n] * 9, kind="generate", limit=4) for n in range(20, 22)]
+        scheduler.submit([*short, *long])
+        await asyncio.gather(*(one.future for one in (*short, *long)))
+        assert max(engine.decoded_together, key=len) == [2, 3, 4, 5, 20, 21]
+        assert engine.decoded_together[-1] == [6]
+
+    with_scheduler(test)
+
+
 def test_text_is_followed_and_given_up() -> None:
     async def test(scheduler: Scheduler, engine: Counting) -> None:
         seen: list[list[int]] = []

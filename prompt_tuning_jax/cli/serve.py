@@ -62,7 +62,7 @@ class Serve(Serving, OverrideOptions):
         # Only a module named here is imported: default_experiment drops that of a run.
         import_module(experiment.data.module)
         serving = Serving(**{field.name: getattr(self, field.name) for field in fields(Serving)})
-        if serve(experiment, self.prompts, host=self.host, port=self.port, serving=serving):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)  # otherwise Python waits for compilations that are still running
+        serve(experiment, self.prompts, host=self.host, port=self.port, serving=serving)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # otherwise Python waits for programs that are still being compiled or run

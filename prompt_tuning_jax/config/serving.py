@@ -16,7 +16,8 @@ class ShapeOptions:
     batch_sizes: tuple[int, ...] = (1, 4, 16)  # numbers of rows
     modes: tuple[Mode, ...] = ("label", "generate", "score")  # kinds of requests
     max_new_tokens: int = 64  # longest generated text, in tokens
-    slots: int = 16  # texts that are generated at once
+    slots: int = 16  # texts generated at once for inputs of the shorter half of the lengths
+    long_slots: int = 8  # texts generated at once for longer inputs
     # Longest prompt; 0: the longest there is, and at least 100 with an admin token.
     max_prompt_length: int = 0
     cache_rows: int = 256  # prompts, and arrays of other methods, that the device holds

@@ -99,14 +99,15 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         def started(task: asyncio.Task[None]) -> None:
-            on_started(None if task.cancelled() else task.exception())
+            on_started(asyncio.CancelledError() if task.cancelled() else task.exception())
 
         starting = asyncio.create_task(service.start(report))
         starting.add_done_callback(started)
         app.state.starting = starting
         yield
         service.drain()
-        with suppress(Exception):
+        starting.cancel()
+        with suppress(Exception, asyncio.CancelledError):
             await starting
         await service.close()
 

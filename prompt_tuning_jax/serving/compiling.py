@@ -14,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 _log = logging.getLogger(__name__)
+_CACHING = "/jax/compilation_cache/cache_misses"  # JAX is about to write a program to its cache
 _NICE = 10  # niceness of a thread that compiles while requests are answered
 
 
@@ -60,6 +63,7 @@ class Compiler:
         self._failed: dict[Hashable, Exception] = {}
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._caching: set[threading.Thread] = set()
         self._stopped = False
 
     @property
@@ -82,6 +86,7 @@ class Compiler:
         """Compiles one program per processor at once, after the first ones ``later`` at once."""
         if self._threads:
             return
+        jax.monitoring.register_event_listener(self._before_caching)
         number = os.cpu_count() or 1
         self._threads = [
             threading.Thread(target=self._work, args=(one < later,), daemon=True)
@@ -123,10 +128,28 @@ class Compiler:
             return self._is_made(key)
 
     def stop(self) -> None:
-        """Starts no further compilation."""
+        """Starts no further compilation, and no further write to JAX's cache."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+    def wait_for_writes(self) -> None:
+        """Waits until no program is being written to JAX's cache, which does not write atomically.
+
+        After ``stop``, the process can then end at any time.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._caching)
+
+    def _before_caching(self, event: str, **_: str | int) -> None:
+        """JAX calls this in the thread that has compiled a program."""
+        thread = threading.current_thread()
+        if event != _CACHING or thread not in self._threads:
+            return
+        with self._changed:
+            if self._stopped:
+                raise SystemExit  # JAX does not catch it
+            self._caching.add(thread)
 
     def _is_made(self, key: Hashable) -> bool:
         if key in self._failed:
@@ -142,7 +165,9 @@ class Compiler:
             if step is None:
                 return
             try:
-                made = step.make()
+                made = self._make(step)
+            except SystemExit:  # raised before the program would have been written to the cache
+                return
             except Exception as error:
                 if not step.first:  # larger programs do its work
                     _log.warning("%s could not be compiled: %s", step.name, error)
@@ -152,6 +177,14 @@ class Compiler:
                 continue
             with self._changed:
                 self.made[step.key] = made
+                self._changed.notify_all()
+
+    def _make(self, step: Step) -> Any:
+        try:
+            return step.make()
+        finally:
+            with self._changed:
+                self._caching.discard(threading.current_thread())
                 self._changed.notify_all()
 
     def _next(self, *, later: bool) -> Step | None:

@@ -1,4 +1,4 @@
-"""The M slots on the device whose rows are being decoded."""
+"""The M slots of one width on the device whose rows are being decoded."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
 from prompt_tuning_jax.models.base import DecodeContext, Model, SelfCache
 from prompt_tuning_jax.serving.prompt_cache import device_put
-from prompt_tuning_jax.serving.shapes import DecodeOptions, Shapes
-from prompt_tuning_jax.typing import Array
+from prompt_tuning_jax.serving.shapes import DecodeOptions, Shapes, SlotPool
+from prompt_tuning_jax.typing import Array, HostArray
 
 KEY_AXES = ("batch", "length", "heads", "kv")
 
@@ -36,19 +36,19 @@ class DecodeState:
 
 
 class DecodeOutput(NamedTuple):
-    """What the host reads after a few steps."""
+    """What the host reads after a few steps, of the slots of one pool or of all."""
 
-    ids_MS: Array
-    position_M: Array
-    score_M: Array
-    done_M: Array
+    ids_MS: Array | HostArray
+    position_M: Array | HostArray
+    score_M: Array | HostArray
+    done_M: Array | HostArray
 
 
 def init_decode_state(
-    shapes: Shapes, model: Model, *, width: int, partitioner: Partitioner | None
+    shapes: Shapes, pool: SlotPool, model: Model, *, width: int, partitioner: Partitioner | None
 ) -> DecodeState:
-    """All slots free, with room for ``width`` positions of prompt and input each."""
-    slots = shapes.slots
+    """All slots of a pool free, with room for ``width`` positions of prompt and input each."""
+    slots = len(pool.slots)
 
     def zeros(like: Any) -> Array:
         axes = KEY_AXES if len(like.shape) == len(KEY_AXES) else (None,) * len(like.shape)
@@ -63,7 +63,7 @@ def init_decode_state(
     tokens_MU = jax.ShapeDtypeStruct((slots, width), np.int32)
     context, caches = jax.tree.map(zeros, jax.eval_shape(start, tokens_MU))
     return DecodeState(
-        tokens_MT=whole(shapes.longest),
+        tokens_MT=whole(pool.lengths[-1]),
         context=context,
         caches=caches,
         token_M=whole(),
@@ -79,4 +79,15 @@ def init_decode_state(
         score_M=whole(dtype=np.float32),
         done_M=device_put(np.ones(slots, bool), (None,), partitioner),
         ids_MS=whole(shapes.max_new_tokens),
+    )
+
+
+def idle_output(shapes: Shapes, pool: SlotPool) -> DecodeOutput:
+    """The output of slots of which none is decoded."""
+    slots = len(pool.slots)
+    return DecodeOutput(
+        ids_MS=np.zeros((slots, shapes.max_new_tokens), np.int32),
+        position_M=np.zeros(slots, np.int32),
+        score_M=np.zeros(slots, np.float32),
+        done_M=np.ones(slots, bool),
     )

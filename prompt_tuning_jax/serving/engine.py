@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from typing import Any
@@ -17,7 +18,7 @@ from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.serving.compiling import Compiler, Step
-from prompt_tuning_jax.serving.decode_state import DecodeOutput, init_decode_state
+from prompt_tuning_jax.serving.decode_state import DecodeOutput, idle_output, init_decode_state
 from prompt_tuning_jax.serving.programs import Batch, Programs, held_prompts
 from prompt_tuning_jax.serving.prompt_cache import (
     Cache,
@@ -28,10 +29,12 @@ from prompt_tuning_jax.serving.prompt_cache import (
 )
 from prompt_tuning_jax.serving.shapes import (
     DecodeProgram,
+    HoldProgram,
     Kind,
     Program,
     Row,
     Shapes,
+    SlotPool,
     decode_options,
     target_array,
     token_array,
@@ -80,6 +83,7 @@ class Engine:
             copy_sizes=shapes.batch_sizes,
             hold=partial(held_prompts, graphdef),
             params=self._params,
+            compiled=lambda program: self._made.get(program),
             at_end=not model.causal,
             partitioner=partitioner,
         )
@@ -105,8 +109,11 @@ class Engine:
         self._runs: dict[Program, list[float]] = {}  # by which that is measured
         self._rough: set[Program] = set()  # to be measured better than that
         self._widths: dict[int, int] = {}  # encoder positions of the row in each slot
-        self.state: Any = self._init_state()
-        self._abstract_state = abstract(self.state, partitioner)
+        # Without those that were donated to a program that then failed.
+        self._states: dict[SlotPool, Any] = self._init_states()
+        self._abstract_states = {
+            pool: abstract(state, partitioner) for pool, state in self._states.items()
+        }
         self.compiler = Compiler(list(self._steps()))
         self._made = self.compiler.made
 
@@ -174,13 +181,17 @@ class Engine:
         """
         sizes = self.shapes.batch_sizes
         ideal = next((size for size in sizes if size >= waiting), sizes[-1])
-        self.compiler.want(with_rows(program, ideal))
+        self.compiler.want(replace(program, rows=ideal))
 
         def rate(rows: int) -> float:
-            usable = self._usable(with_rows(program, rows))
+            usable = self._usable(replace(program, rows=rows))
             return min(rows, waiting) / self.seconds[usable] if usable else 0.0
 
         return max(sizes, key=rate)
+
+    def slots_for(self, program: Program) -> range:
+        """The slots that are filled now with rows of this program."""
+        return self.shapes.pool_of(self._opened(program).length).slots
 
     def usable(self, kind: Kind, rows: Sequence[Row]) -> Program:
         """The fastest compiled program for these rows, at most as many as ``rows_at_once`` said."""
@@ -193,12 +204,39 @@ class Engine:
 
     def _usable(self, program: Program) -> Program | None:
         """The program itself or, until it is compiled, the fastest that can replace it."""
+        if program not in self.seconds:
+            self.compiler.want(program)
+        program = self._opened(program)
         if program in self.seconds:
             return program
-        self.compiler.want(program)
         # A copy: the thread that measures may add to it meanwhile.
         others = [one for one in [*self.seconds] if one.can_replace(program)]
+        if program.kind == "generate":
+            slots = self.shapes.pool_of(program.length)
+            others = [one for one in others if self.shapes.pool_of(one.length) == slots]
         return min(others, key=self.seconds.__getitem__, default=None)
+
+    def _opened(self, program: Program) -> Program:
+        """The program itself or, as long as its slots cannot be decoded, one for long slots."""
+        *shorter, longest = self.shapes.pools
+        pool = self.shapes.pool_of(program.length)
+        if program.kind == "score" or pool not in shorter:
+            return program
+        reads, decodes = self._largest(pool, program.adapter_spec)
+        if reads in self.seconds and decodes in self._made:
+            return program
+        for key in (reads, decodes):
+            self.compiler.want(key)
+        return replace(program, length=longest.lengths[0])
+
+    def _largest(self, pool: SlotPool, spec: AdapterSpec | None) -> tuple[Program, DecodeProgram]:
+        """The two programs that can generate whatever fits into these slots, row by row."""
+        *_, width = self.shapes.widths(pool, spec)
+        length = pool.lengths[-1]
+        shape: Any = {"length": length, "prompt_length": width - length, "adapter_spec": spec}
+        reads = Program(kind="generate", rows=self.shapes.batch_sizes[0], **shape)
+        slots = len(pool.slots)
+        return reads, DecodeProgram(pool=pool, slots=slots, width=width, adapter_spec=spec)
 
     def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
         """The smallest program of ``size`` rows that holds these rows of equal ``batch_key``."""
@@ -236,46 +274,52 @@ class Engine:
         ]
 
     def prefill(self, rows: Sequence[Row], slots: Sequence[int], program: Program) -> None:
-        """Encodes rows into free slots, from which ``decode`` continues."""
-        slot_B = np.full(program.rows, self.shapes.slots, np.int32)
-        slot_B[: len(slots)] = slots
+        """Encodes rows into free ``slots_for`` this program, from which ``decode`` continues."""
+        pool = self.shapes.pool_of(program.length)
+        slot_B = np.full(program.rows, len(pool.slots), np.int32)
+        slot_B[: len(slots)] = [pool.slots.index(slot) for slot in slots]
         arrays, batch = self._batch(rows, program)
         where = (self._put(slot_B, ("batch",)), self._options(rows, program))
         made = self._made[program]
-        state, self.state = self.state, None  # donated, even if the program fails
-        self.state = made(self._params, arrays, state, batch, *where)
+        state = self._states.pop(pool)  # donated, even if the program fails
+        self._states[pool] = made(self._params, arrays, state, batch, *where)
         self._widths.update(dict.fromkeys(slots, program.width))
 
     def decode(self, rows: Mapping[int, Row]) -> DecodeOutput:
         """Decodes a few more tokens of these rows, by slot; rows of other slots stay as they are.
 
-        Rows of one ``batch_key`` share a program.
+        Rows of one ``batch_key`` in slots of one width share a program.
         """
-        groups: dict[Hashable, dict[int, Row]] = {}
-        for slot, row in sorted(rows.items()):
-            groups.setdefault(self.batch_key(row), {})[slot] = row
-        output: Any = None
-        for group in groups.values():
-            output = self._decode_group(group)
-        return jax.tree.map(np.asarray, output)
+        pools = self.shapes.pools
+        outputs = {pool: idle_output(self.shapes, pool) for pool in pools}
+        for pool in pools:
+            groups: dict[Hashable, dict[int, Row]] = {}
+            for slot in sorted({*rows} & {*pool.slots}):
+                groups.setdefault(self.batch_key(rows[slot]), {})[slot] = rows[slot]
+            for group in groups.values():
+                outputs[pool] = self._decode_group(pool, group)
+        return DecodeOutput(*map(np.concatenate, zip(*outputs.values(), strict=True)))
 
-    def _decode_group(self, rows: Mapping[int, Row]) -> DecodeOutput:
+    def _decode_group(self, pool: SlotPool, rows: Mapping[int, Row]) -> DecodeOutput:
         spec = next(iter(rows.values())).adapter_spec
-        first, last = min(rows), max(rows)
-        number = next(one for one in self._slot_numbers() if one > last - first)
+        numbers = [pool.slots.index(slot) for slot in rows]
+        first, last = min(numbers), max(numbers)
+        number = next(one for one in self._slot_numbers(pool) if one > last - first)
         width = max(self._widths[slot] for slot in rows)
-        width = next(one for one in self.shapes.widths(spec) if one >= width)
-        program = self._usable_decode(DecodeProgram(slots=number, width=width, adapter_spec=spec))
-        row_M = np.zeros(self.shapes.slots, np.int32)
-        active_M = np.zeros(self.shapes.slots, bool)
-        active_M[[*rows]] = True
+        width = next(one for one in self.shapes.widths(pool, spec) if one >= width)
+        program = self._usable_decode(
+            DecodeProgram(pool=pool, slots=number, width=width, adapter_spec=spec)
+        )
+        row_M = np.zeros(len(pool.slots), np.int32)
+        active_M = np.zeros(len(pool.slots), bool)
+        active_M[numbers] = True
         arrays: Any = None
         if spec is not None:
-            arrays, row_M[[*rows]] = self._caches[spec].take([row.prompt for row in rows.values()])
-        first = min(first, self.shapes.slots - program.slots)
+            arrays, row_M[numbers] = self._caches[spec].take([row.prompt for row in rows.values()])
+        first = min(first, len(pool.slots) - program.slots)
         where = self._where(row_M, active_M, first)
-        state, self.state = self.state, None
-        self.state, output = self._made[program](self._params, arrays, state, *where)
+        state = self._states.pop(pool)
+        self._states[pool], output = self._made[program](self._params, arrays, state, *where)
         return output
 
     def nearest_words(self, prompt: ServedPrompt) -> tuple[HostArray, HostArray]:
@@ -286,9 +330,14 @@ class Engine:
         ids, cosines = self._made["nearest"](self._params, self._put(padded_PD, (None, None)))
         return np.asarray(ids)[:length], np.asarray(cosines)[:length]
 
+    @property
+    def has_lost_slots(self) -> bool:
+        """Whether a program has failed half-way and taken the rows of slots with it."""
+        return len(self._states) < len(self._abstract_states)
+
     def reset(self) -> None:
         """Empties slots and caches: at the start, and after a program has failed half-way."""
-        self.state = self._init_state()
+        self._states = self._init_states()
         for cache in self._caches.values():
             cache.clear()
 
@@ -296,12 +345,20 @@ class Engine:
         """All programs in the order in which they are compiled; the first answer everything."""
         shapes = self.shapes
         longest = shapes.prompt_lengths[-1]
+        *shorter, long = shapes.pools
+        second = set[Hashable]({"nearest"})  # the page asks for it at once
+        for pool, spec in product(shorter, self._caches):
+            second.update(self._largest(pool, spec))  # until then these slots cannot be used
+
+        def rank(key: Hashable, *, is_first: bool) -> int:
+            return 0 if is_first else 1 if key in second else 2
+
         ordered: list[tuple[tuple[Any, ...], Step]] = []
         for program in self.programs():
             # The longest with the fewest rows: whatever comes fits into it, one by one.
             is_first = (
                 program.rows == shapes.batch_sizes[0]
-                and program.width == (shapes.widths(program.adapter_spec)[-1])
+                and program.width == (shapes.widths(long, program.adapter_spec)[-1])
             )
             step = Step(
                 key=program,
@@ -310,22 +367,32 @@ class Engine:
                 make=partial(self._compile, program),
                 first=is_first,
             )
-            ordered.append(((not is_first, program.length, program.rows), step))
+            own = rank(program, is_first=is_first), program.length, program.rows
+            ordered.append((own, step))
         for spec in filter(shapes.generates, self._caches):
-            widths, numbers = shapes.widths(spec), self._slot_numbers()
-            for number, width in product(numbers, widths):
-                is_first = (number, width) == (numbers[-1], widths[-1])
-                decode = DecodeProgram(slots=number, width=width, adapter_spec=spec)
+            for decode in self._decode_programs(spec):
+                number, width = decode.slots, decode.width
+                is_first = decode == self._largest(long, spec)[1]
                 step = Step(
                     key=decode,
                     name=f"decode {number} x {width} positions" + self._of_method(spec),
                     make=partial(self._compile_decode, decode),
                     first=is_first,
                 )
-                ordered.append(((not is_first, max(1, width - longest), number), step))
+                own = rank(decode, is_first=is_first), max(1, width - longest), number
+                ordered.append((own, step))
+        for number in shapes.batch_sizes:
+            hold = HoldProgram(prompts=number)
+            step = Step(
+                key=hold,
+                name=f"{number} prompts",
+                make=partial(self.cache.compile, hold),
+                first=number == shapes.batch_sizes[0],
+            )
+            ordered.append(((rank(hold, is_first=step.first), 0, number), step))
         nearest = Step(key="nearest", name="nearest words", make=self._compile_nearest, first=False)
         if not self.config.reads_images:
-            ordered.append(((True, 0, 0), nearest))  # the page asks for it at once
+            ordered.append(((rank("nearest", is_first=False), 0, 0), nearest))
         return (step for _, step in sorted(ordered, key=lambda one: one[0]))
 
     def _of_method(self, spec: AdapterSpec | None) -> str:
@@ -342,25 +409,25 @@ class Engine:
             targets = self._targets([], program)
             return _compiled(function, self._params, arrays, batch, targets)
         prefill = partial(programs.prefill, prompt_length=program.prompt_length)
-        function = jax.jit(prefill, donate_argnums=2, **self._state_shardings())
-        options = self._options([], program)
-        return _compiled(
-            function, self._params, arrays, self._abstract_state, batch, numbers, options
-        )
+        pool = self.shapes.pool_of(program.length)
+        function = jax.jit(prefill, donate_argnums=2, **self._state_shardings(pool))
+        options, state = self._options([], program), self._abstract_states[pool]
+        return _compiled(function, self._params, arrays, state, batch, numbers, options)
 
     def _compile_decode(self, program: DecodeProgram) -> Any:
         spec = program.adapter_spec
         arrays = None if spec is None else self._caches[spec].abstract()
-        slots = self.shapes.slots
+        slots = len(program.pool.slots)
         where = self._where(np.zeros(slots, np.int32), np.zeros(slots, bool), 0)
         decode = partial(
             self._programs[spec].decode, slots=program.slots, width=program.width, steps=_STEPS
         )
-        out = self._state_shardings()
+        out = self._state_shardings(program.pool)
         if self._partitioner is not None and out:
             out = {"out_shardings": (out["out_shardings"], self._partitioner.replicated)}
         function = jax.jit(decode, donate_argnums=2, **out)
-        return _compiled(function, self._params, arrays, self._abstract_state, *where)
+        state = self._abstract_states[program.pool]
+        return _compiled(function, self._params, arrays, state, *where)
 
     def _compile_nearest(self) -> Any:
         positions = (self.shapes.prompt_lengths[-1], self.config.embed_dim)
@@ -368,25 +435,26 @@ class Engine:
         function = jax.jit(partial(self._programs[None].nearest_words, number=NEAREST))
         return _compiled(function, self._params, prompt_PD)
 
-    def _state_shardings(self) -> dict[str, Any]:
+    def _state_shardings(self, pool: SlotPool) -> dict[str, Any]:
         """The state comes out as it goes in, or it would not fit the next call."""
         if not spans_devices(self._partitioner):
             return {}
-        return {"out_shardings": jax.tree.map(lambda one: one.sharding, self._abstract_state)}
+        state = self._abstract_states[pool]
+        return {"out_shardings": jax.tree.map(lambda one: one.sharding, state)}
 
     def _usable_decode(self, program: DecodeProgram) -> DecodeProgram:
         """The program itself or, until it is compiled, the smallest that can replace it."""
         if program in self._made:
             return program
         self.compiler.want(program)
-        others = (
-            DecodeProgram(slots=slots, width=width, adapter_spec=program.adapter_spec)
-            for slots, width in product(
-                self._slot_numbers(), self.shapes.widths(program.adapter_spec)
-            )
-        )
+        others = self._decode_programs(program.adapter_spec)
         larger = [one for one in others if one.can_replace(program) and one in self._made]
         return min(larger, key=lambda one: one.slots * one.width)
+
+    def _decode_programs(self, spec: AdapterSpec | None) -> Iterator[DecodeProgram]:
+        for pool in self.shapes.pools:
+            for slots, width in product(self._slot_numbers(pool), self.shapes.widths(pool, spec)):
+                yield DecodeProgram(pool=pool, slots=slots, width=width, adapter_spec=spec)
 
     def _unmeasured(self) -> Iterator[Program]:
         return (
@@ -395,9 +463,9 @@ class Engine:
             if program in self._made and (program not in self.seconds or program in self._rough)
         )
 
-    def _slot_numbers(self) -> tuple[int, ...]:
+    def _slot_numbers(self, pool: SlotPool) -> tuple[int, ...]:
         """How many adjacent slots can be decoded: on a mesh, which shards them, only all."""
-        slots = self.shapes.slots
+        slots = len(pool.slots)
         if spans_devices(self._partitioner):
             return (slots,)
         return (*(size for size in self.shapes.batch_sizes if size < slots), slots)
@@ -416,7 +484,7 @@ class Engine:
             self.score([row], program)
         else:
             self.prefill([row], [], program)  # into no slot
-            jax.block_until_ready(self.state.done_M)
+            jax.block_until_ready(self._states[self.shapes.pool_of(program.length)].done_M)
         return time.perf_counter() - began
 
     def _batch(self, rows: Sequence[Row], program: Program) -> tuple[Any, Batch]:
@@ -451,21 +519,17 @@ class Engine:
         slots = self._put(row_M, (None,)), self._put(active_M, (None,))
         return *slots, self._put(np.asarray(first, np.int32), ())
 
-    def _init_state(self) -> Any:
-        if self.config.reads_images:
-            return None  # nothing is decoded
-        width = max(self.shapes.widths(spec)[-1] for spec in self._caches)
-        return init_decode_state(
-            self.shapes, self._model, width=width, partitioner=self._partitioner
-        )
+    def _init_states(self) -> dict[SlotPool, Any]:
+        shapes, states = self.shapes, dict[SlotPool, Any]()
+        for pool in shapes.pools if "generate" in shapes.kinds else ():
+            width = max(shapes.widths(pool, spec)[-1] for spec in self._caches)
+            states[pool] = init_decode_state(
+                shapes, pool, self._model, width=width, partitioner=self._partitioner
+            )
+        return states
 
     def _put(self, array: HostArray, axes: tuple[str | None, ...]) -> Any:
         return device_put(array, axes, self._partitioner)
-
-
-def with_rows(program: Program, rows: int) -> Program:
-    """The same program for another number of rows."""
-    return Program(**{**vars(program), "rows": rows})
 
 
 def _compiled(function: Any, *arguments: Any) -> Any:

@@ -52,11 +52,10 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     serving: Serving | None = None,
-) -> bool:
+) -> None:
     """Serves until SIGTERM or SIGINT; UserError if the server cannot start.
 
-    Returns whether a program is still being compiled, which cannot be interrupted before the
-    process ends.
+    Programs may still be compiled when it returns, which ends only with the process.
 
     Tokens come from the environment: PROMPT_TUNING_TOKEN for predictions and
     PROMPT_TUNING_ADMIN_TOKEN for changes of the tasks.
@@ -81,7 +80,7 @@ def serve(
                 f"note: {host} is open to other machines, and {TOKEN} is not set", file=sys.stderr
             )
         _answer(service, own, serving, token=token, admin_token=admin_token)
-    return service.engine.compiler.is_running
+    service.engine.compiler.wait_for_writes()
 
 
 def _answer(
@@ -286,6 +285,7 @@ def _shapes(
         ),
         max_new_tokens=serving.max_new_tokens,
         slots=serving.slots,
+        long_slots=serving.long_slots,
         kinds=tuple(kinds),
     )
 

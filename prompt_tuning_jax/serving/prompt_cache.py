@@ -21,7 +21,7 @@ from prompt_tuning_jax.distributed.sharding import (
     spans_devices,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.serving.shapes import Shapes
+from prompt_tuning_jax.serving.shapes import HoldProgram, Shapes
 from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt
 from prompt_tuning_jax.typing import Array, DType, FlatParams, HostArray
 
@@ -84,8 +84,8 @@ class PromptCache:
     ``hold`` computes, from K prompts ``[K, P, D]``, the arrays ``[K, ...]`` that are held: for an
     encoder-decoder the prompts themselves, each at the end of its row, after zeros; for a
     decoder-only model (``at_end=False``) their keys and values, so that no request computes them.
-    Missing prompts of a batch are copied in one call, whose sizes are ``copy_sizes``, so that it
-    is compiled beforehand.
+    Missing prompts of a batch are copied in few calls of the programs that are ``compiled``, which
+    returns None for one that is not compiled yet; that of the first of ``copy_sizes`` always is.
     """
 
     gathered = True
@@ -100,6 +100,7 @@ class PromptCache:
         copy_sizes: Sequence[int],
         hold: Callable[[FlatParams, Array], Any],
         params: FlatParams,
+        compiled: Callable[[HoldProgram], Any],
         at_end: bool = True,
         partitioner: Partitioner | None = None,
     ) -> None:
@@ -111,7 +112,7 @@ class PromptCache:
         self._copy_sizes = tuple(copy_sizes)
         self._length, self._width = length, width
         self._dtype, self._partitioner = jnp.dtype(dtype), partitioner
-        self._params, self._at_end = params, at_end
+        self._params, self._at_end, self._compiled = params, at_end, compiled
         one = jax.eval_shape(hold, params, jax.ShapeDtypeStruct((1, length, width), self._dtype))
         self._held_of_one = one
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
@@ -126,7 +127,10 @@ class PromptCache:
                     lambda x, part: x.at[row_K].set(part.astype(x.dtype), mode="drop"), whole, new
                 )
 
-        self._copy = jax.jit(copy, donate_argnums=0)
+        out: dict[str, Any] = {}
+        if spans_devices(partitioner):
+            out["out_shardings"] = partitioner.replicated
+        self._copy = jax.jit(copy, donate_argnums=0, **out)
         self.clear()
 
     def clear(self) -> None:
@@ -137,9 +141,11 @@ class PromptCache:
             return _replicated(zeros, self._partitioner)
 
         self._held: Any = jax.tree.map(empty, self._held_of_one)
-        for size in self._copy_sizes:  # compiles
-            nowhere = np.full(size, self.capacity, np.int32)
-            self._put(nowhere, np.zeros((size, self._length, self._width), self._dtype))
+
+    def compile(self, program: HoldProgram) -> Any:
+        """Compiles the copying of at most so many prompts."""
+        new = self._on_device([], program.prompts)
+        return self._copy.lower(self.abstract(), self._params, *new).compile()
 
     def take(self, members: Sequence[Served | None]) -> tuple[Any, HostArray]:
         """The arrays that are held, and the row of each prompt; 0 for None, the bare model."""
@@ -148,24 +154,26 @@ class PromptCache:
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
         while missing:
-            size = next((s for s in self._copy_sizes if s >= len(missing)), self._copy_sizes[-1])
+            known = {size: self._compiled(HoldProgram(prompts=size)) for size in self._copy_sizes}
+            sizes = [size for size in self._copy_sizes if known[size] is not None]
+            size = next((size for size in sizes if size >= len(missing)), sizes[-1])
             now, missing = missing[:size], missing[size:]
-            row_K = np.full(size, self.capacity, np.int32)  # nowhere
-            row_K[: len(now)] = [self._lru[prompt.number] for prompt in now]
-            new_KPD = np.zeros((size, self._length, self._width), self._dtype)
-            for new_PD, prompt in zip(new_KPD, now, strict=False):
-                start = self._length - len(prompt.prompt_PD) if self._at_end else 0
-                new_PD[start : start + len(prompt.prompt_PD)] = prompt.prompt_PD
-            self._put(row_K, new_KPD)
+            self._held = known[size](self._held, self._params, *self._on_device(now, size))
         rows = [0 if one is None else self._lru[one.number] for one in members]
         return self._held, np.array(rows, np.int32)
 
     def abstract(self) -> Any:
         return abstract(self._held, self._partitioner)
 
-    def _put(self, row_K: HostArray, new_KPD: HostArray) -> None:
-        new = _replicated(row_K, self._partitioner), _replicated(new_KPD, self._partitioner)
-        self._held = self._copy(self._held, self._params, *new)
+    def _on_device(self, prompts: Sequence[ServedPrompt], size: int) -> tuple[Array, Array]:
+        """The rows ``[K]`` of at most K prompts, and the prompts ``[K, P, D]``."""
+        row_K = np.full(size, self.capacity, np.int32)  # nowhere
+        row_K[: len(prompts)] = [self._lru[prompt.number] for prompt in prompts]
+        new_KPD = np.zeros((size, self._length, self._width), self._dtype)
+        for new_PD, prompt in zip(new_KPD, prompts, strict=False):
+            start = self._length - len(prompt.prompt_PD) if self._at_end else 0
+            new_PD[start : start + len(prompt.prompt_PD)] = prompt.prompt_PD
+        return _replicated(row_K, self._partitioner), _replicated(new_KPD, self._partitioner)
 
 
 class AdapterStack:
@@ -256,7 +264,7 @@ def adapter_caches(
     partitioner: Partitioner | None = None,
 ) -> Mapping[AdapterSpec, AdapterStack | SingleAdapters]:
     """A cache for each spec: of ``max_methods``, or fewer where they are large."""
-    rows = max(shapes.batch_sizes[-1], shapes.slots)
+    rows = max(shapes.batch_sizes[-1], shapes.pools[-1].slots.stop)
     caches: dict[AdapterSpec, AdapterStack | SingleAdapters] = {}
     for spec in dict.fromkeys(method.adapter_spec for method in methods):
         number = sum(method.adapter_spec is spec for method in methods)

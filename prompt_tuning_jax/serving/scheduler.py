@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from prompt_tuning_jax.serving.decode_state import DecodeOutput
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.metrics import Metrics
-from prompt_tuning_jax.serving.shapes import Kind, Row
+from prompt_tuning_jax.serving.shapes import Kind, Program, Row
 from prompt_tuning_jax.serving.tasks import AdapterSpec
 
 T = TypeVar("T")
@@ -60,6 +61,14 @@ class Job:
     alone: bool = False  # it is retried alone after others beside it made a step fail
     since: float = 0.0
     group: Hashable = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Jobs of one ``group`` and the compiled program that computes them."""
+
+    jobs: list[Job]
+    program: Program
 
 
 class Scheduler:
@@ -121,12 +130,12 @@ class Scheduler:
         return await self.call(function, *arguments)
 
     async def close(self) -> None:
-        """Finishes all queued jobs, then stops."""
+        """Finishes all queued jobs, then stops without waiting for other calls."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
             await self._task
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -134,13 +143,13 @@ class Scheduler:
             self._wake.clear()
             self.drop_gone()
             batch = self._due(loop.time())
-            if batch and batch[0].kind == "score":
+            if batch is not None and batch.program.kind == "score":
                 await self._score(batch)
-            elif batch:
+            elif batch is not None:
                 await self._prefill(batch)
             if self._slots:
                 await self._decode()
-            elif not batch:
+            elif batch is None:
                 if self._closing and not self._groups:
                     return
                 await self._sleep(loop.time())
@@ -153,14 +162,14 @@ class Scheduler:
         except TimeoutError:
             return
 
-    def _due(self, now: float) -> list[Job]:
-        """The next batch, of the group whose first job has waited longest; empty if none is due."""
+    def _due(self, now: float) -> _Batch | None:
+        """The next batch, of the group whose first job has waited longest, if one is due."""
         slots = [*self._slots.values()]
         joining = True
         held_back: set[AdapterSpec | None] = set()
         for key, group in sorted(self._groups.items(), key=lambda item: item[1][0].since):
-            kind = group[0].kind
-            most = self._engine.shapes.batch_sizes[-1]
+            kind, largest = group[0].kind, self._engine.shapes.batch_sizes[-1]
+            most = largest
             if kind == "generate":
                 # A row that must stay apart waits for all slots, and every later row waits for it.
                 joining &= all(job.apart == group[0].apart for job in slots)
@@ -170,39 +179,45 @@ class Scheduler:
                     held_back.add(spec)
                 if not joining or spec in held_back:
                     continue
-                most = min(most, self._engine.shapes.slots - len(slots))
+                single = self._engine.program_for(kind, [group[0].row], 1)
+                most = min(most, len(self._free_slots(single)))
             full = len(group) >= most or (kind == "generate" and slots) or self._closing
             if not most or not (full or now - group[0].since >= self._max_wait):
                 continue
             rows = [job.row for job in list(group)[:most]]
-            program = self._engine.program_for(kind, rows, self._engine.shapes.batch_sizes[-1])
+            program = self._engine.program_for(kind, rows, largest)
             number = min(len(rows), self._engine.rows_at_once(program, len(rows)))
+            program = self._engine.usable(kind, rows[:number])
+            if kind == "generate":  # a thread may have compiled what fills other slots just now
+                number = min(number, len(self._free_slots(program)))
             taken = [group.popleft() for _ in range(number)]
             if not group:
                 del self._groups[key]
-            return taken
-        return []
+            if taken:
+                return _Batch(jobs=taken, program=program)
+        return None
 
-    async def _score(self, jobs: list[Job]) -> None:
-        for job, scores in await self._computed(jobs, self._score_now):
+    def _free_slots(self, program: Program) -> list[int]:
+        return [slot for slot in self._engine.slots_for(program) if slot not in self._slots]
+
+    async def _score(self, batch: _Batch) -> None:
+        def score(jobs: list[Job]) -> list[list[float]]:
+            return self._engine.score([job.row for job in jobs], batch.program)
+
+        for job, scores in await self._computed(batch.jobs, score):
             _answer(job, scores)
 
-    def _score_now(self, jobs: list[Job]) -> list[list[float]]:
-        rows = [job.row for job in jobs]
-        return self._engine.score(rows, self._engine.usable("score", rows))
-
-    async def _prefill(self, jobs: list[Job]) -> None:
-        for job, slot in await self._computed(jobs, self._prefill_now):
+    async def _prefill(self, batch: _Batch) -> None:
+        prefill = partial(self._prefill_now, batch.program)
+        for job, slot in await self._computed(batch.jobs, prefill):
             self._slots[slot] = job
 
-    def _prefill_now(self, jobs: list[Job]) -> list[int]:
-        rows = [job.row for job in jobs]
-        program = self._engine.usable("generate", rows)
-        free = [slot for slot in range(self._engine.shapes.slots) if slot not in self._slots]
+    def _prefill_now(self, program: Program, jobs: list[Job]) -> list[int]:
+        free = self._free_slots(program)
         # Prompts fill slots from the first and methods from the last, so that each batch of slots
         # that is decoded together has few others in between.
         slots = (free if program.adapter_spec is None else free[::-1])[: len(jobs)]
-        self._engine.prefill(rows, slots, program)
+        self._engine.prefill([job.row for job in jobs], slots, program)
         return slots
 
     async def _decode(self) -> None:
@@ -264,7 +279,7 @@ class Scheduler:
 
     async def _repair(self, error: Exception) -> None:
         """Replaces what may have been donated to a failed program."""
-        if self._engine.state is None:
+        if self._engine.has_lost_slots:
             await self._empty_slots(error)
         else:
             await self.call(self._engine.cache.clear)

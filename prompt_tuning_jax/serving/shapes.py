@@ -7,6 +7,7 @@ several rows, so no request waits for compilation.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, product
 from typing import Any, Literal, TypeAlias
 
@@ -70,18 +71,36 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeProgram:
-    """One compiled function that decodes: a number of adjacent slots, and encoder positions U."""
+class SlotPool:
+    """The numbers of the slots of one width, and the lengths of the inputs that are read into them.
 
+    A slot has room for the last of these lengths.
+    """
+
+    slots: range
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeProgram:
+    """One compiled function that decodes: adjacent slots of a pool, and encoder positions U."""
+
+    pool: SlotPool
     slots: int
     width: int
     adapter_spec: AdapterSpec | None = None
 
     def can_replace(self, other: "DecodeProgram") -> bool:
         """Whether it decodes what ``other`` does."""
-        return self.adapter_spec is other.adapter_spec and (
-            self.slots >= other.slots and self.width >= other.width
-        )
+        same = self.adapter_spec is other.adapter_spec and self.pool == other.pool
+        return same and self.slots >= other.slots and self.width >= other.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldProgram:
+    """One compiled function that puts prompts on the device: at most so many at once."""
+
+    prompts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +109,8 @@ class Shapes:
 
     ``lengths`` of inputs in tokens, the end of sequence included, ``batch_sizes`` in rows and
     ``prompt_lengths`` in positions (at least 1) are sorted; ``targets`` start with the smallest.
-    ``max_new_tokens`` limits each generated text, and ``slots`` is the number of rows that are
-    decoded at once.
+    ``max_new_tokens`` limits each generated text.  ``slots`` rows with inputs of the shorter half
+    of ``lengths`` and ``long_slots`` rows with longer ones are decoded at once.
     """
 
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -100,6 +119,7 @@ class Shapes:
     targets: tuple[Targets, ...] = (Targets(number=4, length=4), Targets(number=1, length=64))
     max_new_tokens: int = 64
     slots: int = 16
+    long_slots: int = 8
     kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
@@ -111,7 +131,7 @@ class Shapes:
                     f"{name} is {given}; give whole numbers of at least 1 in rising order, for "
                     "example 32,64,128"
                 )
-        for name in ("max_new_tokens", "slots"):
+        for name in ("max_new_tokens", "slots", "long_slots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -122,6 +142,20 @@ class Shapes:
     @property
     def longest_target(self) -> int:
         return max(one.length for one in self.targets)
+
+    @cached_property
+    def pools(self) -> tuple[SlotPool, ...]:
+        """The slots of the shorter half of ``lengths``, then those of the others, if any."""
+        half = (len(self.lengths) + 1) // 2
+        short = SlotPool(slots=range(self.slots), lengths=self.lengths[:half])
+        if half == len(self.lengths):
+            return (short,)
+        long = range(self.slots, self.slots + self.long_slots)
+        return short, SlotPool(slots=long, lengths=self.lengths[half:])
+
+    def pool_of(self, length: int) -> SlotPool:
+        """The slots for inputs that are padded to this length."""
+        return next(pool for pool in self.pools if length <= pool.lengths[-1])
 
     def length_for(self, tokens: int) -> int | None:
         """The shortest length that holds this many tokens."""
@@ -159,10 +193,10 @@ class Shapes:
         scores_labels = adapter_spec is not None and bool(adapter_spec.label_tokens)
         return "generate" in self.kinds and not scores_labels
 
-    def widths(self, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
-        """The numbers of encoder positions that the decoder attends to."""
+    def widths(self, pool: SlotPool, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
+        """The numbers of encoder positions that the decoder attends to in these slots."""
         prompt_lengths = self._prompt_lengths(adapter_spec)
-        return tuple(sorted({p + t for p in prompt_lengths for t in self.lengths}))
+        return tuple(sorted({p + t for p in prompt_lengths for t in pool.lengths}))
 
     def _prompt_lengths(self, adapter_spec: AdapterSpec | None) -> tuple[int, ...]:
         return self.prompt_lengths if adapter_spec is None else (adapter_spec.prompt_positions,)

@@ -22,6 +22,7 @@ SHAPES = Shapes(
     targets=(Targets(number=4, length=2), Targets(number=1, length=6)),
     max_new_tokens=6,
     slots=4,
+    long_slots=4,
 )
 
 

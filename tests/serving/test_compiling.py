@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import numpy as np
 import pytest
+from jax._src.compilation_cache import decompress_executable
 
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError, Compiler, Step
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.service import Service
+from prompt_tuning_jax.serving.shapes import Row
 from tests.serving.serving_app import ask, make_service, running, task_folder
 from tests.serving.serving_micro import SHAPES, micro_engine, micro_model, write_prompt
 from tests.serving.test_engine import drawn_rows
@@ -104,6 +107,36 @@ def test_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert "program d could not be compiled" in caplog.text
 
 
+def test_no_write_to_the_cache_begins_after_the_end_and_those_before_it_are_waited_for() -> None:
+    """Of two programs that are compiled at once, one is being written, the other not yet."""
+    gates = {name: threading.Event() for name in "ab"}
+    written: list[str] = []
+
+    def make(name: str) -> str:
+        assert name == "a" or gates["b"].wait(10)
+        jax.monitoring.record_event("/jax/compilation_cache/cache_misses")
+        written.append(name)
+        assert name == "b" or gates["a"].wait(10)
+        return name
+
+    compiler = Compiler(steps("ab", first="ab", make=make))
+    compiler.start(later=2)
+    while written != ["a"]:
+        time.sleep(0.01)
+    compiler.stop()
+    gates["b"].set()
+    waiting = threading.Thread(target=compiler.wait_for_writes)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    gates["a"].set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    for thread in compiler._threads:
+        thread.join(10)
+    assert written == ["a"]
+
+
 def test_who_waits_hears_of_the_end() -> None:
     gate = threading.Event()
     compiler = Compiler(steps("ab", first="ab", make=lambda name: gate.wait(10)))
@@ -141,7 +174,7 @@ def test_few_programs_answer_everything_as_all_do() -> None:
     """In any mode, of any length: with the first programs, and with any others beside them."""
     engine, whole = Bare(), micro_engine()
     engine.compile_first()
-    assert len(engine.compiler.made) == 4 < len(engine.all)
+    assert len(engine.compiler.made) == 5 < len(engine.all)
     rows = drawn_rows(8, seed=1)
     for key in [None, *engine.all]:
         if key is not None and key in engine.compiler.made:
@@ -166,14 +199,16 @@ def test_text_is_the_same_with_few_programs_and_with_all() -> None:
     rows = drawn_rows(3, seed=5, limit=6)
     texts = []
     for one in (engine, whole):
-        for slot, row in enumerate(rows):
-            program = engine.usable("generate", [row])
-            assert (program.length, program.prompt_length) == (16, 7)
-            one.prefill([row], [slot], program)
+        slots = list[int]()
+        for row in rows:
+            program = one.usable("generate", [row])
+            assert one is whole or (program.length, program.prompt_length) == (16, 7)
+            slots.append(next(slot for slot in one.slots_for(program) if slot not in slots))
+            one.prefill([row], slots[-1:], program)
         for _ in range(3):
-            seen = one.decode(dict(enumerate(rows)))
-        assert seen.done_M[:3].all()
-        texts.append([seen.ids_MS[slot].tolist() for slot in range(3)])
+            seen = one.decode(dict(zip(slots, rows, strict=True)))
+        assert all(seen.done_M[slot] for slot in slots)
+        texts.append([seen.ids_MS[slot].tolist() for slot in slots])
     assert texts[0] == texts[1]
     whole.reset()
 
@@ -182,19 +217,23 @@ def test_measuring_touches_nothing_that_is_being_written() -> None:
     engine, whole = Bare(), micro_engine()
     engine.compile_first()
     (row,) = drawn_rows(1, seed=6, limit=6)
-    engine.prefill([row], [0], engine.usable("generate", [row]))
+    program = engine.usable("generate", [row])
+    slot = engine.slots_for(program)[0]
+    engine.prefill([row], [slot], program)
     engine.compiler.made.update(engine.all)
     while engine.measure():
         pass
     assert {*engine.seconds} == {*engine.programs()}
     for _ in range(3):
-        seen = engine.decode({0: row})
+        seen = engine.decode({slot: row})
     whole.reset()
-    whole.prefill([row], [0], whole.program_for("generate", [row], 1))
+    program = whole.program_for("generate", [row], 1)
+    own = whole.slots_for(program)[0]
+    whole.prefill([row], [own], program)
     for _ in range(3):
-        expected = whole.decode({0: row})
-    np.testing.assert_array_equal(seen.ids_MS[0], expected.ids_MS[0])
-    assert seen.score_M[0] == pytest.approx(float(expected.score_M[0]), abs=1e-5)
+        expected = whole.decode({own: row})
+    np.testing.assert_array_equal(seen.ids_MS[slot], expected.ids_MS[own])
+    assert seen.score_M[slot] == pytest.approx(float(expected.score_M[own]), abs=1e-5)
     whole.reset()
 
 
@@ -214,6 +253,24 @@ def test_what_is_asked_for_is_compiled_sooner() -> None:
     assert engine.usable("score", [row]) == ideal
 
 
+def test_short_rows_use_long_slots_until_theirs_can_be_decoded() -> None:
+    engine = Bare()
+    engine.compile_first()
+    row = Row(ids=(5, 1), limit=2)
+    short, long = SHAPES.pools
+    program = engine.program_for("generate", [row], 1)
+    reads, decodes = engine._largest(short, None)
+    for key in (program, reads, decodes):
+        assert engine.slots_for(program) == long.slots
+        assert engine.usable("generate", [row]).length == 16
+        engine.compiler.made[key] = engine.all[key]
+        while engine.measure():
+            pass
+    assert engine.slots_for(program) == short.slots
+    assert engine.usable("generate", [row]) == program
+    assert {*engine.compiler._asked} >= {reads, decodes}
+
+
 def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Path) -> None:
     service: Service = make_service(task_folder(tmp_path))
     engine = Bare()
@@ -223,7 +280,7 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
     async def test(client: httpx.AsyncClient) -> None:
         status = (await client.get("/readyz")).json()
         assert status["status"] == "ready"
-        assert status["required_compiled"] == status["required_to_compile"] == 4
+        assert status["required_compiled"] == status["required_to_compile"] == 5
         body = {"task": ["colour", "voted"], "inputs": ["ban red", "kolo"]}
         first = (await ask(client, **body)).json()["results"]
         text = (await ask(client, **body, mode="generate")).json()["results"]
@@ -250,18 +307,27 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("when", ["compiling the", "ready"])
-def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when: str) -> None:
-    """Nothing is in the cache, so that it is compiling for seconds."""
+@pytest.mark.parametrize(
+    ("when", "number"), [("compiling the", signal.SIGTERM), ("ready", signal.SIGINT)]
+)
+def test_a_server_told_to_end_does_not_wait_for_compilation(
+    tmp_path: Path, when: str, number: signal.Signals
+) -> None:
+    """Nothing is in the cache, so that it compiles for seconds; what it leaves there is whole."""
     write_prompt(tmp_path / "one.safetensors", 3)
     arguments = ["serve", "--model", str(model_folder()), "--prompts", str(tmp_path)]
+    cache = tmp_path / "cache"
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "prompt_tuning_jax", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env={**os.environ, **environment},
     )
     try:
         assert process.stdout is not None
@@ -270,7 +336,7 @@ def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when
                 break
         time.sleep(0.5)  # into the middle of it
         assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         began = time.monotonic()
         assert process.wait(30) == 0
         assert time.monotonic() - began < 5  # a second, where nothing else computes
@@ -279,3 +345,7 @@ def test_a_server_told_to_end_does_not_wait_for_compilation(tmp_path: Path, when
     finally:
         process.kill()
         process.wait()
+    entries = [path.read_bytes() for path in cache.glob("*-cache")]
+    assert entries
+    for entry in entries:
+        assert decompress_executable(entry)

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,14 @@ from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, wri
 from prompt_tuning_jax.methods import PROMPT, Context, NoTuning, PromptTuning, attach_method
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.serving.engine import Engine
-from prompt_tuning_jax.serving.shapes import Program, Row, Shapes, Targets, targets_of
+from prompt_tuning_jax.serving.shapes import (
+    DecodeProgram,
+    Program,
+    Row,
+    Shapes,
+    Targets,
+    targets_of,
+)
 from tests.serving.serving_micro import (
     SHAPES,
     made_prompt,
@@ -145,17 +153,17 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
             limit=6 if number % 3 else 1 + number % 5,
             **OPTIONS[number % len(OPTIONS)],
         )
-        for number, row in enumerate(drawn_rows(11, seed=3))
+        for number, row in enumerate(sorted(drawn_rows(11, seed=3), key=lambda row: len(row.ids)))
     ]
     written: dict[int, tuple[list[int], float]] = {}
-    waiting, slots = list(range(len(rows))), dict[int, int]()
+    waiting, slots, widths = list(range(len(rows))), dict[int, int](), set[int]()
     for _ in range(30):
-        free = [slot for slot in range(SHAPES.slots) if slot not in slots]
-        now = waiting[: min(len(free), 3)]
-        waiting = waiting[len(now) :]
-        if now:
-            batch = [rows[number] for number in now]
-            engine.prefill(batch, free[: len(now)], engine.program_for("generate", batch, 4))
+        if waiting:  # three that are next to each other, in slots of their width
+            program = engine.program_for("generate", [rows[number] for number in waiting[:3]], 4)
+            free = [slot for slot in engine.slots_for(program) if slot not in slots]
+            now, waiting = waiting[: min(len(free), 3)], waiting[min(len(free), 3) :]
+            engine.prefill([rows[number] for number in now], free[: len(now)], program)
+            widths |= {program.length} if now else set()
             slots.update(zip(free, now, strict=False))
         if not slots:
             break
@@ -166,13 +174,53 @@ def test_rows_that_enter_while_others_are_written_write_what_they_write_alone() 
                 ids = seen.ids_MS[slot][:length].tolist()
                 written[number] = ids, float(seen.score_M[slot])
                 del slots[slot]
-    assert len(written) == len(rows)
+    assert len(written) == len(rows) and widths == {8, 16}
     for number, row in enumerate(rows):
         ids, score = write_alone(row)
         own_ids, own_score = written[number]
         assert own_ids + [0] * (row.limit - len(own_ids)) == ids[: row.limit]
         if row.limit == 6:
             assert own_score == pytest.approx(score, rel=1e-5, abs=1e-5)
+
+
+def test_slots_of_two_widths_write_what_those_of_one_width_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long row beside short ones; the positions that each step attends to are fewer."""
+    engine = micro_engine()
+    rows = [Row(ids=(*range(3, 3 + n), 1), prompt=made_prompt(2), limit=6) for n in (2, 5, 7, 14)]
+    usable, positions = engine._usable_decode, list[int]()
+
+    def counted(program: DecodeProgram) -> DecodeProgram:
+        found = usable(program)
+        positions.append(found.slots * found.width)
+        return found
+
+    monkeypatch.setattr(engine, "_usable_decode", counted)
+
+    def written(length: int) -> list[tuple[list[int], float]]:
+        """In slots that are at least this long, and how many positions a step has."""
+        engine.reset()
+        positions.clear()
+        decoding: dict[int, Row] = {}
+        for row in rows:
+            program = engine.program_for("generate", [row], 1)
+            program = replace(program, length=max(length, program.length))
+            slot = next(slot for slot in engine.slots_for(program) if slot not in decoding)
+            engine.prefill([row], [slot], program)
+            decoding[slot] = row
+        first = engine.decode(decoding)
+        seen = engine.decode(decoding)
+        assert (first.position_M[[*decoding]] == 4).all() and seen.done_M.all()
+        return [(seen.ids_MS[slot].tolist(), float(seen.score_M[slot])) for slot in decoding]
+
+    one = written(16)
+    assert positions == [4 * 19] * 2
+    two = written(8)
+    assert positions == [4 * 11, 19] * 2
+    for (ids, score), (expected_ids, expected) in zip(two, one, strict=True):
+        assert ids == expected_ids
+        assert score == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_a_slot_that_is_given_up_is_free_at_once() -> None:

@@ -25,6 +25,7 @@ SHAPES = Shapes(
     targets=(Targets(number=4, length=2),),
     max_new_tokens=6,
     slots=4,
+    long_slots=4,
 )
 
 
@@ -71,10 +72,12 @@ def test_a_mixed_batch_scores_and_writes_what_each_row_does_alone(positions: Pos
     model, engine = model_and_engine(positions)
     rows = drawn_rows(4, seed=1, limit=6)
     scored = engine.score(rows, engine.program_for("score", rows, 4))
-    engine.prefill(rows, range(4), engine.program_for("generate", rows, 4))
+    program = engine.program_for("generate", rows, 4)
+    slots = engine.slots_for(program)
+    engine.prefill(rows, slots, program)
     for _ in range(6):
-        seen = engine.decode(dict(enumerate(rows)))
-    for slot, (row, scores) in enumerate(zip(rows, scored, strict=True)):
+        seen = engine.decode(dict(zip(slots, rows, strict=True)))
+    for slot, row, scores in zip(slots, rows, scored, strict=True):
         prompt = None if row.prompt is None else row.prompt.prompt_PD
         alone = [score(model, [row.ids], [target], prompt)[0] for target in row.targets]
         np.testing.assert_allclose(scores, alone, rtol=1e-5, atol=1e-5)

@@ -36,6 +36,7 @@ class Counting(Engine):
         self.decoded_together: list[list[int]] = []
         self.rows: dict[int, tuple[Row, int]] = {}
         self.seconds = {program: 1.0 for program in SHAPES.programs()}
+        self._made.update(dict.fromkeys(self.compiler._steps))
 
     def score(self, rows: Any, program: Any) -> Any:
         self._begin(rows)
@@ -51,8 +52,8 @@ class Counting(Engine):
         self.decoded_together.append(sorted(row.ids[0] for row in rows.values()))
         if any(row.ids[0] in self.poison_decoding for row in rows.values()):
             raise RuntimeError("decoding failed")
-        ids, scores = np.zeros((4, 6), int), np.zeros(4)
-        positions, done = np.zeros(4, int), np.ones(4, bool)
+        ids, scores = np.zeros((8, 6), int), np.zeros(8)
+        positions, done = np.zeros(8, int), np.ones(8, bool)
         for slot, (row, before) in list(self.rows.items()):
             number = min(before + 1, row.limit)
             ids[slot, : row.limit] = row.ids[0]
@@ -230,6 +231,20 @@ def test_writing_is_continuous(poison: int) -> None:
             await bad.future
         # Somebody has entered while others were being written.
         assert len(engine.batches) > 3
+
+    with_scheduler(test)
+
+
+def test_short_and_long_rows_have_slots_of_their_own() -> None:
+    """A short row waits for a short slot beside free long ones, and keeps no long row waiting."""
+
+    async def test(scheduler: Scheduler, engine: Counting) -> None:
+        short = [job(n, 1, kind="generate", limit=4) for n in range(2, 7)]
+        long = [job(*[n] * 9, kind="generate", limit=4) for n in range(20, 22)]
+        scheduler.submit([*short, *long])
+        await asyncio.gather(*(one.future for one in (*short, *long)))
+        assert max(engine.decoded_together, key=len) == [2, 3, 4, 5, 20, 21]
+        assert engine.decoded_together[-1] == [6]
 
     with_scheduler(test)
 

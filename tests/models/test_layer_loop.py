@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
@@ -19,10 +21,12 @@ from prompt_tuning_jax.methods import (
     PrefixTuning,
     PromptTuning,
 )
+from prompt_tuning_jax.models import layers
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layer_loop import repetitions
 from prompt_tuning_jax.training.step import step_cost
 from tests import micro, tiny_t5gemma, tiny_vit
+from tests.micro import ONE_LAYER
 from tests.tiny_lm import make_lm
 
 LAYERS = 3
@@ -129,3 +133,30 @@ def test_stacked_layers_are_the_same_layers() -> None:
     again = param_tree.split(param_tree.merge(graphdef, whole))[1]
     assert again.keys() == params.keys()
     jax.tree.map(np.testing.assert_array_equal, dict(again), dict(params))
+
+
+def test_the_gate_of_a_gated_mlp_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators the backward pass computes it again; the gradient is the same."""
+    config = dataclasses.replace(ONE_LAYER, mlp_dim=256)
+    x_BTD = jnp.ones((1, 64, config.embed_dim))
+    found = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(layers, "for_cpu", lambda on_cpu=on_cpu: on_cpu)
+        mlp = layers.Mlp(
+            config,
+            ("gelu", "linear"),
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            dropout_rate=0.0,
+            rngs=nnx.Rngs(0),
+        )
+
+        def loss(x_BTD: jax.Array, mlp: layers.Mlp = mlp) -> jax.Array:
+            y_BTD, _ = jax.lax.scan(lambda x, _: (x + mlp(x), None), x_BTD, None, length=8)
+            return (y_BTD**2).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(x_BTD).compile()
+        found.append((compiled.memory_analysis().temp_size_in_bytes, compiled(x_BTD)))
+    (stored, stored_gradient), (again, again_gradient) = found
+    assert again < stored / 2
+    np.testing.assert_allclose(again_gradient, stored_gradient, rtol=1e-5)

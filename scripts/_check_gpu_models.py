@@ -18,10 +18,12 @@ from _check_gpu_report import Report
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
 from prompt_tuning_jax.methods import PROMPT, Context, PromptTuning, attach_method
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.config import ModelConfig
+from prompt_tuning_jax.models.ops.attention_choice import PLAIN, Choice, Usage, choose_attention
 from prompt_tuning_jax.models.quantization import Quantization, quantize_modules
 from prompt_tuning_jax.models.registry import preset
 
@@ -101,6 +103,14 @@ def _check_family(report: Report, name: str, config: ModelConfig) -> None:
     looped = _derivative(_members(config, bfloat16), bfloat16, scan=True)
     _report_errors(report, f"{name}: layers as a loop", {bfloat16.name: _error(looped, expected)})
 
+    narrow = _members(config, bfloat16)
+    attention = _kernel_of(param_tree.merge(narrow.graphdef, _one(narrow)).model)
+    if attention.implementation != "xla":
+        found = {
+            bfloat16.name: _error(_derivative(narrow, bfloat16, attention=attention), expected)
+        }
+        _report_errors(report, f"{name}: attention as {attention.implementation}", found)
+
     members, on_cpu = _members(config, highest), _members(config, highest, device=_cpu())
     with highest.applied():
         scores, written = _scores(members), _written(members)
@@ -109,6 +119,22 @@ def _check_family(report: Report, name: str, config: ModelConfig) -> None:
     report.errors(f"{name}: ranking", {"float32": (relative_error(scores, exact_scores), 1e-4)})
     same = float(np.mean(written == exact_written))
     report.check(f"{name}: greedy decoding", same > 0.97, f"{100 * same:.0f} % of the CPU's tokens")
+
+
+def _kernel_of(model: Any) -> Choice:
+    """Returns the kernel for the model's attention on this device, or plain attention."""
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    usage = Usage(
+        platform=device.platform,
+        queries=_LENGTH,
+        keys=_LENGTH + _PROMPT,
+        compute_capability=capability,
+    )
+    try:
+        return choose_attention("fused", model.attention_traits, usage)
+    except UserError:
+        return PLAIN
 
 
 def _report_errors(report: Report, name: str, found: Mapping[str, float]) -> None:
@@ -190,12 +216,15 @@ def _one(members: _Member) -> dict[str, jax.Array]:
     return {**members.frozen, **{name: array[0] for name, array in members.trainable.items()}}
 
 
-def _derivative(members: _Member, precision: Precision, *, scan: bool = False) -> Any:
+def _derivative(
+    members: _Member, precision: Precision, *, scan: bool = False, attention: Choice = PLAIN
+) -> Any:
     """Returns the mean loss, and its derivative with respect to the prompt."""
     with precision.applied():
         return _loss_and_derivative(
             members.graphdef,
             scan,
+            attention,
             {name: array[0] for name, array in members.trainable.items()},
             members.frozen,
             _inputs(members),
@@ -203,13 +232,19 @@ def _derivative(members: _Member, precision: Precision, *, scan: bool = False) -
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _loss_and_derivative(
-    graphdef: Any, scan: bool, trainable: Any, frozen: Any, inputs_BT: Any, targets_BS: Any
+    graphdef: Any,
+    scan: bool,
+    attention: Choice,
+    trainable: Any,
+    frozen: Any,
+    inputs_BT: Any,
+    targets_BS: Any,
 ) -> Any:
     def loss(trainable: Any) -> Any:
         tuned = param_tree.merge(graphdef, {**frozen, **trainable})
-        tuned.model.scan_layers = scan
+        tuned.model.scan_layers, tuned.model.attention = scan, attention
         sums = tuned.token_sums(inputs_BT, targets_BS, training=True)
         return sums.loss / sums.tokens
 

@@ -16,16 +16,11 @@ from _check_gpu_report import Report
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.setup import fuse_attention, partitioner_of
 from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import Embed, Linear, dropout, linear_from
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.ops.quantized import quantized_dot
 from prompt_tuning_jax.models.output_head import LazyLogits, OutputHead
-from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.model import T5
 
 Arrays = tuple[Any, ...]
 THREADS = 6  # which make checks side by side
@@ -95,8 +90,6 @@ def run(report: Report) -> None:
         list(threads.map(check, cases))
     with report.guarded("random numbers"):
         report.check("random numbers", _same_random_numbers(), "dropout draws the CPU's mask")
-    with report.guarded("fused attention"):
-        _check_refusal(report)
 
 
 def _error_of(case: Case, precision: Precision) -> float:
@@ -336,23 +329,3 @@ def _same_random_numbers() -> bool:
     found = draw()
     with jax.default_device(jax.devices("cpu")[0]):
         return bool(np.array_equal(found, draw()))
-
-
-def _check_refusal(report: Report) -> None:
-    """The kernel for TPUs must not run elsewhere."""
-    config = T5Config(
-        vocab_size=8,
-        embed_dim=8,
-        num_heads=1,
-        head_dim=8,
-        mlp_dim=8,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    try:
-        fuse_attention(model, partitioner_of(Experiment()))
-    except UserError as error:
-        report.check("fused attention", "TPU" in str(error), f"refused: {error}")
-    else:
-        report.check("fused attention", False, "not refused, although it is for TPUs")

@@ -27,6 +27,7 @@ def tried(program: Program) -> MeshPlan:
         roofline=walls,
         evaluation=None,
         tokens_per_second=1.0,
+        attention="xla",
     )
 
 

@@ -14,7 +14,13 @@ from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.training.curves import GREY, MEMBER_COLORS, STYLE
 
 COLUMNS = ("model", "method", "trained", "mean", "best", "ensemble", "minutes")
-NAMES = {"none": "no prompt", "full": "model tuning", "peft": "prompt tuning with PEFT"}
+NAMES = {
+    "none": "no prompt",
+    "few_shot": "few-shot",
+    "lora": "LoRA",
+    "full": "model tuning",
+    "peft": "prompt tuning with PEFT",
+}
 PANELS = 3  # per row of the figure
 
 
@@ -66,7 +72,10 @@ def draw(rows: Sequence[dict[str, Any]], png: Path) -> None:
                 _line(panel, of, sizes, method, MEMBER_COLORS[number % len(MEMBER_COLORS)])
             panel.set_xscale("log")
             panel.minorticks_off()
-            labels = [f"{name}\n{count / 1e6:.0f} M" for name, count in sizes.items()]
+            labels = [  # every second one lower, for models of similar size
+                f"{chr(10) * 2 * (number % 2)}{name}\n{count / 1e6:.0f} M"
+                for number, (name, count) in enumerate(sizes.items())
+            ]
             panel.set_xticks(list(sizes.values()), labels, fontsize=8)
             panel.set_xlim(min(sizes.values()) / 1.6, max(sizes.values()) * 1.6)
             panel.set_title(_plain(task))

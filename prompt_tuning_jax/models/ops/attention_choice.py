@@ -95,8 +95,7 @@ def choose_attention(asked: Asked, traits: AttentionTraits, usage: Usage) -> Cho
     if usage.platform in PROVEN:
         return Choice(implementation=kernel, reason=f"the {traits.name} meets its rules")
     reason = (
-        f"no {platform} has run {_NAMES[kernel]} of this library yet; model.attention=fused asks "
-        "for it"
+        f"the kernel of this library has not run on a {platform} yet; model.attention=fused uses it"
     )
     return Choice(implementation="xla", reason=reason)
 

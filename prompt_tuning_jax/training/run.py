@@ -211,7 +211,10 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
         step = CompiledAhead(step, shapes)
     if not quiet:
-        for line in (*_introduction(experiment, members, data, config), f"attention: {attention}"):
+        lines = list(_introduction(experiment, members, data, config))
+        if partitioner.mesh.devices.flat[0].platform != "cpu":  # which has one way
+            lines.append(f"attention: {attention}")
+        for line in lines:
             print(printable(line), flush=True)
 
     def on_best(improved: list[int], trainable: Mapping[str, HostArray], bests: list[Best]) -> None:

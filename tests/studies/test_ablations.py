@@ -61,6 +61,7 @@ def test_any_field_of_the_config_can_vary() -> None:
     ] * 2
     assert len({group.name for group in groups}) == 4
     assert found[0][1] == (0, 1)
+    assert axis.label == "method.prompt_to_input" and AXES["lm_steps"].label == "lm steps"
 
 
 def test_points_that_share_a_program_are_one_run() -> None:

@@ -51,6 +51,11 @@ class Axis:
     of_models: bool = False
     member_field: Literal["", "learning_rates", "inits"] = ""
 
+    @property
+    def label(self) -> str:
+        """The name in tables: that of a field as configs have it."""
+        return self.name if "." in self.name else self.name.replace("_", " ")
+
 
 def _set(experiment: Experiment, field: str, value: str) -> Experiment:
     return apply_override(experiment, f"{field}={value}")

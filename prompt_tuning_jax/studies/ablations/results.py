@@ -87,13 +87,13 @@ def lines_of(results: Results) -> list[str]:
     """Returns the table as Markdown lines, with notes that explain it."""
     grid = results.grid
     if grid.line_axis is not None:
-        heading = [grid.axis.name.replace("_", " "), *(_shown(line) for line in grid.lines)]
+        heading = [grid.axis.label, *(_shown(line) for line in grid.lines)]
         rows = [heading]
         for value in grid.values:
             cells = [results.cell(value, line) for line in grid.lines]
             rows.append([_shown(value), *(_mean_and_std(cell) for cell in cells)])
     else:
-        rows = [[grid.axis.name.replace("_", " "), results.metric, "best"]]
+        rows = [[grid.axis.label, results.metric, "best"]]
         extra = _extra_columns(results.cells)
         rows[0] += list(extra)
         for cell in results.cells:
@@ -176,7 +176,7 @@ def as_json(results: Results) -> dict[str, Any]:
 def write(results: Results, stem: Path) -> tuple[Path, ...]:
     """Writes ``STEM.md``, ``STEM.json`` and ``STEM.png``; returns their paths."""
     files = tuple(stem.with_name(f"{stem.name}.{suffix}") for suffix in ("md", "json", "png"))
-    heading = results.heading or f"Ablation of {results.grid.axis.name.replace('_', ' ')}"
+    heading = results.heading or f"Ablation of {results.grid.axis.label}"
     with atomic_write(files[0]) as aside:
         text = "\n".join([f"# {heading}", "", *lines_of(results), ""])
         aside.write_text(text, encoding="utf-8")

@@ -107,7 +107,7 @@ def test_an_ablation_is_written_and_never_computed_twice(
     done = ablate(of, grid_of_inits, settings, quiet=True)
     assert sizes == [4, 2, 2] and not done.stopped_by
     written = json.loads((tmp_path / "init.json").read_text())
-    assert written["complete"] and written["split"] == "validation"
+    assert written["complete"] and written["split"] == tiny_run.train_file().name
     assert [point["value"] for point in written["points"]] == ["uniform", "class_labels"]
     for point, part in zip(written["points"], ("0_to_1", "2_to_3"), strict=True):
         kept = json.loads((tmp_path / f"all_{part}" / runs.POINT).read_text())

@@ -128,7 +128,7 @@ def _notes(results: Results) -> list[str]:
     if results.over:
         deviation, of = " ± standard deviation", results.over
     notes = [
-        f"{results.task}, {results.split} split; {results.metric}, mean{deviation} {of}; "
+        f"{results.task}, {_shown_split(results.split)}; {results.metric}, mean{deviation} {of}; "
         f"{results.model}."
     ]
     if results.majority is not None:
@@ -136,6 +136,11 @@ def _notes(results: Results) -> list[str]:
     if len(results.cells) < results.number:
         notes.append(f"{len(results.cells)} of {results.number} points are done.")
     return [*notes, *results.notes]
+
+
+def _shown_split(split: str) -> str:
+    """Names a split, or the user's file."""
+    return split if "." in split else f"{split} split"
 
 
 def as_json(results: Results) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
     scores = [each[metric] for each in result.per_prompt]
     return {
         "metric": metric,
-        "split": of.data.eval_split,
+        "split": Path(result.title).name,
         "members": [{"validation": None, "test": score} for score in scores],
         "all_seeds": len(scores) == number,
         "chosen": chosen,
@@ -300,7 +300,7 @@ def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
 
 
 def _scores_of(result: EvalResult, metric: str, group: Group) -> dict[str, Any]:
-    """Returns the split, and the votes' scores of the members of each cell."""
+    """Returns what was scored, and the votes' scores of the members of each cell."""
     cells: dict[str, list[int]] = {}
     for number, point in enumerate(group.points):
         cells.setdefault(_key(point.value, point.line), []).append(number)
@@ -308,7 +308,7 @@ def _scores_of(result: EvalResult, metric: str, group: Group) -> dict[str, Any]:
     for key, members in cells.items():
         if len(members) > 1:
             ensembles[key] = scores_of(result, partial(vote, members)).get(metric)
-    return {"split": result.split, "ensembles": ensembles}
+    return {"split": Path(result.title).name, "ensembles": ensembles}
 
 
 def scores_of(result: EvalResult, answer: Callable[[Predictions, int], str]) -> dict[str, float]:

@@ -7,6 +7,7 @@ one worker runs at a time, so that each has the whole machine.
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -36,6 +37,7 @@ class Worker:
 
     def __init__(self, name: str, script: str, *, python: str, threads: int) -> None:
         self.name = name
+        self.stopped = False  # it took too long
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
         command = [python, str(WORKERS / script), str(threads)]
@@ -54,6 +56,7 @@ class Worker:
             self.process.stdin.flush()
             if within and not select.select([self.process.stdout], [], [], within)[0]:
                 self.process.kill()
+                self.stopped = True
                 raise TimeoutExceeded
             line = self.process.stdout.readline()
         except BrokenPipeError:
@@ -110,6 +113,14 @@ def machine(*workers: Worker) -> str:
     return f"{model}, {os.cpu_count()} cores; " + "; ".join(each)
 
 
+def peaks(jobs: Mapping[str, tuple[Worker, str, Mapping[str, Any]]]) -> dict[str, float]:
+    """Returns the peak memory in MB of each job's worker, NaN where that was stopped."""
+    return {
+        name: math.nan if worker.stopped else worker.ask("memory")["peak_mb"]
+        for name, (worker, _, _) in jobs.items()
+    }
+
+
 def peak_memory() -> dict[str, float]:
     """Returns the peak and the current resident memory of this process in MB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -161,24 +172,23 @@ def take_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs each job ``rounds`` times, reversing the order each round; returns answers by name.
 
-    Prints the seconds of each round.  A job that takes longer than ``within`` seconds is not run
-    again: its list ends, and a line says so.  So does one for a job whose process was swapped out.
+    Prints the seconds of each round.  A worker whose job takes longer than ``within`` seconds is
+    stopped: the lists of its jobs end, and a line says so.  So does one for a job whose process was
+    swapped out.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    stopped: set[Worker] = set()
     for number in range(rounds):
         names = list(jobs) if number % 2 == 0 else list(reversed(jobs))
         took = []
         for name in names:
             worker, do, job = jobs[name]
-            if worker in stopped:
+            if worker.stopped:
                 continue
             time.sleep(0.2)  # until the other worker's threads are idle
             try:
                 answer = worker.ask(do, within=within, **job)
             except TimeoutExceeded:
                 say(f"{worker.name} did not finish {do!r} within {within:.0f} s: stopped")
-                stopped.add(worker)
                 continue
             if answer["faults"] > MOST_FAULTS:
                 say(f"{worker.name} was short of memory in {do!r}: {answer['faults']} page faults")

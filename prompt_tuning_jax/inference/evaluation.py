@@ -56,6 +56,11 @@ class EvalResult:
     reports: tuple[str, ...]
     examples: Mapping[str, TokenizedExamples] = field(default_factory=dict)
 
+    @property
+    def scored(self) -> str:
+        """What was scored in a word: the split, or the name of the user's file."""
+        return Path(self.title).name
+
 
 def evaluate(
     experiment: Experiment,

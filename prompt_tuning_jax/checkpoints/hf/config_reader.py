@@ -222,24 +222,23 @@ class ConfigReader(ConfigFields):
             raise self._error(f"truncate of the rope is {_shown(truncate)}; it must be a boolean")
         return dataclasses.replace(
             scaling,
-            beta_fast=self._positive({"beta_fast": 32.0} | _given(entry), "beta_fast"),
-            beta_slow=self._positive({"beta_slow": 1.0} | _given(entry), "beta_slow"),
+            beta_fast=self._positive(entry, "beta_fast", 32.0),
+            beta_slow=self._positive(entry, "beta_slow", 1.0),
             attention_factor=self._attention_factor(entry, factor),
             truncate=truncate,
         )
 
     def _attention_factor(self, entry: Mapping[str, Any], factor: float) -> float:
         """The factor of YaRN's cosines and sines, which the file names or its scales imply."""
-        if entry.get("attention_factor") is not None:
-            return self._positive(entry, "attention_factor")
-        scales = [entry.get(key) for key in ("mscale", "mscale_all_dim")]
-        if all(scales):
-            above, below = (self._positive(entry, key) for key in ("mscale", "mscale_all_dim"))
-            return yarn_attention_factor(factor, above) / yarn_attention_factor(factor, below)
-        return yarn_attention_factor(factor)
+        implied = yarn_attention_factor(factor)
+        scales = ("mscale", "mscale_all_dim")
+        if all(entry.get(key) for key in scales):
+            above, below = (self._positive(entry, key) for key in scales)
+            implied = yarn_attention_factor(factor, above) / yarn_attention_factor(factor, below)
+        return self._positive(entry, "attention_factor", implied)
 
-    def _positive(self, entry: Mapping[str, Any], key: str) -> float:
-        value = entry.get(key)
+    def _positive(self, entry: Mapping[str, Any], key: str, default: float | None = None) -> float:
+        value = default if entry.get(key) is None else entry[key]
         if not _is_number(value) or not value > 0:
             raise self._error(f"{key} of the rope is {_shown(value)}; it must be positive")
         return float(value)
@@ -293,8 +292,3 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 def _shown(value: Any) -> str:
     return repr(value)[:80]
-
-
-def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a rope that are not null."""
-    return {key: value for key, value in entry.items() if value is not None}

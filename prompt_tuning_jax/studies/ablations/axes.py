@@ -57,24 +57,8 @@ class Axis:
         return self.name if "." in self.name else self.name.replace("_", " ")
 
 
-def _set(experiment: Experiment, field: str, value: str) -> Experiment:
-    return apply_override(experiment, f"{field}={value}")
-
-
 def _field(path: str) -> Callable[[Experiment, Value], Experiment]:
-    return lambda experiment, value: _set(experiment, path, value.name)
-
-
-def _length(experiment: Experiment, value: Value) -> Experiment:
-    return _set(experiment, "method.length", value.name)
-
-
-def _init(experiment: Experiment, value: Value) -> Experiment:
-    return _set(experiment, "method.init", value.name)
-
-
-def _learning_rate(experiment: Experiment, value: Value) -> Experiment:
-    return _set(experiment, "optimizer.learning_rate", value.name)
+    return lambda experiment, value: apply_override(experiment, f"{path}={value.name}")
 
 
 def _model(experiment: Experiment, value: Value) -> Experiment:
@@ -145,14 +129,14 @@ AXES: Mapping[str, Axis] = {
         Axis(
             name="length",
             title="prompt length",
-            apply=_length,
+            apply=_field("method.length"),
             scale="names",
             defaults=("1", "5", "20", "100", "150"),
         ),
         Axis(
             name="init",
             title="initialization",
-            apply=_init,
+            apply=_field("method.init"),
             scale="names",
             defaults=("uniform", "sampled_vocabulary", "class_labels"),
             member_field="inits",
@@ -160,7 +144,7 @@ AXES: Mapping[str, Axis] = {
         Axis(
             name="learning_rate",
             title="learning rate",
-            apply=_learning_rate,
+            apply=_field("optimizer.learning_rate"),
             scale="log",
             defaults=("0.01", "0.03", "0.1", "0.3", "1.0"),
             member_field="learning_rates",

@@ -129,7 +129,7 @@ def _scored(
             return 0, kept, trained
     result = evaluate(tested, prompts=[run.workdir for run in runs])
     metric = tested.evaluation.best_by or next(iter(result.mean))
-    scores = {"metric": metric, "split": result.split, "scores": subset_scores(result, metric)}
+    scores = {"metric": metric, "split": result.scored, "scores": subset_scores(result, metric)}
     run_folder.write_json(file, {"of": wanted, **scores})
     return 0, scores, trained
 

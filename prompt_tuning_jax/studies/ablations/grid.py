@@ -76,13 +76,12 @@ class Grid:
         """Returns ``base`` with the values of both axes; raises UserError if it is invalid."""
         # The model, then the method, then the method's settings, then other fields of the config.
         order = ("size", "objective", "lm_steps", "method", "length", "init", "learning_rate")
-        chosen = {self.axis.name: (self.axis, value)}
+        chosen = [(self.axis, value)]
         if self.line_axis is not None and line is not None:
-            chosen[self.line_axis.name] = (self.line_axis, line)
-        for name in (*order, *(name for name in chosen if name not in order)):
-            if name in chosen:
-                axis, one = chosen[name]
-                base = axis.apply(base, one)
+            chosen.append((self.line_axis, line))
+        places = {name: place for place, name in enumerate(order)}
+        for axis, one in sorted(chosen, key=lambda each: places.get(each[0].name, len(order))):
+            base = axis.apply(base, one)
         return base
 
     def groups(self, base: Experiment, seeds: Sequence[int], *, at_once: int = 0) -> list[Group]:

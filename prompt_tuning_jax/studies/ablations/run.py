@@ -290,7 +290,7 @@ def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
     scores = [each[metric] for each in result.per_prompt]
     return {
         "metric": metric,
-        "split": Path(result.title).name,
+        "split": result.scored,
         "members": [{"validation": None, "test": score} for score in scores],
         "all_seeds": len(scores) == number,
         "chosen": chosen,
@@ -308,7 +308,7 @@ def _scores_of(result: EvalResult, metric: str, group: Group) -> dict[str, Any]:
     for key, members in cells.items():
         if len(members) > 1:
             ensembles[key] = scores_of(result, partial(vote, members)).get(metric)
-    return {"split": Path(result.title).name, "ensembles": ensembles}
+    return {"split": result.scored, "ensembles": ensembles}
 
 
 def scores_of(result: EvalResult, answer: Callable[[Predictions, int], str]) -> dict[str, float]:

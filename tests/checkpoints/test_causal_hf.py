@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, RopeScaling
+from prompt_tuning_jax.models.causal_lm.rope import inverse_frequencies, rotation
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.typing import HostArray
 
@@ -431,3 +433,37 @@ def test_a_model_that_its_type_cannot_be(copy: Edit, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             write_hf(tmp_path / "m", wrong, params)
         assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "frequencies", "factor"),
+    [
+        (
+            {},
+            [1, 0.0790569, 0.025, 0.00790569, 0.0025, 0.000790569, 0.00025, 7.90569e-05],
+            1.138629,
+        ),
+        (
+            {
+                "beta_fast": 8.0,
+                "beta_slow": 0.5,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+                "truncate": False,
+            },
+            [1, 0.14849, 0.025, 0.00790569, 0.0025, 0.000790569, 0.00025, 7.90569e-05],
+            0.929523,
+        ),
+    ],
+)
+def test_yarn_stretches_positions_as_transformers_does(
+    tmp_path: Path, more: dict[str, Any], frequencies: list[float], factor: float
+) -> None:
+    """Recorded from transformers 5.24's function for YaRN: heads of 16, base 10,000."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **more}
+    config = config_of("qwen3", tmp_path, rope_scaling=yarn, rope_theta=1e4, eos_token_id=7)
+    found = inverse_frequencies(16, 1e4, config.rope_scaling)
+    np.testing.assert_allclose(found, frequencies, rtol=1e-5)
+    cos, sin = rotation(jnp.zeros((1, 1), jnp.int32), config, local=False)
+    np.testing.assert_allclose(cos, np.full_like(cos, factor), rtol=1e-5)
+    assert not np.any(sin)

@@ -435,12 +435,16 @@ def test_a_model_that_its_type_cannot_be(copy: Edit, tmp_path: Path) -> None:
         assert not (tmp_path / "m").exists()
 
 
+# A fourth of the frequencies without scaling; only the first two may be faster.
+_SLOWER = (0.0790569, 0.025, 0.00790569, 0.0025, 0.000790569, 0.00025, 7.90569e-05)
+
+
 @pytest.mark.parametrize(
     ("more", "frequencies", "factor"),
     [
         (
             {},
-            [1, 0.0790569, 0.025, 0.00790569, 0.0025, 0.000790569, 0.00025, 7.90569e-05],
+            [1, *_SLOWER],
             1.138629,
         ),
         (
@@ -451,7 +455,7 @@ def test_a_model_that_its_type_cannot_be(copy: Edit, tmp_path: Path) -> None:
                 "mscale_all_dim": 1.3,
                 "truncate": False,
             },
-            [1, 0.14849, 0.025, 0.00790569, 0.0025, 0.000790569, 0.00025, 7.90569e-05],
+            [1, 0.14849, *_SLOWER[1:]],
             0.929523,
         ),
     ],

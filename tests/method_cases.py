@@ -23,6 +23,7 @@ from prompt_tuning_jax.methods import (
     IA3,
     WARP,
     Adapters,
+    AdaptionPrompt,
     ADePT,
     Cartridge,
     DeepPrompts,
@@ -243,6 +244,8 @@ LM_CASES["cpt"] = Case(
     count=5 * D,
     lm=True,
 )
+
+LM_CASES["adaption_prompt"] = Case(method=AdaptionPrompt(length=3), count=3 * D + 1, lm=True)
 
 # Trained for the contract: each is seconds of compiling, and one of each method shows it.
 ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.items())}.values())

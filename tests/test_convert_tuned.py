@@ -238,7 +238,7 @@ def test_what_is_refused(program: Program, tmp_path: Path) -> None:
     save_tuned(tmp_path / "adapters.safetensors", stored(Adapters(width=4)))
     bottlenecks = tmp_path / "adapters.safetensors"
     message = program.refused("convert", bottlenecks, tmp_path / "b", "--to=peft", "--model", model)
-    assert "no adapter for adapters; it has them for ia3, lora, multi" in message
+    assert "no adapter for adapters; it has them for adaption_prompt, ia3, lora, multi" in message
     damaged = tmp_path / "damaged.safetensors"
     save_tuned(damaged, dataclasses.replace(kept, method='{"class": "Nothing"}'))
     for words in (("inspect", damaged), ("convert", damaged, *to, "--overwrite", "--model", model)):

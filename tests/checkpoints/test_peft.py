@@ -118,7 +118,10 @@ def test_peft_to_ours_to_peft_is_bit_exact(adapter: Path, dtype: Any) -> None:
             {"peft_type": "LORA"},
             "a LORA adapter is not a plain prompt; use its folder with predict, eval",
         ),
-        ({"peft_type": "ADALORA"}, "MULTITASK_PROMPT_TUNING, LORA, IA3; merge others"),
+        (
+            {"peft_type": "ADALORA"},
+            "ADAPTION_PROMPT, LORA, IA3; merge others",
+        ),
         ({"peft_type": "P_TUNING"}, "P_TUNING"),
         ({"peft_type": None}, "peft_type is null"),
         ({"peft_type": {"a\nb": 1}}, "peft_type is"),

@@ -37,6 +37,8 @@ PROMPTS = ("prompt", "ptuning_mlp", "ptuning_lstm", "cpt")
 PREFIXES = ("prefix", "prefix_proj", "cartridge")
 AROUND_LAYERS = ("lora_qv", "lora_all_rslora", "ia3")
 ADAPTERS = (*PROMPTS, *PREFIXES, *AROUND_LAYERS)
+ADAPTION = "adaption"
+WITH_ADAPTION = ("llama_gqa_tied", "gpt2")  # PEFT has adaption prompts for these alone
 METHODS = {"prompt": "Prompt", "prefix": "Prefixes", "lora_qv": "LoRAModule", "ia3": "IA3Module"}
 
 
@@ -50,8 +52,10 @@ def hf(shared: Path) -> Path:
     return shared / "fixtures/hf"
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [*itertools.product(MODELS, ADAPTERS), *((name, ADAPTION) for name in WITH_ADAPTION)],
+)
 def test_adapters_give_the_recorded_logits(families: Path, name: str, adapter: str) -> None:
     case = Case(families, name, adapter)
     attached = attach(case.model, case.folder)
@@ -73,12 +77,19 @@ def test_each_row_gets_the_prompt_of_its_task(families: Path, name: str) -> None
 GENERATED = {
     *[("llama_gqa_tied", "prompt"), ("gemma2", "prompt"), ("gemma2", "cartridge")],
     *[("gpt2", "cartridge"), ("gpt2", "lora_qv"), ("bloom", "prompt"), ("qwen3", "ia3")],
+    *[(name, ADAPTION) for name in WITH_ADAPTION],
 }
 
 
 @pytest.mark.parametrize(
     ("name", "adapter"),
-    mostly_slow(itertools.product(MODELS, ("prompt", "cartridge", "lora_qv", "ia3")), GENERATED),
+    mostly_slow(
+        [
+            *itertools.product(MODELS, ("prompt", "cartridge", "lora_qv", "ia3")),
+            *((name, ADAPTION) for name in WITH_ADAPTION),
+        ],
+        GENERATED,
+    ),
 )
 def test_targets_are_scored_and_text_generated_as_recorded(
     families: Path, name: str, adapter: str
@@ -102,8 +113,10 @@ WRITTEN_AS = {
 }
 
 
-@pytest.mark.parametrize("adapter", WRITTEN_AS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [*itertools.product(MODELS, WRITTEN_AS), *((name, ADAPTION) for name in WITH_ADAPTION)],
+)
 def test_arrays_survive_both_conversions_bit_for_bit(
     families: Path, tmp_path: Path, name: str, adapter: str
 ) -> None:
@@ -115,11 +128,16 @@ def test_arrays_survive_both_conversions_bit_for_bit(
     for tensor, array in want.items():
         assert got[tensor].tobytes() == array.tobytes() and got[tensor].shape == array.shape
     theirs, ours = (json.loads((f / CONFIG).read_text()) for f in (folder, tmp_path / "peft"))
-    assert ours["peft_type"] == WRITTEN_AS[adapter] and ours["task_type"] == "CAUSAL_LM"
+    assert ours["peft_type"] == WRITTEN_AS.get(adapter, "ADAPTION_PROMPT")
+    assert ours["task_type"] == "CAUSAL_LM"
     fields = {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "r"}
     fields |= {"num_ranks", "num_tasks", "lora_alpha", "use_rslora", "fan_in_fan_out"}
+    fields |= {"adapter_len", "adapter_layers"}
     for field in fields & ours.keys() & theirs.keys():
         assert ours[field] == theirs[field], field
+    if adapter == ADAPTION:
+        assert ours.keys() == theirs.keys() - {"peft_version"}
+        assert ours["target_modules"] == theirs["target_modules"]
     names = ("target_modules", "feedforward_modules")
     if ours["peft_type"] in ("LORA", "IA3") and name not in ("gpt2", "bloom"):
         for field in set(names) & ours.keys():
@@ -148,7 +166,8 @@ def logits_in_peft(libraries: Any, model: Path, adapter: Path, case: Case) -> li
 def test_what_is_written_gives_the_same_logits_in_peft(
     libraries: Any, families: Path, tmp_path: Path, name: str
 ) -> None:
-    for adapter in ("prompt", "multitask", "prefix", "lora_qv", "ia3"):
+    written = ("prompt", "multitask", "prefix", "lora_qv", "ia3")
+    for adapter in (*written, *([ADAPTION] if name in WITH_ADAPTION else [])):
         case = Case(families, name, adapter)
         model = families / name
         convert(case.folder, tmp_path / adapter, to="peft", model=str(model))
@@ -225,8 +244,10 @@ def test_an_adapter_of_another_kind_of_model_is_refused(families: Path, hf: Path
     for kind in ("prompt_sub1", "lora_qv_r4", "prefix"):
         with pytest.raises(UserError, match=r"task_type is .SEQ_2_SEQ_LM.; for this model it"):
             attach(model, hf / "peft/b_t5_11" / kind)
-    with pytest.raises(UserError, match="ADAPTION_PROMPT"):
-        attach(model, families / "peft/llama_gqa_tied/adaption")
+    with pytest.raises(UserError, match="adaption prompts for llama, mistral, gpt2, not for qwen3"):
+        attach(model_of(families / "qwen3"), families / "peft/llama_gqa_tied/adaption")
+    with pytest.raises(UserError, match=r"c_attn|attn\.adaption_"):
+        attach(model_of(families / "gpt2"), families / "peft/llama_gqa_tied/adaption")
     with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is"):
         attach(model, families / "peft/gemma2/lora_qv")
     with pytest.raises(UserError, match="num_layers is 4, but the number of this model's layers"):

@@ -30,7 +30,7 @@ _PEFT_TYPE = "PROMPT_TUNING"
 # Types of adapters that ``peft.prompts`` and ``peft.weights`` read.
 OTHER_TYPES = (
     *("PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "MULTITASK_PROMPT_TUNING"),
-    *("LORA", "IA3"),
+    *("ADAPTION_PROMPT", "LORA", "IA3"),
 )
 # The kinds of models, and how many stacks each has for which PEFT saves a copy of a prompt.
 _SEQ_2_SEQ = "SEQ_2_SEQ_LM"

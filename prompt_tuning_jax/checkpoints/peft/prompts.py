@@ -1,7 +1,7 @@
-"""Reads and writes PEFT's prefix tuning, P-tuning, CPT and multitask prompts.
+"""Reads and writes PEFT's prefixes, P-tuning, CPT, multitask and adaption prompts.
 
 The formats are those of peft 0.21: tuners/p_tuning, tuners/cpt, tuners/multitask_prompt_tuning, and
-``get_prompt`` in peft_model.py, which says what they mean; for prefixes see ``prefixes``.
+``get_prompt`` in peft_model.py, which says what they mean; see also ``prefixes`` and ``adaption``.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,11 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     require_task,
     shown,
 )
+from prompt_tuning_jax.checkpoints.peft.adaption import (
+    ADAPTION,
+    read_adaption,
+    written_adaption,
+)
 from prompt_tuning_jax.checkpoints.peft.modules import task_type
 from prompt_tuning_jax.checkpoints.peft.opened import OpenedAdapter
 from prompt_tuning_jax.checkpoints.peft.prefixes import (
@@ -28,6 +33,7 @@ from prompt_tuning_jax.checkpoints.peft.prefixes import (
     written_prefix,
 )
 from prompt_tuning_jax.config.methods import (
+    AdaptionPrompt,
     MethodConfig,
     MultitaskPrompts,
     PrefixTuning,
@@ -44,7 +50,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 from prompt_tuning_jax.untrusted_input import json_text
 
 P_TUNING, CPT, MULTITASK = "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING"
-TYPES = (PREFIX, P_TUNING, MULTITASK, CPT, CARTRIDGE)
+TYPES = (PREFIX, P_TUNING, MULTITASK, CPT, CARTRIDGE, ADAPTION)
 _COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
@@ -56,7 +62,7 @@ class PeftPrompts:
     CPT are read as ``PromptTuning``, and cartridges as ``PrefixTuning``.
     """
 
-    method: PrefixTuning | PromptTuning | MultitaskPrompts
+    method: "_Method"
     trainable: dict[str, HostArray]
     base_model_name_or_path: str
     peft_version: str
@@ -77,6 +83,7 @@ def read_peft_prompts(folder: str | Path, config: ModelConfig) -> PeftPrompts:
         P_TUNING: _read_prompt,
         CPT: _read_prompt,
         MULTITASK: _read_multitask,
+        ADAPTION: read_adaption,
     }
     if kind not in TYPES:
         raise UserError(
@@ -110,16 +117,21 @@ def write_peft_prompts(
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
+        "revision": None,
+        "task_type": task_type(config),
+    }
+    of_prompts: dict[str, Any] = {
         "modules_to_save": None,
         "num_attention_heads": config.num_heads,
         "num_layers": config.num_reading_layers,
         "num_transformer_submodules": 1,
-        "revision": None,
-        "task_type": task_type(config),
         "token_dim": config.embed_dim,
     }
     arrays = {name: np.asarray(array, np.float32) for name, array in trainable.items()}
-    if isinstance(method, PrefixTuning):
+    if isinstance(method, AdaptionPrompt):
+        of_prompts = {}
+        fields, theirs = written_adaption(method, arrays, config)
+    elif isinstance(method, PrefixTuning):
         fields, theirs = written_prefix(method, arrays, config)
     elif isinstance(method, MultitaskPrompts):
         fields, theirs = _written_multitask(method, arrays)
@@ -127,19 +139,19 @@ def write_peft_prompts(
         fields, theirs = _written_prompt(method, arrays, config)
     else:
         raise UserError(
-            f"PEFT has no adapter for {method_name(method)}; it has them for ia3, lora, "
-            "multitask_prompts, p_tuning, prefix_tuning and prompt_tuning"
+            f"PEFT has no adapter for {method_name(method)}; it has them for adaption_prompt, ia3, "
+            "lora, multitask_prompts, p_tuning, prefix_tuning and prompt_tuning"
         )
     from safetensors.numpy import save
 
     with atomic_write_folder(Path(folder)) as temporary:
-        text = json_text(described | fields, indent=2, sort_keys=True) + "\n"
+        text = json_text(described | of_prompts | fields, indent=2, sort_keys=True) + "\n"
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(theirs.items())}
         (temporary / WEIGHTS).write_bytes(save(contiguous, {"format": "pt"}))
 
 
-_Method: TypeAlias = PrefixTuning | PromptTuning | MultitaskPrompts
+_Method: TypeAlias = PrefixTuning | PromptTuning | MultitaskPrompts | AdaptionPrompt
 _Reader: TypeAlias = Callable[[OpenedAdapter, ModelConfig], tuple[_Method, dict[str, HostArray]]]
 
 

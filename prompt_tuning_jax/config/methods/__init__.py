@@ -12,7 +12,13 @@ from prompt_tuning_jax.config.methods.base import (
     split_init,
 )
 from prompt_tuning_jax.config.methods.baselines import NoTuning, PromptDesign
-from prompt_tuning_jax.config.methods.layers import CPT, Cartridge, DeepPrompts, PrefixTuning
+from prompt_tuning_jax.config.methods.layers import (
+    CPT,
+    AdaptionPrompt,
+    Cartridge,
+    DeepPrompts,
+    PrefixTuning,
+)
 from prompt_tuning_jax.config.methods.prompts import (
     PLACEMENTS,
     WARP,
@@ -38,6 +44,7 @@ __all__ = [
     "WARP",
     "ADePT",
     "Adapters",
+    "AdaptionPrompt",
     "Cartridge",
     "Combine",
     "DePT",
@@ -76,6 +83,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "dept": DePT,
     "adept": ADePT,
     "deep_prompts": DeepPrompts,
+    "adaption_prompt": AdaptionPrompt,
     "warp": WARP,
     "multitask_prompts": MultitaskPrompts,
     "full": FullTuning,

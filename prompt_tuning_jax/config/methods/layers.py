@@ -1,4 +1,4 @@
-"""Configs of the methods that give every layer keys and values, or vectors, of their own."""
+"""Configs of the methods that give layers keys and values, or vectors, of their own."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -93,6 +93,27 @@ class Cartridge(MethodConfig):
             yield f"method.frozen is {self.frozen}; must be below method.length, {self.length}"
         if self.init == "text" and bool(self.init_text) == bool(self.init_path):
             yield "method.init=text needs one of method.init_text and method.init_path, a text file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptionPrompt(MethodConfig):
+    """``(length * D + 1) * L`` parameters: a prompt and a gate for each of the top L layers.
+
+    In LLaMA-Adapter (Zhang et al. 2023), every position of these layers also attends to the
+    layer's prompt, by a softmax of its own, and the gate scales the result.  Gates start at zero,
+    so that the model is at first unchanged.  Prompts have no positions and cost none of the
+    window.  For decoder-only models and the encoder of T5Gemma.
+    """
+
+    implementation = "prompt_tuning_jax.methods.adaption_prompt:AdaptionPrompts"
+    identity_at_init = True
+    default_optimizer: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.03, "weight_decay": 0.0}
+    lower_bounds: ClassVar[Mapping[str, float]] = {"length": 1, "layers": 0}
+
+    length: int = 10  # number of vectors of each layer
+    layers: int = 0  # number of layers, from the top; 0: all
+    # Whether what the prompt adds passes the attention's output map; PEFT's for GPT-2 does not.
+    project: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

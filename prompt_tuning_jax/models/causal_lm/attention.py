@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +20,24 @@ from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_weights
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
+class AttentionAdapter(Protocol):
+    """What a method adds to an attention between the mixture of values and the output map.
+
+    It receives the scaled queries, the values that they mixed, and the attention, and returns the
+    attention's output ``[B, T, D]``.  Instances are modules, and their parameters are stored under
+    ``.../adapter/`` next to those of the attention's maps.
+    """
+
+    def __call__(self, query_BTHK: Array, mixed_BTHK: Array, attention: "Attention") -> Array: ...
+
+
 class Attention(nnx.Module):
     """Attends from the queries of some positions to their own keys and to those of other ones.
 
     G heads of keys and values serve H / G heads of queries each.  A segment of keys with a batch of
     1 is shared by all rows, and multiplied with all their queries in one product.  In
     cross-attention, ``kv_features`` is the width of what keys and values are computed from.
+    Methods may set ``adapter``.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Attention(nnx.Module):
         self.key = linear(source, kv_width, ("embed", "joined_kv"), config.qkv_bias)
         self.value = linear(source, kv_width, ("embed", "joined_kv"), config.qkv_bias)
         self.out = linear(width, embed, ("joined_kv", "embed"), config.out_bias)
+        self.adapter: AttentionAdapter | None = nnx.data(None)
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
             for name, joined in (("query_norm", width), ("key_norm", kv_width)):
@@ -95,7 +109,6 @@ class Attention(nnx.Module):
         """
         query_BTHK = self._queries_or_keys(self.query(x_BTD), "query_norm", rotation)
         query_BTHK = query_BTHK.astype(jnp.float32) * self.query_scale
-        width = self.num_heads * self.head_dim
         if whole is not None:
             mixed_BTHK = attend_at_once(
                 query_BTHK.astype(self.dtype),
@@ -105,7 +118,21 @@ class Attention(nnx.Module):
                 dropout_rate=self.dropout_rate,
                 key=key,
             )
-            return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], width))
+        else:
+            mixed_BTHK = self.mix(query_BTHK, segments, biases, key=key)
+        if self.adapter is None:
+            return self.project(mixed_BTHK)
+        return self.adapter(query_BTHK, mixed_BTHK, self)
+
+    def mix(
+        self,
+        query_BTHK: Array,
+        segments: Sequence[KeyValues],
+        biases: Sequence[Array | None],
+        *,
+        key: Array | None = None,
+    ) -> Array:
+        """Returns the values that scaled queries mix, ``[B, T, H, K]``, by one softmax."""
         groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
         query_BTGRK = query_BTHK.reshape(*query_BTHK.shape[:2], *groups, self.head_dim)
         # Heads first: products with keys of all rows and with those of each row have this layout.
@@ -123,7 +150,12 @@ class Attention(nnx.Module):
             for part, segment, dropout_key in zip(weights, segments, keys, strict=True)
         ]
         mixed_BTGRK = reduce(jnp.add, mixed).transpose(1, 2, 0, 3, 4)
-        return self.out(mixed_BTGRK.reshape(*mixed_BTGRK.shape[:2], width))
+        return mixed_BTGRK.reshape(query_BTHK.shape)
+
+    def project(self, mixed_BTHK: Array) -> Array:
+        """Applies the output map to mixed values."""
+        width = self.num_heads * self.head_dim
+        return self.out(mixed_BTHK.reshape(*mixed_BTHK.shape[:2], width))
 
     def keys_values(self, x_BTD: Array, rotation: Rotation | None) -> KeyValues:
         """Computes the keys, normed and rotated, and the values of the positions of ``x_BTD``."""

@@ -15,7 +15,14 @@ from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.predictor import Predictions
-from prompt_tuning_jax.methods import CPT, METHODS, DescribedPrompts, PromptDesign, method_name
+from prompt_tuning_jax.methods import (
+    CPT,
+    METHODS,
+    AdaptionPrompt,
+    DescribedPrompts,
+    PromptDesign,
+    method_name,
+)
 from prompt_tuning_jax.studies.ablations import ensembles as ensemble_study
 from prompt_tuning_jax.studies.ablations import run as runs
 from prompt_tuning_jax.studies.ablations.axes import AXES, Value, get_axis, values_of
@@ -145,7 +152,8 @@ def test_methods_are_compared_after_a_search(tmp_path: Path) -> None:
 
 
 def test_every_registered_method_can_be_compared() -> None:
-    for_others = {CPT, DescribedPrompts}  # for pre-training, and for decoder-only models
+    # For decoder-only models, and for pre-training.
+    for_others = {CPT, AdaptionPrompt, DescribedPrompts}
     known = compared(length=3, init="uniform")
     assert {type(one.method) for one in known.values()} == {*METHODS.values()} - for_others
     base = experiment("w", {"data.inputs_length": 12})

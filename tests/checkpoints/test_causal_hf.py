@@ -23,6 +23,8 @@ from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, read_hf, write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference import api
+from prompt_tuning_jax.inference.conversion import convert
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, RopeScaling
 from prompt_tuning_jax.models.causal_lm.rope import inverse_frequencies, rotation
@@ -207,6 +209,27 @@ def test_a_head_beside_a_tied_table(copy: Edit, tmp_path: Path) -> None:
     )
     held = load_file(tmp_path / "both" / "model.safetensors")
     np.testing.assert_array_equal(held["lm_head.weight"], table + 1)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_tied", "gemma2", "gpt2", "bloom", "opt"])
+def test_a_head_of_its_own_in_a_family_that_is_mostly_tied(
+    families: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    described = json.loads((families / name / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "tie_word_embeddings": False}))
+    tensors = load_file(families / name / "model.safetensors")
+    ends = ("wte.weight", "word_embeddings.weight", "embed_tokens.weight")
+    (table,) = (key for key in tensors if key.endswith(ends))
+    tensors["lm_head.weight"] = -tensors[table]
+    save_file(tensors, folder / "model.safetensors")
+    rows = [[3, 4, 5, 6]]
+    tied, apart = (api.logits(load_model(str(each)), rows) for each in (families / name, folder))
+    np.testing.assert_allclose(apart, -tied, atol=1e-4)
+    convert(folder, tmp_path / "again", to="hf")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    np.testing.assert_array_equal(again["lm_head.weight"], tensors["lm_head.weight"])
 
 
 def test_absent_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ class NameTable:
       fused: their modules that hold several of ours, in this order.
       fused_by_head: whether a fused tensor has the parts of the first head, then of the second
         (BLOOM, GPT-NeoX), and not one part after the other (GPT-2).
-      kernels_as_here: whether kernels are ``[in, out]`` (GPT-2); torch's are ``[out, in]``.
+      kernels_as_here: whether kernels of layers are ``[in, out]`` (GPT-2); torch's, and that of
+        any output head, are ``[out, in]``.
       unused: the names of buffers that old files hold and no model uses, without a prefix.
     """
 
@@ -97,7 +98,7 @@ class NameTable:
         self, name: str, tensor: LazyArray, shapes: Mapping[str, tuple[int, ...]], head_dim: int
     ) -> LazyArray:
         """Our parameter from their tensor, of which only its part is read."""
-        transposed = name.endswith("/kernel") and not self.kernels_as_here
+        transposed = self.is_transposed(name)
         array = tensor.transposed() if transposed else tensor
         parts = self.parts(name)
         if len(parts) > 1:
@@ -120,9 +121,14 @@ class NameTable:
                 orders = self.order([part.shape[axis] for part in parts], head_dim)
                 array = concatenated(parts, axis=axis)
                 array = array.taken(np.argsort(np.concatenate(orders)), axis=axis)
-            transposed = name.endswith("/kernel") and not self.kernels_as_here
+            transposed = self.is_transposed(name)
             tensors[theirs] = array.transposed() if transposed else array
         return tensors
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether their tensor of this parameter of ours is transposed."""
+        module, _, leaf = name.rpartition("/")
+        return leaf == "kernel" and not (self.kernels_as_here and _LAYER.fullmatch(module))
 
     def parts(self, name: str) -> tuple[str, ...]:
         """All our parameters in the tensor of this one."""

@@ -215,7 +215,7 @@ def their_tensors(config: ModelConfig) -> dict[str, TheirTensor]:
         if len(parts) > 1:
             orders = table.order([shapes[part][-1] for part in parts], config.head_dim)
             parts = dict(zip(parts, orders, strict=True))
-        transposed = path.endswith(KERNEL) and not table.kernels_as_here
+        transposed = table.is_transposed(path)
         theirs[table.tensor(path)] = TheirTensor(parts=parts, transposed=transposed)
     uses = _embedding_names(config)
     if config.tie_embeddings:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
@@ -252,3 +252,39 @@ def test_an_adapter_of_another_kind_of_model_is_refused(families: Path, hf: Path
         attach(model, families / "peft/gemma2/lora_qv")
     with pytest.raises(UserError, match="num_layers is 4, but the number of this model's layers"):
         attach(model_of(families / "qwen3"), families / "peft/gemma2/prefix")
+
+
+def test_the_head_of_gpt_neox_has_the_name_of_both_versions(families: Path, tmp_path: Path) -> None:
+    model = model_of(families / "gpt_neox")
+    method = LoRA(rank=2, targets=(".*/query", "decoder/logits_dense"))
+    attached, arrays = drawn(model, method)
+    folder = tmp_path / "a"
+    write_peft_weights(
+        folder, method, arrays, config=model.config, base_model_name_or_path="gpt_neox"
+    )
+    assert "lm_head" in json.loads((folder / CONFIG).read_text())["target_modules"]
+    tensors = load_file(folder / WEIGHTS)
+    assert any(name.startswith("base_model.model.lm_head.") for name in tensors)
+    for older in (False, True):
+        if older:
+            held = {name.replace("lm_head", "embed_out"): each for name, each in tensors.items()}
+            save_file(held, folder / WEIGHTS)
+        want, got = (api.logits(one, [[3, 4, 5]]) for one in (attached, attach(model, folder)))
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_peft_computes_the_adapted_head_of_gpt_neox(
+    libraries: Any, families: Path, tmp_path: Path
+) -> None:
+    torch, transformers, peft = libraries
+    model = model_of(families / "gpt_neox")
+    method = LoRA(rank=2, targets=(".*/query", "decoder/logits_dense"))
+    attached, arrays = drawn(model, method)
+    write_peft_weights(
+        tmp_path / "a", method, arrays, config=model.config, base_model_name_or_path="gpt_neox"
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(families / "gpt_neox")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    with torch.no_grad():
+        want = theirs(input_ids=torch.tensor([[3, 4, 5]])).logits.numpy()
+    np.testing.assert_allclose(api.logits(attached, [[3, 4, 5]]), want, atol=3e-4)

@@ -19,6 +19,7 @@ from prompt_tuning_jax.typing import HostArray
 
 PREFIX = "base_model.model."  # begins the name of every array
 KERNEL = "/kernel"
+_HEAD = "lm_head"
 # Our uses of the embedding table in a decoder: for the tokens before, and as the output head.
 EMBED_TOKENS, TIED_HEAD = "decoder/embed_tokens", "decoder/tied_logits"
 
@@ -57,7 +58,7 @@ def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
         kernel = path + KERNEL
         if isinstance(config, CausalLMConfig):
             table = FAMILIES[config.model_type].names
-            name, parts = table.tensor(kernel), table.parts(kernel)
+            name, parts = _tensor(config, kernel), table.parts(kernel)
             paths = [part.removesuffix(KERNEL) for part in parts]
             orders = [np.arange(shapes[path][1])]
             if len(paths) > 1:
@@ -216,7 +217,7 @@ def their_tensors(config: ModelConfig) -> dict[str, TheirTensor]:
             orders = table.order([shapes[part][-1] for part in parts], config.head_dim)
             parts = dict(zip(parts, orders, strict=True))
         transposed = table.is_transposed(path)
-        theirs[table.tensor(path)] = TheirTensor(parts=parts, transposed=transposed)
+        theirs[_tensor(config, path)] = TheirTensor(parts=parts, transposed=transposed)
     uses = _embedding_names(config)
     if config.tie_embeddings:
         uses[_head(config)] = TIED_HEAD
@@ -228,7 +229,25 @@ def their_tensors(config: ModelConfig) -> dict[str, TheirTensor]:
 def _head(config: T5Config | CausalLMConfig) -> str:
     if isinstance(config, T5Config):
         return hf_name(LOGITS)
-    return FAMILIES[config.model_type].names.tensor(LOGITS)
+    return _tensor(config, LOGITS)
+
+
+def _tensor(config: CausalLMConfig, path: str) -> str:
+    """The name of a parameter in transformers' model, where every output head is ``lm_head``."""
+    return renamed_head(FAMILIES[config.model_type].names.tensor(path), config)
+
+
+def renamed_head(name: str, config: ModelConfig) -> str:
+    """The name in transformers 5 of a module, tensor or array; GPT-NeoX had ``embed_out`` before.
+
+    Files of the model still have the older name, and so have adapters of older versions.
+    """
+    if not isinstance(config, CausalLMConfig):
+        return name
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    first, dot, rest = name.removeprefix(prefix).partition(".")
+    is_head = first == FAMILIES[config.model_type].names.head
+    return f"{prefix}{_HEAD}{dot}{rest}" if is_head else name
 
 
 def adapter_path(name: str, part: str) -> str:

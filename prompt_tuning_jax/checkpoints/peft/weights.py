@@ -40,6 +40,7 @@ from prompt_tuning_jax.checkpoints.peft.modules import (
     matching_layers,
     paths_of,
     patterns_for,
+    renamed_head,
     stores_kernels_as_here,
     task_type,
     their_tensors,
@@ -123,6 +124,11 @@ def read_peft_weights(
     require_task(described, task_type(config), where)
     _require_options(described, kind, where)
     arrays, file = read_tensors(folder)
+    arrays = {renamed_head(name, config): array for name, array in arrays.items()}
+    modules = described.get("modules_to_save")
+    if isinstance(modules, list):
+        named = [renamed_head(m, config) if isinstance(m, str) else m for m in modules]
+        described = {**described, "modules_to_save": named}
     arrays, saved = read_saved(arrays, described, config, params or {}, where=where, file=file)
     arrays = _used(arrays, config)
     require_plausible(arrays, config, of=str(file))

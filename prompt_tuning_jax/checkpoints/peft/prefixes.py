@@ -42,7 +42,8 @@ def read_prefix(
             )
         if adapter.copies(config) == 1:
             raise UserError(
-                f"{adapter.where}: num_transformer_submodules is 1, which PEFT refuses for a T5"
+                f"{adapter.where}: num_transformer_submodules is 1, which is not supported for a "
+                "T5; PEFT's default is 2"
             )
         chosen = _pairs_of_layers(config, pairs)
     else:

@@ -113,6 +113,8 @@ def write_gguf(
     for key, value in metadata.items():
         if isinstance(value, str):
             writer.add_string(f"{architecture}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{architecture}.{key}", value)
         elif isinstance(value, int):
             writer.add_uint32(f"{architecture}.{key}", value)
         else:

@@ -192,10 +192,14 @@ def test_the_pattern_of_windows_that_a_file_names(shared: Path, tmp_path: Path) 
     folder = shared / "fixtures" / "families" / "gemma3_text"
     _, config, params = gguf_of(folder, tmp_path / "m.gguf")
     for number, (pattern, windows) in enumerate(
-        [(2, (5, 0, 5, 0, 5)), (0, (5,) * 5), (9.5, None), (6, (5,) * 5)]
+        [
+            *[(2, (5, 0, 5, 0, 5)), (0, (5,) * 5), (9.5, None), (6, (5,) * 5)],
+            ([True, False, False, True, True], (5, 0, 0, 5, 5)),
+        ]
     ):
         path = tmp_path / f"{number}.gguf"
         more = {"attention.sliding_window_pattern": pattern, "rope.freq_base_swa": 5e3}
+        more |= {"final_logit_softcapping": 3.0}
         metadata = gguf_metadata(config) | more
         tensors = gguf_tensors(config, params)
         write_gguf(path, "gemma3", metadata, tensors, vocab_size=config.vocab_size)
@@ -205,6 +209,7 @@ def test_the_pattern_of_windows_that_a_file_names(shared: Path, tmp_path: Path) 
             continue
         opened = open_gguf(path)[0]
         assert (opened.windows, opened.rope_local_theta) == (windows, 5e3)
+        assert opened.logits_softcap == 3
 
 
 def test_scaled_rotary_positions(tmp_path: Path) -> None:
@@ -220,6 +225,23 @@ def test_scaled_rotary_positions(tmp_path: Path) -> None:
     assert config.rope_scaling == RopeScaling(
         kind="yarn", factor=4.0, original_max_positions=4096, attention_factor=1 + 0.1 * math.log(4)
     )
+    for name, key in (("alone", "rope.scaling.factor"), ("old", "rope.scale_linear")):
+        config, _ = open_gguf(tiny(tmp_path / f"{name}.gguf", **{key: 4.0}))
+        assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0), name
+    del yarn["rope.scaling.original_context_length"]
+    betas = {"yarn_beta_fast": 8.0, "yarn_beta_slow": 0.5, "yarn_attn_factor": 1.5}
+    yarn |= {f"rope.scaling.{key}": value for key, value in betas.items()}
+    config, _ = open_gguf(tiny(tmp_path / "betas.gguf", **yarn))
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn",
+        factor=4.0,
+        original_max_positions=config.max_positions,
+        attention_factor=1.5,
+        beta_fast=8.0,
+        beta_slow=0.5,
+    )
+    with pytest.raises(UserError, match=r"rope.scaling.attn_factor is not supported"):
+        open_gguf(tiny(tmp_path / "attn.gguf", **yarn, **{"rope.scaling.attn_factor": 2.0}))
     with pytest.raises(UserError, match=r"scaling.type is 'longrope'; supported: none, linear"):
         open_gguf(tiny(tmp_path / "long.gguf", **{"rope.scaling.type": "longrope"}))
     # As llama.cpp's converter computes them from transformers' parameters (width 16, base 500,000).

@@ -99,7 +99,7 @@ class Metadata:
         """
         key = "attention.sliding_window_pattern"
         layers, value = self.size("block_count"), self._of(key, period)
-        if isinstance(value, list) and len(value) == layers:
+        if isinstance(value, list | np.ndarray) and len(value) == layers:
             local = [bool(each) for each in value]
         elif type(value) is int and 0 <= value < 2**31:
             local = [not value or (i + 1) % value > 0 for i in range(min(layers, 4096))]
@@ -112,7 +112,11 @@ class Metadata:
 
     def scaling(self) -> RopeScaling | None:
         """The scaling of rotary positions that the metadata name."""
-        kind = self._of("rope.scaling.type", "none")
+        # As in llama.cpp, a factor alone is linear; old files have it under another key.
+        key, old = "rope.scaling.factor", "rope.scale_linear"
+        if self.has(old) and not self.has(key):
+            key = old
+        kind = self._of("rope.scaling.type", "linear" if self.has(key) else "none")
         if kind in ("none", ""):
             return None
         if kind not in ("linear", "yarn"):
@@ -120,14 +124,23 @@ class Metadata:
                 f"{self.architecture}.rope.scaling.type is {repr(kind)[:80]}; supported: none, "
                 "linear, yarn"
             )
-        factor = self.number("rope.scaling.factor")
+        factor = self.number(key)
+        if self.number("rope.scaling.attn_factor", 1.0) != 1:
+            raise self.error(f"{self.architecture}.rope.scaling.attn_factor is not supported")
         if kind == "linear":
             return RopeScaling(kind="linear", factor=factor)
+        attention_factor = yarn_attention_factor(factor)
+        if self.has("rope.scaling.yarn_attn_factor"):
+            attention_factor = self.number("rope.scaling.yarn_attn_factor")
         return RopeScaling(
             kind="yarn",
             factor=factor,
-            original_max_positions=self.size("rope.scaling.original_context_length"),
-            attention_factor=yarn_attention_factor(factor),
+            original_max_positions=self.size(
+                "rope.scaling.original_context_length", self.size("context_length")
+            ),
+            attention_factor=attention_factor,
+            beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
         )
 
     def token_ids(self) -> TokenIds:
@@ -144,6 +157,10 @@ class Metadata:
     def error(self, message: str) -> UserError:
         """An error that names the file."""
         return UserError(f"{self.path}: {message}")
+
+    def has(self, key: str) -> bool:
+        """Whether the file has a field of the architecture."""
+        return self._of(key, None) is not None
 
     def _of(self, key: str, default: Any) -> Any:
         return self._values.get(f"{self.architecture}.{key}", default)
@@ -286,6 +303,9 @@ def _gemma3(metadata: Metadata) -> dict[str, Any]:
         "rope_theta": metadata.number("rope.freq_base", 1_000_000.0),
         "rope_local_theta": metadata.number("rope.freq_base_swa", 10_000.0),
         "qk_norm": "head",
+        "logits_softcap": metadata.number("final_logit_softcapping")
+        if metadata.has("final_logit_softcapping")
+        else 0.0,
     }
 
 

@@ -280,6 +280,15 @@ def test_windows_of_qwen_and_gemma(tmp_path: Path) -> None:
     assert config_of("gemma3_text", tmp_path, **gemma).windows == (9, 0, 9, 0)
 
 
+def test_a_mistral_with_types_of_layers_has_windows_in_some(tmp_path: Path) -> None:
+    """transformers 5 reads it as a Ministral."""
+    types = ["full_attention", "sliding_attention"]
+    sizes = {"num_hidden_layers": 2, "eos_token_id": 1}
+    config = config_of("mistral", tmp_path, sliding_window=4, layer_types=types, **sizes)
+    assert config.windows == (0, 4)
+    assert config_of("mistral", tmp_path, sliding_window=4, **sizes).windows == (4, 4)
+
+
 def test_scaled_rotary_positions_in_both_versions(tmp_path: Path) -> None:
     llama3 = {
         "factor": 8.0,

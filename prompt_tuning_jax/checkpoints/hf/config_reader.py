@@ -147,7 +147,7 @@ class ConfigReader(ConfigFields):
             window = None
         if window is not None and (type(window) is not int or not 0 < window < 2**31):
             raise self._error(f"sliding_window is {_shown(window)}; it must be a positive integer")
-        types = None if which == "all" else self.raw.get("layer_types")
+        types = self.raw.get("layer_types")
         if types is None:
             types = [_LOCAL if self._is_local(which, i) else _GLOBAL for i in range(number)]
         if not isinstance(types, list) or len(types) != number:

@@ -219,10 +219,10 @@ def _open(
 
 def hf_model_type(opened: ModelCheckpoint) -> str:
     """Returns the ``model_type``; T5X checkpoints with mT5's number of embeddings are ``mt5``."""
+    if isinstance(opened.source, Path) and opened.gguf is None:
+        return model_type_of(opened.source)
     if isinstance(opened.config, CausalLMConfig | T5GemmaConfig):
         return opened.config.model_type
-    if isinstance(opened.source, Path):
-        return model_type_of(opened.source)
     return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
 
 

@@ -60,7 +60,6 @@ from prompt_tuning_jax.inference.setup import (
 from prompt_tuning_jax.inference.t5x_methods import holds_method, t5x_method
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig, merging, method_name
 from prompt_tuning_jax.models.base import Model
-from prompt_tuning_jax.models.config import ModelConfig
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> Converted:
@@ -186,7 +185,7 @@ def convert_tuned(
                 stem = file.name if file.is_dir() else file.stem
                 place = aside / (stem if to == "peft" else f"{stem}.{to}")
             if to == "peft":
-                _write_adapter(place, stored, method, opened.config, name=name, of=str(file))
+                _write_adapter(place, stored, method, opened, name=name, of=str(file))
                 continue
             known = dataclasses.replace(
                 stored.metadata,
@@ -253,7 +252,7 @@ def _write_adapter(
     place: Path,
     stored: TunedCheckpoint,
     method: MethodConfig,
-    config: ModelConfig,
+    base: ModelCheckpoint,
     *,
     name: str,
     of: str,
@@ -268,18 +267,19 @@ def _write_adapter(
                 place,
                 method,
                 stored.trainable,
-                config=config,
+                config=base.config,
                 base_model_name_or_path=name_for_peft(name),
+                base_model_type=hf_model_type(base),
             )
         else:
             prompts.write_peft_prompts(
                 place,
                 method,
                 stored.trainable,
-                config=config,
+                config=base.config,
                 base_model_name_or_path=name_for_peft(name),
             )
-        again = peft_adapter(place, config)
+        again = peft_adapter(place, base.config)
     except UserError as error:
         raise UserError(f"{of}: {str(error).replace(str(place), 'its adapter')}") from None
     assert again is not None

@@ -249,6 +249,7 @@ def test_absent_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
     assert gemma3.windows[:7] == (4096,) * 5 + (0, 4096) and gemma3.vocab_size == 262_208
     assert (gemma3.rope_theta, gemma3.rope_local_theta) == (1e6, 1e4)
     assert (gemma3.attention_softcap, gemma3.logits_softcap) == (0.0, 0.0)
+    assert config_of("gemma3_text", tmp_path, attn_logit_softcapping=9.0) == gemma3
     neox = config_of("gpt_neox", tmp_path)
     assert (neox.rotary_dim, neox.mlp_activations) == (24, ("gelu_exact",))
     assert config_of("phi", tmp_path).rotary_dim == 32
@@ -278,6 +279,21 @@ def test_windows_of_qwen_and_gemma(tmp_path: Path) -> None:
     assert config_of("qwen2", tmp_path, **qwen, **last, layer_types=types).windows == (9, 0, 9, 0)
     gemma = {"num_hidden_layers": 4, "sliding_window": 9, "sliding_window_pattern": 2}
     assert config_of("gemma3_text", tmp_path, **gemma).windows == (9, 0, 9, 0)
+    for kind in ("gemma2", "gemma3_text"):
+        layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+        config = config_of(kind, tmp_path, **layers)
+        written = described_config(config)
+        assert config.windows == () and type(written["sliding_window"]) is int
+        assert config_of(kind, tmp_path, **without_dtype(written)) == config
+
+
+def test_heads_of_a_llama_are_rotated_as_a_whole(tmp_path: Path) -> None:
+    """Transformers' Llama does not read this key, and its Phi does."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert config_of("llama", tmp_path, rope_parameters=rope).rotary_dim == 0
+    assert config_of("phi", tmp_path, rope_parameters=rope | {"partial_rotary_factor": 1}) != (
+        config_of("phi", tmp_path, rope_parameters=rope)
+    )
 
 
 def test_a_mistral_with_types_of_layers_has_windows_in_some(tmp_path: Path) -> None:

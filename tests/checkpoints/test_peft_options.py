@@ -1,6 +1,7 @@
 """PEFT's options of LoRA: its recorded logits, there and back again, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.inference.loading import attach
-from prompt_tuning_jax.methods import Context, LoRA, attach_method
+from prompt_tuning_jax.methods import IA3, Context, LoRA, attach_method
 from tests.micro import make_t5, normal
 from tests.peft_options import CASES, LOGITS, RECORDED, ROWS, SOURCE, TARGET, Case
 from tests.tiny_lm import make_lm
@@ -221,3 +222,65 @@ def test_what_peft_cannot_hold_is_not_written(
             tmp_path / "a", method, arrays, config=model.config, base_model_name_or_path="m"
         )
     assert said in str(caught.value) and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("method", [LoRA(targets=(".*/query",), alphas=(".*_1/.*=3",)), IA3()])
+def test_adapters_beside_an_image_tower_have_the_names_of_their_base_model(
+    tmp_path: Path, method: LoRA | IA3
+) -> None:
+    """A Gemma 3 that reads images holds its language model as one of its parts."""
+    model = make_lm("gemma", model_type="gemma3_text")
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context())
+    arrays = {
+        name: np.asarray(array) + normal(*array.shape, seed=number)
+        for number, (name, array) in enumerate(param_tree.split(attached)[1].items())
+        if method.trains(name)
+    }
+    for kind, inside in (("gemma3_text", "model."), ("gemma3", "model.language_model.")):
+        folder = tmp_path / kind
+        write_peft_weights(
+            *(folder, method, arrays),
+            config=model.config,
+            base_model_name_or_path="m",
+            base_model_type=kind,
+        )
+        held = load_file(folder / WEIGHTS)
+        assert all(name.startswith(f"{PREFIX}{inside}layers.") for name in held)
+        excluded = json.loads((folder / CONFIG).read_text())["exclude_modules"]
+        assert (excluded is None) == (kind == "gemma3_text")
+        if excluded:
+            assert re.fullmatch(excluded, "model.vision_tower.encoder.layers.0.q_proj")
+            assert not re.fullmatch(excluded, f"{inside}layers.0.self_attn.q_proj")
+            # PEFT adapts an image tower, too, whose layers have the same names.
+            tower = f"{PREFIX}model.vision_tower.encoder.layers.0.q_proj.lora_A.weight"
+            save_file({**held, tower: np.ones((2, 3), np.float32)}, folder / WEIGHTS)
+        read = read_peft_weights(folder, model.config)
+        assert read.trainable.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert np.array_equal(read.trainable[name], array)
+        if isinstance(method, LoRA):
+            assert isinstance(read.method, LoRA)
+            for layer in (f"decoder/layers_{n}/self_attention/query" for n in (0, 1)):
+                assert read.method.scale_of(layer) == method.scale_of(layer)
+
+
+@pytest.mark.parametrize("declared", ["embed_tokens", "lm_head"])
+def test_tables_that_peft_keeps_tied_are_trained_together(tmp_path: Path, declared: str) -> None:
+    """With ``ensure_weight_tying`` PEFT names one use of the table, and saves all of them."""
+    model = make_lm("llama", model_type="llama", tie_embeddings=True)
+    method = LoRA(targets=(".*/query",), copies=(".*/(embed_tokens|tied_logits)",))
+    attached = attach_method(model, method, key=jax.random.key(0), context=Context())
+    arrays = {n: a for n, a in param_tree.split(attached)[1].items() if method.trains(n)}
+    table = normal(*model.embedding_table().shape)
+    arrays |= {name: table for name in arrays if name.endswith("table_VD")}
+    write_peft_weights(
+        tmp_path / "a", method, arrays, config=model.config, base_model_name_or_path="m"
+    )
+    described = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert described["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    described |= {"modules_to_save": [declared], "ensure_weight_tying": True}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(described))
+    read = read_peft_weights(tmp_path / "a", model.config, param_tree.split(model)[1])
+    assert read.trainable.keys() == arrays.keys()
+    for name in arrays:
+        assert np.array_equal(read.trainable[name], arrays[name])

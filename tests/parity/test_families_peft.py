@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, WEIGHTS
 from prompt_tuning_jax.checkpoints.peft.weights import read_peft_weights, write_peft_weights
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
+from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.inference.conversion import convert
@@ -288,3 +291,43 @@ def test_peft_computes_the_adapted_head_of_gpt_neox(
     with torch.no_grad():
         want = theirs(input_ids=torch.tensor([[3, 4, 5]])).logits.numpy()
     np.testing.assert_allclose(api.logits(attached, [[3, 4, 5]]), want, atol=3e-4)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), IA3()])
+def test_peft_computes_adapters_of_a_gemma_3_that_reads_images(
+    libraries: Any, tmp_path: Path, method: LoRA | IA3
+) -> None:
+    torch, transformers, peft = libraries
+    text = {
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **{"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    }
+    images = {
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    }
+    ids = {"image_token_index": 63, "boi_token_index": 61, "eoi_token_index": 62}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=images, mm_tokens_per_image=4, **ids
+    )
+    base, folder = tmp_path / "model", tmp_path / "adapter"
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    run = tmp_path / "run.safetensors"
+    model = model_of(base)
+    attached, arrays = drawn(model, method)
+    stored = TunedCheckpoint(
+        trainable=arrays,
+        method=method_to_json(method),
+        metadata=PromptMetadata(model_name=str(base)),
+    )
+    save_tuned(run, stored)
+    convert(run, folder, to="peft", model=str(base))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    with torch.no_grad():
+        want = theirs(input_ids=torch.tensor([[3, 4, 5]])).logits.numpy()
+    for one in (attached, attach(model, folder)):
+        np.testing.assert_allclose(api.logits(one, [[3, 4, 5]]), want, atol=3e-4)

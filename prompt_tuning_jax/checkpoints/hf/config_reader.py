@@ -109,12 +109,11 @@ class ConfigReader(ConfigFields):
         # transformers 5 has all in rope_parameters; rope_scaling of version 4 takes precedence.
         entry = self._object("rope_scaling") or self._object("rope_parameters")
         theta = self._theta(entry, self.raw.get(theta_key, 10_000.0), theta_key)
-        share = entry.get("partial_rotary_factor", self.raw.get(rotary_key, rotary))
+        share: Any = 1.0
+        if rotary_key:  # other models rotate all of a head, whatever their files say
+            share = entry.get("partial_rotary_factor", self.raw.get(rotary_key, rotary))
         if not _is_number(share) or not 0 < share <= 1:
-            raise self._error(
-                f"{rotary_key or 'partial_rotary_factor'} is {_shown(share)}; it must be above 0 "
-                "and at most 1"
-            )
+            raise self._error(f"{rotary_key} is {_shown(share)}; it must be above 0 and at most 1")
         rotary_dim = int(self.values["head_dim"] * share)
         self.fixed(
             positions="rope",

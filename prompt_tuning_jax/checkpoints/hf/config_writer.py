@@ -95,7 +95,9 @@ class ConfigWriter(ConfigFields):
                 f"a model of type {self.config.model_type} has one window"
                 f"{' in all layers' if which == 'all' else ''}; this one has {list(windows)}"
             )
-        self.raw["sliding_window"] = sizes[0] if sizes else None
+        # Without a window, transformers' Gemma still computes with this number.
+        none = None if which in ("all", "last") else default
+        self.raw["sliding_window"] = sizes[0] if sizes else none
         if which == "all":
             return
         self.raw["layer_types"] = [

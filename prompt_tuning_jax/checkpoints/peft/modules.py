@@ -1,5 +1,6 @@
 """The layers and tensors of transformers' models, by whose names PEFT saves adapters."""
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,44 @@ def _head(config: T5Config | CausalLMConfig) -> str:
 def _tensor(config: CausalLMConfig, path: str) -> str:
     """The name of a parameter in transformers' model, where every output head is ``lm_head``."""
     return renamed_head(FAMILIES[config.model_type].names.tensor(path), config)
+
+
+def as_base_model(config: ModelConfig, model_type: str) -> ModelConfig:
+    """The configuration whose modules have the names of a base model of this type.
+
+    The language model of one that reads images has other names there than alone.
+    """
+    family = FAMILIES.get(model_type)
+    if family and isinstance(config, CausalLMConfig) and family.text_type == config.model_type:
+        return dataclasses.replace(config, model_type=model_type)
+    return config
+
+
+def of_language_model(
+    arrays: Mapping[str, HostArray], config: ModelConfig
+) -> tuple[dict[str, HostArray], ModelConfig]:
+    """The arrays of the language model alone, and the configuration with its names in the adapter.
+
+    In an adapter of a model that reads images, too, those of its other parts are left out: they
+    change nothing about texts.
+    """
+    for kind, family in FAMILIES.items():
+        inside = as_base_model(config, kind)
+        prefix = f"{PREFIX}{family.names.prefixes[0]}"
+        if inside is not config and any(name.startswith(prefix) for name in arrays):
+            own = {
+                name: array
+                for name, array in arrays.items()
+                if not family.names.is_unused(name.removeprefix(PREFIX))
+            }
+            return own, inside
+    return dict(arrays), config
+
+
+def other_modules(config: ModelConfig) -> str | None:
+    """A regular expression for modules beside the language model, which may have the same names."""
+    family = FAMILIES.get(config.model_type) if isinstance(config, CausalLMConfig) else None
+    return f".*{family.names.unused}" if family and family.text_type else None
 
 
 def renamed_head(name: str, config: ModelConfig) -> str:

@@ -55,6 +55,7 @@ def read_saved(
     does not fit, and for a declared one that is missing.
     """
     tensors, modules = their_tensors(config), _modules_to_save(described, where)
+    tied = _tied_to_saved(tensors, modules) if described.get("ensure_weight_tying") else ()
     bias = described.get("bias") or "none"
     if bias not in BIASES:
         raise UserError(f"{where}: bias is {shown(bias)}; it is one of {', '.join(BIASES)}")
@@ -72,7 +73,7 @@ def read_saved(
         _require_shape(array, tensor, config, theirs, file)
         is_copy = all(_is_copy(part, path, params) for path, part in tensor.ours(array).items())
         is_bias = bias != "none" and name.endswith(_BIAS) and (bias == "all" or _BASE in theirs)
-        if is_bias or any(module.endswith(modules) for module in _modules_of(name)):
+        if is_bias or name in tied or any(m.endswith(modules) for m in _modules_of(name)):
             declared[name] = array
             changed |= not (is_copy or tensor.unused)
         elif not is_copy:
@@ -179,6 +180,12 @@ def _modules_to_save(described: Mapping[str, Any], where: Path) -> tuple[str, ..
             f"{where}: modules_to_save is {shown(modules)}; it must be a list of names of modules"
         )
     return tuple(modules)
+
+
+def _tied_to_saved(tensors: Mapping[str, TheirTensor], modules: tuple[str, ...]) -> set[str]:
+    """The uses of the embedding table, all of which PEFT trains if it is told to keep them tied."""
+    uses = {name for name, tensor in tensors.items() if tensor.use}
+    return uses if any(m.endswith(modules) for name in uses for m in _modules_of(name)) else set()
 
 
 def _require_all(

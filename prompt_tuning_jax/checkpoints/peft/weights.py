@@ -36,8 +36,11 @@ from prompt_tuning_jax.checkpoints.peft.modules import (
     PREFIX,
     TheirLinear,
     adapter_path,
+    as_base_model,
     linear_layers,
     matching_layers,
+    of_language_model,
+    other_modules,
     paths_of,
     patterns_for,
     renamed_head,
@@ -124,6 +127,7 @@ def read_peft_weights(
     require_task(described, task_type(config), where)
     _require_options(described, kind, where)
     arrays, file = read_tensors(folder)
+    arrays, config = of_language_model(arrays, config)
     arrays = {renamed_head(name, config): array for name, array in arrays.items()}
     modules = described.get("modules_to_save")
     if isinstance(modules, list):
@@ -160,17 +164,20 @@ def write_peft_weights(
     *,
     config: ModelConfig,
     base_model_name_or_path: str,
+    base_model_type: str = "",
 ) -> None:
     """Write the trained arrays of one member as a folder that PEFT's ``from_pretrained`` loads.
 
-    ``trainable`` are by path in a ``TunedModel``.  The folder is written atomically; in an existing
-    one, other files stay.  Raises UserError for arrays that are not this method's, and for inputs
-    of a fused projection that are scaled differently.
+    ``trainable`` are by path in a ``TunedModel``.  ``base_model_type`` is the ``model_type`` of the
+    base model if that is not the configuration's: of a model that reads images, too.  The folder is
+    written atomically; in an existing one, other files stay.  Raises UserError for arrays that are
+    not this method's, and for inputs of a fused projection that are scaled differently.
     """
+    config = as_base_model(config, base_model_type)
     described: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name_or_path,
-        "exclude_modules": None,
+        "exclude_modules": other_modules(config),
         "fan_in_fan_out": stores_kernels_as_here(config),
         "inference_mode": True,
         "modules_to_save": None,

@@ -17,7 +17,8 @@ class Family:
       describe: what its ``config.json`` says.
       names: of its tensors.
       text_type: the ``model_type`` of the language model that ``text_config`` describes, in a model
-        that reads images, too; only this part is used, and written as that type.
+        that reads images, too; only this part is used, and written as that type.  The first of
+        ``names.prefixes`` is that of transformers 5.
     """
 
     architecture: str

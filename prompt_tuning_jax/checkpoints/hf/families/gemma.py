@@ -66,7 +66,8 @@ def _gemma2(c: ConfigFields) -> None:
 
 def _gemma3(c: ConfigFields) -> None:
     gemma3_stack(c)
-    c.number("attention_softcap", "attn_logit_softcapping", 0.0, or_none=True)
+    # The key attn_logit_softcapping is there, but transformers' model does not use it.
+    c.fixed(attention_softcap=0.0)
     c.only("use_bidirectional_attention", False, otherwise=_BIDIRECTIONAL)
     c.flag("tie_embeddings", "tie_word_embeddings", True)
     c.tokens(pad=0, bos=2, eos=1)
@@ -80,7 +81,7 @@ GEMMA3 = dataclasses.replace(
     text_type="gemma3_text",
     names=dataclasses.replace(
         _NAMES,
-        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
+        prefixes=("model.language_model.", "language_model.model.", "model.", ""),
         unused=r"(vision_tower|multi_modal_projector)\..*",
     ),
 )

@@ -130,6 +130,11 @@ def test_peft_to_ours_to_peft_is_bit_exact(adapter: Path, dtype: Any) -> None:
             'task_type is "TOKEN_CLS"; for a language model it is SEQ_2_SEQ_LM',
         ),
         ({"task_type": "CAUSAL_LM", "num_transformer_submodules": 2}, "model has one stack"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            'modules_to_save is ["lm_head"], which is not',
+        ),
+        ({"gated": True}, "gated is true, which is not supported; supported adapters: PROMPT_TUN"),
     ],
 )
 def test_configs_that_contradict(adapter: Path, fields: dict[str, Any], message: str) -> None:

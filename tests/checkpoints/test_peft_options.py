@@ -125,8 +125,13 @@ def without(end: str) -> Callable[[dict[str, Any]], Any]:
             {"modules_to_save": ["lm_head", "final_layer_norm", "score"]},
             'modules_to_save has "score", but adapter_model.safetensors has no weights',
         ),
-        ("t5", dict, {"lora_bias": True}, "lora_bias is true, which is not supported; options of"),
-        ("t5", dict, {"trainable_token_indices": [1]}, "options of LORA that are read: alpha_patt"),
+        ("t5", dict, {"lora_bias": True}, "lora_bias is true, which is not supported; supported"),
+        (
+            "t5",
+            dict,
+            {"trainable_token_indices": [1]},
+            "trainable_token_indices is [1], which",
+        ),
         ("t5", without("lora_embedding_A"), {}, "embed_tokens.lora_embedding_A: the copy is"),
         (
             "t5",

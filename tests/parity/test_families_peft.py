@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,20 @@ def test_an_adapter_of_another_kind_of_model_is_refused(families: Path, hf: Path
         attach(model, families / "peft/gemma2/lora_qv")
     with pytest.raises(UserError, match="num_layers is 4, but the number of this model's layers"):
         attach(model_of(families / "qwen3"), families / "peft/gemma2/prefix")
+
+
+@pytest.mark.parametrize("adapter", [*ADAPTERS, ADAPTION])
+def test_options_that_nobody_knows_are_refused(
+    families: Path, tmp_path: Path, adapter: str
+) -> None:
+    """A later version of PEFT may compute something else with them."""
+    folder = tmp_path / adapter
+    shutil.copytree(families / "peft/gpt2" / adapter, folder)
+    described = json.loads((folder / CONFIG).read_text())
+    for value, refused in ((None, False), (False, False), (0.5, True)):
+        (folder / CONFIG).write_text(json.dumps(described | {"new_trick": value}))
+        with pytest.raises(UserError, match=r"new_trick is 0\.5") if refused else nullcontext():
+            attach(model_of(families / "gpt2"), folder)
 
 
 def test_the_head_of_gpt_neox_has_the_name_of_both_versions(families: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The format is that of peft 0.21, tuners/prompt_tuning and utils/save_and_load.py
 """
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ OTHER_TYPES = (
 # The kinds of models, and how many stacks each has for which PEFT saves a copy of a prompt.
 _SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 _STACKS = {_SEQ_2_SEQ: 2, "CAUSAL_LM": 1}
+# Fields of any adapter's config that say nothing about what it computes.
+_OF_ORIGIN = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+)
+# Fields of prompts, in any of their types: sizes, and how the arrays began and were trained.
+_OF_PROMPTS = (
+    *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads"),
+    *("num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
+    *("tokenizer_kwargs", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"),
+    *("num_ranks", "num_tasks", "init_weights", "prefix_projection", "encoder_hidden_size"),
+    *("encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type"),
+    *("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type"),
+    *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
+    *("num_frozen_tokens", "target_modules", "adapter_len", "adapter_layers"),
+)
 # Fields of an adapter's config about the prompt's initialisation, and about its model.
 _OF_INIT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
 _OF_MODEL = ("num_attention_heads", "num_layers", "revision")
@@ -77,6 +93,7 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     kind = config.get("peft_type")
     if kind != _PEFT_TYPE:
         raise UserError(f"{where}: {_not_a_prompt(kind)}")
+    require_options(config, where)
     task = config.get("task_type")
     if task is not None and (not isinstance(task, str) or task not in _STACKS):
         listed = " or ".join(_STACKS)
@@ -183,6 +200,17 @@ def require_task(described: Mapping[str, Any], wanted: str, where: Path) -> None
     task = described.get("task_type")
     if task not in (None, wanted):
         raise UserError(f"{where}: task_type is {shown(task)}; for this model it is {wanted}")
+
+
+def require_options(
+    described: Mapping[str, Any], where: Path, *, known: Collection[str] = _OF_PROMPTS
+) -> None:
+    """Raises UserError for an option that is set and unknown: it may change what is computed."""
+    for name, value in described.items():
+        if name not in known and name not in _OF_ORIGIN and value and value != "none":
+            raise UserError(
+                f"{where}: {name} is {shown(value)}, which is not supported; {what_is_read()}"
+            )
 
 
 def _not_a_prompt(kind: Any) -> str:

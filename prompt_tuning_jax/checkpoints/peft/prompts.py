@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     KEY,
     WEIGHTS,
     read_config,
+    require_options,
     require_task,
     shown,
 )
@@ -90,6 +91,7 @@ def read_peft_prompts(folder: str | Path, config: ModelConfig) -> PeftPrompts:
             f"{adapter.where}: peft_type is {shown(kind)}; supported: {', '.join(TYPES)}"
         )
     require_task(adapter.described, task_type(config), adapter.where)
+    require_options(adapter.described, adapter.where)
     method, trainable = readers[kind](adapter, config)
     return PeftPrompts(
         method=method,

@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     WEIGHTS,
     read_config,
     read_tensors,
+    require_options,
     require_task,
     shown,
     what_is_read,
@@ -77,12 +78,11 @@ _OPTIONS = {
 }
 # Fields that may have any value: they do not change what the adapter computes, or the names and
 # shapes of its arrays tell the same.
-_IGNORED = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
-    *("revision", "task_type", "target_modules", "exclude_modules", "feedforward_modules"),
-    *("layers_pattern", "layers_to_transform", "megatron_core", "qalora_group_size"),
-    *("ensure_weight_tying", "eva_config", "runtime_config", "modules_to_save", "fan_in_fan_out"),
-}
+_IGNORED = (
+    *("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"),
+    *("layers_to_transform", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("eva_config", "runtime_config", "modules_to_save", "fan_in_fan_out"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def read_peft_weights(
     if kind not in TYPES:
         raise UserError(f"{where}: peft_type is {shown(kind)}; supported: {' and '.join(TYPES)}")
     require_task(described, task_type(config), where)
-    _require_options(described, kind, where)
+    require_options(described, where, known=(*_IGNORED, *_OPTIONS[kind]))
     arrays, file = read_tensors(folder)
     arrays, config = of_language_model(arrays, config)
     arrays = {renamed_head(name, config): array for name, array in arrays.items()}
@@ -249,17 +249,6 @@ def _used(arrays: Mapping[str, HostArray], config: ModelConfig) -> dict[str, Hos
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _require_options(described: Mapping[str, Any], kind: str, where: Path) -> None:
-    """Raises UserError for an option that changes what the adapter computes."""
-    known = {*_IGNORED, *_OPTIONS[kind]}
-    for field, value in described.items():
-        if field not in known and value and value != "none":
-            raise UserError(
-                f"{where}: {field} is {shown(value)}, which is not supported; options of {kind} "
-                f"that are read: {', '.join(_OPTIONS[kind])}; {what_is_read()}"
-            )
 
 
 def _by_layer(

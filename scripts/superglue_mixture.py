@@ -13,7 +13,5 @@ TASKS = {name: get_task(f"super_glue_{name}_v102") for name in NAMES}
 for left_out in NAMES:
     members = tuple(task for name, task in TASKS.items() if name != left_out)
     register(
-        Mixture(
-            name=f"super_glue_without_{left_out}", tasks=members, rates=(1.0,) * len(members)
-        )
+        Mixture(name=f"super_glue_without_{left_out}", tasks=members, rates=(1.0,) * len(members))
     )

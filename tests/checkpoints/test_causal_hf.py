@@ -189,6 +189,9 @@ def test_buffers_that_no_model_uses_may_have_any_type(copy: Edit) -> None:
     folder = copy("gpt_neox")
     edit_tensors(folder, **{"gpt_neox.layers.0.attention.bias": mask.astype(bool)})
     edit_tensors(folder, **{"gpt_neox.layers.1.attention.rotary_emb.inv_freq": np.ones(1)})
+    llama = copy("llama_mha")
+    edit_tensors(llama, **{"model.rotary_emb.inv_freq": np.ones(1)})
+    assert open_hf(llama)[0].vocab_size == 160
     assert open_hf(folder)[0].vocab_size == 160
 
 
@@ -324,6 +327,9 @@ def test_scaled_rotary_positions_in_both_versions(tmp_path: Path) -> None:
         kind="yarn", factor=4.0, original_max_positions=4096, attention_factor=1 + 0.1 * math.log(4)
     )
     assert config_of("qwen2", tmp_path, **without_dtype(described_config(yarn))) == yarn
+    longer = {"max_position_embeddings": 16_384, "eos_token_id": 7}
+    implied = config_of("qwen2", tmp_path, rope_scaling=named | {"factor": None}, **longer)
+    assert implied == config_of("qwen2", tmp_path, rope_scaling=named, **longer)
     linear = config_of("gemma3_text", tmp_path, rope_scaling={"type": "linear", "factor": 8})
     assert linear.rope_scaling == RopeScaling(kind="linear", factor=8.0)
     assert config_of("gemma3_text", tmp_path, **without_dtype(described_config(linear))) == linear

@@ -200,15 +200,18 @@ class ConfigReader(ConfigFields):
         if kind not in get_args(RopeKind):
             known = ", ".join(("default", *get_args(RopeKind)))
             raise self._error(f"rope_type is {_shown(kind)}; supported: {known}")
-        factor = self._positive(entry, "factor")
         if kind == "linear":
-            return RopeScaling(kind=kind, factor=factor)
+            return RopeScaling(kind=kind, factor=self._positive(entry, "factor"))
         longest = entry.get("original_max_position_embeddings", self.values["max_positions"])
         if type(longest) is not int or not 0 < longest < 2**31:
             raise self._error(
                 f"original_max_position_embeddings is {_shown(longest)}; it must be a positive "
                 "integer"
             )
+        # Without a factor, YaRN stretches the original length to the model's window.
+        stretched = "factor" in entry and kind == "yarn"
+        implied = self.values["max_positions"] / longest if stretched else None
+        factor = self._positive(entry, "factor", implied)
         scaling = RopeScaling(kind=kind, factor=factor, original_max_positions=longest)
         if kind == "llama3":
             return dataclasses.replace(

@@ -49,7 +49,7 @@ class NameTable:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused_by_head: bool = False
     kernels_as_here: bool = False
-    unused: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    unused: str = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
     def tensor(self, name: str) -> str:
         """Their name of a parameter; several of ours may be in one fused tensor."""

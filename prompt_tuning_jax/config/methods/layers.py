@@ -151,7 +151,7 @@ class CPT(MethodConfig):
     # proportional to their square root.
     epsilon: float = 0.1
     format_epsilon: float = 0.1  # the same for tokens of the template
-    # Factor on the loss of an answer in the context for each answer behind it.
+    # Factor on the loss of an answer in the context for each answer that follows it.
     decay: float = 0.95
 
     def prompt_positions(self) -> int:

@@ -147,7 +147,7 @@ class ResidualPrompt(MethodConfig):
     """A prompt of P vectors, to which a network of them is added during training.
 
     Residual prompt tuning (Razdaibiedina et al. 2023) uses a bottleneck MLP of width M = ``hidden``
-    with a layer norm behind it: ``P*D + (2*D + 1)*M + 3*D`` parameters if the positions share it,
+    followed by a layer norm: ``P*D + (2*D + 1)*M + 3*D`` parameters if the positions share it,
     ``P*D + P*((2*D + 1)*M + 3*D)`` if each has its own, and 2*D fewer per MLP without the norm.  A
     run saves the sum, a plain prompt of ``PromptTuning``.
     """

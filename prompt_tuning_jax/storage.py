@@ -1,6 +1,6 @@
 """Atomic writes: a reader sees either the old file or the new one.
 
-Also the folder of this package's caches.
+Also the order of files in a folder, and the folder of this package's caches.
 """
 
 import os
@@ -104,6 +104,14 @@ def flush_to_disk(path: Path) -> None:
 def _cannot_write(path: Path, error: OSError) -> UserError:
     where = f" ({error.filename})" if error.filename else ""
     return UserError(f"cannot write {path}: {error.strerror or error}{where}")
+
+
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts seed_2 before seed_10."""
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+        for part in re.split(r"(\d{1,18})", name)
+    ]
 
 
 def user_cache(name: str) -> Path:

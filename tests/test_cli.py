@@ -335,6 +335,7 @@ def test_errors_of_the_work_itself(commands: Commands, capsys: pytest.CaptureFix
         ("eval --prompt run --set data.task=t", "t", ["run"], None),
         ("eval --prompt run --eval_data F", "saved", ["run"], None),
         ("eval --prompt run --data F --split train", "saved", ["run"], "train"),
+        ("eval --prompt run --data F --set data.eval=G", "saved", ["run"], None),
         ("eval --gin_file=c.gin --prompt run", "word_valence", ["run"], None),
     ],
 )
@@ -418,6 +419,15 @@ def test_predict_finds_its_experiment(commands: Commands) -> None:
     ]:
         assert main(["predict", *options, "text"]) == 0
         assert commands.calls[-1][0] == expected
+
+
+def test_a_text_that_is_not_utf_8_is_refused(
+    commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python holds bytes of the command line that are not UTF-8 as lone surrogates."""
+    assert main(["predict", "--prompt", "run", "fine", "caf\udce9"]) == 2
+    assert "TEXT 2 is not UTF-8" in capsys.readouterr().err
+    assert not commands.calls
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

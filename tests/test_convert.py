@@ -357,7 +357,27 @@ def test_nothing_is_replaced_unasked(program: Program, tmp_path: Path) -> None:
     require_same(read_hf(model)[1], cases.params(dtype=cases.BF16))
     inner = hf_model(model / "inner")
     message = program.refused("convert", inner, model, "--to", "hf", "--overwrite")
-    assert "contains the source" in message
+    assert "more than a model" in message
+
+
+@pytest.mark.parametrize("kind", ["hf", "peft", "t5x"])
+@pytest.mark.parametrize("other", ["thesis.tex", "notes.json", "runs/log.txt"])
+def test_a_folder_with_other_files_is_not_replaced(
+    program: Program, tmp_path: Path, kind: str, other: str
+) -> None:
+    """A trainer's output folder holds more than the model."""
+    source, target = tmp_path / "source", tmp_path / "checkpoint_7"
+    if kind == "peft":
+        save_prompt(source.with_suffix(".npy"), prompt())
+        words = ("convert", source.with_suffix(".npy"), target, "--to", kind, "--model", "org/t5")
+    else:
+        words = ("convert", hf_model(source), target, "--to", kind)
+    program(*words)
+    program(*words, "--overwrite")
+    (target / other).parent.mkdir(exist_ok=True)
+    (target / other).write_text("mine")
+    assert "more than a model" in program.refused(*words, "--overwrite")
+    assert (target / other).read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -351,3 +351,21 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
         capsys, "metrics", *line, "--predictions", path, "--leaderboard", tmp_path / "b"
     )
     assert status == 2 and "no task of SuperGLUE" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("word_valence --all", "--all lists all tasks"),
+        ("--all --data_dir nowhere", "--data_dir lists the tasks whose data is there"),
+        ("word_valence --statistics --limit 3", "--statistics reads all examples"),
+        ("word_valence --dump d.jsonl --limit 3", "--dump reads all examples"),
+        ("word_valence --dump d.jsonl --statistics", "give either --dump or --statistics"),
+        ("word_valence --model tiny --vocabulary bytes", "both name a vocabulary"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(capsys, tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "tasks", *line.split(" "))
+    assert status == 2 and said in err and not out
+    assert not list(tmp_path.iterdir())

@@ -55,6 +55,9 @@ def lines(path: Path, *texts: str) -> str:
 ROW = json.dumps(GOOD[0])
 
 
+_OWN_TASK = {"data.train": "", "data.eval": "", "data.task": "word_valence"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -102,6 +105,11 @@ ROW = json.dumps(GOOD[0])
             },
             "data.labels is False, True, but the labels of word_valence are",
         ),
+        (
+            lambda d: {**_OWN_TASK, "data.inputs_template": "{inputs}!"},
+            "data.inputs_template applies to files, and neither data.train nor data.eval names one",
+        ),
+        (lambda d: {**_OWN_TASK, "data.targets_column": "y"}, "data.targets_column applies to"),
         (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
         (
             lambda d: {"evaluation.best_by": "acuracy"},

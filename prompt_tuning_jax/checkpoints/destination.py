@@ -1,6 +1,7 @@
 """Output files and folders that appear complete, and replace others only on request."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +11,22 @@ from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.location import (
     INDEX,
+    ITEM,
     METADATA,
 )
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import TOKENIZER_FILES
 from prompt_tuning_jax.errors import UserError
 
 PROMPT_SUFFIXES = (".npy", ".safetensors")
+_WEIGHTS = (SAFETENSORS, FLAX, TORCH)
+# Files of models and adapters, and the entries of T5X checkpoints beside them.
+_MODEL_FILES = re.compile(
+    r"(generation_|preprocessor_|adapter_)?config\.json|README\.md|LICENSE.*|\.gitattributes|"
+    r"((pytorch_|flax_|adapter_)?model)(-\d+-of-\d+)?\.(safetensors|bin|msgpack)(\.index\.json)?|"
+    + "|".join(map(re.escape, TOKENIZER_FILES))
+)
+_T5X = re.compile(rf"{INDEX}|{ITEM}|_[A-Z_]+|(target|state|dataset)\..*")
 
 
 def require_free(destination: Path, *, overwrite: bool, folder: bool) -> None:
@@ -105,10 +116,17 @@ def _entries(folder: Path) -> list[Path]:
 def _holds_a_checkpoint(folder: Path) -> bool:
     if folder.is_symlink():
         return False
-    weights = (SAFETENSORS, FLAX, TORCH)
-    # PEFT's trainer leaves a config.json of the model beside an adapter.
-    if (folder / CONFIG).is_file() and not is_peft(folder):
-        return any((folder / (w + end)).is_file() for w in weights for end in ("", INDEX_SUFFIX))
-    if is_peft(folder) or any((folder / name).is_file() for name in (INDEX, METADATA)):
-        return True
-    return all(p.suffix in PROMPT_SUFFIXES if p.is_file() else is_peft(p) for p in _entries(folder))
+    entries = _entries(folder)
+    if is_peft(folder):
+        return all(map(_is_of_a_model, entries))
+    if (folder / CONFIG).is_file():
+        held = any((folder / (w + end)).is_file() for w in _WEIGHTS for end in ("", INDEX_SUFFIX))
+        return held and all(map(_is_of_a_model, entries))
+    if any((folder / name).is_file() for name in (INDEX, METADATA)):
+        return all(_T5X.fullmatch(p.name) or _is_of_a_model(p) for p in entries)
+    return all(p.suffix in PROMPT_SUFFIXES if p.is_file() else is_peft(p) for p in entries)
+
+
+def _is_of_a_model(entry: Path) -> bool:
+    """Whether libraries write a file of this name beside a model or an adapter."""
+    return entry.is_file() and bool(_MODEL_FILES.fullmatch(entry.name))

@@ -119,6 +119,8 @@ class Ablate(ConfigOptions):
 
         config = load_config(str(self.adapt))
         if self.setting == "objective":
+            if self.values:
+                raise UserError("--adapt makes the models of objective; leave out --values")
             steps = [0, config.training.steps]
         else:
             steps = [int(text) for text in self.values if text.isdecimal()]

@@ -33,12 +33,12 @@ class Eval(DeviceOptions, DataOptions, ConfigOptions, PromptOptions):
 
     def run(self) -> None:
         require_folders(output=self.output, predictions=self.predictions)
-        if self.data and not self.eval_data and not self.split:
+        experiment = self.experiment()
+        if self.data and not experiment.data.eval and not self.split:
             raise UserError(
                 "--data is the training file, which defines the labels; name the examples to "
                 "evaluate on with --eval_data"
             )
-        experiment = self.experiment()
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.evaluation import evaluate, prediction_rows
         from prompt_tuning_jax.inference.results import (

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, option, positional
 from prompt_tuning_jax.cli.experiment import ConfigOptions
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.untrusted_input import json_text
 
 
@@ -29,6 +30,8 @@ class Plan(ConfigOptions):
     model: str | None = mirrors("model.name_or_path", "NAME")
 
     def run(self) -> None:
+        if self.mesh is not None and self.tries is not None:
+            raise UserError("--tries compares meshes, and --mesh names one; give one of them")
         experiment = self.experiment()
         from prompt_tuning_jax.planning.report import plan_as_dict, plan_lines, plan_run
 

@@ -80,6 +80,9 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
         if self.text and self.input:
             raise UserError("give either TEXT or --input, not both")
         if self.text:
+            for number, text in enumerate(self.text, 1):
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise UserError(f"TEXT {number} is not UTF-8; write it to a file in UTF-8")
             return [*self.text]
         if self.input is None and sys.stdin.isatty():
             raise UserError("no input; give TEXT, --input FILE, or lines on stdin")

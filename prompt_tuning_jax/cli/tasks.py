@@ -41,6 +41,15 @@ class Tasks(Command):
                 raise UserError(f"--{name} needs the NAME of a task")
             self._list()
             return
+        if self.all:
+            raise UserError(f"--all lists all tasks; leave out {self.task!r}, or --all")
+        if self.model is not None and self.vocabulary is not None:
+            raise UserError("--model and --vocabulary both name a vocabulary; give one")
+        for name in ("dump", "statistics"):
+            if getattr(self, name) and self.given("limit"):
+                raise UserError(f"--{name} reads all examples; leave out --limit")
+        if self.dump and self.statistics:
+            raise UserError("give either --dump or --statistics")
         from prompt_tuning_jax.cli.task_listing import dump, examples, statistics
 
         options = self.given("model", "vocabulary", "data_dir", "split")
@@ -60,6 +69,8 @@ class Tasks(Command):
     def _list(self) -> None:
         from prompt_tuning_jax.cli.task_listing import tasks
 
+        if self.all and self.data_dir is not None:
+            raise UserError("--data_dir lists the tasks whose data is there, and --all all tasks")
         options = self.given("data_dir") | ({"every": True} if self.all else {})
         rows = list(tasks(**options))
         width = max((len(name) for name, text in rows if text is not None), default=0)

@@ -254,6 +254,9 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
         parts = math.ceil(rest / (limit - weights))
         batch = training.batch_size // parts
         if batch:
+            parts = next(
+                n for n in range(parts, training.batch_size + 1) if training.batch_size % n == 0
+            )
             yield (
                 f"a smaller batch: about --set training.batch_size={batch}, or "
                 f"training.gradient_accumulation={parts}"

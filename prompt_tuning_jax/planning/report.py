@@ -15,19 +15,21 @@ def plan_run(
     *,
     topology: str = "",
     chips: int = 0,
-    kind: str = "v5e",
+    kind: str = "",
     own_mesh: bool = False,
     tries: int = 2,
     evaluate: bool = True,
 ) -> Plan:
     """Compiles the experiment's steps for a slice, and returns the plan.
 
-    The slice is ``topology``, or the one of ``kind`` with ``chips`` chips.  ``own_mesh`` uses the
-    experiment's mesh; otherwise the ``tries`` most promising meshes are compiled.
+    The slice is ``topology``, or the one of ``kind`` (v5e) with ``chips`` chips.  ``own_mesh`` uses
+    the experiment's mesh; otherwise the ``tries`` most promising meshes are compiled.
     """
     if bool(topology) == bool(chips):
         raise UserError("give either --topology KIND:SHAPE, or --chips N (and --kind)")
-    on: Topology = parse_topology(topology) if topology else topology_of(kind, chips)
+    if topology and kind:
+        raise UserError(f"--kind is for --chips; {topology} names its kind")
+    on: Topology = parse_topology(topology) if topology else topology_of(kind or "v5e", chips)
     mesh = experiment.mesh if own_mesh else None
     return plan(
         experiment, planned_config(experiment), on, mesh=mesh, tries=tries, evaluate=evaluate

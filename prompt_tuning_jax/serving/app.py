@@ -4,6 +4,7 @@ import asyncio
 import json
 import pathlib
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -27,6 +28,7 @@ from prompt_tuning_jax.serving.middleware import Middleware, bearer
 from prompt_tuning_jax.serving.schema import RefusedError
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.tasks import NAME, ServedTask
+from prompt_tuning_jax.storage import natural_order
 from prompt_tuning_jax.untrusted_input import read_json
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -206,7 +208,8 @@ def make_app(
     ) -> Response:
         """Lists the served tasks in the order of their names."""
         names = service.tasks.names()
-        start = names.index(after) + 1 if after in names else 0
+        # The task that ended the last page may be gone.
+        start = bisect_right(names, natural_order(after), key=natural_order) if after else 0
         page = names[start : start + limit]
         known = [task for name in page if (task := service.tasks.get(name)) is not None]
         more = start + limit < len(names)

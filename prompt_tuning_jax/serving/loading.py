@@ -54,8 +54,8 @@ from prompt_tuning_jax.serving.tasks import (
     ServedPrompt,
     ServedTask,
     check_name,
-    natural,
 )
+from prompt_tuning_jax.storage import natural_order
 from prompt_tuning_jax.typing import HostArray
 
 _log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
             found[path.stem] = path
         elif path.is_dir() and (not prompts_alone or is_peft(path)):
             found.setdefault(path.name, path)
-    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -215,7 +215,10 @@ class RequestParser:
             message = f"{len(texts)} targets for {len(request.inputs)} inputs; give one for each"
             raise RefusedError(422, message, field="options.targets")
         words = self._engine.vocabulary
-        found = [tuple(ids) for ids in words.encode_targets(texts)]
+        try:
+            found = [tuple(ids) for ids in words.encode_targets(texts)]
+        except UserError as error:
+            raise RefusedError(422, str(error), field="options.targets") from None
         longest = self._engine.shapes.longest_target
         for number, ids in enumerate(found):
             if len(ids) > longest:
@@ -253,7 +256,10 @@ class RequestParser:
         """The input's token ids, as in training, and whether they are cut."""
         words = self._engine.vocabulary
         wording = AS_IT_IS if request.options.raw else task.wording
-        ids = words.encode_input(text, chat=wording.chat)
+        try:
+            ids = words.encode_input(text, chat=wording.chat)
+        except UserError as error:
+            raise RefusedError(422, str(error), field=f"inputs[{number}]") from None
         prompts = task.prompts or (None,)
         if not ids and any(prompt is None or not prompt.positions for prompt in prompts):
             message = "the input is empty, and this model needs a token before its answer"

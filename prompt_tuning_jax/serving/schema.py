@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Mode = Literal["label", "generate", "score"]
 Text = Annotated[str, Field(max_length=100_000)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 # The columns of a task's template; null is an empty text.
-Columns = Annotated[dict[Text, Text | int | bool | None], Field(max_length=1000)]
+Columns = Annotated[dict[Text, Text | int | Number | bool | None], Field(max_length=1000)]
 
 
 class _Checked(BaseModel):

@@ -27,6 +27,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.methods.base import LabelTokens
 from prompt_tuning_jax.models.base import DecodeContext
+from prompt_tuning_jax.storage import natural_order
 from prompt_tuning_jax.typing import Array, DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -240,7 +241,7 @@ class PromptValidator:
 
         UserError if they were trained on different labels or with different wordings.
         """
-        prompts = sorted(prompts, key=lambda prompt: natural(prompt.name))
+        prompts = sorted(prompts, key=lambda prompt: natural_order(prompt.name))
         known = {prompt.name: prompt.metadata for prompt in prompts}
         try:
             wording = shared_wording(
@@ -300,7 +301,7 @@ class Tasks:
         return self._tasks.get(name)
 
     def names(self) -> list[str]:
-        return sorted(self._tasks, key=natural)
+        return sorted(self._tasks, key=natural_order)
 
     def everything(self) -> Mapping[str, ServedTask]:
         return self._tasks
@@ -323,11 +324,3 @@ def check_name(name: str, *, field: str) -> str:
             "99 letters, digits, dots, dashes and underscores"
         )
     return name
-
-
-def natural(name: str) -> list[Any]:
-    """Sorts seed_2 before seed_10."""
-    return [
-        (not part.isdigit(), int(part) if part.isdigit() else 0, part)
-        for part in re.split(r"(\d+)", name)
-    ]

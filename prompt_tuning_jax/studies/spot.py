@@ -25,7 +25,7 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.config.validation import validate
-from prompt_tuning_jax.data.tasks.metrics import best_of, direction_by_name
+from prompt_tuning_jax.data.tasks.metrics import Direction, best_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import shared_model
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
@@ -206,14 +206,14 @@ def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Sta
     return found
 
 
-def chosen(starts: Sequence[Start], metric: str) -> dict[Value, float]:
-    """Returns the score of each way to choose a start for one seed, by ``metric``.
+def chosen(starts: Sequence[Start], direction: Direction) -> dict[Value, float]:
+    """Returns the score of each way to choose a start for one seed.
 
-    ``starts`` has the target's own initialization first, then the sources.
+    ``direction`` is that of the scores.  ``starts`` has the target's own initialization first, then
+    the sources.
     """
     own, *sources = starts
     nearest = max(sources, key=lambda start: start.similarity or 0.0)
-    direction = direction_by_name(metric) or "max"
     best = sources[best_of([start.validation for start in sources], direction)]
     return {
         OWN: own.score,
@@ -270,8 +270,8 @@ def summary(
     )
     cells = []
     for value in values:
-        metric = points[value.name]["metric"]
-        ways = [chosen(starts, metric) for starts in found[value.name]]
+        direction = points[value.name]["direction"]
+        ways = [chosen(starts, direction) for starts in found[value.name]]
         for way in STARTS:
             scores = tuple(each[way] for each in ways)
             cells.append(Cell(value=value, line=way, seeds=seeds, scores=scores))

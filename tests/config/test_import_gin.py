@@ -505,6 +505,37 @@ utils.RestoreCheckpointConfig.path = '/models/checkpoint_1'
     assert found.model.name_or_path == "/models/checkpoint_1"
 
 
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("train.train", "train"),
+        ("eval.evaluate", "eval"),
+        ("infer.infer", "predict"),
+        ("precompile.precompile", "plan"),
+    ],
+)
+def test_a_launch_names_its_script_as_main_or_as_a_module_of_t5x(
+    folder: Path, script: str, command: str
+) -> None:
+    module = script.partition(".")[0]
+    for line in (f"import __main__ as {module}", f"from t5x import {module}"):
+        (folder / "launch.gin").write_text(
+            f"from __gin__ import dynamic_registration\n{line}\n{script}.model = 3\n"
+        )
+        assert translate(read_launch(["launch.gin"])).command == command
+
+
+def test_a_decay_from_the_first_step_without_warmup() -> None:
+    flags = (
+        "utils.create_learning_rate_scheduler.factors='constant * rsqrt_decay'",
+        "utils.create_learning_rate_scheduler.base_learning_rate=0.5",
+        "utils.create_learning_rate_scheduler.warmup_steps=0",
+    )
+    launch = read_launch(FILES, [*FLAGS, *flags])
+    found = translated_experiment(translate(launch, restored_step=0))
+    assert found.optimizer.learning_rate == 0.5
+
+
 def test_parts_of_a_launch_say_what_is_missing() -> None:
     for files in (("run.gin",), ("labels.gin",), ("network.gin",), ("model.gin",)):
         t = translate(read_launch(files))

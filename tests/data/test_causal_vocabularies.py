@@ -295,6 +295,8 @@ def metadata_cases() -> dict[str, tuple[Callable[[dict[str, Any]], None], str]]:
         "types": (put("token_type", [1, 1]), "tokens and 2 tokenizer.ggml.token_type"),
         "merge": (put("merges", ["a q"]), "the merge 'a q' is not of two pieces"),
         "end": (put("eos_token_id", 10**6), "eos_token_id is 1000000; the tokenizer has"),
+        "ends": (put("eos_token_id", [1, 2]), "eos_token_id is .* the tokenizer has"),
+        "kinds": (put("model", ["gpt2"]), "gpt2 and llama tokenizers are read"),
         "no end": (drop("eos_token_id"), "the tokenizer has no end-of-sequence token"),
         "flag": (put("add_bos_token", 7), "add_bos_token is 7; it must be true or false"),
     }

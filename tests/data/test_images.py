@@ -77,7 +77,9 @@ def test_idx_files_and_their_labels(tmp_path: Path, ending: str) -> None:
     np.testing.assert_array_equal(images.read(3), images_NHW[3][..., None])
     named = open_images(str(path), labels=("x", "y", "z"), training=True)
     assert named.targets == ("x", "z", "y", "z")
-    with pytest.raises(UserError, match=r"label 2, but data\.labels names 2 classes"):
+    with pytest.raises(
+        UserError, match=r"label 2, but there are 2 classes, from 0: those of data\.labels"
+    ):
         open_images(str(path), labels=("x", "y"), training=True)
 
 

@@ -247,6 +247,8 @@ def test_tables_without_a_header(tmp_path):
     path = write(tmp_path, "a.csv", text)
     assert rows_of(path, columns=("inputs", "targets")) == ROWS
     assert rows_of(path, header=False)[0] == {"0": "good, really", "1": "yes"}
+    numbers = write(tmp_path, "n.csv", "7,8\n0,1\n")
+    assert rows_of(numbers, header=False) == [{"0": "7", "1": "8"}, {"0": "0", "1": "1"}]
     with pytest.raises(UserError, match=r"remove data\.columns"):
         rows_of(write(tmp_path, "b.csv", CSV), columns=("inputs", "targets"))
     with pytest.raises(UserError, match=r"2 fields where data\.columns names 3"):

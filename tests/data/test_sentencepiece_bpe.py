@@ -68,6 +68,12 @@ def test_the_files_beside_it_add_tokens_and_say_what_starts_an_input(tmp_path: P
     words = load_vocabulary(tmp_path)
     assert words.input_start == ()
     assert words.encode("boats<|turn|>")[-1] == size + 1
+    # Caches of examples and moved prompts go by what a vocabulary is.
+    config["added_tokens_decoder"][str(size + 1)] = "<|other|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    other = load_vocabulary(tmp_path)
+    assert other != words and other.fingerprint != words.fingerprint
+    assert other.encode("boats<|turn|>") != words.encode("boats<|turn|>")
     config["added_tokens_decoder"] = {str(size + 3): "<|turn|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{size} pieces, and the added tokens have ids"):

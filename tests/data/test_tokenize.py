@@ -259,3 +259,12 @@ def test_a_selection_keeps_ids_and_texts_together(vocabulary, tmp_path):
     ]
     assert examples.at_most(0) is examples and examples.at_most(10) is examples
     assert dataclasses.replace(some, inputs_length=2).num_inputs_cut == 4
+
+
+def test_examples_may_hold_numbers_and_bytes_that_json_does_not(vocabulary, tmp_path):
+    """SeqIO's examples have NaN for a missing score, and bytes that are not UTF-8."""
+    odd = b"caf\xe9".decode(errors="surrogateescape")
+    task = make([{"inputs": "a", "targets": "b", "score": float("nan"), "name": odd}])
+    for _ in range(2):  # written, and read again
+        ((example,),) = [run(task, vocabulary, tmp_path).texts]
+        assert example["score"] != example["score"] and example["name"] == odd

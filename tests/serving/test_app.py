@@ -402,6 +402,11 @@ def test_the_list_in_pages_and_the_words(folder: Path) -> None:
         names = [task["name"] for task in first["tasks"] + rest["tasks"]]
         assert (names, first["total"]) == (["colour", "plain", "voted"], 3)
         assert "next" not in rest
+        # The task that ended a page may be gone when the next one is asked for.
+        later = (await client.get("/v1/tasks?after=collar")).json()
+        assert [task["name"] for task in later["tasks"]] == ["colour", "plain", "voted"]
+        later = (await client.get("/v1/tasks?after=dark")).json()
+        assert [task["name"] for task in later["tasks"]] == ["plain", "voted"]
         answer = (await client.get("/v1/tasks/plain/words")).json()
         (prompt,) = answer["prompts"]
         assert len(prompt["positions"]) == 7

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.data.tasks.wording import Wording
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, ByteVocabulary
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.request_parser import RequestParser
 from prompt_tuning_jax.serving.schema import Limits, PredictRequest, RefusedError
 from prompt_tuning_jax.serving.tasks import ServedPrompt, ServedTask, Tasks
@@ -61,6 +63,25 @@ def test_the_end_of_an_input_survives_truncation(words: HfTokenizer) -> None:
         kept = vocabulary.num_kept_at_end(chat=task == "chat")
         assert truncated and len(cut) == 30
         assert cut == [*whole[: 30 - kept], *whole[len(whole) - kept :]]
+
+
+def test_a_text_that_the_vocabulary_refuses_is_the_clients_error(words: HfTokenizer) -> None:
+    """Such as one with the token that stands for an image."""
+
+    class Refusing(HfTokenizer):
+        def encode_input(self, text: str, *, chat: bool = False) -> list[int]:
+            raise UserError("an input has <image>")
+
+    with pytest.raises(RefusedError, match="an input has <image>") as caught:
+        parse(Refusing(words.path), "plain", "<image>")
+    assert (caught.value.status, caught.value.field) == (422, "inputs[0]")
+
+
+def test_columns_may_hold_any_number_of_json() -> None:
+    request = {"task": "plain", "inputs": [{"a": 1.5, "b": 2, "c": True, "d": None}]}
+    assert PredictRequest.model_validate(request).inputs[0] == request["inputs"][0]
+    with pytest.raises(ValidationError):
+        PredictRequest.model_validate({"task": "plain", "inputs": [{"a": float("nan")}]})
 
 
 def test_an_empty_input_needs_a_prompt(words: HfTokenizer) -> None:

@@ -22,6 +22,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.task_store import BusyError, StorageError, TaskStore
+from prompt_tuning_jax.storage import natural_order
 from tests.serving.serving_app import ADMIN, make_service, running, validator
 from tests.serving.serving_micro import made_prompt, write_prompt
 from tests.tiny_run import LABELS, ROOT
@@ -358,3 +359,8 @@ def test_uploads_whose_metadata_a_reader_may_choke_on(
 
     asyncio.run(run())
     names_in(tmp_path)  # whatever was taken can be read again
+
+
+def test_names_are_in_natural_order() -> None:
+    names = ["10²", "a", "seed_10", "seed_2", "²", "3"]
+    assert sorted(names, key=natural_order) == ["3", "10²", "a", "seed_2", "seed_10", "²"]

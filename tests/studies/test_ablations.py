@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from prompt_tuning_jax.studies.ablations.axes import AXES, Value, get_axis, valu
 from prompt_tuning_jax.studies.ablations.ensembles import SCORES, ensembles
 from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.ablations.methods import compared
-from prompt_tuning_jax.studies.ablations.results import lines_of
+from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of
 from prompt_tuning_jax.studies.ablations.run import Settings, ablate
 from tests import tiny_run
 from tests.tiny_run import experiment, write_config
@@ -129,8 +130,41 @@ def test_an_ablation_is_written_and_never_computed_twice(
     sizes.clear()
     again = ablate(of, grid_of_inits, Settings(test=test, at_once=2), quiet=True)
     assert not sizes and again.results == done.results
-    with pytest.raises(UserError, match="other settings or data"):
+    # Costs may be asked for later; changed test examples are noticed.
+    of_one = grid("init", "uniform")
+    training = dataclasses.replace(of.training, workdir=str(tmp_path / "measured"))
+    one = dataclasses.replace(of, training=training)
+    own = tmp_path / "own.jsonl"
+    shutil.copy(tiny_run.train_file(), own)
+    test = dataclasses.replace(of.data, eval=str(own))
+    plain = ablate(one, of_one, Settings(test=test, at_once=2), quiet=True)
+    measured = ablate(one, of_one, Settings(test=test, at_once=2, measure=True), quiet=True)
+    assert plain.results is not None and measured.results is not None
+    for before, after in zip(plain.results.cells, measured.results.cells, strict=True):
+        assert after.cost and dataclasses.replace(after, cost=None) == before
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="other settings, data or weights"):
+        ablate(one, of_one, Settings(test=test, at_once=2), quiet=True)
+    with pytest.raises(UserError, match="other settings, data or weights"):
         ablate(of, grid_of_inits, Settings(at_once=2), quiet=True)
+
+
+def test_the_best_of_a_loss_is_the_lowest() -> None:
+    axis = AXES["length"]
+    cell = Cell(value=Value(name="1"), line=None, seeds=(0, 1, 2), scores=(0.3, 0.9, 0.5))
+    results = Results(
+        grid=Grid(axis=axis, values=(cell.value,)),
+        cells=(cell,),
+        metric="loss",
+        direction="min",
+        split="validation",
+        task="t",
+        model="m",
+        majority=None,
+        notes=(),
+        number=1,
+    )
+    assert lines_of(results)[2].split("|")[3].strip() == "0.3"
 
 
 def test_methods_are_compared_after_a_search(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_what_is_chosen() -> None:
         start("b", 55, 70, 0.7),
         start("c", 54, 99, 0.2),
     ]
-    assert list(chosen(one, "accuracy").values()) == [51, 70, pytest.approx(209 / 3), 40]
-    assert chosen(one, "loss")[BEST] == 99
+    assert list(chosen(one, "max").values()) == [51, 70, pytest.approx(209 / 3), 40]
+    assert chosen(one, "min")[BEST] == 99
     line = [
         start("own", 0, 10, None),
         *(start(n, 0, 10 + s, s / 10) for n, s in zip("abc", (1, 2, 4), strict=True)),

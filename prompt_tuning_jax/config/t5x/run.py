@@ -170,7 +170,7 @@ def _schedule(t: Translation, schedule: Reference | None, restored: int) -> None
         t.same_here(factors, "a constant learning rate")
         return
     if names <= {"constant", "linear_warmup", "rsqrt_decay"}:
-        rate /= sqrt(max(step, warmup_steps))
+        rate /= sqrt(max(step, warmup_steps, 1))
         if step:
             t.set(
                 *("optimizer.learning_rate", rate, base),

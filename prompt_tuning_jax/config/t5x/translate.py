@@ -25,11 +25,12 @@ from prompt_tuning_jax.config.t5x.run import (
 from prompt_tuning_jax.config.t5x.translation import LaunchCommand, Translation
 from prompt_tuning_jax.config.t5x.unread import classify_unread
 
-_SCRIPTS: tuple[tuple[str, LaunchCommand], ...] = (
-    ("train", "train"),
-    ("evaluate", "eval"),
-    ("infer", "predict"),
-    ("precompile", "plan"),
+# The function that a script of T5X runs, the script's module, and the command here.
+_SCRIPTS: tuple[tuple[str, str, LaunchCommand], ...] = (
+    ("train", "t5x.train", "train"),
+    ("evaluate", "t5x.eval", "eval"),
+    ("infer", "t5x.infer", "predict"),
+    ("precompile", "t5x.precompile", "plan"),
 )
 _REMAT = {"none": "none", "minimal": "dots", "full": "full"}
 
@@ -46,8 +47,8 @@ def translate(launch: Launch, *, restored_step: int | None = None) -> Translatio
     """
     t = Translation(launch=launch)
     run = None
-    for script, command in _SCRIPTS:
-        for module in ("__main__", f"t5x.{command}"):
+    for script, named, command in _SCRIPTS:
+        for module in ("__main__", named):
             if launch.binds(f"{module}.{script}"):
                 run, t.command = Reference((), f"{module}.{script}", True), command
     model = _given(t.get(run, "model")) or _given(launch.macro("MODEL"))

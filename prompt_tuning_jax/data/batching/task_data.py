@@ -374,6 +374,7 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
             data.class_weights,
             labels=one.task.labels,
             targets=[example["targets"] for example in one.texts],
+            prefix=data.targets_prefix,
         )
         for one in train_sets
     ]

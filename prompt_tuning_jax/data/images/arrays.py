@@ -88,7 +88,8 @@ def _numbered(
         raise UserError(f"{path}: labels are from {low} to {high}; they must be from 0")
     if labels and high >= len(labels):
         raise UserError(
-            f"{path}: there is a label {high}, but data.labels names {len(labels)} classes, from 0"
+            f"{path}: there is a label {high}, but there are {len(labels)} classes, from 0: those "
+            "of data.labels or of the training images"
         )
     names = tuple(labels) or tuple(map(str, range(high + 1)))
     return _image_set(images_NHWC, [names[int(n)] for n in numbers_N], names, path=path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from prompt_tuning_jax.data.images.arrays import is_idx, open_idx, open_npz
 from prompt_tuning_jax.data.images.files import MAX_FILE_BYTES, is_image_file, read_image
 from prompt_tuning_jax.data.images.image_set import ImageSet
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import natural_order
 
 _LOOKED_AT = 100  # entries of a folder, to tell what it holds
 
@@ -51,7 +51,7 @@ def images_in(folder: Path) -> list[str]:
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [str(Path(root, name)) for name in sorted(files, key=_natural)]
+        found += [str(Path(root, name)) for name in sorted(files, key=natural_order)]
     return [path for path in found if is_image_file(path) and not Path(path).name.startswith(".")]
 
 
@@ -92,13 +92,7 @@ def _open_folder(folder: Path) -> ImageSet:
 def _entries(folder: Path) -> Iterator[Path]:
     """The entries of a folder that are not hidden, in the order of their names."""
     try:
-        children = sorted(folder.iterdir(), key=lambda child: _natural(child.name))
+        children = sorted(folder.iterdir(), key=lambda child: natural_order(child.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
     return (child for child in children if not child.name.startswith("."))
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts 2.png before 10.png."""
-    parts = re.split(r"(\d{1,18})", name)
-    return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in parts]

@@ -115,17 +115,21 @@ def _shown(text: str) -> str:
 
 
 def example_weights(
-    entries: Sequence[str], *, labels: Sequence[str], targets: Sequence[str]
+    entries: Sequence[str], *, labels: Sequence[str], targets: Sequence[str], prefix: str = ""
 ) -> np.ndarray:
     """``[N]`` float32: the weight of each example.
 
     ``balanced`` gives an example of a label with n of N examples the weight N / (C * n), where C is
     the number of labels that occur: all labels have the same total weight, and the mean is 1.
-    Otherwise labels that are not listed have weight 1.
+    Otherwise labels that are not listed have weight 1.  Entries may leave out the ``prefix`` that
+    labels and targets have (``data.targets_prefix``).
 
     Raises UserError for an unknown label, and if every weight is 0.
     """
     given, counts = parse_class_weights(entries), Counter(targets)
+    given = {
+        label if label in labels else f"{prefix}{label}": weight for label, weight in given.items()
+    }
     if not labels:
         raise UserError(
             "data.class_weights are for labels, but the targets are text; remove them, or set "

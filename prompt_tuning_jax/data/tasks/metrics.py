@@ -162,6 +162,7 @@ def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> float:
     """Percent of predictions that equal their target after stripping white space."""
+    _require_texts("exact_match", targets, predictions)
     return accuracy([t.strip() for t in targets], [p.strip() for p in predictions])
 
 
@@ -183,6 +184,7 @@ def _f1_macro(labels: tuple[str, ...]) -> MetricFn:
     def f1_macro(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
         from sklearn.metrics import f1_score
 
+        _require_texts("f1_macro", targets, predictions)
         classes = {label: i for i, label in enumerate(labels or sorted(set(targets)))}
         # Invalid predictions are a separate class: misses, and no false positives.
         return 100 * float(
@@ -210,6 +212,7 @@ def _f1_binary(labels: tuple[str, ...]) -> MetricFn:
     def f1_binary(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
         from sklearn.metrics import f1_score
 
+        _require_texts("f1_binary", targets, predictions)
         truth = [t == positive for t in targets]
         guess = [
             p == positive if p in labels else not t for t, p in zip(truth, predictions, strict=True)

@@ -79,8 +79,12 @@ def _build_mixture(data: Data) -> Mixture:
                 f"{', '.join(task.labels)}; leave data.labels empty for these"
             )
         labels = data.labels or task.labels
-        metrics = tuple(get_metric(name, labels=labels) for name in data.metrics) or task.metrics
-        return dataclasses.replace(task, labels=labels, metrics=metrics)
+        if not data.metrics:
+            return dataclasses.replace(task, labels=labels)
+        metrics = tuple(get_metric(name, labels=labels) for name in data.metrics)
+        # These compare labels as text, where a task's own may compare their numbers.
+        postprocess = None if labels else task.postprocess
+        return dataclasses.replace(task, labels=labels, metrics=metrics, postprocess=postprocess)
 
     return dataclasses.replace(
         mixture,
@@ -126,10 +130,14 @@ def mixture_of(data: Data) -> tuple[TrainedTask, ...]:
     tasks = () if data.train or data.eval or data.objectives else tasks_known_as(data.task)
     if len(tasks) < 2:
         return ()
+    prefix = data.targets_prefix
+
+    def labels_in(task: Task) -> tuple[str, ...]:
+        bare = (label.removeprefix(prefix) for label in data.labels or task.labels)
+        return tuple(f"{prefix}{label}" for label in bare)
+
     return tuple(
-        TrainedTask(
-            name=task.name, labels=data.labels or task.labels, inputs_template=_template_of(task)
-        )
+        TrainedTask(name=task.name, labels=labels_in(task), inputs_template=_template_of(task))
         for task in tasks
     )
 

@@ -60,7 +60,7 @@ def read_table(
             continue
         if not names:
             names = [str(number) for number in range(len(fields))]
-        elif fields == names and not header:
+        elif columns and fields == names:
             raise UserError(
                 f"{where}: the line names the columns ({', '.join(names)}); remove data.columns"
             )

@@ -68,7 +68,7 @@ def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
         raise UserError(f"{path}: the file has no tokenizer ({_PREFIX}model)")
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         raise UserError(f"{path}: {_PREFIX}model is {kind!r}; gpt2 and llama tokenizers are read")
     tokens = _tokens(metadata, path)
     types = _numbers(metadata, "token_type", len(tokens), path, default=_NORMAL)
@@ -254,7 +254,9 @@ def _numbers(
 
 def _token_id(metadata: Metadata, key: str, number: int, path: Path) -> int | None:
     value = metadata.get(f"{_PREFIX}{key}")
-    if value is None or value in (-1, 2**32 - 1):  # how converters write that there is none
+    if value is None:
+        return None
+    if type(value) is int and value in (-1, 2**32 - 1):  # how converters write that there is none
         return None
     if type(value) is not int or not 0 <= value < number:
         raise UserError(f"{path}: {_PREFIX}{key} is {value!r}; the tokenizer has {number} tokens")

@@ -1,6 +1,8 @@
 """Reads ``tokenizer.model``: SentencePiece's BPE, in folders of Llama without a tokenizer.json."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,14 @@ def sentencepiece_spec(path: Path) -> TokenizerSpec:
     """
     spec = spec_of_metadata(_metadata(path), path)
     config = read_tokenizer_config(path.parent)
-    _add_tokens(spec.tokenizer, path)
+    added = _add_tokens(spec.tokenizer, path)
+    digest = spec.digest
+    if added:
+        digest = hashlib.sha256(f"{digest} {json.dumps(added)}".encode()).hexdigest()
     special = {**spec.special, **config.special}
     return dataclasses.replace(
         spec,
+        digest=digest,
         special=special,
         token_ids=None,
         add_bos="bos_token" in special if config.add_bos is None else config.add_bos,
@@ -96,8 +102,11 @@ def _read(path: Path) -> Any:
     return model
 
 
-def _add_tokens(tokenizer: Any, path: Path) -> None:
-    """Adds the tokens that the folder's files append to the SentencePiece model."""
+def _add_tokens(tokenizer: Any, path: Path) -> list[dict[str, Any]]:
+    """Adds the tokens that the folder's files append to the SentencePiece model, and returns them.
+
+    Each is its fields, in the order of the ids.
+    """
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     tokens = read_added_tokens(path.parent, without=()).by_id
     new = {token_id: token for token_id, token in sorted(tokens.items()) if token_id >= size}
@@ -111,3 +120,4 @@ def _add_tokens(tokenizer: Any, path: Path) -> None:
         tokenizer.add_special_tokens(
             [library.AddedToken(**vars(token), normalized=False) for token in new.values()]
         )
+    return [vars(token) for token in new.values()]

@@ -11,6 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.data.tasks.metrics import Direction
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid
@@ -67,6 +68,7 @@ class Results:
     majority: float | None
     notes: tuple[str, ...]
     number: int  # of cells when all are finished
+    direction: Direction = "max"  # of the metric
     over: str = ""  # what the scores of a cell are, if they are not of single seeds
     heading: str = ""  # of the Markdown file; empty: "Ablation of" the axis
     details: Mapping[str, Any] = field(default_factory=dict)  # further values of the JSON file
@@ -97,7 +99,7 @@ def lines_of(results: Results) -> list[str]:
         extra = _extra_columns(results.cells)
         rows[0] += list(extra)
         for cell in results.cells:
-            best = f"{max(cell.scores):.1f}"
+            best = f"{(min if results.direction == 'min' else max)(cell.scores):.1f}"
             row = [_shown(cell.value), _mean_and_std(cell), best]
             rows.append([*row, *(column(cell) for column in extra.values())])
     return [*markdown_rows(rows), "", *_notes(results)]

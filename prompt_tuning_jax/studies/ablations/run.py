@@ -180,18 +180,22 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
             "test": None if settings.test is None else to_dict(_tested(of, settings.test).data),
             "search": settings.search,
             "data": data_of(of),
+            "examples": data_of(tested_on(of, settings), training=False),
         }
     )
     file = folder / POINT
+    model = build_model(of)
     if file.is_file():
         point: dict[str, Any] = read_json_file(file)
-        if not isinstance(point, dict) or point.get("settings") != wanted:
+        own = isinstance(point, dict) and point.get("model") == model_fingerprint(model)
+        if not own or point.get("settings") != wanted:
             raise UserError(
-                f"{file} has the scores of other settings or data; use another --workdir, or "
-                f"remove {folder}"
+                f"{file} has the scores of other settings, data or weights; use another "
+                f"--workdir, or remove {folder}"
             )
-        _say(quiet, f"{folder}: done; its scores are kept in {POINT}")
-        return 0, point
+        if not settings.measure or not of.method.is_trainable or point.get("cost"):
+            _say(quiet, f"{folder}: done; its scores are kept in {POINT}")
+            return 0, point
     started = time.monotonic()
     if of.method.is_trainable:
         stopped_by, scored = _trained(group, settings, quiet=quiet)
@@ -199,7 +203,6 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
         stopped_by, scored = 0, _untrained(of, settings)
     if stopped_by:
         return stopped_by, {}
-    model = build_model(of)
     point = {
         "settings": wanted,
         "model": model_fingerprint(model),
@@ -247,6 +250,7 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
     ]
     found: dict[str, Any] = {
         "metric": metric,
+        "direction": direction,
         "split": of.data.eval_split,
         "members": members,
         "chosen": chosen,
@@ -290,6 +294,7 @@ def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
     scores = [each[metric] for each in result.per_prompt]
     return {
         "metric": metric,
+        "direction": direction,
         "split": result.scored,
         "members": [{"validation": None, "test": score} for score in scores],
         "all_seeds": len(scores) == number,
@@ -388,6 +393,7 @@ def _results(
         grid=grid,
         cells=tuple(cells),
         metric=first["metric"],
+        direction=first["direction"],
         split=first["split"],
         task=task_title(experiment.data),
         model=experiment.model.name_or_path,

@@ -1,18 +1,24 @@
 """Properties of the metrics and of what they compare."""
 
+import json
 import math
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.data.tasks.labels import example_weights
 from prompt_tuning_jax.data.tasks.metric_functions import (
     normalized,
     squad,
 )
 from prompt_tuning_jax.data.tasks.metrics import score
+from prompt_tuning_jax.data.tasks.selection import build_mixture, mixture_of
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
+from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,
@@ -216,3 +222,31 @@ def test_the_metrics_module_imports_no_library_until_used():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+@pytest.mark.parametrize("prefix", ["", "answer: "])
+@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "multirc", "rte", "wic"])
+def test_metrics_that_a_user_names_compare_labels(name, prefix):
+    named = ("accuracy", "exact_match", "f1_macro")
+    data = Data(task=f"super_glue_{name}_v102", metrics=named, targets_prefix=prefix)
+    (task,) = build_mixture(data).tasks
+    examples = [{"targets": label} for label in task.labels]
+    right = task.score(examples, list(task.labels))
+    assert right == {**dict.fromkeys(named, 100.0), "invalid": 0.0}
+    wrong = task.score(examples, [*task.labels[1:], task.labels[0]])
+    assert wrong == {**dict.fromkeys(named, 0.0), "invalid": 0.0}
+
+
+def test_labels_have_their_prefix_wherever_they_go():
+    data = Data(task="super_glue_v102_examples_proportional", targets_prefix="<extra_id_0> ")
+    known = {one.name: one.labels for one in mixture_of(data)}
+    assert known == {task.name: task.labels for task in build_mixture(data).tasks}
+    (task,) = build_mixture(replace(data, task="super_glue_rte_v102")).tasks
+    (line,) = submission(task, [{"idx": 3}], ["<extra_id_0> entailment"]).lines
+    assert json.loads(line) == {"idx": 3, "label": "entailment"}
+    targets = ["answer: yes", "answer: no", "answer: no"]
+    for entry in ("yes=2", "answer: yes=2"):
+        weights = example_weights(
+            [entry], labels=("answer: yes", "answer: no"), targets=targets, prefix="answer: "
+        )
+        assert weights.tolist() == [2, 1, 1]

@@ -19,16 +19,22 @@ _LAYER = re.compile(r"((?:.*/)?)layers_(\d+)/(.*)")
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
     """Splits a module into its static structure and its parameters by path."""
     graphdef, state = nnx.split(module)
-    return graphdef, {path_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, {path_name(path): _value(leaf) for path, leaf in nnx.to_flat_state(state)}
+
+
+def _value(leaf: Any) -> Array:
+    """A parameter's value; a key for dropout is an array by itself."""
+    value: Array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    return value
 
 
 def merge(graphdef: nnx.GraphDef[M], params: Mapping[str, Array]) -> M:
     """Rebuilds a module from its static structure and parameters; the inverse of ``split``.
 
-    Parameters may be stacked over layers (``stack_layers``).
+    Parameters may be stacked over layers (``stack_layers``), and may be shapes.
     """
-    each = dict(_unstacked(params))
-    flat: dict[Any, Any] = {path_tuple(name): nnx.Param(p) for name, p in each.items()}
+    # The structure says what each array is: a parameter with its logical axes, or a key.
+    flat: dict[Any, Any] = {path_tuple(name): p for name, p in _unstacked(params)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
@@ -63,11 +69,16 @@ def _unstacked(params: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
         before, found, after = name.partition("layers/")
         if found:
             for i in range(array.shape[0]):
-                # Dynamic, because jax compiles an index that is static once for each layer.
-                layer = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-                yield f"{before}layers_{i}/{after}", layer
+                yield f"{before}layers_{i}/{after}", _layer(array, i)
         else:
             yield name, array
+
+
+def _layer(array: Any, number: int) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    # Dynamic, because jax compiles an index that is static once for each layer.
+    return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
 
 
 def fill(module: nnx.Module, params: Mapping[str, Array]) -> None:

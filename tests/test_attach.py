@@ -126,6 +126,18 @@ def test_the_model_stays_bare(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
 
 
+def test_the_model_of_a_tuned_one_is_a_model(tmp_path: Path) -> None:
+    """Its parameters know their axes, so that something else can be attached to it."""
+    model = micro_model()
+    prompt = pt.attach(model, write_prompt(tmp_path / "p.safetensors"))
+    assert param_tree.logical_axes(prompt.model) == param_tree.logical_axes(model)
+    file = write_method(tmp_path / "lora.safetensors", LoRA(rank=2))
+    again = pt.attach(prompt.model, file)
+    np.testing.assert_array_equal(
+        pt.score(again, TEXTS, TEXTS), pt.score(pt.attach(model, file), TEXTS, TEXTS)
+    )
+
+
 def test_what_cannot_be_attached_is_said_in_one_line(tmp_path: Path) -> None:
     model, file = micro_model(), write_prompt(tmp_path / "mine.safetensors")
     attached = pt.attach(model, file)

@@ -142,6 +142,19 @@ def until(condition: object, seconds: float = 10.0) -> None:
     assert condition()  # type: ignore[operator]
 
 
+def test_an_error_is_reported_without_a_coordinator(capsys: pytest.CaptureFixture[str]) -> None:
+    (beat,), (left,) = heartbeats(1)
+    beat.start()
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("UNAVAILABLE")
+
+    for name in ("key_value_set", "key_value_dir_get", "blocking_key_value_get"):
+        setattr(beat.client, name, gone)
+    beat.fail(UserError("the real error"))
+    assert left == [2] and "process 0: the real error" in capsys.readouterr().err
+
+
 def test_a_signal_to_one_stops_all_after_the_same_step() -> None:
     found, left = heartbeats(3)
     received: list[list[int]] = [[], [], []]

@@ -58,7 +58,10 @@ class Heartbeat:
         """Prints the error, tells the others, and leaves the process."""
         self._finished.set()
         self._thread.join()
-        if failed := _failure(self._read()):  # this error only follows from that failure
+        others: dict[str, str] = {}
+        with suppress(Exception):  # the coordinator may be gone
+            others = self._read()
+        if failed := _failure(others):  # this error only follows from that failure
             self._stop(failed)
         user = isinstance(error, UserError)
         text = str(error) if user else f"{type(error).__name__}: {first_line(error)}"

@@ -28,6 +28,7 @@ from prompt_tuning_jax.inference.ensemble import (
     target_scores,
     write,
 )
+from prompt_tuning_jax.inference.setup import added_positions
 from prompt_tuning_jax.methods import Context, NoTuning, TunedModel, attach_method
 from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.models.base import Model
@@ -425,8 +426,9 @@ def _check_window(
     if not model.causal:
         return
     lengths_B = (tokens_BT != model.token_ids.fill).sum(axis=1)
-    added = _positions_added(attached, tokens_BT)
-    if not added and not lengths_B.min():
+    inside, before = _positions_added(attached, tokens_BT)
+    added = inside + before
+    if not inside and not lengths_B.min():
         raise UserError(
             f"inputs[{lengths_B.argmin()}] has no tokens; this model needs one, or a prompt"
         )
@@ -440,21 +442,14 @@ def _check_window(
         )
 
 
-def _positions_added(attached: TunedModel, tokens_BT: HostArray) -> int:
-    """Returns the number of positions that the method adds to each row."""
+def _positions_added(attached: TunedModel, tokens_BT: HostArray) -> tuple[int, int]:
+    """Returns the number of positions that the method adds inside each row, and in front of it."""
     shape = jax.ShapeDtypeStruct(tokens_BT.shape, tokens_BT.dtype)
     task_B = jax.ShapeDtypeStruct(tokens_BT.shape[:1], jnp.int32)
     injections = jax.eval_shape(
         lambda tokens_BT, task_B: attached.injections(tokens_BT, task_B=task_B), shape, task_B
     )
-    added = 0
-    if injections.model_input is not None:
-        source = injections.model_input
-        added += source.mask_BU.shape[1] - tokens_BT.shape[1]
-        added += 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
-    for layers in injections.prefixes.values():
-        added += layers[0].key_BPGK.shape[1]
-    return int(added)
+    return added_positions(injections, tokens_BT.shape[1])
 
 
 def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:

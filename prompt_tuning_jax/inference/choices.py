@@ -45,8 +45,9 @@ def choice_scores(
         context, injections = tuned.read(tokens_BT, task_B=task_B)
 
         def score(choice_BS: Array) -> Array:
-            logits_BSV = tuned.model.write(context, choice_BS, injections=injections)
-            return sequence_log_probs(logits_BSV, choice_BS, padding=tuned.model.token_ids.fill)
+            model = tuned.model
+            lazy = model.lazy_logits(model.write_hidden(context, choice_BS, injections=injections))
+            return sequence_log_probs(lazy, choice_BS, padding=model.token_ids.fill)
 
         scores_KB: Array = jax.lax.map(score, choices_BKS.swapaxes(0, 1))
         return scores_KB.T

@@ -206,7 +206,7 @@ def convert_tuned(
     kinds = sorted({type(method).__name__ for method in methods})
     what = f"what {' and '.join(kinds)} tuned {_WORDS[to]}"
     if len(files) > 1:
-        what = f"{len(files)} sets of {what.replace(' trainable as', ' trainable, each as')}"
+        what = f"{len(files)} sets of {what.replace(' tuned as', ' tuned, each as')}"
     notes = []
     if to == "peft":
         if any(stored.metadata.task or stored.metadata.labels for stored in found):

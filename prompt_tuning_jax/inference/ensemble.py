@@ -237,12 +237,20 @@ def write(
 def abstract_model(
     graphdef: nnx.GraphDef[TunedModel], trainable: FlatParams, frozen: FlatParams
 ) -> Model:
-    """Returns the model of one member, with shapes in place of what it trains.
+    """Returns the model of one member, with shapes in place of arrays.
 
-    Its config and its vocabulary are those of the members; no array is copied.
+    Its config and its vocabulary are those of the members.
     """
-    own: Any = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in trainable.items()}
-    return param_tree.merge(graphdef, {**frozen, **own}).model
+    return abstract_member(graphdef, trainable, frozen).model
+
+
+def abstract_member(
+    graphdef: nnx.GraphDef[TunedModel], trainable: FlatParams, frozen: FlatParams
+) -> TunedModel:
+    """Returns one member with shapes in place of arrays, none of which is copied."""
+    shapes: Any = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in frozen.items()}
+    shapes |= {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in trainable.items()}
+    return param_tree.merge(graphdef, shapes)
 
 
 def _chunk_size(

@@ -101,13 +101,13 @@ def evaluate(
     reports: dict[str, None] = {}
     draws = task_data.draws_of(experiment)
     several = len(draws) * sum(members.number for members in loaded.groups) > 1
-    positions = loaded.context_positions(experiment.method)
-    data = _examples(draws[0], model, split=split, prompt_positions=positions)
+    added = loaded.added_positions()
+    data = _examples(draws[0], model, split=split, added=added)
     # Checked here, so that an error does not wait until after the last prompt.
     direction = data.require_direction() if several else data.direction or "max"
     for number, own_draw in enumerate(draws):
         if number:
-            data = _examples(own_draw, model, split=split, prompt_positions=positions)
+            data = _examples(own_draw, model, split=split, added=added)
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
             theirs, found = evaluate_members(own_draw, members, members.trainable, data)
@@ -224,16 +224,21 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
 
 
 def _examples(
-    experiment: Experiment, model: Model, *, split: str | None, prompt_positions: int
+    experiment: Experiment, model: Model, *, split: str | None, added: tuple[int, int]
 ) -> task_data.TaskData:
-    """Returns the evaluation data, which must be the same on all processes."""
+    """Returns the evaluation data, which must be the same on all processes.
+
+    ``added`` are the prompts' ``LoadedPrompts.added_positions``.
+    """
+    positions, inside = added
     data = task_data.build_data(
         experiment,
         vocabulary_of(model),
         split=split,
         training=False,
         window=model.config.max_positions,
-        prompt_positions=prompt_positions,
+        prompt_positions=positions,
+        has_prompt=inside > 0,
         partitioner=partitioner_of(experiment),
     )
     # With different examples, processes would run different batches, or wait for one forever.

@@ -32,7 +32,7 @@ from prompt_tuning_jax.checkpoints.run_folder import (
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.config.methods import MethodConfig, Placement
+from prompt_tuning_jax.config.methods import Placement
 from prompt_tuning_jax.config.overrides import checked
 from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
 from prompt_tuning_jax.errors import UserError, nearest, suggest
@@ -79,10 +79,13 @@ class LoadedPrompts:
         """Returns the metadata by name; a prompt that was given twice has one entry."""
         return dict(zip(self.names, self.known, strict=True))
 
-    def context_positions(self, method: MethodConfig) -> int:
-        """Returns how many positions the longest prompt has, or else ``method``."""
-        lengths = [g.trainable[PROMPT].shape[1] for g in self.groups if PROMPT in g.trainable]
-        return max(lengths, default=method.context_positions())
+    def added_positions(self) -> tuple[int, int]:
+        """Returns the most positions beside an input's own, and the fewest that are inside it.
+
+        Prefixes are in front of it; an empty input needs positions inside.
+        """
+        each = [group.added_positions() for group in self.groups] or [(0, 0)]
+        return max(map(sum, each)), min(inside for inside, _ in each)
 
 
 def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") -> TunedModel:

@@ -453,7 +453,7 @@ def _predictions(
     labels = asked.labels
     data = dataclasses.replace(asked.experiment.data, chat=asked.wording.chat)
     experiment = dataclasses.replace(asked.experiment, data=data)
-    positions = asked.loaded.context_positions(experiment.method)
+    positions, inside = asked.loaded.added_positions()
     experiment = fit_window(experiment, model.config.max_positions, prompt_positions=positions)
     words = vocabulary_of(model)
     if not isinstance(words, ClassVocabulary):
@@ -476,7 +476,7 @@ def _predictions(
                 chat=experiment.data.chat,
                 use_cache=False,
             )
-        task_data.require_inputs(examples, has_prompt=positions > 0)
+        task_data.require_inputs(examples, has_prompt=inside > 0)
         for members in asked.loaded.groups:
             predictor = build_predictor(
                 experiment,

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import FIXED, Buckets, padded_size
@@ -29,6 +28,7 @@ from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.choices import best_choice, choice_scores, rank_choices
+from prompt_tuning_jax.inference.decoding.beam import T5XRule
 from prompt_tuning_jax.inference.decoding.logits_processors import (
     LogitsProcessors,
     logits_processors,
@@ -36,6 +36,7 @@ from prompt_tuning_jax.inference.decoding.logits_processors import (
 from prompt_tuning_jax.inference.ensemble import (
     DecodeConfig,
     Vote,
+    abstract_member,
     label_scores,
     loss_sums,
     majority_vote,
@@ -151,7 +152,7 @@ class Predictor:
         Raises UserError if the method scores fixed labels itself.
         """
         partitioner, parts = self.partitioner, 1
-        if param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens:
+        if abstract_member(self.graphdef, trainable, frozen).method.label_tokens:
             raise UserError(
                 f"{examples.task.name} ranks texts of each example, and this method scores the "
                 "labels that it was trained on alone; evaluate it on their task"
@@ -222,7 +223,7 @@ class Predictor:
         # float64, so that the sum does not depend on the number of batches.
         totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
         loss_E, tokens_E = totals_ME.sum(axis=0)
-        label_tokens = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
+        label_tokens = abstract_member(self.graphdef, trainable, frozen).method.label_tokens
         if label_tokens and tokens_E.min() < len(examples):
             raise UserError(
                 f"the loss on {examples.task.name}/{examples.split} needs every target among the "
@@ -305,6 +306,10 @@ class Predictor:
         ids, scores = (np.asarray(part)[:, :rows] for part in result)
         if self.strategy == "beam":
             ids, scores = ids[:, :, 0], scores[:, :, 0]
+            of = self.vocabulary.token_ids
+            scores = np.stack(
+                [T5XRule().log_probs(*each, of) for each in zip(scores, ids, strict=True)]
+            )
         for member, (ids_BS, scores_B) in enumerate(zip(ids, scores, strict=True)):
             for index, ids_S, value in zip(index_R, ids_BS, scores_B, strict=True):
                 text = self.vocabulary.decode(ids_S.tolist())
@@ -315,7 +320,7 @@ class Predictor:
         """Raises UserError if a method that scores labels itself was trained on other labels."""
         if self.strategy != "rank":
             return
-        known = param_tree.merge(self.graphdef, {**frozen, **trainable}).method.label_tokens
+        known = abstract_member(self.graphdef, trainable, frozen).method.label_tokens
         for label in self.labels if known else ():
             if tuple(self.vocabulary.encode_target(label)) not in known:
                 raise UserError(

@@ -30,7 +30,7 @@ from prompt_tuning_jax.data.tasks.selection import build_mixture, trained_tasks
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import RULES, Partitioner, make_mesh, with_rules
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.inference.ensemble import abstract_model
+from prompt_tuning_jax.inference.ensemble import abstract_member, abstract_model
 from prompt_tuning_jax.methods import (
     PROMPT,
     Context,
@@ -41,9 +41,10 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.methods.multitask import ARRAYS
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.ops.attention_choice import Choice, Usage, choose_attention
 from prompt_tuning_jax.models.quantization import is_quantized
-from prompt_tuning_jax.typing import FlatParams, HostArray, Mask
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
 _LARGEST_TEXT = 2**24  # bytes
@@ -72,6 +73,21 @@ class Members:
         """Returns ``abstract_model``; that of an image model has the tuned classes."""
         return abstract_model(self.graphdef, self.trainable, self.frozen)
 
+    def added_positions(self) -> tuple[int, int]:
+        """Returns how many positions the method puts into an input, and in front of it."""
+        attached = abstract_member(self.graphdef, self.trainable, self.frozen)
+        if attached.model.config.reads_images:
+            return attached.method.config.prompt_positions(), 0
+        graphdef, params = param_tree.split(attached)
+
+        def injections(params: FlatParams, tokens_BT: Array, task_B: Array) -> Injections:
+            tuned: TunedModel = param_tree.merge(graphdef, params)
+            return tuned.injections(tokens_BT, task_B=task_B)
+
+        tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        task_B = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return added_positions(jax.eval_shape(injections, params, tokens_BT, task_B), 2)
+
     def task_number(self, name: str) -> int | None:
         """Returns the index of the task with this name, or None if there is no such task."""
         return self.tasks.index(name) if name in self.tasks else None
@@ -87,6 +103,19 @@ class Members:
             trainable=partitioner.shard(self.trainable, axes_E),
             frozen=partitioner.shard(self.frozen, logical_axes),
         )
+
+
+def added_positions(injections: Injections, inputs_length: int) -> tuple[int, int]:
+    """Returns how many positions these put into inputs of a length, and in front of them.
+
+    The latter are prefixes, which have keys and values and no hidden states.
+    """
+    inside = 0
+    if (source := injections.model_input) is not None:
+        inside += source.mask_BU.shape[1] - inputs_length
+        inside += 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
+    before = sum(layers[0].key_BPGK.shape[1] for layers in injections.prefixes.values())
+    return int(inside), int(before)
 
 
 # In a block of ``shared_model``: the last model of ``build_model``, by what it was built for.

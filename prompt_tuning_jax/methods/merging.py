@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import METHODS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import TunedModel, shallow_copy
@@ -55,6 +56,11 @@ def merge(attached: TunedModel) -> Model:
             _replace_weights(name, linear, _mergeable(name, linear.adapter).merged)
             linear.adapter = None
     _merge_uses(model)
+    left = [name for name in param_tree.split(model)[1] if "/adapter/" in name]
+    if left:
+        raise UserError(
+            f"{left[0]} cannot be merged into a weight; methods that can are {MERGEABLE}"
+        )
     return model
 
 

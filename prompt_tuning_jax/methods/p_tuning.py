@@ -82,7 +82,9 @@ class EncodedPrompt(TuningModule[PTuning]):
         task_B: Array | HostArray | None = None,
         key: Array | None = None,
     ) -> Injections:
-        all_AD = vectors(self.placed, self.prompt(key=key), model)
+        # The fold keeps this key distinct from the model's dropout keys, split from the same key.
+        own_key = None if key is None else jax.random.fold_in(key, 0x9707)
+        all_AD = vectors(self.placed, self.prompt(key=own_key), model)
         source = model.embed(tokens_BT)
         return Injections(
             model_input=put(all_AD, source, tokens_BT, self.placed.behind, eos_id=model.input_eos)

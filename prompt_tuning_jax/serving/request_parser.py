@@ -13,6 +13,7 @@ from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError, nearest, suggest
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.scheduler import Job
 from prompt_tuning_jax.serving.schema import Limits, Mode, PredictRequest, RefusedError
@@ -261,7 +262,9 @@ class RequestParser:
         except UserError as error:
             raise RefusedError(422, str(error), field=f"inputs[{number}]") from None
         prompts = task.prompts or (None,)
-        if not ids and any(prompt is None or not prompt.positions for prompt in prompts):
+        # A decoder-only model would go on from the prompt's last state, which is not held.
+        causal = isinstance(self._engine.config, CausalLMConfig)
+        if not ids and (causal or any(p is None or not p.positions for p in prompts)):
             message = "the input is empty, and this model needs a token before its answer"
             raise RefusedError(422, message, field=f"inputs[{number}]")
         longest = self._engine.shapes.longest

@@ -15,8 +15,9 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.rank import rank
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.methods.base import LabelTokens, same_tokens
-from prompt_tuning_jax.models.layers import Remat
+from prompt_tuning_jax.models.layers import Remat, split_key
 from prompt_tuning_jax.models.losses import TokenSums, class_sums
+from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.typing import Array, Batch
 
 Kind: TypeAlias = Literal["labels", "perceptron", "hinge"]
@@ -51,14 +52,20 @@ class LabelLoss:
         """
         model = tuned.model if key is None else tuned.method.with_dropout(tuned.model, key=key)
         task_B, fill = batch.get("task_index"), model.token_ids.fill
+        # As in ``run_hidden``: the encoder's dropout and the decoder's are independent.
+        read_key, write_key = split_key(key, 2)
         context, injections = TunedModel(model, tuned.method).read(
-            batch["inputs"], task_B=task_B, key=key, method_key=key, remat=remat
+            batch["inputs"], task_B=task_B, key=read_key, method_key=key, remat=remat
         )
         rows = len(batch["inputs"])
 
-        def label_logits(label_S: Array) -> Array:
+        def label_logits(label_S: Array) -> LazyLogits:
             label_BS = jnp.broadcast_to(label_S, (rows, len(label_S)))
-            return model.write(context, label_BS, injections=injections, key=key, remat=remat)
+            return model.lazy_logits(
+                model.write_hidden(
+                    context, label_BS, injections=injections, key=write_key, remat=remat
+                )
+            )
 
         longest = max(map(len, self.labels))
         labels_CS = np.asarray([[*one, *[fill] * (longest - len(one))] for one in self.labels])

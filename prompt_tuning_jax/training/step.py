@@ -261,13 +261,16 @@ def make_train_step(
             microbatch, index = microbatch_and_index
             own_key = jax.random.fold_in(key, index) if dropout else None
             added = differentiate(trainable, frozen, microbatch, own_key)
-            return jax.tree.map(jnp.add, total, added), None
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, added), None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
         shapes = jax.eval_shape(differentiate, trainable, frozen, first, None)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        # Many small gradients of bfloat16 weights would be lost in a sum in bfloat16.
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+        )
         total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(number)))
-        return total
+        return jax.tree.map(lambda a, s: a.astype(s.dtype), total, shapes)
 
     def member_step(
         trainable: FlatParams,

@@ -10,6 +10,7 @@ from prompt_tuning_jax.checkpoints.peft.prompts import write_peft_prompts
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.methods import AdaptionPrompt, Context, TunedModel, attach_method
+from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.causal_lm.attention import Attention
 from tests.micro import make_t5
@@ -133,3 +134,9 @@ def test_other_models_and_too_many_layers_are_refused() -> None:
         attached(make_t5(), AdaptionPrompt())
     with pytest.raises(UserError, match=f"method.layers is 9, and the decoder has {L} layers"):
         attached(make_lm(), AdaptionPrompt(layers=9))
+
+
+def test_gated_prompts_are_not_merged_and_not_left_in_a_plain_model() -> None:
+    tuned = attached(make_lm(), AdaptionPrompt(length=3, layers=1))
+    with pytest.raises(UserError, match=r"adapter/\w+ cannot be merged into a weight"):
+        merge(tuned)

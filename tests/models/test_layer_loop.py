@@ -74,6 +74,7 @@ CASES: dict[str, tuple[Callable[[], Model], MethodConfig, dict[str, Any]]] = {
         {"remat": "dots"},
     ),
     "adapters": (t5, LoRA(rank=2, targets=(".*/(query|value)",)), {}),
+    "dropout in adapters": (t5, LoRA(rank=2, dropout=0.5, targets=(".*/value",)), {}),
     "windows": (gemma, PromptTuning(length=3, init="uniform"), {}),
     "prefixes": (llama, PrefixTuning(length=2), {}),
     "t5gemma": (t5gemma, PromptTuning(length=3, init="uniform"), {}),

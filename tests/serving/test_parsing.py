@@ -16,15 +16,18 @@ from prompt_tuning_jax.serving.request_parser import RequestParser
 from prompt_tuning_jax.serving.schema import Limits, PredictRequest, RefusedError
 from prompt_tuning_jax.serving.tasks import ServedPrompt, ServedTask, Tasks
 from tests.data.tokenizer_cases import CHAT, byte_level
+from tests.tiny_lm import make_lm
 
 PROMPT = ServedPrompt(
     name="seed_0", prompt_PD=np.zeros((3, 4), np.float32), metadata=PromptMetadata()
 )
 
 
-def parse(words: AnyVocabulary, task: str, text: str, **options: Any) -> tuple[list[int], bool]:
+def parse(
+    words: AnyVocabulary, task: str, text: str, *, config: Any = None, **options: Any
+) -> tuple[list[int], bool]:
     shapes = SimpleNamespace(kinds=("generate",), longest=30, longest_target=8, max_new_tokens=8)
-    config = SimpleNamespace(reads_images=False)
+    config = config or SimpleNamespace(reads_images=False)
     engine: Any = SimpleNamespace(vocabulary=words, shapes=shapes, config=config)
     tasks = {
         "plain": ServedTask(name="plain", prompts=(PROMPT,)),
@@ -89,3 +92,6 @@ def test_an_empty_input_needs_a_prompt(words: HfTokenizer) -> None:
     with pytest.raises(RefusedError, match="the input is empty, and this model needs a token"):
         parse(words, "", "")
     assert parse(ByteVocabulary(), "", "") == ([1], False)
+    # A decoder-only model's server holds keys and values of prompts, and no hidden states.
+    with pytest.raises(RefusedError, match="the input is empty, and this model needs a token"):
+        parse(words, "plain", "", config=make_lm().config)

@@ -88,9 +88,9 @@ def test_writing_is_generating_with_each_prompt(model, strategy):
     for e, prompt in enumerate(PROMPTS_EPD):
         written = generate(model, TEXTS, prompt, strategy, max_length=5, **beams)
         best_B = written.scores if strategy == "greedy" else written.scores[:, 0]
-        for text, known, want, value, scores in zip(
-            *(predicted.texts_EN[e], predicted.log_probs_EN[e], written.texts),
-            *(best_B, written.scores),
+        for source, text, known, want, value, scores, ids_KS in zip(
+            *(TEXTS, predicted.texts_EN[e], predicted.log_probs_EN[e], written.texts),
+            *(best_B, written.scores, written.ids),
             strict=True,
         ):
             # Random weights make beams whose scores tie; rounding then chooses among them.
@@ -98,6 +98,10 @@ def test_writing_is_generating_with_each_prompt(model, strategy):
             tie = strategy == "beam" and abs(second - float(value)) < 1e-3
             assert text == want or tie
             assert list(known) == [text]
+            if strategy == "beam":  # whose score is divided by a penalty for the length
+                (ends,) = np.nonzero(np.isin(ids_KS[0], model.token_ids.all_eos))
+                tokens = ids_KS[0][: ends[0] + 1 if len(ends) else None].tolist()
+                value = float(score(model, [source], [tokens], prompt)[0])
             assert known[text] == pytest.approx(float(value), abs=1e-3 if tie else 1e-4)
 
 

@@ -16,6 +16,7 @@ from prompt_tuning_jax.config.methods import CPT, WARP, LoRA, MultitaskPrompts, 
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, Context, TunedModel, attach_method
+from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training.build import label_loss_of
 from prompt_tuning_jax.training.label_loss import LabelLoss, margin_losses, task_label_sets
 from prompt_tuning_jax.training.run import train
@@ -201,3 +202,56 @@ def test_labels_that_are_unknown() -> None:
         label_loss_of(experiment, None, [("a", "b")])
     assert task_label_sets([("a", "b"), ("b",)], ("a", "b")) == ((True, True), (False, True))
     assert task_label_sets([("a", "b"), ("b", "a")], ("a", "b")) == ()
+
+
+def test_the_encoder_and_the_decoder_drop_independently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one key, layers of the same shape would drop the same values in both."""
+    seen: dict[str, Any] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(T5, name)
+
+        def method(self: T5, *args: Any, key: Any = None, **options: Any) -> Any:
+            seen[name] = key
+            return real(self, *args, key=key, **options)
+
+        monkeypatch.setattr(T5, name, method)
+
+    spy("read")
+    spy("write_hidden")
+    method = PromptTuning(length=3, init="uniform")
+    dropped = make_t5(ONE_LAYER, dropout_rate=0.5)
+    attached = attach_method(dropped, method, key=jax.random.key(0), context=Context())
+    batch = {"inputs": SOURCE, "targets": TARGETS}
+    loss = LabelLoss(labels=LABELS, kind="labels")
+    loss.sums(attached, batch, key=jax.random.key(1), remat="none", z_loss=0.0)
+    read, write = (np.asarray(jax.random.key_data(seen[name])) for name in ("read", "write_hidden"))
+    assert not np.array_equal(read, write)
+
+
+def test_labels_of_large_vocabularies_are_scored_in_parts(tuned: TunedModel) -> None:
+    batch = {"inputs": SOURCE, "targets": TARGETS}
+    loss = LabelLoss(labels=LABELS, kind="labels")
+
+    def value(tuned: TunedModel) -> Any:
+        return loss.sums(tuned, batch, key=None, remat="none", z_loss=0.0).loss
+
+    def largest(logits_mb: float) -> tuple[int, float]:
+        graphdef, params = param_tree.split(tuned)
+
+        def of(params: Any) -> Any:
+            again: TunedModel = param_tree.merge(graphdef, params)
+            again.model.logits_mb = logits_mb
+            return value(again)
+
+        sizes = [
+            output.aval.size
+            for equation in jax.make_jaxpr(of)(params).eqns
+            for output in equation.outvars
+            if output.aval.shape[-1:] == (tuned.model.config.vocab_size,)
+        ]
+        return max(sizes, default=0), float(of(params))
+
+    (whole, plain), (_, bounded) = largest(64), largest(1e-4)
+    assert whole
+    np.testing.assert_allclose(bounded, plain, rtol=1e-5)

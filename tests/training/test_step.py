@@ -11,7 +11,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import PROMPT, PromptTuning
+from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning
 from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training.step import Microbatching, step_cost
 from tests.micro import ONE_LAYER, D, Trainer, call, make_batch, make_t5, normal, shifted
@@ -102,6 +102,26 @@ def test_accumulation_changes_nothing(normalization, parts):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-5)
     np.testing.assert_allclose(prompts(in_parts), prompts(at_once), atol=2e-6)
+
+
+def test_many_small_gradients_of_narrow_weights_are_not_lost():
+    """Sums in bfloat16 stop growing once an addend is below a 256th of them."""
+    batch = make_batch(1, seed=3)
+    many = {name: np.repeat(array, 256 // array.shape[1], axis=1) for name, array in batch.items()}
+    rows = many["inputs"].shape[1]
+    norms = []
+    for parts in (1, rows):
+        narrow = Trainer(
+            FullTuning(),
+            SGD,
+            model=make_t5(ONE_LAYER, param_dtype="bfloat16"),
+            context=Context(),
+            loss_normalization="none",
+            microbatching=Microbatching(num_microbatches=parts),
+        )
+        (metrics,) = narrow.run([many])
+        norms.append(float(np.asarray(metrics.gradient_norm_E, np.float32)[0]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
 
 
 def test_accumulation_takes_less_memory_and_is_counted_whole():

@@ -164,12 +164,14 @@ def build_data(
     training: bool = True,
     window: int | None = None,
     prompt_positions: int | None = None,
+    has_prompt: bool | None = None,
     partitioner: Partitioner | None = None,
 ) -> TaskData:
     """Builds the data of the experiment; ``split`` replaces ``data.eval_split``.
 
     ``window`` is the model's ``max_positions``, in which inputs have to fit; ``prompt_positions``
-    are those of loaded prompts (None: the method's).  With a ``partitioner`` over several
+    are those of loaded prompts, and ``has_prompt`` is whether they are positions of an input, which
+    may then be empty (None: the method's).  With a ``partitioner`` over several
     processes, training batches contain only this process's rows.
     """
     words = vocabulary
@@ -178,7 +180,8 @@ def build_data(
     else:
         require_for_text(experiment)
     experiment = fit_window(experiment, window, prompt_positions=prompt_positions)
-    has_prompt = bool(prompt_positions or experiment.method.prompt_positions())
+    if has_prompt is None:
+        has_prompt = experiment.method.prompt_positions() > 0
     data = experiment.data
     if data.train and not data.eval and (split or data.eval_split) != data.train_split:
         raise UserError(NO_EVAL)

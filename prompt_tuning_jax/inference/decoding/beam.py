@@ -45,9 +45,15 @@ class T5XRule:
         if self.alpha < 0:
             raise UserError(f"beam rule: alpha is {self.alpha}: it must be 0 or more")
 
-    def score(self, log_probs: Array, length: Array | int) -> Array:
+    def score(self, log_probs: Array | float, length: Array | int) -> Array:
         """Scores hypotheses of ``length`` tokens, the end included."""
         return log_probs / ((5.0 + length) / 6.0) ** self.alpha
+
+    def log_probs(self, scores_N: Array, ids_NS: Array, token_ids: TokenIds) -> Array:
+        """Inverts ``score``: the log-probabilities of hypotheses with these scores."""
+        ended_NS = ends(ids_NS, token_ids)
+        length_N = 1 + jnp.argmax(ended_NS, axis=1)
+        return jnp.where(ended_NS.any(axis=1), scores_N / self.score(1.0, length_N), scores_N)
 
     def hope(self, log_probs: Array, *, length: Array, max_length: int) -> Array:
         """Bounds the score that live hypotheses of ``length`` tokens can still reach."""

@@ -106,10 +106,9 @@ _OWN_TASK = {"data.train": "", "data.eval": "", "data.task": "word_valence"}
             "data.labels is False, True, but the labels of word_valence are",
         ),
         (
-            lambda d: {**_OWN_TASK, "data.inputs_template": "{inputs}!"},
-            "data.inputs_template applies to files, and neither data.train nor data.eval names one",
+            lambda d: {**_OWN_TASK, "data.targets_column": "y"},
+            "data.targets_column applies to files, and",
         ),
-        (lambda d: {**_OWN_TASK, "data.targets_column": "y"}, "data.targets_column applies to"),
         (lambda d: {"data.metrics": ("acuracy",)}, "unknown metric 'acuracy'"),
         (
             lambda d: {"evaluation.best_by": "acuracy"},

@@ -101,7 +101,7 @@ def _data(data: Data) -> Iterator[str]:
         yield "data.class_weights needs labels, but data.objectives trains on text; drop one"
     own_files = bool(data.train or data.eval) and not data.objectives
     of_files = ("targets", "allow_empty_targets", "header", "columns", "separator")
-    of_columns = ("targets_column", "inputs_template", "targets_template")
+    of_columns = ("targets_column", "targets_template")
     for name in (*of_files, *of_columns):
         if not own_files and getattr(data, name) != getattr(Data(), name):
             yield (

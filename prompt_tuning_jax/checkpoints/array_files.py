@@ -60,7 +60,7 @@ def map_safetensors(path: Path) -> MappedArrays:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is a damaged .safetensors file: {_line(error)}") from error
+        raise UserError(f"{path} is a damaged .safetensors file: {one_line(error)}") from error
     # JSON parsers resolve repeated names differently, so shapes and offsets are checked again.
     metadata = described.pop("__metadata__", None) or {}
     size, arrays = path.stat().st_size, {}
@@ -110,10 +110,6 @@ def _mapped(path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> 
     flat = np.memmap(path, np.uint8, mode="r", offset=start, shape=(prod(shape) * dtype.itemsize,))
     array: HostArray = np.asarray(flat).view(dtype).reshape(shape)
     return array
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 # The safetensors names of the dtypes of prompts.

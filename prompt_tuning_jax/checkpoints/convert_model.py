@@ -164,10 +164,10 @@ def convert_to_t5x(
             axis = scan_axis(checkpoint.stored)
         trained = _trained_in(opened, prompt, axis=axis, allow_other_model=allow_other_model)
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
-    injections = [slot for slot in (state or {}).values() if slot is not None]
+    slots = [slot for slot in (state or {}).values() if slot is not None]
     with (
         atomic_write_to(final, overwrite=overwrite, folder=True) as aside,
-        _shown(source, [*arrays.values(), *injections]) as counted,
+        _shown(source, [*arrays.values(), *slots]) as counted,
     ):
         write_t5x(
             aside.parent,

@@ -1,8 +1,8 @@
 """Arrays of a checkpoint that are read part by part, and put on devices as they are needed.
 
-A reader of any format returns ``LazyArray``s under this project's parameter names.  ``place``
-reads, for each device, only the part that the device holds: the host never holds the whole model,
-and a process reads nothing that the devices of other processes hold.
+A reader of any format returns ``LazyArray``s under this project's parameter names.
+``put_on_devices`` reads, for each device, only the part that the device holds: the host never
+holds the whole model, and a process reads nothing that the devices of other processes hold.
 """
 
 import sys

@@ -158,7 +158,9 @@ class Optimizer(Config):
     schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "constant"  # after the warmup
     warmup_steps: int = 0  # steps of linear warmup
     decay_steps: int = 0  # step at which linear and cosine schedules end; 0: training.steps
-    end_learning_rate: float = 0.0  # learning rate at the end of linear and cosine schedules
+    # Learning rate at the end of linear and cosine schedules; with ``training.learning_rates``,
+    # each falls in the same proportion.
+    end_learning_rate: float = 0.0
     weight_decay: float = 1e-5  # fraction of a parameter that each step subtracts
     decay_rate: float = 0.8  # Adafactor: exponent of the second moment's decay
     clipping_threshold: float = 1.0  # Adafactor: largest RMS of an update

@@ -62,8 +62,9 @@ class Generated:
 def encode(model: Model | TunedModel, inputs: Inputs, prompt: Array | None = None) -> Array:
     """Returns the final hidden states of the input; ``prompt`` is ``[P, D]`` or ``[B, P, D]``.
 
-    An encoder's output ``[B, P + T, D]`` includes the positions of the prompt; a decoder-only
-    model's, ``[B, T, D]``, does not.
+    An encoder's output ``[B, P + T, D]`` includes the positions of the prompt.  A decoder-only
+    model's includes those of a prompt elsewhere than before the input; otherwise it is
+    ``[B, T, D]``.
     """
     attached, tokens_BT, rows, length = _ready(model, inputs, prompt)
     _check_window(attached, tokens_BT)

@@ -57,18 +57,6 @@ class Scale(nnx.Module):
             bias_F = bias_F * self.scale_F.get_value()
         return kernel_DF * self._factor(), bias_F
 
-    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
-        """Inverts ``merged`` up to rounding; raises UserError if a scale is zero."""
-        factor = self._factor()
-        if not bool(jnp.all(factor)):
-            raise UserError(
-                "an IA3 scale is zero, and what it was merged into cannot be had back; "
-                "keep the model from before"
-            )
-        if bias_F is not None and self.of == "output":
-            bias_F = bias_F / self.scale_F.get_value()
-        return kernel_DF / factor, bias_F
-
     def _factor(self) -> Array:
         """Returns the factors of the kernel's rows ``[D, 1]`` or columns ``[1, F]``."""
         if self.of == "input":

@@ -95,15 +95,6 @@ class LowRankPair(nnx.Module):
             changed_DF = self._factor_F(kernel_DF) * changed_DF
         return changed_DF, bias_F
 
-    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]:
-        """Inverts ``merged`` up to rounding; raises UserError for DoRA."""
-        if self.lora_magnitude_F is not None:
-            raise UserError(
-                "DoRA (method.dora) replaces the norms of the weights that it is merged into, and "
-                "they cannot be had back; keep the model from before"
-            )
-        return kernel_DF - self._update_DF(), bias_F
-
     def _update_DF(self) -> Array:
         return low_rank_update(self.lora_a_DR.get_value(), self.lora_b_RF.get_value(), self.scale)
 

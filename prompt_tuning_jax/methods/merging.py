@@ -34,8 +34,6 @@ class Mergeable(Protocol):
 
     def merged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]: ...
 
-    def unmerged(self, kernel_DF: Array, bias_F: Array | None) -> tuple[Array, Array | None]: ...
-
 
 def merge(attached: TunedModel) -> Model:
     """Returns a plain model that computes the same function as the model with its method.
@@ -61,26 +59,6 @@ def merge(attached: TunedModel) -> Model:
         raise UserError(
             f"{left[0]} cannot be merged into a weight; methods that can are {MERGEABLE}"
         )
-    return model
-
-
-def unmerge(model: Model, attached: TunedModel) -> Model:
-    """Undoes ``merge``: returns the original plain model, given the merged one and ``attached``.
-
-    The result is exact up to rounding in float32, or in the dtype of the kernels if that is
-    narrower.  Raises UserError if a wrapped weight is quantised, if an adapter cannot be merged, or
-    if an IA3 scale is zero.
-    """
-    if any(use.adapter is not None for use in embedding_uses(attached.model).values()):
-        raise UserError(
-            "updates of the embedding table (method.embeddings, method.copies) are not unmerged; "
-            "keep the model from before"
-        )
-    model = shallow_copy(model)
-    adapter_of = {name: linear.adapter for name, linear in linear_maps(attached.model).items()}
-    for name, linear in linear_maps(model).items():
-        if (adapter := adapter_of[name]) is not None:
-            _replace_weights(name, linear, _mergeable(name, adapter).unmerged)
     return model
 
 

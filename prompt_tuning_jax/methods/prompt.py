@@ -1,4 +1,4 @@
-"""Prompt tuning: a trained prompt at the encoder's input (Lester et al. 2021)."""
+"""Prompt tuning: a trained prompt at the model's input (Lester et al. 2021)."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from prompt_tuning_jax.typing import Array, HostArray
 
 
 class Prompt(TuningModule[PromptTuning]):
-    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the encoder input.
+    """Inserts ``prompt_PD``, or one prompt per example ``[B, P, D]``, into the model's input.
 
     ``decoder_prompt_PD`` comes before the decoder's start token.  Either may be missing.
     """

@@ -59,7 +59,6 @@ def plot_curves(
     directions: Mapping[str, Direction] | None = None,
     baselines: Mapping[str, float] | None = None,
     names: Sequence[str] = (),
-    title: str = "",
 ) -> None:
     """Plots the measurements that ``RunLog`` wrote, with a panel for the loss and one per metric.
 
@@ -109,8 +108,6 @@ def plot_curves(
             axis.margins(x=0.02)
             if any(one.get_legend() for one in axes):  # the same room for it in all panels
                 axis.set_title(axis.get_title(loc="left"), pad=26)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with atomic_write(Path(png)) as aside:
             figure.savefig(aside, format="png")
 

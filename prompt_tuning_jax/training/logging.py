@@ -97,8 +97,8 @@ class RunLog:
         """Records training metrics at ``step``.
 
         ``learning_rate`` is one number, or one per member.  Tokens count the positions of inputs
-        and targets, including padding.  FLOPs are those of the compiled step.  ``padding`` is the
-        percentage of the inputs' positions that is padding.
+        and targets, including padding.  FLOPs are those of the step's matrix products.  ``padding``
+        is the percentage of the inputs' positions that is padding.
         """
         losses = self._members(losses_E)
         accuracies = self._members(accuracies_E)

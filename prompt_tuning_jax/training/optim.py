@@ -133,8 +133,8 @@ def make_schedule(config: Optimizer, *, total_steps: int) -> optax.Schedule:
 
     The factor rises linearly over ``warmup_steps``, starting at ``1 / warmup_steps``.  After that,
     ``constant`` stays at 1.  ``linear`` and ``cosine`` fall to ``end_learning_rate`` at
-    ``decay_steps``, or at the run's last step.  ``rsqrt`` falls with the inverse square root of the
-    step.
+    ``decay_steps``, or one step after the run's last; members with other learning rates fall in the
+    same proportion.  ``rsqrt`` falls with the inverse square root of the step.
     """
     warmup = config.warmup_steps
     decay_steps = max((config.decay_steps or total_steps) - warmup, 1)

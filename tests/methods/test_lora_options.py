@@ -14,7 +14,7 @@ from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.methods import Context, LoRA, TunedModel, attach_method
 from prompt_tuning_jax.methods.linear_adapter import linear_maps
 from prompt_tuning_jax.methods.low_rank import low_rank_update, updated_norms
-from prompt_tuning_jax.methods.merging import merge, unmerge
+from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layers import Linear
 from prompt_tuning_jax.models.quantization import quantize_modules
@@ -139,8 +139,6 @@ def test_copies_replace_the_table_where_they_say() -> None:
     assert np.abs(logits(attached) - logits(merged_targets)).max() > 0.1
     with pytest.raises(UserError, match="decoder/embed_tokens and encoder/embed_tokens would have"):
         merge(attached)
-    with pytest.raises(UserError, match=r"method\.embeddings, method\.copies.*not unmerged"):
-        unmerge(model, attached)
     # A head of its own leaves the rows alone.
     head = moved(model, LoRA(rank=2, copies=(".*/tied_logits",)))
     np.testing.assert_allclose(logits(merge(head)), logits(head), atol=2e-4)
@@ -185,9 +183,3 @@ def test_options_that_mean_nothing_are_refused(fields: Any, said: str) -> None:
     method = LoRA(**fields)
     with pytest.raises(UserError, match=said):
         attach_method(make_t5(), method, key=jax.random.key(0), context=Context())
-
-
-def test_dora_is_not_unmerged() -> None:
-    attached = moved(make_t5(ONE_LAYER), LoRA(rank=1, dora=True))
-    with pytest.raises(UserError, match=r"DoRA \(method\.dora\) replaces the norms"):
-        unmerge(merge(attached), attached)

@@ -181,7 +181,7 @@ class CPT(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepPrompts(MethodConfig):
-    """``(P_0 + P_1 + ...) * D`` parameters: P_i vectors for layer i of the encoder.
+    """``(P_0 + P_1 + ...) * D`` parameters: P_i vectors for layer i of what reads the input.
 
     The first layer's vectors are prepended to the input, as in prompt tuning.  Those of a later
     layer change the first P_i positions of its input.

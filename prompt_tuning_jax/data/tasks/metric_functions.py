@@ -43,17 +43,14 @@ def word_f1(target: str, prediction: str) -> float:
 
 
 def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's correlation; nan if all predictions are equal, as in the original.
-
-    A prediction that is not a finite number counts as -1 (``postprocess.number``).
-    """
+    """Pearson's correlation; nan if all predictions are equal, as in the original."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, targets, predictions)
 
 
 def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan and invalid numbers as in ``pearson``."""
+    """Spearman's rank correlation; nan as in ``pearson``."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, targets, predictions)

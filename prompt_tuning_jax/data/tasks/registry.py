@@ -42,11 +42,6 @@ def alias_names() -> tuple[str, ...]:
     return tuple(sorted(_aliases()))
 
 
-def builtin_names() -> tuple[str, ...]:
-    """The names of built-in tasks and mixtures, sorted."""
-    return tuple(sorted(_builtin()))
-
-
 def get_mixture(name: str) -> Mixture:
     """Return the mixture of that name, or the task of that name as a mixture of one.
 

@@ -78,7 +78,7 @@ class HfTokenizer(BaseVocabulary):
         self.fingerprint = spec.digest + ids_suffix(self.token_ids)
 
     def _measure(self) -> None:
-        """Sets what decoding needs from the tokenizer, which a copy computes again."""
+        """Sets what decoding needs from the tokenizer."""
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)

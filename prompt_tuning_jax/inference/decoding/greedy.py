@@ -41,14 +41,12 @@ def greedy(
     *,
     num_rows: int,
     max_length: int,
-    limit_N: Array | None = None,
     token_ids: TokenIds = T5_IDS,
     processors: LogitsProcessors | None = None,
 ) -> Decoded:
     """Generates the most probable token at every step; the lowest id wins ties.
 
-    Generates at most ``max_length`` tokens per row, and at most ``limit_N`` tokens for each row if
-    given.  Stops when every row has ended.
+    Generates at most ``max_length`` tokens per row.  Stops when every row has ended.
     """
 
     def most_probable(logits_NV: Array, position: Array) -> Array:
@@ -60,7 +58,6 @@ def greedy(
         choose=most_probable,
         num_rows=num_rows,
         max_length=max_length,
-        limit_N=limit_N,
         token_ids=token_ids,
         processors=processors,
     )
@@ -81,7 +78,6 @@ def decode_loop(
     choose: Choice,
     num_rows: int,
     max_length: int,
-    limit_N: Array | None = None,
     token_ids: TokenIds,
     processors: LogitsProcessors | None = None,
 ) -> Decoded:
@@ -112,8 +108,6 @@ def decode_loop(
             lengths_N=jnp.where(loop.done_N, lengths_N, lengths_N + 1),
         )
         done_N = loop.done_N | ends(chosen_N, token_ids)
-        if limit_N is not None:
-            done_N |= loop.position + 1 >= limit_N
         return _Loop(loop.position + 1, tokens_N, done_N, decoded, cache)
 
     start = _Loop(

@@ -102,7 +102,7 @@ class Visibility:
       mask_B1U: added to scores: 0, ``MASK_VALUE`` for a masked key, and twice that for a key that
         only fills the last tile.
       query_position_B1T: positions in float32; None if queries see all keys that are real.
-      key_position_B1U: likewise; they have the positions' batch, which may be 1.
+      key_position_B1U: likewise.
       tiles_B1I: for each block the tiles that it needs, as bits.
       tiling: the division of the scores.
     """

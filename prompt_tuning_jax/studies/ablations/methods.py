@@ -34,12 +34,11 @@ ADAMW = Optimizer(name="adamw", schedule="linear", weight_decay=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A method, its optimizer, and the learning rates (for prompt design: shots) to try."""
+    """A method, its optimizer, and the learning rates to try."""
 
     method: MethodConfig
     optimizer: Optimizer = field(default_factory=Optimizer)
     rates: tuple[float, ...] = ()
-    shots: tuple[int, ...] = ()
 
 
 def compared(*, length: int, init: str) -> dict[str, Compared]:
@@ -63,7 +62,7 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
 
     return {
         "none": Compared(method=NoTuning()),
-        "prompt_design": Compared(method=PromptDesign(), shots=(2, 4, 8)),
+        "prompt_design": Compared(method=PromptDesign()),
         "prompt_tuning": prompt(dataclasses.replace(PromptTuning(), **start)),
         "multitask_prompts": prompt(dataclasses.replace(MultitaskPrompts(), **start)),
         "deep_prompts": prompt(dataclasses.replace(DeepPrompts(), **start), (0.03, 0.1, 0.3)),

@@ -11,7 +11,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
 from prompt_tuning_jax.serving.loading import find_tasks, load_tasks, task_name
-from prompt_tuning_jax.serving.tasks import check_name, natural
+from prompt_tuning_jax.serving.tasks import check_name
+from prompt_tuning_jax.storage import natural_order
 from tests.serving.serving_app import validator
 from tests.serving.serving_micro import write_prompt
 from tests.tiny_run import LABELS, model_folder
@@ -105,7 +106,7 @@ def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:
 
 def test_names_in_the_order_of_their_numbers() -> None:
     names = ["b", "seed_10", "seed_2", "3", "a"]
-    assert sorted(names, key=natural) == ["3", "a", "b", "seed_2", "seed_10"]
+    assert sorted(names, key=natural_order) == ["3", "a", "b", "seed_2", "seed_10"]
 
 
 def test_what_a_killed_server_left_is_gone_where_another_may_change_it(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from tests.tiny_run import ROOT
 # An application that answers at once, after a while, or with much; no model is needed for it.
 _SERVER = """
 import json, resource, sys
-from prompt_tuning_jax.serving import connections
 from prompt_tuning_jax.serving.connections import ConnectionLimits
 from prompt_tuning_jax.serving.server import address_of, bound, serve
 

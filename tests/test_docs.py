@@ -49,6 +49,12 @@ TOKENS = np.array([[5, 6, 7, 1], [8, 9, 1, 0]], np.int32)
 TARGETS = np.array([[0, 4], [0, 5]], np.int32)
 
 
+def words_of(command: str, *, comments: bool = False) -> list[str]:
+    """The words of a command as bash has them, whose $'...' makes line breaks of \\n."""
+    quoted = re.sub(r"\$'([^']*)'", lambda m: shlex.quote(m[1].replace(r"\n", "\n")), command)
+    return shlex.split(quoted, comments=comments)
+
+
 def fenced(page: str, language: str) -> list[str]:
     blocks = re.findall(rf"^( *)```{language}\n(.*?)^ *```", PAGES[page].read_text(), re.S | re.M)
     return [re.sub(rf"^{indent}", "", code, flags=re.M) for indent, code in blocks]
@@ -81,7 +87,7 @@ def prompt_tuning_commands() -> Iterator[tuple[str, list[str]]]:
             launched = re.match(r"(?:bash )?scripts/launch_\w+\.sh .* -- (.*)", line)
             direct = re.match(r"prompt-tuning (.*)", line)
             if found := launched or direct:
-                arguments = shlex.split(found[1], comments=True)
+                arguments = words_of(found[1], comments=True)
                 if arguments[0].islower():  # not COMMAND
                     yield (
                         page,

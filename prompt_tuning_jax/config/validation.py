@@ -100,9 +100,8 @@ def _data(data: Data) -> Iterator[str]:
     if data.class_weights and data.objectives:
         yield "data.class_weights needs labels, but data.objectives trains on text; drop one"
     own_files = bool(data.train or data.eval) and not data.objectives
-    of_files = ("targets", "allow_empty_targets", "header", "columns", "separator")
-    of_columns = ("targets_column", "targets_template")
-    for name in (*of_files, *of_columns):
+    of_files = ("targets", "targets_column", "targets_template", "allow_empty_targets")
+    for name in (*of_files, "header", "columns", "separator"):
         if not own_files and getattr(data, name) != getattr(Data(), name):
             yield (
                 f"data.{name} applies to files, and neither data.train nor data.eval names one; "

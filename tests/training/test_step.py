@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(normalization, parts):
 def test_many_small_gradients_of_narrow_weights_are_not_lost():
     """Sums in bfloat16 stop growing once an addend is below a 256th of them."""
     batch = make_batch(1, seed=3)
-    many = {name: np.repeat(array, 256 // array.shape[1], axis=1) for name, array in batch.items()}
+    many = {name: np.repeat(array, 1024 // array.shape[1], axis=1) for name, array in batch.items()}
     rows = many["inputs"].shape[1]
     norms = []
     for parts in (1, rows):

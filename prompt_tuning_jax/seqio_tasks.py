@@ -14,10 +14,7 @@ A name that SeqIO has already, from the t5 package for instance, stays as it is.
 import os
 
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import ALIASES, TASKS
-from prompt_tuning_jax.data.tasks.to_seqio import (
-    register_with_seqio_vocabulary,
-    seqio_vocabulary,
-)
+from prompt_tuning_jax.data.tasks.to_seqio import register_with_seqio_vocabulary, seqio_vocabulary
 
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 

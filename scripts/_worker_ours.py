@@ -12,11 +12,7 @@ from _rivals import answer_jobs, peak_memory, read_batches, versions
 
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer, Training
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-    build_model,
-    partitioner_of,
-)
+from prompt_tuning_jax.inference.setup import attach_members, build_model, partitioner_of
 from prompt_tuning_jax.methods import PROMPT, PromptTuning
 from prompt_tuning_jax.models.quantization import bytes_of
 from prompt_tuning_jax.training import build

@@ -8,12 +8,7 @@ import numpy as np
 import torch
 from _rivals import answer_jobs, peak_memory, read_batches, versions
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import (
-    Adafactor,
-    AutoConfig,
-    AutoModelForCausalLM,
-    T5ForConditionalGeneration,
-)
+from transformers import Adafactor, AutoConfig, AutoModelForCausalLM, T5ForConditionalGeneration
 
 PAD, IGNORED = 0, -100
 

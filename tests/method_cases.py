@@ -13,11 +13,7 @@ import jax
 import numpy as np
 
 from prompt_tuning_jax.config.experiment import Experiment, Mesh, Model, Optimizer, Training
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    attach_members,
-    partitioner_of,
-)
+from prompt_tuning_jax.inference.setup import Members, attach_members, partitioner_of
 from prompt_tuning_jax.methods import (
     CPT,
     IA3,

@@ -29,9 +29,7 @@ from prompt_tuning_jax.methods import (
     attach_method,
     trainable_mask,
 )
-from prompt_tuning_jax.training.resume import (
-    claim,
-)
+from prompt_tuning_jax.training.resume import claim
 from tests import tiny_run
 from tests.convert_cases import Program
 from tests.micro import normal

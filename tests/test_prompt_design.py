@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.data.batching import task_data
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prediction import predict
-from prompt_tuning_jax.inference.setup import (
-    build_model,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.setup import build_model, vocabulary_of
 from prompt_tuning_jax.methods import NoTuning, PromptDesign
 from prompt_tuning_jax.training.run import train
 from tests.tiny_run import LABELS, experiment

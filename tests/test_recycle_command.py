@@ -19,9 +19,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 )
 from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.methods.prompt_init import initial_prompt
-from prompt_tuning_jax.training.resume import (
-    claim,
-)
+from prompt_tuning_jax.training.resume import claim
 from tests import convert_cases as cases
 from tests import tiny_run
 from tests.convert_cases import Program, prompt

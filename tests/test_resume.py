@@ -22,17 +22,9 @@ from prompt_tuning_jax.data.tasks.task import Source, Task, as_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import evaluation
 from prompt_tuning_jax.inference.evaluation import evaluate
-from prompt_tuning_jax.inference.predictor import (
-    evaluate_members,
-)
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-    vocabulary_of,
-)
-from prompt_tuning_jax.training.resume import (
-    claim,
-    require_run,
-)
+from prompt_tuning_jax.inference.predictor import evaluate_members
+from prompt_tuning_jax.inference.setup import attach_members, vocabulary_of
+from prompt_tuning_jax.training.resume import claim, require_run
 from prompt_tuning_jax.training.run import RunResult, train
 from tests import tiny_run
 from tests.tiny_run import experiment, measurements

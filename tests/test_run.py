@@ -20,11 +20,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, load_prompt_w
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching import task_data
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    attach_members,
-    model_fingerprint,
-)
+from prompt_tuning_jax.inference.setup import Members, attach_members, model_fingerprint
 from prompt_tuning_jax.methods import PROMPT
 from prompt_tuning_jax.models.t5.config import PRESETS
 from prompt_tuning_jax.training import build, run

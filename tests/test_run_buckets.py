@@ -22,12 +22,7 @@ from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.data.batching.loader import TrainBatches
 from prompt_tuning_jax.inference.api import score
 from prompt_tuning_jax.inference.evaluation import evaluate
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    attach_members,
-    build_model,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.setup import Members, attach_members, build_model, vocabulary_of
 from prompt_tuning_jax.methods import PROMPT, DescribedPrompts
 from prompt_tuning_jax.models.losses import token_sums
 from prompt_tuning_jax.training import build

@@ -26,10 +26,7 @@ from prompt_tuning_jax.distributed.sharding import (
     with_rules,
 )
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-    build_model,
-)
+from prompt_tuning_jax.inference.setup import attach_members, build_model
 from tests import tiny_run
 from tests.devices import with_devices
 

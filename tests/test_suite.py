@@ -14,9 +14,7 @@ import pytest
 
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment
-from prompt_tuning_jax.data.tasks.registry import (
-    get_mixture,
-)
+from prompt_tuning_jax.data.tasks.registry import get_mixture
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import SUPER_GLUE_METRICS, super_glue_score
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS
 from prompt_tuning_jax.errors import UserError

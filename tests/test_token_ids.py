@@ -20,9 +20,7 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import generate, score, token_ids

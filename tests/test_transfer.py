@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.studies import runs as command

@@ -17,10 +17,7 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.config.serving import Serving
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-    trained_tasks,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture, trained_tasks
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import tfds_rows
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import attach

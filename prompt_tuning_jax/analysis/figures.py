@@ -7,13 +7,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.analysis.prompts import Analysis, PromptAnalysis
-from prompt_tuning_jax.training.curves import (
-    GREY,
-    LOSS_COLOR,
-    MEMBER_COLORS,
-    METRIC_COLOR,
-    STYLE,
-)
+from prompt_tuning_jax.training.curves import GREY, LOSS_COLOR, MEMBER_COLORS, METRIC_COLOR, STYLE
 from prompt_tuning_jax.typing import HostArray
 
 _MOST_NUMBERS = 12  # rows of a matrix whose cells show their numbers

@@ -31,14 +31,8 @@ from prompt_tuning_jax.checkpoints.t5x.arrays import scan_axis
 from prompt_tuning_jax.checkpoints.t5x.methods import stacked, t5x_arrays
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
-from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
-    is_tuned_file,
-    method_of,
-    read_tuned,
-)
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file,
-)
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import is_tuned_file, method_of, read_tuned
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import TokenIds

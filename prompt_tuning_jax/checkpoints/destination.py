@@ -9,11 +9,7 @@ from pathlib import Path
 
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
-from prompt_tuning_jax.checkpoints.location import (
-    INDEX,
-    ITEM,
-    METADATA,
-)
+from prompt_tuning_jax.checkpoints.location import INDEX, ITEM, METADATA
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import TOKENIZER_FILES
 from prompt_tuning_jax.errors import UserError

@@ -7,26 +7,14 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.config import (
-    CONFIG,
-    GENERATION_CONFIG,
-    is_t5,
-    model_type_of,
-)
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, is_t5, model_type_of
 from prompt_tuning_jax.checkpoints.hf.image_processor import PREPROCESSOR_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress
-from prompt_tuning_jax.checkpoints.location import (
-    Bucket,
-    is_address,
-    is_t5x,
-    store_of,
-)
+from prompt_tuning_jax.checkpoints.location import Bucket, is_address, is_t5x, store_of
 from prompt_tuning_jax.config.paths import BUNDLED, GGUF_MODELS, NAMED_MODELS, T5X_MODELS
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    TOKENIZER_FILES,
-)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import TOKENIZER_FILES
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.storage import atomic_write, user_cache
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file

@@ -32,9 +32,7 @@ from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
 from prompt_tuning_jax.checkpoints.parameters import config_of, is_trained
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file,
-)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.data.vocabularies.vocab import (
     AnyVocabulary,
     Vocabulary,

@@ -28,9 +28,7 @@ from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt, is_train
 from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.t5x.methods import has_method, is_numpy_folder
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
-from prompt_tuning_jax.data.tasks.registry import (
-    tasks_known_as,
-)
+from prompt_tuning_jax.data.tasks.registry import tasks_known_as
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
 from prompt_tuning_jax.errors import UserError

@@ -7,11 +7,7 @@ from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, option, positional
 from prompt_tuning_jax.cli.console import counted, require_folders, write_text
-from prompt_tuning_jax.cli.experiment import (
-    ConfigOptions,
-    DeviceOptions,
-    PromptOptions,
-)
+from prompt_tuning_jax.cli.experiment import ConfigOptions, DeviceOptions, PromptOptions
 from prompt_tuning_jax.errors import UserError, printable_json, printable_lines
 
 

@@ -35,9 +35,7 @@ from prompt_tuning_jax.checkpoints.location import is_t5x
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
-from prompt_tuning_jax.checkpoints.run_folder import (
-    member_names,
-)
+from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.checkpoints.t5x.methods import COMBINED, Combined, is_numpy_folder
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     TunedCheckpoint,
@@ -53,10 +51,7 @@ from prompt_tuning_jax.config.paths import BUNDLED
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import members_of_run, peft_adapter
-from prompt_tuning_jax.inference.setup import (
-    build_model,
-    partitioner_of,
-)
+from prompt_tuning_jax.inference.setup import build_model, partitioner_of
 from prompt_tuning_jax.inference.t5x_methods import holds_method, t5x_method
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig, merging, method_name
 from prompt_tuning_jax.models.base import Model

@@ -15,24 +15,15 @@ from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.files import FILE_TASK
 from prompt_tuning_jax.data.tasks.metrics import best_of
-from prompt_tuning_jax.data.tasks.selection import (
-    inputs_template_of,
-)
+from prompt_tuning_jax.data.tasks.selection import inputs_template_of
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, wording_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading import LoadedPrompts, prompt_list
 from prompt_tuning_jax.inference.prediction import Prompts, mean_log_probs, open_for
-from prompt_tuning_jax.inference.predictor import (
-    Predictions,
-    evaluate_members,
-)
+from prompt_tuning_jax.inference.predictor import Predictions, evaluate_members
 from prompt_tuning_jax.inference.prompt_sources import as_texts
-from prompt_tuning_jax.inference.setup import (
-    build_model,
-    partitioner_of,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.setup import build_model, partitioner_of, vocabulary_of
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.vit.config import ViTConfig
 

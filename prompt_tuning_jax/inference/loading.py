@@ -14,9 +14,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.location import (
-    is_t5x,
-)
+from prompt_tuning_jax.checkpoints.location import is_t5x
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -26,9 +24,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt_with_metadata,
     tasks_of,
 )
-from prompt_tuning_jax.checkpoints.run_folder import (
-    member_names,
-)
+from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
@@ -43,11 +39,7 @@ from prompt_tuning_jax.inference.loading_methods import (
     members_of_stored,
     stored_methods,
 )
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    model_fingerprint,
-    partitioner_of,
-)
+from prompt_tuning_jax.inference.setup import Members, model_fingerprint, partitioner_of
 from prompt_tuning_jax.methods import (
     PROMPT,
     Context,

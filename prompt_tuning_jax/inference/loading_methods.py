@@ -22,9 +22,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
 from prompt_tuning_jax.checkpoints.peft.modules import task_type
 from prompt_tuning_jax.checkpoints.peft.saved import Parameter
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, check_model
-from prompt_tuning_jax.checkpoints.run_folder import (
-    member_names,
-)
+from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     TunedCheckpoint,
     is_tuned_file,
@@ -43,11 +41,7 @@ from prompt_tuning_jax.data.tasks.selection import (
 )
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    model_fingerprint,
-    require_trainable,
-)
+from prompt_tuning_jax.inference.setup import Members, model_fingerprint, require_trainable
 from prompt_tuning_jax.inference.t5x_methods import t5x_method
 from prompt_tuning_jax.methods import (
     Context,

@@ -21,22 +21,14 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import FIXED, few_lengths
-from prompt_tuning_jax.data.batching.image_examples import (
-    require_for_images,
-    unlabelled_examples,
-)
+from prompt_tuning_jax.data.batching.image_examples import require_for_images, unlabelled_examples
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.data.images.given import given_images
 from prompt_tuning_jax.data.images.image_set import ImageSet
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-    tasks_known_as,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task, tasks_known_as
 from prompt_tuning_jax.data.tasks.row_files import RowFile
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.data.tasks.task import Source, Task, TrainedTask
 from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
@@ -61,16 +53,9 @@ from prompt_tuning_jax.inference.loading import (
     prompt_list,
     where,
 )
-from prompt_tuning_jax.inference.predictor import (
-    Predictions,
-    build_predictor,
-)
+from prompt_tuning_jax.inference.predictor import Predictions, build_predictor
 from prompt_tuning_jax.inference.prompt_sources import as_texts
-from prompt_tuning_jax.inference.setup import (
-    build_model,
-    partitioner_of,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.setup import build_model, partitioner_of, vocabulary_of
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.typing import HostArray

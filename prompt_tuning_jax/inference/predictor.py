@@ -115,18 +115,12 @@ class Predictor:
         On a mesh the rows of each batch are sharded, and every process gets all results.
         """
         self._require_known_labels(trainable, frozen)
-        parts = 1
-        if self.partitioner is not None:
-            trainable, frozen = (
-                self.partitioner.replicate_arrays(trainable),
-                self.partitioner.replicate_arrays(frozen),
-            )
-            parts = self.partitioner.num_batch_shards
+        trainable, frozen = self._replicate(trainable), self._replicate(frozen)
         texts: list[list[str]] = [[""] * len(examples) for _ in range(members)]
         known: list[list[dict[str, float]]] = [[{} for _ in range(len(examples))] for _ in texts]
         pending: list[tuple[Any, HostArray]] = []
         number = padded_size(len(examples)) if self.few_sizes else len(examples)
-        batch_size = eval_batch_size(self.batch_size, number, parts=parts)
+        batch_size = self._padded_batch_size(number)
         # One batch is dispatched ahead: the host reads a batch while the device computes the next.
         for batch in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
             tokens_BT = batch["inputs"]
@@ -151,30 +145,23 @@ class Predictor:
 
         Raises UserError if the method scores fixed labels itself.
         """
-        partitioner, parts = self.partitioner, 1
         if abstract_member(self.graphdef, trainable, frozen).method.label_tokens:
             raise UserError(
                 f"{examples.task.name} ranks texts of each example, and this method scores the "
                 "labels that it was trained on alone; evaluate it on their task"
             )
-        if partitioner is not None:
-            trainable, frozen = (
-                partitioner.replicate_arrays(trainable),
-                partitioner.replicate_arrays(frozen),
-            )
-            parts = partitioner.num_batch_shards
+        trainable, frozen = self._replicate(trainable), self._replicate(frozen)
 
         def scores(tokens_BT: HostArray, choices_BKS: HostArray) -> Any:
-            task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
-            arrays: list[Any] = [tokens_BT, choices_BKS, task_B]
-            if partitioner is not None:
-                arrays = [
-                    a if a is None else partitioner.shard_batch({"": a}, ("batch", *axes))[""]
-                    for a, axes in zip(arrays, (("length",), (None, None), ()), strict=True)
-                ]
-            tokens, choices, tasks = arrays
             return choice_scores(
-                self.graphdef, trainable, frozen, tokens, choices, members, partitioner, tasks
+                self.graphdef,
+                trainable,
+                frozen,
+                self._shard(tokens_BT, "length"),
+                self._shard(choices_BKS, None, None),
+                members,
+                self.partitioner,
+                self._task_of_rows(task, len(tokens_BT)),
             )
 
         return rank_choices(
@@ -183,7 +170,7 @@ class Predictor:
             members=members,
             encode=self.vocabulary.encode_targets,
             fill=self.vocabulary.token_ids.fill,
-            batch_size=eval_batch_size(self.batch_size, len(examples), parts=parts),
+            batch_size=self._padded_batch_size(len(examples)),
             buckets=self.buckets,
         )
 
@@ -201,24 +188,18 @@ class Predictor:
         Targets are truncated as for training.  Raises UserError if the method scores labels itself
         and a target is not among them.
         """
-        partitioner, parts = self.partitioner, 1
-        if partitioner is not None:
-            trainable, frozen = (
-                partitioner.replicate_arrays(trainable),
-                partitioner.replicate_arrays(frozen),
-            )
-            parts = partitioner.num_batch_shards
-        batch_size = eval_batch_size(self.batch_size, len(examples), parts=parts)
+        trainable, frozen = self._replicate(trainable), self._replicate(frozen)
+        batch_size = self._padded_batch_size(len(examples))
         sums = []
         for whole in eval_batches(examples, batch_size=batch_size, buckets=self.buckets):
-            batch: Batch = {name: whole[name] for name in ("inputs", "targets")}
-            task_B = None if task is None else np.full(len(whole["row_mask"]), task, np.int32)
-            if partitioner is not None:
-                batch = partitioner.shard_batch(batch, ("batch", "length"))
-                if task_B is not None:
-                    task_B = partitioner.shard_batch({"": task_B}, ("batch",))[""]
+            batch: Batch = {
+                name: self._shard(whole[name], "length") for name in ("inputs", "targets")
+            }
+            task_B = self._task_of_rows(task, len(whole["row_mask"]))
             sums.append(
-                loss_sums(self.graphdef, trainable, frozen, batch, members, partitioner, task_B)
+                loss_sums(
+                    self.graphdef, trainable, frozen, batch, members, self.partitioner, task_B
+                )
             )
         # float64, so that the sum does not depend on the number of batches.
         totals_ME = np.asarray([[np.asarray(x) for x in pair] for pair in sums], np.float64)
@@ -231,6 +212,23 @@ class Predictor:
             )
         return [float(value) for value in loss_E / tokens_E]
 
+    def _replicate(self, params: FlatParams) -> FlatParams:
+        """Places parameters that are not yet on the mesh on all of its devices."""
+        return params if self.partitioner is None else self.partitioner.replicate_arrays(params)
+
+    def _shard(self, x: HostArray, *axes: str | None) -> Any:
+        """Shards the rows of an array, which are its first axis, over the mesh."""
+        if self.partitioner is None:
+            return x
+        return self.partitioner.shard_batch({"": x}, ("batch", *axes))[""]
+
+    def _task_of_rows(self, task: int | None, rows: int) -> Any:
+        return None if task is None else self._shard(np.full(rows, task, np.int32))
+
+    def _padded_batch_size(self, examples: int) -> int:
+        parts = 1 if self.partitioner is None else self.partitioner.num_batch_shards
+        return eval_batch_size(self.batch_size, examples, parts=parts)
+
     def _run(
         self,
         trainable: FlatParams,
@@ -239,29 +237,24 @@ class Predictor:
         members: int,
         task: int | None,
     ) -> Any:
-        partitioner = self.partitioner
-        task_B = None if task is None else np.full(len(tokens_BT), task, np.int32)
-        if partitioner is not None:
-            tokens_BT = partitioner.shard_batch({"": tokens_BT}, ("batch", "length"))[""]
-            if task_B is not None:
-                task_B = partitioner.shard_batch({"": task_B}, ("batch",))[""]
+        task_B = self._task_of_rows(task, len(tokens_BT))
+        tokens_BT = self._shard(tokens_BT, "length")
         if self.strategy == "rank":
-            labels_CS = self._labels_CS()
             return label_scores(
                 self.graphdef,
                 trainable,
                 frozen,
                 tokens_BT,
-                labels_CS,
+                self._labels_CS(),
                 members,
-                partitioner,
+                self.partitioner,
                 task_B,
                 self.normalize_length,
             )
         writing = DecodeConfig(
             strategy=self.strategy, max_length=self.max_length, num_beams=self.num_beams
         )
-        if not spans_devices(partitioner) or not trainable:
+        if not spans_devices(self.partitioner) or not trainable:
             return self._write(writing, trainable, frozen, tokens_BT, task_B)
         # One member at a time: decoding them together would move rows between devices.
         each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]

@@ -22,10 +22,7 @@ from prompt_tuning_jax.models.embedding_uses import (
     TiedMap,
     whole_table,
 )
-from prompt_tuning_jax.models.layers import (
-    PlainMap,
-    rows_of,
-)
+from prompt_tuning_jax.models.layers import PlainMap, rows_of
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, HostArray
 

@@ -30,11 +30,7 @@ from prompt_tuning_jax.methods.linear_adapter import (
 from prompt_tuning_jax.methods.low_rank import low_rank_update, updated_norms
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse
-from prompt_tuning_jax.models.layers import (
-    PlainMap,
-    WithoutAdapter,
-    dropout,
-)
+from prompt_tuning_jax.models.layers import PlainMap, WithoutAdapter, dropout
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.typing import Array, DType
 

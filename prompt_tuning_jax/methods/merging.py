@@ -15,9 +15,7 @@ from prompt_tuning_jax.methods.embedding_adapter import HeadCopy, embedding_uses
 from prompt_tuning_jax.methods.linear_adapter import AnyLinear, linear_maps
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.embedding_uses import TiedHead, whole_table
-from prompt_tuning_jax.models.layers import (
-    LinearAdapter,
-)
+from prompt_tuning_jax.models.layers import LinearAdapter
 from prompt_tuning_jax.models.quantization import QuantizedEmbed, QuantizedLinear
 from prompt_tuning_jax.typing import Array
 

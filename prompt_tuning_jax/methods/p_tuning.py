@@ -10,13 +10,7 @@ from prompt_tuning_jax.config.methods import PromptTuning, PTuning
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
 from prompt_tuning_jax.methods.prompt import with_prompt
-from prompt_tuning_jax.methods.template import (
-    Placed,
-    place,
-    put,
-    vectors,
-    without_words,
-)
+from prompt_tuning_jax.methods.template import Placed, place, put, vectors, without_words
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.layers import dropout

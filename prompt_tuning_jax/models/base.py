@@ -19,12 +19,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig, TokenIds
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse
-from prompt_tuning_jax.models.injections import (
-    NO_INJECTIONS,
-    Injections,
-    KeyValues,
-    ModelInput,
-)
+from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
 from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
 from prompt_tuning_jax.models.ops.attention_choice import PLAIN, AttentionTraits
 from prompt_tuning_jax.models.output_head import LOGITS_MB, LazyLogits, OutputHead

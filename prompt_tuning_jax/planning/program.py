@@ -16,11 +16,7 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
-from prompt_tuning_jax.inference.setup import (
-    Members,
-    attach_unplaced,
-    attention_for,
-)
+from prompt_tuning_jax.inference.setup import Members, attach_unplaced, attention_for
 from prompt_tuning_jax.models.base import model_class
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.ops.attention_choice import Choice

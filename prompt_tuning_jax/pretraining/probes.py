@@ -8,13 +8,8 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
 from prompt_tuning_jax.data.batching import task_data
-from prompt_tuning_jax.inference.predictor import (
-    evaluate_members,
-)
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.predictor import evaluate_members
+from prompt_tuning_jax.inference.setup import attach_members, vocabulary_of
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training import build

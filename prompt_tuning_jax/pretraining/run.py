@@ -15,13 +15,7 @@ from prompt_tuning_jax.pretraining.text_data import (
     start_from_cooccurrence,
     text_losses,
 )
-from prompt_tuning_jax.training.run import (
-    Evaluate,
-    RunResult,
-    TaskEvaluation,
-    TrainingData,
-    run,
-)
+from prompt_tuning_jax.training.run import Evaluate, RunResult, TaskEvaluation, TrainingData, run
 from prompt_tuning_jax.typing import FlatParams
 
 

@@ -25,16 +25,9 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, meth
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.config.overrides import method_to_json
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-    labels_of,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture, labels_of
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.loading_methods import (
-    attach_stored,
-    known_with,
-    stored_methods,
-)
+from prompt_tuning_jax.inference.loading_methods import attach_stored, known_with, stored_methods
 from prompt_tuning_jax.methods import (
     PROMPT,
     MethodConfig,

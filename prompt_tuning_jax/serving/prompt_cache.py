@@ -15,11 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prompt_tuning_jax.distributed.sharding import (
-    Partitioner,
-    activation_sharding,
-    spans_devices,
-)
+from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, spans_devices
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.shapes import HoldProgram, Shapes
 from prompt_tuning_jax.serving.tasks import AdapterSpec, Served, ServedMethod, ServedPrompt

@@ -18,12 +18,7 @@ from prompt_tuning_jax.serving.request_parser import (
     jobs_of,
     too_many_rows,
 )
-from prompt_tuning_jax.serving.scheduler import (
-    Job,
-    QueueFullError,
-    Scheduler,
-    WorkerFailedError,
-)
+from prompt_tuning_jax.serving.scheduler import Job, QueueFullError, Scheduler, WorkerFailedError
 from prompt_tuning_jax.serving.schema import (
     Limits,
     Mode,

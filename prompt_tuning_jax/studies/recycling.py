@@ -46,7 +46,7 @@ from prompt_tuning_jax.studies.named_tasks import (
     tasks_of,
     unchanged,
 )
-from prompt_tuning_jax.studies.suite import data_of
+from prompt_tuning_jax.studies.suite import data_of, say
 from prompt_tuning_jax.training.resume import require_place
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -96,7 +96,7 @@ def recycled_prompts(
         for way, each in groups.items():  # one model after the other, because it is loaded once
             for number, (goal, group) in enumerate(zip(goals, each, strict=True)):
                 settings = Settings(test=goal.test)
-                _say(quiet, f"\n{group.name}")
+                say(quiet, f"\n{group.name}")
                 stopped_by, point = score_group(group, settings, quiet=quiet)
                 if stopped_by:
                     return AblationResult(results=results, files=files, stopped_by=stopped_by)
@@ -126,7 +126,7 @@ def recycled_prompts(
                 )
                 files = write(results, root / "recycling")
     if results is not None:
-        _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
+        say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
     return AblationResult(results=results, files=files, stopped_by=0)
 
 
@@ -250,9 +250,3 @@ def _results(
         heading="Recycled prompts",
         details={"new_model": model, "embeddings_differ": differ, "scores": dict(found)},
     )
-
-
-def _say(quiet: bool, *lines: str) -> None:
-    if not quiet:
-        for line in lines or ("",):
-            print(line, flush=True)

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.run_folder import (
-    workdir_of,
-)
+from prompt_tuning_jax.checkpoints.run_folder import workdir_of
 from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.tokenize import check_labels
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import name_in_form
 from prompt_tuning_jax.data.tasks.task import Task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
@@ -30,19 +26,11 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.prompt_sources import as_texts
 from prompt_tuning_jax.inference.results import print_scores, scores_as_dict
-from prompt_tuning_jax.inference.setup import (
-    build_model,
-    model_fingerprint,
-    vocabulary_of,
-)
+from prompt_tuning_jax.inference.setup import build_model, model_fingerprint, vocabulary_of
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies import suite as suites
 from prompt_tuning_jax.studies import transfer
-from prompt_tuning_jax.training.resume import (
-    claim,
-    require_place,
-    require_run,
-)
+from prompt_tuning_jax.training.resume import claim, require_place, require_run
 from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -142,10 +130,10 @@ def suite(
     lines: list[str] = []
     stopped_by = 0
     for number, (short, run) in enumerate(runs.items()):
-        _say(quiet, f"\n{chosen[short]}: {number + 1} of {len(runs)}")
+        suites.say(quiet, f"\n{chosen[short]}: {number + 1} of {len(runs)}")
         stopped_by, found = _scored(run, prepared, number, quiet=quiet)
         if stopped_by:
-            _say(quiet, f"{len(scores)} of {len(runs)} tasks are done")
+            suites.say(quiet, f"{len(scores)} of {len(runs)} tasks are done")
             break
         scores[short] = found[chosen[short]]
         lines = [*suites.table(of, scores), "", *suites.notes(of, run.experiment, scores, halved)]
@@ -155,7 +143,7 @@ def suite(
     if not stopped_by:
         # Training has already printed the reports on the data, and the file contains them.
         shown = [line for line in lines if not line.startswith("- ")]
-        _say(quiet, "", *shown, "", *(f"written: {file}" for file in files))
+        suites.say(quiet, "", *shown, "", *(f"written: {file}" for file in files))
     return SuiteResult(
         lines=tuple(lines),
         scores=suites.as_json(of, scores, form=form),
@@ -206,10 +194,10 @@ def try_transfer(
     lines: list[str] = []
     stopped_by = 0
     for number, (one, run) in enumerate(zip(planned, runs, strict=True)):
-        _say(quiet, f"\n{run.title}: {number + 1} of {len(runs)}")
+        suites.say(quiet, f"\n{run.title}: {number + 1} of {len(runs)}")
         stopped_by, found = _scored(run, prepared, number, quiet=quiet)
         if stopped_by:
-            _say(quiet, f"{number} of {len(runs)} runs are done")
+            suites.say(quiet, f"{number} of {len(runs)} runs are done")
             break
         report.add(one.method, found)
         lines = report.lines()
@@ -219,7 +207,7 @@ def try_transfer(
         _write_lines(files[0], [heading, "", *lines, "", *(f"- {one}" for one in report.data)])
         run_folder.write_json(files[1], report.as_json())
     if not stopped_by:
-        _say(quiet, "", *lines, "", *(f"written: {file}" for file in files))
+        suites.say(quiet, "", *lines, "", *(f"written: {file}" for file in files))
     return SuiteResult(
         lines=tuple(lines),
         scores=report.as_json(),
@@ -319,7 +307,7 @@ def _scored(
     # Also waits until every process has read the scores, because process 0 writes them below.
     processes.require_same(f"the list of scores in {run.folder / SCORES}", repr(sorted(kept)))
     if all(name in kept for name in run.evaluations):
-        _say(quiet, f"{run.folder}: done; its scores are kept in {SCORES}")
+        suites.say(quiet, f"{run.folder}: done; its scores are kept in {SCORES}")
         return 0, kept
 
     def keep() -> None:
@@ -388,12 +376,6 @@ def _on_halves(experiment: Experiment, name: str, folder: Path) -> Experiment:
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     with atomic_write(path) as aside:
         aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _say(quiet: bool, *lines: str) -> None:
-    if not quiet:
-        for line in lines or ("",):
-            print(line, flush=True)
 
 
 def with_seeds(experiment: Experiment, seeds: Sequence[int] = suites.SEEDS) -> Experiment:

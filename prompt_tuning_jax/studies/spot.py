@@ -16,12 +16,7 @@ import numpy as np
 
 from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
-from prompt_tuning_jax.checkpoints.run_folder import (
-    PROMPTS,
-    member_names,
-    prompt_files,
-    workdir_of,
-)
+from prompt_tuning_jax.checkpoints.run_folder import PROMPTS, member_names, prompt_files, workdir_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.config.validation import validate
@@ -39,7 +34,7 @@ from prompt_tuning_jax.studies.named_tasks import (
     tasks_of,
     unchanged,
 )
-from prompt_tuning_jax.studies.suite import data_of, markdown_rows
+from prompt_tuning_jax.studies.suite import data_of, markdown_rows, say
 from prompt_tuning_jax.training.resume import require_place
 from prompt_tuning_jax.training.run import train
 
@@ -114,14 +109,14 @@ def spot(
     results: Results | None = None
     with shared_model():
         for number, (name, of) in enumerate(plans.items()):
-            _say(quiet, f"\nsource {name}: {number + 1} of {len(plans)}")
+            say(quiet, f"\nsource {name}: {number + 1} of {len(plans)}")
             run = train(of, quiet=quiet)
             if not run.finished:
                 return AblationResult(results=None, files=(), stopped_by=run.stopped_by)
         for goal in goals:
             seeds: list[list[Start]] = []
             for group in groups[goal.name]:
-                _say(quiet, f"\n{group.name}: {len(group.points)} starts at once")
+                say(quiet, f"\n{group.name}: {len(group.points)} starts at once")
                 stopped_by, point = score_group(group, Settings(test=goal.test), quiet=quiet)
                 if stopped_by:
                     return AblationResult(results=results, files=files, stopped_by=stopped_by)
@@ -139,7 +134,7 @@ def spot(
             )
             files = write(results, root / "spot")
     if results is not None:
-        _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
+        say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
     return AblationResult(results=results, files=files, stopped_by=0)
 
 
@@ -335,9 +330,3 @@ def _shown(name: str) -> str:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
-
-
-def _say(quiet: bool, *lines: str) -> None:
-    if not quiet:
-        for line in lines or ("",):
-            print(line, flush=True)

@@ -13,9 +13,7 @@ from typing import Any
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task
-from prompt_tuning_jax.data.tasks.selection import (
-    build_mixture,
-)
+from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     SUPER_GLUE_METRICS,
     super_glue_score,
@@ -24,9 +22,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
 from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS, Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import (
-    Example,
-)
+from prompt_tuning_jax.data.tasks.task import Example
 from prompt_tuning_jax.errors import UserError, suggest
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -385,3 +381,10 @@ def _short_metric(name: str) -> str:
     task, slash, metric = name.rpartition("/")
     base = T5_TASKS.get(form_of(task)[1])
     return f"{base.short if base else task} {metric}" if slash else metric
+
+
+def say(quiet: bool, *lines: str) -> None:
+    """Prints the lines at once, unless ``quiet``."""
+    if not quiet:
+        for line in lines:
+            print(line, flush=True)

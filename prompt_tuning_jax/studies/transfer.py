@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import Experiment, Optimizer
-from prompt_tuning_jax.data.tasks.registry import (
-    get_mixture,
-)
+from prompt_tuning_jax.data.tasks.registry import get_mixture
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.errors import UserError, suggest

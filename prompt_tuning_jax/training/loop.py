@@ -23,13 +23,7 @@ from prompt_tuning_jax.distributed.sharding import on_host
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import PROMPT
 from prompt_tuning_jax.training.logging import RunLog
-from prompt_tuning_jax.training.step import (
-    StepCost,
-    StepMetrics,
-    TrainState,
-    TrainStep,
-    step_cost,
-)
+from prompt_tuning_jax.training.step import StepCost, StepMetrics, TrainState, TrainStep, step_cost
 from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 
 Extra = TypeVar("Extra")

@@ -12,11 +12,7 @@ import numpy as np
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
-from prompt_tuning_jax.checkpoints.run_folder import (
-    Best,
-    member_names,
-    workdir_of,
-)
+from prompt_tuning_jax.checkpoints.run_folder import Best, member_names, workdir_of
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint
 from prompt_tuning_jax.compilation import CompiledAhead
 from prompt_tuning_jax.config.experiment import Experiment
@@ -28,17 +24,11 @@ from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.task_data import TaskData
 from prompt_tuning_jax.data.tasks.metrics import LOSS, Direction
-from prompt_tuning_jax.data.tasks.selection import (
-    check_files,
-    inputs_template_of,
-    mixture_of,
-)
+from prompt_tuning_jax.data.tasks.selection import check_files, inputs_template_of, mixture_of
 from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError, printable
-from prompt_tuning_jax.inference.predictor import (
-    evaluate_members,
-)
+from prompt_tuning_jax.inference.predictor import evaluate_members
 from prompt_tuning_jax.inference.setup import (
     Members,
     attach_members,
@@ -46,11 +36,7 @@ from prompt_tuning_jax.inference.setup import (
     model_fingerprint,
     vocabulary_of,
 )
-from prompt_tuning_jax.methods import (
-    PROMPT,
-    MethodConfig,
-    method_name,
-)
+from prompt_tuning_jax.methods import PROMPT, MethodConfig, method_name
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.quantization import MINIMUM, SCALE, bytes_of
@@ -59,11 +45,7 @@ from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.curves import plot_curves
 from prompt_tuning_jax.training.logging import METRICS_FILE
 from prompt_tuning_jax.training.loop import Loop
-from prompt_tuning_jax.training.resume import (
-    claim,
-    require_place,
-    require_run,
-)
+from prompt_tuning_jax.training.resume import claim, require_place, require_run
 from prompt_tuning_jax.training.samples import sample_texts
 from prompt_tuning_jax.typing import Batch, FlatParams, HostArray
 

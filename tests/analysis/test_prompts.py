@@ -15,12 +15,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.analysis.positions import leave_one_out, redundancy
 from prompt_tuning_jax.analysis.prompts import Start, analyze
 from prompt_tuning_jax.analysis.report import write_report
-from prompt_tuning_jax.analysis.words import (
-    embedding_rows,
-    nearest_tokens,
-    nearest_words,
-    ranks_of,
-)
+from prompt_tuning_jax.analysis.words import embedding_rows, nearest_tokens, nearest_words, ranks_of
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt

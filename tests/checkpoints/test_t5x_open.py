@@ -11,10 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.location import (
-    CheckpointFolder,
-    is_t5x,
-)
+from prompt_tuning_jax.checkpoints.location import CheckpointFolder, is_t5x
 from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of, parameter_shapes
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x

@@ -22,12 +22,8 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.data.tasks.row_files import RowFile
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    HfTokenizer,
-)
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file,
-)
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model

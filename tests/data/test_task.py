@@ -6,18 +6,8 @@ import pytest
 
 from prompt_tuning_jax.data.tasks import registry as registry_module
 from prompt_tuning_jax.data.tasks.metrics import get_metric
-from prompt_tuning_jax.data.tasks.registry import (
-    get_mixture,
-    get_task,
-    register,
-    task_names,
-)
-from prompt_tuning_jax.data.tasks.task import (
-    Mixture,
-    Source,
-    Task,
-    as_mixture,
-)
+from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, register, task_names
+from prompt_tuning_jax.data.tasks.task import Mixture, Source, Task, as_mixture
 from prompt_tuning_jax.errors import UserError
 
 SOURCE = Source(

@@ -10,13 +10,8 @@ import pytest
 from prompt_tuning_jax.data.batching import example_cache
 from prompt_tuning_jax.data.batching.example_cache import make_ragged
 from prompt_tuning_jax.data.batching.tokenize import check_labels, tokenize
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-)
-from prompt_tuning_jax.data.tasks.task import (
-    Source,
-    Task,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task
+from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary
 from prompt_tuning_jax.errors import UserError
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file,
-)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 

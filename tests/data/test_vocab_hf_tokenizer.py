@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    HfTokenizer,
-)
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file,
-)
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary, require_t5
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds

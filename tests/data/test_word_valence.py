@@ -5,9 +5,7 @@ from collections import Counter
 import pytest
 
 from prompt_tuning_jax.data.tasks import word_valence
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.word_valence import crude_stem, from_text, read_lexicon, split_of
 from prompt_tuning_jax.errors import UserError
 

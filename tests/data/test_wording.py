@@ -2,13 +2,8 @@
 
 import pytest
 
-from prompt_tuning_jax.data.tasks.registry import (
-    register,
-)
-from prompt_tuning_jax.data.tasks.task import (
-    Source,
-    Task,
-)
+from prompt_tuning_jax.data.tasks.registry import register
+from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.data.tasks.wording import (
     AS_IT_IS,
     Wording,

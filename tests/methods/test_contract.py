@@ -16,9 +16,7 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.config.overrides import from_json, to_json
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-)
+from prompt_tuning_jax.inference.setup import attach_members
 from prompt_tuning_jax.methods import (
     METHODS,
     Context,

@@ -31,16 +31,7 @@ from prompt_tuning_jax.methods.merging import merge
 from prompt_tuning_jax.models.quantization import quantize_modules
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training.step import Microbatching
-from tests.micro import (
-    ONE_LAYER,
-    T5_1_0,
-    D,
-    Trainer,
-    make_batch,
-    make_t5,
-    normal,
-    token_rows,
-)
+from tests.micro import ONE_LAYER, T5_1_0, D, Trainer, make_batch, make_t5, normal, token_rows
 
 SOURCE, TARGET = token_rows([5, 3], 7), token_rows([4, 6], 6, seed=1)
 QUERY = "encoder/layers_0/attention/query"

@@ -13,17 +13,7 @@ from prompt_tuning_jax.methods.prompt import with_prompt
 from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.injections import Injections, ModelInput
-from tests.micro import (
-    EOS,
-    ONE_LAYER,
-    PER_LAYER,
-    T5_1_1,
-    D,
-    encode,
-    make_t5,
-    normal,
-    token_rows,
-)
+from tests.micro import EOS, ONE_LAYER, PER_LAYER, T5_1_1, D, encode, make_t5, normal, token_rows
 
 P, PROMPT = 3, "method/prompt_PD"
 PLACEMENTS = ("prefix", "after_first", "before_eos")

@@ -22,18 +22,10 @@ from prompt_tuning_jax.checkpoints.load import abstract_model, load_model, rando
 from prompt_tuning_jax.config import validation
 from prompt_tuning_jax.config.experiment import Experiment, Model, Optimizer
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.setup import (
-    model_fingerprint,
-    require_trainable,
-)
+from prompt_tuning_jax.inference.setup import model_fingerprint, require_trainable
 from prompt_tuning_jax.methods import PROMPT, Context, FullTuning, PromptTuning, attach_method
 from prompt_tuning_jax.models.ops.quantized import quantized_dot
-from prompt_tuning_jax.models.quantization import (
-    SCALE,
-    bytes_of,
-    quantize,
-    quantize_modules,
-)
+from prompt_tuning_jax.models.quantization import SCALE, bytes_of, quantize, quantize_modules
 from tests import tiny_run
 from tests.devices import with_devices
 from tests.micro import ONE_LAYER, T5_1_0, D, Trainer, make_batch, make_t5, normal, token_rows

@@ -24,14 +24,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import api
 from prompt_tuning_jax.inference.conversion import convert
 from prompt_tuning_jax.inference.loading import attach
-from prompt_tuning_jax.methods import (
-    IA3,
-    Context,
-    LoRA,
-    MethodConfig,
-    TunedModel,
-    attach_method,
-)
+from prompt_tuning_jax.methods import IA3, Context, LoRA, MethodConfig, TunedModel, attach_method
 from prompt_tuning_jax.models.base import Model
 from tests.parity.peft_cases import MODELS, Case, model_of, mostly_slow
 from tests.parity.test_peft_prompts import libraries

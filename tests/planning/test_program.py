@@ -11,9 +11,7 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
 from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
-from prompt_tuning_jax.inference.setup import (
-    attach_members,
-)
+from prompt_tuning_jax.inference.setup import attach_members
 from prompt_tuning_jax.methods import FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
 from prompt_tuning_jax.training import build

@@ -17,9 +17,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.config.overrides import method_to_json, to_json
 from prompt_tuning_jax.config.serving import Serving
-from prompt_tuning_jax.inference.setup import (
-    model_fingerprint,
-)
+from prompt_tuning_jax.inference.setup import model_fingerprint
 from prompt_tuning_jax.methods import (
     Context,
     LoRA,

@@ -26,12 +26,7 @@ from prompt_tuning_jax.serving.shapes import (
     Targets,
     targets_of,
 )
-from tests.serving.serving_micro import (
-    SHAPES,
-    made_prompt,
-    micro_engine,
-    micro_model,
-)
+from tests.serving.serving_micro import SHAPES, made_prompt, micro_engine, micro_model
 
 V = 90
 # Rows side by side, each with its own.

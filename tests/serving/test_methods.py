@@ -38,13 +38,7 @@ from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.shapes import Program, Row
 from tests import tiny_run
 from tests.serving.serving_app import ask
-from tests.serving.serving_methods import (
-    LORA,
-    opened,
-    opened_specs,
-    with_service,
-    write_method,
-)
+from tests.serving.serving_methods import LORA, opened, opened_specs, with_service, write_method
 from tests.serving.serving_micro import micro_model, write_prompt
 from tests.tiny_run import LABELS
 

@@ -11,12 +11,7 @@ from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.peft.weights import write_peft_weights
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import open_tuned, save_tuned
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import (
-    IA3,
-    WARP,
-    FullTuning,
-    MultitaskPrompts,
-)
+from prompt_tuning_jax.methods import IA3, WARP, FullTuning, MultitaskPrompts
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.tasks import ServedMethod, ServedPrompt
 from tests.serving.serving_app import ADMIN

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import (
-    HfTokenizer,
-)
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     CHAT_TEMPLATE,
     FILES,

@@ -41,9 +41,7 @@ from prompt_tuning_jax.checkpoints.parameters import (
     require_parameters,
     require_t5,
 )
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
-    vocabulary_file as find_vocabulary,
-)
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file as find_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig

@@ -20,11 +20,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     require_task,
     shown,
 )
-from prompt_tuning_jax.checkpoints.peft.adaption import (
-    ADAPTION,
-    read_adaption,
-    written_adaption,
-)
+from prompt_tuning_jax.checkpoints.peft.adaption import ADAPTION, read_adaption, written_adaption
 from prompt_tuning_jax.checkpoints.peft.modules import task_type
 from prompt_tuning_jax.checkpoints.peft.opened import OpenedAdapter
 from prompt_tuning_jax.checkpoints.peft.prefixes import (

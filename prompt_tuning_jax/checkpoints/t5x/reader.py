@@ -15,13 +15,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.flax_msgpack import scan_tree, whole_arrays
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.location import (
-    INDEX,
-    ITEM,
-    METADATA,
-    CheckpointFolder,
-    one_line,
-)
+from prompt_tuning_jax.checkpoints.location import INDEX, ITEM, METADATA, CheckpointFolder, one_line
 from prompt_tuning_jax.checkpoints.t5x.arrays import (
     BFLOAT16,
     ArrayLocation,
@@ -33,9 +27,7 @@ from prompt_tuning_jax.checkpoints.t5x.arrays import (
     unscanned,
     whole_number,
 )
-from prompt_tuning_jax.checkpoints.t5x.orbax import (
-    read_orbax,
-)
+from prompt_tuning_jax.checkpoints.t5x.orbax import read_orbax
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import require_whole

@@ -12,10 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
-from prompt_tuning_jax.checkpoints.location import (
-    INDEX,
-    one_line,
-)
+from prompt_tuning_jax.checkpoints.location import INDEX, one_line
 from prompt_tuning_jax.checkpoints.parameters import PROMPT
 from prompt_tuning_jax.checkpoints.t5x.arrays import BFLOAT16, OptimizerState
 from prompt_tuning_jax.errors import UserError

@@ -41,9 +41,7 @@ from prompt_tuning_jax.data.tasks.metrics import (
     metric_names,
 )
 from prompt_tuning_jax.data.tasks.selection import NO_EVAL, build_mixture, is_image_data, labels_of
-from prompt_tuning_jax.data.tasks.task import (
-    Task,
-)
+from prompt_tuning_jax.data.tasks.task import Task
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner

@@ -15,14 +15,7 @@ import numpy as np
 
 from prompt_tuning_jax.data.tasks.code_digest import code_digest
 from prompt_tuning_jax.data.tasks.metrics import Metric
-from prompt_tuning_jax.data.tasks.task import (
-    Example,
-    Mixture,
-    Postprocess,
-    Row,
-    Source,
-    Task,
-)
+from prompt_tuning_jax.data.tasks.task import Example, Mixture, Postprocess, Row, Source, Task
 from prompt_tuning_jax.errors import UserError, suggest
 
 if TYPE_CHECKING:

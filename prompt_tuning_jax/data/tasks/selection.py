@@ -11,9 +11,7 @@ from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.data.images.sources import is_image_source
 from prompt_tuning_jax.data.images.task import image_task
 from prompt_tuning_jax.data.tasks.files import check_file_columns, file_task
-from prompt_tuning_jax.data.tasks.metrics import (
-    get_metric,
-)
+from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.registry import get_mixture, tasks_known_as
 from prompt_tuning_jax.data.tasks.task import (
     Mixture,

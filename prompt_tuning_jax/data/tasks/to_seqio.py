@@ -9,13 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prompt_tuning_jax.data.tasks.metrics import Metric
-from prompt_tuning_jax.data.tasks.registry import (
-    get_mixture,
-)
-from prompt_tuning_jax.data.tasks.task import (
-    Task,
-    task_index_id,
-)
+from prompt_tuning_jax.data.tasks.registry import get_mixture
+from prompt_tuning_jax.data.tasks.task import Task, task_index_id
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.vocab import (
     DEFAULT_SENTINELS,

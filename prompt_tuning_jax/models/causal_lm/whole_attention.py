@@ -18,11 +18,7 @@ from prompt_tuning_jax.models.ops.attention import dropout_factors
 from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits, Implementation
 from prompt_tuning_jax.models.ops.cudnn_attention import CausalLengths, cudnn_attention
 from prompt_tuning_jax.models.ops.fused_attention import fused_attention
-from prompt_tuning_jax.models.ops.fused_tiles import (
-    Visibility,
-    fits,
-    visible_positions,
-)
+from prompt_tuning_jax.models.ops.fused_tiles import Visibility, fits, visible_positions
 from prompt_tuning_jax.typing import Array, DType
 
 # Which keys queries see, as one of the kernels reads it.

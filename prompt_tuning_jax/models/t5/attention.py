@@ -15,11 +15,7 @@ from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.models.layers import Linear, RMSNorm, normal_param
 from prompt_tuning_jax.models.ops import matmul
-from prompt_tuning_jax.models.ops.attention import (
-    MASK_VALUE,
-    dropout_factors,
-    dropout_weights,
-)
+from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_factors, dropout_weights
 from prompt_tuning_jax.models.ops.fused_attention import fused_attention
 from prompt_tuning_jax.models.ops.fused_tiles import Visibility
 from prompt_tuning_jax.models.t5.config import T5Config

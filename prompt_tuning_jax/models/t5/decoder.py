@@ -5,19 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.models.base import (
-    SelfCache,
-)
+from prompt_tuning_jax.models.base import SelfCache
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import Injections, KeyValues
 from prompt_tuning_jax.models.layer_loop import run_layers
-from prompt_tuning_jax.models.layers import (
-    Linear,
-    Mlp,
-    Remat,
-    dropout,
-    split_key,
-)
+from prompt_tuning_jax.models.layers import Linear, Mlp, Remat, dropout, split_key
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
     RelativePositionBias,

@@ -8,12 +8,7 @@ from flax import nnx
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse
 from prompt_tuning_jax.models.injections import Injections, KeyValues, ModelInput
 from prompt_tuning_jax.models.layer_loop import run_layers
-from prompt_tuning_jax.models.layers import (
-    Mlp,
-    Remat,
-    dropout,
-    split_key,
-)
+from prompt_tuning_jax.models.layers import Mlp, Remat, dropout, split_key
 from prompt_tuning_jax.models.ops import fused_tiles
 from prompt_tuning_jax.models.t5.attention import (
     Attention,

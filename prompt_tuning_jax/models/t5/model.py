@@ -18,18 +18,10 @@ from prompt_tuning_jax.models.base import (
     joined,
 )
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
-from prompt_tuning_jax.models.layers import (
-    Embed,
-    Linear,
-    Remat,
-    linear_from,
-    split_key,
-)
+from prompt_tuning_jax.models.layers import Embed, Linear, Remat, linear_from, split_key
 from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
-from prompt_tuning_jax.models.t5.attention import (
-    Attention,
-)
+from prompt_tuning_jax.models.t5.attention import Attention
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.t5.decoder import Decoder, make_logits_dense
 from prompt_tuning_jax.models.t5.encoder import Encoder

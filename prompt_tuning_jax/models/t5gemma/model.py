@@ -26,14 +26,7 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
 from prompt_tuning_jax.models.causal_lm.stack import Stack
 from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
-from prompt_tuning_jax.models.layers import (
-    Embed,
-    Remat,
-    ScaledTable,
-    Table,
-    dropout,
-    split_key,
-)
+from prompt_tuning_jax.models.layers import Embed, Remat, ScaledTable, Table, dropout, split_key
 from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig

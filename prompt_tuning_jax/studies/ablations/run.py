@@ -41,7 +41,7 @@ from prompt_tuning_jax.studies.ablations.axes import rates_of, with_shots
 from prompt_tuning_jax.studies.ablations.cost import step_cost_of
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
-from prompt_tuning_jax.studies.suite import data_of
+from prompt_tuning_jax.studies.suite import data_of, say
 from prompt_tuning_jax.training.resume import require_place, require_run
 from prompt_tuning_jax.training.run import RunResult, train
 from prompt_tuning_jax.untrusted_input import read_json_file
@@ -108,13 +108,13 @@ def ablate(
     with shared_model():
         while pending:
             group = pending.pop(0)
-            _say(quiet, f"\n{group.name}: {len(group.points)} at once; {done} runs are done")
+            say(quiet, f"\n{group.name}: {len(group.points)} at once; {done} runs are done")
             try:
                 stopped_by, point = score_group(group, settings, quiet=quiet)
             except jax.errors.JaxRuntimeError as error:
                 if _OUT_OF_MEMORY not in str(error) or len(group.points) < 2:
                     raise
-                _say(quiet, f"{group.name}: the device cannot hold all; training half at a time")
+                say(quiet, f"{group.name}: the device cannot hold all; training half at a time")
                 pending[:0] = [in_folder(half, root) for half in group.halves()]
                 continue
             if stopped_by:
@@ -125,7 +125,7 @@ def ablate(
             if results.cells:
                 files = write(results, stem)
     if results is not None:
-        _say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
+        say(quiet, "", *lines_of(results), "", *(f"written: {file}" for file in files))
     return AblationResult(results=results, files=files, stopped_by=0)
 
 
@@ -194,7 +194,7 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
                 f"--workdir, or remove {folder}"
             )
         if not settings.measure or not of.method.is_trainable or point.get("cost"):
-            _say(quiet, f"{folder}: done; its scores are kept in {POINT}")
+            say(quiet, f"{folder}: done; its scores are kept in {POINT}")
             return 0, point
     started = time.monotonic()
     if of.method.is_trainable:
@@ -443,9 +443,3 @@ def _saved_bytes(run: RunResult) -> int:
 
 def _with_training(of: Experiment, **fields: Any) -> Experiment:
     return dataclasses.replace(of, training=dataclasses.replace(of.training, **fields))
-
-
-def _say(quiet: bool, *lines: str) -> None:
-    if not quiet:
-        for line in lines or ("",):
-            print(line, flush=True)

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.data.batching.tokenize import tokenize
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.t5_tasks import official_files
 from prompt_tuning_jax.data.tasks.t5_tasks.official_files import (
     has_official_files,

@@ -1,8 +1,6 @@
 """The recorded edge cases of the original."""
 
-from prompt_tuning_jax.data.tasks.metric_functions import (
-    squad as squad_scores,
-)
+from prompt_tuning_jax.data.tasks.metric_functions import squad as squad_scores
 from prompt_tuning_jax.data.tasks.metrics import score
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
 from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE
@@ -11,14 +9,9 @@ from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     EQUIVALENT_TO_DUPLICATE,
     translate,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
-    preprocess_in_form,
-    with_task_index,
-)
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import preprocess_in_form, with_task_index
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import (
-    task_index_id,
-)
+from prompt_tuning_jax.data.tasks.task import task_index_id
 from prompt_tuning_jax.data.vocabularies.vocab import EOS_ID
 from tests.data.t5_tasks.recorded_tasks import examples_of, recorded
 

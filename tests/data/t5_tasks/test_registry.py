@@ -5,15 +5,9 @@ from collections import Counter
 
 import pytest
 
-from prompt_tuning_jax.data.tasks.registry import (
-    get_mixture,
-    get_task,
-    task_names,
-)
+from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import ALIASES, TASKS, form_of
-from prompt_tuning_jax.data.tasks.task import (
-    Mixture,
-)
+from prompt_tuning_jax.data.tasks.task import Mixture
 from prompt_tuning_jax.errors import UserError
 from tests.data.t5_tasks.recorded_tasks import recorded
 

@@ -11,10 +11,7 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.tasks.labels import example_weights
-from prompt_tuning_jax.data.tasks.metric_functions import (
-    normalized,
-    squad,
-)
+from prompt_tuning_jax.data.tasks.metric_functions import normalized, squad
 from prompt_tuning_jax.data.tasks.metrics import score
 from prompt_tuning_jax.data.tasks.selection import build_mixture, mixture_of
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess

@@ -8,14 +8,9 @@ import pytest
 
 from prompt_tuning_jax.data.tasks.code_digest import code_digest
 from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label, spaced
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
-    preprocess_in_form,
-    without_task_word,
-)
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import preprocess_in_form, without_task_word
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import (
-    task_index_id,
-)
+from prompt_tuning_jax.data.tasks.task import task_index_id
 from prompt_tuning_jax.errors import UserError
 
 ODD_TEXTS = (

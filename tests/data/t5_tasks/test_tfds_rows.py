@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_tuning_jax.data.tasks.registry import (
-    get_task,
-)
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.t5_tasks.official_files import official_rows, official_splits
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import (
     is_prepared,

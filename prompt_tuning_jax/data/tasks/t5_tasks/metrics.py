@@ -11,12 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.data.tasks.metric_functions import (
-    pearson,
-    rouge_f1,
-    spearman,
-    squad,
-)
+from prompt_tuning_jax.data.tasks.metric_functions import pearson, rouge_f1, spearman, squad
 from prompt_tuning_jax.data.tasks.metrics import Metric
 from prompt_tuning_jax.errors import UserError
 

@@ -1,6 +1,6 @@
 """LM adaptation of the pre-trained tiny T5 with prefix LM (Lester et al. 2021, section 3.3).
 
-scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
+python scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER --lm_adapt
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training

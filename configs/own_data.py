@@ -1,4 +1,4 @@
-"""A prompt for your own data: rows with ``inputs`` and ``targets``, as jsonl, csv or parquet.
+"""A prompt for your own data: rows with the columns inputs and targets, as jsonl, csv or parquet.
 
 prompt-tuning train configs/own_data.py --data train.jsonl --eval_data dev.jsonl --workdir runs/mine
 

@@ -1,6 +1,6 @@
 """Pre-trains the bundled tiny T5 from random weights, on text and on classes that prompts describe.
 
-scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
+python scripts/pretrain_tiny --corpus FOLDER --dictionary FOLDER
 """
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Optimizer, Training

@@ -1,4 +1,4 @@
-"""Prompt tuning for T5 in JAX: a frozen model, trained prompts, ensembles of them.
+"""Prompt tuning of frozen language models and vision transformers in JAX and Flax NNX.
 
 >>> import prompt_tuning_jax as pt
 >>> model = pt.load_model("tiny")

@@ -4,7 +4,7 @@
 this library.  Two environment variables, read at import, say what the names do not:
 
   PROMPT_TUNING_JAX_DATA_DIR    official files or data that TFDS prepared, see
-                                ``data.t5_tasks.official_files`` (default: TFDS's own folder)
+                                ``data.tasks.t5_tasks.official_files`` (default: TFDS's own folder)
   PROMPT_TUNING_JAX_VOCABULARY  a SentencePiece file, or ``bytes`` for ByT5's vocabulary (default:
                                 T5's, gs://t5-data/vocabs/cc_all.32000.100extra/...)
 

@@ -228,7 +228,7 @@ def test_labels_of_the_user_win(tmp_path: Path, capsys: pytest.CaptureFixture[st
         with pytest.raises(UserError, match=message):
             predict(micro_model(), "bon", prompt, labels=labels)  # type: ignore[arg-type]
     warp = write_method(tmp_path / "warp.safetensors", WARP(length=2))
-    with pytest.raises(UserError, match="'ban' is none of those that this method was trained"):
+    with pytest.raises(UserError, match="'ban' is not one that this method was trained"):
         predict(micro_model(), "bon", warp, labels=own)
 
 
@@ -278,7 +278,7 @@ def test_prompts_of_other_labels_do_not_vote_together(
     assert (one.prediction, one.log_probs) == (other.prediction, other.log_probs)
     worded = write_prompt(tmp_path / "worded.safetensors", inputs_template="say {x}")
     asked = write_prompt(tmp_path / "asked.safetensors", inputs_template="ask {x}")
-    with pytest.raises(UserError, match=r"wording .*one text cannot be worded for both"):
+    with pytest.raises(UserError, match=r"template .*one text cannot have both"):
         predict(micro_model(), "bon", [worded, asked])
     assert len(predict(micro_model(), "bon", [worded, asked], raw=True)[0].by_prompt) == 2
 

@@ -14,7 +14,7 @@ _SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(ConfigOptions):
-    """Train with different values of one setting, and draw the scores (figures 1 and 3).
+    """Train with several values of one setting, and draw the scores (figures 1 and 3 of the paper).
 
     Runs that share a program train at once on one frozen model.  The same command resumes an
     interrupted ablation.

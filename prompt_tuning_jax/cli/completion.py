@@ -13,7 +13,7 @@ class Completion(Command):
     name: ClassVar[str] = "completion"
     example: ClassVar[str] = "completion bash >> ~/.bashrc"
 
-    shell: Literal["bash", "zsh", "fish"] = positional("SHELL")
+    shell: Literal["bash", "zsh", "fish"] = positional("SHELL")  # bash, zsh or fish
 
     def run(self) -> None:
         from argcomplete.shell_integration import shellcode

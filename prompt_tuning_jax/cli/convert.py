@@ -42,7 +42,8 @@ class Convert(_FormatOptions):
     unscan: bool = False  # with --to t5x: write each layer of a scanned source by name
     # Vocabulary of the model, instead of the source's; bytes for ByT5's.
     vocabulary: str | None = option("FILE", default=None)
-    # With --to hf: of a T5X source, which does not store it (default: 128 for 32 buckets).
+    # With --to hf: largest distance of the relative positions of a T5X source, which does not store
+    # it (default: 128 for 32 buckets).
     relpos_max_distance: int | None = option("N", default=None)
     # Frozen model of a prompt or adapter: peft stores its name, and adapters need its shapes.
     model: str | None = option("NAME", default=None)

@@ -15,7 +15,7 @@ class Inspect(Command):
     name: ClassVar[str] = "inspect"
     example: ClassVar[str] = "inspect runs/quickstart"
 
-    path: str = positional("PATH")  # file or folder, bundled or published name, or gs://...
+    path: str = positional("PATH")  # file, folder, gs:// address, or name of a model
     json: bool = False  # print JSON
     fingerprint: bool = False  # read all of a large model to compute its fingerprint
 

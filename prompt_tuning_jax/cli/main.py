@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = Parser(
         prog="prompt-tuning",
-        description="Prompt tuning for T5 in JAX.",
+        description="Prompt tuning and related methods for frozen models in JAX.",
         epilog="Run prompt-tuning COMMAND --help for the options of a command.",
         allow_abbrev=False,
     )

@@ -15,8 +15,8 @@ from prompt_tuning_jax.errors import UserError, printable_json, printable_lines
 class Predict(DeviceOptions, ConfigOptions, PromptOptions):
     """Print a prediction for each text, one per line.
 
-    A prediction is a label where the labels are known, and text otherwise.  Each text is wrapped in
-    the wording that the prompt was trained with, unless --raw is given.
+    A prediction is a label if the labels are known, and text otherwise.  The template that the
+    prompt was trained with is applied to each text, unless --raw is given.
     """
 
     name: ClassVar[str] = "predict"
@@ -28,10 +28,10 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
     # prompt's training data, and needs no targets.  Images: a file or a folder of them.
     input: str | None = option("FILE", default=None)
     # Write to this file instead of stdout.  .jsonl and .json are written as with --json, .csv and
-    # .tsv as a table with the columns of the input.
+    # .tsv as a table: the columns of the input, the prediction and its log-probability.
     output: str | None = option("FILE", default=None)
     json: bool = False  # print JSON lines, with log-probabilities and votes
-    raw: bool = False  # do not wrap the inputs in the wording of the task
+    raw: bool = False  # do not apply the template to the inputs
     task: str | None = option("NAME", default=None)  # task of the mixture that was trained on
     # Python file with get_config() (default: the config of the prompt's run).
     config: str | None = option("CONFIG.py", default=None)

@@ -28,7 +28,8 @@ class Recycle(Command):
     # With --by combination: pieces per position (default: 64).
     terms: int | None = option("N", default=None)
     steps: int | None = option("N", default=None)  # with --by mlp: training steps (default: 200)
-    seed: int | None = option("N", default=None, parse=non_negative)  # with --by mlp: (default: 0)
+    # With --by mlp: seed of the training (default: 0).
+    seed: int | None = option("N", default=None, parse=non_negative)
     json: bool = False  # print JSON
     allow_other_model: bool = False  # allow a prompt that was not trained on --from
     overwrite: bool = False  # replace an existing FILE

@@ -25,7 +25,8 @@ class Serve(Serving, OverrideOptions):
     folder NAME of a PEFT adapter is task NAME; a folder NAME of several, or a run NAME, is a task
     with an ensemble.  What was trained on a mixture serves each of its tasks as NAME.TASK.
 
-    Inputs are wrapped in the wording that the prompts were trained with, unless a request sets raw.
+    The template that a task's prompts were trained with is applied to inputs, unless a request sets
+    raw.
 
     Environment: with PROMPT_TUNING_TOKEN, predictions need that token.
     PROMPT_TUNING_ADMIN_TOKEN allows PUT and DELETE of /v1/tasks/NAME; the changes are stored in

@@ -105,7 +105,7 @@ class Data(Config):
     targets: Literal["auto", "labels", "text"] = "auto"
     allow_empty_targets: bool = False  # accept examples whose target is empty
     header: bool = True  # whether the first line of a csv or tsv file names the columns
-    # Names of the columns of a csv or tsv file; without a header and names they are 0, 1, ...
+    # Names of the columns of a csv or tsv file; without a header and names: 0, 1, 2 and so on
     columns: tuple[str, ...] = ()
     separator: str = ""  # separator of csv and tsv files; empty: detected
     labels: tuple[str, ...] = ()  # empty: the task's labels, or the targets of the training file
@@ -120,7 +120,7 @@ class Data(Config):
     # model's tokenizer.  Special tokens that are written out in an input are text.
     chat: bool = False
     inputs_length: int = 128  # longest input; longer ones are cut
-    targets_length: int = 8  # longest target; longer ones are cut
+    targets_length: int = 8  # longest target; longer texts are cut, and longer labels are errors
     # Lengths that batches of similarly long inputs are padded to: ``auto`` (at most four, chosen
     # for the data), ``auto:N``, lengths such as ``64,128,256``, or ``none`` (inputs_length only).
     buckets: str = "auto"

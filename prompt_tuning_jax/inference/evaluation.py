@@ -175,7 +175,7 @@ def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[s
         theirs = wording_of(one.task, one.inputs_template)
         if AS_IT_IS not in (ours, theirs) and theirs.key != ours.key:
             yield (
-                f"note: {name} was trained with the wording {theirs.shown!r}, and these inputs "
+                f"note: {name} was trained with the template {theirs.shown!r}, and these inputs "
                 f"have {ours.shown!r}; --set data.inputs_template changes it"
             )
 

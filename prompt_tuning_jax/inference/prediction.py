@@ -125,8 +125,8 @@ def predict(
 
     ``inputs`` are bare texts, objects ``{column: value}``, or the Path of a data file, whose
     targets are ignored; of a model that reads images, paths of image files, the Path of a folder
-    of them, or uint8 arrays.  Texts are put into the wording that the prompts were trained with,
-    unless ``raw`` is set; a wording with several columns needs objects.
+    of them, or uint8 arrays.  The template that the prompts were trained with is applied to texts,
+    unless ``raw`` is set; a template with several columns needs objects.
 
     ``labels`` replace the labels that the prompts were trained on, and ``task`` selects one of the
     tasks of a mixture.  ``strategy`` defaults to ``rank`` if there are labels, and otherwise to
@@ -335,7 +335,9 @@ def _labels_of(data: Data) -> tuple[str, ...]:
         ) from None
     if len(mixture.tasks) > 1:
         names = listed([task.name for task in mixture.tasks])
-        raise UserError(f"{mixture.name} is {len(mixture.tasks)} tasks: say with --task: {names}")
+        raise UserError(
+            f"{mixture.name} has {len(mixture.tasks)} tasks: name one with --task: {names}"
+        )
     return mixture.tasks[0].labels
 
 

@@ -208,7 +208,7 @@ class Predictor:
         if label_tokens and tokens_E.min() < len(examples):
             raise UserError(
                 f"the loss on {examples.task.name}/{examples.split} needs every target among the "
-                "labels that this method scores, and some are none of them; name all in data.labels"
+                "labels that this method scores, and some are not; name all in data.labels"
             )
         return [float(value) for value in loss_E / tokens_E]
 
@@ -317,7 +317,7 @@ class Predictor:
         for label in self.labels if known else ():
             if tuple(self.vocabulary.encode_target(label)) not in known:
                 raise UserError(
-                    f"the label {label!r} is none of those that this method was trained to score; "
+                    f"the label {label!r} is not one that this method was trained to score; "
                     "evaluate it on a task with the same labels (data.labels)"
                 )
 

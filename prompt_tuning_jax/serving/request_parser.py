@@ -244,7 +244,7 @@ class RequestParser:
         wording = AS_IT_IS if request.options.raw else task.wording
         field = f"inputs[{number}]"
         if (length := wording.length_with(given)) > _LONGEST:
-            message = f"{length:,} characters with the task's wording; at most {_LONGEST:,}"
+            message = f"{length:,} characters with the task's template; at most {_LONGEST:,}"
             raise RefusedError(413, message, field=field)
         try:
             return wording.apply(given)

@@ -86,12 +86,12 @@ def test_prompts_that_vote_have_one_wording() -> None:
     valence = wording_of("word_valence", "")
     assert shared_wording({"a": valence, "b": Wording(template="valence: {word}")}) == valence
     for others in (Wording(template="say {x}"), Wording(template="{a} {b}"), valence):
-        with pytest.raises(UserError, match=r"a was trained with the wording '{text}' and b with"):
+        with pytest.raises(UserError, match=r"a was trained with the template '{text}' and b with"):
             shared_wording({"a": one, "b": others})
     message = Wording(template="{text}", chat=True)
     assert shared_wording({"a": AS_IT_IS, "b": message}) == message
     assert message.apply("good") == "good"  # the tokenizer knows the template
-    with pytest.raises(UserError, match=r"wording '{text}' and b with '{text} as a chat message'"):
+    with pytest.raises(UserError, match=r"template '{text}' and b with '{text} as a chat message'"):
         shared_wording({"a": one, "b": message})
     with pytest.raises(UserError):  # objects name their columns
         shared_wording({"a": Wording(template="{a} {b}"), "b": Wording(template="{b} {a}")})

@@ -16,14 +16,14 @@ from prompt_tuning_jax.config.methods.prompts import PromptTuning
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(MethodConfig):
-    """``2 * length * H * K * L`` parameters, where L counts the layers of all chosen attentions.
+    """``2 * length * G * K * L`` parameters, where L counts the layers of all chosen attentions.
 
-    H is the number of heads of keys and values.  A decoder-only model has one attention per layer,
+    G is the number of heads of keys and values.  A decoder-only model has one attention per layer,
     ``decoder``.
 
     With ``hidden`` M above 0, an MLP over vectors of the model's width D computes the prefixes of
     each attention during training (Li and Liang 2021, section 4.3): ``length * D + (D + 1) * M +
-    (M + 1) * 2 * L * H * K`` parameters, initialized like torch's layers.  A run saves only the
+    (M + 1) * 2 * L * G * K`` parameters, initialized like torch's layers.  A run saves only the
     output of the MLP.
     """
 

@@ -144,7 +144,7 @@ class PTuning(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualPrompt(MethodConfig):
-    """A prompt of P vectors, to which a network of them is added during training.
+    """A prompt of P vectors, to which an MLP's output for them is added during training.
 
     Residual prompt tuning (Razdaibiedina et al. 2023) uses a bottleneck MLP of width M = ``hidden``
     followed by a layer norm: ``P*D + (2*D + 1)*M + 3*D`` parameters if the positions share it,

@@ -23,7 +23,7 @@ _MAX_RANK = 2**20  # larger than the width of any model
 class LoRA(MethodConfig):
     """``rank * (in + out)`` parameters per target: ``.../adapter/lora_a_DR`` and ``lora_b_RF``.
 
-    With the defaults ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
+    With the defaults, on a T5: ``2 * rank * (D + H * K) * (encoder layers + 2 * decoder layers)``.
 
     DoRA (``dora``) adds ``out`` per target, ``lora_magnitude_F``.  ``embeddings`` add ``rank * (V +
     D)`` each, ``copies`` ``V * D`` each, and ``parameters`` the sizes of the arrays that they
@@ -103,10 +103,10 @@ class LoRA(MethodConfig):
 class IA3(MethodConfig):
     """One parameter for each output of ``outputs`` and for each input of ``inputs``.
 
-    With the defaults ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and values, and
-    ``F * (encoder layers + decoder layers)`` on the input of the MLP's ``wo``.  They are called
-    ``.../adapter/scale_F`` and ``.../adapter/scale_D``, and are initialized to ones.  Frozen
-    weights may be quantized.
+    With the defaults, on a T5: ``2 * H * K * (encoder layers + 2 * decoder layers)`` on keys and
+    values, and ``F * (encoder layers + decoder layers)`` on the input of the MLP's ``wo``.  They
+    are called ``.../adapter/scale_F`` and ``.../adapter/scale_D``, and are initialized to ones.
+    Frozen weights may be quantized.
     """
 
     implementation = "prompt_tuning_jax.methods.ia3:IA3Module"
@@ -153,10 +153,10 @@ class Adapters(MethodConfig):
 class PatternTuning(MethodConfig):
     """The parameters of the model whose paths match; by default norms and all biases.
 
-    BitFit trains biases.  T5 has no others than those of positions: ``D * (2 * encoder layers + 3 *
-    decoder layers + 2)`` scales of norms and ``2 * H * buckets`` biases (of models with biases per
-    layer ``H * buckets * (encoder layers + decoder layers)``), its only parameters that are not
-    matrices.  For images, the pattern ``classifier/.*`` is a linear probe.
+    BitFit trains biases.  T5 has none but its position biases, so the default trains ``D * (2 *
+    encoder layers + 3 * decoder layers + 2)`` scales of norms and ``2 * H * buckets`` biases (with
+    biases per layer, ``H * buckets * (encoder layers + decoder layers)``).  For images, the pattern
+    ``classifier/.*`` is a linear probe.
     """
 
     implementation = "prompt_tuning_jax.methods.pattern:PatternModule"

@@ -136,8 +136,8 @@ def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
     for name, other in known.items():
         if other.key != wording.key:
             raise UserError(
-                f"{first} was trained with the wording {wording.shown!r} and {name} with "
-                f"{other.shown!r}: one text cannot be worded for both"
+                f"{first} was trained with the template {wording.shown!r} and {name} with "
+                f"{other.shown!r}: one text cannot have both"
             )
     return wording
 

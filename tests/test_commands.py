@@ -312,7 +312,7 @@ def test_predicting_without_labels_writes(tmp_path: Path, short_prompt: Path) ->
 def test_inspect_says_what_a_path_is(run: Path, short_prompt: Path) -> None:
     found = dict(inspect(str(run)))
     assert found["kind"] == "run" and found["method"] == "PromptTuning"
-    assert found["last checkpoint"] == "step 12"
+    assert found["last checkpoints"].split(", ")[-1] == "step 12"
     best = json.loads((run / "results.json").read_text())["best"]
     assert found["seed_1.safetensors"] == (
         f"[5, 16], accuracy {best['seed_1']['accuracy']:.2f} at step {best['seed_1']['step']}"

@@ -314,7 +314,7 @@ def test_prompts_that_are_not_there(tmp_path: Path, copy: Path, refused: Refused
     assert "has not been evaluated" in refused("eval", "--prompt", copy)
     assert "no such file or folder" in refused("inspect", tmp_path / "none")
     message = refused("inspect", copy.parent)
-    assert "is nothing that is known here" in message and f"did you mean {copy}?" in message
+    assert "is not a run" in message and f"did you mean {copy}?" in message
 
 
 def test_a_loss_that_is_not_finite(

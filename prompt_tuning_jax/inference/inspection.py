@@ -126,9 +126,9 @@ def _found(
         raise UserError(f"{path}: no such file or folder")
     if place.is_dir() and not _may_be_model(place):
         raise UserError(
-            f"{path} is nothing that is known here: no run ({RUN_CONFIG}), "
-            f"model ({hf_config.CONFIG}, or T5X's {INDEX}), PEFT adapter "
-            f"or folder of prompts{_candidates(place)}"
+            f"{path} is not a run ({RUN_CONFIG}), a "
+            f"model ({hf_config.CONFIG}, or T5X's {INDEX}), a PEFT adapter "
+            f"or a folder of prompts{_candidates(place)}"
         )
     return describe_model(path, with_fingerprint=with_fingerprint)
 
@@ -228,8 +228,8 @@ def _run_rows(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]
     yield "kind", "run"
     for field, value in _run_fields(experiment):
         yield field, str(value)
-    for step in _last_steps(folder):
-        yield "last checkpoint", f"step {step}"
+    if steps := _last_steps(folder):
+        yield "last checkpoints", ", ".join(f"step {step}" for step in steps)
     held: dict[str, _Held] = {**_prompts_of_run(folder), **_tuned_of_run(folder)}
     for name, each in held.items():
         yield name, _in_short(each)

@@ -145,8 +145,8 @@ def test_what_cannot_be_attached_is_said_in_one_line(tmp_path: Path) -> None:
         "did you mean '.*mine.safetensors'": (model, tmp_path / "mine.safetensor"),
         "got ndarray; an array is the prompt of generate": (model, np.ones((3, 16))),
         "got an empty path": (model, ""),
-        "is a model, and nothing to attach": (model, model_folder()),
-        "attach to it bare": (attached, file),
+        "is a model: open it with load_model": (model, model_folder()),
+        "give the bare model": (attached, file),
         "load_model\\('tiny'\\) opens one": ("tiny", file),
     }
     for message, (what, path) in wrong.items():

@@ -78,7 +78,9 @@ def test_files_that_are_no_configs(config: Path, text: str, part: str) -> None:
 
 def test_a_file_that_is_not_there(config: Path) -> None:
     write(config, "Experiment()")
-    with pytest.raises(UserError, match=r"no config file .*confg\.py; .*did you mean 'config\.py'"):
+    with pytest.raises(
+        UserError, match=r"no config file .*confg\.py \(did you mean 'config\.py'\?\); prompt"
+    ):
         load_config(str(config.with_name("confg.py")))
     with pytest.raises(UserError, match="cannot read the config file"):
         load_config(str(config.parent))

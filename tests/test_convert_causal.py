@@ -75,7 +75,7 @@ def test_smollm2_becomes_a_folder(
     """With its tokenizer; the folder has the file's numbers, and the probabilities recorded."""
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     output = program("convert", smollm2, tmp_path / "hf", "--to", "hf")
-    assert "its quantised weights are written as float32" in output
+    assert "its quantized weights are written as float32" in output
     names = {file.name for file in (tmp_path / "hf").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     model = load_model(str(tmp_path / "hf"))

@@ -103,7 +103,7 @@ def test_prompts_are_scored_alone_and_together_whatever_the_order_of_labels(
     again = evaluate(with_loss, prompts=str(run), labels=LABELS)
     for one, other in zip(result.per_prompt, again.per_prompt, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    with pytest.raises(UserError, match="'grey' is none of the 3 classes of this model"):
+    with pytest.raises(UserError, match="'grey' is not one of the 3 classes of this model"):
         evaluate(experiment(folder, "run"), prompts=str(run), labels=(*LABELS, "grey"))
 
 

@@ -275,9 +275,9 @@ def test_lists_of_ids_may_have_different_lengths():
     [
         ("text", "came without a vocabulary: give token ids"),
         (["text", "more"], "came without a vocabulary"),
-        (np.zeros((2, 0), np.int32), r"\[2, 0\], and so no tokens"),
+        (np.zeros((2, 0), np.int32), r"\[2, 0\]; give every row at least one"),
         (np.zeros((0, 2), np.int32), "there are no inputs"),
-        ([[], []], "row 0 has no token ids; give every row one at least"),
+        ([[], []], "row 0 has no token ids; give every row at least one"),
         ([[5, 1], []], "row 1 has no token ids"),
         (np.int32(3), "got a single number"),
         (3, "inputs is a int; give a text"),
@@ -290,7 +290,7 @@ def test_lists_of_ids_may_have_different_lengths():
         (SOURCE - 1, f"from 0 to {V - 1}; got -1 to"),
         ([[5, 1], [5, 6.5, 1]], "whole numbers of shape .* got float64"),
         ([[5, 1], [5, V, 1]], f"from 0 to {V - 1}; got 1 to {V}"),
-        (["text", 3], r"inputs\[1\] is '3' and no text"),
+        (["text", 3], r"inputs\[1\] is '3'; it must be a text"),
     ],
 )
 def test_wrong_ids_are_refused_in_one_line(inputs, message):
@@ -311,7 +311,7 @@ def test_a_prompt_that_does_not_fit_is_refused(shape):
 
 
 def test_as_many_targets_as_inputs():
-    with pytest.raises(UserError, match="as many: 3 and 2"):
+    with pytest.raises(UserError, match="3 inputs and 2 targets"):
         score(MODEL, SOURCE, TARGET[:2])
 
 

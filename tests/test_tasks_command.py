@@ -350,7 +350,7 @@ def test_what_cannot_be_asked(capsys, tmp_path, data):
     status, _, err = run(
         capsys, "metrics", *line, "--predictions", path, "--leaderboard", tmp_path / "b"
     )
-    assert status == 2 and "no task of SuperGLUE" in err
+    assert status == 2 and "not a task of SuperGLUE" in err
 
 
 @pytest.mark.parametrize(

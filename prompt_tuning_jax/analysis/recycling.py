@@ -78,7 +78,9 @@ def fit_recycler(
     fit = fit or Fit()
     source, target = np.asarray(source_VD, np.float64), np.asarray(target_VE, np.float64)
     if len(source) != len(target):
-        raise UserError(f"{len(source):,} and {len(target):,} pieces: they are not the same ones")
+        raise UserError(
+            f"the vocabularies have {len(source):,} and {len(target):,} pieces, so they differ"
+        )
     if len(source) < LEAST_PIECES:
         raise UserError(f"{len(source)} pieces are too few to fit on; {LEAST_PIECES} are the least")
     held = np.arange(len(source)) % _HELD_OUT == _HELD_OUT - 1

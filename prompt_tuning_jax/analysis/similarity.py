@@ -50,7 +50,7 @@ def mixture(prompts: Sequence[Array | HostArray], weights: Sequence[float]) -> H
         raise UserError(f"a mixture takes prompts of one shape, and these have {shown}")
     if min(weights) <= 0:
         raise UserError(
-            f"a mixture counts prompts by their similarity, and {min(weights):.3f} is not above 0"
+            f"a mixture weights prompts by their similarity, and {min(weights):.3f} is not above 0"
         )
     shares = np.asarray(weights, np.float64) / sum(weights)
     return np.tensordot(shares, np.stack(arrays), 1).astype(np.float32)
@@ -168,8 +168,8 @@ def _write_mixture(
     for each in nearest:
         if each.similarity <= 0:
             raise UserError(
-                f"{each.path} has similarity {each.similarity:.3f}, and a mixture counts prompts "
-                "by it: it takes those above 0; lower --top"
+                f"a mixture weights prompts by their similarity, and that of {each.path}, "
+                f"{each.similarity:.3f}, is not above 0; lower --top"
             )
         if each.shape != nearest[0].shape:
             raise UserError(

@@ -131,7 +131,7 @@ def format_of(destination: Path, to: Format | None) -> Format:
     if destination.suffix in PROMPT_SUFFIXES and to in (None, suffix):
         return "npy" if suffix == "npy" else "safetensors"
     if destination.suffix in PROMPT_SUFFIXES:
-        raise UserError(f"{destination} is named as {suffix} and is to be {to}: change one of them")
+        raise UserError(f"{destination} ends in .{suffix}, but --to is {to}: change one of them")
     if to is not None:
         return to
     if _CHECKPOINT.fullmatch(destination.name):

@@ -95,7 +95,7 @@ def convert_to_hf(
     quantised = is_gguf(Path(opened.location)) and set(stored_types(Path(opened.location))[0])
     if quantised and not quantised <= {"F32", "F16", "BF16"} and dtype == "stored":
         notes.append(
-            "its quantised weights are written as float32, number for number: --dtype bfloat16 "
+            "its quantized weights are written as float32, number for number: --dtype bfloat16 "
             "halves that, and rounds them again"
         )
     if words is None and not opened.config.reads_images:
@@ -280,8 +280,8 @@ def _checkpoint_folder(
         return destination / f"checkpoint_{step}", step
     if int(named[1]) != step:
         raise UserError(
-            f"{destination} is by its name of step {int(named[1])}, and the checkpoint is of step "
-            f"{step}: name it checkpoint_{step}, or give --step {int(named[1])}"
+            f"{destination} names step {int(named[1])}, but the checkpoint has step {step}: "
+            f"name it checkpoint_{step}, or give --step {int(named[1])}"
         )
     return destination.with_name(f"checkpoint_{step}"), step
 

@@ -84,7 +84,7 @@ def convert_prompts(
     if to == "npy" and any(stored.prompt_PD.dtype.name == "bfloat16" for stored in prompts):
         notes.append("bfloat16 became float32, with the same numbers: .npy does not have it")
     if to != "safetensors" and any(_known(stored.metadata) for stored in prompts):
-        notes.append(f"{_WORDS[to]} does not hold the prompt's metadata")
+        notes.append(f"{_WORDS[to]} does not hold the prompt's labels, template and other metadata")
     for rows in sorted({s.adapter.left_out for s in prompts if s.adapter} - {0}):
         notes.append(
             f"PEFT saved the prompt twice, for encoder and decoder: the second {rows} rows, which "
@@ -130,7 +130,7 @@ def _write(
         base_name = base.name or stored.metadata.model_name
         if not base_name:
             raise UserError(
-                f"{name} does not say which model it is for, and PEFT wants to know: give --model, "
+                f"{name} does not say which model it is for, and PEFT needs it: give --model, "
                 "a name on the Hugging Face hub or a folder"
             )
         write_peft(
@@ -236,7 +236,7 @@ def _open_base(
     opened = open_source(named, vocabulary=False)
     if to == "peft" and not isinstance(opened.source, Path):
         raise UserError(
-            f"{named} is a T5X checkpoint, and PEFT wants a Hugging Face folder or name: convert "
+            f"{named} is a T5X checkpoint, and PEFT needs a Hugging Face folder or name: convert "
             "the model with --to hf, and give that as --model"
         )
     wanted = to == "safetensors" or (check and any(p.metadata.model_fingerprint for p in prompts))

@@ -210,7 +210,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(
-            f"{name}: accept its licence on huggingface.co first, then log in (hf auth login)"
+            f"{name}: accept its license on huggingface.co first, then log in (hf auth login)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(

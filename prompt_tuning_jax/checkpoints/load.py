@@ -238,7 +238,7 @@ def _with_blocks(
     if opened.gguf is None:
         raise UserError(
             f"model.weights=quantized needs a GGUF file, and {opened.location} is not one; set "
-            "model.quantization=int8 to quantise its weights"
+            "model.quantization=int8 to quantize its weights"
         )
     stored = dict(opened.params)
     abstract: dict[str, Any] = {}

@@ -77,7 +77,7 @@ def _t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def require_t5(config: ModelConfig, *, what: str) -> T5Config:
     """Returns the configuration if it is a T5's; raises UserError, naming ``what``, if not."""
     if not isinstance(config, T5Config):
-        raise UserError(f"{what} is supported for T5 alone, and this model is none")
+        raise UserError(f"{what} is supported only for T5, and this model is not one")
     return config
 
 

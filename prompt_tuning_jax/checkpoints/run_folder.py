@@ -61,7 +61,7 @@ def prompt_files(folder: Path, names: Sequence[str]) -> list[Path]:
         if not file.is_file():
             raise UserError(
                 f"{folder} has no {file.relative_to(folder)} yet: the run has not been evaluated; "
-                "train on, or name a prompt file"
+                "continue training, or name a prompt file"
             )
     return files
 

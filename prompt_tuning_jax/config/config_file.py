@@ -11,7 +11,7 @@ from types import ModuleType, TracebackType
 from prompt_tuning_jax.config.experiment import NOT_IMPORTED, Experiment
 from prompt_tuning_jax.config.overrides import MAX_BYTES, checked_experiment, from_json
 from prompt_tuning_jax.config.paths import moved_to
-from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.errors import UserError, nearest
 
 # Not config.json, which marks the folder of a Hugging Face model.
 RUN_CONFIG = "experiment.json"
@@ -31,10 +31,10 @@ def load_config(path: str) -> Experiment:
     try:
         source = file.read_bytes()
     except FileNotFoundError:
-        near = suggest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
+        near = nearest(file.name, sorted(p.name for p in file.parent.glob("*.py")))
+        meant = "" if near is None else f" (did you mean {near!r}?)"
         raise UserError(
-            f"no config file {path}; in {file.parent}: {near}; prompt-tuning init lists and writes "
-            "example configs"
+            f"no config file {path}{meant}; prompt-tuning init lists and writes example configs"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None

@@ -115,7 +115,10 @@ def _data(data: Data) -> Iterator[str]:
         yield f"data.separator is {data.separator!r}; must be one character, or tab"
     longest = max(parse_buckets(data.buckets)[0], default=0)
     if longest > data.inputs_length:
-        yield f"data.buckets has {longest}; data.inputs_length is {data.inputs_length}, so raise it"
+        yield (
+            f"data.buckets has {longest}; data.inputs_length is {data.inputs_length} and must be "
+            "at least as large"
+        )
     if data.objectives and not data.train:
         yield "data.objectives needs data.train, a folder of text files"
     if data.objective_weights and len(data.objective_weights) != len(data.objectives):
@@ -145,7 +148,7 @@ def _optimizer(optimizer: Optimizer, *, steps: int) -> Iterator[str]:
     if optimizer.schedule in ("linear", "cosine") and 0 < end <= optimizer.warmup_steps:
         yield (
             f"optimizer.warmup_steps is {optimizer.warmup_steps}, but the {optimizer.schedule} "
-            f"schedule ends at step {end} (optimizer.decay_steps or training.steps)"
+            f"schedule ends at step {end} (optimizer.decay_steps or training.steps); lower it"
         )
 
 

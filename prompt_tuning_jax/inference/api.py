@@ -198,7 +198,7 @@ def logits(
         raise UserError("this method ranks labels and has no logits of tokens; use score")
     if targets is None:
         if not attached.model.causal:
-            raise UserError("targets: an encoder-decoder has logits of targets alone; give them")
+            raise UserError("targets are missing: an encoder-decoder has logits of targets only")
         _check_window(attached, tokens_BT)
         graphdef, params = param_tree.split(attached)
         logits_BUV = input_logits(graphdef, params, tokens_BT)
@@ -280,7 +280,7 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
             "shape [batch, length]"
         )
     if not len(inputs):
-        raise UserError("there are no inputs; give one text, or one row of token ids, at least")
+        raise UserError("there are no inputs; give at least one text or one row of token ids")
     ids = model.token_ids
     if not is_array and all(isinstance(x, str) for x in inputs):
         if model.vocabulary is None:
@@ -291,13 +291,13 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
     if not is_array and any(isinstance(x, str) for x in inputs):
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
         found = str(inputs[number])[:40]
-        raise UserError(f"inputs[{number}] is {found!r} and no text, as others are")
+        raise UserError(f"inputs[{number}] is {found!r}; it must be a text, as others are")
     rows: list[Any] = [] if is_array else [*inputs]
     given_rows = bool(rows) and all(isinstance(row, Sequence) for row in rows)
     if given_rows:
         for number, row in enumerate(rows):
             if not row:
-                raise UserError(f"row {number} has no token ids; give every row one at least")
+                raise UserError(f"row {number} has no token ids; give every row at least one")
         # A float or a string among the ids makes this an array that is refused below.
         flat = np.asarray([id_ for row in rows for id_ in row])
         ids_BT = flat[None]
@@ -305,8 +305,7 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
         ids_BT = np.asarray(inputs)
     if ids_BT.ndim == 2 and not ids_BT.shape[1]:
         raise UserError(
-            f"token ids have the shape {list(ids_BT.shape)}, and so no tokens; give every row one "
-            "at least"
+            f"token ids have the shape {list(ids_BT.shape)}; give every row at least one"
         )
     if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
         raise UserError(
@@ -468,7 +467,9 @@ def _padded_targets(
     """Returns the targets' token ids, padded like the inputs, and their length before padding."""
     targets_BS = token_ids(attached.model, targets, targets=True)
     if len(targets_BS) != rows:
-        raise UserError(f"inputs and targets must be as many: {rows} and {len(targets_BS)}")
+        raise UserError(
+            f"there are {rows} inputs and {len(targets_BS)} targets; give one target per input"
+        )
     length = targets_BS.shape[1]
     positions = padded_size(length, least=_SHORTEST_TARGET) - length
     fill = attached.model.token_ids.fill

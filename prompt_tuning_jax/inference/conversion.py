@@ -142,12 +142,12 @@ def convert_tuned(
     to = format_of(destination, to)
     if to in ("hf", "t5x"):
         raise UserError(
-            f"{source} is what a method tuned, and {to} is a format of models; it is written as "
-            "peft or safetensors, and prompt-tuning merge puts that of a run into the weights"
+            f"{source} holds what a method trained, and {to} is a format of models: convert it to "
+            "peft or safetensors, or merge the run into its model (prompt-tuning merge)"
         )
     require_options_of(to, others)
     if dtype not in ("stored", "float32"):
-        raise UserError(f"what a method tuned is written as float32: leave out --dtype {dtype}")
+        raise UserError(f"what a method trained is written as float32: leave out --dtype {dtype}")
     if combine and combine not in COMBINED:
         raise UserError(f"combine is {combine!r}; it is one of {', '.join(COMBINED)}")
     files = tuned_files(Path(source)) or [Path(source)]
@@ -155,8 +155,8 @@ def convert_tuned(
     one = files == [Path(source)] or (is_file and len(files) == 1)
     if is_file and not one:
         raise UserError(
-            f"{source} holds several: name a folder for them, without {destination.suffix}, and "
-            "say --to"
+            f"{source} holds several files: name a folder for them, without {destination.suffix}, "
+            "and say --to"
         )
     folder = to == "peft" or not one
     require_free(destination, overwrite=overwrite, folder=folder)
@@ -195,7 +195,9 @@ def convert_tuned(
                     format="npy" if to == "npy" else "safetensors",
                 )
             elif to == "npy":
-                raise UserError(f"{file} is no prompt alone, as .npy files are: use safetensors")
+                raise UserError(
+                    f"{file} holds more than a prompt, and .npy cannot: use safetensors"
+                )
             else:
                 save_tuned(place, dataclasses.replace(stored, metadata=known))
     kinds = sorted({type(method).__name__ for method in methods})
@@ -235,7 +237,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]
 def _read(file: Path, opened: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
     of_t5x = t5x_method(file, opened.config, combined=combined)
     if of_t5x is None and combined:
-        raise UserError(f"--combine {combined} is about T5X checkpoints, and {file} is none")
+        raise UserError(f"--combine {combined} is about T5X checkpoints, and {file} is not one")
     if of_t5x is not None or not file.is_dir():
         return of_t5x or read_tuned(file, opened.config)
     adapter = peft_adapter(file, opened.config, own=opened.params)

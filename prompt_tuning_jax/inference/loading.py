@@ -92,7 +92,7 @@ def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") 
     given: object = model  # callers may not type-check
     require_model(given)
     if isinstance(given, TunedModel):
-        raise UserError("this model has something attached to it already; attach to it bare")
+        raise UserError("this model has something attached to it already; give the bare model")
     _require_place(path)
     opened = load_prompts(Experiment(), model, [str(path)], partitioner=where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
@@ -281,7 +281,7 @@ def _require_place(path: str | Path) -> None:
         meant = "" if near is None else f"; did you mean {str(place.parent / near)!r}?"
         raise UserError(f"there is no run, file or adapter {str(given)!r}{meant}")
     if (place / "config.json").is_file():
-        raise UserError(f"{given} is a model, and nothing to attach: load_model opens it")
+        raise UserError(f"{given} is a model: open it with load_model instead of attaching it")
 
 
 def _member_name(name: str) -> str:

@@ -41,7 +41,7 @@ def metrics(
     if len(texts) != len(examples):
         raise UserError(
             f"{predictions} has {len(texts):,} predictions and {name}, split {split!r}, has "
-            f"{len(examples):,} examples; one a line is needed, in the order of `tasks --dump`"
+            f"{len(examples):,} examples; give one per line, in the order of `tasks --dump`"
         )
     notes = []
     if leaderboard:
@@ -53,7 +53,7 @@ def metrics(
         notes.append(f"wrote {leaderboard}{rename}")
         if written.invalid:
             notes.append(
-                f"{written.invalid:,} predictions are no labels and were written as "
+                f"{written.invalid:,} predictions are not labels and were written as "
                 f"{(*task.labels, 'False')[0]!r}"
             )
     labelled = [i for i, example in enumerate(examples) if has_label(example)]

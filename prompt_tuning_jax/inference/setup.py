@@ -372,7 +372,7 @@ def require_trainable(trainable: Mapping[str, Any]) -> None:
     integers = (not jnp.issubdtype(array.dtype, jnp.inexact) for array in trainable.values())
     if is_quantized(trainable) or any(integers):
         raise UserError(
-            "this method trains the model's weights, and they are quantised; "
+            "this method trains the model's weights, and they are quantized; "
             "set model.quantization=none and model.weights=dequantized"
         )
 

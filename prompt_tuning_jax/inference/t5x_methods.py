@@ -42,7 +42,7 @@ def t5x_method(
     if opened is None:
         return None
     if not isinstance(config, T5Config):
-        raise UserError(f"{place} was trained by T5X, for a T5; this model is none")
+        raise UserError(f"{place} was trained by T5X for a T5, and this model is not one")
     params, open_state = opened
     method, trainable = read_method(
         params, config, of=str(place), combined=combined, open_state=open_state

@@ -70,6 +70,6 @@ def self_attentions(model: Model) -> list[Attention]:
     if not attentions:
         raise UserError(
             "method=adaption_prompt is for decoder-only models and T5Gemma, and this is a "
-            f"{type(model).__name__}; prefix_tuning and deep_prompts, too, are in every layer"
+            f"{type(model).__name__}; use prefix_tuning or deep_prompts"
         )
     return attentions

@@ -48,7 +48,7 @@ class ContextPrompt(TuningModule[CPT]):
     @classmethod
     def attach(cls, config: CPT, model: Model, *, key: Array, context: Context) -> TunedModel:
         if not model.causal:
-            raise UserError("method=cpt trains the context of a decoder-only model; use another")
+            raise UserError("method=cpt is only for decoder-only models; use another method")
         vocabulary = context.vocabulary or model.vocabulary
         if vocabulary is None:
             raise UserError("method=cpt needs the model's vocabulary; set model.vocabulary")

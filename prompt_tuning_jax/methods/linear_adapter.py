@@ -53,11 +53,11 @@ def matching_paths(
         matching = {name for name, own in matches.items() if own}
         if not matching:
             known = (
-                f"paths are whole, for instance {next(reversed(list(found)))}"
+                f"a pattern must match a whole path, for instance {next(reversed(list(found)))}"
                 if found
                 else "this model has none"
             )
-            raise UserError(f"{field}: {shown(pattern)} is the path of no {of}; {known}")
+            raise UserError(f"{field}: {shown(pattern)} matches no {of}; {known}")
         chosen |= matching
     return [name for name in found if name in chosen]
 

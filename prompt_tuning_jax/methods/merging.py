@@ -38,7 +38,7 @@ def merge(attached: TunedModel) -> Model:
 
     The kernels are computed in float32 and rounded to their dtype.  ``attached`` is not modified.
     A model whose embedding table is also its output head gets a head of its own if only one of
-    the two changes.  Raises UserError if a wrapped weight is quantised, or if the method cannot be
+    the two changes.  Raises UserError if a wrapped weight is quantized, or if the method cannot be
     merged, as where an encoder and a decoder would embed the same tokens differently.
     """
     if jax.tree.leaves(nnx.state(attached.method)):
@@ -68,7 +68,7 @@ def _merge_uses(model: Model) -> None:
     embed = model.token_embedder
     if isinstance(embed, QuantizedEmbed):
         raise UserError(
-            "the embedding table is quantised, and what is merged into it would be lost in "
+            "the embedding table is quantized, and what is merged into it would be lost in "
             "rounding; set model.quantization=none"
         )
     before = embed.embedding.get_value()
@@ -104,8 +104,8 @@ def _merged_head(path: str, head: TiedHead, table_VD: Array) -> Array:
 def _mergeable(name: str, adapter: LinearAdapter) -> Mergeable:
     if not isinstance(adapter, Mergeable):
         raise UserError(
-            f"{type(adapter).__name__} around {name} is no linear map, and cannot be merged into "
-            f"its weights; methods that can are {MERGEABLE}"
+            f"{type(adapter).__name__} around {name} is not a linear map, and cannot be merged "
+            f"into its weights; methods that can are {MERGEABLE}"
         )
     return adapter
 
@@ -117,7 +117,7 @@ def _replace_weights(
 ) -> None:
     if isinstance(linear, QuantizedLinear):
         raise UserError(
-            f"the weights of {name} are quantised, and what is merged into them would be lost in "
+            f"the weights of {name} are quantized, and what is merged into them would be lost in "
             "rounding; set model.quantization=none and model.weights=dequantized"
         )
     kernel_DF = linear.kernel.get_value()

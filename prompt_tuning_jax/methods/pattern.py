@@ -20,7 +20,7 @@ class PatternModule(TuningModule[PatternTuning]):
         for pattern in config.patterns:
             if not any(param_tree.matching(params, pattern, of="method.patterns").values()):
                 raise UserError(
-                    f"method.patterns: {shown(pattern)} matches the path of no parameter; a "
+                    f"method.patterns: {shown(pattern)} matches no parameter; a "
                     f"pattern must match a whole path, for instance {next(iter(params))}"
                 )
         return TunedModel(model, cls(config))

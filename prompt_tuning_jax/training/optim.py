@@ -122,8 +122,8 @@ def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]
         if number not in matched.values():
             shown = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
             raise UserError(
-                f"optimizer.rates: {text!r} matches the whole path of no trainable parameter that "
-                f"earlier entries leave; trainable: {shown or 'none'}"
+                f"optimizer.rates: {text!r} matches no trainable parameter (by its whole path) "
+                f"that earlier entries leave; trainable: {shown or 'none'}"
             )
     return {name: rates[number][1] for name, number in matched.items()}
 

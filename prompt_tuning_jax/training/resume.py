@@ -87,9 +87,9 @@ def _require_same_rates(
     kept = present.optimizer.decay_steps or present.training.steps
     raise UserError(
         f"{folder}: training.steps {present.training.steps} -> {wanted.training.steps} would "
-        f"change the learning rates of the {done} steps already done, for the "
+        f"change the learning rates of the {done} steps already done, because the "
         f"{present.optimizer.schedule} schedule ends with the run; "
-        f"set optimizer.decay_steps={kept} to go on at the rate that it ends at, or use another "
+        f"set optimizer.decay_steps={kept} to continue at its final rate, or use another "
         "training.workdir"
     )
 
@@ -98,7 +98,7 @@ def require_place(folder: Path) -> None:
     """Raises UserError if the run's folder cannot be made or written; call it before slow work."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"{there} is a file; training.workdir (--workdir) wants a folder")
+        raise UserError(f"{there} is a file; training.workdir (--workdir) must be a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there} cannot be written; choose another training.workdir (--workdir)")
 

@@ -113,5 +113,5 @@ def test_errors_are_relative_and_held_out_ones_honest() -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match="too few"):
         fit_recycler(SOURCE[:19], SOURCE[:19])
-    with pytest.raises(UserError, match="not the same"):
+    with pytest.raises(UserError, match="so they differ"):
         fit_recycler(SOURCE, SOURCE[:50])

@@ -480,7 +480,7 @@ def test_a_model_that_its_type_cannot_be(copy: Edit, tmp_path: Path) -> None:
         ({"logits_softcap": 3.0}, r"cannot have this model's logits_softcap \(3.0\)"),
         ({"query_scale": 2.0}, "has query_scale = 0.5, and this one has 2.0"),
         ({"windows": (3, 0, 0, 0)}, "windows"),
-        ({"model_type": "gemma3"}, "model_type is 'gemma3'; written are: llama"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3'; only these are written: llama"),
         ({"model_type": "mistral", "windows": (3, 0, 3, 3)}, "one window in all layers"),
     ):
         wrong = dataclasses.replace(config, **changes)  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     for error, message in (
         (errors.RepositoryNotFoundError, "neither a folder nor a public model"),
         (errors.HFValidationError, "neither a folder nor a public model"),
-        (errors.GatedRepoError, "accept its licence"),
+        (errors.GatedRepoError, "accept its license"),
         (errors.LocalEntryNotFoundError, "HF_HUB_OFFLINE is set"),
         (RuntimeError, "fetching it from huggingface.co failed: two"),
     ):

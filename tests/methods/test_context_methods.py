@@ -135,7 +135,7 @@ def test_a_context_leaves_out_the_examples_that_do_not_fit(
     assert len(attached.method.tokens) == 4 and "the first 1 of 2 examples fit" in caplog.text
     with pytest.raises(UserError, match=r"no example fits method\.length"):
         attached_to(lm(), dataclasses.replace(method, length=3))
-    with pytest.raises(UserError, match="trains the context of a decoder-only model"):
+    with pytest.raises(UserError, match="only for decoder-only models"):
         attached_to(make_t5(), method)
     with pytest.raises(UserError, match=r"method\.examples has 1 texts"):
         attached_to(lm(), CPT(examples=("one",)))

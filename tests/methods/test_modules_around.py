@@ -199,10 +199,10 @@ def test_patterns_choose_parameters_of_the_model_alone() -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (LoRA(targets=("query",)), "method.targets: 'query' is the path of no linear map"),
-        (IA3(outputs=(".*/keys",)), "method.outputs: '.*/keys' is the path of no linear map"),
+        (LoRA(targets=("query",)), "method.targets: 'query' matches no linear map"),
+        (IA3(outputs=(".*/keys",)), "method.outputs: '.*/keys' matches no linear map"),
         (IA3(inputs=(".*/value", ".*/wo")), "both match"),
-        (PatternTuning(patterns=(".*/bias",)), "method.patterns: '.*/bias' matches the path of no"),
+        (PatternTuning(patterns=(".*/bias",)), "method.patterns: '.*/bias' matches no parameter"),
     ],
 )
 def test_patterns_that_choose_nothing_or_twice_are_refused(method: MethodConfig, said: str) -> None:
@@ -244,7 +244,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     quantize_modules(quantised, "int8")
     prompted = PromptTuning(length=2, init="uniform")
     for do, said in (
-        (lambda: merge(attach(quantised, LoRA())), "quantised"),
+        (lambda: merge(attach(quantised, LoRA())), "quantized"),
         (lambda: merge(attach(model, Adapters(width=2))), "Bottleneck around"),
         (lambda: merge(attach(model, prompted)), "adds to what the model reads"),
     ):

@@ -216,9 +216,9 @@ def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
     validation.validate(dataclasses.replace(quantised, method=PromptTuning()))
     model = load_model(folder(), quantization="int8")
     attached = attach_method(model, FullTuning(), key=jax.random.key(0), context=Context())
-    with pytest.raises(UserError, match=r"they are quantised; set model.quantization=none"):
+    with pytest.raises(UserError, match=r"they are quantized; set model.quantization=none"):
         require_trainable(param_tree.split(attached)[1])
-    with pytest.raises(UserError, match="are quantised"):
+    with pytest.raises(UserError, match="are quantized"):
         write_hf(tmp_path / "m", model.config, param_tree.split(model)[1])
     assert not (tmp_path / "m").exists()
 

@@ -115,7 +115,7 @@ def described_config(config: CausalLMConfig) -> dict[str, Any]:
     """config.json for transformers 4 and 5, without the dtype of the weights."""
     if config.model_type not in FAMILIES or FAMILIES[config.model_type].text_type:
         known = ", ".join(name for name, family in FAMILIES.items() if not family.text_type)
-        raise UserError(f"model_type is {config.model_type!r}; written are: {known}")
+        raise UserError(f"model_type is {config.model_type!r}; only these are written: {known}")
     family = FAMILIES[config.model_type]
     writer = ConfigWriter(config)
     family.describe(writer)

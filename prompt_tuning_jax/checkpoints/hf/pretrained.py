@@ -185,7 +185,7 @@ def write_hf(
     """
     if is_quantized(params):
         raise UserError(
-            "the parameters are quantised, and only full weights are written: load the model "
+            "the parameters are quantized, and only full weights are written: load the model "
             "without quantization"
         )
     require_parameters(params, config, of="the parameters")

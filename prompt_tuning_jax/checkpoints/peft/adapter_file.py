@@ -294,7 +294,7 @@ def _read_torch(path: Path) -> dict[Any, HostArray]:
             f"{path} is damaged, or contains more than tensors: {type(error).__name__}"
         ) from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path} contains something else than tensors by name")
+        raise UserError(f"{path} contains something other than tensors by name")
     return {name: _from_torch(tensor, torch) for name, tensor in tensors.items()}
 
 

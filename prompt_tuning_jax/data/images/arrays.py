@@ -197,7 +197,7 @@ def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
             shape, fortran, dtype = read(file, max_header_size=10_000)
         except (ValueError, KeyError) as error:
             why = " ".join(str(error).split())[:100]
-            raise UserError(f"{path}: {name} is no numpy array: {why}") from None
+            raise UserError(f"{path}: {name} is not a numpy array: {why}") from None
         if dtype.hasobject or dtype.kind not in "iuUf":
             raise UserError(f"{path}: {name} is of type {dtype}, which is not read")
         number = prod(shape) * dtype.itemsize

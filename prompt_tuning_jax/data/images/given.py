@@ -34,7 +34,7 @@ def given_images(inputs: object) -> ImageSet:
     if any(isinstance(one, str | Path) for one in each):
         for number, one in enumerate(each):
             if not isinstance(one, str | Path):
-                raise UserError(f"inputs[{number}] is no path, as others are")
+                raise UserError(f"inputs[{number}] must be a path, as others are")
             if not Path(one).is_file():
                 raise UserError(f"{one}: no such image file; this model reads images")
         return files_as_images([str(one) for one in each])

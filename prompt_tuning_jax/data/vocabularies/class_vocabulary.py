@@ -38,7 +38,7 @@ class ClassVocabulary(BaseVocabulary):
         if text not in self._numbers:
             shown = text[:_SHOWN]
             raise UserError(
-                f"{shown!r} is none of the {self.size} classes of this model: "
+                f"{shown!r} is not one of the {self.size} classes of this model: "
                 f"{suggest(shown, self.labels)}"
             )
         return [self._numbers[text]]

@@ -47,7 +47,7 @@ def submission(task: Task, examples: Sequence[Example], predictions: Sequence[st
     base = T5_TASKS.get(form_of(task.name)[1])
     if base is None or base.benchmark != "super_glue":
         raise UserError(
-            f"{task.name!r} is no task of SuperGLUE, which the leaderboard takes: "
+            f"{task.name!r} is not a task of SuperGLUE's leaderboard: "
             f"{suggest(task.name, sorted({t.short for t in SUPER_GLUE}))}"
         )
     if base.short == "record":

@@ -80,7 +80,10 @@ def dpr_rows(path: Path) -> Iterator[Row]:
             return
         where = f"{path}:{lines[at][0]}"
         if len(group) < 4:
-            raise UserError(f"{where}: sentence, pronoun, candidates, answer are four lines; cut?")
+            raise UserError(
+                f"{where}: sentence, pronoun, candidates and answer take four lines, and here the "
+                "file ends; is it cut off?"
+            )
         candidates = [candidate.strip() for candidate in group[2].split(",")]
         if len(candidates) != 2 or group[3] not in candidates:
             raise UserError(f"{where}: the answer is {group[3]!r}: {suggest(group[3], candidates)}")

@@ -77,17 +77,15 @@ class Toy(base.Model):
     def start_decoding(self, context: base.Context, max_length: int):
         shape = (len(context.mask_BU), max_length, self.config.num_heads, self.config.head_dim)
         kept = base.DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
-        return kept, (base.SelfCache(key_BSGK=jnp.zeros(shape), value_BSGK=jnp.zeros(shape)),)
+        return kept, (KeyValues(key_BPGK=jnp.zeros(shape), value_BPGK=jnp.zeros(shape)),)
 
     def decode_step(self, tokens_B, position, caches, context, *, injections=NO_INJECTIONS):
         x_B1D = self.embed_tokens(tokens_B[:, None])
-        old = KeyValues(key_BPGK=caches[0].key_BSGK, value_BPGK=caches[0].value_BSGK)
-        put = lambda x, new: jax.lax.dynamic_update_slice(x, new, (0, position, 0, 0))  # noqa: E731
-        own = jax.tree.map(put, old, self._keys_values(x_B1D))
+        own = caches[0].written(self._keys_values(x_B1D), position)
         written_11S = jnp.arange(own.key_BPGK.shape[1])[None, None] <= position
         parts = [(context.keys_values[0], context.mask_BU[:, None]), (own, written_11S)]
         logits_BV = self.logits(self._attend(x_B1D, parts, injections))[:, 0]
-        return logits_BV, (base.SelfCache(key_BSGK=own.key_BPGK, value_BSGK=own.value_BPGK),)
+        return logits_BV, (own,)
 
     def logits(self, hidden: Array) -> Array:
         return self.token_embedder.attend(hidden)

@@ -20,7 +20,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig, TokenIds
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
-from prompt_tuning_jax.models.layers import Embed, Remat, Table, split_key
+from prompt_tuning_jax.models.layers import Embed, Remat, Table, put_in_front, split_key
 from prompt_tuning_jax.models.ops.attention_choice import PLAIN, AttentionTraits
 from prompt_tuning_jax.models.output_head import LOGITS_MB, LazyLogits, OutputHead
 from prompt_tuning_jax.typing import Array, DType, HostArray
@@ -69,32 +69,6 @@ class DecodeContext:
     keys_values: tuple[KeyValues, ...]
     first_BD: Array | None = None
     prompt: tuple[KeyValues, ...] = ()
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SelfCache:
-    """The keys and values ``[B, S, G, K]`` that one writing layer has computed so far."""
-
-    key_BSGK: Array
-    value_BSGK: Array
-
-    def written(self, new: KeyValues, position: Array | int) -> "SelfCache":
-        """Returns the cache with the keys and values ``[B, 1, G, K]`` of one position."""
-
-        def write(cached: Array, part: Array) -> Array:
-            start = (0, position, 0, 0)
-            return jax.lax.dynamic_update_slice(cached, part.astype(cached.dtype), start)
-
-        return SelfCache(
-            key_BSGK=write(self.key_BSGK, new.key_BPGK),
-            value_BSGK=write(self.value_BSGK, new.value_BPGK),
-        )
-
-    @property
-    def key_values(self) -> KeyValues:
-        """All positions of the cache as a segment to attend to."""
-        return KeyValues(key_BPGK=self.key_BSGK, value_BPGK=self.value_BSGK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,19 +157,22 @@ class Model(nnx.Module):
     @abstractmethod
     def start_decoding(
         self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
-        """Prepares step-by-step decoding of ``max_length`` tokens, with empty caches."""
+    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
+        """Prepares step-by-step decoding of ``max_length`` tokens, with empty caches.
+
+        A cache holds the keys and values that one writing layer has computed so far.
+        """
 
     @abstractmethod
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
-        caches: tuple[SelfCache, ...],
+        caches: tuple[KeyValues, ...],
         context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
-    ) -> tuple[Array, tuple[SelfCache, ...]]:
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Decodes one token; returns logits ``[B, V]`` and the updated caches.
 
         The logits predict token ``position``, and ``tokens_B`` are the tokens before it: at
@@ -333,6 +310,12 @@ class Model(nnx.Module):
             remat=remat,
         )
 
+    def _empty_caches(self, stack: str, rows: int, length: int) -> tuple[KeyValues, ...]:
+        """Returns zeros as the keys and values of ``length`` positions in each layer of a stack."""
+        of = self.stacks[stack]
+        zeros = jnp.zeros((rows, length, of.num_kv_heads, of.head_dim), self.dtype)
+        return (KeyValues(key_BPGK=zeros, value_BPGK=zeros),) * of.num_layers
+
     def injections_for_writing(self, injections: Injections) -> Injections:
         """Returns the injections that are still needed after the input has been read."""
         stacks = self.stacks
@@ -367,6 +350,12 @@ def model_class(config: ModelConfig) -> Any:
     return getattr(import_module(module), name)
 
 
+def stacked(layers: Sequence[KeyValues | None]) -> tuple[Array, Array]:
+    """Stacks the keys and the values of a single row, ``[L, P, G, K]`` each, in float32."""
+    rows: KeyValues = jax.tree.map(lambda *each: jnp.concatenate(each).astype(jnp.float32), *layers)
+    return rows.key_BPGK, rows.value_BPGK
+
+
 def with_prompt(source: ModelInput, prompt: Array) -> ModelInput:
     """Puts a prompt ``[P, D]``, or one per example ``[B, P, D]``, before the input.
 
@@ -388,13 +377,11 @@ def joined(source: ModelInput) -> ModelInput:
     All positions see the prompt, and the prompt sees all positions (Lester et al. 2021, section
     2), unless ``prompt_mask_PP`` or ``attention_mask_BUU`` says otherwise.
     """
-    if source.prompt_BPD is None:
+    prompt_BPD = source.prompt_BPD
+    if prompt_BPD is None:
         return source
-    batch = source.embeddings_BUD.shape[0]
-    prompt_BPD = jnp.broadcast_to(source.prompt_BPD, (batch, *source.prompt_BPD.shape[1:]))
-    seen_BP = jnp.ones(prompt_BPD.shape[:2], bool)
+    length = prompt_BPD.shape[1]
     if source.prompt_mask_PP is not None:
-        length = prompt_BPD.shape[1]
         whole = length + source.embeddings_BUD.shape[1]
         prompt_PU = jnp.pad(source.prompt_mask_PP, ((0, 0), (0, whole - length)))
         input_TU = jnp.ones((whole - length, whole), bool)
@@ -403,6 +390,6 @@ def joined(source: ModelInput) -> ModelInput:
     return replace(
         source,
         prompt_BPD=None,
-        embeddings_BUD=jnp.concatenate([prompt_BPD, source.embeddings_BUD], axis=1),
-        mask_BU=jnp.concatenate([seen_BP, source.mask_BU], axis=1),
+        embeddings_BUD=put_in_front(prompt_BPD, source.embeddings_BUD),
+        mask_BU=jnp.pad(source.mask_BU, ((0, 0), (length, 0)), constant_values=True),
     )

@@ -32,16 +32,27 @@ class ModelInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """Keys and values ``[B or 1, P, G, K]`` prepended to those of a layer; every query sees them.
+    """Keys and values ``[B or 1, P, G, K]`` of one layer: of a prefix, an input or a cache.
 
-    In an encoder-decoder they have no positions by default; in self-attention, ``before`` assigns
-    them the P positions before the sequence.  In a decoder-only model they always have the first P
+    Those of a prefix are prepended to the layer's, and every query sees them.  In an
+    encoder-decoder they have no positions by default; in self-attention, ``before`` assigns them
+    the P positions before the sequence.  In a decoder-only model they always have the first P
     positions, as a cache has.
     """
 
     key_BPGK: Array
     value_BPGK: Array
     before: bool = field(default=False, metadata={"static": True})
+
+    def written(self, new: "KeyValues", position: Array | int) -> "KeyValues":
+        """Returns this cache with new keys and values written from ``position`` on."""
+
+        def write(cached: Array, part: Array) -> Array:
+            start = (0, position, 0, 0)
+            return jax.lax.dynamic_update_slice(cached, part.astype(cached.dtype), start)
+
+        cache: KeyValues = jax.tree.map(write, self, new)
+        return cache
 
 
 @jax.tree_util.register_dataclass

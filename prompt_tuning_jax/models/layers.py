@@ -137,6 +137,23 @@ class Linear(nnx.Module):
         return self.kernel.get_value()[:, outputs_N].astype(jnp.float32)
 
 
+def make_head(
+    config: ModelConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs, use_bias: bool = False
+) -> Linear:
+    """Makes an output head apart from the embedding table."""
+    return Linear(
+        config.embed_dim,
+        config.vocab_size,
+        axes=("embed", "vocab"),
+        std=config.embed_dim**-0.5,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        out_dtype=jnp.float32,
+        use_bias=use_bias,
+    )
+
+
 def linear_from(kernel_DF: Array, like: Callable[[], Linear]) -> Linear:
     """Returns a map with these weights; ``like`` makes one of its kind and shape."""
     linear: Linear = nnx.eval_shape(like)
@@ -205,6 +222,13 @@ def rows_of(table_VD: Array, tokens: Array | HostArray, *, dtype: DType) -> Arra
     table_VD = with_logical_constraint(table_VD, ("vocab", None))
     x = jnp.take(table_VD, tokens, axis=0).astype(dtype)
     return with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
+
+
+def put_in_front(first: Array, second: Array) -> Array:
+    """Concatenates positions, axis 1, in the dtype of ``second``; a batch of 1 is repeated."""
+    rows = max(len(first), len(second))
+    both = (jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (first, second))
+    return jnp.concatenate([x.astype(second.dtype) for x in both], axis=1)
 
 
 class RMSNorm(nnx.Module):

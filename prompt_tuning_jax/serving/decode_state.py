@@ -8,7 +8,8 @@ import numpy as np
 
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
-from prompt_tuning_jax.models.base import DecodeContext, Model, SelfCache
+from prompt_tuning_jax.models.base import DecodeContext, Model
+from prompt_tuning_jax.models.injections import KeyValues
 from prompt_tuning_jax.serving.prompt_cache import device_put
 from prompt_tuning_jax.serving.shapes import DecodeOptions, Shapes, SlotPool
 from prompt_tuning_jax.typing import Array, HostArray
@@ -26,7 +27,7 @@ class DecodeState:
 
     tokens_MT: Array
     context: DecodeContext
-    caches: tuple[SelfCache, ...]
+    caches: tuple[KeyValues, ...]
     token_M: Array
     position_M: Array
     options: DecodeOptions  # each ``[M]``

@@ -18,8 +18,8 @@ from prompt_tuning_jax.models.base import (
     Context,
     DecodeContext,
     Model,
-    SelfCache,
     joined,
+    stacked,
 )
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.causal_lm.past_keys import (
@@ -29,10 +29,8 @@ from prompt_tuning_jax.models.causal_lm.past_keys import (
     num_positions,
     past_keys,
     positions_in,
-    repeat_rows,
-    select_positions,
 )
-from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack, make_head
+from prompt_tuning_jax.models.causal_lm.stack import PositionEmbedder, Stack
 from prompt_tuning_jax.models.causal_lm.whole_attention import stack_traits
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import (
@@ -51,6 +49,7 @@ from prompt_tuning_jax.models.layers import (
     Table,
     dropout,
     linear_from,
+    make_head,
     split_key,
 )
 from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
@@ -208,13 +207,12 @@ class CausalLM(Model):
                 remat=remat,
             )
         else:  # Only the prompt is read, for its keys and values.
-            hidden_BUD, keys_values = whole.embeddings_BUD, self._empty(len(whole.mask_BU), 0)
+            hidden_BUD = whole.embeddings_BUD
+            keys_values = self._empty_caches("decoder", len(hidden_BUD), 0)
         if prompt_length:
             last_B1D = hidden_BUD[:, prompt_length - 1 : prompt_length]
-            prompt = tuple(select_positions(kv, slice(prompt_length)) for kv in keys_values)
-            keys_values = tuple(
-                select_positions(kv, slice(prompt_length, None)) for kv in keys_values
-            )
+            prompt = jax.tree.map(lambda x: x[:, :prompt_length], keys_values)
+            keys_values = jax.tree.map(lambda x: x[:, prompt_length:], keys_values)
             hidden_BUD = hidden_BUD[:, prompt_length:]
         if last_B1D is not None and hidden_BUD.shape[1]:
             # A row without tokens continues the prompt.
@@ -261,42 +259,35 @@ class CausalLM(Model):
 
     def start_decoding(
         self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
+    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
         batch = context.mask_BU.shape[0]
-        prompt = tuple(repeat_rows(kv, batch) for kv in context.prompt)
         seen_BP = jnp.ones((batch, num_positions(context.prompt)), bool)
         if context.prompt_lengths_B is not None:
             seen_BP = jnp.arange(seen_BP.shape[1]) < context.prompt_lengths_B[:, None]
-        caches = tuple(
-            SelfCache(key_BSGK=kv.key_BPGK, value_BSGK=kv.value_BPGK)
-            for kv in self._empty(batch, max_length)
+        kept = DecodeContext(
+            mask_BU=jnp.concatenate([seen_BP, context.mask_BU], axis=1),
+            keys_values=concatenate_positions(context.prompt, context.keys_values),
+            first_BD=context.last_BD,
         )
-        return (
-            DecodeContext(
-                mask_BU=jnp.concatenate([seen_BP, context.mask_BU], axis=1),
-                keys_values=concatenate_positions(prompt, context.keys_values),
-                first_BD=context.last_BD,
-            ),
-            caches,
-        )
+        return kept, self._empty_caches("decoder", batch, max_length)
 
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
-        caches: tuple[SelfCache, ...],
+        caches: tuple[KeyValues, ...],
         context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
-    ) -> tuple[Array, tuple[SelfCache, ...]]:
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Decodes one token; at position 0 the logits follow from the context alone."""
         assert context.first_BD is not None
         first_BD = context.first_BD
 
-        def first() -> tuple[Array, tuple[SelfCache, ...]]:
+        def first() -> tuple[Array, tuple[KeyValues, ...]]:
             return first_BD, caches
 
-        def later() -> tuple[Array, tuple[SelfCache, ...]]:
+        def later() -> tuple[Array, tuple[KeyValues, ...]]:
             slot = position - 1
             past = past_keys(context.keys_values, mask_BU=context.mask_BU)
             x_B1D, written = self._run(
@@ -306,8 +297,7 @@ class CausalLM(Model):
                 caches=caches,
                 slot=slot,
             )
-            new = tuple(SelfCache(key_BSGK=kv.key_BPGK, value_BSGK=kv.value_BPGK) for kv in written)
-            return x_B1D[:, 0].astype(first_BD.dtype), new
+            return x_B1D[:, 0].astype(first_BD.dtype), written
 
         if isinstance(position, int):
             hidden_BD, caches = first() if position == 0 else later()
@@ -341,16 +331,7 @@ class CausalLM(Model):
         return self.decoder.logits_dense.columns(tokens_N).T
 
     def keys_values_of(self, tokens_P: Array) -> dict[str, tuple[Array, Array]]:
-        layers = self.read(self.embed(tokens_P[None])).keys_values
-        keys_LPGK = jnp.stack([kv.key_BPGK[0] for kv in layers]).astype(jnp.float32)
-        values_LPGK = jnp.stack([kv.value_BPGK[0] for kv in layers]).astype(jnp.float32)
-        return {"decoder": (keys_LPGK, values_LPGK)}
-
-    def _empty(self, batch: int, length: int) -> tuple[KeyValues, ...]:
-        """Returns zeros as the keys and values of each layer."""
-        config = self.config
-        zeros = jnp.zeros((batch, length, config.num_kv_heads, config.head_dim), self.dtype)
-        return (KeyValues(key_BPGK=zeros, value_BPGK=zeros),) * config.num_layers
+        return {"decoder": stacked(self.read(self.embed(tokens_P[None])).keys_values)}
 
     def _run(
         self,
@@ -361,7 +342,7 @@ class CausalLM(Model):
         mask_BT: Array | None = None,
         mask_BTT: Array | None = None,
         layer_prompts: Sequence[LayerPrompt | None] | None = None,
-        caches: tuple[SelfCache, ...] | None = None,
+        caches: tuple[KeyValues, ...] | None = None,
         slot: Array | int = 0,
         key: Array | None = None,
         remat: Remat = "none",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prompt_tuning_jax.models.injections import KeyValues
+from prompt_tuning_jax.models.layers import put_in_front
 from prompt_tuning_jax.typing import Array
 
 
@@ -60,34 +61,11 @@ def num_positions(layers: tuple[KeyValues, ...]) -> int:
     return layers[0].key_BPGK.shape[1] if layers else 0
 
 
-def repeat_rows(kv: KeyValues, batch: int) -> KeyValues:
-    """Repeats keys and values that all rows share."""
-    shape = (batch, *kv.key_BPGK.shape[1:])
-    return KeyValues(
-        key_BPGK=jnp.broadcast_to(kv.key_BPGK, shape),
-        value_BPGK=jnp.broadcast_to(kv.value_BPGK, shape),
-    )
-
-
-def select_positions(kv: KeyValues, chosen: slice) -> KeyValues:
-    """Returns the keys and values of some of the positions."""
-    return KeyValues(key_BPGK=kv.key_BPGK[:, chosen], value_BPGK=kv.value_BPGK[:, chosen])
-
-
 def concatenate_positions(
     first: tuple[KeyValues, ...], second: tuple[KeyValues, ...]
 ) -> tuple[KeyValues, ...]:
     """Concatenates the positions of two segments, layer by layer."""
     if not (first and second):
         return first or second
-    batch = max(first[0].key_BPGK.shape[0], second[0].key_BPGK.shape[0])
-    pairs = [
-        (repeat_rows(a, batch), repeat_rows(b, batch)) for a, b in zip(first, second, strict=True)
-    ]
-    return tuple(
-        KeyValues(
-            key_BPGK=jnp.concatenate([a.key_BPGK, b.key_BPGK], axis=1),
-            value_BPGK=jnp.concatenate([a.value_BPGK, b.value_BPGK], axis=1),
-        )
-        for a, b in pairs
-    )
+    both: tuple[KeyValues, ...] = jax.tree.map(put_in_front, first, second)
+    return both

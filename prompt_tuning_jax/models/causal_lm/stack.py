@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.models.base import SelfCache
 from prompt_tuning_jax.models.causal_lm.attention import Attention, attention_bias, mask_bias
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig, Window
 from prompt_tuning_jax.models.causal_lm.past_keys import PastKeys
@@ -18,11 +17,11 @@ from prompt_tuning_jax.models.injections import KeyValues, LayerPrompt
 from prompt_tuning_jax.models.layer_loop import run_layers
 from prompt_tuning_jax.models.layers import (
     LayerNorm,
-    Linear,
     Mlp,
     Remat,
     RMSNorm,
     dropout,
+    make_head,
     normal_param,
     split_key,
 )
@@ -125,7 +124,7 @@ class Layer(nnx.Module):
         past: tuple[KeyValues, ...],
         biases: tuple[Array | None, ...],
         key: Array | None,
-        cache: SelfCache | None = None,
+        cache: KeyValues | None = None,
         slot: Array | int = 0,
         cross: tuple[KeyValues, ...] = (),
         cross_biases: tuple[Array | None, ...] = (),
@@ -145,7 +144,7 @@ class Layer(nnx.Module):
         y_BTD = self.pre_self_attention_layer_norm(x_BTD) if self.pre_norms else x_BTD
         computed = self.self_attention.keys_values(y_BTD, rotated_by)
         if cache is not None:
-            computed = cache.written(computed, slot).key_values
+            computed = cache.written(computed, slot)
         if last_only:
             x_BTD, y_BTD = x_BTD[:, -1:], y_BTD[:, -1:]
             rotated_by = rotated_by and (rotated_by[0][:, -1:], rotated_by[1][:, -1:])
@@ -191,24 +190,7 @@ class _LayerInput:
     past: tuple[KeyValues, ...]
     cross: tuple[KeyValues, ...]
     key: Array | None
-    cache: SelfCache | None
-
-
-def make_head(
-    config: CausalLMConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
-) -> Linear:
-    """Makes an output head apart from the embedding table."""
-    return Linear(
-        config.embed_dim,
-        config.vocab_size,
-        axes=("embed", "vocab"),
-        std=config.embed_dim**-0.5,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-        out_dtype=jnp.float32,
-        use_bias=config.logits_bias,
-    )
+    cache: KeyValues | None
 
 
 class Stack(nnx.Module):
@@ -248,7 +230,13 @@ class Stack(nnx.Module):
             norm = make_norm(config, dtype=dtype, param_dtype=param_dtype)
             setattr(self, f"{name}_norm", norm)
         if name == "decoder" and not config.tie_embeddings:
-            self.logits_dense = make_head(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.logits_dense = make_head(
+                config,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+                use_bias=config.logits_bias,
+            )
 
     def layer(self, i: int) -> Layer:
         """Layer ``i``, from 0."""
@@ -265,7 +253,7 @@ class Stack(nnx.Module):
         mask_BT: Array | None = None,
         mask_BTT: Array | None = None,
         layer_prompts: Sequence[LayerPrompt | None] | None = None,
-        caches: tuple[SelfCache, ...] | None = None,
+        caches: tuple[KeyValues, ...] | None = None,
         slot: Array | int = 0,
         key: Array | None = None,
         remat: Remat = "none",
@@ -287,7 +275,7 @@ class Stack(nnx.Module):
         keys = split_key(key, config.num_layers)
         key_positions_BT = positions_BT
         if caches is not None:
-            slots = caches[0].key_BSGK.shape[1]
+            slots = caches[0].key_BPGK.shape[1]
             key_positions_BT = positions_BT - slot + jnp.arange(slots)
         alibi = config.positions == "alibi"
         cross_biases = tuple(mask_bias(segment.mask_BU) for segment in cross)

@@ -13,7 +13,7 @@ from flax import nnx
 from prompt_tuning_jax.distributed.sharding import with_logical_constraint
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import KeyValues
-from prompt_tuning_jax.models.layers import Linear, RMSNorm, normal_param
+from prompt_tuning_jax.models.layers import Linear, RMSNorm, normal_param, put_in_front
 from prompt_tuning_jax.models.ops import matmul
 from prompt_tuning_jax.models.ops.attention import MASK_VALUE, dropout_factors, dropout_weights
 from prompt_tuning_jax.models.ops.fused_attention import fused_attention
@@ -155,8 +155,8 @@ class Attention(nnx.Module):
             query_BTHK = query_BTHK * jnp.asarray(self.query_scale, query_BTHK.dtype)
         key_BUHK, value_BUHK = key_values.key_BPGK, key_values.value_BPGK
         if prefix is not None:
-            key_BUHK = _put_in_front(prefix.key_BPGK, key_BUHK)
-            value_BUHK = _put_in_front(prefix.value_BPGK, value_BUHK)
+            key_BUHK = put_in_front(prefix.key_BPGK, key_BUHK)
+            value_BUHK = put_in_front(prefix.value_BPGK, value_BUHK)
             if bias_BHTU is not None and not isinstance(bias_BHTU, FusedBias):
                 bias_BHTU = pad_in_front(bias_BHTU, to=key_BUHK.shape[1])
         if isinstance(bias_BHTU, FusedBias):
@@ -200,13 +200,6 @@ def pad_in_front(bias_BHTU: Array, *, to: int) -> Array:
     """Pads a bias with zeros at the front to ``to`` keys, for prefix keys that it lacks."""
     ahead = to - bias_BHTU.shape[-1]
     return jnp.pad(bias_BHTU, ((0, 0), (0, 0), (0, 0), (ahead, 0))) if ahead else bias_BHTU
-
-
-def _put_in_front(prefix_BPHK: Array, x_BUHK: Array) -> Array:
-    prefix_BPHK = jnp.broadcast_to(prefix_BPHK, (x_BUHK.shape[0], *prefix_BPHK.shape[1:])).astype(
-        x_BUHK.dtype
-    )
-    return jnp.concatenate([prefix_BPHK, x_BUHK], axis=1)
 
 
 def positions_before(prefix: KeyValues | None) -> int:

@@ -5,11 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax.models.base import SelfCache
 from prompt_tuning_jax.models.embedding_uses import EmbeddingUse, TiedHead
 from prompt_tuning_jax.models.injections import Injections, KeyValues
 from prompt_tuning_jax.models.layer_loop import run_layers
-from prompt_tuning_jax.models.layers import Linear, Mlp, Remat, dropout, split_key
+from prompt_tuning_jax.models.layers import Mlp, Remat, dropout, make_head, split_key
 from prompt_tuning_jax.models.t5.attention import (
     Attention,
     RelativePositionBias,
@@ -70,9 +69,9 @@ class DecoderLayer(nnx.Module):
         prefix: KeyValues | None,
         cross_prefix: KeyValues | None,
         key: Array | None,
-        cache: SelfCache | None = None,
+        cache: KeyValues | None = None,
         position: Array | int = 0,
-    ) -> tuple[Array, SelfCache | None]:
+    ) -> tuple[Array, KeyValues | None]:
         """Applies the layer and returns its output and the updated cache.
 
         With a cache, ``x_BSD`` holds only the token at ``position``.  Its keys and values are added
@@ -82,8 +81,7 @@ class DecoderLayer(nnx.Module):
         y_BSD = self.pre_self_attention_layer_norm(x_BSD)
         kv = self.self_attention.keys_values(y_BSD)
         if cache is not None:
-            cache = cache.written(kv, position)
-            kv = cache.key_values
+            kv = cache = cache.written(kv, position)
         length = position_bias_1HSS.shape[-1]
         bias_1HSS = position_bias_1HSS + pad_in_front(mask_bias_11SS, to=length)
         y_BSD = self.self_attention(y_BSD, kv, bias_1HSS, prefix=prefix, key=keys[0])
@@ -133,9 +131,7 @@ class Decoder(nnx.Module):
         if config.tie_embeddings:
             self.tied_logits = TiedHead()
         else:
-            self.logits_dense = make_logits_dense(
-                config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+            self.logits_dense = make_head(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer ``i``, from 0."""
@@ -158,12 +154,12 @@ class Decoder(nnx.Module):
         key: Array | None,
         remat: Remat = "none",
         scan: bool = False,
-        caches: tuple[SelfCache, ...] | None = None,
+        caches: tuple[KeyValues, ...] | None = None,
         position: Array | int = 0,
-    ) -> tuple[Array, tuple[SelfCache, ...] | None]:
+    ) -> tuple[Array, tuple[KeyValues, ...] | None]:
         keys = split_key(key, self.num_layers + 2)
         query_positions = jnp.arange(x_BSD.shape[1]) + position
-        length = x_BSD.shape[1] if caches is None else caches[0].key_BSGK.shape[1]
+        length = x_BSD.shape[1] if caches is None else caches[0].key_BPGK.shape[1]
         key_positions = jnp.arange(length)
         causal_1SS = (key_positions[None, :] <= query_positions[:, None])[None]
         mask_11SS = bias_of(causal_1SS)
@@ -182,7 +178,7 @@ class Decoder(nnx.Module):
 
         def apply(
             layer: DecoderLayer, x_BSD: Array, given: Any, _: None
-        ) -> tuple[Array, SelfCache | None]:
+        ) -> tuple[Array, KeyValues | None]:
             cross, prefix, cross_prefix, layer_key, cache = given
             before = positions_before(prefix)
             bias = shared.get(before)
@@ -222,19 +218,3 @@ class Decoder(nnx.Module):
         x_BSD = self.decoder_norm(x_BSD)
         x_BSD = dropout(x_BSD, self.dropout_rate, key=keys[-2], shared_axis=-2)
         return x_BSD, None if caches is None else tuple(c for c in new_caches if c is not None)
-
-
-def make_logits_dense(
-    config: T5Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
-) -> Linear:
-    """Makes an output head apart from the embedding table."""
-    return Linear(
-        config.embed_dim,
-        config.vocab_size,
-        axes=("embed", "vocab"),
-        std=config.embed_dim**-0.5,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-        out_dtype=jnp.float32,
-    )

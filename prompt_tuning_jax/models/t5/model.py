@@ -1,6 +1,5 @@
 """The T5 model and its forward pass (Raffel et al. 2020; t5x/examples/t5/network.py)."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -8,24 +7,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.models.base import (
     AttentionStack,
     Context,
     DecodeContext,
     Model,
-    SelfCache,
     joined,
+    stacked,
 )
 from prompt_tuning_jax.models.injections import NO_INJECTIONS, Injections, KeyValues, ModelInput
-from prompt_tuning_jax.models.layers import Embed, Linear, Remat, linear_from, split_key
+from prompt_tuning_jax.models.layers import (
+    Embed,
+    Linear,
+    Remat,
+    linear_from,
+    make_head,
+    put_in_front,
+    split_key,
+)
 from prompt_tuning_jax.models.ops.attention_choice import AttentionTraits
 from prompt_tuning_jax.models.output_head import OutputHead
-from prompt_tuning_jax.models.t5.attention import Attention
 from prompt_tuning_jax.models.t5.config import T5Config
-from prompt_tuning_jax.models.t5.decoder import Decoder, make_logits_dense
+from prompt_tuning_jax.models.t5.decoder import Decoder
 from prompt_tuning_jax.models.t5.encoder import Encoder
-from prompt_tuning_jax.typing import Array, DType, FlatParams, HostArray
+from prompt_tuning_jax.typing import Array, DType, HostArray
 
 
 class T5(Model):
@@ -197,14 +202,11 @@ class T5(Model):
         hidden_BTD, _ = self._encode(rows, behind, key=keys[1], remat=remat)
         cross = (self.decoder.cross_keys_values(x) for x in (prompt_BPD, hidden_BTD))
         return Context(
-            hidden_BUD=_put_in_front(prompt_BPD, hidden_BTD),
+            hidden_BUD=put_in_front(prompt_BPD, hidden_BTD),
             mask_BU=jnp.pad(
                 source.mask_BU, ((0, 0), (prompt_BPD.shape[1], 0)), constant_values=True
             ),
-            keys_values=tuple(
-                jax.tree.map(_put_in_front, of_prompt, of_rows)
-                for of_prompt, of_rows in zip(*cross, strict=True)
-            ),
+            keys_values=jax.tree.map(put_in_front, *cross),
         )
 
     def _with_decoder_prompt(
@@ -228,11 +230,10 @@ class T5(Model):
             key=None if key is None else jax.random.fold_in(key, 0xDEC0),
             remat=remat,
             scan=self.scan_layers,
-            caches=self._empty_caches(rows, prompt_BPD.shape[1]),
+            caches=self._empty_caches("decoder", rows, prompt_BPD.shape[1]),
         )
         assert caches is not None
-        before = tuple(replace(cache.key_values, before=True) for cache in caches)
-        return replace(context, prompt=before)
+        return replace(context, prompt=tuple(replace(cache, before=True) for cache in caches))
 
     def write_hidden(
         self,
@@ -270,28 +271,21 @@ class T5(Model):
 
     def start_decoding(
         self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
+    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
         kept = DecodeContext(
             mask_BU=context.mask_BU, keys_values=context.keys_values, prompt=context.prompt
         )
-        return kept, self._empty_caches(len(context.mask_BU), max_length)
-
-    def _empty_caches(self, rows: int, length: int) -> tuple[SelfCache, ...]:
-        shape = (rows, length, self.config.num_heads, self.config.head_dim)
-        empty = SelfCache(
-            key_BSGK=jnp.zeros(shape, self.dtype), value_BSGK=jnp.zeros(shape, self.dtype)
-        )
-        return (empty,) * self.config.num_decoder_layers
+        return kept, self._empty_caches("decoder", len(context.mask_BU), max_length)
 
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
-        caches: tuple[SelfCache, ...],
+        caches: tuple[KeyValues, ...],
         context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
-    ) -> tuple[Array, tuple[SelfCache, ...]]:
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
         embedded_B1D = self._embedded(tokens_B[:, None], self.decoder.embed_tokens)
         x_B1D, new = self.decoder(
             embedded_B1D,
@@ -318,7 +312,7 @@ class T5(Model):
 
     def untie(self, head_VD: Array) -> None:
         def like() -> Linear:
-            return make_logits_dense(
+            return make_head(
                 self.config, dtype=self.dtype, param_dtype=head_VD.dtype, rngs=nnx.Rngs(0)
             )
 
@@ -334,51 +328,27 @@ class T5(Model):
         return self.decoder.logits_dense.columns(tokens_N).T
 
     def keys_values_of(self, tokens_P: Array) -> dict[str, tuple[Array, Array]]:
-        graphdef, params = param_tree.split(self)
-        shape = (len(tokens_P), self.config.num_heads, self.config.head_dim)
-
-        @jax.jit
-        def run(params: FlatParams, tokens_1P: Array) -> dict[str, tuple[Array, Array]]:
-            watched: T5 = param_tree.merge(graphdef, params)
-            seen: dict[tuple[str, str], list[Array]] = {}
-
-            def watch(attention: Attention, name: str) -> None:
-                for part in ("key", "value"):
-
-                    def remember(
-                        x: Array, linear: Callable[[Array], Array], part: str = part
-                    ) -> Array:
-                        y = linear(x)
-                        of_heads = y.reshape(shape).astype(jnp.float32)
-                        seen.setdefault((name, part), []).append(of_heads)
-                        return y
-
-                    getattr(attention, part).adapter = nnx.data(remember)
-
-            for i in range(self.config.num_encoder_layers):
-                watch(watched.encoder.layer(i).attention, "encoder")
-            for i in range(self.config.num_decoder_layers):
-                watch(watched.decoder.layer(i).self_attention, "decoder")
-                watch(watched.decoder.layer(i).encoder_decoder_attention, "cross")
-            watched(tokens_1P, tokens_1P)
-            return {
-                name: (jnp.stack(seen[name, "key"]), jnp.stack(seen[name, "value"]))
-                for name in ("encoder", "decoder", "cross")
-            }
-
-        return run(params, tokens_P[None])
+        source = self.embed(tokens_P[None])
+        hidden_1PD, read = self._encode(
+            source, NO_INJECTIONS, key=None, remat="none", returns_keys_values=True
+        )
+        cross = self.decoder.cross_keys_values(hidden_1PD)
+        _, written = self.decoder(
+            self._embedded(tokens_P[None], self.decoder.embed_tokens),
+            cross,
+            source.mask_BU,
+            injections=NO_INJECTIONS,
+            key=None,
+            caches=self._empty_caches("decoder", 1, len(tokens_P)),
+        )
+        assert written is not None
+        return {"encoder": stacked(read), "decoder": stacked(written), "cross": stacked(cross)}
 
 
 def _separable(source: ModelInput, injections: Injections) -> bool:
     """Whether the prompt's keys and values do not depend on the row behind it."""
     free = not injections.layer_prompts and not injections.prefixes.get("encoder")
     return source.prompt_mask_PP is not None and source.attention_mask_BUU is None and free
-
-
-def _put_in_front(prompt: Array, rows: Array) -> Array:
-    """Puts positions that may be the same for all rows before each row, on axis 1."""
-    prompt = jnp.broadcast_to(prompt, (rows.shape[0], *prompt.shape[1:]))
-    return jnp.concatenate([prompt, rows], axis=1)
 
 
 def _behind_prompt(injections: Injections, prompt: tuple[KeyValues, ...]) -> Injections:

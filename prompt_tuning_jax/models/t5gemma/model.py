@@ -12,8 +12,8 @@ from prompt_tuning_jax.models.base import (
     Context,
     DecodeContext,
     Model,
-    SelfCache,
     joined,
+    stacked,
 )
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.causal_lm.past_keys import (
@@ -163,23 +163,20 @@ class T5Gemma(Model):
 
     def start_decoding(
         self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
-        decoder = self.config.decoder
-        shape = (len(context.mask_BU), max_length, decoder.num_kv_heads, decoder.head_dim)
-        zeros = jnp.zeros(shape, self.dtype)
+    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
         kept = DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
-        return kept, (SelfCache(key_BSGK=zeros, value_BSGK=zeros),) * decoder.num_layers
+        return kept, self._empty_caches("decoder", len(context.mask_BU), max_length)
 
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
-        caches: tuple[SelfCache, ...],
+        caches: tuple[KeyValues, ...],
         context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
-    ) -> tuple[Array, tuple[SelfCache, ...]]:
-        x_B1D, written = self._decode(
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
+        x_B1D, caches = self._decode(
             tokens_B[:, None],
             context.keys_values,
             context.mask_BU,
@@ -187,8 +184,7 @@ class T5Gemma(Model):
             caches=caches,
             position=position,
         )
-        new = tuple(SelfCache(key_BSGK=kv.key_BPGK, value_BSGK=kv.value_BPGK) for kv in written)
-        return self.logits(x_B1D)[:, 0], new
+        return self.logits(x_B1D)[:, 0], caches
 
     def logits(self, hidden: Array) -> Array:
         return self.output_head().logits(hidden)
@@ -212,13 +208,7 @@ class T5Gemma(Model):
         cross = self._cross_keys_values(hidden_1PD)
         _, written = self._decode(tokens_P[None], cross, source.mask_BU)
         by_stack = {"encoder": read, "decoder": written, "cross": cross}
-        return {
-            name: (
-                jnp.stack([kv.key_BPGK[0] for kv in by_stack[name]]).astype(jnp.float32),
-                jnp.stack([kv.value_BPGK[0] for kv in by_stack[name]]).astype(jnp.float32),
-            )
-            for name in self.stacks
-        }
+        return {name: stacked(by_stack[name]) for name in self.stacks}
 
     @property
     def _head_embedder(self) -> Embed:
@@ -285,7 +275,7 @@ class T5Gemma(Model):
         injections: Injections = NO_INJECTIONS,
         key: Array | None = None,
         remat: Remat = "none",
-        caches: tuple[SelfCache, ...] | None = None,
+        caches: tuple[KeyValues, ...] | None = None,
         position: Array | int = 0,
     ) -> tuple[Array, tuple[KeyValues, ...]]:
         """Computes the decoder's output ``[B, S, D]``, and the keys and values of its layers.

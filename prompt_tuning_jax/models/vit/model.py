@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NoReturn, Self
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,7 +14,6 @@ from prompt_tuning_jax.models.base import (
     Context,
     DecodeContext,
     Model,
-    SelfCache,
     with_prompt,
 )
 from prompt_tuning_jax.models.injections import (
@@ -33,7 +31,9 @@ from prompt_tuning_jax.models.layers import (
     Remat,
     Table,
     dropout,
+    linear_from,
     normal_param,
+    put_in_front,
     split_key,
 )
 from prompt_tuning_jax.models.quantization import QuantizedLinear
@@ -205,7 +205,7 @@ class ViT(Model):
         copy: Self = nnx.merge(*nnx.split(self))
         if labels == self.config.labels:
             if isinstance(self.classifier, QuantizedLinear):
-                copy.classifier = _dequantised(self.classifier)
+                copy.classifier = _dequantised(self.classifier, self.config)
             return copy
         copy.config = replace(self.config, labels=labels, vocab_size=len(labels))
         copy.classifier = _classifier(
@@ -258,21 +258,12 @@ class ViT(Model):
         key: Array | None = None,
         remat: Remat = "none",
     ) -> Context:
-        """Reads an embedded image; ``hidden_BUD`` has the class token, the prompt and the patches.
-
-        Raises UserError for a restriction of which positions see which.
-        """
-        if source.attention_mask_BUU is not None:
-            raise UserError(
-                "method.prompt_to_input, prompt_to_prompt and input_to_prompt are about text; drop "
-                "them for a model that reads images"
-            )
+        """Reads an embedded image; ``hidden_BUD`` has class token, prompt and patches in turn."""
         keys = split_key(key, 2)
         x_BUD = dropout(source.embeddings_BUD, self.dropout_rate, key=keys[0], shared_axis=-2)
         if source.prompt_BPD is not None:
-            size = (len(x_BUD), *source.prompt_BPD.shape[1:])
-            prompt_BPD = jnp.broadcast_to(source.prompt_BPD, size)
-            x_BUD = jnp.concatenate([x_BUD[:, :1], prompt_BPD, x_BUD[:, 1:]], axis=1)
+            behind_BUD = put_in_front(source.prompt_BPD, x_BUD[:, 1:])
+            x_BUD = jnp.concatenate([x_BUD[:, :1], behind_BUD], axis=1)
         hidden_BUD = self.encoder(
             x_BUD, injections=injections, key=keys[1], remat=remat, scan=self.scan_layers
         )
@@ -314,18 +305,18 @@ class ViT(Model):
 
     def start_decoding(
         self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[SelfCache, ...]]:
+    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
         _require_text("writes no text")
 
     def decode_step(
         self,
         tokens_B: Array,
         position: Array | int,
-        caches: tuple[SelfCache, ...],
+        caches: tuple[KeyValues, ...],
         context: DecodeContext,
         *,
         injections: Injections = NO_INJECTIONS,
-    ) -> tuple[Array, tuple[SelfCache, ...]]:
+    ) -> tuple[Array, tuple[KeyValues, ...]]:
         _require_text("writes no text")
 
 
@@ -347,22 +338,14 @@ def _classifier(config: ViTConfig, *, dtype: DType, param_dtype: DType, rngs: nn
     )
 
 
-def _dequantised(linear: QuantizedLinear) -> Linear:
-    """Returns the map with weights that can be trained."""
-    kernel_DC = linear.columns(jnp.arange(linear.kernel.get_value().shape[1]))
-    plain: Linear = nnx.eval_shape(
-        lambda: Linear(
-            *kernel_DC.shape,
-            axes=("embed", "vocab"),
-            std=0.02,
-            dtype=linear.dtype,
-            param_dtype=jnp.float32,
-            rngs=nnx.Rngs(0),
-            out_dtype=jnp.float32,
-            use_bias=True,
-        )
-    )
-    plain.kernel.set_value(kernel_DC)
+def _dequantised(linear: QuantizedLinear, config: ViTConfig) -> Linear:
+    """Returns the classifier with weights that can be trained."""
+
+    def like() -> Linear:
+        rngs = nnx.Rngs(0)
+        return _classifier(config, dtype=linear.dtype, param_dtype=jnp.float32, rngs=rngs)
+
+    plain = linear_from(linear.columns(slice(None)), like)
     assert plain.bias is not None and linear.bias is not None
-    plain.bias.set_value(jax.numpy.asarray(linear.bias.get_value(), jnp.float32))
+    plain.bias.set_value(linear.bias.get_value().astype(jnp.float32))
     return plain

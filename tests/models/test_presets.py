@@ -49,3 +49,8 @@ def test_every_preset_is_counted() -> None:
 def test_an_unknown_name_is_answered_with_similar_ones() -> None:
     with pytest.raises(UserError, match=r"'google/gemma-3-270'; did you mean google/gemma-3-270m"):
         preset("google/gemma-3-270")
+
+
+def test_qwen_3_has_its_published_window_and_end() -> None:
+    config = preset("Qwen/Qwen3-0.6B")
+    assert (config.max_positions, config.token_ids.eos) == (40_960, 151_645)

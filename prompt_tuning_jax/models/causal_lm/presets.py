@@ -89,9 +89,9 @@ def _qwen_3(embed_dim: int, num_heads: int, mlp_dim: int, num_layers: int) -> Ca
     base = _llama(
         *(embed_dim, num_heads, 8, mlp_dim, num_layers),
         vocab_size=151_936,
-        max_positions=32_768,
+        max_positions=40_960,
         rope_theta=1_000_000.0,
-        eos=151_643,
+        eos=151_645,
         head_dim=128,
     )
     return replace(base, model_type="qwen3", norm_eps=1e-6, qk_norm="head")

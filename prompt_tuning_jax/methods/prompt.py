@@ -100,12 +100,15 @@ def joined_input(
     """Joins a prompt ``[P, D]`` or ``[B, P, D]`` to the embedded input as ``config`` says."""
     if model.config.reads_images:
         return model.embed(tokens_BT, prompt)
-    alone = config.input_to_prompt and not config.prompt_to_input
+    # In a decoder-only model, no position sees a later one in any case.
+    alone = config.input_to_prompt and (model.causal or not config.prompt_to_input)
     if config.placement == "prefix" and alone and prompt.shape[-2]:
+        source = model.embed(tokens_BT, prompt)
+        if model.causal and config.prompt_to_prompt != "none":
+            return source
         length = prompt.shape[-2]
         seen_PP = among_prompt(config.prompt_to_prompt, jnp.arange(length))
-        seen_PP = jnp.broadcast_to(seen_PP, (length, length))
-        return replace(model.embed(tokens_BT, prompt), prompt_mask_PP=seen_PP)
+        return replace(source, prompt_mask_PP=jnp.broadcast_to(seen_PP, (length, length)))
     source, is_prompt_BU = combine(
         prompt,
         model.embed(tokens_BT),

@@ -14,6 +14,8 @@ from prompt_tuning_jax.methods.prompt_combine import attention_mask, combine
 from prompt_tuning_jax.models.base import joined
 from prompt_tuning_jax.models.injections import Injections, ModelInput
 from tests.micro import EOS, ONE_LAYER, PER_LAYER, T5_1_1, D, encode, make_t5, normal, token_rows
+from tests.tiny_lm import D as LM_WIDTH
+from tests.tiny_lm import make_lm
 
 P, PROMPT = 3, "method/prompt_PD"
 PLACEMENTS = ("prefix", "after_first", "before_eos")
@@ -180,3 +182,18 @@ def test_a_prompt_that_sees_no_input_is_read_once(config, among):
         for one_by_one in (False, True)
     ]
     assert flops[0] < 0.8 * flops[1]
+
+
+@pytest.mark.parametrize("among", ["causal", "none"])
+def test_a_decoder_only_models_prompt_is_read_once(among):
+    """It sees no input, whatever ``prompt_to_input`` is."""
+    model = make_lm()
+    tokens = np.asarray([[3, 4, 5, 6], [7, 8, -1, -1]])
+    method = PromptTuning(length=P, prompt_to_prompt=among)
+    tuned = with_prompt(model, normal(P, LM_WIDTH, seed=3), method)
+    source = tuned.injections(tokens).model_input
+    context = model.read(source)
+    assert all(len(layer.key_BPGK) == 1 for layer in context.prompt)
+    every_row = model.read(joined(source)).hidden_BUD[:, P:]
+    real = tokens >= 0
+    np.testing.assert_allclose(context.hidden_BUD[real], every_row[real], atol=1e-5)

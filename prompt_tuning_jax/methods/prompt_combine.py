@@ -51,8 +51,8 @@ def combine_rows(
 
     Each prompt occupies the last ``length_B`` of its P positions (0: no prompt), and
     ``placement_B`` indexes ``PLACEMENTS``.  The unused ``P - length`` positions come first in the
-    result and are masked.  T5's positions are relative, so each row gives the same result as it
-    would alone.
+    result and are masked.  Positions are relative, or count real positions alone, so each row gives
+    the same result as it would alone.
     """
     starts = prompt_starts(source, tokens_BT, eos_id=eos_id)
     start_B = jnp.select(

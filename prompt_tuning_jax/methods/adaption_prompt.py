@@ -32,9 +32,15 @@ class AdaptionPrompts(TuningModule[AdaptionPrompt]):
                 f"method.layers is {config.layers}, and the {model.reading_stack} has "
                 f"{len(attentions)} layers"
             )
+        width, joined = model.config.embed_dim, attentions[0].num_heads * attentions[0].head_dim
+        if not config.project and joined != width:
+            raise UserError(
+                f"method.project=false needs heads that together are as wide as the model, "
+                f"{width}; here they are {joined} wide: set it to true"
+            )
         top = attentions[-config.layers :]
         for attention, layer_key in zip(top, jax.random.split(key, len(top)), strict=True):
-            attention.adapter = GatedPrompt(config, model.config.embed_dim, key=layer_key)
+            attention.adapter = GatedPrompt(config, width, key=layer_key)
         return TunedModel(copy, cls(config))
 
 

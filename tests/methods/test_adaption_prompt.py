@@ -79,6 +79,11 @@ def test_training_starts_from_the_unchanged_model(family: str) -> None:
     assert (np.abs(changed - want)[0].max(axis=1) > 1e-3).all()  # at every position
 
 
+def test_what_passes_no_output_map_has_the_models_width() -> None:
+    with pytest.raises(UserError, match=r"method\.project=false needs .*, 12; here they are 24"):
+        attached(make_lm(), AdaptionPrompt(project=False))
+
+
 def test_layers_count_from_the_top() -> None:
     names = param_tree.split(attached(make_lm(), AdaptionPrompt(layers=1)))[1]
     prompts = [name for name in names if name.endswith("adapter/prompt_PD")]

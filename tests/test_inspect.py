@@ -12,7 +12,7 @@ from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect import describe_model
 from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, save_prompt
-from prompt_tuning_jax.models.t5.config import T5Config, preset
+from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model
 
@@ -104,7 +104,7 @@ def test_a_published_size_is_told_without_reading(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Headers say it all: the zeros of this file are a hole on the disk, never read."""
-    config, header, at = preset("xxl"), {}, 0
+    config, header, at = PRESETS["xxl"], {}, 0
     write_hf(tmp_path / "hf", cases.CONFIG, cases.params(), dtype="stored")
     described = json.loads((tmp_path / "hf" / "config.json").read_text())
     sizes = {"vocab_size": 32_128, "d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 from tests.script import load_script
 
 
@@ -15,7 +15,7 @@ def script() -> Any:
 
 
 def test_counts_are_the_closed_forms_of_the_docstrings(script: Any) -> None:
-    config = preset("small")
+    config = PRESETS["small"]
     width, inner = config.embed_dim, config.num_heads * config.head_dim
     layers = config.num_encoder_layers
     attentions = 3 * layers  # the encoder's, and two in each of as many decoder layers

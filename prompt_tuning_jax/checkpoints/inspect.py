@@ -213,18 +213,13 @@ class ModelDescription:
     fingerprint: str
 
 
-def describe_model(
-    name_or_path: str,
-    *,
-    with_fingerprint: bool | None = None,
-    relpos_max_distance: int | None = None,
-) -> ModelDescription:
+def describe_model(name_or_path: str, *, with_fingerprint: bool | None = None) -> ModelDescription:
     """Describes the model that ``load_model`` would load, with the same errors.
 
     Only headers are read, except for the fingerprint, which needs all weights.
     ``with_fingerprint=None`` computes it for models on this machine of up to 2 GB.
     """
-    opened = open_source(name_or_path, relpos_max_distance=relpos_max_distance)
+    opened = open_source(name_or_path)
     dtypes, size = _stored(opened)
     if with_fingerprint is None:
         with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in opened.location

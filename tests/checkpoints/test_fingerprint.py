@@ -10,7 +10,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
-from prompt_tuning_jax.models.t5.config import T5Config, preset
+from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from tests.devices import with_devices
 
 CONFIG = T5Config(
@@ -78,7 +78,7 @@ def test_is_the_same_today_as_when_prompts_were_saved_with_it() -> None:
 
 
 def test_takes_no_time() -> None:
-    config = preset("tiny")
+    config = PRESETS["tiny"]
     params = random_params(config)
     fingerprint(config, params)
     start = perf_counter()

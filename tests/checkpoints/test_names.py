@@ -3,7 +3,7 @@ import math
 import pytest
 
 from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 
 PUBLISHED = {
     "small": 76_961_152,
@@ -17,5 +17,5 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name: str) -> None:
-    shapes = parameter_shapes(preset(name))
+    shapes = parameter_shapes(PRESETS[name])
     assert sum(math.prod(shape) for shape in shapes.values()) == PUBLISHED[name]

@@ -10,7 +10,7 @@ import pytest
 from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
 from prompt_tuning_jax.data.vocabularies.vocab import Vocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 
 PIECES = 5900  # of the bundled vocabulary
 EVENT, LOC, NEWLINE = 6000, 6001, 6002
@@ -107,7 +107,7 @@ def test_the_number_of_sentinels_is_the_files(
 def test_they_are_written_as_they_were(tmp_path: Path, tiny_model_dir: Path) -> None:
     files = {"tokenizer_config": decoder(), "added_tokens": ADDED}
     source = folder_with(tmp_path, tiny_model_dir, **files)
-    written = tokenizer_files(source / "spiece.model", preset("tiny"))
+    written = tokenizer_files(source / "spiece.model", PRESETS["tiny"])
     assert written == {
         name: source / name
         for name in ("spiece.model", "tokenizer_config.json", "added_tokens.json")

@@ -24,7 +24,7 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.methods.superpos_prompt import sampled_tokens
 from prompt_tuning_jax.models.base import Model, joined
 from prompt_tuning_jax.models.injections import Injections, ModelInput
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 from tests.method_cases import LM_SIZES
 from tests.micro import ONE_LAYER, D, Words, make_t5, normal, token_rows
 from tests.script import load_script
@@ -204,7 +204,7 @@ def test_the_numbers_of_parameters_are_those_of_the_papers() -> None:
         SuperPosPrompt(): 1_280,
         SuperPosPrompt(trains_embeddings=True): 99_584,
     }
-    found = load_script("plot_parameters").counts_of([*expected], preset("base"))
+    found = load_script("plot_parameters").counts_of([*expected], PRESETS["base"])
     assert found == [*expected.values()]
 
 

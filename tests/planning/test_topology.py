@@ -7,7 +7,7 @@ import pytest
 from prompt_tuning_jax.config.experiment import Data, Experiment, Mesh, Model, Training
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 from prompt_tuning_jax.planning.plan import candidates, planned_config
 from prompt_tuning_jax.planning.report import plan_lines, plan_run
 from prompt_tuning_jax.planning.topology import CHIPS, parse_topology, topology_of
@@ -58,7 +58,7 @@ def test_without_the_compiler_the_extra_is_named():
 
 def test_candidates_divide_heads_and_batch():
     experiment = Experiment(training=Training(batch_size=8))
-    found = candidates(experiment, preset("small"), parse_topology("v5e:4x4"))  # six heads
+    found = candidates(experiment, PRESETS["small"], parse_topology("v5e:4x4"))  # six heads
     assert found
     assert {mesh.model for mesh in found} == {2}
     assert all(mesh.data * mesh.fsdp * mesh.model == 16 for mesh in found)
@@ -66,12 +66,12 @@ def test_candidates_divide_heads_and_batch():
 
 def test_a_published_size_needs_no_files():
     for name in ("xxl", "t5_1_1_xxl", "t5_1_1_lm100k_xxl"):
-        assert planned_config(Experiment(model=Model(name_or_path=name))) == preset("xxl")
+        assert planned_config(Experiment(model=Model(name_or_path=name))) == PRESETS["xxl"]
 
 
 def test_model_flops_by_hand():
     lengths = {"prompt_length": 100, "inputs_length": 512, "targets_length": 16}
-    forward = preset("xxl").forward_flops(rows=32, **lengths)
+    forward = PRESETS["xxl"].forward_flops(rows=32, **lengths)
     weights = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
     assert forward == pytest.approx(2 * 32 * 612 * weights * (1 + 0.026 + 0.174), rel=0.03)
 

@@ -5,23 +5,23 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.inference.ensemble import map_members
-from prompt_tuning_jax.models.t5.config import preset
+from prompt_tuning_jax.models.t5.config import PRESETS
 from prompt_tuning_jax.training.step import NO_MICROBATCHING, Microbatching
 
-SMALL = Microbatching(config=preset("small"), prompt_positions=100)
+SMALL = Microbatching(config=PRESETS["small"], prompt_positions=100)
 
 
 def test_parts_are_the_fewest_that_fit():
     assert SMALL.microbatches(16, 128) == 4
     assert SMALL.microbatches(15, 128) == 5  # it must divide
-    assert Microbatching(config=preset("small")).microbatches(16, 34) == 1
+    assert Microbatching(config=PRESETS["small"]).microbatches(16, 34) == 1
     assert SMALL.microbatches(16, 10_000) == 16  # a row is the least
-    assert Microbatching(config=preset("xxl")).microbatches(1, 612) == 1
-    assert Microbatching(config=preset("base")).microbatches(32, 228) > SMALL.microbatches(32, 128)
+    assert Microbatching(config=PRESETS["xxl"]).microbatches(1, 612) == 1
+    assert Microbatching(config=PRESETS["base"]).microbatches(32, 228) > SMALL.microbatches(32, 128)
 
 
 def test_a_prompt_that_is_read_once_per_part_has_many_positions_behind_it():
-    config = preset("small")
+    config = PRESETS["small"]
     alone = Microbatching(config=config, shared_positions=2)
     assert alone.microbatches(16, 128) == Microbatching(config=config).microbatches(16, 128)
     parts = Microbatching(config=config, shared_positions=100).microbatches(16, 128)
@@ -30,7 +30,7 @@ def test_a_prompt_that_is_read_once_per_part_has_many_positions_behind_it():
 
 
 def test_members_are_together_as_long_as_they_fit_and_parts_do_not_depend_on_them():
-    tiny = Microbatching(config=preset("tiny"), prompt_positions=20)
+    tiny = Microbatching(config=PRESETS["tiny"], prompt_positions=20)
     assert tiny.chunk_size(5, 4, 16) == 5
     assert SMALL.chunk_size(5, 16, 128) == 1
     several = [tiny.chunk_size(6, rows, 30) for rows in (1, 16, 32, 64, 512)]

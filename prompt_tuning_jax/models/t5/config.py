@@ -1,10 +1,8 @@
 """Configuration of T5 encoder-decoders, and presets of the published sizes."""
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 
 
@@ -94,11 +92,3 @@ PRESETS: dict[str, T5Config] = {
     "t5_1_0_xl": _t5_1_0(1024, 32, 128, 16_384, 24),
     "t5_1_0_xxl": _t5_1_0(1024, 128, 128, 65_536, 24),
 }
-
-
-def preset(name: str) -> T5Config:
-    """Returns the preset called ``name``; raises UserError with similar names if none exists."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
-        raise UserError(f"no T5 preset is called {name!r}; did you mean {', '.join(near)}?")
-    return PRESETS[name]

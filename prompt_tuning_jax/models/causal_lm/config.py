@@ -137,15 +137,19 @@ class CausalLMConfig(ModelConfig):
     def forward_flops(
         self, *, rows: int, prompt_length: int, inputs_length: int, targets_length: int
     ) -> float:
-        joined, width = self.num_heads * self.head_dim, self.embed_dim
-        kv = self.num_kv_heads * self.head_dim
-        mlp = (len(self.mlp_activations) + 1) * width * self.mlp_dim
         own = inputs_length + targets_length - 1  # the last input predicts the first target
         # The prompt is computed once for all rows.
         positions = prompt_length + rows * own
         scores = prompt_length**2 + rows * own * (prompt_length + own)
-        layers = positions * (2 * width * (joined + kv) + mlp) + 2 * joined * scores
-        return 2.0 * (self.num_layers * layers + rows * targets_length * width * self.vocab_size)
+        layer = positions * self.layer_weights + 2 * self.num_heads * self.head_dim * scores
+        head = rows * targets_length * self.embed_dim * self.vocab_size
+        return 2.0 * (self.num_layers * layer + head)
+
+    @property
+    def layer_weights(self) -> int:
+        """The weights of a layer's self-attention and mlp, which each position is multiplied by."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.embed_dim * (heads + (len(self.mlp_activations) + 1) * self.mlp_dim)
 
     def window(self, layer: int) -> int:
         """Returns the window of a layer; 0 is none."""

@@ -74,8 +74,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, KeyValues | None]:
         """Applies the layer and returns its output and the updated cache.
 
-        With a cache, ``x_BSD`` holds only the token at ``position``.  Its keys and values are added
-        to those of the positions decoded before.
+        With a cache, ``x_BSD`` holds only what begins at ``position``.  Its keys and values are
+        written behind those of the positions decoded before.
         """
         keys = split_key(key, 6)
         y_BSD = self.pre_self_attention_layer_norm(x_BSD)

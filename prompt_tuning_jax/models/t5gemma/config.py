@@ -100,20 +100,11 @@ class T5GemmaConfig(ModelConfig):
         joined, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
         kept = kv * encoder.embed_dim
         cross = 0 if self.merged else decoder.embed_dim * joined  # queries, or outputs
-        flops = encoder.num_layers * (
-            read * _weights(encoder) + 2 * encoder.num_heads * encoder.head_dim * read * read_length
-        )
+        scores = 2 * encoder.num_heads * encoder.head_dim * read_length
+        flops = encoder.num_layers * read * (encoder.layer_weights + scores)
         flops += decoder.num_layers * (
             read * 2 * kept
-            + written * (_weights(decoder) + 2 * cross)
+            + written * (decoder.layer_weights + 2 * cross)
             + 2 * joined * written * (targets_length + read_length)
         )
         return 2.0 * (flops + written * decoder.embed_dim * decoder.vocab_size)
-
-
-def _weights(stack: CausalLMConfig) -> int:
-    """The weights of a layer's self-attention and mlp, which each position is multiplied with."""
-    joined = stack.num_heads * stack.head_dim
-    kv = stack.num_kv_heads * stack.head_dim
-    mlp = (len(stack.mlp_activations) + 1) * stack.embed_dim * stack.mlp_dim
-    return 2 * stack.embed_dim * (joined + kv) + mlp

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -307,14 +308,8 @@ class T5Gemma(Model):
 
     def _prefix(self, injections: Injections, stack: str) -> tuple[list[PastKeys], int]:
         """Returns the prefix of a stack's layers, and the position of the first token behind it."""
-        layers = tuple(
-            KeyValues(
-                key_BPGK=prefix.key_BPGK.astype(self.dtype),
-                value_BPGK=prefix.value_BPGK.astype(self.dtype),
-                before=prefix.before,
-            )
-            for prefix in injections.prefixes.get(stack, ())
-        )
+        prefixes = tuple(injections.prefixes.get(stack, ()))
+        layers = jax.tree.map(lambda x: x.astype(self.dtype), prefixes)
         if not layers:
             return [], 0
         if layers[0].before:

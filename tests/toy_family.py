@@ -74,11 +74,6 @@ class Toy(base.Model):
         own = (self._keys_values(x_BSD), jnp.tri(x_BSD.shape[1], dtype=bool)[None])
         return self._attend(x_BSD, [read, own], injections)
 
-    def start_decoding(self, context: base.Context, max_length: int):
-        shape = (len(context.mask_BU), max_length, self.config.num_heads, self.config.head_dim)
-        kept = base.DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
-        return kept, (KeyValues(key_BPGK=jnp.zeros(shape), value_BPGK=jnp.zeros(shape)),)
-
     def decode_step(self, tokens_B, position, caches, context, *, injections=NO_INJECTIONS):
         x_B1D = self.embed_tokens(tokens_B[:, None])
         own = caches[0].written(self._keys_values(x_B1D), position)

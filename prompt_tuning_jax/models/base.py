@@ -154,7 +154,6 @@ class Model(nnx.Module):
     ) -> Array:
         """Computes the output head's inputs ``[B, S, D]``; ``[:, s]`` predicts target ``s``."""
 
-    @abstractmethod
     def start_decoding(
         self, context: Context, max_length: int
     ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
@@ -162,6 +161,10 @@ class Model(nnx.Module):
 
         A cache holds the keys and values that one writing layer has computed so far.
         """
+        kept = DecodeContext(
+            mask_BU=context.mask_BU, keys_values=context.keys_values, prompt=context.prompt
+        )
+        return kept, self._empty_caches(len(context.mask_BU), max_length)
 
     @abstractmethod
     def decode_step(
@@ -310,11 +313,11 @@ class Model(nnx.Module):
             remat=remat,
         )
 
-    def _empty_caches(self, stack: str, rows: int, length: int) -> tuple[KeyValues, ...]:
-        """Returns zeros as the keys and values of ``length`` positions in each layer of a stack."""
-        of = self.stacks[stack]
-        zeros = jnp.zeros((rows, length, of.num_kv_heads, of.head_dim), self.dtype)
-        return (KeyValues(key_BPGK=zeros, value_BPGK=zeros),) * of.num_layers
+    def _empty_caches(self, rows: int, length: int) -> tuple[KeyValues, ...]:
+        """Returns zeros as the keys and values of ``length`` positions in each writing layer."""
+        stack = next(stack for stack in self.stacks.values() if stack.writes)
+        zeros = jnp.zeros((rows, length, stack.num_kv_heads, stack.head_dim), self.dtype)
+        return (KeyValues(key_BPGK=zeros, value_BPGK=zeros),) * stack.num_layers
 
     def injections_for_writing(self, injections: Injections) -> Injections:
         """Returns the injections that are still needed after the input has been read."""

@@ -208,7 +208,7 @@ class CausalLM(Model):
             )
         else:  # Only the prompt is read, for its keys and values.
             hidden_BUD = whole.embeddings_BUD
-            keys_values = self._empty_caches("decoder", len(hidden_BUD), 0)
+            keys_values = self._empty_caches(len(hidden_BUD), 0)
         if prompt_length:
             last_B1D = hidden_BUD[:, prompt_length - 1 : prompt_length]
             prompt = jax.tree.map(lambda x: x[:, :prompt_length], keys_values)
@@ -269,7 +269,7 @@ class CausalLM(Model):
             keys_values=concatenate_positions(context.prompt, context.keys_values),
             first_BD=context.last_BD,
         )
-        return kept, self._empty_caches("decoder", batch, max_length)
+        return kept, self._empty_caches(batch, max_length)
 
     def decode_step(
         self,

@@ -230,7 +230,7 @@ class T5(Model):
             key=None if key is None else jax.random.fold_in(key, 0xDEC0),
             remat=remat,
             scan=self.scan_layers,
-            caches=self._empty_caches("decoder", rows, prompt_BPD.shape[1]),
+            caches=self._empty_caches(rows, prompt_BPD.shape[1]),
         )
         assert caches is not None
         return replace(context, prompt=tuple(replace(cache, before=True) for cache in caches))
@@ -268,14 +268,6 @@ class T5(Model):
             scan=self.scan_layers,
         )
         return x_BSD
-
-    def start_decoding(
-        self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
-        kept = DecodeContext(
-            mask_BU=context.mask_BU, keys_values=context.keys_values, prompt=context.prompt
-        )
-        return kept, self._empty_caches("decoder", len(context.mask_BU), max_length)
 
     def decode_step(
         self,
@@ -339,7 +331,7 @@ class T5(Model):
             source.mask_BU,
             injections=NO_INJECTIONS,
             key=None,
-            caches=self._empty_caches("decoder", 1, len(tokens_P)),
+            caches=self._empty_caches(1, len(tokens_P)),
         )
         assert written is not None
         return {"encoder": stacked(read), "decoder": stacked(written), "cross": stacked(cross)}

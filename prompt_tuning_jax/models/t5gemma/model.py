@@ -162,12 +162,6 @@ class T5Gemma(Model):
         )
         return x_BSD
 
-    def start_decoding(
-        self, context: Context, max_length: int
-    ) -> tuple[DecodeContext, tuple[KeyValues, ...]]:
-        kept = DecodeContext(mask_BU=context.mask_BU, keys_values=context.keys_values)
-        return kept, self._empty_caches("decoder", len(context.mask_BU), max_length)
-
     def decode_step(
         self,
         tokens_B: Array,

@@ -13,6 +13,7 @@ from prompt_tuning_jax.methods.dense import within
 from prompt_tuning_jax.methods.prefix import (
     PlainPrefix,
     initial_words,
+    keys_values_of,
     prefix_injections,
     with_prefixes,
 )
@@ -35,7 +36,7 @@ class CartridgePrefix(TuningModule[Cartridge]):
                 tokens_P = initial_words(config, model, context, key=key)
             else:
                 tokens_P = _first_tokens(config, model, context)
-            return TunedModel(model, cls(config, model.keys_values_of(tokens_P)))
+            return TunedModel(model, cls(config, keys_values_of(model, tokens_P)))
         arrays = {}
         for number, (name, stack) in enumerate(model.stacks.items()):
             shape = (stack.num_layers, config.length, stack.num_kv_heads, stack.head_dim)

@@ -3,18 +3,20 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.methods import Cartridge, PrefixTuning
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods.base import Context, TunedModel, TuningModule
 from prompt_tuning_jax.methods.dense import Dense, small_param, within
 from prompt_tuning_jax.models.base import AttentionStack, Model
 from prompt_tuning_jax.models.injections import Injections, KeyValues
-from prompt_tuning_jax.typing import Array, HostArray
+from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Prefixes(TuningModule[PrefixTuning]):
             }
             return TunedModel(model, cls(config, made))
         if config.init == "words":
-            computed = model.keys_values_of(initial_words(config, model, context, key=words_key))
+            computed = keys_values_of(model, initial_words(config, model, context, key=words_key))
             return with_prefixes(model, {name: computed[name] for name in stacks}, config)
         arrays = {}
         for (name, stack), stack_key in zip(stacks.items(), keys, strict=False):
@@ -132,6 +134,19 @@ def with_prefixes(
 ) -> TunedModel:
     """Attaches keys and values ``[L, P, H, K]``, given by attention name, to the model."""
     return TunedModel(model, Prefixes(config, {n: PlainPrefix(*a) for n, a in arrays.items()}))
+
+
+def keys_values_of(model: Model, tokens_P: Array) -> dict[str, tuple[Array, Array]]:
+    """Does ``Model.keys_values_of``, compiled once for all members of a run."""
+    return _compiled_keys_values(*param_tree.split(model), tokens_P)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_keys_values(
+    graphdef: nnx.GraphDef[Model], params: FlatParams, tokens_P: Array
+) -> dict[str, tuple[Array, Array]]:
+    model: Model = param_tree.merge(graphdef, params)
+    return model.keys_values_of(tokens_P)
 
 
 def _chosen(config: PrefixTuning, model: Model) -> dict[str, AttentionStack]:

@@ -8,8 +8,9 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import Context, PrefixTuning, TunedModel, attach_method
-from tests.micro import T5_1_1, D, Words, call, make_t5, token_rows
+from prompt_tuning_jax.methods import Cartridge, Context, PrefixTuning, TunedModel, attach_method
+from prompt_tuning_jax.models.t5.model import T5
+from tests.micro import ONE_LAYER, T5_1_1, D, Words, call, make_t5, token_rows
 
 WORDS = "ab cd ef"
 TOKENS = np.asarray([Words().encode(WORDS)], np.int32)
@@ -94,3 +95,13 @@ def test_folding_two_layers_changes_nothing() -> None:
 def test_none_chosen_is_refused() -> None:
     with pytest.raises(UserError, match=r"method\.cross are all false"):
         attach(PrefixTuning(encoder=False, decoder=False, cross=False))
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(length=2), Cartridge(length=2)])
+def test_the_model_is_compiled_once_for_what_all_members_start_from(method, monkeypatch):
+    traced, of = [], T5.keys_values_of
+    monkeypatch.setattr(T5, "keys_values_of", lambda *args: traced.append(args) or of(*args))
+    model, context = make_t5(ONE_LAYER), Context(vocabulary=Words())
+    for seed in range(3):
+        attach_method(model, method, key=jax.random.key(seed), context=context)
+    assert len(traced) <= 1

@@ -264,6 +264,18 @@ def test_a_separator_may_be_given(tmp_path):
     assert any("';'" in n for n in RowFile(path=write(tmp_path, "c.csv", SEMICOLONS)).notes())
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "separator"),
+    [("a.csv", "a; b; c|yes\n", "|"), ("b.csv", "a; b\n", ";"), ("c.tsv", "a; b,yes\n", ",")],
+)
+def test_the_note_on_the_separator_is_of_the_one_that_is_used(tmp_path, name, line, separator):
+    file = RowFile(path=write(tmp_path, name, line * 2), columns=("inputs", "targets"))
+    assert [tuple(row.values()) for _, row in file.rows()] == [
+        tuple(line[:-1].split(separator))
+    ] * 2
+    assert [note for note in file.notes() if repr(separator) in note]
+
+
 def test_a_name_may_hold_another_separator(tmp_path):
     path = write(tmp_path, "a.csv", "text; as typed\nhello\n")
     assert rows_of(path) == [{"text; as typed": "hello"}]

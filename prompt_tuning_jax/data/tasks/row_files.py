@@ -89,7 +89,7 @@ class RowFile:
             return
         named = self.header and not self.columns
         kind = {"ending": self._ending(), "separator": self.separator}
-        if note := table_rows.separator_note(self.path, **kind):
+        if note := table_rows.separator_note(self.path, **kind, columns=self.columns):
             yield f"{self.path}: {note}"
         if named and (number := table_rows.unnamed_text(self.path, **kind)):
             yield (

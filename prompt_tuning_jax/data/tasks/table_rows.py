@@ -88,11 +88,13 @@ def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
     return sum(any(holds_text(fields, i) for i in unnamed) for fields in rows)
 
 
-def separator_note(path: Path, *, ending: str, separator: str = "") -> str:
+def separator_note(
+    path: Path, *, ending: str, separator: str = "", columns: Sequence[str] = ()
+) -> str:
     """A note on the separator if it is not that of the suffix, or ""."""
-    if separator or ending not in SEPARATORS:
+    if separator:
         return ""
-    found = _dialect(path, ending, separator).separator
+    found = _dialect(path, ending, separator, columns=len(columns)).separator
     return "" if found == SEPARATORS[ending] else f"fields are separated by {found!r}"
 
 

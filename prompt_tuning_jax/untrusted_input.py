@@ -53,11 +53,11 @@ def read_json(
 ) -> Any:
     """The value of a JSON text.
 
-    With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelt,
-    ``NaN`` included.  Raises UserError, in one line that begins with ``of`` (a file or field), for
-    a text that is not UTF-8 or not JSON, is longer than ``max_bytes`` (characters, for a str), is
-    nested deeper than 64 levels, or has a number that is not finite or has too many digits, or a
-    lone surrogate.
+    With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelt, and
+    ``NaN``, which Python and pandas write for a missing value, as None.  Raises UserError, in one
+    line that begins with ``of`` (a file or field), for a text that is not UTF-8 or not JSON, is
+    longer than ``max_bytes`` (characters, for a str), is nested deeper than 64 levels, or has a
+    number that is not finite or has too many digits, or a lone surrogate.
     """
     if len(text) > max_bytes:
         raise UserError(
@@ -69,7 +69,10 @@ def read_json(
     try:
         if parse_numbers_as_text:
             value = json.loads(
-                decoded, parse_int=NumberText, parse_float=NumberText, parse_constant=str
+                decoded,
+                parse_int=NumberText,
+                parse_float=NumberText,
+                parse_constant=lambda name: None if name == "NaN" else name,
             )
         else:
             value = json.loads(

@@ -72,7 +72,7 @@ def test_what_is_json_is_read(text: str | bytes, value: object) -> None:
 
 def test_numbers_stay_as_written_where_asked() -> None:
     row = '{"a": 1.50, "b": NaN, "c": ' + "9" * 5000 + "}"
-    expected = {"a": "1.50", "b": "NaN", "c": "9" * 5000}
+    expected = {"a": "1.50", "b": None, "c": "9" * 5000}
     assert read_json(row, of="x", parse_numbers_as_text=True) == expected
 
 

@@ -55,10 +55,24 @@ def test_quotes_in_tab_separated_files_are_text(write):
 
 
 def test_values_become_text(write):
-    row = '{"inputs": 1.50, "targets": true, "n": null, "big": 12345678901234567890123, "x": NaN}'
+    row = (
+        '{"inputs": 1.50, "targets": true, "n": null, "big": 1234567890123456789012, "x": Infinity}'
+    )
     assert load(write("a.jsonl", row)) == [
-        {"inputs": "1.50", "targets": "True", "n": "", "big": "12345678901234567890123", "x": "NaN"}
+        {
+            "inputs": "1.50",
+            "targets": "True",
+            "n": "",
+            "big": "1234567890123456789012",
+            "x": "Infinity",
+        }
     ]
+    for name, row in (
+        ("b.jsonl", '{"inputs": "a", "targets": NaN}'),
+        ("b.json", '[{"inputs": "a", "targets": NaN}]'),
+        ("c.jsonl", '{"inputs": "a",\n "targets": NaN}'),
+    ):
+        fails(write(name, row), "the target is empty")  # pandas writes missing values so
 
 
 def test_columns_may_be_named_or_put_into_templates(write):

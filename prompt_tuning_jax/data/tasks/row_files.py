@@ -14,7 +14,7 @@ from prompt_tuning_jax.errors import UserError
 LocatedRow: TypeAlias = tuple[str, dict[str, Any]]
 
 # Part of every fingerprint: change it whenever the same bytes are read as different rows.
-_VERSION = "rows 2"
+_VERSION = "rows 3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class RowFile:
     def rows(self) -> Iterator[LocatedRow]:
         """Yield the location of each row, and the row.
 
-        JSON numbers are text, as they are spelt; ``value_text`` converts all values to text.
+        JSON numbers are text, as they are spelt, and nan is null; ``value_text`` converts all
+        values to text.
         UserError, which names the file and the line, for missing, unknown or malformed files.
         """
         return self._reader()(self)

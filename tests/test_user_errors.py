@@ -448,8 +448,10 @@ def test_labels_that_nobody_has_named_are_asked_for(
     prompt = _prompt(tmp_path / "p.npy", (5, 16))
     changes = {"data.train": "", "data.eval": str(file)}
     config = write_config(tmp_path / "c.py", experiment("", changes))
-    message = refused("eval", config, "--prompt", prompt)
-    assert "set of labels is unknown" in message and "data.labels" in message
+    for more in ([], ["data.targets=labels", "evaluation.strategy=greedy"]):
+        sets = [word for one in more for word in ("--set", one)]
+        message = refused("eval", config, "--prompt", prompt, *sets)
+        assert "set of labels is unknown" in message and "data.labels" in message
     for given in ("data.labels=blue,red", "data.targets=text"):
         assert main(["eval", str(config), "--prompt", prompt, "--set", given]) == 0
     assert "accuracy" in capsys.readouterr().out

@@ -345,7 +345,8 @@ def _check_targets(
         labels, evaluated = one.task.labels, number >= len(train_sets)
         if uses_files and not labels and not data.train and data.targets == "auto":
             counts = Counter(example["targets"] for example in one.texts)
-            if asked in ("auto", "rank") and are_labels(counts):
+            likely = asked in ("auto", "rank") and are_labels(counts)
+            if likely or data.targets == "labels":
                 raise UserError(
                     f"{one.title}: the set of labels is unknown (the file has "
                     f"{listed_counts(counts)}, but may lack some); list all in data.labels, set "

@@ -153,9 +153,9 @@ def test_nothing_is_said_where_the_task_or_the_vocabulary_makes_no_difference():
 
 def test_class_weights():
     targets = ["a"] * 6 + ["b"] * 2
-    weights = example_weights(["balanced"], labels=("a", "b", "c"), targets=targets)
+    weights = example_weights(["balanced"], [(("a", "b", "c"), targets)])
     np.testing.assert_allclose(weights, [8 / 12] * 6 + [2] * 2, rtol=1e-6)
-    given = example_weights(["b=3"], labels=("a", "b"), targets=targets)
+    given = example_weights(["b=3"], [(("a", "b"), targets)])
     assert given.dtype == np.float32 and given.tolist() == [1.0] * 6 + [3.0] * 2
     assert parse_class_weights(["x=y=2"]) == {"x=y": 2.0}
 
@@ -176,7 +176,14 @@ def test_class_weights_that_make_no_sense(entries):
 )
 def test_class_weights_that_do_not_fit(entries, labels, match):
     with pytest.raises(UserError, match=match):
-        example_weights(entries, labels=labels, targets=["ab", "c"])
+        example_weights(entries, [(labels, ["ab", "c"])])
+
+
+def test_class_weights_of_several_tasks():
+    tasks = [(("a", "b"), ["a", "b", "b", "b"]), (("c",), ["c"]), ((), ["a", "text"])]
+    assert example_weights(["a=2", "c=3"], tasks).tolist() == [2, 1, 1, 1, 3, 1, 1]
+    balanced = [2, 2 / 3, 2 / 3, 2 / 3, 1, 1, 1]
+    np.testing.assert_allclose(example_weights(["balanced"], tasks), balanced, rtol=1e-6)
 
 
 def test_labels_never_come_from_an_evaluation_file(tmp_path):

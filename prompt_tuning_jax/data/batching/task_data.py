@@ -343,7 +343,7 @@ def _check_targets(
     uses_files = bool(data.train or data.eval)
     for number, one in enumerate((*train_sets, *eval_sets)):
         labels, evaluated = one.task.labels, number >= len(train_sets)
-        if uses_files and not labels and not data.train and data.targets == "auto":
+        if uses_files and not labels and not data.train and data.targets != "text":
             counts = Counter(example["targets"] for example in one.texts)
             likely = asked in ("auto", "rank") and are_labels(counts)
             if likely or data.targets == "labels":
@@ -371,16 +371,8 @@ def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray 
     """The weights of all examples, by the labels of their sets; None if all are equal."""
     if not data.class_weights:
         return None
-    parts = [
-        example_weights(
-            data.class_weights,
-            labels=one.task.labels,
-            targets=[example["targets"] for example in one.texts],
-            prefix=data.targets_prefix,
-        )
-        for one in train_sets
-    ]
-    return np.concatenate(parts)
+    tasks = [(one.task.labels, [example["targets"] for example in one.texts]) for one in train_sets]
+    return example_weights(data.class_weights, tasks, prefix=data.targets_prefix)
 
 
 def _evaluation_line(experiment: Experiment, task: Task) -> str:

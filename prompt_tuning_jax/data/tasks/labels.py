@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.config.field_syntax import parse_class_weights
-from prompt_tuning_jax.data.tasks.task import Example, Task
+from prompt_tuning_jax.data.tasks.task import Example, Task, matches
 from prompt_tuning_jax.errors import UserError, nearest, suggest
 
 _MOST_LISTED = 20
@@ -94,7 +94,7 @@ def _is_reachable(task: Task, target: str, example: Example) -> bool:
     if task.postprocess is None:
         return False
     wanted = task.postprocess(target, example, True)
-    return any(same_value(task.postprocess(x, example, False), wanted) for x in task.labels)
+    return any(matches(wanted, task.postprocess(x, example, False)) for x in task.labels)
 
 
 def _letters(text: str) -> str:
@@ -115,36 +115,52 @@ def _shown(text: str) -> str:
 
 
 def example_weights(
-    entries: Sequence[str], *, labels: Sequence[str], targets: Sequence[str], prefix: str = ""
+    entries: Sequence[str],
+    tasks: Sequence[tuple[Sequence[str], Sequence[str]]],
+    *,
+    prefix: str = "",
 ) -> np.ndarray:
-    """``[N]`` float32: the weight of each example.
+    """``[N]`` float32: the weight of each example of all ``tasks``, given as (labels, targets).
 
-    ``balanced`` gives an example of a label with n of N examples the weight N / (C * n), where C is
-    the number of labels that occur: all labels have the same total weight, and the mean is 1.
-    Otherwise labels that are not listed have weight 1.  Entries may leave out the ``prefix`` that
-    labels and targets have (``data.targets_prefix``).
+    ``balanced`` gives an example of a label with n of a task's N examples the weight N / (C * n),
+    where C is the number of labels that occur: all labels have the same total weight, and the mean
+    is 1.  Otherwise labels that are not listed have weight 1.  So have the examples of a task
+    without labels.  Entries may leave out the ``prefix`` that labels and targets have
+    (``data.targets_prefix``).
 
-    Raises UserError for an unknown label, and if every weight is 0.
+    Raises UserError for a label that no task has, and if every weight is 0.
     """
-    given, counts = parse_class_weights(entries), Counter(targets)
-    given = {
-        label if label in labels else f"{prefix}{label}": weight for label, weight in given.items()
-    }
-    if not labels:
+    known = list(dict.fromkeys(label for labels, _ in tasks for label in labels))
+    if not known:
         raise UserError(
             "data.class_weights are for labels, but the targets are text; remove them, or set "
             "data.labels"
         )
+    given = {
+        label if label in known else f"{prefix}{label}": weight
+        for label, weight in parse_class_weights(entries).items()
+    }
     for label in given:
-        if label not in labels:
-            raise UserError(f"data.class_weights: no label {label!r}: {suggest(label, labels)}")
-    if given:
-        by_label = {label: given.get(label, 1.0) for label in counts}
-    else:
-        by_label = {label: len(targets) / (len(counts) * n) for label, n in counts.items()}
-    weights_N = np.asarray([by_label[target] for target in targets], np.float32)
+        if label not in known:
+            raise UserError(f"data.class_weights: no label {label!r}: {suggest(label, known)}")
+    weights_N = np.concatenate(
+        [_weights_in_task(given, labels, targets) for labels, targets in tasks]
+    )
     if not weights_N.any():
         raise UserError(
             "data.class_weights: all examples have weight 0; increase the weight of a label"
         )
     return weights_N
+
+
+def _weights_in_task(
+    given: Mapping[str, float], labels: Sequence[str], targets: Sequence[str]
+) -> np.ndarray:
+    counts = Counter(targets)
+    if not labels:
+        by_target = dict.fromkeys(counts, 1.0)
+    elif given:
+        by_target = {target: given.get(target, 1.0) for target in counts}
+    else:
+        by_target = {target: len(targets) / (len(counts) * n) for target, n in counts.items()}
+    return np.asarray([by_target[target] for target in targets], np.float32)

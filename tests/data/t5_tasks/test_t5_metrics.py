@@ -244,6 +244,6 @@ def test_labels_have_their_prefix_wherever_they_go():
     targets = ["answer: yes", "answer: no", "answer: no"]
     for entry in ("yes=2", "answer: yes=2"):
         weights = example_weights(
-            [entry], labels=("answer: yes", "answer: no"), targets=targets, prefix="answer: "
+            [entry], [(("answer: yes", "answer: no"), targets)], prefix="answer: "
         )
         assert weights.tolist() == [2, 1, 1]

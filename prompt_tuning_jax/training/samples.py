@@ -20,8 +20,8 @@ def sample_texts(
     """
     texts: dict[str, str] = {}
     for name, predicted in predictions.items():
-        examples, answers = evaluation[name].texts, predicted.texts_EN[0]
-        task = evaluation[name].task
+        examples, task = evaluation[name].texts, evaluation[name].task
+        answers = evaluation[name].as_written(predicted.texts_EN[0])
         pairs = list(zip(examples, answers, strict=True))
         texts[f"{name} samples"] = _shown(_spread(pairs))
         wrong = [pair for pair in pairs if not task.is_correct(*pair)]

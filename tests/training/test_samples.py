@@ -15,7 +15,12 @@ TASK = Task(
 
 def samples(answers: list[str], inputs: str = "number {}") -> dict[str, str]:
     examples = [{"inputs": inputs.format(i), "targets": str(i)} for i in range(len(answers))]
-    evaluation: Any = {"numbers": SimpleNamespace(texts=examples, task=TASK)}
+    spelt = {"TEN": "10"}  # as if the vocabulary wrote 10 so
+    evaluation: Any = {
+        "numbers": SimpleNamespace(
+            texts=examples, task=TASK, as_written=lambda texts: [spelt.get(t, t) for t in texts]
+        )
+    }
     predictions = Predictions(texts_EN=[answers], log_probs_EN=[[{} for _ in answers]])
     return sample_texts(evaluation, {"numbers": predictions})
 
@@ -23,6 +28,7 @@ def samples(answers: list[str], inputs: str = "number {}") -> dict[str, str]:
 def test_samples_spread_over_the_examples_and_wrong_ones_apart() -> None:
     answers = [str(i) for i in range(80)]
     answers[13] = "x"
+    answers[10] = "TEN"
     found = samples(answers)
     blocks = found["numbers samples"].split("\n\n---\n\n")
     assert len(blocks) == 8

@@ -21,8 +21,8 @@ from prompt_tuning_jax.data.batching.example_cache import (
     write_entry,
 )
 from prompt_tuning_jax.data.images.task import ImageSource
-from prompt_tuning_jax.data.tasks.labels import is_rewritten, same_value
-from prompt_tuning_jax.data.tasks.task import Example, Task, task_index_id
+from prompt_tuning_jax.data.tasks.labels import is_rewritten
+from prompt_tuning_jax.data.tasks.task import Example, Task, same_value, task_index_id
 from prompt_tuning_jax.data.vocabularies.vocab import T5_IDS, AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds

@@ -3,7 +3,6 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -82,12 +81,6 @@ def near_label(target: str, labels: Sequence[str]) -> str | None:
 def is_rewritten(text: str, read_back: str) -> bool:
     """Whether two texts differ only in blanks, case, and Unicode normalisation."""
     return _letters(text) == _letters(read_back)
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Equality of two results of a postprocessor, which may be arrays."""
-    equal = a == b
-    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
 
 
 def _is_reachable(task: Task, target: str, example: Example) -> bool:

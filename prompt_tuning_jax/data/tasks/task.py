@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from prompt_tuning_jax.data.tasks.code_digest import code_digest
+from prompt_tuning_jax.data.tasks.metric_functions import normalized
 from prompt_tuning_jax.data.tasks.metrics import (
     INVALID,
     LOSS,
@@ -148,9 +149,9 @@ class Task:
         return "min" if metric in (INVALID, LOSS) else None
 
     def is_correct(self, example: Example, prediction: str) -> bool:
-        """Whether a prediction equals its target, as the metrics compare them."""
+        """Whether a prediction equals its target as the metrics compare them (``matches``)."""
         target = self._compared(example["targets"], example, True)
-        return bool(target == self._compared(prediction, example, False))
+        return matches(target, self._compared(prediction, example, False))
 
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]
@@ -166,6 +167,25 @@ class Task:
             raise UserError(
                 f"task {self.name!r} has no split {split!r}: {suggest(split, self.splits)}"
             )
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Equality of two results of a postprocessor, which may be arrays."""
+    equal = a == b
+    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
+
+
+def matches(target: Any, prediction: Any) -> bool:
+    """Equality of a postprocessor's results for a target and a prediction, in T5's forms.
+
+    A mapping of a target may have more keys than that of a prediction, such as ``group``.  A list
+    holds all right answers to a question, which are compared as by SQuAD's exact match.
+    """
+    if isinstance(target, Mapping) and isinstance(prediction, Mapping):
+        return all(key in target and matches(target[key], prediction[key]) for key in prediction)
+    if isinstance(target, list | tuple) and isinstance(prediction, str):
+        return normalized(prediction) in {normalized(str(answer)) for answer in target}
+    return same_value(target, prediction)
 
 
 def with_targets_prefix(task: Task, prefix: str) -> Task:

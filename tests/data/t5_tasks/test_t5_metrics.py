@@ -221,6 +221,41 @@ def test_the_metrics_module_imports_no_library_until_used():
     assert not done.stdout.strip()
 
 
+ANSWERS = {"answers": ["the River", "Rome"]}
+IDS = {"idx/question": 3, "idx/passage": 1, "idx/query": 2}
+
+
+@pytest.mark.parametrize("prefix", ["", "answer: "])
+@pytest.mark.parametrize(
+    ("name", "example", "right", "wrong"),
+    [
+        ("super_glue_rte_v102", {"targets": "entailment"}, ["entailment"], ["not_entailment", "x"]),
+        ("super_glue_multirc_v102", {"targets": "True", **IDS}, ["True"], ["False", "x"]),
+        (
+            "super_glue_record_v102",
+            {"targets": "Rome", **ANSWERS, **IDS},
+            ["rome.", "river"],
+            ["x", ""],
+        ),
+        ("squad_v010_allanswers", {"targets": "the River", **ANSWERS}, ["Rome", "River"], ["x"]),
+        ("pr:super_glue_record_v102_rc", {"targets": "Rome", **ANSWERS}, ["the River"], ["x"]),
+        (
+            "super_glue_wsc_v102_simple_eval",
+            {"targets": "the dog", "label": 1},
+            ["dog"],
+            ["the cat", "the"],
+        ),
+        ("glue_stsb_v002", {"targets": "3.4"}, ["3.4", "3.40"], ["3.2", "x"]),
+    ],
+)
+def test_a_prediction_is_correct_where_the_metrics_count_it(name, example, right, wrong, prefix):
+    (task,) = build_mixture(Data(task=name, targets_prefix=prefix)).tasks
+    example = {**example, "targets": prefix + example["targets"]}
+    for texts, expected in ((right, True), (wrong, False)):
+        for text in texts:
+            assert task.is_correct(example, prefix + text) is expected, text
+
+
 @pytest.mark.parametrize("prefix", ["", "answer: "])
 @pytest.mark.parametrize("name", ["boolq", "cb", "copa", "multirc", "rte", "wic"])
 def test_metrics_that_a_user_names_compare_labels(name, prefix):

@@ -7,7 +7,13 @@ import pytest
 from prompt_tuning_jax.data.tasks import registry as registry_module
 from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, register, task_names
-from prompt_tuning_jax.data.tasks.task import Mixture, Source, Task, as_mixture
+from prompt_tuning_jax.data.tasks.task import (
+    Mixture,
+    Source,
+    Task,
+    as_mixture,
+    with_targets_prefix,
+)
 from prompt_tuning_jax.errors import UserError
 
 SOURCE = Source(
@@ -161,3 +167,17 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_prefix_is_in_front_of_all_that_a_model_writes():
+    choices = ["Paris", "Rome"]
+    task = make(
+        preprocess=lambda row: [{"inputs": "a", "targets": "Rome", "places": list(choices)}],
+        postprocess=lambda text, example, is_target: (text, example["places"], example["targets"]),
+        choices_field="places",
+    )
+    prefixed = with_targets_prefix(task, "to: ")
+    example = next(prefixed.load("train"))
+    assert (example["targets"], example["places"]) == ("to: Rome", ["to: Paris", "to: Rome"])
+    seen = prefixed.postprocess("to: Paris", example, False)
+    assert seen == ("Paris", choices, "Rome")

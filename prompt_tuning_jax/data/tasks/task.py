@@ -189,15 +189,20 @@ def matches(target: Any, prediction: Any) -> bool:
 
 
 def with_targets_prefix(task: Task, prefix: str) -> Task:
-    """The task with a text in front of its targets and labels, which its metrics do not see."""
+    """The task with a text before its targets, labels and choices, which its metrics do not see."""
+
+    def changed(example: Example, change: Callable[[str], str]) -> Example:
+        choices = example.get(task.choices_field)
+        own = {task.choices_field: [*map(change, choices)]} if isinstance(choices, list) else {}
+        return {**example, **own, "targets": change(example["targets"])}
 
     def preprocess(row: Row) -> Sequence[Example]:
-        return [{**e, "targets": f"{prefix}{e['targets']}"} for e in task.preprocess(row)]
+        return [changed(each, lambda text: f"{prefix}{text}") for each in task.preprocess(row)]
 
     def postprocess(text: str, example: Example, is_target: bool) -> Any:
         start = prefix.strip()
         bare = text.removeprefix(start).strip() if text.startswith(start) else text
-        plain = {**example, "targets": example["targets"].removeprefix(prefix)}
+        plain = changed(example, lambda text: text.removeprefix(prefix))
         return bare if task.postprocess is None else task.postprocess(bare, plain, is_target)
 
     # The closures have no code of their own that says what they wrap.

@@ -276,6 +276,10 @@ def test_labels_have_their_prefix_wherever_they_go():
     (task,) = build_mixture(replace(data, task="super_glue_rte_v102")).tasks
     (line,) = submission(task, [{"idx": 3}], ["<extra_id_0> entailment"]).lines
     assert json.loads(line) == {"idx": 3, "label": "entailment"}
+    (task,) = build_mixture(replace(data, task="super_glue_record_v102")).tasks
+    gap = {"idx/query": 4, "idx/passage": 1, "targets": "<extra_id_0> Paris", "answers": ["Paris"]}
+    (line,) = submission(task, [gap], ["<extra_id_0> Paris"]).lines
+    assert json.loads(line) == {"idx": 4, "label": "Paris"}
     targets = ["answer: yes", "answer: no", "answer: no"]
     for entry in ("yes=2", "answer: yes=2"):
         weights = example_weights(

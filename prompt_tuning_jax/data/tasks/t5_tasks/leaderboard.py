@@ -51,7 +51,7 @@ def submission(task: Task, examples: Sequence[Example], predictions: Sequence[st
             f"{suggest(task.name, sorted({t.short for t in SUPER_GLUE}))}"
         )
     if base.short == "record":
-        rows, invalid = _record(examples, predictions), 0
+        rows, invalid = _record(task, examples, predictions), 0
     else:
         labels, invalid = _labels(task, examples, predictions)
         # The task's may have a prefix.
@@ -104,8 +104,12 @@ def _multirc(examples: Sequence[Example], labels: Sequence[int]) -> list[dict[st
     ]
 
 
-def _record(examples: Sequence[Example], predictions: Sequence[str]) -> list[dict[str, Any]]:
+def _record(
+    task: Task, examples: Sequence[Example], predictions: Sequence[str]
+) -> list[dict[str, Any]]:
+    assert task.postprocess is not None
     first: dict[int, str] = {}
     for example, prediction in zip(examples, predictions, strict=True):
-        first.setdefault(example["idx/query"], prediction)
+        answer = task.postprocess(prediction, example, False)["value"]
+        first.setdefault(example["idx/query"], answer)
     return [{"idx": query, "label": prediction} for query, prediction in first.items()]

@@ -1,7 +1,9 @@
+import datetime
 import functools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from prompt_tuning_jax.data.tasks import registry as registry_module
@@ -51,6 +53,15 @@ def test_examples_must_be_text():
     bad = make(preprocess=lambda row: [{"inputs": "a", "targets": row["a"]}])
     with pytest.raises(UserError, match="example 0: 'targets' must be text, not int"):
         list(bad.load("train"))
+
+
+@pytest.mark.parametrize("value", [np.int64(3), [np.float32(1)], {1, 2}, datetime.date(2020, 1, 1)])
+def test_the_fields_of_examples_must_be_json(value):
+    bad = make(preprocess=lambda row: [{"inputs": "a", "targets": "b", "more": value}])
+    with pytest.raises(UserError, match=f"'more' has a value of type {type(value).__name__}"):
+        list(bad.load("train"))
+    plain = {"inputs": "a", "targets": "b", "more": [1, 2.5, None, {"x": [True, float("nan")]}]}
+    assert next(make(preprocess=lambda row: [plain]).load("train")) == plain
 
 
 def test_the_fingerprint_changes_with_rows_split_name_and_preprocessor():

@@ -54,6 +54,16 @@ def row_is_example(row: Row) -> Sequence[Example]:
     return [dict(row)]
 
 
+def _is_json(value: Any) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A source, a preprocessor, and how predictions are scored.
@@ -116,6 +126,13 @@ class Task:
                         raise UserError(
                             f"task {self.name!r}, split {split!r}, example {number}: {key!r} "
                             f"must be text, not {type(example.get(key)).__name__}"
+                        )
+                for key, value in example.items():
+                    if not _is_json(value):
+                        raise UserError(
+                            f"task {self.name!r}, split {split!r}, example {number}: {key!r} has "
+                            f"a value of type {type(value).__name__}, which is not JSON; make it "
+                            "a text, a number, a list or a dict of these"
                         )
                 yield example
                 number += 1

@@ -100,6 +100,30 @@ def test_the_fingerprint_changes_when_the_module_of_the_preprocessor_is_edited(t
     assert fingerprint(code) != fingerprint(code.replace("return x", "return x * 2"))
 
 
+NOTEBOOK = """
+SUFFIXES = {"a": 1}
+
+def helper(x):
+    return [one + "b" for one in x if one in {"a", "c", "d"}]
+
+def preprocess(row):
+    return [{"inputs": y, "targets": "x"} for y in helper(SUFFIXES)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"targets": "x"', '"targets": "y"'), ('"b"', '"c"'), ('"a": 1', '"c": 1')]
+)
+def test_the_fingerprint_changes_when_code_without_a_file_is_edited(old, new):
+    def fingerprint(text):
+        namespace: dict = {"__name__": "__main__"}
+        exec(compile(text, "<cell 1>", "exec"), namespace)
+        return make(preprocess=namespace["preprocess"]).fingerprint("train")
+
+    assert fingerprint(NOTEBOOK) == fingerprint("\n" + NOTEBOOK)
+    assert fingerprint(NOTEBOOK) != fingerprint(NOTEBOOK.replace(old, new))
+
+
 def test_a_version_takes_the_place_of_the_digest_of_the_code():
     def versioned(version, word="a"):
         return make(preprocess=lambda row: [{"inputs": word}], version=version).fingerprint("train")

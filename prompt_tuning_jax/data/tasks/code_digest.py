@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
@@ -15,9 +16,10 @@ def code_digest(value: Any) -> str:
     """SHA-256 of a function and of the values that it closes over; editing it changes the digest.
 
     A function is represented by its name and by the text of the whole module that defines it (its
-    helpers are there), including partial arguments and closed-over values.  Edits of other modules
-    that it calls do not change the digest, nor does the state of objects of unknown types.  Memory
-    addresses never enter, so the digest is the same in every process.
+    helpers are there), including partial arguments and closed-over values.  If no file defines it,
+    as in a notebook, its bytecode and the globals that it uses take the place of the text.  Edits
+    of other modules that it calls do not change the digest, nor does the state of objects of
+    unknown types.  Memory addresses never enter, so the digest is the same in every process.
     """
     return hashlib.sha256(_describe(value, depth=0).encode(errors="replace")).hexdigest()
 
@@ -46,17 +48,27 @@ def _describe(value: Any, depth: int) -> str:
         return f"{_describe(value.__func__, depth)} of {type(value.__self__).__qualname__}"
     if inspect.isfunction(value):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        defaults = [value.__defaults__, value.__kwdefaults__]
-        return (
-            f"{value.__module__}.{value.__qualname__}@{_module_digest(value)}"
-            f"[{_describe_all([*defaults, *cells], depth)}]"
-        )
+        parts = [value.__defaults__, value.__kwdefaults__, *cells]
+        digest = _module_digest(value)
+        if not digest:
+            known = value.__globals__
+            names = sorted(_names(value.__code__))
+            parts += [value.__code__, {name: known[name] for name in names if name in known}]
+        return f"{value.__module__}.{value.__qualname__}@{digest}[{_describe_all(parts, depth)}]"
+    if inspect.iscode(value):
+        return f"code({_describe_all([value.co_code, value.co_names, *value.co_consts], depth)})"
     kind = value if inspect.isclass(value) else type(value)
     return f"<{kind.__module__}.{kind.__qualname__}@{_module_digest(kind)}>"
 
 
 def _describe_all(values: Any, depth: int) -> str:
     return ", ".join(_describe(value, depth + 1) for value in values)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names of globals and attributes that a function uses, also in functions within it."""
+    inner = (_names(part) for part in code.co_consts if inspect.iscode(part))
+    return set(code.co_names).union(*inner)
 
 
 def _filled(cell: Any) -> bool:

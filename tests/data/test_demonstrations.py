@@ -1,5 +1,6 @@
 """Demonstrations in the input: who is drawn, how many fit, and what the cache keeps apart."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from prompt_tuning_jax.data.tasks.task import Source, Task
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptDesign
+from prompt_tuning_jax.models.config import TokenIds
 from tests import tiny_run
 
 LABELS = ("no", "yes")
@@ -183,3 +185,22 @@ def test_a_design_that_makes_no_sense_names_its_field(change: dict[str, Any]) ->
     with pytest.raises(UserError, match=f"method.{next(iter(change))}") as error:
         validate(of)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("query", ["{inputs}", "Q: {inputs}\nA:"])
+def test_the_end_of_the_query_is_never_cut(query: str) -> None:
+    """A decoder-only model continues its input, which has no end of sequence."""
+    of = dataclasses.replace(task(), inputs_ending="?")
+    words = ByteVocabulary(token_ids=TokenIds(inputs_have_eos=False))
+    examples = tokenize(
+        with_design(PromptDesign(shots=0, query=query), length=20, of=of),
+        "validation",
+        words,
+        inputs_length=20,
+        targets_length=8,
+        use_cache=False,
+    )
+    kept = len("?" + query.partition("{inputs}")[2])
+    assert examples.inputs.kept_at_end == kept
+    cut = words.decode(examples.inputs.padded(np.array([3]), 20)[0])
+    assert len(cut) == 20 and cut.endswith(examples.texts[3]["inputs"][-kept:])

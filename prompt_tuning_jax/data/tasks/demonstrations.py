@@ -18,6 +18,8 @@ Demonstrations: TypeAlias = tuple[Mapping[str, str], ...]
 Compose: TypeAlias = Callable[[Demonstrations, str], str]
 # The example's field with the number of demonstrations in its inputs.
 NUMBER = "number_of_demonstrations"
+# In Unicode's private use area, so that no template contains it.
+_MARK = "\ue000"
 
 
 def draw(
@@ -96,7 +98,13 @@ def demonstrated(
         note=task.source.note,
         display_names=task.source.display_names,
     )
-    return dataclasses.replace(task, source=source, preprocess=row_is_example)
+    _, _, ending = compose((), _MARK).rpartition(_MARK)
+    return dataclasses.replace(
+        task,
+        source=source,
+        preprocess=row_is_example,
+        inputs_ending=f"{task.inputs_ending}{ending}",
+    )
 
 
 def report(examples: TokenizedExamples, *, shots: int, seed: int) -> str:

@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
+from prompt_tuning_jax.cli import task_listing
 from prompt_tuning_jax.cli.main import main
-from prompt_tuning_jax.data.tasks.registry import alias_names, task_names
+from prompt_tuning_jax.data.batching.tokenize import tokenize
+from prompt_tuning_jax.data.tasks.registry import alias_names, get_task, task_names
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.inference.scoring import read_predictions
 
 RTE = "super_glue_rte_v102"
@@ -174,6 +177,28 @@ def test_dump_with_bytes_and_of_the_bundled_task(capsys, tmp_path, data):
     ids = [384 - 3, *(byte + 3 for byte in first["inputs"].encode()), 1]
     assert first["inputs_ids"] == ids
     assert len(dumped(capsys, tmp_path, "word_valence", "--split", "test")) > 100
+
+
+def test_dumped_ids_are_those_of_training(tmp_path, data, monkeypatch):
+    words = ByteVocabulary()
+    words.input_start = (2,)  # as in most decoder-only models
+    monkeypatch.setattr(task_listing, "load_vocabulary", lambda path: words)
+    name = "task_index_super_glue_copa_v102"
+    fields = {"split": "validation", "data_dir": str(data)}
+    task_listing.dump(name, str(tmp_path / "x.jsonl"), vocabulary="its own", **fields)
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    examples = tokenize(
+        get_task(name),
+        vocabulary=words,
+        inputs_length=9,
+        targets_length=9,
+        use_cache=False,
+        **fields,
+    )
+    assert [json.loads(line)["inputs_ids"] for line in lines] == [
+        list(examples.inputs[i]) for i in range(len(examples))
+    ]
+    assert list(examples.inputs[0][:2]) == [2, words.size - 3]
 
 
 def test_a_failed_dump_leaves_nothing(capsys, tmp_path, t5):

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.data.batching.tokenize import encode_inputs
 from prompt_tuning_jax.data.tasks.labels import listed_counts
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
 from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
@@ -15,7 +16,6 @@ from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
     FORMS,
     form_of,
     forms_of,
-    with_task_index,
 )
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import number_of_rows
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
@@ -221,12 +221,8 @@ def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
 def _ids(
     task: Task, batch: Sequence[Example], words: AnyVocabulary
 ) -> list[tuple[list[int], list[int]]]:
-    inputs = words.encode_inputs([example["inputs"] for example in batch])
+    inputs = encode_inputs(task, words, [example["inputs"] for example in batch])
     targets = words.encode_targets([example["targets"] for example in batch])
-    if task.index is not None:
-        inputs = [
-            with_task_index(ids, vocabulary_size=words.size, index=task.index) for ids in inputs
-        ]
     return list(zip(inputs, targets, strict=True))
 
 

@@ -270,6 +270,17 @@ def tokenize(
     )
 
 
+def encode_inputs(
+    task: Task, vocabulary: AnyVocabulary, texts: Sequence[str], *, chat: bool = False
+) -> list[list[int]]:
+    """Token ids of a task's inputs, with the token for the task before the text if there is one."""
+    rows = vocabulary.encode_inputs(texts, chat=chat)
+    if task.index is None:
+        return rows
+    index, start = task_index_id(vocabulary.size, task.index), len(vocabulary.input_start)
+    return [[*ids[:start], index, *ids[start:]] for ids in rows]
+
+
 def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
     """Raise UserError if a label exceeds ``targets_length``, or two labels have the same tokens."""
     seen: dict[tuple[int, ...], str] = {}
@@ -329,11 +340,8 @@ def _build(
     texts = list(task.load(split, data_dir))
     if not texts:
         raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
-    encode = functools.partial(vocabulary.encode_inputs, chat=chat)
+    encode = functools.partial(encode_inputs, task, vocabulary, chat=chat)
     inputs = _encoded([example["inputs"] for example in texts], encode)
-    if task.index is not None:
-        index = task_index_id(vocabulary.size, task.index)
-        inputs = (np.insert(ids, len(vocabulary.input_start), index) for ids in inputs)
     targets = _encoded([example["targets"] for example in texts], vocabulary.encode_targets)
     return Entry(inputs=make_ragged(inputs), targets=make_ragged(targets), load_texts=lambda: texts)
 

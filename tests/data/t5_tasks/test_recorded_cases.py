@@ -1,5 +1,6 @@
 """The recorded edge cases of the original."""
 
+from prompt_tuning_jax.data.batching.tokenize import encode_inputs
 from prompt_tuning_jax.data.tasks.metric_functions import squad as squad_scores
 from prompt_tuning_jax.data.tasks.metrics import score
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, postprocess
@@ -9,7 +10,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     EQUIVALENT_TO_DUPLICATE,
     translate,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.registry import preprocess_in_form, with_task_index
+from prompt_tuning_jax.data.tasks.t5_tasks.registry import make_task, preprocess_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import task_index_id
 from prompt_tuning_jax.data.vocabularies.vocab import EOS_ID
@@ -137,12 +138,9 @@ def test_task_index(cases, t5_vocabulary):
             assert found == {index}, (benchmark, short)
     for case in cases["task_index_examples"]:
         name = case["task"].removeprefix("task_index_")
-        inputs_ids = with_task_index(
-            t5_vocabulary.encode(case["inputs_pretokenized"]),
-            vocabulary_size=t5_vocabulary.size,
-            index=T5_TASKS[name].index,
-        )
-        assert [*inputs_ids, EOS_ID] == case["inputs_ids"]
+        task = make_task(T5_TASKS[name], "task_index")
+        (ids,) = encode_inputs(task, t5_vocabulary, [case["inputs_pretokenized"]])
+        assert ids == case["inputs_ids"]
 
 
 def test_the_task_index_form_starts_from_the_taskless_text(cases, tasks_folder):

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, get_args
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import source_of
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
-from prompt_tuning_jax.data.tasks.task import Example, Mixture, Preprocess, Row, Task, task_index_id
+from prompt_tuning_jax.data.tasks.task import Example, Mixture, Preprocess, Row, Task
 
 # Forms are named after the prefix of the tasks' names; the ordinary form has no prefix.
 Form: TypeAlias = Literal["ordinary", "taskless", "task_index"]
@@ -47,11 +47,6 @@ def preprocess_in_form(
         raise ValueError("a task in the task_index form needs an index")
     taskless = preprocess_in_form(preprocess, "taskless", has_task_word=has_task_word)
     return partial(_indexed, preprocess=taskless, index=index)
-
-
-def with_task_index(ids: Sequence[int], *, vocabulary_size: int, index: int) -> list[int]:
-    """Returns the inputs' ids preceded by the id of the task."""
-    return [task_index_id(vocabulary_size, index), *ids]
 
 
 def _taskless(row: Row, *, preprocess: Preprocess) -> list[Example]:

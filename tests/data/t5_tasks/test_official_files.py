@@ -402,6 +402,8 @@ def test_dpr(tmp_path):
     write(tmp_path, "dpr/train.c.txt", [*first, *first])
     row = {"sentence": first[0], "pronoun": "he", "candidates": ["Bob", "Tom"], "label": 1}
     assert rows("definite_pronoun_resolution", "train", tmp_path) == [row, row]
+    write(tmp_path, "dpr/train.c.txt", ["", *first, "", *first, ""])
+    assert rows("definite_pronoun_resolution", "train", tmp_path) == [row, row]
     write(tmp_path, "dpr/train.c.txt", [*first, *first[:3]])
     with pytest.raises(UserError, match=r"train\.c\.txt:6: .* four lines"):
         rows("definite_pronoun_resolution", "train", tmp_path)

@@ -72,12 +72,10 @@ def mrqa_rows(path: Path) -> Iterator[Row]:
 
 
 def dpr_rows(path: Path) -> Iterator[Row]:
-    """Yield ``sentence, pronoun, candidates, label``; each row is four lines and a blank one."""
-    lines = [(number, line.strip()) for number, line in text_lines(path)]
-    for at in range(0, len(lines), 5):
+    """Yield ``sentence, pronoun, candidates, label``: four lines each, with blank ones between."""
+    lines = [(number, line.strip()) for number, line in text_lines(path) if line.strip()]
+    for at in range(0, len(lines), 4):
         group = [text for _, text in lines[at : at + 4]]
-        if not group[0]:
-            return
         where = f"{path}:{lines[at][0]}"
         if len(group) < 4:
             raise UserError(

@@ -369,6 +369,10 @@ def test_pre_tokenizers(
 
 def test_known_pre_tokenizers_are_built(tokenizers: dict[str, HfTokenizer], tmp_path: Path) -> None:
     for pre in PRE_TOKENIZERS:
-        metadata = gpt2_metadata(tokenizers["json"].path, pre)
+        bos = {"tokenizer.ggml.bos_token_id": 0}
+        metadata = gpt2_metadata(tokenizers["json"].path, pre, **bos)
         words = load_vocabulary(write_gguf(tmp_path / "model.gguf", metadata))
         assert words.decode(words.encode(CORPUS[4])) == CORPUS[4]
+        # As in llama.cpp, where the file does not say so.
+        llama3 = pre in ("llama-bpe", "llama3", "llama-v3", "falcon3")
+        assert words.input_start == ((0,) if llama3 else ())

@@ -45,10 +45,13 @@ _GPT2, _DIGITS = "", "digits"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+# Llama 3's begin inputs with BOS, and merge nothing in a word that is a token; others with its
+# pattern do not.
+_OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 PRE_TOKENIZERS: Mapping[str, str] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "falcon3"), _LLAMA3),
+    **dict.fromkeys((*_OF_LLAMA3, "dbrx", "smaug-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
     **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _BLOOM),
 }
@@ -143,7 +146,7 @@ def _byte_level(metadata: Metadata, tokens: Sequence[str], types: np.ndarray, pa
             merges=[_merge(line, vocab, path) for line in merges],
             fuse_unk=False,
             byte_fallback=False,
-            ignore_merges=pattern == _LLAMA3,
+            ignore_merges=name in _OF_LLAMA3,
         )
     )
     if pattern == _QWEN2:
@@ -272,7 +275,7 @@ def _flag(metadata: Metadata, name: str, *, default: bool, path: Path) -> bool:
 
 def _adds_bos(kind: str, metadata: Metadata) -> bool:
     """Whether a tokenizer adds the beginning of sequence if its file does not say so."""
-    return kind == "llama" or PRE_TOKENIZERS.get(metadata.get(f"{_PREFIX}pre", "")) == _LLAMA3
+    return kind == "llama" or metadata.get(f"{_PREFIX}pre") in _OF_LLAMA3
 
 
 def _digest(metadata: Metadata) -> str:

@@ -27,7 +27,7 @@ from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.data.images.given import given_images
 from prompt_tuning_jax.data.images.image_set import ImageSet
 from prompt_tuning_jax.data.tasks.registry import get_task, tasks_known_as
-from prompt_tuning_jax.data.tasks.row_files import RowFile
+from prompt_tuning_jax.data.tasks.row_files import RowFile, value_text
 from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.data.tasks.task import Source, Task, TrainedTask
 from prompt_tuning_jax.data.tasks.wording import (
@@ -37,7 +37,6 @@ from prompt_tuning_jax.data.tasks.wording import (
     shared_wording,
     template_of,
     template_of_column,
-    value_as_text,
     wording_of,
 )
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
@@ -421,7 +420,7 @@ def _of_row(row: Mapping[str, Any], data: Data, wording: Wording, *, raw: bool) 
     if len(columns) > 1:
         return wording.apply(row)  # raises UserError that names the missing column
     if column in row:
-        return wording.apply(value_as_text(row[column], column))
+        return wording.apply(value_text(row[column], column))
     wanted = columns[0] if columns and wording.from_text is None else column
     names = [str(name)[:40] for name in row]
     raise UserError(

@@ -124,8 +124,8 @@ def read_rows(
     return file.rows()
 
 
-def value_text(value: Any, column: str, where: str) -> str:
-    """A value of a row as text; UserError for an array or an object.
+def value_text(value: object, column: str, where: str = "") -> str:
+    """A value of a row as text; UserError, which begins with ``where``, for an array or an object.
 
     Booleans become ``True`` and ``False``, and null an empty text.
     """
@@ -133,10 +133,10 @@ def value_text(value: Any, column: str, where: str) -> str:
         return value
     if value is None:
         return ""
-    if isinstance(value, bool):
+    if isinstance(value, bool | int | float):
         return str(value)
     raise UserError(
-        f"{where}: column {column!r} is a {type(value).__name__}; "
+        f"{where}{': ' if where else ''}column {column!r} is a {type(value).__name__}; "
         "it must be a text, a number, true, false or null"
     )
 

@@ -15,7 +15,6 @@ from prompt_tuning_jax.errors import UserError
 
 _MAX_ORDER = 4  # of BLEU's n-grams
 _TRIVIA_PUNCTUATION = str.maketrans(dict.fromkeys(f"{string.punctuation}‘’´`_", " "))
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NO_WORD = re.compile(r"\W")
 
 
@@ -93,15 +92,11 @@ def trivia_qa(
     """
     exact, overlap = [], []
     for answers, prediction in zip(targets, predictions, strict=True):
-        given = _trivia_normalized(prediction)
-        right = [_trivia_normalized(answer) for answer in _answers(answers)]
+        given = normalized(prediction.translate(_TRIVIA_PUNCTUATION))
+        right = [normalized(answer.translate(_TRIVIA_PUNCTUATION)) for answer in _answers(answers)]
         exact.append(given in right)
         overlap.append(max(word_f1(answer, given) for answer in right))
     return {"em": float(100 * np.mean(exact)), "f1": float(100 * np.mean(overlap))}
-
-
-def _trivia_normalized(text: str) -> str:
-    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_TRIVIA_PUNCTUATION)).split())
 
 
 def _answers(answers: Sequence[str] | str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from prompt_tuning_jax.config.text_template import TextTemplate, parse_template
 from prompt_tuning_jax.data.tasks.registry import tasks_known_as
+from prompt_tuning_jax.data.tasks.row_files import value_text
 from prompt_tuning_jax.errors import UserError, suggest
 
 # A bare text, or the values of a template's columns.
@@ -87,7 +88,7 @@ class Wording:
         for column in self.columns:
             if column not in given:
                 raise UserError(f"no column {column!r}: {suggest(column, map(str, given))}")
-            values[column] = value_as_text(given[column], column)
+            values[column] = value_text(given[column], column)
         if self.from_text is not None:
             return self.from_text(values[self.columns[0]])
         assert self._parsed is not None
@@ -166,20 +167,6 @@ def template_of_column(column: str) -> str:
     """The template with one column; empty for a name that templates cannot represent."""
     fits = column and column == column.strip() and not {*"{}"} & {*column}
     return f"{{{column}}}" if fits else ""
-
-
-def value_as_text(value: object, column: str) -> str:
-    """A column's value as text, like in data files (null is empty); UserError for other types."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, bool | int | float):
-        return str(value)
-    raise UserError(
-        f"column {column!r} is a {type(value).__name__}; "
-        "it must be a text, a number, true, false or null"
-    )
 
 
 def _literal(text: str) -> str:

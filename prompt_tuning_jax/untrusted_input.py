@@ -91,8 +91,8 @@ def read_json(
     if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise UserError(_too_deep(of))
     # Only an escape, or a str that was not decoded here, can contain a lone surrogate.
-    if (_ESCAPED_SURROGATE.search(decoded) or _has_surrogate(decoded)) and any(
-        map(_has_surrogate, _texts(value))
+    if (_ESCAPED_SURROGATE.search(decoded) or has_surrogate(decoded)) and any(
+        map(has_surrogate, _texts(value))
     ):
         raise UserError(f"{of}: a \\ud... escape is half of a surrogate pair")
     return value
@@ -185,7 +185,8 @@ def _texts(value: Any) -> list[str]:
     return found
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Whether a text has a lone surrogate, which UTF-8 cannot represent."""
     return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 

@@ -137,6 +137,13 @@ def test_load_vocabulary_takes_files_folders_and_bytes(tiny):
     assert load_vocabulary("bytes") == ByteVocabulary()
 
 
+def test_a_text_that_is_not_utf8_is_a_user_error(tiny):
+    for words in (tiny, ByteVocabulary()):
+        for encode in (words.encode_inputs, words.encode_targets):
+            with pytest.raises(UserError, match=r"'caf\\udce9' has half of a surrogate pair"):
+                encode(["fine \U0001f600", b"caf\xe9".decode(errors="surrogateescape")])
+
+
 def test_bad_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no such vocabulary file"):
         load_vocabulary(tmp_path / "absent.model")

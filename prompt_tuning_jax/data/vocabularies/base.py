@@ -6,6 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
+from prompt_tuning_jax.untrusted_input import has_surrogate
+
+
+def _require_utf8(texts: Sequence[str]) -> None:
+    for text in texts:
+        if has_surrogate(text):
+            raise UserError(
+                f"the text {text[:60]!r} has half of a surrogate pair; it was not UTF-8"
+            )
 
 
 class BaseVocabulary(ABC):
@@ -72,8 +81,10 @@ class BaseVocabulary(ABC):
         """Token ids of inputs, with the special tokens around them.
 
         ``chat`` makes each text the message of a user, in the vocabulary's chat template.  Raises
-        UserError if there is no chat template, and for a token that stands for an image.
+        UserError if there is no chat template, for a token that stands for an image, and for a text
+        that UTF-8 cannot represent.
         """
+        _require_utf8(texts)
         if chat:
             encoded = self.encode_chat(texts, num_threads=num_threads)
             return [[*ids, *self.input_end] for ids in encoded]
@@ -92,6 +103,7 @@ class BaseVocabulary(ABC):
 
     def encode_targets(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """Token ids of targets, which end with the model's end of sequence."""
+        _require_utf8(texts)
         eos = self.token_ids.eos
         return [[*ids, eos] for ids in self.encode_batch(texts, num_threads=num_threads)]
 

@@ -33,7 +33,8 @@ class Model(Config):
     # ``matching`` also attends to the classes that a prompt describes.
     attention_init: Literal["normal", "mimetic", "matching"] = "normal"
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the computation
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # Dtype of the frozen weights; those that train are float32.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Frozen weights in 8 or 4 bits, for methods that keep them frozen.
     quantization: Literal["none", "int8", "int4"] = "none"
     # Frozen weights that a GGUF file stores quantized: ``quantized`` keeps the types Q8_0, Q4_0 and
@@ -161,7 +162,9 @@ class Optimizer(Config):
     # Learning rate at the end of linear and cosine schedules; with ``training.learning_rates``,
     # each falls in the same proportion.
     end_learning_rate: float = 0.0
-    weight_decay: float = 1e-5  # fraction of a parameter that each step subtracts
+    # Fraction of a parameter that each step subtracts; AdamW and SGD multiply it by the learning
+    # rate.
+    weight_decay: float = 1e-5
     decay_rate: float = 0.8  # Adafactor: exponent of the second moment's decay
     clipping_threshold: float = 1.0  # Adafactor: largest RMS of an update
     multiply_by_parameter_scale: bool = False  # Adafactor: scale updates by the parameter's RMS

@@ -227,7 +227,10 @@ def attach_members(
 def attach_unplaced(
     experiment: Experiment, model: Model, *, labels: tuple[str, ...]
 ) -> tuple[Members, dict[str, tuple[str | None, ...]]]:
-    """Like ``attach_members``, but unsharded; also returns the logical axes of every parameter."""
+    """Like ``attach_members``, but unsharded; also returns the logical axes of every parameter.
+
+    Trainable arrays are float32, whatever the dtype of the model's weights.
+    """
     seeds, inits = experiment.training.seeds, experiment.training.inits
     tasks = trained_tasks(experiment.data)
     examples = context_examples(experiment)
@@ -258,7 +261,8 @@ def attach_unplaced(
         mask = trainable_mask(experiment.method, list(params))
         own, frozen = param_tree.partition(params, mask)
         require_trainable(own)
-        trainable.append(own)
+        # bfloat16 would round away updates of less than a 256th of a weight.
+        trainable.append({name: array.astype(jnp.float32) for name, array in own.items()})
     members = Members(
         graphdef=graphdef,
         trainable={name: jnp.stack([own[name] for own in trainable]) for name in trainable[0]},

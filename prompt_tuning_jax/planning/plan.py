@@ -158,7 +158,8 @@ def candidates(experiment: Experiment, config: ModelConfig, topology: Topology) 
     rows = training.batch_size // max(training.gradient_accumulation, 1)
     positions = experiment.data.inputs_length + experiment.method.prompt_positions()
     bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
-    bits = bits or jax.dtypes.itemsize_bits(experiment.model.param_dtype)
+    held = "float32" if experiment.method.trains_model else experiment.model.param_dtype
+    bits = bits or jax.dtypes.itemsize_bits(held)
     weights = _parameters(config) * bits / 8
     layers = config.num_reading_layers
     guesses = []
@@ -240,15 +241,13 @@ def _advice(experiment: Experiment, tried: MeshPlan, topology: Topology) -> Iter
         smaller = REMATS[REMATS.index(training.remat) + 1 :]
         yield f"recompute more in the backward pass: --set training.remat={' or '.join(smaller)}"
     weights, rest = tried.weights_bytes, max(tried.train.needed_bytes - tried.weights_bytes, 0)
-    if experiment.model.param_dtype == "float32":
+    model = experiment.model
+    wide = model.param_dtype == "float32"
+    if model.quantization == "none" and not experiment.method.trains_model:
+        narrower = "model.param_dtype=bfloat16" if wide else "model.quantization=int8"
         yield (
             f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
-            "--set model.param_dtype=bfloat16"
-        )
-    elif experiment.model.quantization == "none":
-        yield (
-            f"frozen weights in half the memory ({weights / 2 / GIB:.1f} GiB a chip): "
-            "--set model.quantization=int8"
+            f"--set {narrower}"
         )
     if weights < limit and rest:
         parts = math.ceil(rest / (limit - weights))

@@ -3,12 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.config.experiment import Optimizer
-from prompt_tuning_jax.methods import Context, FullTuning, NoTuning, attach_method, trainable_mask
+from prompt_tuning_jax.config.experiment import Experiment, Optimizer
+from prompt_tuning_jax.inference.setup import attach_unplaced
+from prompt_tuning_jax.methods import (
+    Context,
+    FullTuning,
+    LoRA,
+    NoTuning,
+    PatternTuning,
+    PromptTuning,
+    attach_method,
+    trainable_mask,
+)
 from prompt_tuning_jax.models.losses import token_sums
 from tests.micro import Trainer, call, make_batch, make_t5, shifted
+from tests.tiny_vit import LABELS, make_vit
 
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
 
@@ -58,3 +70,24 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
     last = trainer.run([batch] * 20)[-1]
     assert last.loss_E[0] < 0.7 * first.loss_E[0]
     assert {p.dtype for p in trainer.state.trainable.values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        (FullTuning(), make_t5),
+        (PatternTuning(patterns=(".*/wo/kernel",)), make_t5),
+        (LoRA(rank=1, parameters=(".*/scale",)), make_t5),
+        (PromptTuning(length=2, init="uniform"), make_vit),
+    ],
+    ids=["full", "pattern", "parameters beside LoRA", "classifier"],
+)
+def test_weights_that_train_are_float32_in_a_model_of_bfloat16(method, model):
+    experiment = Experiment(method=method)
+    narrow = model(param_dtype="bfloat16")
+    members, _ = attach_unplaced(experiment, narrow, labels=LABELS)
+    assert {array.dtype for array in members.trainable.values()} == {jnp.dtype("float32")}
+    assert {array.dtype for array in members.frozen.values()} <= {jnp.dtype("bfloat16")}
+    for name, array in param_tree.split(narrow)[1].items():
+        if (own := members.trainable.get(f"model/{name}")) is not None:
+            np.testing.assert_array_equal(own[0], array)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
+from prompt_tuning_jax.config.methods import FullTuning
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.planning import plan as planning
@@ -46,6 +47,9 @@ def test_what_would_help_is_said_from_the_cheapest():
     assert advice[3] == "more chips: about 32 of v5e"
     wide = dataclasses.replace(experiment, model=Model(param_dtype="float32"))
     assert "model.param_dtype=bfloat16" in list(_advice(wide, LARGE, V5E))[1]
+    for one in (experiment, wide):  # nothing is frozen in model tuning
+        tuned = dataclasses.replace(one, method=FullTuning())
+        assert not any("frozen weights" in line for line in _advice(tuned, LARGE, V5E))
 
 
 def test_a_plan_that_does_not_fit_says_so():

@@ -124,6 +124,8 @@ def test_data_that_has_changed_is_refused_and_named(tmp_path: Path) -> None:
 
     write(train_rows, eval_rows)
     assert train(of(2), quiet=True).finished
+    files_of_run = ("results.json", "experiment.json", "metrics.jsonl")
+    kept = [(tmp_path / "run" / name).read_bytes() for name in files_of_run]
 
     def relabelled(rows: list[Any]) -> list[Any]:
         other = "green" if rows[5]["targets"] != "green" else "blue"
@@ -140,6 +142,7 @@ def test_data_that_has_changed_is_refused_and_named(tmp_path: Path) -> None:
         write(*changed)
         with pytest.raises(UserError, match=f"holds a run on other {what}: it has changed"):
             train(of(4), quiet=True)
+        assert [(tmp_path / "run" / name).read_bytes() for name in files_of_run] == kept
     # Written anew with the same content it is the same data, and the run goes on.
     write(train_rows, eval_rows)
     files["train"].write_text(files["train"].read_text().replace("}\n", " }\n\n"))

@@ -54,6 +54,7 @@ class Loop:
       evaluate: the trainable arrays -> one mapping of metrics per member.
       on_best: a function called with the members that improved, the best arrays of all members,
         and the evaluations of those that improved.
+      on_start: a function called once it is known that the run in ``workdir`` can resume.
       fingerprint: the fingerprint of the frozen model.
       data: a digest of each set of examples, by the name that messages give it.
       best_by: the metric that decides which evaluation is best; NaN is worse than any number.
@@ -82,6 +83,7 @@ class Loop:
     log_every: int
     batch_size: int
     patience: int = 0
+    on_start: Callable[[], None] = lambda: None
     padding: Callable[[int, int], float | None] = lambda start, stop: None
     samples: Callable[[], Mapping[str, str]] = dict
     quiet: bool = False
@@ -96,6 +98,7 @@ class Loop:
         """
         start, state, pending, stale, evaluated = self._restore_last(state)
         best_tree, best, improved_at, told = self._restore_best(state, evaluated=evaluated)
+        self.on_start()
         if start >= self.steps or self._at_an_end(stale):
             return self._result(start, best, best_tree, state, stale=stale)
         step = start

@@ -49,7 +49,7 @@ def require_run(
     config = saved_config(str(folder)) if folder.is_dir() else None
     if config is None:
         return None
-    config = with_whole_paths(config)  # older runs did not store absolute paths
+    config = with_whole_paths(config)  # a path may exist only since the run began
     present, wanted = _what_decides(config), _what_decides(experiment)
     differing = diff(present, wanted)
     if not exactly:

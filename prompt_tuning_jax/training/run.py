@@ -187,7 +187,6 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     del model  # its arrays are those of the members, which may be stacked now
     members = build.with_stacked_layers(experiment, members, partitioner)
     names = member_names(experiment)
-    _claim(folder, experiment)
     shapes = data.empty_batches(experiment.training.steps)
     # Only a jitted function can be compiled ahead of time.
     if shapes and partitioner.is_single_device and hasattr(step, "lower"):
@@ -235,6 +234,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
         evaluate=lambda trainable: evaluate(members, trainable),
         samples=lambda: evaluate.samples if isinstance(evaluate, TaskEvaluation) else {},
         on_best=on_best,
+        on_start=lambda: _claim(folder, experiment),
         workdir=folder,
         fingerprint=fingerprint,
         data=digests,

@@ -536,6 +536,21 @@ def test_a_decay_from_the_first_step_without_warmup() -> None:
     assert found.optimizer.learning_rate == 0.5
 
 
+def test_the_schedule_that_a_launch_leaves_to_t5x_falls(folder: Path) -> None:
+    given = '  factors = "constant"\n  base_learning_rate = 0.3\n  warmup_steps = 1000\n'
+    assert given in RUN
+    (folder / "run.gin").write_text(RUN.replace(given, "  step_offset = 0\n"))
+    for restored, (schedule, warmup, rate) in {
+        0: ("rsqrt", 1000, 0.5 / 1000**0.5),
+        10_000: ("constant", 0, 0.5 / 100),
+    }.items():
+        t = translate(read_launch(FILES, FLAGS), restored_step=restored)
+        found = translated_experiment(t).optimizer
+        assert (found.schedule, found.warmup_steps) == (schedule, warmup)
+        assert found.learning_rate == pytest.approx(rate)
+        assert ("optimizer.learning_rate" in remarks(t, "changed")) == (restored > 0)
+
+
 def test_parts_of_a_launch_say_what_is_missing() -> None:
     for files in (("run.gin",), ("labels.gin",), ("network.gin",), ("model.gin",)):
         t = translate(read_launch(files))

@@ -12,6 +12,8 @@ from prompt_tuning_jax.errors import UserError
 _FEATURES = {"inputs": "data.inputs_length", "targets": "data.targets_length"}
 # Modules whose tasks this package has itself.
 _TASK_MODULES = ("prompt_tuning", "t5")
+# The default of ``t5x.utils.create_learning_rate_scheduler``.
+_FACTORS = "constant * linear_warmup * rsqrt_decay"
 _ADAFACTOR = "t5x.adafactor.Adafactor"
 _OPTIMIZERS = {
     "t5x.optimizers.adamw": "adamw",
@@ -153,7 +155,7 @@ def _schedule(t: Translation, schedule: Reference | None, restored: int) -> None
     if schedule is None:
         return
     factors = t.get(schedule, "factors")
-    names = {n.strip() for n in text(factors).split("*")} if factors else {"constant"}
+    names = {n.strip() for n in (text(factors) if factors else _FACTORS).split("*")}
     base = t.get(schedule, "base_learning_rate")
     warmup = t.get(schedule, "warmup_steps")
     offset = t.get(schedule, "step_offset")
@@ -179,12 +181,16 @@ def _schedule(t: Translation, schedule: Reference | None, restored: int) -> None
             )
             t.same_here(factors, "the learning rate's own remark")
             return
-        t.set("optimizer.learning_rate", rate, base)
-        t.set("optimizer.schedule", "rsqrt", factors)
+        t.set("optimizer.learning_rate", rate, base, default="T5X's default")
+        t.set("optimizer.schedule", "rsqrt", factors, default="T5X's default")
         remark = (
             "" if "linear_warmup" in names else "rises to the rate; there it is constant until then"
         )
-        t.set("optimizer.warmup_steps", warmup_steps, warmup, remark=remark)
+        t.set(
+            *("optimizer.warmup_steps", warmup_steps, warmup),
+            default="T5X's default",
+            remark=remark,
+        )
         return
     t.set("optimizer.learning_rate", rate, base, default="T5X's default")
     t.lost(factors, "schedules are constant, linear, cosine or rsqrt; see optimizer.schedule")

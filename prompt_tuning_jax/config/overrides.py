@@ -249,8 +249,11 @@ def _read_tuple(text: str, item: Any, path: str) -> Any:
     if text.startswith("["):
         try:
             return read_json(text, of=path)
-        except UserError:  # [a,b], without quotes
-            text = text.removeprefix("[").removesuffix("]")
+        except UserError:
+            inner = text[1:-1]
+            # [a,b], without quotes; other brackets belong to a regular expression or a label.
+            if text.endswith("]") and not {"[", "]"} & {*inner}:
+                text = inner
     parts = [part.strip() for part in text.split(",")]
     if parts[-1] == "":  # an empty text, or a trailing comma
         parts.pop()

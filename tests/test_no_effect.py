@@ -7,15 +7,21 @@ from typing import Any
 import pytest
 
 from prompt_tuning_jax.cli.main import main
-from prompt_tuning_jax.config.experiment import Data, Experiment, Training
+from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
 from prompt_tuning_jax.config.no_effect import require_effect
 from prompt_tuning_jax.config.overrides import apply_overrides, to_json
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.methods import LoRA, PromptDesign
+from prompt_tuning_jax.methods import LoRA, MultitaskPrompts, PromptDesign, PromptTuning
 from tests import tiny_run
 
 OWN = Experiment(data=Data(task="", train="train.jsonl", eval="dev.jsonl"))
 TASK = Experiment()
+RATES = Experiment(training=Training(seeds=(0,), learning_rates=(0.1,)))
+INITS = Experiment(training=Training(seeds=(0, 1), inits=("uniform", "file=a.npy")))
+ADAMW = Experiment(optimizer=Optimizer(name="adamw"))
+RSQRT = Experiment(optimizer=Optimizer(schedule="rsqrt"))
+MULTITASK = Experiment(method=MultitaskPrompts(combine="sum"))
+FALLING = Optimizer(schedule="linear", end_learning_rate=0.01)
 BARE = {"command": "eval", "prompts": 1, "bare_prompts": True}
 
 
@@ -44,11 +50,21 @@ def refused(experiment: Experiment, override: str, **options: Any) -> str:
         (TASK, "data.separator=;", "neither data.train nor data.eval"),
         (TASK, "evaluation.num_beams=2", "strategy is auto"),
         (TASK, "model.embeddings=cooccurrence", "not random"),
+        (RATES, "optimizer.learning_rate=1", "training.learning_rates"),
+        (ADAMW, "optimizer.initial_step=9", "it applies to adafactor, and optimizer.name is adamw"),
+        (TASK, "optimizer.decay_steps=9", "optimizer.schedule is constant"),
+        (RSQRT, "optimizer.end_learning_rate=0.1", "optimizer.schedule is rsqrt"),
         (
-            Experiment(training=Training(seeds=(0,), learning_rates=(0.1,))),
-            "optimizer.learning_rate=1",
-            "training.learning_rates",
+            TASK,
+            "method.init_text=good or bad",
+            "applies to method.init=string or text, and",
         ),
+        (TASK, "method.init_path=a.npy", "the method starts from class_labels"),
+        (INITS, "method.init_labels=a,b", "the method starts from file, uniform"),
+        (MULTITASK, "method.source_task=1", "the method starts from sampled_vocabulary"),
+        (MULTITASK, "method.rank=2", "method.combine=low_rank, and method.combine is sum"),
+        (MULTITASK, "method.shared_features=2", "method.combine=features or projection"),
+        (TASK, "training.wayward_weight=0.1", "training.wayward_text is empty"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval"])
@@ -96,6 +112,16 @@ def test_what_is_of_training(command: str, override: str, prompts: int) -> None:
         (Experiment(method=PromptDesign()), "training.seeds=1", {"command": "eval"}),
         (TASK, "model.param_dtype=bfloat16", {"command": "serve"}),
         (TASK, "data.module=m", {"command": "serve"}),
+        # All seeds' rates fall in the proportion of these two.
+        (dataclasses.replace(RATES, optimizer=FALLING), "optimizer.learning_rate=1", {}),
+        (Experiment(optimizer=FALLING), "optimizer.decay_steps=9", {}),
+        (Experiment(method=PromptTuning(init="string")), "method.init_text=good", {}),
+        (INITS, "method.init_path=a.npy", {}),
+        (Experiment(method=MultitaskPrompts()), "method.rank=2", {}),
+        (Experiment(method=LoRA()), "method.rank=2", {}),
+        # What varies may be what they depend on.
+        (TASK, "method.init_path=a.npy", {"command": "ablate"}),
+        (TASK, "optimizer.beta1=0.8", {"command": "ablate"}),
     ],
 )
 def test_fields_that_are_used(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.errors import UserError
 
 _OF_TASKS = ("data.task", "data.module", "data.data_dir")
@@ -22,9 +23,25 @@ _OF_OPTIMIZERS = {
         "clipping_threshold",
         "multiply_by_parameter_scale",
         "min_dim_size_to_factor",
+        "initial_step",
     ),
     "adamw": ("beta1", "beta2"),
     "sgd": ("momentum",),
+}
+_OF_FALLING_RATES = ("optimizer.decay_steps", "optimizer.end_learning_rate")
+# The initializations that read a field.
+_OF_INITS = {
+    "method.init_labels": ("class_labels", "described"),
+    "method.init_text": ("string", "text"),
+    "method.init_path": ("file", "text", "source"),
+    "method.source_task": ("source",),
+    "method.source_member": ("source",),
+}
+# The values of ``method.combine`` of multitask prompts that read a field.
+_OF_COMBINE = {
+    "method.rank": ("low_rank",),
+    "method.task_length": ("concatenation",),
+    "method.shared_features": ("features", "projection"),
 }
 # How a prompt is combined with the input; the file of a prompt does not store it.
 _JOINING = tuple(
@@ -63,11 +80,18 @@ def require_effect(
 def _reason(field: str, experiment: Experiment, *, command: str) -> str:
     """Why other fields make this one irrelevant; empty if they do not."""
     data, optimizer, training = experiment.data, experiment.optimizer, experiment.training
+    combine = getattr(experiment.method, "combine", "")
+    falls = optimizer.schedule in ("linear", "cosine")
+    inits = {split_init(entry)[0] for entry in training.inits} or {
+        getattr(experiment.method, "init", "")
+    }
     if command == "serve":
         if not field.startswith(("model.", "mesh.")) and field != "data.module":
             return "serve takes only the fields of model and mesh, and data.module"
     elif command in ("suite", "transfer") and field in _OF_TASKS:
         return ""  # the command replaces it for each task, without harm
+    elif command == "ablate" and not field.startswith("data."):
+        return ""  # values of the setting that varies may need it
     elif field in _OF_TASKS and (data.train or data.eval) and not data.objectives:
         if field == "data.task" and not data.task:
             return ""  # as the files imply
@@ -84,10 +108,22 @@ def _reason(field: str, experiment: Experiment, *, command: str) -> str:
         return f"evaluation.strategy is {experiment.evaluation.strategy}, not beam"
     elif field in _OF_RANDOM_WEIGHTS and not experiment.model.random_weights:
         return "the weights are not random (model.random_weights is false)"
+    elif field in _OF_FALLING_RATES and not falls:
+        return f"optimizer.schedule is {optimizer.schedule}, neither linear nor cosine"
     elif field == "optimizer.learning_rate" and training.learning_rates:
+        if falls and optimizer.end_learning_rate:
+            return ""  # the ratio of the two is that of every seed
         return "training.learning_rates has one for each seed"
     elif field == "method.init" and training.inits:
         return "training.inits has one for each seed"
+    elif field in _OF_INITS and not inits & {*_OF_INITS[field]}:
+        chosen, wanted = ", ".join(sorted(inits)), " or ".join(_OF_INITS[field])
+        return f"it applies to method.init={wanted}, and the method starts from {chosen}"
+    elif field in _OF_COMBINE and combine not in ("", *_OF_COMBINE[field]):
+        wanted = " or ".join(_OF_COMBINE[field])
+        return f"it applies to method.combine={wanted}, and method.combine is {combine}"
+    elif field == "training.wayward_weight" and not training.wayward_text:
+        return "training.wayward_text is empty"
     group, _, name = field.partition(".")
     for of, names in _OF_OPTIMIZERS.items():
         if group == "optimizer" and name in names and of != optimizer.name:

@@ -32,6 +32,7 @@ from prompt_tuning_jax.methods.base import UNKNOWN_LABEL_LOG_PROB, TunedModel, s
 from prompt_tuning_jax.models.base import DecodeContext, Model
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.injections import Injections
+from prompt_tuning_jax.models.layers import Remat, split_key
 from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray
 
@@ -114,44 +115,50 @@ class DecodeConfig:
 
 def score_labels(
     tuned: TunedModel,
-    tokens_BT: Array,
-    labels_CS: Array,
+    tokens_BT: Array | HostArray,
+    labels_CS: Array | HostArray,
     *,
     task_B: Array | HostArray | None = None,
+    key: Array | None = None,
+    remat: Remat = "none",
     copies: int = 1,
     normalize_length: bool = False,
 ) -> Array:
     """Returns ``[B, C]``: the log-probability of each label, for ranking; see ``decoding.rank``.
 
-    ``copies`` is how often a ``vmap`` around it computes this at once.
-
-    The model reads each example once for all labels.  ``normalize_length``
-    returns the mean over the label's tokens, except if the method scores labels itself.
+    The model reads each example once for all labels.  A ``key`` enables dropout.  ``copies`` is how
+    often a ``vmap`` around it computes this at once.  ``normalize_length`` returns the mean over
+    the label's tokens.  If the method scores labels itself, only ``task_B`` has an effect.
     """
     if tuned.method.label_tokens:
         targets_BCS = jnp.broadcast_to(labels_CS, (len(tokens_BT), *labels_CS.shape))
         return score_known_labels(tuned, tokens_BT, targets_BCS, task_B=task_B)
-    ids = tuned.model.token_ids
-    context, injections = tuned.read(tokens_BT, task_B=task_B)
+    model = tuned.model if key is None else tuned.method.with_dropout(tuned.model, key=key)
+    # As in ``run_hidden``: the encoder's dropout and the decoder's are independent.
+    read_key, write_key = split_key(key, 2)
+    context, injections = TunedModel(model, tuned.method).read(
+        tokens_BT, task_B=task_B, key=read_key, method_key=key, remat=remat
+    )
 
     def label_logits(label_S: Array) -> LazyLogits:
         targets_BS = jnp.broadcast_to(label_S, (len(tokens_BT), *label_S.shape))
-        model = tuned.model
-        lazy = model.lazy_logits(model.write_hidden(context, targets_BS, injections=injections))
-        return replace(lazy, copies=copies)
+        hidden_BSD = model.write_hidden(
+            context, targets_BS, injections=injections, key=write_key, remat=remat
+        )
+        return replace(model.lazy_logits(hidden_BSD), copies=copies)
 
     return rank(
         label_logits,
         labels_CS,
         normalize_length=normalize_length,
-        padding=ids.fill,
+        padding=model.token_ids.fill,
         max_logits=MAX_LOGITS // copies,
     )
 
 
 def score_known_labels(
     tuned: TunedModel,
-    tokens_BT: Array,
+    tokens_BT: Array | HostArray,
     targets_BCS: Array,
     *,
     task_B: Array | HostArray | None = None,

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.inference.decoding.rank import rank
+from prompt_tuning_jax.inference.ensemble import score_labels
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.methods.base import LabelTokens, same_tokens
-from prompt_tuning_jax.models.layers import Remat, split_key
+from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.losses import TokenSums, class_sums
-from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.typing import Array, Batch
 
 Kind: TypeAlias = Literal["labels", "perceptron", "hinge"]
@@ -45,32 +44,25 @@ class LabelLoss:
         key: Array | None,
         remat: Remat,
         z_loss: float,
+        copies: int = 1,
     ) -> TokenSums:
         """Computes the summed loss of a batch; its ``tokens`` count examples.
 
-        Examples whose target is none of the labels are ignored.
+        Examples whose target is none of the labels are ignored.  ``copies`` is how often a ``vmap``
+        around it computes this at once.
         """
-        model = tuned.model if key is None else tuned.method.with_dropout(tuned.model, key=key)
-        task_B, fill = batch.get("task_index"), model.token_ids.fill
-        # As in ``run_hidden``: the encoder's dropout and the decoder's are independent.
-        read_key, write_key = split_key(key, 2)
-        context, injections = TunedModel(model, tuned.method).read(
-            batch["inputs"], task_B=task_B, key=read_key, method_key=key, remat=remat
-        )
-        rows = len(batch["inputs"])
-
-        def label_logits(label_S: Array) -> LazyLogits:
-            label_BS = jnp.broadcast_to(label_S, (rows, len(label_S)))
-            return model.lazy_logits(
-                model.write_hidden(
-                    context, label_BS, injections=injections, key=write_key, remat=remat
-                )
-            )
-
+        task_B, fill = batch.get("task_index"), tuned.model.token_ids.fill
         longest = max(map(len, self.labels))
         labels_CS = np.asarray([[*one, *[fill] * (longest - len(one))] for one in self.labels])
-        scores_BC = rank(
-            label_logits, labels_CS, normalize_length=self.normalize_length, padding=fill
+        scores_BC = score_labels(
+            tuned,
+            batch["inputs"],
+            labels_CS,
+            task_B=task_B,
+            key=key,
+            remat=remat,
+            copies=copies,
+            normalize_length=self.normalize_length,
         )
         same_BC = same_tokens(batch["targets"], self.labels, padding=fill)
         class_B = jnp.where(same_BC.any(axis=1), jnp.argmax(same_BC, axis=1), -1)

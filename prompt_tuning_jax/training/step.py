@@ -223,7 +223,9 @@ def make_train_step(
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
         attached.model.scan_layers = scan_layers
         if label_loss is not None:
-            sums = label_loss.sums(attached, batch, key=key, remat=remat, z_loss=z_loss)
+            sums = label_loss.sums(
+                attached, batch, key=key, remat=remat, z_loss=z_loss, copies=copies
+            )
             return sums.loss, sums
         sums = attached.token_sums(
             batch["inputs"],

@@ -16,6 +16,7 @@ from prompt_tuning_jax.config.methods import CPT, WARP, LoRA, MultitaskPrompts, 
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, Context, TunedModel, attach_method
+from prompt_tuning_jax.models.output_head import LazyLogits
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.training.build import label_loss_of
 from prompt_tuning_jax.training.label_loss import LabelLoss, margin_losses, task_label_sets
@@ -255,3 +256,20 @@ def test_labels_of_large_vocabularies_are_scored_in_parts(tuned: TunedModel) -> 
     (whole, plain), (_, bounded) = largest(64), largest(1e-4)
     assert whole
     np.testing.assert_allclose(bounded, plain, rtol=1e-5)
+
+
+def test_members_that_train_at_once_share_the_bound_of_the_logits(
+    tuned: TunedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+    real = LazyLogits.statistics
+
+    def statistics(self: LazyLogits, targets: Any) -> Any:
+        copies.append(self.copies)
+        return real(self, targets)
+
+    monkeypatch.setattr(LazyLogits, "statistics", statistics)
+    batch = {"inputs": SOURCE, "targets": TARGETS}
+    loss = LabelLoss(labels=LABELS, kind="labels")
+    loss.sums(tuned, batch, key=None, remat="none", z_loss=0.0, copies=5)
+    assert copies == [5 * len(LABELS)]

@@ -13,7 +13,7 @@ import pytest
 
 import prompt_tuning_jax
 from prompt_tuning_jax.cli import task_listing
-from prompt_tuning_jax.cli.main import main
+from prompt_tuning_jax.cli.main import main, parse
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.errors import UserError
@@ -422,12 +422,53 @@ def test_predict_finds_its_experiment(commands: Commands) -> None:
 
 
 def test_a_text_that_is_not_utf_8_is_refused(
-    commands: Commands, capsys: pytest.CaptureFixture[str]
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python holds bytes of the command line that are not UTF-8 as lone surrogates."""
+    """Python holds bytes of the command line that are not UTF-8 as lone surrogates.
+
+    So it does with those of stdin, in a locale such as that of most containers.
+    """
     assert main(["predict", "--prompt", "run", "fine", "caf\udce9"]) == 2
     assert "TEXT 2 is not UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fine\ncaf\udce9\n"))
+    assert main(["predict", "--prompt", "run"]) == 2
+    assert "line 2 is not UTF-8" in capsys.readouterr().err
     assert not commands.calls
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert main(["predict", "--prompt", "run", "--input", str(file)]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffone\ntwo\n"))
+    assert main(["predict", "--prompt", "run"]) == 0
+    assert [options["inputs"] for _, options in commands.calls] == [["one", "two"]] * 2
+
+
+@pytest.mark.parametrize(
+    "line", ["predict --prompt run x --output", "eval --prompt run --predictions", "tasks t --dump"]
+)
+def test_a_folder_is_no_output_and_is_refused_before_the_work(
+    commands: Commands, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = line.split()[-1]
+    assert main([*line.split(), str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {option} {tmp_path} is a folder; name a file\n"
+    assert not commands.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("0.5", 0.5), ("2", 2.0), ("0", None), ("x", None), ("inf", None)]
+)
+def test_options_with_fractions(text: str, number: float | None) -> None:
+    line = ["serve", "--prompts", "run", "--max_wait_ms", text]
+    if number is None:
+        with pytest.raises(UserError, match=f"'{text}' is not a number above 0"):
+            parse(line)
+    else:
+        assert getattr(parse(line), "max_wait_ms") == number  # noqa: B009
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

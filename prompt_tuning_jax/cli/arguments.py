@@ -9,6 +9,7 @@ text from there.
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import types
 from abc import ABC, abstractmethod
@@ -160,8 +161,10 @@ def _conversion(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
             return {"metavar": "N,N", "type": numbers, **given}
         parse = _choices(get_args(item)) if get_origin(item) is Literal else names
         return {"metavar": "A,B", "type": parse, **given}
-    if annotation in (int, float):
+    if annotation is int:
         return {"metavar": "N", "type": positive, **given}
+    if annotation is float:
+        return {"metavar": "X", "type": positive_number, **given}
     return {}
 
 
@@ -195,6 +198,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def non_negative(text: str) -> int:

@@ -69,8 +69,10 @@ def readable_size(size: int) -> str:
 
 
 def require_folders(**paths: str | None) -> None:
-    """UserError for a file to write whose folder does not exist; called before the work is done."""
+    """UserError for a file that cannot be written there; called before the work is done."""
     for name, path in paths.items():
+        if path and Path(path).is_dir():
+            raise UserError(f"--{name} {path} is a folder; name a file")
         if path and not Path(path).parent.is_dir():
             raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}")
 

@@ -1,6 +1,7 @@
 """``prompt-tuning predict``."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -76,10 +77,7 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
         if self.text and self.input:
             raise UserError("give either TEXT or --input, not both")
         if self.text:
-            for number, text in enumerate(self.text, 1):
-                if any("\ud800" <= character <= "\udfff" for character in text):
-                    raise UserError(f"TEXT {number} is not UTF-8; write it to a file in UTF-8")
-            return [*self.text]
+            return _checked(self.text, "TEXT")
         if self.input is None and sys.stdin.isatty():
             raise UserError("no input; give TEXT, --input FILE, or lines on stdin")
         if self.input:
@@ -98,4 +96,13 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
             raise UserError(f"cannot read the input {self.input or 'from stdin'}: {why}") from None
         if not text.strip():
             raise UserError(f"the input {self.input or 'from stdin'} is empty")
-        return text.removesuffix("\n").split("\n")
+        lines = text.removeprefix("\ufeff").removesuffix("\n").split("\n")
+        return _checked(lines, "line")
+
+
+def _checked(texts: Sequence[str], name: str) -> list[str]:
+    """The texts; UserError for bytes that are not UTF-8, which Python reads as surrogates."""
+    for number, text in enumerate(texts, 1):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{name} {number} is not UTF-8; write it to a file in UTF-8")
+    return [*texts]

@@ -114,3 +114,11 @@ def test_the_config_of_a_run(tmp_path: Path) -> None:
     for path in (run, prompt):
         with pytest.raises(UserError, match=r"run/experiment\.json: there is no field 'trainin'"):
             run_config(str(path))
+
+
+def test_the_json_of_a_run_is_no_config(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.json"
+    file.write_text(to_json(Experiment()))
+    with pytest.raises(UserError, match=r"is JSON, and a config is a Python file") as error:
+        load_config(str(file))
+    assert "\n" not in str(error.value)

@@ -28,6 +28,11 @@ def load_config(path: str) -> Experiment:
     file = Path(path)
     if file.suffix == ".gin":
         raise UserError(f"{path} is a gin file; pass it as --gin_file={path}")
+    if file.suffix == ".json":
+        raise UserError(
+            f"{path} is JSON, and a config is a Python file with get_config(), which may return "
+            "what prompt_tuning_jax.config.overrides.from_json makes of the text"
+        )
     try:
         source = file.read_bytes()
     except FileNotFoundError:

@@ -166,10 +166,9 @@ class RunLog:
         if not values[0]:
             return
         shown = self._metric if self._metric in values[0] else next(iter(values[0]))
-        percent = "" if shown.endswith("loss") else " %"
         numbers = [one[shown] for one in values if math.isfinite(one[shown])]
         mean = np.mean(numbers) if numbers else math.nan
-        self._metric_text = f"eval {shown} {mean:.4g}{percent}"
+        self._metric_text = f"eval {shown} {mean:.4g}"
         if self._screen:
             order = [shown, *(metric for metric in values[0] if metric != shown)]
             text = ", ".join(_spread(metric, values) for metric in order)

@@ -129,7 +129,7 @@ def rate_factors(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]
 
 
 def make_schedule(config: Optimizer, *, total_steps: int) -> optax.Schedule:
-    """Returns a schedule that maps a step, from 0, to a learning rate factor of at most 1.
+    """Returns a schedule that maps a step, from 0, to a factor on the learning rate.
 
     The factor rises linearly over ``warmup_steps``, starting at ``1 / warmup_steps``.  After that,
     ``constant`` stays at 1.  ``linear`` and ``cosine`` fall to ``end_learning_rate`` at

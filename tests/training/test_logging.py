@@ -266,7 +266,7 @@ def test_a_pipe_gets_a_line_now_and_then(
     assert (
         "step 1800: f1 60 [50, 70], accuracy 70 [60, 80]  (mean [lowest, highest] of 2)" in printed
     )
-    assert printed[-1].startswith("step 3600/3600") and "eval f1 60 %" in printed[-1]
+    assert printed[-1].startswith("step 3600/3600") and "  eval f1 60  " in printed[-1]
 
 
 def test_speed_is_told_in_examples_tokens_and_operations(

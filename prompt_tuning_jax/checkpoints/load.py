@@ -83,7 +83,7 @@ class ModelCheckpoint:
 
 
 def open_model(
-    name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
+    name_or_path: str | Path, *, relpos_max_distance: int | None = None, vocabulary: bool = True
 ) -> ModelCheckpoint:
     """Finds and opens a model; see ``load_model`` for the arguments.
 
@@ -95,7 +95,8 @@ def open_model(
         raise UserError(
             f"a model is opened by its name or path, not by a value of type {type(given).__name__}"
         )
-    location = model_location(str(name_or_path))
+    name = str(name_or_path)
+    location = model_location(name)
     config: ModelConfig
     if is_gguf(Path(location)):
         opened = open_gguf_model(location)
@@ -122,7 +123,7 @@ def open_model(
     )
     words = None
     if vocabulary:
-        words = t5x_vocabulary(name_or_path)
+        words = t5x_vocabulary(name)
         if words is None and not is_address(location):
             place = Path(location)
             words = vocabulary_file(place.parent if place.is_file() else place)
@@ -136,7 +137,7 @@ def open_model(
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     dtype: DType = "float32",
     param_dtype: DType | None = None,
@@ -318,7 +319,7 @@ def abstract_model(
 
 
 def _vocabulary(
-    path: str | Path | None, config: ModelConfig, *, model: str
+    path: str | Path | None, config: ModelConfig, *, model: str | Path
 ) -> AnyVocabulary | None:
     if isinstance(config, ViTConfig):
         if path:

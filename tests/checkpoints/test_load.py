@@ -30,8 +30,9 @@ def test_what_is_opened(tiny_t5x: Path, tiny_model_dir: Path) -> None:
     opened = open_model("tiny")
     assert Path(opened.location) == tiny_model_dir and opened.source == tiny_model_dir
     assert opened.vocabulary_file is not None
-    opened = open_model(str(tiny_t5x))
-    assert isinstance(opened.source, T5XCheckpoint) and opened.vocabulary_file is None
+    for path in (str(tiny_t5x), tiny_t5x):
+        opened = open_model(path)
+        assert isinstance(opened.source, T5XCheckpoint) and opened.vocabulary_file is None
 
 
 def test_a_t5x_folder_may_hold_its_vocabulary(

@@ -12,6 +12,7 @@ import pytest
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.lazy_arrays import in_memory
 from prompt_tuning_jax.checkpoints.load import load_model
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt, save_prompt
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
@@ -339,7 +340,7 @@ def test_a_prompt_is_the_same_in_every_form(run: Path, tmp_path: Path) -> None:
     params = {
         name: in_memory(np.asarray(p), where=name) for name, p in param_tree.split(model)[1].items()
     }
-    checkpoint = write_t5x(tmp_path, params, step=7, prompt=prompt_PD)
+    checkpoint = write_t5x(tmp_path, params, step=7, trained={PROMPT: prompt_PD})
     adapter = tmp_path / "adapter"
     write_peft(adapter, prompt_PD, base_model_name_or_path="anything")
     np.save(tmp_path / "prompt.npy", prompt_PD)

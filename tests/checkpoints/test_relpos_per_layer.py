@@ -190,7 +190,7 @@ def test_t5x_native_keeps_a_bias_per_layer(tmp_path: Path, alike: bool) -> None:
     if alike:  # a layer per name says whose the biases are, whatever is in them
         params |= {name: np.ones_like(p) for name, p in params.items() if name.endswith(RELPOS)}
     prompt = np.ones((4, CONFIG.embed_dim), np.float32)
-    written = write_t5x(tmp_path, params, step=3, prompt=prompt)
+    written = write_t5x(tmp_path, params, step=3, trained={PROMPT: prompt})
     assert (written / f"target.encoder.layers_2.{RELPOS.replace('/', '.')}").is_dir()
     checkpoint = open_t5x(written)
     assert not checkpoint.scanned

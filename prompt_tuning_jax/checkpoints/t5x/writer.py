@@ -13,7 +13,6 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, in_memory
 from prompt_tuning_jax.checkpoints.location import INDEX, one_line
-from prompt_tuning_jax.checkpoints.parameters import PROMPT
 from prompt_tuning_jax.checkpoints.t5x.arrays import BFLOAT16, OptimizerState
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.storage import flush_to_disk
@@ -23,7 +22,6 @@ AnyArray: TypeAlias = LazyArray | HostArray | Array
 
 _VERSION = 3
 _CHUNK_BYTES = 64 * 1024 * 1024
-_EMBEDDING = "token_embedder/embedding"
 _NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 # T5X factors the second moment of a prompt of this size in both directions (t5x/adafactor.py).
 _FACTORED_FROM = 128
@@ -34,21 +32,19 @@ def write_t5x(
     params: Mapping[str, AnyArray],
     *,
     step: int,
-    prompt: AnyArray | None = None,
     trained: Mapping[str, AnyArray] | None = None,
     state: Mapping[str, AnyArray | None] | None = None,
     inline: Collection[str] = (),
 ) -> Path:
     """Writes ``checkpoint_<step>`` into ``folder``, keeping dtypes, and returns its path.
 
-    ``params`` are by name; a ``prompt`` [P,D] is written at ``PROMPT``, and what another method
-    ``trained`` under its names.  ``state`` is the optimizer's, by path (``param_states/...``).
-    Without ``state``, a checkpoint with a prompt or trained arrays gets the initial state of T5X's
-    prompt tuning (zeros for these, nothing for the rest), and one without them gets none, like the
-    models that T5X saves for inference.  Leaves named in
-    ``inline`` (``target/...``, ``state/...``) are stored inside the index.  The checkpoint is
-    written to a temporary folder and renamed, so it is complete or absent.  Raises UserError, also
-    if the step exists already.
+    ``params`` are by name, and so are the ``trained`` arrays of a method, such as a prompt [P,D] at
+    ``PROMPT``.  ``state`` is the optimizer's, by path (``param_states/...``).  Without ``state``, a
+    checkpoint with trained arrays gets the initial state of T5X's prompt tuning (zeros for these,
+    nothing for the rest), and one without them gets none, like the models that T5X saves for
+    inference.  Leaves named in ``inline`` (``target/...``, ``state/...``) are stored inside the
+    index.  The checkpoint is written to a temporary folder and renamed, so it is complete or
+    absent.  Raises UserError, also if the step exists already.
     """
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**31:
         raise UserError(
@@ -56,8 +52,6 @@ def write_t5x(
         )
     target = {name: _lazy(name, array) for name, array in params.items()}
     added = {name: _lazy(name, array) for name, array in (trained or {}).items()}
-    if prompt is not None:
-        added[PROMPT] = _fitting_prompt(_lazy(PROMPT, prompt), target)
     target |= added
     if added and state is None:
         state = _first_state(target, added)
@@ -174,17 +168,6 @@ def _lazy(name: str, array: AnyArray) -> LazyArray:
     if 0 in lazy.shape:
         raise UserError(f"{lazy.where}: an array of shape {list(lazy.shape)} is empty")
     return lazy
-
-
-def _fitting_prompt(prompt: LazyArray, target: Mapping[str, LazyArray]) -> LazyArray:
-    table = target.get(_EMBEDDING)
-    width = table.shape[-1] if table is not None and table.shape else None
-    if len(prompt.shape) != 2 or (width is not None and prompt.shape[1] != width):
-        raise UserError(
-            f"the prompt has shape {list(prompt.shape)}, but for this model it must be "
-            f"[length, {width}]"
-        )
-    return prompt
 
 
 def _first_state(

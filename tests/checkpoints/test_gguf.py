@@ -212,6 +212,26 @@ def test_the_pattern_of_windows_that_a_file_names(shared: Path, tmp_path: Path) 
         assert opened.logits_softcap == 3
 
 
+def test_a_gemma_3_whose_layers_are_all_global(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "fixtures" / "families" / "gemma3_text"
+    _, config, params = gguf_of(folder, tmp_path / "m.gguf")
+    metadata = gguf_metadata(dataclasses.replace(config, windows=()))
+    tensors = gguf_tensors(config, params)
+    path = write_gguf(
+        tmp_path / "g.gguf", "gemma3", metadata, tensors, vocab_size=config.vocab_size
+    )
+    assert open_gguf(path)[0].windows == ()
+
+
+def test_a_size_of_every_layer(tmp_path: Path) -> None:
+    """llama.cpp may write sizes as one number per layer; they must be equal."""
+    once = open_gguf(tiny(tmp_path / "once.gguf"))[0]
+    again = {"attention.head_count_kv": [2], "feed_forward_length": [32]}
+    assert open_gguf(tiny(tmp_path / "each.gguf", **again))[0] == once
+    with pytest.raises(UserError, match=r"feed_forward_length is array\(\[32, 16\]"):
+        open_gguf(tiny(tmp_path / "differ.gguf", feed_forward_length=[32, 16]))
+
+
 def test_scaled_rotary_positions(tmp_path: Path) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     config, _ = open_gguf(tiny(tmp_path / "linear.gguf", **linear))

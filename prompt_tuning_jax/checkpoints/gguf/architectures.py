@@ -75,8 +75,10 @@ class Metadata:
         self.architecture = architecture
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer of the architecture."""
+        """A positive integer of the architecture, which the file may repeat for every layer."""
         value = self._of(key, default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()
         if type(value) is not int or not 0 < value < 2**31:
             raise self.error(
                 f"{self.architecture}.{key} is {repr(value)[:80]}; it must be a positive integer"
@@ -298,8 +300,11 @@ def _gemma2(metadata: Metadata) -> dict[str, Any]:
 
 
 def _gemma3(metadata: Metadata) -> dict[str, Any]:
+    windows: tuple[int, ...] = ()  # all layers are global
+    if metadata.has("attention.sliding_window"):
+        windows = metadata.windows(metadata.size("attention.sliding_window"), period=6)
     return _gemma(metadata) | {
-        "windows": metadata.windows(metadata.size("attention.sliding_window"), period=6),
+        "windows": windows,
         "rope_theta": metadata.number("rope.freq_base", 1_000_000.0),
         "rope_local_theta": metadata.number("rope.freq_base_swa", 10_000.0),
         "qk_norm": "head",

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.fingerprint import fingerprint_of_samples, sample_lazy
 from prompt_tuning_jax.checkpoints.gguf.model import stored_types
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, open_weights
 from prompt_tuning_jax.checkpoints.hub import is_gguf, model_location
-from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
 from prompt_tuning_jax.checkpoints.location import INDEX
 from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_trained, require_t5
@@ -30,7 +28,6 @@ from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.models.t5gemma.presets import SIZES
 from prompt_tuning_jax.models.vit.config import ViTConfig
-from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 # The sizes of google-research/byt5.  mT5 and UMT5 have the sizes of T5 1.1.
@@ -124,24 +121,9 @@ def layout(opened: ModelCheckpoint) -> str:
 
 
 def fingerprint_of(opened: ModelCheckpoint) -> str:
-    """Returns the model's fingerprint; reads all weights, one array at a time."""
-    return fingerprint(opened.config, _ReadLater(opened.params))
-
-
-class _ReadLater(Mapping[str, HostArray]):
-    """Reads an array on each access, and keeps none in memory."""
-
-    def __init__(self, params: Mapping[str, LazyArray]) -> None:
-        self._params = params
-
-    def __getitem__(self, name: str) -> HostArray:
-        return self._params[name].whole()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
+    """Returns the model's fingerprint; reads only the parts of its weights that are sampled."""
+    samples = {name: sample_lazy(array) for name, array in opened.params.items()}
+    return fingerprint_of_samples(opened.config, samples)
 
 
 def _stacks(config: T5GemmaConfig) -> list[tuple[int, ...]]:

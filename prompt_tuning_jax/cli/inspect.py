@@ -17,7 +17,7 @@ class Inspect(Command):
 
     path: str = positional("PATH")  # file, folder, gs:// address, or name of a model
     json: bool = False  # print JSON
-    fingerprint: bool = False  # read all of a large model to compute its fingerprint
+    fingerprint: bool = False  # also compute the fingerprint of a large or remote model
 
     def run(self) -> None:
         from prompt_tuning_jax.inference.inspection import describe, inspect

@@ -189,7 +189,10 @@ def _model_rows(model: ModelDescription) -> Iterator[tuple[str, str]]:
     yield "vocabulary", model.vocabulary or "none"
     for field, value in dataclasses.asdict(model.config).items():
         yield field, str(value)
-    yield "fingerprint", model.fingerprint or "not computed: it takes reading all (--fingerprint)"
+    yield (
+        "fingerprint",
+        model.fingerprint or "not computed (--fingerprint)",
+    )
 
 
 def _prompt_rows(prompt: PromptDescription) -> Iterator[tuple[str, str]]:

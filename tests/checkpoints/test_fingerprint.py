@@ -7,8 +7,11 @@ from time import perf_counter
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
+from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from tests.devices import with_devices
@@ -43,6 +46,36 @@ def test_does_not_depend_on_how_the_model_is_held() -> None:
     assert fingerprint(CONFIG, rounded) == this
     assert fingerprint(CONFIG, {name: np.asfortranarray(p) for name, p in params.items()}) == this
     assert fingerprint(CONFIG, {name: jnp.asarray(p) for name, p in rounded.items()}) == this
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf/b_t5_11",
+        "t5x/scan_t5x/checkpoint_7",
+        "families/gpt2",
+        "families/t5gemma",
+        "families/vit",
+    ],
+)
+def test_of_a_checkpoint_reads_a_part_of_it(shared: Path, name: str) -> None:
+    """Fused, stacked and reshaped arrays too."""
+    opened = open_source(str(shared / "fixtures" / name))
+    whole = {name: array.whole() for name, array in opened.params.items()}
+    wanted = fingerprint(opened.config, whole)
+    read = []
+
+    def counting(array: LazyArray) -> LazyArray:
+        def part(index: Index) -> np.ndarray:
+            found = array.read(index)
+            read.append(found.size)
+            return found
+
+        return dataclasses.replace(array, read=part)
+
+    params = {name: counting(array) for name, array in opened.params.items()}
+    assert fingerprint_of(dataclasses.replace(opened, params=params)) == wanted
+    assert sum(read) < sum(array.size for array in whole.values())
 
 
 def test_notices_other_weights_names_shapes_and_configurations() -> None:

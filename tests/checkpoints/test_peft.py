@@ -14,12 +14,16 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     read_peft,
     write_peft,
 )
+from prompt_tuning_jax.checkpoints.peft.prompts import write_peft_prompts
+from prompt_tuning_jax.checkpoints.peft.weights import write_peft_weights
 from prompt_tuning_jax.checkpoints.prompt_file import (
     load_prompt,
     load_prompt_with_metadata,
     save_prompt,
 )
+from prompt_tuning_jax.config.methods import LoRA, PromptTuning
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import T5Config
 
 PROMPT = np.random.default_rng(0).standard_normal((5, 8), np.float32)
 BOTH = np.concatenate([PROMPT, PROMPT + 1])  # one copy for each stack, and they differ
@@ -55,6 +59,30 @@ def test_reads_back_what_was_written(adapter: Path) -> None:
     assert metadata.model_name == "org/model"
     assert sorted(p.name for p in adapter.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_names_in_any_alphabet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are UTF-8 whatever the locale's encoding is."""
+    monkeypatch.setattr("io.text_encoding", lambda given, stacklevel=2: given or "ascii")
+    name = "org/modèle"
+    lora, shape = LoRA(rank=1, targets=("encoder/layers_0/mlp/wo",)), {"a_DR": (12, 1)}
+    arrays = {
+        f"model/encoder/layers_0/mlp/wo/adapter/lora_{end}": np.ones(size, np.float32)
+        for end, size in (shape | {"b_RF": (1, 8)}).items()
+    }
+    config = T5Config(
+        vocab_size=9, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12, num_encoder_layers=1,
+        num_decoder_layers=1,
+    )  # fmt: skip
+    write_peft(tmp_path / "prompt", PROMPT, base_model_name_or_path=name)
+    write_peft_weights(tmp_path / "lora", lora, arrays, config=config, base_model_name_or_path=name)
+    write_peft_prompts(
+        tmp_path / "p", PromptTuning(length=5), {"method/prompt_PD": PROMPT}, config=config,
+        base_model_name_or_path=name,
+    )  # fmt: skip
+    for kind in ("prompt", "lora", "p"):
+        described = json.loads((tmp_path / kind / CONFIG).read_bytes())
+        assert described["base_model_name_or_path"] == name
 
 
 def test_what_peft_reads(adapter: Path) -> None:

@@ -180,7 +180,8 @@ def write_peft(
         if like.base_model_name_or_path == base_model_name_or_path:
             config |= {name: config[name] or like.kept.get(name) for name in _OF_MODEL}
     with atomic_write_folder(Path(folder)) as temporary:
-        (temporary / CONFIG).write_text(json_text(config, indent=2, sort_keys=True) + "\n")
+        text = json_text(config, indent=2, sort_keys=True) + "\n"
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
         rows = safetensors_bytes(prompt, key=KEY, metadata={"format": "pt"})
         (temporary / WEIGHTS).write_bytes(rows)
 

@@ -193,7 +193,7 @@ def write_peft_weights(
 
     with atomic_write_folder(Path(folder)) as temporary:
         text = json_text(described | fields, indent=2, sort_keys=True) + "\n"
-        (temporary / CONFIG).write_text(text)
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
         contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(theirs.items())}
         (temporary / WEIGHTS).write_bytes(save(contiguous, {"format": "pt"}))
 

@@ -249,6 +249,16 @@ def shown(value: Any) -> str:
     return json_text(value)[:80]
 
 
+def in_float32(array: HostArray, *, of: str) -> HostArray:
+    """A copy of the array in float32; UserError unless it has finite floating-point numbers."""
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise UserError(f"{of} has dtype {array.dtype}, not floating-point numbers")
+    array = np.array(array, np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{of} has numbers that are not finite")
+    return array
+
+
 def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
     """All arrays of an adapter by name, and their file.
 

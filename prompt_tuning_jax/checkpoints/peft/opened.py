@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, read_tensors, shown
+from prompt_tuning_jax.checkpoints.peft.adapter_file import (
+    CONFIG,
+    in_float32,
+    read_tensors,
+    shown,
+)
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
@@ -56,16 +59,9 @@ class OpenedAdapter:
         tensors, file = read_tensors(self.folder)
         require_same_names(tensors, shapes, of=str(file), and_of="an adapter of its kind")
         for name, shape in shapes.items():
-            array = tensors[name]
-            if array.shape != shape:
+            if tensors[name].shape != shape:
                 raise UserError(
-                    f"{file}: {name} is {list(array.shape)}, but {CONFIG} and this model require "
-                    f"{list(shape)}"
+                    f"{file}: {name} is {list(tensors[name].shape)}, but {CONFIG} and this model "
+                    f"require {list(shape)}"
                 )
-            if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-                raise UserError(
-                    f"{file}: {name} has dtype {array.dtype}, not floating-point numbers"
-                )
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise UserError(f"{file}: {name} has numbers that are not finite")
-        return {name: tensors[name].astype(np.float32) for name in shapes}
+        return {name: in_float32(tensors[name], of=f"{file}: {name}") for name in shapes}

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, parameter_shapes
-from prompt_tuning_jax.checkpoints.peft.adapter_file import shown
+from prompt_tuning_jax.checkpoints.peft.adapter_file import in_float32, shown
 from prompt_tuning_jax.checkpoints.peft.modules import PREFIX, TheirTensor, their_tensors
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
@@ -89,7 +89,7 @@ def read_saved(
     tables: dict[str, HostArray] = {}
     for name, array in declared.items():
         tensor = tensors[name]
-        own = _checked(array, f"{file}: {PREFIX}{name}")
+        own = in_float32(array, of=f"{file}: {PREFIX}{name}")
         if tensor.use:
             tables[tensor.use] = own
         elif not tensor.unused:
@@ -221,16 +221,6 @@ def _require_shape(
             "of a model with another number of embeddings are not supported: merge it into its "
             "model with PEFT (merge_and_unload) and use that"
         )
-
-
-def _checked(array: HostArray, of: str) -> HostArray:
-    """The array in float32; UserError unless it has finite floating-point numbers."""
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise UserError(f"{of} has dtype {array.dtype}, not floating-point numbers")
-    own = np.asarray(array, np.float32)
-    if not np.isfinite(own).all():
-        raise UserError(f"{of} has numbers that are not finite")
-    return own
 
 
 def _is_copy(array: HostArray, name: str, params: Mapping[str, Parameter]) -> bool:

@@ -14,6 +14,7 @@ from prompt_tuning_jax.checkpoints.parameters import parameter_shapes
 from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     CONFIG,
     WEIGHTS,
+    in_float32,
     read_config,
     read_tensors,
     require_options,
@@ -263,13 +264,8 @@ def _by_layer(
             raise UserError(
                 f"{file} contains {theirs}, which belongs to no linear layer of this model"
             )
-        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-            raise UserError(f"{file}: {theirs} has dtype {array.dtype}, not floating-point numbers")
-        array = np.asarray(array, np.float32)
-        if not np.isfinite(array).all():
-            raise UserError(f"{file}: {theirs} has numbers that are not finite")
         name, end = known[theirs]
-        found.setdefault(name, {})[end] = array
+        found.setdefault(name, {})[end] = in_float32(array, of=f"{file}: {theirs}")
     if not found:
         raise UserError(f"{file} contains no array")
     return found

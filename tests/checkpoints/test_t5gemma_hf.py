@@ -16,12 +16,19 @@ from prompt_tuning_jax.checkpoints.hf.pretrained import open_hf, write_hf
 from prompt_tuning_jax.checkpoints.hf.t5gemma import described_t5gemma, t5gemma_config
 from prompt_tuning_jax.checkpoints.inspect import architecture, open_source, size_name
 from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
+from prompt_tuning_jax.checkpoints.peft.prompts import read_peft_prompts, write_peft_prompts
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     load_prompt_with_metadata,
     save_prompt,
 )
+from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, save_tuned
+from prompt_tuning_jax.config.methods import MultitaskPrompts, PromptTuning
+from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.conversion import convert_tuned
+from prompt_tuning_jax.methods.base import PROMPT
+from prompt_tuning_jax.methods.multitask import COLS, ROWS, SHARED
 from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.models.t5gemma.presets import PRESETS, SIZES
@@ -267,3 +274,38 @@ def test_a_prompt_of_peft_is_in_another_space(families: Path, tmp_path: Path) ->
         model=str(families / "t5gemma2_text"),
     )  # fmt: skip
     np.testing.assert_array_equal(np.load(tmp_path / "two.npy"), prompt)
+
+
+def test_so_are_prompts_of_other_methods(families: Path, tmp_path: Path) -> None:
+    """P-tuning's prompts, and multitask prompts: the factor is that of the shared prompt."""
+    folder, scale = str(families / "t5gemma"), 32**0.5
+    config = open_source(folder).config
+    draw = np.random.default_rng(0).normal
+    tasks = MultitaskPrompts(length=3, rank=2, tasks=2, init="uniform")
+    shapes: dict[str, tuple[int, ...]] = {SHARED: (3, 32), COLS: (2, 3, 2), ROWS: (2, 2, 32)}
+    for method, of in (
+        (PromptTuning(length=3, init="uniform"), {PROMPT: (3, 32)}),
+        (tasks, shapes),
+    ):
+        made = {name: draw(size=shape).astype(np.float32) for name, shape in of.items()}
+        place = tmp_path / type(method).__name__
+        write_peft_prompts(place, method, made, config=config, base_model_name_or_path=folder)
+        theirs = load_file(place / "adapter_model.safetensors")
+        scaled = next(iter(of))
+        np.testing.assert_allclose(theirs["prompt_embeddings"] * scale, made[scaled], rtol=1e-6)
+        found = read_peft_prompts(place, config).trainable
+        assert found.keys() == made.keys()
+        for name, array in made.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-6)
+        stored = TunedCheckpoint(
+            trainable=made, method=method_to_json(method), metadata=PromptMetadata()
+        )
+        save_tuned(tmp_path / "tuned.safetensors", stored)
+        again = convert_tuned(
+            str(tmp_path / "tuned.safetensors"), tmp_path / "again", to="peft", model=folder,
+            overwrite=True,
+        )  # fmt: skip
+        np.testing.assert_array_equal(
+            load_file(again.path / "adapter_model.safetensors")["prompt_embeddings"],
+            theirs["prompt_embeddings"],
+        )

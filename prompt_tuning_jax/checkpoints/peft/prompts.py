@@ -56,7 +56,8 @@ class PeftPrompts:
     """A PEFT adapter as a method, its trained arrays by path, and its origin by its config.
 
     PEFT saves what an encoder computed and the sum of CPT's context and its change, so P-tuning and
-    CPT are read as ``PromptTuning``, and cartridges as ``PrefixTuning``.
+    CPT are read as ``PromptTuning``, and cartridges as ``PrefixTuning``.  Prompts of the input are
+    multiplied by ``ModelConfig.peft_prompt_scale``.
     """
 
     method: "_Method"
@@ -132,7 +133,7 @@ def write_peft_prompts(
     elif isinstance(method, PrefixTuning):
         fields, theirs = written_prefix(method, arrays, config)
     elif isinstance(method, MultitaskPrompts):
-        fields, theirs = _written_multitask(method, arrays)
+        fields, theirs = _written_multitask(method, arrays, config)
     elif isinstance(method, PromptTuning):
         fields, theirs = _written_prompt(method, arrays, config)
     else:
@@ -162,7 +163,7 @@ def _read_prompt(
     # Further rows are for the decoder, and PEFT does not use them with a T5.
     prompt_PD = adapter.tensors({KEY: shape})[KEY][:length]
     method = PromptTuning(length=length, init="uniform")
-    return method, {PROMPT: np.ascontiguousarray(prompt_PD)}
+    return method, {PROMPT: prompt_PD * np.float32(config.peft_prompt_scale)}
 
 
 def _require_width(adapter: OpenedAdapter, config: ModelConfig) -> None:
@@ -172,7 +173,7 @@ def _require_width(adapter: OpenedAdapter, config: ModelConfig) -> None:
 def _written_prompt(
     method: PromptTuning, arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    _require_usual(method)
+    require_usual(method)
     require_same_names(arrays, {PROMPT: None}, of="the tuned arrays", and_of="PromptTuning")
     fields = {
         "encoder_dropout": 0.0,
@@ -182,10 +183,10 @@ def _written_prompt(
         "num_virtual_tokens": len(arrays[PROMPT]),
         "peft_type": P_TUNING,
     }
-    return fields, {KEY: arrays[PROMPT]}
+    return fields, {KEY: arrays[PROMPT] / np.float32(config.peft_prompt_scale)}
 
 
-def _require_usual(method: PromptTuning) -> None:
+def require_usual(method: PromptTuning) -> None:
     """Raises UserError for a prompt that is placed or masked as PEFT's are not."""
     seen = (method.prompt_to_input, method.prompt_to_prompt, method.input_to_prompt)
     if method.placement != "prefix" or seen != (True, "all", True):
@@ -215,18 +216,20 @@ def _read_multitask(
         tasks=tasks,
         init="uniform",
     )
-    return method, {SHARED: tensors[KEY], COLS: tensors[_COLS], ROWS: tensors[_ROWS]}
+    # The scale of the shared prompt is that of its product with a task's.
+    shared_PD = tensors[KEY] * np.float32(config.peft_prompt_scale)
+    return method, {SHARED: shared_PD, COLS: tensors[_COLS], ROWS: tensors[_ROWS]}
 
 
 def _written_multitask(
-    method: MultitaskPrompts, arrays: Mapping[str, HostArray]
+    method: MultitaskPrompts, arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
     if method.combine != "low_rank":
         raise UserError(
             "PEFT multiplies a shared prompt with one of low rank and has no counterpart of "
             f"method.combine={method.combine}; convert each task's prompt separately"
         )
-    _require_usual(method.task_prompt())
+    require_usual(method.task_prompt())
     if method.decoder_length not in (0, method.length):
         raise UserError(
             "PEFT's prompts in the decoder have the length of those in the encoder, "
@@ -248,4 +251,5 @@ def _written_multitask(
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
-    return fields, {KEY: arrays[SHARED], _COLS: arrays[COLS], _ROWS: arrays[ROWS]}
+    shared_PD = arrays[SHARED] / np.float32(config.peft_prompt_scale)
+    return fields, {KEY: shared_PD, _COLS: arrays[COLS], _ROWS: arrays[ROWS]}

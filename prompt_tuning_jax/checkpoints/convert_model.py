@@ -25,10 +25,11 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_fits,
     check_model,
+    joined_as,
     read_prompt,
 )
 from prompt_tuning_jax.checkpoints.t5x.arrays import scan_axis
-from prompt_tuning_jax.checkpoints.t5x.methods import stacked, t5x_arrays
+from prompt_tuning_jax.checkpoints.t5x.methods import lost_settings, stacked, t5x_arrays
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import is_tuned_file, method_of, read_tuned
@@ -156,7 +157,9 @@ def convert_to_t5x(
         axis = None
         if checkpoint is not None and checkpoint.scanned and not unscan:
             axis = scan_axis(checkpoint.stored)
-        trained = _trained_in(opened, prompt, axis=axis, allow_other_model=allow_other_model)
+        trained, lost = _trained_in(opened, prompt, axis=axis, allow_other_model=allow_other_model)
+        if lost:
+            notes.append(f"a T5X checkpoint does not say {', '.join(lost)}: say so to T5X")
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
     slots = [slot for slot in (state or {}).values() if slot is not None]
     with (
@@ -236,34 +239,42 @@ def _holding(trained: Mapping[str, LazyArray | HostArray]) -> str:
 
 def _trained_in(
     opened: ModelCheckpoint, path: str, *, axis: int | None, allow_other_model: bool
-) -> dict[str, HostArray]:
+) -> tuple[dict[str, HostArray], list[str]]:
     """Reads a prompt, or a file of another method, under T5X's names.
 
-    ``axis`` is the one along which the checkpoint stacks layers; None if it has a name for each.
+    Also returns the settings that the checkpoint does not store.  ``axis`` is the one along which
+    the checkpoint stacks layers; None if it has a name for each.
     """
     config = require_t5(opened.config, what="writing a T5X checkpoint")
-    is_method = is_tuned_file(Path(path))
-    metadata, found = PromptMetadata(), {}
-    if is_method:
+
+    def fingerprint(metadata: PromptMetadata) -> str:
+        is_compared = metadata.model_fingerprint and not allow_other_model
+        return fingerprint_of(opened) if is_compared else ""
+
+    if is_tuned_file(Path(path)):
         stored = read_tuned(Path(path), config)
-        metadata = stored.metadata
-        found = t5x_arrays(method_of(stored, path), stored.trainable, config, of=path)
-    else:
-        prompt = read_prompt(path)
-        metadata, found = prompt.metadata, {PROMPT: prompt.prompt_PD}
-    known = metadata.model_fingerprint and not allow_other_model
-    fingerprint = fingerprint_of(opened) if known else ""
-    if PROMPT in found:
-        check_fits(
-            found[PROMPT],
-            metadata,
-            embed_dim=config.embed_dim,
-            fingerprint=fingerprint,
+        check_model(
+            stored.metadata,
+            fingerprint=fingerprint(stored.metadata),
             path=path,
             allow_other_model=allow_other_model,
         )
-    check_model(metadata, fingerprint=fingerprint, path=path, allow_other_model=allow_other_model)
-    return found if axis is None else stacked(found, axis=axis)
+        method = method_of(stored, path)
+        found = t5x_arrays(method, stored.trainable, config, of=path)
+        lost = lost_settings(method)
+    else:
+        prompt = read_prompt(path)
+        check_fits(
+            prompt.prompt_PD,
+            prompt.metadata,
+            embed_dim=config.embed_dim,
+            fingerprint=fingerprint(prompt.metadata),
+            path=path,
+            allow_other_model=allow_other_model,
+        )
+        found = {PROMPT: prompt.prompt_PD}
+        lost = lost_settings(joined_as(path, prompt.metadata))
+    return found if axis is None else stacked(found, axis=axis), lost
 
 
 def _checkpoint_folder(

@@ -28,6 +28,9 @@ from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_prompt, is_train
 from prompt_tuning_jax.checkpoints.peft import adapter_file
 from prompt_tuning_jax.checkpoints.t5x.methods import has_method, is_numpy_folder
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
+from prompt_tuning_jax.config.config_file import run_config
+from prompt_tuning_jax.config.methods import Placement, PromptTuning
+from prompt_tuning_jax.config.overrides import checked
 from prompt_tuning_jax.data.tasks.registry import tasks_known_as
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.data.tasks.wording import checked_template, template_of
@@ -265,6 +268,15 @@ def read_prompt(path: str | Path) -> StoredPrompt:
         raise UserError(f"{path} is neither an .npy nor a .safetensors file{_guess(start)}")
     prompt_PD = checked_prompt(array, of=str(path), dtype=None)
     return StoredPrompt(prompt_PD=prompt_PD, metadata=metadata, source=source)
+
+
+def joined_as(path: str | Path, metadata: PromptMetadata) -> PromptTuning:
+    """Returns how a prompt is joined to the input, as far as its run or its file records it."""
+    run = run_config(str(path))
+    method = (run.method.plain_prompt() if run is not None else None) or PromptTuning()
+    if not metadata.combine:
+        return method
+    return replace(method, placement=checked(metadata.combine, Placement, f"{path}: combine"))
 
 
 def check_fits(

@@ -5,6 +5,7 @@ the tiny checkpoint in ../shared, its batch of ``logits_noprompt.npz``, and the 
 ``trained_arrays``: ``[4, 6, 4]`` of every 8192nd token.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
     read_tuned,
     save_tuned,
 )
-from prompt_tuning_jax.config.methods import IA3, DeepPrompts, LoRA, MultitaskPrompts
+from prompt_tuning_jax.config.methods import (
+    IA3,
+    DeepPrompts,
+    LoRA,
+    MethodConfig,
+    MultitaskPrompts,
+    PromptTuning,
+)
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import convert
@@ -246,6 +254,61 @@ def test_what_the_original_does_not_have() -> None:
         made = {name: np.ones(shape, np.float32) for name, shape in arrays.items()}
         with pytest.raises(UserError, match=message):
             t5x_arrays(method, made, CONFIG, of="it")
+
+
+@pytest.mark.parametrize(
+    ("method", "arrays", "message"),
+    [
+        (IA3(), {"model/encoder/layers_0/attention/key/adapter/scale_F": (H * K + 1,)}, "needs 4"),
+        (IA3(), {"model/encoder/layers_2/attention/key/adapter/scale_F": (H * K,)}, "layers_2"),
+        (DeepPrompts(length=3), {"method/vectors/prompts_PD": (7, D)}, "7 vectors; .* need 3 each"),
+        (DeepPrompts(length=3), {"method/vectors/prompts_PD": (6, D + 1)}, r"be \[length, 4\]"),
+        (
+            MultitaskPrompts(length=3, combine="sum", tasks=2),
+            {"method/shared_PD": (3, D + 1), "method/task_NQD": (2, 3, D + 1)},
+            "fits no model of width 4",
+        ),
+        (
+            MultitaskPrompts(length=3, decoder_length=2, combine="sum", tasks=2),
+            {"method/shared_PD": (5, D), "method/task_NQD": (2, 5, D)},
+            "decoder_length is 2, and prompts of the decoder are not written",
+        ),
+        (
+            PromptTuning(length=3, decoder_length=2),
+            {"method/prompt_PD": (3, D), "method/decoder_prompt_PD": (2, D)},
+            "decoder_length is 2, and prompts of the decoder are not written",
+        ),
+    ],
+)
+def test_methods_that_the_models_checkpoint_cannot_hold(
+    method: MethodConfig, arrays: dict[str, tuple[int, ...]], message: str
+) -> None:
+    made = {name: np.ones(shape, np.float32) for name, shape in arrays.items()}
+    with pytest.raises(UserError, match=f"^it.*{message}"):
+        t5x_arrays(method, made, CONFIG, of="it")
+
+
+def test_what_a_checkpoint_does_not_say(shared: Path, tmp_path: Path) -> None:
+    """The attention between a prompt's positions, and where it is; another model is named first."""
+    arrays = {"method/shared_PD": (3, D), "method/task_NQD": (2, 3, D)}
+    made = {name: np.ones(shape, np.float32) for name, shape in arrays.items()}
+    file = tmp_path / "tasks.safetensors"
+
+    def converted(method: MethodConfig, **known: Any) -> str:
+        stored = TunedCheckpoint(
+            trainable=made, method=method_to_json(method), metadata=PromptMetadata(**known)
+        )
+        save_tuned(file, stored)
+        done = convert(shared / TINY, tmp_path / "out", to="t5x", prompt=file, overwrite=True)
+        return " ".join(done.notes)
+
+    tasks = MultitaskPrompts(length=3, combine="sum", tasks=2)
+    assert "does not say method.prompt_to_prompt=all" in converted(tasks)
+    causal = replace(tasks, prompt_to_prompt="causal")
+    assert "does not say" not in converted(causal)
+    assert "method.placement=before_eos" in converted(replace(causal, placement="before_eos"))
+    with pytest.raises(UserError, match="was trained for another model"):
+        converted(IA3(), model_fingerprint="0123456789abcdef")
 
 
 def test_a_checkpoint_that_is_one_file(shared: Path, tmp_path: Path) -> None:

@@ -278,21 +278,54 @@ def t5x_arrays(
 ) -> _Arrays:
     """Returns a method's arrays by T5X's names, the inverse of ``read_method``.
 
-    Raises UserError for a method, or an option of one, that the original does not have.
+    Raises UserError for a method, or an option of one, that the original does not have or that is
+    not written, and for arrays that do not fit the model.
     """
     arrays = {name: np.asarray(array, np.float32) for name, array in trainable.items()}
+    combined: Combined | None = None
+    if isinstance(method, PromptTuning | MultitaskPrompts) and method.decoder_length:
+        raise UserError(
+            f"{of}: method.decoder_length is {method.decoder_length}, and prompts of the decoder "
+            "are not written into T5X checkpoints"
+        )
     if isinstance(method, PromptTuning):
         return {PROMPT: arrays["method/prompt_PD"]}
     if isinstance(method, DeepPrompts):
-        return _written_layers(method, arrays, config, of=of)
-    if isinstance(method, MultitaskPrompts):
-        return _written_tasks(method, arrays, of=of)
-    if isinstance(method, IA3):
-        return _written_scales(arrays, config, of=of)
-    raise UserError(
-        f"{of} was trained with {method_name(method)}, which the original code does not have; a "
-        "T5X checkpoint holds prompt_tuning, deep_prompts, multitask_prompts or ia3"
-    )
+        theirs, combined = _written_layers(method, arrays, config, of=of), method.mode
+    elif isinstance(method, MultitaskPrompts):
+        if method.combine == "low_rank":
+            raise UserError(
+                f"{of}: method.combine=low_rank has no counterpart in the original code; convert "
+                "the prompt of each task"
+            )
+        theirs, combined = _written_tasks(arrays), method.combine
+    elif isinstance(method, IA3):
+        theirs = _written_scales(arrays, config, of=of)
+    else:
+        raise UserError(
+            f"{of} was trained with {method_name(method)}, which the original code does not have; "
+            "a T5X checkpoint holds prompt_tuning, deep_prompts, multitask_prompts or ia3"
+        )
+    lazy = {name: in_memory(array, where=name) for name, array in theirs.items()}
+    read_method(lazy, config, of=of, combined=combined)  # checks names and shapes
+    return theirs
+
+
+def lost_settings(method: MethodConfig) -> list[str]:
+    """The settings that a T5X checkpoint does not store, where ``read_method`` reads others."""
+    if not isinstance(method, PromptTuning | MultitaskPrompts):
+        return []
+    read = {
+        "placement": "prefix",
+        "prompt_to_input": True,
+        "prompt_to_prompt": "causal" if isinstance(method, MultitaskPrompts) else "all",
+        "input_to_prompt": True,
+    }
+    return [
+        f"method.{name}={getattr(method, name)}"
+        for name, value in read.items()
+        if getattr(method, name) != value
+    ]
 
 
 def _written_layers(method: DeepPrompts, arrays: _Arrays, config: T5Config, *, of: str) -> _Arrays:
@@ -300,18 +333,18 @@ def _written_layers(method: DeepPrompts, arrays: _Arrays, config: T5Config, *, o
     stored_PD = arrays["method/vectors/prompts_PD"]
     if len(set(method.lengths)) > 1:
         raise UserError(f"{of}: in the original code the prompts of all layers have one length")
+    length = method.prompt_positions()
+    if len(stored_PD) != layers * length:
+        raise UserError(
+            f"{of} has {len(stored_PD)} vectors; this model's {layers} layers need {length} each"
+        )
     prompts = np.split(stored_PD, layers)
     first = np.zeros_like(prompts[0]) if method.mode == "add" else prompts[0]
     layered = {_LAYER.format(i): prompt for i, prompt in enumerate((first, *prompts[1:]))}
     return {PROMPT: prompts[0], **layered}
 
 
-def _written_tasks(method: MultitaskPrompts, arrays: _Arrays, *, of: str) -> _Arrays:
-    if method.combine == "low_rank":
-        raise UserError(
-            f"{of}: method.combine=low_rank has no counterpart in the original code; convert the "
-            "prompt of each task"
-        )
+def _written_tasks(arrays: _Arrays) -> _Arrays:
     shared = next(a for n, a in arrays.items() if n.startswith("method/shared_"))
     order = ("method/task_NQD", "method/task_NPA", "method/kernel_NDS", "method/bias_ND")
     parts = [arrays[name] for name in order if name in arrays]
@@ -334,7 +367,8 @@ def _written_scales(arrays: _Arrays, config: T5Config, *, of: str) -> _Arrays:
             )
         conv = f"{short}_conv" if short else "intermediate_conv"
         convs.add(conv)
-        theirs[f"{block}/{conv}/ia3_scaling"] = array.reshape(heads) if short else array
+        fits = short and array.size == heads[0] * heads[1]
+        theirs[f"{block}/{conv}/ia3_scaling"] = array.reshape(heads) if fits else array
     # There an attribute is in all layers; the others have scales of one.
     for conv in sorted(convs):
         shape = (config.mlp_dim,) if conv == "intermediate_conv" else heads

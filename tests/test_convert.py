@@ -25,6 +25,10 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     save_prompt,
 )
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
+from prompt_tuning_jax.config.config_file import RUN_CONFIG
+from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import PromptTuning
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.errors import UserError
 from tests import convert_cases as cases
 from tests.convert_cases import Program, hf_model, orbax_model, prompt, t5x_model, tree_bytes
@@ -292,6 +296,83 @@ def test_peft_wants_a_model_and_takes_its_sizes(program: Program, tmp_path: Path
     program(*words, "--overwrite", "--model", "t5_1_1_lm100k_xl")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "google/t5-xl-lm-adapt"
+
+
+def test_an_adapter_is_for_the_right_kind_of_model(
+    program: Program, tmp_path: Path, shared: Path
+) -> None:
+    """Known from a published name, an opened model, or metadata that the conversion keeps."""
+
+    def kind_of(*words: Any) -> tuple[str, str]:
+        said = program("convert", *words, tmp_path / "peft", "--to", "peft", "--overwrite")
+        config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+        return config["task_type"], said
+
+    bare = tmp_path / "p.npy"
+    save_prompt(bare, prompt())
+    assert kind_of("--model", "meta-llama/Llama-3.2-1B", bare)[0] == "CAUSAL_LM"
+    assert "since nothing tells" not in kind_of("--model", "t5_1_1_lm100k_xl", bare)[1]
+    kind, said = kind_of("--model", "org/unknown", bare)
+    assert kind == "SEQ_2_SEQ_LM" and "for a decoder-only model, give its folder" in said
+    # From PEFT to a file that knows its model, which was not in the adapter.
+    families, file = shared / "fixtures/families", tmp_path / "g.safetensors"
+    for adapter in ("prompt", "ptuning_mlp"):
+        source = families / "peft/gemma2" / adapter
+        program("convert", source, file, "--model", families / "gemma2", "--overwrite")
+        known = load_prompt_with_metadata(file)[1]
+        assert (known.model_type, known.embedding_scale) == ("gemma2", 32**0.5)
+    kind, said = kind_of("--model", "org/unknown", file)
+    assert kind == "CAUSAL_LM" and "4.57 multiplies prompts" in said
+    # PEFT does not read GGUF files.
+    metadata = PromptMetadata(model_name="smollm2", model_type="llama")
+    save_prompt(tmp_path / "s.safetensors", prompt(), metadata=metadata)
+    kind, said = kind_of(tmp_path / "s.safetensors")
+    assert kind == "CAUSAL_LM" and "load the adapter onto the folder that convert" in said
+
+
+def test_where_a_prompt_is_and_what_it_sees(program: Program, tmp_path: Path) -> None:
+    """PEFT's prompts are in front and see all; other formats do not say all of it."""
+    model, out = hf_model(tmp_path / "hf"), tmp_path / "out"
+    metadata = PromptMetadata(model_name=str(model), combine="before_eos")
+    save_prompt(tmp_path / "p.safetensors", prompt(), metadata=metadata)
+    one = tmp_path / "p.safetensors"
+    said = program.refused("convert", one, out, "--to", "peft")
+    assert said.startswith(str(one)) and "method.placement=before_eos" in said
+    assert "method.placement=before_eos" in program("convert", one, tmp_path / "p.npy")
+    assert "method.placement" not in program("convert", one, tmp_path / "q.safetensors")
+    said = program("convert", model, out, "--to", "t5x", "--prompt", one)
+    assert "does not say method.placement=before_eos" in said
+    # What it sees, only its run knows.
+    run = tmp_path / "run"
+    method = PromptTuning(length=5, prompt_to_input=False)
+    run.mkdir()
+    (run / RUN_CONFIG).write_text(to_json(Experiment(method=method)))
+    kept = run / "prompts" / "seed_0.safetensors"
+    save_prompt(kept, prompt(), metadata=PromptMetadata(model_name=str(model)))
+    assert "or a mask" in program.refused("convert", run, tmp_path / "peft", "--to", "peft")
+    for words in ((kept, tmp_path / "r.npy"), (kept, tmp_path / "r.safetensors")):
+        assert "does not hold method.prompt_to_input=False" in program("convert", *words)
+    words = (model, tmp_path / "again", "--to", "t5x", "--prompt", kept)
+    assert "does not say method.prompt_to_input=False" in program("convert", *words)
+
+
+def test_a_published_t5gemma_scales_prompts_that_say_nothing(
+    program: Program, tmp_path: Path
+) -> None:
+    save_prompt(tmp_path / "p.npy", prompt(width=2304))
+    model = ("--model", "google/t5gemma-2b-2b-ul2")
+    program("convert", tmp_path / "p.npy", tmp_path / "peft", "--to", "peft", *model)
+    found = read_peft(tmp_path / "peft").prompt_PD
+    np.testing.assert_allclose(found * 48, prompt(width=2304), rtol=1e-6)
+
+
+def test_prompts_of_several_models_are_not_one_models(program: Program, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        metadata = dataclasses.replace(METADATA, model_name=f"org/{name}")
+        save_prompt(tmp_path / "in" / f"{name}.safetensors", prompt(), metadata=metadata)
+    words = ("convert", tmp_path / "in", tmp_path / "out", "--to", "peft")
+    assert "different models, org/a, org/b" in program.refused(*words)
+    program(*words, "--model", "org/a")
 
 
 def test_an_adapter_names_its_model_from_anywhere(

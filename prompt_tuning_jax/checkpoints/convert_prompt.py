@@ -15,23 +15,29 @@ from prompt_tuning_jax.checkpoints.destination import (
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
 from prompt_tuning_jax.checkpoints.hub import ASSETS, is_hub_name
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
+from prompt_tuning_jax.checkpoints.location import is_address
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft, write_peft
 from prompt_tuning_jax.checkpoints.peft.modules import task_type
+from prompt_tuning_jax.checkpoints.peft.prompts import require_usual
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     StoredPrompt,
     check_fits,
+    joined_as,
     read_prompt,
     save_prompt,
     scaled_prompt,
 )
-from prompt_tuning_jax.config.paths import BUNDLED, T5X_MODELS
+from prompt_tuning_jax.checkpoints.t5x.methods import lost_settings
+from prompt_tuning_jax.config.paths import BUNDLED, GGUF_MODELS, T5X_MODELS
+from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.registry import find_preset
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
+_OF_T5 = "SEQ_2_SEQ_LM"  # PEFT's name of the kind of model
 # The names of these models on the Hugging Face hub, where PEFT looks for them.
 _PEFT_NAMES = {name: f"google/t5-{name.rpartition('_')[2]}-lm-adapt" for name in T5X_MODELS}
 
@@ -66,6 +72,13 @@ def convert_prompts(
     prompts = [_in_space_of(stored, base, to=to) for stored in prompts]
     for name, stored in zip(names, prompts, strict=True):
         _require_fit(stored, base, path=name, allow_other_model=allow_other_model)
+    joined = [joined_as(name, s.metadata) for name, s in zip(names, prompts, strict=True)]
+    if to == "peft":
+        for name, method in zip(names, joined, strict=True):
+            try:
+                require_usual(method)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
     if files is None:  # the prompts of a folder are in memory, so it may be replaced
         require_outside(source, destination)
     if to == "npy" and dtype == "bfloat16":
@@ -85,14 +98,24 @@ def convert_prompts(
         notes.append("bfloat16 became float32, with the same numbers: .npy does not have it")
     if to != "safetensors" and any(_known(stored.metadata) for stored in prompts):
         notes.append(f"{_WORDS[to]} does not hold the prompt's labels, template and other metadata")
+    lost = {setting for method in joined for setting in lost_settings(method)}
+    if to == "safetensors":  # its metadata have the placement
+        lost = {setting for setting in lost if not setting.startswith("method.placement")}
+    if lost:
+        notes.append(f"{_WORDS[to]} does not hold {', '.join(sorted(lost))}")
     for rows in sorted({s.adapter.left_out for s in prompts if s.adapter} - {0}):
         notes.append(
             f"PEFT saved the prompt twice, for encoder and decoder: the second {rows} rows, which "
             "it does not use with a T5, are left out"
         )
     if to == "peft":
-        notes += _note_on_scale(prompts[0].metadata, base.config)
-        notes += notes_on_bundled(base.name or s.metadata.model_name for s in prompts)
+        if not all(_task_type(stored, base) for stored in prompts):
+            notes.append(
+                f"its task_type is {_OF_T5}, as for a T5, since nothing tells the kind of model; "
+                "for a decoder-only model, give its folder with --model"
+            )
+        notes += _note_on_scale(prompts[0].metadata, base)
+        notes += notes_on_names(base.name or s.metadata.model_name for s in prompts)
     return written(what, destination, notes=notes)
 
 
@@ -137,7 +160,7 @@ def _write(
             path,
             stored.prompt_PD,
             base_model_name_or_path=name_for_peft(base_name),
-            task_type=_task_type(stored, base),
+            task_type=_task_type(stored, base) or _OF_T5,
             num_layers=base.config.num_reading_layers if base.config else None,
             num_attention_heads=base.config.num_heads if base.config else None,
             like=stored.adapter,
@@ -145,46 +168,65 @@ def _write(
         )
         return
     metadata = stored.metadata
-    if base.name:
-        metadata = dataclasses.replace(
-            metadata,
-            model_name=metadata.model_name or base.name,
-            model_fingerprint=metadata.model_fingerprint or base.fingerprint,
-        )
+    if base.config is not None:
+        metadata = with_model(metadata, base.config, name=base.name, fingerprint=base.fingerprint)
     save_prompt(path, stored.prompt_PD, metadata=metadata, format=to, dtype=DTYPES[dtype])
+
+
+def with_model(
+    metadata: PromptMetadata, config: ModelConfig, *, name: str, fingerprint: str
+) -> PromptMetadata:
+    """Returns the metadata with those of the frozen model."""
+    scale = getattr(config, "embedding_scale", 1.0)
+    return dataclasses.replace(
+        metadata,
+        model_name=metadata.model_name or name,
+        model_fingerprint=metadata.model_fingerprint or fingerprint,
+        model_type=getattr(config, "model_type", ""),
+        embedding_scale=None if scale == 1.0 else scale,
+    )
 
 
 def _in_space_of(stored: StoredPrompt, base: _Base, *, to: PromptFormat) -> StoredPrompt:
     """The prompt in the space in which the new format's readers add it to the input."""
     peft = stored.source == "PEFT adapter"
-    scale = _peft_scale(stored.metadata, base.config)
+    scale = _peft_scale(stored.metadata, base)
     if scale == 1.0 or peft == (to == "peft"):
         return stored
     factor = scale if peft else 1.0 / scale
     return dataclasses.replace(stored, prompt_PD=scaled_prompt(stored.prompt_PD, factor))
 
 
-def _peft_scale(metadata: PromptMetadata, config: ModelConfig | None) -> float:
+def _config(metadata: PromptMetadata, base: _Base) -> ModelConfig | None:
+    """The configuration of the prompt's model, if it was opened or is a published one."""
+    return base.config or find_preset(base.name or metadata.model_name)
+
+
+def _peft_scale(metadata: PromptMetadata, base: _Base) -> float:
     """``ModelConfig.peft_prompt_scale`` of the prompt's model, as far as it is known."""
-    config = config or find_preset(metadata.model_name)
-    if config is not None:
+    if (config := _config(metadata, base)) is not None:
         return config.peft_prompt_scale
     return metadata.embedding_scale or 1.0 if metadata.model_type == "t5gemma" else 1.0
 
 
 def _task_type(stored: StoredPrompt, base: _Base) -> str:
-    """PEFT's name of the kind of model; a T5 unless the model or the prompt says otherwise."""
-    if base.config is not None:
-        return task_type(base.config)
+    """PEFT's name of the kind of model; "" if it is unknown."""
+    if (config := _config(stored.metadata, base)) is not None:
+        return task_type(config)
     if stored.adapter is not None and stored.adapter.task_type:
         return stored.adapter.task_type
-    return "CAUSAL_LM" if stored.metadata.model_type in FAMILIES else "SEQ_2_SEQ_LM"
+    if stored.metadata.model_type in FAMILIES:
+        return "CAUSAL_LM"
+    # Only runs know a fingerprint, and they leave out the type of a T5.
+    is_t5 = base.name in T5X_MODELS or stored.metadata.model_fingerprint
+    return _OF_T5 if is_t5 or stored.metadata.model_type else ""
 
 
-def _note_on_scale(metadata: PromptMetadata, config: ModelConfig | None) -> list[str]:
+def _note_on_scale(metadata: PromptMetadata, base: _Base) -> list[str]:
     """A note for adapters of models that multiply their token embeddings."""
+    config = _config(metadata, base)
     scale = getattr(config, "embedding_scale", metadata.embedding_scale) or 1.0
-    if (in_peft := _peft_scale(metadata, config)) != 1.0:
+    if (in_peft := _peft_scale(metadata, base)) != 1.0:
         return [
             f"the adapter's prompt is divided by {in_peft:g}: transformers multiplies the prompts "
             "of this model by it, as it does the embeddings of its tokens"
@@ -197,13 +239,18 @@ def _note_on_scale(metadata: PromptMetadata, config: ModelConfig | None) -> list
     ]
 
 
-def notes_on_bundled(names: Iterable[str]) -> list[str]:
-    """Returns notes for adapters that name a bundled model, which PEFT cannot find."""
-    return [
-        f"PEFT does not know the model {name}, which is bundled here: load the adapter onto the "
-        f"folder {ASSETS / 'tiny'}"
-        for name in sorted(set(names) & set(BUNDLED))
-    ]
+def notes_on_names(names: Iterable[str]) -> list[str]:
+    """Returns notes for adapters of models that PEFT cannot load by their name."""
+    notes = []
+    for name in sorted(set(names)):
+        if name in BUNDLED:
+            folder = f"folder {ASSETS / name}"
+        elif name in GGUF_MODELS or Path(name).suffix == GGUF_SUFFIX or is_address(name):
+            folder = "folder that convert --to hf writes of it"
+        else:
+            continue
+        notes.append(f"PEFT cannot load the model {name}: load the adapter onto the {folder}")
+    return notes
 
 
 def name_for_peft(name: str) -> str:
@@ -222,9 +269,15 @@ def _open_base(
     For PEFT, the default is the model named in the prompts, which is opened if it is a local folder
     or bundled.
     """
-    named = model or next((p.metadata.model_name for p in prompts if p.metadata.model_name), "")
     if to != "peft" and not model:
         return _Base()
+    names = {p.metadata.model_name for p in prompts} - {""}
+    if not model and len(names) > 1:
+        raise UserError(
+            f"the prompts are for different models, {', '.join(sorted(names))}: convert those of "
+            "each model alone, or give --model"
+        )
+    named = model or next(iter(names), "")
     if to == "peft":
         if not named:
             return _Base()

@@ -21,7 +21,11 @@ from prompt_tuning_jax.checkpoints.convert_model import (
     hf_model_type,
     written,
 )
-from prompt_tuning_jax.checkpoints.convert_prompt import name_for_peft, notes_on_bundled
+from prompt_tuning_jax.checkpoints.convert_prompt import (
+    name_for_peft,
+    notes_on_names,
+    with_model,
+)
 from prompt_tuning_jax.checkpoints.destination import (
     PROMPT_SUFFIXES,
     atomic_write_to,
@@ -124,7 +128,7 @@ def convert_tuned(
     *,
     to: Format | None = None,
     dtype: StoredAs = "stored",
-    model: str = "",
+    model: str | Path = "",
     allow_other_model: bool = False,
     overwrite: bool = False,
     combine: Combined | Literal[""] = "",
@@ -139,7 +143,7 @@ def convert_tuned(
     options and errors are those of ``checkpoints.convert.convert``.
     """
     destination = Path(os.path.abspath(Path(destination).expanduser()))
-    to = format_of(destination, to)
+    model, to = str(model), format_of(destination, to)
     if to in ("hf", "t5x"):
         raise UserError(
             f"{source} holds what a method trained, and {to} is a format of models: convert it to "
@@ -182,11 +186,7 @@ def convert_tuned(
             if to == "peft":
                 _write_adapter(place, stored, method, opened, name=name, of=str(file))
                 continue
-            known = dataclasses.replace(
-                stored.metadata,
-                model_name=stored.metadata.model_name or name,
-                model_fingerprint=stored.metadata.model_fingerprint or fingerprint,
-            )
+            known = with_model(stored.metadata, opened.config, name=name, fingerprint=fingerprint)
             if stored.trainable.keys() == {PROMPT}:
                 save_prompt(
                     place,
@@ -208,7 +208,7 @@ def convert_tuned(
     if to == "peft":
         if any(stored.metadata.task or stored.metadata.labels for stored in found):
             notes.append("a PEFT adapter does not hold the task, labels and score")
-        notes += notes_on_bundled([name])
+        notes += notes_on_names([name])
     return written(what, destination, notes=notes)
 
 

@@ -146,11 +146,10 @@ class Bucket:
                 report(name, len(part.value))
                 if len(part.value) < _PART_BYTES:
                     break
-        if len(generations) > 1:
-            path.unlink()
-            raise UserError(
-                f"{self.address}/{name} was replaced while it was being read: try again"
-            )
+            if len(generations) > 1:
+                raise UserError(
+                    f"{self.address}/{name} was replaced while it was being read: try again"
+                )
         return generations.pop().hex() if generations else ""
 
     def _part(self, name: str, offset: int) -> Any:

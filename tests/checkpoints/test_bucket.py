@@ -168,6 +168,23 @@ def test_files_come_in_parts(store: Store, tmp_path: Path, monkeypatch: pytest.M
     assert max(size for _, size in store.sent) <= 100
 
 
+def test_a_file_that_changes_while_it_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is kept, and an earlier copy stays."""
+    monkeypatch.setattr(location, "_PART_BYTES", 100)
+    key, path = "some-bucket/m/file", tmp_path / "file"
+    store.objects[key] = bytes(250)
+    path.write_bytes(b"as it was")
+
+    def replace(name: str, size: int) -> None:
+        store.objects[key] = bytes([1] * 250)
+
+    with pytest.raises(UserError, match="m/file was replaced while it was being read"):
+        location.Bucket("gs://some-bucket/m").fetch("file", path, report=replace)
+    assert path.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_published_checkpoint_comes_with_its_vocabulary(store: Store, shared: Path) -> None:
     folder = shared / "fixtures" / "t5x" / "tiny_t5x" / "checkpoint_3"
     store.put(T5X_MODELS["t5_1_1_lm100k_base"], folder)

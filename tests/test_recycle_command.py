@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.analysis.recycling import recycle
 from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
+from prompt_tuning_jax.checkpoints.inspect import open_source
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
+from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     load_prompt_with_metadata,
@@ -86,6 +89,26 @@ def test_recycled_for_a_wider_model(program: Program, tmp_path: Path, by: str) -
     assert done["paths"] == [str(output)] and done["pieces"] == 89 and done["error"] < 1e-6
     assert output.read_bytes() == before
     assert program("inspect", output).count("recycled (") == 1
+
+
+def test_between_models_that_scale_their_embeddings_differently(
+    tmp_path: Path, shared: Path
+) -> None:
+    """From a T5Gemma to a Llama: prompts are in the space of scaled embeddings, but not PEFT's."""
+    source, target = (str(shared / "fixtures/families" / name) for name in ("t5gemma", "llama_mha"))
+    scale, made = 32**0.5, prompt(3, width=32)
+    tables = [open_source(name).params[EMBEDDING].whole()[3:] for name in (source, target)]
+    wanted = made @ np.linalg.lstsq(scale * tables[0], tables[1], rcond=None)[0]
+    file, adapter = tmp_path / "p.safetensors", tmp_path / "adapter"
+    saved_as = PromptMetadata(model_type="t5gemma", embedding_scale=scale)
+    save_prompt(file, made, metadata=saved_as)
+    write_peft(adapter, made / np.float32(scale), base_model_name_or_path=source)
+    for path in (file, adapter):
+        output = tmp_path / f"{path.stem}_there.safetensors"
+        recycle(path, source=source, target=target, output=output)
+        found, metadata = load_prompt_with_metadata(output)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert (metadata.model_type, metadata.embedding_scale) == ("llama", None)
 
 
 def test_several_at_once_and_other_forms(program: Program, tmp_path: Path) -> None:

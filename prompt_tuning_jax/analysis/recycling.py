@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from prompt_tuning_jax.checkpoints.convert_prompt import with_model
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES, atomic_write_to, require_free
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
-from prompt_tuning_jax.checkpoints.prompt_file import check_fits, save_prompt
+from prompt_tuning_jax.checkpoints.prompt_file import check_fits, in_model_space, save_prompt
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.prompt_sources import prompt_paths, read_all
@@ -281,8 +282,9 @@ def recycle(
     if place.suffix in PROMPT_SUFFIXES and not one:
         raise UserError(f"{prompt} holds several prompts: --output names a folder for them")
     require_free(place, overwrite=overwrite, folder=not one)
-    prompts = read_all(paths)
     here, there = open_source(source), open_source(target)
+    scale = here.config.peft_prompt_scale
+    prompts = {p: in_model_space(s, peft_scale=scale) for p, s in read_all(paths).items()}
     fingerprint, new_fingerprint = fingerprint_of(here), fingerprint_of(there)
     for path, stored in prompts.items():
         check_fits(
@@ -309,13 +311,14 @@ def recycle(
         for path, stored in prompts.items():
             metadata = dataclasses.replace(
                 stored.metadata,
-                model_name=target,
-                model_fingerprint=new_fingerprint,
+                model_name="",
+                model_fingerprint="",
                 metric="",
                 score=None,
                 created_by="",
                 origin=f"{origin}: {path}",
             )
+            metadata = with_model(metadata, there.config, name=target, fingerprint=new_fingerprint)
             file = aside if one else aside / f"{Path(path).stem}.safetensors"
             save_prompt(file, carried[path], metadata=metadata)
             written.append(str(place if one else place / file.name))
@@ -336,8 +339,9 @@ def recycle(
 
 
 def embeddings(opened: ModelCheckpoint) -> HostArray:
-    """Reads only the token embeddings ``[V, D]`` of a model, as float64."""
-    return opened.params[EMBEDDING].whole().astype(np.float64)
+    """Reads only the token embeddings ``[V, D]`` of a model, as its layers get them, as float64."""
+    scale: float = getattr(opened.config, "embedding_scale", 1.0)
+    return opened.params[EMBEDDING].whole().astype(np.float64) * scale
 
 
 def shared_pieces(

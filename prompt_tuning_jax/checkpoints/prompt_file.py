@@ -211,13 +211,18 @@ def load_prompt_with_metadata(
     ``peft_scale`` (``ModelConfig.peft_prompt_scale``), which multiplies a PEFT adapter's prompt.
     Raises UserError if the prompt is missing, damaged, of another width or not a prompt.
     """
-    stored = read_prompt(path)
-    if stored.source == "PEFT adapter" and peft_scale != 1.0:
-        stored = replace(stored, prompt_PD=scaled_prompt(stored.prompt_PD, peft_scale))
+    stored = in_model_space(read_prompt(path), peft_scale=peft_scale)
     if width is not None:
         _check_width(stored.prompt_PD, width=width, path=path)
     prompt_PD = stored.prompt_PD if dtype is None else stored.prompt_PD.astype(dtype, copy=False)
     return prompt_PD, stored.metadata
+
+
+def in_model_space(stored: StoredPrompt, *, peft_scale: float) -> StoredPrompt:
+    """Returns the prompt as a model takes it: an adapter's is multiplied by ``peft_scale``."""
+    if stored.source != "PEFT adapter" or peft_scale == 1.0:
+        return stored
+    return replace(stored, prompt_PD=scaled_prompt(stored.prompt_PD, peft_scale))
 
 
 def scaled_prompt(prompt_PD: HostArray, scale: float) -> HostArray:

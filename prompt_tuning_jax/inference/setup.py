@@ -21,7 +21,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint
 from prompt_tuning_jax.checkpoints.load import load_model, random_model
-from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt_with_metadata
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.field_syntax import parse_rules
 from prompt_tuning_jax.config.methods import split_init
@@ -250,7 +250,7 @@ def attach_unplaced(
             labels=labels,
             vocabulary=model.vocabulary,
             num_tasks=max(len(tasks), 1),
-            init_arrays=read_init_arrays(method),
+            init_arrays=read_init_arrays(method, peft_scale=model.config.peft_prompt_scale),
             init_text=read_init_text(method),
             examples=examples,
         )
@@ -327,10 +327,11 @@ def read_init_text(method: MethodConfig) -> str:
         raise UserError(f"method.init_path: {init_path} is not a text file in UTF-8") from error
 
 
-def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
+def read_init_arrays(method: MethodConfig, *, peft_scale: float = 1.0) -> dict[str, HostArray]:
     """Reads a method's initial arrays, by path, from the file or run at its ``init_path``.
 
-    The dictionary is empty for initializations that read no file.  Raises UserError if
+    The dictionary is empty for initializations that read no file.  ``peft_scale``
+    (``ModelConfig.peft_prompt_scale``) multiplies a PEFT adapter's prompt.  Raises UserError if
     ``init_path`` lacks the needed arrays.
     """
     init, init_path = getattr(method, "init", ""), getattr(method, "init_path", "")
@@ -340,7 +341,7 @@ def read_init_arrays(method: MethodConfig) -> dict[str, HostArray]:
         what = "a prompt file" if init == "file" else "the folder of a run of multitask_prompts"
         raise UserError(f"method.init={init} needs method.init_path, {what}")
     if init == "file":
-        return {PROMPT: load_prompt(init_path)}
+        return {PROMPT: load_prompt_with_metadata(init_path, peft_scale=peft_scale)[0]}
     member: int = getattr(method, "source_member", 0)
     best = train_state.read_latest(Path(init_path).expanduser() / train_state.BEST)
     if best is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.checkpoints.peft.adapter_file import write_peft
 from prompt_tuning_jax.checkpoints.prompt_file import save_prompt
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import read_init_arrays
@@ -115,6 +116,14 @@ def test_what_a_short_prompt_leaves_out_is_said(caplog, name, kwargs, left_out):
     caplog.clear()
     init(name, 20, vocabulary=WORDS, **kwargs)
     assert not caplog.text
+
+
+def test_an_adapters_prompt_is_put_into_the_models_space(tmp_path):
+    prompt = normal(6, D, seed=4)
+    write_peft(tmp_path / "adapter", prompt, base_model_name_or_path="org/t5gemma")
+    method = PromptTuning(init="file", init_path=str(tmp_path / "adapter"))
+    arrays = read_init_arrays(method, peft_scale=4.0)
+    np.testing.assert_array_equal(arrays[PROMPT], 4 * prompt)
 
 
 @pytest.mark.parametrize("ending", ["npy", "safetensors"])

@@ -95,8 +95,16 @@ def open_model(
         raise UserError(
             f"a model is opened by its name or path, not by a value of type {type(given).__name__}"
         )
+    if relpos_max_distance is not None and relpos_max_distance < 1:
+        raise UserError(
+            f"relpos_max_distance is {relpos_max_distance}; it must be a positive integer"
+        )
     name = str(name_or_path)
     location = model_location(name)
+    if relpos_max_distance is not None and not is_t5x(location):
+        raise UserError(
+            f"relpos_max_distance is for T5X checkpoints, which do not store it, and {name} is none"
+        )
     config: ModelConfig
     if is_gguf(Path(location)):
         opened = open_gguf_model(location)

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from prompt_tuning_jax.cli.arguments import Command, non_negative, option, positional, size
+from prompt_tuning_jax.cli.arguments import (
+    Command,
+    non_negative,
+    option,
+    positional,
+    positive,
+    size,
+)
 from prompt_tuning_jax.cli.console import print_notes, readable_size
 from prompt_tuning_jax.errors import printable
 
@@ -44,7 +51,7 @@ class Convert(_FormatOptions):
     vocabulary: str | None = option("FILE", default=None)
     # With --to hf: largest distance of the relative positions of a T5X source, which does not store
     # it (default: 128 for 32 buckets).
-    relpos_max_distance: int | None = option("N", default=None)
+    relpos_max_distance: int | None = option("N", default=None, parse=positive)
     # Frozen model of a prompt or adapter: peft stores its name, and adapters need its shapes.
     model: str | None = option("NAME", default=None)
     # How multitask or per-layer prompts in a T5X checkpoint are combined, if it does not tell.

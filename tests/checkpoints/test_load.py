@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints.load import load_model, open_model
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.t5.config import T5Config
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE, NEW = "encoder/layers_0/mlp/wo/kernel", "encoder/layers_0/mlp/spare/kernel"
@@ -33,6 +34,15 @@ def test_what_is_opened(tiny_t5x: Path, tiny_model_dir: Path) -> None:
     for path in (str(tiny_t5x), tiny_t5x):
         opened = open_model(path)
         assert isinstance(opened.source, T5XCheckpoint) and opened.vocabulary_file is None
+
+
+def test_the_distance_that_t5x_does_not_store(tiny_t5x: Path) -> None:
+    config = open_model(tiny_t5x, relpos_max_distance=64).config
+    assert isinstance(config, T5Config) and config.relpos_max_distance == 64
+    with pytest.raises(UserError, match="relpos_max_distance is 0; it must be a positive"):
+        open_model(tiny_t5x, relpos_max_distance=0)
+    with pytest.raises(UserError, match=r"is for T5X checkpoints, .* and tiny is none"):
+        open_model("tiny", relpos_max_distance=64)
 
 
 def test_a_t5x_folder_may_hold_its_vocabulary(

@@ -308,8 +308,7 @@ def _write_vocabulary(folder: Path, files: Mapping[str, Path | dict[str, object]
 
 def _lost_in_t5x(config: T5Config, params: Mapping[str, LazyArray]) -> list[str]:
     """Lists the settings that a T5X checkpoint does not store and its shapes do not imply."""
-    buckets = config.relpos_num_buckets
-    guessed = config_of(params, relpos_max_distance=128 if buckets == 32 else 2 * buckets)
+    guessed = config_of(params)
     differing = [
         f"{field.name} = {getattr(config, field.name)!r}"
         for field in dataclasses.fields(T5Config)

@@ -124,11 +124,7 @@ def open_model(
         )
     checkpoint = open_t5x(location)
     params = {name: p for name, p in checkpoint.params.items() if not is_trained(name)}
-    buckets = config_of(params).relpos_num_buckets
-    config = config_of(
-        params,
-        relpos_max_distance=relpos_max_distance or (128 if buckets == 32 else 2 * buckets),
-    )
+    config = config_of(params, relpos_max_distance=relpos_max_distance)
     words = None
     if vocabulary:
         words = t5x_vocabulary(name)

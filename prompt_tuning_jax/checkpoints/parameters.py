@@ -122,17 +122,13 @@ def is_trained(name: str) -> bool:
     return _OF_METHODS.fullmatch(name) is not None
 
 
-def config_of(
-    params: Mapping[str, Any],
-    *,
-    relpos_max_distance: int = 128,
-    mlp_activations: tuple[str, ...] | None = None,
-) -> T5Config:
+def config_of(params: Mapping[str, Any], *, relpos_max_distance: int | None = None) -> T5Config:
     """The configuration of the T5 with the parameters ``params`` (by name; only shapes matter).
 
-    The arguments are what shapes do not tell.  ``mlp_activations`` is by default T5 1.1's for a
-    gated mlp and T5 1.0's otherwise.  Prompts and IA3's scales are allowed.  Raises UserError if
-    these are not exactly the parameters of one T5.
+    Shapes do not tell ``relpos_max_distance``: the default is T5's 128 for 32 buckets, and
+    otherwise twice their number.  Nor do they tell activations, which are T5 1.1's for a gated mlp
+    and T5 1.0's otherwise.  Prompts and IA3's scales are allowed.  Raises UserError if these are
+    not exactly the parameters of one T5.
     """
     of = "the checkpoint"
     of_layer = next((name for name in params if _RELPOS_OF_LAYER.fullmatch(name)), None)
@@ -150,8 +146,6 @@ def config_of(
     if not num_heads or all_heads % num_heads:
         raise UserError(f"{of} has query kernels of width {all_heads} for {num_heads} heads")
     gated = "encoder/layers_0/mlp/wi_0/kernel" in params
-    if mlp_activations is None:
-        mlp_activations = ("gelu", "linear") if gated else ("relu",)
     _, mlp_dim = _shape(params, f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel")
     config = T5Config(
         vocab_size=vocab_size,
@@ -161,10 +155,10 @@ def config_of(
         mlp_dim=mlp_dim,
         num_encoder_layers=_count_layers(params, "encoder"),
         num_decoder_layers=_count_layers(params, "decoder"),
-        mlp_activations=mlp_activations,
+        mlp_activations=("gelu", "linear") if gated else ("relu",),
         tie_embeddings=LOGITS not in params,
         relpos_num_buckets=num_buckets,
-        relpos_max_distance=relpos_max_distance,
+        relpos_max_distance=relpos_max_distance or (128 if num_buckets == 32 else 2 * num_buckets),
         relpos_per_layer=of_layer is not None,
     )
     require_parameters({k: v for k, v in params.items() if not is_trained(k)}, config, of=of)

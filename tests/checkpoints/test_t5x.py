@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.checkpoints.parameters import PROMPT, config_of
-from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x, read_t5x_step
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.t5.config import T5Config
 
@@ -52,7 +52,7 @@ def test_reads_inline_and_stored_leaves_and_leaves_the_optimizer_alone(checkpoin
     assert list(params) == ["mlp/wo/kernel", "norm/scale"]
     np.testing.assert_array_equal(params["mlp/wo/kernel"], LARGE)
     np.testing.assert_array_equal(params["norm/scale"], SMALL)
-    assert read_t5x_step(checkpoint) == 7
+    assert open_t5x(checkpoint).step == 7
 
 
 def test_reads_bfloat16(checkpoint: Path) -> None:
@@ -165,7 +165,7 @@ def test_config_from_shapes(gated: bool) -> None:
 def test_the_original_tiny_checkpoint(shared: Path) -> None:
     t5x = shared / "fixtures" / "t5x"
     tiny = read_t5x(t5x / "tiny_t5x" / "checkpoint_3")
-    assert read_t5x_step(t5x / "tiny_t5x" / "checkpoint_3") == 3
+    assert open_t5x(t5x / "tiny_t5x" / "checkpoint_3").step == 3
     table = np.load(t5x / "tiny_embeddings_32128x4.npy")
     np.testing.assert_array_equal(tiny["token_embedder/embedding"], table)
     assert config_of(tiny, relpos_max_distance=8) == T5Config(

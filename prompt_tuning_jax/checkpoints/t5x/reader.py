@@ -228,11 +228,6 @@ def read_t5x(folder: str | Path) -> dict[str, HostArray]:
     return {name: array.whole() for name, array in open_t5x(folder).params.items()}
 
 
-def read_t5x_step(folder: str | Path) -> int:
-    """The training step at which a checkpoint was saved."""
-    return open_t5x(folder).step
-
-
 def _nothing_in(place: CheckpointFolder) -> str:
     none = f"{place.name} has no index file {INDEX!r}"
     if place.root is None:

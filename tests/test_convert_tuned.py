@@ -209,6 +209,16 @@ def test_inspect_says_what_was_tuned(run: Path, program: Program, tmp_path: Path
     assert "LoRA, " in program("inspect", run)
 
 
+def test_a_model_in_the_cache_is_found_by_its_name(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "kept.safetensors"
+    save_tuned(path, stored(LORA, model_name="smollm2"))
+    words = ("convert", path, tmp_path / "a", "--to", "peft")
+    assert "the model smollm2 is not in the cache" in program.refused(*words)
+
+
 def test_what_is_refused(program: Program, tmp_path: Path) -> None:
     model = tiny_run.model_folder()
     kept = stored(LORA, model_name="org/elsewhere")

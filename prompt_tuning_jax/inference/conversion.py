@@ -51,7 +51,7 @@ from prompt_tuning_jax.checkpoints.tuned_checkpoint import (
 )
 from prompt_tuning_jax.config.config_file import RUN_CONFIG, run_config
 from prompt_tuning_jax.config.experiment import Experiment
-from prompt_tuning_jax.config.paths import BUNDLED
+from prompt_tuning_jax.config.paths import BUNDLED, GGUF_MODELS
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.loading_methods import members_of_run, peft_adapter
@@ -227,7 +227,7 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]
             named = open_tuned(file).metadata.model_name
         else:
             named = str(file) if is_t5x(file) else ""  # the checkpoint holds its model
-        if named in BUNDLED or (named and Path(named).exists()):
+        if named in (*BUNDLED, *GGUF_MODELS) or (named and Path(named).exists()):
             return named, open_source(named, vocabulary=False)
         said = f"is for {named}, which is not on this machine" if named else "names no model"
         raise UserError(f"{file} {said}: give --model, whose shapes decide")

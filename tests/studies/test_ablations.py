@@ -5,11 +5,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+from prompt_tuning_jax.checkpoints.run_folder import Best, member_names
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data
 from prompt_tuning_jax.data.tasks.selection import build_mixture
@@ -304,3 +307,59 @@ def test_the_mean_of_probabilities_hears_how_sure_members_are() -> None:
         ],
     )
     assert ensemble_study._most_probable((0, 1), members, 0) == "blue"
+
+
+def test_parts_of_a_cell_share_its_search_and_claim_no_ensemble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a limit or a full device divides a group: one learning rate, no vote of a part."""
+    trained: list[tuple[str, tuple[int, ...], tuple[float, ...]]] = []
+
+    def train(of: Any, **options: Any) -> Any:
+        del options
+        training = of.training
+        folder = str(Path(training.workdir).relative_to(tmp_path))
+        if len(training.seeds) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        trained.append((folder, training.seeds, training.learning_rates))
+        # Each seed would choose another rate.
+        scores = [
+            -abs(rate - (0.1, 0.3, 1.0)[training.seeds[0]]) for rate in training.learning_rates
+        ]
+        best = tuple(Best(step=2, metrics={"accuracy": score}) for score in scores or [50.0] * 2)
+        names = member_names(of)
+        return SimpleNamespace(
+            finished=True,
+            best=best[: len(names)],
+            best_tuned={"prompt": np.zeros((1, 2))},
+            workdir=of.training.workdir,
+        )
+
+    def votes(result: Any, metric: str, group: Any) -> dict[str, Any]:
+        del result, metric
+        return {"split": "s", "ensembles": {runs._key(group.points[0].value, None): 99.0}}
+
+    per_prompt = [{"accuracy": 50.0}] * 2
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "_scores_of", votes)
+    monkeypatch.setattr(
+        runs,
+        "evaluate",
+        lambda of, prompts: SimpleNamespace(per_prompt=per_prompt[: len(of.training.seeds)]),
+    )
+    for number, at_once in enumerate((2, 0)):
+        trained.clear()
+        of = experiment(tmp_path / str(number), {**SHORT, "training.seeds": (0, 1, 2)})
+        settings = Settings(search=True, at_once=at_once, test=of.data)
+        results = ablate(of, grid("method", "prompt_tuning"), settings, quiet=True).results
+        assert results is not None
+        (cell,) = results.cells
+        assert cell.chosen == "rate 0.1" and cell.ensemble is None
+        assert len(cell.scores) == 3
+        root = f"{number}/method_prompt_tuning"
+        searches = [
+            (f"{root}/search_0_to_1", (0, 0), (0.1, 0.3)),
+            (f"{root}/search_2_to_2", (0,), (1.0,)),
+        ]
+        seeds = [(f"{root}_0_to_1/seeds", (0, 1), ()), (f"{root}_2_to_2/seeds", (2,), ())]
+        assert trained == [*searches, seeds[0], *searches, seeds[1]]

@@ -26,12 +26,14 @@ class Group:
     """Points that one run trains at once, as its members, on one frozen model.
 
     ``experiment`` has a seed for each point, and a learning rate or initialization for each where
-    the axes vary these.  ``name`` is the run's folder.
+    the axes vary these.  ``name`` is the run's folder.  ``whole`` is the group that this one is a
+    part of, or None.
     """
 
     name: str
     experiment: Experiment
     points: tuple[Point, ...]
+    whole: "Group | None" = None
 
     def part(self, start: int, stop: int) -> "Group":
         """Returns a group of some of the points."""
@@ -46,6 +48,7 @@ class Group:
                 self.experiment, training=dataclasses.replace(training, **fields)
             ),
             points=self.points[start:stop],
+            whole=self.whole or self,
         )
 
     def halves(self) -> "tuple[Group, Group]":

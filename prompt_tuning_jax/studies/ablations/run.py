@@ -115,7 +115,8 @@ def ablate(
                 if _OUT_OF_MEMORY not in str(error) or len(group.points) < 2:
                     raise
                 say(quiet, f"{group.name}: the device cannot hold all; training half at a time")
-                pending[:0] = [in_folder(half, root) for half in group.halves()]
+                pending[:0] = halves = [in_folder(half, root) for half in group.halves()]
+                settings = dataclasses.replace(settings, at_once=len(halves[0].points))
                 continue
             if stopped_by:
                 return AblationResult(results=results, files=files, stopped_by=stopped_by)
@@ -136,9 +137,10 @@ def tested_on(of: Experiment, settings: Settings) -> Experiment:
 
 def in_folder(group: Group, root: Path) -> Group:
     """Returns the group with its folder in ``root`` as the run's working directory."""
-    training = dataclasses.replace(group.experiment.training, workdir=str(root / group.name))
     return dataclasses.replace(
-        group, experiment=dataclasses.replace(group.experiment, training=training)
+        group,
+        experiment=_with_training(group.experiment, workdir=str(root / group.name)),
+        whole=group.whole and in_folder(group.whole, root),
     )
 
 
@@ -222,19 +224,9 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
     metric, direction = _metric_of(of)
     rates = rates_of(of, method_name(of.method)) if settings.search else ()
     if rates:
-        search = train(
-            _with_training(
-                of,
-                seeds=of.training.seeds[:1] * len(rates),
-                learning_rates=rates,
-                inits=(),
-                workdir=str(folder / "search"),
-            ),
-            quiet=quiet,
-        )
-        if not search.finished:
-            return search.stopped_by, {}
-        scores = [best.metrics[metric] if best else float("nan") for best in search.best]
+        stopped_by, scores = _searched(group, rates, metric, settings, quiet=quiet)
+        if stopped_by:
+            return stopped_by, {}
         rate = rates[best_of(scores, direction)]
         chosen = f"rate {rate:g}"
         of = dataclasses.replace(
@@ -268,6 +260,35 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
     if settings.measure:
         found["cost"] = {**step_cost_of(of), "saved_bytes": _saved_bytes(run)}
     return 0, found
+
+
+def _searched(
+    group: Group, rates: tuple[float, ...], metric: str, settings: Settings, *, quiet: bool
+) -> tuple[int, list[float]]:
+    """Trains the first seed with each learning rate; parts of a group share the search.
+
+    Returns the number of the signal that stopped it, or 0, and the validation scores.
+    """
+    of = (group.whole or group).experiment
+    at_once = settings.at_once or len(rates)
+    scores: list[float] = []
+    for start in range(0, len(rates), at_once):
+        tried = rates[start : start + at_once]
+        name = "search" if tried == rates else f"search_{start}_to_{start + len(tried) - 1}"
+        run = train(
+            _with_training(
+                of,
+                seeds=of.training.seeds[:1] * len(tried),
+                learning_rates=tried,
+                inits=(),
+                workdir=str(workdir_of(of) / name),
+            ),
+            quiet=quiet,
+        )
+        if not run.finished:
+            return run.stopped_by, []
+        scores += [best.metrics[metric] if best else float("nan") for best in run.best]
+    return 0, scores
 
 
 def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
@@ -372,6 +393,7 @@ def _results(
             if len(found) < len(experiment.training.seeds):
                 continue
             (_, _, first), *_ = found
+            whole = all(result is first for _, _, result in found)
             if not first.get("all_seeds", True):
                 found = found[:1]  # nothing is drawn, so all seeds are the same
             cells.append(
@@ -380,7 +402,7 @@ def _results(
                     line=line,
                     seeds=tuple(seed for seed, _, _ in found),
                     scores=tuple(_score(member, settings) for _, member, _ in found),
-                    ensemble=first["ensembles"].get(_key(value, line)),
+                    ensemble=first["ensembles"].get(_key(value, line)) if whole else None,
                     chosen=first["chosen"],
                     trained=first["trained"],
                     model_parameters=first["model_parameters"],

@@ -11,7 +11,7 @@ from prompt_tuning_jax.config.overrides import to_dict, to_json
 from prompt_tuning_jax.config.paths import with_whole_paths
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import METHODS, PromptTuning
-from prompt_tuning_jax.training.resume import claim
+from prompt_tuning_jax.training.resume import claim, require_run
 
 
 @pytest.fixture
@@ -100,6 +100,17 @@ def test_a_run_that_kept_relative_paths_is_compared_by_where_they_lead(home: Pat
     run = home / "runs/mine"
     (run / "experiment.json").write_text(to_json(relative()))
     claim(run, with_whole_paths(relative()))
+
+
+def test_a_study_that_names_relative_paths_resumes(home: Path) -> None:
+    """Studies claim folders, and look at them, before a run makes the paths absolute."""
+    run = home / "runs/mine"
+    for _ in range(2):
+        claim(run, relative())
+        assert require_run(run, relative(), exactly=True) is not None
+        claim(run, with_whole_paths(relative()))
+    saved = saved_config(str(run))
+    assert saved is not None and saved.data.train == str(home / "t.jsonl")
 
 
 def test_what_is_in_a_run_moves_with_it(home: Path) -> None:

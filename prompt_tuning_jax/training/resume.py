@@ -34,7 +34,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
         with suppress(FileNotFoundError):
             (folder / RESULTS).unlink()
     with atomic_write(folder / RUN_CONFIG) as aside:
-        aside.write_text(to_json(experiment), encoding="utf-8")
+        aside.write_text(to_json(with_whole_paths(experiment)), encoding="utf-8")
 
 
 def require_run(
@@ -49,7 +49,6 @@ def require_run(
     config = saved_config(str(folder)) if folder.is_dir() else None
     if config is None:
         return None
-    config = with_whole_paths(config)  # a path may exist only since the run began
     present, wanted = _what_decides(config), _what_decides(experiment)
     differing = diff(present, wanted)
     if not exactly:
@@ -127,6 +126,10 @@ def _what_stays(experiment: Experiment) -> Experiment:
 
 
 def _what_decides(experiment: Experiment) -> Experiment:
-    """Returns the experiment without workdir and mesh, since a run may resume elsewhere."""
+    """Returns the experiment without workdir and mesh, since a run may resume elsewhere.
+
+    Paths are absolute, because relative ones lead to the same files.
+    """
+    experiment = with_whole_paths(experiment)
     training = dataclasses.replace(experiment.training, workdir="")
     return dataclasses.replace(experiment, training=training, mesh=Mesh())

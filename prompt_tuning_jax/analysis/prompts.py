@@ -21,7 +21,7 @@ from prompt_tuning_jax.analysis.words import (
     token_text,
 )
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, check_fits
+from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, check_fits, in_model_space
 from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
@@ -146,6 +146,8 @@ def analyze(
     with shared_model():
         model = build_model(of_model)
         fingerprint = model_fingerprint(model)
+        scale = model.config.peft_prompt_scale
+        stored = {path: in_model_space(one, peft_scale=scale) for path, one in stored.items()}
         for path, one in stored.items():
             check_fits(
                 one.prompt_PD,

@@ -1,13 +1,27 @@
 """Recyclers find what is there to be found between two tables of embeddings."""
 
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.analysis import recycling
 from prompt_tuning_jax.analysis.recycling import BY, By, Fit, as_combinations, fit_recycler
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
+from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    PromptMetadata,
+    StoredPrompt,
+    load_prompt_with_metadata,
+)
 from prompt_tuning_jax.errors import UserError
 from tests.micro import normal
+from tests.tiny_lm import make_lm
+from tests.tiny_t5gemma import make_t5gemma
 
 SOURCE = normal(200, 16, seed=3).astype(np.float64)
 PROMPT = normal(4, 16, seed=4, scale=3).astype(np.float64)
@@ -115,3 +129,48 @@ def test_refusals() -> None:
         fit_recycler(SOURCE[:19], SOURCE[:19])
     with pytest.raises(UserError, match="so they differ"):
         fit_recycler(SOURCE, SOURCE[:50])
+
+
+def opened(table_VD: np.ndarray, **config: Any) -> ModelCheckpoint:
+    """A checkpoint of which only the embeddings are read."""
+    vocab_size, embed_dim = table_VD.shape
+    of = SimpleNamespace(vocab_size=vocab_size, embed_dim=embed_dim, **config)
+    params = {EMBEDDING: SimpleNamespace(whole=lambda: table_VD)}
+    return cast(Any, SimpleNamespace(config=of, params=params, vocabulary_file=None))
+
+
+@pytest.mark.parametrize(
+    "make", [make_lm, lambda: make_lm("gemma"), lambda: make_t5gemma("t5gemma")]
+)
+def test_embeddings_are_in_the_space_of_prompts(make: Any) -> None:
+    model = make()
+    table_VD = np.asarray(param_tree.split(model)[1][EMBEDDING])
+    scale = getattr(model.config, "embedding_scale", 1.0)
+    found = recycling.embeddings(opened(table_VD, embedding_scale=scale))
+    wanted = model.embedding_table()[np.arange(len(table_VD))]
+    np.testing.assert_allclose(found, np.asarray(wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("kind", ["safetensors", "PEFT adapter"])
+def test_models_that_scale_their_embeddings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: By, kind: Any
+) -> None:
+    """A prompt of tokens stays one of the same tokens, whatever the factors of the models are."""
+    target_VE = (SOURCE @ normal(16, 24, seed=6)).astype(np.float32)
+    models = {
+        "a": opened(SOURCE, embedding_scale=4.0, peft_prompt_scale=4.0, model_type="t5gemma"),
+        "b": opened(target_VE, embedding_scale=5.0, model_type="gemma3_text"),
+    }
+    tokens = [7, 50, 120]
+    prompt_PD = SOURCE[tokens] if kind == "PEFT adapter" else 4 * SOURCE[tokens]
+    about = PromptMetadata(model_name="a", model_type="t5gemma", embedding_scale=4.0)
+    stored = StoredPrompt(prompt_PD=prompt_PD.astype(np.float32), metadata=about, source=kind)
+    monkeypatch.setattr(recycling, "open_source", models.__getitem__)
+    monkeypatch.setattr(recycling, "fingerprint_of", lambda model: "f" * 16)
+    monkeypatch.setattr(recycling, "read_all", lambda paths: {paths[0]: stored})
+    output = tmp_path / "q.safetensors"
+    recycling.recycle("p", source="a", target="b", output=output, fit=FITS[by])
+    found_PE, metadata = load_prompt_with_metadata(output)
+    np.testing.assert_allclose(found_PE, 5 * target_VE[tokens], atol=2e-3)
+    assert (metadata.model_type, metadata.embedding_scale) == ("gemma3_text", 5.0)

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import export_model
 from prompt_tuning_jax.pretraining.run import pretrain
+from prompt_tuning_jax.training.resume import require_run
 
 
 def adapted_models(
@@ -26,6 +27,22 @@ def adapted_models(
         raise UserError(
             "--adapt: the config has no data.objectives; give one such as configs/lm_adapt_tiny.py"
         )
+
+    def of(number: int) -> Experiment:
+        optimizer = dataclasses.replace(
+            experiment.optimizer, decay_steps=experiment.optimizer.decay_steps or max(steps)
+        )
+        return dataclasses.replace(
+            experiment,
+            model=dataclasses.replace(experiment.model, name_or_path=model.name_or_path),
+            optimizer=optimizer,
+            training=dataclasses.replace(
+                experiment.training, steps=number, workdir=str(folder / "run")
+            ),
+        )
+
+    done = train_state.latest_step(folder / "run" / train_state.LAST)
+    require_run(folder / "run", of(max(done, *steps)))  # the exports may be of another config
     models = {}
     for number in sorted(set(steps)):
         if number == 0:
@@ -33,24 +50,12 @@ def adapted_models(
             continue
         place = folder / f"steps_{number}"
         if not (place / CONFIG).is_file():
-            results = run_folder.read_results(folder / "run")
-            if results is not None and results.step > number:
+            if done > number:
                 raise UserError(
                     f"{place} is missing, and the run in {folder / 'run'} is already past step "
                     f"{number}; remove {folder} to adapt the model again"
                 )
-            of = dataclasses.replace(
-                experiment,
-                model=dataclasses.replace(experiment.model, name_or_path=model.name_or_path),
-                optimizer=dataclasses.replace(
-                    experiment.optimizer,
-                    decay_steps=experiment.optimizer.decay_steps or max(steps),
-                ),
-                training=dataclasses.replace(
-                    experiment.training, steps=number, workdir=str(folder / "run")
-                ),
-            )
-            run = pretrain(of, quiet=quiet)
+            run = pretrain(of(number), quiet=quiet)
             if run.stopped_by:
                 return models, run.stopped_by
             export_model(folder / "run", str(place))

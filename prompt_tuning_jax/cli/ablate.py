@@ -61,7 +61,14 @@ class Ablate(ConfigOptions):
     def run(self) -> None:
         if self.test_split and self.test_data:
             raise UserError("give --test_split or --test_data, not both")
+        if self.adapt and self.setting not in ("lm_steps", "objective"):
+            raise UserError(f"--adapt is for lm_steps and objective, not for {self.setting}")
         experiment = self.experiment()
+        if self.test_split and experiment.data.eval:
+            raise UserError(
+                "--test_split is for registered tasks, and the examples come from data.eval="
+                f"{experiment.data.eval}; give the file to score with --test_data"
+            )
         if len(experiment.training.seeds) < 2 and "training.seeds" not in self.set_fields():
             training = replace(experiment.training, seeds=_SEEDS)
             experiment = replace(experiment, training=training)
@@ -112,8 +119,6 @@ class Ablate(ConfigOptions):
 
     def _adapted(self, experiment: Experiment) -> tuple[str, ...]:
         """LM-adapt the model, and return --values with the names of the adapted models."""
-        if self.setting not in ("lm_steps", "objective"):
-            raise UserError(f"--adapt is for lm_steps and objective, not for {self.setting}")
         from prompt_tuning_jax.config.config_file import load_config
         from prompt_tuning_jax.studies.ablations.adaptation import adapted_models
 
@@ -124,8 +129,10 @@ class Ablate(ConfigOptions):
             steps = [0, config.training.steps]
         else:
             steps = [int(text) for text in self.values if text.isdecimal()]
-            if len(steps) != len(self.values) or not steps:
-                raise UserError("--values: with --adapt, give numbers of steps, for example 0,100")
+            if len(set(steps)) != len(self.values) or not steps:
+                raise UserError(
+                    "--values: with --adapt, give different numbers of steps, for example 0,100"
+                )
         workdir = experiment.training.workdir
         if not workdir:
             raise UserError("training.workdir is empty; say where to keep the runs with --workdir")

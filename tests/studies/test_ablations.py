@@ -224,6 +224,10 @@ def test_sentinels_in_targets_are_in_labels_but_not_in_metrics() -> None:
     assert task.fingerprint("validation") != other.fingerprint("validation")
 
 
+_EACH = ("--seeds", "0,1", "--set")
+_ADAPT = str(tiny_run.ROOT / "configs/lm_adapt_tiny.py")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,6 +245,21 @@ def test_sentinels_in_targets_are_in_labels_but_not_in_metrics() -> None:
         (["init", "--values", "best"], "method.init"),
         (["length", "--adapt", "x.py"], "--adapt is for lm_steps and objective"),
         (["length", "--test_split", "a", "--test_data", "b"], "not both"),
+        # What would have no effect.
+        (["ensemble", "--adapt", "x.py"], "--adapt is for lm_steps and objective"),
+        (["length", "--test_split", "test"], "--test_split is for registered tasks"),
+        (["learning_rate", "--search"], "--search chooses the learning rate"),
+        (["length", "--lines", "learning_rate=1,2", "--search"], "--search chooses the learning"),
+        (["optimizer.learning_rate", "--values", "1,2", "--search"], "--search chooses the learn"),
+        (["training.seeds", "--values", "1,2"], "training.seeds cannot vary"),
+        (
+            ["length", *_EACH, "training.learning_rates=1,2"],
+            "training.learning_rates has no effect",
+        ),
+        (["length", *_EACH, "training.inits=uniform,uniform"], "training.inits has no effect"),
+        (["ensemble", *_EACH, "training.learning_rates=1,2"], "training.learning_rates has no"),
+        (["ensemble", *_EACH, "evaluation.best_by=loss"], "ensembles are scored by their answers"),
+        (["lm_steps", "--values", "0,0", "--adapt", _ADAPT], "give different numbers of steps"),
     ],
 )
 def test_wrong_arguments(

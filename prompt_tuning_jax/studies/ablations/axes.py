@@ -174,13 +174,17 @@ AXES: Mapping[str, Axis] = {
     )
 }
 OBJECTIVES = ("span_corruption", "sentinel", "lm_adaptation")
+# Fields of ``training`` that an ablation sets for each run.
+_SET_FOR_EACH_RUN = ("seeds", "learning_rates", "inits", "workdir")
 
 
 def get_axis(name: str, *, option: str) -> Axis:
     """Returns the axis with that name, or that varies the field of the config with that path.
 
-    Raises UserError with the nearest name if it is unknown.
+    Raises UserError with the nearest name if it is unknown, and for a field that an ablation sets.
     """
+    if name in [f"training.{field}" for field in _SET_FOR_EACH_RUN]:
+        raise UserError(f"{option}: {name} cannot vary, because an ablation sets it for each run")
     if "." in name:
         field = name.replace("_", " ").rpartition(".")[2]
         return Axis(name=name, title=field, apply=_field(name), scale="names")
@@ -190,6 +194,17 @@ def get_axis(name: str, *, option: str) -> Axis:
             f"{option}: unknown setting {name!r}: {known}, or a field such as data.task"
         )
     return AXES[name]
+
+
+def require_one_setting(experiment: Experiment) -> None:
+    """Raises UserError for a learning rate or initialization of each seed, which a study sets."""
+    instead = {"learning_rates": "optimizer.learning_rate", "inits": "method.init"}
+    for name, field in instead.items():
+        if getattr(experiment.training, name):
+            raise UserError(
+                f"training.{name} has no effect: the study says what each seed has; leave it "
+                f"empty, and set {field}"
+            )
 
 
 def values_of(axis: Axis, texts: Sequence[str], *, option: str) -> tuple[Value, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.studies.ablations.axes import Axis, Value
+from prompt_tuning_jax.studies.ablations.axes import Axis, Value, require_one_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ class Grid:
 
     def groups(self, base: Experiment, seeds: Sequence[int], *, at_once: int = 0) -> list[Group]:
         """Returns the runs; ``at_once`` is the largest number of members per run, 0 for any."""
+        require_one_setting(base)
         member_fields: dict[str, str] = {
             axis.member_field: axis.name
             for axis in (self.axis, self.line_axis)

@@ -91,6 +91,9 @@ def ablate(
     data is missing.
     """
     settings = settings or Settings()
+    for axis in (grid.axis, grid.line_axis):
+        if settings.search and axis and axis.name.rpartition(".")[2] == "learning_rate":
+            raise UserError("--search chooses the learning rate, which varies already; drop one")
     root = workdir_of(experiment)
     require_place(root)
     groups = [
@@ -414,7 +417,7 @@ def _results(
     return Results(
         grid=grid,
         cells=tuple(cells),
-        metric=first["metric"],
+        metric=", ".join(dict.fromkeys(result["metric"] for _, result in kept)),
         direction=first["direction"],
         split=first["split"],
         task=task_title(experiment.data),

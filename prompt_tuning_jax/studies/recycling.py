@@ -36,6 +36,7 @@ from prompt_tuning_jax.studies.ablations.run import (
     Settings,
     as_read,
     check,
+    digests_of,
     score_group,
     tested_on,
 )
@@ -83,7 +84,10 @@ def recycled_prompts(
     here, there = open_source(old), open_source(model)
     shared_pieces((old, here), (model, there))
     same_width = here.config.embed_dim == there.config.embed_dim
-    differ = relative_error(embeddings(here), embeddings(there)) if same_width else None
+    rows = min(here.config.vocab_size, there.config.vocab_size)  # one may have more padding
+    differ = None
+    if same_width:
+        differ = relative_error(embeddings(here)[:rows], embeddings(there)[:rows])
     goals = tasks_of(experiment, tasks, form=form, test_split=test_split, option="--from")
     groups = {way: [_group(goal, way, root, model) for goal in goals] for way in (OLD, NEW)}
     for number, goal in enumerate(goals):
@@ -164,7 +168,7 @@ def _carried(
             "experiment": to_dict(tested),
             "examples": data_of(tested, training=False),
             "models": fingerprints,
-            "prompts": [str(path) for path in paths],
+            "prompts": digests_of(paths),
         }
     )
     file = folder / "scores.json"

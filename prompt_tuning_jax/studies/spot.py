@@ -23,10 +23,16 @@ from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.tasks.metrics import Direction, best_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import shared_model
-from prompt_tuning_jax.studies.ablations.axes import Axis, Value
+from prompt_tuning_jax.studies.ablations.axes import Axis, Value, require_one_setting
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group, Point
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
-from prompt_tuning_jax.studies.ablations.run import AblationResult, Settings, check, score_group
+from prompt_tuning_jax.studies.ablations.run import (
+    AblationResult,
+    Settings,
+    check,
+    claim_data,
+    score_group,
+)
 from prompt_tuning_jax.studies.named_tasks import (
     Task,
     majority_note,
@@ -87,8 +93,7 @@ def spot(
     root = workdir_of(experiment)
     require_place(root)
     require_prompts(experiment, "--spot")
-    training = dataclasses.replace(experiment.training, learning_rates=(), inits=())
-    experiment = dataclasses.replace(experiment, training=training)
+    require_one_setting(experiment)
     origins = tasks_of(experiment, sources, form=form, test_split=test_split, option="--from")
     goals = tasks_of(experiment, targets, form=form, test_split=test_split, option="--to")
     for goal in goals:
@@ -110,6 +115,7 @@ def spot(
     with shared_model():
         for number, (name, of) in enumerate(plans.items()):
             say(quiet, f"\nsource {name}: {number + 1} of {len(plans)}")
+            claim_data(of)
             run = train(of, quiet=quiet)
             if not run.finished:
                 return AblationResult(results=None, files=(), stopped_by=run.stopped_by)
@@ -163,7 +169,8 @@ def _target_runs(
     inits = [str(getattr(of.method, "init", ""))]
     for name in names:
         (prompt,) = member_names(plans[name])
-        inits.append(f"file={workdir_of(plans[name]) / PROMPTS / prompt}.safetensors")
+        folder = workdir_of(plans[name]).absolute() / PROMPTS
+        inits.append(f"file={folder / prompt}.safetensors")
     groups = []
     for seed in seeds:
         name = f"targets/{goal.name}/seed_{seed}"

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.checkpoints.hf.config import CONFIG
 from prompt_tuning_jax.checkpoints.run_folder import Best, member_names
 from prompt_tuning_jax.cli.main import main
-from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.config.experiment import Data, Model
 from prompt_tuning_jax.data.tasks.selection import build_mixture
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
@@ -27,6 +28,7 @@ from prompt_tuning_jax.methods import (
     PromptDesign,
     method_name,
 )
+from prompt_tuning_jax.studies.ablations import adaptation
 from prompt_tuning_jax.studies.ablations import ensembles as ensemble_study
 from prompt_tuning_jax.studies.ablations import run as runs
 from prompt_tuning_jax.studies.ablations.axes import AXES, Value, get_axis, values_of
@@ -35,6 +37,7 @@ from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.ablations.methods import compared
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of
 from prompt_tuning_jax.studies.ablations.run import Settings, ablate
+from prompt_tuning_jax.training.resume import claim
 from tests import tiny_run
 from tests.tiny_run import experiment, write_config
 
@@ -299,6 +302,10 @@ def test_ensembles_of_all_subsets(tmp_path: Path) -> None:
     file.write_text(json.dumps(kept))
     again = ensembles(of, methods, Settings(), quiet=True)
     assert again.results is not None and again.results.cells[0].scores == (1.0, 2.0, 3.0)
+    data = file.with_name(runs.DATA)
+    data.write_text(data.read_text().replace("train", "other"))
+    with pytest.raises(UserError, match="has a run on other data or weights"):
+        ensembles(of, methods, Settings(), quiet=True)
     with pytest.raises(UserError, match="trains nothing"):
         ensembles(of, (Value(name="none"),), Settings(), quiet=True)
 
@@ -382,3 +389,52 @@ def test_parts_of_a_cell_share_its_search_and_claim_no_ensemble(
         ]
         seeds = [(f"{root}_0_to_1/seeds", (0, 1), ()), (f"{root}_2_to_2/seeds", (2,), ())]
         assert trained == [*searches, seeds[0], *searches, seeds[1]]
+
+
+def test_every_metric_of_a_table_is_named() -> None:
+    of = experiment("w", SHORT)
+    lengths = grid("length", "1", "3")
+    result = {
+        "members": [{"validation": 1.0}, {"validation": 2.0}],
+        "direction": "max",
+        "split": "validation",
+        "majority": None,
+        "ensembles": {},
+        "chosen": "",
+        "trained": 1,
+        "model_parameters": 1,
+    }
+    kept = [
+        (group, {**result, "metric": metric})
+        for group, metric in zip(lengths.groups(of, (0, 1)), ("accuracy", "f1"), strict=True)
+    ]
+    assert runs._results(of, lengths, kept, Settings(), 2).metric == "accuracy, f1"
+
+
+def test_adapted_models_of_another_config_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretrain(of: Any, **options: Any) -> Any:
+        del options
+        trained.append(of.training.steps)
+        claim(Path(of.training.workdir), of)
+        return SimpleNamespace(stopped_by=0)
+
+    def export(run: Path, place: str) -> None:
+        del run
+        Path(place).mkdir()
+        (Path(place) / CONFIG).write_text("{}")
+
+    trained: list[int] = []
+    monkeypatch.setattr(adaptation, "pretrain", pretrain)
+    monkeypatch.setattr(adaptation, "export_model", export)
+    of = experiment("", {"data.objectives": ("prefix_lm",)})
+    models = {0: of.model.name_or_path} | {n: str(tmp_path / f"steps_{n}") for n in (2, 4)}
+    for _ in range(2):
+        found = adaptation.adapted_models(of, of.model, (4, 0, 2), tmp_path, quiet=True)
+        assert found == (models, 0) and trained == [2, 4]
+    other = experiment("", {"data.objectives": ("prefix_lm",), "optimizer.learning_rate": 1.0})
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
+        adaptation.adapted_models(other, of.model, (0, 2, 4), tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"model\.name_or_path"):
+        adaptation.adapted_models(of, Model(name_or_path="tiny"), (0, 2), tmp_path, quiet=True)

@@ -1,5 +1,6 @@
 """Prompts on another version of their model: the scores of each way, and what is kept."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def test_old_prompts_on_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(study, "recycle", None)
     monkeypatch.setattr(study, "evaluate", None)
     assert again().results == done.results
+    # Scores of other prompts in the same files are not those of these.
+    file = tmp_path / "w/old/colour/prompts/seed_1.safetensors"
+    file.write_bytes((tmp_path / "w/old/colour/prompts/seed_0.safetensors").read_bytes())
+    with pytest.raises(TypeError, match="not callable"):
+        again()
 
 
 def test_wrong_input_is_refused_before_training(
@@ -61,6 +67,12 @@ def test_wrong_input_is_refused_before_training(
         study.recycled_prompts(of, ["word_valence"], model=own)
     with pytest.raises(UserError, match="different vocabularies"):
         study.recycled_prompts(of, ["word_valence"], model="tiny")
+    # A model with more rows of padding has the same vocabulary.
+    padded = dataclasses.replace(tiny_run.CONFIG, vocab_size=224)
+    with pytest.raises(UserError, match="did you mean 'word_valence'"):
+        study.recycled_prompts(
+            of, ["word_valenc"], model=str(tiny_run.model_folder(seed=2, config=padded))
+        )
     config = str(write_config(tmp_path / "c.py", of))
     line = ["transfer", "--from", "word_valence", "--config", config, "--to_model", new]
     for options, message in {

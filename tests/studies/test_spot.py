@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_targets_start_from_the_prompts_of_sources(
     assert trained == ["sources/colour", "sources/other"]  # finished; nothing else is asked for
     with pytest.raises(UserError, match="max_train_examples"):
         again(5)
+    write_rows(Path(folders[0]) / "train.jsonl", rows(12, seed=5))
+    with pytest.raises(UserError, match="sources/colour has a run on other data"):
+        again(6)
+    # Targets do not keep scores of prompts that started from another one.
+    shutil.rmtree(tmp_path / "w/sources/colour")
+    with pytest.raises(UserError, match=r"other/seed_0/point\.json has the scores of other"):
+        again(6)
 
 
 def test_what_is_chosen() -> None:
@@ -142,6 +150,9 @@ def test_wrong_input_is_refused_before_training(
         spot(of, ["word_valenc"], folders, examples=0)
     with pytest.raises(UserError, match="--from no/folder: no such folder"):
         spot(of, ["no/folder"], folders, examples=0)
+    rates = dataclasses.replace(of.training, learning_rates=(1.0, 2.0))
+    with pytest.raises(UserError, match=r"training\.learning_rates has no effect"):
+        spot(dataclasses.replace(of, training=rates), folders, folders, examples=0)
     assert not (tmp_path / "w").exists()
     config = str(write_config(tmp_path / "c.py", of))
     for options, message in {

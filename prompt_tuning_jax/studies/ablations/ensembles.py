@@ -16,6 +16,7 @@ from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.run_folder import workdir_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
+from prompt_tuning_jax.data.tasks.metrics import LOSS
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.inference.predictor import Predictions
@@ -28,8 +29,10 @@ from prompt_tuning_jax.studies.ablations.run import (
     Settings,
     as_read,
     check,
+    claim_data,
     in_folder,
     majority_score,
+    metric_of,
     scores_of,
     tested_on,
     vote,
@@ -72,13 +75,19 @@ def ensembles(
         if not group.experiment.method.is_trainable:
             raise UserError(f"--lines {group.points[0].value}: this method trains nothing")
     check(groups, settings)
+    metric, _ = metric_of(experiment)
+    if metric.rpartition("/")[2] == LOSS:
+        raise UserError(
+            "evaluation.best_by is loss, and ensembles are scored by their answers; set it to a "
+            "metric of these, such as accuracy"
+        )
     found: dict[str, dict[str, list[list[float]]]] = {}
     trained: dict[str, int] = {}
     with shared_model():
         for method in methods:
             parts = [group for group in groups if group.points[0].value == method]
             stopped_by, scores, number = _scored(
-                [one.experiment for one in parts], settings, quiet=quiet
+                [one.experiment for one in parts], metric, settings, quiet=quiet
             )
             if stopped_by:
                 return AblationResult(results=None, files=(), stopped_by=stopped_by)
@@ -90,7 +99,7 @@ def ensembles(
         experiment,
         found,
         trained,
-        metric=scores["metric"],
+        metric=metric,
         split=scores["split"],
         majority=majority,
         model_parameters=size,
@@ -102,7 +111,7 @@ def ensembles(
 
 
 def _scored(
-    parts: Sequence[Experiment], settings: Settings, *, quiet: bool
+    parts: Sequence[Experiment], metric: str, settings: Settings, *, quiet: bool
 ) -> tuple[int, dict[str, Any], int]:
     """Trains a method's members and scores all their subsets, unless the folder has the scores.
 
@@ -111,6 +120,7 @@ def _scored(
     """
     runs = []
     for of in parts:
+        claim_data(of)
         run = train(of, quiet=quiet)
         if not run.finished:
             return run.stopped_by, {}, 0
@@ -128,8 +138,7 @@ def _scored(
         if isinstance(kept, dict) and kept.get("of") == as_read(wanted):
             return 0, kept, trained
     result = evaluate(tested, prompts=[run.workdir for run in runs])
-    metric = tested.evaluation.best_by or next(iter(result.mean))
-    scores = {"metric": metric, "split": result.scored, "scores": subset_scores(result, metric)}
+    scores = {"split": result.scored, "scores": subset_scores(result, metric)}
     run_folder.write_json(file, {"of": wanted, **scores})
     return 0, scores, trained
 

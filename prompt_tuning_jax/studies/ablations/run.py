@@ -6,9 +6,10 @@ last checkpoint.
 """
 
 import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.run_folder import workdir_of
 from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.experiment import Data, Experiment
+from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.config.overrides import to_dict
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
@@ -42,11 +44,12 @@ from prompt_tuning_jax.studies.ablations.cost import step_cost_of
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
 from prompt_tuning_jax.studies.suite import data_of, say
-from prompt_tuning_jax.training.resume import require_place, require_run
+from prompt_tuning_jax.training.resume import claim, require_place, require_run
 from prompt_tuning_jax.training.run import RunResult, train
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 POINT = "point.json"
+DATA = "data.json"
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _SHOTS = (2, 4, 8)  # to choose from with a search
 
@@ -167,6 +170,23 @@ def _tested(of: Experiment, test: Data) -> Experiment:
     return validate(dataclasses.replace(of, data=data))
 
 
+def claim_data(of: Experiment) -> None:
+    """Claims the run's folder, and records the frozen model and the data there.
+
+    Raises UserError if the folder has a run on others, even a finished one, which ``train`` does
+    not read again.
+    """
+    folder = workdir_of(of)
+    wanted = as_read({"model": model_fingerprint(build_model(of)), "data": data_of(of)})
+    file = folder / DATA
+    if file.is_file() and (folder / RUN_CONFIG).is_file() and read_json_file(file) != wanted:
+        raise UserError(
+            f"{folder} has a run on other data or weights; use another --workdir, or remove it"
+        )
+    claim(folder, of)
+    run_folder.write_json(file, wanted)
+
+
 def as_read(value: Any) -> Any:
     """Returns the value as JSON gives it back, with lists for tuples."""
     return json.loads(json.dumps(value))
@@ -188,6 +208,8 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
             "examples": data_of(tested_on(of, settings), training=False),
         }
     )
+    if starts := digests_of(path for _, path in map(split_init, of.training.inits) if path):
+        wanted["starts"] = starts
     file = folder / POINT
     model = build_model(of)
     if file.is_file():
@@ -221,10 +243,15 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
     return 0, point
 
 
+def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Returns the SHA-256 digests of prompt files."""
+    return {str(p): hashlib.sha256(Path(p).expanduser().read_bytes()).hexdigest() for p in paths}
+
+
 def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
     of, chosen = group.experiment, ""
     folder = workdir_of(of)
-    metric, direction = _metric_of(of)
+    metric, direction = metric_of(of)
     rates = rates_of(of, method_name(of.method)) if settings.search else ()
     if rates:
         stopped_by, scores = _searched(group, rates, metric, settings, quiet=quiet)
@@ -297,7 +324,7 @@ def _searched(
 def _untrained(of: Experiment, settings: Settings) -> dict[str, Any]:
     """Scores the bare model, or demonstrations in front of the inputs."""
     chosen = ""
-    metric, direction = _metric_of(of)
+    metric, direction = metric_of(of)
     if isinstance(of.method, PromptDesign) and settings.search:
         # The lengths of its inputs are those for the shots of the config.
         bare = dataclasses.replace(
@@ -357,7 +384,7 @@ def vote(members: Sequence[int], predictions: Predictions, example: int) -> str:
     return majority_vote(texts, known).prediction
 
 
-def _metric_of(of: Experiment) -> tuple[str, Any]:
+def metric_of(of: Experiment) -> tuple[str, Any]:
     """Returns the metric that selects checkpoints, and its direction."""
     data = task_data.build_data(of, vocabulary_of(build_model(of)), training=False)
     return data.best_by, data.require_direction()

@@ -45,3 +45,26 @@ def test_visual_rows_of_other_settings_are_refused(
     for model, steps in (("m", 80), ("other", 40)):
         with pytest.raises(UserError, match="has other settings"):
             visual.row_of(one, model, digits, tmp_path / "LoRA", steps)
+
+
+def test_rows_of_other_test_examples_are_refused(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models = scripts("compare_models")
+    score = {"accuracy": 50.0}
+    result = SimpleNamespace(per_prompt=[score], mean=score, best=score, ensemble=None)
+    monkeypatch.setattr(models, "evaluate", lambda *_, **__: result)
+    data = Data(task="", train="t.jsonl", eval="e.jsonl")
+    task = models.TextTask(name="qc", validation=data, test=data)
+
+    def row(test: int) -> Any:
+        args = argparse.Namespace(
+            length=2, steps=4, batch_size=2, seeds=1, validation=5, test=test, peer_python=""
+        )
+        return models.row_of("tiny", "none", task, args, runs=tmp_path)
+
+    first = row(3)
+    monkeypatch.setattr(models, "evaluate", None)
+    assert row(3) == first
+    with pytest.raises(UserError, match="has other settings"):
+        row(0)

@@ -386,3 +386,15 @@ def test_probes_and_the_dictionary_need_what_they_are_made_of(tmp_path: Path) ->
         )
     with pytest.raises(UserError, match=r"data\.dictionary is empty"):
         pretrain(pretraining_run(tmp_path, {"data.objectives": ("dictionary",)}))
+
+
+def test_probes_of_files_of_one_name_are_told_apart() -> None:
+    specs = (
+        "word_valence",
+        "a/train.jsonl:a/dev.jsonl",
+        "b/train.jsonl:b/dev.jsonl",
+        "c.csv:d.csv",
+    )
+    assert probes.probe_names(specs) == ("word_valence", "a_train", "b_train", "c")
+    with pytest.raises(UserError, match="two probes named a_train"):
+        probes.probe_names((*specs, "x/a/train.jsonl:b/dev.jsonl"))

@@ -26,6 +26,7 @@ _PURPOSE = 100  # separates the random draws of this module from those of text_o
 _CLASSES = 1 / 8
 _CLASS_TOKENS = 0.3
 _TEXT_TOKENS = 0.5
+_AROUND_TEXT = 64  # tokens of the corpus that a question may need beside its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,12 @@ class LabelObjective(Objective):
     def rows(
         self, corpus: Corpus, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        block = self.block
+        block, least = self.block, self.text_length + _AROUND_TEXT
+        if len(corpus.tokens) < least:
+            raise UserError(
+                f"the corpus has {len(corpus.tokens)} tokens, and label objectives need {least}; "
+                "give more text or a smaller inputs_length"
+            )
         inputs_BT = np.full((len(indices_B), self.inputs_length), PAD_ID, np.int32)
         targets_BS = np.full((len(indices_B), self.targets_length), PAD_ID, np.int32)
         separator, class_start = vocabulary.sentinel(0), vocabulary.sentinel(2)

@@ -1,6 +1,7 @@
 """Short prompt-tuning runs that test whether a model in pre-training responds to prompts yet."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
 from prompt_tuning_jax.data.batching import task_data
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.predictor import evaluate_members
 from prompt_tuning_jax.inference.setup import attach_members, vocabulary_of
 from prompt_tuning_jax.methods import PromptTuning
@@ -22,6 +24,24 @@ INPUTS_LENGTH = 48
 EVAL_EXAMPLES = 400
 
 
+def probe_names(specs: Sequence[str]) -> tuple[str, ...]:
+    """Returns the name of each probe: its task, or its training file.
+
+    Files of the same name have that of their folder in front.  Raises UserError if two names are
+    still the same, because one score would hide the other.
+    """
+    files = [Path(spec.partition(":")[0]) if ":" in spec else None for spec in specs]
+    stems = [spec if file is None else file.stem for spec, file in zip(specs, files, strict=True)]
+    names = [
+        stem if file is None or stems.count(stem) == 1 else f"{file.absolute().parent.name}_{stem}"
+        for stem, file in zip(stems, files, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data.probes has two probes named {name}; rename a file or its folder")
+    return tuple(names)
+
+
 class Probe:
     """One task and a prompt for it, tuned from the same initial prompt for every score.
 
@@ -32,7 +52,6 @@ class Probe:
 
     def __init__(self, spec: str, experiment: Experiment, model: T5) -> None:
         train, _, evaluation = spec.partition(":")
-        self.name = Path(train).stem if evaluation else spec
         data = Data(
             task="" if evaluation else spec,
             module=experiment.data.module,

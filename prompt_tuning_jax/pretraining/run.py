@@ -8,7 +8,7 @@ from prompt_tuning_jax.inference.setup import Members, vocabulary_of
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.t5.model import T5
 from prompt_tuning_jax.pretraining.initializations import start_attention
-from prompt_tuning_jax.pretraining.probes import Probe
+from prompt_tuning_jax.pretraining.probes import Probe, probe_names
 from prompt_tuning_jax.pretraining.text_data import (
     TextData,
     build_text_data,
@@ -46,13 +46,15 @@ def _prepare(
         raise UserError("data.objectives are T5's: they need an encoder-decoder; leave them out")
     data = build_text_data(experiment, vocabulary_of(model))
     _initialize(experiment, model, data)
+    names = probe_names(experiment.data.probes)
     probes = [Probe(spec, experiment, model) for spec in experiment.data.probes]
 
     def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
         scores = text_losses(members.graphdef, trainable, members.frozen, data, partitioner)
         for member, own in enumerate(scores):
             weights = {**members.frozen, **{name: x[member] for name, x in trainable.items()}}
-            own.update({f"probe_{probe.name}": probe.score(weights) for probe in probes})
+            for name, probe in zip(names, probes, strict=True):
+                own[f"probe_{name}"] = probe.score(weights)
         return scores
 
     return data, evaluate

@@ -305,3 +305,10 @@ def test_other_objectives_leave_the_block_empty(corpus, vocabulary):
     assert not inputs_BT[:, : BLOCK.size].any()
     np.testing.assert_array_equal(inputs_BT[:, BLOCK.size :], expected_BT)
     np.testing.assert_array_equal(targets_BS, expected_BS)
+
+
+def test_a_corpus_that_is_too_small_is_refused(objectives):
+    few = Corpus(tokens=np.ones(60, np.uint16), document_starts=np.zeros(1, np.int64))
+    for objective in objectives.values():
+        with pytest.raises(UserError, match="the corpus has 60 tokens"):
+            objective.batch(few, None, step=0, seed=0, batch_size=32)

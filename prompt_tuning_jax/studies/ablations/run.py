@@ -62,8 +62,8 @@ class Settings:
       at_once: the largest number of members of a run; 0: as many as the device holds.
       test: data that the best checkpoints are scored on; None: the scores of the validation
         split that chose them.
-      search: whether the first seed chooses each method's learning rate (for prompt design the
-        number of demonstrations) on the validation split.
+      search: whether the first seed chooses each method's learning rate on the validation split
+        (for prompt design, all seeds choose the number of demonstrations).
       measure: whether to measure the time and memory of a step.
     """
 

@@ -9,7 +9,7 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import method_name
 from prompt_tuning_jax.studies.ablations.axes import Value
-from prompt_tuning_jax.studies.suite import on_task, require_form
+from prompt_tuning_jax.studies.suite import on_task, require_form, without_task
 from prompt_tuning_jax.studies.transfer import short_of, source_task
 
 
@@ -66,9 +66,8 @@ def _of_folder(base: Experiment, folder: Path, test_split: str, *, option: str) 
             raise UserError(f"{option} {folder}: {path.name} is missing; add it to the folder")
         return str(path)
 
-    data = dataclasses.replace(
-        base.data, task="", train=file("train"), eval=file("validation"), labels=(), metrics=()
-    )
+    base = without_task(base)
+    data = dataclasses.replace(base.data, train=file("train"), eval=file("validation"))
     test = dataclasses.replace(data, eval=file(test_split)) if test_split else None
     return Task(
         name=folder.resolve().name, experiment=dataclasses.replace(base, data=data), test=test

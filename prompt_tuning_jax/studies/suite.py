@@ -119,19 +119,12 @@ def require_form(form: str) -> Form:
     raise UserError(f"--form: unknown form {form!r}: {suggest(form, FORMS)}")
 
 
-def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
-    """Returns ``base`` on a task or mixture, with the task's own labels, metrics and splits.
-
-    A task without a validation split is evaluated on its test split; see ``data_of``.
-
-    Predictions use the strategy of ``base``.  If the task has no labels to rank, greedy decoding
-    replaces ranking, ``data.targets_length`` is at least 32, and a prompt that would be initialised
-    from labels is initialised from sampled vocabulary.
-    """
+def without_task(base: Experiment) -> Experiment:
+    """Returns ``base`` without its examples and all that only they may have (``SUITE_FIELDS``)."""
     default = Data()
     data = replace(
         base.data,
-        task=name,
+        task="",
         train="",
         eval="",
         train_split=default.train_split,
@@ -142,7 +135,20 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
         objective_weights=(),
         probes=(),
     )
-    evaluation = replace(base.evaluation, best_by="")
+    return replace(base, data=data, evaluation=replace(base.evaluation, best_by=""))
+
+
+def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
+    """Returns ``base`` on a task or mixture, with the task's own labels, metrics and splits.
+
+    A task without a validation split is evaluated on its test split; see ``data_of``.
+
+    Predictions use the strategy of ``base``.  If the task has no labels to rank, greedy decoding
+    replaces ranking, ``data.targets_length`` is at least 32, and a prompt that would be initialised
+    from labels is initialised from sampled vocabulary.
+    """
+    base = without_task(base)
+    data, evaluation = replace(base.data, task=name), base.evaluation
     evaluated = get_mixture(name).evaluated_on(data.eval_split)
     if all(data.eval_split not in task.splits and _TEST in task.splits for task in evaluated):
         data = replace(data, eval_split=_TEST)

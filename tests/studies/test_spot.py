@@ -13,12 +13,15 @@ from prompt_tuning_jax.analysis.similarity import similarity
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.config_file import saved_config
+from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.studies import spot as study
 from prompt_tuning_jax.studies.ablations import run as runs
 from prompt_tuning_jax.studies.ablations.run import AblationResult
+from prompt_tuning_jax.studies.named_tasks import tasks_of
 from prompt_tuning_jax.studies.spot import BEST, NEAREST, OWN, Start, chosen, correlation, spot
+from prompt_tuning_jax.studies.suite import SUITE_FIELDS
 from tests import tiny_run
 from tests.tiny_run import experiment, rows, write_config, write_rows
 
@@ -162,3 +165,28 @@ def test_wrong_input_is_refused_before_training(
     }.items():
         assert main(["transfer", "--from", ",".join(folders), "--config", config, *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_folder_has_nothing_of_the_task_of_the_config(folders: list[str]) -> None:
+    """As for a registered task: what the command refuses to set is not left from the config."""
+    of = experiment(
+        "w",
+        {
+            "evaluation.best_by": "f1",
+            "data.metrics": ("f1",),
+            "data.labels": ("a", "b"),
+            "data.eval_split": "test",
+            "data.probes": ("word_valence",),
+            "data.objectives": ("prefix_lm",),
+        },
+    )
+    first, task = tasks_of(
+        of, ["word_valence", folders[0]], form="taskless", test_split="", option="--from"
+    )
+    for one in (first.experiment, task.experiment):
+        for field in SUITE_FIELDS:
+            group, _, name = field.partition(".")
+            if name not in ("task", "train", "eval"):
+                default = getattr(getattr(Experiment(), group), name)
+                assert getattr(getattr(one, group), name) == default, field
+    assert task.experiment.data.train == f"{folders[0]}/train.jsonl"

@@ -204,13 +204,13 @@ class Scheduler:
         def score(jobs: list[Job]) -> list[list[float]]:
             return self._engine.score([job.row for job in jobs], batch.program)
 
-        for job, scores in await self._computed(batch.jobs, score):
-            _answer(job, scores)
+        await self._compute(batch.jobs, score, _answer)
 
     async def _prefill(self, batch: _Batch) -> None:
-        prefill = partial(self._prefill_now, batch.program)
-        for job, slot in await self._computed(batch.jobs, prefill):
+        def occupy(job: Job, slot: int) -> None:
             self._slots[slot] = job
+
+        await self._compute(batch.jobs, partial(self._prefill_now, batch.program), occupy)
 
     def _prefill_now(self, program: Program, jobs: list[Job]) -> list[int]:
         free = self._free_slots(program)
@@ -244,10 +244,16 @@ class Scheduler:
                 del self._slots[slot]
         self._metrics.tokens.inc(generated)
 
-    async def _computed(
-        self, jobs: list[Job], compute: Callable[[list[Job]], list[T]]
-    ) -> list[tuple[Job, T]]:
-        """Each job with its result; if a batch fails, each owner's jobs are retried alone."""
+    async def _compute(
+        self,
+        jobs: list[Job],
+        compute: Callable[[list[Job]], list[T]],
+        keep: Callable[[Job, T], None],
+    ) -> None:
+        """Calls ``keep`` with each job and its result.
+
+        If a batch fails, each owner's jobs are retried alone.
+        """
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -260,22 +266,18 @@ class Scheduler:
                 self._metrics.failures.inc()
                 for job in jobs:
                     _fail(job, error)
-                return []
-            found = []
+                return
             for owner in owners:
                 own = [job for job in jobs if job.owner == owner and not job.future.done()]
                 if own:
-                    part = await self._computed(own, compute)
-                    # The next owner's rows must not get the same slots.
-                    if own[0].kind == "generate":
-                        self._slots.update({slot: job for job, slot in part})  # type: ignore[misc]
-                    found += part
-            return found
+                    await self._compute(own, compute, keep)
+            return
         seconds = loop.time() - began
         self._metrics.batch(jobs[0].kind, len(jobs), seconds)
         self._metrics.waited(began - job.since for job in jobs)
         self._seconds_per_row += 0.1 * (seconds / len(jobs) - self._seconds_per_row)
-        return list(zip(jobs, results, strict=True))
+        for job, result in zip(jobs, results, strict=True):
+            keep(job, result)
 
     async def _repair(self, error: Exception) -> None:
         """Replaces what may have been donated to a failed program."""

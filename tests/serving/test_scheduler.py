@@ -32,6 +32,7 @@ class Counting(Engine):
         self.gate.set()
         self.begun = 0
         self.poison = -1
+        self.loses_slots = False  # when the prefill of a poisoned row fails
         self.poison_decoding: set[int] = set()
         self.decoded_together: list[list[int]] = []
         self.rows: dict[int, tuple[Row, int]] = {}
@@ -43,11 +44,16 @@ class Counting(Engine):
         return [[float(sum(row.ids))] for row in rows]
 
     def prefill(self, rows: Any, slots: Any, program: Any) -> None:
+        states = dict(self._states)
+        if self.loses_slots:
+            self._states.clear()
         self._begin(rows)
+        self._states.update(states)
         assert not {*slots} & {*self.rows}
         self.rows.update({slot: (row, 0) for slot, row in zip(slots, rows, strict=True)})
 
     def decode(self, rows: Any) -> DecodeOutput:
+        assert {*rows} <= {*self.rows}, "a slot without a row is decoded"
         self.rows = {slot: self.rows[slot] for slot in rows}
         self.decoded_together.append(sorted(row.ids[0] for row in rows.values()))
         if any(row.ids[0] in self.poison_decoding for row in rows.values()):
@@ -65,6 +71,7 @@ class Counting(Engine):
 
     def reset(self) -> None:
         self.rows = {}
+        self._states = dict(self._abstract_states)
 
     def _begin(self, rows: Any) -> None:
         self.begun += 1
@@ -211,12 +218,12 @@ def test_a_failure_fails_its_request_alone() -> None:
     with_scheduler(test)
 
 
-@pytest.mark.parametrize("poison", [-1, 66])
-def test_writing_is_continuous(poison: int) -> None:
+@pytest.mark.parametrize(("poison", "loses_slots"), [(-1, False), (66, False), (66, True)])
+def test_writing_is_continuous(poison: int, loses_slots: bool) -> None:
     """Nine rows in four slots; one that fails to enter takes nobody with it."""
 
     async def test(scheduler: Scheduler, engine: Counting) -> None:
-        engine.poison = poison
+        engine.poison, engine.loses_slots = poison, loses_slots
         jobs = [job(n, 1, kind="generate", limit=1 + n % 5) for n in range(2, 11)]
         bad = job(66, 1, kind="generate")
         scheduler.submit([*jobs[:2], bad, *jobs[2:]])

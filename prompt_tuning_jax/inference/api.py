@@ -426,7 +426,7 @@ def _check_window(
     if not model.causal:
         return
     lengths_B = (tokens_BT != model.token_ids.fill).sum(axis=1)
-    inside, before = _positions_added(attached, tokens_BT)
+    inside, before = added_positions(attached, rows=len(tokens_BT))
     added = inside + before
     if not inside and not lengths_B.min():
         raise UserError(
@@ -440,16 +440,6 @@ def _check_window(
             f"the model's window has {window} positions: {added} of the prompt, {longest} of the "
             f"longest input{target} do not fit; shorten the input"
         )
-
-
-def _positions_added(attached: TunedModel, tokens_BT: HostArray) -> tuple[int, int]:
-    """Returns the number of positions that the method adds inside each row, and in front of it."""
-    shape = jax.ShapeDtypeStruct(tokens_BT.shape, tokens_BT.dtype)
-    task_B = jax.ShapeDtypeStruct(tokens_BT.shape[:1], jnp.int32)
-    injections = jax.eval_shape(
-        lambda tokens_BT, task_B: attached.injections(tokens_BT, task_B=task_B), shape, task_B
-    )
-    return added_positions(injections, tokens_BT.shape[1])
 
 
 def _padded(tokens_BT: HostArray, fill: int, *, more_rows: bool = True) -> HostArray:

@@ -185,12 +185,14 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
     """Fills empty fields of the metadata from the run's config."""
     if run is None:
         return metadata
+    prompt = run.method.plain_prompt()
     return dataclasses.replace(
         metadata,
         task=metadata.task or run.data.train or run.data.task,
         inputs_template=metadata.inputs_template or inputs_template_of(run.data),
         chat=metadata.chat or run.data.chat,
         mixture=metadata.mixture or mixture_of(run.data),
+        combine=metadata.combine or ("" if prompt is None else prompt.placement),
     )
 
 

@@ -75,18 +75,7 @@ class Members:
 
     def added_positions(self) -> tuple[int, int]:
         """Returns how many positions the method puts into an input, and in front of it."""
-        attached = abstract_member(self.graphdef, self.trainable, self.frozen)
-        if attached.model.config.reads_images:
-            return attached.method.config.prompt_positions(), 0
-        graphdef, params = param_tree.split(attached)
-
-        def injections(params: FlatParams, tokens_BT: Array, task_B: Array) -> Injections:
-            tuned: TunedModel = param_tree.merge(graphdef, params)
-            return tuned.injections(tokens_BT, task_B=task_B)
-
-        tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        task_B = jax.ShapeDtypeStruct((1,), jnp.int32)
-        return added_positions(jax.eval_shape(injections, params, tokens_BT, task_B), 2)
+        return added_positions(abstract_member(self.graphdef, self.trainable, self.frozen))
 
     def task_number(self, name: str) -> int | None:
         """Returns the index of the task with this name, or None if there is no such task."""
@@ -105,17 +94,29 @@ class Members:
         )
 
 
-def added_positions(injections: Injections, inputs_length: int) -> tuple[int, int]:
-    """Returns how many positions these put into inputs of a length, and in front of them.
+def added_positions(attached: TunedModel, *, rows: int = 1) -> tuple[int, int]:
+    """Returns how many positions the method puts into an input, and in front of it.
 
-    The latter are prefixes, which have keys and values and no hidden states.
+    The latter are prefixes, which have keys and values and no hidden states.  ``rows`` is the batch
+    size that a method with arrays for each row needs.
     """
+    if attached.model.config.reads_images:
+        return attached.method.config.prompt_positions(), 0
+    graphdef, params = param_tree.split(attached)
+
+    def injections(params: FlatParams, tokens_BT: Array, task_B: Array) -> Injections:
+        tuned: TunedModel = param_tree.merge(graphdef, params)
+        return tuned.injections(tokens_BT, task_B=task_B)
+
+    tokens_BT = jax.ShapeDtypeStruct((rows, 2), jnp.int32)
+    task_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    found = jax.eval_shape(injections, params, tokens_BT, task_B)
     inside = 0
-    if (source := injections.model_input) is not None:
-        inside += source.mask_BU.shape[1] - inputs_length
+    if (source := found.model_input) is not None:
+        inside += source.mask_BU.shape[1] - tokens_BT.shape[1]
         inside += 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
-    before = sum(layers[0].key_BPGK.shape[1] for layers in injections.prefixes.values())
-    return int(inside), int(before)
+    before = sum(layers[0].key_BPGK.shape[1] for layers in found.prefixes.values())
+    return inside, before
 
 
 # In a block of ``shared_model``: the last model of ``build_model``, by what it was built for.

@@ -521,7 +521,7 @@ class Engine:
 
     def _init_states(self) -> dict[SlotPool, Any]:
         shapes, states = self.shapes, dict[SlotPool, Any]()
-        for pool in shapes.pools if "generate" in shapes.kinds else ():
+        for pool in shapes.pools if "generate" in shapes.modes else ():
             width = max(shapes.widths(pool, spec)[-1] for spec in self._caches)
             states[pool] = init_decode_state(
                 shapes, pool, self._model, width=width, partitioner=self._partitioner

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.serving import Serving
-from prompt_tuning_jax.data.tasks.selection import inputs_template_of
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import (
@@ -234,18 +233,14 @@ def _tasks_in(folder: Path, validator: "PromptValidator", model: Model) -> "dict
     tasks: dict[str, ServedTask] = {}
     load_methods = MethodLoader(model, validator)
     for source in find_tasks(folder):
-        run = run_config(str(source.files[0])) if source.files[0].is_file() else None
-        if run is not None:
-            source = replace(source, inputs_template=inputs_template_of(run.data))
+        file = source.files[0]
+        run = run_config(str(file)) if file.is_file() else None
         prompt = None if run is None else run.method.plain_prompt()
         if prompt is not None:
-            require_sees_all(prompt, source.files[0])
-            source = replace(source, placement=prompt.placement)
-        for task in load_tasks(source, validator, load_methods):
+            require_sees_all(prompt, file)
+        for task in load_tasks(replace(source, run=run), validator, load_methods):
             if task.name in tasks:
-                raise UserError(
-                    f"{source.files[0]}: there is another task {task.name!r}; rename one"
-                )
+                raise UserError(f"{file}: there is another task {task.name!r}; rename one")
             tasks[task.name] = task
     return tasks
 
@@ -258,17 +253,12 @@ def _shapes(
     allow_changes: bool,
 ) -> "Shapes":
     from prompt_tuning_jax.data.batching.window import inputs_limit
-    from prompt_tuning_jax.serving.shapes import Kind, Shapes, prompt_lengths_of, targets_of
+    from prompt_tuning_jax.serving.shapes import Shapes, prompt_lengths_of, targets_of
 
     every = [prompt for task in tasks.values() for prompt in task.prompts]
     known = [prompt.length for prompt in every if prompt.length is not None]
     # At least 1: the bare model is served with a prompt whose one position is masked.
     longest = serving.max_prompt_length or max([1, *known, *([_LONGEST_UPLOAD] * allow_changes)])
-    kinds: list[Kind] = []
-    if {"label", "score"} & {*serving.modes}:
-        kinds.append("score")
-    if "generate" in serving.modes:
-        kinds.append("generate")
     limit = inputs_limit(
         window,
         inputs_length=max(serving.lengths, default=1),  # Shapes checks their order
@@ -286,7 +276,7 @@ def _shapes(
         max_new_tokens=serving.max_new_tokens,
         slots=serving.slots,
         long_slots=serving.long_slots,
-        kinds=tuple(kinds),
+        modes=serving.modes,
     )
 
 
@@ -304,7 +294,7 @@ def _image_shapes(
         batch_sizes=serving.batch_sizes,
         prompt_lengths=(1,),
         targets=(Targets(number=max(most, 1), length=1),),
-        kinds=("score",),
+        modes=("label",),
     )
 
 

@@ -23,7 +23,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
 from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import TunedCheckpoint, method_of
 from prompt_tuning_jax.config.config_file import run_config
-from prompt_tuning_jax.config.experiment import Data
+from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.overrides import method_to_json
 from prompt_tuning_jax.data.tasks.selection import build_mixture, labels_of
 from prompt_tuning_jax.errors import UserError
@@ -60,13 +60,12 @@ _RUN_FILES, _RUN_BEST = ("prompts", "tuned"), "checkpoints/best"
 class TaskSource:
     """The files of a task; ``name`` is empty if the prompts' metadata name the task.
 
-    ``placement`` and ``inputs_template`` are those of the run, for files without these metadata.
+    ``run`` is theirs, for files without metadata.
     """
 
     name: str
     files: tuple[Path, ...]
-    placement: str = ""
-    inputs_template: str = ""
+    run: Experiment | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +111,9 @@ def load_tasks(
         opened = load_methods(file)
         if not opened:
             name = file.stem if file.is_file() else file.name
-            prompt = validator.prompt(file, name=name, placement=source.placement)
-            opened = [LoadedMember(served=prompt)]
+            opened = [LoadedMember(served=validator.prompt(file, name=name, run=source.run))]
         for one in opened:
-            for own in _by_task(one, source.inputs_template):
+            for own in _by_task(one, source.run):
                 members.setdefault(own.task, []).append(own.served)
     tasks = []
     for part, served in members.items():
@@ -131,24 +129,21 @@ def load_tasks(
     return tasks
 
 
-def _by_task(opened: LoadedMember, inputs_template: str) -> list[LoadedMember]:
+def _by_task(opened: LoadedMember, run: Experiment | None) -> list[LoadedMember]:
     """Returns a member for each task of the mixture that it was trained on, or the member itself.
 
-    ``inputs_template`` is that of the run, for files without one in their metadata.
+    ``run`` fills what its metadata does not say.
     """
-    served = opened.served
-    about = served.metadata
-    if not opened.task and (tasks := tasks_of(about)):
-        return [
-            LoadedMember(
-                served=replace(served, metadata=for_task(about, one)), task=task_name(one.name)
-            )
-            for one in tasks
-        ]
-    if about.inputs_template or not inputs_template:
+    if opened.task:
         return [opened]
-    about = replace(about, inputs_template=inputs_template)
-    return [replace(opened, served=replace(served, metadata=about))]
+    about = known_with(run, opened.served.metadata)
+    of_tasks = [
+        LoadedMember(
+            served=replace(opened.served, metadata=for_task(about, one)), task=task_name(one.name)
+        )
+        for one in tasks_of(about)
+    ]
+    return of_tasks or [LoadedMember(served=replace(opened.served, metadata=about))]
 
 
 def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
@@ -288,9 +283,8 @@ class MethodLoader:
             if in_decoder is not None:
                 arrays[DECODER_PROMPT] = checked_prompt(in_decoder, of=str(place), dtype=np.float32)
             return self._method(name, whole, arrays, metadata, place)
-        return self._validator.checked(
-            prompt_PD, metadata, name=name, placement=method.placement, of=place
-        )
+        metadata = replace(metadata, combine=metadata.combine or method.placement)
+        return self._validator.checked(prompt_PD, metadata, name=name, of=place)
 
     def _method(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
+from prompt_tuning_jax.config.serving import Mode
 from prompt_tuning_jax.data.images.files import decode_image
 from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
@@ -16,7 +17,7 @@ from prompt_tuning_jax.errors import UserError, nearest, suggest
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.scheduler import Job
-from prompt_tuning_jax.serving.schema import Limits, Mode, PredictRequest, RefusedError
+from prompt_tuning_jax.serving.schema import Limits, PredictRequest, RefusedError
 from prompt_tuning_jax.serving.shapes import Row, Shapes
 from prompt_tuning_jax.serving.tasks import PromptValidator, Served, ServedTask, Tasks
 from prompt_tuning_jax.typing import HostArray
@@ -111,8 +112,7 @@ class RequestParser:
         if len(names) != len(inputs):
             message = f"{len(names)} names, and {len(inputs)} in inputs; give one, or one for each"
             raise RefusedError(422, message, field="task")
-        kind = "generate" if request.mode == "generate" else "score"
-        if kind not in self._engine.shapes.kinds:
+        if request.mode not in self._engine.shapes.modes:
             raise RefusedError(
                 422, f"this server was started without mode {request.mode}", field="mode"
             )

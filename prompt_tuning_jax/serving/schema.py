@@ -1,11 +1,12 @@
 """What goes over the wire, validated: requests, responses, errors; and the limits of a server."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Mode = Literal["label", "generate", "score"]
+from prompt_tuning_jax.config.serving import Mode
+
 Text = Annotated[str, Field(max_length=100_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 # The columns of a task's template; null is an empty text.

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 from prompt_tuning_jax.analysis.words import token_text
+from prompt_tuning_jax.config.serving import Mode
 from prompt_tuning_jax.data.tasks.wording import Given
 from prompt_tuning_jax.inference.ensemble import majority_vote
 from prompt_tuning_jax.serving.compiling import CompilationStoppedError
@@ -21,7 +22,6 @@ from prompt_tuning_jax.serving.request_parser import (
 from prompt_tuning_jax.serving.scheduler import Job, QueueFullError, Scheduler, WorkerFailedError
 from prompt_tuning_jax.serving.schema import (
     Limits,
-    Mode,
     PredictRequest,
     PromptResult,
     RefusedError,

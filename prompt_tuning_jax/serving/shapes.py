@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import numpy as np
 
+from prompt_tuning_jax.config.serving import Mode
 from prompt_tuning_jax.data.batching.buckets import Buckets
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.decoding.logits_processors import LogitsProcessors
@@ -23,7 +24,6 @@ from prompt_tuning_jax.typing import HostArray
 
 # Of "generate" a program prefills slots; the slots are then decoded continuously.
 Kind: TypeAlias = Literal["score", "generate"]
-KINDS: tuple[Kind, ...] = ("score", "generate")
 # Larger label sets are scored in several rows, longer labels one by one.
 _MAX_LABELS, _MAX_LABEL_LENGTH = 16, 8
 _PROMPT_LENGTHS = 2
@@ -110,7 +110,8 @@ class Shapes:
     ``lengths`` of inputs in tokens, the end of sequence included, ``batch_sizes`` in rows and
     ``prompt_lengths`` in positions (at least 1) are sorted; ``targets`` start with the smallest.
     ``max_new_tokens`` limits each generated text.  ``slots`` rows with inputs of the shorter half
-    of ``lengths`` and ``long_slots`` rows with longer ones are decoded at once.
+    of ``lengths`` and ``long_slots`` rows with longer ones are decoded at once.  ``modes`` are the
+    kinds of requests that there are programs for.
     """
 
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -120,9 +121,11 @@ class Shapes:
     max_new_tokens: int = 64
     slots: int = 16
     long_slots: int = 8
-    kinds: tuple[Kind, ...] = KINDS
+    modes: tuple[Mode, ...] = ("label", "generate", "score")
 
     def __post_init__(self) -> None:
+        if not self.modes:
+            raise UserError("modes is empty; give one or several of label, generate and score")
         for name in ("lengths", "batch_sizes", "prompt_lengths"):
             numbers = getattr(self, name)
             if not numbers or numbers[0] < 1 or any(a >= b for a, b in pairwise(numbers)):
@@ -182,7 +185,7 @@ class Shapes:
                 "prompt_length": prompt,
                 "adapter_spec": adapter_spec,
             }
-            if "score" in self.kinds:
+            if {"label", "score"} & {*self.modes}:
                 for targets in self.targets:
                     yield Program(kind="score", targets=targets, **shape)
             if self.generates(adapter_spec):
@@ -191,7 +194,7 @@ class Shapes:
     def generates(self, adapter_spec: AdapterSpec | None) -> bool:
         """Whether there are programs that generate text for this spec."""
         scores_labels = adapter_spec is not None and bool(adapter_spec.label_tokens)
-        return "generate" in self.kinds and not scores_labels
+        return "generate" in self.modes and not scores_labels
 
     def widths(self, pool: SlotPool, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
         """The numbers of encoder positions that the decoder attends to in these slots."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,19 +15,22 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     check_fits,
+    listed,
     load_prompt_with_metadata,
     shared_labels,
 )
+from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import PLACEMENTS
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Wording, shared_wording, wording_of
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.loading_methods import known_with
+from prompt_tuning_jax.inference.setup import added_positions
 from prompt_tuning_jax.methods import TunedModel
 from prompt_tuning_jax.methods.base import LabelTokens
-from prompt_tuning_jax.models.base import DecodeContext
 from prompt_tuning_jax.storage import natural_order
-from prompt_tuning_jax.typing import Array, DType, HostArray
+from prompt_tuning_jax.typing import DType, HostArray
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
@@ -72,26 +74,16 @@ class AdapterSpecs:
         key = graphdef, tuple((name, s.shape, s.dtype.name) for name, s in sorted(shapes.items()))
         if key not in self._known:
             axes = param_tree.logical_axes(attached)
+            inside, before = added_positions(attached)
             self._known[key] = AdapterSpec(
                 graphdef=graphdef,
                 shapes=shapes,
                 axes={name: axes[name] for name in shapes},
-                prompt_positions=_prompt_positions(attached),
+                # An encoder's prefixes are not in what it hands to the decoder.
+                prompt_positions=inside + (before if attached.model.causal else 0),
                 label_tokens=attached.method.label_tokens,
             )
         return self._known[key]
-
-
-def _prompt_positions(attached: TunedModel) -> int:
-    if attached.model.config.reads_images:
-        return attached.method.config.prompt_positions()
-
-    def read(tokens_BT: Array) -> DecodeContext:
-        return attached.model.start_decoding(attached.read(tokens_BT)[0], 1)[0]
-
-    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    width: int = jax.eval_shape(read, tokens_BT).mask_BU.shape[1]
-    return width - tokens_BT.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,22 +182,16 @@ class PromptValidator:
     causal: bool = False
     peft_scale: float = 1.0  # ModelConfig.peft_prompt_scale
 
-    def prompt(self, file: Path, *, name: str, placement: str = "") -> ServedPrompt:
+    def prompt(self, file: Path, *, name: str, run: Experiment | None = None) -> ServedPrompt:
         """The prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
 
-        ``placement`` is the run's, for files without it in their metadata.
+        ``run`` fills what its metadata does not say.
         """
         prompt_PD, metadata = load_prompt_with_metadata(file, peft_scale=self.peft_scale)
-        return self.checked(prompt_PD, metadata, name=name, placement=placement, of=file)
+        return self.checked(prompt_PD, known_with(run, metadata), name=name, of=file)
 
     def checked(
-        self,
-        prompt_PD: HostArray,
-        metadata: PromptMetadata,
-        *,
-        name: str,
-        placement: str = "",
-        of: Path,
+        self, prompt_PD: HostArray, metadata: PromptMetadata, *, name: str, of: Path
     ) -> ServedPrompt:
         """The prompt of the file ``of``; UserError if it does not fit."""
         if isinstance(self.vocabulary, ClassVocabulary):
@@ -221,7 +207,7 @@ class PromptValidator:
                 f"{of} has {len(prompt_PD)} positions, more than this server's {self.longest}; "
                 "start it with a larger --max_prompt_length"
             )
-        joining = metadata.combine or placement or PLACEMENTS[0]
+        joining = metadata.combine or PLACEMENTS[0]
         if joining not in PLACEMENTS:
             raise UserError(f"{of}: combine is {joining!r}; known are {', '.join(PLACEMENTS)}")
         if self.causal and joining != PLACEMENTS[0]:
@@ -256,6 +242,8 @@ class PromptValidator:
             )
         except UserError as error:
             raise UserError(f"task {name}: {error}") from None
+        if isinstance(self.vocabulary, ClassVocabulary):
+            self._require_same_classes(name, known)
         return ServedTask(
             name=name,
             prompts=tuple(prompts),
@@ -263,6 +251,15 @@ class PromptValidator:
             label_ids=self.label_ids(own, field=f"labels of task {name}"),
             wording=wording,
         )
+
+    def _require_same_classes(self, task: str, known: Mapping[str, PromptMetadata]) -> None:
+        first, *others = known
+        for other in others:
+            if known[other].labels != known[first].labels:
+                raise UserError(
+                    f"task {task}: {first} has the classes {listed(known[first].labels)} and "
+                    f"{other} {listed(known[other].labels)}; serve them as separate tasks"
+                )
 
     def label_ids_of(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """The same for labels in a request."""

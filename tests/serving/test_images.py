@@ -39,27 +39,29 @@ def png(label: str, seed: int = 0) -> bytes:
     return content.getvalue()
 
 
+def write_tuned(path: Path, labels: tuple[str, ...], *, seed: int) -> None:
+    method = PromptTuning(length=2, init="xavier_uniform")
+    context = Context(labels=labels)
+    attached = attach_method(make_vit(), method, key=jax.random.key(seed), context=context)
+    params = param_tree.split(attached)[1]
+    stored = TunedCheckpoint(
+        trainable={n: np.asarray(p) for n, p in params.items() if method.trains(n)},
+        method=method_to_json(method),
+        metadata=PromptMetadata(labels=labels),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tuned(path, stored)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and two tasks: two prompts that vote, with classes of their own, and one."""
     root = tmp_path_factory.mktemp("served")
     write_vit(root / "model")
-    method = PromptTuning(length=2, init="xavier_uniform")
-    (root / "tasks" / "warm").mkdir(parents=True)
-    for path, seed, labels in (
-        ("warm/seed_0", 0, ("no", "yes")),
-        ("warm/seed_1", 1, ("no", "yes")),
-        ("colour", 2, ("red", "green", "blue", "grey")),
-    ):
-        context = Context(labels=labels)
-        attached = attach_method(make_vit(), method, key=jax.random.key(seed), context=context)
-        params = param_tree.split(attached)[1]
-        stored = TunedCheckpoint(
-            trainable={n: np.asarray(p) for n, p in params.items() if method.trains(n)},
-            method=method_to_json(method),
-            metadata=PromptMetadata(labels=labels),
-        )
-        save_tuned(root / "tasks" / f"{path}.safetensors", stored)
+    write_tuned(root / "tasks" / "warm" / "seed_0.safetensors", ("no", "yes"), seed=0)
+    write_tuned(root / "tasks" / "warm" / "seed_1.safetensors", ("no", "yes"), seed=1)
+    colours = ("red", "green", "blue", "grey")
+    write_tuned(root / "tasks" / "colour.safetensors", colours, seed=2)
     return root
 
 
@@ -129,6 +131,14 @@ def test_a_prompt_alone_is_refused_because_it_has_no_classifier(
         open_service(
             experiment(folder), str(folder / "tasks"), serving=Serving(modes=("generate",))
         )
+
+
+def test_members_with_classes_in_another_order_do_not_vote(folder: Path, tmp_path: Path) -> None:
+    """Their classifiers say the same number for different labels."""
+    for seed, labels in enumerate((("no", "yes"), ("yes", "no"))):
+        write_tuned(tmp_path / "voted" / f"seed_{seed}.safetensors", labels, seed=seed)
+    with pytest.raises(UserError, match="task voted: seed_0 has the classes no, yes and seed_1"):
+        open_service(experiment(folder), str(tmp_path), serving=SERVING)
 
 
 def body(*parts: bytes, end: bytes = b"--XX--\r\n") -> bytes:

@@ -1,5 +1,7 @@
 """What a folder of prompts is taken for, and what survives a damaged one."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
 from prompt_tuning_jax.serving.loading import find_tasks, load_tasks, task_name
+from prompt_tuning_jax.serving.schema import PredictRequest, RefusedError
+from prompt_tuning_jax.serving.task_store import TaskStore
 from prompt_tuning_jax.serving.tasks import check_name
 from prompt_tuning_jax.storage import natural_order
 from tests.serving.serving_app import validator
@@ -89,9 +93,9 @@ def test_runs_that_cannot_be_served(tmp_path: Path) -> None:
     run = make_run(tmp_path / "blind", input_to_prompt=False)
     with pytest.raises(UserError, match="limits attention"):
         open_service(experiment, str(run), serving=SERVING)
-    run = make_run(tmp_path / "nameless", task="")
+    (found,) = find_tasks(make_run(tmp_path / "nameless", task=""))
     with pytest.raises(UserError, match="does not name its task"):
-        open_service(experiment, str(run), serving=SERVING)
+        load_tasks(found, validator())
 
 
 def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:
@@ -102,6 +106,37 @@ def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:
     assert task is not None
     assert {prompt.placement for prompt in task.prompts} == {2}
     assert service.engine.shapes.prompt_lengths == (5,)
+
+
+def test_a_run_says_what_its_files_do_not(tmp_path: Path) -> None:
+    """Also once a server has written the prompts to its own files, beside a new one."""
+    experiment = Experiment(model=Model(name_or_path=str(model_folder())))
+    run = make_run(tmp_path / "run", placement="before_eos")
+    for file in (run / "prompts").glob("*.safetensors"):
+        file.unlink()
+    service = open_service(experiment, str(run), serving=SERVING)
+    task = service.tasks.get("word_valence")
+    assert task is not None
+    store = TaskStore(run)
+    with store.changing():
+        store.put(task, {})
+    (again,) = TaskStore(run).apply({}, service.validator).values()
+    for one in (task, again):
+        assert {prompt.placement for prompt in one.prompts} == {2}
+        assert one.wording.template == "valence: {text}"
+
+
+def test_only_the_modes_that_are_asked_for_are_answered(tmp_path: Path) -> None:
+    experiment = Experiment(model=Model(name_or_path=str(model_folder())))
+    write_prompt(tmp_path / "one.npy")
+    service = open_service(experiment, str(tmp_path), serving=SERVING)
+    service.state = "ready"
+    for mode in ("score", "generate"):
+        request = PredictRequest.model_validate({"inputs": ["ban"], "mode": mode})
+        with pytest.raises(RefusedError, match=f"started without mode {mode}"):
+            asyncio.run(service.predict(request))
+    with pytest.raises(UserError, match="modes is empty"):
+        open_service(experiment, str(tmp_path), serving=replace(SERVING, modes=()))
 
 
 def test_names_in_the_order_of_their_numbers() -> None:

@@ -26,7 +26,7 @@ PROMPT = ServedPrompt(
 def parse(
     words: AnyVocabulary, task: str, text: str, *, config: Any = None, **options: Any
 ) -> tuple[list[int], bool]:
-    shapes = SimpleNamespace(kinds=("generate",), longest=30, longest_target=8, max_new_tokens=8)
+    shapes = SimpleNamespace(modes=("generate",), longest=30, longest_target=8, max_new_tokens=8)
     config = config or SimpleNamespace(reads_images=False)
     engine: Any = SimpleNamespace(vocabulary=words, shapes=shapes, config=config)
     tasks = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from prompt_tuning_jax.checkpoints.prompt_file import shared_labels
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.serving.loading import for_name
 from prompt_tuning_jax.serving.schema import RefusedError
@@ -61,7 +62,10 @@ class TaskChanges:
                     f"task {name!r} is {old.method if old else ''}, and only plain prompts can be "
                     "added to a task at run time; leave out prompt to replace the task"
                 )
-            given = tuple(labels) or (old.labels if old is not None else ())
+            given, own = tuple(labels), new.metadata.labels
+            if old is not None and not given:
+                alike = {name: old.labels, "the upload": own} if others else {}
+                given = shared_labels(alike, instead="give the labels of all") or own or old.labels
             task = self._validator.task(name, [*others, new], given)
             store.put(task, {new.name: content})
             self._tasks.put(task)

@@ -302,6 +302,29 @@ def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> No
     assert len(kept) == 1 + 1 + 1 + 4, kept  # no file that nobody names
 
 
+def test_prompts_of_other_labels_do_not_join_a_task_unnoticed(folder: Path, tmp_path: Path) -> None:
+    other = write_prompt(tmp_path / "other.safetensors", 4, labels=LABELS[:2]).read_bytes()
+    bare = write_prompt(tmp_path / "bare.npy", 4).read_bytes()
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        async def put(path: str, content: bytes) -> httpx.Response:
+            return await client.put(f"/v1/tasks/{path}", content=content, headers=ADMIN)
+
+        refused = await put("voted?prompt=seed_9", other)
+        assert refused.status_code == 422
+        assert "the upload on blue, green; give" in refused.json()["error"]["message"]
+        assert len(prompts_of(service, "voted")) == 3
+        said = await put("voted?prompt=seed_9&label=blue&label=green", other)
+        assert said.json()["labels"] == ["blue", "green"]
+        # The labels of a task's only prompt are those of the task.
+        for content in (other, bare):
+            replaced = await put("colour?prompt=colour", content)
+            assert replaced.json()["labels"] == ["blue", "green"]
+            assert len(replaced.json()["prompts"]) == 1
+
+    with_server(folder, test)
+
+
 @pytest.mark.parametrize(
     ("name", "query", "content", "field"),
     [

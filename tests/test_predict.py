@@ -21,8 +21,9 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import label_scores
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate, prediction_rows
 from prompt_tuning_jax.inference.loading import prompt_list
-from prompt_tuning_jax.inference.prediction import predict
+from prompt_tuning_jax.inference.prediction import Prediction, predict
 from prompt_tuning_jax.inference.prompt_sources import as_paths, as_texts
+from prompt_tuning_jax.inference.results import predictions_text
 from prompt_tuning_jax.methods import WARP
 from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.serving.serving_app import ask, make_service, running
@@ -180,6 +181,16 @@ def test_a_data_file_is_read_as_data(
     assert [*written[0]] == ["id", "first", "second", "prediction", "log_prob"]
     assert [row["prediction"] for row in written] == [one.prediction for one in expected]
     capsys.readouterr()
+
+
+def test_the_predictions_of_a_table_are_one_column() -> None:
+    """Also if only some rows have a column of this name."""
+    rows = [{"x": "bon"}, {"x": "ban", "prediction": "old", "log_prob": 1}, {"x": "det"}]
+    found = [Prediction(prediction="red", log_probs={"red": -2.0}, votes=None, row=r) for r in rows]
+    table = list(csv.DictReader(predictions_text([], found, "csv").splitlines()))
+    assert [row["prediction_2"] for row in table] == ["red"] * 3
+    assert [row["log_prob_2"] for row in table] == ["-2.0"] * 3
+    assert [row["prediction"] for row in table] == ["", "old", ""]
 
 
 def test_lines_of_text_stay_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -109,13 +109,14 @@ def predictions_text(given: Sequence[str], predictions: Sequence[Prediction], fo
     for the rows of a file.
     """
     records = []
+    columns = {name for found in predictions for name in found.row or ("input",)}
     for number, found in enumerate(predictions):
         text = given[number] if given else found.input
         record: dict[str, Any] = {"input": text, "prediction": found.prediction}
         if form in ("csv", "tsv"):
             record = {"input": text} if found.row is None else dict(found.row)
-            record[_free("prediction", record)] = found.prediction
-            record[_free("log_prob", record)] = (found.log_probs or {}).get(found.prediction)
+            record[_free("prediction", columns)] = found.prediction
+            record[_free("log_prob", columns)] = (found.log_probs or {}).get(found.prediction)
         else:
             others = {
                 "log_probs": found.log_probs,
@@ -172,7 +173,7 @@ def _cell(value: object) -> str:
     return value if isinstance(value, str) else json_text(value)
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> str:
+def _free(name: str, taken: Container[str]) -> str:
     """Returns the name, with a number appended if a column already has it."""
     number, found = 2, name
     while found in taken:

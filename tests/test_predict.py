@@ -195,7 +195,8 @@ def test_the_predictions_of_a_table_are_one_column() -> None:
 
 def test_lines_of_text_stay_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = write_prompt(tmp_path / "mine.safetensors", inputs_template="say {x}")
-    (tmp_path / "in.txt").write_text('{"x": "bon"}\nban\n')
+    # As an editor on Windows saves it.
+    (tmp_path / "in.txt").write_text('{"x": "bon"}\r\nban\r\n', "utf-8-sig", newline="")
     found = by_command(capsys, prompt, "--input", tmp_path / "in.txt")
     assert [one["input"] for one in found] == ['{"x": "bon"}', "ban"]
 

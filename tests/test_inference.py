@@ -291,6 +291,9 @@ def test_lists_of_ids_may_have_different_lengths():
         ([[5, 1], [5, 6.5, 1]], "whole numbers of shape .* got float64"),
         ([[5, 1], [5, V, 1]], f"from 0 to {V - 1}; got 1 to {V}"),
         (["text", 3], r"inputs\[1\] is '3'; it must be a text"),
+        ([np.asarray([5, 1]), np.asarray([5])], "of different lengths must be a list of lists"),
+        ([[5, 1], 5], "of different lengths"),
+        ([[[5], [5, 1]]], "of different lengths"),
     ],
 )
 def test_wrong_ids_are_refused_in_one_line(inputs, message):

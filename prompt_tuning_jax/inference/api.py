@@ -299,10 +299,9 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
             if not row:
                 raise UserError(f"row {number} has no token ids; give every row at least one")
         # A float or a string among the ids makes this an array that is refused below.
-        flat = np.asarray([id_ for row in rows for id_ in row])
-        ids_BT = flat[None]
+        ids_BT = _array([id_ for row in rows for id_ in row])[None]
     else:
-        ids_BT = np.asarray(inputs)
+        ids_BT = _array(inputs)
     if ids_BT.ndim == 2 and not ids_BT.shape[1]:
         raise UserError(
             f"token ids have the shape {list(ids_BT.shape)}; give every row at least one"
@@ -325,6 +324,15 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
     if given_rows:
         return _filled(rows, ids.fill)
     return _with_padding(ids_BT.astype(np.int32), model, targets=targets)
+
+
+def _array(ids: object) -> HostArray:
+    try:
+        return np.asarray(ids)
+    except ValueError:  # of NumPy, whose arrays have rows of one length
+        raise UserError(
+            "token ids of rows of different lengths must be a list of lists of whole numbers"
+        ) from None
 
 
 def _filled(rows: Sequence[Sequence[int]], fill: int) -> HostArray:

@@ -452,7 +452,7 @@ def test_rows_of_several_tasks_name_theirs(tmp_path: Path) -> None:
     ]
 
 
-def test_one_prompt_is_a_list_of_one(tmp_path: Path) -> None:
+def test_one_prompt_is_a_list_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However it is given; and what is no prompt is said in one line."""
     prompt = write_prompt(tmp_path / "mine.safetensors")
     array = load_prompt(prompt)
@@ -464,6 +464,9 @@ def test_one_prompt_is_a_list_of_one(tmp_path: Path) -> None:
     assert len(evaluate(own, prompts=np.stack([array, array])).names) == 2
     assert evaluate(own).names == evaluate(own, prompts=None).names == ("no prompt",)  # type: ignore[arg-type]
     assert prompt_list("name") == ["name"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prompt_list("~/mine.safetensors") == [str(prompt)]
+    pt.attach(micro_model(), "~/mine.safetensors")
     for wrong, message in (
         (3, "not int"),
         ({"a": 1}, "not dict"),

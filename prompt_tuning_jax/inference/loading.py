@@ -1,6 +1,7 @@
 """Opens prompts and runs for use on one frozen model."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") 
     if isinstance(given, TunedModel):
         raise UserError("this model has something attached to it already; give the bare model")
     _require_place(path)
-    opened = load_prompts(Experiment(), model, [str(path)], partitioner=where(model))
+    path = os.path.expanduser(path)
+    opened = load_prompts(Experiment(), model, [path], partitioner=where(model))
     members = [(group, number) for group in opened.groups for number in range(group.number)]
     names = [_member_name(name) for name in opened.names]
     holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
@@ -132,7 +134,7 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
         if isinstance(one, str | Path):
             if not str(one):
                 raise UserError(f"prompts[{number}] is an empty path")
-            found.append(str(one))
+            found.append(os.path.expanduser(one))
             continue
         try:
             array = np.asarray(one, np.float32)

@@ -13,6 +13,8 @@ import prompt_tuning_jax as pt
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import train_state
 from prompt_tuning_jax.checkpoints.tuned_checkpoint import save_tuned
+from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.methods import (
     IA3,
     WARP,
@@ -48,6 +50,26 @@ def test_a_file_does_what_was_trained(tmp_path: Path, method: MethodConfig) -> N
     elif not method.scores_labels:
         hidden = pt.encode(attached, TEXTS)
         np.testing.assert_allclose(hidden, pt.encode(trained, TEXTS), rtol=1e-4, atol=1e-5)
+
+
+def test_an_attached_prompt_predicts_with_the_settings_of_its_run(tmp_path: Path) -> None:
+    labels = ("red", "det bon ban")  # of different lengths
+    write_prompt(tmp_path / "prompts" / "seed_0.safetensors", labels=labels)
+    run = Experiment(
+        model=Model(name_or_path=str(model_folder())),
+        data=Data(task="word_valence", inputs_length=6),
+        evaluation=Evaluation(normalize_length=True),
+        training=Training(seeds=(0,)),
+    )
+    (tmp_path / "experiment.json").write_text(to_json(run))
+    file = tmp_path / "prompts" / "seed_0.safetensors"
+    expected = pt.predict(micro_model(), TEXTS, tmp_path)
+    assert any(one.truncated for one in expected)
+    for path in (tmp_path, file):
+        found = pt.predict(pt.attach(micro_model(), path), TEXTS)
+        for one, same in zip(found, expected, strict=True):
+            assert one.truncated == same.truncated
+            assert one.log_probs == pytest.approx(same.log_probs, rel=1e-4)
 
 
 def test_class_vectors_score_their_labels_alone(tmp_path: Path) -> None:

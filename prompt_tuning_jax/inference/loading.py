@@ -112,7 +112,7 @@ def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") 
     elif task:
         raise UserError(f"{path} was not trained on several tasks: leave out task={task!r}")
     known = next((for_task(known, one) for one in tasks if one.name == task), known)
-    attached.known = Known(known)
+    attached.known = Known(known, run_config(path))
     return attached
 
 

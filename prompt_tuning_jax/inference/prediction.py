@@ -180,8 +180,11 @@ def _opened(
             raise UserError("this model has something attached to it already: leave out prompts")
         partitioner = where(model.model)
         about = model.known.about or PromptMetadata()
+        run: Experiment = model.known.run or UNDESCRIBED
+        if about.labels:  # perhaps those of one task of the run
+            run = dataclasses.replace(run, data=dataclasses.replace(run.data, labels=()))
         loaded = LoadedPrompts(groups=[members_of(model)], names=("attached",), known=(about,))
-        return UNDESCRIBED, loaded, model.model, partitioner
+        return run, loaded, model.model, partitioner
     runs = (run_config(one) for one in prompts if isinstance(one, str))
     experiment = next((run for run in runs if run is not None), UNDESCRIBED)
     partitioner = where(model)

@@ -116,13 +116,13 @@ class TuningModule(nnx.Module, Generic[C]):
 
 
 class Known:
-    """The file metadata of an attached method, or None if there is none.
+    """The file metadata of an attached method and the config of its run; None if unknown.
 
     All instances compare equal, so models that differ only in this field share compiled programs.
     """
 
-    def __init__(self, about: Any = None) -> None:
-        self.about = about
+    def __init__(self, about: Any = None, run: Any = None) -> None:
+        self.about, self.run = about, run
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Known)

@@ -409,7 +409,7 @@ def target_scores(
     def member(own: FlatParams) -> Array:
         attached = param_tree.merge(graphdef, {**frozen, **own})
         if attached.method.label_tokens:
-            return jnp.diagonal(score_labels(attached, tokens_BT, targets_BS))
+            return score_known_labels(attached, tokens_BT, targets_BS[:, None])[:, 0]
         return sequence_log_probs(
             attached.lazy_logits(tokens_BT, targets_BS),
             targets_BS,

@@ -90,9 +90,7 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
             if is_row_file(Path(self.input)) or is_image_source(self.input):
                 return Path(self.input)
         try:
-            text = (
-                Path(self.input).read_text(encoding="utf-8-sig") if self.input else sys.stdin.read()
-            )
+            text = Path(self.input).read_text(encoding="utf-8") if self.input else sys.stdin.read()
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"cannot read the input {self.input or 'from stdin'}: {why}") from None

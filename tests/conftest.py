@@ -64,10 +64,13 @@ gc.set_threshold(200_000, 20, 50)
 
 
 def pytest_runtest_setup() -> None:
-    """Runs draw their curves once in a process: a picture takes as long as all steps of one."""
+    """Runs share in a process what takes most of their time: compiled steps, and a picture."""
     run = sys.modules.get("prompt_tuning_jax.training.run")
     if run is not None and not hasattr(run.plot_curves, "drawn"):
         run.plot_curves = _drawn_once(run.plot_curves)  # type: ignore[attr-defined]
+    build = sys.modules.get("prompt_tuning_jax.training.build")
+    if build is not None and not hasattr(build.build_step, "steps"):
+        build.build_step = _compiled_once(build.build_step)  # type: ignore[attr-defined]
 
 
 _MOST_MEMORY = 1_500_000_000  # bytes of a process between two files of tests
@@ -105,20 +108,19 @@ def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:
     return plot
 
 
-@pytest.fixture
-def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of one experiment share their compiled step, whatever their folder."""
-    from prompt_tuning_jax.training import build
+def _compiled_once(build_step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step depends neither on a run's folder nor on its data, but for the inputs' length."""
+    steps: dict[Any, Any] = {}
 
-    build_step, steps = build.build_step, {}
-
-    def cached(of: "Experiment", members: "Members", **options: Any) -> Any:
+    def build(of: "Experiment", members: "Members", **options: Any) -> Any:
         state, step, rates = build_step(of, members, **options)
-        anywhere = replace(of, training=replace(of.training, workdir=""))
-        key = anywhere, members.graphdef, str(options)
+        data = type(of.data)(inputs_length=of.data.inputs_length)
+        training = replace(of.training, workdir="", eval_every=1, save_every=1, log_every=1)
+        key = replace(of, data=data, training=training), members.graphdef, str(options)
         return state, steps.setdefault(key, step), rates
 
-    monkeypatch.setattr(build, "build_step", cached)
+    build.steps = steps  # type: ignore[attr-defined]
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def test_results_prompts_and_metrics_agree(finished: tuple[Path, RunResult]) -> 
 
 
 def test_each_member_keeps_a_best_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled_once: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted = iter([(10.0, 30.0), (30.0, 10.0), (30.0, 20.0)])
     seen: list[np.ndarray] = []
@@ -184,16 +184,10 @@ def _frozen() -> dict[str, Any]:
     return dict(members.frozen)
 
 
-def test_training_moves_the_prompt_and_lowers_the_loss(tmp_path: Path) -> None:
-    changes = {
-        "training.steps": 40,
-        "training.log_every": 10,
-        "training.eval_every": 40,
-        "training.batch_size": 8,
-    }
-    result = train(experiment(tmp_path, changes), quiet=True)
-    losses = [r["loss"][0] for r in measurements(tmp_path) if r["kind"] == "train"]
-    assert losses[-1] < losses[0] - 0.1
+def test_training_moves_the_prompt_and_lowers_the_loss(finished: tuple[Path, RunResult]) -> None:
+    folder, result = finished
+    losses = np.array([r["loss"] for r in measurements(folder) if r["kind"] == "train"])
+    assert (losses[-3:].mean(axis=0) < losses[0] - 0.1).all()
     model = load_model(str(tiny_run.model_folder()))
     start = attach_members(experiment("w"), model, labels=tiny_run.LABELS).trainable[PROMPT]
     assert np.abs(result.best_tuned[PROMPT] - start).min() > 0
@@ -236,7 +230,7 @@ def _times_and_bytes(folder: Path) -> dict[str, Any]:
 
 
 def test_curves_and_results_are_made_up_for(
-    tmp_path: Path, finished: tuple[Path, RunResult], compiled_once: None
+    tmp_path: Path, finished: tuple[Path, RunResult]
 ) -> None:
     """A kill between the last checkpoint and the results."""
     changes = {"training.seeds": (0, 1), "training.steps": 3}
@@ -325,7 +319,6 @@ def _signal_in(number: signal.Signals, *, step: int, folder: Path) -> Callable[[
 def test_killed_anywhere_and_continued_it_is_the_same_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compiled_once: None,
     uninterrupted: dict[str, Any],
 ) -> None:
     names = _points(monkeypatch, tmp_path / "points")
@@ -345,7 +338,6 @@ def test_killed_anywhere_and_continued_it_is_the_same_run(
 def test_killed_again_and_again_it_is_the_same_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compiled_once: None,
     uninterrupted: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -367,7 +359,6 @@ def test_killed_again_and_again_it_is_the_same_run(
 def test_a_signal_saves_at_any_step(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compiled_once: None,
     uninterrupted: dict[str, Any],
     number: signal.Signals,
     steps: tuple[int, ...],
@@ -398,26 +389,15 @@ def test_really_killed_it_is_the_same_run(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train(experiment(whole, changes), quiet=True).finished
     config = tiny_run.write_config(tmp_path / "c.py", experiment(killed, changes))
-    draw = random.Random(0)
-    kills = 0
-    for _ in range(2):
-        process = tiny_run.start("train", config)
-        log = killed / "metrics.jsonl"
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        if kills < 1:
-            # Its start, imports and compilation, is of any length: wait until it has gone on.
-            while process.poll() is None and (
-                not log.exists() or log.stat().st_mtime_ns in (before, 0)
-            ):
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.2))
-            process.kill()
-        _, errors = process.communicate(timeout=300)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-        kills += 1
-    assert process.returncode == 0 and kills == 1
+    process = tiny_run.start("train", config)
+    # Its start, imports and compilation, is of any length.
+    while process.poll() is None and not (killed / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0, 0.2))
+    process.kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert train(experiment(killed, changes), quiet=True).finished
     assert outcome(killed) == outcome(whole)
 
 
@@ -444,7 +424,7 @@ def test_prompts_trained_at_once_equal_prompts_trained_alone(tmp_path: Path) -> 
     """SGD with a low rate: what multiplies the last digits of gradients, as the signs that are
     Adafactor's first steps do, soon makes two runs of one prompt differ.
     """
-    sgd = {"optimizer.name": "sgd", "optimizer.weight_decay": 0.0, "model.dropout_rate": 0.1}
+    sgd = {"optimizer.name": "sgd", "optimizer.weight_decay": 0.0}
     seeds, rates, inits = (3, 7), (0.03, 0.06), ("uniform", "class_labels")
     together = train(
         experiment(
@@ -461,30 +441,27 @@ def test_prompts_trained_at_once_equal_prompts_trained_alone(tmp_path: Path) -> 
     assert together.names == ("seed_3_lr_0.03_uniform", "seed_7_lr_0.06_class_labels")
     logged = [r for r in measurements(tmp_path / "together") if r["kind"] == "train"]
     assert all(record["learning_rate"] == list(rates) for record in logged)
-    for member, seed in [(1, seeds[1])]:
-        alone = train(
-            experiment(
-                tmp_path / f"alone_{member}",
-                {
-                    **sgd,
-                    "training.seeds": (seed,),
-                    "optimizer.learning_rate": rates[member],
-                    "method.init": inits[member],
-                },
-            ),
-            quiet=True,
-        )
-        np.testing.assert_allclose(
-            _last_prompt(tmp_path / "together")[member],
-            _last_prompt(tmp_path / f"alone_{member}")[0],
-            atol=1e-6,
-        )
-        ours, theirs = together.best[member], alone.best[0]
-        assert ours is not None and theirs is not None
-        assert (ours.step, ours.metrics) == (theirs.step, theirs.metrics)
-        file = tmp_path / "together/prompts" / f"{together.names[member]}.safetensors"
-        metadata = load_prompt_with_metadata(file)[1]
-        assert (metadata.seed, metadata.init) == (seed, inits[member])
+    alone = train(
+        experiment(
+            tmp_path / "alone",
+            {
+                **sgd,
+                "training.seeds": seeds[1:],
+                "optimizer.learning_rate": rates[1],
+                "method.init": inits[1],
+            },
+        ),
+        quiet=True,
+    )
+    np.testing.assert_allclose(
+        _last_prompt(tmp_path / "together")[1], _last_prompt(tmp_path / "alone")[0], atol=1e-6
+    )
+    ours, theirs = together.best[1], alone.best[0]
+    assert ours is not None and theirs is not None
+    assert (ours.step, ours.metrics) == (theirs.step, theirs.metrics)
+    file = tmp_path / "together/prompts" / f"{together.names[1]}.safetensors"
+    metadata = load_prompt_with_metadata(file)[1]
+    assert (metadata.seed, metadata.init) == (seeds[1], inits[1])
 
 
 def _last_prompt(folder: Path) -> np.ndarray:

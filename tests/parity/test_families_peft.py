@@ -83,7 +83,9 @@ GENERATED = {
     ("name", "adapter"),
     mostly_slow(
         [
-            *itertools.product(MODELS, ("prompt", "cartridge", "lora_qv", "ia3")),
+            *itertools.product(MODELS, ("prompt", "cartridge")),
+            *[("llama_gqa_tied", "ia3"), ("gpt2", "lora_qv"), ("bloom", "ia3")],
+            *[("gemma2", "lora_qv"), ("qwen3", "ia3")],
             *((name, ADAPTION) for name in WITH_ADAPTION),
         ],
         GENERATED,

@@ -45,7 +45,9 @@ class _Member:
 def configs(*, small: bool) -> dict[str, ModelConfig]:
     """Returns the architectures to check by name, each as small as its structure allows."""
     sizes: dict[str, Any] = {"vocab_size": _WORDS, "embed_dim": 64, "mlp_dim": 96, "head_dim": 16}
-    t5 = replace(preset("small"), **sizes, num_heads=4, num_encoder_layers=3, num_decoder_layers=3)
+    layers = 2 if small else 3
+    depths = {"num_encoder_layers": layers, "num_decoder_layers": layers}
+    t5 = replace(preset("small"), **sizes, **depths, num_heads=4)
     heads = {"num_heads": 4, "num_kv_heads": 2}
     if small:
         return {"T5": t5}

@@ -52,7 +52,7 @@ def add_presets() -> None:
         T5_PRESETS[name] = replace(T5_PRESETS[size], vocab_size=6016)
     sizes: dict[str, Any] = {"vocab_size": 6016, "embed_dim": 32, "mlp_dim": 48, "head_dim": 16}
     T5_PRESETS[SMALL_T5] = replace(
-        T5_PRESETS["small"], **sizes, num_heads=2, num_encoder_layers=2, num_decoder_layers=2
+        T5_PRESETS["small"], **sizes, num_heads=2, num_encoder_layers=1, num_decoder_layers=1
     )
     CAUSAL_LM_PRESETS[SMALL_LM] = replace(
         CAUSAL_LM_PRESETS["meta-llama/Llama-3.2-1B"],

@@ -1,7 +1,8 @@
 """Renders a chat template; run as a script of its own by ``chat_template``.
 
-Reads a JSON object from the standard input and writes one.  Imports nothing but Jinja, whose
-folders are the arguments, so that it starts fast and a template has little to reach.
+Reads a JSON object from the standard input and writes one.  Imports nothing but Jinja, so that it
+starts fast and a template has little to reach.  The arguments are the seconds of processor time
+that it may use, and Jinja's folders.
 """
 
 import json
@@ -9,14 +10,13 @@ import sys
 from typing import Any, NoReturn
 
 _MEMORY = 2**30  # bytes
-_SECONDS = 5  # of processor time
 _MESSAGE = 300  # characters of an error
 
 
 def main() -> None:
     """Renders the template and writes ``{"text": ...}`` or ``{"error": ...}``."""
-    _limit_resources()
-    sys.path += sys.argv[1:]
+    _limit_resources(int(sys.argv[1]))
+    sys.path += sys.argv[2:]
     given = json.load(sys.stdin)
     try:
         text = _render(given["template"], given["special"], given["message"], given["longest"])
@@ -29,14 +29,14 @@ def main() -> None:
     json.dump(result, sys.stdout)
 
 
-def _limit_resources() -> None:
+def _limit_resources(seconds: int) -> None:
     try:
         import resource
     except ImportError:  # Windows
         return
     for limit, most in (
         (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_CPU, _SECONDS),
+        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_CORE, 0),
     ):
         try:

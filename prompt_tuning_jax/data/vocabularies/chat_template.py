@@ -18,6 +18,7 @@ _PLACEHOLDER = "user\ue000message"  # in the private use area, so that no templa
 _LONGEST = 2**17  # characters of a template; the longest published ones have 30,000
 _LONGEST_TEXT = 2**16  # characters around a message
 _SECONDS = 20
+_CPU_SECONDS = 5
 _SCRIPT = Path(__file__).with_name("_render_chat.py")
 
 
@@ -82,7 +83,7 @@ def _run(template: str, special: Mapping[str, str], message: str, *, of: str) ->
     given = {"template": template, "special": dict(special), "message": message}
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(_SCRIPT), *sorted(folders)],
+            [sys.executable, "-I", "-S", str(_SCRIPT), str(_CPU_SECONDS), *sorted(folders)],
             input=json.dumps({**given, "longest": _LONGEST_TEXT}).encode(),
             capture_output=True,
             timeout=_SECONDS,

@@ -31,7 +31,7 @@ from prompt_tuning_jax.pretraining.text_data import (
 )
 from prompt_tuning_jax.training.run import train
 from tests import tiny_run
-from tests.micro import shifted
+from tests.micro import call, shifted
 from tests.tiny_run import measurements, outcome
 
 BOTH: tuple[Any, ...] = ("span_corruption", "prefix_lm")
@@ -123,12 +123,12 @@ def _losses(model: Any, data: TextData) -> list[float]:
 
 
 def test_the_evaluation_is_the_mean_over_tokens() -> None:
-    """Of batches with different numbers of tokens, with no vmap and no jit."""
+    """Of batches with different numbers of tokens, with no vmap."""
     data = text_data()
     model = load_model(str(tiny_run.model_folder()))
     loss = tokens = 0.0
     for batch in data.eval_batches():
-        logits = model(batch["inputs"], shifted(batch["targets"]))
+        logits = call(model, batch["inputs"], shifted(batch["targets"]))
         logs = np.asarray(jax.nn.log_softmax(logits))
         targets = batch["targets"]
         own = np.take_along_axis(logs, targets[..., None], axis=2)[..., 0]
@@ -207,9 +207,7 @@ def test_objectives_and_weights_are_as_asked() -> None:
     assert 0.8 < share_with_sentinels(objective_weights=(9.0, 1.0)) < 1
 
 
-def test_it_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled_once: None
-) -> None:
+def test_it_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"training.steps": 6, "training.eval_every": 2, "training.log_every": 4}
     assert pretrain(pretraining_run(tmp_path / "whole", changes), quiet=True).finished
     losses = text_losses

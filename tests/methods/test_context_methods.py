@@ -146,17 +146,21 @@ def test_the_answers_of_a_context_weigh_less_the_farther_they_are() -> None:
     context = Context(vocabulary=model.vocabulary)
     method = CPT(examples=("one two", "alpha", "three", "beta"), decay=0.5)
     attached = attach_method(model, method, key=jax.random.key(0), context=context)
-    sums = attached.method.context_sums(model)
-    assert sums is not None
     tokens = np.asarray(attached.method.tokens, np.int32)
-    hidden = model.read(model.embed(tokens[None])).hidden_BUD
-    log_probs = jax.nn.log_softmax(model.logits(hidden)[0], axis=-1)
+    inputs = np.asarray(INPUTS, np.int32)
+
+    @jax.jit
+    def computed() -> Any:
+        hidden = model.read(model.embed(tokens[None])).hidden_BUD
+        log_probs = jax.nn.log_softmax(model.logits(hidden)[0], axis=-1)
+        sums = (attached.token_sums(inputs, TARGETS, training=on) for on in (False, True))
+        return log_probs, attached.method.context_sums(model), *sums
+
+    log_probs, sums, plain, both = computed()
     nll = [-float(log_probs[at - 1, tokens[at]]) for at in (2, 3, 5, 6)]
     want = 0.25 * (nll[0] + nll[1]) + 0.5 * (nll[2] + nll[3])
     np.testing.assert_allclose(sums.loss, want, rtol=1e-5)
     assert float(sums.tokens) == 4
-    plain = attached.token_sums(np.asarray(INPUTS, np.int32), TARGETS)
-    both = attached.token_sums(np.asarray(INPUTS, np.int32), TARGETS, training=True)
     np.testing.assert_allclose(both.loss - plain.loss, 2 * want, rtol=1e-4)
     assert float(both.tokens - plain.tokens) == 2 * 4
 
@@ -185,5 +189,5 @@ def test_new_class_vectors_score_the_first_token_of_each_label() -> None:
     attached = attached_to(model, WARP(template="{input}"))
     first = [model.vocabulary.encode(label)[0] for label in LABELS]
     inputs = np.asarray(INPUTS, np.int32)
-    want = model.run(inputs, TARGETS)[:, 0, jnp.asarray(first)]
-    np.testing.assert_allclose(attached.label_logits(inputs), want, atol=2e-5)
+    want = jax.jit(model.run)(inputs, TARGETS)[:, 0, np.asarray(first)]
+    np.testing.assert_allclose(jax.jit(attached.label_logits)(inputs), want, atol=2e-5)

@@ -37,24 +37,29 @@ def test_it_is_the_start_of_the_decoders_input(length: int) -> None:
     tuned = attached(replace(METHOD, length=length))
     model, method = tuned.model, tuned.method
     assert isinstance(model, T5)
-    logits = np.asarray(jax.jit(lambda: tuned(SOURCE, TARGET))())
-    without = replace(tuned.injections(SOURCE), decoder_prompt=None)
-    source = without.model_input
-    assert source is not None
-    context = model.read(source, injections=without)
-    prompt_QD = method.decoder_prompt_PD.get_value()
-    embedded_BSD = model.embed_tokens(shifted(TARGET))
-    prompt_BQD = jnp.broadcast_to(prompt_QD, (len(SOURCE), *prompt_QD.shape))
-    hidden_BSD, _ = model.decoder(
-        jnp.concatenate([prompt_BQD, embedded_BSD], axis=1),
-        context.keys_values,
-        context.mask_BU,
-        injections=NO_INJECTIONS,
-        key=None,
-    )
-    np.testing.assert_allclose(logits, model.logits(hidden_BSD[:, Q:]), atol=2e-5)
-    bare = model.run(SOURCE, TARGET, injections=without)
-    assert np.abs(logits - np.asarray(bare)).max() > 1e-2
+
+    @jax.jit
+    def computed() -> tuple[jax.Array, jax.Array, jax.Array]:
+        without = replace(tuned.injections(SOURCE), decoder_prompt=None)
+        source = without.model_input
+        assert source is not None
+        context = model.read(source, injections=without)
+        prompt_QD = method.decoder_prompt_PD.get_value()
+        embedded_BSD = model.embed_tokens(shifted(TARGET))
+        prompt_BQD = jnp.broadcast_to(prompt_QD, (len(SOURCE), *prompt_QD.shape))
+        hidden_BSD, _ = model.decoder(
+            jnp.concatenate([prompt_BQD, embedded_BSD], axis=1),
+            context.keys_values,
+            context.mask_BU,
+            injections=NO_INJECTIONS,
+            key=None,
+        )
+        bare = model.run(SOURCE, TARGET, injections=without)
+        return tuned(SOURCE, TARGET), model.logits(hidden_BSD[:, Q:]), bare
+
+    logits, want, bare = computed()
+    np.testing.assert_allclose(logits, want, atol=2e-5)
+    assert np.abs(logits - bare).max() > 1e-2
 
 
 def test_decoding_continues_behind_it() -> None:

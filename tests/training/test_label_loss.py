@@ -44,9 +44,10 @@ def tuned() -> TunedModel:
 def log_probs(tuned: TunedModel) -> np.ndarray:
     """``[B, C, S]`` of the labels' tokens, from the logits of each."""
     found = np.zeros((4, 3, 4))
+    logits_of = jax.jit(lambda targets_BS: tuned(SOURCE, targets_BS))
     for number, label in enumerate(LABELS):
         label_BS = np.tile(np.asarray([*label, *[0] * (4 - len(label))], np.int32), (4, 1))
-        log_probs_BSV = np.asarray(jax.nn.log_softmax(tuned(SOURCE, label_BS)))
+        log_probs_BSV = np.asarray(jax.nn.log_softmax(logits_of(label_BS)))
         for position, token in enumerate(label):
             found[:, number, position] = log_probs_BSV[:, position, token]
     return found
@@ -69,7 +70,7 @@ def test_sums_by_hand(
     batch = {"inputs": SOURCE, "targets": TARGETS, "example_weights": weights}
     batch |= {"task_index": TASKS} if several_tasks else {}
     z_loss = 1e-2 if loss.kind == "labels" else 0.0
-    sums = loss.sums(tuned, batch, key=None, remat="none", z_loss=z_loss)
+    sums = jax.jit(lambda: loss.sums(tuned, batch, key=None, remat="none", z_loss=z_loss))()
     scores = log_probs.sum(axis=2)
     if loss.normalize_length:
         scores = scores / np.asarray([len(label) for label in LABELS])

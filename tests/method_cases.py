@@ -246,7 +246,7 @@ LM_CASES["adaption_prompt"] = Case(method=AdaptionPrompt(length=3), count=3 * D 
 # Trained for the contract: each is seconds of compiling, and one of each method shows it.
 ONE_OF_EACH = tuple({type(case.method): name for name, case in reversed(CASES.items())}.values())
 # The model's dropout is the step's and no method's, and half of what a step takes to compile.
-WITH_DROPOUT = ("lora", "prompt_tuning")
+WITH_DROPOUT = ("lora",)
 # Those whose arrays have axes that others do not have.
 ON_A_MESH = tuple(
     [

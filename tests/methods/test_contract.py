@@ -46,10 +46,9 @@ from tests.micro import call, make_batch, shifted
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(CASES)
-# What these ask is for the step and the run, which see no more of a method than names and arrays:
-# a few methods are enough, and each costs a compilation.
-ALONE = ("lora", "prompt_tuning")
-KILLED = ("lora",)
+# Members alone and killed runs are matters of the step and the run, which see no more of a method
+# than names and arrays: one method is enough.
+ONE = "lora"
 BATCH = {name: array[0] for name, array in make_batch(1, seed=99).items()}
 INPUTS = (BATCH["inputs"], BATCH["targets"])
 
@@ -165,9 +164,9 @@ def test_a_member_takes_nothing_from_those_beside_it(name: str) -> None:
     assert np.abs(losses[-1, 0] - done.losses[-1, 0]) > 1e-4
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_members_at_once_train_as_each_alone(name: str) -> None:
-    both, alone = trained(name), trained(name, (1,))
+def test_members_at_once_train_as_each_alone() -> None:
+    """Those of prompt tuning are in training/test_step.py."""
+    both, alone = trained(ONE), trained(ONE, (1,))
     for key, array in alone.after.items():
         np.testing.assert_allclose(both.after[key][1], array[0], atol=1e-5, err_msg=key)
     np.testing.assert_allclose(both.losses[:, 1], alone.losses[:, 0], atol=1e-5)
@@ -255,12 +254,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KILLED)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {
-        "method": CASES[name].method,
+        "method": CASES[ONE].method,
         "training.steps": 4,
         "training.save_every": 2,
         "training.eval_every": 2,

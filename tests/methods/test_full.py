@@ -19,7 +19,7 @@ from prompt_tuning_jax.methods import (
     trainable_mask,
 )
 from prompt_tuning_jax.models.losses import token_sums
-from tests.micro import Trainer, call, make_batch, make_t5, shifted
+from tests.micro import ONE_LAYER, Trainer, call, make_batch, make_t5, shifted
 from tests.tiny_vit import LABELS, make_vit
 
 SGD = Optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
@@ -30,7 +30,7 @@ def attached(method, model):
 
 
 def test_neither_adds_a_parameter_or_changes_the_model():
-    model, batch = make_t5(), {name: x[0] for name, x in make_batch().items()}
+    model, batch = make_t5(ONE_LAYER), {name: x[0] for name, x in make_batch().items()}
     inputs, targets = batch["inputs"], batch["targets"]
     for method in (FullTuning(), NoTuning()):
         graphdef, params = param_tree.split(attached(method, model))
@@ -46,8 +46,8 @@ def test_full_trains_all_and_none_nothing():
 
 
 def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
-    model = make_t5()
-    trainer = Trainer(FullTuning(), SGD, dropout=False)
+    model = make_t5(ONE_LAYER)
+    trainer = Trainer(FullTuning(), SGD, model=model, dropout=False)
     before = {name: np.asarray(p[0]).copy() for name, p in trainer.state.trainable.items()}
     assert not trainer.frozen
     batch = make_batch()
@@ -62,7 +62,7 @@ def test_a_step_of_model_tuning_moves_every_array_down_its_gradient():
 
     gradients = jax.jit(jax.grad(loss))(params)
     (first,) = trainer.run([batch])
-    assert len(gradients) == len(before) > 30
+    assert len(gradients) == len(before) > 25
     for name, gradient in gradients.items():
         after = np.asarray(trainer.state.trainable[f"model/{name}"][0])
         assert np.abs(gradient).max() > 0, name

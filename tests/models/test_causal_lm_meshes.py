@@ -13,7 +13,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, make_mesh
 from tests.models.test_causal_lm import all_logits, loss_and_gradient, normal, tokens
 from tests.tiny_lm import make_lm
-from tests.tiny_t5gemma import make_t5gemma
+from tests.tiny_t5gemma import CONFIGS, make_t5gemma, one_layer
 
 assert len(jax.devices()) == 8
 D, rows = 16, 8
@@ -29,7 +29,8 @@ def run(graphdef, params, partitioner, *batch):
 
 # Key and value heads that divide the mesh axis, and that neither divide it nor are divided by it.
 for heads, kv_heads in ((8, 2), (6, 3)):
-    model = make_lm(embed_dim=D, num_heads=heads, num_kv_heads=kv_heads, mlp_dim=24, vocab_size=32)
+    sizes = dict(embed_dim=D, mlp_dim=24, vocab_size=32, num_layers=1)
+    model = make_lm(num_heads=heads, num_kv_heads=kv_heads, **sizes)
     graphdef, params = param_tree.split(model)
     want = run(graphdef, params, None, prompt, inputs, targets)
     partitioner = Partitioner(mesh=make_mesh(data=1, fsdp=2, model=4))
@@ -49,7 +50,7 @@ def gradient_of(graphdef, params, partitioner, prompt, inputs, targets):
         logits = lambda prompt: model.write(model.read(model.embed(inputs, prompt)), targets)
         return jax.value_and_grad(lambda prompt: (logits(prompt) ** 2).mean())(prompt)
 
-model = make_t5gemma("t5gemma")
+model = make_t5gemma(one_layer(CONFIGS["t5gemma"]))
 graphdef, params = param_tree.split(model)
 inputs, targets = (np.where(x < 0, 0, x) for x in (inputs, targets))
 want = gradient_of(graphdef, params, None, prompt, inputs, targets)

@@ -158,15 +158,16 @@ def test_an_adapted_head_and_an_unknown_one_take_some_targets_at_a_time() -> Non
 
 
 EIGHT_DEVICES = """
+from dataclasses import replace
 import jax, numpy as np
 from prompt_tuning_jax.distributed.sharding import Partitioner, activation_sharding, make_mesh
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.models.losses import token_sums
-from tests.micro import T5_1_0, make_batch, make_t5
+from tests.micro import ONE_LAYER, make_batch, make_t5
 
 partitioner = Partitioner(mesh=make_mesh(data=2, fsdp=2, model=2))
-for config in (T5_1_0, None):
-    model = make_t5(config) if config else make_t5()
+for tied in (True, False):
+    model = make_t5(replace(ONE_LAYER, tie_embeddings=tied))
     graphdef, params = param_tree.split(model)
     batch = {name: np.tile(x[0], (4, 1))[:8] for name, x in make_batch(8).items()}
 

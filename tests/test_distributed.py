@@ -20,6 +20,7 @@ from prompt_tuning_jax.distributed.heartbeat import Heartbeat
 from prompt_tuning_jax.distributed.processes import Processes, several_are_meant
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.studies.runs import SCORES, suite
+from prompt_tuning_jax.training.run import train
 from tests import tiny_run
 from tests.devices import with_devices
 from tests.test_suite import CB, base, write_cb
@@ -242,25 +243,23 @@ SAME = {
 
 
 def start(
-    count: int,
     config: Path,
     *options: str,
     devices: int = 1,
     cwds: Sequence[Path] = (),
     command: Sequence[str] = ("train",),
 ) -> list[subprocess.Popen[str]]:
-    """``prompt-tuning train`` in so many processes; what they say is in ``config``.INDEX."""
+    """``prompt-tuning train`` in two processes; what they say is in ``config``.INDEX."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = with_devices(devices, PYTHONPATH=str(tiny_run.ROOT))
     started = []
-    for index in range(count):
+    for index in range(2):
         said = config.with_suffix(f".{index}").open("w")
         line = [sys.executable, "-m", "prompt_tuning_jax", *command, str(config), *options]
-        if count > 1:
-            line += ["--coordinator_address", f"127.0.0.1:{port}", "--process_count", str(count)]
-            line += ["--process_index", str(index)]
+        line += ["--coordinator_address", f"127.0.0.1:{port}", "--process_count", "2"]
+        line += ["--process_index", str(index)]
         started.append(
             subprocess.Popen(
                 line,
@@ -312,9 +311,9 @@ def require_equal(workdir: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process with one device."""
-    config, workdir = of(tmp_path_factory.mktemp("single"), "single")
-    assert finish(start(1, config), config) == [0], said_by(config, 0)
+    """The run of one process with one device: this one."""
+    workdir = tmp_path_factory.mktemp("single")
+    assert train(tiny_run.experiment(workdir, SAME), quiet=True).finished
     return workdir
 
 
@@ -324,17 +323,9 @@ def said_by(config: Path, index: int) -> str:
 
 @pytest.mark.slow
 def test_several_processes_train_as_one_does(tmp_path: Path, single: Path) -> None:
+    """Stopped by a signal, and resumed on a mesh of more devices."""
     config, workdir = of(tmp_path, "several")
-    processes = start(2, config, "--mesh", "data=1,dcn_data=2,fsdp=2,model=2", devices=4)
-    assert finish(processes, config) == [0, 0], said_by(config, 0)
-    require_equal(workdir, single)
-    assert "parameters train" in said_by(config, 0) and "train" not in said_by(config, 1)
-
-
-@pytest.mark.slow
-def test_stopped_by_a_signal_and_gone_on_with_in_one_process(tmp_path: Path, single: Path) -> None:
-    config, workdir = of(tmp_path, "stopped")
-    processes = start(2, config)
+    processes = start(config)
     until((workdir / "metrics.jsonl").is_file, 120)
     time.sleep(0.3)
     processes[1].send_signal(signal.SIGTERM)  # while the step is compiled
@@ -342,8 +333,10 @@ def test_stopped_by_a_signal_and_gone_on_with_in_one_process(tmp_path: Path, sin
     last = train_state.read_latest(workdir / "checkpoints" / "last")
     assert last is not None and 0 < last[0] < 20
     assert f"stopped and saved at step {last[0]}" in said_by(config, 0)
-    assert finish(start(1, config, "--mesh", "data=2,model=2", devices=4), config) == [0]
+    processes = start(config, "--mesh", "data=1,dcn_data=2,fsdp=2,model=2", devices=4)
+    assert finish(processes, config) == [0, 0], said_by(config, 0)
     require_equal(workdir, single)
+    assert "parameters train" in said_by(config, 0) and "train" not in said_by(config, 1)
 
 
 @pytest.mark.slow
@@ -359,7 +352,7 @@ def test_a_process_that_dies_ends_the_others(
     tmp_path: Path, number: int, victim: int, message: str
 ) -> None:
     config, workdir = of(tmp_path, "killed", **{"training.steps": 10**6})
-    processes = start(2, config, "--process_timeout", "4")
+    processes = start(config, "--process_timeout", "4")
     until(lambda: (workdir / "checkpoints" / "last").is_dir(), 120)
     processes[victim].send_signal(number)
     try:
@@ -376,7 +369,7 @@ def test_an_error_of_one_process_alone_ends_the_others(tmp_path: Path) -> None:
     folders = [tmp_path / "there", tmp_path / "not_there"]
     tiny_run.write_rows(folders[0] / "train.jsonl", tiny_run.rows(48, seed=1))
     folders[1].mkdir()
-    processes = start(2, config, cwds=folders)
+    processes = start(config, cwds=folders)
     assert finish(processes, config, 60) == [1, 2], said_by(config, 0)
     assert "error: process 1: " in said_by(config, 1) and "train.jsonl" in said_by(config, 1)
     assert "process 0 stops because process 1 has stopped: " in said_by(config, 0)
@@ -393,7 +386,7 @@ def test_a_suite_of_two_processes_is_scored_as_by_one(
     of = base(tmp_path / "w", data_dir, changes)
     config = tiny_run.write_config(tmp_path / "c.py", of)
     command = ("suite", "super_glue", "--tasks", "cb", "--seeds", "0,1", "--config")
-    assert finish(start(2, config, command=command), config) == [0, 0], said_by(config, 0)
+    assert finish(start(config, command=command), config) == [0, 0], said_by(config, 0)
     assert "| cb " in said_by(config, 0) and "cb" not in said_by(config, 1)
     written = json.loads((tmp_path / "w/taskless_super_glue.json").read_text())
     assert len(written["tasks"]["cb"]["per_prompt"]) == 2

@@ -78,15 +78,14 @@ EQUAL = """
 # At 0.3 as in the paper, twenty steps make 2e-5 of what the order of a sum changes.
 adafactor, sgd = Optimizer(learning_rate=0.1), Optimizer(name="sgd", learning_rate=0.1)
 one = run(None, adafactor)
-dropped = run(None, sgd, dropout=True)
+micro = dict(dropout=True, microbatching=Microbatching(num_microbatches=2))
 meshes = {"8x1": dict(data=8), "1x8": dict(data=1, model=8),
           "2x2x2": dict(data=2, fsdp=2, model=2)}
 for name, sizes in meshes.items():
     same(run(Partitioner(mesh=make_mesh(**sizes)), adafactor), one)
     print(name, flush=True)
 partitioner = Partitioner(mesh=make_mesh(**meshes["2x2x2"]))
-same(run(partitioner, sgd, dropout=True), dropped)
-same(run(partitioner, sgd, microbatching=Microbatching(num_microbatches=2)), run(None, sgd))
+same(run(partitioner, sgd, **micro), run(None, sgd, **micro))
 # The prompt and its optimizer state divided by rule.
 rules = with_rules(("prompt_embed=model", "vocab=", "embed=", "batch=data+fsdp"))
 partitioner = Partitioner(mesh=partitioner.mesh, rules=rules)

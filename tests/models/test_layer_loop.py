@@ -33,19 +33,19 @@ LAYERS = 3
 _ADAM = Optimizer(name="adamw", learning_rate=0.1, weight_decay=0.0)
 
 
-def t5(**changes: Any) -> Model:
+def t5(*, dropout_rate: float = 0.0, layers: int = 2, **changes: Any) -> Model:
     config = dataclasses.replace(
-        micro.T5_1_1, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS, **changes
+        micro.T5_1_1, num_encoder_layers=layers, num_decoder_layers=layers, **changes
     )
-    return micro.make_t5(config, dropout_rate=0.1)
+    return micro.make_t5(config, dropout_rate=dropout_rate)
 
 
 def gemma() -> Model:
-    return make_lm("gemma", num_layers=4, windows=(4, 0, 4, 0), dropout_rate=0.1)
+    return make_lm("gemma", num_layers=4, windows=(4, 0, 4, 0))
 
 
 def llama() -> Model:
-    return make_lm("llama", num_layers=LAYERS)
+    return make_lm("llama", num_layers=LAYERS, dropout_rate=0.1)
 
 
 def t5gemma() -> Model:
@@ -67,14 +67,17 @@ def batch_for(model: Model) -> dict[str, np.ndarray]:
 
 
 CASES: dict[str, tuple[Callable[[], Model], MethodConfig, dict[str, Any]]] = {
-    "t5": (t5, PromptTuning(length=3, init="uniform"), {"remat": "full"}),
+    "t5": (
+        lambda: t5(dropout_rate=0.1),
+        PromptTuning(length=3, init="uniform"),
+        {"remat": "full"},
+    ),
     "a position bias in each layer": (
         lambda: t5(relpos_per_layer=True),
         PromptTuning(length=3, init="uniform"),
         {"remat": "dots"},
     ),
-    "adapters": (t5, LoRA(rank=2, targets=(".*/(query|value)",)), {}),
-    "dropout in adapters": (t5, LoRA(rank=2, dropout=0.5, targets=(".*/value",)), {}),
+    "adapters": (t5, LoRA(rank=2, dropout=0.5, targets=(".*/(query|value)",)), {}),
     "windows": (gemma, PromptTuning(length=3, init="uniform"), {}),
     "prefixes": (llama, PrefixTuning(length=2), {}),
     "t5gemma": (t5gemma, PromptTuning(length=3, init="uniform"), {}),
@@ -100,12 +103,13 @@ def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
         before = {**trainer.frozen}
         if scan:
             trainer.frozen = param_tree.stack_layers(dict(before), stack)
-            assert len(trainer.frozen) < len(before) / 2
-        text = trainer.step.lower(trainer.state, trainer.frozen, batch).as_text()
-        products.append(text.count("stablehlo.dot_general"))
-        costs.append(step_cost(trainer.step, trainer.state, trainer.frozen, batch))
-        trainer.run([batch])
-        trained.append(trainer.state.trainable)
+            assert len(trainer.frozen) < 0.7 * len(before)
+        arguments = trainer.state, trainer.frozen, batch
+        lowered = trainer.step.lower(*arguments)
+        products.append(lowered.as_text().count("stablehlo.dot_general"))
+        costs.append(step_cost(trainer.step, *arguments))
+        state, _ = lowered.compile()(*arguments)
+        trained.append(state.trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *trained)
     assert products[1] < 0.8 * products[0]
     # A loop derives what the first layer alone need not.
@@ -125,7 +129,7 @@ def test_repetitions_cover_a_sequence() -> None:
 
 
 def test_stacked_layers_are_the_same_layers() -> None:
-    graphdef, params = param_tree.split(t5())
+    graphdef, params = param_tree.split(t5(layers=LAYERS))
     some = {name: p for name, p in params.items() if "layers_2/mlp" not in name}
     stacked = param_tree.stack_layers(dict(some), stack)
     assert stacked["encoder/layers/attention/query/kernel"].shape == (LAYERS, micro.D, micro.D)

@@ -80,19 +80,17 @@ def test_interrupted_and_continued_it_is_the_same_run(
 ) -> None:
     changes = {"training.seeds": (0, 4)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    build_step, made = build.build_step, []
-    calls = 0
+    build_step, calls = build.build_step, 0
 
     def watched(of: Experiment, members: Members, **options: Any) -> Any:
         state, step, rates = build_step(of, members, **options)
-        made.append(step)
 
         def counted(*arguments: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls in (14 + 3, 14 + 9):
                 os.kill(os.getpid(), signal.SIGTERM)
-            return made[0](*arguments)
+            return step(*arguments)
 
         return state, counted, rates
 

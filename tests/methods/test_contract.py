@@ -263,22 +263,21 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
         "training.save_every": 2,
         "training.eval_every": 2,
     }
-    build_step, steps = build.build_step, []
+    build_step = build.build_step
     killed_at: list[int] = []
 
-    def once(*args: Any, **options: Any) -> Any:  # one compilation for all three runs
+    def with_kills(*args: Any, **options: Any) -> Any:
         state, step, rates = build_step(*args, **options)
-        steps.append(step)
 
         def killable(state: Any, *rest: Any) -> Any:
             if int(state.step) in killed_at:
                 killed_at.clear()
                 raise Killed
-            return steps[0](state, *rest)
+            return step(state, *rest)
 
         return state, killable, rates
 
-    monkeypatch.setattr(build, "build_step", once)
+    monkeypatch.setattr(build, "build_step", with_kills)
     whole = train(tiny_run.experiment(tmp_path / "whole", changes), quiet=True)
     killed_at.append(3)
     with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""Several processes: who is meant, what they tell each other, and runs of two and four."""
+"""Several processes: who is meant, what they tell each other, and runs of two."""
 
 import json
 import os

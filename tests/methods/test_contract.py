@@ -284,6 +284,8 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
         train(tiny_run.experiment(tmp_path / "killed", changes), quiet=True)
     again = train(tiny_run.experiment(tmp_path / "killed", changes), quiet=True)
     assert whole.finished and again.finished and again.best == whole.best
-    assert again.best_tuned.keys() == whole.best_tuned.keys()
-    for key, array in whole.best_tuned.items():
-        np.testing.assert_array_equal(again.best_tuned[key], array, err_msg=key)
+    saved = [train_state.read_latest(tmp_path / f / train_state.LAST) for f in ("whole", "killed")]
+    assert saved[0] is not None and saved[1] is not None and saved[0][0] == saved[1][0] == 4
+    assert saved[0][1].keys() == saved[1][1].keys()
+    for key, array in saved[0][1].items():
+        np.testing.assert_array_equal(saved[1][1][key], array, err_msg=key)

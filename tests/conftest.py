@@ -37,8 +37,14 @@ def _quick_compilation() -> list[str]:
     return flags
 
 
-# The user's cache, where scripts/fetch_model puts models; tests have another one.
-USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+# The user's cache, where scripts/fetch_model puts models; tests have another one.  The processes of
+# pytest-xdist inherit the tests' one, so this is kept beside it.
+USER_CACHE = Path(
+    os.environ.setdefault(
+        "PROMPT_TUNING_JAX_USER_CACHE",
+        os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
+    )
+)
 
 
 def _set_environment() -> None:
@@ -110,13 +116,17 @@ def _drawn_once(plot_curves: Callable[..., None]) -> Callable[..., None]:
 
 def _compiled_once(build_step: Callable[..., Any]) -> Callable[..., Any]:
     """A step depends neither on a run's folder nor on its data, but for the inputs' length."""
+    from prompt_tuning_jax.training import optim
+
     steps: dict[Any, Any] = {}
 
     def build(of: "Experiment", members: "Members", **options: Any) -> Any:
         state, step, rates = build_step(of, members, **options)
         data = type(of.data)(inputs_length=of.data.inputs_length)
         training = replace(of.training, workdir="", eval_every=1, save_every=1, log_every=1)
-        key = replace(of, data=data, training=training), members.graphdef, str(options)
+        # A test may replace the schedule.
+        schedule = optim.make_schedule
+        key = replace(of, data=data, training=training), members.graphdef, str(options), schedule
         return state, steps.setdefault(key, step), rates
 
     build.steps = steps  # type: ignore[attr-defined]

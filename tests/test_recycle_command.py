@@ -253,7 +253,7 @@ def test_what_similar_refuses(program: Program, tmp_path: Path) -> None:
     message = program.refused("similar", path, "--among", same, longer, *out, "--top", 2)
     assert "one length" in message and "[7, 16]" in message
     message = program.refused("similar", path, "--among", tmp_path / "opposite.npy", *out)
-    assert "similarity -1.000" in message
+    assert "opposite.npy, -1.000, is not above 0" in message
     of = tiny_run.experiment(tmp_path / "run", {"method": LoRA()})
     claim(tmp_path / "run", of)
     for words in ((tmp_path / "run", "--among", path), (path, "--among", tmp_path / "run")):

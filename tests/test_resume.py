@@ -76,7 +76,11 @@ def test_what_may_change_is_kept(
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (LINEAR, LINEAR | {"training.steps": 9}, r"4 -> 9 would change the .*decay_steps=4 to go"),
+        (
+            LINEAR,
+            LINEAR | {"training.steps": 9},
+            r"4 -> 9 would change the .*decay_steps=4 to continue",
+        ),
         (
             COSINE | {"optimizer.warmup_steps": 1},
             COSINE | {"optimizer.warmup_steps": 1, "training.steps": 9},

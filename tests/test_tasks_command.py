@@ -317,7 +317,7 @@ def test_leaderboard(capsys, tmp_path, data, task, text, label, file):
     rows, err = submitted(capsys, tmp_path, data, name, texts)
     assert [row["idx"] for row in rows] == list(range(number))
     assert {row["label"] for row in rows[1:]} == {label}
-    assert f"wants it under the name {file}.jsonl" in err and "1 predictions are no labels" in err
+    assert f"wants it under the name {file}.jsonl" in err and "1 predictions are not labels" in err
 
 
 def test_leaderboard_of_wsc_record_and_multirc(capsys, tmp_path, data):

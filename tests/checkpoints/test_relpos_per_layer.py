@@ -246,9 +246,9 @@ def test_biases_of_layers_are_laid_out_as_those_of_stacks() -> None:
 def test_load_model_reads_both(tmp_path: Path) -> None:
     params = random_params(CONFIG)
     write_hf(tmp_path / "hf", CONFIG, params, dtype="float32")
-    places = (str(tmp_path / "hf"), str(write_t5x(tmp_path / "t5x", params, step=1)))
+    t5x = write_t5x(tmp_path / "t5x", params, step=1)
     ids = np.array([[5, 9, 7, 1, 0]]), np.array([[0, 3, 4]])
-    models = [load_model(place, relpos_max_distance=16) for place in places]
+    models = load_model(tmp_path / "hf"), load_model(t5x, relpos_max_distance=16)
     for model in models:
         assert model.config == CONFIG
     np.testing.assert_array_equal(models[0](*ids), models[1](*ids))

@@ -135,7 +135,9 @@ def test_what_peft_cannot_compute_is_not_written(
 
 
 def test_other_models_and_too_many_layers_are_refused() -> None:
-    with pytest.raises(UserError, match="decoder-only models and T5Gemma, and this is a T5; pref"):
+    with pytest.raises(
+        UserError, match="decoder-only models and T5Gemma, and this is a T5; use pref"
+    ):
         attached(make_t5(), AdaptionPrompt())
     with pytest.raises(UserError, match=f"method.layers is 9, and the decoder has {L} layers"):
         attached(make_lm(), AdaptionPrompt(layers=9))

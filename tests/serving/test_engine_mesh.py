@@ -43,19 +43,19 @@ for file, method in zip(trainable, (LoRA(rank=2), PrefixTuning(length=3))):
     write_method(file, method, model_fingerprint="")
 
 
-def answers(model, partitioner, trainable, kinds):
+def answers(model, partitioner, trainable, modes):
     validator = PromptValidator(
         embed_dim=16, fingerprint="", dtype="float32", vocabulary=model.vocabulary
     )
     opened = MethodLoader(model, validator)
     methods = [opened(file)[0].served for file in trainable]
     engine = Engine(
-        model, shapes=replace(shapes, kinds=kinds), cache_rows=4, partitioner=partitioner,
+        model, shapes=replace(shapes, modes=modes), cache_rows=4, partitioner=partitioner,
         methods=methods,
     )
     engine.compile()
     scores = []
-    if "score" in kinds:
+    if "score" in modes:
         scores += engine.score(rows, engine.program_for("score", rows, 4))
         for method in methods:
             own = [Row(ids=r.ids, prompt=method, targets=r.targets, limit=4) for r in rows]
@@ -71,14 +71,14 @@ def answers(model, partitioner, trainable, kinds):
 
 
 # Quantised weights are all read to generate.
-for quantization, kinds in (("none", ("score", "generate")), ("int8", ("generate",))):
+for quantization, modes in (("none", ("score", "generate")), ("int8", ("generate",))):
     options = {"quantization": quantization, "dtype": "float32"}
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)
     experiment = Experiment(model=model, mesh=Mesh(data=2, fsdp=2, model=2))
     partitioner = partitioner_of(experiment)
     model = build_model(experiment, partitioner=partitioner)
-    scores, written = answers(model, partitioner, trainable, kinds)
-    one, one_written = answers(load_model(sys.argv[1], **options), None, trainable, kinds)
+    scores, written = answers(model, partitioner, trainable, modes)
+    one, one_written = answers(load_model(sys.argv[1], **options), None, trainable, modes)
     np.testing.assert_allclose(scores, one, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(written, one_written):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -143,7 +143,7 @@ def test_a_mixtures_prompt_is_put_as_one_of_its_tasks(tmp_path: Path) -> None:
     [
         ({"labels": ("red", "blue")}, {"labels": ("red", "green")}, "labels red, blue and b on"),
         ({"labels": ("red",)}, {"labels": ("red", "green")}, "labels red and b on red, green"),
-        ({"inputs_template": "a {x}"}, {"inputs_template": "b {x}"}, "wording 'a {x}' and b with"),
+        ({"inputs_template": "a {x}"}, {"inputs_template": "b {x}"}, "template 'a {x}' and b with"),
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])

@@ -58,6 +58,7 @@ class PromptMetadata:
       labels: of the task, or of all tasks of a mixture.
       inputs_template: the wording of the inputs, with columns in braces (``data.tasks.wording``).
       chat: whether inputs were messages in the chat template of the model's tokenizer.
+      normalize_length: whether labels were ranked by the mean log-probability of their tokens.
       mixture: its tasks, if it was trained on several.
       combine: how the prompt is joined to the input.
       model_type: the family of the model, such as ``gemma2``; empty for a T5.
@@ -79,6 +80,7 @@ class PromptMetadata:
     labels: tuple[str, ...] = ()
     inputs_template: str = ""
     chat: bool = False
+    normalize_length: bool = False
     mixture: tuple[TrainedTask, ...] = ()
     combine: str = ""
     model_type: str = ""
@@ -409,6 +411,7 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
         "labels": lambda text: _labels(read_json(text, of="labels")),
         "inputs_template": checked_template,
         "chat": lambda text: text == "true",
+        "normalize_length": lambda text: text == "true",
         "mixture": lambda text: _mixture(read_json(text, of="mixture")),
     }
     values: dict[str, Any] = {}

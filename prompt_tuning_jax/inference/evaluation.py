@@ -163,11 +163,16 @@ def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
 
 
 def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[str]:
-    """Yields a note for each prompt whose training used a different wording than the examples."""
+    """Yields a note for each prompt whose run read or ranked the examples in a different way."""
     data = experiment.data
     for name, one in loaded.by_name().items():
         if one.chat and not data.chat:
             yield f"note: {name} was trained on chat messages; --set data.chat=true makes them"
+        if one.normalize_length and not experiment.evaluation.normalize_length:
+            yield (
+                f"note: the run of {name} ranked labels by the mean log-probability of their "
+                "tokens; --set evaluation.normalize_length=true does so"
+            )
     if not (data.train or data.eval) or data.objectives:
         return
     ours = Wording(template=inputs_template_of(data))

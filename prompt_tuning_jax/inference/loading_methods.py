@@ -191,6 +191,7 @@ def known_with(run: Experiment | None, metadata: PromptMetadata) -> PromptMetada
         task=metadata.task or run.data.train or run.data.task,
         inputs_template=metadata.inputs_template or inputs_template_of(run.data),
         chat=metadata.chat or run.data.chat,
+        normalize_length=metadata.normalize_length or run.evaluation.normalize_length,
         mixture=metadata.mixture or mixture_of(run.data),
         combine=metadata.combine or ("" if prompt is None else prompt.placement),
     )

@@ -281,6 +281,9 @@ def _asked(
         own = shared_labels(by_name, instead="give the labels that all are to choose between")
         if data.labels and not chosen and not task:
             own = data.labels
+    if any(about.normalize_length for about in known.values()):
+        evaluation = dataclasses.replace(experiment.evaluation, normalize_length=True)
+        experiment = dataclasses.replace(experiment, evaluation=evaluation)
     strategy = experiment.evaluation.strategy
     if not own and strategy in ("rank", "auto") and not chosen:
         own = _labels_of(data)

@@ -52,7 +52,8 @@ class Options(_Checked):
     )
     normalize_length: bool | None = Field(
         default=None,
-        description="label, score: use the mean log-probability of the tokens instead of the sum",
+        description="label, score: use the mean log-probability of the tokens instead of the sum; "
+        "by default, labels are ranked as when the task's prompts were evaluated",
     )
     stream: bool = Field(
         default=False, description="generate: send server-sent events while the text is generated"

@@ -29,7 +29,7 @@ from prompt_tuning_jax.serving.schema import (
 )
 from prompt_tuning_jax.serving.task_changes import TaskChanges
 from prompt_tuning_jax.serving.task_store import TaskStore
-from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, Tasks
+from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, ServedTask, Tasks
 
 _COMPILED = 0.1  # seconds between two checks for newly compiled programs
 _PATIENCE = 2.0  # seconds that a new program waits for an idle moment
@@ -256,7 +256,11 @@ class Service:
         self, request: PredictRequest, parsed: Sequence[ParsedInput], values: list[list[Any]]
     ) -> list[Result]:
         decode = self.engine.vocabulary.decode
-        mean = request.options.normalize_length
+        asked = request.options.normalize_length
+
+        def mean(task: ServedTask) -> bool:
+            return asked if asked is not None else request.mode == "label" and task.normalize_length
+
         results = [
             assembled(
                 request.mode,
@@ -265,7 +269,7 @@ class Service:
                 labels=one.labels,
                 values=own,
                 decode=decode,
-                divisors=[len(ids) for ids in one.targets] if mean else (),
+                divisors=[len(ids) for ids in one.targets] if mean(one.task) else (),
             )
             for one, own in zip(parsed, values, strict=True)
         ]

@@ -168,6 +168,11 @@ class ServedTask:
         """Its name in a config; several are separated by commas."""
         return ", ".join(dict.fromkeys(prompt.method for prompt in self.prompts))
 
+    @property
+    def normalize_length(self) -> bool:
+        """Whether labels are ranked by the mean log-probability of their tokens, as in its run."""
+        return any(prompt.metadata.normalize_length for prompt in self.prompts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptValidator:

@@ -421,6 +421,7 @@ def _metadata(
         labels=labels,
         inputs_template=inputs_template_of(experiment.data),
         chat=experiment.data.chat,
+        normalize_length=experiment.evaluation.normalize_length,
         mixture=mixture_of(experiment.data),
         combine="" if prompt is None else prompt.placement,
         model_type=getattr(model_config, "model_type", ""),

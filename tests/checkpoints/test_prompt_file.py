@@ -30,6 +30,7 @@ METADATA = PromptMetadata(
     score=0.8125,
     labels=("positive", 'ne"ga\ntive', "中"),
     chat=True,
+    normalize_length=True,
     combine="prefix",
     created_by="a test",
 )

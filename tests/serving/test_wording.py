@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.serving.loading import find_tasks, load_tasks
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
 from tests.serving.serving_app import ADMIN, ask, make_service, running, validator
-from tests.serving.serving_micro import write_prompt
+from tests.serving.serving_micro import micro_model, write_prompt
 from tests.tiny_run import LABELS
 
 TWO = "one {first} two {second}"
@@ -48,6 +50,25 @@ def test_a_text_is_worded_unless_raw(tmp_path: Path, mode: str) -> None:
     )
     assert by_text.status_code == 200, by_text.text
     assert by_text.json()["results"] == raw.json()["results"] != bare.json()["results"]
+
+
+def test_labels_are_ranked_as_in_the_run_unless_the_request_says_otherwise(tmp_path: Path) -> None:
+    labels = ("re", "green")  # of different lengths
+    file = write_prompt(tmp_path / "mean.safetensors", labels=labels, normalize_length=True)
+    write_prompt(tmp_path / "sum.safetensors", labels=labels)
+    body: dict[str, Any] = {"task": ["mean", "sum"], "inputs": ["ban", "ban"]}
+    both = [
+        {**body, "options": {} if asked is None else {"normalize_length": asked}}
+        for asked in (None, True, False)
+    ]
+    by_task, means, sums = (answer.json()["results"] for answer in answered(tmp_path, *both))
+    assert by_task[0] == means[0] and by_task[1] == sums[1]
+    assert means[0]["probabilities"] != pytest.approx(sums[0]["probabilities"], rel=1e-2)
+    (found,) = predict(micro_model(), "ban", file)
+    assert found.log_probs is not None
+    share = np.exp([found.log_probs[label] for label in labels])
+    expected = dict(zip(labels, share / share.sum(), strict=True))
+    assert means[0]["probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_cannot_be_worded_is_refused_by_its_columns(tmp_path: Path) -> None:

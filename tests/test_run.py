@@ -98,7 +98,7 @@ def test_fewer_examples_than_a_batch_are_noted(tmp_path: Path) -> None:
     train_set: Any = SimpleNamespace(examples_per_epoch=3)
     data = task_data.TaskData(
         train=train_set,
-        train_targets=(),
+        targets_by_task={},
         evaluation={},
         labels=(),
         task_labels=(),

@@ -221,7 +221,7 @@ def _vocabulary(model: str, vocabulary: str) -> AnyVocabulary:
 def _ids(
     task: Task, batch: Sequence[Example], words: AnyVocabulary
 ) -> list[tuple[list[int], list[int]]]:
-    inputs = encode_inputs(task, words, [example["inputs"] for example in batch])
+    inputs = encode_inputs(words, [example["inputs"] for example in batch], index=task.index)
     targets = words.encode_targets([example["targets"] for example in batch])
     return list(zip(inputs, targets, strict=True))
 

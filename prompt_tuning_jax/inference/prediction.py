@@ -364,7 +364,7 @@ def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wor
         raise UserError(f"{error}; {hint}") from None
     chat = shared.chat or data.chat
     if data.inputs_template:
-        return Wording(template=data.inputs_template, chat=chat)
+        return Wording(template=data.inputs_template, chat=chat, index=shared.index)
     if shared != AS_IT_IS:
         return dataclasses.replace(shared, chat=chat)
     if data.train or data.eval:
@@ -534,7 +534,8 @@ def _as_task(inputs: Sequence[str], wording: Wording) -> Task:
     source = Source(
         splits=("predict",), rows=lambda split, data_dir: rows, fingerprint=lambda split, _: ""
     )
-    return Task(name="inputs", source=source, inputs_ending=wording.ending)
+    ending, index = wording.ending, wording.index
+    return Task(name="inputs", source=source, inputs_ending=ending, index=index)
 
 
 def mean_log_probs(known_E: Sequence[Mapping[str, float]]) -> dict[str, float]:

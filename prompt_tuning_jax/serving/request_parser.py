@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from prompt_tuning_jax.config.serving import Mode
+from prompt_tuning_jax.data.batching.tokenize import encode_inputs
 from prompt_tuning_jax.data.images.files import decode_image
 from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
@@ -258,7 +259,7 @@ class RequestParser:
         words = self._engine.vocabulary
         wording = AS_IT_IS if request.options.raw else task.wording
         try:
-            ids = words.encode_input(text, chat=wording.chat)
+            (ids,) = encode_inputs(words, [text], index=wording.index, chat=wording.chat)
         except UserError as error:
             raise RefusedError(422, str(error), field=f"inputs[{number}]") from None
         prompts = task.prompts or (None,)

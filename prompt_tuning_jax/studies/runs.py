@@ -348,7 +348,7 @@ def _baseline(trained: Experiment, of: Experiment, words: AnyVocabulary) -> dict
     majority: dict[str, float] = {}
     for name, examples in tried.evaluation.items():
         prefix = f"{name}/" if len(tried.evaluation) > 1 else ""
-        scores = examples.task.majority_scores(examples.texts, data.train_targets)
+        scores = data.majority_scores(examples)
         majority |= {f"{prefix}{metric}": value for metric, value in scores.items()}
     return {
         "majority": majority,

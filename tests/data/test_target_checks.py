@@ -1,5 +1,6 @@
 """Targets that nothing can equal, labels that look alike, and texts that a vocabulary rewrites."""
 
+import dataclasses
 import unicodedata
 from collections import Counter
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.config.field_syntax import parse_class_weights
+from prompt_tuning_jax.data.batching.task_data import TaskData
 from prompt_tuning_jax.data.batching.tokenize import tokenize
 from prompt_tuning_jax.data.tasks.files import file_task
 from prompt_tuning_jax.data.tasks.labels import (
@@ -41,6 +43,23 @@ def task_of(targets, *, labels=(), postprocess=None, metrics=("accuracy",)):
 def examples_of(task, vocabulary=None):
     vocabulary = vocabulary or Vocabulary(tiny_run.vocabulary_file())
     return tokenize(task, "train", vocabulary, inputs_length=16, targets_length=64, use_cache=False)
+
+
+def test_the_majority_class_is_that_of_the_examples_own_task():
+    data = TaskData(
+        train=None,
+        targets_by_task={"t": ("no", "no", "yes"), "other": ("yes",) * 9},
+        evaluation={},
+        labels=("no", "yes"),
+        task_labels=(),
+        best_by="accuracy",
+        direction="max",
+        reports=(),
+    )
+    one = examples_of(task_of(["no", "no", "no", "yes"], labels=("no", "yes")))
+    assert dataclasses.replace(data, evaluation={"t": one}).baselines() == {"majority class": 75.0}
+    elsewhere = dataclasses.replace(one, task=dataclasses.replace(one.task, name="untrained"))
+    assert data.majority_scores(elsewhere)["accuracy"] == 25.0
 
 
 def test_labels_are_listed_by_how_many_there_are():

@@ -72,7 +72,7 @@ def test_a_text_that_the_vocabulary_refuses_is_the_clients_error(words: HfTokeni
     """Such as one with the token that stands for an image."""
 
     class Refusing(HfTokenizer):
-        def encode_input(self, text: str, *, chat: bool = False) -> list[int]:
+        def encode_inputs(self, *texts: object, **options: object) -> list[list[int]]:
             raise UserError("an input has <image>")
 
     with pytest.raises(RefusedError, match="an input has <image>") as caught:

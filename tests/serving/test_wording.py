@@ -8,8 +8,11 @@ import httpx
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
+from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.api import score
 from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.serving.loading import find_tasks, load_tasks
 from tests.serving.browser import CHROMIUM, Browser
@@ -69,6 +72,23 @@ def test_labels_are_ranked_as_in_the_run_unless_the_request_says_otherwise(tmp_p
     share = np.exp([found.log_probs[label] for label in labels])
     expected = dict(zip(labels, share / share.sum(), strict=True))
     assert means[0]["probabilities"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_token_of_a_task_precedes_its_inputs_as_in_training(tmp_path: Path) -> None:
+    task = "task_index_glue_cola_v002"
+    file = write_prompt(tmp_path / "indexed.safetensors", task=task)
+    (answer,) = answered(tmp_path, {"task": "indexed", "inputs": ["ban red"]})
+    (served,) = answer.json()["results"]
+    (found,) = predict(micro_model(), "ban red", file)
+    words, index = micro_model().vocabulary, get_task(task).index
+    assert index is not None and found.log_probs is not None
+    ids = [words.size - 1 - index, *words.encode_input("ban red")]
+    known = score(micro_model(), [ids] * len(LABELS), LABELS, load_prompt(file))
+    assert found.log_probs == pytest.approx(dict(zip(LABELS, known, strict=True)), abs=1e-4)
+    share = np.exp(known) / np.exp(known).sum()
+    assert served["probabilities"] == pytest.approx(dict(zip(LABELS, share, strict=True)), abs=1e-4)
+    plain = score(micro_model(), ["ban red"] * len(LABELS), LABELS, load_prompt(file))
+    assert np.abs(plain - known).max() > 0.01
 
 
 def test_what_cannot_be_worded_is_refused_by_its_columns(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class TaskData:
     """The training examples (None for evaluation only), and evaluation examples by task."""
 
     train: TrainBatches | None
-    train_targets: tuple[str, ...]
+    # By the name of the task that is trained on.
+    targets_by_task: Mapping[str, tuple[str, ...]]
     evaluation: Mapping[str, TokenizedExamples]
     labels: tuple[str, ...]
     # Those of each task that is trained on.
@@ -88,6 +89,19 @@ class TaskData:
         return None if self.train is None else self.train.examples_per_epoch
 
     @property
+    def train_targets(self) -> tuple[str, ...]:
+        """The training targets of all tasks."""
+        return tuple(target for own in self.targets_by_task.values() for target in own)
+
+    def majority_scores(self, examples: TokenizedExamples) -> dict[str, float]:
+        """Scores the most frequent training target of the examples' task as every prediction.
+
+        For a task that is not trained on, that of all tasks.
+        """
+        targets = self.targets_by_task.get(examples.task.name, self.train_targets)
+        return examples.task.majority_scores(examples.texts, targets)
+
+    @property
     def charted(self) -> tuple[str, ...]:
         """The metrics that a run's curves show besides the loss."""
         return (self.best_by,)
@@ -97,7 +111,7 @@ class TaskData:
         if len(self.evaluation) != 1 or not self.labels:
             return {}
         (examples,) = self.evaluation.values()
-        scores = examples.task.majority_scores(examples.texts, self.train_targets)
+        scores = self.majority_scores(examples)
         return {"majority class": scores[self.best_by]} if self.best_by in scores else {}
 
     def digests(self) -> dict[str, str]:
@@ -219,14 +233,14 @@ def build_data(
     for one in (*train_sets, *eval_sets):
         require_inputs(one, has_prompt=has_prompt)
     _check_targets(experiment, train_sets, eval_sets)
-    train_targets = tuple(e["targets"] for one in train_sets for e in one.texts)
+    targets_by_task = {one.task.name: tuple(e["targets"] for e in one.texts) for one in train_sets}
     if experiment.method.scores_labels or experiment.training.loss != "tokens":
         chooses = (
             type(experiment.method).__name__
             if experiment.method.scores_labels
             else f"training.loss={experiment.training.loss}"
         )
-        for target in set(train_targets) - set(labels):
+        for target in set().union(*targets_by_task.values()) - set(labels):
             raise UserError(
                 f"{chooses} chooses among the labels, but the target {target[:40]!r} is not one of "
                 "them; list all labels in data.labels"
@@ -248,7 +262,7 @@ def build_data(
     best_by = _best_by(experiment.evaluation.best_by, eval_sets)
     task_data = TaskData(
         train=train,
-        train_targets=train_targets,
+        targets_by_task=targets_by_task,
         evaluation=evaluation,
         labels=labels,
         task_labels=tuple(one.task.labels for one in train_sets),

@@ -271,14 +271,14 @@ def tokenize(
 
 
 def encode_inputs(
-    task: Task, vocabulary: AnyVocabulary, texts: Sequence[str], *, chat: bool = False
+    vocabulary: AnyVocabulary, texts: Sequence[str], *, index: int | None, chat: bool = False
 ) -> list[list[int]]:
-    """Token ids of a task's inputs, with the token for the task before the text if there is one."""
+    """Token ids of inputs, with the token for the task before the text if it has an ``index``."""
     rows = vocabulary.encode_inputs(texts, chat=chat)
-    if task.index is None:
+    if index is None:
         return rows
-    index, start = task_index_id(vocabulary.size, task.index), len(vocabulary.input_start)
-    return [[*ids[:start], index, *ids[start:]] for ids in rows]
+    token, start = task_index_id(vocabulary.size, index), len(vocabulary.input_start)
+    return [[*ids[:start], token, *ids[start:]] for ids in rows]
 
 
 def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
@@ -340,7 +340,7 @@ def _build(
     texts = list(task.load(split, data_dir))
     if not texts:
         raise UserError(f"task {task.name!r}, split {split!r}: there are no examples")
-    encode = functools.partial(encode_inputs, task, vocabulary, chat=chat)
+    encode = functools.partial(encode_inputs, vocabulary, index=task.index, chat=chat)
     inputs = _encoded([example["inputs"] for example in texts], encode)
     targets = _encoded([example["targets"] for example in texts], vocabulary.encode_targets)
     return Entry(inputs=make_ragged(inputs), targets=make_ragged(targets), load_texts=lambda: texts)

@@ -26,17 +26,19 @@ _MARK = "\ue000"
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """The text around a user's text; none if both fields are empty.
+    """The text around a user's text; none if ``template`` and ``from_text`` are empty.
 
     Attributes:
       template: column names in braces, as in ``"premise: {premise} hypothesis: {hypothesis}"``.
       from_text: a task's function of a bare text, which ``template`` then only describes.
       chat: whether the result is a message in the chat template of the model's tokenizer.
+      index: if not None, a token for this number precedes the input (``Task.index``).
     """
 
     template: str = ""
     from_text: Callable[[str], str] | None = None
     chat: bool = False
+    index: int | None = None
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -58,10 +60,11 @@ class Wording:
     @property
     def key(self) -> object:
         """Equal for wordings with the same result, whatever a single column is called."""
+        own = self.chat, self.index
         if self._parsed is None:
-            return self.chat, self.from_text
+            return own, self.from_text
         columns = self._parsed.columns
-        return self.chat, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
+        return own, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
 
     def apply(self, given: Given) -> str:
         """The model's input for a bare text or the values of columns.
@@ -117,11 +120,11 @@ def wording_of(task: str, template: str, *, chat: bool = False) -> Wording:
     template.
     """
     known = tasks_known_as(task)
-    from_text = known[0].from_text if len(known) == 1 else None
+    from_text, index = (known[0].from_text, known[0].index) if len(known) == 1 else (None, None)
     if from_text is not None:
-        return Wording(template=template_of(from_text), from_text=from_text, chat=chat)
+        template = template_of(from_text)
     checked_template(template)
-    return Wording(template=template, chat=chat)
+    return Wording(template=template, from_text=from_text, chat=chat, index=index)
 
 
 def shared_wording(wordings: Mapping[str, Wording]) -> Wording:

@@ -394,13 +394,13 @@ def majority_score(of: Experiment, settings: Settings, model: Any) -> float | No
     """Returns the score of the most frequent target of the training split; None without labels."""
     words = vocabulary_of(model)
     of = dataclasses.replace(of, data=dataclasses.replace(of.data, max_train_examples=0))
-    train_targets = task_data.build_data(of, words).train_targets
+    trained = task_data.build_data(of, words)
     tested = tested_on(of, settings)
     data = task_data.build_data(tested, words, training=False)
     if not data.labels or len(data.evaluation) != 1:
         return None
     (examples,) = data.evaluation.values()
-    value = examples.task.majority_scores(examples.texts, train_targets).get(data.best_by)
+    value = trained.majority_scores(examples).get(data.best_by)
     return None if value is None or not np.isfinite(value) else float(value)
 
 

@@ -139,7 +139,7 @@ def test_task_index(cases, t5_vocabulary):
     for case in cases["task_index_examples"]:
         name = case["task"].removeprefix("task_index_")
         task = make_task(T5_TASKS[name], "task_index")
-        (ids,) = encode_inputs(task, t5_vocabulary, [case["inputs_pretokenized"]])
+        (ids,) = encode_inputs(t5_vocabulary, [case["inputs_pretokenized"]], index=task.index)
         assert ids == case["inputs_ids"]
 
 

@@ -23,6 +23,7 @@ from prompt_tuning_jax.data.batching.image_examples import (
 from prompt_tuning_jax.data.batching.loader import TrainBatches, eval_batches
 from prompt_tuning_jax.data.images.augment import augmented
 from prompt_tuning_jax.data.images.files import decode_image, read_image
+from prompt_tuning_jax.data.images.given import given_images
 from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.images.sources import is_image_source, open_images
 from prompt_tuning_jax.data.images.task import image_task
@@ -110,6 +111,27 @@ def damage(says: str) -> Callable[[Callable[[Path], str]], Callable[[Path], str]
         return make
 
     return register
+
+
+def test_images_to_predict_need_no_labels(tmp_path: Path) -> None:
+    images_NHW = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+    np.savez(tmp_path / "alone.npz", images=images_NHW)
+    np.savez(tmp_path / "split.npz", x_train=images_NHW[:1], x_test=images_NHW)
+    write_idx(tmp_path / "new-images-idx3-ubyte", images_NHW)
+    for name in ("alone.npz", "split.npz", "new-images-idx3-ubyte"):
+        found = given_images(tmp_path / name)
+        assert (len(found), found.targets, found.names[1]) == (2, (), f"{name}#1")
+        np.testing.assert_array_equal(found.read(1)[..., 0], images_NHW[1])
+    np.savez(tmp_path / "wrong.npz", images=images_NHW.astype(np.float32))
+    np.savez(tmp_path / "empty.npz", images=images_NHW[:0])
+    np.savez(tmp_path / "other.npz", pictures=images_NHW)
+    for name, message in (
+        ("wrong.npz", "must be uint8"),
+        ("empty.npz", "there are no images"),
+        ("other.npz", "there is no images, or .*it holds pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            given_images(tmp_path / name)
 
 
 def _idx(folder: Path, content: bytes) -> str:

@@ -53,16 +53,8 @@ def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
     The arrays of a split are ``train_images`` and ``train_labels`` (validation, val, test), or
     ``x_train`` and ``y_train``.
     """
-    arrays = _read_npz(path, [("images", "labels"), *_names_of_split(training)])
-    images, targets = arrays
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise UserError(
-            f"{path}: the images are {images.dtype} {list(images.shape)}; they must be uint8 "
-            "[N, H, W] or [N, H, W, channels]"
-        )
-    images_NHWC = images[..., None] if images.ndim == 3 else images
-    if images_NHWC.shape[3] not in (1, 3):
-        raise UserError(f"{path}: the images have {images_NHWC.shape[3]} channels; 1 or 3 are read")
+    images, targets = _read_npz(path, [("images", "labels"), *_names_of_split(training)])
+    images_NHWC = _pixels(images, path)
     targets_N = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
     if targets_N.ndim != 1 or targets_N.dtype.kind not in "iuU":
         raise UserError(
@@ -73,6 +65,35 @@ def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
         return _numbered(images_NHWC, targets_N, labels, path=path)
     texts = tuple(str(text) for text in targets_N)
     return _image_set(images_NHWC, texts, tuple(sorted(set(texts))), path=path)
+
+
+def open_unlabelled(path: Path) -> ImageSet:
+    """The images of an IDX or npz file alone; it needs no labels.
+
+    Those of an npz file with several splits are from the one that evaluates.
+    """
+    if is_idx(path):
+        images_NHWC = _read_idx(path, 3)[..., None]
+    else:
+        names = ["images", *(name for name, _ in _names_of_split(training=False))]
+        (images,) = _read_npz(path, [(name,) for name in names])
+        images_NHWC = _pixels(images, path)
+    if not len(images_NHWC):
+        raise UserError(f"{path}: there are no images")
+    return _image_set(images_NHWC, None, (), path=path)
+
+
+def _pixels(images: np.ndarray, path: Path) -> np.ndarray:
+    """The images as ``[N, H, W, channels]``."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"{path}: the images are {images.dtype} {list(images.shape)}; they must be uint8 "
+            "[N, H, W] or [N, H, W, channels]"
+        )
+    images_NHWC = images[..., None] if images.ndim == 3 else images
+    if images_NHWC.shape[3] not in (1, 3):
+        raise UserError(f"{path}: the images have {images_NHWC.shape[3]} channels; 1 or 3 are read")
+    return images_NHWC
 
 
 def _numbered(
@@ -96,20 +117,20 @@ def _numbered(
 
 
 def _image_set(
-    images_NHWC: np.ndarray, targets: Sequence[str], classes: tuple[str, ...], *, path: Path
+    images_NHWC: np.ndarray, targets: Sequence[str] | None, classes: tuple[str, ...], *, path: Path
 ) -> ImageSet:
-    if len(images_NHWC) != len(targets):
+    if targets is not None and len(images_NHWC) != len(targets):
         raise UserError(f"{path}: {len(images_NHWC):,} images and {len(targets):,} labels")
 
     def digest() -> str:
-        digest = hashlib.sha256(repr((images_NHWC.shape, tuple(targets))).encode())
+        digest = hashlib.sha256(repr((images_NHWC.shape, tuple(targets or ()))).encode())
         digest.update(np.ascontiguousarray(images_NHWC).data)
         return digest.hexdigest()
 
     return ImageSet(
         title=str(path),
         names=tuple(f"{path.name}#{number}" for number in range(len(images_NHWC))),
-        targets=tuple(targets),
+        targets=tuple(targets or ()),
         classes=classes,
         read=lambda number: images_NHWC[number],
         digest=digest,
@@ -167,16 +188,17 @@ def _names_of_split(training: bool) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_npz(path: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+def _read_npz(path: Path, choices: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
+    """The arrays of the first choice of names that are in the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            pair = next((pair for pair in pairs if names.issuperset(pair)), None)
-            if pair is None:
-                wanted = ", or ".join(" and ".join(pair) for pair in pairs)
+            chosen = next((each for each in choices if names.issuperset(each)), None)
+            if chosen is None:
+                wanted = ", or ".join(" and ".join(each) for each in choices)
                 held = ", ".join(sorted(names))[:200]
                 raise UserError(f"{path}: there is no {wanted}; it holds {held or 'nothing'}")
-            return [_read_npy(archive, f"{name}.npy", path) for name in pair]
+            return [_read_npy(archive, f"{name}.npy", path) for name in chosen]
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged, or not an npz file: {why}") from None

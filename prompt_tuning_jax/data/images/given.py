@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prompt_tuning_jax.data.images.arrays import is_idx
+from prompt_tuning_jax.data.images.arrays import is_idx, open_unlabelled
 from prompt_tuning_jax.data.images.image_set import ImageSet, Pixels, files_as_images
-from prompt_tuning_jax.data.images.sources import images_in, open_images
+from prompt_tuning_jax.data.images.sources import images_in
 from prompt_tuning_jax.errors import UserError
 
 
@@ -24,7 +24,7 @@ def given_images(inputs: object) -> ImageSet:
                 raise UserError(f"{inputs}: there is no PNG or JPEG file in this folder")
             return files_as_images(found)
         if place.suffix == ".npz" or is_idx(place):
-            return open_images(str(inputs), training=False)
+            return open_unlabelled(place)
         inputs = [inputs]
     if not isinstance(inputs, Iterable):
         raise UserError(f"inputs must be images, not {type(inputs).__name__}")
@@ -32,12 +32,14 @@ def given_images(inputs: object) -> ImageSet:
     if not each:
         raise UserError("there are no inputs")
     if any(isinstance(one, str | Path) for one in each):
+        files = []
         for number, one in enumerate(each):
             if not isinstance(one, str | Path):
                 raise UserError(f"inputs[{number}] must be a path, as others are")
-            if not Path(one).is_file():
+            files.append(Path(one).expanduser())
+            if not files[-1].is_file():
                 raise UserError(f"{one}: no such image file; this model reads images")
-        return files_as_images([str(one) for one in each])
+        return files_as_images([*map(str, files)])
     arrays = [_array(one, number) for number, one in enumerate(each)]
     return ImageSet(
         title="the images",

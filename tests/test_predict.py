@@ -148,6 +148,30 @@ def test_a_text_for_several_columns_is_refused_everywhere(
     assert "first, second" in refused(capsys, "predict", "--prompt", prompt, *MODEL, "a text")
 
 
+def test_a_template_of_the_config_is_that_of_all_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_prompt(tmp_path / "a.safetensors", inputs_template="say {x}")
+    second = write_prompt(tmp_path / "b.safetensors", task="word_valence")
+    both = ["--prompt", first, "--prompt", second, *MODEL]
+    assert "'say {x}'" in refused(capsys, "predict", "bon", *both)
+    given = ["--set", "data.inputs_template=all {text}", "--json"]
+    assert main([str(one) for one in ("predict", "bon", *both, *given)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    (expected,) = predict(micro_model(), ["all bon"], [first, second], raw=True)
+    assert answer["log_probs"] == pytest.approx(expected.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "out.parquet"])
+def test_formats_that_are_not_written_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    prompt = write_prompt(tmp_path / "mine.safetensors")
+    message = refused(capsys, "predict", "--prompt", prompt, "--output", tmp_path / name, "bon")
+    assert "this format is not written; name a .jsonl" in message
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv"])
 def test_a_data_file_is_read_as_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str

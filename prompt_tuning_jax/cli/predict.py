@@ -40,6 +40,11 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
 
     def run(self) -> None:
         require_folders(output=self.output)
+        if self.output and Path(self.output).suffix.lower() in (".gz", ".parquet", ".xlsx"):
+            raise UserError(
+                f"--output {self.output}: this format is not written; name a .jsonl, .json, .csv "
+                "or .tsv file, or one of another kind for lines of text"
+            )
         inputs = self._inputs()
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.prediction import UNDESCRIBED, predict

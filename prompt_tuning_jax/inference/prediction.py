@@ -352,19 +352,21 @@ def _wording(data: Data, known: Mapping[str, PromptMetadata], named: str) -> Wor
     Falls back to the wording of the config's data or of the named task.  Raises UserError if the
     prompts were trained with different wordings.
     """
+    wordings = {
+        name: wording_of(one.task, one.inputs_template, chat=one.chat)
+        for name, one in known.items()
+    }
+    if template := data.inputs_template:
+        wordings = {
+            name: dataclasses.replace(one, template=template, from_text=None)
+            for name, one in wordings.items()
+        }
     try:
-        shared = shared_wording(
-            {
-                name: wording_of(one.task, one.inputs_template, chat=one.chat)
-                for name, one in known.items()
-            }
-        )
+        shared = shared_wording(wordings)
     except UserError as error:
         hint = "predict with one after the other, or give whole inputs and raw"
         raise UserError(f"{error}; {hint}") from None
     chat = shared.chat or data.chat
-    if data.inputs_template:
-        return Wording(template=data.inputs_template, chat=chat, index=shared.index)
     if shared != AS_IT_IS:
         return dataclasses.replace(shared, chat=chat)
     if data.train or data.eval:

@@ -75,7 +75,8 @@ class Ablate(ConfigOptions):
         from prompt_tuning_jax.studies.ablations.axes import Value, get_axis, values_of
         from prompt_tuning_jax.studies.ablations.ensembles import ensembles
         from prompt_tuning_jax.studies.ablations.grid import Grid
-        from prompt_tuning_jax.studies.ablations.run import Settings, ablate
+        from prompt_tuning_jax.studies.ablations.points import Settings
+        from prompt_tuning_jax.studies.ablations.run import ablate
 
         settings = Settings(
             at_once=self.at_once,

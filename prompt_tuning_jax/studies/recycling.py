@@ -30,16 +30,15 @@ from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.inference.setup import shared_model
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group, Point
-from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
-from prompt_tuning_jax.studies.ablations.run import (
-    AblationResult,
+from prompt_tuning_jax.studies.ablations.points import (
     Settings,
     as_read,
-    check,
     digests_of,
     score_group,
     tested_on,
 )
+from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
+from prompt_tuning_jax.studies.ablations.run import AblationResult, check
 from prompt_tuning_jax.studies.named_tasks import (
     Task,
     majority_note,

@@ -25,14 +25,9 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import shared_model
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value, require_one_setting
 from prompt_tuning_jax.studies.ablations.grid import Grid, Group, Point
+from prompt_tuning_jax.studies.ablations.points import Settings, claim_data, score_group
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, write
-from prompt_tuning_jax.studies.ablations.run import (
-    AblationResult,
-    Settings,
-    check,
-    claim_data,
-    score_group,
-)
+from prompt_tuning_jax.studies.ablations.run import AblationResult, check
 from prompt_tuning_jax.studies.named_tasks import (
     Task,
     majority_note,

@@ -28,15 +28,15 @@ from prompt_tuning_jax.methods import (
     PromptDesign,
     method_name,
 )
-from prompt_tuning_jax.studies.ablations import adaptation
+from prompt_tuning_jax.studies.ablations import adaptation, points, run
 from prompt_tuning_jax.studies.ablations import ensembles as ensemble_study
-from prompt_tuning_jax.studies.ablations import run as runs
 from prompt_tuning_jax.studies.ablations.axes import AXES, Value, get_axis, values_of
 from prompt_tuning_jax.studies.ablations.ensembles import SCORES, ensembles
 from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.ablations.methods import compared
+from prompt_tuning_jax.studies.ablations.points import Settings
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of
-from prompt_tuning_jax.studies.ablations.run import Settings, ablate
+from prompt_tuning_jax.studies.ablations.run import ablate
 from prompt_tuning_jax.training.resume import claim
 from tests import tiny_run
 from tests.tiny_run import experiment, write_config
@@ -105,7 +105,7 @@ def test_an_ablation_is_written_and_never_computed_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores are those of the runs; a device that is too small gets half of a run at a time."""
-    real, sizes = runs.train, []
+    real, sizes = points.train, []
 
     def train(of: Any, **options: Any) -> Any:
         sizes.append(len(of.training.seeds))
@@ -113,7 +113,7 @@ def test_an_ablation_is_written_and_never_computed_twice(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return real(of, **options)
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(points, "train", train)
     of = experiment(tmp_path, SHORT)
     test = dataclasses.replace(of.data, eval=str(tiny_run.train_file()))
     settings = Settings(test=test)
@@ -124,7 +124,7 @@ def test_an_ablation_is_written_and_never_computed_twice(
     assert written["complete"] and written["split"] == tiny_run.train_file().name
     assert [point["value"] for point in written["points"]] == ["uniform", "class_labels"]
     for point, part in zip(written["points"], ("0_to_1", "2_to_3"), strict=True):
-        kept = json.loads((tmp_path / f"all_{part}" / runs.POINT).read_text())
+        kept = json.loads((tmp_path / f"all_{part}" / points.POINT).read_text())
         assert point["scores"] == [member["test"] for member in kept["members"]]
         assert point["mean"] == pytest.approx(sum(point["scores"]) / 2)
         # 48 training examples are the test data here.
@@ -278,7 +278,7 @@ def test_wrong_arguments(
 def test_the_data_of_a_run_is_not_changed_by_a_test_split() -> None:
     of = experiment("w")
     test = dataclasses.replace(Data(), eval_split="test", eval="other.jsonl")
-    assert runs.tested_on(of, Settings(test=test)).data.train == of.data.train
+    assert points.tested_on(of, Settings(test=test)).data.train == of.data.train
 
 
 def test_ensembles_of_all_subsets(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_ensembles_of_all_subsets(tmp_path: Path) -> None:
     file.write_text(json.dumps(kept))
     again = ensembles(of, methods, Settings(), quiet=True)
     assert again.results is not None and again.results.cells[0].scores == (1.0, 2.0, 3.0)
-    data = file.with_name(runs.DATA)
+    data = file.with_name(points.DATA)
     data.write_text(data.read_text().replace("train", "other"))
     with pytest.raises(UserError, match="has a run on other data or weights"):
         ensembles(of, methods, Settings(), quiet=True)
@@ -363,13 +363,13 @@ def test_parts_of_a_cell_share_its_search_and_claim_no_ensemble(
 
     def votes(result: Any, metric: str, group: Any) -> dict[str, Any]:
         del result, metric
-        return {"split": "s", "ensembles": {runs._key(group.points[0].value, None): 99.0}}
+        return {"split": "s", "ensembles": {points.cell_key(group.points[0].value, None): 99.0}}
 
     per_prompt = [{"accuracy": 50.0}] * 2
-    monkeypatch.setattr(runs, "train", train)
-    monkeypatch.setattr(runs, "_scores_of", votes)
+    monkeypatch.setattr(points, "train", train)
+    monkeypatch.setattr(points, "_scores_of", votes)
     monkeypatch.setattr(
-        runs,
+        points,
         "evaluate",
         lambda of, prompts: SimpleNamespace(per_prompt=per_prompt[: len(of.training.seeds)]),
     )
@@ -408,7 +408,7 @@ def test_every_metric_of_a_table_is_named() -> None:
         (group, {**result, "metric": metric})
         for group, metric in zip(lengths.groups(of, (0, 1)), ("accuracy", "f1"), strict=True)
     ]
-    assert runs._results(of, lengths, kept, Settings(), 2).metric == "accuracy, f1"
+    assert run._results(of, lengths, kept, Settings(), 2).metric == "accuracy, f1"
 
 
 def test_adapted_models_of_another_config_are_not_taken(

@@ -11,7 +11,7 @@ from prompt_tuning_jax.analysis.recycling import Fit, recycle
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.studies import recycling as study
-from prompt_tuning_jax.studies.ablations import run as runs
+from prompt_tuning_jax.studies.ablations import points
 from prompt_tuning_jax.studies.recycling import NEW, NONE, OLD, RECYCLED, UNTOUCHED
 from tests import tiny_run
 from tests.studies.test_spot import SHORT
@@ -33,7 +33,7 @@ def test_old_prompts_on_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert written["complete"] and written["new_model"] == new and written["split"] == "test"
     means = {point["line"]: point["scores"] for point in written["points"]}
     for way, folder in ((OLD, "old"), (NEW, "new")):
-        point = json.loads((tmp_path / "w" / folder / "colour" / runs.POINT).read_text())
+        point = json.loads((tmp_path / "w" / folder / "colour" / points.POINT).read_text())
         assert means[str(way)] == [member["test"] for member in point["members"]]
     assert len(means[str(NONE)]) == 1 and len(means[str(UNTOUCHED)]) == 2
     # As the command recycle does it.

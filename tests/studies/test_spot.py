@@ -17,7 +17,7 @@ from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import LoRA
 from prompt_tuning_jax.studies import spot as study
-from prompt_tuning_jax.studies.ablations import run as runs
+from prompt_tuning_jax.studies.ablations import points
 from prompt_tuning_jax.studies.ablations.run import AblationResult
 from prompt_tuning_jax.studies.named_tasks import tasks_of
 from prompt_tuning_jax.studies.spot import BEST, NEAREST, OWN, Start, chosen, correlation, spot
@@ -50,7 +50,7 @@ def test_targets_start_from_the_prompts_of_sources(
     tmp_path: Path, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    for module in (study, runs):
+    for module in (study, points):
         real = module.train
 
         def train(of: Any, _real: Any = real, **options: Any) -> Any:
@@ -84,7 +84,7 @@ def test_targets_start_from_the_prompts_of_sources(
     own, colour = (written["pairs"]["other"][name] for name in ("own", "colour"))
     for seed in (0, 1):
         folder = tmp_path / f"w/targets/other/seed_{seed}"
-        kept = json.loads((folder / runs.POINT).read_text())
+        kept = json.loads((folder / points.POINT).read_text())
         assert [own[seed]["score"], colour[seed]["score"]] == [m["test"] for m in kept["members"]]
         target = load_prompt(folder / f"prompts/seed_{seed}_class_labels.safetensors")
         near = similarity(target, load_prompt(source))

@@ -23,20 +23,18 @@ from prompt_tuning_jax.inference.predictor import Predictions
 from prompt_tuning_jax.inference.setup import build_model, shared_model
 from prompt_tuning_jax.studies.ablations.axes import AXES, Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid
-from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
-from prompt_tuning_jax.studies.ablations.run import (
-    AblationResult,
+from prompt_tuning_jax.studies.ablations.points import (
     Settings,
     as_read,
-    check,
     claim_data,
-    in_folder,
     majority_score,
     metric_of,
     scores_of,
     tested_on,
     vote,
 )
+from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
+from prompt_tuning_jax.studies.ablations.run import AblationResult, check, in_folder
 from prompt_tuning_jax.studies.suite import data_of
 from prompt_tuning_jax.training.resume import require_place
 from prompt_tuning_jax.training.run import train

@@ -581,3 +581,21 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "inspect ~nobody/x",
+        "predict x --prompt ~nobody/x",
+        "convert ~nobody/x out --to peft",
+        "train --data ~nobody/x.jsonl --eval_data ~nobody/y.jsonl --workdir ~nobody/run",
+        "serve --prompts ~nobody/x",
+    ],
+)
+def test_the_home_of_an_unknown_user_is_no_such_path(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    assert "~nobody" in capsys.readouterr().err.splitlines()[-1]

@@ -273,7 +273,7 @@ def recycle(
     the models have different vocabularies, or if a prompt does not belong to ``source``.
     """
     fit = fit or Fit()
-    place = Path(os.path.abspath(Path(output).expanduser()))
+    place = Path(os.path.abspath(os.path.expanduser(output)))
     paths = prompt_paths(prompt)
     alone = len(paths) == 1 and place.suffix in PROMPT_SUFFIXES
     one = alone or paths == [str(prompt)]

@@ -163,7 +163,7 @@ def _write_mixture(
     by: By,
     overwrite: bool,
 ) -> None:
-    output = Path(os.path.abspath(output.expanduser()))
+    output = Path(os.path.abspath(os.path.expanduser(output)))
     require_free(output, overwrite=overwrite, folder=False)
     for each in nearest:
         if each.similarity <= 0:

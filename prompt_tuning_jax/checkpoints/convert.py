@@ -81,7 +81,7 @@ def convert(
     terminal shows a progress bar.  Existing output is replaced only with ``overwrite``; an error or
     interrupt leaves nothing behind.  Raises UserError.
     """
-    source, destination = str(source), Path(os.path.abspath(Path(destination).expanduser()))
+    source, destination = str(source), Path(os.path.abspath(os.path.expanduser(destination)))
     to = format_of(destination, to)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")

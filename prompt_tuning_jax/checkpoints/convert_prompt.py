@@ -1,6 +1,7 @@
 """Writes prompts in another format."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -257,7 +258,7 @@ def name_for_peft(name: str) -> str:
     """Returns a name on the hub, or a folder's absolute path, which works from any folder."""
     if name in BUNDLED:
         return name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     return str(folder.resolve()) if folder.is_dir() else _PEFT_NAMES.get(name, name)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -52,7 +53,7 @@ def model_location(name: str) -> str:
                 f"{name}: models are read only from gs://BUCKET/PATH and s3://BUCKET/PATH"
             )
         return name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return str(_newest_checkpoint(folder) or folder)
     if is_gguf(folder) or (folder.is_file() and is_t5x(folder)):

@@ -1,5 +1,6 @@
 """Describes models and prompts on disk, from their headers alone."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def open_source(
     name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
 ) -> ModelCheckpoint:
     """``load.open_model``, with T5X's error for a folder with an incomplete T5X checkpoint."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))
     if folder.is_dir():
         name_or_path = model_location(name_or_path)
         folder = Path(name_or_path)

@@ -1,6 +1,7 @@
 """Reads and writes a run's files: prompts, other methods' arrays, results and best members."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,4 +171,4 @@ def workdir_of(experiment: Experiment) -> Path:
     """Returns the run's folder; UserError if none is named."""
     if not experiment.training.workdir:
         raise UserError("training.workdir is empty; say where to keep the run with --workdir")
-    return Path(experiment.training.workdir).expanduser()
+    return Path(os.path.expanduser(experiment.training.workdir))

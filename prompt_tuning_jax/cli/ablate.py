@@ -1,5 +1,6 @@
 """``prompt-tuning ablate``."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -137,7 +138,7 @@ class Ablate(ConfigOptions):
         workdir = experiment.training.workdir
         if not workdir:
             raise UserError("training.workdir is empty; say where to keep the runs with --workdir")
-        folder = Path(workdir).expanduser() / "adapted"
+        folder = Path(os.path.expanduser(workdir)) / "adapted"
         models, stopped_by = adapted_models(config, experiment.model, steps, folder)
         exit_if_stopped(stopped_by)
         if self.setting == "lm_steps":

@@ -1,6 +1,7 @@
 """``prompt-tuning init``: the example configs that come with the package."""
 
 import ast
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def init(name: str, destination: str | Path = "", *, overwrite: bool = False) ->
       UserError: for an unknown example, and for a file that exists, without ``overwrite``.
     """
     source = example_file(name)
-    path = Path(destination or source.name).expanduser()
+    path = Path(os.path.expanduser(destination or source.name))
     if path.is_dir():
         path = path / source.name
     relative = source.relative_to(_folder())

@@ -32,7 +32,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     """
     workdir = experiment.training.workdir
     training = dataclasses.replace(
-        experiment.training, workdir=os.path.abspath(Path(workdir).expanduser()) if workdir else ""
+        experiment.training, workdir=os.path.abspath(os.path.expanduser(workdir)) if workdir else ""
     )
     return _with_paths(dataclasses.replace(experiment, training=training), _absolute)
 
@@ -79,5 +79,5 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
 
 
 def _absolute(path: str) -> str:
-    expanded = Path(path).expanduser() if path else Path()
+    expanded = Path(os.path.expanduser(path)) if path else Path()
     return os.path.abspath(expanded) if path and expanded.exists() else path

@@ -142,7 +142,7 @@ def convert_tuned(
     PEFT adapters are read back and compared before they are renamed to ``destination``.  Other
     options and errors are those of ``checkpoints.convert.convert``.
     """
-    destination = Path(os.path.abspath(Path(destination).expanduser()))
+    destination = Path(os.path.abspath(os.path.expanduser(destination)))
     model, to = str(model), format_of(destination, to)
     if to in ("hf", "t5x"):
         raise UserError(
@@ -380,7 +380,7 @@ def merge(
     weights are rounded to the dtype written.  An existing destination is kept unless ``overwrite``
     is set, and an error leaves no partial output.  Raises UserError.
     """
-    destination = Path(os.path.abspath(Path(destination).expanduser()))
+    destination = Path(os.path.abspath(os.path.expanduser(destination)))
     require_free(destination, overwrite=overwrite, folder=True)
     require_outside(source, destination)
     with atomic_write_to(destination, overwrite=overwrite, folder=True) as aside:

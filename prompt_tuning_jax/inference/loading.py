@@ -276,7 +276,7 @@ def _require_place(path: str | Path) -> None:
         )
     if "://" in str(given):
         return
-    place = Path(given).expanduser()
+    place = Path(os.path.expanduser(given))
     if not place.exists():
         beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
         near = nearest(place.name, beside)

@@ -5,6 +5,7 @@ Training, evaluation, prediction, serving and planning all use this module.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -312,7 +313,7 @@ def read_init_text(method: MethodConfig) -> str:
     init_path = getattr(method, "init_path", "")
     if getattr(method, "init", "") != "text" or not init_path:
         return ""
-    path = Path(init_path).expanduser()
+    path = Path(os.path.expanduser(init_path))
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_TEXT + 1)
@@ -344,7 +345,7 @@ def read_init_arrays(method: MethodConfig, *, peft_scale: float = 1.0) -> dict[s
     if init == "file":
         return {PROMPT: load_prompt_with_metadata(init_path, peft_scale=peft_scale)[0]}
     member: int = getattr(method, "source_member", 0)
-    best = train_state.read_latest(Path(init_path).expanduser() / train_state.BEST)
+    best = train_state.read_latest(Path(os.path.expanduser(init_path)) / train_state.BEST)
     if best is None:
         raise UserError(
             f"method.init_path: {init_path} has no best checkpoint; give the folder of a run of "

@@ -1,6 +1,7 @@
 """The tasks of a study that are registered or the user's, and what their tables share."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ def tasks_of(
     known = require_form(form)
     tasks: list[Task] = []
     for given in names:
-        if Path(given).expanduser().is_dir():
-            task = _of_folder(base, Path(given).expanduser(), test_split, option=option)
+        if Path(os.path.expanduser(given)).is_dir():
+            task = _of_folder(base, Path(os.path.expanduser(given)), test_split, option=option)
         elif "/" in given:
             raise UserError(f"{option} {given}: no such folder")
         else:

@@ -1,5 +1,6 @@
 """The images that a user gives to predict on: files, folders, array files and arrays."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def given_images(inputs: object) -> ImageSet:
     images.  Raises UserError for anything else, and for files that do not exist.
     """
     if isinstance(inputs, str | Path):
-        place = Path(inputs).expanduser()
+        place = Path(os.path.expanduser(inputs))
         if place.is_dir():
             if not (found := images_in(place)):
                 raise UserError(f"{inputs}: there is no PNG or JPEG file in this folder")
@@ -36,7 +37,7 @@ def given_images(inputs: object) -> ImageSet:
         for number, one in enumerate(each):
             if not isinstance(one, str | Path):
                 raise UserError(f"inputs[{number}] must be a path, as others are")
-            files.append(Path(one).expanduser())
+            files.append(Path(os.path.expanduser(one)))
             if not files[-1].is_file():
                 raise UserError(f"{one}: no such image file; this model reads images")
         return files_as_images([*map(str, files)])

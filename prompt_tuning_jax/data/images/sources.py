@@ -17,7 +17,7 @@ _LOOKED_AT = 100  # entries of a folder, to tell what it holds
 
 def is_image_source(path: str) -> bool:
     """Whether this names images, and not rows of text; a folder is looked into."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not path or place.suffix == ".npz" or is_idx(place):
         return bool(path)
     if not place.is_dir():
@@ -36,7 +36,7 @@ def open_images(path: str, *, labels: Sequence[str] = (), training: bool) -> Ima
 
     Raises UserError for files that are missing, damaged or of another form.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not place.exists():
         raise UserError(f"{path}: no such file or folder")
     if place.is_dir():

@@ -7,6 +7,7 @@ settings, data or weights are others, which is an error.
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -308,7 +309,9 @@ def claim_data(of: Experiment) -> None:
 
 def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
     """Returns the SHA-256 digests of prompt files."""
-    return {str(p): hashlib.sha256(Path(p).expanduser().read_bytes()).hexdigest() for p in paths}
+    return {
+        str(p): hashlib.sha256(Path(os.path.expanduser(p)).read_bytes()).hexdigest() for p in paths
+    }
 
 
 def as_read(value: Any) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from prompt_tuning_jax.inference.prediction import predict
 from prompt_tuning_jax.methods import (
     WARP,
     ADePT,
+    Context,
     DeepPrompts,
     DePT,
     LoRA,
     MethodConfig,
     PatternTuning,
     PrefixTuning,
+    PromptTuning,
     PTuning,
+    attach_method,
     method_name,
 )
 from prompt_tuning_jax.serving import prompt_cache
@@ -36,10 +39,13 @@ from prompt_tuning_jax.serving.decode_state import DecodeOutput
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.shapes import Program, Row
+from prompt_tuning_jax.serving.tasks import AdapterSpecs
 from tests import tiny_run
+from tests.micro import make_t5
 from tests.serving.serving_app import ask
 from tests.serving.serving_methods import LORA, opened, opened_specs, with_service, write_method
 from tests.serving.serving_micro import micro_model, write_prompt
+from tests.tiny_lm import make_lm
 from tests.tiny_run import LABELS
 
 # One of each structure: slots of the encoder's input and layers, of attention, around maps, in
@@ -302,3 +308,20 @@ def test_methods_stream_beside_a_prompt_in_one_running_batch(
         assert any({"lora", "other"} <= names for names in together) == gathered
 
     with_service(opened(tmp_path, serving), test)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "positions"),
+    [
+        (make_t5, PromptTuning(length=3, init="uniform"), 3),
+        (make_t5, PrefixTuning(length=3), 0),
+        (make_lm, PromptTuning(length=3, init="uniform"), 3),
+        (make_lm, PrefixTuning(length=3), 3),
+    ],
+)
+def test_the_positions_of_a_method_are_those_that_a_decoder_attends_to(
+    model: Callable[[], Any], method: Any, positions: int
+) -> None:
+    """An encoder's prefixes are not in what it hands to the decoder."""
+    attached = attach_method(model(), method, key=jax.random.key(0), context=Context())
+    assert AdapterSpecs().of(attached, {}).prompt_positions == positions

@@ -80,7 +80,7 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
     wanted = as_read(
         {
             "experiment": to_dict(of),
-            "test": None if settings.test is None else to_dict(tested_by(of, settings.test).data),
+            "test": None if settings.test is None else to_dict(tested_on(of, settings).data),
             "search": settings.search,
             "data": data_of(of),
             "examples": data_of(tested_on(of, settings), training=False),
@@ -153,7 +153,7 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
         "ensembles": {},
     }
     if settings.test is not None:
-        tested = tested_by(of, settings.test)
+        tested = tested_on(of, settings)
         result = evaluate(tested, prompts=[str(run.workdir)])
         found |= _scores_of(result, metric, group)
         found["members"] = [
@@ -278,12 +278,13 @@ def majority_score(of: Experiment, settings: Settings, model: Any) -> float | No
 
 
 def tested_on(of: Experiment, settings: Settings) -> Experiment:
-    """Returns the experiment on the data whose scores the study reports."""
-    return of if settings.test is None else tested_by(of, settings.test)
+    """Returns the experiment on the data whose scores the study reports.
 
-
-def tested_by(of: Experiment, test: Data) -> Experiment:
-    """Returns the experiment on the test data, with the lengths and wording of its own data."""
+    Lengths and wording are those of its own data.
+    """
+    test = settings.test
+    if test is None:
+        return of
     data = dataclasses.replace(
         of.data, eval=test.eval, eval_split=test.eval_split, max_eval_examples=0
     )

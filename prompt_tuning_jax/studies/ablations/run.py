@@ -24,7 +24,7 @@ from prompt_tuning_jax.studies.ablations.points import (
     Settings,
     cell_key,
     score_group,
-    tested_by,
+    tested_on,
     with_training,
 )
 from prompt_tuning_jax.studies.ablations.results import Cell, Results, lines_of, task_title, write
@@ -111,7 +111,7 @@ def check(groups: Sequence[Group], settings: Settings) -> None:
         of = group.experiment
         data_of(of)
         if settings.test is not None:
-            data_of(tested_by(of, settings.test), training=False)
+            data_of(tested_on(of, settings), training=False)
         folder = workdir_of(of)
         if (folder / RUN_CONFIG).is_file() and not settings.search:
             require_run(folder, of, exactly=True)

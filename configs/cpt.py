@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning of SmolLM2-135M-Instruct: labelled examples, changed by training.
+"""Context-aware prompt tuning of SmolLM2-135M-Instruct: labeled examples, changed by training.
 
 python scripts/fetch_model smollm2
 prompt-tuning train configs/cpt.py --data train.jsonl --eval_data dev.jsonl

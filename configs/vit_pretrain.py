@@ -1,4 +1,4 @@
-"""Pre-train a small vision transformer on labelled images, from random weights.
+"""Pre-train a small vision transformer on labeled images, from random weights.
 
 prompt-tuning train configs/vit_pretrain.py --workdir runs/vit_pretrain
 

@@ -1,6 +1,6 @@
 """``UserError``, the exception whose message is written for users, and helpers for such messages.
 
-Suggestions for misspelt names, text from files made safe to print on a terminal, and one-line
+Suggestions for misspelled names, text from files made safe to print on a terminal, and one-line
 errors for wrong calls of the public functions.
 """
 

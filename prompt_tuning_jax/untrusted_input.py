@@ -53,7 +53,7 @@ def read_json(
 ) -> Any:
     """The value of a JSON text.
 
-    With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelt, and
+    With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelled, and
     ``NaN``, which Python and pandas write for a missing value, as None.  Raises UserError, in one
     line that begins with ``of`` (a file or field), for a text that is not UTF-8 or not JSON, is
     longer than ``max_bytes`` (characters, for a str), is nested deeper than 64 levels, or has a

@@ -211,7 +211,7 @@ def _quantized(rng: np.random.Generator, *, small: bool) -> Iterator[Case]:
 
         return _with_derivatives(of, x, cotangent)
 
-    # The last one has so many numbers that a part of them is dequantised at a time.
+    # The last one has so many numbers that a part of them is dequantized at a time.
     large = (256, 192) if small else (1024, 16_500)
     for name, bits, groups, dtype, inputs, width, outputs in (
         ("int8", 8, 1, np.float32, 0, 256, 192),

@@ -27,7 +27,7 @@ from prompt_tuning_jax.training.run import RunResult, train
 
 _MOST = 1e-3  # relative error of what was trained
 _START_SECONDS = 120.0  # until a run has saved something
-_COLOURS = ("blue", "green", "red")
+_COLORS = ("blue", "green", "red")
 _WORDS = [
     "air",
     "bread",
@@ -102,13 +102,13 @@ def _experiment(report: Report, folder: Path, name: str) -> Experiment:
 
 
 def _lines(number: int, *, seed: int) -> str:
-    """Returns examples whose label is the colour in the text."""
+    """Returns examples whose label is the color in the text."""
     draw = random.Random(seed)
     lines = []
     for _ in range(number):
-        colour = draw.choice(_COLOURS)
-        text = " ".join([*draw.choices(_WORDS, k=3), colour, draw.choice(_WORDS)])
-        lines.append(json.dumps({"inputs": text, "targets": colour}) + "\n")
+        color = draw.choice(_COLORS)
+        text = " ".join([*draw.choices(_WORDS, k=3), color, draw.choice(_WORDS)])
+        lines.append(json.dumps({"inputs": text, "targets": color}) + "\n")
     return "".join(lines)
 
 

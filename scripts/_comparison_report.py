@@ -11,7 +11,7 @@ import prompt_tuning_jax as pt
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.storage import atomic_write
-from prompt_tuning_jax.training.curves import GREY, MEMBER_COLORS, STYLE
+from prompt_tuning_jax.training.curves import GRAY, MEMBER_COLORS, STYLE
 
 COLUMNS = ("model", "method", "trained", "mean", "best", "ensemble", "minutes")
 NAMES = {
@@ -97,7 +97,7 @@ def _line(
     if not rows:
         return
     if method in ("none", "few_shot"):  # nothing is trained
-        color, style = GREY, "o-" if method == "none" else "s--"
+        color, style = GRAY, "o-" if method == "none" else "s--"
     else:
         style = "o-"
     at = np.array([sizes[row["model"]] for row in rows])

@@ -1,4 +1,4 @@
-"""The tasks of the comparison scripts: the bundled one, and small labelled text datasets."""
+"""The tasks of the comparison scripts: the bundled one, and small labeled text datasets."""
 
 import dataclasses
 import hashlib

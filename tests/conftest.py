@@ -51,7 +51,7 @@ def _set_environment() -> None:
     """Before anything imports JAX; the processes that tests start inherit it."""
     scratch = tempfile.mkdtemp(prefix="prompt_tuning_jax_tests_")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    os.environ["XDG_CACHE_HOME"] = scratch  # tokenised examples never land in the user's cache
+    os.environ["XDG_CACHE_HOME"] = scratch  # tokenized examples never land in the user's cache
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What XLA compiled is kept between runs: a third of the time; `--cache-clear` forgets it.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
@@ -135,7 +135,7 @@ def _compiled_once(build_step: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Recorded reference numbers, labelled data and a corpus; they live beside the checkout."""
+    """Recorded reference numbers, labeled data and a corpus; they live beside the checkout."""
     return _folder(ROOT.parent / "shared", "reference data beside the checkout")
 
 

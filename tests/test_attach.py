@@ -31,7 +31,7 @@ from tests.serving.serving_methods import moved, stored, write_json, write_metho
 from tests.serving.serving_micro import micro_model, write_prompt
 from tests.tiny_run import LABELS, model_folder
 
-TEXTS = ["what colour is it red", "blue or green"]
+TEXTS = ["what color is it red", "blue or green"]
 PREFIX = PrefixTuning(length=2, hidden=4)
 
 

@@ -45,7 +45,7 @@ METHODS: dict[str, MethodConfig] = {
         length=3, combine="low_rank", rank=2, tasks=2, init="uniform"
     ),
 }
-METADATA = PromptMetadata(task="colours", labels=("red",), seed=4, steps=2)
+METADATA = PromptMetadata(task="colors", labels=("red",), seed=4, steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ def test_inspect_says_what_was_tuned(run: Path, program: Program, tmp_path: Path
     kept = open_tuned(file)
     count = sum(array.size for array in kept.trainable.values())
     rows = program("inspect", file)
-    for part in ("LoRA", f"{count:,} in {len(kept.trainable)} arrays", "colours"):
+    for part in ("LoRA", f"{count:,} in {len(kept.trainable)} arrays", "colors"):
         assert part in rows
     described = json.loads(program("inspect", file, "--json"))
     assert (described["kind"], described["method"]) == ("tuned", "LoRA")

@@ -24,7 +24,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import evaluate
 from prompt_tuning_jax.methods import DeepPrompts
 from prompt_tuning_jax.training.run import train
-from tests.tiny_vit import LABELS, coloured, write_images, write_vit
+from tests.tiny_vit import LABELS, colored, write_images, write_vit
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def run(folder: Path) -> Path:
     return folder / "run"
 
 
-def test_a_run_learns_the_colours_and_saves_prompts_with_their_classifier(run: Path) -> None:
+def test_a_run_learns_the_colors_and_saves_prompts_with_their_classifier(run: Path) -> None:
     stored = load_file(run / "tuned" / "seed_0.safetensors")
     assert {name: array.shape for name, array in stored.items()} == {
         "method/vectors/prompts_PD": (4, 16),
@@ -103,8 +103,8 @@ def test_prompts_are_scored_alone_and_together_whatever_the_order_of_labels(
     again = evaluate(with_loss, prompts=str(run), labels=LABELS)
     for one, other in zip(result.per_prompt, again.per_prompt, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    with pytest.raises(UserError, match="'grey' is not one of the 3 classes of this model"):
-        evaluate(experiment(folder, "run"), prompts=str(run), labels=(*LABELS, "grey"))
+    with pytest.raises(UserError, match="'gray' is not one of the 3 classes of this model"):
+        evaluate(experiment(folder, "run"), prompts=str(run), labels=(*LABELS, "gray"))
 
 
 def test_predict_takes_files_folders_and_arrays(
@@ -120,9 +120,9 @@ def test_predict_takes_files_folders_and_arrays(
     assert [Path(row["input"]).name for row in rows] == ["0.png", "1.jpg"]
     assert rows[0]["prediction"] == labels[0] and sum(rows[0]["votes"].values()) == 2
     model = pt.load_model(str(folder / "model"))
-    (from_array,) = pt.predict(model, [coloured("red", 100)], str(run))
+    (from_array,) = pt.predict(model, [colored("red", 100)], str(run))
     assert from_array.log_probs == pytest.approx(rows[0]["log_probs"], abs=1e-4)
-    (bare,) = pt.predict(model, [coloured("red", 100)])
+    (bare,) = pt.predict(model, [colored("red", 100)])
     assert bare.log_probs is not None and [*bare.log_probs] == [*LABELS]
     assert np.exp([*bare.log_probs.values()]).sum() == pytest.approx(1, abs=1e-4)
     assert main(["predict", "--prompt", str(run), "lovely"]) == 2
@@ -154,7 +154,7 @@ def test_a_folder_without_its_preprocessor_config_has_the_usual_one(
     file.unlink()
     assert open_hf(copy)[0] == usual
     for change, says in (
-        ({"size": 224}, "size is 224 without a centre crop"),
+        ({"size": 224}, "size is 224 without a center crop"),
         ({"image_mean": [0.5]}, "image_mean is .* it must have 3 numbers"),
         ({"image_std": [0, 1, 1]}, "it must be above 0"),
         ({"resample": 9}, "resample is 9"),

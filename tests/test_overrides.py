@@ -243,11 +243,11 @@ def test_a_field_that_only_another_method_has() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(leaves(Experiment())))
-def test_every_misspelt_field_is_recognised(path: str) -> None:
+def test_every_misspelled_field_is_recognized(path: str) -> None:
     middle = len(path) - 2
-    misspelt = path[:middle] + path[middle + 1 :]
+    misspelled = path[:middle] + path[middle + 1 :]
     with pytest.raises(UserError, match=f"did you mean .*'{path}'"):
-        apply_override(Experiment(), f"{misspelt}=1")
+        apply_override(Experiment(), f"{misspelled}=1")
 
 
 @pytest.mark.parametrize(

@@ -131,14 +131,14 @@ def test_data_that_has_changed_is_refused_and_named(tmp_path: Path) -> None:
     files_of_run = ("results.json", "experiment.json", "metrics.jsonl")
     kept = [(tmp_path / "run" / name).read_bytes() for name in files_of_run]
 
-    def relabelled(rows: list[Any]) -> list[Any]:
+    def relabeled(rows: list[Any]) -> list[Any]:
         other = "green" if rows[5]["targets"] != "green" else "blue"
         return [*rows[:5], {**rows[5], "targets": other}, *rows[6:]]
 
     for changed, what in (
-        ((relabelled(train_rows), eval_rows), "training data"),
+        ((relabeled(train_rows), eval_rows), "training data"),
         ((train_rows[:-1], eval_rows), "training data"),
-        ((train_rows, relabelled(eval_rows)), "evaluation data"),
+        ((train_rows, relabeled(eval_rows)), "evaluation data"),
         ((train_rows, eval_rows[1:]), "evaluation data"),
         # The order is part of it: which example is seen when.
         ((train_rows[::-1], eval_rows), "training data"),

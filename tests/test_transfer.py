@@ -198,7 +198,7 @@ def test_what_the_summary_computes() -> None:
     assert transfer.summary(scores)[DROP]["f1"]["difference"] is None
 
 
-def test_a_target_with_a_labelled_test_split_alone(tmp_path: Path) -> None:
+def test_a_target_with_a_labeled_test_split_alone(tmp_path: Path) -> None:
     of = replace(base(tmp_path, tmp_path), data=replace(base(tmp_path, tmp_path).data, task=""))
     axb = "taskless_super_glue_axb_v102"
     assert transfer.target_tasks([axb], source="super_glue_rte_v102", form="taskless") == (axb,)

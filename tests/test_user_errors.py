@@ -179,7 +179,7 @@ def _prompt(path: Path, shape: tuple[int, int], value: float = 0.5) -> str:
         (("--seeds", "1,1"), "training.seeds has 1 twice"),
     ],
 )
-def test_misspelt_fields_and_options(
+def test_misspelled_fields_and_options(
     tmp_path: Path, refused: Refused, arguments: tuple[str, ...], message: str
 ) -> None:
     place = tmp_path / "run"

@@ -91,7 +91,7 @@ def model_folder(*, seed: int = 0, config: T5Config = CONFIG) -> Path:
 
 
 def rows(number: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Examples whose label is the colour named in the text; half are ``red``."""
+    """Examples whose label is the color named in the text; half are ``red``."""
     draw = random.Random(seed)
     found = []
     for _ in range(number):

@@ -67,8 +67,8 @@ def pixels(rows: int, *, seed: int = 0, size: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (rows, size * size * 3), np.uint8)
 
 
-def coloured(label: str, seed: int, size: int = 10) -> np.ndarray:
-    """A noisy image in the colour of its label."""
+def colored(label: str, seed: int, size: int = 10) -> np.ndarray:
+    """A noisy image in the color of its label."""
     noise = np.random.default_rng(seed).integers(0, 90, (size, size, 3), np.uint8)
     noise[:, :, ("red", "green", "blue").index(label)] += 160
     return noise
@@ -82,6 +82,6 @@ def write_images(folder: Path, each: int, *, seed: int = 0) -> Path:
         place = folder / label
         place.mkdir(parents=True)
         for number in range(each):
-            image = Image.fromarray(coloured(label, 100 * seed + number))
+            image = Image.fromarray(colored(label, 100 * seed + number))
             image.save(place / f"{number}.{'jpg' if number % 2 else 'png'}")
     return folder

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.analysis.prompts import Analysis, PromptAnalysis
-from prompt_tuning_jax.training.curves import GREY, LOSS_COLOR, MEMBER_COLORS, METRIC_COLOR, STYLE
+from prompt_tuning_jax.training.curves import GRAY, LOSS_COLOR, MEMBER_COLORS, METRIC_COLOR, STYLE
 from prompt_tuning_jax.typing import HostArray
 
 _MOST_NUMBERS = 12  # rows of a matrix whose cells show their numbers
@@ -24,7 +24,7 @@ def positions_figure(prompt: PromptAnalysis) -> bytes:
     def bars(values_P: HostArray, title: str, color: str) -> Callable[[Any], None]:
         def draw(axis: Any) -> None:
             axis.bar(positions, values_P, color=color, width=0.8)
-            axis.axhline(0, color=GREY, linewidth=0.8)
+            axis.axhline(0, color=GRAY, linewidth=0.8)
             axis.set_title(title)
 
         return draw

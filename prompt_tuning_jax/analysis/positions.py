@@ -21,7 +21,7 @@ class Redundancy:
     Attributes:
       cosines_PP: between all pairs of positions.
       mean: mean absolute cosine of different positions; None for a single position.
-      effective_rank: the exponential of the entropy of the normalised singular values (Roy and
+      effective_rank: the exponential of the entropy of the normalized singular values (Roy and
         Vetterli 2007): the number of directions that the prompt uses, from 1 to P.
       copies: the number of positions with a cosine above 0.9 to an earlier one.
     """
@@ -124,7 +124,7 @@ def _changed(whole: EvalResult, found: EvalResult, member: int) -> float:
 def _losses(result: EvalResult) -> list[float | None]:
     """Returns each prompt's mean cross entropy of the right labels, or None where one is unknown.
 
-    The probabilities of an example's labels are normalised to sum to one.
+    The probabilities of an example's labels are normalized to sum to one.
     """
     losses: list[list[float]] = [[] for _ in result.names]
     for task, examples in result.examples.items():

@@ -52,7 +52,7 @@ class Start:
     Attributes:
       texts: for each position its label or word, and empty where it started from neither.
       are_labels: for each position, whether this is a class label.
-      ranks: the rank of the start among the trained position's neighbours (``ranks_of``).
+      ranks: the rank of the start among the trained position's neighbors (``ranks_of``).
       norms_P: the norms of the vectors at the start.
       moved_P: cosines between the positions at the start and after training.
     """

@@ -34,7 +34,7 @@ _EXPLANATION = """
 A position's words are a <b>cluster</b> if they are more similar to each other than the nearest
 words of 95 % of random directions: <b>lexical</b> if most are forms of one word, otherwise
 <b>related</b>. A position that still is near the word that it started from has that word's
-neighbours, so clusters tell something about training only where the start is not a word.
+neighbors, so clusters tell something about training only where the start is not a word.
 <b>Kept</b> means that what a position started from is still among its 5 nearest
 words. The <b>effective rank</b> is the number of directions that the positions use. A position is
 <b>left out</b> by shortening the prompt; the loss is the cross entropy of the right label among

@@ -118,7 +118,7 @@ def nearest_words(
 
 
 def ranks_of(prompt_PD: HostArray, start_PD: HostArray, table_VD: Array) -> list[int]:
-    """Returns the rank of each position's start among the neighbours of the trained position.
+    """Returns the rank of each position's start among the neighbors of the trained position.
 
     The rank is 1 plus the number of tokens whose cosine with the trained position is larger than
     that of its start, so a position that kept its word has rank 1.  Tokens with the very direction

@@ -93,8 +93,8 @@ def convert_to_hf(
             model_type=hf_model_type(opened),
         )
     notes = []
-    quantised = is_gguf(Path(opened.location)) and set(stored_types(Path(opened.location))[0])
-    if quantised and not quantised <= {"F32", "F16", "BF16"} and dtype == "stored":
+    quantized = is_gguf(Path(opened.location)) and set(stored_types(Path(opened.location))[0])
+    if quantized and not quantized <= {"F32", "F16", "BF16"} and dtype == "stored":
         notes.append(
             "its quantized weights are written as float32, number for number: --dtype bfloat16 "
             "halves that, and rounds them again"

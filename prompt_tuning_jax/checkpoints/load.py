@@ -56,7 +56,7 @@ from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.models.vit.config import ViTConfig
 from prompt_tuning_jax.typing import Array, DType
 
-# How to hold weights that a file stores quantised.
+# How to hold weights that a file stores quantized.
 Weights: TypeAlias = Literal["dequantized", "quantized"]
 
 
@@ -168,10 +168,10 @@ def load_model(
         buckets, and twice the number of buckets for toy models with fewer.
       mesh: shards the weights by ``rules``.  Each device's part is read and converted separately:
         the host never holds the whole model, nor a process the parts of other processes' devices.
-      quantization: ``int8`` or ``int4`` quantises each array as soon as it is on its devices,
+      quantization: ``int8`` or ``int4`` quantizes each array as soon as it is on its devices,
         before the next is read.  The model's fingerprint remains that of the stored weights.
       weights: ``quantized`` keeps the blocks of a GGUF file's types Q8_0, Q4_0 and Q4_1 as int8 and
-        int4 with their scales; all values are the same.  Weights of other types are dequantised,
+        int4 with their scales; all values are the same.  Weights of other types are dequantized,
         and a line on standard error says so.
       rules: which mesh axis shards which logical axis.
 

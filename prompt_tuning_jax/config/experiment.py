@@ -250,7 +250,7 @@ class Evaluation(Config):
     batch_size: int = 128  # examples per batch
     num_beams: int = 4  # with beam: number of beams
     # With rank: score a label by the mean log-probability of its tokens instead of their sum, which
-    # favours short labels.
+    # favors short labels.
     normalize_length: bool = False
     min_length: int = 0  # fewest tokens to generate, end of sequence included
     repetition_penalty: float = 1.0  # as in transformers; 1: none

@@ -273,7 +273,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _no_such_field(path: str, experiment: Experiment) -> str:
-    """A message with the nearest paths, whether the group or the field is misspelt."""
+    """A message with the nearest paths, whether the group or the field is misspelled."""
     *groups, name = path.split(".")
     known = [p for p, _ in _leaves(to_dict(experiment)) if not p.endswith("." + CLASS)]
 

@@ -88,7 +88,7 @@ def members_per_chunk(config: ModelConfig, members: int, rows: int, length: int)
 def map_members(function: Callable[..., Any], *arrays: Any, members: int, chunk_size: int) -> Any:
     """Maps ``function`` over the leading axis E of the arrays.
 
-    Like ``jax.lax.map`` with a batch size: the members of a chunk are vectorised, and the chunks
+    Like ``jax.lax.map`` with a batch size: the members of a chunk are vectorized, and the chunks
     run one after another.
     """
     if chunk_size >= members:

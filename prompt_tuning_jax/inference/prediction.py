@@ -21,7 +21,7 @@ from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
 from prompt_tuning_jax.data.batching.buckets import FIXED, few_lengths
-from prompt_tuning_jax.data.batching.image_examples import require_for_images, unlabelled_examples
+from prompt_tuning_jax.data.batching.image_examples import require_for_images, unlabeled_examples
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples, tokenize
 from prompt_tuning_jax.data.batching.window import fit_window
 from prompt_tuning_jax.data.images.given import given_images
@@ -459,7 +459,7 @@ def _predictions(
     for own_draw in task_data.draws_of(experiment):
         examples: TokenizedExamples
         if images is not None and isinstance(words, ClassVocabulary):
-            examples = unlabelled_examples(images, words)
+            examples = unlabeled_examples(images, words)
         else:
             examples = tokenize(
                 task_data.designed(own_draw, _as_task(texts, asked.wording), words, source=source),

@@ -56,13 +56,13 @@ def metrics(
                 f"{written.invalid:,} predictions are not labels and were written as "
                 f"{(*task.labels, 'False')[0]!r}"
             )
-    labelled = [i for i, example in enumerate(examples) if has_label(example)]
-    if not labelled or not task.metrics:
+    labeled = [i for i, example in enumerate(examples) if has_label(example)]
+    if not labeled or not task.metrics:
         notes.append(f"{name}, split {split!r}, has no labels: there is nothing to score")
         return Scored(scores=None, notes=tuple(notes))
-    if len(labelled) < len(examples):
-        notes.append(f"{len(examples) - len(labelled):,} examples have no label and do not count")
-    scores = task.score([examples[i] for i in labelled], [texts[i] for i in labelled])
+    if len(labeled) < len(examples):
+        notes.append(f"{len(examples) - len(labeled):,} examples have no label and do not count")
+    scores = task.score([examples[i] for i in labeled], [texts[i] for i in labeled])
     return Scored(scores=scores, notes=tuple(notes))
 
 

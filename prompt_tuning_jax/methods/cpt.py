@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: trained changes of labelled examples (Blau et al. 2024).
+"""Context-aware prompt tuning: trained changes of labeled examples (Blau et al. 2024).
 
 Each token of the context has a type, as in peft 0.21 (tuners/cpt).  For example number ``i``, from
 0, it is ``4 * i`` plus 1 for the template before the inputs, 2 for the inputs, 3 for the template

@@ -111,7 +111,7 @@ class Model(nnx.Module):
         self.vocabulary = vocabulary
         self.scan_layers = False  # whether equal layers run as one loop (models/layer_loop.py)
         self.attention = PLAIN  # how the stack that reads the input computes attention
-        self.original_fingerprint = ""  # fingerprint of the weights before quantisation
+        self.original_fingerprint = ""  # fingerprint of the weights before quantization
         # The largest float32 array of logits in losses and ranking, in millions of bytes.
         self.logits_mb = LOGITS_MB
 

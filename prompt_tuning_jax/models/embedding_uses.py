@@ -22,7 +22,7 @@ def whole_table(table: Table) -> Array:
 
 
 class AnyEmbed(Protocol):
-    """What ``Embed`` and its quantised replacement have in common."""
+    """What ``Embed`` and its quantized replacement have in common."""
 
     def __call__(self, tokens: Array | HostArray) -> Array: ...
 

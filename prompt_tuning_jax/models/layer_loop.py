@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.models.layers import Remat, rematerialised
+from prompt_tuning_jax.models.layers import Remat, rematerialized
 from prompt_tuning_jax.typing import Array
 
 L = TypeVar("L", bound=nnx.Module)
@@ -98,7 +98,7 @@ def repetitions(alike: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
 
 
 def _applied(layer: L, apply: Callable[..., Any], kind: Hashable, remat: Remat) -> Any:
-    return rematerialised(lambda x, given: apply(layer, x, given, kind), remat)
+    return rematerialized(lambda x, given: apply(layer, x, given, kind), remat)
 
 
 def _shapes(tree: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Position-wise layers: linear map, embedding, norms, mlp, dropout, and rematerialisation."""
+"""Position-wise layers: linear map, embedding, norms, mlp, dropout, and rematerialization."""
 
 import math
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class LinearAdapter(Protocol):
 
 
 class LinearMap(Protocol):
-    """What ``Linear`` and its quantised replacement have in common."""
+    """What ``Linear`` and its quantized replacement have in common."""
 
     bias: nnx.Param[Array] | None
 
@@ -311,9 +311,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(variance + self.eps)
         if self.scale is not None:
             normed = normed * self.scale.get_value().astype(jnp.float32)
         if self.bias is not None:
@@ -384,7 +384,7 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+def rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """Wraps a layer so that it stores for its backward pass only what ``remat`` specifies."""
     if remat == "none":
         return layer
@@ -398,7 +398,7 @@ def dropout(x: Array, rate: float, *, key: Array | None, shared_axis: int | None
     """Zeroes a fraction ``rate`` of x and scales up the rest; the identity if ``key`` is None.
 
     All positions along ``shared_axis`` share one mask, as T5X does along the length
-    (t5x/examples/t5/network.py, ``broadcast_dims=(-2,)``).  This regularises equally well and is
+    (t5x/examples/t5/network.py, ``broadcast_dims=(-2,)``).  This regularizes equally well and is
     cheaper.
     """
     if key is None or rate == 0.0:

@@ -1,14 +1,14 @@
-"""Frozen weights in 8 or 4 bits, dequantised inside the product that uses them.
+"""Frozen weights in 8 or 4 bits, dequantized inside the product that uses them.
 
-Quantisation is symmetric, and the largest weight determines the scale.  An int8 kernel has one
+Quantization is symmetric, and the largest weight determines the scale.  An int8 kernel has one
 scale per output channel; an int4 kernel has one bfloat16 scale per 32 inputs of an output channel.
-Only weights are quantised; activations, their derivatives and all sums keep their precision.  The
+Only weights are quantized; activations, their derivatives and all sums keep their precision.  The
 embedding table (one scale per row) and the logits kernel are int8 in both modes.  Norms,
-biases and the vectors of positions are not quantised.
+biases and the vectors of positions are not quantized.
 
 Weights that a file stores in blocks may stay as they are: int8 or int4 with a float16 scale, and
 for some types a float16 minimum, per block of inputs.  They have exactly the values that
-dequantising them gives.
+dequantizing them gives.
 """
 
 import math
@@ -48,9 +48,9 @@ def quantized(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Array]:
-    """Quantises one parameter and returns the parameters that replace it, by name.
+    """Quantizes one parameter and returns the parameters that replace it, by name.
 
-    A quantised parameter becomes integers under the same name and scales under ``..._scale``; any
+    A quantized parameter becomes integers under the same name and scales under ``..._scale``; any
     other parameter is returned unchanged.  An abstract array gives abstract results.
     """
     *path, last = name.split("/")
@@ -66,7 +66,7 @@ def quantized(
 
 
 def is_quantizable(name: str) -> bool:
-    """Returns whether quantised weights of this name can be used as they are."""
+    """Returns whether quantized weights of this name can be used as they are."""
     *path, last = name.split("/")
     return last in (KERNEL, TABLE) and _POSITIONS not in path
 
@@ -83,9 +83,9 @@ def _maker(kind: Quantization, *, of_rows: bool, layouts: Any) -> Any:
 
 
 def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: str = "") -> None:
-    """Replaces a model's linear maps and embedding table by quantised layers, one at a time.
+    """Replaces a model's linear maps and embedding table by quantized layers, one at a time.
 
-    If the model's parameters are abstract, so are those of the quantised layers.
+    If the model's parameters are abstract, so are those of the quantized layers.
     """
     if quantization == "none":
         return
@@ -104,7 +104,7 @@ def quantize_modules(module: nnx.Module, quantization: Quantization, *, path: st
 def keep_blocks(
     module: nnx.Module, blocks: Mapping[str, Mapping[str, Array]], *, path: str = ""
 ) -> None:
-    """Replaces linear maps and tables by quantised layers with the parameters that a file has.
+    """Replaces linear maps and tables by quantized layers with the parameters that a file has.
 
     ``blocks`` has the integers, scales and minimums of a parameter by its name, as ``quantized``
     returns them; they may be abstract.
@@ -122,7 +122,7 @@ def keep_blocks(
 
 
 def is_quantized(params: Mapping[str, Any]) -> bool:
-    """Returns whether the parameter names are those of a model with quantised weights."""
+    """Returns whether the parameter names are those of a model with quantized weights."""
     return any(name.endswith((KERNEL + SCALE, TABLE + SCALE)) for name in params)
 
 
@@ -146,7 +146,7 @@ def quantize(kernel_DF: Array, quantization: Quantization) -> tuple[Array, Array
 
 
 class QuantizedLinear(nnx.Module):
-    """A quantised replacement of ``Linear``: ``[..., in] -> [..., out]``."""
+    """A quantized replacement of ``Linear``: ``[..., in] -> [..., out]``."""
 
     def __init__(
         self, linear: Linear, kernel_DF: Array, scale_GF: Array, minimum_GF: Array | None = None
@@ -187,7 +187,7 @@ class QuantizedLinear(nnx.Module):
 
 
 class QuantizedEmbed(nnx.Module):
-    """A quantised replacement of ``Embed``: token ids ``[...] -> [..., D]``."""
+    """A quantized replacement of ``Embed``: token ids ``[...] -> [..., D]``."""
 
     def __init__(
         self, embed: Embed, rows_VD: Array, scale_VG: Array, minimum_VG: Array | None = None
@@ -204,7 +204,7 @@ class QuantizedEmbed(nnx.Module):
         return self.table()[tokens].astype(self.dtype)
 
     def table(self) -> Table:
-        """Returns the table, whose rows are dequantised on access."""
+        """Returns the table, whose rows are dequantized on access."""
         return QuantizedTable(
             rows_VD=self.embedding.get_value(),
             scale_VG=self.embedding_scale.get_value(),
@@ -225,7 +225,7 @@ class QuantizedEmbed(nnx.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTable:
-    """A table of rows ``[V, D]`` that are dequantised to float32 only when indexed."""
+    """A table of rows ``[V, D]`` that are dequantized to float32 only when indexed."""
 
     rows_VD: Array
     scale_VG: Array

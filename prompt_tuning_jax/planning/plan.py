@@ -46,8 +46,8 @@ class Roofline:
         return max(self.compute, self.memory) + self.collectives
 
     @property
-    def utilisation(self) -> float:
-        """The model FLOPs utilisation: ``floor`` divided by ``step``."""
+    def utilization(self) -> float:
+        """The model FLOPs utilization: ``floor`` divided by ``step``."""
         return self.floor / self.step if self.step else 0.0
 
 

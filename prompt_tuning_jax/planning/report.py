@@ -45,10 +45,10 @@ def plan_lines(made: Plan) -> Iterator[str]:
     )
     if len(made.tried) > 1:
         yield ""
-        yield "mesh                       fits   GiB a chip   estimated step   utilisation"
+        yield "mesh                       fits   GiB a chip   estimated step   utilization"
         for each in made.tried:
             step = f"{each.roofline.step * 1e3:10.1f} ms" if each.train.fits else " " * 13
-            used = f"{each.roofline.utilisation:.0%}" if each.train.fits else ""
+            used = f"{each.roofline.utilization:.0%}" if each.train.fits else ""
             yield (
                 f"{each.name:26} {'yes' if each.train.fits else 'no':4} "
                 f"{each.train.needed_bytes / GIB:12.2f}   {step:>14}   {used:>11}"
@@ -93,7 +93,7 @@ def plan_as_dict(made: Plan) -> dict[str, Any]:
                     "floor": each.roofline.floor,
                     "step": each.roofline.step,
                 },
-                "utilisation": each.roofline.utilisation,
+                "utilization": each.roofline.utilization,
                 "tokens_per_second": each.tokens_per_second,
             }
             for each in made.tried
@@ -132,7 +132,7 @@ def _mesh_lines(each: MeshPlan, made: Plan) -> Iterator[str]:
             f"{walls.floor * 1e3:.1f} ms",
         ),
         ("training", _training(walls.step, made)),
-        ("utilisation", f"{walls.utilisation:.0%} of peak FLOP/s (model FLOPs)"),
+        ("utilization", f"{walls.utilization:.0%} of peak FLOP/s (model FLOPs)"),
         ("speed", f"{each.tokens_per_second:,.0f} tokens/s"),
         (
             "compiled in",

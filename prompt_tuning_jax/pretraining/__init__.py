@@ -1,1 +1,1 @@
-"""Pre-training: text objectives, corpora, initialisations and probes."""
+"""Pre-training: text objectives, corpora, initializations and probes."""

@@ -1,4 +1,4 @@
-"""Reads WordNet's database into tokenised groups of words with glosses, for pre-training.
+"""Reads WordNet's database into tokenized groups of words with glosses, for pre-training.
 
 The folder must contain ``data.noun``, ``data.verb``, ``data.adj`` and ``data.adv`` (man page
 wndb(5)).  Debian's package ``wordnet-base`` installs them in /usr/share/wordnet.
@@ -60,7 +60,7 @@ class _Synset:
 
 
 def load_dictionary(folder: str | os.PathLike[str], vocabulary: AnyVocabulary) -> Dictionary:
-    """Reads and tokenises the dictionary in ``folder``.
+    """Reads and tokenizes the dictionary in ``folder``.
 
     Raises UserError if a file is missing, unreadable or not a WordNet database.
     """
@@ -119,7 +119,7 @@ def load_dictionary(folder: str | os.PathLike[str], vocabulary: AnyVocabulary) -
 
 def _parse(text: str, part: str) -> Iterator[_Synset]:
     for line in text.splitlines():
-        if line.startswith("  "):  # the licence
+        if line.startswith("  "):  # the license
             continue
         data, _, gloss = line.partition(" | ")
         fields = data.split()

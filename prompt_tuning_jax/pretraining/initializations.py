@@ -1,4 +1,4 @@
-"""Weight initialisations: mimetic attention, and embeddings from co-occurrence counts."""
+"""Weight initializations: mimetic attention, and embeddings from co-occurrence counts."""
 
 from collections.abc import Mapping
 
@@ -20,13 +20,13 @@ CARRIED_BY_MATCH = 4.0
 
 
 def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
-    """Initialises every attention layer to attend to similar positions and copy their values.
+    """Initializes every attention layer to attend to similar positions and copy their values.
 
     Trockman & Kolter 2023 observed that in trained models the product of the query and key maps,
     and that of the value and output maps, are close to multiples of the identity.  Here both
     products are exact multiples, with one random rotation per layer.  Cross attention therefore
     carries words from the encoder to the output layer from the first step; with the usual
-    initialisation this takes thousands of steps.
+    initialization this takes thousands of steps.
 
     With ``matching``, the first half of the encoder's layers compare each position with the other
     positions shifted circularly by half the model's width, because ``methods.DescribedPrompts``
@@ -60,7 +60,7 @@ def start_attention(model: T5, *, matching: bool, seed: int = 0) -> None:
                 "out": label_DJ.T * carried,
             }
         else:
-            # A normalised position scores 64 * sharpness**2 with itself in each head of width 64.
+            # A normalized position scores 64 * sharpness**2 with itself in each head of width 64.
             sharpness = SHARPNESS * (64 / config.head_dim) ** 0.5
             carried = (CARRIED_ACROSS if attention in cross else CARRIED) ** 0.5
             kernels = {
@@ -98,7 +98,7 @@ def cooccurrence_embeddings(
     """Returns token embeddings [V, D], float32, by factoring positive pointwise mutual information.
 
     Two tokens at a distance d of at most ``window`` count 1/d.  The rows are U * sqrt(S) of the
-    truncated singular value decomposition (Levy, Goldberg and Dagan 2015), centred and scaled to
+    truncated singular value decomposition (Levy, Goldberg and Dagan 2015), centered and scaled to
     unit overall variance, like T5's initial embeddings.  Tokens that do not occur in ``tokens`` get
     normally distributed random rows.
 
@@ -164,7 +164,7 @@ def _positive_pmi(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
 
 
 def _factorize(matrix: scipy.sparse.csr_matrix, *, rank: int, seed: int) -> np.ndarray:
-    """Returns U * sqrt(S) [rows, rank] by randomised SVD (Halko, Martinsson and Tropp 2011)."""
+    """Returns U * sqrt(S) [rows, rank] by randomized SVD (Halko, Martinsson and Tropp 2011)."""
     from sklearn.utils.extmath import randomized_svd
 
     # Small matrices have few zeros, so dense products on all cores are faster.

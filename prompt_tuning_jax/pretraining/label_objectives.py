@@ -30,8 +30,8 @@ _REGION = 40  # number of tokens after a text that give its topic
 class LabelBySimilarity(LabelObjective):
     """Asks which of K groups of words is most similar to the text, by corpus co-occurrence.
 
-    A class is a word and some of its nearest neighbours, or a few unrelated words.  Its label is
-    one of its words or any other word.  The text is a word of the class, some of the neighbours
+    A class is a word and some of its nearest neighbors, or a few unrelated words.  Its label is
+    one of its words or any other word.  The text is a word of the class, some of the neighbors
     left out of it, or a window of the corpus.  For a window, the right class is the one whose mean
     vector is nearest to the text's (``WordTable``), which is a linear function of the text's words.
     A prompt can then ask for anything that a classifier on word vectors can learn.
@@ -42,9 +42,9 @@ class LabelBySimilarity(LabelObjective):
         table = self.words
         unlike = random.random() < _UNLIKE_GROUPS
         if unlike:
-            near = [_labels(table, table.neighbours_CM.shape[1], random) for _ in range(classes)]
+            near = [_labels(table, table.neighbors_CM.shape[1], random) for _ in range(classes)]
         else:
-            near = [table.neighbours_CM[i].tolist() for i in _distinct(table, classes, random)]
+            near = [table.neighbors_CM[i].tolist() for i in _distinct(table, classes, random)]
         groups = [[own[0], *random.sample(own[1:], size - 1)] for own in near]
         right = random.randrange(classes)
         draw = random.random()
@@ -107,7 +107,7 @@ class LabelByKeyword(LabelObjective):
 class LabelByTopic(LabelObjective):
     """Asks which of K groups of words comes from the passage right after the text.
 
-    Half of the wrong groups come from the text's neighbourhood, mostly the same book.
+    Half of the wrong groups come from the text's neighborhood, mostly the same book.
     """
 
     def question(self, corpus: Corpus, vocabulary: AnyVocabulary, random: Random) -> Question:

@@ -1,4 +1,4 @@
-"""Pre-trains a model on text, or trains it from a weight initialisation other than T5's."""
+"""Pre-trains a model on text, or trains it from a weight initialization other than T5's."""
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.data.batching.task_data import build_data
@@ -22,7 +22,7 @@ from prompt_tuning_jax.typing import FlatParams
 def pretrain(experiment: Experiment, *, quiet: bool = False) -> RunResult:
     """Trains on ``data.objectives``, or on a task if there are none.
 
-    The ``model`` fields choose the initialisation of random weights.  As with ``train``, the run
+    The ``model`` fields choose the initialization of random weights.  As with ``train``, the run
     has a working directory and can be resumed.
     """
     return run(experiment, _prepare, quiet=quiet)

@@ -1,4 +1,4 @@
-"""A corpus of plain text files, tokenised once, cached, and then memory-mapped.
+"""A corpus of plain text files, tokenized once, cached, and then memory-mapped.
 
 Files are UTF-8, plain or compressed with xz or gzip.  Each line is a paragraph; blank lines
 separate documents.

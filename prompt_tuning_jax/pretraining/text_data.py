@@ -134,7 +134,7 @@ class TextData:
 def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextData:
     """Returns training data for ``data.objectives`` on the corpus ``data.train``.
 
-    The corpus is tokenised, or read from the cache.  If ``data.eval`` is empty, the end of the
+    The corpus is tokenized, or read from the cache.  If ``data.eval`` is empty, the end of the
     training text is held out for evaluation.  Inputs begin with a prompt block if the method is
     ``DescribedPrompts``.
 
@@ -193,22 +193,22 @@ def _objective(
             vocab_size=vocabulary.size,
             embed_dim=min(_TABLE_DIMS, vocabulary.size),
         )
-        labelled: dict[str, Any] = {
+        labeled: dict[str, Any] = {
             "words": make_word_table(corpus.tokens, vocabulary, embeddings_VD),
             "inputs_length": data.inputs_length + block.size,
             "targets_length": data.targets_length,
             "block": block,
         }
         kinds |= {
-            "label_by_similarity": lambda: LabelBySimilarity(**labelled),
-            "label_by_keyword": lambda: LabelByKeyword(**labelled),
-            "label_by_topic": lambda: LabelByTopic(**labelled),
-            "missing_word": lambda: MissingWord(**labelled),
+            "label_by_similarity": lambda: LabelBySimilarity(**labeled),
+            "label_by_keyword": lambda: LabelByKeyword(**labeled),
+            "label_by_topic": lambda: LabelByTopic(**labeled),
+            "missing_word": lambda: MissingWord(**labeled),
             "dictionary": lambda: DictionaryLabels(
-                dictionary=load_dictionary(data.dictionary, vocabulary), **labelled
+                dictionary=load_dictionary(data.dictionary, vocabulary), **labeled
             ),
-            "next_part": lambda: NextPart(**labelled),
-            "restore_order": lambda: RestoreOrder(**labelled),
+            "next_part": lambda: NextPart(**labeled),
+            "restore_order": lambda: RestoreOrder(**labeled),
         }
     objectives = [kinds[name]() for name in data.objectives]
     if block.size:
@@ -223,7 +223,7 @@ def _objective(
 
 
 def start_from_cooccurrence(model: T5, corpus: Corpus) -> None:
-    """Initialises the token embeddings and the output layer from co-occurrence in the corpus.
+    """Initializes the token embeddings and the output layer from co-occurrence in the corpus.
 
     An untied output layer gets the transposed embeddings at its usual initial scale.  A decoder
     position that represents a word then gives high scores to the words that occur near it.

@@ -10,7 +10,7 @@ from prompt_tuning_jax.errors import UserError
 _RANKED_OUT = 120  # number of most common pieces to exclude: articles, pronouns, punctuation
 _SMOOTHING = 1e-3
 _COMPARED_DIMS = 96
-_NEIGHBOURS = 16
+_NEIGHBORS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +26,7 @@ class WordTable:
     is_content_V: np.ndarray  # bool
     content_C: np.ndarray  # ids
     content_shares_C: np.ndarray  # cumulative shares of frequency**0.75
-    neighbours_CM: np.ndarray  # ids of the most similar content words, itself first
+    neighbors_CM: np.ndarray  # ids of the most similar content words, itself first
     vectors_VD: np.ndarray
     weights_V: np.ndarray
     mean_D: np.ndarray
@@ -74,7 +74,7 @@ def make_word_table(
     is_content_V = is_word_V & (shares_V > 1e-6)
     is_content_V[common] = False
     content_C = np.flatnonzero(is_content_V)
-    if len(content_C) < 2 * _NEIGHBOURS:
+    if len(content_C) < 2 * _NEIGHBORS:
         raise UserError(
             f"label objectives need words that are one piece each; this vocabulary and text have "
             f"{len(content_C)}: use a SentencePiece vocabulary and more text"
@@ -85,14 +85,14 @@ def make_word_table(
     used_V = (shares_V * weights_V)[:, None]
     mean_D = (used_V * vectors_VD).sum(0) / used_V.sum()
     similarity_CC = vectors_VD[content_C] @ vectors_VD[content_C].T
-    nearest_CM = np.argsort(-similarity_CC, axis=1, kind="stable")[:, :_NEIGHBOURS]
+    nearest_CM = np.argsort(-similarity_CC, axis=1, kind="stable")[:, :_NEIGHBORS]
     powered_C = counts_V[content_C] ** 0.75
     return WordTable(
         starts_word_V=starts_V,
         is_content_V=is_content_V,
         content_C=content_C,
         content_shares_C=np.cumsum(powered_C) / powered_C.sum(),
-        neighbours_CM=content_C[nearest_CM],
+        neighbors_CM=content_C[nearest_CM],
         vectors_VD=vectors_VD * weights_V[:, None],
         weights_V=weights_V,
         mean_D=mean_D.astype(np.float32),

@@ -1,4 +1,4 @@
-"""Parses a request into the rows to compute: checks it, tokenises it, and makes jobs of it."""
+"""Parses a request into the rows to compute: checks it, tokenizes it, and makes jobs of it."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ from prompt_tuning_jax.serving.shapes import Row, Shapes
 from prompt_tuning_jax.serving.tasks import PromptValidator, Served, ServedTask, Tasks
 from prompt_tuning_jax.typing import HostArray
 
-_NEAR = 1000  # tasks that are compared with a misspelt name
+_NEAR = 1000  # tasks that are compared with a misspelled name
 _LONGEST = 1_000_000  # characters of one input with its wording
 _MODES_OF = {
     "labels": ("label",),
@@ -39,7 +39,7 @@ BARE = ServedTask(name="", prompts=())
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedInput:
-    """One tokenised input or image of a request, with its task, and the labels or target."""
+    """One tokenized input or image of a request, with its task, and the labels or target."""
 
     task: ServedTask
     ids: tuple[int, ...] | HostArray

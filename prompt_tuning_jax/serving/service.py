@@ -33,7 +33,7 @@ from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, Serve
 
 _COMPILED = 0.1  # seconds between two checks for newly compiled programs
 _PATIENCE = 2.0  # seconds that a new program waits for an idle moment
-_LONG = 20_000  # characters from which on a request is tokenised in a thread of its own
+_LONG = 20_000  # characters from which on a request is tokenized in a thread of its own
 _FAILED = "the computation failed; other requests are not affected"
 _DEADLINE = "the deadline has passed"
 

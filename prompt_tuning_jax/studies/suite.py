@@ -144,8 +144,8 @@ def on_task(base: Experiment, name: str, *, workdir: str) -> Experiment:
     A task without a validation split is evaluated on its test split; see ``data_of``.
 
     Predictions use the strategy of ``base``.  If the task has no labels to rank, greedy decoding
-    replaces ranking, ``data.targets_length`` is at least 32, and a prompt that would be initialised
-    from labels is initialised from sampled vocabulary.
+    replaces ranking, ``data.targets_length`` is at least 32, and a prompt that would be initialized
+    from labels is initialized from sampled vocabulary.
     """
     base = without_task(base)
     data, evaluation = replace(base.data, task=name), base.evaluation

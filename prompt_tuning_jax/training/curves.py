@@ -15,7 +15,7 @@ from prompt_tuning_jax.typing import HostArray
 LOSS_COLOR = "#2f6db3"
 METRIC_COLOR = "#d1602b"
 INK = "#2b2b2b"
-GREY = "#8a8a8a"
+GRAY = "#8a8a8a"
 
 STYLE: Mapping[str, Any] = {
     "font.size": 10,
@@ -41,7 +41,7 @@ STYLE: Mapping[str, Any] = {
     "lines.solid_joinstyle": "round",
 }
 
-# One colour per member: first those that are easy to tell apart, then paler and darker ones.
+# One color per member: first those that are easy to tell apart, then paler and darker ones.
 MEMBER_COLORS = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#d4a017"),
     *("#a0cbe8", "#ffbe7d", "#8cd17d", "#d4a6c8", "#ff9d9a", "#1f5f5b", "#5b3a29", "#79706e"),
@@ -63,7 +63,7 @@ def plot_curves(
     """Plots the measurements that ``RunLog`` wrote, with a panel for the loss and one per metric.
 
     Each member has a light line, and the mean over members a bold one.  A star marks the best
-    evaluation of any member.  Up to sixteen members have separate colours, and a legend with their
+    evaluation of any member.  Up to sixteen members have separate colors, and a legend with their
     ``names`` (default: ``seed_0``, ...).  ``metrics`` selects and orders the metrics (default: the
     first three).  ``directions`` says whether higher or lower is better where a metric's name does
     not.  ``baselines``, e.g. ``{"majority class": 50.9}``, are dashed lines in the first metric's
@@ -176,7 +176,7 @@ def _draw_metric(
     for label, baseline in baselines.items():
         if not np.isfinite(baseline):
             continue
-        axis.axhline(baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        axis.axhline(baseline, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
         axis.annotate(
             f"{label} {baseline:.4g}",
             xy=(1, baseline),
@@ -184,7 +184,7 @@ def _draw_metric(
             xytext=(0, 3),
             textcoords="offset points",
             ha="right",
-            color=GREY,
+            color=GRAY,
             fontsize=9,
         )
     axis.margins(y=0.12)
@@ -229,7 +229,7 @@ def _draw_legend(axis: Any) -> None:
 
 
 def _draw_members_legend(figure: Any, members: Sequence[str]) -> None:
-    """Draws a legend of the members' colours below all panels."""
+    """Draws a legend of the members' colors below all panels."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=color, linewidth=2) for color in MEMBER_COLORS[: len(members)]]
@@ -241,4 +241,4 @@ def _draw_members_legend(figure: Any, members: Sequence[str]) -> None:
 
 
 def _say_nothing_was_logged(axis: Any) -> None:
-    axis.text(0.5, 0.5, "nothing was logged", transform=axis.transAxes, ha="center", color=GREY)
+    axis.text(0.5, 0.5, "nothing was logged", transform=axis.transAxes, ha="center", color=GRAY)

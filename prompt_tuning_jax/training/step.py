@@ -105,7 +105,7 @@ class Microbatching:
         return next(fitting, rows)
 
     def chunk_size(self, members: int, rows: int, length: int) -> int:
-        """Returns the number of members to vectorise together; it divides ``members``."""
+        """Returns the number of members to vectorize together; it divides ``members``."""
         if self.config is None:
             return members
         length = self.config.input_positions(length) + self.prompt_positions

@@ -378,7 +378,7 @@ def test_a_type_that_nobody_knows(tmp_path: Path) -> None:
 
 
 def test_the_tensors_of_smollm2(smollm2: Path, shared: Path) -> None:
-    """Bit for bit as transformers dequantises them, and puts the rows of q and k in its order."""
+    """Bit for bit as transformers dequantizes them, and puts the rows of q and k in its order."""
     recorded = np.load(shared / "fixtures" / "families" / "smollm2" / "cases.npz")
     opened = open_model(str(smollm2))
     assert opened.vocabulary_file == smollm2

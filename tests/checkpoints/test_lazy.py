@@ -84,7 +84,7 @@ def test_taken_entries_and_joined_arrays_are_those_of_numpy(data):
 
 
 def test_taken_entries_are_read_in_runs():
-    """Heads of a fused array: what is between them is not read, and neighbours are read at once."""
+    """Heads of a fused array: what is between them is not read, and neighbors are read at once."""
     asked = []
 
     def read(index):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-LICENCE = "  1 A licence stands before the data.  \n"
+LICENSE = "  1 A license stands before the data.  \n"
 ANIMALS = ("dog", "cat", "horse", "cow", "bird", "fish", "mouse")
 PLACES = ("town", "city", "village", "country", "street", "island", "river")
 GOOD = ("good", "happy", "kind", "noble", "bright")
@@ -48,5 +48,5 @@ def write_dictionary(folder: Path) -> Path:
         ]
     folder.mkdir(parents=True, exist_ok=True)
     for part, lines in (("noun", nouns), ("verb", []), ("adj", adjectives), ("adv", [])):
-        (folder / f"data.{part}").write_text(LICENCE + "".join(lines), encoding="utf-8")
+        (folder / f"data.{part}").write_text(LICENSE + "".join(lines), encoding="utf-8")
     return folder

@@ -151,7 +151,7 @@ def test_most_padding_is_gone(number, batch_size):
     assert auto.padding(0, steps) == pytest.approx(100 * padding)
 
 
-def test_lengths_do_not_depend_on_the_seed_nor_batches_on_neighbours():
+def test_lengths_do_not_depend_on_the_seed_nor_batches_on_neighbors():
     examples = make(250)
     alone = {s: TrainBatches(examples, batch_size=16, seeds=s, buckets=AUTO) for s in (0, 7)}
     together = TrainBatches(examples, batch_size=16, seeds=(7, 3, 0), buckets=AUTO)
@@ -234,7 +234,7 @@ def test_epochs_seeds_and_batches_differ_in_order():
 
 
 def test_every_example_is_as_likely_early_as_late():
-    """Where in an epoch an example comes, over many epochs: no length is favoured."""
+    """Where in an epoch an example comes, over many epochs: no length is favored."""
     number, batch_size, epochs = 128, 8, 400
     plan = plan_of(number, batch_size)
     per_epoch = number // batch_size

@@ -32,7 +32,7 @@ from tests.data.tokenizer_cases import (
 KINDS = ("json", "gpt2", "llama", "llama without prefix")
 TEXTS = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="▁\0"), max_size=40
-).filter(lambda text: "<" not in text)  # special tokens are recognised in texts
+).filter(lambda text: "<" not in text)  # special tokens are recognized in texts
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_the_template_of_smollm2(smollm2: Path) -> None:
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    # The ordinary encoding of the rendered text recognises its special tokens.
+    # The ordinary encoding of the rendered text recognizes its special tokens.
     assert words.encode_input("Hello!", chat=True) == words.encode(rendered)
     assert words.encode_input("Hello!", chat=True)[:4] == [1, 9690, 198, 2683]
 

@@ -1,4 +1,4 @@
-"""Labelled images from folders, IDX and npz files, and the batches of them."""
+"""Labeled images from folders, IDX and npz files, and the batches of them."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ from prompt_tuning_jax.data.images.task import image_task
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.vit.config import ImageProcessing
-from tests.tiny_vit import LABELS, MICRO, coloured, write_images
+from tests.tiny_vit import LABELS, MICRO, colored, write_images
 
 WORDS = ClassVocabulary(MICRO)
 
@@ -47,7 +47,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def grey(number: int) -> np.ndarray:
+def gray(number: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (number, 6, 5), np.uint8)
 
 
@@ -60,16 +60,16 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert images.classes == LABELS and len(images) == 33
     assert images.names[:3] == ("blue/0.png", "blue/1.jpg", "blue/2.png")
     assert images.names[10] == "blue/10.png"  # numbers in their order
-    np.testing.assert_array_equal(images.read(0), coloured("blue", 0))
+    np.testing.assert_array_equal(images.read(0), colored("blue", 0))
     before = images.digest()
     assert before == open_images(str(tmp_path / "train"), training=True).digest()
-    (tmp_path / "train/red/3.jpg").write_bytes(png(coloured("red", 7)))
+    (tmp_path / "train/red/3.jpg").write_bytes(png(colored("red", 7)))
     assert open_images(str(tmp_path / "train"), training=True).digest() != before
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_idx_files_and_their_labels(tmp_path: Path, ending: str) -> None:
-    images_NHW, labels_N = grey(4), np.array([0, 2, 1, 2], np.uint8)
+    images_NHW, labels_N = gray(4), np.array([0, 2, 1, 2], np.uint8)
     path = tmp_path / f"train-images-idx3-ubyte{ending}"
     write_idx(path, images_NHW)
     write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", labels_N)
@@ -85,7 +85,7 @@ def test_idx_files_and_their_labels(tmp_path: Path, ending: str) -> None:
 
 
 def test_npz_files_of_one_or_several_splits(tmp_path: Path) -> None:
-    images_NHW, labels_N = grey(4), np.array([[1], [0], [1], [2]])
+    images_NHW, labels_N = gray(4), np.array([[1], [0], [1], [2]])
     np.savez_compressed(tmp_path / "one.npz", images=images_NHW, labels=labels_N)
     one = open_images(str(tmp_path / "one.npz"), training=True)
     assert one.targets == ("1", "0", "1", "2")
@@ -157,14 +157,14 @@ def idx_of_another_kind(folder: Path) -> str:
 
 @damage("no labels beside it")
 def idx_without_labels(folder: Path) -> str:
-    write_idx(folder / "t-images-idx3-ubyte", grey(1))
+    write_idx(folder / "t-images-idx3-ubyte", gray(1))
     return str(folder / "t-images-idx3-ubyte")
 
 
 @damage("3 images and 2 labels")
 def idx_with_other_labels(folder: Path) -> str:
     path = _idx(folder, b"")
-    write_idx(Path(path), grey(3))
+    write_idx(Path(path), gray(3))
     return path
 
 
@@ -183,13 +183,13 @@ def npz_that_is_none(folder: Path) -> str:
 
 @damage("it holds a, b")
 def npz_with_other_names(folder: Path) -> str:
-    np.savez(folder / "x.npz", a=grey(1), b=np.zeros(1))
+    np.savez(folder / "x.npz", a=gray(1), b=np.zeros(1))
     return str(folder / "x.npz")
 
 
 @damage("of type object, which is not read")
 def npz_with_pickles(folder: Path) -> str:
-    np.savez(folder / "x.npz", images=grey(1), labels=np.array([{}], object))
+    np.savez(folder / "x.npz", images=gray(1), labels=np.array([{}], object))
     return str(folder / "x.npz")
 
 
@@ -206,13 +206,13 @@ def npz_that_claims_too_much(folder: Path) -> str:
 
 @damage("the images are float32")
 def npz_with_floats(folder: Path) -> str:
-    np.savez(folder / "x.npz", images=grey(1).astype(np.float32), labels=np.zeros(1, int))
+    np.savez(folder / "x.npz", images=gray(1).astype(np.float32), labels=np.zeros(1, int))
     return str(folder / "x.npz")
 
 
 @damage("labels are from -1")
 def npz_with_negative_labels(folder: Path) -> str:
-    np.savez(folder / "x.npz", images=grey(1), labels=np.array([-1]))
+    np.savez(folder / "x.npz", images=gray(1), labels=np.array([-1]))
     return str(folder / "x.npz")
 
 
@@ -231,25 +231,23 @@ def test_damaged_files_are_errors_of_one_line(tmp_path: Path, name: str) -> None
 
 
 def test_image_files_with_other_modes_and_damage(tmp_path: Path) -> None:
-    colour = coloured("red", 0)
-    assert decode_image(png(colour), of="x").shape == (10, 10, 3)
-    with_alpha = np.dstack([colour, np.full((10, 10, 1), 200, np.uint8)])
-    np.testing.assert_array_equal(decode_image(png(with_alpha), of="x"), colour)
+    color = colored("red", 0)
+    assert decode_image(png(color), of="x").shape == (10, 10, 3)
+    with_alpha = np.dstack([color, np.full((10, 10, 1), 200, np.uint8)])
+    np.testing.assert_array_equal(decode_image(png(with_alpha), of="x"), color)
     wide = np.arange(100, dtype=np.uint16).reshape(10, 10) * 257
     np.testing.assert_array_equal(decode_image(png(wide), of="x")[..., 0], wide // 257)
-    turned = Image.fromarray(colour[:4])
+    turned = Image.fromarray(color[:4])
     exif = turned.getexif()
     exif[0x0112] = 6  # the camera was held upright
     content = io.BytesIO()
     turned.save(content, "PNG", exif=exif)
-    np.testing.assert_array_equal(
-        decode_image(content.getvalue(), of="x"), np.rot90(colour[:4], -1)
-    )
+    np.testing.assert_array_equal(decode_image(content.getvalue(), of="x"), np.rot90(color[:4], -1))
     with pytest.raises(UserError, match="x: this is neither a PNG nor a JPEG file"):
         decode_image(b"GIF89a" + bytes(50), of="x")
     with pytest.raises(UserError, match="x: the image is damaged"):
-        decode_image(png(colour)[:-30], of="x")
-    bomb = bytearray(png(colour))
+        decode_image(png(color)[:-30], of="x")
+    bomb = bytearray(png(color))
     bomb[16:24] = struct.pack(">2I", 9000, 9000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     with pytest.raises(UserError, match="x: 9000 x 9000 pixels"):
@@ -278,8 +276,8 @@ def test_resize_and_crop_are_pillows() -> None:
         processed(image, replace(MICRO, processing=replace(bare, center_crop=False)))
     one = replace(MICRO, num_channels=1)
     assert processed(image, one).shape == (8, 8, 1)
-    grey_image = image[..., :1]
-    three = processed(grey_image, MICRO)
+    gray_image = image[..., :1]
+    three = processed(gray_image, MICRO)
     assert (three[..., 0] == three[..., 2]).all()
 
 
@@ -296,8 +294,8 @@ def test_batches_of_images_have_the_order_of_texts(tmp_path: Path) -> None:
     seen = np.concatenate([batches[step]["inputs"][0] for step in range(9)])[:9]
     assert len(np.unique(seen, axis=0)) == 9  # an epoch has each image once
     reds = batch["inputs"].reshape(8, 64, 3).mean(axis=1).argmax(axis=1)
-    colours = np.array(["red", "green", "blue"])[reds]
-    assert [LABELS[n] for n in batch["targets"].ravel()] == colours.tolist()
+    colors = np.array(["red", "green", "blue"])[reds]
+    assert [LABELS[n] for n in batch["targets"].ravel()] == colors.tolist()
     (first, *others) = eval_batches(examples, batch_size=8)
     assert first["inputs"].dtype == np.uint8 and others[0]["row_mask"].sum() == 1
     assert batches.empty_batches(0, 3)[0]["inputs"].dtype == np.uint8

@@ -149,9 +149,9 @@ def test_similarity_gives_the_class_of_the_nearest_vector(examples, words):
         if len(example.classes[0]) < 3 or len(example.text) < 4:
             continue
         # The label is the group's first word, or any word and none of the group.
-        whole, unlabelled = np.array(example.classes), np.array(example.classes)[:, 1:]
+        whole, unlabeled = np.array(example.classes), np.array(example.classes)[:, 1:]
         text_D = words.vectors(np.array(example.text))
-        best = [int(np.argmax(words.vectors(groups) @ text_D)) for groups in (whole, unlabelled)]
+        best = [int(np.argmax(words.vectors(groups) @ text_D)) for groups in (whole, unlabeled)]
         nearest += 1
         right += example.answer[0] in {example.classes[i][0] for i in best}
     assert nearest > 30 and right / nearest > 0.95
@@ -248,11 +248,11 @@ def test_common_pieces_and_parts_of_words_are_no_content(words, vocabulary, corp
     assert counts[words.content_C].max() <= np.sort(counts)[-120]
 
 
-def test_neighbours_are_the_words_of_the_same_stretches(words):
+def test_neighbors_are_the_words_of_the_same_stretches(words):
     """The corpus has its words by twelves."""
     order = {int(token): number for number, token in enumerate(sorted(words.content_C))}
-    assert (words.neighbours_CM[:, 0] == words.content_C).all()
-    near = np.array([[order[int(t)] for t in row[:6]] for row in words.neighbours_CM])
+    assert (words.neighbors_CM[:, 0] == words.content_C).all()
+    near = np.array([[order[int(t)] for t in row[:6]] for row in words.neighbors_CM])
     assert (np.abs(near[:, 1:] - near[:, :1]) < 24).mean() > 0.8
 
 

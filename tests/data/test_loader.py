@@ -126,7 +126,7 @@ def test_iteration_may_be_left_and_its_threads_go():
     assert threading.active_count() <= before
 
 
-def test_the_order_of_a_seed_does_not_depend_on_its_neighbours():
+def test_the_order_of_a_seed_does_not_depend_on_its_neighbors():
     alone = TrainBatches(make(50), batch_size=8, seeds=7)
     for seeds in ((7,), (7, 8), (1, 7, 2), (7, 7)):
         together = TrainBatches(make(50), batch_size=8, seeds=seeds)

@@ -138,11 +138,11 @@ REWRITTEN = [
 
 
 @pytest.mark.parametrize("target", REWRITTEN[:5])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_what_the_vocabulary_makes_of_a_target_is_that_target(target, labelled):
+@pytest.mark.parametrize("labeled", [False, True])
+def test_what_the_vocabulary_makes_of_a_target_is_that_target(target, labeled):
     task = task_of(
         [target, "fu", target],
-        labels=(target, "fu") if labelled else (),
+        labels=(target, "fu") if labeled else (),
         metrics=("accuracy", "f1_macro"),
     )
     examples = examples_of(task)
@@ -165,8 +165,8 @@ def test_letters_that_are_lost_are_said_and_never_right():
 
 
 def test_nothing_is_said_where_the_task_or_the_vocabulary_makes_no_difference():
-    normalised = task_of(["be  du"], postprocess=lambda text, example, _: " ".join(text.split()))
-    assert examples_of(normalised).rewritten == {}
+    normalized = task_of(["be  du"], postprocess=lambda text, example, _: " ".join(text.split()))
+    assert examples_of(normalized).rewritten == {}
     assert examples_of(task_of(["be  du", "ｇ\n猫"]), ByteVocabulary()).rewritten == {}
 
 

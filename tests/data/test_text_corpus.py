@@ -73,7 +73,7 @@ def test_second_load_reads_the_cache(folder, vocabulary, tmp_path, monkeypatch):
     first = load_corpus(folder, vocabulary, cache_dir=tmp_path / "cache")
 
     def fail(*_, **__):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patch:
         patch.setattr(text_corpus, "_build", fail)
@@ -84,12 +84,12 @@ def test_second_load_reads_the_cache(folder, vocabulary, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="read-only"):
             second.tokens[0] = 7
         # Another vocabulary, other files and a file's other time are other corpora.
-        with pytest.raises(AssertionError, match="tokenised again"):
+        with pytest.raises(AssertionError, match="tokenized again"):
             load_corpus(folder, Vocabulary(TINY, extra_ids=7), cache_dir=tmp_path / "cache")
-        with pytest.raises(AssertionError, match="tokenised again"):
+        with pytest.raises(AssertionError, match="tokenized again"):
             load_corpus(folder, vocabulary, cache_dir=tmp_path / "cache", max_files=1)
         os.utime(folder / "a.txt", ns=(1, 1))
-        with pytest.raises(AssertionError, match="tokenised again"):
+        with pytest.raises(AssertionError, match="tokenized again"):
             load_corpus(folder, vocabulary, cache_dir=tmp_path / "cache")
 
 

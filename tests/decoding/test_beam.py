@@ -146,7 +146,7 @@ def test_t5x_stops_only_when_the_result_is_certain(make_toy):
     np.testing.assert_array_equal(long_ids[same][..., :6], short_ids[same])
 
 
-def test_step_gets_the_beams_of_an_example_as_neighbours():
+def test_step_gets_the_beams_of_an_example_as_neighbors():
     seen = []
 
     def step(tokens_N, position, cache):

@@ -240,11 +240,11 @@ def test_merged_weights_do_the_same_alone(name: str) -> None:
 
 def test_what_cannot_be_merged_is_refused() -> None:
     model = make_t5(ONE_LAYER)
-    quantised = make_t5(ONE_LAYER)
-    quantize_modules(quantised, "int8")
+    quantized = make_t5(ONE_LAYER)
+    quantize_modules(quantized, "int8")
     prompted = PromptTuning(length=2, init="uniform")
     for do, said in (
-        (lambda: merge(attach(quantised, LoRA())), "quantized"),
+        (lambda: merge(attach(quantized, LoRA())), "quantized"),
         (lambda: merge(attach(model, Adapters(width=2))), "Bottleneck around"),
         (lambda: merge(attach(model, prompted)), "adds to what the model reads"),
     ):

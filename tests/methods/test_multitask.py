@@ -173,11 +173,11 @@ from prompt_tuning_jax.data.tasks.task import (Mixture,)
 def named(name, train, eval):
     return dataclasses.replace(file_task(train=train, eval=eval), name=name)
 
-colours = named("colours_of_{name}", {train!r}, {eval!r})
+colors = named("colors_of_{name}", {train!r}, {eval!r})
 last = named("last_words_of_{name}", {swapped!r}, {swapped_eval!r})
-for task in (colours, last):
+for task in (colors, last):
     register(task, replace=True)
-register(Mixture(name="mixed_{name}", tasks=(colours, last), rates=(1.0, 1.0)), replace=True)
+register(Mixture(name="mixed_{name}", tasks=(colors, last), rates=(1.0, 1.0)), replace=True)
 """
 
 
@@ -214,7 +214,7 @@ def test_a_run_over_a_mixture_and_what_comes_of_it(mixture: str, tmp_path: Path)
     assert done.finished
     # Evaluated from the folder: the score of the best step, and each task by its own prompt.
     found = evaluate(experiment, prompts=[str(tmp_path / "multi")])
-    names = (f"colours_of_{mixture}", f"last_words_of_{mixture}")
+    names = (f"colors_of_{mixture}", f"last_words_of_{mixture}")
     for own, best in zip(found.per_prompt, done.best, strict=True):
         assert best is not None
         assert own == pytest.approx(dict(best.metrics))

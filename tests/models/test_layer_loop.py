@@ -124,8 +124,8 @@ def test_repetitions_cover_a_sequence() -> None:
     random = np.random.default_rng(0)
     for _ in range(50):
         text = "".join(random.choice(list("abc"), 20))
-        spelt = "".join(text[start : start + p] * times for start, p, times in repetitions(text))
-        assert spelt == text
+        spelled = "".join(text[start : start + p] * times for start, p, times in repetitions(text))
+        assert spelled == text
 
 
 def test_stacked_layers_are_the_same_layers() -> None:

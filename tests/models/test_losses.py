@@ -31,10 +31,10 @@ def test_sums_by_hand(z_loss):
 
 
 def test_z_loss_is_zero_for_normalised_logits_and_grows_with_their_shift():
-    normalised = jax.nn.log_softmax(jnp.asarray(LOGITS))
-    plain = token_sums(normalised, TARGETS).loss
-    assert float(token_sums(normalised, TARGETS, z_loss=1.0).loss) == pytest.approx(float(plain))
-    shifted = token_sums(normalised + 2, TARGETS, z_loss=0.25).loss
+    normalized = jax.nn.log_softmax(jnp.asarray(LOGITS))
+    plain = token_sums(normalized, TARGETS).loss
+    assert float(token_sums(normalized, TARGETS, z_loss=1.0).loss) == pytest.approx(float(plain))
+    shifted = token_sums(normalized + 2, TARGETS, z_loss=0.25).loss
     assert float(shifted) == pytest.approx(float(plain) + 7 * 0.25 * 4, rel=1e-5)
 
 

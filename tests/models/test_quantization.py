@@ -42,7 +42,7 @@ def restored(kernel, scale):
 
 
 def full_params(model):
-    """A quantised model's parameters as floats, under the names of a model that is not."""
+    """A quantized model's parameters as floats, under the names of a model that is not."""
     params = param_tree.split(model)[1]
     found = {}
     for name, array in params.items():
@@ -175,9 +175,9 @@ def test_loading_quantises_what_is_stored(kind, param_dtype):
     params = param_tree.split(loaded)[1]
     assert params.keys() == want.keys()
     for name, array in params.items():
-        quantised = name.endswith(SCALE) or name + SCALE in params
-        assert array.dtype == (want[name].dtype if quantised else param_dtype), name
-        if quantised:  # from the numbers in the file, whatever the others are held in
+        quantized = name.endswith(SCALE) or name + SCALE in params
+        assert array.dtype == (want[name].dtype if quantized else param_dtype), name
+        if quantized:  # from the numbers in the file, whatever the others are held in
             np.testing.assert_array_equal(np.asarray(array), np.asarray(want[name]))
     assert "norm" not in "".join(name for name in params if name.endswith(SCALE))
     for name in ("decoder/logits_dense/kernel", "token_embedder/embedding"):
@@ -205,15 +205,15 @@ def test_bytes_count_two_int4_as_one():
 
 
 def test_what_would_train_or_write_the_weights_is_refused(tmp_path):
-    quantised = Experiment(model=Model(quantization="int8"), method=FullTuning())
+    quantized = Experiment(model=Model(quantization="int8"), method=FullTuning())
     with pytest.raises(UserError, match=r"FullTuning trains the weights.*quantization=none"):
-        validation.validate(quantised)
+        validation.validate(quantized)
     with pytest.raises(UserError, match=r"model.quantization.*int3.*int8"):
         validation.validate(Experiment(model=Model(quantization="int3")))
     start = Model(random_weights=True, attention_init="mimetic", quantization="int4")
     with pytest.raises(UserError, match=r"model.attention_init needs weights that train"):
         validation.validate(Experiment(model=start))
-    validation.validate(dataclasses.replace(quantised, method=PromptTuning()))
+    validation.validate(dataclasses.replace(quantized, method=PromptTuning()))
     model = load_model(folder(), quantization="int8")
     attached = attach_method(model, FullTuning(), key=jax.random.key(0), context=Context())
     with pytest.raises(UserError, match=r"they are quantized; set model.quantization=none"):

@@ -110,8 +110,8 @@ def test_the_gradient_of_a_prompt_is_that_of_numpy(kind: str) -> None:
 def test_windows_of_the_encoder() -> None:
     windows = with_layers(CONFIGS["t5gemma"], encoder=(4, 0, 1)).encoder_windows()
     assert windows == (Window(back=4, ahead=3), Window(back=0, ahead=None), Window(back=1, ahead=0))
-    centred = with_layers(CONFIGS["t5gemma2"], encoder=(4, 5, 1)).encoder_windows()
-    assert centred == (Window(back=2, ahead=2), Window(back=3, ahead=2), Window(back=1, ahead=0))
+    centered = with_layers(CONFIGS["t5gemma2"], encoder=(4, 5, 1)).encoder_windows()
+    assert centered == (Window(back=2, ahead=2), Window(back=3, ahead=2), Window(back=1, ahead=0))
 
 
 def far_tokens(

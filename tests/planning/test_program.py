@@ -96,7 +96,7 @@ def test_only_the_prompts_gradient_and_scalars_cross_data():
 
 @pytest.mark.parametrize("vocab_size", [64, 32_128])
 def test_prompt_tuning_costs_at_most_seven_tenths_of_model_tuning(vocab_size):
-    """By the compiler's count of the optimised step, for encoders that see as many positions."""
+    """By the compiler's count of the optimized step, for encoders that see as many positions."""
     config = dataclasses.replace(
         ONE_LAYER, vocab_size=vocab_size, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=128
     )

@@ -64,7 +64,7 @@ def validator() -> PromptValidator:
 
 def task_folder(folder: Path) -> Path:
     """One task alone, an ensemble of three, one without labels."""
-    write_prompt(folder / "colour.safetensors", seed=1, model_fingerprint=FINGERPRINT)
+    write_prompt(folder / "color.safetensors", seed=1, model_fingerprint=FINGERPRINT)
     for seed in range(3):
         write_prompt(folder / "voted" / f"seed_{seed}.safetensors", 3 + seed, seed=10 + seed)
     write_prompt(folder / "plain.npy", 7, seed=20)

@@ -73,7 +73,7 @@ def stored(
     mask = trainable_mask(kept, list(params))
     metadata = PromptMetadata(
         model_fingerprint=model_fingerprint(micro_model()),
-        task="colours",
+        task="colors",
         seed=seed,
         labels=tuple(labels),
     )

@@ -54,11 +54,11 @@ def alone(text: str, prompt: np.ndarray | None) -> dict[str, float]:
 def test_labels_of_several_tasks_in_one_request(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         inputs = ["ban red", "ban red", "kolo green mita"]
-        answer = await ask(client, task=["colour", "voted", "colour"], inputs=inputs)
+        answer = await ask(client, task=["color", "voted", "color"], inputs=inputs)
         assert answer.status_code == 200
         first, voted, last = answer.json()["results"]
         for one, text in ((first, inputs[0]), (last, inputs[2])):
-            known = alone(text, prompts_of(service, "colour")[0])
+            known = alone(text, prompts_of(service, "color")[0])
             share = np.exp([known[label] for label in LABELS])
             expected = dict(zip(LABELS, share / share.sum(), strict=True))
             assert one["probabilities"] == pytest.approx(expected, abs=1e-4)
@@ -91,10 +91,10 @@ def test_scores_and_the_bare_model(folder: Path) -> None:
         prompt = prompts_of(service, "plain")[0]
         assert plain["log_prob"] == pytest.approx(alone("ban", prompt)["green"], abs=1e-4)
         assert bare["log_prob"] == pytest.approx(alone("ban", None)["red"], abs=1e-4)
-        normalised = await ask(client, **body, options={**options, "normalize_length": True})
+        normalized = await ask(client, **body, options={**options, "normalize_length": True})
         words = service.engine.vocabulary
         for one, mean, text in zip(
-            (plain, bare), normalised.json()["results"], options["targets"], strict=True
+            (plain, bare), normalized.json()["results"], options["targets"], strict=True
         ):
             tokens = len(words.encode(text)) + 1
             assert mean["log_prob"] == pytest.approx(one["log_prob"] / tokens, abs=1e-5)
@@ -152,9 +152,9 @@ def test_text_at_once_and_as_it_is_written(folder: Path) -> None:
     ("body", "status", "field"),
     [
         ({"task": "nope"}, 404, "task"),
-        ({"task": ["colour", "../colour"], "inputs": ["a", "b"]}, 404, "task[1]"),
+        ({"task": ["color", "../color"], "inputs": ["a", "b"]}, 404, "task[1]"),
         ({"task": "voted/seed_7"}, 404, "task"),
-        ({"task": ["colour"], "inputs": ["a", "b"]}, 422, "task"),
+        ({"task": ["color"], "inputs": ["a", "b"]}, 422, "task"),
         ({"inputs": []}, 422, "inputs"),
         ({"inputs": ["a", 1]}, 422, "inputs[1]"),
         ({"inputs": ["ban " * 20]}, 422, "inputs[0]"),
@@ -190,11 +190,11 @@ def test_what_is_refused_names_its_field(
     folder: Path, body: dict[str, Any], status: int, field: str
 ) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
-        answer = await ask(client, **{"task": "colour", "inputs": ["ban"], **body})
+        answer = await ask(client, **{"task": "color", "inputs": ["ban"], **body})
         assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
         assert len(answer.json()["error"]["message"].splitlines()) == 1
-        near = (await ask(client, task="colours", inputs=["ban"])).json()["error"]["message"]
-        assert "there is no task 'colours'; did you mean 'colour'?" in near
+        near = (await ask(client, task="colors", inputs=["ban"])).json()["error"]["message"]
+        assert "there is no task 'colors'; did you mean 'color'?" in near
 
     with_server(folder, test, limits=Limits(inputs=20, waiting_rows=40))
 
@@ -202,7 +202,7 @@ def test_what_is_refused_names_its_field(
 def test_inputs_are_cut_where_that_is_asked_for(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         options = {"truncate": True}
-        answer = await ask(client, task="colour", inputs=["ban " * 50], options=options)
+        answer = await ask(client, task="color", inputs=["ban " * 50], options=options)
         assert answer.status_code == 200
 
     with_server(folder, test)
@@ -235,7 +235,7 @@ def test_a_body_that_is_too_large_or_no_json(folder: Path) -> None:
 
 def test_tokens(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
-        body = {"task": "colour", "inputs": ["ban"]}
+        body = {"task": "color", "inputs": ["ban"]}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = await client.post("/v1/predict", json=body, headers=headers)
             assert answer.status_code == 401
@@ -243,7 +243,7 @@ def test_tokens(folder: Path) -> None:
             assert (await client.get("/v1/tasks", headers=headers)).status_code == 401
         right = {"Authorization": "Bearer secret"}
         assert (await client.post("/v1/predict", json=body, headers=right)).status_code == 200
-        assert (await client.delete("/v1/tasks/colour", headers=right)).status_code == 401
+        assert (await client.delete("/v1/tasks/color", headers=right)).status_code == 401
         assert (await client.get("/healthz")).status_code == 200
 
     with_server(folder, test, token="secret")
@@ -252,9 +252,9 @@ def test_tokens(folder: Path) -> None:
 def test_without_an_admin_token_nothing_changes(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         for method in ("PUT", "DELETE"):
-            answer = await client.request(method, "/v1/tasks/colour", headers=ADMIN, content=b"x")
+            answer = await client.request(method, "/v1/tasks/color", headers=ADMIN, content=b"x")
             assert answer.status_code in (404, 405)
-        assert service.tasks.get("colour") is not None
+        assert service.tasks.get("color") is not None
 
     with_server(folder, test, admin_token="", allow_changes=False)
 
@@ -267,7 +267,7 @@ def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> No
     async def change(client: httpx.AsyncClient, service: Service) -> None:
         for name, content, query in (
             ("fresh", upload, ""),
-            ("colour", bare, "?label=red&label=green"),  # replaces
+            ("color", bare, "?label=red&label=green"),  # replaces
             ("voted", upload, "?prompt=seed_9"),  # a fourth
             ("voted", bare, "?prompt=seed_1"),  # another in its place
         ):
@@ -276,7 +276,7 @@ def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> No
         assert (await client.delete("/v1/tasks/plain", headers=ADMIN)).status_code == 204
         assert (await client.delete("/v1/tasks/plain", headers=ADMIN)).status_code == 404
         listed = (await client.get("/v1/tasks")).json()
-        assert [task["name"] for task in listed["tasks"]] == ["colour", "fresh", "voted"]
+        assert [task["name"] for task in listed["tasks"]] == ["color", "fresh", "voted"]
         voted = listed["tasks"][2]
         assert [(p["name"], p["length"]) for p in voted["prompts"]] == [
             ("seed_0", 3),
@@ -284,12 +284,12 @@ def test_tasks_come_go_and_survive_a_restart(folder: Path, tmp_path: Path) -> No
             ("seed_2", 5),
             ("seed_9", 4),
         ]
-        for task in ("colour", "fresh", "voted"):
+        for task in ("color", "fresh", "voted"):
             expected[task] = (await ask(client, task=task, inputs=["ban"])).json()["results"]
-        assert list(expected["colour"][0]["probabilities"]) == ["red", "green"]
+        assert list(expected["color"][0]["probabilities"]) == ["red", "green"]
 
     async def look(client: httpx.AsyncClient, service: Service) -> None:
-        assert service.tasks.names() == ["colour", "fresh", "voted"]
+        assert service.tasks.names() == ["color", "fresh", "voted"]
         for task, results in expected.items():
             found = (await ask(client, task=task, inputs=["ban"])).json()["results"]
             assert found[0]["prediction"] == results[0]["prediction"]
@@ -318,7 +318,7 @@ def test_prompts_of_other_labels_do_not_join_a_task_unnoticed(folder: Path, tmp_
         assert said.json()["labels"] == ["blue", "green"]
         # The labels of a task's only prompt are those of the task.
         for content in (other, bare):
-            replaced = await put("colour?prompt=colour", content)
+            replaced = await put("color?prompt=color", content)
             assert replaced.json()["labels"] == ["blue", "green"]
             assert len(replaced.json()["prompts"]) == 1
 
@@ -390,7 +390,7 @@ def test_a_worker_error_fails_its_request_alone(folder: Path) -> None:
 def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         answers = await asyncio.gather(
-            *(ask(client, task="colour", inputs=["ban"] * 5) for _ in range(6))
+            *(ask(client, task="color", inputs=["ban"] * 5) for _ in range(6))
         )
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused and len(refused) < 6
@@ -406,13 +406,13 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
 def test_deadlines_and_readiness(folder: Path) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         options = {"deadline_ms": 1}
-        answer = await ask(client, task="colour", inputs=["ban"], options=options)
+        answer = await ask(client, task="color", inputs=["ban"], options=options)
         assert answer.status_code == 504
         assert service.scheduler.waiting == 0
         assert (await client.get("/readyz")).json()["status"] == "ready"
         service.state = "draining"
         assert (await client.get("/readyz")).status_code == 503
-        answer = await ask(client, task="colour", inputs=["ban"])
+        answer = await ask(client, task="color", inputs=["ban"])
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
     with_server(folder, test, limits=Limits(wait_seconds=0.2))
@@ -423,11 +423,11 @@ def test_the_list_in_pages_and_the_words(folder: Path) -> None:
         first = (await client.get("/v1/tasks?limit=2")).json()
         rest = (await client.get(f"/v1/tasks?limit=2&after={first['next']}")).json()
         names = [task["name"] for task in first["tasks"] + rest["tasks"]]
-        assert (names, first["total"]) == (["colour", "plain", "voted"], 3)
+        assert (names, first["total"]) == (["color", "plain", "voted"], 3)
         assert "next" not in rest
         # The task that ended a page may be gone when the next one is asked for.
         later = (await client.get("/v1/tasks?after=collar")).json()
-        assert [task["name"] for task in later["tasks"]] == ["colour", "plain", "voted"]
+        assert [task["name"] for task in later["tasks"]] == ["color", "plain", "voted"]
         later = (await client.get("/v1/tasks?after=dark")).json()
         assert [task["name"] for task in later["tasks"]] == ["plain", "voted"]
         answer = (await client.get("/v1/tasks/plain/words")).json()
@@ -519,8 +519,8 @@ def test_too_many_labels_are_refused_as_labels(
         ("/healthz", "GET, HEAD"),
         ("/v1/predict", "POST"),
         ("/v1/tasks", "GET, HEAD"),
-        ("/v1/tasks/colour", "DELETE, PUT"),
-        ("/v1/tasks/colour/words", "GET, HEAD"),
+        ("/v1/tasks/color", "DELETE, PUT"),
+        ("/v1/tasks/color/words", "GET, HEAD"),
         ("/", "GET, HEAD"),
         ("/openapi.json", "GET, HEAD"),
     ],

@@ -281,10 +281,10 @@ def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Pa
         status = (await client.get("/readyz")).json()
         assert status["status"] == "ready"
         assert status["required_compiled"] == status["required_to_compile"] == 5
-        body = {"task": ["colour", "voted"], "inputs": ["ban red", "kolo"]}
+        body = {"task": ["color", "voted"], "inputs": ["ban red", "kolo"]}
         first = (await ask(client, **body)).json()["results"]
         text = (await ask(client, **body, mode="generate")).json()["results"]
-        words = asyncio.create_task(client.get("/v1/tasks/colour/words"))
+        words = asyncio.create_task(client.get("/v1/tasks/color/words"))
         await asyncio.sleep(0.2)
         assert not words.done()  # waits for what it needs
         engine.compiler.made.update(engine.all)

@@ -114,7 +114,7 @@ def test_a_mixed_batch_scores_what_each_row_scores_alone() -> None:
             np.testing.assert_allclose(scores, score_alone(row), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_are_independent_of_their_neighbours_and_shapes() -> None:
+def test_rows_are_independent_of_their_neighbors_and_shapes() -> None:
     engine = micro_engine()
     row, *others = drawn_rows(4, seed=2)
     row = Row(ids=row.ids[:6], prompt=made_prompt(2), targets=row.targets)

@@ -1,4 +1,4 @@
-"""The engine on eight devices computes what it computes on one, quantised models too."""
+"""The engine on eight devices computes what it computes on one, quantized models too."""
 
 import subprocess
 import sys
@@ -70,7 +70,7 @@ def answers(model, partitioner, trainable, modes):
     return np.array(scores), output
 
 
-# Quantised weights are all read to generate.
+# Quantized weights are all read to generate.
 for quantization, modes in (("none", ("score", "generate")), ("int8", ("generate",))):
     options = {"quantization": quantization, "dtype": "float32"}
     model = Model(name_or_path=sys.argv[1], dropout_rate=0.0, **options)

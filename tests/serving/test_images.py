@@ -27,7 +27,7 @@ from prompt_tuning_jax.serving.schema import RefusedError
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live_server import live
 from tests.serving.serving_app import running
-from tests.tiny_vit import coloured, make_vit, write_vit
+from tests.tiny_vit import colored, make_vit, write_vit
 
 SERVING = Serving(batch_sizes=(2,), max_inputs=3)
 TYPE = "multipart/form-data; boundary=XX"
@@ -35,7 +35,7 @@ TYPE = "multipart/form-data; boundary=XX"
 
 def png(label: str, seed: int = 0) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(coloured(label, seed)).save(content, "PNG")
+    Image.fromarray(colored(label, seed)).save(content, "PNG")
     return content.getvalue()
 
 
@@ -60,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_vit(root / "model")
     write_tuned(root / "tasks" / "warm" / "seed_0.safetensors", ("no", "yes"), seed=0)
     write_tuned(root / "tasks" / "warm" / "seed_1.safetensors", ("no", "yes"), seed=1)
-    colours = ("red", "green", "blue", "grey")
-    write_tuned(root / "tasks" / "colour.safetensors", colours, seed=2)
+    colors = ("red", "green", "blue", "gray")
+    write_tuned(root / "tasks" / "color.safetensors", colors, seed=2)
     return root
 
 
@@ -82,9 +82,9 @@ async def answered(folder: Path) -> None:
     service = open_service(experiment(folder), str(folder / "tasks"), serving=SERVING)
     async with running(service, admin_token="") as client:
         listed = (await client.get("/v1/tasks")).json()
-        assert listed["reads_images"] and [t["name"] for t in listed["tasks"]] == ["colour", "warm"]
-        given = [coloured("red", 0), coloured("blue", 1)]
-        for task, prompts in (("warm", "warm"), ("colour", "colour.safetensors"), ("", "")):
+        assert listed["reads_images"] and [t["name"] for t in listed["tasks"]] == ["color", "warm"]
+        given = [colored("red", 0), colored("blue", 1)]
+        for task, prompts in (("warm", "warm"), ("color", "color.safetensors"), ("", "")):
             answer = await post(client, [png("red", 0), png("blue", 1)], task=task)
             assert answer.status_code == 200, answer.text
             places = [folder / "tasks" / prompts] if prompts else []
@@ -117,7 +117,7 @@ async def answered(folder: Path) -> None:
         await refused(answer, 422, "this model reads images")
         answer = await client.post("/v1/predict/images", json=body)
         await refused(answer, 422, "send multipart/form-data")
-        answer = await client.get("/v1/tasks/colour/words")
+        answer = await client.get("/v1/tasks/color/words")
         await refused(answer, 422, "no prompt to show words of")
 
 

@@ -71,7 +71,7 @@ async def _crowd(client: httpx.AsyncClient, service: Service, number: int) -> di
 
     async def one() -> None:
         mode = draw.choice(["label", "label", "generate", "score"])
-        tasks = draw.choices(["colour", "voted"], k=draw.randint(1, 3))
+        tasks = draw.choices(["color", "voted"], k=draw.randint(1, 3))
         inputs = [" ".join(draw.choices(words, k=draw.randint(1, 2))) for _ in tasks]
         options: dict[str, Any] = {"targets": ["red"] * len(tasks)} if mode == "score" else {}
         if draw.random() < 0.05:

@@ -64,7 +64,7 @@ def test_runs_adapters_and_mixtures(tmp_path: Path) -> None:
     write_method(run / "tuned" / "seed_1.safetensors", LORA, seed=1)
     write_json(run, LORA)
     (task,) = opened(run).tasks.everything().values()
-    assert (task.name, task.labels) == ("colours", LABELS)
+    assert (task.name, task.labels) == ("colors", LABELS)
     assert [one.name for one in task.prompts] == ["seed_0", "seed_1"]
     folder = tmp_path / "all"
     folder.mkdir()

@@ -148,7 +148,7 @@ def test_who_has_gone_is_not_computed_for(tmp_path: Path) -> None:
         async with running(service):
             app = make_app(service)
             app.state.starting = None
-            body = json.dumps({"task": "colour", "inputs": ["ban"]}).encode()
+            body = json.dumps({"task": "color", "inputs": ["ban"]}).encode()
             messages = [{"type": "http.request", "body": body, "more_body": False}]
             scope = {
                 "type": "http",
@@ -229,7 +229,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         browser.wait_for("$('error').textContent.includes(\"there is no task 'nope'\")")
         assert browser.run("$('result').hidden && $('result').offsetHeight === 0")
         # Nothing is wider than a phone.
-        for name in ("colour", "nope"):
+        for name in ("color", "nope"):
             browser.run(f"$('lines').click(); $('task').value = '{name}'; {click}")
             browser.wait_for("!$('button').disabled")
             browser.resize(360, 640)

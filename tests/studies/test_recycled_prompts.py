@@ -19,7 +19,7 @@ from tests.tiny_run import experiment, rows, write_config, write_rows
 
 
 def test_old_prompts_on_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = tmp_path / "colour"
+    task = tmp_path / "color"
     for seed, split in enumerate(("train", "validation", "test")):
         write_rows(task / f"{split}.jsonl", rows(12, seed=seed))
     new = str(tiny_run.model_folder(seed=1))
@@ -33,27 +33,27 @@ def test_old_prompts_on_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert written["complete"] and written["new_model"] == new and written["split"] == "test"
     means = {point["line"]: point["scores"] for point in written["points"]}
     for way, folder in ((OLD, "old"), (NEW, "new")):
-        point = json.loads((tmp_path / "w" / folder / "colour" / points.POINT).read_text())
+        point = json.loads((tmp_path / "w" / folder / "color" / points.POINT).read_text())
         assert means[str(way)] == [member["test"] for member in point["members"]]
     assert len(means[str(NONE)]) == 1 and len(means[str(UNTOUCHED)]) == 2
     # As the command recycle does it.
-    prompt = tmp_path / "w/old/colour/prompts/seed_1.safetensors"
+    prompt = tmp_path / "w/old/color/prompts/seed_1.safetensors"
     by_hand = tmp_path / "mine.safetensors"
     recycle(
         prompt, source=of.model.name_or_path, target=new, output=by_hand, fit=Fit(by="combination")
     )
-    kept = tmp_path / "w/recycled/colour/combination/seed_1.safetensors"
+    kept = tmp_path / "w/recycled/color/combination/seed_1.safetensors"
     assert kept.read_bytes()[-320:] == by_hand.read_bytes()[-320:]  # 5 x 16 numbers of 4 bytes
     assert len(means[str(RECYCLED["combination"])]) == 2
     assert (tmp_path / "w/recycling.png").is_file()
-    assert "| colour " in (tmp_path / "w/recycling.md").read_text()
+    assert "| color " in (tmp_path / "w/recycling.md").read_text()
 
     monkeypatch.setattr(study, "recycle", None)
     monkeypatch.setattr(study, "evaluate", None)
     assert again().results == done.results
     # Scores of other prompts in the same files are not those of these.
-    file = tmp_path / "w/old/colour/prompts/seed_1.safetensors"
-    file.write_bytes((tmp_path / "w/old/colour/prompts/seed_0.safetensors").read_bytes())
+    file = tmp_path / "w/old/color/prompts/seed_1.safetensors"
+    file.write_bytes((tmp_path / "w/old/color/prompts/seed_0.safetensors").read_bytes())
     with pytest.raises(TypeError, match="not callable"):
         again()
 

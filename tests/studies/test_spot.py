@@ -36,14 +36,14 @@ SHORT: dict[str, Any] = {
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
-    """Two tasks, whose answers are the colour in the text and another colour."""
+    """Two tasks, whose answers are the color in the text and another color."""
     turned = dict(zip(tiny_run.LABELS, (*tiny_run.LABELS[1:], tiny_run.LABELS[0]), strict=True))
     for seed, split in enumerate(("train", "validation", "test")):
         examples = rows(12, seed=seed)
-        write_rows(tmp_path / "colour" / f"{split}.jsonl", examples)
+        write_rows(tmp_path / "color" / f"{split}.jsonl", examples)
         other = [{**row, "targets": turned[row["targets"]]} for row in examples]
         write_rows(tmp_path / "other" / f"{split}.jsonl", other)
-    return [str(tmp_path / name) for name in ("colour", "other")]
+    return [str(tmp_path / name) for name in ("color", "other")]
 
 
 def test_targets_start_from_the_prompts_of_sources(
@@ -68,27 +68,27 @@ def test_targets_start_from_the_prompts_of_sources(
 
     done = again(6)
     assert trained == [
-        "sources/colour",
+        "sources/color",
         "sources/other",
         *(f"targets/other/seed_{s}" for s in (0, 1)),
     ]
     config = saved_config(str(tmp_path / "w/targets/other/seed_1"))
     assert config is not None and config.data.max_train_examples == 6
-    source = tmp_path / "w/sources/colour/prompts/seed_0.safetensors"
+    source = tmp_path / "w/sources/color/prompts/seed_0.safetensors"
     assert config.training.seeds == (1, 1)
     assert config.training.inits == ("class_labels", f"file={source}")
-    assert saved_config(str(tmp_path / "w/sources/colour")).training.steps == 2  # type: ignore[union-attr]
+    assert saved_config(str(tmp_path / "w/sources/color")).training.steps == 2  # type: ignore[union-attr]
 
     written = json.loads((tmp_path / "w/spot.json").read_text())
     assert written["complete"] and len(written["points"]) == 4 and written["split"] == "test"
-    own, colour = (written["pairs"]["other"][name] for name in ("own", "colour"))
+    own, color = (written["pairs"]["other"][name] for name in ("own", "color"))
     for seed in (0, 1):
         folder = tmp_path / f"w/targets/other/seed_{seed}"
         kept = json.loads((folder / points.POINT).read_text())
-        assert [own[seed]["score"], colour[seed]["score"]] == [m["test"] for m in kept["members"]]
+        assert [own[seed]["score"], color[seed]["score"]] == [m["test"] for m in kept["members"]]
         target = load_prompt(folder / f"prompts/seed_{seed}_class_labels.safetensors")
         near = similarity(target, load_prompt(source))
-        assert colour[seed]["similarity"] == pytest.approx(near) and not own[seed]["similarity"]
+        assert color[seed]["similarity"] == pytest.approx(near) and not own[seed]["similarity"]
         # A step of Adafactor moves each entry by the learning rate, 3, at most.
         moved = load_prompt(folder / f"prompts/seed_{seed}_file_1.safetensors") - load_prompt(
             source
@@ -97,20 +97,20 @@ def test_targets_start_from_the_prompts_of_sources(
     means = {point["line"]: point["mean"] for point in written["points"]}
     assert means[str(OWN)] == pytest.approx(np.mean([one["score"] for one in own]))
     # With a single source, all ways to choose one are the same.
-    assert means[str(NEAREST)] == means[str(BEST)] == np.mean([one["score"] for one in colour])
+    assert means[str(NEAREST)] == means[str(BEST)] == np.mean([one["score"] for one in color])
     assert (tmp_path / "w/spot.png").read_bytes().startswith(b"\x89PNG")
     assert "| other " in (tmp_path / "w/spot.md").read_text()
 
     trained.clear()
     assert again(6).results == done.results
-    assert trained == ["sources/colour", "sources/other"]  # finished; nothing else is asked for
+    assert trained == ["sources/color", "sources/other"]  # finished; nothing else is asked for
     with pytest.raises(UserError, match="max_train_examples"):
         again(5)
     write_rows(Path(folders[0]) / "train.jsonl", rows(12, seed=5))
-    with pytest.raises(UserError, match="sources/colour has a run on other data"):
+    with pytest.raises(UserError, match="sources/color has a run on other data"):
         again(6)
     # Targets do not keep scores of prompts that started from another one.
-    shutil.rmtree(tmp_path / "w/sources/colour")
+    shutil.rmtree(tmp_path / "w/sources/color")
     with pytest.raises(UserError, match=r"other/seed_0/point\.json has the scores of other"):
         again(6)
 
@@ -145,7 +145,7 @@ def test_wrong_input_is_refused_before_training(
         spot(dataclasses.replace(of, method=LoRA()), folders, folders, examples=0)
     with pytest.raises(UserError, match="no task besides other"):
         spot(of, folders[1:], folders[1:], examples=0)
-    with pytest.raises(UserError, match="--to names colour twice"):
+    with pytest.raises(UserError, match="--to names color twice"):
         spot(of, folders, [folders[0]] * 2, examples=0)
     with pytest.raises(UserError, match=r"dev\.jsonl is missing"):
         spot(of, folders, folders, examples=0, test_split="dev")

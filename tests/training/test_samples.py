@@ -15,10 +15,10 @@ TASK = Task(
 
 def samples(answers: list[str], inputs: str = "number {}") -> dict[str, str]:
     examples = [{"inputs": inputs.format(i), "targets": str(i)} for i in range(len(answers))]
-    spelt = {"TEN": "10"}  # as if the vocabulary wrote 10 so
+    spelled = {"TEN": "10"}  # as if the vocabulary wrote 10 so
     evaluation: Any = {
         "numbers": SimpleNamespace(
-            texts=examples, task=TASK, as_written=lambda texts: [spelt.get(t, t) for t in texts]
+            texts=examples, task=TASK, as_written=lambda texts: [spelled.get(t, t) for t in texts]
         )
     }
     predictions = Predictions(texts_EN=[answers], log_probs_EN=[[{} for _ in answers]])

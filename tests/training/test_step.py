@@ -1,4 +1,4 @@
-"""The training step: many prompts at once, accumulation, normalisation, purity."""
+"""The training step: many prompts at once, accumulation, normalization, purity."""
 
 import dataclasses
 import re

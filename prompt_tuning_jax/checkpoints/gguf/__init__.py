@@ -1,1 +1,1 @@
-"""GGUF: a model and its tokenizer in one file, often quantised, as llama.cpp reads and writes."""
+"""GGUF: a model and its tokenizer in one file, often quantized, as llama.cpp reads and writes."""

@@ -226,7 +226,7 @@ def config_of(metadata: Metadata) -> CausalLMConfig:
 def permutation(heads: int, head_dim: int) -> np.ndarray:
     """For each row of a query or key of ours, its row in the file.
 
-    llama.cpp rotates neighbours, and we rotate halves: within a head, row ``j * K / 2 + i`` of ours
+    llama.cpp rotates neighbors, and we rotate halves: within a head, row ``j * K / 2 + i`` of ours
     is row ``2 * i + j`` there.
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)

@@ -45,7 +45,7 @@ class GGUFModel:
       params: its parameters by our name, in floating point.
       blocks: those that the file stores in blocks of integers that may be kept; ours are the
         transposes of a file's kernels.
-      dequantized: the number of weights of each other quantised type.
+      dequantized: the number of weights of each other quantized type.
     """
 
     config: CausalLMConfig
@@ -63,9 +63,9 @@ def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
 def open_gguf_model(path: str | Path) -> GGUFModel:
     """Opens a model in a GGUF file.
 
-    Quantised tensors are dequantised to float32, part by part, when they are read; F16 and BF16
+    Quantized tensors are dequantized to float32, part by part, when they are read; F16 and BF16
     keep their type.  The file is also the model's vocabulary.  Raises UserError for a damaged or
-    truncated file, an unknown architecture, and types that cannot be dequantised.
+    truncated file, an unknown architecture, and types that cannot be dequantized.
     """
     from prompt_tuning_jax.param_tree import require_same_names
 

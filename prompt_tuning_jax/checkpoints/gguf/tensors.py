@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, dequantised part by part as they are read."""
+"""The tensors of a GGUF file, dequantized part by part as they are read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ _KEPT = {
 KEPT_TYPES, BLOCK = tuple(_KEPT), 32
 _ADVICE = "convert it with llama.cpp, for instance to Q8_0"
 _MOST_ELEMENTS = 2**40
-# Elements that are dequantised at once: the intermediate arrays take several times as much.
+# Elements that are dequantized at once: the intermediate arrays take several times as much.
 _CHUNK = 1 << 20
 
 
 def open_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, LazyArray]:
-    """The tensors by name, rows first; quantised ones are float32.
+    """The tensors by name, rows first; quantized ones are float32.
 
-    Raises UserError for types that cannot be dequantised, and for a file that is too short.
+    Raises UserError for types that cannot be dequantized, and for a file that is too short.
     """
     size = path.stat().st_size
     try:
@@ -137,7 +137,7 @@ def _lazy(path: Path, name: str, info: TensorInfo, mapped: HostArray, size: int)
         raise UserError(f"{where} has the type {info.kind}, which is not supported; {_ADVICE}")
     kind, block, block_bytes = known
     columns = info.shape[-1]
-    if kind not in _PLAIN and not _can_dequantise(kind):
+    if kind not in _PLAIN and not _can_dequantize(kind):
         raise UserError(f"{where} is stored as {kind}, which is not supported; {_ADVICE}")
     if columns % block or not 0 < prod(info.shape) <= _MOST_ELEMENTS:
         raise UserError(
@@ -172,7 +172,7 @@ def _values(blocks: HostArray, kind: str, dtype: np.dtype, columns: int) -> Host
     step = max(1, _CHUNK // columns)
     with np.errstate(all="ignore"):  # a damaged scale is found later, with the array's name
         for at in range(0, len(rows), step):
-            values[at : at + step] = _dequantise(kind)(rows[at : at + step])
+            values[at : at + step] = _dequantize(kind)(rows[at : at + step])
     return values.reshape(shape)
 
 
@@ -198,7 +198,7 @@ def _type(number: int) -> tuple[str, int, int] | None:
     return kind.name, block, block_bytes
 
 
-def _dequantise(kind: str) -> Callable[[HostArray], HostArray]:
+def _dequantize(kind: str) -> Callable[[HostArray], HostArray]:
     from gguf import GGMLQuantizationType, quants
 
     number = GGMLQuantizationType[kind]
@@ -206,12 +206,12 @@ def _dequantise(kind: str) -> Callable[[HostArray], HostArray]:
 
 
 @cache
-def _can_dequantise(kind: str) -> bool:
+def _can_dequantize(kind: str) -> bool:
     gguf = _package()
     _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     try:
         with np.errstate(all="ignore"):
-            _dequantise(kind)(np.zeros((1, block_bytes), np.uint8))
+            _dequantize(kind)(np.zeros((1, block_bytes), np.uint8))
     except (NotImplementedError, KeyError):
         return False
     return True

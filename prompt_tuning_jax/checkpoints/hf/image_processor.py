@@ -52,7 +52,7 @@ def read_processing(folder: Path, *, image_size: int, num_channels: int) -> Imag
             )
     elif resize != "exact" or pixels != image_size:
         raise UserError(
-            f"{path}: size is {_shown(raw.get('size'))} without a centre crop, but the model reads "
+            f"{path}: size is {_shown(raw.get('size'))} without a center crop, but the model reads "
             f"images of {image_size} x {image_size} pixels"
         )
     resample = raw.get("resample", 2)

@@ -51,7 +51,7 @@ _OF_PROMPTS = (
     *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
     *("num_frozen_tokens", "target_modules", "adapter_len", "adapter_layers"),
 )
-# Fields of an adapter's config about the prompt's initialisation, and about its model.
+# Fields of an adapter's config about the prompt's initialization, and about its model.
 _OF_INIT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path")
 _OF_MODEL = ("num_attention_heads", "num_layers", "revision")
 _LARGEST_CONFIG = 1_000_000  # bytes; PEFT's files have a few hundred

@@ -120,7 +120,7 @@ class AdaptionPrompt(MethodConfig):
 class CPT(MethodConfig):
     """``(P - A) * D`` parameters: changes of the embeddings of P tokens, A of them of answers.
 
-    Context-aware prompt tuning (Blau et al. 2024): a decoder-only model reads labelled examples
+    Context-aware prompt tuning (Blau et al. 2024): a decoder-only model reads labeled examples
     before each input, as in few-shot prompting, and training changes the embeddings of all their
     tokens but the answers' by a bounded amount.  The loss also covers the answers in the context.
     All members of an ensemble have the same context.  A run saves a plain prompt of

@@ -1,1 +1,1 @@
-"""Tokenised examples, cached, bucketed by length and batched."""
+"""Tokenized examples, cached, bucketed by length and batched."""

@@ -1,4 +1,4 @@
-"""Batches padded to a few input lengths, chosen to minimise padding.
+"""Batches padded to a few input lengths, chosen to minimize padding.
 
 ``Buckets`` chooses the lengths, and ``BucketPlan`` assigns examples and a length to each step.  N
 inputs or batches, C lengths to choose from.

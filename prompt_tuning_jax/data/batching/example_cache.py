@@ -1,4 +1,4 @@
-"""Tokenised examples in memory, as flat arrays, and on disk, one folder per cache entry.
+"""Tokenized examples in memory, as flat arrays, and on disk, one folder per cache entry.
 
 An entry is written to a temporary folder and renamed, and checked when it is opened.
 """
@@ -88,7 +88,7 @@ def make_ragged(sequences: Iterable[Sequence[int] | np.ndarray], *, kept_at_end:
     return Ragged(flat=flat, offsets=offsets, kept_at_end=kept_at_end)
 
 
-# Part of every key: increase it whenever the files or the tokenisation change.
+# Part of every key: increase it whenever the files or the tokenization change.
 FORMAT_VERSION = 1
 
 _TEXTS = "examples.jsonl"

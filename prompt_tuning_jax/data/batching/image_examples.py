@@ -1,4 +1,4 @@
-"""Labelled images as examples: rows of pixels in place of tokens, numbers of classes as targets."""
+"""Labeled images as examples: rows of pixels in place of tokens, numbers of classes as targets."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -77,7 +77,7 @@ class PixelRows:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageExamples(TokenizedExamples):
-    """A split of labelled images."""
+    """A split of labeled images."""
 
     images_digest: Callable[[], str] = lambda: ""
 
@@ -140,7 +140,7 @@ def image_examples(task: Task, split: str, vocabulary: ClassVocabulary) -> Image
     )
 
 
-def unlabelled_examples(images: ImageSet, vocabulary: ClassVocabulary) -> ImageExamples:
+def unlabeled_examples(images: ImageSet, vocabulary: ClassVocabulary) -> ImageExamples:
     """Images to predict the labels of."""
     texts = [{"inputs": name, "targets": ""} for name in images.names]
     source = ImageSource(

@@ -1,4 +1,4 @@
-"""The training and evaluation data of an experiment: its tasks, tokenised, as batches."""
+"""The training and evaluation data of an experiment: its tasks, tokenized, as batches."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Tokenises the examples of a task once, and caches them without truncation."""
+"""Tokenizes the examples of a task once, and caches them without truncation."""
 
 import functools
 import hashlib
@@ -215,7 +215,7 @@ def tokenize(
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
 ) -> TokenizedExamples:
-    """Tokenise a split of a task, or open the cache of an earlier call.
+    """Tokenize a split of a task, or open the cache of an earlier call.
 
     Args:
       task: the task.

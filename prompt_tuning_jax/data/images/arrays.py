@@ -67,7 +67,7 @@ def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
     return _image_set(images_NHWC, texts, tuple(sorted(set(texts))), path=path)
 
 
-def open_unlabelled(path: Path) -> ImageSet:
+def open_unlabeled(path: Path) -> ImageSet:
     """The images of an IDX or npz file alone; it needs no labels.
 
     Those of an npz file with several splits are from the one that evaluates.

@@ -34,7 +34,7 @@ def pillow() -> Any:
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file as ``[H, W, 3]`` or, if it is grey, ``[H, W, 1]``.
+    """Reads an image file as ``[H, W, 3]`` or, if it is gray, ``[H, W, 1]``.
 
     Raises UserError for a file that is missing, too large, damaged, or neither PNG nor JPEG.
     """
@@ -79,6 +79,6 @@ def _as_array(image: Any) -> np.ndarray:
         return np.clip(wide / 257.0 + 0.5, 0, 255).astype(np.uint8)[:, :, None]
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    is_grey = image.mode in ("1", "L", "LA")
-    array = np.asarray(image.convert("L" if is_grey else "RGB"), np.uint8)
-    return array[:, :, None] if is_grey else array
+    is_gray = image.mode in ("1", "L", "LA")
+    array = np.asarray(image.convert("L" if is_gray else "RGB"), np.uint8)
+    return array[:, :, None] if is_gray else array

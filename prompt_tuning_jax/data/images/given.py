@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prompt_tuning_jax.data.images.arrays import is_idx, open_unlabelled
+from prompt_tuning_jax.data.images.arrays import is_idx, open_unlabeled
 from prompt_tuning_jax.data.images.image_set import ImageSet, Pixels, files_as_images
 from prompt_tuning_jax.data.images.sources import images_in
 from prompt_tuning_jax.errors import UserError
@@ -25,7 +25,7 @@ def given_images(inputs: object) -> ImageSet:
                 raise UserError(f"{inputs}: there is no PNG or JPEG file in this folder")
             return files_as_images(found)
         if place.suffix == ".npz" or is_idx(place):
-            return open_unlabelled(place)
+            return open_unlabeled(place)
         inputs = [inputs]
     if not isinstance(inputs, Iterable):
         raise UserError(f"inputs must be images, not {type(inputs).__name__}")

@@ -14,7 +14,7 @@ Pixels: TypeAlias = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Labelled images in a fixed order.
+    """Labeled images in a fixed order.
 
     Attributes:
       title: of the set in messages.

@@ -31,8 +31,8 @@ def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     if own == channels:
         return image
     if channels == 1:
-        grey = pillow().fromarray(image).convert("L")
-        return np.asarray(grey, np.uint8)[:, :, None]
+        gray = pillow().fromarray(image).convert("L")
+        return np.asarray(gray, np.uint8)[:, :, None]
     if own == 1:
         return np.repeat(image, channels, axis=2)
     raise UserError(f"an image has {own} channels, and the model reads {channels}")
@@ -50,11 +50,11 @@ def _resized(image: np.ndarray, processing: ImageProcessing, image_size: int) ->
     if wanted == (height, width):
         return image
     Image = pillow()
-    grey = image.shape[2] == 1
-    whole = Image.fromarray(image[:, :, 0] if grey else image)
+    gray = image.shape[2] == 1
+    whole = Image.fromarray(image[:, :, 0] if gray else image)
     filter_ = getattr(Image.Resampling, processing.resample.upper())
     array = np.asarray(whole.resize(wanted[::-1], filter_), np.uint8)
-    return array[:, :, None] if grey else array
+    return array[:, :, None] if gray else array
 
 
 def _center_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Opens a user's labelled images: a folder with a folder for each class, IDX files, or npz."""
+"""Opens a user's labeled images: a folder with a folder for each class, IDX files, or npz."""
 
 import hashlib
 import os

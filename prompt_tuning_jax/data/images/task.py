@@ -1,4 +1,4 @@
-"""Tasks of labelled images: an example's text is the name of its image."""
+"""Tasks of labeled images: an example's text is the name of its image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -48,7 +48,7 @@ def file_task(
 ) -> Task:
     """Make a task of one or two files; the arguments are the fields of ``experiment.Data``.
 
-    ``RowFile`` reads the files.  Values become text: JSON numbers as they are spelt, booleans
+    ``RowFile`` reads the files.  Values become text: JSON numbers as they are spelled, booleans
     ``True`` and ``False``, null an empty string.  White space around a target is stripped.  Each
     example keeps all columns of its row, of any type; columns that a template names must be text,
     numbers or booleans.

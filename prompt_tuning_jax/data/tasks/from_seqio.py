@@ -37,7 +37,7 @@ def from_seqio(name: str) -> Task | Mixture:
 
     The texts are ``inputs_pretokenized`` and ``targets_pretokenized``.  If a preprocessor produces
     only ids, they are decoded with the task's vocabulary.  Ids that a preprocessor adds or changes
-    after tokenisation, such as task-index tokens, are lost.  The example keeps all other features:
+    after tokenization, such as task-index tokens, are lost.  The example keeps all other features:
     bytes as text, and arrays as lists.
 
     The task's ``postprocess_fn`` and its metrics over predictions get what SeqIO's evaluator passes

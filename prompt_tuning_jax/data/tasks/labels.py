@@ -79,7 +79,7 @@ def near_label(target: str, labels: Sequence[str]) -> str | None:
 
 
 def is_rewritten(text: str, read_back: str) -> bool:
-    """Whether two texts differ only in blanks, case, and Unicode normalisation."""
+    """Whether two texts differ only in blanks, case, and Unicode normalization."""
     return _letters(text) == _letters(read_back)
 
 

@@ -229,7 +229,7 @@ def _invalid(labels: tuple[str, ...]) -> MetricFn:
 
 
 def _word_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """The mean F1 of the words of target and prediction, normalised as for SQuAD."""
+    """The mean F1 of the words of target and prediction, normalized as for SQuAD."""
     _require_texts("f1", targets, predictions)
     pairs = [(normalized(t), normalized(p)) for t, p in zip(targets, predictions, strict=True)]
     # Texts of only articles and punctuation are equal, but have no words.

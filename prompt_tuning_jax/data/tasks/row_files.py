@@ -44,7 +44,7 @@ class RowFile:
     def rows(self) -> Iterator[LocatedRow]:
         """Yield the location of each row, and the row.
 
-        JSON numbers are text, as they are spelt, and nan is null; ``value_text`` converts all
+        JSON numbers are text, as they are spelled, and nan is null; ``value_text`` converts all
         values to text.
         UserError, which names the file and the line, for missing, unknown or malformed files.
         """
@@ -129,7 +129,7 @@ def value_text(value: object, column: str, where: str = "") -> str:
 
     Booleans become ``True`` and ``False``, and null an empty text.
     """
-    if isinstance(value, str):  # also JSON numbers, as they are spelt
+    if isinstance(value, str):  # also JSON numbers, as they are spelled
         return value
     if value is None:
         return ""

@@ -1,7 +1,7 @@
 """The bundled task: classify a word as positive or negative.
 
 The human ratings come from the package vaderSentiment.  Its lexicon (Hutto & Gilbert 2014, MIT
-licence) gives each word's mean valence from -4 to 4 over ten raters.  The task uses lower-case
+license) gives each word's mean valence from -4 to 4 over ten raters.  The task uses lower-case
 words of at least three letters with a vowel, which excludes emoticons and most chat abbreviations.
 The absolute mean must be at least 0.5, because raters disagree about the sign of smaller ones.  A
 word that is listed twice has the average of its means.
@@ -23,7 +23,7 @@ LABELS = ("terrible", "beautiful")
 MIN_ABS_MEAN = 0.5
 
 _WORD = re.compile(r"(?=.*[aeiouy])[a-z]{3,}")
-# Suffixes as spelt after doubled letters are merged.  The longest match is removed repeatedly, as
+# Suffixes as spelled after doubled letters are merged.  The longest match is removed repeatedly, as
 # long as three letters remain.
 _SUFFIXES_AS_TEXT = (
     "ability able ably age al aly ance ant ate ated ating ation ative atory cy dom e ed en ence er "

@@ -206,7 +206,7 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str], types: np.ndarray,
 def _merges(tokens: Sequence[str], types: np.ndarray, scores: np.ndarray) -> list[tuple[str, str]]:
     """Pairs of pieces whose concatenation is a piece, the best score first.
 
-    SentencePiece merges the neighbours that give the piece of the best score.
+    SentencePiece merges the neighbors that give the piece of the best score.
     """
     normal = {tokens[i] for i in np.flatnonzero(types == _NORMAL).tolist()}
     merges: list[tuple[str, str]] = []
@@ -221,7 +221,7 @@ def _merges(tokens: Sequence[str], types: np.ndarray, scores: np.ndarray) -> lis
 
 
 def _add_tokens(tokenizer: Any, tokens: Sequence[str], types: np.ndarray, path: Path) -> None:
-    """Control tokens are special; user-defined ones are recognised in texts as they are."""
+    """Control tokens are special; user-defined ones are recognized in texts as they are."""
     library = import_tokenizers(path)
     added = [
         library.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)

@@ -44,7 +44,7 @@ class HfTokenizer(BaseVocabulary):
     vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
     to those of a decoder-only model with the special tokens of the files.
 
-    ``encode`` recognises special tokens in texts, as transformers does; ``encode_chat`` does not.
+    ``encode`` recognizes special tokens in texts, as transformers does; ``encode_chat`` does not.
     ``decode`` leaves special tokens out; in T5's vocabularies, it keeps sentinels and ``<unk>``.
 
     Raises UserError for a file that is missing or damaged, for a tokenizer without an end of

@@ -10,9 +10,9 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_spec import import_tokenizers
 
 
 class PlainEncoder:
-    """Encodes texts without recognising special tokens, so that a text cannot contain them.
+    """Encodes texts without recognizing special tokens, so that a text cannot contain them.
 
-    Other added tokens, which models read as text, are recognised as always.
+    Other added tokens, which models read as text, are recognized as always.
     """
 
     def __init__(self, tokenizer: Any, special: Mapping[int, str], *, path: Path) -> None:

@@ -34,7 +34,7 @@ _MODEL_CONFIG = "config.json"
 _BYTE_TOKENIZER = "ByT5Tokenizer"
 
 
-_SPECIAL = ("<pad>", "</s>", "<unk>")  # never recognised in text
+_SPECIAL = ("<pad>", "</s>", "<unk>")  # never recognized in text
 _SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _LARGEST_ID = 2**24

@@ -53,9 +53,9 @@ class Vocabulary(BaseVocabulary):
 
     ``<extra_id_0>`` has the highest id, ``size - 1``, and the others follow downwards, as in T5.
     ``extra_ids=None`` adds as many as the tokenizer's files beside ``spiece.model`` specify,
-    otherwise 100, or none if the file has them already (mT5's).  In text, a sentinel is recognised
+    otherwise 100, or none if the file has them already (mT5's).  In text, a sentinel is recognized
     only at the start of a word, unless the tokenizer's files list it: tokens that they list are
-    recognised everywhere (``tokenizer_files``).
+    recognized everywhere (``tokenizer_files``).
 
     Vocabularies with the same model file and sentinels are equal, and have the same hash.  Behaves
     like ``seqio.SentencePieceVocabulary``.  Raises UserError for a file that is missing, is not a
@@ -358,7 +358,7 @@ def _serialize_piece(piece: str) -> bytes:
 
 
 def _fields(message: bytes) -> set[int]:
-    """The field numbers of a serialised message whose fields are all messages."""
+    """The field numbers of a serialized message whose fields are all messages."""
     fields = set()
     position = 0
     while position < len(message):

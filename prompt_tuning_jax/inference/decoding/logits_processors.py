@@ -76,7 +76,7 @@ class LogitsProcessors:
             of_row = jnp.arange(rows)[:, None]
             return jnp.zeros((rows, vocabulary), bool).at[of_row, history].max(of_token_NL)
 
-        def penalised(scores_NV: Array) -> Array:
+        def penalized(scores_NV: Array) -> Array:
             changed_NV = jnp.where(scores_NV < 0, scores_NV * penalty_N1, scores_NV / penalty_N1)
             return jnp.where(marked(written_NL), changed_NV, scores_NV)
 
@@ -84,7 +84,7 @@ class LogitsProcessors:
             repeats_NL = _completes_ngram(history_NL, position_N, ngram_N) & written_NL
             return jnp.where(marked(repeats_NL), -jnp.inf, scores_NV)
 
-        scores_NV = without_repeats(penalised(scores_NV))
+        scores_NV = without_repeats(penalized(scores_NV))
         too_short_N = position_N + 1 < shortest_N
         eos = jnp.asarray(token_ids.all_eos)
         at_end_NE = jnp.where(too_short_N[:, None], -jnp.inf, scores_NV[:, eos])

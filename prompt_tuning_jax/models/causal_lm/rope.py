@@ -40,7 +40,7 @@ def rotate(x_BTHK: Array, by: Rotation) -> Array:
 
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> HostArray:
-    """Returns the angles ``[width / 2]`` between neighbouring positions, in radians."""
+    """Returns the angles ``[width / 2]`` between neighboring positions, in radians."""
     frequencies_F = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling is not None and scaling.kind == "linear":
         frequencies_F = frequencies_F / scaling.factor

@@ -30,7 +30,7 @@ from prompt_tuning_jax.typing import Array, DType
 
 
 class PositionEmbedder(nnx.Module):
-    """A learned vector for each position; it is never quantised."""
+    """A learned vector for each position; it is never quantized."""
 
     def __init__(self, config: CausalLMConfig, *, param_dtype: DType, rngs: nnx.Rngs):
         rows = config.max_positions + config.position_offset

@@ -1,4 +1,4 @@
-"""Products with kernels of 8 or 4 bits, which are dequantised for the product alone."""
+"""Products with kernels of 8 or 4 bits, which are dequantized for the product alone."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from prompt_tuning_jax.distributed.sharding import on_a_mesh
 from prompt_tuning_jax.models.ops import cpu
 from prompt_tuning_jax.typing import Array, DType
 
-# The most numbers of a kernel that are dequantised at once; those of a head are many more.
+# The most numbers of a kernel that are dequantized at once; those of a head are many more.
 _MOST_DEQUANTIZED = 2**24
 
 
@@ -25,7 +25,7 @@ def quantized_dot(
 ) -> Array:
     """Computes ``[..., D] @ [D, F]`` with operands in ``dtype`` and a float32 result.
 
-    Otherwise it works like ``matmul.dot``.  The kernel is dequantised for this product and again
+    Otherwise it works like ``matmul.dot``.  The kernel is dequantized for this product and again
     for the derivative with respect to x; keeping it would hold the full kernels of all layers in
     memory at once.  There is no derivative with respect to the kernel.  With ``inputs_last``, the
     kernel is ``[F, D]``, and scales and minimums are ``[F, groups]``.
@@ -38,7 +38,7 @@ def quantized_dot(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """A quantised kernel: integers, and the scale and the minimum of each group of inputs."""
+    """A quantized kernel: integers, and the scale and the minimum of each group of inputs."""
 
     whole: Array
     scale: Array
@@ -58,7 +58,7 @@ class _Blocks:
         return parts
 
     def full(self, *, beside: Array, inputs: int) -> Array:
-        """Dequantises in the dtype of ``beside``, the operand that the kernel is multiplied with.
+        """Dequantizes in the dtype of ``beside``, the operand that the kernel is multiplied with.
 
         ``inputs`` is the axis of the inputs.
         """
@@ -104,7 +104,7 @@ def _dot(inputs_last: bool, x_ND: Array, blocks: _Blocks) -> Array:
 
 
 def _part_size(blocks: _Blocks, inputs: int) -> int:
-    """Returns how many outputs to dequantise at once; on a mesh, all that a device has."""
+    """Returns how many outputs to dequantize at once; on a mesh, all that a device has."""
     outputs = blocks.whole.shape[1 - inputs]
     if on_a_mesh():
         return outputs
@@ -154,9 +154,9 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 @jax.custom_batching.custom_vmap
 def _not_before(kernel_DF: Array, x_ND: Array) -> Array:
-    """Returns the kernel with a dependency on x, so that it is dequantised only after x exists.
+    """Returns the kernel with a dependency on x, so that it is dequantized only after x exists.
 
-    Without the dependency, a compiler may dequantise the kernels of all layers at the start of a
+    Without the dependency, a compiler may dequantize the kernels of all layers at the start of a
     step, reuse the full kernel of the forward product in the backward product, or hoist it out of a
     loop.  An optimization barrier prevents this, except on CPU, where the compiler removes barriers
     before it eliminates common subexpressions.  On CPU the values depend on x instead: the result

@@ -11,14 +11,14 @@ CLASS_IDS = TokenIds(pad=-1, eos=-1, start=-1)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessing:
-    """From an image file to the pixels of a model: resize, crop, then rescale and normalise.
+    """From an image file to the pixels of a model: resize, crop, then rescale and normalize.
 
     Attributes:
       resize: ``exact`` resizes to ``size`` by ``size``, ``shortest_edge`` the shorter side to
         ``size``; ``none`` does not resize.
       size: in pixels; 0 is the model's image size.
       resample: Pillow's filter.
-      center_crop: cut (or pad with black) to the model's image size around the centre.
+      center_crop: cut (or pad with black) to the model's image size around the center.
       rescale: a factor on pixels from 0 to 255; 0 does not rescale.
       mean: subtracted from each channel after that; empty for none.
       std: divides each channel after that; empty for none.
@@ -41,7 +41,7 @@ class ViTConfig(ModelConfig):
       num_layers: the number of layers L.
       image_size: height and width of an image, in pixels.
       patch_size: height and width of a patch.
-      num_channels: 3 for colours, 1 for grey.
+      num_channels: 3 for colors, 1 for gray.
       mlp_activations: of the mlp; a single one.
       norm_eps: added to the variance before the root.
       qkv_bias: biases of queries, keys and values.

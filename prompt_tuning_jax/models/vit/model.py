@@ -147,8 +147,8 @@ class ViT(Model):
     """A vision transformer that accepts a prompt per example.
 
     An input is an image ``[B, H, W, channels]``, or the same numbers as ``[B, H * W * channels]``:
-    whole numbers are pixels from 0 to 255, which ``config.processing`` rescales and normalises, and
-    other numbers are pixels that are normalised already.  The sequence is the class token, the
+    whole numbers are pixels from 0 to 255, which ``config.processing`` rescales and normalizes, and
+    other numbers are pixels that are normalized already.  The sequence is the class token, the
     prompt and the patches (Jia et al. 2022).  A target is the number of a class ``[B, 1]``.
     """
 
@@ -205,7 +205,7 @@ class ViT(Model):
         copy: Self = nnx.merge(*nnx.split(self))
         if labels == self.config.labels:
             if isinstance(self.classifier, QuantizedLinear):
-                copy.classifier = _dequantised(self.classifier, self.config)
+                copy.classifier = _dequantized(self.classifier, self.config)
             return copy
         copy.config = replace(self.config, labels=labels, vocab_size=len(labels))
         copy.classifier = _classifier(
@@ -229,7 +229,7 @@ class ViT(Model):
         return source if prompt is None else with_prompt(source, prompt)
 
     def _patches(self, pixels: Array) -> Array:
-        """Cuts normalised images into patches ``[B, N, channels * patch * patch]``."""
+        """Cuts normalized images into patches ``[B, N, channels * patch * patch]``."""
         config = self.config
         size, channels, patch = config.image_size, config.num_channels, config.patch_size
         shape = (size, size, channels)
@@ -285,7 +285,7 @@ class ViT(Model):
     def logits(self, hidden: Array) -> Array:
         if not self.config.labels:
             raise UserError(
-                "this model has no classifier: tune it on labelled images, and give what was tuned "
+                "this model has no classifier: tune it on labeled images, and give what was tuned "
                 "(--prompt)"
             )
         logits: Array = self.classifier(hidden)
@@ -338,7 +338,7 @@ def _classifier(config: ViTConfig, *, dtype: DType, param_dtype: DType, rngs: nn
     )
 
 
-def _dequantised(linear: QuantizedLinear, config: ViTConfig) -> Linear:
+def _dequantized(linear: QuantizedLinear, config: ViTConfig) -> Linear:
     """Returns the classifier with weights that can be trained."""
 
     def like() -> Linear:

@@ -20,12 +20,12 @@ def _vit(
     )
 
 
-_GREY = ImageProcessing(mean=(0.5,), std=(0.5,))
+_GRAY = ImageProcessing(mean=(0.5,), std=(0.5,))
 
 PRESETS: dict[str, ViTConfig] = {
-    # For grey images of 28 x 28 pixels, such as MNIST's: 16 patches.
+    # For gray images of 28 x 28 pixels, such as MNIST's: 16 patches.
     "vit_tiny": replace(
-        _vit(96, 4, 6, patch_size=7, image_size=28), num_channels=1, processing=_GREY
+        _vit(96, 4, 6, patch_size=7, image_size=28), num_channels=1, processing=_GRAY
     ),
     "vit_s16": _vit(384, 6, 12, patch_size=16),
     "vit_b16": _vit(768, 12, 12, patch_size=16),

@@ -16,7 +16,7 @@ from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid
 from prompt_tuning_jax.studies.suite import markdown_rows, without_nan
-from prompt_tuning_jax.training.curves import GREY, MEMBER_COLORS, STYLE
+from prompt_tuning_jax.training.curves import GRAY, MEMBER_COLORS, STYLE
 
 _NAMES = {"full": "model tuning", "objective": "pre-training objective"}
 
@@ -225,7 +225,7 @@ def draw(results: Results, png: Path) -> None:
                 each = np.full(len(cell.scores), x + (0 if connected else shift))
                 axis.plot(each, cell.scores, ".", color=color, ms=3, alpha=0.5)
         if results.majority is not None:
-            axis.axhline(results.majority, color=GREY, ls=(0, (4, 3)), lw=1.2, zorder=1)
+            axis.axhline(results.majority, color=GRAY, ls=(0, (4, 3)), lw=1.2, zorder=1)
             axis.annotate(
                 f"majority class {results.majority:.1f}",
                 xy=(1, results.majority),
@@ -233,7 +233,7 @@ def draw(results: Results, png: Path) -> None:
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="right",
-                color=GREY,
+                color=GRAY,
                 fontsize=9,
             )
         _scale(axis, grid.axis, places, results)

@@ -126,11 +126,11 @@ def test_spans_of_wsc_are_mended(tmp_path):
 RTE = {"premise": "Ünder ☃", "hypothesis": "", "label": "entailment", "idx": 0}
 
 
-def test_repeated_ids_blank_lines_and_unlabelled_rows(tmp_path):
-    unlabelled = {key: value for key, value in RTE.items() if key != "label"}
+def test_repeated_ids_blank_lines_and_unlabeled_rows(tmp_path):
+    unlabeled = {key: value for key, value in RTE.items() if key != "label"}
     write(tmp_path, "RTE/train.jsonl", [json.dumps(RTE), "", json.dumps(RTE)])
     assert rows("super_glue/rte", "train", tmp_path) == [{**RTE, "label": 0}] * 2
-    some = [unlabelled, {**RTE, "label": None}, {**RTE, "label": -1}, RTE]
+    some = [unlabeled, {**RTE, "label": None}, {**RTE, "label": -1}, RTE]
     write_jsonl(tmp_path, "RTE/test.jsonl", some)
     assert [r["label"] for r in rows("super_glue/rte", "test", tmp_path)] == [-1, -1, -1, 0]
 

@@ -20,7 +20,7 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
 
 
-def labelled_task(
+def labeled_task(
     benchmark: str,
     short: str,
     *,
@@ -38,7 +38,7 @@ def labelled_task(
         short=short,
         tfds=f"{benchmark}/{short}:{of_tfds}",
         preprocess=partial(
-            preprocess.labelled_text, task_word=task_word, fields=fields, labels=labels
+            preprocess.labeled_text, task_word=task_word, fields=fields, labels=labels
         ),
         postprocess=partial(class_id, labels=labels),
         labels=labels,
@@ -54,7 +54,7 @@ def _glue(
     labels: tuple[str, ...] = (),
     **changes: Any,
 ) -> T5Task:
-    return labelled_task(
+    return labeled_task(
         "glue",
         short,
         versions=("v002", "1.0.0"),

@@ -1,7 +1,7 @@
 """Writes predictions in the format of the SuperGLUE leaderboard.
 
 Each line is a JSON object {"idx": ..., "label": ...}; MultiRC's are nested like its data.  Labels
-are spelt as in jiant 1.3 (``jiant/evaluate.py``), by the benchmark's authors.
+are spelled as in jiant 1.3 (``jiant/evaluate.py``), by the benchmark's authors.
 """
 
 import json

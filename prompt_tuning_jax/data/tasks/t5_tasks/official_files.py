@@ -142,11 +142,11 @@ def _one(file: str, read: Callable[[Path], Iterator[Row]]) -> Choice:
 
 def _super_glue(config: str, folder: str) -> dict[str, tuple[Choice, ...]]:
     if config in ("axb", "axg"):
-        read = functools.partial(super_glue_rows, config, labelled=False)
+        read = functools.partial(super_glue_rows, config, labeled=False)
         return {"test": (_one(f"{folder}/{folder}.jsonl", read),)}
 
     def choices(split: str, name: str) -> tuple[Choice, ...]:
-        read = functools.partial(super_glue_rows, config, labelled=split != "test")
+        read = functools.partial(super_glue_rows, config, labeled=split != "test")
         whole = _one(f"{folder}/{name}.jsonl", read)
         part = _one(f"{folder}/{name}_part.jsonl", read)
         return whole, Choice(files=part.files, read=part.read, partial=True)

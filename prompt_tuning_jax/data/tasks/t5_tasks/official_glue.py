@@ -175,10 +175,10 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def super_glue_rows(config: str, path: Path, *, labelled: bool) -> Iterator[Row]:
+def super_glue_rows(config: str, path: Path, *, labeled: bool) -> Iterator[Row]:
     """Yield the rows of a file in its order; ``config`` is TFDS's (``rte``, ``wsc.fixed``).
 
-    With ``labelled`` (training and validation files), a row without a label is an error, as in
+    With ``labeled`` (training and validation files), a row without a label is an error, as in
     TFDS; otherwise its label is -1.  UserError names file and line.
     """
     for number, raw in json_lines(path):
@@ -193,7 +193,7 @@ def super_glue_rows(config: str, path: Path, *, labelled: bool) -> Iterator[Row]
             )
             row["idx"] = field(raw, "idx", int, where)
             row["label"] = _class_number(raw.get("label"), config, where)
-            if labelled and row["label"] == NO_LABEL:
+            if labeled and row["label"] == NO_LABEL:
                 raise UserError(f"{where}: no label; only the rows of a test file may lack one")
             yield row
 

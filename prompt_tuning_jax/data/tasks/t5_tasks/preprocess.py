@@ -13,11 +13,11 @@ from prompt_tuning_jax.data.tasks.task import Example, Preprocess, Row
 from prompt_tuning_jax.errors import UserError
 
 # The target of an example without a label.
-UNLABELLED = "<unk>"
+UNLABELED = "<unk>"
 _NO_LABEL = -1
 
 
-def labelled_text(
+def labeled_text(
     row: Row, *, task_word: str, fields: Sequence[str], labels: Sequence[str]
 ) -> list[Example]:
     """{fields, label, idx} -> "task_word field1: text1 field2: text2" and the label's name.
@@ -47,7 +47,7 @@ def stsb(row: Row) -> list[Example]:
     The label is rounded in float32, with halves to the even step: both 0.3 and 0.5 give "0.4".
     Rows without a label have -1 and give "-1.0".
     """
-    (example,) = labelled_text(
+    (example,) = labeled_text(
         {**row, "label": _NO_LABEL},
         task_word="stsb",
         fields=("sentence1", "sentence2"),
@@ -62,7 +62,7 @@ def label_name(row: Row, *, labels: Sequence[str]) -> str:
     """Returns the name of the row's label; "<unk>" if it has none."""
     label = int(row.get("label", _NO_LABEL))
     if label == _NO_LABEL:
-        return UNLABELLED
+        return UNLABELED
     if not 0 <= label < len(labels):
         raise UserError(
             f"row {row.get('idx', '')}: label {label} is neither from 0 to {len(labels) - 1} "
@@ -75,7 +75,7 @@ def has_label(example: Example) -> bool:
     """Whether an example can be scored: test splits have no labels."""
     if example.get("label") == _NO_LABEL:  # WSC, whose target is the referent even without a label
         return False
-    return example["targets"] not in (UNLABELLED, f"{_NO_LABEL:.1f}")
+    return example["targets"] not in (UNLABELED, f"{_NO_LABEL:.1f}")
 
 
 def plain(number: object) -> object:
@@ -92,7 +92,7 @@ _HIGHLIGHT = "\n@highlight\n"
 def axb(row: Row, *, labels: Sequence[str]) -> list[Example]:
     """{sentence1, sentence2, label, idx} -> the text of RTE, with sentence1 as premise."""
     renamed = {**row, "premise": row["sentence1"], "hypothesis": row["sentence2"]}
-    return labelled_text(renamed, task_word="rte", fields=("hypothesis", "premise"), labels=labels)
+    return labeled_text(renamed, task_word="rte", fields=("hypothesis", "premise"), labels=labels)
 
 
 def multirc(row: Row, *, labels: Sequence[str]) -> list[Example]:
@@ -139,8 +139,7 @@ def record(row: Row) -> list[Example]:
         "idx/query": plain(row["idx"]["query"]),
     }
     return [
-        {**shared, "targets": target, "answers": list(answers)}
-        for target in answers or [UNLABELLED]
+        {**shared, "targets": target, "answers": list(answers)} for target in answers or [UNLABELED]
     ]
 
 
@@ -204,7 +203,7 @@ def wsc_marked(row: Row, *, labels: Sequence[str]) -> list[Example]:
     # The marks of the first span count as words.
     moved = 2 * (row["span1_index"] < row["span2_index"])
     text = _mark(text, span=row["span2_text"], index=int(row["span2_index"]) + moved, mark="#")
-    return labelled_text({**row, "text": text}, task_word="wsc", fields=("text",), labels=labels)
+    return labeled_text({**row, "text": text}, task_word="wsc", fields=("text",), labels=labels)
 
 
 def dpr_simple(row: Row) -> list[Example]:
@@ -271,7 +270,7 @@ def _example(row: Row, *, answers: Sequence[str]) -> Example:
     spaced_answers = [spaced(answer) for answer in answers]
     return {
         "inputs": collapsed(f"question: {question} context: {context}"),
-        "targets": spaced_answers[0] if spaced_answers else UNLABELLED,
+        "targets": spaced_answers[0] if spaced_answers else UNLABELED,
         "question": question,
         "context": context,
         "answers": spaced_answers,

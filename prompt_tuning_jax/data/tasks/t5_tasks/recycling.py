@@ -13,14 +13,14 @@ from prompt_tuning_jax.data.tasks.metrics import Metric
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics
 from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE
 from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import class_id
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import labelled_text, record
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import labeled_text, record
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import make_task
 from prompt_tuning_jax.data.tasks.t5_tasks.split_rows import Part, with_parts
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import SUPER_GLUE
 from prompt_tuning_jax.data.tasks.task import Example, Mixture, Row, Task
 
-_UNLABELLED = "UNK"
+_UNLABELED = "UNK"
 # What a label is called, for IMDB and for QQP, by class.
 _IMDB_LABELS = (("0", "1"), ("negative", "positive"))
 _QQP_LABELS = (
@@ -36,7 +36,7 @@ _RANKED = (metrics.ACCURACY, metrics.F1_WITH_INVALID)
 def review(row: Row, *, labels: Sequence[str]) -> list[Example]:
     """{text, label} -> the text as it is, and the label's name; "UNK" for -1."""
     label = int(row["label"])
-    return [{"inputs": row["text"], "targets": _UNLABELLED if label == -1 else labels[label]}]
+    return [{"inputs": row["text"], "targets": _UNLABELED if label == -1 else labels[label]}]
 
 
 def gap(row: Row) -> list[Example]:
@@ -146,7 +146,7 @@ def _qqp() -> Iterator[Task | Mixture]:
     (base,) = (task for task in GLUE if task.name == "glue_qqp_v200")
     for labels in _QQP_LABELS:
         preprocess = partial(
-            labelled_text, task_word="qqp", fields=("question1", "question2"), labels=labels
+            labeled_text, task_word="qqp", fields=("question1", "question2"), labels=labels
         )
         task = make_task(
             replace(

@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# The one labelled split of MRQA's out-of-domain sets: test in TFDS, validation in the paper.
+# The one labeled split of MRQA's out-of-domain sets: test in TFDS, validation in the paper.
 _OUT_OF_DOMAIN = ("bio_asq", "drop", "duo_rc", "race", "relation_extraction", "textbook_qa")
 _SPLITS: Mapping[str, Mapping[str, str]] = {
     f"mrqa/{short}": {"validation": "test"} for short in _OUT_OF_DOMAIN

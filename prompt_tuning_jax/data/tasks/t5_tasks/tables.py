@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from prompt_tuning_jax.data.tasks.t5_tasks import metrics, preprocess
-from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE, TRANSFER, labelled_task
+from prompt_tuning_jax.data.tasks.t5_tasks.glue_tables import GLUE, TRANSFER, labeled_task
 from prompt_tuning_jax.data.tasks.t5_tasks.postprocess import (
     multirc_answer,
     question_answers,
@@ -53,7 +53,7 @@ def _super_glue(
     labels: tuple[str, ...] = _FALSE_TRUE,
     **changes: Any,
 ) -> T5Task:
-    return labelled_task(
+    return labeled_task(
         "super_glue",
         short,
         versions=("v102", "1.0.2"),
@@ -165,7 +165,7 @@ SUPER_GLUE = (
         "axg",
         splits=("test",),
         preprocess=partial(
-            preprocess.labelled_text,
+            preprocess.labeled_text,
             task_word="rte",
             fields=("hypothesis", "premise"),
             labels=_ENTAILMENT,

@@ -223,21 +223,13 @@ def _clear_away(store: "TaskStore", folder: Path) -> None:
 
 
 def _tasks_in(folder: Path, validator: "PromptValidator", model: Model) -> "dict[str, ServedTask]":
-    from prompt_tuning_jax.serving.loading import (
-        MethodLoader,
-        find_tasks,
-        load_tasks,
-        require_sees_all,
-    )
+    from prompt_tuning_jax.serving.loading import MethodLoader, find_tasks, load_tasks
 
     tasks: dict[str, ServedTask] = {}
     load_methods = MethodLoader(model, validator)
     for source in find_tasks(folder):
         file = source.files[0]
         run = run_config(str(file)) if file.is_file() else None
-        prompt = None if run is None else run.method.plain_prompt()
-        if prompt is not None:
-            require_sees_all(prompt, file)
         for task in load_tasks(replace(source, run=run), validator, load_methods):
             if task.name in tasks:
                 raise UserError(f"{file}: there is another task {task.name!r}; rename one")

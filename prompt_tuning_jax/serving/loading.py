@@ -18,6 +18,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import (
     check_model,
     for_task,
     listed,
+    load_prompt_with_metadata,
     tasks_of,
 )
 from prompt_tuning_jax.checkpoints.run_folder import member_names
@@ -224,7 +225,19 @@ class MethodLoader:
             check_model(stored.metadata, fingerprint=self._validator.fingerprint, path=path)
             name = place.stem if place.is_file() else place.name
             found += self._opened(name, stored, place)
-        return found
+        return found or self._limited_prompt(place)
+
+    def _limited_prompt(self, place: Path) -> list[LoadedMember]:
+        """Loads a prompt of a run that limits attention; none for any other prompt."""
+        run = run_config(str(place)) if place.is_file() else None
+        method = None if run is None else run.method.plain_prompt()
+        if method is None or not limits_attention(method, causal=self._model.causal):
+            return []
+        scale = self._model.config.peft_prompt_scale
+        prompt_PD, metadata = load_prompt_with_metadata(place, peft_scale=scale)
+        check_model(metadata, fingerprint=self._validator.fingerprint, path=place)
+        about = known_with(run, metadata)
+        return [LoadedMember(served=self._prompt(place.stem, prompt_PD, method, about, place))]
 
     def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
@@ -277,7 +290,7 @@ class MethodLoader:
         in_decoder: HostArray | None = None,
     ) -> Served:
         prompt_PD = checked_prompt(array, of=str(place), dtype=np.float32)
-        if limits_attention(method) or in_decoder is not None:
+        if limits_attention(method, causal=self._model.causal) or in_decoder is not None:
             # Plain prompts share batches, in which all positions attend to all.
             whole, arrays = replace(method, length=len(prompt_PD)), {PROMPT: prompt_PD}
             if in_decoder is not None:
@@ -344,19 +357,12 @@ class MethodLoader:
         return found
 
 
-def limits_attention(method: PromptTuning) -> bool:
-    """Whether some positions do not attend to the prompt, or some of its to others."""
-    sees_all = method.prompt_to_input and method.input_to_prompt
-    return not sees_all or method.prompt_to_prompt != "all"
-
-
-def require_sees_all(method: PromptTuning, place: Path) -> None:
-    """Raises UserError for a plain prompt that limits attention."""
-    if limits_attention(method):
-        raise UserError(
-            f"{place}: its run limits attention to or from the prompt (method.prompt_to_input and "
-            "similar fields), which the server does not support"
-        )
+def limits_attention(method: PromptTuning, *, causal: bool) -> bool:
+    """Whether the prompt or the input attends to less than it would in a plain prompt's batch."""
+    before = causal and method.placement == "prefix"  # the prompt sees no input in any case
+    sees_all = method.input_to_prompt and (method.prompt_to_input or before)
+    among = method.prompt_to_prompt == "all" or (causal and method.prompt_to_prompt == "causal")
+    return not (sees_all and among)
 
 
 def methods_of(tasks: Sequence[Any]) -> list[ServedMethod]:

@@ -80,6 +80,12 @@ def test_what_has_no_such_prompt() -> None:
     assert [*PromptTuning(length=0).config_errors()] == [
         "method.length is 0; must be at least 1, or set method.decoder_length"
     ]
+    for length in (0, P):  # the file's prompt is not copied into the decoder
+        from_file = replace(METHOD, length=length, init="file", init_path="prompt.npy")
+        assert [*from_file.config_errors()] == [
+            "method.init=file is a prompt of the encoder alone, and method.decoder_length is 3; "
+            "set it to 0, or choose another method.init"
+        ]
     assert METHOD.plain_prompt() is None
     stored = TunedCheckpoint(trainable={}, method=method_to_json(METHOD), metadata=PromptMetadata())
     assert '"decoder_length":3' in stored.method.replace(" ", "")

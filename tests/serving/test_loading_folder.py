@@ -12,7 +12,12 @@ from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
-from prompt_tuning_jax.serving.loading import find_tasks, load_tasks, task_name
+from prompt_tuning_jax.serving.loading import (
+    find_tasks,
+    limits_attention,
+    load_tasks,
+    task_name,
+)
 from prompt_tuning_jax.serving.schema import PredictRequest, RefusedError
 from prompt_tuning_jax.serving.task_store import TaskStore
 from prompt_tuning_jax.serving.tasks import check_name
@@ -89,13 +94,27 @@ def test_names_that_leave_the_folder(name: str) -> None:
 
 
 def test_runs_that_cannot_be_served(tmp_path: Path) -> None:
-    experiment = Experiment(model=Model(name_or_path=str(model_folder())))
-    run = make_run(tmp_path / "blind", input_to_prompt=False)
-    with pytest.raises(UserError, match="limits attention"):
-        open_service(experiment, str(run), serving=SERVING)
     (found,) = find_tasks(make_run(tmp_path / "nameless", task=""))
     with pytest.raises(UserError, match="does not name its task"):
         load_tasks(found, validator())
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "causal"),
+    [
+        (PromptTuning(), False, False),
+        (PromptTuning(prompt_to_input=False), True, False),
+        (PromptTuning(prompt_to_input=False, placement="before_eos"), True, True),
+        (PromptTuning(prompt_to_prompt="causal"), True, False),
+        (PromptTuning(prompt_to_prompt="none"), True, True),
+        (PromptTuning(input_to_prompt=False), True, True),
+    ],
+)
+def test_a_causal_model_limits_some_attention_in_any_case(
+    method: PromptTuning, encoder: bool, causal: bool
+) -> None:
+    assert limits_attention(method, causal=False) is encoder
+    assert limits_attention(method, causal=True) is causal
 
 
 def test_the_placement_of_a_run_is_kept(tmp_path: Path) -> None:

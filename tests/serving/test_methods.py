@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from prompt_tuning_jax.config.experiment import Evaluation, Experiment
+from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.inference import ensemble
 from prompt_tuning_jax.inference.api import token_ids
@@ -85,6 +86,9 @@ def folder_of_all() -> Path:
     for seed, name in enumerate(LORAS):
         write_method(folder / f"{name}.safetensors", LORA, seed=seed)
     write_prompt(folder / "plain.safetensors", seed=3)
+    blind = dataclasses.replace(tiny_run.experiment(""), method=PromptTuning(input_to_prompt=False))
+    write_prompt(folder / "blind" / "prompts" / "seed_0.safetensors", seed=3)
+    (folder / "blind" / "experiment.json").write_text(to_json(blind))
     for seed in range(2):
         write_method(folder / "voted" / f"seed_{seed}.safetensors", LORA, seed=20 + seed)
     write_prompt(folder / "voted" / "seed_2.safetensors", seed=4)
@@ -121,10 +125,10 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
     folder = folder_of_all()
     service = opened(folder)
     alone = opened_specs(service)
-    # Ten LoRAs and those that vote share theirs.
-    assert len(alone) == len(METHODS)
+    # Ten LoRAs and those that vote share theirs; prompts that limit attention are no plain ones.
+    assert len(alone) == len(METHODS) + 1
     # Beside the methods: the bare model, the copying of prompts, nearest words.
-    assert service.engine.compiler.progress.all == len(METHODS) + 3
+    assert service.engine.compiler.progress.all == len(alone) + 3
     compiled = []
 
     async def test(client: httpx.AsyncClient, service: Service) -> None:
@@ -132,16 +136,20 @@ def test_every_method_ranks_as_it_is_predicted_with() -> None:
             lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
         )
         try:
-            found = {name: await scores_of(client, name) for name in (*METHODS, *LORAS)}
+            names = (*METHODS, *LORAS, "plain", "blind")
+            found = {name: await scores_of(client, name) for name in names}
             # All in one request, where each row has a method of its own.
-            names = [*METHODS, "plain", *LORAS[:3], "voted"]
-            mixed = (await ask(client, task=names, inputs=INPUTS[:1] * len(names))).json()
+            tasks = [*METHODS, "plain", *LORAS[:3], "voted"]
+            mixed = (await ask(client, task=tasks, inputs=INPUTS[:1] * len(tasks))).json()
         finally:
             jax.monitoring.clear_event_listeners()
         assert not compiled
         for name in (*METHODS, *LORAS[:3]):
             expected = label_scores(folder / f"{name}.safetensors")
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        seed = folder / "blind" / "prompts" / "seed_0.safetensors"
+        np.testing.assert_allclose(found["blind"], label_scores(seed), rtol=1e-5, atol=1e-5)
+        assert np.abs(found["blind"] - found["plain"]).max() > 1e-3  # the same vectors
         for result in mixed["results"]:
             place = folder / result["task"]
             files = (

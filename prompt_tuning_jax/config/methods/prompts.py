@@ -71,8 +71,11 @@ class PromptTuning(MethodConfig):
         yield from dropout_errors(self.dropout)
         if not self.length and not self.decoder_length:
             yield "method.length is 0; must be at least 1, or set method.decoder_length"
-        if not self.length and self.init == "file":
-            yield "method.init=file is a prompt of the encoder, and method.length is 0"
+        if self.decoder_length and self.init == "file":
+            yield (
+                "method.init=file is a prompt of the encoder alone, and method.decoder_length is "
+                f"{self.decoder_length}; set it to 0, or choose another method.init"
+            )
 
     def plain_prompt(self) -> "PromptTuning | None":
         return None if self.decoder_length else _joined_as(self)

@@ -174,11 +174,13 @@ def test_little_crosses_the_mesh_in_a_step() -> None:
 
 
 PREDICTIONS = """
+from dataclasses import replace
 from tests.training.test_evaluate import WORDS, predict
 
 def model_on(partitioner):
-    model = make_t5(ONE_LAYER)
+    model = make_t5(replace(ONE_LAYER, num_encoder_layers=2, num_decoder_layers=2))
     model.vocabulary = WORDS
+    model.scan_layers = partitioner is not None  # as in a training on accelerators
     if partitioner is not None:
         params = param_tree.split(model)[1]
         param_tree.fill(model, partitioner.shard(params, param_tree.logical_axes(model)))

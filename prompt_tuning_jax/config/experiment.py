@@ -205,8 +205,9 @@ class Training(Config):
     # outputs of linear maps, ``full`` only the inputs of layers.  On a CPU, ``none`` is ``dots``
     # where activations would take more than half a gigabyte.
     remat: Literal["none", "dots", "full"] = "none"
-    # Compile layers of the same structure once, as a loop, which is faster.  ``auto`` is on for
-    # accelerators and off for CPUs, where a loop copies the weights of each layer.
+    # Compile layers of the same structure once, as a loop, in training and its evaluations, which
+    # is faster.  ``auto`` is on for accelerators and off for CPUs, where a loop copies the weights
+    # of each layer.
     scan_layers: Literal["auto", "on", "off"] = "auto"
     seeds: tuple[int, ...] = (0,)  # one prompt per seed, all trained at once
     learning_rates: tuple[float, ...] = ()  # one per seed, instead of optimizer.learning_rate

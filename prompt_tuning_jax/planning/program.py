@@ -116,6 +116,7 @@ def abstract_experiment(
         start,
         state_shardings(start, trainable, partitioner),
     )
+    members = build.with_stacked_layers(experiment, members, partitioner)
     step = build.step_from(
         experiment,
         members,
@@ -124,7 +125,6 @@ def abstract_experiment(
         label_loss=_label_loss(experiment),
         regularizer=None,  # its cost is nothing beside the model's
     )
-    members = build.with_stacked_layers(experiment, members, partitioner)
     return Abstract(
         members=members,
         state=state,

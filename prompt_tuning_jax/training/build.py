@@ -14,6 +14,7 @@ from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.distributed.sharding import Partitioner, stack
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.ensemble import abstract_member
 from prompt_tuning_jax.inference.setup import Members, partitioner_of
 from prompt_tuning_jax.models.layers import Remat
 from prompt_tuning_jax.models.quantization import bytes_of
@@ -89,7 +90,7 @@ def _on_cpu(partitioner: Partitioner) -> bool:
 
 
 def scans_layers(experiment: Experiment, partitioner: Partitioner) -> bool:
-    """Returns whether ``training.scan_layers`` makes the step loop over equal layers."""
+    """Returns whether ``training.scan_layers`` makes the model loop over equal layers."""
     asked = experiment.training.scan_layers
     return asked == "on" or (asked == "auto" and not _on_cpu(partitioner))
 
@@ -97,13 +98,20 @@ def scans_layers(experiment: Experiment, partitioner: Partitioner) -> bool:
 def with_stacked_layers(
     experiment: Experiment, members: Members, partitioner: Partitioner
 ) -> Members:
-    """Stacks the frozen parameters of the layers if the step loops over these.
+    """Makes the model loop over equal layers, with their frozen parameters stacked.
 
-    ``members`` then lacks them: no array is held twice.
+    Returns ``members`` if ``training.scan_layers`` asks for no loop.  Otherwise they lack the
+    parameters afterwards: no array is held twice.
     """
     if not scans_layers(experiment, partitioner):
         return members
-    return dataclasses.replace(members, frozen=param_tree.stack_layers(members.frozen, stack))
+    tuned = abstract_member(members.graphdef, members.trainable, members.frozen)
+    tuned.model.scan_layers = True
+    return dataclasses.replace(
+        members,
+        graphdef=param_tree.split(tuned)[0],
+        frozen=param_tree.stack_layers(members.frozen, stack),
+    )
 
 
 def build_step(
@@ -195,7 +203,6 @@ def step_from(
         partitioner=partitioner,
         state_shardings=jax.tree.map(lambda array: array.sharding, state),
         remat=remat,
-        scan_layers=scans_layers(experiment, partitioner),
         compiler_options=_compiler_options(remat, partitioner),
     )
 

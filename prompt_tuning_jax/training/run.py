@@ -180,12 +180,12 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     processes.require_same("the frozen model", fingerprint)
     processes.require_same("the data", " ".join(digests.values()))
     members = attach_members(experiment, model, labels=data.labels, partitioner=partitioner)
+    config, attention = model.config, model.attention
+    del model  # its arrays are those of the members, which are stacked next
+    members = build.with_stacked_layers(experiment, members, partitioner)
     state, step, learning_rates = build.build_step(
         experiment, members, task_labels=data.task_labels
     )
-    config, attention = model.config, model.attention
-    del model  # its arrays are those of the members, which may be stacked now
-    members = build.with_stacked_layers(experiment, members, partitioner)
     names = member_names(experiment)
     shapes = data.empty_batches(experiment.training.steps)
     # Only a jitted function can be compiled ahead of time.

@@ -188,7 +188,6 @@ def make_train_step(
     partitioner: Partitioner | None = None,
     state_shardings: TrainState | None = None,
     remat: Remat = "none",
-    scan_layers: bool = False,
     compiler_options: Mapping[str, str] | None = None,
 ) -> TrainStep:
     """Returns the jitted step ``(state, frozen, batch) -> (state, metrics)``; it donates the state.
@@ -208,7 +207,6 @@ def make_train_step(
       partitioner: the mesh; None is one device.
       state_shardings: on a mesh, the shardings of the new state, which must be the old one's.
       remat: which activations to recompute in the backward pass.
-      scan_layers: whether equal layers run as one loop; ``frozen`` may be stacked accordingly.
       compiler_options: passed to ``jax.jit``.
 
     A batch holds ``inputs [E, B, T]``, ``targets [E, B, S]``, ``task_index [E, B]`` where the data
@@ -221,7 +219,6 @@ def make_train_step(
         trainable: FlatParams, frozen: FlatParams, batch: Batch, key: Array | None, *, copies: int
     ) -> tuple[Array, TokenSums]:
         attached = param_tree.merge(graphdef, {**frozen, **trainable})
-        attached.model.scan_layers = scan_layers
         if label_loss is not None:
             sums = label_loss.sums(
                 attached, batch, key=key, remat=remat, z_loss=z_loss, copies=copies

@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from prompt_tuning_jax import param_tree
-from prompt_tuning_jax.config.experiment import Optimizer
+from prompt_tuning_jax.config.experiment import Experiment, Optimizer, Training
 from prompt_tuning_jax.distributed.sharding import stack
+from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
+from prompt_tuning_jax.inference.setup import attach_members, partitioner_of
 from prompt_tuning_jax.methods import (
     Context,
     DeepPrompts,
@@ -24,6 +26,7 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.models import layers
 from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.layer_loop import repetitions
+from prompt_tuning_jax.training import build
 from prompt_tuning_jax.training.step import step_cost
 from tests import micro, tiny_t5gemma, tiny_vit
 from tests.micro import ONE_LAYER
@@ -91,13 +94,13 @@ def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
     products, costs, trained = [], [], []
     for scan in (False, True):
         model = make()
+        model.scan_layers = scan
         batch = batch_for(model)
         trainer = micro.Trainer(
             method,
             _ADAM,
             model=model,
             context=Context(labels=("0", "1")),
-            scan_layers=scan,
             **options,
         )
         before = {**trainer.frozen}
@@ -114,6 +117,35 @@ def test_a_step_that_loops_over_layers_is_the_same_step(name: str) -> None:
     assert products[1] < 0.8 * products[0]
     # A loop derives what the first layer alone need not.
     assert costs[0].flops <= costs[1].flops < 1.15 * costs[0].flops
+
+
+@pytest.mark.parametrize("make", [t5, gemma, t5gemma])
+def test_evaluations_that_loop_over_layers_are_the_same(make: Callable[[], Model]) -> None:
+    experiment = Experiment(
+        method=PromptTuning(length=3, init="uniform"), training=Training(scan_layers="on")
+    )
+    plain = attach_members(experiment, make(), labels=())
+    looped = build.with_stacked_layers(
+        experiment,
+        dataclasses.replace(plain, frozen=dict(plain.frozen)),
+        partitioner_of(experiment),
+    )
+    assert len(looped.frozen) < 0.7 * len(plain.frozen)
+    tokens_BT = micro.token_rows([7, 5, 2], 7)
+    labels_CS = np.array([[5, 6, 7], [8, 9, 0]])
+    decode = DecodeConfig(max_length=4)
+    products, scores, written = [], [], []
+    for members in (plain, looped):
+        arguments = members.graphdef, members.trainable, members.frozen, tokens_BT
+        lowered = label_scores.lower(*arguments, labels_CS, 1)
+        products.append(lowered.as_text().count("stablehlo.dot_general"))
+        scores.append(label_scores(*arguments, labels_CS, 1))
+        graphdef, *arrays = arguments
+        written.append(write(graphdef, decode, *arrays, jax.random.key(0)))
+    assert products[1] < 0.8 * products[0]
+    np.testing.assert_allclose(*scores, rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(*(ids for ids, _ in written))
+    np.testing.assert_allclose(*(found for _, found in written), rtol=2e-4, atol=2e-5)
 
 
 def test_repetitions_cover_a_sequence() -> None:

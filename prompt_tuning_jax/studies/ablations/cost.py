@@ -33,9 +33,11 @@ def step_cost_of(of: Experiment) -> dict[str, Any]:
     )
     model = build_model(of)
     data = task_data.build_data(of, vocabulary_of(model))
-    members = attach_members(of, model, labels=data.labels)
+    members, partitioner = attach_members(of, model, labels=data.labels), partitioner_of(of)
+    del model  # its arrays are those of the members, which are stacked next
+    members = build.with_stacked_layers(of, members, partitioner)
     state, step, _ = build.build_step(of, members, task_labels=data.task_labels)
-    batches = list(data.batches(0, _STEPS, partitioner_of(of)))
+    batches = list(data.batches(0, _STEPS, partitioner))
     compiled = _lowered(step, state, members.frozen, batches[0]).compile()
     seconds = []
     for batch in batches:

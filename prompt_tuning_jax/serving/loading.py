@@ -77,8 +77,9 @@ class LoadedMember:
     task: str = ""
 
 
-# A file or folder -> the trained methods in it; empty for a plain prompt.
-LoadMethods: TypeAlias = Callable[[Path], Sequence[LoadedMember]]
+# A file or folder, and the run that it is known to be of -> the trained methods in it; empty for a
+# plain prompt.
+LoadMethods: TypeAlias = Callable[[Path, Experiment | None], Sequence[LoadedMember]]
 
 
 def find_tasks(folder: Path) -> list[TaskSource]:
@@ -100,7 +101,9 @@ def find_tasks(folder: Path) -> list[TaskSource]:
 
 
 def load_tasks(
-    source: TaskSource, validator: PromptValidator, load_methods: LoadMethods = lambda path: []
+    source: TaskSource,
+    validator: PromptValidator,
+    load_methods: LoadMethods = lambda path, run: [],
 ) -> list[ServedTask]:
     """Loads the task with all its members; a mixture becomes one task NAME.TASK per member task.
 
@@ -109,7 +112,7 @@ def load_tasks(
     """
     members: dict[str, list[Served]] = {}
     for file in source.files:
-        opened = load_methods(file)
+        opened = load_methods(file, source.run)
         if not opened:
             name = file.stem if file.is_file() else file.name
             opened = [LoadedMember(served=validator.prompt(file, name=name, run=source.run))]
@@ -216,8 +219,11 @@ class MethodLoader:
         self._specs = AdapterSpecs()
         self._attached: dict[Any, TunedModel] = {}
 
-    def __call__(self, place: Path) -> list[LoadedMember]:
-        """Loads the members at a path; none for a plain prompt.  UserError if one does not fit."""
+    def __call__(self, place: Path, run: Experiment | None = None) -> list[LoadedMember]:
+        """Loads the members at a path; none for a plain prompt.  UserError if one does not fit.
+
+        ``run`` says whether a prompt limits attention.
+        """
         if run_folder.is_run(place):
             return self._whole_models(place)
         found = []
@@ -225,11 +231,10 @@ class MethodLoader:
             check_model(stored.metadata, fingerprint=self._validator.fingerprint, path=path)
             name = place.stem if place.is_file() else place.name
             found += self._opened(name, stored, place)
-        return found or self._limited_prompt(place)
+        return found or self._limited_prompt(place, run)
 
-    def _limited_prompt(self, place: Path) -> list[LoadedMember]:
+    def _limited_prompt(self, place: Path, run: Experiment | None) -> list[LoadedMember]:
         """Loads a prompt of a run that limits attention; none for any other prompt."""
-        run = run_config(str(place)) if place.is_file() else None
         method = None if run is None else run.method.plain_prompt()
         if method is None or not limits_attention(method, causal=self._model.causal):
             return []

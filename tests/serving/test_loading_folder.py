@@ -12,12 +12,7 @@ from prompt_tuning_jax.config.serving import Serving
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PromptTuning
 from prompt_tuning_jax.serving.launch import default_experiment, open_service
-from prompt_tuning_jax.serving.loading import (
-    find_tasks,
-    limits_attention,
-    load_tasks,
-    task_name,
-)
+from prompt_tuning_jax.serving.loading import find_tasks, limits_attention, load_tasks, task_name
 from prompt_tuning_jax.serving.schema import PredictRequest, RefusedError
 from prompt_tuning_jax.serving.task_store import TaskStore
 from prompt_tuning_jax.serving.tasks import check_name

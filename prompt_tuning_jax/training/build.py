@@ -89,21 +89,16 @@ def _on_cpu(partitioner: Partitioner) -> bool:
     return all(device.platform == "cpu" for device in partitioner.mesh.devices.flat)
 
 
-def scans_layers(experiment: Experiment, partitioner: Partitioner) -> bool:
-    """Returns whether ``training.scan_layers`` makes the model loop over equal layers."""
-    asked = experiment.training.scan_layers
-    return asked == "on" or (asked == "auto" and not _on_cpu(partitioner))
-
-
 def with_stacked_layers(
     experiment: Experiment, members: Members, partitioner: Partitioner
 ) -> Members:
     """Makes the model loop over equal layers, with their frozen parameters stacked.
 
-    Returns ``members`` if ``training.scan_layers`` asks for no loop.  Otherwise they lack the
-    parameters afterwards: no array is held twice.
+    Returns ``members`` if ``training.scan_layers`` asks for no loop; otherwise ``members`` lacks
+    the stacked parameters afterwards, so that no array is held twice.
     """
-    if not scans_layers(experiment, partitioner):
+    asked = experiment.training.scan_layers
+    if asked == "off" or (asked == "auto" and _on_cpu(partitioner)):
         return members
     tuned = abstract_member(members.graphdef, members.trainable, members.frozen)
     tuned.model.scan_layers = True

@@ -1,6 +1,7 @@
 """Atomic writes: a reader sees either the old file or the new one.
 
-Also the order of files in a folder, and the folder of this package's caches.
+Also a user's home in paths, the order of files in a folder, and the folder of this package's
+caches.
 """
 
 import os
@@ -14,6 +15,15 @@ from prompt_tuning_jax.errors import UserError
 
 # Temporary names, which contain the process number of their writer.
 _TEMPORARY = re.compile(r"\..+\.([0-9]+)\.tmp")
+
+
+def expanded(path: str | Path) -> Path:
+    """Returns the path with a leading ``~`` or ``~user`` replaced by that user's home.
+
+    That of an unknown user stays as it is, a path that does not exist: ``Path.expanduser`` raises
+    RuntimeError.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from prompt_tuning_jax.checkpoints.prompt_file import check_fits, in_model_space
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.prompt_sources import prompt_paths, read_all
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import Array, HostArray
 
 By = Literal["linear", "mlp", "combination"]
@@ -273,7 +274,7 @@ def recycle(
     the models have different vocabularies, or if a prompt does not belong to ``source``.
     """
     fit = fit or Fit()
-    place = Path(os.path.abspath(os.path.expanduser(output)))
+    place = Path(os.path.abspath(expanded(output)))
     paths = prompt_paths(prompt)
     alone = len(paths) == 1 and place.suffix in PROMPT_SUFFIXES
     one = alone or paths == [str(prompt)]

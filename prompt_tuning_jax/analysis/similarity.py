@@ -15,6 +15,7 @@ from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_f
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.prompt_sources import as_paths, prompt_paths, read_all
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import Array, HostArray
 
 By = Literal["mean", "tokens"]
@@ -163,7 +164,7 @@ def _write_mixture(
     by: By,
     overwrite: bool,
 ) -> None:
-    output = Path(os.path.abspath(os.path.expanduser(output)))
+    output = Path(os.path.abspath(expanded(output)))
     require_free(output, overwrite=overwrite, folder=False)
     for each in nearest:
         if each.similarity <= 0:

@@ -21,6 +21,7 @@ from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.t5x.methods import Combined
 from prompt_tuning_jax.config.paths import NAMED_MODELS
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import expanded
 
 __all__ = ["FORMATS", "Converted", "Format", "convert"]
 
@@ -81,7 +82,7 @@ def convert(
     terminal shows a progress bar.  Existing output is replaced only with ``overwrite``; an error or
     interrupt leaves nothing behind.  Raises UserError.
     """
-    source, destination = str(source), Path(os.path.abspath(os.path.expanduser(destination)))
+    source, destination = str(source), Path(os.path.abspath(expanded(destination)))
     to = format_of(destination, to)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")

@@ -1,7 +1,6 @@
 """Writes prompts in another format."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,6 +34,7 @@ from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.models.registry import find_preset
+from prompt_tuning_jax.storage import expanded
 
 PromptFormat = Literal["npy", "safetensors", "peft"]
 _WORDS = {"npy": "an .npy file", "safetensors": "a .safetensors file", "peft": "a PEFT adapter"}
@@ -258,7 +258,7 @@ def name_for_peft(name: str) -> str:
     """Returns a name on the hub, or a folder's absolute path, which works from any folder."""
     if name in BUNDLED:
         return name
-    folder = Path(os.path.expanduser(name))
+    folder = expanded(name)
     return str(folder.resolve()) if folder.is_dir() else _PEFT_NAMES.get(name, name)
 
 

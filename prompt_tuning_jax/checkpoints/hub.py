@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from prompt_tuning_jax.config.paths import BUNDLED, GGUF_MODELS, NAMED_MODELS, T
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import TOKENIZER_FILES
 from prompt_tuning_jax.errors import UserError, suggest
-from prompt_tuning_jax.storage import atomic_write, user_cache
+from prompt_tuning_jax.storage import atomic_write, expanded, user_cache
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 _log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def model_location(name: str) -> str:
                 f"{name}: models are read only from gs://BUCKET/PATH and s3://BUCKET/PATH"
             )
         return name
-    folder = Path(os.path.expanduser(name))
+    folder = expanded(name)
     if folder.is_dir():
         return str(_newest_checkpoint(folder) or folder)
     if is_gguf(folder) or (folder.is_file() and is_t5x(folder)):

@@ -1,6 +1,5 @@
 """Describes models and prompts on disk, from their headers alone."""
 
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from prompt_tuning_jax.models.t5.config import PRESETS, T5Config
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 from prompt_tuning_jax.models.t5gemma.presets import SIZES
 from prompt_tuning_jax.models.vit.config import ViTConfig
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.untrusted_input import read_json_file
 
 # The sizes of google-research/byt5.  mT5 and UMT5 have the sizes of T5 1.1.
@@ -49,7 +49,7 @@ def open_source(
     name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
 ) -> ModelCheckpoint:
     """``load.open_model``, with T5X's error for a folder with an incomplete T5X checkpoint."""
-    folder = Path(os.path.expanduser(name_or_path))
+    folder = expanded(name_or_path)
     if folder.is_dir():
         name_or_path = model_location(name_or_path)
         folder = Path(name_or_path)

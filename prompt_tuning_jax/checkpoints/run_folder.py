@@ -1,7 +1,6 @@
 """Reads and writes a run's files: prompts, other methods' arrays, results and best members."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from prompt_tuning_jax.config.config_file import RUN_CONFIG
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import split_init
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import atomic_write
+from prompt_tuning_jax.storage import atomic_write, expanded
 from prompt_tuning_jax.typing import HostArray
 from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
@@ -171,4 +170,4 @@ def workdir_of(experiment: Experiment) -> Path:
     """Returns the run's folder; UserError if none is named."""
     if not experiment.training.workdir:
         raise UserError("training.workdir is empty; say where to keep the run with --workdir")
-    return Path(os.path.expanduser(experiment.training.workdir))
+    return expanded(experiment.training.workdir)

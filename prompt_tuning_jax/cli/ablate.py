@@ -1,14 +1,13 @@
 """``prompt-tuning ablate``."""
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, non_negative, option, positional
 from prompt_tuning_jax.cli.experiment import ConfigOptions, exit_if_stopped
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import expanded
 
 _SEEDS = (0, 1, 2)
 
@@ -138,7 +137,7 @@ class Ablate(ConfigOptions):
         workdir = experiment.training.workdir
         if not workdir:
             raise UserError("training.workdir is empty; say where to keep the runs with --workdir")
-        folder = Path(os.path.expanduser(workdir)) / "adapted"
+        folder = expanded(workdir) / "adapted"
         models, stopped_by = adapted_models(config, experiment.model, steps, folder)
         exit_if_stopped(stopped_by)
         if self.setting == "lm_steps":

@@ -1,13 +1,12 @@
 """``prompt-tuning import-gin``: a config from the gin files of a launch of T5X."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import Command, non_negative, option, positional
 from prompt_tuning_jax.cli.console import counted, print_notes
 from prompt_tuning_jax.errors import UserError, printable
+from prompt_tuning_jax.storage import expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class ImportGin(Command):
         files = [*self.file, *self.gin_file]
         if not files and not self.gin_bindings:
             raise UserError("name the gin files of a launch, as FILE.gin or --gin_file=FILE.gin")
-        path = Path(os.path.expanduser(self.output))
+        path = expanded(self.output)
         if path.suffix != ".py":
             raise UserError(f"--output {self.output}: a config is a file that ends in .py")
         require_free(path.absolute(), overwrite=self.overwrite, folder=False)

@@ -1,7 +1,6 @@
 """``prompt-tuning init``: the example configs that come with the package."""
 
 import ast
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from prompt_tuning_jax.cli.console import print_rows
 from prompt_tuning_jax.config.config_file import load_config
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.errors import UserError, printable, suggest
+from prompt_tuning_jax.storage import expanded
 
 # Inside the package where it is installed, and beside it in a clone.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -73,7 +73,7 @@ def init(name: str, destination: str | Path = "", *, overwrite: bool = False) ->
       UserError: for an unknown example, and for a file that exists, without ``overwrite``.
     """
     source = example_file(name)
-    path = Path(os.path.expanduser(destination or source.name))
+    path = expanded(destination or source.name)
     if path.is_dir():
         path = path / source.name
     relative = source.relative_to(_folder())

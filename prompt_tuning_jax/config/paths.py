@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.methods import split_init
+from prompt_tuning_jax.storage import expanded
 
 # Names of models that are not paths.
 BUNDLED = ("tiny",)
@@ -32,7 +33,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
     """
     workdir = experiment.training.workdir
     training = dataclasses.replace(
-        experiment.training, workdir=os.path.abspath(os.path.expanduser(workdir)) if workdir else ""
+        experiment.training, workdir=os.path.abspath(expanded(workdir)) if workdir else ""
     )
     return _with_paths(dataclasses.replace(experiment, training=training), _absolute)
 
@@ -79,5 +80,5 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
 
 
 def _absolute(path: str) -> str:
-    expanded = Path(os.path.expanduser(path)) if path else Path()
-    return os.path.abspath(expanded) if path and expanded.exists() else path
+    place = expanded(path)
+    return os.path.abspath(place) if path and place.exists() else path

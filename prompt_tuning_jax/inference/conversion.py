@@ -59,6 +59,7 @@ from prompt_tuning_jax.inference.setup import build_model, partitioner_of
 from prompt_tuning_jax.inference.t5x_methods import holds_method, t5x_method
 from prompt_tuning_jax.methods import IA3, PROMPT, LoRA, MethodConfig, merging, method_name
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.storage import expanded
 
 
 def convert(source: str | Path, destination: str | Path, **options: Any) -> Converted:
@@ -142,7 +143,7 @@ def convert_tuned(
     PEFT adapters are read back and compared before they are renamed to ``destination``.  Other
     options and errors are those of ``checkpoints.convert.convert``.
     """
-    destination = Path(os.path.abspath(os.path.expanduser(destination)))
+    destination = Path(os.path.abspath(expanded(destination)))
     model, to = str(model), format_of(destination, to)
     if to in ("hf", "t5x"):
         raise UserError(
@@ -380,7 +381,7 @@ def merge(
     weights are rounded to the dtype written.  An existing destination is kept unless ``overwrite``
     is set, and an error leaves no partial output.  Raises UserError.
     """
-    destination = Path(os.path.abspath(os.path.expanduser(destination)))
+    destination = Path(os.path.abspath(expanded(destination)))
     require_free(destination, overwrite=overwrite, folder=True)
     require_outside(source, destination)
     with atomic_write_to(destination, overwrite=overwrite, folder=True) as aside:

@@ -53,6 +53,7 @@ from prompt_tuning_jax.methods import (
 from prompt_tuning_jax.methods.multitask import TaskPrompts, combined, parts_of
 from prompt_tuning_jax.methods.prompt import Prompt, with_prompt
 from prompt_tuning_jax.models.base import Model
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import HostArray
 
 
@@ -276,7 +277,7 @@ def _require_place(path: str | Path) -> None:
         )
     if "://" in str(given):
         return
-    place = Path(os.path.expanduser(given))
+    place = expanded(given)
     if not place.exists():
         beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
         near = nearest(place.name, beside)

@@ -5,12 +5,10 @@ Training, evaluation, prediction, serving and planning all use this module.
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +43,7 @@ from prompt_tuning_jax.models.base import Model
 from prompt_tuning_jax.models.injections import Injections
 from prompt_tuning_jax.models.ops.attention_choice import Choice, Usage, choose_attention
 from prompt_tuning_jax.models.quantization import is_quantized
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import Array, FlatParams, HostArray, Mask
 
 _log = logging.getLogger(__name__)
@@ -313,7 +312,7 @@ def read_init_text(method: MethodConfig) -> str:
     init_path = getattr(method, "init_path", "")
     if getattr(method, "init", "") != "text" or not init_path:
         return ""
-    path = Path(os.path.expanduser(init_path))
+    path = expanded(init_path)
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_TEXT + 1)
@@ -345,7 +344,7 @@ def read_init_arrays(method: MethodConfig, *, peft_scale: float = 1.0) -> dict[s
     if init == "file":
         return {PROMPT: load_prompt_with_metadata(init_path, peft_scale=peft_scale)[0]}
     member: int = getattr(method, "source_member", 0)
-    best = train_state.read_latest(Path(os.path.expanduser(init_path)) / train_state.BEST)
+    best = train_state.read_latest(expanded(init_path) / train_state.BEST)
     if best is None:
         raise UserError(
             f"method.init_path: {init_path} has no best checkpoint; give the folder of a run of "

@@ -1,7 +1,6 @@
 """The tasks of a study that are registered or the user's, and what their tables share."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import method_name
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.studies.ablations.axes import Value
 from prompt_tuning_jax.studies.suite import on_task, require_form, without_task
 from prompt_tuning_jax.studies.transfer import short_of, source_task
@@ -34,8 +34,8 @@ def tasks_of(
     known = require_form(form)
     tasks: list[Task] = []
     for given in names:
-        if Path(os.path.expanduser(given)).is_dir():
-            task = _of_folder(base, Path(os.path.expanduser(given)), test_split, option=option)
+        if expanded(given).is_dir():
+            task = _of_folder(base, expanded(given), test_split, option=option)
         elif "/" in given:
             raise UserError(f"{option} {given}: no such folder")
         else:

@@ -1,6 +1,5 @@
 """The images that a user gives to predict on: files, folders, array files and arrays."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from prompt_tuning_jax.data.images.arrays import is_idx, open_unlabeled
 from prompt_tuning_jax.data.images.image_set import ImageSet, Pixels, files_as_images
 from prompt_tuning_jax.data.images.sources import images_in
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import expanded
 
 
 def given_images(inputs: object) -> ImageSet:
@@ -19,7 +19,7 @@ def given_images(inputs: object) -> ImageSet:
     images.  Raises UserError for anything else, and for files that do not exist.
     """
     if isinstance(inputs, str | Path):
-        place = Path(os.path.expanduser(inputs))
+        place = expanded(inputs)
         if place.is_dir():
             if not (found := images_in(place)):
                 raise UserError(f"{inputs}: there is no PNG or JPEG file in this folder")
@@ -37,7 +37,7 @@ def given_images(inputs: object) -> ImageSet:
         for number, one in enumerate(each):
             if not isinstance(one, str | Path):
                 raise UserError(f"inputs[{number}] must be a path, as others are")
-            files.append(Path(os.path.expanduser(one)))
+            files.append(expanded(one))
             if not files[-1].is_file():
                 raise UserError(f"{one}: no such image file; this model reads images")
         return files_as_images([*map(str, files)])

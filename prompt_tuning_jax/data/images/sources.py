@@ -10,14 +10,14 @@ from prompt_tuning_jax.data.images.arrays import is_idx, open_idx, open_npz
 from prompt_tuning_jax.data.images.files import MAX_FILE_BYTES, is_image_file, read_image
 from prompt_tuning_jax.data.images.image_set import ImageSet
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import natural_order
+from prompt_tuning_jax.storage import expanded, natural_order
 
 _LOOKED_AT = 100  # entries of a folder, to tell what it holds
 
 
 def is_image_source(path: str) -> bool:
     """Whether this names images, and not rows of text; a folder is looked into."""
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     if not path or place.suffix == ".npz" or is_idx(place):
         return bool(path)
     if not place.is_dir():
@@ -36,7 +36,7 @@ def open_images(path: str, *, labels: Sequence[str] = (), training: bool) -> Ima
 
     Raises UserError for files that are missing, damaged or of another form.
     """
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     if not place.exists():
         raise UserError(f"{path}: no such file or folder")
     if place.is_dir():

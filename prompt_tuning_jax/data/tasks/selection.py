@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from prompt_tuning_jax.data.tasks.task import (
 )
 from prompt_tuning_jax.data.tasks.wording import template_of, template_of_column
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import expanded
 
 NO_EVAL = "data.eval is empty; set it to a file of evaluation examples (--eval_data)"
 
@@ -186,11 +186,11 @@ def check_files(experiment: Experiment) -> None:
     data, method = experiment.data, experiment.method
     inits = experiment.training.inits or (getattr(method, "init", ""),)
     path = getattr(method, "init_path", "")
-    if path and {"file", "source"} & set(inits) and not Path(os.path.expanduser(path)).exists():
+    if path and {"file", "source"} & set(inits) and not expanded(path).exists():
         raise UserError(f"method.init_path: cannot read the prompt: {path}: no such file")
     for entry in inits:
         _, path = split_init(entry)
-        if path and not Path(os.path.expanduser(path)).exists():
+        if path and not expanded(path).exists():
             raise UserError(f"training.inits: cannot read the prompt: {path}: no such file")
     if data.objectives:
         return
@@ -198,7 +198,7 @@ def check_files(experiment: Experiment) -> None:
         raise UserError(NO_EVAL)
     if is_image_data(data):
         for path in filter(None, (data.train, data.eval)):
-            if not Path(os.path.expanduser(path)).exists():
+            if not expanded(path).exists():
                 raise UserError(f"{path}: no such file or folder")
     elif data.train or data.eval:
         check_file_columns(**_file_fields(data))

@@ -7,7 +7,6 @@ settings, data or weights are others, which is an error.
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from prompt_tuning_jax.inference.setup import (
     vocabulary_of,
 )
 from prompt_tuning_jax.methods import PromptDesign, method_name
+from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.studies.ablations.axes import rates_of, with_shots
 from prompt_tuning_jax.studies.ablations.cost import step_cost_of
 from prompt_tuning_jax.studies.ablations.grid import Group
@@ -310,9 +310,7 @@ def claim_data(of: Experiment) -> None:
 
 def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
     """Returns the SHA-256 digests of prompt files."""
-    return {
-        str(p): hashlib.sha256(Path(os.path.expanduser(p)).read_bytes()).hexdigest() for p in paths
-    }
+    return {str(p): hashlib.sha256(expanded(p).read_bytes()).hexdigest() for p in paths}
 
 
 def as_read(value: Any) -> Any:

@@ -586,11 +586,11 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "inspect ~nobody/x",
-        "predict x --prompt ~nobody/x",
-        "convert ~nobody/x out --to peft",
-        "train --data ~nobody/x.jsonl --eval_data ~nobody/y.jsonl --workdir ~nobody/run",
-        "serve --prompts ~nobody/x",
+        "inspect ~nouser/x",
+        "predict x --prompt ~nouser/x",
+        "convert ~nouser/x out --to peft",
+        "train --data ~nouser/x.jsonl --eval_data ~nouser/y.jsonl --workdir ~nouser/run",
+        "serve --prompts ~nouser/x",
     ],
 )
 def test_the_home_of_an_unknown_user_is_no_such_path(
@@ -598,4 +598,4 @@ def test_the_home_of_an_unknown_user_is_no_such_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(line.split()) == 2
-    assert "~nobody" in capsys.readouterr().err.splitlines()[-1]
+    assert "~nouser" in capsys.readouterr().err.splitlines()[-1]

@@ -68,7 +68,7 @@ _SHORT = {"\n": "\\n", "\r": "\\r"}
 
 def printable(text: str) -> str:
     r"""The text in one line, with terminal control characters escaped: ``\x1b``."""
-    return _CONTROL.sub(lambda found: _SHORT.get(found[0]) or _escaped(found[0]), text)
+    return _CONTROL.sub(lambda match: _SHORT.get(match[0]) or _escaped(match[0]), text)
 
 
 def printable_lines(text: str) -> str:
@@ -79,7 +79,7 @@ def printable_lines(text: str) -> str:
 def printable_json(text: str) -> str:
     r"""Equivalent JSON, with terminal control characters escaped: ``\u001b``."""
     return _CONTROL.sub(
-        lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text
+        lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text
     )
 
 

@@ -46,8 +46,8 @@ def stack_layers(params: dict[str, Array], stack: Callable[[Sequence[Array]], Ar
     """
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in params:
-        if found := _LAYER.fullmatch(name):
-            groups.setdefault((found[1], found[3]), {})[int(found[2])] = name
+        if match := _LAYER.fullmatch(name):
+            groups.setdefault((match[1], match[3]), {})[int(match[2])] = name
     number = {
         before: 1 + max(max(groups[at]) for at in groups if at[0] == before) for before, _ in groups
     }
@@ -66,8 +66,8 @@ def stack_layers(params: dict[str, Array], stack: Callable[[Sequence[Array]], Ar
 def _unstacked(params: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Inverts ``stack_layers``; in a jitted loop over layers, XLA removes both."""
     for name, array in params.items():
-        before, found, after = name.partition("layers/")
-        if found:
+        before, separator, after = name.partition("layers/")
+        if separator:
             for i in range(array.shape[0]):
                 yield f"{before}layers_{i}/{after}", _layer(array, i)
         else:

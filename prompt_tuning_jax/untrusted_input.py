@@ -172,17 +172,17 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    found, rest = [], [value]
+    texts, rest = [], [value]
     while rest:
         each = rest.pop()
         if isinstance(each, str):
-            found.append(each)
+            texts.append(each)
         elif isinstance(each, list):
             rest.extend(each)
         elif isinstance(each, dict):
-            found.extend(each)
+            texts.extend(each)
             rest.extend(each.values())
-    return found
+    return texts
 
 
 def has_surrogate(text: str) -> bool:
@@ -225,11 +225,11 @@ def stored_bytes(path: Path) -> int:
     total = 0
     for file in files:
         try:
-            found = os.stat(file)
+            status = os.stat(file)
         except OSError:
             continue
         if file.is_file():
-            total += min(found.st_size, getattr(found, "st_blocks", found.st_size) * 512)
+            total += min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
     return total
 
 

@@ -92,11 +92,11 @@ def leave_one_out(
     for start in range(0, number, at_once):
         group = without[start : start + at_once]
         filled = group + [group[-1]] * (at_once - len(group))
-        found = evaluate(experiment, prompts=filled, labels=labels)
-        after = _losses(found)
+        result = evaluate(experiment, prompts=filled, labels=labels)
+        after = _losses(result)
         for member in range(len(group)):
-            scores.append(found.per_prompt[member][metric])
-            changed.append(_changed(whole, found, member))
+            scores.append(result.per_prompt[member][metric])
+            changed.append(_changed(whole, result, member))
             own = after[member]
             if before is not None and own is not None:
                 losses.append(own - before)
@@ -110,12 +110,12 @@ def leave_one_out(
     )
 
 
-def _changed(whole: EvalResult, found: EvalResult, member: int) -> float:
+def _changed(whole: EvalResult, result: EvalResult, member: int) -> float:
     pairs = [
         (one, other)
         for task, predictions in whole.predictions.items()
         for one, other in zip(
-            predictions.texts_EN[0], found.predictions[task].texts_EN[member], strict=True
+            predictions.texts_EN[0], result.predictions[task].texts_EN[member], strict=True
         )
     ]
     return 100 * sum(one != other for one, other in pairs) / len(pairs)

@@ -157,7 +157,7 @@ def analyze(
                 path=path,
             )
         table_VD = embedding_rows(model, vocabulary_of(model))
-        found = [
+        analyses = [
             _analyze(
                 name,
                 path,
@@ -178,7 +178,7 @@ def analyze(
     }
     return Analysis(
         model=of_model.model.name_or_path,
-        prompts=tuple(found),
+        prompts=tuple(analyses),
         similarities=matrices,
         notes=tuple(notes),
     )

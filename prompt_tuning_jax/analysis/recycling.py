@@ -85,22 +85,22 @@ def fit_recycler(
         )
     if len(source) < LEAST_PIECES:
         raise UserError(f"{len(source)} pieces are too few to fit on; {LEAST_PIECES} are the least")
-    held = np.arange(len(source)) % _HELD_OUT == _HELD_OUT - 1
-    tried = _fit(source[~held], target[~held], fit)
+    held_out = np.arange(len(source)) % _HELD_OUT == _HELD_OUT - 1
+    tried = _fit(source[~held_out], target[~held_out], fit)
     recycle = _fit(source, target, fit)
     some = slice(None) if fit.by != "combination" else slice(_MOST_MEASURED)
     return Fitted(
         recycle=recycle,
         pieces=len(source),
         error=relative_error(recycle(source[some]), target[some]),
-        held_out_error=relative_error(tried(source[held][some]), target[held][some]),
+        held_out_error=relative_error(tried(source[held_out][some]), target[held_out][some]),
     )
 
 
-def relative_error(found: HostArray, wanted: HostArray) -> float:
+def relative_error(actual: HostArray, expected: HostArray) -> float:
     """Returns the norm of the difference, divided by the norm of ``wanted``."""
-    length = float(np.linalg.norm(wanted))
-    return float(np.linalg.norm(found - wanted)) / (length or 1.0)
+    length = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(actual - expected)) / (length or 1.0)
 
 
 def _fit(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:
@@ -339,10 +339,10 @@ def recycle(
     )
 
 
-def embeddings(opened: ModelCheckpoint) -> HostArray:
+def embeddings(checkpoint: ModelCheckpoint) -> HostArray:
     """Reads only the token embeddings ``[V, D]`` of a model, as its layers get them, as float64."""
-    scale: float = getattr(opened.config, "embedding_scale", 1.0)
-    return opened.params[EMBEDDING].whole().astype(np.float64) * scale
+    scale: float = getattr(checkpoint.config, "embedding_scale", 1.0)
+    return checkpoint.params[EMBEDDING].whole().astype(np.float64) * scale
 
 
 def shared_pieces(

@@ -121,9 +121,9 @@ def _most_important(prompt: PromptAnalysis) -> str:
 
 
 def _shared_figures(analysis: Analysis) -> list[_Figure]:
-    found = []
+    drawn = []
     if len(analysis.prompts) > 1:
-        found.append(
+        drawn.append(
             _Figure(
                 name="similarity",
                 text="Similarity of all prompts",
@@ -131,13 +131,13 @@ def _shared_figures(analysis: Analysis) -> list[_Figure]:
             )
         )
     if png := figures.norms_figure(analysis.prompts):
-        found.append(_Figure(name="norms", text="Norms through training", png=png))
-    return found
+        drawn.append(_Figure(name="norms", text="Norms through training", png=png))
+    return drawn
 
 
 def _figures_of(prompt: PromptAnalysis) -> list[_Figure]:
     name = re.sub(r"[^\w.-]+", "_", prompt.name)
-    found = [
+    drawn = [
         _Figure(
             name=f"{name}_positions",
             text=f"Effects and norms of the positions of {prompt.name}",
@@ -145,14 +145,14 @@ def _figures_of(prompt: PromptAnalysis) -> list[_Figure]:
         )
     ]
     if prompt.length > 1:
-        found.append(
+        drawn.append(
             _Figure(
                 name=f"{name}_cosines",
                 text=f"Cosines between the positions of {prompt.name}",
                 png=figures.redundancy_figure(prompt),
             )
         )
-    return found
+    return drawn
 
 
 def _page(
@@ -219,9 +219,9 @@ def _words_table(prompt: PromptAnalysis) -> str:
     return "".join(lines)
 
 
-def _words(found: NearestWords, position: int, labels: set[str]) -> str:
+def _words(nearest: NearestWords, position: int, labels: set[str]) -> str:
     shown = []
-    for word, value in found.words[position]:
+    for word, value in nearest.words[position]:
         text = f"{escape(word)}&nbsp;<small>{value:.2f}</small>"
         is_label = word.strip().casefold() in labels
         shown.append(f'<span class="label">{text}</span>' if is_label else text)
@@ -267,7 +267,7 @@ def _prompt_as_json(prompt: PromptAnalysis) -> dict[str, Any]:
 
 def _position_as_json(prompt: PromptAnalysis, position: int) -> dict[str, Any]:
     start, effects = prompt.start, prompt.effects
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "cosine": [list(pair) for pair in prompt.cosine.words[position]],
         "euclidean": [list(pair) for pair in prompt.euclidean.words[position]],
         "cluster": prompt.cosine.clusters[position],
@@ -275,7 +275,7 @@ def _position_as_json(prompt: PromptAnalysis, position: int) -> dict[str, Any]:
         "norm": float(prompt.norms_P[position]),
     }
     if start is not None:
-        found["start"] = {
+        fields["start"] = {
             "text": start.texts[position],
             "is_label": start.are_labels[position],
             "rank": start.ranks[position],
@@ -283,9 +283,9 @@ def _position_as_json(prompt: PromptAnalysis, position: int) -> dict[str, Any]:
             "cosine": float(start.moved_P[position]),
         }
     if effects is not None:
-        found["left_out"] = {
+        fields["left_out"] = {
             "score": float(effects.scores_P[position]),
             "changed": float(effects.changed_P[position]),
             "loss_rise": None if effects.loss_P is None else float(effects.loss_P[position]),
         }
-    return found
+    return fields

@@ -105,7 +105,7 @@ def similar(
     if not sources:
         raise UserError(f"--among names no prompt besides {path}")
     require_one_model({path: own, **sources})
-    found = [
+    results = [
         Similar(
             path=p,
             similarity=similarity(own.prompt_PD, stored.prompt_PD, by=by),
@@ -114,11 +114,11 @@ def similar(
         )
         for p, stored in sources.items()
     ]
-    found.sort(key=lambda each: (-each.similarity, each.path))
-    found = found[: top or len(found)]
+    results.sort(key=lambda each: (-each.similarity, each.path))
+    results = results[: top or len(results)]
     if output:
-        _write_mixture(found[: top or 1], sources, own, Path(output), by=by, overwrite=overwrite)
-    return found
+        _write_mixture(results[: top or 1], sources, own, Path(output), by=by, overwrite=overwrite)
+    return results
 
 
 def _one(prompt: str | Path) -> list[str]:

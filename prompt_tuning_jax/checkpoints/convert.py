@@ -148,9 +148,9 @@ def _require_model(source: str, to: Format) -> None:
     if is_gguf(path):
         return
     if path.is_dir() and (is_peft(path) or prompt_files(source)):
-        held = "a prompt" if is_peft(path) else "prompts"
+        kind = "a prompt" if is_peft(path) else "prompts"
     elif path.is_file():
-        held = "a file, as prompts are"
+        kind = "a file, as prompts are"
     else:
         return
     instead = (
@@ -158,7 +158,7 @@ def _require_model(source: str, to: Format) -> None:
         if to == "t5x"
         else "prompts are written as npy, safetensors or peft"
     )
-    raise UserError(f"{source} is {held}, and {to} is a format of models; {instead}")
+    raise UserError(f"{source} is {kind}, and {to} is a format of models; {instead}")
 
 
 def _prompt_source(source: str, destination: Path, to: Format) -> str:

@@ -76,32 +76,34 @@ def convert_to_hf(
 ) -> Converted:
     """Writes the model ``source`` as a Hugging Face folder; see ``convert`` for the arguments."""
     require_free(destination, overwrite=overwrite, folder=True)
-    opened, words = _open(source, vocabulary, relpos_max_distance)
-    require_outside(opened.location, destination)
-    arrays = {name: _cast(array, DTYPES[dtype]) for name, array in opened.params.items()}
+    checkpoint, words = _open(source, vocabulary, relpos_max_distance)
+    require_outside(checkpoint.location, destination)
+    arrays = {name: _cast(array, DTYPES[dtype]) for name, array in checkpoint.params.items()}
     with (
         atomic_write_to(destination, overwrite=overwrite, folder=True) as aside,
         _shown(source, arrays.values()) as counted,
     ):
         write_hf(
             aside,
-            opened.config,
+            checkpoint.config,
             {name: counted(name, array) for name, array in arrays.items()},
             vocabulary_file=words,
             dtype="stored",
             max_shard_bytes=max_shard_bytes,
-            model_type=hf_model_type(opened),
+            model_type=hf_model_type(checkpoint),
         )
     notes = []
-    quantized = is_gguf(Path(opened.location)) and set(stored_types(Path(opened.location))[0])
+    quantized = is_gguf(Path(checkpoint.location)) and set(
+        stored_types(Path(checkpoint.location))[0]
+    )
     if quantized and not quantized <= {"F32", "F16", "BF16"} and dtype == "stored":
         notes.append(
             "its quantized weights are written as float32, number for number: --dtype bfloat16 "
             "halves that, and rounds them again"
         )
-    if words is None and not opened.config.reads_images:
+    if words is None and not checkpoint.config.reads_images:
         notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
-    if own := _own_trained(opened):
+    if own := _own_trained(checkpoint):
         what = "prompt in the source is" if own.keys() == {PROMPT} else "trained arrays there are"
         notes.append(f"the {what} left out: convert them to npy, safetensors or peft")
     return written("a model as a Hugging Face folder", destination, notes=notes)
@@ -120,17 +122,17 @@ def convert_to_t5x(
     overwrite: bool = False,
 ) -> Converted:
     """Writes the model ``source`` as a T5X native checkpoint; see ``convert`` for the arguments."""
-    opened, words = _open(source, vocabulary, None)
-    if isinstance(opened.config, CausalLMConfig | T5GemmaConfig):
+    checkpoint, words = _open(source, vocabulary, None)
+    if isinstance(checkpoint.config, CausalLMConfig | T5GemmaConfig):
         raise UserError(
-            f"{source} is a {opened.config.model_type}, and a T5X checkpoint holds a T5: convert "
-            "it to hf"
+            f"{source} is a {checkpoint.config.model_type}, and a T5X checkpoint holds a T5: "
+            "convert it to hf"
         )
-    config = require_t5(opened.config, what="writing a T5X checkpoint")
-    checkpoint = opened.source if isinstance(opened.source, T5XCheckpoint) else None
-    final, step = _checkpoint_folder(destination, step, checkpoint)
+    config = require_t5(checkpoint.config, what="writing a T5X checkpoint")
+    t5x = checkpoint.source if isinstance(checkpoint.source, T5XCheckpoint) else None
+    final, step = _checkpoint_folder(destination, step, t5x)
     require_free(final, overwrite=overwrite, folder=True)
-    require_outside(opened.location, final)
+    require_outside(checkpoint.location, final)
     if config.token_ids != TokenIds():
         raise UserError(
             f"{source} has token ids of its own ({describe(config.token_ids)}), and a T5X "
@@ -138,26 +140,28 @@ def convert_to_t5x(
         )
     beside = {} if words is None else tokenizer_files(words, config)
     notes = []
-    trained: Mapping[str, LazyArray | HostArray] = _own_trained(opened)
+    trained: Mapping[str, LazyArray | HostArray] = _own_trained(checkpoint)
     # A T5X source keeps its stored layout unless the options ask for a change.
-    params: Mapping[str, LazyArray] = opened.params
+    params: Mapping[str, LazyArray] = checkpoint.params
     state: Mapping[str, LazyArray | None] | None = None
     as_it_was = False
-    if checkpoint is not None:
-        as_it_was = not prompt and not (unscan and checkpoint.scanned)
+    if t5x is not None:
+        as_it_was = not prompt and not (unscan and t5x.scanned)
         if not unscan:
-            stored = checkpoint.stored.items()
+            stored = t5x.stored.items()
             params = {n: a for n, a in stored if not is_trained(n)}
             trained = {n: a for n, a in stored if is_trained(n)}
         if as_it_was:
-            state = checkpoint.open_state()
-        elif checkpoint.state_names:
+            state = t5x.open_state()
+        elif t5x.state_names:
             notes.append("the optimizer's state in the source is left out")
     if prompt:
         axis = None
-        if checkpoint is not None and checkpoint.scanned and not unscan:
-            axis = scan_axis(checkpoint.stored)
-        trained, lost = _trained_in(opened, prompt, axis=axis, allow_other_model=allow_other_model)
+        if t5x is not None and t5x.scanned and not unscan:
+            axis = scan_axis(t5x.stored)
+        trained, lost = _trained_in(
+            checkpoint, prompt, axis=axis, allow_other_model=allow_other_model
+        )
         if lost:
             notes.append(f"a T5X checkpoint does not say {', '.join(lost)}: say so to T5X")
     arrays = {name: _cast(array, DTYPES[dtype]) for name, array in params.items()}
@@ -174,12 +178,12 @@ def convert_to_t5x(
             state=state
             if state is None
             else {n: None if slot is None else counted(n, slot) for n, slot in state.items()},
-            inline=checkpoint.inline if checkpoint is not None and as_it_was else (),
+            inline=t5x.inline if t5x is not None and as_it_was else (),
         )
         _write_vocabulary(aside, beside)
-    if checkpoint is None:
-        notes += _lost_in_t5x(config, opened.params)
-        if (kind := hf_model_type(opened)) == "mt5":
+    if t5x is None:
+        notes += _lost_in_t5x(config, checkpoint.params)
+        if (kind := hf_model_type(checkpoint)) == "mt5":
             again = kind if config.vocab_size == MT5_ROWS else "t5, which differs in name"
             notes.append(
                 f"a T5X checkpoint does not keep the name {kind} of the family; converted back to "
@@ -205,29 +209,31 @@ def _open(
     source: str, vocabulary: str, relpos_max_distance: int | None
 ) -> tuple[ModelCheckpoint, str | Path | None]:
     """Opens the model, and returns it with its vocabulary file or the given one."""
-    opened = open_source(source, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary)
-    words: str | Path | None = vocabulary or opened.vocabulary_file
+    checkpoint = open_source(
+        source, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
+    )
+    words: str | Path | None = vocabulary or checkpoint.vocabulary_file
     if vocabulary and Path(vocabulary).is_dir():
         words = vocabulary_file(Path(vocabulary))
         if words is None:
             raise UserError(f"{vocabulary} is a folder without a vocabulary: name a file")
-    return opened, words
+    return checkpoint, words
 
 
-def hf_model_type(opened: ModelCheckpoint) -> str:
+def hf_model_type(checkpoint: ModelCheckpoint) -> str:
     """Returns the ``model_type``; T5X checkpoints with mT5's number of embeddings are ``mt5``."""
-    if isinstance(opened.source, Path) and opened.gguf is None:
-        return model_type_of(opened.source)
-    if isinstance(opened.config, CausalLMConfig | T5GemmaConfig):
-        return opened.config.model_type
-    return "mt5" if opened.config.vocab_size == MT5_ROWS else "t5"
+    if isinstance(checkpoint.source, Path) and checkpoint.gguf is None:
+        return model_type_of(checkpoint.source)
+    if isinstance(checkpoint.config, CausalLMConfig | T5GemmaConfig):
+        return checkpoint.config.model_type
+    return "mt5" if checkpoint.config.vocab_size == MT5_ROWS else "t5"
 
 
-def _own_trained(opened: ModelCheckpoint) -> dict[str, LazyArray]:
+def _own_trained(checkpoint: ModelCheckpoint) -> dict[str, LazyArray]:
     """Returns the prompts and scales in a T5X checkpoint, by name."""
-    if isinstance(opened.source, Path):
+    if isinstance(checkpoint.source, Path):
         return {}
-    return {n: a for n, a in opened.source.params.items() if is_trained(n)}
+    return {n: a for n, a in checkpoint.source.params.items() if is_trained(n)}
 
 
 def _holding(trained: Mapping[str, LazyArray | HostArray]) -> str:
@@ -238,18 +244,18 @@ def _holding(trained: Mapping[str, LazyArray | HostArray]) -> str:
 
 
 def _trained_in(
-    opened: ModelCheckpoint, path: str, *, axis: int | None, allow_other_model: bool
+    checkpoint: ModelCheckpoint, path: str, *, axis: int | None, allow_other_model: bool
 ) -> tuple[dict[str, HostArray], list[str]]:
     """Reads a prompt, or a file of another method, under T5X's names.
 
     Also returns the settings that the checkpoint does not store.  ``axis`` is the one along which
     the checkpoint stacks layers; None if it has a name for each.
     """
-    config = require_t5(opened.config, what="writing a T5X checkpoint")
+    config = require_t5(checkpoint.config, what="writing a T5X checkpoint")
 
     def fingerprint(metadata: PromptMetadata) -> str:
         is_compared = metadata.model_fingerprint and not allow_other_model
-        return fingerprint_of(opened) if is_compared else ""
+        return fingerprint_of(checkpoint) if is_compared else ""
 
     if is_tuned_file(Path(path)):
         stored = read_tuned(Path(path), config)
@@ -260,7 +266,7 @@ def _trained_in(
             allow_other_model=allow_other_model,
         )
         method = method_of(stored, path)
-        found = t5x_arrays(method, stored.trainable, config, of=path)
+        arrays = t5x_arrays(method, stored.trainable, config, of=path)
         lost = lost_settings(method)
     else:
         prompt = read_prompt(path)
@@ -272,9 +278,9 @@ def _trained_in(
             path=path,
             allow_other_model=allow_other_model,
         )
-        found = {PROMPT: prompt.prompt_PD}
+        arrays = {PROMPT: prompt.prompt_PD}
         lost = lost_settings(joined_as(path, prompt.metadata))
-    return found if axis is None else stacked(found, axis=axis), lost
+    return arrays if axis is None else stacked(arrays, axis=axis), lost
 
 
 def _checkpoint_folder(

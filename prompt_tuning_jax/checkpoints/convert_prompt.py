@@ -287,8 +287,8 @@ def _open_base(
             return _Base(name=named)
         if not model and named not in BUNDLED and not Path(named).is_dir():
             return _Base(name=named)
-    opened = open_source(named, vocabulary=False)
-    if to == "peft" and not isinstance(opened.source, Path):
+    checkpoint = open_source(named, vocabulary=False)
+    if to == "peft" and not isinstance(checkpoint.source, Path):
         raise UserError(
             f"{named} is a T5X checkpoint, and PEFT needs a Hugging Face folder or name: convert "
             "the model with --to hf, and give that as --model"
@@ -296,8 +296,8 @@ def _open_base(
     wanted = to == "safetensors" or (check and any(p.metadata.model_fingerprint for p in prompts))
     return _Base(
         name=named,
-        config=opened.config,
-        fingerprint=fingerprint_of(opened) if wanted else "",
+        config=checkpoint.config,
+        fingerprint=fingerprint_of(checkpoint) if wanted else "",
     )
 
 

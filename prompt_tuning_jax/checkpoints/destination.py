@@ -116,8 +116,10 @@ def _holds_a_checkpoint(folder: Path) -> bool:
     if is_peft(folder):
         return all(map(_is_of_a_model, entries))
     if (folder / CONFIG).is_file():
-        held = any((folder / (w + end)).is_file() for w in _WEIGHTS for end in ("", INDEX_SUFFIX))
-        return held and all(map(_is_of_a_model, entries))
+        has_weights = any(
+            (folder / (w + end)).is_file() for w in _WEIGHTS for end in ("", INDEX_SUFFIX)
+        )
+        return has_weights and all(map(_is_of_a_model, entries))
     if any((folder / name).is_file() for name in (INDEX, METADATA)):
         return all(_T5X.fullmatch(p.name) or _is_of_a_model(p) for p in entries)
     return all(p.suffix in PROMPT_SUFFIXES if p.is_file() else is_peft(p) for p in entries)

@@ -63,9 +63,9 @@ def open_source(
     return open_model(name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=vocabulary)
 
 
-def architecture(opened: ModelCheckpoint) -> str:
+def architecture(checkpoint: ModelCheckpoint) -> str:
     """Returns the published architecture, as far as shapes and files determine it."""
-    config, kind = opened.config, _model_type(opened)
+    config, kind = checkpoint.config, _model_type(checkpoint)
     if isinstance(config, CausalLMConfig):
         tied = "tied embeddings" if config.tie_embeddings else "a separate output layer"
         return f"{config.model_type} (decoder-only) with {tied}"
@@ -80,11 +80,11 @@ def architecture(opened: ModelCheckpoint) -> str:
     gated = len(config.mlp_activations) == 2
     if kind == "umt5" or config.vocab_size in _UMT5_ROWS:
         return "UMT5"
-    if any(_RELPOS_OF_LAYER.fullmatch(name) for name in opened.params):
+    if any(_RELPOS_OF_LAYER.fullmatch(name) for name in checkpoint.params):
         return "T5 1.1 with a position bias in each layer (UMT5's, and scanned T5X's)"
     if gated and (kind == "mt5" or config.vocab_size in _MULTILINGUAL_ROWS):
         return "mT5"
-    if gated and (config.vocab_size == _BYTE_ROWS or _reads_bytes(opened.vocabulary_file)):
+    if gated and (config.vocab_size == _BYTE_ROWS or _reads_bytes(checkpoint.vocabulary_file)):
         return "ByT5"
     if gated:
         tied = ", with tied embeddings" if config.tie_embeddings else ""
@@ -105,9 +105,9 @@ def size_name(config: ModelConfig) -> str:
     return _BYTE_SIZES.get(_sizes(config), "")
 
 
-def layout(opened: ModelCheckpoint) -> str:
+def layout(checkpoint: ModelCheckpoint) -> str:
     """Returns the format in words, and the number of files if there are several."""
-    source = opened.source
+    source = checkpoint.source
     if isinstance(source, Path) and is_gguf(source):
         return source.name
     if isinstance(source, Path):
@@ -121,10 +121,10 @@ def layout(opened: ModelCheckpoint) -> str:
     return f"{kind}, version {source.version}{scanned}"
 
 
-def fingerprint_of(opened: ModelCheckpoint) -> str:
+def fingerprint_of(checkpoint: ModelCheckpoint) -> str:
     """Returns the model's fingerprint; reads only the parts of its weights that are sampled."""
-    samples = {name: sample_lazy(array) for name, array in opened.params.items()}
-    return fingerprint_of_samples(opened.config, samples)
+    samples = {name: sample_lazy(array) for name, array in checkpoint.params.items()}
+    return fingerprint_of_samples(checkpoint.config, samples)
 
 
 def _stacks(config: T5GemmaConfig) -> list[tuple[int, ...]]:
@@ -145,10 +145,10 @@ def _sizes(config: T5Config) -> tuple[int, ...]:
     )
 
 
-def _model_type(opened: ModelCheckpoint) -> str:
-    if not isinstance(opened.source, Path) or is_gguf(opened.source):
+def _model_type(checkpoint: ModelCheckpoint) -> str:
+    if not isinstance(checkpoint.source, Path) or is_gguf(checkpoint.source):
         return ""
-    return str(_json(opened.source / CONFIG).get("model_type", ""))
+    return str(_json(checkpoint.source / CONFIG).get("model_type", ""))
 
 
 def _reads_bytes(vocabulary_file: Path | None) -> bool:
@@ -202,43 +202,43 @@ def describe_model(name_or_path: str, *, with_fingerprint: bool | None = None) -
     Only headers are read, except for the fingerprint, which needs all weights.
     ``with_fingerprint=None`` computes it for models on this machine of up to 2 GB.
     """
-    opened = open_source(name_or_path)
-    dtypes, size = _stored(opened)
+    checkpoint = open_source(name_or_path)
+    dtypes, size = _stored(checkpoint)
     if with_fingerprint is None:
-        with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in opened.location
-    checkpoint = None if isinstance(opened.source, Path) else opened.source
-    params = {} if checkpoint is None else checkpoint.params
+        with_fingerprint = size <= _FINGERPRINTED_BYTES and "://" not in checkpoint.location
+    t5x = None if isinstance(checkpoint.source, Path) else checkpoint.source
+    params = {} if t5x is None else t5x.params
     trained = {name: array.shape for name, array in params.items() if is_trained(name)}
     only_prompt = trained.keys() == {PROMPT}
     return ModelDescription(
-        location=opened.location,
-        is_t5x=checkpoint is not None,
-        is_gguf=isinstance(opened.source, Path) and is_gguf(opened.source),
-        architecture=architecture(opened),
-        size=size_name(opened.config),
-        layout=layout(opened),
-        config=opened.config,
+        location=checkpoint.location,
+        is_t5x=t5x is not None,
+        is_gguf=isinstance(checkpoint.source, Path) and is_gguf(checkpoint.source),
+        architecture=architecture(checkpoint),
+        size=size_name(checkpoint.config),
+        layout=layout(checkpoint),
+        config=checkpoint.config,
         parameters=dtypes.total(),
         dtypes=dict(dtypes.most_common()),
         bytes=size,
-        step=None if checkpoint is None else checkpoint.step,
+        step=None if t5x is None else t5x.step,
         prompt=trained.get(PROMPT) if only_prompt else None,
         method=kind_of(trained),
         trained={} if only_prompt else trained,
-        optimizer_arrays=None if checkpoint is None else len(checkpoint.state_names),
-        vocabulary=_vocabulary(opened.vocabulary_file),
-        fingerprint=fingerprint_of(opened) if with_fingerprint else "",
+        optimizer_arrays=None if t5x is None else len(t5x.state_names),
+        vocabulary=_vocabulary(checkpoint.vocabulary_file),
+        fingerprint=fingerprint_of(checkpoint) if with_fingerprint else "",
     )
 
 
-def _stored(opened: ModelCheckpoint) -> tuple[Counter[str], int]:
+def _stored(checkpoint: ModelCheckpoint) -> tuple[Counter[str], int]:
     """The number of parameters of each type, and the bytes of all."""
-    if isinstance(opened.source, Path) and is_gguf(opened.source):
-        return stored_types(opened.source)
+    if isinstance(checkpoint.source, Path) and is_gguf(checkpoint.source):
+        return stored_types(checkpoint.source)
     dtypes: Counter[str] = Counter()
-    for array in opened.params.values():
+    for array in checkpoint.params.values():
         dtypes[array.dtype.name] += prod(array.shape)
-    return dtypes, sum(array.nbytes for array in opened.params.values())
+    return dtypes, sum(array.nbytes for array in checkpoint.params.values())
 
 
 def _vocabulary(file: Path | None) -> str:

@@ -222,9 +222,9 @@ def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
             "diverged; fetch it again or use an earlier one"
         )
     # A copy, because what was read may be a mapped file that other processes can change.
-    held = np.empty(part.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -held.ctypes.data % _ALIGNMENT
-    copy = held[start : start + part.size * dtype.itemsize].view(dtype).reshape(part.shape)
+    buffer = np.empty(part.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    copy = buffer[start : start + part.size * dtype.itemsize].view(dtype).reshape(part.shape)
     copy[...] = part
     return copy
 

@@ -107,14 +107,14 @@ def open_model(
         )
     config: ModelConfig
     if is_gguf(Path(location)):
-        opened = open_gguf_model(location)
+        gguf_model = open_gguf_model(location)
         return ModelCheckpoint(
             location=location,
             source=Path(location),
-            config=opened.config,
-            params=opened.params,
+            config=gguf_model.config,
+            params=gguf_model.params,
             vocabulary_file=Path(location),
-            gguf=opened,
+            gguf=gguf_model,
         )
     if not is_t5x(location):
         folder = hf_folder(location)
@@ -177,13 +177,15 @@ def load_model(
 
     Raises UserError.
     """
-    opened = open_model(
+    checkpoint = open_model(
         name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
     )
-    words = _vocabulary(vocabulary or opened.vocabulary_file, opened.config, model=name_or_path)
+    words = _vocabulary(
+        vocabulary or checkpoint.vocabulary_file, checkpoint.config, model=name_or_path
+    )
     param_dtype = dtype if param_dtype is None else param_dtype
     model = abstract_model(
-        opened.config,
+        checkpoint.config,
         dtype=dtype,
         param_dtype=param_dtype,
         dropout_rate=dropout_rate,
@@ -191,15 +193,17 @@ def load_model(
     )
     # Checked before any weights are read.
     _, wanted = param_tree.split(model)
-    param_tree.require_same_shapes(opened.params, wanted, of=opened.location, and_of="the model")
+    param_tree.require_same_shapes(
+        checkpoint.params, wanted, of=checkpoint.location, and_of="the model"
+    )
     samples: dict[str, Sample] = {}
-    stored = opened.params
+    stored = checkpoint.params
     if weights == "quantized":
         if quantization != "none":
             raise UserError(
                 f"model.weights is quantized and model.quantization is {quantization}; drop one"
             )
-        stored = _with_blocks(opened, model, samples)
+        stored = _with_blocks(checkpoint, model, samples)
     elif quantization != "none":
         quantize_modules(model, quantization)
     _, wanted = param_tree.split(model)
@@ -209,45 +213,45 @@ def load_model(
         shardings = sharding.logical_to_mesh_sharding(
             shapes, param_tree.logical_axes(model), mesh, rules
         )
-    held = {name.removesuffix(SCALE) for name in wanted if name.endswith(SCALE)}
+    kept_quantized = {name.removesuffix(SCALE) for name in wanted if name.endswith(SCALE)}
 
     def finish(name: str, array: Array) -> dict[str, Array]:
-        if weights == "dequantized" or name in opened.params.keys() - held:
+        if weights == "dequantized" or name in checkpoint.params.keys() - kept_quantized:
             samples[name] = sample(array)
         return quantized(name, array, quantization, shardings=shardings)
 
     def as_stored(name: str) -> bool:
-        return name.removesuffix(SCALE).removesuffix(MINIMUM) in held
+        return name.removesuffix(SCALE).removesuffix(MINIMUM) in kept_quantized
 
     params = put_on_devices(
         stored,
         dtype=param_dtype,
         shardings=shardings,
         title=f"reading {name_or_path}",
-        finish=finish if held else None,
+        finish=finish if kept_quantized else None,
         as_stored=as_stored,
     )
     param_tree.fill(model, params)
     if samples:
-        model.original_fingerprint = fingerprint_of_samples(opened.config, samples)
+        model.original_fingerprint = fingerprint_of_samples(checkpoint.config, samples)
     return model
 
 
 def _with_blocks(
-    opened: ModelCheckpoint, model: Model, samples: dict[str, Sample]
+    checkpoint: ModelCheckpoint, model: Model, samples: dict[str, Sample]
 ) -> dict[str, LazyArray]:
     """Returns the parameters with the blocks that the file stores, which the model then has.
 
     Adds samples of the weights that the blocks replace.
     """
-    if opened.gguf is None:
+    if checkpoint.gguf is None:
         raise UserError(
-            f"model.weights=quantized needs a GGUF file, and {opened.location} is not one; set "
+            f"model.weights=quantized needs a GGUF file, and {checkpoint.location} is not one; set "
             "model.quantization=int8 to quantize its weights"
         )
-    stored = dict(opened.params)
+    stored = dict(checkpoint.params)
     abstract: dict[str, Any] = {}
-    for name, blocks in opened.gguf.blocks.items():
+    for name, blocks in checkpoint.gguf.blocks.items():
         samples[name] = sample_lazy(stored[name])
         parts = {name: blocks.whole, name + SCALE: blocks.scale}
         if blocks.minimum is not None:
@@ -257,11 +261,11 @@ def _with_blocks(
             part: jax.ShapeDtypeStruct(array.shape, array.dtype) for part, array in parts.items()
         }
     keep_blocks(model, abstract)
-    if opened.gguf.dequantized and jax.process_index() == 0:
-        others = ", ".join(f"{n:,} of {kind}" for kind, n in opened.gguf.dequantized.items())
+    if checkpoint.gguf.dequantized and jax.process_index() == 0:
+        others = ", ".join(f"{n:,} of {kind}" for kind, n in checkpoint.gguf.dequantized.items())
         print(
-            f"note: model.weights=quantized keeps {', '.join(KEPT_TYPES)}; {opened.location} has "
-            f"{others}: these weights are dequantized",
+            f"note: model.weights=quantized keeps {', '.join(KEPT_TYPES)}; {checkpoint.location} "
+            f"has {others}: these weights are dequantized",
             file=sys.stderr,
         )
     return stored

@@ -214,8 +214,8 @@ class CheckpointFolder:
         if self.file is None:
             return self.read(INDEX)
         try:
-            with self.file.open("rb") as opened:
-                return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+            with self.file.open("rb") as stream:
+                return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise UserError(f"{self.file} cannot be read: {one_line(error)}") from error
 
@@ -226,8 +226,8 @@ class CheckpointFolder:
             try:
                 if not file.is_file():
                     return None
-                with file.open("rb") as opened:
-                    data = opened.read(_MOST_READ + 1)
+                with file.open("rb") as stream:
+                    data = stream.read(_MOST_READ + 1)
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
             if len(data) > _MOST_READ:
@@ -298,8 +298,8 @@ def is_t5x(folder: str | Path) -> bool:
     place = CheckpointFolder.of(folder)
     if place.file is not None:
         try:
-            with place.file.open("rb") as opened:
-                return _INDEX_START.match(opened.read(16)) is not None
+            with place.file.open("rb") as stream:
+                return _INDEX_START.match(stream.read(16)) is not None
         except OSError:
             return False
     return place.has_file(INDEX) or place.has_file(METADATA)

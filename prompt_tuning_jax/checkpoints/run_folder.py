@@ -113,14 +113,14 @@ def read_results(folder: Path) -> Results | None:
 
 
 def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = train_state.read_latest(
+    checkpoint = train_state.read_latest(
         folder / BEST,
         advice=(
             f"use the files in {folder / PROMPTS} or {folder / TUNED}, or remove "
             f"{(folder / BEST).parent} and {folder / RESULTS} and train again"
         ),
     )
-    if found is None:
+    if checkpoint is None:
         kept = next((folder / name for name in (PROMPTS, TUNED) if (folder / name).is_dir()), None)
         if kept is None and not (folder / RESULTS).is_file():
             raise UserError(f"{folder} has no best checkpoint yet: the run has not been evaluated")
@@ -129,7 +129,7 @@ def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder / BEST} is gone, and the run has been evaluated: put it back, or {instead}"
             f"remove {(folder / BEST).parent} and {folder / RESULTS} and train again"
         )
-    _, leaves, extra = found
+    _, leaves, extra = checkpoint
     return leaves, extra
 
 

@@ -89,10 +89,10 @@ def restore_latest(
         _require_same(saved, wanted, where=where)
         return {name: _abstract(leaf) for name, leaf in wanted.items()}
 
-    found = _load_latest(folder, abstract, advice=advice)
-    if found is None:
+    latest = _load_latest(folder, abstract, advice=advice)
+    if latest is None:
         return None
-    step, leaves, extra = found
+    step, leaves, extra = latest
     state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
     return step, state, extra
 

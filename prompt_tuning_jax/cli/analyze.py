@@ -41,12 +41,12 @@ class Analyze(DataOptions, ConfigOptions):
 
         described = bool(self.config or self.gin_file or self.gin_bindings or self.set_fields())
         experiment = self.experiment(default=UNDESCRIBED) if described else None
-        found = analyze(self.prompt, experiment=experiment, top=self.top, examples=self.examples)
-        files = write_report(found, Path(self.output))
-        print_notes(found.notes)
+        analysis = analyze(self.prompt, experiment=experiment, top=self.top, examples=self.examples)
+        files = write_report(analysis, Path(self.output))
+        print_notes(analysis.notes)
         if self.json:
-            print_json(as_json(found))
+            print_json(as_json(analysis))
         else:
-            for line in markdown_rows(summary_rows(found)):
+            for line in markdown_rows(summary_rows(analysis)):
                 print(printable(line))
             print(printable(f"report: {files[0]}"))

@@ -44,10 +44,10 @@ def example_file(name: str) -> Path:
     """The file of an example, such as ``lora.py`` or ``gin/paper.gin``; UserError otherwise."""
     folder = _folder()
     names = [str(path.relative_to(folder)) for path in _files(folder)]
-    asked = name.removeprefix("configs/")
-    known = next((one for one in (asked, f"{asked}.py") if one in names), None)
+    relative = name.removeprefix("configs/")
+    known = next((one for one in (relative, f"{relative}.py") if one in names), None)
     if known is None:
-        raise UserError(f"there is no example config {name!r}: {suggest(asked, names, most=99)}")
+        raise UserError(f"there is no example config {name!r}: {suggest(relative, names, most=99)}")
     return folder / known
 
 

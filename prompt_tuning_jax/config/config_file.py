@@ -98,8 +98,8 @@ def saved_config(prompt: str) -> Experiment | None:
         if not file.is_file():
             continue
         try:
-            with file.open("rb") as opened:
-                return moved_to(from_json(opened.read(MAX_BYTES + 1)), folder)
+            with file.open("rb") as stream:
+                return moved_to(from_json(stream.read(MAX_BYTES + 1)), folder)
         except (UserError, OSError) as error:
             raise UserError(f"{file}: {error}") from None
     return None

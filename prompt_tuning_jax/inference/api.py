@@ -290,8 +290,8 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
         return _filled([encode(text) for text in inputs], ids.fill)
     if not is_array and any(isinstance(x, str) for x in inputs):
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
-        found = str(inputs[number])[:40]
-        raise UserError(f"inputs[{number}] is {found!r}; it must be a text, as others are")
+        shown = str(inputs[number])[:40]
+        raise UserError(f"inputs[{number}] is {shown!r}; it must be a text, as others are")
     rows: list[Any] = [] if is_array else [*inputs]
     given_rows = bool(rows) and all(isinstance(row, Sequence) for row in rows)
     if given_rows:

@@ -74,7 +74,7 @@ def rank_choices(
     field = examples.task.choices_field
     every: list[list[str]] = [choices_of(example, field, examples) for example in examples.texts]
     ids: list[list[list[int]]] = [encode(choices) for choices in every]
-    found: list[list[dict[str, tuple[float, int]]]] = [
+    scored: list[list[dict[str, tuple[float, int]]]] = [
         [{} for _ in range(len(examples))] for _ in range(members)
     ]
     for batch in eval_batches(examples, batch_size=batch_size, buckets=buckets):
@@ -92,8 +92,8 @@ def rank_choices(
                 for text, tokens, value in zip(
                     every[index], ids[index], scores_EBK[member, row].tolist(), strict=False
                 ):
-                    found[member][index][text] = (value, len(tokens))
-    return found
+                    scored[member][index][text] = (value, len(tokens))
+    return scored
 
 
 def choices_of(example: Any, field: str, examples: TokenizedExamples) -> list[str]:

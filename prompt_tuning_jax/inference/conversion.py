@@ -165,11 +165,11 @@ def convert_tuned(
         )
     folder = to == "peft" or not one
     require_free(destination, overwrite=overwrite, folder=folder)
-    name, opened = _open_base(files, model)
-    fingerprint = fingerprint_of(opened)
-    found = [_read(file, opened, combine or None) for file in files]
-    methods = [method_of(stored, file) for file, stored in zip(files, found, strict=True)]
-    for file, stored in zip(files, found, strict=True):
+    name, base = _open_base(files, model)
+    fingerprint = fingerprint_of(base)
+    checkpoints = [_read(file, base, combine or None) for file in files]
+    methods = [method_of(stored, file) for file, stored in zip(files, checkpoints, strict=True)]
+    for file, stored in zip(files, checkpoints, strict=True):
         check_model(
             stored.metadata,
             fingerprint=fingerprint,
@@ -179,15 +179,15 @@ def convert_tuned(
     if one:
         require_outside(files[0], destination)
     with atomic_write_to(destination, overwrite=overwrite, folder=folder) as aside:
-        for file, stored, method in zip(files, found, methods, strict=True):
+        for file, stored, method in zip(files, checkpoints, methods, strict=True):
             place = aside
             if not one:
                 stem = file.name if file.is_dir() else file.stem
                 place = aside / (stem if to == "peft" else f"{stem}.{to}")
             if to == "peft":
-                _write_adapter(place, stored, method, opened, name=name, of=str(file))
+                _write_adapter(place, stored, method, base, name=name, of=str(file))
                 continue
-            known = with_model(stored.metadata, opened.config, name=name, fingerprint=fingerprint)
+            known = with_model(stored.metadata, base.config, name=name, fingerprint=fingerprint)
             if stored.trainable.keys() == {PROMPT}:
                 save_prompt(
                     place,
@@ -207,7 +207,7 @@ def convert_tuned(
         what = f"{len(files)} sets of {what.replace(' tuned as', ' tuned, each as')}"
     notes = []
     if to == "peft":
-        if any(stored.metadata.task or stored.metadata.labels for stored in found):
+        if any(stored.metadata.task or stored.metadata.labels for stored in checkpoints):
             notes.append("a PEFT adapter does not hold the task, labels and score")
         notes += notes_on_names([name])
     return written(what, destination, notes=notes)
@@ -235,13 +235,13 @@ def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]
     raise AssertionError("there is at least one")
 
 
-def _read(file: Path, opened: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
-    of_t5x = t5x_method(file, opened.config, combined=combined)
+def _read(file: Path, base: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
+    of_t5x = t5x_method(file, base.config, combined=combined)
     if of_t5x is None and combined:
         raise UserError(f"--combine {combined} is about T5X checkpoints, and {file} is not one")
     if of_t5x is not None or not file.is_dir():
-        return of_t5x or read_tuned(file, opened.config)
-    adapter = peft_adapter(file, opened.config, own=opened.params)
+        return of_t5x or read_tuned(file, base.config)
+    adapter = peft_adapter(file, base.config, own=base.params)
     assert adapter is not None, file  # its kind is checked already
     return adapter
 
@@ -308,8 +308,8 @@ def export_model(
     named = experiment.model
     made_here = named.random_weights and named.vocabulary
     without_words = model.config.reads_images
-    opened = None if made_here or without_words else open_model(named.name_or_path)
-    vocabulary: Any = named.vocabulary or (opened and opened.vocabulary_file)
+    checkpoint = None if made_here or without_words else open_model(named.name_or_path)
+    vocabulary: Any = named.vocabulary or (checkpoint and checkpoint.vocabulary_file)
     if vocabulary and Path(vocabulary).is_dir():
         vocabulary = vocabulary_file(Path(vocabulary))
     write_hf(
@@ -319,7 +319,7 @@ def export_model(
         vocabulary_file=vocabulary or None,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        model_type="t5" if opened is None else hf_model_type(opened),
+        model_type="t5" if checkpoint is None else hf_model_type(checkpoint),
     )
     return bool(vocabulary) or without_words
 
@@ -356,13 +356,13 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
     return experiment, merging.merge(param_tree.merge(members.graphdef, {**members.frozen, **own}))
 
 
-def _member(workdir: Path, names: tuple[str, ...], asked: str) -> int:
+def _member(workdir: Path, names: tuple[str, ...], member: str) -> int:
     listed = ", ".join(names)
-    if not asked and len(names) > 1:
+    if not member and len(names) > 1:
         raise UserError(f"{workdir} has {len(names)} members; name one with --member: {listed}")
-    if asked and asked not in names:
-        raise UserError(f"{workdir} has no member {asked!r}; it has {listed}")
-    return names.index(asked) if asked else 0
+    if member and member not in names:
+        raise UserError(f"{workdir} has no member {member!r}; it has {listed}")
+    return names.index(member) if member else 0
 
 
 def merge(

@@ -96,14 +96,14 @@ def evaluate(
     data = _examples(draws[0], model, split=split, added=added)
     # Checked here, so that an error does not wait until after the last prompt.
     direction = data.require_direction() if several else data.direction or "max"
-    for number, own_draw in enumerate(draws):
+    for number, draw in enumerate(draws):
         if number:
-            data = _examples(own_draw, model, split=split, added=added)
+            data = _examples(draw, model, split=split, added=added)
         reports |= dict.fromkeys([*data.reports, *_other_wordings(experiment, loaded)])
         for members in loaded.groups:
-            theirs, found = evaluate_members(own_draw, members, members.trainable, data)
-            scores += theirs
-            for task, part in found.items():
+            member_scores, by_task = evaluate_members(draw, members, members.trainable, data)
+            scores += member_scores
+            for task, part in by_task.items():
                 predictions.setdefault(task, []).append(part)
     joined = {task: Predictions.joined(parts) for task, parts in predictions.items()}
     metrics = list(scores[0])
@@ -193,12 +193,12 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
     """
     several_tasks = len(result.examples) > 1
     for name, examples in result.examples.items():
-        found = result.predictions[name]
+        predictions = result.predictions[name]
         task = examples.task
-        votes = found.votes()
+        votes = predictions.votes()
         compared = examples.as_written([vote.prediction for vote in votes])
         for i, (example, vote) in enumerate(zip(examples.texts, votes, strict=True)):
-            known = [own[i] for own in found.log_probs_EN]
+            known = [own[i] for own in predictions.log_probs_EN]
             row: dict[str, Any] = {"task": name} if several_tasks else {}
             row |= {
                 "input": example["inputs"],
@@ -211,7 +211,9 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
                 row["votes"] = dict(vote.votes)
             row["prompts"] = [
                 {"prompt": prompt, "prediction": texts[i], "log_probs": own}
-                for prompt, texts, own in zip(result.names, found.texts_EN, known, strict=True)
+                for prompt, texts, own in zip(
+                    result.names, predictions.texts_EN, known, strict=True
+                )
             ]
             others = {k: v for k, v in example.items() if k not in ("inputs", "targets")}
             if others and task.name.startswith(FILE_TASK):

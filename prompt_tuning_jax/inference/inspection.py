@@ -64,19 +64,20 @@ _Held: TypeAlias = PromptDescription | TunedDescription
 
 def inspect(path: str, *, with_fingerprint: bool | None = None) -> Iterator[tuple[str, str]]:
     """Yields ``describe``'s description as human-readable (field, value) pairs."""
-    found = _found(path, with_fingerprint=with_fingerprint)
-    if isinstance(found, ModelDescription):
-        yield from _model_rows(found)
-    elif isinstance(found, PromptDescription):
-        yield from _prompt_rows(found)
-    elif isinstance(found, TunedDescription):
-        yield from _tuned_rows(found)
-    elif isinstance(found, Experiment):
-        yield from _run_rows(Path(path), found)
+    description = _description(path, with_fingerprint=with_fingerprint)
+    if isinstance(description, ModelDescription):
+        yield from _model_rows(description)
+    elif isinstance(description, PromptDescription):
+        yield from _prompt_rows(description)
+    elif isinstance(description, TunedDescription):
+        yield from _tuned_rows(description)
+    elif isinstance(description, Experiment):
+        yield from _run_rows(Path(path), description)
     else:
-        several = all(isinstance(each, TunedDescription) for each in found.values())
-        yield "kind", f"{len(found)} {'files of trainable parameters' if several else 'prompts'}"
-        for name, prompt in found.items():
+        several = all(isinstance(each, TunedDescription) for each in description.values())
+        kind = "files of trainable parameters" if several else "prompts"
+        yield "kind", f"{len(description)} {kind}"
+        for name, prompt in description.items():
             yield name, _in_short(prompt)
 
 
@@ -86,24 +87,25 @@ def describe(path: str, *, with_fingerprint: bool | None = None) -> dict[str, An
     ``path`` is a model's folder or name, a prompt's file or folder, a file or adapter of another
     method, a folder of such files, or a run's folder.  Raises UserError.
     """
-    found = _found(path, with_fingerprint=with_fingerprint)
-    if isinstance(found, ModelDescription | PromptDescription | TunedDescription):
-        return {"kind": _KINDS[type(found)], **dataclasses.asdict(found)}
-    if not isinstance(found, Experiment):
-        held = {name: dataclasses.asdict(each) for name, each in found.items()}
-        kind = "prompts" if isinstance(next(iter(found.values())), PromptDescription) else "tuned"
-        return {"kind": kind, kind: held}
+    description = _description(path, with_fingerprint=with_fingerprint)
+    if isinstance(description, ModelDescription | PromptDescription | TunedDescription):
+        return {"kind": _KINDS[type(description)], **dataclasses.asdict(description)}
+    if not isinstance(description, Experiment):
+        descriptions = {name: dataclasses.asdict(each) for name, each in description.items()}
+        first = next(iter(description.values()))
+        kind = "prompts" if isinstance(first, PromptDescription) else "tuned"
+        return {"kind": kind, kind: descriptions}
     folder = Path(path)
     return {
         "kind": "run",
-        **dict(_run_fields(found)),
+        **dict(_run_fields(description)),
         "last_checkpoints": _last_steps(folder),
         "prompts": {n: dataclasses.asdict(p) for n, p in _prompts_of_run(folder).items()},
         "tuned": {n: dataclasses.asdict(t) for n, t in _tuned_of_run(folder).items()},
     }
 
 
-def _found(
+def _description(
     path: str, *, with_fingerprint: bool | None
 ) -> ModelDescription | _Held | Experiment | Mapping[str, _Held]:
     place = Path(path)
@@ -233,8 +235,8 @@ def _run_rows(folder: Path, experiment: Experiment) -> Iterator[tuple[str, str]]
         yield field, str(value)
     if steps := _last_steps(folder):
         yield "last checkpoints", ", ".join(f"step {step}" for step in steps)
-    held: dict[str, _Held] = {**_prompts_of_run(folder), **_tuned_of_run(folder)}
-    for name, each in held.items():
+    descriptions: dict[str, _Held] = {**_prompts_of_run(folder), **_tuned_of_run(folder)}
+    for name, each in descriptions.items():
         yield name, _in_short(each)
 
 
@@ -260,12 +262,12 @@ def _tuned_of_run(folder: Path) -> dict[str, TunedDescription]:
     return {file.name: describe_tuned(file) for file in files}
 
 
-def _in_short(held: _Held) -> str:
-    known = held.metadata
-    if isinstance(held, TunedDescription):
-        shape = f"{held.method}, {held.parameters:,} parameters"
+def _in_short(description: _Held) -> str:
+    known = description.metadata
+    if isinstance(description, TunedDescription):
+        shape = f"{description.method}, {description.parameters:,} parameters"
     else:
-        shape = f"[{held.length}, {held.width}]"
+        shape = f"[{description.length}, {description.width}]"
     score = "" if known.score is None else f", {known.metric} {known.score:.2f}"
     step = "" if known.steps is None else f"{' at' if score else ','} step {known.steps}"
     return f"{shape}{score}{step}"

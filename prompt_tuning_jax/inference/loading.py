@@ -97,12 +97,12 @@ def attach(model: Model, path: str | Path, *, member: str = "", task: str = "") 
         raise UserError("this model has something attached to it already; give the bare model")
     _require_place(path)
     path = os.path.expanduser(path)
-    opened = load_prompts(Experiment(), model, [path], partitioner=where(model))
-    members = [(group, number) for group in opened.groups for number in range(group.number)]
-    names = [_member_name(name) for name in opened.names]
+    loaded = load_prompts(Experiment(), model, [path], partitioner=where(model))
+    members = [(group, number) for group in loaded.groups for number in range(group.number)]
+    names = [_member_name(name) for name in loaded.names]
     holds = f"{path} holds {len(names)} member{'s' * (len(names) != 1)}"
     chosen = _chosen(member, names, by="member", holds=holds)
-    (group, number), known = members[chosen], opened.known[chosen]
+    (group, number), known = members[chosen], loaded.known[chosen]
     trainable = {name: array[number] for name, array in group.trainable.items()}
     attached = param_tree.merge(group.graphdef, {**group.frozen, **trainable})
     tasks = tasks_of(known)
@@ -130,12 +130,12 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
         prompts = [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be paths or arrays, not {type(prompts).__name__}")
-    found: list[str | HostArray] = []
+    listed: list[str | HostArray] = []
     for number, one in enumerate(prompts):
         if isinstance(one, str | Path):
             if not str(one):
                 raise UserError(f"prompts[{number}] is an empty path")
-            found.append(os.path.expanduser(one))
+            listed.append(os.path.expanduser(one))
             continue
         try:
             array = np.asarray(one, np.float32)
@@ -146,8 +146,8 @@ def prompt_list(prompts: object) -> list[str | HostArray]:
                 f"prompts[{number}] is a {type(one).__name__}, and neither a path nor an array of "
                 "numbers"
             )
-        found.append(array)
-    return found
+        listed.append(array)
+    return listed
 
 
 def load_prompts(
@@ -233,10 +233,10 @@ def load_prompts(
                 placement = checked(metadata.combine, Placement, f"{file}: combine")
                 method = dataclasses.replace(method, placement=placement)
             arrays.append((str(file), array, method, known_with(run, metadata)))
-    alike: dict[Any, list[tuple[str, HostArray, PromptMetadata]]] = {}
+    by_kind: dict[Any, list[tuple[str, HostArray, PromptMetadata]]] = {}
     for name, array, method, about in arrays:
-        alike.setdefault((method, array.shape), []).append((name, array, about))
-    for (method, _), group in alike.items():
+        by_kind.setdefault((method, array.shape), []).append((name, array, about))
+    for (method, _), group in by_kind.items():
         attached = with_prompt(model, group[0][1], method)
         members = _sharded(attached, partitioner)
         stacked = jnp.stack([jnp.asarray(array, jnp.float32) for _, array, _ in group])

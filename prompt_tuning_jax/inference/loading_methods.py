@@ -87,24 +87,25 @@ def peft_adapter(
     UserError for an adapter of another kind of model.
     """
     kind = weights.peft_kind(folder)
-    found: weights.PeftWeights | prompts.PeftPrompts
+    adapter: weights.PeftWeights | prompts.PeftPrompts
     if kind in weights.TYPES:
-        found = weights.read_peft_weights(folder, config, own)
+        adapter = weights.read_peft_weights(folder, config, own)
     elif kind in prompts.TYPES:
-        found = prompts.read_peft_prompts(folder, config)
+        adapter = prompts.read_peft_prompts(folder, config)
     else:
         require_task(read_config(folder / CONFIG), task_type(config), folder / CONFIG)
         return None
     metadata = PromptMetadata(
-        model_name=found.base_model_name_or_path, created_by=f"peft {found.peft_version}".rstrip()
+        model_name=adapter.base_model_name_or_path,
+        created_by=f"peft {adapter.peft_version}".rstrip(),
     )
     return TunedCheckpoint(
-        trainable=found.trainable, method=method_to_json(found.method), metadata=metadata
+        trainable=adapter.trainable, method=method_to_json(adapter.method), metadata=metadata
     )
 
 
 def members_of_stored(
-    opened: Sequence[tuple[str, TunedCheckpoint]],
+    checkpoints: Sequence[tuple[str, TunedCheckpoint]],
     model: Model,
     partitioner: Partitioner,
     fingerprint: str,
@@ -117,10 +118,10 @@ def members_of_stored(
     def kind(stored: TunedCheckpoint) -> tuple[Any, ...]:
         return stored.method, stored.tasks, stored.metadata.labels
 
-    for path, stored in opened:
+    for path, stored in checkpoints:
         check_model(stored.metadata, fingerprint=fingerprint, path=path)
-    for _, alike in itertools.groupby(opened, key=lambda each: kind(each[1])):
-        group = list(alike)
+    for _, grouped in itertools.groupby(checkpoints, key=lambda each: kind(each[1])):
+        group = list(grouped)
         path, first = group[0]
         method = method_of(first, path)
         trainable = {}

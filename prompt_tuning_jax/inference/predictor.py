@@ -258,8 +258,8 @@ class Predictor:
             return self._write(writing, trainable, frozen, tokens_BT, task_B)
         # One member at a time: decoding them together would move rows between devices.
         each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]
-        found = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
-        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+        results = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
+        return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
 
     def _write(
         self,

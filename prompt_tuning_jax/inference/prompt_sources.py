@@ -39,9 +39,9 @@ def read_all(paths: list[str]) -> dict[str, StoredPrompt]:
 
 def as_texts(values: object, name: str) -> tuple[str, ...]:
     """Returns one or several texts as a tuple; raises UserError for other types and duplicates."""
-    found = (values,) if isinstance(values, str) else _several(values, name)
+    several = (values,) if isinstance(values, str) else _several(values, name)
     texts = []
-    for one in found:
+    for one in several:
         if not isinstance(one, str):
             raise UserError(f"{name} are texts, and one is a {type(one).__name__}: {str(one)[:40]}")
         if one in texts:
@@ -52,9 +52,9 @@ def as_texts(values: object, name: str) -> tuple[str, ...]:
 
 def as_paths(values: object, name: str) -> list[str | Path]:
     """Returns one or several paths as a list; raises UserError for other types."""
-    found = [values] if isinstance(values, str | Path) else _several(values, name)
+    several = [values] if isinstance(values, str | Path) else _several(values, name)
     paths = []
-    for one in found:
+    for one in several:
         if not isinstance(one, str | Path):
             raise UserError(f"{name} are paths, and one is a {type(one).__name__}: {str(one)[:40]}")
         paths.append(one)

@@ -109,20 +109,22 @@ def predictions_text(given: Sequence[str], predictions: Sequence[Prediction], fo
     for the rows of a file.
     """
     records = []
-    columns = {name for found in predictions for name in found.row or ("input",)}
-    for number, found in enumerate(predictions):
-        text = given[number] if given else found.input
-        record: dict[str, Any] = {"input": text, "prediction": found.prediction}
+    columns = {name for prediction in predictions for name in prediction.row or ("input",)}
+    for number, prediction in enumerate(predictions):
+        text = given[number] if given else prediction.input
+        record: dict[str, Any] = {"input": text, "prediction": prediction.prediction}
         if form in ("csv", "tsv"):
-            record = {"input": text} if found.row is None else dict(found.row)
-            record[_free("prediction", columns)] = found.prediction
-            record[_free("log_prob", columns)] = (found.log_probs or {}).get(found.prediction)
+            record = {"input": text} if prediction.row is None else dict(prediction.row)
+            record[_free("prediction", columns)] = prediction.prediction
+            record[_free("log_prob", columns)] = (prediction.log_probs or {}).get(
+                prediction.prediction
+            )
         else:
             others = {
-                "log_probs": found.log_probs,
-                "votes": found.votes,
-                "truncated": found.truncated or None,
-                "row": found.row,
+                "log_probs": prediction.log_probs,
+                "votes": prediction.votes,
+                "truncated": prediction.truncated or None,
+                "row": prediction.row,
             }
             record |= {name: value for name, value in others.items() if value is not None}
         records.append(record)
@@ -175,7 +177,7 @@ def _cell(value: object) -> str:
 
 def _free(name: str, taken: Container[str]) -> str:
     """Returns the name, with a number appended if a column already has it."""
-    number, found = 2, name
-    while found in taken:
-        found, number = f"{name}_{number}", number + 1
-    return found
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free

@@ -110,12 +110,12 @@ def added_positions(attached: TunedModel, *, rows: int = 1) -> tuple[int, int]:
 
     tokens_BT = jax.ShapeDtypeStruct((rows, 2), jnp.int32)
     task_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    found = jax.eval_shape(injections, params, tokens_BT, task_B)
+    shapes = jax.eval_shape(injections, params, tokens_BT, task_B)
     inside = 0
-    if (source := found.model_input) is not None:
+    if (source := shapes.model_input) is not None:
         inside += source.mask_BU.shape[1] - tokens_BT.shape[1]
         inside += 0 if source.prompt_BPD is None else source.prompt_BPD.shape[1]
-    before = sum(layers[0].key_BPGK.shape[1] for layers in found.prefixes.values())
+    before = sum(layers[0].key_BPGK.shape[1] for layers in shapes.prefixes.values())
     return inside, before
 
 

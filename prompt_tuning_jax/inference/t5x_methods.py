@@ -26,7 +26,7 @@ from prompt_tuning_jax.models.t5.config import T5Config
 
 def holds_method(place: str | Path) -> bool:
     """Whether a T5X checkpoint, or a folder of its checkpointer, holds more than a plain prompt."""
-    return _opened(place) is not None
+    return _open(place) is not None
 
 
 def t5x_method(
@@ -38,12 +38,12 @@ def t5x_method(
     numbers, from 0.  Raises UserError for arrays
     that do not fit the model.
     """
-    opened = _opened(place)
-    if opened is None:
+    checkpoint = _open(place)
+    if checkpoint is None:
         return None
     if not isinstance(config, T5Config):
         raise UserError(f"{place} was trained by T5X for a T5, and this model is not one")
-    params, open_state = opened
+    params, open_state = checkpoint
     method, trainable = read_method(
         params, config, of=str(place), combined=combined, open_state=open_state
     )
@@ -57,7 +57,7 @@ def t5x_method(
     )
 
 
-def _opened(
+def _open(
     place: str | Path,
 ) -> tuple[dict[str, LazyArray], Callable[[], OptimizerState] | None] | None:
     if not is_address(str(place)):

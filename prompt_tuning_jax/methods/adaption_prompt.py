@@ -69,9 +69,9 @@ class GatedPrompt(nnx.Module):
 
 def self_attentions(model: Model) -> list[Attention]:
     """Returns the self-attention of each layer that reads; UserError for other kinds of models."""
-    found = {param_tree.path_name(path): module for path, module in nnx.iter_modules(model)}
+    modules = {param_tree.path_name(path): module for path, module in nnx.iter_modules(model)}
     layers = range(model.config.num_reading_layers)
-    chosen = [found.get(f"{model.reading_stack}/layers_{i}/self_attention") for i in layers]
+    chosen = [modules.get(f"{model.reading_stack}/layers_{i}/self_attention") for i in layers]
     attentions = [each for each in chosen if isinstance(each, Attention)]
     if not attentions:
         raise UserError(

@@ -31,12 +31,12 @@ AnyUse: TypeAlias = EmbeddingUse | TiedHead
 
 def embedding_uses(model: Model) -> dict[str, AnyUse]:
     """Returns the uses of the embedding table that can have adapters, by path, sorted."""
-    found = {
+    uses = {
         param_tree.path_name(path): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, AnyUse)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(uses.items()))
 
 
 def find_uses(model: Model, patterns: Sequence[str], *, field: str) -> list[str]:

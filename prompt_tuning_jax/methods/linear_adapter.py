@@ -19,12 +19,12 @@ M = TypeVar("M", bound=nnx.Module)
 
 def linear_maps(model: Model) -> dict[str, AnyLinear]:
     """Returns all linear maps by path (e.g. ``encoder/layers_0/attention/query``), sorted."""
-    found = {
+    maps = {
         param_tree.path_name(path): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, AnyLinear)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(maps.items()))
 
 
 def find_linears(
@@ -41,7 +41,7 @@ def find_linears(
 
 
 def matching_paths(
-    found: Mapping[str, object], patterns: Sequence[str], *, field: str, of: str
+    by_path: Mapping[str, object], patterns: Sequence[str], *, field: str, of: str
 ) -> list[str]:
     """Returns the paths that match one of the regular expressions as a whole, in their order.
 
@@ -49,17 +49,17 @@ def matching_paths(
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = param_tree.matching(found, pattern, of=field)
+        matches = param_tree.matching(by_path, pattern, of=field)
         matching = {name for name, own in matches.items() if own}
         if not matching:
             known = (
-                f"a pattern must match a whole path, for instance {next(reversed(list(found)))}"
-                if found
+                f"a pattern must match a whole path, for instance {next(reversed(list(by_path)))}"
+                if by_path
                 else "this model has none"
             )
             raise UserError(f"{field}: {shown(pattern)} matches no {of}; {known}")
         chosen |= matching
-    return [name for name in found if name in chosen]
+    return [name for name in by_path if name in chosen]
 
 
 def wrap_linears(model: Model, make: Callable[[str, AnyLinear], LinearAdapter | None]) -> Model:

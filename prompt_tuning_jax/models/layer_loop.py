@@ -48,12 +48,12 @@ def run_layers(
 
     parts = [param_tree.split(layer) for layer in layers]
     # Layers repeat if their structure, their kind and the structure of their inputs do.
-    alike = [
+    keys = [
         (graphdef, kind, jax.tree.structure(given), _shapes((params, given)))
         for (graphdef, params), kind, given in zip(parts, kinds, inputs, strict=True)
     ]
     outputs = []
-    for start, period, times in repetitions(alike):
+    for start, period, times in repetitions(keys):
         block = range(start, start + period)
 
         def body(x: Array, own: Any, block: range = block) -> tuple[Array, Any]:
@@ -78,17 +78,17 @@ def run_layers(
     return x, outputs
 
 
-def repetitions(alike: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+def repetitions(keys: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
     """Yields ``(start, period, times)`` that cover a sequence: its longest repetitions in turn.
 
     Where nothing repeats, one element is a repetition of one.
     """
     start = 0
-    while start < len(alike):
+    while start < len(keys):
         best = (1, 1)
-        for period in range(1, min(_LONGEST_PERIOD, (len(alike) - start) // 2) + 1):
+        for period in range(1, min(_LONGEST_PERIOD, (len(keys) - start) // 2) + 1):
             end = start + period
-            while end < len(alike) and alike[end] == alike[end - period]:
+            while end < len(keys) and keys[end] == keys[end - period]:
                 end += 1
             times = (end - start) // period
             if times > 1 and times * period > best[0] * best[1]:

@@ -56,10 +56,10 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     runs = dict(times(text))
     counts: dict[tuple[str, tuple[str, ...], int], list[int]] = defaultdict(lambda: [0, 0])
     for computation, line in lines(text):
-        found = _OPERATION.match(line)
-        if not found:
+        match = _OPERATION.match(line)
+        if not match:
             continue
-        kind = found[2].removesuffix("-start")
+        kind = match[2].removesuffix("-start")
         if kind not in KINDS:  # this also skips the "-done" of an asynchronous collective
             continue
         groups = _groups(line, math.prod(mesh.values()))
@@ -67,7 +67,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         if group < 2:
             continue
         number = runs.get(computation, 1)
-        size = _bytes(found[1], started=found[2].endswith("-start"), kind=kind)
+        size = _bytes(match[1], started=match[2].endswith("-start"), kind=kind)
         if kind == "reduce-scatter":
             size *= group
         total = counts[kind, _axes(groups, mesh), group]
@@ -84,8 +84,8 @@ def lines(text: str) -> Iterator[tuple[str, str]]:
     """Yields the name of the computation and the text of each line of the program."""
     computation = ""
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            computation = found[2]
+        if match := _COMPUTATION.match(line):
+            computation = match[2]
         else:
             yield computation, line
 
@@ -114,10 +114,10 @@ def _limits(text: str) -> Iterator[tuple[str, int]]:
     """Yields the conditions that compare a counter from 0 with a constant, and that constant."""
     constants: dict[tuple[str, str], int] = {}
     for computation, line in lines(text):
-        if found := _CONSTANT.match(line):
-            constants[computation, found[1]] = int(found[2])
-        elif (found := _LESS.search(line)) and (computation, found[1]) in constants:
-            yield computation, constants[computation, found[1]]
+        if match := _CONSTANT.match(line):
+            constants[computation, match[1]] = int(match[2])
+        elif (match := _LESS.search(line)) and (computation, match[1]) in constants:
+            yield computation, constants[computation, match[1]]
 
 
 def bytes_of(shape: str) -> int:
@@ -149,21 +149,21 @@ def _bits(dtype: str) -> int:
 
 def _groups(line: str, devices: int) -> list[list[int]]:
     """Returns the groups of devices that communicate with each other."""
-    if found := (_LISTED.search(line) or _PAIRS.search(line)):
+    if match := (_LISTED.search(line) or _PAIRS.search(line)):
         return [
             [int(n) for n in one.split(",") if n.strip()]
-            for one in re.findall(r"\{([\d, ]*)\}", found[1])
+            for one in re.findall(r"\{([\d, ]*)\}", match[1])
         ]
-    if found := _IOTA.search(line):
+    if match := _IOTA.search(line):
         shape, base, order = (
-            [int(n) for n in part.split(",")] if part else None for part in found.groups()
+            [int(n) for n in part.split(",")] if part else None for part in match.groups()
         )
         assert shape is not None and base is not None
         numbers = np.arange(math.prod(base)).reshape(base)
         return np.transpose(numbers, order).reshape(shape).tolist()
-    if found := _MESH.search(line):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        among = re.findall(r"'([^']+)'", found[2])
+    if match := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        among = re.findall(r"'([^']+)'", match[2])
         names = list(sizes)
         numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         rest = [names.index(n) for n in names if n not in among]

@@ -81,8 +81,8 @@ def entry_cost(text: str) -> Cost:
 def _parsed(text: str) -> _Computations:
     computations: dict[str, dict[str, _Instruction]] = {}
     for computation, line in lines(text):
-        if found := _INSTRUCTION.match(line):
-            name, shape, kind, operands, attributes = found.groups()
+        if match := _INSTRUCTION.match(line):
+            name, shape, kind, operands, attributes = match.groups()
             computations.setdefault(computation, {})[name] = _Instruction(
                 name, shape, kind, tuple(_NAME.findall(operands)), attributes
             )
@@ -154,35 +154,35 @@ def _bytes_of_fusion(
 def _flops(each: _Instruction, within: Mapping[str, _Instruction]) -> int:
     """Counts the multiplications and additions of products; 0 for other operations."""
     if each.kind == "dot":
-        found = _CONTRACTED.search(each.attributes)
-        assert found is not None
+        match = _CONTRACTED.search(each.attributes)
+        assert match is not None
         dims = _dims(within[each.operands[0]].shape)
-        summed = [dims[int(i)] for i in found[1].split(",") if i]
+        summed = [dims[int(i)] for i in match[1].split(",") if i]
         return 2 * math.prod(_dims(each.shape)) * math.prod(summed)
     if each.kind == "custom-call" and (estimated := _ESTIMATED_FLOPS.search(each.attributes)):
         return int(estimated[1])
     if each.kind != "convolution":
         return 0
-    found = _LABELS.search(each.attributes)
-    assert found is not None
+    match = _LABELS.search(each.attributes)
+    assert match is not None
     left, right = (_dims(within[name].shape) for name in each.operands[:2])
     out = _dims(each.shape)
     products = math.prod(
-        _products(left[found[1].index(d)], right[found[2].index(d)], out[found[3].index(d)], own)
+        _products(left[match[1].index(d)], right[match[2].index(d)], out[match[3].index(d)], own)
         for d, own in zip(
-            sorted(filter(str.isdigit, found[1])), _windows(each.attributes, found[1]), strict=True
+            sorted(filter(str.isdigit, match[1])), _windows(each.attributes, match[1]), strict=True
         )
     )
-    rows, columns = out[found[3].index("b")], out[found[3].index("f")]
-    return 2 * rows * columns * right[found[2].index("i")] * products
+    rows, columns = out[match[3].index("b")], out[match[3].index("f")]
+    return 2 * rows * columns * right[match[2].index("i")] * products
 
 
 def _windows(attributes: str, labels: str) -> list[dict[str, str]]:
     """Returns what a convolution's window says about each spatial dimension."""
-    found = _WINDOW.search(attributes)
+    match = _WINDOW.search(attributes)
     number = sum(map(str.isdigit, labels))
     windows: list[dict[str, str]] = [{} for _ in range(number)]
-    for field in found[1].split() if found else ():
+    for field in match[1].split() if match else ():
         name, _, values = field.partition("=")
         for window, value in zip(windows, values.split("x"), strict=True):
             window[name] = value
@@ -203,5 +203,5 @@ def _products(left: int, right: int, out: int, window: Mapping[str, str]) -> int
 
 
 def _dims(shape: str) -> list[int]:
-    found = _DIMS.search(shape)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+    match = _DIMS.search(shape)
+    return [int(n) for n in match[1].split(",") if n] if match else []

@@ -158,8 +158,8 @@ def candidates(experiment: Experiment, config: ModelConfig, topology: Topology) 
     rows = training.batch_size // max(training.gradient_accumulation, 1)
     positions = experiment.data.inputs_length + experiment.method.prompt_positions()
     bits = {"int8": 8, "int4": 4}.get(experiment.model.quantization)
-    held = "float32" if experiment.method.trains_model else experiment.model.param_dtype
-    bits = bits or jax.dtypes.itemsize_bits(held)
+    dtype = "float32" if experiment.method.trains_model else experiment.model.param_dtype
+    bits = bits or jax.dtypes.itemsize_bits(dtype)
     weights = _parameters(config) * bits / 8
     layers = config.num_reading_layers
     guesses = []

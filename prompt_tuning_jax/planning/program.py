@@ -231,8 +231,8 @@ def _compiled(lowered: Any, partitioner: Partitioner) -> Program:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = _EXCEEDED.search(str(error))
-        needed = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        match = _EXCEEDED.search(str(error))
+        needed = int(float(match[1]) * _UNITS[match[2]]) if match else 0
         return Program(fits=False, needed_bytes=needed)
     seconds = time.monotonic() - started
     cpu_seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu

@@ -57,7 +57,7 @@ class LabelBySimilarity(LabelObjective):
             text, right = self._window_like(groups, right, corpus, length, random)
         label_tokens = self.names_itself(random)
         labels = [g[0] for g in groups] if label_tokens else _labels(table, classes, random)
-        return _asked(labels, groups, text, right)
+        return _make_question(labels, groups, text, right)
 
     def _window_like(
         self, groups: list[list[int]], right: int, corpus: Corpus, length: int, random: Random
@@ -89,8 +89,8 @@ class LabelByKeyword(LabelObjective):
         while not all(groups) or len(groups) < classes:
             text = _window(corpus, table, length, random)
             inside = set(text)
-            found = [word for word in inside if table.starts_word_V[word]]
-            if not found:
+            keywords = [word for word in inside if table.starts_word_V[word]]
+            if not keywords:
                 continue
             groups = [
                 [word for word in _scattered(corpus, table, 2 * size, random) if word not in inside]
@@ -98,9 +98,9 @@ class LabelByKeyword(LabelObjective):
             ]
             groups = [own[:size] for own in groups]
         right = random.randrange(classes)
-        groups[right][random.randrange(len(groups[right]))] = random.choice(found)
+        groups[right][random.randrange(len(groups[right]))] = random.choice(keywords)
         labels = _labels(table, classes, random)
-        return _asked(labels, groups, text, right)
+        return _make_question(labels, groups, text, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class LabelByTopic(LabelObjective):
             region = corpus.tokens[start : start + _REGION]
             content = list(dict.fromkeys(region[self.words.is_content_V[region]].tolist()))
             groups.append(random.sample(content, min(size, len(content))))
-        return _asked(_labels(self.words, classes, random), groups, text, right)
+        return _make_question(_labels(self.words, classes, random), groups, text, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class MissingWord(LabelObjective):
         text[place] = vocabulary.sentinel(1)
         names_itself = not self.block.size or self.names_itself(random)
         labels = choices if names_itself else _labels(table, len(choices), random)
-        return _asked(labels, [[word] for word in choices], text, choices.index(answer))
+        return _make_question(labels, [[word] for word in choices], text, choices.index(answer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def _window(corpus: Corpus, table: WordTable, length: int, random: Random) -> li
     return tokens[first : first + length].tolist()
 
 
-def _asked(
+def _make_question(
     labels: Sequence[int], words: Sequence[list[int]], text: list[int], right: int
 ) -> Question:
     return Question(

@@ -89,8 +89,8 @@ def text_files(path: PathLike | Sequence[PathLike]) -> list[Path]:
     skipped.  Raises UserError if there is no text file or a given file does not exist.
     """
     if isinstance(path, str | os.PathLike) and Path(path).is_dir():
-        found = sorted(f for f in Path(path).iterdir() if f.is_file() and f.suffix in SUFFIXES)
-        files = [f for f in found if not f.name.split(".")[0].isupper()]
+        candidates = sorted(f for f in Path(path).iterdir() if f.is_file() and f.suffix in SUFFIXES)
+        files = [f for f in candidates if not f.name.split(".")[0].isupper()]
         if not files:
             raise UserError(f"{path}: the folder holds no text file ({', '.join(SUFFIXES)})")
     else:

@@ -59,7 +59,7 @@ class Compiler:
         self._steps = {step.key: step for step in steps}
         self._first = frozenset(step.key for step in steps if step.first)
         self._todo = dict.fromkeys(self._steps)
-        self._asked: Counter[Hashable] = Counter()
+        self._requests: Counter[Hashable] = Counter()
         self._failed: dict[Hashable, Exception] = {}
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -99,7 +99,7 @@ class Compiler:
         """Requests a program; those that are requested most often are compiled next."""
         with self._changed:
             if key in self._todo:
-                self._asked[key] += 1
+                self._requests[key] += 1
 
     def wait_for_first(self, report: Callable[[str], None]) -> None:
         """Calls ``report`` with the name of each; errors as ``wait_for``."""
@@ -193,8 +193,8 @@ class Compiler:
         key = next((key for key in self._todo if key in self._first), None)
         if key is None and later:
             _lower_priority()
-            asked = [key for key, _ in self._asked.most_common() if key in self._todo]
-            key = next(iter([*asked, *self._todo]), None)
+            requested = [key for key, _ in self._requests.most_common() if key in self._todo]
+            key = next(iter([*requested, *self._todo]), None)
         if key is None:
             return None
         del self._todo[key]

@@ -206,8 +206,8 @@ def within_open_files(limits: ConnectionLimits) -> ConnectionLimits:
     except ImportError:  # not on this system
         return limits
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = _open_files()
-    fixed = opened + _FOR_FILES + _FOR_HEALTH
+    open_files = _open_files()
+    fixed = open_files + _FOR_FILES + _FOR_HEALTH
     wanted = fixed + limits.backlog + limits.connections
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -191,7 +191,7 @@ class Engine:
 
     def slots_for(self, program: Program) -> range:
         """The slots that are filled now with rows of this program."""
-        return self.shapes.pool_of(self._opened(program).length).slots
+        return self.shapes.pool_of(self._with_decodable_slots(program).length).slots
 
     def usable(self, kind: Kind, rows: Sequence[Row]) -> Program:
         """The fastest compiled program for these rows, at most as many as ``rows_at_once`` said."""
@@ -206,7 +206,7 @@ class Engine:
         """The program itself or, until it is compiled, the fastest that can replace it."""
         if program not in self.seconds:
             self.compiler.want(program)
-        program = self._opened(program)
+        program = self._with_decodable_slots(program)
         if program in self.seconds:
             return program
         # A copy: the thread that measures may add to it meanwhile.
@@ -216,7 +216,7 @@ class Engine:
             others = [one for one in others if self.shapes.pool_of(one.length) == slots]
         return min(others, key=self.seconds.__getitem__, default=None)
 
-    def _opened(self, program: Program) -> Program:
+    def _with_decodable_slots(self, program: Program) -> Program:
         """The program itself or, as long as its slots cannot be decoded, one for long slots."""
         *shorter, longest = self.shapes.pools
         pool = self.shapes.pool_of(program.length)

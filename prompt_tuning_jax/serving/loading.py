@@ -91,13 +91,13 @@ def find_tasks(folder: Path) -> list[TaskSource]:
         raise UserError(f"--prompts {folder}: no such folder")
     if run := _files_of_run(folder):
         return [TaskSource(name="", files=run)]
-    found = []
+    sources = []
     for stem, path in sorted(_by_stem(folder).items()):
         if path.is_file() or is_peft(path):
-            found.append(TaskSource(name=stem, files=(path,)))
+            sources.append(TaskSource(name=stem, files=(path,)))
         elif inside := (_files_of_run(path) or tuple(_by_stem(path, prompts_alone=True).values())):
-            found.append(TaskSource(name=stem, files=inside))
-    return found
+            sources.append(TaskSource(name=stem, files=inside))
+    return sources
 
 
 def load_tasks(
@@ -112,11 +112,11 @@ def load_tasks(
     """
     members: dict[str, list[Served]] = {}
     for file in source.files:
-        opened = load_methods(file, source.run)
-        if not opened:
+        loaded = load_methods(file, source.run)
+        if not loaded:
             name = file.stem if file.is_file() else file.name
-            opened = [LoadedMember(served=validator.prompt(file, name=name, run=source.run))]
-        for one in opened:
+            loaded = [LoadedMember(served=validator.prompt(file, name=name, run=source.run))]
+        for one in loaded:
             for own in _by_task(one, source.run):
                 members.setdefault(own.task, []).append(own.served)
     tasks = []
@@ -133,21 +133,21 @@ def load_tasks(
     return tasks
 
 
-def _by_task(opened: LoadedMember, run: Experiment | None) -> list[LoadedMember]:
+def _by_task(loaded: LoadedMember, run: Experiment | None) -> list[LoadedMember]:
     """Returns a member for each task of the mixture that it was trained on, or the member itself.
 
     ``run`` fills what its metadata does not say.
     """
-    if opened.task:
-        return [opened]
-    about = known_with(run, opened.served.metadata)
+    if loaded.task:
+        return [loaded]
+    about = known_with(run, loaded.served.metadata)
     of_tasks = [
         LoadedMember(
-            served=replace(opened.served, metadata=for_task(about, one)), task=task_name(one.name)
+            served=replace(loaded.served, metadata=for_task(about, one)), task=task_name(one.name)
         )
         for one in tasks_of(about)
     ]
-    return of_tasks or [LoadedMember(served=replace(opened.served, metadata=about))]
+    return of_tasks or [LoadedMember(served=replace(loaded.served, metadata=about))]
 
 
 def for_name(prompt: ServedPrompt, name: str, *, labels: Sequence[str]) -> ServedPrompt:
@@ -193,13 +193,13 @@ def _files_of_run(folder: Path) -> tuple[Path, ...]:
 
 def _by_stem(folder: Path, *, prompts_alone: bool = False) -> dict[str, Path]:
     """Returns possible prompts by stem; of files with equal stems, the .safetensors file."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in _entries(folder):
         if path.is_file() and path.suffix in PROMPT_SUFFIXES:
-            found[path.stem] = path
+            paths[path.stem] = path
         elif path.is_dir() and (not prompts_alone or is_peft(path)):
-            found.setdefault(path.name, path)
-    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
+            paths.setdefault(path.name, path)
+    return dict(sorted(paths.items(), key=lambda item: natural_order(item[0])))
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -226,12 +226,12 @@ class MethodLoader:
         """
         if run_folder.is_run(place):
             return self._whole_models(place)
-        found = []
+        members = []
         for path, stored in stored_methods(place, self._model):
             check_model(stored.metadata, fingerprint=self._validator.fingerprint, path=path)
             name = place.stem if place.is_file() else place.name
-            found += self._opened(name, stored, place)
-        return found or self._limited_prompt(place, run)
+            members += self._members(name, stored, place)
+        return members or self._limited_prompt(place, run)
 
     def _limited_prompt(self, place: Path, run: Experiment | None) -> list[LoadedMember]:
         """Loads a prompt of a run that limits attention; none for any other prompt."""
@@ -244,7 +244,7 @@ class MethodLoader:
         about = known_with(run, metadata)
         return [LoadedMember(served=self._prompt(place.stem, prompt_PD, method, about, place))]
 
-    def _opened(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
+    def _members(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
         if isinstance(method, PromptTuning) and method.decoder_length:
             raise UserError(
@@ -270,7 +270,7 @@ class MethodLoader:
         tasks = method.tasks or max(len(stored.tasks), 1)
         self._attach(method, stored.trainable, metadata.labels, tasks, place)
         known = {one.name: one for one in tasks_of(metadata)}
-        found = []
+        members = []
         for number in range(tasks):
             task = stored.tasks[number] if number < len(stored.tasks) else str(number)
             array = np.asarray(combined(method.combine, stored.trainable, number))
@@ -282,8 +282,8 @@ class MethodLoader:
             in_input, in_decoder = parts_of(method, array)
             prompt = self._prompt(name, in_input, method.task_prompt(), about, place, in_decoder)
             part = task_name(task) if tasks > 1 else ""
-            found.append(LoadedMember(served=prompt, task=part))
-        return found
+            members.append(LoadedMember(served=prompt, task=part))
+        return members
 
     def _prompt(
         self,
@@ -330,13 +330,13 @@ class MethodLoader:
         place: Path,
     ) -> TunedModel:
         """Attaches equal methods to the model once; UserError if the arrays do not fit."""
-        alike = method.as_trained()
+        config = method.as_trained()
         needs_labels = method.scores_labels or self._model.config.reads_images
-        key = method_to_json(alike), labels if needs_labels else (), tasks
+        key = method_to_json(config), labels if needs_labels else (), tasks
         if key not in self._attached:
             shapes = {name: tuple(array.shape) for name, array in trainable.items()}
             attached = attach_stored(
-                alike, self._model, shapes, labels=labels, tasks=tasks, of=str(place)
+                config, self._model, shapes, labels=labels, tasks=tasks, of=str(place)
             )
             self._attached[key] = attached
         params = param_tree.split(self._attached[key])[1]
@@ -353,13 +353,13 @@ class MethodLoader:
         best = run_folder.read_best(folder)
         labels = _labels_of(run.data, folder)
         metadata = known_with(run, PromptMetadata(model_name=run.model.name_or_path, labels=labels))
-        found = []
+        members = []
         for number, name in enumerate(member_names(run)):
             about = replace(metadata, seed=run.training.seeds[number])
             trainable = {path: array[number] for path, array in best.items()}
             member = self._method(name, run.method, trainable, about, folder)
-            found.append(LoadedMember(served=member))
-        return found
+            members.append(LoadedMember(served=member))
+        return members
 
 
 def limits_attention(method: PromptTuning, *, causal: bool) -> bool:

@@ -111,8 +111,8 @@ class PromptCache:
         self._params, self._at_end, self._compiled = params, at_end, compiled
         one = jax.eval_shape(hold, params, jax.ShapeDtypeStruct((1, length, width), self._dtype))
         self._held_of_one = one
-        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
-        fitting = max(max(copy_sizes), _MAX_PROMPT_BYTES // held)
+        row_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+        fitting = max(max(copy_sizes), _MAX_PROMPT_BYTES // row_bytes)
         self.capacity = min(rows, fitting)
         self._lru = LruRows(self.capacity)
 

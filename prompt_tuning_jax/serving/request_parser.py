@@ -218,23 +218,23 @@ class RequestParser:
             raise RefusedError(422, message, field="options.targets")
         words = self._engine.vocabulary
         try:
-            found = [tuple(ids) for ids in words.encode_targets(texts)]
+            target_ids = [tuple(ids) for ids in words.encode_targets(texts)]
         except UserError as error:
             raise RefusedError(422, str(error), field="options.targets") from None
         longest = self._engine.shapes.longest_target
-        for number, ids in enumerate(found):
+        for number, ids in enumerate(target_ids):
             if len(ids) > longest:
                 message = f"{len(ids)} tokens; at most {longest} are scored"
                 raise RefusedError(422, message, field=f"options.targets[{number}]")
-        return found
+        return target_ids
 
     def _limit(self, request: PredictRequest) -> int:
         most = self._engine.shapes.max_new_tokens
-        asked = request.options.max_length
-        if asked is not None and asked > most:
-            message = f"{asked} tokens; this server generates at most {most}"
+        max_length = request.options.max_length
+        if max_length is not None and max_length > most:
+            message = f"{max_length} tokens; this server generates at most {most}"
             raise RefusedError(422, message, field="options.max_length")
-        limit = asked or most
+        limit = max_length or most
         if (request.options.min_length or 0) > limit:
             message = f"{request.options.min_length} tokens; at most {limit} are generated"
             raise RefusedError(422, message, field="options.min_length")

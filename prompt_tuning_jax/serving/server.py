@@ -36,8 +36,10 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         if not named.strip():
             raise OSError("give a name or address; 0.0.0.0 is every address of this machine")
-        found = socket.getaddrinfo(named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
+        addresses = socket.getaddrinfo(
+            named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = addresses[0]
         own = socket.socket(family)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind(address)
@@ -103,12 +105,12 @@ async def _serve(
     )
     server = _Server(config)
 
-    told: list[float] = []
+    signaled_at: list[float] = []
 
     def stop() -> None:
         # `timeout` and terminals send a signal twice at once, which counts as one.
-        server.force_exit = bool(told) and loop.time() - told[0] > _TWICE
-        told.append(loop.time())
+        server.force_exit = bool(signaled_at) and loop.time() - signaled_at[0] > _TWICE
+        signaled_at.append(loop.time())
         server.should_exit = True
         on_drain()
 

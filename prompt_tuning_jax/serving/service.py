@@ -256,10 +256,14 @@ class Service:
         self, request: PredictRequest, parsed: Sequence[ParsedInput], values: list[list[Any]]
     ) -> list[Result]:
         decode = self.engine.vocabulary.decode
-        asked = request.options.normalize_length
+        normalize = request.options.normalize_length
 
         def mean(task: ServedTask) -> bool:
-            return asked if asked is not None else request.mode == "label" and task.normalize_length
+            return (
+                normalize
+                if normalize is not None
+                else request.mode == "label" and task.normalize_length
+            )
 
         results = [
             assembled(
@@ -288,9 +292,9 @@ class Service:
             self.scheduler.drop_gone()
 
     def _seconds(self, request: PredictRequest) -> float:
-        asked = request.options.deadline_ms
+        deadline_ms = request.options.deadline_ms
         most = self.limits.deadline_seconds
-        return most if asked is None else min(most, asked / 1000)
+        return most if deadline_ms is None else min(most, deadline_ms / 1000)
 
 
 def _length(given: Given) -> int:
@@ -324,7 +328,7 @@ def assembled(
         mean = sum(one.log_prob or 0.0 for one in scored) / len(scored)
         return Result(task=task, log_prob=mean, prompts=scored)
     known: list[dict[str, float]] = []
-    found: list[PromptResult] = []
+    results: list[PromptResult] = []
     probabilities: dict[str, float] | None = None
     if mode == "label":
         for name, own in zip(prompts, by_prompt, strict=True):
@@ -332,14 +336,14 @@ def assembled(
             known.append(dict(zip(labels, log_probs, strict=True)))
             share = softmax(log_probs)
             best = max(range(len(share)), key=log_probs.__getitem__)
-            found.append(
+            results.append(
                 PromptResult(
                     prompt=name,
                     prediction=labels[best],
                     probabilities=dict(zip(labels, share, strict=True)),
                 )
             )
-        shares = [one.probabilities or {} for one in found]
+        shares = [one.probabilities or {} for one in results]
         probabilities = {
             label: sum(share[label] for share in shares) / len(shares) for label in labels
         }
@@ -349,18 +353,18 @@ def assembled(
             log_prob = _finite(generated.log_prob)
             known.append({text: log_prob})
             tokens = len(generated.ids)
-            found.append(
+            results.append(
                 PromptResult(prompt=name, prediction=text, log_prob=log_prob, tokens=tokens)
             )
-    vote = majority_vote([one.prediction or "" for one in found], known)
-    several = len(found) > 1
+    vote = majority_vote([one.prediction or "" for one in results], known)
+    several = len(results) > 1
     return Result(
         task=task,
         prediction=vote.prediction,
         probabilities=probabilities,
         votes=dict(vote.votes) if several else None,
-        agreement=vote.votes[vote.prediction] / len(found) if several else None,
-        prompts=found,
+        agreement=vote.votes[vote.prediction] / len(results) if several else None,
+        prompts=results,
     )
 
 
@@ -373,10 +377,10 @@ def softmax(log_probs: Sequence[float]) -> list[float]:
 
 
 def _divided(log_probs: Sequence[float], divisors: Sequence[int]) -> list[float]:
-    found = map(_finite, log_probs)
+    finite = map(_finite, log_probs)
     if not divisors:
-        return list(found)
-    return [one / divisor for one, divisor in zip(found, divisors, strict=True)]
+        return list(finite)
+    return [one / divisor for one, divisor in zip(finite, divisors, strict=True)]
 
 
 def _finite(number: float) -> float:

@@ -64,8 +64,12 @@ class TaskChanges:
                 )
             given, own = tuple(labels), new.metadata.labels
             if old is not None and not given:
-                alike = {name: old.labels, "the upload": own} if others else {}
-                given = shared_labels(alike, instead="give the labels of all") or own or old.labels
+                labels_by_source = {name: old.labels, "the upload": own} if others else {}
+                given = (
+                    shared_labels(labels_by_source, instead="give the labels of all")
+                    or own
+                    or old.labels
+                )
             task = self._validator.task(name, [*others, new], given)
             store.put(task, {new.name: content})
             self._tasks.put(task)

@@ -197,10 +197,10 @@ class TaskStore:
 
     def _stamp(self) -> Any:
         try:
-            found = (self._folder / _INDEX).stat()
+            status = (self._folder / _INDEX).stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _read(self) -> None:
         path = self._folder / _INDEX

@@ -92,7 +92,7 @@ def recycled_prompts(
     for number, goal in enumerate(goals):
         check([groups[OLD][number], groups[NEW][number]], Settings(test=goal.test))
     points: dict[Value, list[dict[str, Any]]] = {OLD: [], NEW: []}
-    found: dict[str, dict[str, Any]] = {}
+    scores_by_task: dict[str, dict[str, Any]] = {}
     files: tuple[Path, ...] = ()
     results: Results | None = None
     with shared_model():
@@ -107,7 +107,7 @@ def recycled_prompts(
                 if way != NEW:
                     continue
                 before = points[OLD][number]
-                found[goal.name] = _carried(
+                scores_by_task[goal.name] = _carried(
                     groups[OLD][number].experiment,
                     tested_on(group.experiment, settings),
                     root / "recycled" / goal.name,
@@ -117,11 +117,13 @@ def recycled_prompts(
                 )
                 for name, own in ((OLD, before), (NEW, point)):
                     key = "validation" if goal.test is None else "test"
-                    found[goal.name][name.name] = [member[key] for member in own["members"]]
+                    scores_by_task[goal.name][name.name] = [
+                        member[key] for member in own["members"]
+                    ]
                 results = _results(
                     experiment,
                     model,
-                    found,
+                    scores_by_task,
                     points[NEW],
                     differ=differ,
                     number=len(goals),
@@ -179,10 +181,10 @@ def _carried(
     def scores(prompts: Sequence[Any]) -> list[float]:
         return [each[metric] for each in evaluate(tested, prompts=prompts).per_prompt]
 
-    found: dict[str, Any] = {NONE.name: scores([])}
+    by_way: dict[str, Any] = {NONE.name: scores([])}
     if same_width:
         # Arrays, because a file names the model that it belongs to.
-        found[UNTOUCHED.name] = scores([load_prompt(path) for path in paths])
+        by_way[UNTOUCHED.name] = scores([load_prompt(path) for path in paths])
     source, target = trained.model.name_or_path, tested.model.name_or_path
     for by, way in RECYCLED.items():
         carried = [
@@ -196,26 +198,26 @@ def _carried(
             )
             for path in paths
         ]
-        found[way.name] = scores([one.paths[0] for one in carried])
-        found[f"{way.name}, error"] = carried[0].held_out_error
-    run_folder.write_json(file, {"of": wanted, "scores": found})
-    return found
+        by_way[way.name] = scores([one.paths[0] for one in carried])
+        by_way[f"{way.name}, error"] = carried[0].held_out_error
+    run_folder.write_json(file, {"of": wanted, "scores": by_way})
+    return by_way
 
 
 def _results(
     experiment: Experiment,
     model: str,
-    found: Mapping[str, Mapping[str, Any]],
+    scores_by_task: Mapping[str, Mapping[str, Any]],
     points: Sequence[Mapping[str, Any]],
     *,
     differ: float | None,
     number: int,
     split: str,
 ) -> Results:
-    values = tuple(Value(name=name) for name in found)
+    values = tuple(Value(name=name) for name in scores_by_task)
     cells = []
     for value in values:
-        scores = found[value.name]
+        scores = scores_by_task[value.name]
         for way in WAYS:
             if way.name not in scores:
                 continue
@@ -225,14 +227,16 @@ def _results(
                     value=value, line=way, seeds=experiment.training.seeds[: len(each)], scores=each
                 )
             )
-    (some, *_) = found.values()
+    (some, *_) = scores_by_task.values()
     errors = ", ".join(f"{by} {some[f'{way.name}, error']:.3f}" for by, way in RECYCLED.items())
     training = experiment.training
     notes = [
         f"New model: {model}.  {training.steps:,} steps of {training.batch_size} on either model.",
         f"Relative error of the maps on held-out pieces: {errors}."
         + ("" if differ is None else f"  The embeddings differ by {differ:.3f}."),
-        majority_note(dict(zip(found, (point["majority"] for point in points), strict=False))),
+        majority_note(
+            dict(zip(scores_by_task, (point["majority"] for point in points), strict=False))
+        ),
     ]
     first = points[0]
     return Results(
@@ -245,11 +249,11 @@ def _results(
         cells=tuple(cells),
         metric=", ".join(dict.fromkeys(point["metric"] for point in points)),
         split=split or first["split"],
-        task=f"{len(found)} task{'s' * (len(found) != 1)}",
+        task=f"{len(scores_by_task)} task{'s' * (len(scores_by_task) != 1)}",
         model=experiment.model.name_or_path,
         majority=None,
         notes=tuple(notes),
         number=number * len({cell.line for cell in cells}),
         heading="Recycled prompts",
-        details={"new_model": model, "embeddings_differ": differ, "scores": dict(found)},
+        details={"new_model": model, "embeddings_differ": differ, "scores": dict(scores_by_task)},
     )

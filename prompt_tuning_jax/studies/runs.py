@@ -131,11 +131,11 @@ def suite(
     stopped_by = 0
     for number, (short, run) in enumerate(runs.items()):
         suites.say(quiet, f"\n{chosen[short]}: {number + 1} of {len(runs)}")
-        stopped_by, found = _scored(run, prepared, number, quiet=quiet)
+        stopped_by, by_task = _scored(run, prepared, number, quiet=quiet)
         if stopped_by:
             suites.say(quiet, f"{len(scores)} of {len(runs)} tasks are done")
             break
-        scores[short] = found[chosen[short]]
+        scores[short] = by_task[chosen[short]]
         lines = [*suites.table(of, scores), "", *suites.notes(of, run.experiment, scores, halved)]
         if processes.is_primary():
             _write_lines(files[0], [f"# {of.title} ({form})", "", *lines])
@@ -195,11 +195,11 @@ def try_transfer(
     stopped_by = 0
     for number, (one, run) in enumerate(zip(planned, runs, strict=True)):
         suites.say(quiet, f"\n{run.title}: {number + 1} of {len(runs)}")
-        stopped_by, found = _scored(run, prepared, number, quiet=quiet)
+        stopped_by, by_task = _scored(run, prepared, number, quiet=quiet)
         if stopped_by:
             suites.say(quiet, f"{number} of {len(runs)} runs are done")
             break
-        report.add(one.method, found)
+        report.add(one.method, by_task)
         lines = report.lines()
         if number + 1 < len(runs):
             lines.append(f"{number + 1} of {len(runs)} runs are done.")
@@ -231,8 +231,8 @@ def _prepare(runs: Sequence[_Run], missing: dict[str, list[str]]) -> _Prepared:
         for name, of in run.evaluations.items():
             try:
                 validate(of)
-                found = suites.data_of(of, training=of is run.experiment)
-                data.setdefault(number, {})[name] = found
+                digests = suites.data_of(of, training=of is run.experiment)
+                data.setdefault(number, {})[name] = digests
             except UserError as error:
                 complain(error, name if len(run.evaluations) > 1 else run.title)
     _refuse(missing, "nothing was trained")

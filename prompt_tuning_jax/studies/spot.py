@@ -103,7 +103,7 @@ def spot(
     }
     for goal in goals:
         check(groups[goal.name], Settings(test=goal.test))
-    found: dict[str, list[list[Start]]] = {}
+    starts_by_target: dict[str, list[list[Start]]] = {}
     last: dict[str, Any] = {}
     files: tuple[Path, ...] = ()
     results: Results | None = None
@@ -123,10 +123,10 @@ def spot(
                     return AblationResult(results=results, files=files, stopped_by=stopped_by)
                 seeds.append(_starts(group, point, tested=goal.test is not None))
                 last[goal.name] = point
-            found[goal.name] = seeds
+            starts_by_target[goal.name] = seeds
             results = summary(
                 experiment,
-                found,
+                starts_by_target,
                 last,
                 examples=examples,
                 steps=source_steps,
@@ -188,11 +188,11 @@ def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Sta
     """Returns the starts of a seed, the target's own initialization first."""
     of = group.experiment
     own = load_prompt(prompt_files(workdir_of(of), member_names(of))[0])
-    found = []
+    starts = []
     for one, member, init in zip(group.points, point["members"], of.training.inits, strict=True):
         _, path = split_init(init)
         validation = _number(member["validation"])
-        found.append(
+        starts.append(
             Start(
                 source=str(one.line),
                 validation=validation,
@@ -200,7 +200,7 @@ def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Sta
                 similarity=similarity(own, load_prompt(path)) if path else None,
             )
         )
-    return found
+    return starts
 
 
 def chosen(starts: Sequence[Start], direction: Direction) -> dict[Value, float]:
@@ -220,12 +220,12 @@ def chosen(starts: Sequence[Start], direction: Direction) -> dict[Value, float]:
     }
 
 
-def correlation(found: Mapping[str, Sequence[Sequence[Start]]]) -> float | None:
+def correlation(starts_by_target: Mapping[str, Sequence[Sequence[Start]]]) -> float | None:
     """Returns Pearson's correlation of similarity and gain over the target's own initialization.
 
     The pairs of target and source are means over seeds; None for fewer than three pairs.
     """
-    pairs = [pair for seeds in found.values() for pair in _pairs(seeds).values()]
+    pairs = [pair for seeds in starts_by_target.values() for pair in _pairs(seeds).values()]
     near, gain = (np.array([pair[i] for pair in pairs]) for i in (0, 1))
     if len(pairs) < 3 or not near.std() or not gain.std():
         return None
@@ -234,18 +234,18 @@ def correlation(found: Mapping[str, Sequence[Sequence[Start]]]) -> float | None:
 
 def _pairs(seeds: Sequence[Sequence[Start]]) -> dict[str, tuple[float, float, float]]:
     """Returns the mean similarity, gain and score of each source."""
-    found = {}
+    pairs = {}
     for number, first in enumerate(seeds[0][1:], start=1):
         near = statistics.fmean(one[number].similarity or 0.0 for one in seeds)
         score = statistics.fmean(one[number].score for one in seeds)
         own = statistics.fmean(one[0].score for one in seeds)
-        found[first.source] = (near, score - own, score)
-    return found
+        pairs[first.source] = (near, score - own, score)
+    return pairs
 
 
 def summary(
     experiment: Experiment,
-    found: Mapping[str, Sequence[Sequence[Start]]],
+    starts_by_target: Mapping[str, Sequence[Sequence[Start]]],
     points: Mapping[str, Mapping[str, Any]],
     *,
     examples: int,
@@ -253,12 +253,13 @@ def summary(
     number: int,
     split: str,
 ) -> Results:
-    """Returns the results of the finished targets; ``found`` has the starts of each seed.
+    """Returns the results of the finished targets.
 
+    ``starts_by_target`` has the starts of each seed.
     ``split`` names the split of the scores; if it is empty, ``points`` do.
     """
     seeds = experiment.training.seeds
-    values = tuple(Value(name=name) for name in found)
+    values = tuple(Value(name=name) for name in starts_by_target)
     grid = Grid(
         axis=Axis(name="target", title="target task", apply=unchanged, scale="names"),
         values=values,
@@ -268,7 +269,7 @@ def summary(
     cells = []
     for value in values:
         direction = points[value.name]["direction"]
-        ways = [chosen(starts, direction) for starts in found[value.name]]
+        ways = [chosen(starts, direction) for starts in starts_by_target[value.name]]
         for way in STARTS:
             scores = tuple(each[way] for each in ways)
             cells.append(Cell(value=value, line=way, seeds=seeds, scores=scores))
@@ -276,7 +277,7 @@ def summary(
     majority = {name: point["majority"] for name, point in points.items()}
     training = experiment.training
     shown = f"{examples:,} examples" if examples else "all examples"
-    near = correlation(found)
+    near = correlation(starts_by_target)
     notes = [
         f"Targets: {shown}, drawn anew by each seed, and {training.steps:,} steps of "
         f"{training.batch_size}; sources: all examples and {steps or training.steps:,} steps.",
@@ -292,10 +293,10 @@ def summary(
         cells=tuple(cells),
         metric=", ".join(dict.fromkeys(point["metric"] for point in points.values())),
         split=split or first["split"],
-        task=f"{len(found)} target task{'s' * (len(found) != 1)}",
+        task=f"{len(starts_by_target)} target task{'s' * (len(starts_by_target) != 1)}",
         model=experiment.model.name_or_path,
         majority=None,
-        notes=(*notes, "", *_matrix(found)),
+        notes=(*notes, "", *_matrix(starts_by_target)),
         number=number * len(STARTS),
         heading="Soft prompt transfer (SPoT)",
         details={
@@ -306,15 +307,15 @@ def summary(
                     start.source: [dataclasses.asdict(one[n]) for one in seeds_of]
                     for n, start in enumerate(seeds_of[0])
                 }
-                for name, seeds_of in found.items()
+                for name, seeds_of in starts_by_target.items()
             },
         },
     )
 
 
-def _matrix(found: Mapping[str, Sequence[Sequence[Start]]]) -> list[str]:
+def _matrix(starts_by_target: Mapping[str, Sequence[Sequence[Start]]]) -> list[str]:
     """Returns a Markdown table of gains and similarities, with a row per target."""
-    pairs = {target: _pairs(seeds) for target, seeds in found.items()}
+    pairs = {target: _pairs(seeds) for target, seeds in starts_by_target.items()}
     sources = list(dict.fromkeys(source for row in pairs.values() for source in row))
     rows = [["gain over the own start (similarity)", *(_shown(s) for s in sources)]]
     for target, row in pairs.items():

@@ -94,7 +94,7 @@ def chosen_tasks(
     ``option`` is the command-line option that error messages mention.  Raises UserError if a task
     is not in the suite or is named twice.
     """
-    found: dict[str, str] = {}
+    full_names: dict[str, str] = {}
     by_name = {name: short for short, name in suite.tasks.items()}
     for given in names or suite.tasks:
         own_form, base = form_of(given.removesuffix("_examples"))
@@ -105,10 +105,10 @@ def chosen_tasks(
             raise UserError(
                 f"{option}: {suite.name} has no {given!r}: {suggest(given, suite.tasks)}"
             )
-        if short in found:
-            raise UserError(f"{option} names {short} twice: {found[short]} and {full}")
-        found[short] = full
-    return {short: found[short] for short in suite.tasks if short in found}
+        if short in full_names:
+            raise UserError(f"{option} names {short} twice: {full_names[short]} and {full}")
+        full_names[short] = full
+    return {short: full_names[short] for short in suite.tasks if short in full_names}
 
 
 def require_form(form: str) -> Form:
@@ -185,18 +185,18 @@ def halves(name: str, data_dir: str) -> dict[str, list[Example]]:
             f"--split_validation: {name} cannot be halved; only ordinary and taskless tasks with "
             "labels and accuracy as their only metric can"
         )
-    found: dict[str, list[Example]] = {"train": [], "eval": []}
+    split: dict[str, list[Example]] = {"train": [], "eval": []}
     for row in task.source.rows("validation", data_dir):
         about = str(row["passage"]) if "passage" in row else json.dumps(dict(row), default=str)
         odd = hashlib.sha256(about.encode()).digest()[0] % 2
         for example in task.preprocess(row):
-            found["train" if odd else "eval"].append(example)
-    for half, examples in found.items():
+            split["train" if odd else "eval"].append(example)
+    for half, examples in split.items():
         if not examples:
             raise UserError(
                 f"--split_validation: {name} has too few examples: the {half} half is empty"
             )
-    return found
+    return split
 
 
 def on_files(experiment: Experiment, train: str, eval: str) -> Experiment:
@@ -261,7 +261,7 @@ def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[
     Over all eight tasks of SuperGLUE this is the leaderboard's score.  A column is None if a task
     lacks a score in it.
     """
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for column in COLUMNS:
         values = {short: task[column] for short, task in scores.items()}
         wanted = {short: metrics_of(suite, short, task) for short, task in scores.items()}
@@ -270,9 +270,9 @@ def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[
             for short, metrics in wanted.items()
             for metric in metrics
         ):
-            found[column] = None
+            means[column] = None
         elif suite.name == "super_glue" and values.keys() == suite.tasks.keys():
-            found[column] = super_glue_score(values)
+            means[column] = super_glue_score(values)
         else:
             shares = [
                 super_glue_task_score(short, values[short])
@@ -280,8 +280,8 @@ def suite_scores(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> dict[
                 else sum(values[short][name] for name in wanted[short]) / len(wanted[short])
                 for short in values
             ]
-            found[column] = sum(shares) / len(shares)
-    return found
+            means[column] = sum(shares) / len(shares)
+    return means
 
 
 def table(suite: Suite, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -314,7 +314,7 @@ def notes(
 ) -> list[str]:
     """Returns notes that explain the table, one per line; ``experiment`` may be any task's."""
     prompts = len(experiment.training.seeds)
-    found = [
+    lines = [
         coverage(suite, scores),
         f"Validation split, percent; {experiment.model.name_or_path}, {prompts} prompts a task, "
         f"{experiment.training.steps:,} steps. best: the best prompt on this split. "
@@ -323,25 +323,25 @@ def notes(
         f"{experiment.data.inputs_length} tokens (data.inputs_length).",
     ]
     if most := experiment.data.max_eval_examples:
-        found.append(f"Evaluated on at most {most:,} evenly spaced examples per task.")
+        lines.append(f"Evaluated on at most {most:,} evenly spaced examples per task.")
     for short, task in scores.items():
         if not task["labels"]:
-            found.append(
+            lines.append(
                 f"{short} has no labels: answers are generated, and prompts start without labels."
             )
         known = official_train_examples(suite.tasks[short])
         number = task["train_examples"]
         if short in halved:
-            found.append(
+            lines.append(
                 f"{short} does NOT use the official splits: trained on half of the validation "
                 f"split ({number:,} examples), evaluated on the other half."
             )
         elif known and number != known:
-            found.append(
+            lines.append(
                 f"{short}: trained on {number:,} examples; the official split has {known:,}."
             )
     reports = [line for task in scores.values() for line in task["reports"]]
-    return [*found, *(f"- {line}" for line in reports)]
+    return [*lines, *(f"- {line}" for line in reports)]
 
 
 def as_json(suite: Suite, scores: Mapping[str, Any], *, form: str) -> dict[str, Any]:

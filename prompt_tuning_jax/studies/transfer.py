@@ -46,10 +46,10 @@ def source_task(name: str, *, form: Form, option: str = "--from") -> str:
 
     Raises UserError if the name is unknown or ambiguous, or the task has no training split.
     """
-    found = _full_name(name, form=form, option=option)
-    if not any("train" in task.splits for task in get_mixture(found).tasks):
-        raise UserError(f"{option} {name}: {found} has no training split; choose another task")
-    return found
+    full = _full_name(name, form=form, option=option)
+    if not any("train" in task.splits for task in get_mixture(full).tasks):
+        raise UserError(f"{option} {name}: {full} has no training split; choose another task")
+    return full
 
 
 def target_tasks(names: Sequence[str], *, source: str, form: Form) -> tuple[str, ...]:
@@ -59,16 +59,16 @@ def target_tasks(names: Sequence[str], *, source: str, form: Form) -> tuple[str,
     source's labels into its own, that variant is chosen.  Raises UserError if a name is unknown or
     repeated, a task's labels differ from the source's, or no task is named.
     """
-    found: list[str] = []
+    targets: list[str] = []
     for name in names:
         for full in _targets(name, source=source, form=form):
-            if full in found:
+            if full in targets:
                 raise UserError(f"--to names {full} twice")
             _require_same_labels(source, full)
-            found.append(full)
-    if not found:
+            targets.append(full)
+    if not targets:
         raise UserError("--to is empty; name at least one task")
-    return tuple(found)
+    return tuple(targets)
 
 
 def runs_of(
@@ -137,7 +137,7 @@ def summary(
     The standard deviation is the sample standard deviation, or None for a single seed.  Each metric
     also has ``difference``, prompt tuning minus model tuning, or None if either is missing.
     """
-    found: dict[str, Any] = {}
+    summarized: dict[str, Any] = {}
     for method, by_task in scores.items():
         for task, seeds in by_task.items():
             for metric in score_names(seeds[0]):
@@ -147,13 +147,13 @@ def summary(
                 if len(numbers) == len(values):
                     std = statistics.stdev(numbers) if len(numbers) > 1 else None
                     entry |= {"mean": statistics.fmean(numbers), "std": std}
-                found.setdefault(task, {}).setdefault(metric, {})[method] = entry
-    for metrics in found.values():
+                summarized.setdefault(task, {}).setdefault(metric, {})[method] = entry
+    for metrics in summarized.values():
         for by_method in metrics.values():
             means = [by_method.get(method, {}).get("mean") for method in METHODS]
             both = means[0] is not None and means[1] is not None
             by_method["difference"] = means[0] - means[1] if both else None
-    return found
+    return summarized
 
 
 def table(
@@ -235,8 +235,8 @@ class Report:
             "majority": self.majority,
             "scores": self.scores,
         }
-        found: dict[str, Any] = without_nan(values)
-        return found
+        finite: dict[str, Any] = without_nan(values)
+        return finite
 
 
 def short_of(name: str) -> str:
@@ -252,18 +252,20 @@ def short_of(name: str) -> str:
 
 def _full_name(name: str, *, form: Form, option: str) -> str:
     """Returns a task's full name; UserError if ``name`` is unknown or in several benchmarks."""
-    found = [
+    full_names = [
         name_in_form(task.name, form)
         for task in T5_TASKS.values()
         # Skip later versions, and variants made for one source task.
         if task.short == name and "_v200" not in task.name and "_from_" not in task.name
     ]
     of_suites = [s.tasks[name] for s in SUITES.values() if name in s.tasks]
-    if of_suites and len(of_suites) == len({T5_TASKS[n].benchmark for n in _plain(found)}):
-        found = [name_in_form(full, form) for full in of_suites]
-    if len(found) > 1:
-        raise UserError(f"{option} {name} is ambiguous: {' and '.join(found)}; give the full name")
-    return get_mixture(found[0] if found else name).name
+    if of_suites and len(of_suites) == len({T5_TASKS[n].benchmark for n in _plain(full_names)}):
+        full_names = [name_in_form(full, form) for full in of_suites]
+    if len(full_names) > 1:
+        raise UserError(
+            f"{option} {name} is ambiguous: {' and '.join(full_names)}; give the full name"
+        )
+    return get_mixture(full_names[0] if full_names else name).name
 
 
 def _plain(names: Sequence[str]) -> list[str]:

@@ -67,9 +67,9 @@ def microbatching_of(
     0 fits the microbatches to the cache on a single CPU device where most parameters are frozen,
     and splits nothing elsewhere.
     """
-    asked = experiment.training.gradient_accumulation
-    if asked:
-        return Microbatching(num_microbatches=asked)
+    num_microbatches = experiment.training.gradient_accumulation
+    if num_microbatches:
+        return Microbatching(num_microbatches=num_microbatches)
     few_train = param_tree.count(members.trainable) < param_tree.count(members.frozen)
     if not _on_cpu(partitioner) or not partitioner.is_single_device or not few_train:
         return NO_MICROBATCHING
@@ -97,8 +97,8 @@ def with_stacked_layers(
     Returns ``members`` if ``training.scan_layers`` asks for no loop; otherwise ``members`` lacks
     the stacked parameters afterwards, so that no array is held twice.
     """
-    asked = experiment.training.scan_layers
-    if asked == "off" or (asked == "auto" and _on_cpu(partitioner)):
+    scan_layers = experiment.training.scan_layers
+    if scan_layers == "off" or (scan_layers == "auto" and _on_cpu(partitioner)):
         return members
     tuned = abstract_member(members.graphdef, members.trainable, members.frozen)
     tuned.model.scan_layers = True

@@ -155,8 +155,8 @@ def _draw_metric(
         return
     _draw_members(axis, steps, values_ER, METRIC_COLOR, marker="o" if len(steps) < 40 else "")
     if direction is not None:  # without a known direction, no point is the best
-        found = best_of(values_ER.ravel().tolist(), direction)
-        member, best = divmod(found, values_ER.shape[1])
+        index = best_of(values_ER.ravel().tolist(), direction)
+        member, best = divmod(index, values_ER.shape[1])
         value = values_ER[member, best]
         named = 1 < len(values_ER) <= len(MEMBER_COLORS)
         several = len(values_ER) > 1 and len(members[member]) <= LONGEST_NAME

@@ -59,11 +59,11 @@ class RunLog:
         self._since: tuple[int, float] | None = None
         self._screen: _Bar | _Lines | None = None
         folder = Path(workdir)
-        with ExitStack() as opened:
+        with ExitStack() as stack:
             self._folder, self._looked_at = folder, clock()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._descriptor = _lock(folder, opened)
+                self._descriptor = _lock(folder, stack)
                 # No other process trains here now, so leftovers belong to runs that were killed.
                 remove_leftovers(folder, *(path for path in folder.iterdir() if path.is_dir()))
                 self._file = _MetricsFile(folder / METRICS_FILE, last_step=start_step)
@@ -72,15 +72,15 @@ class RunLog:
                     f"working directory {folder} cannot be written ({error.strerror}): "
                     "choose another one with --workdir"
                 ) from error
-            opened.callback(self._file.close)
+            stack.callback(self._file.close)
             self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, first_step=start_step + 1)
-            opened.callback(self._tensorboard.close)
+            stack.callback(self._tensorboard.close)
             if not quiet and sys.stdout.isatty():
                 self._screen = _Bar(total_steps, start_step)
-                opened.callback(self._screen.close)
+                stack.callback(self._screen.close)
             elif not quiet:
                 self._screen = _Lines(total_steps, clock)
-            self._opened = opened.pop_all()
+            self._files = stack.pop_all()
 
     def log_train(
         self,
@@ -206,7 +206,7 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the progress bar and closes the files; calling it twice is safe."""
-        self._opened.close()
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -244,14 +244,14 @@ def _speed_text(
     return text
 
 
-def _lock(folder: Path, opened: ExitStack) -> int:
+def _lock(folder: Path, stack: ExitStack) -> int:
     """Locks the folder against other training processes, and returns a descriptor of it.
 
     The lock ends with the process, even if that is killed.  Raises UserError if another process
     holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    opened.callback(os.close, descriptor)
+    stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

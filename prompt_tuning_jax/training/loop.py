@@ -97,7 +97,7 @@ class Loop:
         signal to one stops all after the same step, and only process 0 logs.
         """
         start, state, pending, stale, evaluated = self._restore_last(state)
-        best_tree, best, improved_at, told = self._restore_best(state, evaluated=evaluated)
+        best_tree, best, improved_at, reported = self._restore_best(state, evaluated=evaluated)
         self.on_start()
         if start >= self.steps or self._at_an_end(stale):
             return self._result(start, best, best_tree, state, stale=stale)
@@ -111,7 +111,7 @@ class Loop:
         stopped_by = 0
         since = time.monotonic()
         with log or nullcontext(), self._signals():
-            if not told:
+            if not reported:
                 self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
             costs: dict[tuple[int, ...], StepCost] = {}
             done: list[StepCost] = []
@@ -190,12 +190,12 @@ class Loop:
         evaluations since a member last improved.  ``evaluated`` is true after any evaluation.
         """
         folder = self.workdir / LAST
-        found = train_state.restore_latest(
+        latest = train_state.restore_latest(
             folder, state, advice=f"remove {folder} to train again from the start"
         )
-        if found is None:
+        if latest is None:
             return 0, state, [], 0, False
-        step, state, extra = found
+        step, state, extra = latest
         self._require_same(extra)
         self._remove_damaged(folder, step)
         return (
@@ -224,16 +224,16 @@ class Loop:
         like = on_host(state)
         folder = self.workdir / BEST
         remedy = f"remove {folder.parent} to train again from the start, or use another workdir"
-        found = train_state.restore_latest(folder, like, advice=remedy)
-        if found is None:
+        latest = train_state.restore_latest(folder, like, advice=remedy)
+        if latest is None:
             if evaluated:
                 raise UserError(
                     f"{folder} is gone although the run has been evaluated, and with it the best "
                     f"members; put it back, or {remedy}"
                 )
             return like, [None] * len(self.names), set(), False
-        step, tree, extra = found
-        told = train_state.latest_step(folder) > step
+        step, tree, extra = latest
+        reported = train_state.latest_step(folder) > step
         self._require_same(extra)
         self._remove_damaged(folder, step)
         best, improved_at = _read_extra(
@@ -242,7 +242,7 @@ class Loop:
         )
         if len(best) != len(self.names):
             raise UserError(f"{folder} has the best of {len(best)} members, not {len(self.names)}")
-        return tree, best, improved_at, told
+        return tree, best, improved_at, reported
 
     def _require_same(self, extra: Mapping[str, Any]) -> None:
         """Raises UserError unless the frozen model and the data are those of the checkpoint."""

@@ -165,8 +165,8 @@ def state_shardings(
 
     def sharding_of(path: Any, leaf: Any) -> Any:
         array = trainable.get(getattr(path[-1], "key", ""))
-        alike = array is not None and array.shape == leaf.shape
-        return array.sharding if array is not None and alike else partitioner.replicated
+        same_shape = array is not None and array.shape == leaf.shape
+        return array.sharding if array is not None and same_shape else partitioner.replicated
 
     shardings: TrainState = jax.tree.map_with_path(sharding_of, state)
     return shardings

@@ -56,8 +56,8 @@ class GGUFModel:
 
 def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
     """A model as (configuration, parameters by our name); see ``open_gguf_model``."""
-    opened = open_gguf_model(path)
-    return opened.config, opened.params
+    checkpoint = open_gguf_model(path)
+    return checkpoint.config, checkpoint.params
 
 
 def open_gguf_model(path: str | Path) -> GGUFModel:
@@ -82,17 +82,17 @@ def open_gguf_model(path: str | Path) -> GGUFModel:
     # The head is tied if there is none, or if it is a copy of the embedding table.
     copied = _HEAD in infos and same_bytes(path, infos[_HEAD], infos[_TABLE])
     config = dataclasses.replace(config, tie_embeddings=copied or _HEAD not in infos)
-    held = {name: tensor for name, tensor in tensors.items() if not table.is_unused(name)}
+    used = {name: tensor for name, tensor in tensors.items() if not table.is_unused(name)}
     if copied:
-        del held[_HEAD]
-    if config.num_layers > len(held):
+        del used[_HEAD]
+    if config.num_layers > len(used):
         raise UserError(
-            f"{path} has {len(held)} tensors, which are too few for {config.num_layers} layers"
+            f"{path} has {len(used)} tensors, which are too few for {config.num_layers} layers"
         )
     shapes = causal_parameter_shapes(config)
     theirs = {name: table.tensor(name) for name in shapes}
     require_same_names(
-        held, dict.fromkeys(theirs.values()), of=str(path), and_of=f"a {metadata.architecture}"
+        used, dict.fromkeys(theirs.values()), of=str(path), and_of=f"a {metadata.architecture}"
     )
 
     def ours(tensor: LazyArray, name: str) -> LazyArray:
@@ -108,7 +108,7 @@ def open_gguf_model(path: str | Path) -> GGUFModel:
     blocks: dict[str, StoredBlocks] = {}
     dequantized: Counter[str] = Counter()
     for name, source in theirs.items():
-        tensor = held[source]
+        tensor = used[source]
         if architecture.norms_plus_one and name.endswith("norm/scale"):
             tensor = _minus_one(tensor)
         params[name] = ours(tensor, name)

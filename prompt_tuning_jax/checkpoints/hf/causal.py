@@ -172,8 +172,8 @@ def require_layers(
     ``numbers`` are those of each stack.
     """
     for stack, number in numbers.items():
-        held = {layer for name in tensors if (layer := table.layer_of(name, stack)) is not None}
-        missing = [i for i in range(number) if i not in held]
+        present = {layer for name in tensors if (layer := table.layer_of(name, stack)) is not None}
+        missing = [i for i in range(number) if i not in present]
         if missing:
             some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             of = f"the {stack}'s " if len(numbers) > 1 else ""

@@ -94,14 +94,14 @@ class ConfigReader(ConfigFields):
             self.values[field] = value(self.values) if callable(value) else value
 
     def only(self, key: str, value: Any, *, otherwise: str) -> None:
-        held = self.raw.get(key, value)
-        if (held or False) != (value or False):  # null is false
-            raise self._error(f"{key} is {_shown(held)}: {otherwise} is not supported")
+        actual = self.raw.get(key, value)
+        if (actual or False) != (value or False):  # null is false
+            raise self._error(f"{key} is {_shown(actual)}: {otherwise} is not supported")
 
     def same(self, key: str, field: str, *, otherwise: str) -> None:
-        held = self.raw.get(key)
-        if held is not None and held != self.values[field]:
-            raise self._error(f"{key} is {_shown(held)}: {otherwise} is not supported")
+        actual = self.raw.get(key)
+        if actual is not None and actual != self.values[field]:
+            raise self._error(f"{key} is {_shown(actual)}: {otherwise} is not supported")
 
     def rope(
         self, *, theta_key: str = "rope_theta", rotary_key: str = "", rotary: float = 1.0

@@ -43,14 +43,14 @@ class FlaxArray:
             return np.frombuffer(self.pieces[0], dtype).reshape(())
         row = prod(self.shape[1:])
         start, stop = bounds[0].start, max(bounds[0].start, bounds[0].stop)
-        found, offset = [], 0
+        parts, offset = [], 0
         for piece in self.pieces:
             flat = np.frombuffer(piece, dtype)
             low, high = max(start * row - offset, 0), min(stop * row - offset, flat.size)
             if low < high:
-                found.append(flat[low:high])
+                parts.append(flat[low:high])
             offset += flat.size
-        rows = found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, dtype)])
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, dtype)])
         return rows.reshape(stop - start, *self.shape[1:])[(slice(None), *bounds[1:])]
 
 
@@ -178,13 +178,13 @@ class _Scanner:
         raise ValueError(f"an object of kind {tag:#x}, which is in no file of parameters")
 
     def map(self, size: int, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for _ in range(size):
             name = self.value(depth + 1)
-            if not isinstance(name, str) or name in found:
+            if not isinstance(name, str) or name in entries:
                 raise ValueError(f"the name {name!r} twice, or no text")
-            found[name] = self.value(depth + 1)
-        return found
+            entries[name] = self.value(depth + 1)
+        return entries
 
     def extension(self, size: int) -> FlaxArray:
         code, payload = self.number(1), self.take(size)

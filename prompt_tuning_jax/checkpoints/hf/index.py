@@ -59,9 +59,9 @@ def write_folder(folder: Path, model: HfModel, *, dtype: str, max_shard_bytes: i
         _write_json(temporary / CONFIG, described)
         for file, names in shards.items():
             # safetensors writes the memory in order and ignores strides.
-            held = {n: np.ascontiguousarray(arrays[n].whole(), dtypes[n]) for n in names}
+            shard = {n: np.ascontiguousarray(arrays[n].whole(), dtypes[n]) for n in names}
             try:
-                save_file(held, temporary / file, metadata={"format": "pt"})
+                save_file(shard, temporary / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             # safetensors writes files that only their owner can read.

@@ -144,10 +144,10 @@ def _require_possible_layers(
         ("decoder", config.num_decoder_layers),
     ):
         if number > arrays:
-            held = sum(layer.startswith(stack) for layer in layers)
+            present = sum(layer.startswith(stack) for layer in layers)
             raise UserError(
-                f"{path} has {held} {stack} layers, but {CONFIG} (num_layers, num_decoder_layers) "
-                f"requires {number}: the config is damaged or another model's"
+                f"{path} has {present} {stack} layers, but {CONFIG} (num_layers, "
+                f"num_decoder_layers) requires {number}: the config is damaged or another model's"
             )
 
 

@@ -73,10 +73,11 @@ def t5gemma_config(raw: Mapping[str, Any], path: Path) -> T5GemmaConfig:
     decoder_raw = _part(raw, "decoder", path=path)
 
     def reader(of: Mapping[str, Any], model_type: str, part: str) -> ConfigReader:
-        held = of.get("model_type", model_type)
-        if held != model_type:
+        actual = of.get("model_type", model_type)
+        if actual != model_type:
             raise UserError(
-                f"{path}: {part}.model_type is {repr(held)[:80]}; a {kind} has {model_type!r} there"
+                f"{path}: {part}.model_type is {repr(actual)[:80]}; a {kind} has "
+                f"{model_type!r} there"
             )
         described = {**of, "model_type": model_type}
         return ConfigReader(described, generation=generation, path=path, part=part)

@@ -111,10 +111,11 @@ def read_peft(folder: str | Path) -> PeftPrompt:
     prompt = checked_prompt(stored, of=str(file), dtype=None)
     rows = [length * n for n in (range(1, stacks + 1) if copies is None else (copies,))]
     if len(prompt) not in rows or width not in (None, prompt.shape[1]):
-        asked = [" or ".join(map(str, rows)), "any width" if width is None else width]
+        expected = [" or ".join(map(str, rows)), "any width" if width is None else width]
         raise UserError(
-            f"{file} has shape {list(prompt.shape)}, but {CONFIG} requires [{asked[0]}, {asked[1]}]"
-            " (num_virtual_tokens × num_transformer_submodules, token_dim)"
+            f"{file} has shape {list(prompt.shape)}, but {CONFIG} requires "
+            f"[{expected[0]}, {expected[1]}] (num_virtual_tokens × num_transformer_submodules, "
+            "token_dim)"
         )
     return PeftPrompt(
         prompt_PD=np.ascontiguousarray(prompt[:length]),

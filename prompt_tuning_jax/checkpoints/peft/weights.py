@@ -138,10 +138,10 @@ def read_peft_weights(
     arrays = _used(arrays, config)
     require_plausible(arrays, config, of=str(file))
     layers = lora_layers(config) if kind == "LORA" else linear_layers(config)
-    found = _by_layer(arrays, layers, file)
+    by_layer = _by_layer(arrays, layers, file)
     method: LoRA | IA3
     if kind == "LORA":
-        method, trainable = read_lora(described, where, found, layers, file)
+        method, trainable = read_lora(described, where, by_layer, layers, file)
         method, trainable = _with_saved(method, trainable, saved, config)
     else:
         if saved:
@@ -149,7 +149,7 @@ def read_peft_weights(
                 f"{where}: modules_to_save is {shown(described.get('modules_to_save'))}, and with "
                 f"IA3 only modules that were not trained are read; {what_is_read()}"
             )
-        method, trainable = read_ia3(found, layers, file)
+        method, trainable = read_ia3(by_layer, layers, file)
     return PeftWeights(
         method=method,
         trainable=trainable,
@@ -258,14 +258,14 @@ def _by_layer(
     """The arrays in float32 by the name of their linear layer, then by the end of their name."""
     ends = (A, B, MAGNITUDE, *_OF_EMBEDDINGS, SCALE)
     known = {layer.array(end): (name, end) for name, layer in layers.items() for end in ends}
-    found: dict[str, dict[str, HostArray]] = {}
+    by_layer: dict[str, dict[str, HostArray]] = {}
     for theirs, array in arrays.items():
         if theirs not in known:
             raise UserError(
                 f"{file} contains {theirs}, which belongs to no linear layer of this model"
             )
         name, end = known[theirs]
-        found.setdefault(name, {})[end] = in_float32(array, of=f"{file}: {theirs}")
-    if not found:
+        by_layer.setdefault(name, {})[end] = in_float32(array, of=f"{file}: {theirs}")
+    if not by_layer:
         raise UserError(f"{file} contains no array")
-    return found
+    return by_layer

@@ -74,20 +74,20 @@ def open_arrays(
         )
         for name, place in places.items()
     }
-    opened = {name: _opened(places[name], future) for name, future in waiting.items()}
-    if stored_bytes is not None and opened:
-        claims = {name: _nbytes(array, array.shape) for name, array in opened.items()}
+    arrays = {name: _resolve(places[name], future) for name, future in waiting.items()}
+    if stored_bytes is not None and arrays:
+        claims = {name: _nbytes(array, array.shape) for name, array in arrays.items()}
         most = places[max(claims, key=claims.__getitem__)]
         of = f"{most.path} (its largest array is {most.name})"
         require_stored(sum(claims.values()), stored_bytes, of=of)
-    largest = max((a.size * a.dtype.numpy_dtype.itemsize for a in opened.values()), default=0)
+    largest = max((a.size * a.dtype.numpy_dtype.itemsize for a in arrays.values()), default=0)
     kept = location.retries(cached_bytes=min(largest, _MAX_CACHE_BYTES))
     # Opened again with a cache, without reading the headers again.
     cached = {
         name: tensorstore.open(
             array.spec(), read=True, open=True, assume_metadata=True, context=kept
         )
-        for name, array in opened.items()
+        for name, array in arrays.items()
     }
     return {name: _lazy(places[name], array.result()) for name, array in cached.items()}
 
@@ -125,7 +125,7 @@ def whole_number(array: LazyArray, of: str) -> int:
     return int(array.whole())
 
 
-def _opened(place: ArrayLocation, future: Any) -> Any:
+def _resolve(place: ArrayLocation, future: Any) -> Any:
     try:
         array = future.result()
     except Exception as error:  # TensorStore raises many types

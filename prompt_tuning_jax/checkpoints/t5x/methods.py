@@ -67,14 +67,14 @@ def numpy_arrays(folder: Path) -> dict[str, LazyArray]:
 
 
 def _numpy_files(folder: Path) -> dict[str, Path]:
-    found = {}
+    files = {}
     for file in sorted(folder.glob("*coder.*")):
         name = file.name.replace(".", "/")
         if file.suffix != ".npy" and is_trained(name) and file.is_file():
-            with file.open("rb") as opened:
-                if opened.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
-                    found[name] = file
-    return found
+            with file.open("rb") as stream:
+                if stream.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
+                    files[name] = file
+    return files
 
 
 def has_method(params: Mapping[str, Any]) -> bool:
@@ -193,12 +193,12 @@ def _read_tasks(
     }
     paths = {"features": "method/task_NPA", "projection": "method/kernel_NDS"}
     own = tasks_NA[:, :-width] if combined == "projection" else tasks_NA
-    found = {
+    trainable = {
         f"method/shared_{'PS' if combined in paths else 'PD'}": shared_PS,
         paths.get(combined, "method/task_NQD"): own.reshape(tasks, *own_axes[combined]),
     }
     if combined == "projection":
-        found["method/bias_ND"] = np.ascontiguousarray(tasks_NA[:, -width:])
+        trainable["method/bias_ND"] = np.ascontiguousarray(tasks_NA[:, -width:])
     method = MultitaskPrompts(
         length=length,
         combine=cast(Combine, combined),
@@ -210,7 +210,7 @@ def _read_tasks(
         method = replace(method, shared_features=features)
     if combined == "concatenation":
         method = replace(method, task_length=size // width)
-    return method, found
+    return method, trainable
 
 
 def _chosen(fitting: Sequence[Combined], given: Combined | None, *, of: str) -> Combined:
@@ -231,7 +231,7 @@ def _chosen(fitting: Sequence[Combined], given: Combined | None, *, of: str) -> 
 
 def _read_scales(arrays: _Arrays, config: T5Config, *, of: str) -> tuple[IA3, _Arrays]:
     sizes = {"heads": config.num_heads * config.head_dim, "mlp": config.mlp_dim}
-    found: dict[str, HostArray] = {}
+    trainable: dict[str, HostArray] = {}
     convs = set()
     for name, array in arrays.items():
         match = _SCALE.fullmatch(name)
@@ -247,7 +247,7 @@ def _read_scales(arrays: _Arrays, config: T5Config, *, of: str) -> tuple[IA3, _A
             if projection
             else (f"{block}/wo", "scale_D")
         )
-        found[f"model/{path}/adapter/{part}"] = array.reshape(-1)
+        trainable[f"model/{path}/adapter/{part}"] = array.reshape(-1)
     wanted = [name for conv in sorted(convs) for name in _scales(conv, config)]
     _require_names(arrays, wanted, of=of, what=f"IA3 in {', '.join(sorted(convs))}")
     names = [long for short, long in _PROJECTIONS.items() if f"{short}_conv" in convs]
@@ -255,7 +255,7 @@ def _read_scales(arrays: _Arrays, config: T5Config, *, of: str) -> tuple[IA3, _A
         outputs=(f".*/({'|'.join(names)})",) if names else (),
         inputs=(".*/mlp/wo",) if "intermediate_conv" in convs else (),
     )
-    return method, found
+    return method, trainable
 
 
 def _scales(conv: str, config: T5Config) -> list[str]:
@@ -379,16 +379,16 @@ def _written_scales(arrays: _Arrays, config: T5Config, *, of: str) -> _Arrays:
 
 def stacked(arrays: Mapping[str, HostArray], *, axis: int) -> _Arrays:
     """The arrays as a scan-layers model has them, layers stacked along ``axis``."""
-    found: _Arrays = {}
+    result: _Arrays = {}
     layers: dict[str, dict[int, HostArray]] = {}
     for name, array in arrays.items():
         if match := re.fullmatch(r"(encoder|decoder)/layers_(\d+)/(.+)", name):
             layers.setdefault(f"{match[1]}/{match[1]}/{match[3]}", {})[int(match[2])] = array
         else:
-            found[name] = array
+            result[name] = array
     for name, each in layers.items():
-        found[name] = np.stack([each[i] for i in sorted(each)], axis=axis)
-    return found
+        result[name] = np.stack([each[i] for i in sorted(each)], axis=axis)
+    return result
 
 
 def _require_names(arrays: _Arrays, wanted: list[str], *, of: str, what: str) -> None:

@@ -51,12 +51,12 @@ def read_orbax(place: CheckpointFolder, metadata: bytes) -> Stored:
         raise UserError(
             f"{place.name}/{METADATA} lists no parameters or no step: it is not a T5X checkpoint"
         )
-    opened = open_arrays(
+    arrays = open_arrays(
         {"/".join(path): spot for path, spot in {**wanted, step_path: where(step_path)}.items()},
         stored_bytes=place.stored_bytes(),
     )
     for path in wanted:
-        array, part = opened["/".join(path)], leaves[path].written
+        array, part = arrays["/".join(path)], leaves[path].written
         if part is not None and (
             len(part) != len(array.shape)
             or any(n > size for n, size in zip(part, array.shape, strict=True))
@@ -68,16 +68,16 @@ def read_orbax(place: CheckpointFolder, metadata: bytes) -> Stored:
 
     def open_state() -> OptimizerState:
         there = [path for path in state_paths if not leaves[path].empty]
-        found = open_arrays(
+        slots = open_arrays(
             {"/".join(path): where(path) for path in there}, stored_bytes=place.stored_bytes()
         )
-        return {"/".join(path[1:]): found.get("/".join(path)) for path in state_paths}
+        return {"/".join(path[1:]): slots.get("/".join(path)) for path in state_paths}
 
     return Stored(
-        step=whole_number(opened["state/step"], f"{place.name}/{METADATA}"),
+        step=whole_number(arrays["state/step"], f"{place.name}/{METADATA}"),
         version=_VERSION,
         params={
-            "/".join(path[1:]): as_parameter(opened["/".join(path)], version=_VERSION)
+            "/".join(path[1:]): as_parameter(arrays["/".join(path)], version=_VERSION)
             for path in wanted
         },
         state_names=tuple("/".join(path[1:]) for path in state_paths),

@@ -48,25 +48,25 @@ def read_native(place: CheckpointFolder, index: bytes | memoryview) -> Stored:
     step = state_leaves.pop("step", None)
     if step is None:
         raise UserError(f"{place.name}/{INDEX} has no step: it is not a T5X checkpoint")
-    opened = _open(place, {"target": leaves, "state": {"step": step}})
+    arrays = _open(place, {"target": leaves, "state": {"step": step}})
 
     def open_state() -> OptimizerState:
         there = {name: leaf for name, leaf in state_leaves.items() if leaf is not None}
-        arrays = _open(place, {"state": there})["state"]
-        return {name: arrays.get(name) for name in state_leaves}
+        slots = _open(place, {"state": there})["state"]
+        return {name: slots.get(name) for name in state_leaves}
 
     return Stored(
-        step=whole_number(opened["state"]["step"], f"{place.name}/{INDEX}"),
+        step=whole_number(arrays["state"]["step"], f"{place.name}/{INDEX}"),
         version=version,
         params={
-            name: as_parameter(array, version=version) for name, array in opened["target"].items()
+            name: as_parameter(array, version=version) for name, array in arrays["target"].items()
         },
         state_names=tuple(state_leaves),
         open_state=open_state,
         inline=frozenset(
             f"{part}/{name}"
-            for part, found in (("target", leaves), ("state", state_leaves))
-            for name, leaf in found.items()
+            for part, part_leaves in (("target", leaves), ("state", state_leaves))
+            for name, leaf in part_leaves.items()
             if isinstance(leaf, np.ndarray)
         ),
     )
@@ -123,8 +123,8 @@ def _open(
     """Opens all leaves of ``target`` and ``state`` at once; returns them by part and name."""
     inline: dict[str, LazyArray] = {}
     stored: dict[str, ArrayLocation] = {}
-    for part, found in leaves.items():
-        for name, leaf in found.items():
+    for part, part_leaves in leaves.items():
+        for name, leaf in part_leaves.items():
             # Messages use the same parameter names as everything else.
             called = name if part == "target" else f"{part}/{name}"
             if isinstance(leaf, np.ndarray | int):
@@ -138,7 +138,8 @@ def _open(
                 )
     arrays = inline | open_arrays(stored, stored_bytes=place.stored_bytes())
     return {
-        part: {name: arrays[f"{part}/{name}"] for name in found} for part, found in leaves.items()
+        part: {name: arrays[f"{part}/{name}"] for name in part_leaves}
+        for part, part_leaves in leaves.items()
     }
 
 
@@ -204,22 +205,22 @@ def open_t5x(folder: str | Path) -> T5XCheckpoint:
     if place.root is not None and place.file is None:
         require_whole(place.root)
     if (index := place.read_index()) is not None:
-        layout, found = "t5x", read_native(place, index)
+        layout, stored = "t5x", read_native(place, index)
     elif (metadata := place.read(METADATA)) is not None:
-        layout, found = "t5x_orbax", read_orbax(place, metadata)
+        layout, stored = "t5x_orbax", read_orbax(place, metadata)
     else:
         raise UserError(_nothing_in(place))
     return T5XCheckpoint(
-        step=found.step,
+        step=stored.step,
         layout=layout,
-        version=found.version,
-        scanned=is_scanned(found.params),
-        params=unscanned(found.params),
-        stored=found.params,
-        state_names=found.state_names,
-        open_state=found.open_state,
+        version=stored.version,
+        scanned=is_scanned(stored.params),
+        params=unscanned(stored.params),
+        stored=stored.params,
+        state_names=stored.state_names,
+        open_state=stored.open_state,
         # A single file holds all arrays, which a folder's index should not.
-        inline=found.inline if place.file is None else frozenset(),
+        inline=stored.inline if place.file is None else frozenset(),
     )
 
 

@@ -85,15 +85,15 @@ class Launch:
         """
         if reference is None:
             return None
-        found = None
+        binding = None
         for depth in range(len(reference.scopes) + 1):
             key = Key("/".join(reference.scopes[:depth]), reference.name, parameter)
             if key in self.bindings:
                 self._read.add(key)
-                found = key
-        if found is None:
+                binding = key
+        if binding is None:
             return None
-        return self._value(self.bindings[found], self.spelled[found], reference.scopes)
+        return self._value(self.bindings[binding], self.spelled[binding], reference.scopes)
 
     def reference(self, reference: Reference | None, parameter: str) -> Reference | None:
         """As ``get``, where the value is a reference; None for any other value."""
@@ -244,15 +244,16 @@ class _Reader(GinReader):
             self._names[whole] = whole
             self._names[f"{self._partial[module]}.{rest}"] = whole
             return whole
-        found = {
+        matches = {
             whole
             for name, whole in self._names.items()
             if name == selector or name.endswith(f".{selector}")
         }
-        if len(found) > 1:
+        if len(matches) > 1:
             raise UserError(
-                f"{where}: {selector!r} could be {' or '.join(sorted(found))}; write its whole name"
+                f"{where}: {selector!r} could be {' or '.join(sorted(matches))}; write its "
+                "whole name"
             )
-        whole = found.pop() if found else selector
+        whole = matches.pop() if matches else selector
         self._names[whole] = whole
         return whole

@@ -353,13 +353,13 @@ def _check_targets(
     eval_sets: Sequence[TokenizedExamples],
 ) -> None:
     """Raises UserError for targets that no prediction can equal, and for unknown label sets."""
-    data, asked = experiment.data, experiment.evaluation.strategy
+    data, strategy = experiment.data, experiment.evaluation.strategy
     uses_files = bool(data.train or data.eval)
     for number, one in enumerate((*train_sets, *eval_sets)):
         labels, evaluated = one.task.labels, number >= len(train_sets)
         if uses_files and not labels and not data.train and data.targets != "text":
             counts = Counter(example["targets"] for example in one.texts)
-            likely = asked in ("auto", "rank") and are_labels(counts)
+            likely = strategy in ("auto", "rank") and are_labels(counts)
             if likely or data.targets == "labels":
                 raise UserError(
                     f"{one.title}: the set of labels is unknown (the file has "
@@ -367,7 +367,7 @@ def _check_targets(
                     "data.train to the training file, or use a prompt that stores its labels; "
                     "data.targets=text generates text"
                 )
-        scores_labels = chosen_strategy(asked, labels) == "rank"
+        scores_labels = chosen_strategy(strategy, labels) == "rank"
         if labels and (uses_files or (scores_labels and evaluated)):
             require_labels_known(
                 one.task, one.title, one.texts, of_training=uses_files and not data.labels
@@ -455,7 +455,7 @@ def _padding_report(what: str, lengths: Sequence[int], percent: float) -> str:
     return f"{what} of inputs padded to {listed} tokens; {percent:.1f} % of that is padding"
 
 
-def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
+def _best_by(best_by: str, eval_sets: list[TokenizedExamples]) -> str:
     """Returns the requested metric, or the first; UserError for one that is not computed."""
     first = eval_sets[0].task
     if not first.metrics:
@@ -471,11 +471,13 @@ def _best_by(asked: str, eval_sets: list[TokenizedExamples]) -> str:
             first_name = next(iter(scores), LOSS)
         usual = usual or prefix + first_name
         names += [prefix + name for name in dict.fromkeys([*scores, LOSS])]
-    if asked and asked not in names:
-        known = asked in metric_names()
-        also = f"; add {asked} to data.metrics" if known else ""
-        raise UserError(f"evaluation.best_by: no metric {asked!r}: {suggest(asked, names)}{also}")
-    return asked or usual
+    if best_by and best_by not in names:
+        known = best_by in metric_names()
+        also = f"; add {best_by} to data.metrics" if known else ""
+        raise UserError(
+            f"evaluation.best_by: no metric {best_by!r}: {suggest(best_by, names)}{also}"
+        )
+    return best_by or usual
 
 
 def _direction(
@@ -497,18 +499,18 @@ def _direction(
     return mode
 
 
-def eval_batch_size(asked: int, examples: int, *, parts: int = 1) -> int:
+def eval_batch_size(batch_size: int, examples: int, *, parts: int = 1) -> int:
     """Returns the batch size: at most all examples, rounded up to a multiple of ``parts``."""
-    return -(-min(asked, examples) // parts) * parts
+    return -(-min(batch_size, examples) // parts) * parts
 
 
 def chosen_strategy(
-    asked: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
+    strategy: Literal["auto", "rank", "greedy", "beam"], labels: Sequence[str]
 ) -> Literal["rank", "greedy", "beam"]:
     """Returns the strategy; ``auto`` ranks labels if there are any, and otherwise generates."""
-    if asked == "auto":
+    if strategy == "auto":
         return "rank" if labels else "greedy"
-    return asked
+    return strategy
 
 
 def require_labels(labels: Sequence[str]) -> None:

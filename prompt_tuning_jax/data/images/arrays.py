@@ -39,10 +39,10 @@ def open_idx(path: Path, labels: Sequence[str]) -> ImageSet:
     assert match is not None
     beside = path.with_name(f"{match[1]}labels{match[2]}idx1-ubyte")
     files = [beside, beside.with_name(beside.name + ".gz")]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    labels_file = next((file for file in files if file.is_file()), None)
+    if labels_file is None:
         raise UserError(f"{path}: there are no labels beside it; expected {beside.name}")
-    images_NHW, numbers_N = _read_idx(path, 3), _read_idx(found, 1)
+    images_NHW, numbers_N = _read_idx(path, 3), _read_idx(labels_file, 1)
     return _numbered(images_NHW[..., None], numbers_N, labels, path=path)
 
 
@@ -141,7 +141,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     def damaged(why: str) -> UserError:
         return UserError(f"{path} is damaged, or not an IDX file: {why}")
 
-    with _opened(path) as file:
+    with _open_file(path) as file:
         header = file.read(4)
         if header != bytes((0, 0, _IDX_BYTES, dimensions)):
             raise damaged(f"it must start with {bytes((0, 0, _IDX_BYTES, dimensions)).hex()}")
@@ -167,7 +167,7 @@ def _pieces(file: Any, number: int) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_file(path: Path) -> Iterator[Any]:
     open_: Callable[[Path], Any] = gzip.open if path.suffix == ".gz" else _open_plain
     try:
         with open_(path) as file:
@@ -196,8 +196,8 @@ def _read_npz(path: Path, choices: Sequence[tuple[str, ...]]) -> list[np.ndarray
             chosen = next((each for each in choices if names.issuperset(each)), None)
             if chosen is None:
                 wanted = ", or ".join(" and ".join(each) for each in choices)
-                held = ", ".join(sorted(names))[:200]
-                raise UserError(f"{path}: there is no {wanted}; it holds {held or 'nothing'}")
+                listed = ", ".join(sorted(names))[:200]
+                raise UserError(f"{path}: there is no {wanted}; it holds {listed or 'nothing'}")
             return [_read_npy(archive, f"{name}.npy", path) for name in chosen]
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]

@@ -21,9 +21,9 @@ def given_images(inputs: object) -> ImageSet:
     if isinstance(inputs, str | Path):
         place = expanded(inputs)
         if place.is_dir():
-            if not (found := images_in(place)):
+            if not (inside := images_in(place)):
                 raise UserError(f"{inputs}: there is no PNG or JPEG file in this folder")
-            return files_as_images(found)
+            return files_as_images(inside)
         if place.suffix == ".npz" or is_idx(place):
             return open_unlabeled(place)
         inputs = [inputs]

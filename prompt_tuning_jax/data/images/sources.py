@@ -48,11 +48,11 @@ def open_images(path: str, *, labels: Sequence[str] = (), training: bool) -> Ima
 
 def images_in(folder: Path) -> list[str]:
     """Returns the image files in a folder and in those below it, in the order of their names."""
-    found = []
+    paths = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [str(Path(root, name)) for name in sorted(files, key=natural_order)]
-    return [path for path in found if is_image_file(path) and not Path(path).name.startswith(".")]
+        paths += [str(Path(root, name)) for name in sorted(files, key=natural_order)]
+    return [path for path in paths if is_image_file(path) and not Path(path).name.startswith(".")]
 
 
 def _open_folder(folder: Path) -> ImageSet:

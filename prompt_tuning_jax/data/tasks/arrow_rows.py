@@ -40,9 +40,9 @@ def read_arrow(path: Path, *, first: int = 1) -> _Rows:
             reader = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
             source.seek(0)
-            opened = pa.ipc.open_file(source)
-            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            yield from _rows(batches, opened.schema, path, first)
+            file_reader = pa.ipc.open_file(source)
+            batches = (file_reader.get_batch(i) for i in range(file_reader.num_record_batches))
+            yield from _rows(batches, file_reader.schema, path, first)
             return
         yield from _rows(reader, reader.schema, path, first)
 
@@ -84,9 +84,9 @@ def files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _listed(value: Any, field: str, path: Path) -> list[str]:
-    found = value.get(field) if isinstance(value, Mapping) else None
-    if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
-        return [str(name) for name in found]
+    names = value.get(field) if isinstance(value, Mapping) else None
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return [str(name) for name in names]
     raise UserError(f"{path}: {field!r} is not a list of names; the file is damaged")
 
 

@@ -299,15 +299,15 @@ def _require_columns(
 
 def _naming(row: Row, inputs: TextTemplate, targets: TextTemplate) -> str:
     """How to name the columns of a table without a header."""
-    asked = list(dict.fromkeys([*inputs.columns, *targets.columns]))
-    if len(asked) == len(row) == 2:
+    columns = list(dict.fromkeys([*inputs.columns, *targets.columns]))
+    if len(columns) == len(row) == 2:
         return (
-            f"set data.columns={','.join(asked)} or data.columns={','.join(reversed(asked))}, "
+            f"set data.columns={','.join(columns)} or data.columns={','.join(reversed(columns))}, "
             "in the order of the file"
         )
     return (
         f"name all {len(row)} columns in the order of the file with data.columns, including "
-        f"{', '.join(asked)}"
+        f"{', '.join(columns)}"
     )
 
 

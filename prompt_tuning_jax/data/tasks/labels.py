@@ -34,10 +34,10 @@ def label_notes(counts: Mapping[str, int], labels: Sequence[str]) -> Iterator[st
             f"all {counts[seen[0]]:,} training targets are {seen[0]!r}: with one class there is "
             "nothing to learn; if targets are text to generate, set data.targets=text"
         )
-    alike: dict[str, list[str]] = {}
+    by_spelling: dict[str, list[str]] = {}
     for label in labels:
-        alike.setdefault(_normalized(label), []).append(label)
-    for names in alike.values():
+        by_spelling.setdefault(_normalized(label), []).append(label)
+    for names in by_spelling.values():
         if len(names) > 1:
             listed = " and ".join(f"{name!r} ({counts.get(name, 0):,})" for name in names)
             yield f"the labels {listed} look like the same label; if so, spell them alike"

@@ -94,8 +94,8 @@ def separator_note(
     """A note on the separator if it is not that of the suffix, or ""."""
     if separator:
         return ""
-    found = _dialect(path, ending, separator, columns=len(columns)).separator
-    return "" if found == SEPARATORS[ending] else f"fields are separated by {found!r}"
+    detected = _dialect(path, ending, separator, columns=len(columns)).separator
+    return "" if detected == SEPARATORS[ending] else f"fields are separated by {detected!r}"
 
 
 def _check_names(names: Sequence[str], where: str) -> None:

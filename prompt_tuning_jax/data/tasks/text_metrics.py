@@ -34,12 +34,12 @@ def bleu(targets: Sequence[Any], predictions: Sequence[str]) -> float:
         length += len(words)
         reference_length += min((abs(len(s) - len(words)), len(s)) for s in sides)[1]
         for n in range(_MAX_ORDER):
-            found = _ngrams(words, n + 1)
+            ngrams = _ngrams(words, n + 1)
             allowed: Counter[tuple[str, ...]] = Counter()
             for side in sides:
                 allowed |= _ngrams(side, n + 1)
-            matches[n] += (found & allowed).total()
-            totals[n] += found.total()
+            matches[n] += (ngrams & allowed).total()
+            totals[n] += ngrams.total()
     if not any(matches) or not all(totals):
         return 0.0
     smoothing, logs = 1.0, []

@@ -40,12 +40,12 @@ def open_bytes(path: Path) -> IO[bytes]:
     require_whole(path)
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        opened: IO[bytes] = opener(path, "rb")
+        stream: IO[bytes] = opener(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return opened
+    return stream
 
 
 def chunks(file: IO[bytes], path: Path, *, size: int = 1 << 20) -> Iterator[bytes]:

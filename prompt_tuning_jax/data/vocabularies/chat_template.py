@@ -59,8 +59,8 @@ def render_chat(template: str, special: tuple[tuple[str, str], ...], *, of: str)
             "read"
         )
     rendered = _run(template, dict(special), f"  {_PLACEHOLDER}  ", of=of)
-    before, found, after = rendered.partition(_PLACEHOLDER)
-    if not found or _PLACEHOLDER in after:
+    before, placeholder, after = rendered.partition(_PLACEHOLDER)
+    if not placeholder or _PLACEHOLDER in after:
         raise UserError(f"{of}: the chat template does not contain the user's message exactly once")
     strips_start, strips_end = not before.endswith("  "), not after.startswith("  ")
     return ChatFormat(

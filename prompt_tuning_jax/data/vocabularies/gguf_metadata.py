@@ -52,7 +52,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     be read, is not GGUF, is truncated or claims more than it holds.
     """
     path = Path(path)
-    with _opened(path) as reader:
+    with _open(path) as reader:
         return reader.read()
 
 
@@ -77,12 +77,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     Whether the file is long enough for the tensors depends on their types and is not checked.
     Raises UserError like ``read_metadata``.
     """
-    with _opened(Path(path)) as reader:
+    with _open(Path(path)) as reader:
         return reader.read(), reader.read_tensors()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator["_Reader"]:
+def _open(path: Path) -> Iterator["_Reader"]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < len(_MAGIC):

@@ -267,8 +267,8 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         try:
-            with file.open("rb") as opened:
-                return opened.read(_LARGEST_TEMPLATE).decode()
+            with file.open("rb") as stream:
+                return stream.read(_LARGEST_TEMPLATE).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: cannot read the chat template: {error}") from None
     template = config.get("chat_template")

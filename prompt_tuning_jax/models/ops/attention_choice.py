@@ -79,18 +79,18 @@ class Choice:
 PLAIN = Choice(implementation="xla", reason="nothing else was asked for")
 
 
-def choose_attention(asked: Asked, traits: AttentionTraits, usage: Usage) -> Choice:
+def choose_attention(name: Asked, traits: AttentionTraits, usage: Usage) -> Choice:
     """Chooses an implementation; raises UserError if ``fused`` is asked for and cannot be had."""
     platform = usage.platform.upper()
-    if asked == "xla":
+    if name == "xla":
         return Choice(implementation="xla", reason="model.attention=xla")
     obstacle = _obstacle(traits, usage)
     if obstacle:
-        if asked == "fused":
+        if name == "fused":
             raise UserError(f"model.attention=fused: {obstacle}; set model.attention=auto")
         return Choice(implementation="xla", reason=obstacle)
     kernel: Implementation = "pallas" if usage.platform == "tpu" else "cudnn"
-    if asked == "fused":
+    if name == "fused":
         return Choice(implementation=kernel, reason="model.attention=fused")
     if usage.platform in PROVEN:
         return Choice(implementation=kernel, reason=f"the {traits.name} meets its rules")

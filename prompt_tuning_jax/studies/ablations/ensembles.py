@@ -79,7 +79,7 @@ def ensembles(
             "evaluation.best_by is loss, and ensembles are scored by their answers; set it to a "
             "metric of these, such as accuracy"
         )
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    scores_by_method: dict[str, dict[str, list[list[float]]]] = {}
     trained: dict[str, int] = {}
     with shared_model():
         for method in methods:
@@ -89,13 +89,13 @@ def ensembles(
             )
             if stopped_by:
                 return AblationResult(results=None, files=(), stopped_by=stopped_by)
-            found[method.name], trained[method.name] = scores["scores"], number
+            scores_by_method[method.name], trained[method.name] = scores["scores"], number
         model = build_model(experiment)
         majority = majority_score(experiment, settings, model)
         size = param_tree.count(param_tree.split(model)[1])
     results = _results(
         experiment,
-        found,
+        scores_by_method,
         trained,
         metric=metric,
         split=scores["split"],
@@ -181,7 +181,7 @@ def _most_probable(subset: Sequence[int], predictions: Predictions, example: int
 
 def _results(
     experiment: Experiment,
-    found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    scores_by_method: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
     trained: Mapping[str, int],
     *,
     metric: str,
@@ -193,7 +193,7 @@ def _results(
     values = tuple(Value(name=str(number)) for number in numbers)
     lines = {
         Value(name=f"{_TITLES.get(method, method)}: {way}"): (method, scores)
-        for method, by_way in found.items()
+        for method, by_way in scores_by_method.items()
         for way, scores in by_way.items()
     }
     grid = Grid(

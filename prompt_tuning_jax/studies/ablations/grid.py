@@ -95,14 +95,14 @@ class Grid:
             for axis in (self.axis, self.line_axis)
             if axis is not None and axis.member_field
         }
-        found: dict[str, list[tuple[Point, Experiment]]] = {}
+        members_by_name: dict[str, list[tuple[Point, Experiment]]] = {}
         for value in self.values:
             for line in self.all_lines:
                 of = self.experiment(base, value, line)
-                members = found.setdefault(self._name(value, line), [])
+                members = members_by_name.setdefault(self._name(value, line), [])
                 for seed in seeds:
                     members.append((Point(value=value, line=line, seed=seed), of))
-        groups = [_group(name, members, member_fields) for name, members in found.items()]
+        groups = [_group(name, members, member_fields) for name, members in members_by_name.items()]
         if at_once:
             groups = [
                 group.part(start, min(start + at_once, len(group.points)))

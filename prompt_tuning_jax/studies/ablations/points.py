@@ -143,7 +143,7 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
         {"validation": best.metrics[metric] if best else None, "step": best.step if best else None}
         for best in run.best
     ]
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "metric": metric,
         "direction": direction,
         "split": of.data.eval_split,
@@ -155,14 +155,14 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
     if settings.test is not None:
         tested = tested_on(of, settings)
         result = evaluate(tested, prompts=[str(run.workdir)])
-        found |= _scores_of(result, metric, group)
-        found["members"] = [
+        record |= _scores_of(result, metric, group)
+        record["members"] = [
             {**own, "test": scores[metric]}
             for own, scores in zip(members, result.per_prompt, strict=True)
         ]
     if settings.measure:
-        found["cost"] = {**step_cost_of(of), "saved_bytes": _saved_bytes(run)}
-    return 0, found
+        record["cost"] = {**step_cost_of(of), "saved_bytes": _saved_bytes(run)}
+    return 0, record
 
 
 def _searched(

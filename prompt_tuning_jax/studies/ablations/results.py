@@ -176,8 +176,8 @@ def as_json(results: Results) -> dict[str, Any]:
         "notes": list(results.notes),
         **results.details,
     }
-    found: dict[str, Any] = without_nan(values)
-    return found
+    finite: dict[str, Any] = without_nan(values)
+    return finite
 
 
 def write(results: Results, stem: Path) -> tuple[Path, ...]:

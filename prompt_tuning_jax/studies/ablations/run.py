@@ -127,24 +127,24 @@ def _results(
     cells = []
     for value in grid.values:
         for line in grid.all_lines:
-            found = [
+            finished = [
                 (point.seed, member, result)
                 for group, result in kept
                 for point, member in zip(group.points, _padded(group, result), strict=True)
                 if point.value == value and point.line == line
             ]
-            if len(found) < len(experiment.training.seeds):
+            if len(finished) < len(experiment.training.seeds):
                 continue
-            (_, _, first), *_ = found
-            whole = all(result is first for _, _, result in found)
+            (_, _, first), *_ = finished
+            whole = all(result is first for _, _, result in finished)
             if not first.get("all_seeds", True):
-                found = found[:1]  # nothing is drawn, so all seeds are the same
+                finished = finished[:1]  # nothing is drawn, so all seeds are the same
             cells.append(
                 Cell(
                     value=value,
                     line=line,
-                    seeds=tuple(seed for seed, _, _ in found),
-                    scores=tuple(_score(member, settings) for _, member, _ in found),
+                    seeds=tuple(seed for seed, _, _ in finished),
+                    scores=tuple(_score(member, settings) for _, member, _ in finished),
                     ensemble=first["ensembles"].get(cell_key(value, line)) if whole else None,
                     chosen=first["chosen"],
                     trained=first["trained"],

@@ -175,15 +175,15 @@ def _mrpc(tables: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, .
 
 
 def _mnli() -> dict[str, dict[str, tuple[Choice, ...]]]:
-    found: dict[str, dict[str, tuple[Choice, ...]]] = {
+    by_dataset: dict[str, dict[str, tuple[Choice, ...]]] = {
         "glue/mnli": {"train": (_glue("mnli", "train", "MNLI/train.tsv"),)}
     }
     for split, name in (("validation", "dev"), ("test", "test")):
         for which in ("matched", "mismatched"):
             choice = (_glue("mnli", split, f"MNLI/{name}_{which}.tsv"),)
-            found["glue/mnli"][f"{split}_{which}"] = choice
-            found.setdefault(f"glue/mnli_{which}", {})[split] = choice
-    return found
+            by_dataset["glue/mnli"][f"{split}_{which}"] = choice
+            by_dataset.setdefault(f"glue/mnli_{which}", {})[split] = choice
+    return by_dataset
 
 
 def _mrqa() -> dict[str, dict[str, tuple[Choice, ...]]]:
@@ -194,15 +194,15 @@ def _mrqa() -> dict[str, dict[str, tuple[Choice, ...]]]:
             files.append(f"{name}.jsonl")
         return tuple(_one(file, mrqa_rows) for file in files)
 
-    found: dict[str, dict[str, tuple[Choice, ...]]] = {}
+    by_dataset: dict[str, dict[str, tuple[Choice, ...]]] = {}
     for config, name in _MRQA_BOTH.items():
-        found[f"mrqa/{config}"] = {
+        by_dataset[f"mrqa/{config}"] = {
             "train": choices("train", name),
             "validation": choices("dev", name),
         }
     for config, name in _MRQA_TEST.items():
-        found[f"mrqa/{config}"] = {"test": choices("dev", name)}
-    return found
+        by_dataset[f"mrqa/{config}"] = {"test": choices("dev", name)}
+    return by_dataset
 
 
 def _summaries(folder: str, fields: Mapping[str, bool]) -> dict[str, tuple[Choice, ...]]:
@@ -278,13 +278,13 @@ def looked_for(dataset: str, split: str) -> str:
 
 
 def _locate(dataset: str, split: str, data_dir: str) -> tuple[Choice, list[Path]]:
-    found = _find(dataset, split, data_dir)
-    if found is None:
+    located = _find(dataset, split, data_dir)
+    if located is None:
         raise UserError(
             f"{data_dir} has no file of {dataset}, split {split!r}; looked for "
             f"{looked_for(dataset, split)}"
         )
-    return found
+    return located
 
 
 def _choices(dataset: str, split: str) -> tuple[Choice, ...]:

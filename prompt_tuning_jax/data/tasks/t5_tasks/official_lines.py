@@ -117,10 +117,10 @@ def _open(path: Path) -> IO[bytes]:
     require_whole(path)
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        opened: IO[bytes] = opener(path, "rb")
+        stream: IO[bytes] = opener(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return opened
+    return stream
 
 
 def _readline(file: IO[bytes], path: Path) -> bytes:

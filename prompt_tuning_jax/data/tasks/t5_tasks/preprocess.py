@@ -222,9 +222,9 @@ def _with_gap(row: Row) -> str:
     words = row["text"].split(" ")
     index = int(row["span2_index"])
     if not 0 < index < len(words) or words[index] != row["span2_text"]:
-        found = repr(words[index]) if 0 < index < len(words) else "not within the text"
+        shown = repr(words[index]) if 0 < index < len(words) else "not within the text"
         raise UserError(
-            f"WSC row {row['idx']}: span2_index {index} is {found} and must be the place of "
+            f"WSC row {row['idx']}: span2_index {index} is {shown} and must be the place of "
             f"{row['span2_text']!r} among the words, counted from 0, and not the first"
         )
     # If the pronoun is the last word, the blank after it remains.

@@ -119,8 +119,8 @@ def _folder(dataset: str, data_dir: str, version: str) -> Path:
 
 
 @cache
-def _say_once(dataset: str, version: str, found: str, data_dir: str) -> None:
-    _log.info("%s:%s is not in %s; reading version %s", dataset, version, data_dir, found)
+def _say_once(dataset: str, version: str, available: str, data_dir: str) -> None:
+    _log.info("%s:%s is not in %s; reading version %s", dataset, version, data_dir, available)
 
 
 def _any_version(dataset: str, data_dir: str) -> Path | None:

@@ -93,8 +93,8 @@ class CompiledAhead:
             others = jax.tree.map(jax.typeof, arguments[:-1])
             threads = ThreadPoolExecutor(thread_name_prefix="compile")
             waiting, self._waiting = self._waiting, {}
-            for own in sorted(waiting, key=lambda own: own != shapes):
-                self._made[own] = threads.submit(self._make, (*others, waiting[own]))
+            for other in sorted(waiting, key=lambda other: other != shapes):
+                self._made[other] = threads.submit(self._make, (*others, waiting[other]))
             threads.shutdown(wait=False)
         return self._made.get(shapes)
 

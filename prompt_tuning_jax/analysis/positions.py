@@ -97,9 +97,9 @@ def leave_one_out(
         for member in range(len(group)):
             scores.append(result.per_prompt[member][metric])
             changed.append(_changed(whole, result, member))
-            own = after[member]
-            if before is not None and own is not None:
-                losses.append(own - before)
+            loss = after[member]
+            if before is not None and loss is not None:
+                losses.append(loss - before)
     return Effects(
         examples=sum(map(len, whole.examples.values())),
         metric=metric,
@@ -128,10 +128,10 @@ def _losses(result: EvalResult) -> list[float | None]:
     """
     losses: list[list[float]] = [[] for _ in result.names]
     for task, examples in result.examples.items():
-        for own, known_N in zip(losses, result.predictions[task].log_probs_EN, strict=True):
+        for values, known_N in zip(losses, result.predictions[task].log_probs_EN, strict=True):
             for example, known in zip(examples.texts, known_N, strict=True):
                 right = known.get(example["targets"])
                 if right is None or len(known) < 2:
                     return [None] * len(losses)
-                own.append(float(np.logaddexp.reduce(list(known.values()))) - right)
-    return [float(np.mean(own)) for own in losses]
+                values.append(float(np.logaddexp.reduce(list(known.values()))) - right)
+    return [float(np.mean(values)) for values in losses]

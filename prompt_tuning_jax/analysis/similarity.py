@@ -131,9 +131,9 @@ def _one(prompt: str | Path) -> list[str]:
 
 def require_one_model(prompts: dict[str, StoredPrompt]) -> None:
     """Raises UserError unless all prompts have one width and all known fingerprints agree."""
-    (first, own), *rest = prompts.items()
-    width = own.prompt_PD.shape[1]
-    known, by = own.metadata, first
+    (first, first_prompt), *rest = prompts.items()
+    width = first_prompt.prompt_PD.shape[1]
+    known, by = first_prompt.metadata, first
     for path, stored in rest:
         if stored.prompt_PD.shape[1] != width:
             raise UserError(
@@ -158,7 +158,7 @@ def _model(metadata: PromptMetadata) -> str:
 def _write_mixture(
     nearest: Sequence[Similar],
     sources: dict[str, StoredPrompt],
-    own: StoredPrompt,
+    prompt: StoredPrompt,
     output: Path,
     *,
     by: By,
@@ -180,8 +180,8 @@ def _write_mixture(
     weights = [each.similarity for each in nearest]
     mixed_PD = mixture([sources[each.path].prompt_PD for each in nearest], weights)
     shares = [f"{w / sum(weights):.3f} {e.path}" for w, e in zip(weights, nearest, strict=True)]
-    models = [own.metadata, *(sources[each.path].metadata for each in nearest)]
-    known = next((m for m in models if m.model_fingerprint), own.metadata)
+    models = [prompt.metadata, *(sources[each.path].metadata for each in nearest)]
+    known = next((m for m in models if m.model_fingerprint), prompt.metadata)
     placements = {sources[each.path].metadata.combine for each in nearest}
     metadata = PromptMetadata(
         model_fingerprint=known.model_fingerprint,

@@ -111,8 +111,8 @@ def nearest_words(
         for ids_K, values_K in zip(ids_PK, values_PK, strict=True)
     )
     clusters = tuple(
-        _cluster([word for word, _ in own], float(tightness), chance)
-        for own, tightness in zip(words, tightness_P, strict=True)
+        _cluster([word for word, _ in row], float(tightness), chance)
+        for row, tightness in zip(words, tightness_P, strict=True)
     )
     return NearestWords(words=words, tightness_P=tightness_P, chance=chance, clusters=clusters)
 

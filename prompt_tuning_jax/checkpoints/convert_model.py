@@ -103,8 +103,10 @@ def convert_to_hf(
         )
     if words is None and not checkpoint.config.reads_images:
         notes.append("it has no vocabulary, since the source has none: give it with --vocabulary")
-    if own := _own_trained(checkpoint):
-        what = "prompt in the source is" if own.keys() == {PROMPT} else "trained arrays there are"
+    if trained := _own_trained(checkpoint):
+        what = (
+            "prompt in the source is" if trained.keys() == {PROMPT} else "trained arrays there are"
+        )
         notes.append(f"the {what} left out: convert them to npy, safetensors or peft")
     return written("a model as a Hugging Face folder", destination, notes=notes)
 

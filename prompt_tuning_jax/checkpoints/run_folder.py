@@ -135,19 +135,19 @@ def _best_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def bests_to_json(bests: Sequence[Best | None]) -> list[Any]:
     """Converts the best evaluations to JSON values; nan becomes null."""
-    return [own and {"step": own.step, "metrics": dict(own.metrics)} for own in bests]
+    return [best and {"step": best.step, "metrics": dict(best.metrics)} for best in bests]
 
 
 def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
     """The inverse of ``bests_to_json``; null among the metrics becomes nan."""
     return [
         Best(
-            step=own["step"],
-            metrics={name: math.nan if x is None else x for name, x in own["metrics"].items()},
+            step=entry["step"],
+            metrics={name: math.nan if x is None else x for name, x in entry["metrics"].items()},
         )
-        if own
+        if entry
         else None
-        for own in listed
+        for entry in listed
     ]
 
 

@@ -40,8 +40,8 @@ def choice_scores(
     the result is replicated.
     """
 
-    def member(own: FlatParams) -> Array:
-        tuned = param_tree.merge(graphdef, {**frozen, **own})
+    def member(params: FlatParams) -> Array:
+        tuned = param_tree.merge(graphdef, {**frozen, **params})
         context, injections = tuned.read(tokens_BT, task_B=task_B)
 
         def score(choice_BS: Array) -> Array:
@@ -79,11 +79,11 @@ def rank_choices(
     ]
     for batch in eval_batches(examples, batch_size=batch_size, buckets=buckets):
         index_R = batch["example_index"][batch["row_mask"]]
-        own = [ids[index] for index in index_R]
-        number = _padded(max(map(len, own)))
-        longest = _padded(max(len(tokens) for each in own for tokens in each))
+        batch_ids = [ids[index] for index in index_R]
+        number = _padded(max(map(len, batch_ids)))
+        longest = _padded(max(len(tokens) for each in batch_ids for tokens in each))
         choices_BKS = np.full((len(batch["inputs"]), number, longest), fill, np.int32)
-        for row, each in enumerate(own):
+        for row, each in enumerate(batch_ids):
             for column, tokens in enumerate(each):
                 choices_BKS[row, column, : len(tokens)] = tokens
         scores_EBK = np.asarray(scores(batch["inputs"], choices_BKS))

@@ -352,8 +352,10 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
         )
     model = build_model(experiment)
     members, _ = members_of_run(experiment, model, workdir, partitioner_of(experiment))
-    own = {name: jnp.asarray(array[number]) for name, array in members.trainable.items()}
-    return experiment, merging.merge(param_tree.merge(members.graphdef, {**members.frozen, **own}))
+    params = {name: jnp.asarray(array[number]) for name, array in members.trainable.items()}
+    return experiment, merging.merge(
+        param_tree.merge(members.graphdef, {**members.frozen, **params})
+    )
 
 
 def _member(workdir: Path, names: tuple[str, ...], member: str) -> int:

@@ -94,7 +94,7 @@ def map_members(function: Callable[..., Any], *arrays: Any, members: int, chunk_
     if chunk_size >= members:
         return jax.vmap(function, axis_size=members)(*arrays)
     batch_size = chunk_size if chunk_size > 1 else None
-    return jax.lax.map(lambda own: function(*own), arrays, batch_size=batch_size)
+    return jax.lax.map(lambda member: function(*member), arrays, batch_size=batch_size)
 
 
 Strategy: TypeAlias = Literal["greedy", "beam", "sample"]
@@ -198,8 +198,8 @@ def label_scores(
     """
     chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
 
-    def member(own: FlatParams) -> Array:
-        attached = param_tree.merge(graphdef, {**frozen, **own})
+    def member(params: FlatParams) -> Array:
+        attached = param_tree.merge(graphdef, {**frozen, **params})
         return score_labels(
             attached,
             tokens_BT,
@@ -291,8 +291,8 @@ def _write(
     batch = tokens_BT.shape[0]
     rows = members * batch
 
-    def start(own: FlatParams) -> tuple[DecodeContext, Injections, Any]:
-        attached = param_tree.merge(graphdef, {**frozen, **own})
+    def start(params: FlatParams) -> tuple[DecodeContext, Injections, Any]:
+        attached = param_tree.merge(graphdef, {**frozen, **params})
         if attached.method.label_tokens:
             raise UserError(
                 "this method ranks labels and writes no text; use evaluation.strategy=rank, and "
@@ -314,13 +314,13 @@ def _write(
 
     def step(tokens_N: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         def member(
-            own: FlatParams,
+            params: FlatParams,
             tokens: Array,
             cache: Any,
             context: DecodeContext,
             injections: Injections,
         ) -> tuple[Array, Any]:
-            attached = param_tree.merge(graphdef, {**frozen, **own})
+            attached = param_tree.merge(graphdef, {**frozen, **params})
             return attached.model.decode_step(
                 tokens, position, cache, context, injections=injections
             )
@@ -380,8 +380,8 @@ def loss_sums(
     tokens_BT = jnp.asarray(batch["inputs"])
     chunk_size = _chunk_size(graphdef, trainable, frozen, tokens_BT, members, partitioner)
 
-    def member(own: FlatParams) -> tuple[Array, Array]:
-        attached = param_tree.merge(graphdef, {**frozen, **own})
+    def member(params: FlatParams) -> tuple[Array, Array]:
+        attached = param_tree.merge(graphdef, {**frozen, **params})
         sums = attached.token_sums(tokens_BT, batch["targets"], task_B=task_B, copies=chunk_size)
         return sums.loss, sums.tokens
 
@@ -406,8 +406,8 @@ def target_scores(
     ``normalize_length`` returns the mean over its tokens.
     """
 
-    def member(own: FlatParams) -> Array:
-        attached = param_tree.merge(graphdef, {**frozen, **own})
+    def member(params: FlatParams) -> Array:
+        attached = param_tree.merge(graphdef, {**frozen, **params})
         if attached.method.label_tokens:
             return score_known_labels(attached, tokens_BT, targets_BS[:, None])[:, 0]
         return sequence_log_probs(

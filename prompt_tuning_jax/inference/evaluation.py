@@ -73,8 +73,8 @@ def evaluate(
     labels = as_texts(labels, "labels")
     experiment = validate(experiment)
     if labels:
-        own = dataclasses.replace(experiment.data, labels=labels)
-        experiment = validate(dataclasses.replace(experiment, data=own))
+        with_labels = dataclasses.replace(experiment.data, labels=labels)
+        experiment = validate(dataclasses.replace(experiment, data=with_labels))
     if experiment.data.objectives:
         raise UserError(
             "data.objectives: eval scores tasks; the loss on text is in the run's metrics.jsonl"
@@ -85,8 +85,8 @@ def evaluate(
         experiment = _with_labels(experiment, loaded)
     if isinstance(model.config, ViTConfig) and not experiment.data.labels:
         # The bare model has classes of its own, where the data does not say which.
-        own = dataclasses.replace(experiment.data, labels=model.config.labels)
-        experiment = dataclasses.replace(experiment, data=own)
+        with_labels = dataclasses.replace(experiment.data, labels=model.config.labels)
+        experiment = dataclasses.replace(experiment, data=with_labels)
     scores: list[dict[str, float]] = []
     predictions: dict[str, list[Predictions]] = {}
     reports: dict[str, None] = {}
@@ -198,7 +198,7 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
         votes = predictions.votes()
         compared = examples.as_written([vote.prediction for vote in votes])
         for i, (example, vote) in enumerate(zip(examples.texts, votes, strict=True)):
-            known = [own[i] for own in predictions.log_probs_EN]
+            known = [by_example[i] for by_example in predictions.log_probs_EN]
             row: dict[str, Any] = {"task": name} if several_tasks else {}
             row |= {
                 "input": example["inputs"],
@@ -210,8 +210,8 @@ def prediction_rows(result: EvalResult) -> Iterator[dict[str, Any]]:
             if len(known) > 1:
                 row["votes"] = dict(vote.votes)
             row["prompts"] = [
-                {"prompt": prompt, "prediction": texts[i], "log_probs": own}
-                for prompt, texts, own in zip(
+                {"prompt": prompt, "prediction": texts[i], "log_probs": by_example}
+                for prompt, texts, by_example in zip(
                     result.names, predictions.texts_EN, known, strict=True
                 )
             ]

@@ -221,13 +221,13 @@ def attach_stored(
     try:
         require_sizes(method, shapes)
         abstract = jax.eval_shape(lambda: param_tree.split(attach())[1])
-        own = {name: p for name, p in abstract.items() if method.trains(name)}
-        require_trainable(own)
+        trainable_params = {name: p for name, p in abstract.items() if method.trains(name)}
+        require_trainable(trainable_params)
     except UserError as error:
         raise UserError(f"{of}: {error}") from None
     # Only the shapes of the stored arrays.
     stored = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    param_tree.require_same_shapes(stored, own, of=of, and_of="the model")
+    param_tree.require_same_shapes(stored, trainable_params, of=of, and_of="the model")
     return attach()
 
 

@@ -286,7 +286,7 @@ def _predictions(
             prediction=vote.prediction,
             log_probs=mean_log_probs([known[i] for known in predictions.log_probs_EN]),
             votes=dict(vote.votes) if len(predictions.texts_EN) > 1 else None,
-            by_prompt=tuple(own[i] for own in predictions.texts_EN),
+            by_prompt=tuple(by_example[i] for by_example in predictions.texts_EN),
             input=text,
             row=row,
             truncated=bool(cut_N[i]),

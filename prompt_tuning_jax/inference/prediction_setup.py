@@ -68,26 +68,28 @@ def resolve(
     elif task:
         one = _trained_task(get_task(task))
         known = {name: for_task(about, one) for name, about in known.items()}
-    own = labels
-    if not own:
+    candidates = labels
+    if not candidates:
         by_name = {name: about.labels for name, about in known.items()}
-        own = shared_labels(by_name, instead="give the labels that all are to choose between")
+        candidates = shared_labels(
+            by_name, instead="give the labels that all are to choose between"
+        )
         if data.labels and not chosen and not task:
-            own = data.labels
+            candidates = data.labels
     if any(about.normalize_length for about in known.values()):
         evaluation = dataclasses.replace(experiment.evaluation, normalize_length=True)
         experiment = dataclasses.replace(experiment, evaluation=evaluation)
     strategy = experiment.evaluation.strategy
-    if not own and strategy in ("rank", "auto") and not chosen:
-        own = _labels_of(data)
-    if not own and strategy == "rank":
+    if not candidates and strategy in ("rank", "auto") and not chosen:
+        candidates = _labels_of(data)
+    if not candidates and strategy == "rank":
         raise UserError("no labels are known to rank; give them with labels (data.labels=a,b)")
     return PredictionSetup(
         experiment=experiment,
         loaded=loaded,
         partitioner=partitioner,
         wording=AS_IT_IS if raw else _wording(data, known, named),
-        labels=own,
+        labels=candidates,
         task=chosen,
     )
 

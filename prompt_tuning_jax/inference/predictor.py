@@ -258,7 +258,7 @@ class Predictor:
             return self._write(writing, trainable, frozen, tokens_BT, task_B)
         # One member at a time: decoding them together would move rows between devices.
         each = [{name: x[e : e + 1] for name, x in trainable.items()} for e in range(members)]
-        results = [self._write(writing, own, frozen, tokens_BT, task_B) for own in each]
+        results = [self._write(writing, params, frozen, tokens_BT, task_B) for params in each]
         return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
 
     def _write(
@@ -440,20 +440,22 @@ def evaluate_members(
             )
             normed = _best_choices(ranked, normalize_length=True)
             for before, texts_EN in (("", predictions[name].texts_EN), ("normed_", normed)):
-                for own, texts_N in zip(scores, texts_EN, strict=True):
+                for member_scores, texts_N in zip(scores, texts_EN, strict=True):
                     for metric, value in examples.score(texts_N).items():
-                        own[f"{prefix}{before}{metric}"] = value
+                        member_scores[f"{prefix}{before}{metric}"] = value
         elif not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
             predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
             scored = score_members(examples, predictions[name])
             if examples.task.ranks and len(examples.task.labels) == 2:
                 curves = _label_curves(examples, predictions[name])
-                for own, areas in zip(scored, curves, strict=True):
-                    own.update(areas)
-            for own, values in zip(scores, scored, strict=True):
-                own.update({f"{prefix}{metric}": value for metric, value in values.items()})
+                for member_scores, areas in zip(scored, curves, strict=True):
+                    member_scores.update(areas)
+            for member_scores, values in zip(scores, scored, strict=True):
+                member_scores.update(
+                    {f"{prefix}{metric}": value for metric, value in values.items()}
+                )
         if data.wants_loss(examples.task) and f"{prefix}{LOSS}" not in scores[0]:
             losses = predictor.losses(trainable, members.frozen, examples, **arguments)
-            for own, loss in zip(scores, losses, strict=True):
-                own[f"{prefix}{LOSS}"] = loss
+            for member_scores, loss in zip(scores, losses, strict=True):
+                member_scores[f"{prefix}{LOSS}"] = loss
     return scores, predictions

@@ -52,9 +52,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     """Returns the paths without the leading folders that all of them share."""
     parts = [name.split("/") for name in names]
     common = 0
-    while all(len(own) > common + 1 and own[common] == parts[0][common] for own in parts):
+    while all(len(path) > common + 1 and path[common] == parts[0][common] for path in parts):
         common += 1
-    return ["/".join(own[common:]) for own in parts]
+    return ["/".join(path[common:]) for path in parts]
 
 
 def print_scores(scores: Scores) -> None:

@@ -351,16 +351,16 @@ def read_init_arrays(method: MethodConfig, *, peft_scale: float = 1.0) -> dict[s
             "multitask_prompts that has been evaluated"
         )
     arrays = {name.removeprefix("trainable/"): np.asarray(leaf) for name, leaf in best[1].items()}
-    own = {name: arrays[name] for name in ARRAYS if name in arrays}
-    if len(own) < 2:
+    known = {name: arrays[name] for name in ARRAYS if name in arrays}
+    if len(known) < 2:
         raise UserError(f"method.init_path: {init_path} is not a run of multitask_prompts")
-    members = len(next(iter(own.values())))
+    members = len(next(iter(known.values())))
     if member >= members:
         raise UserError(
             f"method.source_member is {member} and {init_path} has {members} "
             "members, counted from 0"
         )
-    return {name: array[member] for name, array in own.items()}
+    return {name: array[member] for name, array in known.items()}
 
 
 def _without_label_init(method: MethodConfig) -> MethodConfig:

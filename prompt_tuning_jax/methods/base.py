@@ -142,12 +142,12 @@ class TunedModel(nnx.Module):
     def __repr__(self) -> str:
         """Describes the model and lists the attached arrays with their shapes."""
         params = param_tree.split(self)[1]
-        own = {name: array for name, array in params.items() if is_attached(name)}
-        shown = [f"{name} {list(array.shape)}" for name, array in [*own.items()][:3]]
-        shown += [f"{len(own) - 3} more"] * (len(own) > 3)
+        attached = {name: array for name, array in params.items() if is_attached(name)}
+        shown = [f"{name} {list(array.shape)}" for name, array in [*attached.items()][:3]]
+        shown += [f"{len(attached) - 3} more"] * (len(attached) > 3)
         return (
             f"{self.model!r} with {type(self.method).__name__}: "
-            f"{sum(array.size for array in own.values()):,} parameters ({', '.join(shown)})"
+            f"{sum(array.size for array in attached.values()):,} parameters ({', '.join(shown)})"
         )
 
     def for_inference(self) -> "TunedModel":

@@ -105,8 +105,8 @@ class LayerPrompts(TuningModule[DeepPrompts]):
         keys = split_key(key, len(layers))
         rate, batch = self.config.dropout, len(tokens_BT)
         first, *others = [
-            dropped(prompt_PD, rate, batch=batch, key=own)
-            for prompt_PD, own in zip(layers, keys, strict=True)
+            dropped(prompt_PD, rate, batch=batch, key=layer_key)
+            for prompt_PD, layer_key in zip(layers, keys, strict=True)
         ]
         add = self.config.mode == "add"
         later = [

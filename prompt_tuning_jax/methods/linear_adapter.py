@@ -50,7 +50,7 @@ def matching_paths(
     chosen: set[str] = set()
     for pattern in patterns:
         matches = param_tree.matching(by_path, pattern, of=field)
-        matching = {name for name, own in matches.items() if own}
+        matching = {name for name, matched in matches.items() if matched}
         if not matching:
             known = (
                 f"a pattern must match a whole path, for instance {next(reversed(list(by_path)))}"

@@ -133,8 +133,8 @@ class LoRAModule(TuningModule[LoRA]):
         pairs = _pairs(copy)
         # The fold keeps these keys distinct from the model's dropout keys, split from the same key.
         keys = jax.random.split(jax.random.fold_in(key, 0x10BA), len(pairs))
-        for own, pair in zip(keys, pairs, strict=True):
-            pair.key = own
+        for pair_key, pair in zip(keys, pairs, strict=True):
+            pair.key = pair_key
         return copy
 
 

@@ -322,7 +322,7 @@ class Model(nnx.Module):
     def injections_for_writing(self, injections: Injections) -> Injections:
         """Returns the injections that are still needed after the input has been read."""
         stacks = self.stacks
-        kept = {name: own for name, own in injections.prefixes.items() if stacks[name].writes}
+        kept = {name: prefix for name, prefix in injections.prefixes.items() if stacks[name].writes}
         return replace(
             injections, model_input=None, layer_prompts=None, prefixes=kept, decoder_prompt=None
         )

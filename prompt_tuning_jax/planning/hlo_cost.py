@@ -95,7 +95,7 @@ def _cost_of(computation: Mapping[str, _Instruction], computations: _Computation
     for each in computation.values():
         if each.kind == "fusion":
             inner = computations[_CALLS.findall(each.attributes)[0]]
-            flops += sum(_flops(own, inner) for own in inner.values())
+            flops += sum(_flops(instruction, inner) for instruction in inner.values())
             size += _bytes_of_fusion(each, computation, inner)
         elif not _FREE.fullmatch(each.kind):
             size += _bytes(each, computation)
@@ -120,9 +120,9 @@ def _bytes_of_fusion(
 ) -> float:
     """Counts what a fusion writes, and of its operands what it reads."""
     users: dict[str, list[_Instruction]] = {}
-    for own in inner.values():
-        for name in own.operands:
-            users.setdefault(name, []).append(own)
+    for instruction in inner.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
 
     def final(name: str) -> Iterator[tuple[str, _Instruction]]:
         """Yields the operations that read a value, through bitcasts."""
@@ -133,21 +133,23 @@ def _bytes_of_fusion(
                 yield name, user
 
     size = 0.0
-    for own in inner.values():
-        if own.kind != "parameter":
+    for instruction in inner.values():
+        if instruction.kind != "parameter":
             continue
-        whole = bytes_of(own.shape)
+        whole = bytes_of(instruction.shape)
         read = 0.0
-        for name, user in final(own.name):
+        for name, user in final(instruction.name):
             if user.kind in _PARTS and user.operands[0] == name:
                 read += bytes_of(user.shape)
             elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
                 read = whole
                 break
         size += min(read, whole)
-    updates = [own for own in inner.values() if own.kind == "dynamic-update-slice"]
+    updates = [
+        instruction for instruction in inner.values() if instruction.kind == "dynamic-update-slice"
+    ]
     if updates:  # in place
-        return size + sum(bytes_of(inner[own.operands[1]].shape) for own in updates)
+        return size + sum(bytes_of(inner[instruction.operands[1]].shape) for instruction in updates)
     return size + bytes_of(each.shape)
 
 
@@ -168,8 +170,8 @@ def _flops(each: _Instruction, within: Mapping[str, _Instruction]) -> int:
     left, right = (_dims(within[name].shape) for name in each.operands[:2])
     out = _dims(each.shape)
     products = math.prod(
-        _products(left[match[1].index(d)], right[match[2].index(d)], out[match[3].index(d)], own)
-        for d, own in zip(
+        _products(left[match[1].index(d)], right[match[2].index(d)], out[match[3].index(d)], window)
+        for d, window in zip(
             sorted(filter(str.isdigit, match[1])), _windows(each.attributes, match[1]), strict=True
         )
     )

@@ -191,7 +191,7 @@ def _as_prompts(question: Question, block: PromptBlock, random: Random) -> np.nd
     share = random.randint(1, block.positions // len(question.labels))
     for label, words in zip(question.labels, question.words, strict=True):
         for part in range(share):
-            own = words[part::share] or random.sample(words, min(1, len(words)))
-            own = [*label, *own][: block.words]
-            positions_PW[places.pop(), : len(own)] = own
+            chosen = words[part::share] or random.sample(words, min(1, len(words)))
+            chosen = [*label, *chosen][: block.words]
+            positions_PW[places.pop(), : len(chosen)] = chosen
     return positions_PW

@@ -45,7 +45,7 @@ class LabelBySimilarity(LabelObjective):
             near = [_labels(table, table.neighbors_CM.shape[1], random) for _ in range(classes)]
         else:
             near = [table.neighbors_CM[i].tolist() for i in _distinct(table, classes, random)]
-        groups = [[own[0], *random.sample(own[1:], size - 1)] for own in near]
+        groups = [[words[0], *random.sample(words[1:], size - 1)] for words in near]
         right = random.randrange(classes)
         draw = random.random()
         if draw < 0.15:
@@ -96,7 +96,7 @@ class LabelByKeyword(LabelObjective):
                 [word for word in _scattered(corpus, table, 2 * size, random) if word not in inside]
                 for _ in range(classes)
             ]
-            groups = [own[:size] for own in groups]
+            groups = [group[:size] for group in groups]
         right = random.randrange(classes)
         groups[right][random.randrange(len(groups[right]))] = random.choice(keywords)
         labels = _labels(table, classes, random)
@@ -187,11 +187,14 @@ class DictionaryLabels(LabelObjective):
             for group in groups
         ]
         if not named and self.names_itself(random):
-            named = [own[0] for own in words]
+            named = [sense_words[0] for sense_words in words]
         labels = named or [[label] for label in _labels(self.words, len(groups), random)]
         return Question(
             labels=labels,
-            words=[[token for word in own for token in word][: self.class_tokens] for own in words],
+            words=[
+                [token for word in sense_words for token in word][: self.class_tokens]
+                for sense_words in words
+            ],
             text=_described(wanted, random),
             answer=labels[right],
         )

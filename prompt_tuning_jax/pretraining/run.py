@@ -51,10 +51,10 @@ def _prepare(
 
     def evaluate(members: Members, trainable: FlatParams) -> list[dict[str, float]]:
         scores = text_losses(members.graphdef, trainable, members.frozen, data, partitioner)
-        for member, own in enumerate(scores):
+        for member, metrics in enumerate(scores):
             weights = {**members.frozen, **{name: x[member] for name, x in trainable.items()}}
             for name, probe in zip(names, probes, strict=True):
-                own[f"probe_{name}"] = probe.score(weights)
+                metrics[f"probe_{name}"] = probe.score(weights)
         return scores
 
     return data, evaluate

@@ -122,8 +122,8 @@ class TextData:
             yield self._one(self.evaluation, step=step, seed=EVAL_SEED)
 
     def _batch(self, step: int) -> Batch:
-        own = [self._one(self.train, step=step, seed=seed) for seed in self.seeds]
-        return {name: np.stack([batch[name] for batch in own]) for name in own[0]}
+        blocks = [self._one(self.train, step=step, seed=seed) for seed in self.seeds]
+        return {name: np.stack([batch[name] for batch in blocks]) for name in blocks[0]}
 
     def _one(self, corpus: Corpus, *, step: int, seed: int) -> Batch:
         return self.objective.batch(

@@ -367,8 +367,8 @@ class Engine:
                 make=partial(self._compile, program),
                 first=is_first,
             )
-            own = rank(program, is_first=is_first), program.length, program.rows
-            ordered.append((own, step))
+            priority = rank(program, is_first=is_first), program.length, program.rows
+            ordered.append((priority, step))
         for spec in filter(shapes.generates, self._caches):
             for decode in self._decode_programs(spec):
                 number, width = decode.slots, decode.width
@@ -379,8 +379,8 @@ class Engine:
                     make=partial(self._compile_decode, decode),
                     first=is_first,
                 )
-                own = rank(decode, is_first=is_first), max(1, width - longest), number
-                ordered.append((own, step))
+                priority = rank(decode, is_first=is_first), max(1, width - longest), number
+                ordered.append((priority, step))
         for number in shapes.batch_sizes:
             hold = HoldProgram(prompts=number)
             step = Step(

@@ -69,7 +69,7 @@ def serve(
     )
     for origin in serving.cors_origins:
         checked_origin(origin, of="--cors_origins")
-    with server.bound(host, port) as own:  # before any slow step
+    with server.bound(host, port) as listener:  # before any slow step
         print(f"opening {experiment.model.name_or_path} and {prompts}", file=sys.stderr, flush=True)
         service = open_service(
             experiment, prompts, serving=serving, allow_changes=bool(admin_token)
@@ -78,12 +78,12 @@ def serve(
             print(
                 f"note: {host} is open to other machines, and {TOKEN} is not set", file=sys.stderr
             )
-        _answer(service, own, serving, token=token, admin_token=admin_token)
+        _answer(service, listener, serving, token=token, admin_token=admin_token)
     service.engine.compiler.wait_for_writes()
 
 
 def _answer(
-    service: "Service", own: socket, serving: Serving, *, token: str, admin_token: str
+    service: "Service", listener: socket, serving: Serving, *, token: str, admin_token: str
 ) -> None:
     from prompt_tuning_jax.serving import server
     from prompt_tuning_jax.serving.app import make_app
@@ -100,7 +100,7 @@ def _answer(
                 if error is None:
                     report("")
                     tasks = f"{len(service.tasks):,} task{'s' * (len(service.tasks) != 1)}"
-                    print(f"ready: {tasks} at {server.address_of(own)}", flush=True)
+                    print(f"ready: {tasks} at {server.address_of(listener)}", flush=True)
                 stop(error)
 
             return make_app(
@@ -114,7 +114,7 @@ def _answer(
 
         server.serve(
             make,
-            own,
+            listener,
             drain_seconds=service.limits.deadline_seconds,
             limits=ConnectionLimits(
                 connections=serving.max_connections,

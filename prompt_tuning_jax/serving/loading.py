@@ -117,8 +117,8 @@ def load_tasks(
             name = file.stem if file.is_file() else file.name
             loaded = [LoadedMember(served=validator.prompt(file, name=name, run=source.run))]
         for one in loaded:
-            for own in _by_task(one, source.run):
-                members.setdefault(own.task, []).append(own.served)
+            for member in _by_task(one, source.run):
+                members.setdefault(member.task, []).append(member.served)
     tasks = []
     for part, served in members.items():
         known = (one.metadata.task for one in served if one.metadata.task)
@@ -340,8 +340,10 @@ class MethodLoader:
             )
             self._attached[key] = attached
         params = param_tree.split(self._attached[key])[1]
-        own = {name: p for name, p in params.items() if method.trains(name)}
-        param_tree.require_same_shapes(trainable, own, of=str(place), and_of="the model")
+        trainable_params = {name: p for name, p in params.items() if method.trains(name)}
+        param_tree.require_same_shapes(
+            trainable, trainable_params, of=str(place), and_of="the model"
+        )
         return self._attached[key]
 
     def _whole_models(self, folder: Path) -> list[LoadedMember]:

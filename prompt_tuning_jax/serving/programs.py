@@ -321,9 +321,10 @@ class Programs:
         if model.config.reads_images:
             return model, model.read(model.embed(batch.tokens_BT)), NO_INJECTIONS
         if model.causal:
-            own = jax.tree.map(lambda x: x[:, :prompt_length][batch.row_B], arrays)
+            prompt_arrays = jax.tree.map(lambda x: x[:, :prompt_length][batch.row_B], arrays)
             injections = Injections(
-                prefixes={model.reading_stack: own}, prefix_lengths_B=batch.prompt_length_B
+                prefixes={model.reading_stack: prompt_arrays},
+                prefix_lengths_B=batch.prompt_length_B,
             )
             source = model.embed(batch.tokens_BT)
             return model, model.read(source, injections=injections), NO_INJECTIONS

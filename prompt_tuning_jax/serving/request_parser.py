@@ -134,10 +134,10 @@ class RequestParser:
             for number, (task, given) in enumerate(zip(tasks, inputs, strict=True))
         ]
         parsed = []
-        for number, (task, (own, truncated)) in enumerate(zip(tasks, ids, strict=True)):
+        for number, (task, (token_ids, truncated)) in enumerate(zip(tasks, ids, strict=True)):
             one = ParsedInput(
                 task=task,
-                ids=own,
+                ids=token_ids,
                 limit=limit,
                 min_length=options.min_length or 0,
                 repetition_penalty=options.repetition_penalty or 1.0,

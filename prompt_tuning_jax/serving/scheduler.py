@@ -268,9 +268,9 @@ class Scheduler:
                     _fail(job, error)
                 return
             for owner in owners:
-                own = [job for job in jobs if job.owner == owner and not job.future.done()]
-                if own:
-                    await self._compute(own, compute, keep)
+                pending = [job for job in jobs if job.owner == owner and not job.future.done()]
+                if pending:
+                    await self._compute(pending, compute, keep)
             return
         seconds = loop.time() - began
         self._metrics.batch(jobs[0].kind, len(jobs), seconds)

@@ -32,7 +32,7 @@ def bound(host: str, port: int) -> socket.socket:
     if not 0 <= port <= _LAST_PORT:
         raise UserError(f"--port {port} is not a valid port; it must be from 0 to {_LAST_PORT}")
     named = host.removeprefix("[").removesuffix("]") if ":" in host else host
-    own: socket.socket | None = None
+    listener: socket.socket | None = None
     try:
         if not named.strip():
             raise OSError("give a name or address; 0.0.0.0 is every address of this machine")
@@ -40,29 +40,29 @@ def bound(host: str, port: int) -> socket.socket:
             named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = addresses[0]
-        own = socket.socket(family)
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        own.bind(address)
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, ValueError) as error:  # ValueError: not a valid host name
-        if own is not None:
-            own.close()
+        if listener is not None:
+            listener.close()
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"--host {host} --port {port} cannot bind to this address: {reason}; "
             "--port 0 takes a free port"
         ) from None
-    return own
+    return listener
 
 
-def address_of(own: socket.socket) -> str:
+def address_of(listener: socket.socket) -> str:
     """The URL of a bound socket."""
-    host, port = own.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def serve(
     make: Callable[[Callable[[BaseException | None], None]], FastAPI],
-    own: socket.socket,
+    listener: socket.socket,
     *,
     drain_seconds: float,
     limits: ConnectionLimits | None = None,
@@ -75,12 +75,12 @@ def serve(
     end.  UserError if this process may open too few files.
     """
     allowed = within_open_files(limits or ConnectionLimits())
-    asyncio.run(_serve(make, own, drain_seconds, allowed, on_drain))
+    asyncio.run(_serve(make, listener, drain_seconds, allowed, on_drain))
 
 
 async def _serve(
     make: Callable[[Callable[[BaseException | None], None]], FastAPI],
-    own: socket.socket,
+    listener: socket.socket,
     drain_seconds: float,
     limits: ConnectionLimits,
     on_drain: Callable[[], None],
@@ -117,6 +117,6 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await server.serve(sockets=[own])
+    await server.serve(sockets=[listener])
     if failures:
         raise failures[0]

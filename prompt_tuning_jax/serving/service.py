@@ -134,8 +134,8 @@ class Service:
         jobs = self._jobs(request, parsed)
         try:
             async with asyncio.timeout(self._seconds(request)):
-                self._submit([job for own in jobs for job in own])
-                values = [[await job.future for job in own] for own in jobs]
+                self._submit([job for group in jobs for job in group])
+                values = [[await job.future for job in group] for group in jobs]
         except TimeoutError:
             raise RefusedError(504, _DEADLINE, field="options.deadline_ms") from None
         except WorkerFailedError:
@@ -156,7 +156,7 @@ class Service:
             return lambda ids: pieces.put_nowait((index, prompt, ids))
 
         jobs = self._jobs(request, parsed, on_ids)
-        every = [job for own in jobs for job in own]
+        every = [job for group in jobs for job in group]
         self._submit(every)
 
         async def finished() -> None:
@@ -178,7 +178,7 @@ class Service:
                 yield {"error": {"message": _DEADLINE}}
                 return
             try:
-                values = [[job.future.result() for job in own] for own in jobs]
+                values = [[job.future.result() for job in group] for group in jobs]
             except WorkerFailedError:
                 yield {"error": {"message": _FAILED}}
                 return
@@ -271,11 +271,11 @@ class Service:
                 task=one.task.name,
                 prompts=[p.name if p is not None else "" for p in one.prompts],
                 labels=one.labels,
-                values=own,
+                values=row_values,
                 decode=decode,
                 divisors=[len(ids) for ids in one.targets] if mean(one.task) else (),
             )
-            for one, own in zip(parsed, values, strict=True)
+            for one, row_values in zip(parsed, values, strict=True)
         ]
         for result, one in zip(results, parsed, strict=True):
             result.truncated = one.truncated or None
@@ -283,7 +283,7 @@ class Service:
 
     def _give_up(self, jobs: Sequence[Sequence[Job]]) -> None:
         """Cancels what is not computed yet: the client has gone."""
-        every = [job for own in jobs for job in own]
+        every = [job for group in jobs for job in group]
         for job in every:
             # Reading the exception of a finished job keeps asyncio from logging it.
             if not job.future.cancel() and not job.future.cancelled():
@@ -322,8 +322,8 @@ def assembled(
     by_prompt = [values[i * each : (i + 1) * each] for i in range(len(prompts))]
     if mode == "score":
         scored = [
-            PromptResult(prompt=name, log_prob=_divided([own[0][0]], divisors)[0])
-            for name, own in zip(prompts, by_prompt, strict=True)
+            PromptResult(prompt=name, log_prob=_divided([outputs[0][0]], divisors)[0])
+            for name, outputs in zip(prompts, by_prompt, strict=True)
         ]
         mean = sum(one.log_prob or 0.0 for one in scored) / len(scored)
         return Result(task=task, log_prob=mean, prompts=scored)
@@ -331,8 +331,8 @@ def assembled(
     results: list[PromptResult] = []
     probabilities: dict[str, float] | None = None
     if mode == "label":
-        for name, own in zip(prompts, by_prompt, strict=True):
-            log_probs = _divided([one for part in own for one in part], divisors)
+        for name, outputs in zip(prompts, by_prompt, strict=True):
+            log_probs = _divided([one for part in outputs for one in part], divisors)
             known.append(dict(zip(labels, log_probs, strict=True)))
             share = softmax(log_probs)
             best = max(range(len(share)), key=log_probs.__getitem__)

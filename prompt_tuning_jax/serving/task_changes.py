@@ -62,12 +62,12 @@ class TaskChanges:
                     f"task {name!r} is {old.method if old else ''}, and only plain prompts can be "
                     "added to a task at run time; leave out prompt to replace the task"
                 )
-            given, own = tuple(labels), new.metadata.labels
+            given, new_labels = tuple(labels), new.metadata.labels
             if old is not None and not given:
-                labels_by_source = {name: old.labels, "the upload": own} if others else {}
+                labels_by_source = {name: old.labels, "the upload": new_labels} if others else {}
                 given = (
                     shared_labels(labels_by_source, instead="give the labels of all")
-                    or own
+                    or new_labels
                     or old.labels
                 )
             task = self._validator.task(name, [*others, new], given)

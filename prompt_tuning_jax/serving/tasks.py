@@ -241,7 +241,7 @@ class PromptValidator:
                     for name, one in known.items()
                 }
             )
-            own = tuple(labels) or shared_labels(
+            task_labels = tuple(labels) or shared_labels(
                 {name: one.labels for name, one in known.items()},
                 instead="serve them as separate tasks",
             )
@@ -252,8 +252,8 @@ class PromptValidator:
         return ServedTask(
             name=name,
             prompts=tuple(prompts),
-            labels=own,
-            label_ids=self.label_ids(own, field=f"labels of task {name}"),
+            labels=task_labels,
+            label_ids=self.label_ids(task_labels, field=f"labels of task {name}"),
             wording=wording,
         )
 

@@ -115,10 +115,10 @@ def recycled_prompts(
                     metric=point["metric"],
                     same_width=same_width,
                 )
-                for name, own in ((OLD, before), (NEW, point)):
+                for name, record in ((OLD, before), (NEW, point)):
                     key = "validation" if goal.test is None else "test"
                     scores_by_task[goal.name][name.name] = [
-                        member[key] for member in own["members"]
+                        member[key] for member in record["members"]
                     ]
                 results = _results(
                     experiment,

@@ -187,7 +187,7 @@ def _target_runs(
 def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Start]:
     """Returns the starts of a seed, the target's own initialization first."""
     of = group.experiment
-    own = load_prompt(prompt_files(workdir_of(of), member_names(of))[0])
+    target_prompt = load_prompt(prompt_files(workdir_of(of), member_names(of))[0])
     starts = []
     for one, member, init in zip(group.points, point["members"], of.training.inits, strict=True):
         _, path = split_init(init)
@@ -197,7 +197,7 @@ def _starts(group: Group, point: Mapping[str, Any], *, tested: bool) -> list[Sta
                 source=str(one.line),
                 validation=validation,
                 score=_number(member["test"]) if tested else validation,
-                similarity=similarity(own, load_prompt(path)) if path else None,
+                similarity=similarity(target_prompt, load_prompt(path)) if path else None,
             )
         )
     return starts
@@ -209,11 +209,11 @@ def chosen(starts: Sequence[Start], direction: Direction) -> dict[Value, float]:
     ``direction`` is that of the scores.  ``starts`` has the target's own initialization first, then
     the sources.
     """
-    own, *sources = starts
+    own_init, *sources = starts
     nearest = max(sources, key=lambda start: start.similarity or 0.0)
     best = sources[best_of([start.validation for start in sources], direction)]
     return {
-        OWN: own.score,
+        OWN: own_init.score,
         NEAREST: nearest.score,
         ANY: statistics.fmean(start.score for start in sources),
         BEST: best.score,
@@ -238,8 +238,8 @@ def _pairs(seeds: Sequence[Sequence[Start]]) -> dict[str, tuple[float, float, fl
     for number, first in enumerate(seeds[0][1:], start=1):
         near = statistics.fmean(one[number].similarity or 0.0 for one in seeds)
         score = statistics.fmean(one[number].score for one in seeds)
-        own = statistics.fmean(one[0].score for one in seeds)
-        pairs[first.source] = (near, score - own, score)
+        own_init = statistics.fmean(one[0].score for one in seeds)
+        pairs[first.source] = (near, score - own_init, score)
     return pairs
 
 

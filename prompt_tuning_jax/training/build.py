@@ -159,7 +159,9 @@ def label_loss_of(
             f"training.loss={training.loss} scores labels by their tokens, and this model "
             f"{'has no vocabulary' if vocabulary is None else 'reads images'}; set it to tokens"
         )
-    labels = tuple(dict.fromkeys(label for own in task_labels for label in own))
+    labels = tuple(
+        dict.fromkeys(label for labels_of_task in task_labels for label in labels_of_task)
+    )
     sets = task_label_sets(task_labels, labels)
     return LabelLoss(
         kind=training.loss,

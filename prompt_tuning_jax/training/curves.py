@@ -197,9 +197,9 @@ def _draw_members(
     if len(values_ER) > 1:
         named = len(values_ER) <= len(MEMBER_COLORS)
         for member, values_R in enumerate(values_ER):
-            own = {"color": MEMBER_COLORS[member], "alpha": 0.75} if named else {"alpha": 0.3}
+            style = {"color": MEMBER_COLORS[member], "alpha": 0.75} if named else {"alpha": 0.3}
             label = "each" if not named and not member else None
-            axis.plot(steps, values_R, **{"color": color, "linewidth": 1, "label": label, **own})
+            axis.plot(steps, values_R, **{"color": color, "linewidth": 1, "label": label, **style})
     # The mean ends where a member diverges: the mean of the others would be a different curve.
     mean_R = values_ER.mean(axis=0)
     axis.plot(

@@ -110,5 +110,5 @@ def task_label_sets(
             "training.loss chooses among labels, and a task that is trained on has none; set "
             "data.labels, or training.loss=tokens"
         )
-    sets = tuple(tuple(label in own for label in labels) for own in tasks)
+    sets = tuple(tuple(label in task for label in labels) for task in tasks)
     return () if all(map(all, sets)) else sets

@@ -99,7 +99,7 @@ class Loop:
         start, state, pending, stale, evaluated = self._restore_last(state)
         best_tree, best, improved_at, reported = self._restore_best(state, evaluated=evaluated)
         self.on_start()
-        if start >= self.steps or self._at_an_end(stale):
+        if start >= self.steps or self._out_of_patience(stale):
             return self._result(start, best, best_tree, state, stale=stale)
         step = start
         if start and not self.quiet:
@@ -112,7 +112,7 @@ class Loop:
         since = time.monotonic()
         with log or nullcontext(), self._signals():
             if not reported:
-                self._tell_of(best, [e for e, own in enumerate(best) if own], best_tree)
+                self._report_best(best, [e for e, each in enumerate(best) if each], best_tree)
             costs: dict[tuple[int, ...], StepCost] = {}
             done: list[StepCost] = []
             for batch in self.batches(start, self.steps):
@@ -148,23 +148,23 @@ class Loop:
                     best_tree = self._keep_best(step, state, scores, best, best_tree, improved_at)
                     stale = 0 if step in improved_at else stale + 1
                     since += time.monotonic() - began
-                at_an_end = evaluating and self._at_an_end(stale)
-                if saving or at_an_end:
+                out_of_patience = evaluating and self._out_of_patience(stale)
+                if saving or out_of_patience:
                     began = time.monotonic()
                     if log:
                         log.require_folder(now=True)
                     extra = self._extra(
                         pending=_as_json(pending),
                         stale=stale,
-                        evaluated=any(own and own.step <= step for own in best),
+                        evaluated=any(each and each.step <= step for each in best),
                     )
                     train_state.save(self.workdir / LAST, step, state, extra)
                     since += time.monotonic() - began
-                if stopping or at_an_end:
+                if stopping or out_of_patience:
                     break
         return self._result(step, best, best_tree, state, stale=stale, stopped_by=stopped_by)
 
-    def _at_an_end(self, stale: int) -> bool:
+    def _out_of_patience(self, stale: int) -> bool:
         """Returns whether ``stale`` evaluations without an improvement end the run."""
         return 0 < self.patience <= stale
 
@@ -315,9 +315,9 @@ class Loop:
         improved_at: set[int],
     ) -> Any:
         """Replaces the best state of the members that have improved, saves it and returns it."""
-        if any(own is not None and own.step >= step for own in best):
+        if any(each is not None and each.step >= step for each in best):
             return best_tree  # evaluated before an interruption: rounding may differ
-        improved = [e for e, own in enumerate(scores) if self._is_better(own, best[e])]
+        improved = [e for e, each in enumerate(scores) if self._is_better(each, best[e])]
         if not improved:
             return best_tree
         if any(math.isfinite(scores[e][self.best_by]) for e in improved):
@@ -328,16 +328,16 @@ class Loop:
 
         def choose(new: HostArray, old: HostArray) -> HostArray:
             # Every array except the step has a leading axis E.
-            return new if new.ndim == 0 else np.where(_like(chosen_E, new), new, old)
+            return new if new.ndim == 0 else np.where(_expand_dims_like(chosen_E, new), new, old)
 
         best_tree = jax.tree.map(choose, on_host(state), best_tree)
         extra = self._extra(best=bests_to_json(best), improved_at=sorted(improved_at))
         train_state.save(self.workdir / BEST, step, best_tree, extra)
-        self._tell_of(best, improved, best_tree)
+        self._report_best(best, improved, best_tree)
         return best_tree
 
-    def _tell_of(self, best: list[Best | None], members: list[int], best_tree: Any) -> None:
-        bests = [own for own in (best[e] for e in members) if own is not None]
+    def _report_best(self, best: list[Best | None], members: list[int], best_tree: Any) -> None:
+        bests = [each for each in (best[e] for e in members) if each is not None]
         if bests:
             self.on_best(members, best_tree.trainable, bests)
 
@@ -365,9 +365,9 @@ class Loop:
         trainable = best_tree.trainable if any(best) else on_host(state).trainable
         return LoopResult(
             step=step,
-            finished=step >= self.steps or self._at_an_end(stale),
+            finished=step >= self.steps or self._out_of_patience(stale),
             stopped_by=stopped_by,
-            stopped_early=step < self.steps and self._at_an_end(stale),
+            stopped_early=step < self.steps and self._out_of_patience(stale),
             best=tuple(best),
             best_tuned=trainable,
         )
@@ -436,5 +436,5 @@ def _from_json(listed: list[Any]) -> list[tuple[int, StepMetrics]]:
     return pending
 
 
-def _like(chosen_E: HostArray, array: HostArray) -> HostArray:
+def _expand_dims_like(chosen_E: HostArray, array: HostArray) -> HostArray:
     return chosen_E.reshape(-1, *[1] * (array.ndim - 1))

@@ -203,8 +203,8 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
         if not members.frozen or not processes.is_primary():
             return
         for member, best in zip(improved, bests, strict=True):
-            own = {name: jnp.asarray(array[member]) for name, array in trainable.items()}
-            method, kept, model_config = _folded(experiment, members, own)
+            params = {name: jnp.asarray(array[member]) for name, array in trainable.items()}
+            method, kept, model_config = _folded(experiment, members, params)
             metadata = _metadata(
                 experiment,
                 method,

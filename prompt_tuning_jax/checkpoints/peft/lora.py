@@ -231,7 +231,7 @@ def _patterns_of(numbers: Mapping[str, float]) -> tuple[float, tuple[str, ...]]:
     usual = _most_common(rounded)
     entries = []
     for number in dict.fromkeys(rounded.values()):
-        paths = [path for path, own in rounded.items() if own == number]
+        paths = [path for path, value in rounded.items() if value == number]
         if number != usual:
             entries += [f"{p}={number:.9g}" for p in patterns_for(paths, rounded, usual=())]
     return usual, tuple(entries)

@@ -261,12 +261,12 @@ def of_language_model(
         inside = as_base_model(config, kind)
         prefix = f"{PREFIX}{family.names.prefixes[0]}"
         if inside is not config and any(name.startswith(prefix) for name in arrays):
-            own = {
+            language_arrays = {
                 name: array
                 for name, array in arrays.items()
                 if not family.names.is_unused(name.removeprefix(PREFIX))
             }
-            return own, inside
+            return language_arrays, inside
     return dict(arrays), config
 
 

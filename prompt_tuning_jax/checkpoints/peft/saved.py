@@ -89,11 +89,11 @@ def read_saved(
     tables: dict[str, HostArray] = {}
     for name, array in declared.items():
         tensor = tensors[name]
-        own = in_float32(array, of=f"{file}: {PREFIX}{name}")
+        weights = in_float32(array, of=f"{file}: {PREFIX}{name}")
         if tensor.use:
-            tables[tensor.use] = own
+            tables[tensor.use] = weights
         elif not tensor.unused:
-            parameters |= {p: np.ascontiguousarray(a) for p, a in tensor.ours(own).items()}
+            parameters |= {p: np.ascontiguousarray(a) for p, a in tensor.ours(weights).items()}
     return rest, SavedWeights(parameters=parameters, tables=tables)
 
 

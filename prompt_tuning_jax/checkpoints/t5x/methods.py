@@ -192,10 +192,10 @@ def _read_tasks(
         "projection": (width, features),
     }
     paths = {"features": "method/task_NPA", "projection": "method/kernel_NDS"}
-    own = tasks_NA[:, :-width] if combined == "projection" else tasks_NA
+    weights_NA = tasks_NA[:, :-width] if combined == "projection" else tasks_NA
     trainable = {
         f"method/shared_{'PS' if combined in paths else 'PD'}": shared_PS,
-        paths.get(combined, "method/task_NQD"): own.reshape(tasks, *own_axes[combined]),
+        paths.get(combined, "method/task_NQD"): weights_NA.reshape(tasks, *own_axes[combined]),
     }
     if combined == "projection":
         trainable["method/bias_ND"] = np.ascontiguousarray(tasks_NA[:, -width:])

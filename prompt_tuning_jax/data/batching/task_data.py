@@ -91,7 +91,7 @@ class TaskData:
     @property
     def train_targets(self) -> tuple[str, ...]:
         """The training targets of all tasks."""
-        return tuple(target for own in self.targets_by_task.values() for target in own)
+        return tuple(target for targets in self.targets_by_task.values() for target in targets)
 
     def majority_scores(self, examples: TokenizedExamples) -> dict[str, float]:
         """Scores the most frequent training target of the examples' task as every prediction.

@@ -27,15 +27,15 @@ def processed(image: np.ndarray, config: ViTConfig) -> np.ndarray:
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    own = image.shape[2]
-    if own == channels:
+    present = image.shape[2]
+    if present == channels:
         return image
     if channels == 1:
         gray = pillow().fromarray(image).convert("L")
         return np.asarray(gray, np.uint8)[:, :, None]
-    if own == 1:
+    if present == 1:
         return np.repeat(image, channels, axis=2)
-    raise UserError(f"an image has {own} channels, and the model reads {channels}")
+    raise UserError(f"an image has {present} channels, and the model reads {channels}")
 
 
 def _resized(image: np.ndarray, processing: ImageProcessing, image_size: int) -> np.ndarray:

@@ -60,11 +60,11 @@ class Wording:
     @property
     def key(self) -> object:
         """Equal for wordings with the same result, whatever a single column is called."""
-        own = self.chat, self.index
+        settings = self.chat, self.index
         if self._parsed is None:
-            return own, self.from_text
+            return settings, self.from_text
         columns = self._parsed.columns
-        return own, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
+        return settings, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
 
     def apply(self, given: Given) -> str:
         """The model's input for a bare text or the values of columns.

@@ -118,8 +118,8 @@ def attend_at_once(
     if isinstance(seen, CausalLengths):
         return cudnn_attention(query_BTHK, key_BUGK, value_BUGK, seen=seen)
     keep = [
-        dropout_factors((length, segment.key_BPGK.shape[1]), dropout_rate, key=own)
-        for segment, own in zip(segments, split_key(key, len(segments)), strict=True)
+        dropout_factors((length, segment.key_BPGK.shape[1]), dropout_rate, key=segment_key)
+        for segment, segment_key in zip(segments, split_key(key, len(segments)), strict=True)
     ]
     return fused_attention(
         query_BTHK,

@@ -220,12 +220,12 @@ class T5(Model):
         assert prompt is not None
         rows = len(context.mask_BU)
         prompt_BPD = jnp.broadcast_to(prompt, (rows, *prompt.shape[-2:])).astype(self.dtype)
-        own = self.injections_for_writing(injections)
+        decoder_injections = self.injections_for_writing(injections)
         _, caches = self.decoder(
             prompt_BPD,
             context.keys_values,
             context.mask_BU,
-            injections=own,
+            injections=decoder_injections,
             # The fold keeps this key distinct from those of the encoder and the targets.
             key=None if key is None else jax.random.fold_in(key, 0xDEC0),
             remat=remat,

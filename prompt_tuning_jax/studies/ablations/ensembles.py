@@ -151,8 +151,8 @@ def subset_scores(result: EvalResult, metric: str) -> dict[str, list[list[float]
     ranked = all(
         len(known) > 1 and known.keys() == predictions.log_probs_EN[0][0].keys()
         for predictions in result.predictions.values()
-        for own in predictions.log_probs_EN
-        for known in own
+        for by_example in predictions.log_probs_EN
+        for known in by_example
     )
     ways = {"vote": vote} | ({"mean of probabilities": _most_probable} if ranked else {})
     return {

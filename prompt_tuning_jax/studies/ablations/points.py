@@ -92,8 +92,8 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
     model = build_model(of)
     if file.is_file():
         point: dict[str, Any] = read_json_file(file)
-        own = isinstance(point, dict) and point.get("model") == model_fingerprint(model)
-        if not own or point.get("settings") != wanted:
+        same_model = isinstance(point, dict) and point.get("model") == model_fingerprint(model)
+        if not same_model or point.get("settings") != wanted:
             raise UserError(
                 f"{file} has the scores of other settings, data or weights; use another "
                 f"--workdir, or remove {folder}"
@@ -157,8 +157,8 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
         result = evaluate(tested, prompts=[str(run.workdir)])
         record |= _scores_of(result, metric, group)
         record["members"] = [
-            {**own, "test": scores[metric]}
-            for own, scores in zip(members, result.per_prompt, strict=True)
+            {**member, "test": scores[metric]}
+            for member, scores in zip(members, result.per_prompt, strict=True)
         ]
     if settings.measure:
         record["cost"] = {**step_cost_of(of), "saved_bytes": _saved_bytes(run)}

@@ -55,8 +55,8 @@ def submission(task: Task, examples: Sequence[Example], predictions: Sequence[st
     else:
         labels, invalid = _labels(task, examples, predictions)
         # The task's may have a prefix.
-        own = dict(zip(task.labels, base.labels, strict=True)) if base.labels else {}
-        labels = [own.get(label, label) for label in labels]
+        names = dict(zip(task.labels, base.labels, strict=True)) if base.labels else {}
+        labels = [names.get(label, label) for label in labels]
         spelled = [_SPELLING.get(base.short, {}).get(label, label) for label in labels]
         if base.short == "multirc":
             rows = _multirc(examples, spelled)

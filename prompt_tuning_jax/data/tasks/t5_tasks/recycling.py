@@ -52,7 +52,7 @@ def one_of_answers(text: str, example: Example, is_target: bool) -> list[str] | 
 
 def rank_accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> float:
     """The percent of predictions that are among the right texts of their example."""
-    right = sum(text in own for own, text in zip(targets, predictions, strict=True))
+    right = sum(text in accepted for accepted, text in zip(targets, predictions, strict=True))
     return 100.0 * right / len(targets)
 
 
